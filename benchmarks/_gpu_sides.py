@@ -1,9 +1,9 @@
-"""The sides of gpu.py: what one process measures on a card, veneer's own and its peers'.
+"""The sides of gpu.py: measurements in one process on a card, of veneer and its peers.
 
-A side is given a `Task` and gives back {"figures": [...], "notes": [...]}, or {"left_out": why}; what it has measured
-it tells as soon as it has (`tell`), so that one that fails or is stopped later keeps that. Weights are random and
-made on the device, tensor by tensor, from a config alone: nothing is read, and nothing comes over the network. In a dry
-run the same lines work on sizes that a CPU does in a moment.
+A side takes a `Task` and returns {"figures": [...], "notes": [...]} or {"left_out": reason}. A side reports
+each result at once (`tell`), so that a later failure loses nothing. Weights are random and created on the
+device, tensor by tensor, from a configuration: nothing is read from disk or network. A dry run executes the
+same lines at sizes that a CPU handles in a moment.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK, ALPHA, RATE = 16, 32.0, 1e-4
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Every attention of FLUX.1, which is what `adapter.targets: attention` means."""
+"""Every attention projection of FLUX.1, as `adapter.targets: attention` selects."""
 MIX = (0.8, 0.6, 0.5)
 MARK = "RESULT "
-"""Begins a line of a side's output that has its result so far."""
+"""Prefix of an output line with a side's results so far."""
 _BEGAN = time.monotonic()
 LONG = 15.0
 """Seconds after which no further step is timed."""
@@ -41,10 +41,15 @@ LONG = 15.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. `text`, `large`, `denoiser`: names of bases in the plan's table, or configs. `rows`, `length`:
-    of a micro-batch. `large_row`, `large_tokens`: tokens of a row and of a micro-batch of the large base. `picture`:
-    pixels of a side. `square`, `copied`: of the probe, rows and bytes. `requests`, `prompt`, `new`: what is served,
-    under 8 adapters and under `many`; `cache`: bytes of keys and values."""
+    """Sizes of the measurements.
+
+    `text`, `large`, `denoiser`: names in the plan's table, or configurations. `rows`, `length`: of a
+        micro-batch.
+    `large_row`, `large_tokens`: tokens of a row and of a micro-batch of the large base. `picture`: side in
+        pixels.
+    `square`, `copied`: rows and bytes of the probe. `requests`, `prompt`, `new`: served with 8 adapters and
+        with
+    `many`; `cache`: bytes of keys and values."""
 
     device: str = "cuda"
     text: Any = "meta-llama/Meta-Llama-3-8B"
@@ -65,7 +70,7 @@ class Sizes:
     many: int = 1000
     cache: int = 8 << 30
     more: dict[str, Any] = field(default_factory=dict)
-    """Of the denoiser's class, what the plan's table does not have."""
+    """Arguments of the denoiser's class that the plan's table lacks."""
 
 
 CARD = Sizes()
@@ -110,8 +115,11 @@ DRY = Sizes(
 
 @dataclass(frozen=True)
 class Task:
-    """What a side is told. `probe`: what the card was measured to do just before, None where that failed. `work`: a
-    folder of the run. `dry`: sizes of a dry run. `limit`: seconds after which it is ended; 0: none."""
+    """Arguments of a side.
+
+    `probe`: measured capabilities of the card, None if the probe failed. `work`: a folder of the run. `dry`:
+        use the
+    sizes of a dry run. `limit`: seconds after which the side is stopped; 0: none."""
 
     work: str
     dry: bool = False
@@ -125,8 +133,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measurement. `roofline`: the most that the probed card allows; `planned`: what `veneer plan` says of it, both
-    in `unit`."""
+    """A measurement.
+
+    `roofline`: upper bound for the probed card; `planned`: `veneer plan`'s value; both in `unit`."""
 
     metric: str
     value: float
@@ -140,7 +149,7 @@ def _result(figures: Sequence[Figure], *notes: str) -> dict[str, Any]:
 
 
 def tell(result: Mapping[str, Any]) -> None:
-    """What a side has so far: the last of such lines counts, whatever becomes of it."""
+    """Print a side's results so far. The last such line counts, even if the side fails later."""
     print(MARK + json.dumps(result), flush=True)
 
 
@@ -148,7 +157,8 @@ def tell(result: Mapping[str, Any]) -> None:
 
 
 def probe(task: Task) -> dict[str, Any]:
-    """The rate of one large bfloat16 product and the bandwidth of one large copy, the best of ten: the roofline."""
+    """Return the roofline: rate of one large bfloat16 product and bandwidth of one large copy, best of
+    ten."""
     import torch
 
     s = task.sizes
@@ -180,7 +190,7 @@ def _driver() -> str:
 
 
 def _seconds(run: Callable[[], Any], device: str, times: int, warm: int = 1) -> list[float]:
-    """Seconds of each of up to `times` runs, after `warm` ones; at least one however long it takes."""
+    """Return seconds of up to `times` runs after `warm` ones; at least one run, however long it takes."""
     import torch
 
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
@@ -198,7 +208,7 @@ def _seconds(run: Callable[[], Any], device: str, times: int, warm: int = 1) -> 
 
 
 def _planned_for(task: Task) -> tuple[Any, Any, Any]:
-    """(the card as the plan knows it, the plan's rates for it, the probe's)."""
+    """Return (the plan's device, the plan's rates for the device, the probe's rates)."""
     from veneer.plan.tables import Device, device_of_card
     from veneer.plan.time import Rates, rates_of
 
@@ -212,7 +222,7 @@ def _planned_for(task: Task) -> tuple[Any, Any, Any]:
 
 
 def _at_most(work: Any, probed: Any) -> float | None:
-    """Pieces of `work` a second that the probed card allows: its products and its bytes, whichever takes longer."""
+    """Return the maximum units of `work` per second on the probed card: limited by products or by bytes."""
     if probed is None:
         return None
     return 1 / max(work.operations / probed.operations, work.bytes / probed.bandwidth)
@@ -223,7 +233,7 @@ def _scaled(by: float, value: float | None) -> float | None:
 
 
 def _peak(device: str, planned: Any) -> Figure:
-    """What was allocated at most, beside what the plan counts without context and holes of the allocator."""
+    """Return the peak allocation, and the plan's value without context and allocator fragmentation."""
     import torch
 
     if device == "cuda":
@@ -233,10 +243,11 @@ def _peak(device: str, planned: Any) -> Figure:
 
 
 def gpu_tests(task: Task) -> dict[str, Any]:
-    """The tests marked `gpu`, in pytest's own process; in a dry run one of a file of its own. Where they take longer
-    than the limit, those that have ended count."""
+    """Run the tests marked `gpu` in a pytest process; in a dry run, one test file of its own.
+
+    If the tests exceed the limit, the finished ones count."""
     report, said = Path(task.work) / "gpu-tests.xml", Path(task.work) / "gpu-tests.txt"
-    env = dict(os.environ) | {"TRITON_INTERPRET": "0"}  # tests/conftest.py would have kernels interpreted
+    env = dict(os.environ) | {"TRITON_INTERPRET": "0"}  # tests/conftest.py would otherwise select Triton's interpreter
     files = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
     if task.dry:
         one = Path(task.work) / "test_dry.py"
@@ -277,12 +288,12 @@ def gpu_tests(task: Task) -> dict[str, Any]:
 
 
 _LAST = 5.0
-"""Seconds before the limit at which tests are stopped, so that what they came to is told."""
+"""Seconds before the limit at which tests are stopped, so that their results are reported."""
 _ENDED = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
 
 
 def ended_tests(said: str, limit: float) -> dict[str, Any]:
-    """Of pytest's own words (-v), where it was stopped: what has ended until then."""
+    """Return the finished tests of an interrupted `pytest -v`, from its output."""
     ended = _ENDED.findall(said)
     count = Counter(word for _, word in ended)
     bad = [f"{name}: {word.lower()}" for name, word in ended if word in ("FAILED", "ERROR")]
@@ -305,14 +316,14 @@ def _config(base: Any) -> dict[str, Any]:
 
 
 def _bare_text(base: Any) -> Any:
-    """A language model with its weights on the meta device."""
+    """Return a language model with its weights on the meta device."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = _config(base)
     config = AutoConfig.for_model(given.pop("model_type"), **given)
-    with init_empty_weights(include_buffers=False):  # buffers have values that are computed, and no file has
+    with init_empty_weights(include_buffers=False):  # buffers are computed, not loaded from a file
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
@@ -327,8 +338,10 @@ def _bare_denoiser(base: Any, more: Mapping[str, Any]) -> Any:
 
 
 def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda name, weight: weight) -> Any:
-    """The model with random bfloat16 weights, made one by one: norms 1, biases 0, matrices normal with std 0.02.
-    `kept_as`: (parameter's name, weight) -> what is kept of it."""
+    """Fill the model with random bfloat16 weights one by one: norms 1, biases 0, matrices normal with std
+    0.02.
+
+    `kept_as`: (parameter name, weight) -> the stored value."""
     import torch
 
     generator = torch.Generator(device).manual_seed(0)
@@ -350,7 +363,7 @@ def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda
 
 
 def _quantizer(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
-    """What `_filled` keeps of a weight where the base is to be in 4 or 8 bits."""
+    """Return the function by which `_filled` quantizes weights to 4 or 8 bits, or keeps them."""
     from veneer.models.quantize import quantized_weights
     from veneer.ops.quantized import quantize
 
@@ -362,7 +375,7 @@ def _quantizer(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
 
 
 def settled(plan: Any) -> tuple[Any, str]:
-    """(the load that a plan settles on for this one card, "") or (None, why there is none)."""
+    """Return (the plan's load for this one card, "") or (None, the reason why there is none)."""
     if plan.planned is None:
         return None, f"{plan.peak / 1e9:.1f} GB are needed, and {plan.available / 1e9:.1f} GB may be taken"
     load, device = plan.planned
@@ -372,7 +385,7 @@ def settled(plan: Any) -> tuple[Any, str]:
 
 
 def _described(plan: Any, load: Any) -> str:
-    """What ran, in a line."""
+    """Describe the run in one line."""
     changed = "" if plan.fits else f"; as the plan changes it: {', '.join(plan.changes[0].settings)}"
     rows = f"{len(load.lengths)} × {load.longest} tokens" if hasattr(load, "lengths") else f"{load.pictures} picture"
     kept = "made again" if load.checkpointing else "kept"
@@ -380,9 +393,11 @@ def _described(plan: Any, load: Any) -> str:
 
 
 def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
-    """Steps on random tokens of rows in which everything is learned, as a run takes them: fast paths, AdamW. `others`:
-    lengths of further micro-batches, which a run's own is chosen among (ops/step_sizes.py), as far as half of the limit
-    lasts."""
+    """Run AdamW steps on random tokens with the fast paths, all tokens trained.
+
+    `others`: lengths of further micro-batches, which a run chooses among (ops/step_sizes.py); they use at
+        most half of
+    the time limit."""
     import torch
 
     import veneer
@@ -437,7 +452,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
 
     if where == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with fast(model, keep=8 * plan.dequantizable // 10) as how:  # as a run keeps them
+    with fast(model, keep=8 * plan.dequantizable // 10) as how:  # the same budget as in a run
         one = took(load.lengths)
         work = run_work(text_counts(shape, load, device), load, device)
         memory = text_memory(shape, load, device)
@@ -478,7 +493,7 @@ def _load_8b(task: Task, quantize: str | None = None) -> Any:
 
 
 def _load_70b(task: Task) -> Any:
-    """As `veneer plan --base meta-llama/Llama-3.1-70B --rows 5000 --tokens-per-row 600` has it."""
+    """Return the load of `veneer plan --base meta-llama/Llama-3.1-70B --rows 5000 --tokens-per-row 600`."""
     from veneer.plan.memory import Load
 
     s = task.sizes
@@ -491,7 +506,7 @@ def train(task: Task) -> dict[str, Any]:
 
 
 def _smaller(task: Task) -> list[tuple[int, ...]]:
-    """Micro-batches of a quarter, an eighth and half as many tokens as those of the measurement itself."""
+    """Return micro-batches of an eighth, a quarter and half of the measured one's tokens."""
     return [(task.sizes.length // 4,) * rows for rows in (2, 1, 4)]
 
 
@@ -500,12 +515,12 @@ def qlora(task: Task) -> dict[str, Any]:
 
 
 def large(task: Task) -> dict[str, Any]:
-    """One step beside the first."""
+    """Measure one step after the first."""
     return _train(task, task.sizes.large, _load_70b(task), 1)
 
 
 def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
-    """The same steps by a model of transformers' kind that carries its own adapter."""
+    """Run the same steps with a transformers model that contains its own adapter."""
     import torch
 
     s = task.sizes
@@ -531,7 +546,8 @@ def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
 
 
 def bitsandbytes_peft(task: Task) -> dict[str, Any]:
-    """bitsandbytes' Linear4bit under PEFT's layers; activations made again where they do not fit."""
+    """Measure bitsandbytes' Linear4bit under PEFT's layers, with recomputed activations if they do not
+    fit."""
     import bitsandbytes
     import torch
     from peft import LoraConfig, get_peft_model
@@ -568,8 +584,8 @@ def bitsandbytes_peft(task: Task) -> dict[str, Any]:
 
 
 def unsloth(task: Task) -> dict[str, Any]:
-    """Unsloth by its own loader, from a checkpoint that is written first: it has no other way in."""
-    from unsloth import FastLanguageModel  # before transformers, which it changes
+    """Measure Unsloth with its own loader, from a checkpoint that is written first."""
+    from unsloth import FastLanguageModel  # before transformers, which Unsloth patches
 
     import torch  # isort: skip
     from tokenizers import Tokenizer, models
@@ -599,8 +615,9 @@ def unsloth(task: Task) -> dict[str, Any]:
 
 
 def products(task: Task) -> dict[str, Any]:
-    """x·Wᵀ of a few rows by the widest weight of a block, as decoding has it: in bfloat16, and from its codes.
-    Then single ops of a training step."""
+    """Measure x·Wᵀ of a few rows by a block's widest weight, as in decoding, in bfloat16 and from codes.
+
+    Then measures single ops of a training step."""
     import torch
     import torch.nn.functional as F
 
@@ -610,7 +627,7 @@ def products(task: Task) -> dict[str, Any]:
     inputs, outputs = config["hidden_size"], config["intermediate_size"]
     generator = torch.Generator(s.device).manual_seed(0)
     weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=s.device).normal_(0, 0.02, generator=generator)
-    copies = 2 if task.dry else 8  # more than the card's cache holds
+    copies = 2 if task.dry else 8  # more than fits in the card's cache
     figures: list[Figure] = []
     for kind, a_weight in (("bfloat16", 2.0), ("nf4", 0.52), ("int8", 1.0)):
         kept = [weight.clone() if kind == "bfloat16" else quantize(weight, kind) for _ in range(copies)]
@@ -635,7 +652,7 @@ def products(task: Task) -> dict[str, Any]:
 
 
 def _ops(task: Task, figures: list[Figure]) -> str:
-    """Adds ops of a training step, forward and backward, each by its library and by torch's reference; a note."""
+    """Add figures of a step's ops, forward and backward, by library and by torch; return a note."""
     import torch
 
     from veneer.ops.attention import RowLayout, VarlenSettings, rope_varlen_attention
@@ -683,15 +700,17 @@ def _prompts(task: Task) -> list[tuple[int, ...]]:
 
 
 class _Numbers:
-    """What the engine needs of a tokenizer."""
+    """The parts of a tokenizer that the engine needs."""
 
     def decode(self, token_ids: Any, **settings: Any) -> str:
         return "".join(f" {int(i)}" for i in token_ids)
 
 
 def serve(task: Task) -> dict[str, Any]:
-    """Generated tokens a second, prompts' time in it: the base, 8 adapters of rank 16 on all seven projections, and
-    many of rank 8 on q and v, asked for by Zipf's law."""
+    """Measure generated tokens per second, including prompts.
+
+    Covers the base, 8 adapters of rank 16 on all seven projections, and many of rank 8 on q and v under
+    Zipf's law."""
     import torch
 
     import veneer
@@ -716,9 +735,9 @@ def serve(task: Task) -> dict[str, Any]:
             pair.B = torch.empty(pair.B.shape, device=where).normal_(0, 0.005, generator=generator)
         return made.mapped(lambda t: t.bfloat16())
 
-    # one card holds the base, keys and values, and each adapter twice: as it came and in the order of products
+    # one card holds the base, keys and values, and each adapter twice: as loaded and as prepared for products
     heads = shape.layers[0]
-    pairs = 2 * 8 * shape.hidden * len(shape.layers) * 4  # of rank 8 on q and v, in bfloat16, at most
+    pairs = 2 * 8 * shape.hidden * len(shape.layers) * 4  # upper bound for rank 8 on q and v in bfloat16
     shelves = 2 * (s.many * pairs + 8 * 8 * pairs)
     needs = sum(weight_bytes(shape, "bfloat16", None)) + s.cache + shelves
     if needs > usable_memory(device):
@@ -743,7 +762,7 @@ def serve(task: Task) -> dict[str, Any]:
     sampling = Sampling(max_tokens=s.new, temperature=0.0, ignore_eos=True)
 
     def rate(engine: TextEngine, digests: Sequence[str | None], times: int = 2) -> float:
-        """The best of `times`, nothing of them in the cache."""
+        """Return the best of `times` runs with an empty cache."""
 
         async def answer(prompt: tuple[int, ...], digest: str | None) -> None:
             mix = BASE if digest is None else ((digest, 1.0),)
@@ -792,7 +811,7 @@ def serve(task: Task) -> dict[str, Any]:
 
 
 def vllm(task: Task) -> dict[str, Any]:
-    """vLLM as it comes, with weights of its own dummy loader and adapters of files."""
+    """Measure vLLM with its defaults, its dummy weights, and adapters from files."""
     import json
 
     import torch
@@ -851,8 +870,9 @@ def vllm(task: Task) -> dict[str, Any]:
 
 
 def flux(task: Task) -> dict[str, Any]:
-    """A training step of rank 16 on every attention, and calls of the denoiser as drawing makes them: the base, and
-    three stacked adapters."""
+    """Measure a training step of rank 16 on every attention projection, and denoiser calls during generation.
+
+    The calls use the base, and three stacked adapters."""
     import torch
 
     from veneer.plan.image import ImageLoad, image_counts
@@ -935,7 +955,7 @@ def _draw_flux(task: Task, model: Any, call: Callable[[Any], Any], x: Any, count
     from veneer.plan.time import Work
 
     s, (_, rates, probed) = task.sizes, _planned_for(task)
-    # a forward is half of a step's products and a third of its attention, and reads each weight once
+    # a forward pass is half of a step's products and a third of its attention, and reads each weight once
     forward = Work(counts.forward, 2.0 * counts.parameters)
     model.eval()
     with veneer.attach(model) as attachment, torch.no_grad():
@@ -958,7 +978,7 @@ def _draw_flux(task: Task, model: Any, call: Callable[[Any], Any], x: Any, count
 
 
 def _flux_inputs(config: Mapping[str, Any], picture: int, device: str) -> dict[str, Any]:
-    """What a call of FLUX.1 for one picture takes beside latents and time."""
+    """Return FLUX.1's inputs for one picture, besides latents and time."""
     import torch
 
     side, text = picture // 16, config["text_tokens"]
@@ -978,12 +998,12 @@ def _flux_inputs(config: Mapping[str, Any], picture: int, device: str) -> dict[s
     }
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------
+# -- all sides ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Side:
-    """`limit`: seconds it may take. `needs`: the package of a peer, which may be installed in another environment."""
+    """A side. `limit`: maximum seconds. `needs`: a peer's package, which can be in another environment."""
 
     part: str
     name: str
@@ -1008,6 +1028,6 @@ SIDES = [
     Side("serve", "vLLM", 150, vllm, "vllm"),
     Side("qlora", "Unsloth", 120, unsloth, "unsloth"),
 ]
-"""In the order they run: veneer's own first, so that a slow peer costs none of them."""
+"""All sides in order: veneer's own first, so that a slow peer does not cost any of them."""
 PROBE = Side("probe", "the card", 30, probe)
 PARTS = list(dict.fromkeys(side.part for side in [PROBE, *SIDES]))

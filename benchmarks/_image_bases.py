@@ -1,11 +1,11 @@
-"""Denoisers: of the catalogue bases as they are shipped, at real width with random weights; and inputs for them."""
+"""Denoisers for benchmarks: the catalogue bases' own, and random ones at real width; and their inputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-"""What diffusers' train_dreambooth_lora scripts train by default."""
+"""Default targets of diffusers' train_dreambooth_lora scripts."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "catalogue-flux": {"joint": 128, "pooled": 96, "in": 64},
@@ -28,10 +28,11 @@ def is_flux(name: str) -> bool:
 
 
 def denoiser(name: str, seed: int = 0) -> Any:
-    """In float32 and eval mode, frozen. The tiny ones: SDXL's block layout, FLUX.1's modules.
+    """Return a frozen denoiser in float32 and eval mode. Tiny ones have SDXL's block layout or FLUX.1's
+    modules.
 
-    At width 640: SDXL's second level, down and up (residual blocks, transformers two deep, heads of 64), at the
-    64 × 64 places that pictures of 1024 × 1024 have there; half as many of each."""
+    At width 640: SDXL's second level, down and up (residual blocks, two-layer transformers, heads of 64), at
+    64 × 64 positions as for pictures of 1024 × 1024; half as many blocks of each kind."""
     import diffusers
     import torch
 
@@ -80,7 +81,7 @@ def denoiser(name: str, seed: int = 0) -> Any:
 
 
 def inputs(name: str, rows: int, dtype: Any, seed: int = 1, side: int = 8) -> dict[str, Any]:
-    """Latents under "x", and the rest of a call. FLUX: side² packed tokens; SDXL: 2·side squared."""
+    """Return a call's arguments, with latents as "x". FLUX: side² packed tokens; SDXL: 2·side squared."""
     import torch
 
     s, g = SHAPES[name], torch.Generator().manual_seed(seed)
@@ -111,7 +112,7 @@ def inputs(name: str, rows: int, dtype: Any, seed: int = 1, side: int = 8) -> di
 
 
 def predict(name: str, model: Any, given: dict[str, Any], x: Any, t: Any) -> Any:
-    """One call. t: (rows,), 0..1."""
+    """Call the denoiser once. t: (rows,), 0..1."""
     rest = {k: v for k, v in given.items() if k != "x"}
     if is_flux(name):
         return model(hidden_states=x, timestep=t.to(x.dtype), return_dict=False, **rest)[0]
@@ -119,7 +120,8 @@ def predict(name: str, model: Any, given: dict[str, Any], x: Any, t: Any) -> Any
 
 
 def adapter_tensors(name: str, seed: int, rank: int, targets: list[str]) -> dict[str, Any]:
-    """A and B of every targeted module, under diffusers' names; scale 1. B is not zero, as of a trained adapter."""
+    """Return A and B of every targeted module under diffusers' names, scale 1, with nonzero B as if
+    trained."""
     import torch
 
     g = torch.Generator().manual_seed(100 + seed)

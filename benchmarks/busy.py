@@ -1,19 +1,20 @@
-"""Beside busy processes: what stays of the quiet speed of training, serving and drawing, and of PEFT's and diffusers'.
+"""Share of quiet speed that remains beside busy processes: veneer's training, serving and generation, PEFT,
+diffusers.
 
     python benchmarks/busy.py [--quick] [--only training,serving,pictures] [--rounds 2] [--seconds 4] [--json]
 
-A neighbour is a process of the benchmark's own that runs a loop in Python and nothing else. Each side is a process that
-loads once and is then measured quiet, beside one neighbour and beside two, in rounds; the others sleep meanwhile. Told
-is the median of all pieces of work (a step, a batch of answers, a batch of pictures) and its share of the quiet median.
-A piece is timed once the side has worked beside its neighbours for a second. Wanted on two processors: 55% beside one
-neighbour, 30% beside two.
+A neighbor is a process of the benchmark that runs a Python loop. Each side is a process that loads once and
+is then measured quiet, with one neighbor and with two, in rounds, while the other sides sleep. The report has
+the median over all work items (a step, a batch of completions, a batch of pictures) and its share of the
+quiet median. Measuring starts after a side has worked for a second beside its neighbors. Targets on two
+processors: 55% with one neighbor, 30% with two.
 
 training   SmolLM2-135M, rank 16 on all seven projections, 4 rows of 64 tokens, the last quarter trained, AdamW
-serving    the embedded engine on it, 4 requests of 32 and 16 tokens under as many adapters of rank 16
+serving    the embedded engine on SmolLM2-135M, 4 requests of 32 and 16 tokens, each with another rank-16 adapter
 pictures   catalogue-flux's denoiser, batches of 2, eight steps, three stacked adapters of rank 16
 
-In the precision that `auto` takes on this processor. Run it alone: a neighbour of somebody else's counts too, and is to
-be seen in how many processors others had when it should have been quiet.
+Uses the precision that `auto` selects on this processor. Run without other load: other processes count as
+neighbors, and show as processors in use during the quiet rounds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PROMPT, NEW, PICTURES = 32, 16, 2
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WARM = 1.0
 LOOP = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for i in range(100_000):\n        pass"
-"""What a neighbour does, as long as its parent is there."""
+"""The program of a neighbor, which ends with its parent."""
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def neighbours(count: int) -> Iterator[None]:
             process.wait()
 
 
-# -- the sides: each hands a piece of work to `inside`; the piece says how much it did ---------------------------------
+# -- the sides: each passes a work item to `inside`; an item returns its amount of work --------------------------------
 
 Inside = Callable[[Callable[[], float]], None]
 
@@ -87,7 +88,7 @@ def training_veneer(work: Path, inside: Inside) -> None:
         base.model.train()
 
         def step() -> float:
-            with shared():  # as train.loop has it
+            with shared():  # as in train.loop
                 loss = text_loss(base.model, ids, [LENGTH] * ROWS, trained.flatten()) / trained.sum()
                 loss.backward()
             optimizer.step()
@@ -156,7 +157,7 @@ def serving_veneer(work: Path, inside: Inside) -> None:
 
 
 def stacked(work: Path) -> tuple[str, Any, list[dict[str, Any]], Any, list[float]]:
-    """(name, dtype, adapters' tensors, a call's inputs, strengths)."""
+    """Return (name, dtype, tensors of the adapters, inputs of a call, strengths)."""
     import torch
     from _image_bases import ATTENTION, adapter_tensors, inputs
 
@@ -175,7 +176,7 @@ def pictures_veneer(work: Path, inside: Inside) -> None:
 
     name, dtype, files, given, strengths = stacked(work)
     model = denoiser(name).to(dtype)
-    with veneer.attach(model) as attachment, forwards(model):  # as models.image.generate has it
+    with veneer.attach(model) as attachment, forwards(model):  # as in models.image.generate
         for i, tensors in enumerate(files):
             attachment.add(f"a{i}", as_adapter(tensors))
         attachment.use(*((f"a{i}", strength) for i, strength in enumerate(strengths)))
@@ -203,8 +204,9 @@ UNITS = {"training": "tokens/s", "serving": "tokens/s", "pictures": "pictures/s"
 
 
 def obey(piece: Callable[[], float], told: Any) -> None:
-    """For each line of stdin, a number of seconds: pieces of work for so long, two at least, their rates, and the
-    processors that others had meanwhile."""
+    """For each line of stdin, a number of seconds, run work items for that time (at least two).
+
+    Prints their rates and the processors that other processes used."""
     from veneer.ops.cpu.sharing import worked
 
     piece()
@@ -224,11 +226,11 @@ def obey(piece: Callable[[], float], told: Any) -> None:
         print(json.dumps({"rates": rates, "others": others / (time.perf_counter() - began)}), file=told, flush=True)
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------
+# -- running the sides -------------------------------------------------------------------------------------------------
 
 
 class Side:
-    """A side in a process of its own, asleep but while it is asked."""
+    """A side in its own process, which sleeps except during its measurements."""
 
     def __init__(self, part: str, name: str, work: Path) -> None:
         env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -256,7 +258,8 @@ class Side:
 
 
 def prepare(work: Path, quick: bool) -> dict[str, str]:
-    """What every side reads: the base's name and folder, the precision, and which denoiser."""
+    """Write the files of all sides; return the base's name and folder, the precision, and the denoiser's
+    name."""
     from serving_load import make_base
 
     import veneer
@@ -313,7 +316,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "src"))
     if given.side:
         part, name, work = json.loads(given.side)
-        told, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is no answer
+        told, sys.stdout = sys.stdout, sys.stderr  # keep libraries' output out of the results
         SIDES[part][name](Path(work), lambda piece: obey(piece, told))
         return
     parts = given.only.split(",")

@@ -1,16 +1,17 @@
-"""Distillation: an adapter of rank 64 as one of rank 4, beside rank 4 trained on examples alone, by the tickets.
+"""Distillation: a rank-64 adapter compressed to rank 4, against rank 4 trained on examples only, on the
+tickets.
 
     python benchmarks/distillation.py [--folder runs/distillation] [--tickets 200] [--only cut,taught] [--seed 0]
 
     teacher    rank 64, examples/tickets/config.yaml
-    cut        the best rank 4 of it, without training (veneer adapter resize --rank 4)
-    taught     that, taught by the teacher on its own answers: examples/distillation/smaller.yaml
+    cut        its best rank-4 approximation, without training (veneer adapter resize --rank 4)
+    taught     `cut`, distilled from the teacher on its own completions: examples/distillation/smaller.yaml
     fresh      the same settings from a fresh adapter of rank 4
-    examples   rank 4 on the examples, as many steps of the same rows as the teacher
+    examples   rank 4 on the examples, with as many steps of the same rows as the teacher
 
-Each is scored on held-out tickets: exact match, how many it answers as the teacher does, and loss; of what the teacher
-taught, the divergence from it on the run's held-out prompts too, before the first step and as it is kept. What the
-folder has already is not made again.
+Each is scored on held-out tickets: exact match, agreement with the teacher's answers, and loss; for distilled
+adapters also the divergence from the teacher on held-out prompts, before the first step and as saved.
+Existing results in the folder are reused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SUPERVISED, TAUGHT = EXAMPLES / "tickets" / "config.yaml", EXAMPLES / "distillat
 
 
 def made(side: str, folder: Path, base: Any, seed: int) -> None:
-    """Puts the adapter of a side into the folder."""
+    """Create a side's adapter in the folder."""
     out, teacher = folder / side, f"distillation.teacher={folder / 'teacher'}"
     if side == "cut":
         resize(str(folder / "teacher"), out, rank=4)

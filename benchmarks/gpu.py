@@ -1,23 +1,25 @@
-"""One command for a machine with a GPU: its tests, then training, serving and pictures at real sizes, in ten minutes.
+"""One command for a machine with a GPU: tests, then training, serving and pictures at real sizes, in ten
+minutes.
 
     python benchmarks/gpu.py [--only PART,PART] [--minutes 10] [--out docs/gpu] [--python vllm=PATH] [--json]
-    python benchmarks/gpu.py --dry          every line of it, in a moment, on a CPU; writes nothing without --out
+    python benchmarks/gpu.py --dry          runs every line in a moment on a CPU; writes nothing without --out
 
-probe    one bfloat16 product and one copy: what the card does at most, which each figure stands beside as its roofline
+probe    one bfloat16 product and one copy: the card's limits, from which each figure's roofline follows
 tests    the tests marked `gpu`
-train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,096 tokens, all learned
-qlora    the same over nf4; beside bitsandbytes with PEFT, and Unsloth
+train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,096 tokens, all trained
+qlora    the same over nf4; also bitsandbytes with PEFT, and Unsloth
 large    Llama 3.1 70B in nf4, a step at the settings of `veneer plan`
-serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000; beside vLLM
+serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000; also vLLM
 products few rows times one of its weights, in bfloat16, 4 and 8 bits; then norm,
          rotary positions, attention and loss by their libraries and by torch
 flux     FLUX.1 dev at 1,024²: a training step, and calls with three stacked adapters
 
-Weights are random, made on the card from a config alone. Each side is a process of its own with a limit of its own, one
-after another: one that fails, is not installed or takes too long is reported with what it had measured until then, and
-the rest goes on. Peers come last. Writes CARD.md and CARD.json after each of them, so that a kill at any time, or a
-machine that goes away, costs the side that ran; Ctrl-C, SIGTERM and SIGHUP end that one and what it began, too. A part
-that was not run this time keeps what it had. `--python` names the environment of a peer: vllm, unsloth, bitsandbytes.
+Weights are random and created on the card from a configuration. Sides run one after another, each in a
+process with its own time limit: a side that fails, is not installed or takes too long is reported with its
+results so far, and the next side starts. Peers come last. CARD.md and CARD.json are written after each side,
+so that a kill at any time costs only the running side; Ctrl-C, SIGTERM and SIGHUP stop that side and its
+child processes. A part that does not run keeps its earlier results. `--python` names the environment of a
+peer: vllm, unsloth, bitsandbytes.
 """
 
 from __future__ import annotations
@@ -44,21 +46,25 @@ from _gpu_sides import MARK, PARTS, PROBE, ROOT, SIDES, Side, Task, tell
 from _report import bar, lines_of, report, row
 
 PUBLISHED = (12_473, 402)
-"""Tokens and TFLOP a second of Llama 3 8B with LoRA, micro-batches of 2 × 4,096 tokens, on one H100: what NVIDIA
-publishes for NeMo AutoModel, not measured by us."""
+"""Tokens and TFLOP per second of Llama 3 8B with LoRA, micro-batches of 2 × 4,096 tokens, on one H100.
+
+Published by NVIDIA for NeMo AutoModel, not measured by this project."""
 OVER_UNSLOTH = 1.2
 LEAST = 5.0
-"""Seconds that have to be left for a side to be begun."""
+"""Minimum remaining seconds for a side to start."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOT_TRIED = ("no time left", "not installed", "stopped")
-"""What becomes of a side without telling anything of it: what an earlier run had measured stays."""
+"""Statuses of sides without results; an earlier run's results stay."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a side. `status`: ran, or in two words why not: failed, timed out, stopped, not installed, left
-    out, no time left; `why` has the rest. `figures`: also of one that went wrong later. `more`: what the probe found.
-    `at`: when, `command`: of the whole run."""
+    """The outcome of a side.
+
+    `status`: ran, failed, timed out, stopped, not installed, left out or no time left; `why`: the details.
+        `figures`:
+    results, also those before a failure. `more`: results of the probe. `at`: time; `command`: of the whole
+    run."""
 
     status: str
     seconds: float = 0.0
@@ -88,10 +94,15 @@ def outcome_of(result: Mapping[str, Any], seconds: float) -> Outcome:
 
 
 def watched(command: Sequence[str], limit: float, work: Path) -> Outcome:
-    """Run a side's command for at most `limit` seconds; then it ends with all that it started, as it does where this
-    process is stopped. Whatever it had told until then is in the outcome."""
+    """Run a side's command for at most `limit` seconds, then stop it and its children, as when this process
+    is stopped.
+
+    Returns the outcome with the side's results so far."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    out, err = work / "out.txt", work / "err.txt"  # files: a pipe would wait for whoever still holds it
+    out, err = (
+        work / "out.txt",
+        work / "err.txt",
+    )  # files, because a pipe would wait for every process that still has it open
     start = time.monotonic()
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
@@ -123,7 +134,7 @@ def watched(command: Sequence[str], limit: float, work: Path) -> Outcome:
 
 
 def _last_told(said: str) -> dict[str, Any] | None:
-    """The last whole line of a result; a side may have been killed in the middle of one."""
+    """Return the last complete result line; a side can be killed in the middle of one."""
     for line in reversed(said.splitlines()):
         if line.startswith(MARK):
             with suppress(ValueError):
@@ -137,7 +148,9 @@ def _tail(text: str) -> str:
 
 
 def in_a_process(pythons: Mapping[str, str]) -> Callable[[Side, Task, float], Outcome]:
-    """How sides are run. `pythons`: package of a peer -> the interpreter of its environment."""
+    """Return the function that runs a side.
+
+    `pythons`: a peer's package -> the interpreter of its environment."""
 
     def launch(side: Side, task: Task, limit: float) -> Outcome:
         python = pythons.get(side.needs, sys.executable)
@@ -166,8 +179,10 @@ def run(
     say: Callable[[str], None],
     keep: Callable[[dict[str, Outcome]], None] = lambda done: None,
 ) -> dict[str, Outcome]:
-    """Every side's outcome, by its key; the probe's first. Whatever becomes of one, the others have their turn, but
-    where the run is stopped. `keep` is given all outcomes so far after each of them."""
+    """Run all sides, the probe first; return outcomes by key.
+
+    A failing side does not stop the others; a stopped run does. `keep` gets all outcomes so far after each
+    side."""
     end = time.monotonic() + 60 * minutes
     done: dict[str, Outcome] = {}
     probe = None
@@ -197,7 +212,8 @@ def run(
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, what asks a process to end is a KeyboardInterrupt, as Ctrl-C is: a closed terminal, `kill`."""
+    """Turn signals that stop a process (a closed terminal, `kill`) into KeyboardInterrupt inside the
+    block."""
 
     from veneer.train.signals import signal_handler
 
@@ -208,11 +224,12 @@ def stoppable() -> Iterator[None]:
         yield
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def result_of(done: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The report that every benchmark prints, and under "sides" everything of each, for the page and the next run."""
+    """Return the common report, with everything about each side under "sides" for the page and the next
+    run."""
     rows = []
     for key, outcome in done.items():
         for f in outcome.figures:
@@ -225,7 +242,7 @@ def result_of(done: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str
 
 
 def bars_of(done: Mapping[str, Outcome], card: str) -> list[dict[str, Any]]:
-    """What was wanted of what ran; the published figure is one H100's, and is asked of such a card alone."""
+    """Return the bars of the sides that ran. The published figure applies to an H100 only."""
 
     def value(part: str, name: str, metric: str) -> float | None:
         return next((o.value(metric) for k, o in done.items() if k.startswith(f"{part}: {name}")), None)
@@ -248,7 +265,7 @@ def bars_of(done: Mapping[str, Outcome], card: str) -> list[dict[str, Any]]:
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """CARD.md: what was measured, beside the most that the card allows and what the plan said."""
+    """Return CARD.md: figures, rooflines, and the plan's values."""
     machine, sides = result["machine"], {k: Outcome(**v) for k, v in result["sides"].items()}
     lines = [f"# {machine.get('card', 'a card')}", "", "[What this is, and how to read it](../how-to/gpu.md).", ""]
     lines += ["| part | what | measured | at most | of it | planned | measured over planned |"]
@@ -299,9 +316,13 @@ def slug(card: str) -> str:
 
 
 def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Writes CARD.md and CARD.json, each whole or not at all; returns the page and the result, with what earlier runs
-    had of what was not tried now. A file that is no earlier run's is kept beside it as .unread."""
-    from veneer.files.atomic import replace_file  # late, here and above: a peer's Python, which runs its side, has none
+    """Write CARD.md and CARD.json atomically; return the page and the result, with earlier results of sides
+    not tried.
+
+    A file that is no earlier run's is kept with the suffix .unread."""
+    from veneer.files.atomic import (
+        replace_file,
+    )  # imported late, here and above: a peer's Python, which runs its side, lacks veneer
 
     card = str(result["machine"].get("card", "card"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -323,7 +344,7 @@ def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]
 
 
 def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
-    """The card, as the probe found it; the commit and the packages that count on one."""
+    """Return the card from the probe, the commit, and the versions of GPU packages."""
     from importlib.metadata import PackageNotFoundError, version
 
     commit, packages = "", {}
@@ -340,7 +361,7 @@ def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def _card_by_name() -> str:
-    """Where the probe told nothing."""
+    """Return the card's name if the probe has no result."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()[0].strip()
@@ -363,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         side = next(s for s in [PROBE, *SIDES] if s.key == key)
         given = Task(**task)
         if given.limit and hasattr(signal, "alarm"):
-            signal.alarm(math.ceil(given.limit) + 5)  # should whoever began it be gone
+            signal.alarm(math.ceil(given.limit) + 5)  # in case the parent process is gone
         tell(side.run(given))
         return 0
     wanted = [part.strip() for part in args.only.split(",")]
@@ -408,8 +429,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pythons_of(given: Sequence[str]) -> dict[str, str]:
-    """PEER=PATH, each -> package of a peer -> its interpreter. Raises ValueError for a peer that no side needs, and for
-    what does not run."""
+    """Parse PEER=PATH arguments; return a peer's package -> its interpreter.
+
+    Raises ValueError for a peer that no side needs, and for an interpreter that does not run."""
     peers = sorted({side.needs for side in SIDES if side.needs})
     found: dict[str, str] = {}
     for each in given:
@@ -425,7 +447,9 @@ def pythons_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def not_writable(folder: Path) -> str:
-    """Why no page can be written there, found out before any work; "" where it can. What is missing is not made yet."""
+    """Return the reason why no page can be written there, or "".
+
+    Checked before any work; creates no folder."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
         return f"{there} is not a folder"
@@ -443,7 +467,7 @@ def _has_a_card() -> bool:
 
 
 def ended() -> int:
-    """`main`, as a shell sees it: a Ctrl-C that comes while no side runs, a second one too, is no traceback."""
+    """Run `main`; Ctrl-C between sides, even a second one, prints no traceback."""
     try:
         return main()
     except KeyboardInterrupt:

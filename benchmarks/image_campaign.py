@@ -1,20 +1,21 @@
-"""A campaign with a known truth: product, brand and lens, alone, stacked and under a ControlNet, in figures and sheets.
+"""A campaign with known true pictures: product, brand and lens, separately, stacked and under a ControlNet.
 
     python benchmarks/image_campaign.py WORK [--base catalogue-sdxl] [--quick] [--json] [--sheets docs/images]
 
-WORK is the folder of `bases/catalogue/build.py` with its judge, which has seen true renders alone. Three adapters are
-trained as `examples/campaign` trains them. Then, over scenes that none of them was shown and three seeds:
+WORK is the folder of `bases/catalogue/build.py` with its judge, which was trained on true renders only. Three
+adapters are trained as in `examples/campaign`. Measured over held-out scenes and three seeds:
 
     likeness  cosine of the judge's features of a picture and of the true picture of the same scene
-    named     share of pictures whose kind the judge says is the one asked for
-    brand     share of the way to the brand's palette: 1 - d(picture, truth) / d(true picture without the brand, truth)
-    lens      the same for what it does: warmth of lights and shadows, dark corners, grain
-    way       in a stack: how far colours have gone from the true picture without an effect to the one with it
-    found     share of OpenMoji's names whose true drawing is among the five nearest to what was drawn, of all
+    named     share of pictures for which the judge names the requested kind
+    brand     share of the distance to the brand's palette: 1 - d(picture, truth) / d(true picture without brand, truth)
+    lens      the same for the lens: warmth of lights and shadows, dark corners, grain
+    way       in a stack: share of the color change between the true pictures without and with the effect
+    found     share of OpenMoji's names whose true drawing is among the five nearest to the generated one, of all
     edges     F1 of the picture's Canny edges against the true picture's, one pixel of tolerance
-    spread    how unlike the colours of one campaign's pictures are; bases/catalogue/measures.py has all of them
+    spread    color differences between pictures of one campaign; bases/catalogue/measures.py has all measures
 
-The bars were written before the first run, but for the measure of brand and lens in a stack (docs/notes/campaign.md).
+The bars were fixed before the first run, except for the measure of brand and lens in a stack
+(docs/notes/campaign.md).
 """
 
 from __future__ import annotations
@@ -73,16 +74,16 @@ def lens_share(pictures: Array, truths: Array, plain: Array) -> float:
 
 
 SHARES = {"brand": brand_share, "lens": lens_share}
-"""Role -> how much of it there is in pictures, from the true pictures with and without it: 1 and 0 there."""
+"""Role -> amount of its effect in pictures, from the true pictures with (1) and without (0) the effect."""
 
 
 def said(scene: Scene) -> str:
-    """What stands over a column: where the product stands, or what another thing is."""
+    """Return a column's title: the product's position, or the other object's name."""
     return scene.surface if scene.kind == campaign.PRODUCT else scene.product()
 
 
 def repeated(truths: Array, pictures: Array) -> Array:
-    """The truths once for each seed that the pictures are of."""
+    """Return the true pictures, repeated for each seed of the generated pictures."""
     return np.concatenate([truths] * (len(pictures) // len(truths)))
 
 
@@ -103,7 +104,7 @@ def main() -> None:
 
 
 class Proof:
-    """One base, its adapters, and what is measured of them."""
+    """One base, its adapters, and their measurements."""
 
     def __init__(self, given: argparse.Namespace, runs: Path) -> None:
         self.given, self.runs, self.began = given, runs / Path(given.base).name, time.perf_counter()
@@ -142,7 +143,7 @@ class Proof:
             self.add(f"training the {role}", {"seconds": time.perf_counter() - started})
         return str(out)
 
-    # -- each alone ----------------------------------------------------------------------------------------------------
+    # -- separate adapters ---------------------------------------------------------------------------------------------
 
     def product(self) -> None:
         truths = self.truths(self.shots)
@@ -164,7 +165,7 @@ class Proof:
         self.bar("product: likeness above another maker's", 0.0, found["the product"]["likeness"] - other)
         self.bar("product: named", 0.8, found["the product"]["named"])
         self.sheet("product", {**rows, "the truth": truths}, self.shots)
-        # Other things stay what they are on the base while the adapter is on.
+        # Other objects keep their looks on the base while the adapter is on.
         prompts, kinds = [campaign.words(s) for s in self.others], [s.kind for s in self.others]
         without, with_it = (self.named(self.drawn(prompts, mix), kinds) for mix in ([], [self.adapters["product"]]))
         self.add("product: other things", {"named on the base": without, "named with the adapter": with_it})
@@ -177,7 +178,7 @@ class Proof:
         self.by_strength("lens")
 
     def by_strength(self, role: str) -> None:
-        """The effect of an adapter by its strength, and whether things are still what they are."""
+        """Measure an adapter's effect by strength, and whether objects are still recognized."""
         truths, plain = self.truths(self.others, **{role: True}), self.truths(self.others)
         prompts = [campaign.words(s, **{role: True}) for s in self.others]
         kinds = [s.kind for s in self.others]
@@ -196,10 +197,10 @@ class Proof:
         asked = [campaign.branded(s) for s in self.others] if role == "brand" else self.others
         self.sheet(role, {**rows, "the truth": truths}, asked)
 
-    # -- together ------------------------------------------------------------------------------------------------------
+    # -- stacked adapters ----------------------------------------------------------------------------------------------
 
     def stack(self) -> None:
-        """Of how far each adapter goes alone, the share that is left in a stack, on the campaign's shots."""
+        """Measure each adapter's remaining effect in a stack, as a share of its separate effect."""
         alone = {}
         for role, place in self.adapters.items():
             asked = {role: True} if role in SHARES else {}
@@ -219,7 +220,7 @@ class Proof:
         self.sheet("stack", {**rows, "the truth": self.truths(self.shots, **ALL)}, self.shots)
 
     def stacks(self) -> dict[str, Mix]:
-        """Ways to stack. The recipe (formats/strengths.py) should be the best of them."""
+        """Return mixes to compare; the recipe (formats/strengths.py) should be the best of them."""
         found: dict[str, Mix] = {"plain sum": list(self.adapters.values())}
         for method in ("orthogonal", "ties"):
             out = self.runs / f"{method}.safetensors"
@@ -232,8 +233,9 @@ class Proof:
         return found | {RECIPE: stacked(self.adapters)}
 
     def effects(self, mix: Mix, **asked: bool) -> dict[str, float]:
-        """What is in pictures of the campaign's shots: of the product how sure the judge is of it; of brand and lens
-        how far colours have gone from the true picture without it to the one with it."""
+        """Measure the effects in pictures of the campaign's scenes.
+
+        Product: the judge's confidence. Brand and lens: share of the color change to the true picture."""
         made, truths = self.drawn(self.words(**asked), mix), self.truths(self.shots, **asked)
         found = {"product": self.product_figures(made, truths)["sure"]}
         for role in asked:
@@ -242,13 +244,13 @@ class Proof:
         return found
 
     def composition(self) -> None:
-        """The lines, or the distances, of the true picture hold the base (of things that it knows) and the stack to its
-        composition, one seed."""
+        """Measure how edges or depth of the true picture control the composition of base and stack, one
+        seed."""
         for label, scenes, mix, asked in (
             ("the base", self.others[: len(self.shots)], [], {}),
             ("the stack", self.shots, stacked(self.adapters), ALL),
         ):
-            # Where a thing stands no caption says: the control picture alone knows.
+            # No caption states an object's position: only the control picture does.
             shots = [replace(s, place=0.12 if i % 2 else -0.12) for i, s in enumerate(scenes)]
             prompts = [campaign.words(s, **asked) for s in shots]
             truths = self.truths(shots, **asked)
@@ -274,7 +276,7 @@ class Proof:
             self.sheet(f"composition-{label.split()[-1]}", {**pictures, "the truth": truths}, shots)
 
     def consistency(self) -> None:
-        """Twelve pictures of one campaign beside each other, and beside the base's with the same words."""
+        """Compare twelve pictures of one campaign with the base's pictures for the same words."""
         truths = self.truths(self.shots, **ALL)
         found = {}
         stack = stacked(self.adapters)
@@ -301,10 +303,10 @@ class Proof:
                 at_least=False,
             )
 
-    # -- a style that is not of our making -----------------------------------------------------------------------------
+    # -- a style of other authors --------------------------------------------------------------------------------------
 
     def openmoji(self) -> None:
-        """A real set's drawings, of things that the base knows from others' drawings alone."""
+        """Train on a real set's drawings of objects that the base knows only in other styles."""
         place, (names, truths) = self.trained("openmoji"), openmoji("held out")
         shown = 8 if self.given.quick else len(names)
         names, truths = names[:shown], truths[:shown]
@@ -323,16 +325,18 @@ class Proof:
         self.sheet("openmoji", {**rows, "OpenMoji": truths}, names)
 
     def found(self, pictures: Array, truths: Array) -> float:
-        """Share of pictures whose own true drawing is among the five that are nearest by the judge's features. The
-        judge has seen neither set; what it reads shapes by is the catalogue."""
+        """Return the share of pictures whose true drawing is among the five nearest by the judge's features.
+
+        The judge was trained on the catalogue and has seen neither set."""
         near = (judge(self.judge, pictures).features @ judge(self.judge, truths).features.T).topk(5, 1).indices
         return float(np.mean([i % len(truths) in row for i, row in enumerate(near.tolist())]))
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def drawn(self, prompts: Sequence[str], mix: Mix = (), *, seeds: Sequence[int] = ()) -> Array:
-        """(seeds · prompts, 128, 128, 3): all prompts with the first seed, then with the next. Several parts look at
-        the same pictures, which are kept."""
+        """Return (seeds · prompts, 128, 128, 3): all prompts with the first seed, then with the next.
+
+        Results are cached, because several parts use the same pictures."""
         key = (tuple(prompts), tuple(mix), tuple(seeds))
         if key not in self.kept:
             options: dict[str, Any] = {"adapters": mix, "batch_size": 16, "guidance": self.guidance}
@@ -344,7 +348,7 @@ class Proof:
         return self.kept[key]
 
     def seeds_of(self, prompts: Sequence[str], seed: int) -> list[int]:
-        """Another noise for each scene, as prompts of one campaign may be alike; the same under every mix."""
+        """Return seeds: different noise per scene, because prompts can be equal; the same under every mix."""
         return [1000 * seed + i for i in range(len(prompts))]
 
     def words(self, **asked: bool) -> list[str]:
@@ -378,7 +382,7 @@ class Proof:
         self.bars.append(bar(name, want, got, at_least))
 
     def sheet(self, name: str, rows: dict[str, Array], shown: Sequence[Scene] | Sequence[str]) -> None:
-        """`shown`: the scenes, or what stands over the columns."""
+        """Write a sheet. `shown`: the scenes, or the columns' titles."""
         if not self.given.sheets:
             return
         columns = [s if isinstance(s, str) else s.view if name == "stack" else said(s) for s in shown[:8]]

@@ -1,14 +1,14 @@
-"""Training an image adapter: veneer beside diffusers + PEFT, the same latents, noise and timesteps, in one run.
+"""Training an image adapter: veneer against diffusers + PEFT, equal latents, noise and timesteps, in one run.
 
     python benchmarks/image_training.py [--quick] [--rounds 3] [--json] [--only NAME]
 
-The peer is written as diffusers' train_dreambooth_lora scripts do it: a frozen denoiser, PEFT's layers on q, k, v and
-out of every attention, rank 16, AdamW (weight decay 1e-4), gradients clipped at 1, latents and text cached before. It
-runs in both of the script's ways, everything in float32 (its default) and mixed_precision="bf16" (base in bfloat16,
-adapter in float32, forward under autocast); the faster one counts. Bases: _image_bases.py.
+The peer follows diffusers' train_dreambooth_lora scripts: a frozen denoiser, PEFT's layers on q, k, v and out
+of every attention, rank 16, AdamW (weight decay 1e-4), gradients clipped at 1, latents and text cached. Both
+of the script's modes run: float32 (its default), and mixed_precision="bf16" (base in bfloat16, adapter in
+float32, autocast); the faster one counts. Bases: _image_bases.py.
 
-Each side is a process of its own with one thread, one after another, in rounds; the shortest step counts, in seconds of
-the processor: what else the machine does adds to a step and never takes away. Losses are held against those of float32.
+Each side is a process with one thread, one after another, in rounds. The shortest step counts, in processor
+time, because other load only adds to it. Losses are compared with those of float32.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ ROWS = {
 
 
 def workload(name: str, steps: int, dtype: Any) -> list[tuple[Any, Any, Any]]:
-    """(inputs with noisy latents, timesteps, target) of every step, made in float32 and cast: flow for FLUX,
-    epsilon at ᾱ = cos²(πt/2) for SDXL."""
+    """Return (inputs with noisy latents, timesteps, target) of every step, made in float32 and cast.
+
+    Flow matching for FLUX, epsilon at ᾱ = cos²(πt/2) for SDXL."""
     import torch
 
     g = torch.Generator().manual_seed(0)

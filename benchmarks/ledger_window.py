@@ -1,9 +1,9 @@
-"""What the ledger's upkeep costs at ten million requests: the windows of limits, usage, posting and pruning.
+"""Cost of the ledger's maintenance at ten million requests: windows of limits, usage, posting and pruning.
 
     python benchmarks/ledger_window.py [--rows 10000000] [--at postgresql://…]
 
-Lines of one day, 100 tenants and 10 adapters, put in by plain SQL with the sums and slots that posting keeps beside
-them; then the questions that a server asks of them, beside what they cost when they were added up from the lines.
+Inserts rows of one day, 100 tenants and 10 adapters by plain SQL, with the sums and slots that posting
+maintains; then runs a server's queries, and the same queries computed from the rows.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def timed(work: Callable[[], Any], times: int = 5) -> str:
 
 
 def from_lines(store: Store) -> list[Any]:
-    """The window of a day as it was added up before."""
+    """Return the window of a day, summed from the rows."""
     slot = cast(line_table.c.opened / 1440, Integer)
     query = (
         select(

@@ -1,11 +1,11 @@
-"""A library of 10,000 adapters: list, search and resolve, on SQLite and, where a server is given, on PostgreSQL.
+"""A library of 10,000 adapters: list, search and resolve, on SQLite and optionally PostgreSQL.
 
     python benchmarks/library.py [--quick] [--adapters 10000] [--postgresql URL] [--json]
 
-Adapters are small files with cards as an image library has them; what is timed is the index and the links.
-Each query is new: other words, other names. The times are of one process on an open library: p50, p95, and the mean of
-its own processor time, which says more on a busy machine. The first 200 adapters are added one by one and timed; the
-rows of the rest go in at once, then the tables are analysed. --quick: 500 adapters. PostgreSQL's database (or schema)
+Adapters are small files with cards as in an image library; index and links are timed. Each query uses new
+words and names. Times are of one process on an open library: p50, p95, and mean processor time, which is more
+meaningful on a busy machine. The first 200 adapters are added one by one and timed; the rows of the others
+are inserted at once, then the tables are analyzed. --quick: 500 adapters. PostgreSQL's database (or schema)
 must be empty.
 """
 
@@ -55,7 +55,7 @@ def name(n: int) -> str:
 
 
 def fill(library: Library, count: int, work: Path) -> float:
-    """Returns adds a second, of the first ones, each as a user does it."""
+    """Fill the library; return adds per second of the first adapters, added as a user adds them."""
     path, start = work / "a.safetensors", time.perf_counter()
     for n in range(ADDED):
         data, told = made(n)
@@ -79,7 +79,7 @@ def fill(library: Library, count: int, work: Path) -> float:
             row = {"name": name(n), "version": 1, "entry": entry, "added": "2026-01-01T00:00:00Z", "source": ""}
             ix.many(c, ix.versions, [row])
             ix.many(c, ix.tags, [{"name": name(n), "version": 1, "tag": t} for t in tags(n)])
-    with library.engine.begin() as c:  # a server does this by itself a minute later
+    with library.engine.begin() as c:  # a server does this itself a minute later
         c.exec_driver_sql("ANALYZE")
     return rate
 
@@ -94,7 +94,7 @@ def tags(n: int) -> list[str]:
 
 
 def timed(act: Callable[[int], Any], times: int) -> tuple[float, float, float]:
-    """(p50, p95, mean processor time) in milliseconds."""
+    """Return (p50, p95, mean processor time) in milliseconds."""
     act(0)
     taken, own = [], time.process_time()
     for n in range(times):

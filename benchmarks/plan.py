@@ -1,14 +1,14 @@
-"""What `veneer plan` predicts beside what runs take: peak memory and seconds a step, over a grid, in one go.
+"""Predictions of `veneer plan` against real runs: peak memory and seconds per step, over a grid.
 
     python benchmarks/plan.py [--quick] [--json] [--only PART] [--memory]
 
-Each run in a process of its own, one after another: random weights of real architectures, real training steps on the
-fast paths, AdamW. Measured: the process's peak resident memory, and the shortest step after the first. `--memory`:
-leaves time out of the bars, for a machine that does other things meanwhile.
+Each run is a process, one after another: random weights of real architectures, real training steps on the
+fast paths, AdamW. Measured: the process's peak resident memory, and the shortest step after the first.
+`--memory` leaves time out of the bars, for a machine with other load.
 
-The text bases are Llamas of several widths and depths and the shape of SmolLM2-135M; `about` stands before the mean of
-rows of unlike lengths, others in each of sixteen steps. The image bases are catalogue-sdxl and catalogue-flux, at
-several batches and sizes.
+The text bases are Llamas of several widths and depths and SmolLM2-135M's shape. `about` precedes the mean
+length of rows with different lengths, which change in each of sixteen steps. The image bases are
+catalogue-sdxl and catalogue-flux, at several batch and picture sizes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from _report import bar, lines_of, peak_bytes, report, row
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY, TIME = 0.10, 0.70
 SCALE = 8
-"""Pixels of a latent's side, of the VAE that both catalogue bases have."""
+"""Pixels per side of a latent position, in the VAE of both catalogue bases."""
 
 WIDTHS = {
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -47,8 +47,9 @@ WIDTHS = {
 
 
 def text(base: str, rows: int, length: int, rank: int = 16, trained: float = 0.25, **more: Any) -> dict[str, Any]:
-    """`more`: dtype, checkpointing, quantize, dora, dropout, init; `unlike`: rows of other lengths in each step, of
-    which `length` is the mean."""
+    """Return a run. `more`: dtype, checkpointing, quantize, dora, dropout, init.
+
+    `unlike`: rows have different lengths with mean `length`, new ones in each step."""
     return {"kind": "text", "base": base, "rows": rows, "length": length, "rank": rank, "trained": trained, **more}
 
 
@@ -94,7 +95,9 @@ def name_of(run: dict[str, Any]) -> str:
 
 
 def lengths_of(run: dict[str, Any], step: int = 0) -> list[int]:
-    """Tokens of each row. Unlike ones come in pairs whose sum is the same; the first step's are the furthest apart."""
+    """Return the tokens of each row.
+
+    Different lengths come in pairs of equal sum; the first step's differ most."""
     rows, length = run["rows"], run["length"]
     if not run.get("unlike"):
         return [length] * rows
@@ -109,7 +112,7 @@ def spec_of(run: dict[str, Any]) -> Any:
     return LoraSpec(**{key: run[key] for key in ("rank", "dora", "dropout", "init") if key in run})
 
 
-# -- a run, in a process of its own ------------------------------------------------------------------------------------
+# -- a run, in its own process -----------------------------------------------------------------------------------------
 
 
 def measure(run: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantized(config: Any, kind: str) -> Any:
-    """Read from a checkpoint that another process has written: the weights in full were never in this one."""
+    """Load from a checkpoint that another process wrote, so that this one never had the full weights."""
     import torch
 
     from veneer.files.weights import tensor_table
@@ -238,11 +241,11 @@ def in_process(argument: list[str]) -> dict[str, Any]:
     return found
 
 
-# -- what is predicted -------------------------------------------------------------------------------------------------
+# -- prediction --------------------------------------------------------------------------------------------------------
 
 
 def predicted(run: dict[str, Any]) -> tuple[int, float]:
-    """(peak bytes, seconds a step)."""
+    """Return the predicted (peak bytes, seconds per step)."""
     from veneer.plan.image import ImageLoad, image_counts
     from veneer.plan.memory import Load, run_memory, text_counts
     from veneer.plan.shape import text_shape
@@ -307,7 +310,7 @@ def compare(runs: list[dict[str, Any]], say: Callable[[str], None], memory_alone
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """The grid as a Markdown table, one run a line, for docs/reference/plan-accuracy.md."""
+    """Yield the grid as a Markdown table, one line per run, for docs/reference/plan-accuracy.md."""
     by_name: dict[str, dict[str, float]] = {}
     for r in result["rows"]:
         by_name.setdefault(r["name"], {})[r["metric"]] = r["value"]

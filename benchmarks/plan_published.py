@@ -1,10 +1,10 @@
-"""What others published about memory, beside what `veneer plan` says of a veneer run of the same kind.
+"""Published memory figures against `veneer plan` for a comparable veneer run.
 
     python benchmarks/plan_published.py [--markdown] [--json]
 
-Nothing runs: each row is arithmetic, with the assumptions that a source leaves open written out. A plan is of veneer's
-own step: where a source keeps whole logits, adapters in 16 bits or optimizer states in 8, its figure differs by that,
-and the remark says so. "Agrees" is within a fifth, or below a stated limit.
+Nothing runs: each row is arithmetic, with stated assumptions if the source leaves them open. A plan describes
+veneer's own step: if a source keeps full logits, 16-bit adapters or 8-bit optimizer states, its figure
+differs by these, as the remark says. "Agrees" means within a fifth, or below a stated limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CARD = device_named("a100-80gb")
 
 @dataclass(frozen=True)
 class Figure:
-    """`published`, `planned`: GB (10^9). `limit`: what is published is a memory that it fits in."""
+    """Figures in GB (10^9). `limit`: the published figure is a memory size that the run fits in."""
 
     source: str
     what: str

@@ -1,13 +1,12 @@
-"""Reinforcement: veneer beside TRL's GRPOTrainer, the same base, rewards, settings and seeds, in one run.
+"""Reinforcement: veneer against TRL's GRPOTrainer, equal base, rewards, settings and seeds, in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/reinforcement.py [--steps 15] [--seeds 0,1,2] [--dtype bfloat16]
                                                          [--only veneer] [--json]
 
-Each side and seed is a process of its own, one after another and never two at once; it prints one JSON object: the mean
-reward by step, tokens drawn a second after the first step, by the clock and by the processor's seconds, which other
-work on the machine changes less, and the process's peak memory. The task needs no data, and one answer in four has a
-reward at its beginning: prompts ask for a question about something, the reward is whether there is one within MOST
-tokens.
+Each side and seed is a process, one after another. A process prints one JSON object: mean reward per step,
+sampled tokens per second after the first step (wall clock and processor time, which other load changes less),
+and peak memory. The task needs no data, and at the start one completion in four has a reward: prompts ask for
+a question about a topic, and the reward is whether the completion contains one within MOST tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def now() -> tuple[float, float]:
 
 
 def speeds(tokens: list[float], ends: list[tuple[float, float]]) -> dict[str, float]:
-    """Of the steps after the first. tokens: drawn in each; ends: when each ended."""
+    """Return rates of the steps after the first. tokens: sampled per step; ends: end times of the steps."""
     clock, processor = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
     drawn = sum(tokens[1:])
     return {

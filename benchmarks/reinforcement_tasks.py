@@ -1,16 +1,16 @@
-"""Does reinforcement bring SmolLM2-135M anything? The runs of examples/reinforcement, several seeds each.
+"""Gains of reinforcement for SmolLM2-135M: the runs of examples/reinforcement, several seeds each.
 
     python benchmarks/reinforcement_tasks.py [TASK …] [--seeds 0,1,2] [--folder runs/reinforcement]
                                              [--charts docs/images] [--set KEY=VALUE …] [--json]
 
-    tickets          right answers, from the supervised adapter (examples/tickets/config.yaml, made first)
-    tickets-format   JSON with the three keys and nothing beside it, from the base
+    tickets          correct answers, from the supervised adapter (examples/tickets/config.yaml, trained first)
+    tickets-format   JSON with exactly the three keys, from the base
     chain-sum, products two tasks of reasoning-gym, from the base (pip install 'veneer[reasoning-gym]')
 
-Printed are the mean rewards of held-out prompts, answered greedily, before the first step and at the last evaluation,
-of tickets also the share of tickets in test.jsonl with all three fields right, and what the adapter of the first seed
-answers to two held-out prompts by step. `--charts`: an SVG for each task, the reward of each step's draws and of
-held-out prompts. What the folder has is not trained again, and a run that was stopped goes on.
+Prints mean rewards of greedy completions for held-out prompts, before the first step and at the last
+evaluation; for tickets also the share of test.jsonl with all three fields right, and the completions of the
+first seed's adapter for two held-out prompts by step. `--charts`: an SVG per task with rewards of each step's
+samples and of held-out prompts. Existing results in the folder are reused, and interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _trained(task: str, seed: int, folder: Path, base: Any, settings: list[str]) -> Path:
-    """The run's folder. Every checkpoint of an evaluation is kept, for `_answers`."""
+    """Train unless done; return the run's folder. Every evaluated checkpoint is kept, for `_answers`."""
     out = folder / f"{task}-{seed}"
     if not (out / "adapter_config.json").is_file():
         start = [f"adapter.start={place}" for place in _begins(task, folder)]
@@ -89,7 +89,7 @@ def _trained(task: str, seed: int, folder: Path, base: Any, settings: list[str])
 
 
 def _begins(task: str, folder: Path) -> list[str]:
-    """The adapter that the task's runs go on from, if any."""
+    """Return the adapter from which the task's runs start, if any."""
     return [str(folder / "supervised")] if task == "tickets" else []
 
 
@@ -117,7 +117,9 @@ def _spread(name: str, metric: str, values: list[float]) -> Iterator[dict[str, A
 
 
 def _curves(task: str, runs: list[Path]) -> str:
-    """Thin: each seed's reward of a step's draws. Thick: the mean of the seeds. Dots: held-out prompts, greedily."""
+    """Draw rewards.
+
+    Thin: each seed's samples per step. Thick: mean of the seeds. Dots: held-out prompts, greedily."""
     logs = [read_log(run / "log.jsonl") for run in runs]
     drawn = [{r["step"]: r["extra"]["reward"] for r in log if r["event"] == "stepped"} for log in logs]
     asked = [{r["step"]: r["extra"]["reward"] for r in log if r["event"] == "evaluated"} for log in logs]
@@ -135,7 +137,8 @@ def _mean(curves: list[dict[int, float]]) -> list[tuple[float, float]]:
 
 
 def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
-    """Lines of a table: what two prompts are answered at each checkpoint. Of reasoning-gym ones of another seed."""
+    """Yield table lines: completions of two prompts at each checkpoint; for reasoning-gym, prompts of another
+    seed."""
     source = json.loads((run / "log.jsonl").read_text(encoding="utf-8").partition("\n")[0])["settings"]["data.train"]
     own = str(FORM if task == "tickets-format" else TICKETS)
     data = f"{source}&seed=99" if source.startswith("reasoning-gym:") else own
@@ -149,7 +152,7 @@ def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
 
 
 def _line(answer: str) -> str:
-    """As it stands in a cell of a table."""
+    """Return the completion as text for a table cell."""
     return answer.replace("\n", "↵").replace("|", "¦")
 
 

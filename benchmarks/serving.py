@@ -1,13 +1,14 @@
-"""Serving: generated tokens per second with and without adapters, beside vLLM, PEFT and transformers.
+"""Serving: generated tokens per second with and without adapters, against vLLM, PEFT and transformers.
 
     python benchmarks/serving.py [--quick] [--rounds 2] [--peers vllm,peft,transformers] [--vllm-python PATH] [--json]
-    python benchmarks/serving.py --large [--quick] [--rounds 2] [--json]      a Llama of 1B with random weights, alone
+    python benchmarks/serving.py --large [--quick] [--rounds 2] [--json]      a 1B Llama with random weights, no peers
 
-smollm2-135m in bfloat16; 32 requests of 64 prompt and 64 generated tokens, greedy, ends ignored; adapters of rank 16 on
-all seven projections, request i under adapter i modulo their number. Every side is a process of its own with all cores,
-one after another in each round; the best round of each counts. veneer's side is the embedded engine as `veneer serve`
-runs it, without HTTP. Further, of veneer alone: a thousand adapters of rank 8 on q and v under Zipf's law beside eight
-of the same kind; sixteen active adapters in room for eight; one request alone; cold loads.
+smollm2-135m in bfloat16; 32 requests of 64 prompt and 64 generated tokens, greedy, end tokens ignored;
+adapters of rank 16 on all seven projections, request i with adapter i modulo their number. Each side is a
+process with all cores, one after another in each round; the best round counts. veneer's side is the embedded
+engine of `veneer serve`, without HTTP. For veneer also: a thousand rank-8 adapters on q and v under Zipf's
+law against eight of the same kind; sixteen active adapters with memory for eight; a single request; cold
+loads.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def some_adapter(base: Any, seed: int, rank: int = 16, targets: Any = "all-linea
 
 
 def token_times(engine: Any, mixes: Sequence[Any], new: int) -> list[list[float]]:
-    """A request under each mix, all at once, with nothing of them in the cache: when each token came, in seconds from
-    the start."""
+    """Run a request per mix concurrently with an empty cache; return the times of each token since the
+    start."""
     from veneer.serve.request import Finished, Request, Sampling, Token
 
     async def answer(prompt: tuple[int, ...], mix: Any) -> list[float]:
@@ -135,7 +136,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
         few = [((d, 1.0),) for d in dice.choices(thousand[:8], weights[:8], k=requests)]
         run(engine, few[:8], 4)
         out["8 of rank 8"] = best(engine, few)
-        for digest in thousand:  # registered: read and ready, as far as memory goes
+        for digest in thousand:  # load and prepare as many as memory allows
             engine.residents.load(digest, shelf[digest])
         out["1,000 of rank 8, Zipf"] = best(engine, zipf)
 
@@ -160,7 +161,8 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
 
 
 def side_large(work: Path, quick: bool) -> dict[str, Any]:
-    """Tokens per second of a base of 1B, where eight adapters of rank 16 are a much smaller share of its bytes."""
+    """Measure tokens per second of a 1B base, in which eight rank-16 adapters are a smaller share of the
+    bytes."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -181,7 +183,7 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
     n, new = (4, 4) if quick else (REQUESTS, 32)
 
     def speed(engine: TextEngine, mixes: Sequence[Any]) -> float:
-        """Tokens per second from the moment when all rows decode: prompts, which are all product, are left out."""
+        """Return tokens per second from the moment at which all rows decode, without the prompts."""
         times = token_times(engine, mixes, new)
         start, end = max(t[0] for t in times), min(t[-1] for t in times)
         return sum(start < at <= end for t in times for at in t) / (end - start)
@@ -208,7 +210,7 @@ def thin_bytes(base: Any, adapter: Any) -> int:
 
 
 def floors(engine: Any) -> dict[str, float]:
-    """Tokens per second if a step were its products with plain weights alone, by rows."""
+    """Return tokens per second of a step that consists of its plain products only, by number of rows."""
     import torch
 
     weights = [w.detach() for g in engine.runner.layout.groups for w in map(g.weight, range(len(g.modules)))]
@@ -227,7 +229,7 @@ def floors(engine: Any) -> dict[str, float]:
 
 
 def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
-    """Milliseconds from asking for an adapter to its being ready: its file read, and from what was read."""
+    """Return milliseconds from a request until its adapter is ready: with reading its file, and without."""
     from veneer.formats import peft
     from veneer.serve.forward.runner import Runner
 
@@ -257,7 +259,7 @@ def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
 
 
 def export(work: Path) -> None:
-    """The base and eight adapters as folders that everybody reads."""
+    """Write the base and eight adapters as folders that all sides read."""
     from veneer.formats import peft
     from veneer.models.text.base import load_text
 
@@ -303,7 +305,7 @@ def side_peft(work: Path, quick: bool) -> dict[str, Any]:
 
 
 def side_continuous(work: Path, quick: bool) -> dict[str, Any]:
-    """transformers' own continuous batching: no adapters."""
+    """Measure transformers' own continuous batching, without adapters."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 

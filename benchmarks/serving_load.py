@@ -1,16 +1,16 @@
-"""Serving under load: a second process asks a `veneer serve` over HTTP, at several rates.
+"""Serving under load: a second process sends requests to `veneer serve` over HTTP, at several rates.
 
     python benchmarks/serving_load.py [--rates 1,2,4,8] [--requests 80] [--quick] [--json]
     python benchmarks/serving_load.py --url http://host:8000 [--key KEY] …
 
-Requests arrive as a Poisson process of each rate, from one seed: the same times, prompts and adapters in every run.
-Prompts are of 16, 64 and 256 words, answers of 16, 32 and 64 tokens, greedy, ends ignored; each request names one of
-eight adapters of rank 16, or the base. Nobody waits for an answer before the next request goes out, so a server that is
-too slow shows it in its times. Told are answered requests and tokens per second from the first request to the last
-token, the time to the first token and between tokens as the client sees them, and errors, of which there must be none.
+Requests arrive as a Poisson process of each rate, from one seed: equal times, prompts and adapters in every
+run. Prompts have 16, 64 and 256 words, completions 16, 32 and 64 tokens, greedy, end tokens ignored; each
+request names one of eight rank-16 adapters or the base. Requests do not wait for earlier responses, so a slow
+server shows in its times. Reports completed requests and tokens per second from the first request to the last
+token, the times to the first token and between tokens at the client, and errors, which must be zero.
 
-Without --url it makes the adapters and starts a server of its own on smollm2-135m (--quick: a tiny base); with it, the
-server's own models are asked, in turn.
+Without --url it creates adapters and starts a server on smollm2-135m (--quick: a tiny base); with --url it
+uses that server's models in turn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ TEXT = "the door lock of a hall does not open since noon and we wait for your an
 
 
 def make_base(work: Path, quick: bool) -> str:
-    """The base's name for `--base`. A tiny one is a llama of two layers with random weights and one token a byte."""
+    """Return the base for `--base`.
+
+    A tiny one is a two-layer llama with random weights and one token per byte."""
     if not quick:
         return "smollm2-135m"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -138,7 +140,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: when, in seconds from the start, and what."""
+    """One request: its time in seconds from the start, and its content."""
 
     at: float
     body: dict[str, Any]
@@ -146,7 +148,7 @@ class Asked:
 
 @dataclass
 class Seen:
-    """What its client saw. `times`: of the first token and of each later piece of text."""
+    """A client's record. `times`: of the first token and of each later piece of text."""
 
     start: float = 0.0
     times: list[float] = field(default_factory=list)
@@ -207,14 +209,14 @@ async def load(url: str, key: str, rate: float, n: int, models: Sequence[str], s
 
 
 def models_of(url: str, key: str) -> list[str]:
-    """The base and its adapters, as the server lists them."""
+    """Return the base and its adapters, as listed by the server."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=60)
     answer.raise_for_status()
     return [model["id"] for model in answer.json()["data"]]
 
 
-# -- what is told ------------------------------------------------------------------------------------------------------
+# -- report ------------------------------------------------------------------------------------------------------------
 
 
 def at(values: Sequence[float], share: float) -> float:

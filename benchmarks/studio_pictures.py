@@ -1,11 +1,11 @@
-"""Screenshots of every view of the Studio, light and dark, wide and narrow, and a strip of a newcomer's path from an
-empty library to a canary.
+"""Screenshots of every view of the Studio, light and dark, wide and narrow, and a strip of a newcomer's path
+from an empty library to a canary.
 
     python benchmarks/studio_pictures.py docs/images
 
-Takes about half an hour on two cores: trains the quickstart's tickets and an image style. What `--home` holds already
-is not made again, so that one more screenshot is quick: `--views live`. Writes studio/library-light-1280.webp and
-so on, and studio-strip.webp."""
+Takes about half an hour on two cores: trains the quickstart's tickets and an image style. Existing results in
+`--home` are reused, so that one more screenshot is quick: `--views live`. Writes
+studio/library-light-1280.webp and so on, and studio-strip.webp."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ STYLE = (
     f"samples.prompts={json.dumps([PROMPT.format(thing) for thing in ('vase', 'camera')])}",
     "output=runs/ink",
 )
-"""Settings of the style's run; the loss is as docs/how-to/train-images.md has it."""
+"""Settings of the style's run, with the loss of docs/how-to/train-images.md."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Home:
-    """A home of its own with a working directory, so that no screenshot has a path of this machine."""
+    """A separate home and working directory, so that no screenshot shows a path of this machine."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.work = home, home / "veneer"

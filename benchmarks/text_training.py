@@ -1,15 +1,16 @@
-"""Training a text adapter: veneer beside PEFT + transformers and TRL, the same data, in one run.
+"""Training a text adapter: veneer against PEFT + transformers and TRL, the same data, in one run.
 
     python benchmarks/text_training.py [--quick] [--rounds 3] [--json]    speed, memory, loss curves, share of the floor
-    python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA; real bases by themselves
+    python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA; real bases without peers
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
-Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed
-drifts does so for all. All start from the same adapter and see the same tokens. A side prints one JSON object.
+Each side is a process, one after another, in rounds, so that a drifting machine affects all sides. All start
+from the same adapter and use the same tokens. A side prints one JSON object.
 
-Speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, rows of 512 tokens in steps of 4, the last quarter of
-each row trained, AdamW. The floor is arithmetic: 4 · parameters · tokens (forward 2, gradient of the input 2; frozen
-weights get none) at the rate that bfloat16 products of the model's own shapes reach in the same round, median.
+Speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, rows of 512 tokens in steps of 4, the last
+    quarter of
+each row trained, AdamW. The floor is arithmetic: 4 · parameters · tokens (forward 2, gradient of the input 2;
+frozen weights get none) at the median rate of bfloat16 products of the model's own shapes in the same round.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def write_workload(work: Path, steps: int, kind: str = "plain") -> None:
-    """The base, a first adapter in PEFT's format, and the steps' tokens, for every side to read."""
+    """Write the base, an initial adapter in PEFT's format, and the steps' tokens, for all sides."""
     import torch
 
     import veneer
@@ -85,7 +86,7 @@ def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
 
 
 def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[str, Any]:
-    """`quantize`, `keep`: as `load_text` and `fast` have them."""
+    """Measure veneer. `quantize`, `keep`: as in `load_text` and `fast`."""
     import torch
 
     import veneer
@@ -115,7 +116,8 @@ def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[
 
 
 def side_peft(work: Path, mode: str) -> dict[str, Any]:
-    """PEFT and transformers with a loop by hand. mode: bf16, fp32-autocast, bf16-checkpointing, nf4."""
+    """Measure PEFT and transformers with a hand-written loop. mode: bf16, fp32-autocast, bf16-checkpointing,
+    nf4."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -154,7 +156,7 @@ def side_peft(work: Path, mode: str) -> dict[str, Any]:
 
 
 def side_trl(work: Path) -> dict[str, Any]:
-    """TRL's SFTTrainer as it comes: only the recipe is set, everything else is its default."""
+    """Measure TRL's SFTTrainer with its defaults; only the recipe is set."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -205,7 +207,8 @@ def side_trl(work: Path) -> dict[str, Any]:
 
 
 def side_floor(work: Path) -> dict[str, Any]:
-    """The rate of bfloat16 products of the model's own shapes, both ways, over as many weights as it has layers."""
+    """Measure bfloat16 products of the model's own shapes, forward and backward, over as many weights as it
+    has layers."""
     import torch
     from transformers import AutoConfig
 
@@ -299,7 +302,8 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
     ]
     if "trl as it comes" in timed:
         bars.append(bar("tokens/s over TRL as it comes", 3.0, mine / middle("trl as it comes", "tokens_per_second")))
-    # Two PEFT runs that differ in rounding alone (bf16 base; fp32 base under autocast) say how far curves may part.
+    # Two PEFT runs that differ by rounding only (bf16 base; fp32 base under autocast) bound the curves'
+    # difference.
     apart = max(abs(a - b) for a, b in zip(curves["veneer"], curves["peft bf16"], strict=True))
     spread = max(abs(a - b) for a, b in zip(curves["peft bf16"], curves["peft fp32 under bf16 autocast"], strict=True))
     bars.append(bar(f"furthest loss from PEFT bf16's (PEFT's own two modes: {spread:.4f})", 0.02, apart, False))
@@ -307,7 +311,7 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
 
 
 def kinds(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Adapters that are more than one product: what each costs beside the plain one, here and in PEFT."""
+    """Measure adapters with more than one product: their cost relative to a plain one, in veneer and PEFT."""
     rows, bars = [], []
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
@@ -368,7 +372,8 @@ def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> 
 
 
 def banking_peft(folder: Path, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
-    """The same recipe with PEFT and transformers, tuned by hand: padded to the longest row of each batch."""
+    """Train the same recipe with PEFT and transformers, tuned by hand: padded to the longest row of each
+    batch."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer

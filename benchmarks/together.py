@@ -1,11 +1,11 @@
-"""Many customers' adapters: in one pass of the base, beside one run after another.
+"""Many customers' adapters: trained in one pass of the base, against one run after another.
 
     python benchmarks/together.py [--customers 8] [--rows 1] [--tokens 128] [--steps 12] [--rounds 3] [--json]
 
-Real runs of `run_texts` and `run_text` on SmolLM2-135M in bfloat16, each side a process of its own: rank 16 on all
-linear layers, AdamW, answers learned, prompts cut to a row's length. A side's time is from the end of its first step to
-the end of its last but one, of each run for those that come after another: loading, checks, files and proofs are
-outside of it, whatever a step is made of is within. Peak memory is of the whole process; one run's stands beside both.
+Real runs of `run_texts` and `run_text` on SmolLM2-135M in bfloat16, each side in a process: rank 16 on all
+linear layers, AdamW, answers trained, prompts truncated to a row's length. A side's time is from the end of
+its first step to the end of its second-last step, summed over separate runs: loading, checks, files and
+verification are excluded. Peak memory is the process's; the figure of a single run is printed too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SIDES = ("together", "one after another", "one run")
 
 
 def write_rows(folder: Path, args: argparse.Namespace) -> None:
-    """A file for each customer: tickets of the examples with others before them, so that prompts are longer than a row
-    and are cut to it."""
+    """Write a file per customer: example tickets preceded by others, so that prompts exceed a row and are
+    truncated."""
     lines = (ROOT / "examples" / "tickets" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     asked, answers = zip(*([m["content"] for m in json.loads(line)["messages"][-2:]] for line in lines), strict=True)
     need = args.rows * args.steps
@@ -65,7 +65,7 @@ def config(folder: Path, customer: int, args: argparse.Namespace) -> Any:
 
 
 def side(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of all of a side's runs, and the process' peak."""
+    """Return tokens per second over all of a side's runs, and the process's peak memory."""
     from veneer import load_base
     from veneer.errors import VeneerError
     from veneer.train.events import Event, Note, Stepped
@@ -81,7 +81,7 @@ def side(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     def heard(event: Event) -> None:
         nonlocal tokens
         if isinstance(event, Stepped):
-            ends[event.step] = time.perf_counter()  # of several runs' the last one's
+            ends[event.step] = time.perf_counter()  # of several runs, the last one's time
             tokens += event.tokens if 1 < event.step < args.steps else 0
         if isinstance(event, Note):
             notes.append(event.text)

@@ -26,7 +26,7 @@ FROM = "https://api.openai.com/v1"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the script; return 1 if any job could not be copied, else 0."""
+    """Run the script; return 1 if any job could not be copied, otherwise 0."""
     asked = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     asked.add_argument("--to", required=True, help="the server's address, with /v1")
     asked.add_argument("--from", dest="source", default=os.environ.get("OPENAI_BASE_URL", FROM), help="where they are")

@@ -91,7 +91,7 @@ def line(text: str) -> None:
 
 
 class Watch:
-    """Shows progress: a bar on a terminal, else a line per 10 %."""
+    """Shows progress: a bar on a terminal, otherwise a line per 10 %."""
 
     def __init__(self) -> None:
         columns = [TextColumn("   {task.description}"), BarColumn(36), TextColumn("{task.percentage:3.0f}%")]

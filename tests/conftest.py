@@ -36,11 +36,11 @@ settings.register_profile("fresh", max_examples=60, deadline=None)
 
 _STARTING = ("subprocess", "Forked", "attack.harness")
 _PROCESSES = 40
-"""Tests that starting processes in a file counts as, for the order of files."""
+"""Number of tests that starting processes counts as, for the order of files."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would order by the numbers of tests
+    if hasattr(config.option, "loadscopereorder"):  # otherwise pytest-xdist would order files by their number of tests
         config.option.loadscopereorder = False
 
 
@@ -74,8 +74,8 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _own_home(_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Give each file a veneer home, so that files do not affect each other.
 
-    Freezes the objects that are alive when a file begins: a run collects at its end, which would walk thousands of
-    modules."""
+    Freezes the objects that are alive when a file begins: a run collects at its end, which would walk
+    thousands of modules."""
     gc.collect()
     gc.freeze()
     home = home_with_kernels(tmp_path_factory.mktemp("veneer-home"))

@@ -1,9 +1,12 @@
 """A tiny random model of every supported family, from its real config class.
 
-Each builder is deterministic: float32, eval mode, two layers, vocabulary `VOCAB`, at most 64 wide. Weights have a wider
-range than in the families' own initialization, so that every module affects the output, and the statistics of real
-models: norms unlike one, a few channels of norms and embeddings far larger than the rest, tied embeddings if the
-family ties them. `large_norms` goes as far as Gemma 3. Families with two kinds of layers have one layer of each.
+Each builder is deterministic: float32, eval mode, two layers, vocabulary `VOCAB`, at most 64 wide. Weights
+have a wider range than in the families' own initialization, so that every module affects the output, and the
+statistics of real
+models: norms unlike one, a few channels of norms and embeddings far larger than the rest, tied embeddings if
+    the
+family ties them. `large_norms` goes as far as Gemma 3. Families with two kinds of layers have one layer of
+each.
 
 FAMILIES take every fast path; OTHERS take some fast paths or none."""
 
@@ -53,7 +56,8 @@ COMMON: dict[str, Any] = {
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return the causal language model of a configuration with seeded weights; keep the global random state."""
+    """Return the causal language model of a configuration with seeded weights; keep the global random
+    state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -69,7 +73,8 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def large_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """Set every norm of a hidden state to Gemma 3 270M's range: w around 30, 450 in a few channels, -0.9 in others."""
+    """Set every norm of a hidden state to Gemma 3 270M's range: w around 30, 450 in a few channels, -0.9 in
+    others."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -96,8 +101,8 @@ gemma3 = _family(Gemma3TextConfig, **_GEMMA)
 
 
 def gemma4(**changes: Any) -> PreTrainedModel:
-    """Two kinds of layers, heads of two sizes, and an embedding per layer; layers 2 and 3 reuse the keys and values of
-    layers 0 and 1."""
+    """Two kinds of layers, heads of two sizes, and an embedding per layer; layers 2 and 3 reuse the keys and
+    values of layers 0 and 1."""
     own = {
         "num_hidden_layers": 4,
         "head_dim": 8,
@@ -139,7 +144,7 @@ OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
     # scores and logits are capped: c·tanh(s/c)
     "gemma2": _family(Gemma2Config, **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma4": gemma4,
-    # attention sinks, biases, experts with a clipped gate
+    # attention sinks, biases, and experts with a clipped gate
     "gpt_oss": _family(GptOssConfig, **_TOP_2, **_SLIDING, head_dim=8),
     # layer 0: a gated delta rule with a state along the row; layer 1: gated attention; norms 1 + w
     "qwen3_next": _family(

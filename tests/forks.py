@@ -1,6 +1,7 @@
 """Processes forked from a program that has imported all modules they need.
 
-`fork` and `expect` are for such a program itself; `Forked` forks from a server that runs as long as the tests."""
+`fork` and `expect` are for such a program itself; `Forked` forks from a server that runs as long as the
+tests."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ class Forked:
     arguments: "-c" and a program, or "-m" and a module, and their arguments
     log: file to append the output to
 
-    The modules were imported in the session's environment, and `atexit` handlers do not run. The methods are those of
-    subprocess.Popen."""
+    The modules were imported in the session's environment, and `atexit` handlers do not run. The methods are
+    those of subprocess.Popen."""
 
     def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path | None = None) -> None:
         values = list(arguments), dict(env), str(cwd or Path.cwd()), str(log)

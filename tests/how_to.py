@@ -14,7 +14,9 @@ _BASE = "smollm2-135m"
 
 
 def run_commands(capsys: pytest.CaptureFixture[str], lines: Iterable[str], base: str) -> list[str]:
-    """Run each `veneer` command, which must succeed; return their stderr. Shortens the answers of `veneer eval`."""
+    """Run each `veneer` command, which must succeed; return their stderr.
+
+    Shortens the answers of `veneer eval`."""
     outputs = []
     for line in lines:
         words = shlex.split(line.replace(_BASE, base), comments=True)

@@ -1,6 +1,7 @@
-"""Adapters for tiny image bases, and diffusers' own pipelines with the same adapters folded into their weights by hand.
+"""Adapters for tiny image bases, and diffusers pipelines with the same adapters folded into their weights by
+hand.
 
-Pictures are compared in levels of 255: the same sums in another order may round another way once.
+Pictures are compared in levels of 255: sums in another order can round one level differently.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _SUFFIXES = (
 
 
 def random_adapter(model: nn.Module, seed: int = 0, size: float = 0.3, dora: bool = False) -> Adapter:
-    """A pair on some modules of every block and every component of a base's tree."""
+    """Return an adapter with a pair on some modules of every block and component of a base."""
     pairs = {}
     for name, module in base_modules(model):
         if not name.endswith(_SUFFIXES):
@@ -56,7 +57,7 @@ def random_adapter(model: nn.Module, seed: int = 0, size: float = 0.3, dora: boo
 
 
 def diffusers_pipeline(place: Path, kind: str = "") -> Any:
-    """diffusers' own, loaded from the files: it shares nothing with a base of ours."""
+    """Return diffusers' own pipeline, loaded from the files; it shares no tensor with veneer's base."""
     import diffusers
 
     with errors_only():
@@ -66,7 +67,7 @@ def diffusers_pipeline(place: Path, kind: str = "") -> Any:
 
 
 def parameter_of(pipe: Any, module: str) -> nn.Parameter:
-    """The weight of a canonical name in diffusers' components."""
+    """Return the weight with this canonical name in diffusers' components."""
     component, _, rest = module.partition(".")
     part = getattr(pipe, component)
     if not hasattr(part, "text_model"):
@@ -75,7 +76,9 @@ def parameter_of(pipe: Any, module: str) -> nn.Parameter:
 
 
 def fold(pipe: Any, mix: Iterable[tuple[Adapter, float | Callable[[str], float]]]) -> None:
-    """W + Σ strength·s·B·A, in place, in float64; `strength` may be by module. With a magnitude: DoRA's definition."""
+    """Add Σ strength·s·B·A to W in place, in float64; with a magnitude, apply DoRA's definition.
+
+    `strength` can be a function of the module."""
     changes: dict[str, Tensor] = {}
     for adapter, strength in mix:
         for name, pair in adapter.pairs.items():
@@ -93,7 +96,8 @@ def fold(pipe: Any, mix: Iterable[tuple[Adapter, float | Callable[[str], float]]
 
 
 def picture(pipe: Any, prompt: str, seed: int, **settings: Any) -> Image:
-    """From the pipeline as anybody calls it; size and tokens of tiny bases where it takes them."""
+    """Return the pipeline's picture; pass the tiny bases' size and token count if the pipeline accepts
+    them."""
     takes = inspect.signature(type(pipe).__call__).parameters
     tiny = {"height": SIZE, "width": SIZE}
     tiny |= {"max_sequence_length": LENGTH} if hasattr(pipe, "tokenizer_2") else {}
@@ -103,7 +107,7 @@ def picture(pipe: Any, prompt: str, seed: int, **settings: Any) -> Image:
 
 
 def levels(a: Image, b: Image) -> int:
-    """The largest difference of a pixel, in levels of 255."""
+    """Return the largest difference of a pixel, in levels of 255."""
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
 
@@ -126,7 +130,7 @@ _OPEN_CLIP = {
 
 
 def open_clip(encoder: nn.Module, prefix: str = "conditioner.embedders.1.model.") -> Weights:
-    """SDXL's second text encoder under OpenCLIP's names: q, k and v joined, the projection turned."""
+    """Return SDXL's second text encoder under OpenCLIP's names: q, k, v fused, the projection transposed."""
     out: Weights = {}
     joined: dict[str, Weights] = {}
     for name, tensor in encoder.state_dict().items():
@@ -142,7 +146,7 @@ def open_clip(encoder: nn.Module, prefix: str = "conditioner.embedders.1.model."
 
 
 def original_vae(vae: nn.Module, prefix: str = "first_stage_model.") -> Weights:
-    """An AutoencoderKL under the original names; its attention's linears are 1 × 1 convolutions there."""
+    """Return an AutoencoderKL under the original names, with attention's linears as 1 × 1 convolutions."""
     out: Weights = {}
     levels = len(vae.config.block_out_channels)  # type: ignore[arg-type,union-attr]
     for name, tensor in vae.state_dict().items():
@@ -170,11 +174,13 @@ def original_vae(vae: nn.Module, prefix: str = "first_stage_model.") -> Weights:
 
 
 def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> Weights:
-    """The denoiser under the original names, from the table of names: parts of fused projections joined, the halves of
-    the last modulation back in the original order. With `encoder` SD 1's CLIP beside it."""
+    """Return the denoiser under its original names, from the table of names.
+
+    Fused projections are joined, and the halves of the last modulation are in the original order.
+    `encoder`: include SD 1's CLIP."""
     state = {f"{base.row.denoiser}.{n}": t for n, t in base.denoiser.state_dict().items()}
     out = {}
-    if base.family == "qwen-image":  # its original names are diffusers' own
+    if base.family == "qwen-image":  # the original names are diffusers' own
         return {prefix + n.removeprefix("transformer."): t for n, t in state.items()}
     for name, places in families()[base.family].originals.items():
         modules = [p.module for p in places]
@@ -196,7 +202,7 @@ def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffus
 
 
 def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, int]:
-    """(c, h, w) of the latents of a picture of that many pixels."""
+    """Return (c, h, w) of the latents of a picture of this size in pixels."""
     scale = base.vae_scale
     if base.family == "flux2":
         return int(base.denoiser.config.in_channels), height // scale // 2, width // scale // 2
@@ -204,7 +210,7 @@ def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, in
     if base.family in ("flux1", "qwen-image"):
         channels //= 4
     elif base.row.denoiser == "unet":
-        channels = base.denoiser.config.out_channels  # an inpainting U-Net takes a mask and a picture as well
+        channels = base.denoiser.config.out_channels  # an inpainting U-Net also takes a mask and a picture
     return int(channels), height // scale, width // scale
 
 

@@ -10,7 +10,7 @@ from veneer.train.rewards.sandbox import Sandbox
 
 
 def sandbox_or_skip() -> Sandbox:
-    """Return the sandbox; skip the test, with the reason, if bubblewrap or kernel support is missing."""
+    """Return the sandbox. Skip the test, with the reason, if bubblewrap or kernel support is missing."""
     try:
         return working_sandbox()
     except ResourceError as error:

@@ -12,6 +12,6 @@ def script_module(path: Path, name: str = "") -> ModuleType:
     """Import a script. `name`: of the module; default: the file's."""
     spec = importlib.util.spec_from_file_location(name or path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look the module up
+    sys.modules[spec.name] = module  # dataclasses look up their module by name
     spec.loader.exec_module(module)
     return module

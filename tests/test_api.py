@@ -1,4 +1,4 @@
-"""The functions of `import veneer`."""
+"""Functions of `import veneer`."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_unlisted_internal_is_a_key_error() -> None:
 
 
 def test_varlen_attention_needs_all_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.10's function lacks the scale, the window and grouped heads."""
+    """torch 2.10's function lacks scale, window and grouped heads."""
 
     def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
         raise AssertionError("not to be called")

@@ -107,14 +107,14 @@ def test_imports_have_no_circles() -> None:
     for path in MODULES:
         named = {name if name in known else name.rpartition(".")[0] for _, name in imports(path)}
         needs[module_of(path)] = (named & known) - {module_of(path)}
-    del needs["veneer"]  # reexports names of others, and no module imports it
+    del needs["veneer"]  # the package re-exports names of others, and no module imports it
     while free := {m for m, others in needs.items() if not others & needs.keys()}:
         needs = {m: others for m, others in needs.items() if m not in free}
     assert not needs, {m: sorted(others & needs.keys()) for m, others in sorted(needs.items())}
 
 
 PUBLIC_ELSEWHERE = {"_version": "of a torch tensor", "_replace": "of a named tuple"}
-"""Private names of the package that tests use of other libraries."""
+"""Private names in the package that are public names of other libraries."""
 
 
 def private_names() -> set[str]:
@@ -133,8 +133,10 @@ USES = re.compile(
 
 
 def test_tests_use_no_private_names() -> None:
-    """Tests rely on public behavior only, so that the inside can change. Checks imports, attributes and names to patch,
-    also in strings, which can be code for another process."""
+    """Tests use public behavior only, so that internals can change.
+
+    Checks imports, attributes, and names to patch, also inside strings, which can be code of another
+    process."""
     private, used = private_names(), []
     for path in sorted((ROOT / "tests").rglob("*.py")):
         text = text_of(path)
@@ -267,7 +269,9 @@ LINES = {
     "files": 1_150, "ops": 3_600, "core": 2_750, "formats": 5_800, "models": 6_300, "library": 2_400, "plan": 1_450,
     "adapters": 1_150, "train": 14_750, "imaging": 950, "serve": 12_500, "jobs": 6_000, "studio": 3_150, "cli": 3_700,
 }  # fmt: skip
-"""Budgets: lines of code of each package, without blank lines, comments and docstrings. Only an issue raises one."""
+"""Budgets: lines of code of each package, without blank lines, comments and docstrings.
+
+Only an issue raises one."""
 
 
 def code_lines(path: Path) -> int:
@@ -330,7 +334,7 @@ def test_scale_is_computed_in_one_function() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """Every folder of tests belongs to a room of the house, and every room has tests."""
+    """Every folder of tests mirrors a package, and every package has tests."""
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
     assert packages <= folders, f"no tests for {sorted(packages - folders)}"
@@ -343,7 +347,8 @@ def test_every_module_has_a_docstring() -> None:
 
 
 def test_no_public_name_equals_a_package() -> None:
-    """Importing veneer.train makes `train` an attribute of veneer, which would hide a function of that name."""
+    """Importing veneer.train makes `train` an attribute of veneer, which would hide a function of that
+    name."""
     import veneer
 
     packages = {package_of(path) for path in MODULES}

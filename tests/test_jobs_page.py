@@ -47,8 +47,8 @@ def test_commands_of_the_page_run(
 def test_example_of_the_page_reaches_a_canary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page's commands and its configuration, on the tiny base; what waits is carried out as a worker's process
-    does it."""
+    """Runs the page's commands and configuration on the tiny base; the test does the work of a worker's
+    process."""
     monkeypatch.chdir(tmp_path)
     by_hand, by_rule = (yaml.safe_load(block) for block in blocks(PAGE, "yaml"))
     small = small_config(tmp_path)

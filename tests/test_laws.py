@@ -64,7 +64,8 @@ class Case:
         return create(self.model, spec, seed=0, dtype=torch.float64)
 
     def trained(self) -> Adapter:
-        """Return an adapter with changed tensors, DoRA's norm by output or input, and a delta of some form."""
+        """Return an adapter with changed tensors, DoRA's norm by output or input, and a delta of some
+        form."""
         g = self.generator
         out = self.fresh().mapped(lambda t: t + 0.5 * torch.randn(t.shape, generator=g, dtype=t.dtype))
         module = self.model["m"]

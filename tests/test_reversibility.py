@@ -1,7 +1,7 @@
 """Any sequence of operations on adapters leaves the base bit for bit the same.
 
-A state machine runs random sequences of attach, add, use, mix, merge, remove, failures during forward and add, and
-detach, over a small bfloat16 base with every kind of module."""
+A state machine runs random sequences of attach, add, use, mix, merge, remove, failures during forward and
+add, and detach, over a small bfloat16 base with every kind of module."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_programs_of_the_page_run(session: Session) -> None:
     for program in programs:
         out = session.run(sys.executable, "-c", session.localize(program))
         assert out.strip()
-    # a tiny base can fill its 60 tokens with white space after the start of the form
+    # the tiny base can fill its 60 tokens with white space after the start of the object
     assert re.fullmatch(r'\{\s*("priority"\s*(:\s*(".*)?)?)?', out.rstrip(), re.S)
 
 

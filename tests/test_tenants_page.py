@@ -1,6 +1,6 @@
 """docs/how-to/tenants.md: all commands run, against the server that the page starts.
 
-Commands run in this process, requests by curl; the server is a process of its own."""
+Commands run in this process, requests through curl; the server is a separate process."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def tiny_model(**more: Any) -> PreTrainedModel:
     """Return a two-layer llama of the tiny tokenizer's vocabulary. `more`: values of its configuration."""
     from transformers import GenerationConfig
 
-    from tests.families import llama3  # late: the tokenizer does not need torch
+    from tests.families import llama3  # imported late, because the tokenizer does not need torch
 
     model = llama3(
         vocab_size=VOCAB_SIZE,
@@ -76,7 +76,9 @@ def tiny_model(**more: Any) -> PreTrainedModel:
 
 
 def tiny_base_dir(tmp_path: Path, **more: Any) -> Path:
-    """Write the tiny base to `tmp_path / "tiny-base"` (once); return the folder. `more`: as of `tiny_model`."""
+    """Write the tiny base to `tmp_path / "tiny-base"` (once); return the folder.
+
+    `more`: as of `tiny_model`."""
     folder = tmp_path / "tiny-base"
     if not (folder / "model.safetensors").exists():
         tiny_model(**more).save_pretrained(folder)

@@ -31,7 +31,8 @@ def _gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Return a weight in llama.cpp's order of rope rows: in pairs, where transformers has two halves."""
+    """Return a weight in llama.cpp's order of rope rows: interleaved pairs instead of transformers' two
+    halves."""
     out, width = weight.shape
     return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 

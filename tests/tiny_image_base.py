@@ -1,8 +1,9 @@
-"""Image bases on disk, in diffusers' layout: real classes and module names, tiny widths, tokenizers of their own.
+"""Image bases on disk in diffusers' layout: real classes and module names, tiny widths, small tokenizers.
 
-`tiny_image_base(folder, family)` writes one (once) and returns its directory; `full=True` gives the family's official
-blocks and layers, otherwise as few as there can be. `tiny_control(folder, family)` writes a ControlNet for the few.
-A picture is 32 × 32 pixels, a latent stands for 4 × 4, a prompt has 24 tokens. Weights are random and deterministic.
+`tiny_image_base(folder, family)` writes one (once) and returns its folder; `full=True` gives the family's
+official blocks and layers, otherwise as few as possible. `tiny_control(folder, family)` writes a ControlNet
+of minimal size. A picture has 32 × 32 pixels, a latent covers 4 × 4 pixels, a prompt has 24 tokens. Weights
+are random and deterministic.
 """
 
 from __future__ import annotations
@@ -51,13 +52,16 @@ SMALL_DENOISERS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
     },
 }  # fmt: skip
-"""By names of the plan's table: a few blocks, narrow, of what such a denoiser's config says."""
+"""Denoiser configurations by the names in the plan's table: few, narrow blocks."""
 
 
 def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
-    """Writes `folder / "tiny-<family>"` once. `family`: one of TINY_FAMILIES, or sd3-large, which is always full;
-    schnell is flux1 without guidance, klein flux2 without; or of EDITING: kontext is flux1 that edits, qwen-edit and
-    qwen-edit-plus are qwen-image that do, and see their pictures in a megapixel unless `small_references`."""
+    """Write `folder / "tiny-<family>"` (once).
+
+    `family`: one of TINY_FAMILIES; sd3-large, which is always full; schnell (flux1 without guidance); klein
+        (flux2
+    without guidance); or one of EDITING: kontext (flux1), qwen-edit and qwen-edit-plus (qwen-image), which
+    edit pictures and resize them to a megapixel unless `small_references` is used."""
     place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
     if not (place / "model_index.json").exists():
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -68,8 +72,9 @@ def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
 
 
 def tiny_control(folder: Path, family: str) -> Path:
-    """Writes a ControlNet for `tiny_image_base(folder, family)` once: sd15, sdxl, flux1, sd3. Its outputs, which begin
-    at zero, are moved away from it."""
+    """Write a ControlNet for `tiny_image_base(folder, family)` (once): sd15, sdxl, flux1 or sd3.
+
+    Its zero-initialized outputs are changed to nonzero values."""
     place = Path(folder) / f"tiny-{family}-canny"
     if not (place / "config.json").exists():
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -88,7 +93,7 @@ def tiny_control(folder: Path, family: str) -> Path:
 
 
 def clip_tokenizer() -> Any:
-    """Bytes, and a few words that are one token each."""
+    """Return a tokenizer of bytes, plus a few words of one token each."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate([*letters, *(f"{a}</w>" for a in letters)])}
     merges = []
@@ -180,7 +185,7 @@ def vae(**changes: Any) -> Any:
 
 
 def unet(context: int, full: bool, extra: bool) -> Any:
-    """SD 1's blocks, or with `extra` SDXL's."""
+    """Return SD 1's blocks, or SDXL's with `extra`."""
     given: dict[str, Any] = {
         "sample_size": SIZE // 4,
         "layers_per_block": 2,
@@ -280,7 +285,7 @@ def _sd3_transformer(full: bool, large: bool = False) -> Any:
     return diffusers.SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,
-        in_channels=16,  # the inpainting pipeline takes no other number
+        in_channels=16,  # the only number of channels that the inpainting pipeline accepts
         out_channels=16,
         num_layers=38 if large else 24 if full else 2,
         attention_head_dim=8,
@@ -310,8 +315,9 @@ def _sd3(full: bool, large: bool = False) -> Any:
 
 
 def _flux2(guidance: bool) -> Callable[[bool], Any]:
-    """dev reads Mistral's layers 10, 20 and 30, klein Qwen3's 9, 18 and 27. dev here has a tokenizer, not the processor
-    around it, whose pictures need torchvision."""
+    """Return FLUX.2's parts. dev reads Mistral's layers 10, 20 and 30; klein reads Qwen3's 9, 18 and 27.
+
+    dev gets a tokenizer instead of its processor, whose images need torchvision."""
 
     def make(full: bool) -> Any:
         tokens = chat_tokenizer()
@@ -427,7 +433,7 @@ def _qwen_image(full: bool, vision: bool = False) -> Any:
 
 
 class _QwenEdit:
-    """A pipeline whose processor, which wants torchvision, is put beside it as transformers saves it."""
+    """A pipeline whose processor, which needs torchvision, is saved by hand as transformers saves it."""
 
     def __init__(self, full: bool, name: str) -> None:
         self.pipe, self.name = _qwen_image(full, vision=True), name
@@ -446,8 +452,9 @@ class _QwenEdit:
 
 
 def qwen_edit_pipeline(place: Path) -> Any:
-    """diffusers' own pipeline of a directory, its processor transformers' own class, whose constructor looks for
-    torchvision, over its two parts that need none."""
+    """Return diffusers' pipeline of a folder.
+
+    The processor is transformers' class, built without its constructor, which requires torchvision."""
     from transformers import AutoTokenizer, Qwen2VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -464,7 +471,9 @@ def qwen_edit_pipeline(place: Path) -> Any:
 
 
 def small_references(patch: Any) -> None:
-    """Lets Qwen-Image-Edit's pipelines give references 64 × 64 pixels instead of a megapixel. `patch`: pytest's."""
+    """Resize references to 64 × 64 pixels instead of a megapixel in Qwen-Image-Edit's pipelines.
+
+    `patch`: pytest's monkeypatch."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):

@@ -53,7 +53,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _llava() -> tuple[Any, Any]:
-    """A language model with the image's patches among its tokens, prompted by a chat."""
+    """Return a language model with image patches among its tokens, prompted by a chat."""
     tokenizer = _tokenizer()
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**_VISION),
@@ -75,7 +75,7 @@ def _llava() -> tuple[Any, Any]:
 
 
 def _blip() -> tuple[Any, Any]:
-    """A decoder with cross attention to the image, without a prompt."""
+    """Return a decoder with cross-attention to the image, without a prompt."""
     tokenizer = _tokenizer()
     text = _TEXT | {"vocab_size": len(tokenizer), "encoder_hidden_size": 16, "projection_dim": 16, "sep_token_id": 2}
     config = transformers.BlipConfig(text_config=text, vision_config=_VISION)
@@ -85,7 +85,7 @@ def _blip() -> tuple[Any, Any]:
 
 
 def _florence() -> tuple[Any, Any]:
-    """An encoder and a decoder, prompted by a task's name."""
+    """Return an encoder-decoder, prompted by a task's name."""
     tokenizer = _tokenizer()
     vision = {
         "embed_dim": [8, 8, 16, 16],

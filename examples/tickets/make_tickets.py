@@ -80,7 +80,7 @@ class Writer:
         text = {"line": self.line, "note": self.note, "letter": self.letter}[length](core, told, issue["team"])
         return Ticket(text, issue["team"], priority, issue["area"], sorted(set(self.used)))
 
-    # -- what it says
+    # -- content
 
     def cues_for(self, issue: dict[str, Any], want: str) -> list[str]:
         """Return names of cues that give an issue the wanted priority."""
@@ -126,7 +126,7 @@ class Writer:
         text = re.sub(r"\{(\w+)\}", slot, text)
         return text[0].upper() + text[1:] if sentence.startswith("{") else text
 
-    # -- how it says it
+    # -- wording
 
     def line(self, core: str, told: list[str], team: str) -> str:
         text = " ".join([core, *told])

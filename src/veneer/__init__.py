@@ -1,10 +1,10 @@
-"""Train, keep, mix and serve low-rank adapters (LoRA).
+"""Train, store, mix and serve low-rank adapters (LoRA).
 
     base = veneer.load_base("smollm2-135m")
-    run = veneer.train_text({"base": base.name, "data": {"train": "rows.jsonl"}, "output": "runs/first"}, base=base)
-    print(veneer.generate(base, ["The door of the lab will not open."], adapters=[run.adapter]))
+    run = veneer.train_text({"base": base.name, "data": {"train": "rows.jsonl"}, "output": "runs/first"},
+    base=base) print(veneer.generate(base, ["The door of the lab will not open."], adapters=[run.adapter]))
 
-Names are imported when first used: `import veneer` alone loads neither torch nor transformers.
+Names are imported when they are first used: `import veneer` loads neither torch nor transformers.
 """
 
 from __future__ import annotations

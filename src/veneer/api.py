@@ -1,8 +1,8 @@
-"""The public functions of `import veneer`: Python equivalents of the commands.
+"""The public functions of `import veneer`, which do the same as the commands.
 
     base = load_base("smollm2-135m")
     run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
-    train_together(["a.yaml", "b.yaml"], base=base)          in one pass of the base; same results as separate runs
+    train_together(["a.yaml", "b.yaml"], base=base)          shares each pass of the base; same results as separate runs
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
@@ -12,7 +12,7 @@
     with open_jobs() as jobs: submit(jobs, "support.yaml", name="support", tenant="acme")
     image(load_image_base("catalogue-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
-Name an adapter by its folder or by its name in the veneer home. A strength can follow a colon: "runs/a:0.5".
+An adapter is given as its folder or as its name in the library, optionally with a strength: "runs/a:0.5".
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def train_text(
 
     `result.adapter` is the adapter's folder.
 
-    config: a TrainConfig, the same as a mapping, or the path of a YAML file.
+    config: a TrainConfig, a mapping with the same fields, or the path of a YAML file.
     overrides: settings as "section.key=value".
     base: a base that is already loaded; by default the configuration's base is loaded.
     on_event: called with each event of the run (train.events); by default the run is printed to the terminal.
@@ -120,11 +120,11 @@ def train_together(
     force: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
 ) -> list[RunResult | VeneerError]:
-    """Train one adapter per configuration, in one pass of their shared base.
+    """Train one adapter per configuration, with one shared pass of the base per step.
 
-    As `veneer train a.yaml b.yaml` does. Returns one result per configuration, each equal to what
-    `train_text` returns for that configuration. If a run fails, the list holds the run's error and the
-    other runs continue.
+    Does the same as `veneer train a.yaml b.yaml`. Returns one result per configuration, equal to the result
+    of `train_text` for that configuration. If a run fails, its result is the error, and the other runs
+    continue.
 
     on_event: called with the run's index in `configs` and the event.
 
@@ -167,8 +167,8 @@ def train_image(
     """Train one image adapter, as `veneer train` does, and return the run's result.
 
     `result.adapter` is the adapter's file (a folder for the peft format). The parameters are those of
-    `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). A `base`
-    that you pass keeps its text encoders and VAE."""
+    `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). Training
+    keeps the text encoders and VAE of a `base` that the caller passes."""
     from veneer.errors import ConfigError
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.run import run_images
@@ -203,8 +203,8 @@ def evaluate(
 ) -> dict[str, Scores]:
     """Score the base and mixes of adapters on held-out rows, as `veneer eval` does.
 
-    data: files in the format of training data.
-    mixes: name -> adapters that act together; by default {"base": []}.
+    data: files in a format of training data.
+    mixes: name -> the adapters of a mix; by default {"base": []}.
     limit: use only the first `limit` rows.
     settings: max_new_tokens, batch_size, generate and on_progress, as in `train.text.evaluate.score_mixes`.
     """
@@ -221,12 +221,12 @@ def evaluate(
 
 @contextmanager
 def open_jobs(location: str | os.PathLike[str] | None = None, index: str | None = None) -> Iterator[JobStore]:
-    """Open the training job queue of a library for the length of the block.
+    """Open a library's queue of training jobs for a `with` block.
 
     `veneer jobs` uses the same queue; `submit` adds a run. The methods `jobs`, `get`, `events`,
-    `checkpoints`, `pause`, `resume` and `cancel` take the tenant first (jobs.store).
+    `checkpoints`, `pause`, `resume` and `cancel` take the tenant as the first argument (jobs.store).
 
-    location, index: the library's; by default the library of the veneer home."""
+    location, index: as in `open_library`; by default the library in the veneer home."""
     from veneer.jobs.store import JobStore
 
     with open_library(location, index) as library:  # type: ignore[arg-type]
@@ -243,13 +243,15 @@ def submit(
 ) -> Job:
     """Validate, plan and queue a run, as `veneer jobs submit` does; return the job.
 
-    The job is queued, or failed with its `error`.
+    The returned job is queued, or failed with an `error`.
 
     config, overrides: as in `train_text`; a file can also have a section `after`.
     name: the name of the new adapter; by default the name of the output folder.
-    tenants: the database with the tenants' limits and routes; by default the veneer home's, if it exists.
+    tenants: the database with the tenants' limits and routes; by default the database in the veneer home, if
+        it
+        exists.
 
-    Raises ConfigError for an invalid configuration, an invalid name, or an `after` that cannot be done."""
+    Raises ConfigError for an invalid configuration or name, or if the actions in `after` are impossible."""
     from veneer.jobs.post_training import load_job_config
     from veneer.jobs.validate import submit_job
     from veneer.serve.tenancy.store import tenants_at
@@ -264,11 +266,9 @@ def submit(
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
-    """Write an adapter as PEFT's two files and a card; return the folder.
+    """Write an adapter as a PEFT folder with a card that names `base`.
 
-    The card names `base`.
-
-    The write is atomic: the folder appears complete or not at all."""
+    Returns the folder. The folder appears complete or not at all."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
     peft.write_folder(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
     return Path(folder)
@@ -289,12 +289,13 @@ def generate(
     batch_size: int = 8,
     on_token: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Return the base's answers to `prompts`, with `adapters` acting together.
+    """Return the base's completions of `prompts`, with `adapters` mixed.
 
-    prompts: a string is a user message and goes through the base's chat template; with `raw`, or if the
-        base has no template, the base continues the string itself. A list of messages is used as given.
-    system: a system message placed before each string.
-    temperature: 0 picks the most likely token; above 0, tokens are sampled, reproducibly for a given `seed`.
+    prompts: a string is a user message, formatted with the base's chat template; with `raw`, or if the base
+        has no template, the base continues the string itself. A list of messages is used as it is.
+    system: a system message before each string.
+    temperature: 0 selects the most likely token; above 0, tokens are sampled, reproducibly for a given
+        `seed`.
     top_k, top_p: sample from the `top_k` most likely tokens (0: all) within a total probability of `top_p`.
     on_token: called as on_token(index, piece) with each new piece of text.
 
@@ -327,20 +328,18 @@ def image(
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[RecordedPicture]:
-    """Generate images, as `veneer image` does: `count` per prompt.
+    """Generate `count` images per prompt, as `veneer image` does.
 
-    Seeds count up from `seed`.
-
-    Each result has `image`, `infotext`, `record` and `save(path)`. A single prompt, adapter, control or
-    reference can be given without a list.
+    The images of a prompt have the seeds `seed`, `seed` + 1, …. Each result has `image`, `infotext`, `record`
+    and `save(path)`. A single prompt, adapter, control or reference can be given without a list.
 
     adapters: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)); see
         formats.strengths.
-    controls: as "canny=sketch.png:0.7".
+    controls: such as "canny=sketch.png:0.7".
     seed: one for all prompts, or one per prompt.
-    say: called with notes about inputs that were resized, cut or ignored, and about what a role means.
+    say: called with notes about inputs that were resized, cut or ignored, and about the meaning of a role.
     options: width, height, steps, guidance, true_guidance, scheduler, batch_size, image, mask, denoise,
-        references (imaging.make.Options)."""
+        references (imaging.generate.Options)."""
     from veneer.imaging.adapters import ImagePipeline, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.generate import Options, generate, image_requests
@@ -353,7 +352,7 @@ def image(
 
 
 def _several(given: Any) -> Any:
-    """Return a single value as a list, so that a string is not read letter by letter."""
+    """Return a single value as a list, so that a string is not iterated by character."""
     return [given] if isinstance(given, str | os.PathLike) else given
 
 

@@ -17,15 +17,15 @@ from veneer.errors import MissingExtraError
 
 
 class MissingInternalError(MissingExtraError, AttributeError):
-    """The installed version of a library lacks a name that veneer relies on."""
+    """The installed version of a library lacks an undocumented name that veneer uses."""
 
 
 @dataclass(frozen=True)
 class Internals:
-    """Undocumented names of one library.
+    """The undocumented names that veneer uses from one library.
 
-    names: dotted, from the top of the library.
-    versions: the versions known to have them."""
+    names: dotted, starting with the library's module.
+    versions: the versions known to have these names."""
 
     library: str
     versions: str
@@ -33,9 +33,9 @@ class Internals:
     _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, name: str) -> Any:
-        """Return the object called `name`.
+        """Return the object with this dotted name.
 
-        Raises MissingInternalError if the library lacks the name, KeyError if the list does."""
+        Raises MissingInternalError if the library lacks the name, KeyError if the name is not in `names`."""
         if name not in self._found:
             if name not in self.names:
                 raise KeyError(f"{name} is in no list of what is relied on of {self.library}")
@@ -43,7 +43,7 @@ class Internals:
         return self._found[name]
 
     def check(self) -> None:
-        """Look up every name; raises as a call does."""
+        """Look up every name. Raises MissingInternalError."""
         for name in self.names:
             self(name)
 
@@ -107,9 +107,9 @@ LIGER = Internals(
 
 @functools.cache
 def varlen_attention() -> Any:
-    """Return `torch.nn.attention.varlen.varlen_attn`, or None if torch's is too old.
+    """Return `torch.nn.attention.varlen.varlen_attn`; None if torch is too old.
 
-    torch added the function in 2.10, its scale and window later, and grouped heads in 2.12."""
+    torch added the function in 2.10, its scale and window parameters later, and grouped heads in 2.12."""
     try:
         varlen = importlib.import_module("torch.nn.attention.varlen")
     except ImportError:

@@ -1,4 +1,4 @@
-"""All errors that veneer raises on purpose.
+"""The errors that veneer raises on purpose.
 
     VeneerError                 what happened, where, and how to fix it; the command line exits with `exit_code`
     ├── ConfigError             a configuration file or override: unknown key, wrong type, impossible combination
@@ -10,16 +10,16 @@
     ├── MismatchError           an adapter that belongs to another base
     ├── PreflightError          a training run that would fail, detected before step one
     ├── TrainingError           a run that failed after step one: a loss or gradient that is not finite
-    │   └── NoGain              a run that ended worse than it began: there is no adapter to keep (exit code 3)
+    │   └── NoGain              a run that ended worse than it began and has no adapter to store (exit code 3)
     ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130 or 143)
     ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
     ├── ResourceError           out of disk or memory
     ├── UnavailableError        a store or a database that does not respond now
     └── MissingExtraError       an optional dependency that is not installed
 
-Message helpers: `shown` escapes text from files before it is printed; `quoted`, `bullets`, `counted`,
-`gigabytes`, `nearest` format; `one_of` checks a word. `lacks_memory` recognizes out-of-memory errors. This
-module imports nothing of veneer.
+Helpers for messages: `shown` escapes text from files before printing; `quoted`, `bullets`, `counted`,
+`gigabytes` and `nearest` format values; `one_of` checks a word; `lacks_memory` recognizes out-of-memory
+errors. This module does not import other modules of veneer.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-# C0 and C1 controls and DEL; overrides, embeddings and isolates of direction; line and paragraph
-# separators; surrogate halves, which no terminal can print. The marks that right-to-left text needs
-# (U+200E, 200F, 061C) do not reorder other text and are allowed.
+# C0 and C1 control characters and DEL; direction overrides, embeddings and isolates; line and paragraph
+# separators; surrogate halves, which terminals cannot print. The marks U+200E, U+200F and U+061C, which
+# right-to-left text needs, are allowed, because they do not reorder other text.
 _UNSHOWABLE = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff"
 _ALL = re.compile(f"[{_UNSHOWABLE}]")
 _BUT_LINES = re.compile(f"(?![\n\t])[{_UNSHOWABLE}]")
@@ -38,8 +38,8 @@ _BUT_LINES = re.compile(f"(?![\n\t])[{_UNSHOWABLE}]")
 def shown(text: object, *, lines: bool = False) -> str:
     r"""Return `text` with terminal control and direction characters escaped.
 
-    Escaped as in JSON, \u001b. Such characters could move the cursor, set the title, or recolor, hide or
-    reorder other text.
+    They become escapes as in JSON: \u001b. Such characters could move the cursor, set the title, or recolor,
+    hide or reorder other text.
 
     lines: keep line ends and tabs, for text that veneer formatted."""
     pattern = _BUT_LINES if lines else _ALL
@@ -47,41 +47,43 @@ def shown(text: object, *, lines: bool = False) -> str:
 
 
 def quoted(text: str, most: int = 100) -> str:
-    """Return user text in quotes, cut to `most` characters."""
+    """Return a user's text in quotes, cut to `most` characters."""
     return repr(text if len(text) <= most else text[:most] + "…")
 
 
 def bullets(lines: Iterable[str], most: int | None = 20) -> str:
-    """Return one "  - " line per item.
+    """Return one "  - " line per item, and the number of items left out.
 
-    The first `most` items and a count of the rest; None: all."""
+    At most `most` items are included.
+
+    most: None shows all items."""
     lines = list(lines)
     more = [] if most is None or len(lines) <= most else [f"  … and {len(lines) - most} more"]
     return "\n".join([*(f"  - {line}" for line in lines[:most]), *more])
 
 
 def first_few(items: Sequence[object], most: int) -> str:
-    """Return the first items, separated by commas, and how many more there are."""
+    """Return the first `most` items, comma-separated, and the number of others."""
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a count with a noun whose plural ends in s: `1 step`, `1,200 steps`."""
+    """Return a count and its noun: `1 step`, `1,200 steps`. The plural ends in s."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def gigabytes(count: float) -> str:
-    """Return bytes as GB (10⁹), or MB."""
+    """Return a number of bytes as text in GB (10⁹ bytes) or MB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class VeneerError(Exception):
-    """Base of all errors.
+    """Base class of veneer's errors.
 
-    what: one sentence.
+    what: one sentence that describes the error.
     where: a file, line, key or module.
     fix: how to resolve the error.
-    already_shown: another process of the same run has already printed the error."""
+    already_shown: whether another process of the same run has already printed the error."""
 
     exit_code = 2
     already_shown = False
@@ -109,47 +111,45 @@ class BaseError(VeneerError):
 
 
 class TargetError(VeneerError):
-    """A target matches no module, or a module that cannot carry a pair."""
+    """A target matches no module, or matches a module that cannot carry a pair."""
 
 
 class AdapterError(VeneerError):
-    """An adapter has a missing, extra, misshapen, non-finite or unknown part."""
+    """A part of an adapter is missing, extra, misshapen, not finite or unknown."""
 
 
 class UnsafeFileError(AdapterError):
-    """A file was refused unread: a pickle, a false header size, a path that escapes."""
+    """A file is refused unread: a pickle, a false header size, or an escaping path."""
 
 
 class MismatchError(VeneerError):
     """An adapter belongs to another base.
 
-    Names both fingerprints and the first shapes that differ."""
+    The message has both fingerprints and the first shapes that differ."""
 
 
 class PreflightError(VeneerError):
-    """A run would train nothing, train the wrong thing or not fit.
-
-    Raised before step one."""
+    """A run would train nothing, train the wrong thing or not fit (before step one)."""
 
 
 class TrainingError(VeneerError):
     """A run failed after step one.
 
-    Names the step and the rows; checkpoints are intact."""
+    The message names the step and the rows. Earlier checkpoints are intact."""
 
 
 class NoGain(TrainingError):
-    """A run ended whose held-out loss was never below the start.
+    """A run ended without ever having a lower held-out loss than at its start.
 
-    Checkpoints are kept."""
+    Its checkpoints are kept."""
 
     exit_code = 3
 
 
 class Interrupted(VeneerError):
-    """A user or the system stopped a run.
+    """Ctrl-C or SIGTERM stopped a run after its state was saved.
 
-    The state is saved, and `fix` says how to resume.
+    `fix` says how to resume.
 
     signal: the signal's number: 2 for Ctrl-C, 15 for SIGTERM. The exit code is 128 + signal, as in a shell.
     """
@@ -165,11 +165,11 @@ class CheckpointError(VeneerError):
 
 
 class ResourceError(VeneerError):
-    """The disk or the memory is exhausted."""
+    """The disk or the memory is full."""
 
 
 class UnavailableError(VeneerError):
-    """A store or a database does not respond now; a later try can succeed."""
+    """A store or a database does not respond now; a later attempt can succeed."""
 
 
 class MissingExtraError(VeneerError):
@@ -180,12 +180,10 @@ _MOST_EDITS = 3
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to `n` entries of `known` that `name` may be a typo for.
+    """Return up to `n` entries of `known` that `name` can be a typo of.
 
-    Nearest first.
-
-    Entries are within one edit per three characters, and within three edits in total. All "did you mean"
-    hints come from this function."""
+    The nearest entry comes first. An entry matches within one edit per three characters, and within three
+    edits in total. All "did you mean" hints come from this function."""
     found = []
     for each in dict.fromkeys(known):
         most = min(_MOST_EDITS, max(len(name), len(each)) // 3)
@@ -197,10 +195,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
 def _edits(a: str, b: str, most: int) -> int:
     """Return the edit distance of `a` and `b` (optimal string alignment).
 
-    Any number above `most` if the distance exceeds `most`.
-
-    An edit inserts, deletes or replaces a character, or swaps two neighbors."""
-    far = [most + 1] * (len(b) + 1)  # cells farther than `most` from the diagonal need more than `most` edits
+    If the distance is above `most`, returns any number above `most`. An edit inserts, deletes or replaces a
+    character, or swaps two neighboring characters."""
+    far = [most + 1] * (len(b) + 1)  # a cell more than `most` away from the diagonal needs more than `most` edits
     before, row = far, list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         last, before, row = before, row, far.copy()
@@ -216,9 +213,9 @@ def _edits(a: str, b: str, most: int) -> int:
 
 
 def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
-    """Raise ConfigError, with the nearest match, if `value` is not one of `known`.
+    """Raise ConfigError, with the nearest match, unless `value` is one of `known`.
 
-    what: what the value should be, with its article, as in "'nf5' is not a quantization".
+    what: the expected kind with its article, as in "'nf5' is not a quantization".
     where: the option or key."""
     words = list(known)
     if value not in words:
@@ -230,7 +227,7 @@ def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
 def lacks_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, in Python or torch.
 
-    torch's errors are recognized by name and text, so that torch need not be loaded."""
+    torch's errors are recognized by name and text, because torch need not be loaded."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()

@@ -1,5 +1,6 @@
-"""One server process for all attacks that it outlives as it was. Not a package's: where several processes share the
-files, those of a package do not come one after another."""
+"""One server process for all attacks; each attack must leave the server unchanged.
+
+This folder is no package: with several test processes, tests of a package would not run one after another."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def one_server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def server(one_server: Server) -> Server:
-    """The server has no request left from earlier tests."""
+    """Return the server, which has no request left from earlier tests."""
     one_server.wait(lambda: one_server.series("vllm:num_requests_running") == 0)
     one_server.wait(lambda: one_server.series("vllm:num_requests_waiting") == 0)
     return one_server
@@ -32,6 +33,6 @@ def server(one_server: Server) -> Server:
 
 @pytest.fixture(scope="session")
 def trainer(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that also trains."""
+    """Start a server that also trains."""
     with target(shop, tmp_path_factory.mktemp("training"), "--train") as server:
         yield server

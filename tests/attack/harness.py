@@ -1,12 +1,12 @@
-"""A server process on a tiny base with two tenants, and what watches it while it is attacked.
+"""A server process on a tiny base with two tenants, and monitors that run during attacks.
 
-    with target(shop, home) as server:                     `veneer serve`, ready; tenants "a" attacks, "b" is watched
-        with server.watched() as b:                        a stream of b's, always one under way
-            server.post("/v1/completions", body, "a")      bytes as they are, or anything that becomes JSON
-        b.worst                                            seconds between two of its events, at most
-        server.memory()                                    bytes the process has in memory
+    with target(shop, home) as server:                     `veneer serve`, ready; tenant "a" attacks, "b" is monitored
+        with server.watched() as b:                        streams of tenant b, one after another
+            server.post("/v1/completions", body, "a")      bytes are sent unchanged, other values as JSON
+        b.worst                                            maximum seconds between two events of b
+        server.memory()                                    the process's resident memory in bytes
 
-Everything goes over sockets to a process of its own: what is measured is what a client of another tenant sees.
+All requests use sockets to a separate process, so the figures are those of another tenant's client.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from veneer.serve.tenancy.tenants import Tenants
 GAP = 0.25
 """Maximum delay of another tenant's stream, in seconds."""
 SOON = 1.0
-"""Seconds within which what cannot be served is refused."""
+"""Seconds within which an invalid request is refused."""
 MEMORY = 64 << 20
-"""Maximum growth of the process in bytes: allocators keep some."""
+"""Maximum growth of the process in bytes: allocators keep a constant amount."""
 ADMIN = "an-admin-key-of-some-length"
 
 
@@ -76,13 +76,13 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """The error's own word, on the surfaces that tell it as OpenAI does."""
+        """Return the error's code on routes that use OpenAI's error format."""
         return str(self.json["error"]["code"])
 
 
 @dataclass
 class Server:
-    """`keys`: tenant -> API key. `log`: the process's output and standard error."""
+    """A server process. `keys`: tenant -> API key. `log`: the process's output and standard error."""
 
     process: Forked
     port: int
@@ -114,12 +114,14 @@ class Server:
         return {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def send(self, method: str, path: str, body: Any = None, tenant: str | None = "a", timeout: float = 120) -> Answer:
-        """One request on a new connection. `body`: bytes are sent unchanged."""
+        """Send one request on a new connection. `body`: bytes are sent unchanged."""
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         began = time.monotonic()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: the answer is there
+            with suppress(
+                BrokenPipeError, ConnectionResetError
+            ):  # refused before the whole body was sent: the response is available
                 connection.request(method, path, raw, self.headers(tenant))
             answer = connection.getresponse()
             content = answer.read()
@@ -135,29 +137,30 @@ class Server:
         return self.send("GET", path, None, tenant, timeout)
 
     def together(self, requests: Sequence[Callable[[], Any]]) -> list[Any]:
-        """All of them at once, each in a thread."""
+        """Send all requests concurrently, each from a thread."""
         with ThreadPoolExecutor(max(1, len(requests))) as pool:
             return [each.result() for each in [pool.submit(work) for work in requests]]
 
     def crowd(self, path: str, body: bytes, times: int, tenant: str = "a") -> list[int]:
-        """The statuses of so many POSTs at once, from a process of their own: as threads of this one they would hold up
-        the watch that is held over the server."""
+        """Send many equal POSTs at once from a separate process; return their statuses.
+
+        Threads of this process would delay the monitor."""
         command = [sys.executable, "-c", _CROWD, str(self.port), path, str(times), json.dumps(self.headers(tenant))]
         statuses: list[int] = json.loads(subprocess.run(command, input=body, stdout=subprocess.PIPE, check=True).stdout)
         return statuses
 
     def raw(self, data: bytes = b"", timeout: float = 30) -> socket.socket:
-        """A connection on which `data` was sent."""
+        """Open a connection and send `data`."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
         connection.sendall(data)
         return connection
 
     def sockets(self) -> list[Any]:
-        """Connections that clients have to it."""
+        """Return the clients' connections to the server."""
         return [c for c in psutil.Process(self.process.pid).net_connections("tcp") if c.status == "ESTABLISHED"]
 
     def series(self, name: str) -> float:
-        """The sum of a metric's series."""
+        """Return the sum of a metric's series."""
         lines = self.get("/metrics", "admin").body.decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
 
@@ -169,12 +172,12 @@ class Server:
         return json.dumps(content).encode()
 
     def head(self, path: str, length: int, tenant: str = "a") -> bytes:
-        """The beginning of a POST with a body of so many bytes, as sent on a raw socket."""
+        """Return the head of a POST with a body of this many bytes, for a raw socket."""
         lines = [f"{k}: {v}" for k, v in {**self.headers(tenant), "content-length": str(length)}.items()]
         return "\r\n".join([f"POST {path} HTTP/1.1", "host: here", *lines, "", ""]).encode()
 
     def stream(self, tenant: str = "b", ids: Sequence[int] = (), n: int = 8, **more: Any) -> Iterator[float]:
-        """The moments at which the events of a stream came, the first being when it was asked for."""
+        """Yield the time of the request, then the time of each event of the stream."""
         body = completion_body(ids or prompt(9), n, stream=True, **more)
         yield time.monotonic()
         with (
@@ -188,7 +191,7 @@ class Server:
                     yield time.monotonic()
 
     def first_token(self, tenant: str = "b", ids: Sequence[int] = (), **more: Any) -> float:
-        """Seconds from asking to the first word."""
+        """Return the seconds from the request to the first token."""
         moments = self.stream(tenant, ids, 2, **more)
         began = next(moments)
         first = next(moments) - began
@@ -198,7 +201,7 @@ class Server:
 
     @contextmanager
     def flooding(self, bodies: Sequence[Any], tenant: str = "a") -> Iterator[None]:
-        """Streams of completions that are read until the block ends, and then left."""
+        """Run streamed completions, read them until the block ends, then disconnect."""
         ends = threading.Event()
 
         def read(body: Any) -> None:
@@ -222,7 +225,7 @@ class Server:
 
     @contextmanager
     def watched(self, tenant: str = "b") -> Iterator[Watch]:
-        """Streams of a tenant, one after another, for as long as the block runs."""
+        """Stream completions of a tenant, one after another, while the block runs."""
         watch = Watch(self, tenant)
         watch.start()
         try:
@@ -232,8 +235,9 @@ class Server:
 
 
 class Watch:
-    """One tenant's stream, begun again whenever it ends; and /health, asked all the time. What went wrong is raised at
-    the end. `worst`: the longest time without a word of the stream; `health`: the longest that /health took."""
+    """Monitor of one tenant's streams and of /health; raises any error at the end of the block.
+
+    `worst`: maximum seconds between events of the stream. `health`: maximum seconds of a /health request."""
 
     def __init__(self, server: Server, tenant: str) -> None:
         self.server, self.tenant = server, tenant
@@ -289,7 +293,7 @@ class Watch:
 
 
 def completion_body(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
-    """A completion of exactly `n` tokens, each with a text."""
+    """Return a request for a completion of exactly `n` tokens, each with a text."""
     bias = {str(i): -100 for i in range(3)}
     return {
         "model": "",
@@ -304,7 +308,7 @@ def completion_body(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
 
 
 def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:
-    """Tenants in a new database; tenant -> key."""
+    """Create tenants in a new database; return tenant -> key."""
     tenants = Tenants(url, watch=False)
     keys = {}
     for name, weight in weights.items():
@@ -318,7 +322,7 @@ def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:
 def target(
     shop: Shop, home: Path, *options: str, tenants: dict[str, float] | None = None, threads: int = 1
 ) -> Iterator[Server]:
-    """A server that is ready. `options`: further ones of `veneer serve`; `tenants`: name -> weight."""
+    """Start a server and wait until it is ready. `options`: of `veneer serve`; `tenants`: name -> weight."""
     database = str(home / "tenants.sqlite")
     keys = tenants_of(database, tenants or {"a": 1.0, "b": 1.0})
     more = {"OMP_NUM_THREADS": str(threads), "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1"}

@@ -7,11 +7,11 @@ import pytest
 from tests.attack.harness import GAP, MEMORY, SOON, Server
 
 SIZE = 8 << 20
-"""The largest allowed body."""
+"""The largest allowed body in bytes."""
 
 
 def filled(head: bytes, item: bytes, tail: bytes) -> bytes:
-    """head, as many of `item` between commas as fit, tail."""
+    """Return head, as many comma-separated copies of `item` as fit, and tail."""
     times = (SIZE - len(head) - len(tail)) // (len(item) + 1) - 1
     return head + b",".join([item] * times) + tail
 

@@ -26,7 +26,7 @@ def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def closed_after(connection: socket.socket, send: bytes = b"", every: float = 0.2, most: float = 8.0) -> float:
-    """Seconds until the server closes; `send` is written to it again and again meanwhile."""
+    """Return the seconds until the server closes the connection, while `send` is written repeatedly."""
     began = time.monotonic()
     connection.settimeout(every)
     while time.monotonic() - began < most:
@@ -71,7 +71,9 @@ def test_a_slow_body_is_refused(server: Server) -> None:
 
 
 def test_a_body_that_continues_after_its_answer_is_cut(server: Server) -> None:
-    with server.raw(server.head("/nowhere", 9 << 20)) as late:  # too large: refused at its head
+    with server.raw(
+        server.head("/nowhere", 9 << 20)
+    ) as late:  # the declared length is too large, so the server refuses at the header
         assert b" 413 " in late.recv(1 << 16)
         assert 0.5 < closed_after(late, b" ") < 6
 
@@ -88,7 +90,7 @@ def test_idle_connections_do_not_block_others(server: Server) -> None:
 
 
 def test_a_client_that_does_not_read_loses_its_rows(server: Server) -> None:
-    """Its answer would take a minute and fills every buffer; then its rows are free again."""
+    """The completion would take a minute and fills every buffer; then its rows are released."""
     body = completion_body(prompt(9), 3000) | {"stream": True, "n": 16, "temperature": 1.0, "logprobs": 20}
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -35,7 +35,7 @@ def test_tokenizing_the_longest_texts_does_not_delay_others(server: Server) -> N
 
 
 def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
-    """The five requests for 4 · 64 answers that took all of 1,024 places."""
+    """Five requests of 4 · 64 completions each would fill all 1,024 slots."""
     body = completion_body(prompt(9), 400) | {"prompt": [prompt(9, k) for k in range(4)], "n": 64, "temperature": 1.0}
 
     def ask_b() -> list[int]:
@@ -44,7 +44,7 @@ def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
     def ask_a() -> int:
         try:
             return server.post("/v1/completions", body, timeout=4).status
-        except TimeoutError:  # it waits for its answers and disconnects
+        except TimeoutError:  # the client waits for completions, then disconnects
             return 0
 
     *a, b = server.together([*[ask_a] * 5, ask_b])
@@ -53,7 +53,7 @@ def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
 
 
 def test_long_rows_yield_to_another_tenants_first_token(server: Server) -> None:
-    """Thirty-two places, all of them A's, and as many of A's wait: B gets one at once."""
+    """Tenant A fills all thirty-two slots and has as many requests waiting: B gets a slot at once."""
     rows = completion_body(prompt(9), 3000) | {"n": 32, "temperature": 1.0, "stream": True}
     quiet = sorted(server.first_token(ids=prompt(200, k)) for k in range(5))[2]
     with server.flooding([rows, rows]):
@@ -61,4 +61,4 @@ def test_long_rows_yield_to_another_tenants_first_token(server: Server) -> None:
         initial = server.series("vllm:num_preemptions_total")
         under = sorted(server.first_token(ids=prompt(200, 100 + k)) for k in range(5))[2]
         assert server.series("vllm:num_preemptions_total") > initial
-    assert under < 1.5 * quiet + 0.25  # a step that is under way, on a machine that does other things too
+    assert under < 1.5 * quiet + 0.25  # includes a step that is already running, on a machine with other load

@@ -56,8 +56,8 @@ def peak(trainer: Server) -> Any:
 
 
 def test_tensors_of_zeros_take_no_memory(trainer: Server, peak: Any) -> None:
-    """Three requests of 7 MB with 25 tensors of 268 MB each are refused by their sizes; requests within the limit are
-    unpacked one at a time."""
+    """Three requests of 7 MB with 25 tensors of 268 MB each are refused by their sizes; requests within the
+    limit are unpacked one at a time."""
     run, initial = model(trainer, session(trainer)), trainer.memory()
     headers = trainer.headers("a") | {"content-type": "application/x-protobuf"}
 

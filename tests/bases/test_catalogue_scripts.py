@@ -1,4 +1,4 @@
-"""The scripts that make the catalogue bases: the world they draw, and what they say of it."""
+"""Scripts of the catalogue bases: the rendered world and its captions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_every_kind_is_on_its_picture() -> None:
-    """From a view by chance: neither nothing nor everything is product, and nothing is cut off at the sides."""
+    """From random views, the product is visible, does not fill the picture, and is not cut off at the
+    sides."""
     from kinds import KINDS
     from scenes import VIEWS, Scene, product_mask
 
@@ -71,7 +72,9 @@ def test_scene_depends_on_its_caption_only() -> None:
     columns = np.arange(128)
     assert (right.sum(0) @ columns) / right.sum() - (left.sum(0) @ columns) / left.sum() == pytest.approx(23, abs=1)
     elsewhere = replace(scene, surface="sand" if scene.surface != "sand" else "grass")
-    assert np.array_equal(picture(elsewhere)[:50], picture(scene)[:50])  # a wall is itself, whatever stands before it
+    assert np.array_equal(
+        picture(elsewhere)[:50], picture(scene)[:50]
+    )  # a wall does not depend on the objects in front of it
     repainted = replace(scene, colour="teal" if scene.colour != "teal" else "red", wall="brick wall")
     assert np.array_equal(product_mask(scene), product_mask(repainted))
 
@@ -121,7 +124,7 @@ def test_lens_blurs_only_the_background() -> None:
     edge = (edge[:, 1:] != edge[:, :-1]).any(1)
     rows = np.zeros_like(away)
     rows[edge] = True
-    assert np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60  # its outline is still a step
+    assert np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60  # the outline is still a step
 
 
 def test_effect_in_a_stack_is_its_share_of_color_change() -> None:
@@ -130,7 +133,7 @@ def test_effect_in_a_stack_is_its_share_of_color_change() -> None:
     r = np.random.default_rng(0)
     without = r.integers(60, 120, (3, 128, 128, 3))
     effect, other = np.zeros((2, 1, 128, 128, 3), dtype=int)
-    effect[..., :64, :, :], other[..., 64:, :, :] = 40, 30  # of other cells: at right angles
+    effect[..., :64, :, :], other[..., 64:, :, :] = 40, 30  # other cells, at right angles
     truth = without + effect
     for share in (0.0, 0.5, 1.0):
         for pictures in (without + (share * effect).astype(int), without + (share * effect).astype(int) + other):
@@ -169,7 +172,7 @@ def test_bases_see_line_drawings_but_not_the_campaign() -> None:
     plain, film, lens = (x.astype(int) for x in (picture(grey), pictures.shown(grey), photographed(grey)))
     light = plain.mean(-1) > 180
     plain_warmth, film_warmth, lens_warmth = ((x[..., 0] - x[..., 2])[light].mean() for x in (plain, film, lens))
-    assert abs(film_warmth - plain_warmth) < 3  # the campaign's light is in nothing that they saw
+    assert abs(film_warmth - plain_warmth) < 3  # the campaign's light occurs in no training picture
     assert lens_warmth - plain_warmth > 20
     assert film[:16, :16].mean() < plain[:16, :16].mean() - 20  # dark corners
 
@@ -212,8 +215,8 @@ def test_tokenizers_cut_captions_into_words(tmp_path: Path) -> None:
 
 
 def test_the_autoencoder_that_is_kept_gives_pictures_back() -> None:
-    """34 dB of signal to noise on average of scenes by chance, 30 on the campaign's in the brand's look, which it never
-    saw; half as much error again at most here."""
+    """Average signal-to-noise ratio of random scenes: 34 dB, and 30 dB for the campaign's scenes, which were
+    never in training; this test allows half as much error again."""
     import campaign
     from autoencoder import encode, through
     from build import SHIPPED
@@ -281,7 +284,7 @@ def test_judge_has_a_word_for_every_part_of_a_scene() -> None:
 
 
 def test_distance_is_zero_for_the_truth_and_grows() -> None:
-    """Truth, half of it, none of it; the brand's also under the lens."""
+    """Against the truth, half of it, and none of it; also the brand under the lens."""
     import campaign
     from measures import lens_distance, palette_distance, share
 
@@ -295,7 +298,7 @@ def test_distance_is_zero_for_the_truth_and_grows() -> None:
     assert 0.3 < share(near, far) < 0.7
     assert share(lens_distance(both, both, brand), lens_distance(brand, both, brand)) == 1
     assert palette_distance(brand, brand) == 0
-    mended = np.where(np.arange(128)[:, None, None] < 64, brand, plain)  # half of every picture is the brand's
+    mended = np.where(np.arange(128)[:, None, None] < 64, brand, plain)  # half of every picture has the brand's look
     assert 0.3 < share(palette_distance(mended, brand), palette_distance(plain, brand)) < 0.7
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of adapters has the real shapes and says what it measures."""
+"""The adapters benchmark uses the real shapes and labels its figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_shapes_are_those_of_the_real_models(monkeypatch):
-    """722 and 304 modules; a rank-4 file of 2-byte weights is 20.3 and 36.5 MiB, computed from the official configs."""
+    """722 and 304 modules; a rank-4 file of 2-byte weights has 20.3 and 36.5 MiB, computed from the official
+    configs."""
     bench = module(monkeypatch)
     for shapes, count, size in ((bench.sdxl_shapes(), 722, 20.3), (bench.flux_shapes(), 304, 36.5)):
         assert shapes.total() == count

@@ -1,4 +1,4 @@
-"""The benchmark beside busy processes: its neighbours are busy and end, and it reports as all benchmarks do."""
+"""The busy-machine benchmark: its load processes are busy and end, and its report has the common format."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""`make gpu`, tried where there is no GPU: every line of veneer's own sides, the limits, what fails, and the page.
+"""`make gpu` without a GPU: every line of veneer's own sides, limits, failures, and the page.
 
-No peer runs here, nothing is timed, and nothing is asked of the processor: what a side says when it fails is what the
-assertion prints.
+No peer runs and nothing is timed. If a side fails, the assertion prints its output.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def ran(gpu: Any, value: float = 100.0, metric: str = "training") -> Any:
     return gpu.Outcome("ran", 1.0, figures=[{**FIGURE, "metric": metric, "value": value}])
 
 
-# -- every side, in this process: importing everything in one for each would be most of the time ----------------------
+# -- every side, in this process: importing everything in a process for each would take most of the time ---------------
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def dry(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     def here(side: Any, task: Any, limit: float) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # as a side's own process runs
+                warnings.simplefilter("ignore")  # as in a side's own process
                 return gpu.outcome_of(json.loads(json.dumps(side.run(task))), 0.0)
         except Exception:
             return gpu.Outcome("failed", why=traceback.format_exc())
@@ -155,7 +154,7 @@ def test_a_process_returns_its_result_or_a_reason(gpu: Any, tmp_path: Path) -> N
 
 
 def telling(tmp_path: Path) -> str:
-    """Code that tells a figure, and then that it has."""
+    """Return code that reports a figure, then reports that it has."""
     result = {"figures": [FIGURE], "notes": ["a note"], "card": {"card": "X"}}
     told = f"print('RESULT ' + {json.dumps(json.dumps(result))}, flush=True)"
     return f"{told}; open({str(tmp_path / 'told')!r}, 'w').close()"
@@ -165,7 +164,10 @@ def telling(tmp_path: Path) -> str:
     ("then", "status"),
     [
         ("raise SystemExit('no more memory')", "failed"),
-        ("print('RESULT {\"figures', flush=True); import os; os._exit(9)", "failed"),  # in the middle of the next
+        (
+            "print('RESULT {\"figures', flush=True); import os; os._exit(9)",
+            "failed",
+        ),  # in the middle of the next report
         ("import time; time.sleep(600)", "timed out"),
     ],
 )
@@ -236,7 +238,7 @@ def test_sides_not_run_keep_earlier_figures(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_the_side_and_its_processes(gpu: Any, tmp_path: Path) -> None:
-    """The side tells a figure, begins a process of its own and asks this one to end."""
+    """The side reports a figure, starts a process, and signals this process to end."""
     begin = "import os, signal, subprocess, sys, time; own = subprocess.Popen([sys.executable, '-S', '-c', "
     begin += f"'import time; time.sleep(600)']); open({str(tmp_path / 'own')!r}, 'w').write(str(own.pid)); "
     code = f"{telling(tmp_path)}; {begin}os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
@@ -273,7 +275,7 @@ def test_the_command_runs_a_side_in_its_own_process(gpu: Any, tmp_path: Path, ca
     assert "--only has no training; there are probe, tests, train, qlora, large" in capfd.readouterr().err
 
 
-# -- what is wanted, and what is kept ----------------------------------------------------------------------------------
+# -- bars and stored results -------------------------------------------------------------------------------------------
 
 
 def test_bars_cover_the_sides_that_ran(gpu: Any) -> None:
@@ -321,7 +323,7 @@ def test_a_side_runs_the_planned_settings(gpu: Any) -> None:
     assert "GB" in why
 
 
-# -- what a person types -----------------------------------------------------------------------------------------------
+# -- command line ------------------------------------------------------------------------------------------------------
 
 
 def test_the_makefile_and_the_page_list_every_part(gpu: Any) -> None:

@@ -1,4 +1,4 @@
-"""The image benchmarks run, agree with diffusers + PEFT on what is computed, and report as every benchmark does."""
+"""The image benchmarks run, agree with diffusers + PEFT on losses, and report in the common format."""
 
 from __future__ import annotations
 

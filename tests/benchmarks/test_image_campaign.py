@@ -1,5 +1,6 @@
-"""The campaign's benchmark measures and draws all that it says, of pictures that are noise and by a judge that knows
-nothing: what is true of adapters takes an hour (docs/image-proof.md)."""
+"""The campaign benchmark measures and draws everything that its page lists, with random pictures and judge.
+
+Real results take an hour (docs/image-proof.md)."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def test_what_is_asked_for_is_measured_and_drawn(
     monkeypatch.setattr("veneer.image", image)
     runs, sheets = tmp_path / "runs" / "catalogue-flux", tmp_path / "sheets"
     sheets.mkdir()
-    for role in ("product", "brand", "lens", "openmoji"):  # as if trained
+    for role in ("product", "brand", "lens", "openmoji"):  # nonzero, as if trained
         (runs / role).mkdir(parents=True)
         (runs / role / "veneer.json").touch()
     for method in ("orthogonal", "ties"):

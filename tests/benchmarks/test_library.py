@@ -1,4 +1,4 @@
-"""The library's benchmark runs and reports in the shape that every benchmark has."""
+"""The library benchmark runs and reports in the common format."""
 
 from __future__ import annotations
 

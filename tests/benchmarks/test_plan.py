@@ -1,4 +1,4 @@
-"""The plan's benchmarks: the grid is what was promised, and both report in the shape that every benchmark has."""
+"""The plan benchmarks: the grid is complete, and both report in the common format."""
 
 from __future__ import annotations
 

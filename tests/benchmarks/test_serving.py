@@ -1,4 +1,4 @@
-"""Serving's benchmarks run and report in the shape that every benchmark has."""
+"""The serving benchmarks run and report in the common format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark runs, agrees with its peers on what is computed, and reports in the shape that every benchmark has."""
+"""The text training benchmark runs, agrees with its peers on losses, and reports in the common format."""
 
 from __future__ import annotations
 

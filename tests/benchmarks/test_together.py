@@ -1,4 +1,4 @@
-"""The benchmark of runs in one pass: both sides make the same steps of the size that is asked for."""
+"""The benchmark of runs trained together: both sides make the same steps of the requested size."""
 
 from __future__ import annotations
 

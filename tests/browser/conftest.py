@@ -39,12 +39,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 TIMEOUT = 60_000
 """Milliseconds to wait for an element."""
 SMOLLM2 = bases_home() / "smollm2-135m"
-"""The user's copy of the base; tests have a home of their own."""
+"""The user's copy of the base. Tests use a separate home."""
 LONG = "a-name-that-somebody-gave-who-never-thought-of-those-that-would-have-to-read-it-on-a-telephone"
 ROUTE = LONG.replace("name", "route", 1)
 SAMPLE = {"prompt": "I was charged twice.", "base": "I am sorry to hear that.", "adapter": '{"team": "billing"}'}
 ANSWERED = "n => document.querySelectorAll('.spoken .chip').length >= n"
-"""Whether finished answers have n buttons."""
+"""JavaScript: whether finished completions have n buttons."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -106,7 +106,7 @@ def store(server: StudioServer) -> Iterator[Store]:
 
 @pytest.fixture(scope="session")
 def job(server: StudioServer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A job with two recorded steps, which no process trains."""
+    """Create a job with two recorded steps that no process trains."""
     with open_library(server.library) as library:
         rows = parcel_rows(tmp_path_factory.mktemp("job"))
         return recorded_job(JobStore(library), server.base, rows, server.home).id
@@ -147,7 +147,7 @@ _FOCUSED = """() => {
 
 @dataclass
 class Window:
-    """A page of Chromium at a server. `errors`: what went wrong on the page."""
+    """A Chromium page at a server. `errors`: errors on the page."""
 
     page: Any
     address: str
@@ -249,7 +249,8 @@ def window(chromium: Any, server: StudioServer) -> Iterator[Window]:
 
 @dataclass
 class Spent:
-    """Seconds of a block: wall clock, and processor time of servers and browsers, which other load does not change."""
+    """Seconds of a block: wall clock, and processor time of servers and browsers, which other load does not
+    change."""
 
     clock: float = 0.0
     processors: float = 0.0

@@ -1,4 +1,4 @@
-"""A tenant's browser: its own key and adapters; another tenant's are the same as missing ones."""
+"""A tenant's browser shows its own key and adapters; another tenant's look like missing ones."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sign_in(window: Window, key: str, path: str) -> None:
     """Sign in with the keyboard only, and open `path`."""
     window.page.goto(f"{window.address}/studio/{path}")
     window.until("Sign in")
-    window.page.keyboard.type(key)  # the field has the focus
+    window.page.keyboard.type(key)  # the key field has the focus
     window.keys("Enter")
     window.page.wait_for_function("window.did_handshake === true && document.querySelector('.view h1')")
 

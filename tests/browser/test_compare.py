@@ -1,4 +1,5 @@
-"""Compare in a browser, on the machine's language model: answers, strengths, probabilities, votes, corrections, mixes.
+"""Compare in a browser, on the machine's language model: answers, strengths, probabilities, votes,
+corrections, mixes.
 
 Image bases: test_images.py."""
 
@@ -34,7 +35,8 @@ MOVE_SLIDER = """(column) => new Promise((done) => {
 })"""
 """Move a column's slider, and wait for the first token of the new answer."""
 STEP = 0.0155
-"""Seconds of a decoding step of smollm2-135m in bfloat16 on one thread, on the machine of docs/notes/studio.md."""
+"""Seconds per decoding step of smollm2-135m in bfloat16 on one thread of the machine in
+docs/notes/studio.md."""
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def test_mix_is_saved_as_an_adapter(window: Window, talking: StudioServer) -> No
 
 
 def api_time(address: str, strength: float, tokens: int) -> Spent:
-    """Return the time of an API request with a strength that nothing is cached for."""
+    """Return the time of an API request with a strength that is not cached."""
     spent, messages = Spent(), [{"role": "user", "content": "Where is my parcel?"}]
     body = {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "mix": [f"support@1:{strength}"]}
     with spent.measure():
@@ -156,13 +158,14 @@ def api_time(address: str, strength: float, tokens: int) -> Spent:
 
 
 def test_slider_answers_within_a_step_and_100_ms(window: Window, talking: StudioServer) -> None:
-    """100 ms at the speed of docs/notes/studio.md, longer on a slower machine: a new mix only reads its prompt."""
+    """100 ms at the speed of docs/notes/studio.md, longer on a slower machine: a new mix only reads its
+    prompt."""
     page = window.open("compare?c=support%401&p=Where+is+my+parcel%3F&m=1").page
     window.press("Ask")
     page.wait_for_function(ANSWERED, arg=4)
     column = page.locator("section.column").nth(1).element_handle()
     first, many, moved = list[Spent](), list[Spent](), list[Spent]()
-    for n in range(6):  # in turn, so that other load slows all three
+    for n in range(6):  # alternate, so that other load slows all three measurements
         first.append(api_time(talking.address, 0.31 + n / 100, 1))
         many.append(api_time(talking.address, 0.41 + n / 100, 17))
         moved.append(Spent())

@@ -52,7 +52,7 @@ def test_image_adapter_is_converted_and_saved(window: Window, server: StudioServ
     for tool in ("comfyui", "diffusers", "kohya", "peft"):
         assert_same(changes(read(downloaded(window, tool, tmp_path)).adapter), changes(adapter), 1e-6)
     page.get_by_label("Name", exact=True).fill("zelda")
-    window.press("Save to library")  # at once: the typed name counts
+    window.press("Save to library")  # immediately: the typed name counts
     window.heading("zelda@1")
     with open_library(server.library) as library:
         assert library.find("zelda").digest == read(style).adapter.digest()

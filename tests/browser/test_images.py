@@ -1,4 +1,5 @@
-"""Image bases in a browser: images compared at several strengths; a training run's samples; a card's image."""
+"""Image bases in a browser: images compared at several strengths; a training run's samples; a card's
+image."""
 
 from __future__ import annotations
 

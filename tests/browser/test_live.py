@@ -1,4 +1,5 @@
-"""Live in two browsers: a route is created, changed, promoted and rolled back; a shadow's answers are compared."""
+"""Live in two browsers: a route is created, changed, promoted and rolled back; a shadow's answers are
+compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A view that is redrawn because others change data loses no click and no input of its user."""
+"""A view that is redrawn after another user's change loses no click and no input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS = [("support@2", 90), (f"{LONG}@1", 10)]
 
 @contextmanager
 def mouse_down(page: Any, button: Any) -> Iterator[None]:
-    """Run the block between the mouse's press on a button and its release."""
+    """Run the block between pressing and releasing the mouse on a button."""
 
     def hover() -> None:
         at = button.bounding_box()

@@ -1,4 +1,4 @@
-"""From settings to a kept step with the mouse: planned while typed, started, watched, compared while it trains."""
+"""From settings to a kept checkpoint with the mouse: planned while typed, started, watched, and compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.jobs.store import Job, JobStore
 from veneer.library.library import open_library
 
 TIMEOUT = 300_000
-"""Milliseconds: a run is a process of low priority."""
+"""Milliseconds. A run is a process of low priority."""
 CHART = "document.querySelector('.chart svg')?.outerHTML"
 
 

@@ -1,4 +1,4 @@
-"""`make image-quickstart`, which is examples/campaign in small, on a tiny base and two steps."""
+"""`make image-quickstart`, the small version of examples/campaign, with a tiny base and two steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def campaign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_only_files_of_an_earlier_run_are_removed(campaign: ModuleType, tmp_path: Path) -> None:
-    """Each of the scripts that begin anew in a folder."""
+    """Holds for each script that restarts in a folder."""
     campaign.emptied(tmp_path / "none")
     own, others = tmp_path / "own", tmp_path / "others"
     for folder, name in ((own, "brand/log.jsonl"), (others, "data/log.jsonl")):

@@ -1,4 +1,4 @@
-"""The example for edits runs from its file, on a tiny Kontext and a few pairs; the tiny result edits a picture."""
+"""The editing example runs from its file, on a tiny Kontext and a few pairs; its adapter edits a picture."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_edits_example_trains_edits_and_reproduces(tmp_path: Path, capsys: p
     assert done.code == 0, done.err
     with Image.open(out) as made:
         made.load()
-        assert made.width > made.height  # in the proportion of what is edited
+        assert made.width > made.height  # in the proportions of the edited picture
         base = load_image(str(place))
         by_python = veneer.image(base, "invert it", adapters=[result.adapter], references=[start], steps=2)[0]
         assert np.array_equal(np.asarray(made), np.asarray(by_python.image))

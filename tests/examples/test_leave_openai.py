@@ -1,4 +1,4 @@
-"""The way out of OpenAI, walked between two servers that have its routes: one is OpenAI for the while."""
+"""The migration from OpenAI between two servers with OpenAI's routes, one of which acts as OpenAI."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_files_and_jobs_are_moved_once(
         gone = finished(theirs, there, training_file=sent(there, name="gone.jsonl"))
         there.files.delete(gone.training_file)
         broken = finished(theirs, there, training_file=sent(there, [ROW, {"messages": "Hi"}], "broken.jsonl"))
-        created(there)  # has not succeeded, and is let be
+        created(there)  # this job has not succeeded and is skipped
 
         assert run("--to", to, "--list") == 0
         listed = capsys.readouterr().out

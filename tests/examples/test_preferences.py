@@ -1,4 +1,4 @@
-"""The preferences: what the committed pairs promise, and the example end to end on a tiny base."""
+"""Preference pairs: their documented properties, and the example on a tiny base."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_chosen_replies_are_short_and_polite(pairs: dict[str, list[dict[str, Any
             long, curt = len(row["rejected"].split()) > 60, not polite.search(row["rejected"].split(".")[0])
             assert long or curt
             kinds.add((long, curt))
-        assert len(kinds) == 3  # neither length nor one polite word alone gives it away
+        assert len(kinds) == 3  # neither length nor a single polite word identifies the chosen reply
 
 
 def test_train_and_test_share_no_sentence_or_ticket(pairs: dict[str, list[dict[str, Any]]]) -> None:

@@ -1,4 +1,4 @@
-"""The quickstart, end to end, on a tiny base: what it prints, and that the commands it names are real."""
+"""The quickstart on a tiny base: its output, and that the commands it names exist."""
 
 from __future__ import annotations
 

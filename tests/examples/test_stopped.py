@@ -1,7 +1,7 @@
-"""Both quickstarts and `veneer train` stopped by Ctrl-C or SIGTERM while they train: one message, a shell's exit code.
+"""Both quickstarts and `veneer train`, stopped by Ctrl-C or SIGTERM: one message, and a shell's exit code.
 
-Real processes, and real signals. Of the six, two run by default: a quickstart under SIGTERM here, and `veneer train`
-under Ctrl-C in tests/cli/test_train.py."""
+Uses real processes and signals. Of the six cases, two run by default: a quickstart under SIGTERM here, and
+`veneer train` under Ctrl-C in tests/cli/test_train.py."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def endless() -> str:
-    """Some ten seconds of steps, of which the signal drops all but the first."""
+    """Return a configuration of about ten seconds of steps, of which the signal drops all but the first."""
     config = small_config()
     assert "epochs: 1 " in config
     return config.replace("epochs: 1 ", "epochs: 600 ")
 
 
 def stopped_after(command: list[str], first: Path, number: int, folder: Path) -> tuple[int, str]:
-    """(exit code, stderr) of a command that is sent the signal when `first` has a step."""
+    """Send the signal when `first` has a step; return the command's (exit code, stderr)."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *command], env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -52,7 +52,7 @@ def check(code: int, said: str, number: int) -> None:
     assert "the state is saved" in said
     assert "--resume" in said
     assert "Traceback" not in said
-    assert len(said.partition("error: ")[2].splitlines()) == 3, said  # what, where, fix; nothing below
+    assert len(said.partition("error: ")[2].splitlines()) == 3, said  # what, where, fix, and nothing after them
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The shipped tickets: their counts, their schema, the policy, and a held-out side that shares no sentence."""
+"""The tickets: their counts, schema and policy; held-out tickets share no sentence with training tickets."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def test_labels_are_balanced(name: str, field: str, values: set[str], least: flo
 
 
 def test_the_prompt_does_not_list_the_labels() -> None:
-    """An untrained base cannot answer right by copying: no value of a label stands in the system prompt."""
+    """No label's value occurs in the system prompt, so an untrained base cannot answer correctly by
+    copying."""
     (system,) = {row["messages"][0]["content"] for row in rows("train") + rows("test")}
     assert not (TEAMS | PRIORITIES | AREAS) & set(system.lower().replace(".", " ").replace(",", " ").split())
 
@@ -95,7 +96,7 @@ def test_another_seed_gives_other_tickets(script: ModuleType) -> None:
 
 
 def test_the_two_sides_share_no_template(script: ModuleType) -> None:
-    """By the id of every sentence used, and by the sentence itself (one text under two ids would be a leak too)."""
+    """By each sentence's id and by its text, because one text under two ids would be a leak too."""
     train, test, _ = script.make()
     used = [{name for ticket in side for name in ticket.templates} for side in (train, test)]
     assert all(used)
@@ -125,7 +126,7 @@ def test_the_two_sides_share_no_template(script: ModuleType) -> None:
 
 
 def test_no_test_ticket_resembles_a_training_ticket() -> None:
-    """Share of a held-out ticket's word 4-grams that any one training ticket has; names and products may repeat."""
+    """Measures the share of a held-out ticket's word 4-grams in any one training ticket; names can repeat."""
     train = [grams(row["messages"][1]["content"]) for row in rows("train")]
     for row in rows("test"):
         own = grams(row["messages"][1]["content"])
