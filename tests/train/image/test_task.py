@@ -21,6 +21,7 @@ from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
 from veneer.models.image.predict import cut_of
+from veneer.ops.quantized import Quantized
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
@@ -214,6 +215,67 @@ def test_sd3_without_t5_reads_77_tokens(shared: Path, tmp_path: Path) -> None:
     assert cut_of(base, long)
     with pytest.raises(PreflightError, match="it has: text_encoder, text_encoder_2"):
         run(shared, tmp_path / "no", "sd3", base=base, adapter={"text_encoders": ["text_encoder_3"]})
+
+
+@pytest.mark.parametrize(
+    "family", ["flux2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd3", "z-image", "klein", "qwen-image"))]
+)
+def test_training_on_nf4_equals_training_on_its_values(family: str, shared: Path, tmp_path: Path) -> None:
+    """Computed in 16 bits, with text encoders in 4 bits too; every linear module learns."""
+    for name in ("codes", "values"):
+        base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantize="nf4")
+        held = [
+            (m, key)
+            for m in base.parts.values()
+            if isinstance(m, torch.nn.Module)
+            for m in m.modules()
+            for key, w in m._parameters.items()
+            if isinstance(w, Quantized)
+        ]
+        assert len(held) > 10
+        for module, key in held if name == "values" else []:
+            weight: Any = module._parameters[key]
+            module._parameters[key] = torch.nn.Parameter(weight.dense().clone(), requires_grad=False)
+        result = run(
+            shared,
+            tmp_path / name,
+            family,
+            base=base,
+            adapter={"targets": "all-linear"},
+            schedule={"steps": 2},
+            optimizer={"learning_rate": 0.05},
+        )
+        assert result.validation != result.validation_before
+    assert _bytes(tmp_path / "codes") == _bytes(tmp_path / "values")
+
+
+@pytest.mark.parametrize(
+    ("family", "guidance"),
+    [
+        ("qwen-image", None),
+        *(pytest.param(f, g, marks=pytest.mark.slow) for f, g in (("flux2", None), ("z-image", 0.0))),
+    ],
+)
+def test_later_families_resume_to_equal_bits(family: str, guidance: float | None, shared: Path, tmp_path: Path) -> None:
+    """With dropout, captions of two lengths and empty ones, and sample sheets, which are equal too."""
+    folder = drawings(tmp_path / "drawings")
+    (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
+    more: dict[str, Any] = {
+        "data": {"pictures": str(folder), "caption_dropout": 0.4, "cache": str(tmp_path / "cache")},
+        "schedule": {"steps": 3},
+        "samples": {"prompts": ["a cat"], "every": 1, "steps": 2, "size": 32},
+    }
+    if guidance is not None:
+        more["samples"]["guidance"] = guidance
+    run(shared, tmp_path / "whole" / "run", family, **more)
+    with pytest.raises(Interrupted, match="after step 2 of 3"):
+        run(shared, tmp_path / "parts" / "run", family, on_event=interrupt_at(2), **more)
+    run(shared, tmp_path / "parts" / "run", family, resume=True, **more)
+    assert _bytes(tmp_path / "parts" / "run") == _bytes(tmp_path / "whole" / "run")
+    places = (tmp_path / one / "run" / "samples" for one in ("whole", "parts"))
+    whole, parts = ([p.read_bytes() for p in sorted(place.glob("*.png"))] for place in places)
+    assert len(set(whole)) == 4
+    assert whole == parts
 
 
 def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, shared: Path, tmp_path: Path) -> None:
