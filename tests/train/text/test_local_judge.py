@@ -61,7 +61,6 @@ def test_base_and_adapters_judge_beside_the_trained_adapter(base: TextBase, tmp_
     assert [reply.text for reply in replies[:4]] == bare + other
     assert [reply.cut for reply in replies[5:]] == [False, True]
     assert json.loads(replies[5].text) == {"result": 3}
-    assert [reply.usage["completion_tokens"] <= 8 for reply in replies[:4]] == [True] * 4
     assert "are left for its answer" in replies[4].error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError
 from veneer.train.config.rewards import (
     AskedModelReward,
     GraderReward,
@@ -23,11 +23,11 @@ from veneer.train.config.rewards import (
 )
 from veneer.train.config.section import SERVER_KEYS
 from veneer.train.rewards import rules
-from veneer.train.rewards.graders import Grade, GraderRun, grader_models, has_python, parse_grader
+from veneer.train.rewards.graders import grader_models, grader_reward, has_python, parse_grader
 from veneer.train.rewards.judge import AskModel, judge_reward
 from veneer.train.rewards.limited import LimitedFunction, working_sandbox
 from veneer.train.rewards.reasoning_gym import reasoning_gym_reward
-from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
+from veneer.train.rewards.reward import NamedReward, Reward, Rewards
 from veneer.train.rewards.server import ServerJudge
 from veneer.train.rewards.template import template_sample
 
@@ -91,7 +91,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
         grader = _grader(section)
         model = _model_of(section, ask, opened) if grader_models(grader) else None
         sandbox = working_sandbox() if section.sandbox and has_python(section.grader) else None
-        return _by_grader(opened.enter_context(GraderRun(grader, ask=model, sandbox=sandbox)))
+        return grader_reward(grader, opened, ask=model, sandbox=sandbox)
     if isinstance(section, ReasoningGymReward):
         return reasoning_gym_reward(section)
     return _RULES[section.kind](section)
@@ -109,18 +109,3 @@ def _model_of(section: AskedModelReward, ask: AskModel | None, opened: ExitStack
             fix="give the `url` of a server",
         )
     return ask
-
-
-def _by_grader(run: GraderRun) -> Reward:
-    def score(grade: Grade, answer: Answer) -> RewardScore:
-        if message := grade.errors.get("invalid_variable_error"):
-            where = str(answer.row.get("where") or "") or None
-            raise DataError(f"a grader's template: {message}, and a row lacks it", where=where)
-        error = "; ".join(f"{word}: {text}" for word, text in grade.errors.items())
-        return RewardScore(grade.value, error)
-
-    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        grades = run.grade([(template_sample(answer), answer.row) for answer in answers])
-        return [score(grade, answer) for grade, answer in zip(grades, answers, strict=True)]
-
-    return reward

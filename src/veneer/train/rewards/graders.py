@@ -1,4 +1,4 @@
-"""OpenAI's graders, as rewards and for `/v1/fine_tuning/alpha/graders/run`.
+"""OpenAI's graders, as rewards.
 
     string_check      1 if eq, ne, like (the reference is in the input) or ilike holds for the texts, else 0
     text_similarity   fuzzy_match, bleu, gleu or rouge_1 … rouge_l of input and reference, from 0 to 1
@@ -6,32 +6,32 @@
     python            `grade(sample, item)` of the source, in a separate process (`limited`) or a sandbox
     multi             a formula of other graders' values: + - * / ^, min max abs floor ceil exp sqrt log
 
-    with GraderRun(parse_grader({"type": "string_check", …})) as run:
-        (grade,) = run.grade([(sample, item)])
+    reward = grader_reward(parse_grader({"type": "string_check", …}), opened)
 
-A fault of the model's answer has the value 0: a template reads `sample.output_json` and the answer is not
-such JSON (`sample_parse_error`). Any other fault has no value, and `errors` names it in OpenAI's words.
+If a template reads `sample.output_json` and the answer is not such JSON, the value is 0. A row without a column
+of a template stops the run. Any other fault has no value, and a reason.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import operator
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from veneer.errors import ConfigError, quoted
+from veneer.errors import ConfigError, DataError, quoted
 from veneer.train.config.section import Section
-from veneer.train.rewards.judge import AskModel, Question, Reply, ask_unique, reply_score, score_form
-from veneer.train.rewards.limited import LimitedFunction, ScoreInput
+from veneer.train.rewards.judge import AskModel, Question, asked_reward, score_form
+from veneer.train.rewards.limited import LimitedFunction
+from veneer.train.rewards.reward import Answer, Reward, RewardScore, each_answer
 from veneer.train.rewards.sandbox import Sandbox
-from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem
+from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem, template_sample
 from veneer.train.rewards.text_scores import bleu, fuzzy, gleu, rouge
 
 _SOURCE = 64 << 10
@@ -40,12 +40,10 @@ _SOURCE = 64 << 10
 Parsing them takes 50 ms at most, and holds the GIL."""
 _COMPARED = 64 << 10
 """Maximum characters of each text that a metric compares."""
-TOO_LARGE = "too_large"
-"""The error for a text over a limit.
-
-OpenAI has no such error; neither the model nor the row is at fault."""
 _MEMORY = 2e9
 """Bytes of memory that all python graders of one grader share."""
+_TIMEOUT = 120.0
+"""Maximum seconds of a python grader for an answer."""
 _Text = Annotated[str, Field(max_length=100_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=100)]
 
@@ -205,14 +203,10 @@ def has_python(value: Any) -> bool:
     return any(isinstance(each, Mapping) and each.get("type") == "python" for each in graders)
 
 
-def single_graders(grader: Any) -> dict[str, Any]:
-    """Return a multi grader's graders by name; any other grader under the name ""."""
-    return dict(grader.graders) if isinstance(grader, MultiGrader) else {"": grader}
-
-
 def grader_models(grader: Any) -> set[str]:
     """Return the models that a grader or its sub-graders ask."""
-    return {each.model for each in single_graders(grader).values() if isinstance(each, ScoreModelGrader)}
+    graders = grader.graders.values() if isinstance(grader, MultiGrader) else [grader]
+    return {each.model for each in graders if isinstance(each, ScoreModelGrader)}
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
@@ -276,106 +270,78 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
         raise ValueError("calculate_output is nested too deep, or has a number that is too large") from None
 
 
-# -- running graders ---------------------------------------------------------------------------------------------------
+# -- graders as rewards ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Grade:
-    """The result of a grader.
+def grader_reward(
+    grader: Any, opened: ExitStack, *, ask: AskModel | None = None, sandbox: Sandbox | None = None
+) -> Reward:
+    """Return a grader as a reward. `opened` closes its processes.
 
-    `errors`: OpenAI's name of an error -> its description. `parts`: values of a multi grader's graders.
-    `usage`: tokens, by model."""
+    `ask`: asks the model of score_model. `sandbox`: where Python runs; if None, with this process's rights. The
+    reward raises ConfigError if the source of a python grader cannot be loaded, and MissingExtraError if a metric's
+    package is missing."""
+    graders = grader.graders if isinstance(grader, MultiGrader) else {"": grader}
+    memory = _MEMORY / max(1, sum(isinstance(each, PythonGrader) for each in graders.values()))
 
-    value: float | None
-    errors: Mapping[str, str] = field(default_factory=dict)
-    parts: Mapping[str, float] = field(default_factory=dict)
-    usage: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    def single(each: Any) -> Reward:
+        if isinstance(each, PythonGrader):
+            function = LimitedFunction("grade", source=each.source, timeout=_TIMEOUT, memory=memory, sandbox=sandbox)
+            return functools.partial(_by_function, opened.enter_context(function))
+        if isinstance(each, ScoreModelGrader):
+            assert ask is not None
+            return asked_reward(ask, functools.partial(_question, each), *each.bounds)
+        return each_answer(functools.partial(_compare, each))
 
+    rewards = {name: single(each) for name, each in graders.items()}
+    if not isinstance(grader, MultiGrader):
+        return rewards[""]
+    formula = _parse_formula(grader.calculate_output, grader.graders)
 
-class GraderRun:
-    """A grader that is ready to run.
+    def multi(answers: Sequence[Answer], /) -> list[RewardScore]:
+        scores = [reward(answers) for reward in rewards.values()]
+        return [_combined(formula, dict(zip(rewards, each, strict=True))) for each in zip(*scores, strict=True)]
 
-    `ask`: asks the model of score_model. `timeout`: seconds for a python function. `sandbox`: where Python
-    runs; if None, with this process's rights. Raises ConfigError if score_model has no model to ask, and
-    MissingExtraError if a metric's package is missing."""
-
-    def __init__(
-        self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0, sandbox: Sandbox | None = None
-    ) -> None:
-        if grader_models(grader) and ask is None:
-            raise ConfigError("no model is available for score_model", where=grader.name, fix="name a server: `url`")
-        self.grader, self._ask = grader, ask
-        sources = {n: each.source for n, each in single_graders(grader).items() if isinstance(each, PythonGrader)}
-        how: dict[str, Any] = {"timeout": timeout, "memory": _MEMORY / max(1, len(sources)), "sandbox": sandbox}
-        self._functions = {name: LimitedFunction("grade", source=source, **how) for name, source in sources.items()}
-
-    def __enter__(self) -> GraderRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for function in self._functions.values():
-            function.close()
-
-    def grade(self, inputs: Sequence[ScoreInput]) -> list[Grade]:
-        """Return a grade for each (sample, item).
-
-        Raises UnavailableError if the model server is unavailable."""
-        grades_by_name = {name: self._grades(name, each, inputs) for name, each in single_graders(self.grader).items()}
-        if not isinstance(self.grader, MultiGrader):
-            return grades_by_name[""]
-        formula = _parse_formula(self.grader.calculate_output, self.grader.graders)
-        return [
-            _together(formula, {name: grades[i] for name, grades in grades_by_name.items()}) for i in range(len(inputs))
-        ]
-
-    def _grades(self, name: str, grader: Any, inputs: Sequence[ScoreInput]) -> list[Grade]:
-        if isinstance(grader, PythonGrader):
-            return self._by_function(name, inputs)
-        scores: list[Any] = []
-        for sample, item in inputs:
-            try:
-                if isinstance(grader, ScoreModelGrader):
-                    scores.append(_question(grader, sample, item))
-                else:
-                    scores.append(Grade(_of_texts(grader, sample, item)))
-            except TextTooLong as error:
-                scores.append(Grade(None, {TOO_LARGE: str(error)}))
-            except NoValue as error:
-                word = "sample_parse_error" if error.of_sample else "invalid_variable_error"
-                scores.append(Grade(0.0 if error.of_sample else None, {word: str(error)}))
-        questions = [each for each in scores if isinstance(each, Question)]
-        if not questions:
-            return scores
-        assert self._ask is not None
-        replies = iter(ask_unique(self._ask, questions))
-        return [_of_reply(next(replies), grader) if isinstance(each, Question) else each for each in scores]
-
-    def _by_function(self, name: str, inputs: Sequence[ScoreInput]) -> list[Grade]:
-        try:
-            scores = self._functions[name].score(inputs)
-        except ConfigError as error:  # the source cannot be loaded, whatever the sample
-            return [Grade(None, {"python_grader_runtime_error": error.what})] * len(inputs)
-        return [
-            Grade(score.value)
-            if score.value is not None and math.isfinite(score.value)
-            else Grade(None, {"python_grader_runtime_error": score.error or f"it gave {score.value}"})
-            for score in scores
-        ]
+    return multi
 
 
-def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Question:
+def _by_function(function: LimitedFunction, answers: Sequence[Answer], /) -> list[RewardScore]:
+    scores = function.score([(template_sample(answer), answer.row) for answer in answers])
+    return [
+        score if score.value is None or math.isfinite(score.value) else RewardScore(None, f"it gave {score.value}")
+        for score in scores
+    ]
+
+
+def _filled_texts(templates: Sequence[str], answer: Answer) -> list[str] | RewardScore:
+    """Return the filled templates, or the answer's score if it cannot fill one.
+
+    Raises DataError if the row has no value for a template."""
+    sample, texts = template_sample(answer), list[str]()
+    try:
+        for template in templates:
+            texts.append(filled(template, sample, answer.row, FILLED - sum(map(len, texts))))
+    except TextTooLong as error:
+        return RewardScore(None, str(error))
+    except NoValue as error:
+        if error.of_sample:
+            return RewardScore(0.0)
+        where = str(answer.row.get("where") or "") or None
+        raise DataError(f"a grader's template: {error}, and a row lacks it", where=where) from None
+    return texts
+
+
+def _question(grader: ScoreModelGrader, answer: Answer) -> Question | RewardScore:
     """Return the question: the grader's filled messages and the required answer form.
 
-    The `result` of the answer is the grade. Raises NoValue, TextTooLong."""
-    messages: list[dict[str, str]] = []
-    left = FILLED
-    for message in grader.input:
-        content = filled(message.text, sample, item, left)
-        left -= len(content)
-        messages.append({"role": message.role, "content": content})
+    The `result` of the answer is the grade."""
+    texts = _filled_texts(grader.templates(), answer)
+    if isinstance(texts, RewardScore):
+        return texts
+    messages = [{"role": m.role, "content": text} for m, text in zip(grader.input, texts, strict=True)]
     instruction, form = score_form(*grader.bounds)
     if messages[0]["role"] in ("system", "developer"):
-        messages[0] |= {"content": f"{messages[0]['content']}\n\n{instruction}"}
+        messages[0]["content"] += f"\n\n{instruction}"
     else:
         messages.insert(0, {"role": "system", "content": instruction})
     sampling = grader.sampling_params or _SamplingParams()
@@ -391,54 +357,39 @@ def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping
     )
 
 
-def _of_reply(reply: Reply, grader: ScoreModelGrader) -> Grade:
-    usage = {grader.model: reply.usage}
-    if reply.error:
-        word = "model_grader_refusal_error" if reply.refused else "model_grader_server_error"
-        return Grade(None, {word: reply.error}, usage=usage)
-    value = reply_score(reply, *grader.bounds)
-    if isinstance(value, str):
-        return Grade(None, {"model_grader_parse_error": value}, usage=usage)
-    return Grade(value, usage=usage)
-
-
-def _of_texts(
-    grader: StringCheckGrader | TextSimilarityGrader, sample: Mapping[str, Any], item: Mapping[str, Any]
-) -> float:
-    text, reference = filled(grader.input, sample, item), filled(grader.reference, sample, item)
+def _compare(grader: StringCheckGrader | TextSimilarityGrader, answer: Answer) -> RewardScore:
+    texts = _filled_texts([grader.input, grader.reference], answer)
+    if isinstance(texts, RewardScore):
+        return texts
     if isinstance(grader, StringCheckGrader):
-        match grader.operation:
-            case "eq":
-                return float(text == reference)
-            case "ne":
-                return float(text != reference)
-            case "like":
-                return float(reference in text)
-            case "ilike":
-                return float(reference.casefold() in text.casefold())
-    if max(len(text), len(reference)) > _COMPARED:
-        raise TextTooLong(f"text_similarity compares texts of up to {_COMPARED:,} characters")
-    metric = grader.evaluation_metric
-    if metric.startswith("rouge_"):
-        return rouge(text, reference, f"rouge{metric.removeprefix('rouge_').upper()}")
-    return {"fuzzy_match": fuzzy, "bleu": bleu, "gleu": gleu}[metric](text, reference)
+        return RewardScore(float(_CHECKS[grader.operation](*texts)))
+    if max(map(len, texts)) > _COMPARED:
+        return RewardScore(None, f"text_similarity compares texts of up to {_COMPARED:,} characters")
+    return RewardScore(_METRICS[grader.evaluation_metric](*texts))
 
 
-def _together(formula: Callable[[Mapping[str, float]], float], grades: Mapping[str, Grade]) -> Grade:
-    errors: dict[str, str] = {}
-    usage: dict[str, Counter[str]] = {}
-    for name, grade in grades.items():
-        for word, text in grade.errors.items():
-            errors.setdefault(word, f"{name}: {text}")
-        for model, took in grade.usage.items():
-            usage.setdefault(model, Counter()).update(took)
-    parts = {name: grade.value for name, grade in grades.items() if grade.value is not None}
-    value = None
-    if len(parts) == len(grades):
-        try:
-            value = float(formula(parts))
-        except (ArithmeticError, ValueError, RecursionError) as error:
-            errors["other_error"] = f"calculate_output: {error}"
-        if value is not None and not math.isfinite(value):
-            value, errors["other_error"] = None, f"calculate_output gave {value}"
-    return Grade(value, errors, parts, usage)
+_CHECKS: dict[str, Callable[[str, str], bool]] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "like": operator.contains,
+    "ilike": lambda text, reference: reference.casefold() in text.casefold(),
+}
+_METRICS: dict[str, Callable[[str, str], float]] = {
+    "fuzzy_match": fuzzy,
+    "bleu": bleu,
+    "gleu": gleu,
+    **{f"rouge_{n}": functools.partial(rouge, measure=f"rouge{n}") for n in range(1, 6)},
+    "rouge_l": rouge,
+}
+
+
+def _combined(formula: Callable[[Mapping[str, float]], float], scores: Mapping[str, RewardScore]) -> RewardScore:
+    values = {name: score.value for name, score in scores.items() if score.value is not None}
+    if len(values) < len(scores):
+        errors = [f"{name}: {score.error}" for name, score in scores.items() if score.value is None]
+        return RewardScore(None, "; ".join(errors))
+    try:
+        value = float(formula(values))
+    except (ArithmeticError, ValueError, RecursionError) as error:
+        return RewardScore(None, f"calculate_output: {error}")
+    return RewardScore(value) if math.isfinite(value) else RewardScore(None, f"calculate_output gave {value}")

@@ -3,7 +3,7 @@
     judge    score = (n − low) / (high − low); n: the number in the judge's reply; `range` = (low, high)
 
 Every question asks for JSON, `{"steps": [...], "result": n}`, and includes the schema for judges that support
-constrained decoding. `reply_score` reads the reply; a truncated or ambiguous reply has no score.
+constrained decoding. A truncated or ambiguous reply has no score.
 
 `AskModel` answers many questions at once. It is the engine of this process, passed by its owner, or a server
 (`rewards.server`). A question without an answer has no score. Equal questions of one call are asked once.
@@ -55,13 +55,10 @@ class Question:
 class Reply:
     """A model's reply.
 
-    `error`: why there is no text; `refused`: the model refused to answer. `usage`: tokens, in OpenAI's form.
-    `cut`: the reply was truncated at its token limit."""
+    `error`: why there is no text. `cut`: the reply was truncated at its token limit."""
 
     text: str = ""
-    usage: Mapping[str, int] = field(default_factory=dict)
     error: str = ""
-    refused: bool = False
     cut: bool = False
 
 
@@ -69,12 +66,24 @@ AskModel = Callable[[Sequence[Question]], Sequence[Reply]]
 """Answers questions in order; raises UnavailableError if the model is away."""
 
 
-def ask_unique(ask: AskModel, questions: Sequence[Question]) -> list[Reply]:
-    """Return the replies, asking equal questions once."""
-    keys = [json.dumps(vars(question), sort_keys=True, default=str) for question in questions]
-    unique = dict(zip(keys, questions, strict=True))
-    replies = dict(zip(unique, ask(list(unique.values())), strict=True)) if unique else {}
-    return [replies[key] for key in keys]
+def asked_reward(
+    ask: AskModel, question: Callable[[Answer], Question | RewardScore], low: float, high: float
+) -> Reward:
+    """Return the reward that asks a question about each answer; the reply has a number from `low` to `high`.
+
+    Equal questions are asked once. `question` returns a score for an answer without a question."""
+
+    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
+        questions = [question(answer) for answer in answers]
+        keys = [json.dumps(vars(each), sort_keys=True, default=str) for each in questions]
+        unique = {key: each for key, each in zip(keys, questions, strict=True) if isinstance(each, Question)}
+        replies = ask(list(unique.values())) if unique else []
+        scores = {key: _reply_score(reply, low, high) for key, reply in zip(unique, replies, strict=True)}
+        return [
+            each if isinstance(each, RewardScore) else scores[key] for key, each in zip(keys, questions, strict=True)
+        ]
+
+    return reward
 
 
 def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
@@ -95,26 +104,26 @@ def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
     return instruction, schema
 
 
-def reply_score(reply: Reply, low: float, high: float) -> float | str:
+def _reply_score(reply: Reply, low: float, high: float) -> RewardScore:
     """Return the score in a judge's reply, or the reason why the reply has no score.
 
     The score is from `low` to `high`: the `result` of a JSON object, even fenced or inside other text, or the
     only number in any other text."""
     if reply.error:
-        return reply.error
+        return RewardScore(None, reply.error)
     excerpt = f"{shown(reply.text)[-100:]!r}"
     if reply.cut:
-        return f"the judge's reply was truncated at its token limit: {excerpt}"
+        return RewardScore(None, f"the judge's reply was truncated at its token limit: {excerpt}")
     value = as_json(reply.text[reply.text.find("{") : reply.text.rfind("}") + 1])
     if isinstance(value, dict) and "result" in value:
         numbers = [value["result"]] if type(value["result"]) in (int, float) else []
     else:
         numbers = list({float(n.replace("\u2212", "-")) for n in _NUMBER.findall(reply.text)})
     if len(numbers) != 1:
-        return f"the judge gave {'several numbers' if numbers else 'no number'}: {excerpt}"
+        return RewardScore(None, f"the judge gave {'several numbers' if numbers else 'no number'}: {excerpt}")
     if not low <= numbers[0] <= high:  # also true for NaN
-        return f"the judge gave {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}"
-    return float(numbers[0])
+        return RewardScore(None, f"the judge gave {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}")
+    return RewardScore(float(numbers[0]))
 
 
 def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
@@ -124,24 +133,19 @@ def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
     low, high = section.range
     instruction, form = score_form(low, high)
 
-    def question(answer: Answer) -> Question | str:
+    def question(answer: Answer) -> Question | RewardScore:
         try:
             text = filled(section.prompt, template_sample(answer), answer.row)
         except (NoValue, TextTooLong) as error:
-            return str(error)
+            return RewardScore(None, str(error))
         return Question(
             [{"role": "user", "content": f"{text}\n\n{instruction}"}], section.model, section.tokens, form=form
         )
 
-    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        questions = [question(answer) for answer in answers]
-        replies = iter(ask_unique(ask, [q for q in questions if isinstance(q, Question)]))
-        return [RewardScore(None, q) if isinstance(q, str) else score(next(replies)) for q in questions]
+    in_range = asked_reward(ask, question, low, high)
 
-    def score(reply: Reply) -> RewardScore:
-        value = reply_score(reply, low, high)
-        if isinstance(value, str):
-            return RewardScore(None, value)
-        return RewardScore((value - low) / (high - low))
+    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
+        scores = in_range(answers)
+        return [s if s.value is None else RewardScore((s.value - low) / (high - low)) for s in scores]
 
     return reward

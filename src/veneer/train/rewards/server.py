@@ -31,7 +31,6 @@ _TIMEOUTS = 3
 _LARGEST = 64 << 20
 """Maximum bytes of an answer."""
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
-_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class _Unanswered(Exception):
@@ -187,19 +186,17 @@ class ServerJudge:
             fix = "check url, key and model"
             raise ConfigError(f"the judge refuses requests: {reason}", where=self.url, fix=fix)
         try:
-            body = answer.json()
-            choice = body["choices"][0]
+            choice = answer.json()["choices"][0]
             text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-            usage = {key: n for key, n in (body.get("usage") or {}).items() if key in _USAGE and isinstance(n, int)}
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _Unanswered(f"the judge's answer is no chat completion: {shown(answer.text)[:100]}") from None
         text = text if isinstance(text, str) else ""
         if choice.get("finish_reason") == "length":
-            return Reply(text, usage, cut=True)
+            return Reply(text, cut=True)
         if not text.strip():
             reason = f": {shown(refusal)[:200]}" if refusal else ""
-            return Reply("", usage, f"the judge's reply is empty{reason}", bool(refusal))
-        return Reply(text, usage)
+            return Reply(error=f"the judge's reply is empty{reason}")
+        return Reply(text)
 
 
 def _refused_setting(answer: Any) -> str:

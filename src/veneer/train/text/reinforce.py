@@ -430,14 +430,13 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
         how = SamplingParams(question.tokens, question.temperature, question.top_p, question.grammar)
         return CompletionRequest(ids, question.seed, how, names[question.model])
 
-    def reply(request: CompletionRequest, rollout: Rollout) -> Reply:
-        usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(rollout.tokens)}
+    def reply(rollout: Rollout) -> Reply:
         error = "" if rollout.cut or rollout.text.strip() else "the judge's reply is empty"
-        return Reply(rollout.text, usage | {"total_tokens": sum(usage.values())}, error, cut=rollout.cut)
+        return Reply(rollout.text, error, rollout.cut)
 
     def ask(questions: Sequence[Question], /) -> list[Reply]:
         requests = [request(question) for question in questions]
         rollouts = iter(sampler.sample([each for each in requests if isinstance(each, CompletionRequest)]) or ())
-        return [reply(each, next(rollouts)) if isinstance(each, CompletionRequest) else each for each in requests]
+        return [reply(next(rollouts)) if isinstance(each, CompletionRequest) else each for each in requests]
 
     return ask
