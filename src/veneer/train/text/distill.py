@@ -16,10 +16,9 @@ in the same way. Answers are sampled anew for every step, and not stored in chec
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,27 +32,20 @@ from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
-from veneer.train.loop import EvalResult, MetricMeans, Step
+from veneer.train.loop import EvalResult, Step
 from veneer.train.text.batches import Batch, collate
 from veneer.train.text.policy_losses import divergences, length_factors, per_token
 from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
+    SampledTraining,
     answer_groups,
     answers_micro,
     prompt_split,
     rollout_example,
     with_final_turn,
 )
-from veneer.train.text.rollouts import (
-    CompletionRequest,
-    Rollout,
-    Sampler,
-    SamplerMismatch,
-    SamplingParams,
-    sampling_metrics,
-    sampling_seed,
-)
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, sampling_seed
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -126,25 +118,17 @@ class _TeacherRollout:
         return max(len(self.rollout.prompt), len(self.teacher_prompt)) + len(self.rollout.tokens)
 
 
-@dataclass
-class Distillation:
-    """State of a distillation run. `name`: the trained adapter's name."""
+@dataclass(kw_only=True)
+class Distillation(SampledTraining):
+    """State of a distillation run."""
 
-    config: TrainConfig
-    base: TextBase
-    name: str
-    sampler: Sampler
     teacher: Teacher
-    sample_metrics: dict[str, float] = field(default_factory=dict)
-    """Measurements of the answers at sampling."""
-    metric_means: MetricMeans = field(default_factory=MetricMeans)
-    mismatch: SamplerMismatch = field(default_factory=SamplerMismatch)
 
     def __post_init__(self) -> None:
         self.settings = self.config.distillation
         self.params = SamplingParams(self.settings.max_tokens, self.settings.temperature)
 
-    def start_notes(self, prompts: Sequence[PromptItem]) -> Iterator[str]:
+    def start_notes(self, prompts: Sequence[Any]) -> Iterator[str]:
         """Yield notes on the teacher's prompts before sampling."""
         if self.settings.system and prompts:
             saved = sum(len(item.teacher_ids) - len(item.ids) for item in prompts) / len(prompts)
@@ -179,25 +163,16 @@ class Distillation:
         interrupted: Callable[[], bool],
     ) -> tuple[list[_TeacherRollout], dict[str, float]] | None:
         """Return (answers, measurements)."""
-        owners = [item for item in prompts for _ in range(group)]
-        requests = [
-            CompletionRequest(item.ids, sampling_seed(self.config.seed, number, item.row, i % group), how, self.name)
-            for i, item in enumerate(owners)
-        ]
-        began = time.perf_counter()
-        rollouts = self.sampler.sample(requests, interrupted)
-        if rollouts is None:
+        sampled = self.sample(prompts, how, number, group, interrupted)
+        if sampled is None:
             return None
-        figures = sampling_metrics(rollouts, time.perf_counter() - began)
+        owners, rollouts, figures = sampled
         answers = [
             _TeacherRollout(r, item.teacher_ids or item.ids, item.row) for r, item in zip(rollouts, owners, strict=True)
         ]
         return answers, figures
 
     # -- the loss ------------------------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        self.metric_means, self.mismatch = MetricMeans(), SamplerMismatch()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
@@ -230,15 +205,6 @@ class Distillation:
             model, hidden_at(model, ids, batch.lengths, positions), teacher_logits, compare
         ).unbind(1)
         return kl, logps.detach()
-
-    def means(self) -> MetricMeans:
-        """Return the measurements since `begin`.
-
-        Raises TrainingError if the sampler's model differs from the trained one."""
-        mismatch = self.mismatch.checked(self.settings, "please report this")
-        return MetricMeans.total(
-            [self.metric_means, MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1)), mismatch]
-        )
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 

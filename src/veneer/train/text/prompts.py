@@ -9,9 +9,10 @@ comes, the sampled completions replace them (`train.text.reinforce`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,19 @@ from torch import Tensor
 from veneer.errors import DataError, bullets
 from veneer.ops.attention import SharedRows
 from veneer.train.config.text import TrainConfig
-from veneer.train.loop import LazySteps, Micro, Step
+from veneer.train.loop import LazySteps, MetricMeans, Micro, Step
 from veneer.train.text.batches import Batch, collate, grouped, step_rows
 from veneer.train.text.encode import Counts, EncodedRows, Example
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import Rollout
+from veneer.train.text.rollouts import (
+    CompletionRequest,
+    Rollout,
+    Sampler,
+    SamplerMismatch,
+    SamplingParams,
+    sampling_metrics,
+    sampling_seed,
+)
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -276,3 +285,69 @@ def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> Policy
         ones / max(1, items[0].most),
         shared=shared,
     )
+
+
+# -- what reinforcement and distillation share ------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class SampledTraining:
+    """State of a run that samples the answers it learns from. `name`: the trained adapter's name."""
+
+    config: TrainConfig
+    base: TextBase
+    name: str
+    sampler: Sampler
+    sample_metrics: dict[str, float] = field(default_factory=dict)
+    """Measurements of the answers at sampling."""
+    metric_means: MetricMeans = field(default_factory=MetricMeans)
+    mismatch: SamplerMismatch = field(default_factory=SamplerMismatch)
+    settings: Any = field(init=False)
+    mismatch_fix: str = "please report this"
+
+    def sample(
+        self,
+        prompts: Sequence[PromptItem],
+        params: SamplingParams,
+        number: int,
+        group: int,
+        interrupted: Callable[[], bool],
+    ) -> tuple[list[PromptItem], list[Rollout], dict[str, float]] | None:
+        """Sample `group` answers to each prompt for step `number`; None if interrupted.
+
+        Returns the answers, each one's prompt, and measurements."""
+        owners = [item for item in prompts for _ in range(group)]
+        requests = [
+            CompletionRequest(item.ids, sampling_seed(self.config.seed, number, item.row, i % group), params, self.name)
+            for i, item in enumerate(owners)
+        ]
+        began = time.perf_counter()
+        rollouts = self.sampler.sample(requests, interrupted)
+        if rollouts is None:
+            return None
+        return owners, rollouts, sampling_metrics(rollouts, time.perf_counter() - began)
+
+    def start_notes(self, prompts: Sequence[Any]) -> Iterable[str]:
+        """Return notes before step one."""
+        return ()
+
+    def begin(self) -> None:
+        self.metric_means, self.mismatch = MetricMeans(), SamplerMismatch()
+
+    def means(self) -> MetricMeans:
+        """Return the measurements since `begin`.
+
+        Raises TrainingError if the sampler's model differs from the trained one."""
+        mismatch = self.mismatch.checked(self.settings, self.mismatch_fix)
+        return MetricMeans.total(
+            [self.metric_means, MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1)), mismatch]
+        )
+
+    def step_notes(self, number: int) -> Iterable[str]:
+        """Return notes after step `number`."""
+        return ()
+
+    def extra_state(self, step: int) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...

@@ -26,7 +26,6 @@ updates still to come are in the checkpoint.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,7 +43,7 @@ from veneer.models.text.loss import token_logps
 from veneer.ops.attention import SharedRows
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
-from veneer.train.loop import EvalResult, MetricMeans, Step
+from veneer.train.loop import EvalResult, Step
 from veneer.train.rewards.judge import AskModel, Question, Reply
 from veneer.train.rewards.reward import Answer, Rewards, reward_findings
 from veneer.train.text.batches import Batch
@@ -60,27 +59,19 @@ from veneer.train.text.policy_losses import (
 from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
+    SampledTraining,
     answers_micro,
     collate_shared,
     shared_groups,
     with_final_turn,
 )
-from veneer.train.text.rollouts import (
-    CompletionRequest,
-    Rollout,
-    Sampler,
-    SamplerMismatch,
-    SamplingParams,
-    sampling_metrics,
-    sampling_seed,
-)
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
     from veneer.train.config.reinforcement import ReinforcementSection
-    from veneer.train.config.text import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -108,33 +99,27 @@ class _JudgedRollout:
         return cls(rollout, values["row"], values["advantage"], reference)
 
 
-@dataclass
-class Reinforcement:
+@dataclass(kw_only=True)
+class Reinforcement(SampledTraining):
     """A run's reinforcement learning.
 
-    `name`: of the trained adapter. `reference`: of the reference adapter, "" for the base without adapter."""
+    `reference`: name of the reference adapter, "" for the base without adapter."""
 
-    config: TrainConfig
-    base: TextBase
     attachment: Attachment
-    name: str
-    sampler: Sampler
     rewards: Rewards
     reference: str = ""
     first: int = 0
     """The step that the current answers were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
-    sample_metrics: dict[str, float] = field(default_factory=dict)
-    """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
     """Answers of the last sampling that are left out, and why."""
-    metric_means: MetricMeans = field(default_factory=MetricMeans)
-    mismatch: SamplerMismatch = field(default_factory=SamplerMismatch)
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.with_defaults()
         self.params = SamplingParams(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
         self._warned: dict[str, str] = {}
+        if not s.exact:
+            self.mismatch_fix = "set reinforcement.exact=true"
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
@@ -158,21 +143,13 @@ class Reinforcement:
     ) -> bool:
         """Sample the answers of step `number`, and judge them. Return False if interrupted."""
         s = self.settings
-        owners = [item for item in prompts for _ in range(s.group)]
-        requests = [
-            CompletionRequest(
-                item.ids, sampling_seed(self.config.seed, number, item.row, i % s.group), self.params, self.name
-            )
-            for i, item in enumerate(owners)
-        ]
-        began = time.perf_counter()
-        rollouts = self.sampler.sample(requests, interrupted)
-        if rollouts is None:
+        sampled = self.sample(prompts, self.params, number, s.group, interrupted)
+        if sampled is None:
             return False
+        owners, rollouts, figures = sampled
         answers = _answers(rollouts, owners, rows)
-        seconds = time.perf_counter() - began
         judged, groups = self.rewards.judge(answers), [item.row for item in owners]
-        metrics = judged.logged() | reward_findings(judged, groups) | sampling_metrics(rollouts, seconds)
+        metrics = judged.logged() | reward_findings(judged, groups) | figures
         scored = [i for i, value in enumerate(judged.values) if value is not None]
         references = self._references([rollouts[i] for i in scored]) if s.kl else [()] * len(scored)
         values = torch.tensor([judged.values[i] for i in scored], dtype=torch.float64)
@@ -235,9 +212,6 @@ class Reinforcement:
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        self.metric_means, self.mismatch = MetricMeans(), SamplerMismatch()
-
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
         s = self.settings
@@ -276,16 +250,6 @@ class Reinforcement:
         ids = sent(batch.input_ids, self.base.device)
         return token_logps(self.base.model, ids, batch.lengths, batch.trained, shared)
 
-    def means(self) -> MetricMeans:
-        """Return the measurements since `begin`.
-
-        Raises TrainingError if the sampler's model differs from the trained one."""
-        fix = "please report this" if self.settings.exact else "set reinforcement.exact=true"
-        mismatch = self.mismatch.checked(self.settings, fix)
-        return MetricMeans.total(
-            [self.metric_means, MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1)), mismatch]
-        )
-
     def step_notes(self, number: int) -> Iterator[str]:
         """Yield warnings on step `number`, if answers were sampled for it.
 
@@ -306,10 +270,10 @@ class Reinforcement:
 
         None once `interrupted()`."""
         greedy = replace(self.params, temperature=0.0, top_p=1.0)
-        requests = [CompletionRequest(item.ids, 0, greedy, self.name) for item in prompts]
-        rollouts = self.sampler.sample(requests, interrupted)
-        if rollouts is None:
+        sampled = self.sample(prompts, greedy, 0, 1, interrupted)
+        if sampled is None:
             return None
+        _, rollouts, figures = sampled
         answers = _answers(rollouts, prompts, rows)
         judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
@@ -319,7 +283,6 @@ class Reinforcement:
                 f"{bullets(judged.why(answers), 5)}",
                 fix="fix the reward, or hold out more prompts",
             )
-        figures = sampling_metrics(rollouts, 0.0)
         metrics = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
         tokens = int(figures["drawn_tokens"])
         return EvalResult(-sum(values), tokens, len(rollouts), metrics, likelihood=False, units=len(values))

@@ -49,17 +49,15 @@ from veneer.train.preflight import Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import read_log, size
 from veneer.train.report.page import Page
 from veneer.train.rewards.build import build_rewards, local_judge_models
-from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, Run, Task, carry_out, newest_checkpoint, opened, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.data import TextData, planned_steps, read_data
-from veneer.train.text.distill import Distillation, Teacher, open_teacher
+from veneer.train.text.distill import Distillation, open_teacher
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
-from veneer.train.text.prompts import PromptItem
 from veneer.train.text.reinforce import Reinforcement, sampled_judge
-from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
+from veneer.train.text.rollouts import MakeSampler, SamplerSettings
 from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, sample_answers, sample_prompt, text_metrics, text_report, write_adapter
 
@@ -282,9 +280,8 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
-        sampling_parts = [
-            undo.enter_context(_open_sampling(text, attachment)) for text in texts
-        ]  # before weights are joined
+        # before weights are joined
+        sampled_texts = [undo.enter_context(_open_sampled(text, attachment)) for text in texts]
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
             recompute_activations(model, offload=offloads_activations(config, base, run))
@@ -302,8 +299,8 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
         run.note(how.summary())
         attached = [AttachedText(text, attachment, call) for text in texts]
-        for each, sampling in zip(attached, sampling_parts, strict=True):
-            each.task = _task_of(each, sampling)
+        for each, sampled in zip(attached, sampled_texts, strict=True):
+            each.task = _task_of(each, sampled)
         yield attached
 
 
@@ -324,14 +321,11 @@ def offloads_activations(config: TrainConfig, base: TextBase, run: Run) -> bool:
     return config.memory.offload_activations
 
 
-_SamplingParts = tuple[Sampler, Rewards | Teacher]
-
-
 @contextmanager
-def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingParts | None]:
-    """Yield the sampler and the judge of a run's answers.
+def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforcement | Distillation | None]:
+    """Yield the reinforcement or distillation of a run with its sampler; None for a run without sampling.
 
-    None for a run without sampling."""
+    The reference of reinforcement is the base without adapter, or the adapter that the run started from."""
     r = text.config.sampling
     if r is None:
         yield None
@@ -357,9 +351,15 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
                 where="adapter",
                 fix="train pairs of linear layers only, without adapter.modules_to_save, token_rows, kind",
             )
+        shared: dict[str, Any] = {"config": text.config, "base": text.base, "name": text.name, "sampler": sampler}
         if isinstance(r, ReinforcementSection):
             ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None
-            yield sampler, opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
+            rewards = opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
+            reference = ""
+            if text.data.start is not None and r.kl:
+                reference = f"{text.name}, as it began"
+                attachment.add(reference, text.data.start)
+            yield Reinforcement(**shared, attachment=attachment, rewards=rewards, reference=reference)
         else:
             teacher = open_teacher(r, text.base, attachment, text.run.note)
             if teacher.base.context < longest:
@@ -367,7 +367,7 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
                     f"a prompt and its answer have up to {longest} tokens, and the teacher reads {teacher.base.context}"
                 )
                 raise PreflightError(label, where="distillation.base", fix="lower data.max_length")
-            yield sampler, teacher
+            yield Distillation(**shared, teacher=teacher)
 
 
 def recompute_activations(model: Any, *, offload: bool = False) -> None:
@@ -557,9 +557,9 @@ class AttachedText:
         return text_report(result, self.run.folder, self.base, progress.seconds, loss)
 
 
-def _task_of(a: AttachedText, sampling: _SamplingParts | None) -> Task[RunResult]:
-    if sampling is not None:
-        return _sampling_task(a, sampling)
+def _task_of(a: AttachedText, sampled: Reinforcement | Distillation | None) -> Task[RunResult]:
+    if sampled is not None:
+        return _sampled_task(a, sampled)
     if a.config.preference.loss is not None:
         return _preference_task(a)
     likelihood = a.likelihood
@@ -642,33 +642,18 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
     return a.make_task(learner, begin=begin)
 
 
-def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]:
-    """Return the task of prompts with sampled answers.
-
-    The answers are judged, or compared with a teacher. If they are judged, the reference is the base without
-    adapter, or the adapter that the run started from."""
-    config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
-    sampled: Distillation | Reinforcement
-    sampler, judge = sampling
-    if isinstance(judge, Teacher):
-        sampled = Distillation(config, a.base, a.name, sampler, judge)
-    else:
-        reference = f"{a.name}, as it began" if a.data.start is not None and r.kl else ""
-        if a.data.start is not None and reference:
-            a.attachment.add(reference, a.data.start)
-        sampled = Reinforcement(config, a.base, a.attachment, a.name, sampler, judge, reference)
-    emit = a.run.emit
+def _sampled_task(a: AttachedText, sampled: Reinforcement | Distillation) -> Task[RunResult]:
+    """Return the task of prompts with sampled answers, which are judged or compared with a teacher."""
+    rows, emit = a.data.train.rows, a.run.emit
 
     def begin(progress: Progress, listener: Listener) -> None:
         nonlocal emit
         emit = listener
-        if isinstance(sampled, Distillation):
-            prompts = [item for item in a.data.train.items if isinstance(item, PromptItem)]
-            for line in sampled.start_notes(prompts):
-                emit(Note(line))
+        for line in sampled.start_notes(a.data.train.items):
+            emit(Note(line))
 
     def end_step(number: int) -> None:
-        for line in sampled.step_notes(number) if isinstance(sampled, Reinforcement) else ():
+        for line in sampled.step_notes(number):
             emit(Note(line))
 
     learner = a.learner(
@@ -680,7 +665,10 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
         end_step=end_step,
         metrics=sampled.means,
     )
-    more = (
-        {"extra_state": sampled.extra_state, "restore": sampled.restore} if isinstance(sampled, Reinforcement) else {}
+    return a.make_task(
+        learner,
+        begin=begin,
+        extra_state=sampled.extra_state,
+        restore=sampled.restore,
+        rewarded=isinstance(sampled, Reinforcement),
     )
-    return a.make_task(learner, **more, begin=begin, rewarded=isinstance(sampled, Reinforcement))
