@@ -215,13 +215,14 @@ def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
         prompts.setdefault(row.prompt_key, row.where)
     leak = Leak()
     for row in held_out:
-        same = keys.get(row.key)
+        same, same_prompt = keys.get(row.key), prompts.get(row.prompt_key)
         if same is not None:
             leak.identical += 1
-        elif row.prompt_key in prompts:
+        elif same_prompt is not None:
             leak.same_prompt += 1
-        if (same or prompts.get(row.prompt_key)) is not None and len(leak.examples) < 3:
-            leak.examples.append((row.where, same or prompts[row.prompt_key]))
+        place = same or same_prompt
+        if place is not None and len(leak.examples) < 3:
+            leak.examples.append((row.where, place))
     return leak
 
 
@@ -309,14 +310,6 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
     return replace(row, tools=row.tools or tuple(tools), where=record.where)
 
 
-def _from_messages(values: Mapping[str, Any]) -> Row:
-    return Row("messages", _messages(values["messages"], "messages"))
-
-
-def _from_text(values: Mapping[str, Any]) -> Row:
-    return Row("text", text=_text(values["text"], "text"))
-
-
 def _from_instruction(values: Mapping[str, Any]) -> Row:
     system, inp = (_text(values.get(c) or "", c, empty=True) for c in ("system", "input"))
     instruction, output = _text(values["instruction"], "instruction"), _text(values["output"], "output", empty=True)
@@ -353,9 +346,9 @@ def _from_openai_pair(values: Mapping[str, Any]) -> Row:
     if not isinstance(prompt_input, Mapping):
         raise ValueError(f"`input` should be a mapping with messages, found {_kind(prompt_input)}")
     prompt = _messages(prompt_input.get("messages"), "input.messages")
-    answers = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
-    ends = {ours: list(_messages(values[theirs], theirs)) for ours, theirs in answers.items()}
-    return replace(_from_pair({"prompt": list(prompt), **ends}), tools=tuple(prompt_input.get("tools") or ()))
+    chosen, rejected = (list(_messages(values[name], name)) for name in ("preferred_output", "non_preferred_output"))
+    row = _from_pair({"prompt": list(prompt), "chosen": chosen, "rejected": rejected})
+    return replace(row, tools=tuple(prompt_input.get("tools") or ()))
 
 
 def _user(text: str) -> dict[str, Any]:
@@ -515,17 +508,14 @@ def _from_sharegpt(values: Mapping[str, Any]) -> Row:
     messages: list[dict[str, Any]] = [{"role": "system", "content": _text(system, "system")}] if system else []
     for i, turn in enumerate(turns):
         name = f"conversations[{i}]"
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"`{name}` should be a mapping with from and value, found {_kind(turn)}")
-        if "from" not in turn and "role" in turn:
-            messages.append(_message(turn, name))
-            continue
-        role = _SHAREGPT.get(str(turn.get("from")))
-        if role is None:
-            raise ValueError(f"`{name}.from` is {turn.get('from')!r}; known are {', '.join(_SHAREGPT)}")
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f"`{name}.value` should be text, found {_kind(turn.get('value'))}")
-        messages.append(_message({"role": role, "content": turn["value"], "weight": turn.get("weight")}, name))
+        if isinstance(turn, Mapping) and ("from" in turn or "role" not in turn):
+            role = _SHAREGPT.get(str(turn.get("from")))
+            if role is None:
+                raise ValueError(f"`{name}.from` is {turn.get('from')!r}; known are {', '.join(_SHAREGPT)}")
+            if not isinstance(turn.get("value"), str):
+                raise ValueError(f"`{name}.value` should be text, found {_kind(turn.get('value'))}")
+            turn = {"role": role, "content": turn["value"], "weight": turn.get("weight")}
+        messages.append(_message(turn, name))
     return Row("sharegpt", tuple(messages))
 
 
@@ -554,11 +544,15 @@ class _Format:
 
 
 _FORMATS = {
-    "messages": _Format(_from_messages, ("messages",), ("tools", "parallel_tool_calls")),
+    "messages": _Format(
+        lambda values: Row("messages", _messages(values["messages"], "messages")),
+        ("messages",),
+        ("tools", "parallel_tool_calls"),
+    ),
     "sharegpt": _Format(_from_sharegpt, ("conversations",), ("system", "tools")),
     "prompt-completion": _Format(_from_completion, ("prompt", "completion")),
     "instruction": _Format(_from_instruction, ("instruction", "output"), ("input", "system")),
-    "text": _Format(_from_text, ("text",)),
+    "text": _Format(lambda values: Row("text", text=_text(values["text"], "text")), ("text",)),
     "preference": _Format(_from_pair, ("chosen", "rejected"), ("prompt", "tools")),
     "openai-preference": _Format(_from_openai_pair, ("input", "preferred_output", "non_preferred_output")),
     "unpaired-preference": _Format(_from_judged, ("prompt", "completion", "label"), ("tools",)),
