@@ -105,10 +105,9 @@ def run_text(
         base = loaded_base(config, base, run)
         for note in base.notes:
             run.note(note)
-        newest = newest_checkpoint(run)
-        text = checked_text(run, cut_by_device(config, base, run), base, newest, sampler=sampler)
+        text = checked_text(run, cut_by_device(config, base, run), base, newest_checkpoint(run), sampler=sampler)
         with attached_texts([text]) as (attached,):
-            return carry_out(run, attached.task, text.report, newest)
+            return carry_out(run, attached.task, text.report, text.newest)
 
 
 def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
@@ -166,7 +165,8 @@ def _free_memory(base: TextBase, devices: Devices) -> int | None:
 class TextRun:
     """A text run with its data read and checked.
 
-    `recompute`: whether activations are recomputed, and why. `name`: its adapter's name on the attachment.
+    `recompute`: whether activations are recomputed, and why. `newest`: the checkpoint to resume from. `name`: its
+    adapter's name on the attachment.
     `sampler`: makes the sampler of answers, if the run learns from sampled answers (`reinforcement.loss`,
     `distillation.teacher`)."""
 
@@ -176,6 +176,7 @@ class TextRun:
     data: TextData
     report: Report
     recompute: tuple[bool, str]
+    newest: Path | None
     name: str
     sampler: MakeSampler | None
 
@@ -213,7 +214,7 @@ def checked_text(
     )
     needed, free = (report.numbers.get(key) for key in ("memory_needed", "memory_free"))
     recompute = run.devices.gather(recomputes(config.memory.recomputing, needed, free))[0]  # the first process decides
-    text = TextRun(config, base, run, data, report, recompute, name, sampler)
+    text = TextRun(config, base, run, data, report, recompute, newest, name, sampler)
     run.emit_checks(report, _decided_settings(text))
     raise_if_stopped(run, report)
     return text

@@ -107,14 +107,14 @@ def run_texts(
         base = loaded_base(texts[0], base, runs[0])
         for note in base.notes:
             runs[0].note(note)
-        results, texts_by_index, newest = _checked(runs, base)
+        results, texts_by_index = _checked(runs, base)
         if texts_by_index:
-            results |= _trained(texts_by_index, newest)
+            results |= _trained(texts_by_index)
         return [results[index] for index in range(len(runs))]
 
 
-def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) -> dict[int, RunResult | VeneerError]:
-    """Train the runs; return each one's result by its index. `newest`: the checkpoint to continue from."""
+def _trained(texts: Mapping[int, TextRun]) -> dict[int, RunResult | VeneerError]:
+    """Train the runs; return each one's result by its index."""
     _check_memory(list(texts.values()))
     results: dict[int, RunResult | VeneerError] = {}
     members: dict[Loop, int] = {}
@@ -132,13 +132,15 @@ def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) ->
 
         def end_loop(loop: Loop, error: VeneerError | None) -> None:
             index = members[loop]
-            run = texts[index].run
+            text = texts[index]
             try:
                 if error is not None:
                     raise error
-                end(index, finished(run, attached[index].task, texts[index].report, loop))
+                outcome = finished(text.run, attached[index].task, text.report, loop)
             except VeneerError as raised:
-                end(index, _failed(run, raised))
+                end(index, _failed(text.run, raised))
+            else:
+                end(index, outcome)
 
         for index, each in attached.items():
             text = texts[index]
@@ -147,12 +149,11 @@ def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) ->
                 if text.run.dry_run:
                     results[index] = dry_outcome(text.run, each.task, text.report)
                 else:
-                    members[logs[index].enter_context(started_run(text.run, each.task, newest[index]))] = index
+                    members[logs[index].enter_context(started_run(text.run, each.task, text.newest))] = index
             except VeneerError as error:
                 end(index, _failed(text.run, error))
         if members:
             compute = SharedPasses.create({loop: attached[index] for loop, index in members.items()})
-
             train(list(members), compute, on_end=end_loop)
     return results
 
@@ -164,13 +165,10 @@ def _failed(run: Run, error: VeneerError) -> VeneerError:
     return error
 
 
-def _checked(
-    runs: Sequence[Run], base: TextBase
-) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextRun], dict[int, Path | None]]:
-    """Return by index: errors of runs that cannot begin; the other runs with data; their checkpoints."""
+def _checked(runs: Sequence[Run], base: TextBase) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextRun]]:
+    """Return by index: errors of runs that cannot begin; the other runs with data."""
     errors: dict[int, RunResult | VeneerError] = {}
     texts: dict[int, TextRun] = {}
-    newest: dict[int, Path | None] = {}
     points = resume_points(runs) if runs[0].resume else [None] * len(runs)
     taken = 0
     for index, (run, point) in enumerate(zip(runs, points, strict=True)):
@@ -185,30 +183,29 @@ def _checked(
         except VeneerError as error:
             errors[index] = _failed(run, error)
             continue
-        newest[index] = point
         taken += _STATE * int(texts[index].report.numbers.get("trainable", 0))
-    return errors, texts, newest
+    return errors, texts
 
 
 def _check_memory(texts: Sequence[TextRun]) -> None:
     """Check that the states of all runs and the largest pass fit in memory.
 
     Raises PreflightError; with `force` only warns. Each run's preflight has checked the run alone."""
-    states = [_STATE * int(text.report.numbers.get("trainable", 0)) for text in texts]
     free: int | None = texts[0].report.numbers.get("memory_free")
     if free is None:
         return
-    each, tokens, most = 0.0, 0, 0
-    for text, state in zip(texts, states, strict=True):
+    states, each, tokens, most = 0, 0.0, 0, 0
+    for text in texts:
         numbers = text.report.numbers
-        key = "memory_checkpointed" if text.recompute[0] else "memory_needed"
-        need, largest = numbers.get(key), numbers["largest_micro_batch"]
+        state = _STATE * int(numbers.get("trainable", 0))
+        need = numbers.get("memory_checkpointed" if text.recompute[0] else "memory_needed")
+        largest = numbers["largest_micro_batch"]
         if need is None or not largest:
             return
         each = max(each, (need - state) / largest)
-        tokens, most = tokens + largest, max(most, largest, text.config.batching.at_once)
-    needed = sum(states) + int(each * min(tokens, most))
-    where = f"{gigabytes(sum(states))} of them for the states of {counted(len(texts), 'run')}"
+        states, tokens, most = states + state, tokens + largest, max(most, largest, text.config.batching.at_once)
+    needed = states + int(each * min(tokens, most))
+    where = f"{gigabytes(states)} of them for the states of {counted(len(texts), 'run')}"
     fix = "fewer configurations at once, or a lower batching.micro_tokens in all of them"
     finding = memory_finding(needed, free, where, fix=fix, force=texts[0].run.force)
     if finding.level == "stop":
