@@ -92,10 +92,8 @@ SCORE = {
 @pytest.mark.parametrize(
     ("reply", "value", "error"),
     [
-        (Reply('{"steps": [], "result": 7.5}'), 7.5, ""), (Reply('```json\n{"result": 3}\n```'), 3, ""),
-        (Reply("It is 4"), 4, ""), (Reply("11"), None, "outside 0 to 10"), (Reply("1, not a 10"), None, "several"),
-        (Reply('{"result": 4}', cut=True), None, "truncated"), (Reply("none"), None, "no number"),
-        (Reply(error="broken"), None, "broken"),
+        (Reply('{"steps": [], "result": 7.5}'), 7.5, ""), (Reply("It is 4"), 4, ""),
+        (Reply("11"), None, "outside 0 to 10"), (Reply(error="broken"), None, "broken"),
     ],
 )  # fmt: skip
 def test_score_model(reply: Reply, value: float | None, error: str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -25,13 +25,14 @@ from veneer.train.rewards.reward import Answer
 
 FILLED = 1 << 20
 """Maximum characters of a filled template, which can repeat a long text."""
+_FIELD = re.compile(r"\{\{([^{}]*)\}\}")
 _PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
 _STEP = re.compile(r"[\w-]+")
 _SAMPLE = ("output_text", "output_json", "output_tools", "choices", "input_text")
 
 
 class TextTooLong(Exception):
-    """A filled template is over `FILLED` characters, or texts are too long to compare."""
+    """A filled template is too long."""
 
 
 class NoValue(Exception):
@@ -65,10 +66,9 @@ def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], mo
     Raises NoValue; raises TextTooLong above `most` characters, before the text is built."""
     parts: list[str] = []
     size = 0
-    for text, path in _split(template):
-        value = "" if path is None else _value(path, sample, item)
-        parts += [text, value]
-        size += len(text) + len(value)
+    for i, text in enumerate(_FIELD.split(template)):  # literal texts, with a path between any two
+        parts.append(_value(text, sample, item) if i % 2 else text)
+        size += len(parts[-1])
         if size > most:
             raise TextTooLong(f"the filled template has more than {most:,} characters")
     return "".join(parts)
@@ -86,26 +86,15 @@ def _value(path: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _split(template: str) -> Iterator[tuple[str, str | None]]:
-    """Yield pairs of a text and the path in the braces after it.
-
-    The last path is None. Linear time: a regular expression would search to the end again for each {{ without
-    }}."""
-    at = 0
-    while (start := template.find("{{", at)) >= 0 and (end := template.find("}}", start + 2)) >= 0:
-        yield template[at:start], template[start + 2 : end]
-        at = end + 2
-    yield template[at:], None
-
-
 def template_problem(template: str) -> str:
     """Return what is wrong with a template for any row; "" if nothing is."""
-    for text, path_text in _split(template):
-        if path_text is None:
-            return "a {{ has no matching }}" if "{{" in text else ""
-        path = _PATH.fullmatch(path_text)
+    texts = _FIELD.split(template)
+    if any("{{" in text for text in texts[::2]):
+        return "a {{ has no matching }}"
+    for text in texts[1::2]:
+        path = _PATH.fullmatch(text)
         if path is None:
-            return f"{{{{ {path_text.strip()[:100]} }}}} is not a path of sample or item, such as item.answer"
+            return f"{{{{ {text.strip()[:100]} }}}} is not a path of sample or item, such as item.answer"
         step = _STEP.findall(path[2])[0]
         if path[1] == "sample" and step not in _SAMPLE:
             return f"sample has no {quoted(step)}; it has {', '.join(_SAMPLE)}"
