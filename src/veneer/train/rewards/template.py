@@ -42,7 +42,7 @@ class NoValue(Exception):
 
     def __init__(self, path: str, of_sample: bool) -> None:
         super().__init__(f"{path} has no value")
-        self.path, self.of_sample = path, of_sample
+        self.of_sample = of_sample
 
 
 def template_sample(answer: Answer) -> dict[str, Any]:

@@ -103,21 +103,6 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _TeacherRollout:
-    """An answer with its teacher's prompt.
-
-    `teacher_prompt`: the prompt's token ids. `row`: of the prompt."""
-
-    rollout: Rollout
-    teacher_prompt: tuple[int, ...]
-    row: int
-
-    @property
-    def tokens(self) -> int:
-        return max(len(self.rollout.prompt), len(self.teacher_prompt)) + len(self.rollout.tokens)
-
-
 @dataclass(kw_only=True)
 class Distillation(SampledTraining):
     """State of a distillation run."""
@@ -140,37 +125,22 @@ class Distillation(SampledTraining):
         `rows`: the rows of its prompts."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         step_prompts = [prompts[row] for row in sorted(prompts)]
-        sampled = self._sample_answers(step_prompts, self.params, number, self.settings.group, interrupted)
+        sampled = self.sample(step_prompts, self.params, number, self.settings.group, interrupted)
         if sampled is None:
             return None
-        answers, self.sample_metrics = sampled
-        weights = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
+        owners, rollouts, self.sample_metrics = sampled
+        weights = length_factors([len(r.logps) for r in rollouts], "batch", self.settings.max_tokens)
         micros = []
-        for group in answer_groups([a.tokens for a in answers], self.config):
-            group_answers = [answers[i] for i in group]
-            where = [rows[a.row].where for a in group_answers]
-            micros.append(
-                answers_micro([a.rollout for a in group_answers], where, partial(_batch, group_answers, weights[group]))
-            )
+        for group in self._groups(owners, rollouts):
+            answers, prompts_of = [rollouts[i] for i in group], [owners[i] for i in group]
+            where = [rows[item.row].where for item in prompts_of]
+            micros.append(answers_micro(answers, where, partial(_batch, answers, prompts_of, weights[group])))
         return Step(tuple(micros), step.epoch)
 
-    def _sample_answers(
-        self,
-        prompts: Sequence[PromptItem],
-        how: SamplingParams,
-        number: int,
-        group: int,
-        interrupted: Callable[[], bool],
-    ) -> tuple[list[_TeacherRollout], dict[str, float]] | None:
-        """Return (answers, measurements)."""
-        sampled = self.sample(prompts, how, number, group, interrupted)
-        if sampled is None:
-            return None
-        owners, rollouts, figures = sampled
-        answers = [
-            _TeacherRollout(r, item.teacher_ids or item.ids, item.row) for r, item in zip(rollouts, owners, strict=True)
-        ]
-        return answers, figures
+    def _groups(self, owners: Sequence[PromptItem], rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """Return the answers of each micro-batch, by the longer of both models' rows."""
+        prompts = [max(len(item.ids), len(item.teacher_ids)) for item in owners]
+        return answer_groups([n + len(r.tokens) for n, r in zip(prompts, rollouts, strict=True)], self.config)
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -212,42 +182,39 @@ class Distillation(SampledTraining):
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> EvalResult | None:
         """Return the mean KL of a token of greedy answers. None once `interrupted()`."""
-        sampled = self._sample_answers(prompts, replace(self.params, temperature=0.0), 0, 1, interrupted)
+        sampled = self.sample(prompts, replace(self.params, temperature=0.0), 0, 1, interrupted)
         if sampled is None:
             return None
-        answers, figures = sampled
-        total, tokens = 0.0, sum(len(a.rollout.logps) for a in answers)
-        for group in answer_groups([a.tokens for a in answers], self.config):
+        owners, rollouts, figures = sampled
+        total, tokens = 0.0, sum(len(r.logps) for r in rollouts)
+        for group in self._groups(owners, rollouts):
             if interrupted():
                 return None
-            batch = _batch([answers[i] for i in group], torch.ones(len(group)))
+            batch = _batch([rollouts[i] for i in group], [owners[i] for i in group], torch.ones(len(group)))
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(in_float64(self._compared(batch)[0]).sum())
         metrics = {key: figures[key] for key in ("cut_share", "answer_tokens")}
-        return EvalResult(
-            total / tokens * len(answers), tokens, len(answers), metrics, likelihood=False, units=len(answers)
-        )
+        count = len(rollouts)
+        return EvalResult(total / tokens * count, tokens, count, metrics, likelihood=False, units=count)
 
 
 def _positions(batch: Batch, base: TextBase) -> Tensor:
     return sent(batch.trained.nonzero()[:, 0] - 1, base.device)
 
 
-def _batch(answers: Sequence[_TeacherRollout], weights: Tensor) -> PolicyBatch:
-    batch = collate([rollout_example(a.rollout) for a in answers])
-    differs = any(a.teacher_prompt != a.rollout.prompt for a in answers)
+def _batch(answers: Sequence[Rollout], prompts: Sequence[PromptItem], weights: Tensor) -> PolicyBatch:
+    batch = collate([rollout_example(r) for r in answers])
+    of_teacher = [replace(r, prompt=item.teacher_ids or item.ids) for r, item in zip(answers, prompts, strict=True)]
     return PolicyBatch(
         batch.input_ids,
         batch.lengths,
         batch.trained,
-        [len(a.rollout.logps) for a in answers],
+        [len(r.logps) for r in answers],
         torch.ones(len(answers)),
         weights,
-        torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64),
+        torch.tensor([x for r in answers for x in r.logps], dtype=torch.float64),
         fresh=True,
-        teacher=collate([rollout_example(replace(a.rollout, prompt=a.teacher_prompt)) for a in answers])
-        if differs
-        else None,
+        teacher=None if of_teacher == answers else collate([rollout_example(r) for r in of_teacher]),
     )
 
 
