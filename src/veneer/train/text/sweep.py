@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +68,9 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
             f"{count} combinations are too many" if swept else "nothing is swept: no setting has several values",
             fix=f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1",
         )
-    twice = [key for key in values if sum(key == each for each, *_ in parsed) > 1]
-    twice += [
-        f"{key}={value}"
-        for key, options in swept.items()
-        for value in dict.fromkeys(options)
-        if options.count(value) > 1
-    ]
-    if twice:
+    given = Counter(key for key, *_ in parsed)
+    given.update(f"{key}={value}" for key, options in swept.items() for value in options)
+    if twice := [name for name, times in given.items() if times > 1]:
         raise ConfigError(f"{twice[0]} is given twice", fix="give it once")
     if outputs := swept.keys() & {"output", "output.directory"}:
         fix = "one folder: each combination has its own in it"
@@ -162,12 +158,12 @@ def run_sweep(
     common = load_config(file, fixed)[0]
     folder = Path(common.output.directory)
     _check_comparable(combinations[0].swept, common)
-    if "seed" in combinations[0].swept and isinstance(common, TrainConfig):  # the same rows are held out
-        fixed = [*fixed, f"data.split_seed={common.split_seed}"] if _is_split(common) else fixed
-    loaded = []
-    for run in combinations:
-        settings = [*fixed, *(f"{key}={value}" for key, value in run.swept.items())]
-        loaded.append(load_config(file, [*settings, f"output.directory={folder / run.name}"]))
+    same: list[str] = []
+    if "seed" in combinations[0].swept and isinstance(common, TrainConfig) and _is_split(common):
+        same = [f"data.split_seed={common.split_seed}"]  # the same rows are held out
+    loaded = [
+        load_config(file, [*run.overrides, *same, f"output.directory={folder / run.name}"]) for run in combinations
+    ]
     results = run_texts(
         [config for config, _ in loaded],
         names=[run.name for run in combinations],
