@@ -72,7 +72,7 @@ ScoreInput = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 class NoAnswer(Exception):
-    """Raised or returned if a function has no result; `str` is the reason."""
+    """Raised if a function has no result; `str` is the reason."""
 
 
 class LimitedFunction:
@@ -120,27 +120,25 @@ class LimitedFunction:
         """Return a score for each question, in order, or the reason for a missing score.
 
         The function returns a number. Raises ConfigError as above."""
-        results = self.call(inputs)
-        return [RewardScore(None, str(each)) if isinstance(each, NoAnswer) else _score_of(each) for each in results]
-
-    def call(self, inputs: Sequence[ScoreInput]) -> list[Any]:
-        """Return the function's JSON result for each question; NoAnswer if there is none.
-
-        Raises the errors of `score`."""
         failed = 0
 
-        def result_of(pair: ScoreInput) -> Any:
+        def score_of(pair: ScoreInput) -> RewardScore:
             nonlocal failed
             if failed >= _GIVES_UP:
-                return NoAnswer(f"skipped after {_GIVES_UP} consecutive failures")
-            value = self._value(*pair)
-            failed = failed + 1 if isinstance(value, NoAnswer) else 0
-            return value
+                return RewardScore(None, f"skipped after {_GIVES_UP} consecutive failures")
+            try:
+                score = _number_score(self._value(*pair))
+                failed = 0
+            except NoAnswer as error:
+                score = RewardScore(None, str(error))
+                failed += 1
+            return score
 
         with ThreadPoolExecutor(self._at_once, "reward") as pool:
-            return list(pool.map(result_of, inputs))
+            return list(pool.map(score_of, inputs))
 
     def _value(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
+        """Return the function's JSON result. Raises NoAnswer, and ConfigError as above."""
         text = json.dumps([sample, item], sort_keys=True, default=str)
         seed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:7], "big")
         message = dict(zip(("sample", "item"), json.loads(text), strict=True)) | {"seed": seed}
@@ -150,15 +148,13 @@ class LimitedFunction:
                 child = None
                 child = self._started()
             answer = child.ask(message, self._timeout, f"took longer than {self._timeout:g} s")
-        except NoAnswer as error:
-            return error
         finally:
             self._idle.put(child)
         # user code can have forged the answer
         if "value" in answer:
             return answer["value"]
         why = answer.get("error")
-        return NoAnswer(why[:2000] if isinstance(why, str) else "the function's process gave no answer")
+        raise NoAnswer(why[:2000] if isinstance(why, str) else "the function's process gave no answer")
 
     def _started(self) -> _Child:
         where, label = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
@@ -174,7 +170,7 @@ class LimitedFunction:
         return child
 
 
-def _score_of(number: Any) -> RewardScore:
+def _number_score(number: Any) -> RewardScore:
     if not isinstance(number, int | float):
         return RewardScore(None, f"the function gave {repr(number)[:100]}, no number")
     try:
@@ -344,13 +340,18 @@ def made(path):
     os.rmdir(path)
 
 def look(sample, item):
-    return {
-        "user": os.getuid(),
-        "variables": sorted(os.environ),
-        "seen": [path for path in sample["hidden"] if os.path.lexists(path)],
-        "network": works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
-        "written": [path for path in ("/", "/usr/lib/", "/dev/") if works(lambda: made(path + "trial"))],
+    seen = [path for path in sample["hidden"] if os.path.lexists(path)]
+    written = [path for path in ("/", "/usr/lib/", "/dev/") if works(lambda: made(path + "trial"))]
+    leaks = {
+        "it runs as the server's user": os.getuid() in sample["users"],
+        f"it sees {', '.join(seen[:3])}": seen,
+        f"it can write to {', '.join(written)}": written,
+        "it has network access": works(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+        "it has the server's environment variables": os.environ.keys() & set(sample["variables"]),
     }
+    if leaked := [leak for leak, found in leaks.items() if found]:
+        raise PermissionError(f"the sandbox leaks: {'; '.join(leaked)}")
+    return 1
 """
 
 
@@ -360,26 +361,19 @@ def working_sandbox() -> Sandbox:
 
     A function in the sandbox does the test. Raises ResourceError with the reason if no sandbox works."""
     sandbox = bubblewrap(_CHILD)
+    users = {0, os.getuid()} - {NOBODY}
+    variables = os.environ.keys() - SANDBOX_VARIABLES.keys()
     with tempfile.TemporaryDirectory() as folder:
         hidden = [folder, "/proc/self", "/etc/passwd", *_private(sandbox)]
+        sample = {"hidden": hidden, "users": list(users), "variables": list(variables)}
         # no memory limit: if the sandbox does not isolate /tmp, files in the machine's /tmp would count
         with LimitedFunction("look", source=_TRIAL, sandbox=sandbox, timeout=30, memory=1e15) as function:
             try:
-                (report,) = function.call([({"hidden": hidden}, {})])
+                (score,) = function.score([(sample, {})])
             except ConfigError as error:
                 raise sandbox_error(error.what) from None
-    if isinstance(report, NoAnswer):
-        raise sandbox_error(str(report))
-    leaks = {
-        "it runs as the server's user": report["user"] in (0, os.getuid()) and os.getuid() != NOBODY,
-        f"it sees {', '.join(report['seen'][:3])}": report["seen"],
-        f"it can write to {', '.join(report['written'])}": report["written"],
-        "it has network access": report["network"],
-        "it has the server's environment variables": set(report["variables"])
-        & (os.environ.keys() - SANDBOX_VARIABLES.keys()),
-    }
-    if leaked := [leak for leak, leaks_here in leaks.items() if leaks_here]:
-        raise sandbox_error(f"the sandbox leaks: {'; '.join(leaked)}")
+    if score.value != 1:
+        raise sandbox_error(score.error)
     return sandbox
 
 
