@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import nn
 
 from veneer.core.adapter import LoraSpec
 from veneer.core.targets import Target, base_modules, full_modules, target_matches, token_embeddings
-from veneer.errors import PreflightError, counted, gigabytes
+from veneer.errors import PreflightError, counted, first_few, gigabytes
 from veneer.models.device import free_on_gpu
 from veneer.plan.plan import Plan
 from veneer.plan.shape import PairForm
@@ -36,6 +36,7 @@ CACHE = "cache"
 """Output subfolder with latents and class pictures, valid for later runs."""
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
 _PREFERENCE_WINDOW = (1e-6, 5e-4)  # around the rates of published LoRA preference runs, 5e-6 to 5e-5
+_NAMED = 5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run can change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
 _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations; their contents are compared
@@ -112,19 +113,19 @@ class Report:
 
         Learned tokens are between ⟦ and ⟧. The most severe finding comes last, where a terminal shows it."""
         words = {"stop": "STOP", "warn": "warn", "ok": "  ok"}
-        lines = [
-            f"{words[f.level]}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "") for f in reversed(self.findings)
-        ]
-        if not self.sample:
-            return "\n".join(lines)
-        row = "".join(f"⟦{piece}⟧" if learned else piece for piece, learned in self.sample)
-        return "\n".join(["one row, learned tokens between ⟦ and ⟧:", row, "", *lines])
+        lines = []
+        if self.sample:
+            row = "".join(f"⟦{piece}⟧" if learned else piece for piece, learned in self.sample)
+            lines = ["one row, learned tokens between ⟦ and ⟧:", row, ""]
+        for f in reversed(self.findings):
+            lines += [f"{words[f.level]}  {f.text}", *([f"      fix: {f.fix}"] if f.fix else [])]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values.
 
         Without a loaded base: the plan and its basis instead of the numbers."""
-        findings = [{"level": f.level, "check": f.check, "text": f.text, "fix": f.fix} for f in self.findings]
+        findings = [asdict(f) for f in self.findings]
         sample = [{"text": piece, "learned": learned} for piece, learned in self.sample]
         if self.looked is None:
             return {"ok": not self.stops, "findings": findings, "numbers": self.numbers, "sample": sample}
@@ -163,11 +164,21 @@ class RunSubject:
 def share(part: float, total: float) -> str:
     """Format as `12 of 40 (30%)`, with more digits below 1%."""
     percent = 100 * part / total if total else 0.0
-    return (
-        f"{part:,} of {total:,} ({percent:.0f}%)"
-        if percent >= 1 or not part
-        else f"{part:,} of {total:,} ({percent:.2g}%)"
-    )
+    digits = ".0f" if percent >= 1 or not part else ".2g"
+    return f"{part:,} of {total:,} ({percent:{digits}}%)"
+
+
+def about_some(
+    check: str, part: int, total: int, text: str, names: Sequence[str] = (), fix: str = "", *, stops: bool = False
+) -> Iterator[Finding]:
+    """Yield a finding about `part` of `total` rows or pictures, unless there are none.
+
+    `text`: what is wrong with them. `names`: theirs; the first are shown. `stops`: stop the run if they are more
+    than half."""
+    if part:
+        level: Level = "stop" if stops and part > total / 2 else "warn"
+        named = f": {first_few(names, _NAMED)}" if names else ""
+        yield Finding(level, check, f"{share(part, total)} {text}{named}", fix)
 
 
 # --- checks that all runs share ---------------------------------------------------------------------------------------
@@ -188,26 +199,24 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     s.numbers.update(steps=total, steps_per_epoch=s.steps_per_epoch, largest_micro_batch=s.largest_micro)
     warm = s.config.schedule.warmup
     if isinstance(warm, int) and 0 < total <= warm:
-        text = (
-            f"warm-up takes {counted(warm, 'step')} and the run has {total}: the learning rate never reaches its peak"
-        )
+        text = f"warm-up takes {counted(warm, 'step')}, the run {total}: the learning rate never reaches its peak"
         yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more steps")
     elif 0 < total < 10:
         text = f"the whole run is {counted(total, 'step')}: too few to learn much"
         fix = "more schedule.steps" if steps is not None else "fewer batching.rows, or more schedule.epochs"
         yield Finding("warn", "schedule", text, fix)
     elif total:
-        passes = _over_the_data(total / s.steps_per_epoch) if s.steps_per_epoch else ""
+        passes = total / s.steps_per_epoch if s.steps_per_epoch else 0
+        over = "once over the data" if passes == 1 else f"{passes:.3g} times over the data"
         largest = f"the largest micro-batch is {counted(s.largest_micro, s.unit)}"
-        yield Finding("ok", "schedule", f"{counted(total, 'step')}, {passes}; {largest}")
+        yield Finding("ok", "schedule", f"{counted(total, 'step')}, {over}; {largest}")
 
 
 def check_devices(s: RunSubject) -> Iterator[Finding]:
     """Check how the work of a step is distributed over several devices."""
     n, sharded = s.devices, getattr(s.config.memory, "shard", False)
     if n > 1:
-        least, most = min(s.micros, default=0), max(s.micros, default=0)
-        s.numbers.update(devices=n, micro_batches=[least, most])
+        most = max(s.micros, default=0)
         how = "each holds a part of the frozen weights" if sharded else "each holds the whole base"
         text = f"{n} devices share each step, at most {-(-most // n)} micro-batches per device; {how}"
         yield Finding("ok", "devices", text)
@@ -227,22 +236,17 @@ def precision(s: RunSubject) -> Iterator[Finding]:
     device = computes_on(s.base)
     s.numbers.update(dtype=kinds, device=str(device))
     if "float16" in kinds:
-        text = (
-            f"the base is float16 on {device.type}: gradients below 6e-8 vanish and values above 65,504 become infinite"
-        )
-        fix = "base.dtype=bfloat16 (or float32)"
-        yield Finding("stop" if device.type == "cpu" else "warn", "precision", text, fix)
+        text = f"the base is float16 on {device.type}: gradients below 6e-8 vanish, values above 65,504 become infinite"
+        level: Level = "stop" if device.type == "cpu" else "warn"
+        yield Finding(level, "precision", text, "base.dtype=bfloat16 (or float32)")
     else:
         yield Finding("ok", "precision", f"base in {', '.join(kinds)} on {device.type}, pairs and optimizer in float32")
 
 
 def computes_on(base: Any) -> torch.device:
     """Return the device of the base's weights, or their target if they are unread."""
-    if getattr(base, "unread", None) is not None:
-        there: torch.device = base.device
-        return there
-    device: torch.device = next(base.model.parameters()).device
-    return device
+    unread = getattr(base, "unread", None) is not None
+    return torch.device(base.device if unread else next(base.model.parameters()).device)
 
 
 def check_output(s: RunSubject) -> Iterator[Finding]:
@@ -259,9 +263,8 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
         changes = differences(_fixed_settings(s.previous), _fixed_settings(s.config.recipe()))
         if changes:
             text = f"the run in {folder} was started with other settings: {'; '.join(changes)}"
-            yield Finding(
-                "stop", "resume", text, "resume with the same settings, or start anew in another output.directory"
-            )
+            fix = "resume with the same settings, or start anew in another output.directory"
+            yield Finding("stop", "resume", text, fix)
     trainable = int(s.numbers.get("trainable", 0))
     # A checkpoint: weights and AdamW's two moments. On disk: the newest ones, the one being written, the
     # best; and the adapter.
@@ -273,9 +276,8 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
         text = f"checkpoints and adapter need {gigabytes(need)} on disk, and {there} has {gigabytes(free)} free"
         yield Finding("stop", "disk", text, "free some space, give another output.directory, or checkpoint.keep=1")
     else:
-        yield Finding(
-            "ok", "disk", f"checkpoints and adapter need at most {gigabytes(need)}, {gigabytes(free)} are free"
-        )
+        text = f"checkpoints and adapter need at most {gigabytes(need)}, {gigabytes(free)} are free"
+        yield Finding("ok", "disk", text)
 
 
 def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,10 +300,6 @@ def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def _over_the_data(passes: float) -> str:
-    return "once over the data" if passes == 1 else f"{passes:.3g} times over the data"
 
 
 def available_memory(config: RunConfig, device: torch.device, free: int | None = None) -> int:
@@ -345,13 +343,9 @@ def free_memory(device: torch.device) -> int:
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
-        cached = next(
-            int(line.split()[1])
-            for line in (group / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
+        cached = int((group / "memory.stat").read_text().partition("\ninactive_file ")[2].partition("\n")[0])
         return free if limit == "max" else min(free, int(limit) - used + cached)
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError):
         return free
 
 
@@ -366,23 +360,14 @@ def used_memory(device: torch.device) -> int:
 
 def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec) -> tuple[int, int]:
     """Return the trainable parameters (in pairs, in full modules and token rows)."""
-    modules = dict(base_modules(model))
+    modules: dict[str, Any] = dict(base_modules(model))
     pairs = sum(_pair_parameters(modules[t.module_name], t, spec) for t in targets)
     full = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
-    for name, ids in token_embeddings(model, spec).items():
-        weight: Any = modules[name].weight
-        full += len(ids) * int(weight.shape[1])
-    return pairs, full
+    rows = sum(len(ids) * modules[name].weight.shape[1] for name, ids in token_embeddings(model, spec).items())
+    return pairs, full + rows
 
 
-def _shape_of(module: Any) -> tuple[int, ...]:
-    """Return the shape of a module's weight, quantized or not.
-
-    Quantized weights are stored in another shape."""
-    return (module.out_features, module.in_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
-
-
-def _pair_parameters(module: nn.Module, target: Target, spec: LoraSpec) -> int:
+def _pair_parameters(module: Any, target: Target, spec: LoraSpec) -> int:
     """Return the parameters that `spec` adds to `target`.
 
     A, B and DoRA's magnitude, or the parts of a LoHa or LoKr."""
@@ -391,5 +376,6 @@ def _pair_parameters(module: nn.Module, target: Target, spec: LoraSpec) -> int:
     if target.kind == "experts":
         experts, *matrix = getattr(module, target.parameter or "").shape
         return int(experts) * form.costs(tuple(matrix), rank).parameters
-    shape = _shape_of(module)
+    linear = hasattr(module, "in_features")  # quantized weights are stored in another shape
+    shape = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
     return form.costs(shape, rank).parameters + spec.dora * int(shape[0])

@@ -102,7 +102,7 @@ def test_masks_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "b", scene(32, 32, seed=2))
     found = findings(tmp_path, buckets=False)
     assert "1 of 2 (50%) pictures have a loss mask" in texts(found["masks"])
-    assert "1 mask black in the whole crop, so nothing is trained there: a.png" in texts(found["masks"])
+    assert "masks are black in the whole crop, so nothing is trained there: a.png" in texts(found["masks"])
     assert "stop data.masks is `alpha`, but no picture has transparency" in texts(
         findings(tmp_path, masks="alpha")["masks"]
     )

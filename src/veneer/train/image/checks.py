@@ -9,7 +9,7 @@ count has names. Reads only masks from the disk (to find masks that are empty in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from veneer.errors import counted, first_few
 from veneer.train.config.image import ImageDataSection
@@ -17,7 +17,7 @@ from veneer.train.image.augmentation import PicturePlan, crop_view, prepare
 from veneer.train.image.folder import has_word
 from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.pictures import PictureSummary, TrainingPicture
-from veneer.train.preflight import Finding, share
+from veneer.train.preflight import Finding, about_some, share
 
 _NAMED = 5
 _MUCH = 0.25  # share of a picture outside its bucket that causes a warning
@@ -41,15 +41,13 @@ def check_pictures(
 def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[TrainingPicture]) -> list[Finding]:
     """Return findings about held-out pictures that are, or look like, training ones."""
     trained = [p for p in train if not p.is_class]
-    pairs = _looking_alike(held_out, trained)
+    pairs, total = _looking_alike(held_out, trained), len(held_out)
     if not pairs:
-        return [Finding("ok", "held out", f"{counted(len(held_out), 'held-out picture')}, none of them trained on")]
-    count = len({i for i, _ in pairs})
-    text = f"{share(count, len(held_out))} held-out pictures are, or look like, ones that are trained on: " + _some(
-        f"{held_out[i].name} is {trained[j].name}" for i, j in pairs
-    )
+        return [Finding("ok", "held out", f"{counted(total, 'held-out picture')}, none of them trained on")]
+    names = [f"{held_out[i].name} is {trained[j].name}" for i, j in pairs]
+    text = "held-out pictures are, or look like, ones that are trained on"
     fix = "put each on one side only: a loss on trained pictures does not show overfitting"
-    return [Finding("stop" if count > len(held_out) / 2 else "warn", "held out", text, fix)]
+    return [*about_some("held out", len({i for i, _ in pairs}), total, text, names, fix, stops=True)]
 
 
 def _files(
@@ -60,10 +58,9 @@ def _files(
     if classes:
         text += f" and {counted(classes, 'class picture')} (weight {settings.class_weight:g})"
     yield Finding("ok", "pictures", f"{text}: {counted(len(plan.rows), 'row')} an epoch")
-    if summary.broken:
-        broken = share(len(summary.broken), summary.captions.total() + len(summary.broken))
-        text = f"{broken} files cannot be read and are left out: {_some(summary.broken)}"
-        yield Finding("warn", "broken", text, "repair or remove them")
+    broken, text = len(summary.broken), "files cannot be read and are left out"
+    total = summary.captions.total() + broken
+    yield from about_some("broken", broken, total, text, summary.broken, "repair or remove them")
     if summary.ignored:
         kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(summary.ignored.items()))
         yield Finding("warn", "ignored", f"files that are neither pictures, captions nor masks: {kinds}")
@@ -80,14 +77,14 @@ def _captions(
         changes = ", ".join(f"{change} in {count:,}" for change, count in summary.triggers.most_common())
         yield Finding("ok", "trigger", f"`{settings.trigger}`: {changes}")
         if named := [p.name for p in pictures if p.is_class and has_word(p.caption, settings.trigger)]:
-            text = f"{counted(len(named), 'class caption')} with the trigger: {_some(named)}"
+            text = f"{counted(len(named), 'class caption')} with the trigger: {first_few(named, _NAMED)}"
             yield Finding("warn", "trigger", text, "remove the trigger there: class pictures keep the class unchanged")
     classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()}
     if shared := [p.name for p in pictures if not p.is_class and p.caption and p.caption.lower() in classes]:
-        text = f"{counted(len(shared), 'picture')} with the caption of a class picture: {_some(shared)}"
+        text = f"{counted(len(shared), 'picture')} with the caption of a class picture: {first_few(shared, _NAMED)}"
         yield Finding("warn", "captions", text, "set data.trigger, or name in each caption what makes it yours")
     if empty := [p.name for p in pictures if not p.caption]:
-        text = f"{counted(len(empty), 'empty caption')}: {_some(empty)}"
+        text = f"{counted(len(empty), 'empty caption')}: {first_few(empty, _NAMED)}"
         yield Finding("warn", "captions", text, "write them, or set a trigger")
 
 
@@ -95,20 +92,19 @@ def _buckets(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: I
     sizes = [f"{w} x {h}: {count:,}" for (w, h), count in plan.sizes.items()]
     text = f"{first_few(sizes, 12)} (width x height: rows; sides in steps of {plan.step} pixels)"
     yield Finding("ok", "buckets", text)
-    if plan.small:
-        action = {"keep": "kept at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
-        text = f"{share(len(plan.small), len(pictures))} pictures are smaller than a bucket and {action}: "
-        fix = "" if settings.small == "upscale" else "data.small: upscale enlarges them, or give larger files"
-        yield Finding("warn", "small", text + _some(plan.small), fix)
-    if plan.dropped and settings.small == "keep":
-        text = f"{counted(len(plan.dropped), 'picture')} smaller than the step of {plan.step} pixels, left out: "
-        yield Finding("warn", "small", text + _some(plan.dropped))
+    total = len(pictures)
+    action = {"keep": "kept at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
+    text = f"pictures are smaller than a bucket and {action}"
+    fix = "" if settings.small == "upscale" else "data.small: upscale enlarges them, or give larger files"
+    yield from about_some("small", len(plan.small), total, text, plan.small, fix)
+    if settings.small == "keep":
+        text = f"pictures are smaller than the step of {plan.step} pixels and left out"
+        yield from about_some("small", len(plan.dropped), total, text, plan.dropped)
     cuts = {row.picture.name: crop_view(row.picture.size, row.bucket).cut for row in plan.rows}
     cropped = sorted((name for name, cut in cuts.items() if cut > _MUCH), key=lambda n: -cuts[n])
-    if cropped:
-        text = f"{share(len(cropped), len(cuts))} pictures lose more than a quarter to the crop: "
-        fix = "crop them by hand, or raise bucket_ratio" if settings.buckets else "data.buckets: true keeps more"
-        yield Finding("warn", "crops", text + _some(f"{name} ({cuts[name]:.0%})" for name in cropped), fix)
+    names = [f"{name} ({cuts[name]:.0%})" for name in cropped]
+    fix = "crop them by hand, or raise bucket_ratio" if settings.buckets else "data.buckets: true keeps more"
+    yield from about_some("crops", len(names), len(cuts), "pictures lose more than a quarter to the crop", names, fix)
 
 
 def _masks(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: ImageDataSection) -> Iterator[Finding]:
@@ -125,9 +121,8 @@ def _masks(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: Ima
         mask = prepare(row.picture, crop_view(row.picture.size, row.bucket), settings).mask
         if mask is not None and not bool((mask > settings.mask_floor).any()):
             empty.append(row.picture.name)
-    if empty:
-        text = f"{counted(len(empty), 'mask')} black in the whole crop, so nothing is trained there: {_some(empty)}"
-        yield Finding("stop" if len(empty) > len(plan.rows) / 2 else "warn", "masks", text, "white areas are trained")
+    text, fix = "masks are black in the whole crop, so nothing is trained there", "white areas are trained"
+    yield from about_some("masks", len(empty), len(plan.rows), text, empty, fix, stops=True)
 
 
 def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iterator[Finding]:
@@ -137,10 +132,13 @@ def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iter
     if summary.unlike:
         text = f"{counted(len(summary.unlike), 'source image')} of other proportions than the result, used whole: "
         fix = "crop both to one proportion if they show the same scene, so that positions match"
-        yield Finding("warn", "pairs", text + _some(summary.unlike), fix)
-    if unchanged := [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]:
-        text = f"{share(len(unchanged), len(pictures))} pictures are the same file before and after: {_some(unchanged)}"
-        yield Finding("warn", "pairs", text, "remove them, unless the instruction is to change nothing")
+        yield Finding("warn", "pairs", text + first_few(summary.unlike, _NAMED), fix)
+    unchanged = [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]
+    text, fix = (
+        "pictures are the same file before and after",
+        "remove them, unless the instruction is to change nothing",
+    )
+    yield from about_some("pairs", len(unchanged), len(pictures), text, unchanged, fix)
 
 
 def _alike(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
@@ -149,17 +147,15 @@ def _alike(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
         yield Finding("ok", "near-duplicates", "no two pictures look the same")
         return
     count = len({i for pair in pairs for i in pair})
-    named = _some(f"{pictures[i].name} and {pictures[j].name}" for i, j in pairs)
-    text = f"{share(count, len(pictures))} pictures look like another one, in {counted(len(pairs), 'pair')}: {named}"
-    yield Finding("warn", "near-duplicates", text, "remove one of each, unless it should weigh twice as much")
+    names = [f"{pictures[i].name} and {pictures[j].name}" for i, j in pairs]
+    text = f"pictures look like another one, in {counted(len(pairs), 'pair')}"
+    fix = "remove one of each, unless it should weigh twice as much"
+    yield from about_some("near-duplicates", count, len(pictures), text, names, fix)
     crossing = {i if pictures[j].is_class else j for i, j in pairs if pictures[i].is_class != pictures[j].is_class}
-    if crossing:
-        instances = sum(not p.is_class for p in pictures)
-        text = f"{share(len(crossing), instances)} pictures are among the class pictures, "
-        text += "so prior preservation undoes them: "
-        text += _some(pictures[i].name for i in sorted(crossing))
-        fix = "give data.class_folder a folder of other things of the class"
-        yield Finding("stop" if len(crossing) > instances / 2 else "warn", "class pictures", text, fix)
+    names, instances = [pictures[i].name for i in sorted(crossing)], sum(not p.is_class for p in pictures)
+    text = "pictures are among the class pictures, so prior preservation undoes them"
+    fix = "give data.class_folder a folder of other things of the class"
+    yield from about_some("class pictures", len(names), instances, text, names, fix, stops=True)
 
 
 def _looking_alike(
@@ -179,7 +175,3 @@ def _looking_alike(
         sources = set(alike(lambda p: p.sources[0]))
         pairs = [pair for pair in pairs if pair in sources]
     return pairs
-
-
-def _some(names: Iterable[str]) -> str:
-    return first_few(list(names), _NAMED)

@@ -7,11 +7,11 @@ tokenizer only, `_BASE_CHECKS` its weights. The checks of all runs are in `train
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from veneer.core.adapter import Adapter
 from veneer.core.targets import matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, counted, gigabytes
 from veneer.ops.linear import keeps_copy
@@ -24,9 +24,9 @@ from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_config, remaining_bytes, suggested_settings
 from veneer.train.preflight import (
     Finding,
-    Level,
     Report,
     RunSubject,
+    about_some,
     available_memory,
     check_devices,
     check_output,
@@ -46,6 +46,7 @@ from veneer.train.text.prompts import PromptItem, first_rollouts
 from veneer.train.text.rows import leakage
 
 _SAMPLED = 200  # rows whose prompts are tokenized again; templates fail for all rows or for none
+_SPACE_FIX = "end prompts without a space and begin answers with it, so that no token spans both"
 _FEW_PROMPTS = 8
 """Fewer prompts than this cause a warning, even if a step takes fewer."""
 
@@ -65,15 +66,9 @@ class TextSubject(RunSubject):
     @property
     def stop_ids(self) -> set[int]:
         """Return the tokens at which generation with this base stops."""
-        tokens: set[int] = set()
-        settings = getattr(self.base.model, "generation_config", None)
-        for ids in (
-            getattr(self.base, "end_of_turn_id", None),
-            getattr(settings, "eos_token_id", None),
-            self.base.tokenizer.eos_token_id,
-        ):
-            tokens.update(ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids])
-        return tokens
+        end_of_turn, tokenizer = getattr(self.base, "end_of_turn_id", None), self.base.tokenizer
+        ids = getattr(getattr(self.base.model, "generation_config", None), "eos_token_id", None)
+        return {end_of_turn, tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
 
     def rows_with(
         self, count: str, check: str, text: str, fix: str = "", *, stops: bool = False, total: int | None = None
@@ -82,13 +77,13 @@ class TextSubject(RunSubject):
 
         `stops`: stop the run if they are more than half of `total` (the rows). `text`: what is wrong with them."""
         counts = self.encoded.counts
-        number, total = getattr(counts, count), counts.rows if total is None else total
-        if number:
-            text, names = f"{share(number, total)} {text}", counts.first_rows.get(count, ())
-            yield Finding(_level(number, total, stops), check, ": ".join(filter(None, (text, ", ".join(names)))), fix)
+        names = counts.first_rows.get(count, ())
+        return about_some(check, getattr(counts, count), total or counts.rows, text, names, fix, stops=stops)
 
-    def tokens(self, ids: set[int]) -> str:
-        return ", ".join(f"`{self.base.tokenizer.convert_ids_to_tokens(i)}`" for i in sorted(ids))
+    def tokens(self, ids: Iterable[int], *, numbered: bool = False) -> str:
+        """Return the names of up to five tokens, with their ids if `numbered`."""
+        named = ((i, f"`{self.base.tokenizer.convert_ids_to_tokens(i)}`") for i in sorted(ids)[:5])
+        return ", ".join(f"{name} ({i})" if numbered else name for i, name in named)
 
 
 def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: int = 1, **options: Any) -> Report:
@@ -128,20 +123,12 @@ def data_findings(subject: TextSubject) -> Iterator[Finding]:
 
 def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """Return the row as (text, trained) pieces: runs of tokens with equal masks."""
-    pieces: list[tuple[list[int], bool]] = []
-    for token, trained in zip(example.input_ids, example.trained, strict=True):
-        if not pieces or pieces[-1][1] != trained:
-            pieces.append(([], trained))
-        pieces[-1][0].append(token)
-    return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
+    pairs = zip(example.input_ids, example.trained, strict=True)
+    runs = itertools.groupby(pairs, key=lambda pair: bool(pair[1]))
+    return [(str(tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
-
-
-def _level(count: int, total: int, stops: bool = True) -> Level:
-    """Return the level of a finding about `count` of `total` rows: stop above half of them, else warn."""
-    return "stop" if stops and count > total / 2 else "warn"
 
 
 def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
@@ -211,11 +198,10 @@ def _bos_once(s: TextSubject) -> Iterator[Finding]:
         return
     fix = f"remove {tokenizer.bos_token} from the rows or from the chat template"
     yield from s.rows_with("doubled_bos", "begin", f"rows begin with {tokenizer.bos_token} twice", fix, stops=True)
-    missing = sum(e.input_ids[0] != bos for e in examples) if tokenizer("a")["input_ids"][:1] == [bos] else 0
-    if missing:
-        rows = share(missing, len(examples))
-        text = f"the base expects {tokenizer.bos_token} first, and {rows} rows begin without it"
-        yield Finding("warn", "begin", text, "begin the chat template with {{ bos_token }}")
+    if tokenizer("a")["input_ids"][:1] == [bos]:
+        missing = sum(e.input_ids[0] != bos for e in examples)
+        text = f"rows begin without {tokenizer.bos_token}, which the base expects first"
+        yield from about_some("begin", missing, len(examples), text, fix="begin the chat template with {{ bos_token }}")
 
 
 def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
@@ -243,11 +229,9 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
         checked += 1
         if example.input_ids[: len(prompt)] != prompt:
             wrong.append(row.where)
-    if wrong:
-        text = f"{share(len(wrong), checked)} prompts are other tokens in training than at inference"
-        fix = "end prompts without a space and begin completions with it, so that no token spans both"
-        yield Finding(_level(len(wrong), checked), "template", f"{text}: {', '.join(wrong[:3])}", fix)
-    elif checked:
+    text = "prompts are other tokens in training than at inference"
+    yield from about_some("template", len(wrong), checked, text, wrong, _SPACE_FIX, stops=True)
+    if checked and not wrong:
         text = f"prompts at inference match training token for token ({counted(checked, 'row')} checked)"
         yield Finding("ok", "template", text)
 
@@ -273,16 +257,14 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
         good = sum(bool(item.desirable) for item in items)
         text = f"{counted(len(items), 'answer')}, {good:,} desirable and {len(items) - good:,} not"
         if good in (0, len(items)):
-            yield Finding(
-                "stop", "preferences", f"{text}: there is nothing to tell apart", "give answers of both kinds"
-            )
+            text += ": there is nothing to tell apart"
+            yield Finding("stop", "preferences", text, "give answers of both kinds")
             return
     yield Finding("ok", "preferences", text)
     text = "answers are left out because the other answer of their pair is"
     yield from s.rows_with("partners", "preferences", text)
-    fix = "end prompts without a space and begin answers with it, so that no token spans both"
     text = "pairs have two prompts that are not the same tokens"
-    yield from s.rows_with("other_prompts", "preferences", text, fix, stops=True, total=len(items))
+    yield from s.rows_with("other_prompts", "preferences", text, _SPACE_FIX, stops=True, total=len(items))
 
 
 def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
@@ -328,29 +310,27 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         if metadata.unused:
             text = f"columns that nothing uses: {', '.join(metadata.unused)}"
             yield Finding("warn", "columns", text, "data.columns names the ones to use, as {prompt: question}")
-        if metadata.duplicates:
-            text = f"{share(metadata.duplicates, metadata.rows)} rows repeat an earlier one exactly"
-            yield Finding("warn", "duplicates", text)
+        text = "rows repeat an earlier one exactly"
+        yield from about_some("duplicates", metadata.duplicates, metadata.rows, text)
     total = len(s.data.held_out.texts)
-    s.numbers.update(held_out=total)
+    if not total and s.config.evaluation.patience is not None:
+        text = "`evaluation.patience` is set, but no row is held out to stop by"
+        yield Finding("stop", "held out", text, "give data.validation or data.split, or more rows")
+        return
     if not total:
-        if s.config.evaluation.patience is not None:
-            text = "`evaluation.patience` is set, but no row is held out to stop by"
-            yield Finding("stop", "held out", text, "give data.validation or data.split, or more rows")
-        else:
-            yield Finding("warn", "held out", "no rows are held out: over-fitting cannot be seen", "data.split=0.05")
+        yield Finding("warn", "held out", "no rows are held out: over-fitting cannot be seen", "data.split=0.05")
         return
     if s.data.held_out.encoded.counts.trained_tokens == 0:
         yield Finding("stop", "held out", "the held-out rows have no token to score", "check data.validation's format")
     leak = leakage(s.data.train.texts, s.data.held_out.texts)
-    pairs = "; ".join(f"{a} is {b}" for a, b in leak.examples)
-    if leak.identical:
-        text = f"{share(leak.identical, total)} held-out rows are also trained on: {pairs}"
-        fix = "remove them from one side; data.split never puts equal rows on both"
-        yield Finding(_level(leak.identical, total), "held out", text, fix)
-    if leak.same_prompt:
-        overlap = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
-        yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {overlap}: {pairs}")
+    pairs = [f"{a} is {b}" for a, b in leak.examples]
+    text, fix = (
+        "held-out rows are also trained on",
+        "remove them from one side; data.split never puts equal rows on both",
+    )
+    yield from about_some("held out", leak.identical, total, text, pairs, fix, stops=True)
+    overlap = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
+    yield from about_some("held out", leak.same_prompt, total, f"held-out prompts {overlap}", pairs)
     if not leak.identical and not leak.same_prompt:
         yield Finding("ok", "held out", f"{counted(total, 'held-out row')}, none of them trained on")
 
@@ -363,42 +343,31 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
 
     Full copies make the adapter huge."""
     model, spec = s.base.model, s.config.adapter.spec()
-    if s.data.start is not None:
-        yield from _continues_adapter(s, s.data.start)
-        return
-    try:
-        matches = matches_per_pattern(model, spec)
-        targets = resolve_targets(model, spec)
-        pairs, full = trainable_parameters(model, targets, spec)
-    except TargetError as error:
-        where = f" ({error.where})" if error.where else ""
-        yield Finding("stop", "targets", f"{error.what}{where}", error.fix or "")
-        return
+    if (start := s.data.start) is not None:
+        pairs, full, size = sum(t.numel() for _, t in start.tensors()), 0, gigabytes(start.size_bytes())
+        if wrong := {d.form for d in start.deltas.values()} - {"hadamard", "kronecker"}:
+            text = (
+                f"adapter.start holds deltas that are not pairs ({', '.join(sorted(wrong))}), which cannot be trained"
+            )
+            yield Finding("stop", "targets", text, "continue from a LoRA, LoHa or LoKr")
+        matched = f"starts from {s.config.adapter.start}: {counted(len(start.pairs), 'pair')}"
+    else:
+        try:
+            pairs, full = trainable_parameters(model, resolve_targets(model, spec), spec)
+        except TargetError as error:
+            where = f" ({error.where})" if error.where else ""
+            yield Finding("stop", "targets", f"{error.what}{where}", error.fix or "")
+            return
+        matches, size = matches_per_pattern(model, spec), gigabytes(4 * (pairs + full))
+        matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in matches.items())
     total = sum(p.numel() for p in model.parameters())
     s.numbers.update(base_parameters=total, trainable=pairs + full)
-    matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in matches.items())
-    size = gigabytes(4 * (pairs + full))
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + full, total)} parameters, a file of {size}")
     if full > pairs:
-        text = (
-            f"full copies take {share(full, pairs + full)} of the adapter, a file of {size}: "
-            f"{', '.join([*spec.modules_to_save, *spec.token_rows])}"
-        )
+        text = f"full copies take {share(full, pairs + full)} of the adapter, a file of {size}: "
+        text += ", ".join([*spec.modules_to_save, *spec.token_rows])
         fix = "train single rows with adapter.token_rows, or drop adapter.modules_to_save"
         yield Finding("warn", "size", text, fix)
-
-
-def _continues_adapter(s: TextSubject, start: Adapter) -> Iterator[Finding]:
-    count, size = sum(t.numel() for _, t in start.tensors()), start.size_bytes()
-    total = sum(p.numel() for p in s.base.model.parameters())
-    s.numbers.update(base_parameters=total, trainable=count)
-    if wrong := {d.form for d in start.deltas.values()} - {"hadamard", "kronecker"}:
-        kinds = ", ".join(sorted(wrong))
-        text = f"adapter.start holds deltas that are not pairs ({kinds}), which cannot be trained"
-        yield Finding("stop", "targets", text, "continue from a LoRA, LoHa or LoKr")
-    text = f"starts from {s.config.adapter.start}: {counted(len(start.pairs), 'pair')}; "
-    text += f"trainable: {share(count, total)} parameters"
-    yield Finding("ok", "targets", f"{text}, a file of {gigabytes(size)}")
 
 
 def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
@@ -415,12 +384,11 @@ def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
             if ".experts." in name and not is_chosen:
                 frozen[name] = part.parameters
     if frozen:
-        text = (
-            f"{len(frozen)} expert weights get no pair and stay frozen, {share(sum(frozen.values()), shape.parameters)}"
-        )
+        part = share(sum(frozen.values()), shape.parameters)
+        text = f"{len(frozen)} expert weights get no pair and stay frozen, {part} of the base's parameters: "
+        text += ", ".join(list(frozen)[:2])
         names = sorted({name.rpartition(".")[2] for name in frozen})
         fix = f"add {', '.join(names)} to adapter.targets (or all-linear), or say adapter.exclude: ['*experts*']"
-        text += f" of the base's parameters: {', '.join(list(frozen)[:2])}"
         yield Finding("stop", "experts", text, fix)
 
 
@@ -433,11 +401,13 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     used = {token for e in s.encoded.examples for token in e.input_ids}
     beyond = sorted(t for t in used if t >= rows)
     if beyond:
-        names = ", ".join(f"`{s.base.tokenizer.convert_ids_to_tokens(t)}` ({t})" for t in beyond[:5])
-        text = f"{len(beyond)} tokens of the data have no row in the base's embedding of {rows:,} rows: {names}"
+        text = f"{len(beyond)} tokens of the data have no row in the base's embedding of {rows:,} rows: "
+        text += s.tokens(beyond, numbered=True)
         yield Finding("stop", "vocabulary", text, "the tokenizer belongs to another base: use the base's own")
         return
-    added = sorted((set(s.base.tokenizer.added_tokens_decoder) & used) - {getattr(embedding, "padding_idx", None)})
+    config = s.config.adapter
+    trained = {i for ids in config.token_rows.values() for i in ids} | {getattr(embedding, "padding_idx", None)}
+    added = sorted((set(s.base.tokenizer.added_tokens_decoder) & used) - trained)
     if not added or not embedding.weight.is_floating_point():
         return
     weight, unread = embedding.weight.detach(), getattr(s.base, "unread", None)
@@ -446,12 +416,9 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     sample_rows, added_rows = (unread.rows(name, at) if unread else weight[list(at)] for at in (first, added))
     sample, norms = sample_rows.float().norm(dim=1), added_rows.float().norm(dim=1)
     dead = [t for t, norm in zip(added, norms.tolist(), strict=True) if norm < 0.05 * float(sample.median())]
-    config = s.config.adapter
-    trained_rows = {i for ids in config.token_rows.values() for i in ids}
-    dead = [t for t in dead if t not in trained_rows]
     if dead and not any("embed" in m or "wte" in m for m in config.modules_to_save):
-        names = ", ".join(f"`{s.base.tokenizer.convert_ids_to_tokens(t)}` ({t})" for t in dead[:5])
-        text = f"{len(dead)} added tokens of the data have embedding rows near zero, never trained: {names}"
+        text = f"{len(dead)} added tokens of the data have embedding rows near zero, never trained: "
+        text += s.tokens(dead, numbered=True)
         yield Finding("warn", "vocabulary", text, "train their rows: adapter.token_rows: {embed_tokens: [IDS]}")
 
 
@@ -464,18 +431,16 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
         text = f"the longest row has {row:,} tokens and the base reads {context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
     free, mode = available_memory(config, device, s.free_memory), config.memory.recomputing
-    plain, again = (
-        plan_of_config(
-            config,
-            base=s.base,
-            items=s.data.train.items,
-            trainable=int(s.numbers.get("trainable", 0)),
-            held_out=len(s.data.held_out.encoded.examples),
-            checkpointing=recomputed,
-            available=free,
-        )
-        for recomputed in (False, True)
+    planned = functools.partial(
+        plan_of_config,
+        config,
+        base=s.base,
+        items=s.data.train.items,
+        trainable=int(s.numbers.get("trainable", 0)),
+        held_out=len(s.data.held_out.encoded.examples),
+        available=free,
     )
+    plain, again = planned(checkpointing=False), planned(checkpointing=True)
     need, less = (remaining_bytes(plan.memory, plan.device) for plan in (plain, again))
     on, _ = recomputes(mode, need, free)
     s.plan = plan = again if on else plain
@@ -495,10 +460,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
     finding = memory_finding(required, free, longest, fix=fix, force=s.force)
-    if 0.9 * free < required <= free and mode == "off":
-        text, fix = f"this run may not fit: {finding.text}", "memory.activation_checkpointing=auto"
-        finding = Finding("warn", "memory", text, fix)
-    elif required <= free and on and mode == "auto":
+    if required <= free and on and mode == "auto":
         finding = replace(finding, text=f"activations will be recomputed to save memory: {finding.text}")
     yield finding
     if plan.seconds is not None and not plan.changes:
@@ -546,24 +508,8 @@ def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> 
 
 _Checks = tuple[Callable[[TextSubject], Iterator[Finding]], ...]
 
-_DATA_CHECKS: _Checks = (
-    _something_is_trained,
-    _long_rows,
-    _end_is_trained,
-    _bos_once,
-    _prompts_match_inference,
-    _turns_and_control_tokens,
-    _answers_compare,
-    _check_rows,
-)
 _PROMPT_CHECKS: _Checks = (_prompts_are_sampled, _long_prompts, _bos_once, _check_rows)
-_BASE_CHECKS: _Checks = (
-    _what_is_trained,
-    _experts_are_trained,
-    learning_rate,
-    check_devices,
-    precision,
-    _vocabulary,
-    _fits_in_memory,
-    check_output,
-)
+_DATA_CHECKS: _Checks = (_something_is_trained, _long_rows, _end_is_trained, _bos_once, _prompts_match_inference)
+_DATA_CHECKS += (_turns_and_control_tokens, _answers_compare, _check_rows)
+_BASE_CHECKS: _Checks = (_what_is_trained, _experts_are_trained, learning_rate, check_devices, precision)
+_BASE_CHECKS += (_vocabulary, _fits_in_memory, check_output)
