@@ -55,21 +55,18 @@ def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
 
     It has each file's name, time and size. Raises DataError for a missing file."""
     files = [file for name in names for file in _expand(name)]
-    stats = [(file, None if file.startswith(SOURCES) else os.stat(file)) for file in files]
-    return tuple((file, 0, 0) if stat is None else (file, stat.st_mtime_ns, stat.st_size) for file, stat in stats)
+    stats = [(file, os.stat(file)) for file in files if not file.startswith(SOURCES)]
+    return tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in stats)
 
 
 def count_records(names: Sequence[str]) -> int | None:
     """Return the number of records; None if only a hub or a package knows it.
 
     Does not parse files with one record per line. Raises DataError."""
-    total = 0
-    for file in (file for name in names for file in _expand(name)):
-        if file.startswith(SOURCES):
-            return None
-        is_lines = Path(file).suffix.lower() in _LINES
-        total += count_lines(Path(file)) if is_lines else len(_file(Path(file)))
-    return total
+    if any(name.startswith(SOURCES) for name in names):
+        return None
+    paths = [Path(file) for name in names for file in _expand(name)]
+    return sum(count_lines(path) if path.suffix.lower() in _LINES else len(_file(path)) for path in paths)
 
 
 _LINE = re.compile(rb"\S[^\n]*")
@@ -111,13 +108,8 @@ def _expand(name: str) -> list[str]:
         return matches
     neighbors = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
     suggestions = nearest(path.name, neighbors, 1)
-    fix = (
-        f"did you mean {path.parent / suggestions[0]}?"
-        if suggestions
-        else "give a file, a glob, or a hub data set as hub:ID@SPLIT"
-    )
-    missing_folder = "" if os.path.isdir(path.parent) else f" (nor does the folder {path.parent})"
-    raise DataError(f"the data file does not exist{missing_folder}", where=name, fix=fix)
+    hint = f"did you mean {path.parent / suggestions[0]}?" if suggestions else "give a file, a glob, or hub:ID@SPLIT"
+    raise DataError("the data file does not exist", where=name, fix=hint)
 
 
 def _remote_records(name: str, limit: int | None) -> list[Record]:
@@ -148,9 +140,7 @@ def _file(path: Path, most: int | None = None) -> list[Record]:
         raise DataError("the data file is empty", where=str(path), fix="remove it from data.train, or fill it")
     if suffix in (".csv", ".tsv"):
         return _csv(text, path, "\t" if suffix == ".tsv" else _delimiter(text))
-    if suffix == ".json" and text.lstrip().startswith("["):
-        return _json_array(text, path)
-    return _json_lines(text, path)
+    return _json(text, path, is_array=suffix == ".json" and text.lstrip().startswith("["))
 
 
 def _first_lines(path: Path, most: int) -> bytes:
@@ -184,29 +174,23 @@ def _delimiter(text: str) -> str:
     return "," if "," in unquoted else max(",;\t", key=unquoted.count)
 
 
-def _json_lines(text: str, path: Path) -> list[Record]:
+def _json(text: str, path: Path, *, is_array: bool) -> list[Record]:
+    fix = "each line must be one JSON object; for a JSON array name the file .json"
+    if is_array:
+        fix = "the file must be one array of objects"
+        values, line, why = _parsed(text)
+        _refuse([f"{path}:{line}: {why}"] if why else [], path, fix)
+        parsed = [(f"{path} row {n}", json.dumps(value), value, "") for n, value in enumerate(values, 1)]
+    else:  # not splitlines: a JSON string can contain U+2028
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        parsed = [(f"{path}:{n}", line, *_parsed(line)[::2]) for n, line in lines]
     records, bad = [], []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string can contain U+2028
-        if not line.strip():
-            continue
-        value, _, why = _parsed(line)
-        if why := why or _unusable(value, line, "a JSON object per line"):
-            bad.append(f"{path}:{n}: {why}")
+    for where, source, value, why in parsed:
+        if why := why or _unusable(value, source):
+            bad.append(f"{where}: {why}")
         else:
-            records.append(Record(value, f"{path}:{n}"))
-    _refuse(bad, path, "each line must be one JSON object; for a JSON array name the file .json")
-    return records
-
-
-def _json_array(text: str, path: Path) -> list[Record]:
-    values, line, invalid = _parsed(text)
-    records, bad = list[Record](), [f"{path}:{line}: {invalid}"] if invalid else []
-    for n, value in enumerate(values or [], 1):
-        if why := _unusable(value, json.dumps(value), "a JSON object"):
-            bad.append(f"{path} row {n}: {why}")
-        else:
-            records.append(Record(value, f"{path} row {n}"))
-    _refuse(bad, path, "the file must be one array of objects")
+            records.append(Record(value, where))
+    _refuse(bad, path, fix)
     return records
 
 
@@ -226,10 +210,10 @@ def _parsed(text: str) -> tuple[Any, int, str]:
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def _unusable(value: Any, text: str, expected: str) -> str:
+def _unusable(value: Any, text: str) -> str:
     """Return why a JSON value, read from `text`, is not a row; "" if it is a row."""
     if not isinstance(value, dict):
-        return f"expected {expected}, found {type(value).__name__}"
+        return f"expected a JSON object, found {type(value).__name__}"
     if _HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
