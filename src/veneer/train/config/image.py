@@ -437,20 +437,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 def image_reference() -> str:
     """Return docs/reference/image-config.md; a test compares them."""
     command = "python -m veneer.train.config.image > docs/reference/image-config.md"
-    return reference(ImageTrainConfig, command, "Configuration for pictures") + _preset_tables()
-
-
-def _preset_tables() -> str:
-    out = ["", "### The presets", ""]
+    out = [reference(ImageTrainConfig, command, "Configuration for pictures"), "### The presets", ""]
     for name, preset in PRESETS.items():
         out += [f"**{name}**: {preset.meaning}", "", "| key | value | evidence |", "| --- | --- | --- |"]
-        out += [f"| `{key}` | `{_yaml(value)}` | {because} |" for key, (value, because) in preset.settings.items()]
+        for key, (value, because) in preset.settings.items():
+            text = str(value).lower() if isinstance(value, bool) else value
+            out.append(f"| `{key}` | `{text}` | {because} |")
         out.append("")
     return "\n".join(out)
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 from pydantic import Field, PositiveInt
@@ -466,72 +467,56 @@ def reference(
     ]
     for name, model in sections(config).items():
         out += [f"## {name}", "", " ".join((model.__doc__ or "").split()), ""]
-        fields, shared = dict(model.model_fields), SECTIONS.get(name, Section).model_fields
-        if config is not TrainConfig and (
-            shared_keys := [key for key, f in fields.items() if _equal(f, shared.get(key))]
-        ):
-            keys = ", ".join(f"`{key}`" for key in shared_keys)
-            out += [f"As for [text](config.md#{name}): {keys}.", ""]
-            fields = {key: f for key, f in fields.items() if key not in shared_keys}
-        if not fields:
-            continue
-        out += ["| key: default | type | meaning |", "| --- | --- | --- |"]
-        for key, f in fields.items():
-            reason = f". Default: {why(f)}" if why(f) else ""
-            meaning = f"{f.description}{reason}".replace("|", "\\|")
-            out.append(f"| {_key(key, f)} | {_kind(f)} | {meaning} |")
-        out.append("")
+        of_text = set() if config is TrainConfig else {*_rows(SECTIONS.get(name, Section)).values()}
+        rows = _rows(model)
+        if shared := ", ".join(f"`{key}`" for key, row in rows.items() if row in of_text):
+            out += [f"As for [text](config.md#{name}): {shared}.", ""]
+        if own := [row for row in rows.values() if row not in of_text]:
+            out += ["| key: default | type | meaning |", "| --- | --- | --- |", *own, ""]
     for name, f in config_keys(config):
         if "." not in name:
             out += [f"## {name}", "", f"{_key(name, f)} ({_kind(f)}): {f.description}.", ""]
     return "\n".join(out)
 
 
-def _equal(f: pydantic.fields.FieldInfo, reference: pydantic.fields.FieldInfo | None) -> bool:
-    """Return whether two fields have equal rows in the reference."""
-    return reference is not None and (f.description, why(f), _key("", f), _kind(f)) == (
-        reference.description,
-        why(reference),
-        _key("", reference),
-        _kind(reference),
-    )
+def _rows(model: type[Section]) -> dict[str, str]:
+    """Return the table row of each key of a section."""
+    rows = {}
+    for key, f in model.model_fields.items():
+        reason = f". Default: {why(f)}" if why(f) else ""
+        meaning = f"{f.description}{reason}".replace("|", "\\|")
+        rows[key] = f"| {_key(key, f)} | {_kind(f)} | {meaning} |"
+    return rows
 
 
 def _kind(f: pydantic.fields.FieldInfo) -> str:
     """Return the types of a key in YAML's words; null only if it is not the default."""
-    annotation = f.annotation
-    if get_origin(annotation) is tuple:
-        return "list"
-    # PositiveInt is Annotated[int, Gt(gt=0)]
-    text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
-    text = re.sub(r"(typing\.)?Annotated\[(\w+), [^\]]*\]", r"\2", text)
-    literals = re.findall(r"Literal\[([^\]]*)\]", text)
-    text = re.sub(r"(typing\.)?Literal\[[^\]]*\]", "LITERAL", text)
-    text = re.sub(r"typing\.Optional\[(.*)\]", r"\1 | None", text)
-    text = re.sub(r"typing\.Union\[(.*)\]", lambda m: m[1].replace(", ", " | "), text)
-    names = {"NoneType": "null", "None": "null"}
-    names["LITERAL"] = ", ".join(f"`{v}`" for v in re.findall(r"'([^']*)'", " ".join(literals)))
-    parts = []
-    for part in text.split(" | "):
-        name = "list" if part.startswith("tuple") else "dict" if part.startswith("dict") else names.get(part, part)
-        if name != "null" or f.default is not None:
-            parts.append(name)
-    return ", ".join(dict.fromkeys(parts))
+
+    def names(annotation: Any) -> Iterator[str]:
+        origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+        if origin is Literal:
+            yield from (f"`{value}`" for value in arguments)
+        elif origin in (Union, UnionType):
+            for argument in arguments:
+                yield from names(argument)
+        elif origin is Annotated:  # PositiveInt
+            yield from names(arguments[0])
+        elif origin is not NoneType or f.default is not None:
+            yield {tuple: "list", NoneType: "null"}.get(origin) or origin.__name__
+
+    return ", ".join(dict.fromkeys(names(f.annotation)))
 
 
 def _key(key: str, f: pydantic.fields.FieldInfo) -> str:
     """Return the key with its default, as YAML."""
     if f.is_required():
         return f"`{key}`, required"
-    value = f.default
-    if value == {}:
-        default = "{}"
-    elif isinstance(value, tuple):
-        default = str(list(value))
-    elif isinstance(value, bool):
-        default = str(value).lower()
+    value = list(f.default) if isinstance(f.default, tuple) else f.default
+    words = {None: "null", True: "true", False: "false", "": '""'}
+    if isinstance(value, str) and value.startswith("#"):
+        default = f'"{value}"'
     else:
-        default = "null" if value is None else f'"{value}"' if value == "" or str(value)[:1] == "#" else str(value)
+        default = words[value] if value is None or value == "" or isinstance(value, bool) else str(value)
     return f"`{key}: {default}`"
 
 
