@@ -36,13 +36,6 @@ def test_the_largest_micro_batch_counts() -> None:
     assert alone.micros == 16
 
 
-def test_special_pairs_are_planned_with_their_spec() -> None:
-    plain = load_of(config(), [10], trained=1.0, dtype="bfloat16", checkpointing=False)
-    assert plain.spec is None
-    own = load_of(config("adapter.targets=[q_proj]"), [10], trained=1.0, dtype="bfloat16", checkpointing=False)
-    assert own.spec.targets == ("q_proj",)
-
-
 def plan(load: Load, device: Device, room: int) -> Plan:
     shape = text_shape(base_config("meta-llama/Llama-3.1-8B"))
     return text_plan("b", shape, load, device, TrainingJob(100, 500, 1), available=room)

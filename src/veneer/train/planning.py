@@ -28,7 +28,6 @@ from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import available_memory, computes_on, used_memory
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import LoraSpec
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.config.load import RunConfig
 
@@ -57,7 +56,7 @@ def load_of(
         trained,
         micros=max((len(step) for step in steps), default=1),
         rank=config.adapter.rank,
-        spec=_special_spec(config),
+        spec=config.adapter.spec(),
         dtype=dtype,
         quantize=config.base.quantize,
         checkpointing=checkpointing,
@@ -66,16 +65,6 @@ def load_of(
         inputs_on_host=checkpointing and config.memory.offload_activations,
         compared=config.distillation.teacher is not None,
     )
-
-
-def _special_spec(config: TrainConfig) -> LoraSpec | None:
-    """Return the spec of pairs, unless they are LoRA of one rank on every linear.
-
-    Also returned if the pairs are initialized from a part of the base."""
-    a = config.adapter
-    is_special = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
-    is_special = is_special or a.kind != "lora"
-    return a.spec() if is_special or a.targets != "all-linear" else None
 
 
 def with_micro_tokens(config: TrainConfig, tokens: int) -> TrainConfig:
@@ -208,7 +197,7 @@ def plan_of_config(
         lengths = [item.tokens for item in items]
         rows, mean = len(items), sum(lengths) / max(1, len(items))
         trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))
-        full = max(0, trainable - pair_parameters(shape, _special_spec(config), rank=config.adapter.rank))
+        full = max(0, trainable - pair_parameters(shape, config.adapter.spec()))
         weights, process = sum(weight_bytes(shape, dtype, config.base.quantize)), FITS[device.kind, "text"].process
         if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
             unread = sum(unread_bytes(w) for w in base.model.parameters() if not isinstance(w, Quantized))
