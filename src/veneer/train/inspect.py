@@ -4,7 +4,7 @@
     report = inspect_run(config, base, data)         the base is loaded and its data read: everything
     report.starts, report.plan, report.findings, report.sample
 
-    page = preview_rows(config, offset=0, limit=50)  each row: learned, cut, held out, left out, and why
+    page = preview_rows(config, limit=50)            each row: learned, cut, held out, left out, and why
     images = preview_pictures(config)                  each picture: its crop, its caption, and why it is left out
 
 Without a base, only its tokenizer and config are read. Data is cached while its files do not change, so that
@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -70,12 +71,11 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class PreviewPage:
-    """A page of the `matching` rows.
+    """The first rows that match.
 
     `counts`: verdict -> number among the `looked` rows. `total`: rows of the data."""
 
     rows: tuple[PreviewRow, ...]
-    matching: int
     counts: dict[str, int]
     looked: int
     total: int | None
@@ -166,9 +166,8 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
 
 
 _Key = tuple[str, tuple[tuple[str, int, int], ...], int]
-_SECTIONS: Any = {"base": {"name"}} | dict.fromkeys(
-    ["data", "preference", "reinforcement", "distillation", "seed"], True
-)
+_SECTIONS: Any = {"base": {"name"}}
+_SECTIONS |= dict.fromkeys(["data", "preference", "reinforcement", "distillation", "seed"], True)
 
 
 def _key(config: TrainConfig, rows: int) -> _Key:
@@ -221,27 +220,25 @@ def _bounded(config: TrainConfig, rows: int) -> Any:
 def preview_rows(
     config: TrainConfig,
     *,
-    offset: int = 0,
     limit: int = 50,
     verdicts: Sequence[RowVerdict] = (),
-    most: int = _MOST_ROWS,
 ) -> PreviewPage:
-    """Return rows in file order, with a verdict on each.
+    """Return the first rows in file order, with a verdict on each.
 
-    `verdicts`: only rows with one of these. `most`: maximum number of rows read. Raises DataError for files
-    that cannot be read, ConfigError and BaseError for the base."""
+    `verdicts`: only rows with one of these. Raises DataError for files that cannot be read, ConfigError and
+    BaseError for the base."""
     from veneer.train.text.preflight import marked_pieces
 
-    rows, examples, format = _table(*_key(config, most))
+    rows, examples, format = _table(*_key(config, _MOST_ROWS))
     tokenizer = _base(config.base.name).tokenizer
-    positions = [i for i, row in enumerate(rows) if not verdicts or row.verdict in verdicts]
+    chosen = ((i, row) for i, row in enumerate(rows) if not verdicts or row.verdict in verdicts)
     page = []
-    for i in positions[offset : offset + limit]:
+    for i, row in islice(chosen, limit):
         pieces = [piece for example in examples.get(i, ()) for piece in marked_pieces(example, tokenizer)]
-        page.append(replace(rows[i], pieces=tuple(pieces)))
+        page.append(replace(row, pieces=tuple(pieces)))
     counts = Counter[str](row.verdict for row in rows)
     total = count_records(config.data.files("train"))
-    return PreviewPage(tuple(page), len(positions), dict(counts), len(rows), total, format)
+    return PreviewPage(tuple(page), dict(counts), len(rows), total, format)
 
 
 def _beginning(text: str) -> str:
@@ -277,13 +274,12 @@ def _table(key: str, stamp: object, most: int) -> tuple[list[PreviewRow], dict[i
     def preview(i: int, row: Row | UnusableRow) -> PreviewRow:
         if not isinstance(row, Row):
             return PreviewRow(row.where, "unusable", row.why, _beginning(str(dict(row.values))))
-        verdict: RowVerdict = "learned"
-        reason = ""
+        verdict: RowVerdict
+        verdict, reason = "learned", ""
         if i in why:
             verdict, reason = "left out", why[i]
         elif id(row) in held_out:
-            verdict = "held out"
-            reason = "never trained on: the loss on it says whether the run has learned too much"
+            verdict, reason = "held out", "never trained on: its loss says whether the run has learned too much"
         elif i in cut:
             verdict, reason = "cut", f"longer than data.max_length, {data.max_length:,} tokens"
         text = row.text or " → ".join(str(message["content"]) for message in row.messages)
@@ -305,7 +301,7 @@ def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Repo
     report.rows = plan.job.rows
     if plan.job.rows > _MOST_PICTURES:
         unopened = f"{counted(plan.job.rows, 'picture')} were counted by their names, and none was opened"
-        report.guesses.insert(0, unopened)
+        report.guesses.append(unopened)
         return report
     pictures, held_out, _, findings = _pictures(*_picture_key(config))
     report.add(*findings)
@@ -356,20 +352,16 @@ def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
     from veneer.train.image.pictures import count_pictures
 
     if (count := count_pictures(config.data)[0]) > _MOST_PICTURES:
-        problem = f"{count:,} pictures are more than a sheet shows"
-        raise DataError(
-            problem, where=", ".join(config.data.folders), fix=f"a folder of {_MOST_PICTURES} at most, to look"
-        )
+        problem, where = f"{count:,} pictures are more than a sheet shows", ", ".join(config.data.folders)
+        raise DataError(problem, where=where, fix=f"a folder of {_MOST_PICTURES} at most, to look")
     pictures, held_out, rows, _ = _pictures(*_picture_key(config))
     first: dict[str, PictureRow] = {}
     for row in rows:
         first.setdefault(row.picture.key, row)
 
     def preview(picture: TrainingPicture, verdict: RowVerdict, why: str, **learned: Any) -> PreviewPicture:
-        digest = picture.digest.rpartition(":")[2][:24]
-        return PreviewPicture(
-            digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, **learned
-        )
+        id = picture.digest.rpartition(":")[2][:24]
+        return PreviewPicture(id, picture.name, picture.path, picture.caption, *picture.size, verdict, why, **learned)
 
     out = []
     for picture in pictures:
