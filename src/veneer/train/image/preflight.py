@@ -5,7 +5,7 @@ The data's checks are in checks, those for all runs in train.preflight. Changes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,18 +61,26 @@ class ImageData:
     tags: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True)
+class ImageSubject(RunSubject):
+    """A picture run to check."""
+
+    base: ImageBase
+    config: ImageTrainConfig
+    data: ImageData
+
+
 def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
     """Return component -> (its module, the adapter to create on it).
 
     The denoiser comes first, then the requested text encoders. Raises TargetError for a text encoder that the
     base lacks, or whose adapters its file format cannot hold."""
     spec = config.adapter.spec()
-    out = {
-        base.row.denoiser: (
-            base.model.get_submodule(base.row.denoiser),
-            replace(spec, targets=config.adapter.denoiser_targets()),
-        )
-    }
+    denoiser = base.row.denoiser
+    whole = replace(spec, targets=config.adapter.denoiser_targets())
+    part = replace(spec, targets=config.adapter.text_targets, exclude=(), layers=None)
+    part = replace(part, rank_pattern={}, alpha_pattern={})
+    out = {denoiser: (base.model.get_submodule(denoiser), whole)}
     for name in config.adapter.text_encoders:
         if name not in base.row.encoders or not hasattr(base.model, name):
             having = ", ".join(n for n in base.row.encoders if hasattr(base.model, n)) or "none"
@@ -81,10 +89,7 @@ def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Mo
                 where="adapter.text_encoders",
                 fix=f"it has: {having}",
             )
-        part_spec = replace(
-            spec, targets=config.adapter.text_targets, exclude=(), layers=None, rank_pattern={}, alpha_pattern={}
-        )
-        out[name] = (base.model.get_submodule(name), part_spec)
+        out[name] = (base.model.get_submodule(name), part)
     return out
 
 
@@ -101,42 +106,37 @@ def image_preflight(
 
     `data_findings`: findings of the data. `cut`: captions, sample prompts, class prompt -> each text that is too long
     -> the part that the base does not read."""
-    instances = len([row for row in data.plan.rows if not row.picture.is_class])
+    instances = sum(not row.picture.is_class for row in data.plan.rows)
     rows = config.batching.rows
-    subject = RunSubject(
+    subject = ImageSubject(
         base=base,
         config=config,
+        data=data,
         steps_per_epoch=-(-instances // rows),
         largest_micro=config.batching.micro_rows or min(rows, instances) * (2 if config.data.class_prompt else 1),
         unit="picture",
         micros=[len(step.micros) for step in data.steps],
         **options,
     )
-    findings = [*data_findings]
-    if data.held_out:
-        findings += check_held_out(data.training, data.held_out)
-    for check in (_targets, learning_rate, check_devices, precision, _loss, _distilled, _devices, _apart, check_output):
-        findings += check(subject)
-    findings += _pairs(base, config, data)
-    findings += _samples(base, config, data)
-    findings += _prompts(cut)
-    if data.missing_class_pictures:
-        wanting = counted(data.missing_class_pictures, "class picture")
-        text = f"{wanting} missing: the base generates them from `{config.data.class_prompt}`"
-        findings.append(Finding("ok", "class pictures", text))
     report = Report(numbers=subject.numbers)
-    report.add(*findings)
+    report.add(*data_findings, *(check_held_out(data.training, data.held_out) if data.held_out else ()))
+    for check in _CHECKS:
+        report.add(*check(subject))
+    report.add(*_prompts(cut))
+    if data.missing_class_pictures:
+        missing = counted(data.missing_class_pictures, "class picture")
+        text = f"{missing} missing: the base generates them from `{config.data.class_prompt}`"
+        report.add(Finding("ok", "class pictures", text))
     return report
 
 
-def _targets(s: RunSubject) -> Iterator[Finding]:
+def _targets(s: ImageSubject) -> Iterator[Finding]:
     """Report the targets in each component."""
-    config: Any = s.config
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
     targets_of: dict[str, int] = {}
     name = s.base.row.denoiser
     try:
-        for name, (module, spec) in parts_of(s.base, config).items():
+        for name, (module, spec) in parts_of(s.base, s.config).items():
             targets = resolve_targets(module, spec)
             pairs += trainable_parameters(module, targets, spec)[0]
             targets_of[name] = len(targets)
@@ -146,28 +146,25 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
         return
     s.numbers.update(base_parameters=total, trainable=pairs)
     named = ", ".join(f"{counted(count, 'module')} of the {name}" for name, count in targets_of.items())
-    size = gigabytes(4 * pairs if config.output.dtype == "float32" else 2 * pairs)
+    size = gigabytes(4 * pairs if s.config.output.dtype == "float32" else 2 * pairs)
     yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
 
 
-def _apart(s: RunSubject) -> Iterator[Finding]:
+def _apart(s: ImageSubject) -> Iterator[Finding]:
     """Report an output folder inside a picture folder.
 
     The next or resumed run would train on the sheets and samples in it."""
-    config: Any = s.config
+    config = s.config
     out = Path(config.output.directory).expanduser().resolve()
     for folder in filter(None, (*config.data.folders, config.data.validation, config.data.class_folder)):
         if out.is_relative_to(Path(folder).expanduser().resolve()):
-            text = (
-                f"{config.output.directory} is in the picture folder {folder}: samples would become training pictures"
-            )
+            text = f"{config.output.directory} is in the picture folder {folder}: samples would be trained on"
             yield Finding("stop", "output", text, "set output.directory to a folder outside of it")
 
 
-def _loss(s: RunSubject) -> Iterator[Finding]:
+def _loss(s: ImageSubject) -> Iterator[Finding]:
     """Report loss settings that do not apply to this base's prediction."""
-    config: Any = s.config
-    loss, flow = config.loss, s.base.prediction == "flow"
+    loss, flow = s.config.loss, s.base.prediction == "flow"
     label = f"{s.base.name} predicts {'a flow' if flow else 'noise' if s.base.prediction == 'epsilon' else 'v'}"
     wrong = [f"loss.{key}" for key in ("snr_gamma", "noise_offset") if flow and getattr(loss, key)]
     if not flow and loss.timesteps == "logit-normal":
@@ -189,8 +186,9 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
         yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
 
 
-def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
+def _pairs(s: ImageSubject) -> Iterator[Finding]:
     """Report problems with pairs: a base that does not edit, held-out pictures, class pictures."""
+    base, config, data = s.base, s.config, s.data
     sources, folder = data.summary.sources, ", ".join(config.data.folders)
     if sources > base.references:
         text = f"{folder} has {counted(sources, 'source image')} for each picture, and {base.name} "
@@ -210,9 +208,9 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
         yield Finding("stop", "held out", text, fix)
 
 
-def _samples(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
+def _samples(s: ImageSubject) -> Iterator[Finding]:
     """Report samples that this base cannot draw, before a run would end with them."""
-    samples, sources = config.samples, data.summary.sources
+    base, config, samples, sources = s.base, s.config, s.config.samples, s.data.summary.sources
     if sources and samples.prompts and not samples.before:
         fix = "samples.before: a picture for each prompt, or one for all"
         yield Finding("stop", "samples", "sample prompts are instructions, and have no picture to edit", fix)
@@ -238,25 +236,17 @@ def _samples(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iter
             yield Finding("stop", "samples", f"samples cannot be drawn: {error.what}", error.fix or "")
 
 
-def _distilled(s: RunSubject) -> Iterator[Finding]:
-    """Report a base distilled for few steps, which training on pictures undoes."""
+def _base(s: ImageSubject) -> Iterator[Finding]:
+    """Report a base distilled for few steps, which training on pictures undoes, or one that cannot be offloaded."""
     if s.base.few_steps:
         text = f"{s.base.name} is distilled to few steps, which training undoes"
-        fix = (
-            "train on the base it was made from (FLUX.1 dev, FLUX.2 klein-base), and draw with the adapter on this one"
-        )
+        fix = "train on what it was made from (FLUX.1 dev, FLUX.2 klein-base), and draw with the adapter on this one"
         yield Finding("warn", "distilled", text, fix)
-
-
-def _devices(s: RunSubject) -> Iterator[Finding]:
-    """Report settings that need a GPU if there is none."""
-    config: Any = s.config
-    if config.memory.offload_blocks and (s.base.device.type == "cpu" or s.base.quantized):
-        why = "this run is on the CPU" if s.base.device.type == "cpu" else f"this base is saved in {s.base.quantized}"
+    on_cpu = s.base.device.type == "cpu"
+    if s.config.memory.offload_blocks and (on_cpu or s.base.quantized):
+        why = "this run is on the CPU" if on_cpu else f"this base is saved in {s.base.quantized}"
         text = f"memory.offload_blocks moves unquantized weights between CPU and GPU, but {why}"
         yield Finding("stop", "offload", text, "remove memory.offload_blocks")
-    if getattr(s.base, "quantized", None):
-        yield Finding("ok", "quantized", f"the frozen denoiser is in {s.base.quantized}, the adapter in float32")
 
 
 def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
@@ -267,6 +257,10 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
             text = f"{counted(len(long), kind.removesuffix('s'))} longer than the base reads; "
             text += f"unread: of `{_short(caption)}` from `{_short(unread)}` on ({len(unread):,} characters)"
             yield Finding("warn", kind, text + (f" and {len(long) - 1} more" if len(long) > 1 else ""), "shorten them")
+
+
+_CHECKS: tuple[Callable[[ImageSubject], Iterator[Finding]], ...] = (_targets, learning_rate, check_devices, precision)
+_CHECKS += (_loss, _base, _apart, check_output, _pairs, _samples)
 
 
 def _short(text: str, most: int = 40) -> str:

@@ -324,10 +324,8 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "held out", "the held-out rows have no token to score", "check data.validation's format")
     leak = leakage(s.data.train.texts, s.data.held_out.texts)
     pairs = [f"{a} is {b}" for a, b in leak.examples]
-    text, fix = (
-        "held-out rows are also trained on",
-        "remove them from one side; data.split never puts equal rows on both",
-    )
+    fix = "remove them from one side; data.split never puts equal rows on both"
+    text = "held-out rows are also trained on"
     yield from about_some("held out", leak.identical, total, text, pairs, fix, stops=True)
     overlap = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
     yield from about_some("held out", leak.same_prompt, total, f"held-out prompts {overlap}", pairs)
@@ -384,8 +382,8 @@ def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
             if ".experts." in name and not is_chosen:
                 frozen[name] = part.parameters
     if frozen:
-        part = share(sum(frozen.values()), shape.parameters)
-        text = f"{len(frozen)} expert weights get no pair and stay frozen, {part} of the base's parameters: "
+        of_base = share(sum(frozen.values()), shape.parameters)
+        text = f"{len(frozen)} expert weights get no pair and stay frozen, {of_base} of the base's parameters: "
         text += ", ".join(list(frozen)[:2])
         names = sorted({name.rpartition(".")[2] for name in frozen})
         fix = f"add {', '.join(names)} to adapter.targets (or all-linear), or say adapter.exclude: ['*experts*']"
