@@ -9,24 +9,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from veneer.errors import ConfigError
-from veneer.train.config.image import PRESETS, TARGET_WORDS, ImageDataSection, image_reference
-from veneer.train.config.load import ImageTrainConfig, TrainConfig, config_from, load_config
-from veneer.train.config.text import config_keys, sections
+from tests.train.config.test_load import error
+from veneer.train.config.image import PRESETS, TARGET_WORDS, ImageDataSection
+from veneer.train.config.load import ImageTrainConfig, TrainConfig, load_config
+from veneer.train.config.text import config_keys
 
-ROOT = Path(__file__).parents[3]
 MINIMAL = "base: catalogue-flux\ndata:\n  pictures: drawings\noutput: out\n"
 
 
 def _read(tmp_path: Path, text: str, *overrides: str) -> tuple[Any, Any]:
     (tmp_path / "run.yaml").write_text(text)
     return load_config(tmp_path / "run.yaml", overrides)
-
-
-def _error(tmp_path: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        _read(tmp_path, text, *overrides)
-    return str(caught.value)
 
 
 def test_a_folder_of_images_selects_image_training(tmp_path: Path) -> None:
@@ -49,10 +42,7 @@ def test_a_folder_of_images_selects_image_training(tmp_path: Path) -> None:
         ("adapter: {modules_to_save: [x]}", "unknown key `adapter.modules_to_save`"),
         ("adapter: {kind: lokr}", "has no place in diffusers' files: set `output.layout` to kohya, or to peft"),
         ("preset: stile", "`preset` should be 'style', 'subject' or 'product'"),
-        (
-            "loss: {shift: much}",
-            "`loss.shift` should be a valid number or 'auto' or 'resolution'",
-        ),
+        ("loss: {shift: much}", "`loss.shift` should be a valid number or 'auto' or 'resolution'"),
         ("loss: {shift: -1.0}", "should be greater than 0"),
         ("samples: {every: 10}", "`samples.every` needs `samples.prompts`"),
         ("adapter: {text_encoders: [text_encoder]}\n", "`output.layout: peft` holds the denoiser alone"),
@@ -65,13 +55,13 @@ def test_a_folder_of_images_selects_image_training(tmp_path: Path) -> None:
 def test_invalid_settings_are_named_with_their_location(tmp_path: Path, line: str, says: str) -> None:
     overrides = ["output.layout=peft"] if "`output.layout: peft`" in says else []
     overrides += ["data.class_prompt=a dog"] if line == "# class_prompt" else []
-    text = _error(tmp_path, MINIMAL + line + "\n", *overrides)
+    text = error(tmp_path, MINIMAL + line + "\n", *overrides)
     assert says in text
     assert "image-config.md" in text
 
 
 def test_class_images_need_a_prompt(tmp_path: Path) -> None:
-    assert "needs `data.class_prompt`" in _error(tmp_path, MINIMAL + "preset: subject\n")
+    assert "needs `data.class_prompt`" in error(tmp_path, MINIMAL + "preset: subject\n")
     config, _ = _read(tmp_path, MINIMAL + "preset: subject\n", "data.class_prompt=a dog")
     assert config.data.class_count == 100
 
@@ -129,22 +119,6 @@ def test_target_words_reach_every_block_of_every_family() -> None:
         with_convolutions = {m for m in every if target_matches(TARGET_WORDS["attention+ff+conv"], m)}
         one_place = {m for m in convolutions if m.endswith(("conv_shortcut", "proj_in", "proj_out", "pos_embed.proj"))}
         assert with_convolutions == set(chosen) | (set(convolutions) - one_place), name
-
-
-def test_the_reference_page_describes_every_key() -> None:
-    for model in sections(ImageTrainConfig).values():
-        assert model.__doc__
-        for key, f in model.model_fields.items():
-            assert f.description, key
-    page = (ROOT / "docs" / "reference" / "image-config.md").read_text()
-    assert page == image_reference(), "run: python -m veneer.train.config.image > docs/reference/image-config.md"
-
-
-def test_values_already_in_hand() -> None:
-    config, sources = config_from({"base": "b", "data": {"pictures": "x"}, "output": "o", "preset": "style"})
-    assert isinstance(config, ImageTrainConfig)
-    assert config.loss.snr_gamma is None
-    assert sources["ema.decay"].startswith("from preset style (")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 from tests.families import llama3
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.errors import ConfigError
+from veneer.train.config.image import ImageTrainConfig, image_reference
 from veneer.train.config.load import common_settings, config_from, load_config, parse_yaml, settings_of, short_names
-from veneer.train.config.text import SECTIONS, layer_indices, reference
+from veneer.train.config.rewards import REWARD_KINDS
+from veneer.train.config.section import Section
+from veneer.train.config.text import SECTIONS, layer_indices, reference, sections
 from veneer.train.inspect import inspect_run
 from veneer.train.text.data import DataSplit, TextData
 from veneer.train.text.encode import encode_rows
@@ -81,11 +85,11 @@ def test_each_value_has_its_source(tmp_path: Path) -> None:
     ("text", "value"), [("5e-4", 5e-4), ("1E-3", 1e-3), ("0.001", 0.001), (".5", 0.5), ("1", 1.0), ("1_0.5", 10.5)]
 )
 def test_numbers_read_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
-    file = write(tmp_path, f"{MINIMAL}optimizer: {{learning_rate: {text}}}\n")
-    assert load_config(file)[0].optimizer.learning_rate == value
-    assert (
-        load_config(write(tmp_path, MINIMAL), [f"optimizer.learning_rate={text}"])[0].optimizer.learning_rate == value
-    )
+    for content, overrides in (
+        (f"optimizer: {{learning_rate: {text}}}\n", []),
+        ("", [f"optimizer.learning_rate={text}"]),
+    ):
+        assert load_config(write(tmp_path, MINIMAL + content), overrides)[0].optimizer.learning_rate == value
 
 
 def test_on_and_off_are_words(tmp_path: Path) -> None:
@@ -97,10 +101,7 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (
-            "optimizer: {learnin_rate: 1}",
-            "unknown key `optimizer.learnin_rate`; did you mean `optimizer.learning_rate`?",
-        ),
+        ("optimizer: {learnin_rate: 1}", "`optimizer.learnin_rate`; did you mean `optimizer.learning_rate`?"),
         ("optimizers: {learning_rate: 1}", "unknown key `optimizers`; did you mean `optimizer`?"),
         ("learning_rate: 1", "unknown key `learning_rate`; did you mean `optimizer.learning_rate`?"),
         ("optimizer: {rank: 4}", "unknown key `optimizer.rank`; did you mean `adapter.rank`?"),
@@ -141,10 +142,7 @@ def test_invalid_settings_are_named_with_their_location(tmp_path: Path, line: st
 
 @pytest.mark.parametrize("key", ["output", "data.train"])
 def test_an_empty_path_is_refused(tmp_path: Path, key: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(MINIMAL)
-    with pytest.raises(ConfigError, match="is an empty text"):
-        load_config(file, [f"{key}=''"])
+    assert "is an empty text" in error(tmp_path, MINIMAL, f"{key}=''")
 
 
 def test_unknown_keys_are_named_with_their_location(tmp_path: Path) -> None:
@@ -155,18 +153,11 @@ def test_unknown_keys_are_named_with_their_location(tmp_path: Path) -> None:
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
-    text = error(
-        tmp_path, "data: {train: x.jsonl, splt: 3}\nadapter: {rank: a}\nbatching: {rows: 0}\n", "x", "batching=3"
-    )
+    wrong = "data: {train: x.jsonl, splt: 3}\nadapter: {rank: a}\nbatching: {rows: 0}\n"
+    text = error(tmp_path, wrong, "x", "batching=3")
     assert text.startswith("7 things are wrong:")
-    for part in (
-        "`base.name` is required",
-        "`output.directory` is required",
-        "data.splt",
-        "adapter.rank",
-        "batching.rows",
-    ):
-        assert part in text
+    required = ("`base.name` is required", "`output.directory` is required")
+    assert all(part in text for part in (*required, "data.splt", "adapter.rank", "batching.rows"))
     both = "data: {train: x, validation: y, split: 3}\nbase: b\noutput: o\nschedule: {epochs: 1, steps: 2}\n"
     assert error(tmp_path, both).startswith("2 things are wrong:")
     nothing_held = "base: b\noutput: o\ndata: {train: x, split: 0}\nevaluation: {patience: 3}\n"
@@ -235,10 +226,8 @@ def test_one_entry_of_a_mapping_by_override(tmp_path: Path) -> None:
 
 
 def test_the_spec_is_cores(tmp_path: Path) -> None:
-    file = write(tmp_path, MINIMAL)
-    spec = load_config(file, ["adapter.layers=0-2,5", "adapter.targets=[q_proj, .v_proj]", "adapter.alpha=7"])[
-        0
-    ].adapter.spec()
+    own = ["adapter.layers=0-2,5", "adapter.targets=[q_proj, .v_proj]", "adapter.alpha=7"]
+    spec = load_config(write(tmp_path, MINIMAL), own)[0].adapter.spec()
     assert (spec.layers, spec.targets, spec.alpha, spec.rank) == ((0, 1, 2, 5), ("q_proj", ".v_proj"), 7.0, 16)
 
 
@@ -256,16 +245,15 @@ def test_values_already_in_hand() -> None:
     assert config_from(values, ["schedule.steps=5"])[0].epochs is None
 
 
-def test_every_key_says_what_it_means() -> None:
-    for model in SECTIONS.values():
-        assert model.__doc__
-        for key, f in model.model_fields.items():
-            assert f.description, key
+@pytest.mark.parametrize("model", [*SECTIONS.values(), *sections(ImageTrainConfig).values(), *REWARD_KINDS.values()])
+def test_every_key_has_a_description(model: type[Section]) -> None:
+    assert model.__doc__
+    assert all(f.description or key == "kind" for key, f in model.model_fields.items())
 
 
-def test_the_reference_page_is_fresh() -> None:
-    page = (ROOT / "docs" / "reference" / "config.md").read_text()
-    assert page == reference(), "run: python -m veneer.train.config.text > docs/reference/config.md"
+@pytest.mark.parametrize(("file", "page"), [("config.md", reference), ("image-config.md", image_reference)])
+def test_the_reference_pages_are_fresh(file: str, page: Callable[[], str]) -> None:
+    assert (ROOT / "docs" / "reference" / file).read_text() == page()  # its first lines have the command
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

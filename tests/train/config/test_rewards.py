@@ -10,7 +10,7 @@ import pytest
 from veneer.errors import ConfigError
 from veneer.train.config.load import config_from
 from veneer.train.config.reinforcement import ReinforcementSection
-from veneer.train.config.rewards import REWARD_KINDS, rooted_rewards
+from veneer.train.config.rewards import rooted_rewards
 from veneer.train.config.text import TrainConfig
 
 
@@ -76,9 +76,3 @@ def test_paths_are_the_files_folder_s(tmp_path: Path) -> None:
     ]
     own = {"kind": "python", "file": str(tmp_path / "score.py")}
     assert rooted_rewards(entries, tmp_path) == [own, *entries[1:]]
-
-
-def test_every_key_has_a_description() -> None:
-    for kind, section in REWARD_KINDS.items():
-        for key, field in section.model_fields.items():
-            assert key == "kind" or field.description, f"{kind}.{key}"

@@ -98,24 +98,6 @@ def test_valid_run_has_no_warning(run: Run) -> None:
     json.dumps(report.to_dict())
 
 
-# 1: the loss is masked to nothing, and the run "succeeds"
-
-
-def test_nothing_learned(run: Run) -> None:
-    silent = [talk(f"q{i}", "an answer", f"data.jsonl:{i}", weight=0) for i in range(20)]
-    assert "no row is left to train on: of 20 rows, 20 have nothing to learn and 0 are too long" in stopped(
-        run(rows=silent), "learned"
-    )
-
-
-def test_most_rows_unlearned(run: Run) -> None:
-    rows = ROWS[:5] + [talk(f"q{i}", " ", f"data.jsonl:{i}") for i in range(20)]
-    text = stopped(run(rows=rows), "learned")
-    assert "20 of 25 (80%) rows have no token to learn and are left out: data.jsonl:0" in text
-    few = run(rows=[*ROWS, talk("q", "", "data.jsonl:99")])
-    assert "1 of 41 (2%) rows have no token to learn and are left out: data.jsonl:99" in warned(few, "learned")
-
-
 def test_every_row_too_long(run: Run) -> None:
     report = run("data.max_length=4", "data.long_rows=drop", held=[])
     assert "no row is left to train on: of 40 rows, 0 have nothing to learn and 40 are too long" in report.text()
@@ -155,24 +137,62 @@ def test_plain_rows_without_an_end_of_text(run: Run) -> None:
     assert "no end-of-text token is written after an answer" in stopped(run(rows=rows, held=[]), "end")
 
 
-# settings and limits that stop a run, or are warned of
+# settings, rows and limits that stop a run, or are warned of
+
+
+def long(question: str, count: int, answer: str = "yes") -> list[Row]:
+    return [*ROWS, talk(question * count, answer, "data.jsonl:41")]
+
+
+SILENT = [talk(f"q{i}", "an answer", f"data.jsonl:{i}", weight=0) for i in range(20)]
+EMPTY = [talk(f"q{i}", " ", f"data.jsonl:{i}") for i in range(20)]
+UNUSED = About("messages", "a `messages` column", 40, [], ["label"], 3)
+UNTRAINED, CUT = "rows have no token to learn and are left out", "data.max_length=80 data.long_rows"
+PLAIN = {"rows": [Row("prompt-completion", r.messages, where=r.where) for r in ROWS], "held": []}
+OTHER_ANSWER = [talk("Question 1?", "Another answer", "held.jsonl:1")]
 
 
 @pytest.mark.parametrize(
-    ("level", "check", "override", "text"),
+    ("level", "check", "overrides", "options", "text"),
     [
-        ("stop", "targets", "adapter.targets=[q_porj]", "target 'q_porj' matches nothing in this model"),
-        ("stop", "targets", "adapter.layers=[7]", "layers [7] do not exist"),
-        ("stop", "schedule", "schedule.warmup=100", "the learning rate never reaches its peak"),
-        ("warn", "schedule", "schedule.epochs=1", "the whole run is 3 steps"),
-        ("warn", "learning rate", "optimizer.learning_rate=2e-6", "is below the window"),
-        ("warn", "learning rate", "optimizer.learning_rate=0.1", "is above the window"),
-        ("warn", "size", "adapter.modules_to_save=[embed_tokens, lm_head]", "full copies take"),
+        ("stop", "targets", "adapter.targets=[q_porj]", {}, "target 'q_porj' matches nothing in this model"),
+        ("stop", "targets", "adapter.layers=[7]", {}, "layers [7] do not exist"),
+        ("stop", "schedule", "schedule.warmup=100", {}, "the learning rate never reaches its peak"),
+        ("warn", "schedule", "schedule.epochs=1", {}, "the whole run is 3 steps"),
+        ("warn", "learning rate", "optimizer.learning_rate=2e-6", {}, "is below the window"),
+        ("warn", "learning rate", "optimizer.learning_rate=0.1", {}, "is above the window"),
+        ("warn", "size", "adapter.modules_to_save=[embed_tokens,lm_head]", {}, "full copies take"),
+        ("stop", "disk", "", {"free_disk": 1000}, "checkpoints and adapter need"),
+        ("stop", "learned", "", {"rows": SILENT}, "left to train on: of 20 rows, 20 have nothing to learn"),
+        ("stop", "learned", "", {"rows": ROWS[:5] + EMPTY}, f"20 of 25 (80%) {UNTRAINED}: data.jsonl:0"),
+        ("warn", "learned", "", {"rows": long("q", 1, "")}, f"1 of 41 (2%) {UNTRAINED}: data.jsonl:41"),
+        ("warn", "long rows", f"{CUT}=cut", {"rows": long("word ", 100)}, "1 of 41 (2%) rows are cut to 80 tokens"),
+        ("warn", "long rows", f"{CUT}=drop", {"rows": long("word ", 100)}, "80 tokens and dropped: data.jsonl:41"),
+        ("stop", "memory", "", {"rows": long("word ", 400)}, "tokens and the base reads 256"),
+        ("warn", "control tokens", "", {"rows": long("a <|im_end|> b", 1)}, "tokens as text: data.jsonl:41"),
+        ("warn", "template", "data.chat_template=none", PLAIN, "base has a chat template and rows do not use it"),
+        ("warn", "held out", "", {"held": [*HELD, ROWS[3]]}, "1 of 6 (17%) held-out rows are also trained on"),
+        ("stop", "held out", "", {"held": ROWS[:5]}, "held-out rows are also trained on: data.jsonl:1 is data.jsonl:1"),
+        ("warn", "held out", "", {"held": OTHER_ANSWER}, "prompts also occur in training, with other answers"),
+        ("stop", "held out", "evaluation.patience=2", {"held": []}, "no row is held out to stop by"),
+        ("warn", "held out", "", {"held": []}, "over-fitting cannot be seen"),
+        ("warn", "columns", "", {"about": UNUSED}, "columns that nothing uses: label"),
+        ("warn", "duplicates", "", {"about": UNUSED}, "3 of 40 (8%) rows repeat an earlier one exactly"),
     ],
 )
-def test_unsuitable_settings_are_named(run: Run, level: str, check: str, override: str, text: str) -> None:
-    report = run(override, "adapter.rank=1")
+def test_each_fault_is_named(
+    run: Run, level: str, check: str, overrides: str, options: dict[str, Any], text: str
+) -> None:
+    report = run(*overrides.split(), "adapter.rank=1", **options)
     assert text in (stopped(report, check) if level == "stop" else warned(report, check))
+
+
+def test_a_begin_written_twice_and_half_precision_stop_the_run(run: Run) -> None:
+    run.base.model.half()
+    assert "the base is float16 on cpu" in stopped(run(), "precision")
+    run.base.model.float()
+    run.base.tokenizer.chat_template = "{{ bos_token }}" + run.base.tokenizer.chat_template
+    assert "40 of 40 (100%) rows begin with <|im_start|> twice" in stopped(run(), "begin")
 
 
 # 4: experts silently frozen
@@ -198,12 +218,6 @@ def test_another_template_than_inference_uses(run: Run, tmp_path: Path) -> None:
     file.write_text(templates.CHATML)
     report = run(f"data.chat_template={file}")
     assert "rows use the chat template mine.jinja, not the base's own" in warned(report, "template")
-
-
-def test_plain_prompts_on_a_chat_base(run: Run) -> None:
-    rows = [Row("prompt-completion", r.messages, where=r.where) for r in ROWS]
-    text = warned(run("data.chat_template=none", rows=rows, held=[]), "template")
-    assert "the base has a chat template and rows do not use it" in text
 
 
 def test_prompts_tokenized_differently_in_training(run: Run) -> None:
@@ -234,16 +248,6 @@ def test_turns_changed_by_the_template(run: Run) -> None:
 # the beginning, control tokens, the vocabulary
 
 
-def test_begin_written_twice(run: Run) -> None:
-    run.base.tokenizer.chat_template = "{{ bos_token }}" + run.base.tokenizer.chat_template
-    assert "40 of 40 (100%) rows begin with <|im_start|> twice" in stopped(run(), "begin")
-
-
-def test_control_tokens_in_the_data(run: Run) -> None:
-    rows = [*ROWS, talk("ends <|im_end|> here", "yes", "data.jsonl:41")]
-    assert "rows hold the base's own control tokens as text: data.jsonl:41" in warned(run(rows=rows), "control tokens")
-
-
 def test_tokens_beyond_the_embedding(run: Run) -> None:
     run.base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
     rows = [talk("a <|new|> token", "yes", f"data.jsonl:{i}") for i in range(20)]
@@ -261,11 +265,6 @@ def test_added_tokens_with_untrained_embeddings(run: Run) -> None:
 
 
 # 8: out of memory from the longest rows
-
-
-def test_a_row_longer_than_the_base_reads(run: Run) -> None:
-    rows = [*ROWS, talk("word " * 400, "yes", "data.jsonl:41")]
-    assert "tokens and the base reads 256" in stopped(run(rows=rows), "memory")
 
 
 def test_run_over_the_memory(run: Run) -> None:
@@ -335,14 +334,6 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     assert run(*sampling, "memory.keep_packed_gb=0").numbers["drawer_packed"] == 0
 
 
-# 10: dtypes
-
-
-def test_half_precision_on_a_cpu(run: Run) -> None:
-    run.base.model.half()
-    assert "the base is float16 on cpu" in stopped(run(), "precision")
-
-
 # 11: resuming into something else, writing over something
 
 
@@ -367,32 +358,6 @@ def test_an_output_in_use(run: Run, tmp_path: Path) -> None:
     assert "is a file, not a folder" in stopped(run(f"output={tmp_path / 'file'}"), "output")
 
 
-def test_a_disk_too_small(run: Run) -> None:
-    assert "checkpoints and adapter need" in stopped(run(free_disk=1000), "disk")
-
-
-# 15: truncation
-
-
-def test_cut_and_dropped_rows_are_counted_and_named(run: Run) -> None:
-    rows = [*ROWS, talk("word " * 100, "yes", "data.jsonl:41")]
-    cut = warned(run("data.max_length=80", "data.long_rows=cut", rows=rows), "long rows")
-    assert cut == "1 of 41 (2%) rows are cut to 80 tokens, the oldest prompt tokens first: data.jsonl:41"
-    dropped = warned(run("data.max_length=80", "data.long_rows=drop", rows=rows), "long rows")
-    assert "1 of 41 (2%) rows are longer than 80 tokens and dropped: data.jsonl:41" in dropped
-
-
-# splits
-
-
-def test_held_out_rows_leak_into_training(run: Run) -> None:
-    few = warned(run(held=[*HELD, ROWS[3]]), "held out")
-    assert "1 of 6 (17%) held-out rows are also trained on: data.jsonl:4 is data.jsonl:4" in few
-    assert "held-out rows are also trained on" in stopped(run(held=ROWS[:5]), "held out")
-    prompts = warned(run(held=[talk("Question 1?", "Another answer", "held.jsonl:1")]), "held out")
-    assert "held-out prompts also occur in training, with other answers" in prompts
-
-
 def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
     """Such rows may have no answer at all: that it is another one is not said."""
     base = text_without_weights(str(tiny_base_dir(tmp_path)))
@@ -405,18 +370,6 @@ def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
     assert [(one.level, one.text.partition(":")[0]) for one in actual if one.check == "held out"] == [
         ("warn", "4 of 4 (100%) held-out prompts are also trained on")
     ]
-
-
-def test_early_stopping_needs_held_out_rows(run: Run) -> None:
-    text = stopped(run("evaluation.patience=2", held=[]), "held out")
-    assert "no row is held out to stop by" in text
-    assert "over-fitting cannot be seen" in warned(run(held=[]), "held out")
-
-
-def test_columns_and_repeated_rows(run: Run) -> None:
-    report = run(about=About("messages", "a `messages` column", 40, [], ["label"], 3))
-    assert "columns that nothing uses: label" in warned(report, "columns")
-    assert "3 of 40 (8%) rows repeat an earlier one exactly" in warned(report, "duplicates")
 
 
 def test_all_stops_are_listed_together(run: Run) -> None:
