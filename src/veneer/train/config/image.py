@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from veneer.models.image.families import TARGET_WORDS
 from veneer.train.config.section import Section, setting
@@ -26,10 +26,11 @@ from veneer.train.config.text import (
     PairsSection,
     ReportSection,
     ScheduleSection,
-    file_name,
+    file_names,
     reference,
 )
 
+_Side = Annotated[int, Field(ge=8)]
 _NAMED = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
 
 
@@ -62,12 +63,12 @@ class ImageDataSection(Section):
     caption_dropout: float = setting(0.0, "share of empty captions, by epoch", "0.1 also trains guidance", ge=0, le=1)
     shuffle_tags: bool = setting(False, "shuffle comma-separated tags each epoch")
     keep_tags: int | None = setting(None, "leading tags that stay", "1 with a trigger, else 0", ge=0)
-    resolution: int | tuple[int, ...] | None = setting(
+    resolution: _Side | Annotated[tuple[_Side, ...], Field(min_length=1)] | None = setting(
         None, "side of a square of the same area; a list trains each picture at each", "the base's"
     )
     buckets: bool = setting(True, "keep aspect ratios; false: squares", "crops least")
     bucket_step: int | None = setting(
-        None, "bucket sides are multiples of this", "64 from 512 pixels on, else the base's unit"
+        None, "bucket sides are multiples of this", "64 from 512 pixels on, else the base's unit", gt=0
     )
     bucket_ratio: float = setting(2.0, "maximum aspect ratio", "bases have seen few beyond", ge=1, le=8)
     small: Literal["keep", "upscale", "drop"] = setting(
@@ -133,14 +134,6 @@ class ImageDataSection(Section):
             raise ValueError("a colour is #rrggbb, white, black or grey")
         return value
 
-    @pydantic.field_validator("resolution")
-    @classmethod
-    def _is_positive(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
-        sides = () if value is None else (value,) if isinstance(value, int) else value
-        if any(side < 8 for side in sides) or value == ():
-            raise ValueError("a resolution is at least 8 pixels")
-        return value
-
     @pydantic.field_validator("trigger")
     @classmethod
     def _is_a_word(cls, value: str | None) -> str | None:
@@ -158,8 +151,6 @@ class ImageDataSection(Section):
             raise ValueError("before is empty: name the folder, or the folders, or leave it out")
         if self.source_folders and len(self.folders) > 1:
             raise ValueError("folders of before pictures go with one folder of pictures; before: auto looks in each")
-        if self.bucket_step is not None and self.bucket_step < 1:
-            raise ValueError("bucket_step is at least 1")
         return self
 
 
@@ -359,18 +350,12 @@ class ImageTrainConfig(Section):
 
         Paths are reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recipe_values()}
-        recipe["data"] = {k: _file_names(v) for k, v in recipe["data"].items()}
-        recipe["samples"]["before"] = _file_names(recipe["samples"]["before"])
-        recipe["base"]["name"] = file_name(recipe["base"]["name"])
+        recipe["data"] = {k: file_names(v) for k, v in recipe["data"].items()}
+        recipe["samples"]["before"] = file_names(recipe["samples"]["before"])
+        recipe["base"]["name"] = file_names(recipe["base"]["name"])
         if not self.slider.enabled:
             del recipe["slider"]
         return recipe
-
-
-def _file_names(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_file_names(v) for v in value]
-    return file_name(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

@@ -179,15 +179,11 @@ class PreferenceSection(Section):
 
     def with_defaults(self) -> PreferenceSection:
         """Return the settings with every None replaced by the default of `loss`."""
-        beta = self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
-        return self.model_copy(
-            update={
-                "beta": beta,
-                "gamma": self.gamma if self.gamma is not None else beta / 2 if self.loss == "simpo" else 0.0,
-                "length_normalized": (self.loss == "ipo" if self.length_normalized is None else self.length_normalized),
-                "nll": self.nll if self.nll is not None else 1.0 if self.loss == "orpo" else 0.0,
-            }
-        )
+        is_simpo = self.loss == "simpo"
+        beta = self.beta or (2.0 if is_simpo else 0.1)
+        defaults = {"beta": beta, "gamma": beta / 2 if is_simpo else 0.0, "length_normalized": self.loss == "ipo"}
+        defaults["nll"] = 1.0 if self.loss == "orpo" else 0.0
+        return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})
 
 
 def preference_formats(loss: str) -> tuple[str, ...]:
@@ -372,30 +368,24 @@ class TrainConfig(Section):
         """Return the settings for a card, without output and report.
 
         Paths are reduced to file names."""
-        recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recipe_values()}
-        for key in ("train", "validation", "chat_template"):
-            value = recipe["data"][key]
-            recipe["data"][key] = [file_name(v) for v in value] if isinstance(value, list) else file_name(value)
-        recipe["base"]["name"] = file_name(recipe["base"]["name"])
-        recipe["adapter"]["start"] = file_name(recipe["adapter"]["start"])
-        if self.preference.loss is None:
-            del recipe["preference"]
-        if self.distillation.teacher is None:
-            del recipe["distillation"]
-        else:
-            for key in ("teacher", "base"):
-                recipe["distillation"][key] = file_name(recipe["distillation"][key])
-        if self.reinforcement.loss is None:
-            del recipe["reinforcement"]
-        else:
-            for reward in recipe["reinforcement"]["rewards"]:
-                reward |= {key: file_name(reward[key]) for key in ("file", "model") if key in reward}
+        unused = {"preference"} if self.preference.loss is None else set[str]()
+        unused |= {"reinforcement"} if self.reinforcement.loss is None else set()
+        unused |= {"distillation"} if self.distillation.teacher is None else set()
+        recipe = self.model_dump(mode="json", exclude={"output", "report", *unused})
+        recipe["adapter"] = self.adapter.recipe_values()
+        paths = [(recipe["data"], ("train", "validation", "chat_template")), (recipe["base"], ("name",))]
+        paths += [(recipe["adapter"], ("start",)), (recipe.get("distillation", {}), ("teacher", "base"))]
+        paths += [(reward, ("file", "model")) for reward in recipe.get("reinforcement", {}).get("rewards", ())]
+        for settings, keys in paths:
+            settings |= {key: file_names(settings[key]) for key in keys if key in settings}
         return recipe
 
 
-def file_name(value: str | None) -> str | None:
-    """Return the last part of an absolute path; other values unchanged."""
-    return os.path.basename(value) if value and os.path.isabs(value) else value
+def file_names(value: Any) -> Any:
+    """Return the last part of an absolute path, or those of a list; other values unchanged."""
+    if isinstance(value, list):
+        return [file_names(v) for v in value]
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def layer_indices(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
