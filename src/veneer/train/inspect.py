@@ -19,7 +19,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -71,11 +70,12 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class PreviewPage:
-    """The first rows that match.
+    """The first of the `matching` rows.
 
     `counts`: verdict -> number among the `looked` rows. `total`: rows of the data."""
 
     rows: tuple[PreviewRow, ...]
+    matching: int
     counts: dict[str, int]
     looked: int
     total: int | None
@@ -231,14 +231,14 @@ def preview_rows(
 
     rows, examples, format = _table(*_key(config, _MOST_ROWS))
     tokenizer = _base(config.base.name).tokenizer
-    chosen = ((i, row) for i, row in enumerate(rows) if not verdicts or row.verdict in verdicts)
+    chosen = [(i, row) for i, row in enumerate(rows) if not verdicts or row.verdict in verdicts]
     page = []
-    for i, row in islice(chosen, limit):
+    for i, row in chosen[:limit]:
         pieces = [piece for example in examples.get(i, ()) for piece in marked_pieces(example, tokenizer)]
         page.append(replace(row, pieces=tuple(pieces)))
     counts = Counter[str](row.verdict for row in rows)
     total = count_records(config.data.files("train"))
-    return PreviewPage(tuple(page), dict(counts), len(rows), total, format)
+    return PreviewPage(tuple(page), len(chosen), dict(counts), len(rows), total, format)
 
 
 def _beginning(text: str) -> str:
