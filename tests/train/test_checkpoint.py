@@ -37,16 +37,9 @@ def _move(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
 
 def _save(folder: Path, step: int, parameters: dict[str, nn.Parameter] | None = None, **options: Any) -> Path:
     parameters = parameters or _parameters()
-    optimizer = options.pop("optimizer", None) or make_optimizer(parameters, learning_rate=0.1)
-    best = options.pop("best_step", None)
-    return checkpoint.save(
-        folder,
-        parameters=parameters,
-        optimizer=optimizer,
-        progress=Progress(step=step, best_step=best),
-        identity=options.pop("identity", {}),
-        **options,
-    )
+    options = {"optimizer": make_optimizer(parameters, learning_rate=0.1), "identity": {}} | options
+    progress = Progress(step=step, best_step=options.pop("best_step", None))
+    return checkpoint.save(folder, parameters=parameters, progress=progress, **options)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
@@ -109,9 +102,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(function: str, tmp_path: Path, mo
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    _save(tmp_path, 1, keep=2, best_step=1)
-    _save(tmp_path, 2, keep=2, best_step=1)
-    _save(tmp_path, 3, keep=2, best_step=1)
+    for step in (1, 2, 3):
+        _save(tmp_path, step, keep=2, best_step=1)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "2", "3"]
     _save(tmp_path, 4, keep=2, best_step=4)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "3", "4"]  # resuming from 3 may want 1
@@ -124,13 +116,10 @@ def test_a_foreign_checkpoint_is_refused_with_the_differing_keys(tmp_path: Path)
     path = _save(tmp_path, 1, identity={"optimizer": {"learning_rate": 1e-4, "name": "adamw"}, "data": "abc"})
     parameters = _parameters(seed=4)
     before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = make_optimizer(parameters, learning_rate=0.1)
+    other = {"optimizer": {"learning_rate": 2e-4, "name": "adamw"}, "data": "abc"}
     with pytest.raises(CheckpointError) as error:
-        checkpoint.restore(
-            path,
-            parameters=parameters,
-            optimizer=make_optimizer(parameters, learning_rate=0.1),
-            identity={"optimizer": {"learning_rate": 2e-4, "name": "adamw"}, "data": "abc"},
-        )
+        checkpoint.restore(path, parameters=parameters, optimizer=optimizer, identity=other)
     assert "optimizer.learning_rate: 0.0001 in the checkpoint, 0.0002 now" in str(error.value)
     assert "data" not in error.value.what
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
@@ -150,10 +139,9 @@ def test_a_damaged_checkpoint_is_refused_and_named(file: str, damage: str, tmp_p
         content[2 if file == "state.json" else -2] ^= 0xFF
         target.write_bytes(content)
     parameters = _parameters()
+    optimizer = make_optimizer(parameters, learning_rate=0.1)
     with pytest.raises(CheckpointError) as error:
-        checkpoint.restore(
-            path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1), identity={}
-        )
+        checkpoint.restore(path, parameters=parameters, optimizer=optimizer, identity={})
     assert "step-00000001" in str(error.value)
 
 
