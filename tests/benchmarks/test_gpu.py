@@ -167,7 +167,7 @@ def telling(tmp_path: Path) -> str:
         (
             "print('RESULT {\"figures', flush=True); import os; os._exit(9)",
             "failed",
-        ),  # in the middle of the next report
+        ),  # in the middle of the next report report
         ("import time; time.sleep(600)", "timed out"),
     ],
 )

@@ -216,7 +216,7 @@ def test_module_without_batch_rows_is_an_error() -> None:
         attachment.use_rows([["a", "n"], []])
         for name, x in [
             ("linear", torch.ones(6)),  # a vector: its first dimension is the features
-            ("conv", torch.ones(6, 4, 4)),  # a picture without a batch dimension
+            ("conv", torch.ones(6, 4, 4)),  # a picture without a batch dimension dimension
             ("linear", torch.ones(2 * 77, 6)),  # tokens of all rows, flattened
             ("norm", torch.ones(2 * 77, 6)),
             ("norm", torch.ones(3, 6)),

@@ -203,7 +203,7 @@ def test_metadata_breaks_family_ties_only() -> None:
     assert choose_family(qkv).family is families()["flux1"]  # no known width: the more common family
     assert choose_family(qkv, "flux2").family is families()["flux2"]
     choice = choose_family({f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in range(5)}, "flux1")
-    assert choice.family is families()["flux2"]  # klein has 5 such blocks
+    assert choice.family is families()["flux2"]  # klein has 5 such blocks such blocks
     choice = choose_family({**qkv, "diffusion_model.double_blocks.18.img_attn.qkv": None}, "flux2")
     assert choice.family is families()["flux1"]
     assert "the metadata says flux2" in choice.reasons[-1]

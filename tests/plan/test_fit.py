@@ -1,4 +1,4 @@
-"""Tokens of a micro-batch: what products want, as far as memory lets them."""
+"""Tokens of a micro-batch: as many as products need and memory allows."""
 
 from __future__ import annotations
 

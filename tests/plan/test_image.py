@@ -1,4 +1,4 @@
-"""What a denoiser keeps for its backward pass is what was counted, on the bases that come along."""
+"""A denoiser's saved activations equal the plan's count, on the built-in bases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PICTURES = 2
 
 
 def given(name: str, size: int) -> dict[str, Any]:
-    """Inputs of a forward pass, with the widths of the bases' text encoders."""
+    """Return inputs of a forward pass, with the widths of the base's text encoders."""
     n = PICTURES
     if name == "catalogue-sdxl":
         cond = {"text_embeds": torch.randn(n, 96).bfloat16(), "time_ids": torch.zeros(n, 6).bfloat16()}

@@ -1,4 +1,4 @@
-"""Memory by part: laws, the published bits of NF4, and what autograd really keeps."""
+"""Memory by part: monotonicity, the published bits of NF4, and autograd's real saved tensors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_parts_are_never_negative_and_add_up(load: Load) -> None:
 def test_larger_loads_never_take_less_memory(load: Load) -> None:
     before = text_memory(LLAMA, load, CPU).peak
     for more in (
-        replace(load, lengths=(*load.lengths, load.lengths[-1])),  # another length may pad rows beside it less
+        replace(load, lengths=(*load.lengths, load.lengths[-1])),  # another length could reduce padding
         replace(load, rank=2 * load.rank),
         replace(load, lengths=tuple(2 * n for n in load.lengths)),
     ):
@@ -82,7 +82,7 @@ def test_larger_loads_never_take_less_memory(load: Load) -> None:
 
 
 def test_nf4_constants_take_the_published_bits() -> None:
-    """arXiv 2305.14314: double quantization takes 0.127 bits a parameter for constants, 0.5 without it."""
+    """arXiv 2305.14314: constants take 0.127 bits per parameter with double quantization, 0.5 without."""
     for double, bits in ((True, 0.127), (False, 0.5)):
         _, constants = weight_bytes(LLAMA, "bfloat16", "nf4", double)
         assert 8 * constants / LLAMA.matrices == pytest.approx(bits, abs=5e-4)
@@ -114,7 +114,7 @@ def test_packed_weights_are_two_copies_except_without_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_weights_equal_a_step_and_keep_gradients(dtype: torch.dtype) -> None:
-    """Of a model large enough for copies; those are gone after the block."""
+    """On a model large enough for prepacked copies, which are released after the block."""
     config = LlamaConfig(
         **{**SMALL, "hidden_size": 256, "intermediate_size": 288, "vocab_size": 300}, bos_token_id=1, eos_token_id=2
     )
@@ -174,7 +174,7 @@ def test_activations_equal_what_autograd_saves(more: dict[str, Any], lengths: li
 
 
 class _Held(TorchDispatchMode):
-    """The most bytes that tensors made within it hold at once."""
+    """Measures the peak bytes of tensors created inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,8 @@ def test_several_micro_batches_add_gradients() -> None:
 
 
 def test_offloading_moves_all_blocks_but_one_to_the_host() -> None:
-    """Each of FLUX.1's single blocks has 141,607,936 parameters: 3,072² · 15 in products, plus biases and two norms."""
+    """Each of FLUX.1's single blocks has 141,607,936 parameters: 3,072² · 15 in products, plus biases and two
+    norms."""
     load = ImageLoad(1, 512, 512, checkpointing=True)
     card, counts = device_named("h100-80gb"), image_counts(base_config("flux.1-dev"), load)
     assert len(counts.blocks) == 19 + 38

@@ -1,4 +1,4 @@
-"""Whether it fits, what makes it fit, for how much; GPUs, serving."""
+"""Plans: whether a run fits, settings that make it fit, and its cost; GPUs; serving."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_flux_fits_24_gb_with_recomputing_and_nf4() -> None:
 
 
 def test_operations_are_twice_the_weights_forward_and_twice_backward() -> None:
-    """Frozen weights get no gradient; pairs get theirs, and DoRA's dropped input meets the weight too."""
+    """Frozen weights get no gradient; pairs get theirs, and DoRA multiplies the dropped input by the weight
+    too."""
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
     counts = text_counts(shape, Load((1,) * 64), device)
     pairs = 2 * 64 * pair_parameters(shape)
@@ -188,7 +189,7 @@ def test_one_request_is_bound_by_bandwidth_many_by_operations() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
     rates = rates_of(device)
     alone = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=1))
-    weights = 2 * (shape.parameters - 128256 * 4096)  # of the embedding one row is read
+    weights = 2 * (shape.parameters - 128256 * 4096)  # the embedding reads one row only
     assert alone.tokens_per_second == pytest.approx(rates.bandwidth / weights, rel=0.1)
     many = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=64))
     assert 10 * alone.tokens_per_second < many.tokens_per_second < 64 * alone.tokens_per_second

@@ -1,4 +1,4 @@
-"""The plan on CUDA: the peak that torch allocated beside the one that was counted."""
+"""The plan on CUDA: torch's peak allocation against the predicted peak."""
 
 from __future__ import annotations
 

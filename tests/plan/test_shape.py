@@ -1,4 +1,4 @@
-"""A base's shape from its config is what transformers and diffusers build from that config."""
+"""A base's shape from its config equals what transformers and diffusers build from that config."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684, "black-forest-labs/FLUX.1-dev": 11_901_408_320,
     "Qwen/Qwen-Image": 20_430_401_088,
 }  # fmt: skip
-"""Parameters as the hub shows them."""
+"""Parameter counts as shown on the hub."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -68,7 +68,7 @@ def test_built_in_image_bases_match_their_files(name: str) -> None:
     folder = packaged_folder() / name
     size = next(folder.glob("*.safetensors")).stat().st_size
     counts = image_counts(base_config(str(folder)), ImageLoad(1, 64, 64))
-    assert 2 * counts.parameters <= size <= 2 * counts.parameters + 300_000  # bfloat16, and the file's header
+    assert 2 * counts.parameters <= size <= 2 * counts.parameters + 300_000  # bfloat16 plus the file's header
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama4", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma3", "phi3"])

@@ -1,8 +1,9 @@
-"""Runs of two processes, for test_devices: `python -m tests.train.shared_runs FOLDER` in each, as torchrun would.
+"""Runs of two processes for test_devices: `python -m tests.train.shared_runs FOLDER` in each, as torchrun
+starts them.
 
-FOLDER holds the tiny base and its rows, and a run `one` of one process. What each process saw is left in
-FOLDER/seen-RANK.json. The process group is made here, as Ray makes one, and is the same for all runs. At the end comes
-`veneer train FOLDER/killed.json`, with a group of its own, in which the second process is killed.
+FOLDER contains the tiny base, its rows, and a run `one` by one process. Each process writes its events to
+FOLDER/seen-RANK.json. The process group is created here, as Ray creates one, and shared by all runs. The last
+run is `veneer train FOLDER/killed.json` with its own group, whose second process is killed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from veneer.train.events import Evaluated, Event, Note, Stepped
 from veneer.train.text import task as run
 
 ONE_ROW = {"batching": {"rows": 4, "micro_rows": 1}}
-"""Micro-batches of a row each are the same ones on any number of devices, and so are their dropout masks."""
+"""Micro-batches of one row are the same on any number of devices, and so are their dropout masks."""
 NO_DROPOUT = {"adapter": {"rank": 4, "dropout": 0.0}}
 SHARDED: dict[str, dict[str, Any]] = {
     "shard": {**NO_DROPOUT, "schedule": {"steps": 5}, "memory": {"shard": True}},
@@ -52,7 +53,7 @@ SHARDED: dict[str, dict[str, Any]] = {
 
 
 def preferences(folder: Path) -> dict[str, dict[str, Any]]:
-    """Answers compared, whole and sharded: kto's reference point is of the whole step."""
+    """Return preference runs, replicated and sharded; kto's reference point covers the whole step."""
     common = {
         **NO_DROPOUT,
         "data": {"train": str(folder / "pairs.jsonl"), "split": 6},
@@ -61,7 +62,7 @@ def preferences(folder: Path) -> dict[str, dict[str, Any]]:
     }
     return {
         "dpo": {**common, "preference": {"loss": "dpo", "nll": 0.5}},
-        # three micro-batches for two: one is run a second time and must not be counted
+        # three micro-batches on two processes: one is computed twice and must not count twice
         "dpo-shard": {
             **common,
             "preference": {"loss": "dpo"},
@@ -73,12 +74,12 @@ def preferences(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 FAILS = "now one of them fails"
-"""What each says before the last run."""
+"""Printed by each process before the last run."""
 PICTURES: dict[str, Any] = {"ema": {"decay": 0.6}, "samples": {"prompts": ["a cat"], "steps": 2}}
 
 
 def numbers(events: list[Event]) -> dict[str, Any]:
-    """What can be compared of a run's events."""
+    """Return the comparable values of a run's events."""
     return {
         "losses": [e.loss for e in events if isinstance(e, Stepped)],
         "norms": [e.gradient_norm for e in events if isinstance(e, Stepped)],
@@ -90,10 +91,12 @@ def numbers(events: list[Event]) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    gc.freeze()  # each run collects at its end, and there are all of torch's modules to walk
+    gc.freeze()  # each run collects garbage at its end; skip torch's modules
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # the launcher's, which the last run
+    store = dist.TCPStore(
+        address, port, is_master=False, wait_for_workers=False
+    )  # the launcher's store, used by the last run
     dist.init_process_group("gloo", store=dist.PrefixStore("shared", store), rank=rank, world_size=count)  # begins anew
     seen: dict[str, Any] = {}
     held: list[int] = []
@@ -114,7 +117,7 @@ def main(folder: Path) -> None:
         dist.barrier()
 
     def going_on(name: str, origin: str) -> None:
-        """A copy of a run as it was after its step 6."""
+        """Copy a run as it was after its step 6."""
         if rank == 0:
             shutil.copytree(folder / origin, folder / name)
             for path in (folder / name / "checkpoints").iterdir():
@@ -147,8 +150,9 @@ def main(folder: Path) -> None:
 
 
 def failing(how: str, command: Sequence[str]) -> None:
-    """`veneer` with this command, in which the second process ends in its tenth micro-batch: of SIGKILL for "kill",
-    else of an error."""
+    """Run a `veneer` command whose second process fails in its tenth micro-batch.
+
+    how: "kill" for SIGKILL, otherwise an exception"""
     real, calls = run.text_loss, 0
 
     def loss(*args: Any) -> Any:
@@ -165,7 +169,7 @@ def failing(how: str, command: Sequence[str]) -> None:
 
 
 def broken(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:
-    """A run in which something happens to the second process alone: a loss that is not finite, or a signal."""
+    """Run with a failure in the second process only: a non-finite loss, or a signal."""
     real, calls = run.text_loss, 0
 
     def loss(*args: Any) -> Any:

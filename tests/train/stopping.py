@@ -1,4 +1,4 @@
-"""How tests of resumed runs stop a run."""
+"""Stops runs at a step, for tests of resuming."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veneer.train.events import Event, Listener, Stepped
 
 
 def interrupt_at(step: int) -> Listener:
-    """A listener that sends Ctrl-C to this process after `step`."""
+    """Return a listener that sends SIGINT to this process after `step`."""
 
     def listen(event: Event) -> None:
         if isinstance(event, Stepped) and event.step == step:

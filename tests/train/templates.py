@@ -1,4 +1,5 @@
-"""Chat templates of the families, shortened to what matters for masks: where turns start and end, and what moves."""
+"""The families' chat templates, shortened to what matters for masks: starts and ends of turns, and moved
+parts."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Qwen 3: earlier turns lose their thinking, the last one always has a thinking block
+# Qwen 3: earlier turns lose their thinking; the last turn always has a thinking block
 QWEN3 = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -23,7 +24,8 @@ PHI3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-# Mistral: no generation prompt, the system message moves into the last user turn, answers keep a leading space
+# Mistral: no generation prompt; the system message moves into the last user turn; answers keep a leading
+#     space
 MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set sys = messages[0]['content'] %}"
     "{% set loop_messages = messages[1:] %}{% else %}{% set loop_messages = messages %}{% endif %}{{ '<|im_start|>' }}"
@@ -34,17 +36,17 @@ MISTRAL = (
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}"
     "{% else %}{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
-# no end-of-turn at all: a model trained on it never stops
+# no end-of-turn token: a model trained on this template never stops
 ENDLESS = (
     "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
-# the generation prompt says something that training text does not
+# the generation prompt contains text that training text lacks
 DISAGREES = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nSure: ' }}{% endif %}"
 )
-# Qwen 2.5: tools before everything, calls as JSON between marks
+# Qwen 2.5: tools come first, calls are JSON between marks
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"

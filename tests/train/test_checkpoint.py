@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and a run that goes on from one is the run that never stopped."""
+"""Checkpoints are complete or absent; a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_random_generators_come_back() -> None:
     def draw() -> tuple[Any, ...]:
         return (torch.rand(3).tolist(), random.random(), random.gauss(0, 1))
 
-    random.gauss(0, 1)  # leaves a second value waiting
+    random.gauss(0, 1)  # generates two values and stores the second
     state = checkpoint.rng_state()
     first = draw()
     checkpoint.rng_restore(state)
@@ -106,7 +106,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         _save(tmp_path, step, keep=2, best_step=1)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "2", "3"]
     _save(tmp_path, 4, keep=2, best_step=4)
-    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "3", "4"]  # resuming from 3 may want 1
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "3", "4"]  # resuming from 3 can need 1
     _save(tmp_path, 5, keep=2, best_step=4)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["4", "5"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000005"
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_refused_and_named(file: str, damage: str, tmp_p
 
 @pytest.mark.parametrize("part", ["optimizer", "progress", "random"])
 def test_a_checkpoint_that_is_refused_changes_nothing(part: str, tmp_path: Path) -> None:
-    """Independent of which part is refused, and how late the fault is found."""
+    """Holds for every invalid part, however late the error is found."""
     a = _parameters()
     optimizer = make_optimizer(a, learning_rate=0.1)
     _move(a, optimizer, 1)

@@ -1,7 +1,8 @@
-"""Several processes on one run: the same losses and the same adapter as one, whole or sharded, and one end for all.
+"""Several processes train one run: losses, adapter and outcome equal those of one process, replicated or
+sharded.
 
-Two processes with gloo on the CPU. In float32 a sum over processes is added in another order than one process adds it:
-losses agree within 1e-5 of their size and adapters within 1e-5 of their largest entry over ten steps of AdamW.
+Two gloo processes on the CPU. Sums over processes are added in another order than in one process: in float32,
+losses agree within 1e-5 relative and adapters within 1e-5 of their largest entry after ten steps of AdamW.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = st.lists(st.integers(1, 500), max_size=40)
 
 
-# --- who does what ------------------------------------------------------------------------------------------------
+# --- distribution of work ---------------------------------------------------------------------------------------------
 
 
 @given(SIZES, st.integers(1, 9))
@@ -44,7 +45,7 @@ def test_shares_are_complete_and_balanced(sizes: list[int], count: int) -> None:
     hands = balance(sizes, count)
     assert sorted(index for hand in hands for index in hand) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(sizes, default=0)  # Graham's bound for the longest first
+    assert max(loads) - min(loads) <= max(sizes, default=0)  # Graham's bound for longest-first scheduling
     dealt = [Devices(rank, count).deal(sizes) for rank in range(count)]
     assert [[index for index, counts in hand if counts] for hand in dealt] == hands
 
@@ -95,8 +96,9 @@ def test_the_preflight_reports_the_sharing(count: int, micros: list[int], shard:
 
 
 class Runs:
-    """`one`: what a process alone saw, by run; `two`: what each of two saw. `ended`: how the two ended, of whom the
-    second was killed; `said`: what was printed of that."""
+    """Results by run: `one` of a single process, `two` of each of two processes.
+
+    `ended`: exit codes of the two processes, of which the second was killed; `said`: their output."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -138,7 +140,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @contextmanager
 def printed_to(path: Path) -> Iterator[None]:
-    """What this process and those that it starts write to their standard error is in a file."""
+    """Redirect stderr of this process and its children to a file."""
     with path.open("a") as file, redirect_stderr(file):
         own = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -169,8 +171,7 @@ def same_adapter(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("name", ["two", "idle", *SHARDED, "dpo", "dpo-shard", "kto-shard", "pictures"])
 def test_two_processes_lose_and_learn_what_one_does(name: str, runs: Runs) -> None:
-    """With dropout, with a process that has nothing to do, sharded, with DoRA recomputed, full copies, preferences,
-    pictures."""
+    """With dropout, an idle process, sharding, recomputed DoRA, full copies, preferences, and pictures."""
     one, two = runs.one[name], runs.two[0][name]
     for mine, other in zip(one["extra"], two["extra"], strict=True):
         assert other == pytest.approx(mine, rel=1e-4, abs=1e-5)
@@ -204,7 +205,9 @@ def test_resuming_on_other_devices_differs_only_by_rounding(runs: Runs, tmp_path
     notes = runs.two[0]["one-then-two"]["notes"]
     assert any("devices was 1 and is 2" in note for note in notes)
     assert any("resuming after step 6" in note for note in notes)
-    result = train(runs.folder, runs.folder / "stopped", resume=True, **ONE_ROW)  # begun by two, ended by one
+    result = train(
+        runs.folder, runs.folder / "stopped", resume=True, **ONE_ROW
+    )  # started by two processes, finished by one
     assert result.steps == 10
     same_adapter(runs.tensors("one"), runs.tensors("stopped"))
 
@@ -243,14 +246,14 @@ def test_a_non_finite_loss_ends_both_processes_once(runs: Runs) -> None:
 def test_a_signal_to_one_process_stops_both_saved(runs: Runs) -> None:
     found = [seen["stopped"] for seen in runs.two]
     assert {f["kind"] for f in found} == {"Interrupted"}
-    assert {f["code"] for f in found} == {143}  # of the signal that came, wherever it did
+    assert {f["code"] for f in found} == {143}  # both processes report the signal, whichever received it
     assert found[0]["what"] == found[1]["what"]
     assert sorted(f["told"] for f in found) == [False, True]
     assert checkpoint.latest(runs.folder / "stopped" / "checkpoints") is not None
     assert "after step" in found[0]["what"]
 
 
-# --- starting them ------------------------------------------------------------------------------------------------
+# --- launching --------------------------------------------------------------------------------------------------------
 
 CHILD = """
 import os, signal, sys, time

@@ -1,4 +1,4 @@
-"""Text for a step or an evaluation: a loss, or the rewards of sampled answers."""
+"""The text of a step or an evaluation: its loss, or the rewards of its completions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def test_a_loss_is_shown_without_rewards() -> None:
     assert measure_text(-1e-9, {}) == "loss 0.0000"
     assert (
         measure_text(1.25, {"reward_accuracy": 0.5, "reward_margin": 1.0}) == "loss 1.2500"
-    )  # rewards of preference learning
+    )  # rewards of preference runs
     assert validation_text(1.25, False) == "validation loss 1.2500"
 
 

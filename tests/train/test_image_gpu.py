@@ -1,4 +1,4 @@
-"""Whole runs on pictures on a GPU: what only there is to be had."""
+"""Image runs on a GPU: behavior that a CPU does not have."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_run_on_a_quantized_base(kind: str, tmp_path: Path) -> None:
 
 
 def test_offloading_changes_no_result(tmp_path: Path) -> None:
-    """Sheets are drawn with encoders and VAE fetched from the CPU; the file is that of a run without sheets."""
+    """Sheets use encoders and VAE fetched from the CPU; the adapter equals that of a run without sheets."""
     samples = {"prompts": ["sks, a red house"], "every": 1, "steps": 1}
     first, said = _run(tmp_path, "sheets", samples=samples)
     assert "wait on the CPU between sheets" in said

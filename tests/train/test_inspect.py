@@ -1,4 +1,4 @@
-"""What a run would be, as one types: the same as the run finds, and rows one by one with what becomes of them."""
+"""`inspect_run` and previews agree with the run; each row is shown with its use."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_each_row_is_shown_with_its_verdict(base: Path, tmp_path: Path) -> None:
     usable = [each for i, each in enumerate(rows) if i not in (5, 7)]
     good = config(base, usable, tmp_path, max_length=200, long_rows="drop")
     data = read_data(good, load_text(str(base)))
-    assert data.held_out.rows[0].messages[0]["content"] in held.said  # the same as the run holds out
+    assert data.held_out.rows[0].messages[0]["content"] in held.said  # the row that the run holds out
     assert seen.counts["learned"] == len(data.train.items)
     learned = [one for one in seen.rows if one.verdict == "learned"]
     assert [one.tokens for one in learned] == [item.tokens for item in data.train.items]
@@ -122,7 +122,7 @@ def test_images_are_shown_with_crops_and_changed_captions(tmp_path: Path) -> Non
     assert [one.verdict for one in seen].count("held out") == 1
     wide = next(one for one in seen if (one.width, one.height) == (48, 32) and one.crop is not None)
     left, top, width, height = wide.crop
-    assert (top, height, wide.verdict) == (0, 1, "cut")  # a square of 32 in the middle of 48 by 32
+    assert (top, height, wide.verdict) == (0, 1, "cut")  # a square of 32 in the center of 48 by 32
     assert (left, width) == (pytest.approx(8 / 48), pytest.approx(32 / 48))
     look = inspect_run(made, device=device_of())
     assert look.plan is not None

@@ -1,4 +1,4 @@
-"""Whole runs of LoHa and LoKr on text and on pictures, read by PEFT and by ourselves."""
+"""LoHa and LoKr runs on text and pictures, read back by PEFT and by veneer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: accumulation equals one large batch, what stops it, and what it tells. No text here, only numbers."""
+"""The training loop: accumulation equals one large batch; stopping; events. Uses a linear model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ ROWS, WIDTH = 24, 3
 
 
 class Problem:
-    """Squared error of a linear model on rows of unequal "trained tokens": Σ over a row's tokens, as an NLL is."""
+    """Squared error of a linear model on rows with different token counts, summed over tokens as an NLL
+    is."""
 
     def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -59,7 +60,7 @@ class Problem:
 
 
 class Other(Problem):
-    """The same with another loss, or with other scores."""
+    """The same problem with another loss or other scores."""
 
     def __init__(self, loss: Callable[[list[int]], Tensor] | None = None, score: Any = None) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class Other(Problem):
 
 
 class _OnABusyDevice(torch.Tensor):
-    """A value that is available 0.2 s after it is requested, like a value that a GPU still computes."""
+    """A value that is available 0.2 s after it is requested, like one that a GPU still computes."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -154,7 +155,7 @@ def test_a_non_finite_step_stops_before_the_optimizer(where: str, tmp_path: Path
     def loss(rows: list[int]) -> Tensor:
         value = Problem.loss(problem, rows)
         if 7 in rows and len(saved) >= 2:
-            # sqrt has an infinite slope at zero, so that the loss is finite and its gradient is not.
+            # sqrt has infinite slope at zero: the loss is finite, its gradient is not
             bad = torch.tensor(math.nan) if where == "loss" else (problem.parameters["w.A"] * 0).sum().sqrt()
             return value + bad
         return value
@@ -229,7 +230,8 @@ def test_evaluation_that_is_not_finite_stops() -> None:
 
 
 def test_ctrl_c_drops_the_unfinished_step_and_saves(tmp_path: Path) -> None:
-    """The state saved is that of step 2, random state included, though dropout had drawn numbers in step 3."""
+    """The saved state, including random state, is that of step 2, although step 3 already sampled dropout
+    masks."""
     after: dict[int, tuple[Tensor, Tensor]] = {}
     calls = 0
 
@@ -334,7 +336,7 @@ def test_out_of_memory_names_the_rows_and_a_fix(error: Exception) -> None:
 def test_steps_are_planned_an_epoch_at_a_time(length: dict[str, int], count: int, ends: list[int]) -> None:
     planned: list[int] = []
 
-    def plan(epoch: int) -> list[Step]:  # packed rows: epochs differ in their number of steps
+    def plan(epoch: int) -> list[Step]:  # packed rows: the number of steps differs between epochs
         planned.append(epoch)
         return [Step((), epoch + (i + 1) / (epoch + 2)) for i in range(epoch + 2)]
 

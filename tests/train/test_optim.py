@@ -46,7 +46,7 @@ def test_lora_plus_moves_b_ratio_times_as_far() -> None:
 
 
 def test_adamw_equals_the_formula_in_float64() -> None:
-    """Loshchilov & Hutter, by hand: decay on matrices, none on the magnitude."""
+    """Loshchilov & Hutter, by hand: decay on matrices, none on magnitudes."""
     parameters = _pair(torch.float64)
     lr, b1, b2, decay, eps = 0.01, 0.9, 0.95, 0.1, 1e-8
     optimizer = make_optimizer(parameters, learning_rate=lr, betas=(b1, b2), weight_decay=decay, eps=eps)

@@ -1,4 +1,4 @@
-"""The losses of answers that were drawn beside those of TRL's GRPOTrainer, value and gradient, on the same numbers."""
+"""Policy losses against TRL's GRPOTrainer: value and gradient for the same numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.peers
 
 LENGTHS = [5, 2, 7, 3, 4, 6]
 LIMIT = 9
-CASES: dict[str, tuple[str, str]] = {  # ours -> TRL's loss_type and importance_sampling_level
+CASES: dict[str, tuple[str, str]] = {  # veneer's loss -> TRL's loss_type and importance_sampling_level
     "grpo": ("grpo", "token"), "dr-grpo": ("dr_grpo", "token"), "dapo": ("dapo", "token"), "gspo": ("grpo", "sequence"),
 }  # fmt: skip
 
@@ -33,7 +33,7 @@ def theirs(
     worth: Tensor,
     beta: float,
 ) -> Tensor:
-    """TRL's loss of these log-probabilities, which it would have taken from a model."""
+    """Return TRL's loss for these log-probabilities, passed in place of a model's."""
     from trl import GRPOTrainer
 
     def padded(values: Tensor) -> Tensor:

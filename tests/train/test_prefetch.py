@@ -1,4 +1,4 @@
-"""Batches that a thread makes ahead: in the same order, to the same bits, two at most, and its errors are the run's."""
+"""Batches prefetched by a thread: same order and bits, at most two in memory, errors raised in the run."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ STEPS, MICROS = 4, 3
 
 
 class Rows:
-    """A batch: rows of numbers, which somebody may hold a weak reference to."""
+    """A batch of rows that a test can watch by weak reference."""
 
     def __init__(self, number: int) -> None:
         self.x = torch.randn(2, 3, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
 
 
 class Fitted:
-    """Squared error with dropout. `ahead`: whether a thread makes its batches, with a copy that stands for the one to a
-    device. `made`, `sent`, `used`: numbers of batches, in order; `most`: how many were alive at once."""
+    """Squared error with dropout.
+
+    `ahead`: prefetch batches in a thread, with a copy that stands for the transfer to a device. `made`,
+        `sent`,
+    `used`: numbers of batches, in order. `most`: maximum number of batches alive at once."""
 
     def __init__(self, ahead: bool, failing: Callable[[int], None] = lambda number: None) -> None:
         self.parameters = {"w.A": nn.Parameter(torch.ones(3, dtype=torch.float64))}
@@ -72,7 +75,7 @@ class Fitted:
         return value
 
     def steps(self, epochs: int = 2) -> LazySteps:
-        """Epochs of two steps."""
+        """Return epochs of two steps."""
 
         def plan(epoch: int) -> list[Step]:
             first = epoch * 2 * MICROS
@@ -113,7 +116,7 @@ def test_prefetching_keeps_order_and_bits() -> None:
 
 @pytest.mark.parametrize("number", [0, 1, MICROS, 3 * MICROS - 1])
 def test_a_prefetch_error_is_raised_in_order(number: int) -> None:
-    """Whatever was to come before it has come."""
+    """All earlier batches are delivered first."""
 
     def failing(made: int) -> None:
         if made == number:
@@ -181,7 +184,7 @@ def test_a_sent_batch_has_its_tokens_on_the_device() -> None:
 
 @pytest.mark.gpu
 def test_a_busy_card_computes_on_the_right_batch() -> None:
-    """The card is kept busy, so that copies wait behind products and batches are let go of while they do."""
+    """A busy card keeps copies waiting behind products, while batches are released."""
     device, n = torch.device("cuda"), 4096
     makers = [lambda i=i: collate([Example([i] * n, [False] + [True] * (n - 1), 0)]) for i in range(30)]
     busy, sums = torch.randn(4096, 4096, device=device), []

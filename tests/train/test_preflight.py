@@ -1,4 +1,4 @@
-"""What all runs share of the preflight: the report, what is counted on a base, and what fits into memory."""
+"""Preflight parts that all runs share: the report, counts on a base, and memory limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA: a run over a base in 4 bits is the run over its dequantized weights; stopped anywhere; and what it says."""
+"""QLoRA: a run on a 4-bit base equals the run on its dequantized weights; resuming; messages."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_activations_can_be_recomputed_over_codes(shared: Path, tmp_path: Path) 
 
 
 def test_loftq_starts_where_quantizing_left_off(shared: Path, tmp_path: Path) -> None:
-    """The best rank-r part of W − W̃ (Eckart-Young), so the adapted base is nearer to the 16-bit one."""
+    """The best rank-r approximation of W − W̃ (Eckart-Young), so the adapted base is closer to the 16-bit
+    base."""
     base = load_text(str(shared / "tiny-base"), dtype="float32", quantize="nf4")
     adapter = create(base.model, LoraSpec(rank=4, init="loftq"), seed=0, original=base.original)
     for name, pair in adapter.pairs.items():

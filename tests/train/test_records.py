@@ -1,4 +1,4 @@
-"""Files of every kind, and what is wrong with them, as the rows of a run on text are read."""
+"""Reading text runs' files of every kind, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_bad_lines_are_listed_with_their_numbers(tmp_path: Path) -> None:
     ids=["half a text", "half a key", "digits", "depth"],
 )
 def test_unusable_json_values_are_named(tmp_path: Path, row: str, what: str) -> None:
-    """As JavaScript cuts an emoji in two; a whole pair, and the sign itself, are text."""
+    """JavaScript can split an emoji into lone surrogates; complete pairs and U+FFFD are valid text."""
     good = r'{"text": "\ud83d\ude00 😀 \\ud83d"}'
     lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
     lines.write_text(f"{good}\n{row}\n{good}\n", encoding="utf-8")
@@ -129,7 +129,7 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", [";", "\t", ","])
 def test_csv_delimiters_are_detected(tmp_path: Path, mark: str) -> None:
-    """Spreadsheets write semicolons where the comma is for decimals."""
+    """Spreadsheets write semicolons in locales with a decimal comma."""
     table = tmp_path / "rows.csv"
     price = "2.5 EUR" if mark == "," else "2,5 EUR"
     table.write_text(f'prompt{mark}completion\n"1{mark}5 kg"{mark}{price}\n')

@@ -1,6 +1,6 @@
-"""A task of a few lines is a whole run: checked, trained, stopped and resumed, scored, saved, proven, reported.
+"""A task of a few lines makes a full run: checked, trained, resumed, scored, saved, verified and reported.
 
-What text and pictures do with it is in their own tests.
+The tests of text and image runs cover their own tasks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from veneer.train.save import Outcome
 
 
 def lines(folder: Path, slope: float = 3.0) -> Task[Outcome]:
-    """Lines through points: y = w·x, by least squares."""
+    """Return a task that fits y = w·x by least squares."""
     x = torch.linspace(-1, 1, 24)
     w, file = nn.Parameter(torch.zeros(())), folder / "line.safetensors"
 
@@ -109,7 +109,7 @@ def test_the_peak_covers_this_run_and_device(tmp_path: Path, monkeypatch: pytest
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    """Whoever comes second, to start it or to go on with what is still running, changes nothing."""
+    """A second process, new or resuming, changes nothing while the first one runs."""
     refused: list[str] = []
 
     def again(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""What a signal does inside, and that it does afterwards what it did before."""
+"""Signals inside the block, and their previous handlers afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.train.signals import signal_handler
 
 
 class Pressed(Exception):
-    """What the handler from before raises."""
+    """Raised by the previous handler."""
 
 
 @pytest.fixture(autouse=True)

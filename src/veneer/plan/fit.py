@@ -1,12 +1,12 @@
-"""The cheapest changes that make a run fit, and their cost in time.
+"""The cheapest changes that make a run fit in memory, and their cost in time.
 
     cheapest(load, device, peak, seconds, limit)   changes that suffice, in the order of their kinds
     fitting_micro_tokens(shape, device, …)         default tokens of a micro-batch
 
-Kinds, in this order: recompute activations, one row (or image) at a time, shorter rows (smaller images), a
-lower rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and
-triples are tried only if no single change suffices. More devices mean another machine, so they do not end
-the search before two or three settings of this machine were tried.
+The kinds of changes, in this order: recompute activations, one row (or image) at a time, shorter rows
+(smaller images), a lower rank, a 4-bit base, weights on the CPU, more devices. Pairs and triples of changes
+are tried only if no single change suffices. More devices mean another machine, so if they suffice,
+combinations of settings for this machine are still tried.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from veneer.plan.tables import Device
 AnyLoad = Load | ImageLoad
 
 _MARGIN = 0.03
-"""Share of a device's memory that a plan leaves free, for other processes and for what a plan cannot see."""
+"""Share of a device's memory that a plan reserves for other processes and unpredicted needs."""
 
 
 @dataclass(frozen=True)
 class Change:
     """Settings to change together.
 
-    slower: seconds per token relative to the given run.
-    settings: `section.key=value`, or a description for more devices, which have no key."""
+    slower: time per token, relative to the given run.
+    settings: `section.key=value`, or a description for more devices, because these have no key."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]
@@ -43,24 +43,25 @@ class Change:
 
     @property
     def text(self) -> str:
-        """Return one line: what to change, the resulting peak, and the cost in time."""
+        """Return one line with the settings to change, the resulting peak, and the cost in time."""
         speed = "at the same speed" if abs(self.slower - 1) < 0.02 else f"{self.slower:.2f} times the time a token"
         return f"{' and '.join(self.names)} ({', '.join(self.settings)}): {self.peak / 1e9:.1f} GB, {speed}"
 
 
 def usable_memory(device: Device) -> int:
-    """Return the bytes of one device that a run can use."""
+    """Return the number of bytes of a device that a run can use."""
     return int(device.memory * (1 - _MARGIN))
 
 
 def fitting_micro_tokens(
     shape: TextShape, device: Device, quantize: str | None, available: int, load: Callable[[int], Load]
 ) -> int:
-    """Return the tokens of a micro-batch that fits in `available` bytes.
+    """Return the default number of tokens of a micro-batch that fits in `available` bytes.
 
-    Starts with the count beyond which more do not speed up this device's products (ops/step_sizes.py),
-    then halves it, but not below MICRO_TOKENS, until `load` of it takes at most nine tenths of
-    the bytes that the base leaves."""
+    Starts with the number above which this device's products are not faster (ops/step_sizes.py), and halves
+    the number, but not below MICRO_TOKENS, until its `load` takes at most nine tenths of the bytes that the
+    base leaves.
+    """
     products = [parts for layer in shape.layers for parts in layer.products.values()]
     tokens = micro_tokens(
         device.kind,
@@ -76,7 +77,7 @@ def fitting_micro_tokens(
 
 
 def memory_after_base(shape: TextShape, device: Device, dtype: str, quantize: str | None) -> int:
-    """Return the bytes of a device that remain after loading a base."""
+    """Return the bytes of a device that are left after loading a base."""
     return usable_memory(device) - sum(weight_bytes(shape, dtype, quantize)) - FITS[device.kind, "text"].process
 
 
@@ -125,9 +126,9 @@ def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
-    """Yield a quarter, a half, three quarters and all of the blocks for memory.offload_blocks.
+    """Yield values of memory.offload_blocks: a quarter, a half, three quarters and all of the blocks.
 
-    For image loads with recomputed, unquantized blocks on a GPU."""
+    Only for image loads with recomputed, unquantized blocks on a GPU."""
     if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantize is None:
         for count in sorted({-(-load.blocks * quarters // 4) for quarters in (1, 2, 3, 4)}):
             if count > load.offload:
@@ -154,10 +155,10 @@ def cheapest(
 ) -> list[Change]:
     """Return changes that bring the peak of each device to `limit` bytes, by kind.
 
-    peak: returns the bytes of each device. seconds: returns the time of one token or image.
+    Each change is the smallest of its kind that suffices. Changes to more devices are last if settings
+    suffice. The result is empty if three changes together do not suffice.
 
-    Each is the smallest of its kind that suffices. If settings suffice, changes to more devices come last.
-    Empty if not even three changes together suffice."""
+    peak: returns the bytes of each device. seconds: returns the time of one token or image."""
 
     def tried(steps: list[Step]) -> Change | None:
         own_load, own_device = steps[-1][2:]
@@ -171,8 +172,8 @@ def cheapest(
     def may(kinds: tuple[_Kind, ...]) -> bool:
         """Return whether these kinds suffice at their largest values.
 
-        A larger value never takes more memory. This check avoids most of the search, which took seconds,
-        when little helps."""
+        A larger value never takes more memory, so this check avoids a search of several seconds if nothing
+        suffices."""
         now = load, device
         for kind in kinds:
             *_, last = itertools.chain([None], kind(*now))
@@ -182,7 +183,7 @@ def cheapest(
         return peak(*now) <= limit
 
     def search(kinds: tuple[_Kind, ...], steps: list[Step]) -> Change | None:
-        """Return the smallest values that suffice together, varying the last kind first."""
+        """Return the smallest values that suffice together. The search varies the last kind first."""
         now = steps[-1][2:] if steps else (load, device)
         for step in kinds[0](*now):
             change = search(kinds[1:], [*steps, step]) if len(kinds) > 1 else tried([*steps, step])
@@ -202,8 +203,8 @@ def cheapest(
 
 
 def bytes_per_device(memory: Memory, device: Device) -> int:
-    """Return peak bytes of each device.
+    """Return the peak bytes of each device.
 
-    Weights and adapter state are divided among devices; activations are not."""
+    Weights and adapter state are divided among the devices; activations are not."""
     divided = memory.weights + memory.constants + memory.adapter + memory.gradients + memory.optimizer
     return memory.peak - divided + -(-divided // device.count)

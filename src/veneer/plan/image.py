@@ -1,9 +1,9 @@
 """Counts of a training step of an image base, from one forward pass of its denoiser without weights.
 
-    counts = image_counts(config, ImageLoad(1, 1024, 1024, rank=16))     parameters, pairs, kept values, operations
+    counts = image_counts(config, ImageLoad(1, 1024, 1024, rank=16))     parameters, pairs, saved values, operations
 
-diffusers builds the denoiser on the meta device; the shapes of what its matrices and attentions receive are
-recorded. A block keeps the outputs of its matrices, times a coefficient of its family, and the inputs of the
+diffusers builds the denoiser on the meta device, and the input shapes of its matrices and attentions are
+recorded. A block saves the outputs of its matrices, times a coefficient of its family, and the inputs of the
 matrices with a pair.
 """
 
@@ -25,21 +25,22 @@ from veneer.plan.memory import Counts, RunLoad
 from veneer.plan.shape import PAIRS, PairForm
 
 _KEPT = {"flux": 1.35, "flux2": 1.29, "qwen-image": 1.33, "sd3": 1.8, "sdxl": 0.95, "z-image": 2.9}
-"""Values kept for a family's linear layers, relative to their outputs: inputs of norms, q and k before and
-after rotation, and inputs of activation functions; SD3 and Z-Image keep q and k in float32 too. Fitted
-to what autograd keeps for small denoisers of each family with pairs on attention
-(tests/plan/test_image.py)."""
+"""Values saved for a family's linear layers, relative to their outputs.
+
+The values are inputs of norms, q and k before and after rotation, and inputs of activation functions. SD3 and
+Z-Image also save q and k in float32. Fitted to the values that autograd saves for small denoisers of each
+family with pairs on attention (tests/plan/test_image.py)."""
 
 
 @dataclass(frozen=True)
 class ImageLoad(RunLoad):
-    """Images in a micro-batch, and how they are trained.
+    """The images in a micro-batch, and how they are trained.
 
     targets: words of TARGET_WORDS, or patterns.
-    text_tokens: tokens of a prompt; None: the most that the base reads.
-    before: source images per image (editing), of the image's size.
-    form: the adapter's form, of `rank`.
-    blocks: number of the denoiser's blocks."""
+    text_tokens: tokens of a prompt; None is the maximum of the base.
+    before: number of source images per image (editing), of the image's size.
+    form: form of the adapter.
+    blocks: number of blocks in the denoiser."""
 
     pictures: int = 1
     height: int = 1024
@@ -60,8 +61,9 @@ class _Weight:
     """A matrix or convolution of a denoiser.
 
     shape: (out, in) or (out, in, k, k).
-    positions: of its output, `inputs`: values of its input; `new`: whether no other weight has it.
-    block: index of its block, None outside."""
+    positions: positions of the output. inputs: values of the input; new: whether no other weight has this
+        input.
+    block: index of the block; None outside of blocks."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,10 +75,10 @@ class _Weight:
 
 @dataclass
 class _Forward:
-    """What one forward pass of `model` on one image calls.
+    """Records of one forward pass of `model` on one image.
 
-    attention: operations. norms: values that group norms receive, by block. entering: values that blocks
-    receive."""
+    attention: operations of the attentions. norms: values that group norms receive, by block. entering:
+    values that blocks receive."""
 
     model: Any
     weights: list[_Weight] = field(default_factory=list)
@@ -90,18 +92,18 @@ Config = Mapping[str, Any]
 
 
 def kind_of(config: Config) -> str:
-    """Return the family of a denoiser's config: veneer's name, else diffusers' class."""
+    """Return the family of a denoiser's config, by veneer's name, else the name of the diffusers class."""
     named = str(config.get("_class_name"))
     return str(config.get("model_type") or PLANNED_DENOISERS.get(named, named))
 
 
 def is_denoiser(config: Config) -> bool:
-    """Return whether this is the config of a denoiser that can be planned."""
+    """Return whether the config is of a denoiser that can be planned."""
     return kind_of(config) in PLANNED_FAMILIES
 
 
 def _editing(config: Config) -> list[Editing]:
-    """Return how models with this denoiser edit, by whether they take guidance."""
+    """Return the editing modes of models with this denoiser that match its use of guidance."""
     modes = [EDITING[name] for name in PLANNED_FAMILIES[kind_of(config)].editors]
     return [mode for mode in modes if mode.guided == bool(config.get("guidance_embeds"))]
 
@@ -109,7 +111,7 @@ def _editing(config: Config) -> list[Editing]:
 def image_counts(config: Config, load: ImageLoad) -> Counts:
     """Return the counts of a micro-batch.
 
-    config: the denoiser's, with a `model_type` of PLANNED_FAMILIES or diffusers' class.
+    config: the denoiser's config, with a `model_type` of PLANNED_FAMILIES or a diffusers class.
 
     Raises ConfigError for an unknown denoiser, for values that diffusers refuses, and for edits that cannot
     be planned; TargetError for targets without a match."""
@@ -142,7 +144,7 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
 def _image_counts(
     fields: str, image: tuple[int, int, int, int], target_words: tuple[str, ...], rank: int, form: PairForm
 ) -> Counts:
-    """Return the counts of one image; `image`: height, width, tokens of text, source images."""
+    """Return the counts of one image. `image`: height, width, text tokens, source images."""
     from veneer.core.adapter import LoraSpec
     from veneer.core.targets import resolve_targets
 
@@ -178,7 +180,7 @@ def _image_counts(
             counts.delta_values += pair.delta_values
             if linear:
                 values += positions * pair.rank + weight.new * weight.inputs
-            else:  # a pair's convolutions run in float32 on copies of their inputs
+            else:  # convolutions of a pair run in float32 on copies of their inputs
                 values += 2 * positions * (weight.shape[1] + pair.rank)
         saved[weight.block] = saved.get(weight.block, 0.0) + values
     counts.saved = sum(saved.values())
@@ -188,7 +190,7 @@ def _image_counts(
 
 @functools.lru_cache(maxsize=16)
 def _forward(fields: str, height: int, width: int, text: int, before: int) -> _Forward:
-    """Build the denoiser of a config on the meta device, and record one forward pass on one image."""
+    """Return a recorded forward pass of a denoiser on one picture, on the meta device."""
     config = json.loads(fields)
     kind = kind_of(config)
     fix = "give the whole config.json; of U-Nets those of SD1.5 and SDXL can be planned"
@@ -220,7 +222,8 @@ def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, 
     sides = [(height, width)] * (1 + before)
     mode = next((mode for mode in _editing(config) if mode.references >= before > 0), None)
     if mode is not None and mode.encoded:
-        # a source image has this size, whatever size is trained; the text encoder reads it in tokens of 28 × 28
+        # Source images have this size, regardless of the trained size. The text encoder reads them in tokens
+        # of 28 × 28 pixels.
         sides[1:] = [(math.isqrt(mode.encoded),) * 2] * before
         text += before * (math.isqrt(mode.read) // 28) ** 2
 

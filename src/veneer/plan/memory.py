@@ -1,21 +1,21 @@
 """Peak memory of a training run, counted from the shapes of the base's matrices.
 
-    text_memory(shape, load, device)      bytes by part, of a run on text
+    text_memory(shape, load, device)      bytes by part, of a text run
     run_memory(counts, load, device)      the same from the counts of any base
 
-For the backward pass a block keeps the inputs and outputs of its matrices: with N tokens, hidden size d,
-heads H and K of size h, MLP width f, e bytes a value
+For the backward pass, a block saves the inputs and outputs of its matrices. With N tokens, hidden size d,
+heads H and K of size h, MLP width f, and e bytes per value:
 
     e·N·(d + (H + 2K)·h)        the input of q, k and v, and their outputs
     e·N·(H·h + d)               the input and output of o
-    e·N·(d + 2f) + e·N·d        the input of gate and up, their outputs, the output of down, whose input is recomputed
+    e·N·(d + 2f) + e·N·d        the input of gate and up, their outputs, the output of down (its input is recomputed)
     e·N·Σ rank                  x·Aᵀ of every pair
 
-and half as much again for each expert that a token chooses, because experts gather their inputs.
+and half as much again for each expert of a token, because experts gather their inputs.
 
-The peak is at the start of the backward pass: all of this is kept, and the gradients inside one block are
-allocated. These gradients take the block's kept bytes times a coefficient of `FITS`. A run measures its
-longest batch before the first step, and shows that number.
+The peak is at the start of the backward pass, when all of these values are saved and the gradients inside one
+block are allocated. These gradients take the block's saved bytes times a coefficient of `FITS`. A run
+measures its longest batch before the first step, and shows the measured peak.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
 _STATES = {"adamw": 8, "adam": 8, "adafactor": 0, "sgd": 0}
-"""Bytes of an optimizer's state for each float32 parameter. Adafactor's rows and columns are too few to count."""
+"""Bytes of an optimizer's state per float32 parameter. Adafactor's rows and columns are negligible."""
 
 
 class Fit(NamedTuple):
     """Coefficients that shapes do not determine.
 
     process: bytes before anything is loaded.
-    working: bytes allocated in the backward pass of the widest block, relative to the bytes this block
-        keeps.
+    working: bytes allocated in the backward pass of the widest block, relative to the bytes that the block
+        saves.
     unplaced: share of activations lost to allocator fragmentation."""
 
     process: int
@@ -54,26 +54,27 @@ FITS = {
     ("cuda", "text"): Fit(600_000_000, 1.2, 0.05),
     ("cuda", "image"): Fit(600_000_000, 2.0, 0.05),
 }
-"""By device and kind of run. CPU: fitted to the measured peaks of benchmarks/plan.py
-(docs/how-to/plan.md); the process is Python, torch, transformers, oneDNN and for images diffusers.
-CUDA: `process` is CUDA's context with cuBLAS, 0.4 to 0.8 GB by card and driver; `process` and
-`unplaced` are assumed, because no card was measured."""
+"""Coefficients by device and kind of run.
+
+CPU: fitted to the measured peaks of benchmarks/plan.py (docs/how-to/plan.md). The process is Python, torch,
+transformers, oneDNN and, for images, diffusers. CUDA: `process` is the CUDA context with cuBLAS, 0.4 to 0.8
+GB depending on card and driver. `process` and `unplaced` are assumptions, because no card was measured."""
 CPU_LATER = 130_000_000
-"""The part of a CPU's `process` that the first steps add: oneDNN's compiled products, and heap around them.
+"""The part of a CPU's `process` that the first steps add: oneDNN's compiled products, and their heap.
 """
 _ON_THEIR_WAY = 4
-"""Layer inputs on the device at once, if inputs are offloaded to CPU memory."""
+"""Number of layer inputs on the device at once, if inputs are offloaded to CPU memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunLoad:
-    """How a run trains; its `size` is the number of tokens or images in a micro-batch.
+    """How a run trains. `size` is the number of tokens or images in a micro-batch.
 
     micros: micro-batches per step.
-    dtype: of the base.
-    quantize: nf4, fp4, int8 or None; `double`: the constants are quantized too.
-    inputs_on_host: inputs of recomputed layers stay in CPU memory.
-    offload: number of the base's last blocks that stay in CPU memory until needed.
+    dtype: dtype of the base.
+    quantize: nf4, fp4, int8 or None; double: whether the quantization constants are quantized too.
+    inputs_on_host: whether inputs of recomputed layers are offloaded to CPU memory.
+    offload: number of blocks, at the end of the base, that are in CPU memory until needed.
     base_passes: forward passes of the base without adapter per step."""
 
     micros: int = 1
@@ -94,12 +95,12 @@ class RunLoad:
 
 @dataclass(frozen=True)
 class Load(RunLoad):
-    """The input of a run on a language model.
+    """The load of a text run.
 
     lengths: tokens of each row in the largest micro-batch.
-    trained: the share of these tokens with a loss.
-    full: parameters trained besides the pairs (full copies, token rows).
-    compared: each token's distribution is compared with another model's."""
+    trained: share of these tokens that have a loss.
+    full: trained parameters in addition to the pairs (full copies, token rows).
+    compared: whether each token's distribution is compared with another model's."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
@@ -113,7 +114,7 @@ class Load(RunLoad):
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens with a loss."""
+        """Return the number of tokens with a loss."""
         return max(1, round(self.trained * self.tokens))
 
     @property
@@ -127,16 +128,19 @@ class Load(RunLoad):
 
 @dataclass
 class Counts:
-    """A base, and one micro-batch on it.
+    """Counts of a base and of one micro-batch.
 
-    kind: a kind of FITS. buffers: values in memory that are not parameters.
-    matrices: parameters that `quantize` quantizes, with `rows` rows; `largest`: the largest weight that is
-        dequantized at once. In values of the base's dtype: `saved` for the backward pass, `inputs` of all
-        blocks, `block` kept by the widest block, `ends` kept after the last block.
+    kind: a kind of FITS.
+    buffers: values in memory that are not parameters.
+    matrices: parameters that `quantize` quantizes, with `rows` rows; largest: the largest weight that is
+        dequantized at once.
+    saved, inputs, block, ends: values of the base's dtype: saved for the backward pass, inputs of all blocks,
+        saved by the widest block, saved after the last block.
     delta_values: float32 values computed from an adapter's parts.
     forward, backward: operations.
-    head: the head's operations in both.
-    logits: bytes. blocks: parameters of each block."""
+    head: operations of the head in both passes.
+    logits: bytes.
+    blocks: parameters of each block."""
 
     kind: str = "text"
     parameters: int = 0
@@ -162,13 +166,13 @@ class Memory:
     """Peak bytes of one device.
 
     constants: quantization constants.
-    dequantized: the one weight that is in full precision at a time.
+    dequantized: the weight that is dequantized at the moment.
     working: gradients inside a block.
     context: the process (CPU) or CUDA itself.
     rounding: lost to fragmentation.
-    cache: keys and values of sampled answers.
-    teacher: another base that the run learns from.
-    host: bytes in CPU memory, not in the sum."""
+    cache: keys and values of sampled completions.
+    teacher: another base that serves as teacher.
+    host: bytes in CPU memory, not part of the sum."""
 
     weights: int = 0
     constants: int = 0
@@ -195,12 +199,12 @@ class Memory:
 
     @property
     def beyond_base(self) -> int:
-        """Bytes still to be allocated once the process and the base are in memory."""
+        """Return the bytes to allocate once the process and the base are in memory."""
         return self.peak - self.weights - self.constants - self.context
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Return the bytes of one value."""
+    """Return the number of bytes per value."""
     return 4 if dtype == "float32" else 2
 
 
@@ -216,9 +220,9 @@ class _Weights(Protocol):
 def weight_bytes(base: _Weights, dtype: str, quantize: str | None, double: bool = True) -> tuple[int, int]:
     """Return (weights, quantization constants) of a base in memory, in bytes.
 
-    nf4, fp4: 4 bits a weight and an absmax for each 64, as float32, or as 8 bits with a float32 for each
-    256 of them: 4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: a byte per weight and a
-    float32 per row. Embeddings, norms and head stay in `dtype`."""
+    nf4, fp4: 4 bits per weight and an absmax for every 64 weights, as float32, or as 8 bits with a float32
+    for every 256 absmaxes: 4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: a byte per weight
+    and a float32 per row. Embeddings, norms and head are in `dtype`."""
     if quantize is None:
         return base.parameters * dtype_bytes(dtype), 0
     plain = (base.parameters - base.matrices) * dtype_bytes(dtype)
@@ -229,7 +233,7 @@ def weight_bytes(base: _Weights, dtype: str, quantize: str | None, double: bool 
 
 
 def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | None = None) -> Memory:
-    """Return bytes by part.
+    """Return the bytes by part.
 
     process: bytes of the process before the base is loaded, if known (CPU)."""
     fit, e, trainable = FITS[device.kind, counts.kind], dtype_bytes(load.dtype), counts.trainable
@@ -245,15 +249,15 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
             saved = min(inputs, inputs / max(1, len(counts.blocks)) * _ON_THEIR_WAY) + ends
     if offloaded_blocks := offloaded(counts, load):
         host = e * sum(offloaded_blocks)
-        weights -= host - e * max(offloaded_blocks)  # the block in use is on the device
-    working = max(0.0, working - counts.logits)  # the logits are freed by then
+        weights -= host - e * max(offloaded_blocks)  # The block in use is on the device.
+    working = max(0.0, working - counts.logits)  # the logits are already freed
     transient, dequantized = saved + counts.logits + working, e * counts.largest if load.quantize else 0
-    # initial values stay
+    # the initial values are stored too
     initial_copies = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
     return Memory(
         weights=weights,
         constants=constants,
-        adapter=(4 * initial_copies + (e if e == 2 else 0)) * trainable,  # the factors are cast for 16-bit products
+        adapter=(4 * initial_copies + (e if e == 2 else 0)) * trainable,  # The factors are cast for 16-bit products.
         gradients=4 * trainable if load.micros > 1 else max(0, 4 * trainable - round(transient)),
         optimizer=_STATES.get(load.optimizer, 8) * trainable,
         activations=round(saved),
@@ -267,21 +271,22 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
 
 
 def offloaded(counts: Counts, load: RunLoad) -> list[int]:
-    """Return the parameters of each block that stays in CPU memory until needed."""
+    """Return the parameters of each block that is in CPU memory until needed."""
     return counts.blocks[-load.offload :] if load.offload else []
 
 
 def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | None = None) -> Memory:
-    """Return bytes by part of a run on text. `process`: as in `run_memory`."""
+    """Return the bytes by part of a text run. `process`: as in `run_memory`."""
     return run_memory(text_counts(shape, load, device), load, device, process=process)
 
 
 def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
     """Return the counts of a micro-batch on a language model.
 
-    Operations: 2 per weight and token forward, 2 backward, because frozen weights get no gradient;
-    attention 4 forward and 8 backward per visible key and channel. The head runs only on trained tokens,
-    and with the fast paths so does the last layer after its attention (`shape.keeps`)."""
+    Operations: 2 per weight and token in the forward pass, and 2 in the backward pass, because frozen weights
+    have no gradient. Attention has 4 in the forward and 8 in the backward pass per visible key and channel.
+    The head runs on trained tokens only, and on the fast paths, so does the last layer after its attention
+    (`shape.keeps`)."""
     spec, tokens, trained = load.spec, load.tokens, load.trained_tokens
     initial_copies = 2 if spec is not None and spec.init in ("pissa", "olora") else 1
     dora, dropped = spec is not None and spec.dora, spec is not None and spec.dora and spec.dropout > 0
@@ -305,14 +310,14 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
             values = sum(part.active * part.outputs for part in parts) + parts[0].active * parts[0].inputs * (
                 name != "down"
             )
-            saved += n * values * (1.5 if parts[0].times > 1 else 1)  # experts gather their inputs
-            if dora and adapted and (name != "gate_up" or dropped):  # the input of the DoRA scale
+            saved += n * values * (1.5 if parts[0].times > 1 else 1)  # Experts gather their inputs.
+            if dora and adapted and (name != "gate_up" or dropped):  # input of the DoRA scale
                 saved += n * sum(part.outputs for part in parts)
             for part in parts:
-                # the dropped input is multiplied by the weight too
+                # the weight is multiplied with the input before and after dropout
                 times = 2 if dropped and part in adapted else 1
                 counts.forward += 2.0 * times * n * part.multiplied
-                # no trained parameter is before these
+                # no trained parameter precedes these matrices
                 counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")
             for part in adapted:
                 pair, uses = pairs[part.name], initial_copies * n * part.active
@@ -333,34 +338,36 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
 
 
 def _logits(shape: TextShape, load: Load, device: Device) -> int:
-    """Return the bytes of one chunk's logits.
+    """Return the bytes of the logits of one chunk.
 
-    To compare two models: the logits and log-softmax of both, and three temporaries for the divergence and
-    its gradient, in float32."""
+    If two models are compared, these are the logits and log-softmax of both, and three temporaries for the
+    divergence and its gradient, in float32."""
     if load.compared:
         return 7 * 4 * min(load.trained_tokens, HEAD_CHUNK) * shape.vocabulary
     return dtype_bytes(load.dtype) * min(load.trained_tokens, logits_chunk(device.kind)) * shape.vocabulary
 
 
 def visible_keys(length: int, window: int | None = None) -> int:
-    """Return Σ over a row's queries of the keys that each query sees."""
+    """Return the sum over a row's queries of the number of keys that each query sees."""
     visible = length if window is None else min(length, window)
     return visible * (visible + 1) // 2 + (length - visible) * visible
 
 
 def kept_dequantized(shape: TextShape, memory: Memory, available: int) -> int:
-    """Return bytes of the first layers that can stay dequantized in `available` bytes."""
+    """Return the bytes of the first layers that can remain dequantized in `available` bytes."""
     spare = available - memory.peak
     each = 2 * max((layer.matrices for layer in shape.layers), default=0)
     return 0 if each == 0 or spare <= 0 else min(spare // each, len(shape.layers)) * each
 
 
 def packed_weights(shape: TextShape, dtype: str, faster: Callable[[int, int, bool], bool]) -> int:
-    """Return the bytes of prepacked weight copies of a run.
+    """Return the bytes of a run's prepacked weight copies.
 
-    One copy for x·Wᵀ and one for the gradient of x, per joined product, in the order of the products.
-    faster: (out, in, whether x·Wᵀ) -> whether a copy pays off. Nothing before the first layer is trained,
-    so its q, k and v need no gradient of x. Experts have no copies."""
+    Each fused product has one copy for x·Wᵀ and one for the gradient of x, in the order of the products.
+    Nothing before the first layer is trained, so its q, k and v need no gradient of x. Experts have no
+    copies.
+
+    faster: (out, in, whether x·Wᵀ) -> whether a copy is faster."""
     count = 0
     for i, layer in enumerate(shape.layers):
         for name, parts in layer.products.items():

@@ -38,13 +38,14 @@ _MOST_CACHE = 1 << 30
 
 @dataclass(frozen=True)
 class SamplingLoad:
-    """Answers that a run samples.
+    """The completions that a run samples.
 
-    prompt, answer: most tokens of each.
-    group: answers per prompt, which is computed once.
-    together: sampled at once.
-    total: in the whole run.
-    teacher: a model in the same process that reads each answer once, with `teacher_bytes` of its own."""
+    prompt, answer: maximum tokens of a prompt and of a completion.
+    group: completions per prompt, which share the computed prompt.
+    together: completions sampled at once.
+    total: completions in the whole run.
+    teacher: a model in the same process that reads each completion once; teacher_bytes: size of its base, if
+        separate."""
 
     prompt: int
     answer: int
@@ -55,15 +56,15 @@ class SamplingLoad:
     teacher_bytes: int = 0
 
     def cache(self, shape: TextShape, dtype: str) -> int:
-        """Return bytes of keys and values of all answers sampled at once."""
+        """Return the bytes of the keys and values of all completions that are sampled at once."""
         return min(_MOST_CACHE, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """How much data a run trains on.
+    """The amount of data that a run trains on.
 
-    batch: rows per optimizer step. `held_out` rows are scored `evaluations` times."""
+    batch: rows per optimizer step. The `held_out` rows are scored `evaluations` times."""
 
     rows: int
     tokens_per_row: float = 1.0
@@ -79,7 +80,7 @@ class TrainingJob:
 
     @property
     def passes(self) -> float:
-        """How many times the data is used."""
+        """Return how many times the data is used."""
         return self.epochs if self.steps is None else self.steps * self.batch / max(1, self.rows)
 
     @property
@@ -89,17 +90,17 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of one run.
+    """The plan of one run.
 
-    memory: of the run as given, on one device.
-    peak: bytes of it on each device, of `available`.
-    changes: changes that make it fit, if it does not.
-    planned, planned_memory: the load and device of `seconds` and `cost`: as given, or with the first of
-        `changes`; None if nothing helps.
-    dequantizable: bytes of a quantized base's layers that can stay dequantized in the remaining memory.
-    packable: bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose
-        products are all faster with copies.
-    facts: what was planned, for the user."""
+    memory: memory of the given run on one device.
+    peak: peak bytes of the given run on each device; available: usable bytes.
+    changes: changes that make a run fit that does not.
+    planned, planned_memory: the load and device that `seconds` and `cost` are for: those of the given run, or
+        with the first of `changes`; None if no change suffices.
+    dequantizable: bytes of a quantized base's layers that can remain dequantized in the remaining memory.
+    packable: bytes of a plain base's prepacked weight copies in the remaining memory, on a CPU, if copies
+        make all products faster.
+    facts: description of the plan for the user."""
 
     base: str
     parameters: int
@@ -126,18 +127,18 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Cost in US dollars; None without a price or if nothing fits."""
+        """Return the cost in US dollars, or None without a price or if nothing fits."""
         if self.seconds is None or self.planned is None or self.planned[1].price is None:
             return None
         return self.seconds / 3600 * self.planned[1].price * self.planned[1].count
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the adapter's file in float32, veneer's dtype."""
+        """Return the bytes of the adapter's file, which is in float32."""
         return 4 * self.trainable
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values; in bytes, seconds and dollars."""
+        """Return the plan as JSON values, in bytes, seconds and dollars."""
         return {
             "base": self.base,
             "parameters": self.parameters,
@@ -201,7 +202,7 @@ def _plan(
     if planned is not None:
         part_load, size = planned[0], max(1, planned[0].size)
         each = min(job.tokens_per_row, part_load.longest) if isinstance(part_load, Load) else 1.0
-        # a step without the backward pass
+        # a step without its backward pass
         scored = job.held_out * each / size * job.evaluations * (2 / 6 if part_load.checkpointing else 1 / 2)
         seconds = step_seconds(*planned) * (math.ceil(job.rows * each / size) * job.passes + scored)
     return Plan(
@@ -222,10 +223,10 @@ def _plan(
 
 
 def _with_sampling(plan: Plan, shape: TextShape, load: Load, device: Device, sampled: SamplingLoad) -> Plan:
-    """Return the plan of a run that learns from its own answers.
+    """Return the plan of a run that learns from its own completions.
 
-    Adds the answers' keys and values, the time to sample them (`serving`), and a teacher that reads them. The
-    plan's available bytes exclude them."""
+    Adds the keys and values of the completions, the time to sample them (`serving`), and a teacher that reads
+    them. The available bytes of `plan` exclude these parts."""
     rank = load.spec.rank if load.spec is not None else load.rank
     shared = Traffic(max(1, sampled.prompt // sampled.group), sampled.answer, sampled.together, 1)
     each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantize=load.quantize)
@@ -234,7 +235,7 @@ def _with_sampling(plan: Plan, shape: TextShape, load: Load, device: Device, sam
     facts = [*plan.facts, ("answers", f"{text}, {seconds:,.0f} s")]
     total = None if plan.seconds is None else plan.seconds + seconds
     if sampled.teacher is not None:
-        # another base is not quantized, whatever the trained one is
+        # a separate base is not quantized, even if the trained base is
         plain = replace(load, quantize=None) if sampled.teacher_bytes else load
         passes = sampled.total * (sampled.prompt + sampled.answer) / max(1, load.tokens)
         seconds = passes * plan.rates.seconds(reading_work(sampled.teacher, plain), device.count)
@@ -270,10 +271,10 @@ def text_plan(
     traffic: Traffic | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """Return the plan of a run on text.
+    """Return the plan of a text run.
 
-    sampled: the answers of a run that learns from its own.
-    available: usable bytes of each device, by default `usable_memory`.
+    sampled: the completions of a run that learns from them.
+    available: usable bytes of each device; the default is `usable_memory`.
     process: bytes of the process before the base is loaded, if known (CPU)."""
     limit = usable_memory(device) if available is None else available
     if sampled is not None:
@@ -324,7 +325,7 @@ def image_plan(
 ) -> Plan:
     """Return the plan of a run on `job.rows` images.
 
-    config: of the denoiser, see `image_counts`."""
+    config: the denoiser's config; see `image_counts`."""
     load = replace(load, blocks=len(image_counts(config, load).blocks))
     limit = usable_memory(device) if available is None else available
     plan = _plan(base, lambda load, device: image_counts(config, load), load, device, job, limit)
@@ -348,14 +349,14 @@ def image_plan(
 
 
 def _times(passes: float) -> str:
-    """Return a number of passes in words: 0.5 times, once, 3 times, 1,000 times."""
+    """Return a number of passes as text: 0.5 times, once, 3 times, 1,000 times."""
     if passes == 1:
         return "once"
     return f"{passes:,.0f} times" if passes >= 100 else f"{passes:.3g} times"
 
 
 def _form(form: PairForm) -> str:
-    """Return the text before the rank: nothing for plain pairs."""
+    """Return the text that precedes the rank: the form of the pairs, or "" for plain pairs."""
     return "" if form.kind == "lora" else f"{form.kind}, "
 
 

@@ -1,4 +1,4 @@
-"""Print a plan: whether it fits, then hours and dollars, then the parts."""
+"""Format a plan as text: whether the run fits, then hours and dollars, then the parts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _assumed(plan: Plan) -> Iterator[str]:
-    """Yield the assumptions in a plan for a GPU."""
+    """Yield the assumptions of a plan for a GPU."""
     if plan.device.kind != "cuda":
         return
     fit = FITS["cuda", "text"]

@@ -1,7 +1,8 @@
 """Serving capacity of a device: adapters and tokens per second.
 
     one step of b requests      time = max(bytes read / bandwidth, operations / rate)
-                                bytes: weights that are multiplied + keys and values of b contexts + b adapters
+                                bytes: weights that are multiplied + keys and values of b contexts + b
+                                    adapters
     a prompt                    operations / rate
 
 A roofline: the hardware's limit at the stated shares, not the throughput of a real engine.
@@ -19,10 +20,10 @@ from veneer.plan.time import Rates
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests: `prompt` tokens read, `answer` tokens written.
+    """The requests to serve: `prompt` tokens to read and `answer` tokens to generate.
 
     together: requests per step.
-    tenants: adapters."""
+    tenants: number of adapters."""
 
     prompt: int = 600
     answer: int = 100
@@ -47,7 +48,7 @@ class Serving:
 
 
 def cache_bytes(shape: TextShape, dtype: str) -> int:
-    """Return bytes of the keys and values of one token."""
+    """Return the bytes of the keys and values of one token."""
     return dtype_bytes(dtype) * sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
 
 
@@ -86,9 +87,9 @@ def serving(
 
 
 def _read(shape: TextShape, e: int, weights: int, together: int) -> float:
-    """Return bytes of weights that a step of `together` tokens reads.
+    """Return the bytes of weights that a step of `together` tokens reads.
 
-    All weights of a dense base; of experts, those that any token chooses."""
+    These are all weights of a dense base, and of experts, those that any of the tokens chooses."""
     total = shape.matrices
     if not total:
         return float(weights)

@@ -1,10 +1,10 @@
-"""The shape of a language model, from its config: layers' matrices, heads and vocabulary.
+"""The shape of a language model, from its config: matrices of the layers, heads and vocabulary.
 
     text_shape(config)            a config.json, as a dict: transformers builds the model without weights
     module_shape(model)           the same from a built model, on any device
     PairForm("loha").costs((out, in), rank)    the cost of an adapter's form on one frozen matrix
 
-A layer's matrices have transformers' names, so that targets mean the same as in training.
+Matrices have the names of transformers, so that targets mean the same as in training.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class PairCosts:
     """The cost of one pair.
 
-    forward, operations: operations per token, forward and in both passes.
-    rank: kept values per token.
-    delta_values: float32 values computed from the parts and kept, for any number of tokens."""
+    forward, operations: operations per token, in the forward pass and in both passes.
+    rank: saved values per token.
+    delta_values: float32 values that are computed from the parts and saved, for any number of tokens."""
 
     parameters: int
     forward: float
@@ -42,15 +42,15 @@ class PairCosts:
 
     @property
     def operations(self) -> float:
-        return (3 if self.rank else 4) * self.forward  # once more if nothing is kept
+        return (3 if self.rank else 4) * self.forward  # the forward pass runs again if nothing is saved
 
 
 @dataclass(frozen=True)
 class PairForm:
     """The `adapter.kind`, `factor` and `decompose_both` of a configuration.
 
-    A LoHa of rank r is multiplied as a pair of rank r², a LoKr factor by factor (core.layers); values that
-    are not kept are recomputed in the backward pass."""
+    A LoHa of rank r is multiplied as a pair of rank r², and a LoKr factor by factor (core.layers). Values
+    that are not saved are recomputed in the backward pass."""
 
     kind: Literal["lora", "loha", "lokr"] = "lora"
     factor: int | None = None
@@ -61,7 +61,7 @@ class PairForm:
         return cls() if spec is None else cls(spec.kind, spec.factor, spec.decompose_both)
 
     def costs(self, shape: tuple[int, ...], rank: int) -> PairCosts:
-        """Return the cost on a frozen weight of shape (out, in, k…)."""
+        """Return the cost of a pair on a frozen weight of shape (out, in, k…)."""
         rows, columns = shape[0], math.prod(shape[1:])
         if self.kind == "lora":
             return PairCosts(rank * (rows + columns), 2.0 * rank * (rows + columns), rank)
@@ -77,15 +77,15 @@ class PairForm:
 
 
 PAIRS = PairForm()
-"""Plain pairs."""
+"""The form of plain pairs."""
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One matrix of a layer, or `times` of one shape, of which a token uses `active`.
+    """One matrix of a layer, or `times` matrices of one shape, of which a token uses `active`.
 
     product: matrices with the same product share their input and are multiplied as one.
-    pair: whether all-linear includes it."""
+    pair: whether all-linear includes the matrix."""
 
     name: str
     inputs: int
@@ -101,7 +101,7 @@ class LinearShape:
 
     @property
     def multiplied(self) -> float:
-        """Weights that one token is multiplied by."""
+        """Return the number of weights that one token is multiplied with."""
         return self.active * self.inputs * self.outputs
 
 
@@ -109,9 +109,9 @@ class LinearShape:
 class LayerShape:
     """A decoder layer.
 
-    small: parameters of norms, biases and routers, never quantized.
-    normed: values per token kept by norms other than those before attention and MLP.
-    window: keys a query sees, None for all."""
+    small: parameters of norms, biases and routers, which are never quantized.
+    normed: values per token saved by norms, except the norms before attention and MLP.
+    window: number of keys that a query sees; None for all."""
 
     linears: tuple[LinearShape, ...]
     small: int
@@ -137,7 +137,7 @@ class LayerShape:
 class TextShape:
     """A decoder-only language model.
 
-    keeps: whether its last layer runs only on trained tokens, as in the fast paths (models/text/fast.py)."""
+    keeps: whether its last layer runs on trained tokens only, as on the fast paths (models/text/fast.py)."""
 
     family: str
     hidden: int
@@ -148,7 +148,7 @@ class TextShape:
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding, and of the head if it is a separate matrix."""
+        """Return the parameters of the embedding, and of the head if it is a separate matrix."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -157,33 +157,34 @@ class TextShape:
 
     @property
     def rows(self) -> int:
-        """Outputs of all matrices."""
+        """Return the number of outputs of all matrices."""
         return sum(linear.times * linear.outputs for layer in self.layers for linear in layer.linears)
 
     @property
     def largest(self) -> int:
-        """Values of the largest weight that is multiplied as one."""
+        """Return the size of the largest weight that is multiplied at once."""
         products = (parts for layer in set(self.layers) for parts in layer.products.values())
         return max((sum(part.inputs * part.outputs for part in parts) for parts in products), default=0)
 
     @property
     def active_parameters(self) -> int:
-        """Weights that one token is multiplied by.
+        """Return the number of weights that one token is multiplied with.
 
-        Includes the head; excludes the embedding."""
+        The head is included, and the embedding is not."""
         each = sum(linear.multiplied for layer in self.layers for linear in layer.linears)
         return int(each) + self.vocabulary * self.hidden
 
     @property
     def matrices(self) -> int:
-        """Parameters that a 4-bit or 8-bit base quantizes: every matrix of the layers."""
+        """Return the parameters that a 4-bit or 8-bit base quantizes: every matrix of the layers."""
         return sum(layer.matrices for layer in self.layers)
 
 
 def pair_parameters(shape: TextShape, spec: LoraSpec | None = None, *, rank: int = 16) -> int:
-    """Return the trainable parameters of `spec` on the base.
+    """Return the number of trainable parameters of `spec` on the base.
 
-    Without a spec: pairs of `rank` on all-linear. Raises TargetError for a pattern without a match."""
+    Without a spec, the pairs have `rank` and are on all-linear. Raises TargetError for a pattern without a
+    match."""
     return sum(count for _, _, count in _pairs(shape, spec, rank))
 
 
@@ -202,9 +203,9 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
 
 
 def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
-    """Return the rank of the pair on a module, 0 if it has none."""
+    """Return the rank of the pair on a module, or 0 if the module has no pair."""
     if spec.targets != "all-linear" or spec.exclude or spec.rank_pattern:
-        # needs torch, which a plan with default targets does not load
+        # This import needs torch, which a plan with default targets does not load.
         from veneer.core.targets import target_matches
 
         patterns = (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
@@ -217,9 +218,7 @@ def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
 
 
 def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict[str, PairCosts]]:
-    """Return for each layer: matrix name -> cost of its pair.
-
-    Matrices without a pair are omitted."""
+    """Return, for each layer, matrix name -> cost of its pair, without matrices that have no pair."""
     out: list[dict[str, PairCosts]] = [{} for _ in shape.layers]
     for name, costs, _ in _pairs(shape, spec, rank):
         _, _, index, module_name = name.split(".", 3)
@@ -231,12 +230,12 @@ def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict
 
 
 def text_shape(config: Mapping[str, Any], where: str = "config.json") -> TextShape:
-    """Return the shape of a language model (the language part of a multimodal one).
+    """Return the shape of a language model (the language part of a multimodal model).
 
-    config: as in config.json; missing fields have transformers' defaults.
+    config: as in config.json; missing fields have the defaults of transformers.
     where: the base, for errors.
 
-    Raises ConfigError for a family that transformers does not have, and for values that it refuses."""
+    Raises ConfigError for a family that transformers does not support, and for values that it refuses."""
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "text_config")}
     if isinstance(inner := config.get("text_config"), Mapping):
         kind = inner.get("model_type") or f"{config.get('model_type')}_text"
@@ -254,7 +253,7 @@ def text_shape(config: Mapping[str, Any], where: str = "config.json") -> TextSha
 
 
 def model_shape(model: Any) -> TextShape:
-    """Return the shape of a loaded model: as its config has it, because loading can rebuild layers."""
+    """Return the shape of a loaded model from its config, because loading can replace layers."""
     from veneer.models.text.meta_model import text_families
 
     fields = model.config.get_text_config().to_dict()
@@ -290,11 +289,11 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts")
 
 
 def module_shape(model: Any) -> TextShape:
-    """Return the shape of a built language model, whose parameters are exact for any family.
+    """Return the shape of a built language model, with exact parameters for any family.
 
-    The model can be attached. The config defines the attention; in a layer whose matrices do not have
-    Llama's names, each matrix is a separate product. Weights outside the layers (Gemma 4's per-layer
-    embeddings) count with the first layer."""
+    Adapters can be attached to the model. The config defines the attention. In a layer with matrices that do
+    not have Llama's names, each matrix is a separate product. Weights outside the layers (Gemma 4's per-layer
+    embeddings) count toward the first layer."""
     from veneer.core.targets import base_modules, expert_parameters, kind_of
 
     config = model.config.get_text_config()
@@ -304,7 +303,7 @@ def module_shape(model: Any) -> TextShape:
     vocabulary = {id(embedding.weight), *([id(head.weight)] if head is not None else [])}
     attention = layer_heads(config)
     layers: dict[int, tuple[list[LinearShape], int]] = {i: ([], 0) for i in range(len(attention))}
-    normed = [-2 * hidden] * len(attention)  # without the norms before attention and MLP
+    normed = [-2 * hidden] * len(attention)  # excludes the norms before attention and MLP
     active = next((int(n) for key in _ACTIVE_EXPERTS if (n := getattr(config, key, None))), 1)
     for name, module in base_modules(model):
         index = next((int(part) for part in name.split(".") if part.isdigit()), 0)
@@ -322,7 +321,8 @@ def module_shape(model: Any) -> TextShape:
                 continue
             if key in fused:
                 times, a, b = (int(n) for n in parameter.shape)
-                # the hidden size is the input, of down the output; families store either first
+                # The hidden size is the input, except for down, where it is the output. Families store either
+                # dimension first.
                 if ("down" in key) == (a == hidden):
                     a, b = b, a
                 linears.append(LinearShape(f"{module_name}.{key}", a, b, f"experts.{key}", times, min(active, times)))
@@ -334,7 +334,7 @@ def module_shape(model: Any) -> TextShape:
                 small += parameter.numel()
         layers[index] = linears, small
     linears, small = layers[0]
-    layers[0] = linears, small - hidden  # the norm after the last layer, which TextShape.parameters counts
+    layers[0] = linears, small - hidden  # The norm after the last layer is counted in TextShape.parameters.
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or [""] * len(attention)
     built = tuple(

@@ -1,11 +1,11 @@
 """Bundled tables of bases and GPUs by name.
 
-The files name the source of each number.
+The files contain the source of each number.
 
     base_config("meta-llama/Llama-3.1-70B")      fields of its config.json
-    device_named("h100-80gb")                    what a plan needs of a GPU
+    device_named("h100-80gb")                    the numbers of a GPU that a plan uses
 
-Both are data files in this folder.
+Both tables are data files in this folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Device:
     memory: total bytes.
     flops: peak bfloat16 operations per second.
     bandwidth: bytes per second.
-    price: US dollars per hour of one device, None if unknown.
+    price: US dollars per hour of one device; None if unknown.
     count: number of devices."""
 
     name: str
@@ -63,12 +63,12 @@ def base_names() -> list[str]:
 
 
 def base_config(name: str) -> dict[str, Any]:
-    """Return the config of a base (for an image base: of its denoiser).
+    """Return the config of a base (for an image base, of its denoiser).
 
-    name: in the table, or a directory, a config.json or a GGUF file.
+    name: a name in the table, or the path of a directory, a config.json or a GGUF file.
 
-    Raises ConfigError with near names, and for bad values (models/config.py); BaseError for an unreadable
-    GGUF file."""
+    Raises ConfigError, with similar names, for an unknown name, ConfigError for invalid values
+    (models/config.py), and BaseError for an unreadable GGUF file."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _gguf_config(path)
@@ -105,12 +105,12 @@ def _gguf_config(file: Path) -> dict[str, Any]:
 def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
     """Return an image base's pixels per latent position and default image side.
 
-    The side is the U-Net's own, else the one in the VAE's config."""
+    The side is in the config of the U-Net, else of the VAE."""
     file = base / "vae" / "config.json"
     if "_class_name" not in config or not file.is_file():
         return {}
     vae = read_config_json(file)
-    # Qwen-Image's has multiples of a width
+    # In Qwen-Image's VAE, the values are multiples of a width.
     levels = vae.get("block_out_channels", vae.get("dim_mult", [0] * 4))
     sample_size = config.get("sample_size")
     sides = [side for side in (sample_size, vae.get("sample_size")) if side is not None]
@@ -136,9 +136,9 @@ def gpu_names() -> list[str]:
 
 
 def device_named(name: str, *, count: int = 1, price: float | None = None) -> Device:
-    """Return a GPU of the table; `price` replaces the table's.
+    """Return a GPU of the table. `price` replaces the price in the table.
 
-    Raises ConfigError with near names."""
+    Raises ConfigError, with similar names, for an unknown name."""
     table = _gpus()
     key = _key(name)
     name_in_table = next((n for n in table if _key(n) == key), None)
@@ -160,9 +160,10 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
 
 
 def device_of_card(name: str, memory: int) -> Device:
-    """Return the device for a card by CUDA's name, with `memory` bytes.
+    """Return the device for a card with this CUDA name and `memory` bytes.
 
-    From the table, under the table's name, if listed; else a guess of 100 TFLOP/s and 800 GB/s."""
+    A card in the table has the table's name. For other cards, the device has 100 TFLOP/s and 800 GB/s as a
+    guess."""
     for gpu in gpu_names():
         row = device_named(gpu)
         has_name = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(gpu) in _key(name)
@@ -174,7 +175,7 @@ def device_of_card(name: str, memory: int) -> Device:
 
 
 def cpu_device() -> Device:
-    """Return this machine's CPU; its rates are those of the machine's profile (plan/time.py)."""
+    """Return this machine's CPU, with rates from the machine's profile (plan/time.py)."""
     import psutil
 
     cores = thread_count()
@@ -186,7 +187,7 @@ def cpu_device() -> Device:
 
 
 def device_here(where: torch.device) -> Device:
-    """Return the device that torch computes on: a GPU, or this machine's CPU."""
+    """Return the device for `where`: a GPU, or this machine's CPU."""
     import torch
 
     if where.type == "cuda":

@@ -1,4 +1,4 @@
-"""Duration of a run: counted operations and bytes over measured (CPU) or assumed (GPU) rates.
+"""Duration of a run: counted operations and bytes divided by measured (CPU) or assumed (GPU) rates.
 
 seconds = operations / rate + bytes / bandwidth
 """
@@ -12,18 +12,19 @@ from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
 _EFFICIENCY = 0.4
-"""Share of a device's products that training reaches: on a CPU 0.33 to 0.68 in steps of smollm2-135m, on a card
-assumed."""
+"""Share of a device's product rate that training reaches.
+
+On a CPU, steps of smollm2-135m reached 0.33 to 0.68. The value for a GPU is an assumption."""
 _BANDWIDTH = 0.7
 HOST_LINK = 20e9
-"""Bytes per second between CPU memory and a card: an assumption for PCIe 4.0 × 16."""
+"""Bytes per second between CPU memory and a GPU: an assumption for PCIe 4.0 × 16."""
 
 
 @dataclass(frozen=True)
 class Work:
     """The work of one micro-batch, forward and backward.
 
-    bytes: of activations and weights, read and written.
+    bytes: bytes of activations and weights, read and written.
     fetched: bytes from CPU memory that the device waits for.
     copied: bytes to and from CPU memory during computation."""
 
@@ -37,14 +38,14 @@ class Work:
 class Rates:
     """Operations and bytes per second of a device.
 
-    source: where the numbers come from, as a sentence."""
+    source: the origin of the numbers, as a sentence."""
 
     operations: float
     bandwidth: float
     source: str
 
     def seconds(self, work: Work, count: int = 1) -> float:
-        """Return the seconds for `work` spread over `count` devices."""
+        """Return the seconds for `work`, divided among `count` devices."""
         computing = (work.operations / self.operations + work.bytes / self.bandwidth) / count
         return max(computing, work.copied / HOST_LINK / count) + work.fetched / HOST_LINK
 
@@ -52,9 +53,9 @@ class Rates:
 def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     """Return the rates of a device.
 
-    This machine's CPU: shares of the products and the bandwidth that its profile measured (ops/profile.py).
-    Other devices: assumed shares of their data sheets; float32 a fourteenth of bfloat16 (H100: 67 of 989
-    TFLOP/s)."""
+    The rates of this machine's CPU are shares of the product rate and the bandwidth in its profile
+    (ops/profile.py). The rates of other devices are assumed shares of their data sheets, with float32 at a
+    fourteenth of bfloat16 (H100: 67 of 989 TFLOP/s)."""
     if device.kind == "cpu":
         from veneer.ops.profile import profile
 
@@ -68,10 +69,11 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
 
 
 def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
-    """Return operations and bytes of a micro-batch, forward and backward.
+    """Return the operations and bytes of a micro-batch, forward and backward.
 
-    Includes forward passes that recompute, and those of the base alone. Kept values are written and read
-    twice, weights are read in every pass; dequantized weights are written and read in every pass."""
+    Forward passes for recomputation and of the base without adapter are included. Saved values are written
+    and read twice. Weights are read in every pass, and dequantized weights are written and read in every
+    pass."""
     e, forwards = dtype_bytes(load.dtype), load.base_passes + load.checkpointing
     reads = 2 + forwards
     moved = 4.0 * (e * (counts.saved + counts.ends) + counts.logits)
@@ -87,9 +89,9 @@ def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
 
 
 def reading_work(shape: TextShape, load: Load) -> Work:
-    """Return operations and bytes of one forward of a base without adapters.
+    """Return the operations and bytes of one forward pass of a base without adapters.
 
-    This is a teacher's work to read answers; the head runs only on the trained tokens."""
+    This is the work of a teacher that reads completions. The head runs on trained tokens only."""
     operations = 2.0 * load.trained_tokens * shape.vocabulary * shape.hidden
     for layer in shape.layers:
         operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)

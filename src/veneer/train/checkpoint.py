@@ -43,9 +43,11 @@ _VERSION = 1
 class Progress:
     """The progress of a run.
 
-    `recent`: (Σ NLL, trained tokens or pairs) of the last steps. `evaluated`: the last step after which the
-    validation rows were scored, −1 for never. `waited`: evaluations since the best one. `first_loss`:
-    validation loss before the first step, which is the base's; `last_loss`: at the last evaluation."""
+    recent: (Σ NLL, trained tokens or pairs) of the last steps
+    evaluated: the last step after which the held-out rows were scored; −1 for never
+    waited: evaluations since the best one
+    first_loss: validation loss before the first step, which is the loss of the base
+    last_loss: validation loss of the last evaluation"""
 
     step: int = 0
     tokens: int = 0
@@ -62,14 +64,14 @@ class Progress:
 
     @property
     def loss(self) -> float | None:
-        """Nats per trained token over the last steps; None before the first step."""
+        """Return the nats per trained token over the last steps; None before the first step."""
         trained = sum(n for _, n in self.recent)
         return sum(nll for nll, _ in self.recent) / trained if trained else None
 
     def metrics(self) -> dict[str, Any]:
         """Return the card's metrics of an unfinished run.
 
-        The validation losses are included if the rows were scored after this step."""
+        The validation losses are included if the held-out rows were scored after this step."""
         scored = self.last_loss if self.evaluated == self.step else None
         values = {"steps": self.step, "training_loss": self.loss, "validation_loss": scored}
         values |= {"validation_loss_before": self.first_loss if scored is not None else None}
@@ -91,17 +93,21 @@ def save(
     conditions: Mapping[str, Any] | None = None,
     fill: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write the state after `progress.step` and remove old checkpoints.
+    """Write the state after `progress.step`, and remove old checkpoints.
 
-    Keeps the newest `keep` and the best one. `shared`: another run in the group requested this checkpoint; it
-    does not count against `keep`. The `newest` checkpoints of all kinds are kept too. `parameters`: the
-    trained tensors, and other state of the adapter outside the optimizer (moving averages). `identity`: what
-    a resumed run must have in common with this one (JSON values): data, base. `metadata`: stored, not compared.
-    `devices`: number of devices, which a resumed run can change. `conditions`: further conditions of bit-for-bit
-    equality, besides the environment. `fill`: writes further files into the folder that it gets.
+    The newest `keep` checkpoints and the best one remain.
 
-    An existing checkpoint of this step is left unchanged, because a run is a function of its step. Raises
-    ResourceError for a full disk; existing checkpoints stay, and nothing incomplete is left."""
+    parameters: the trained tensors, and other tensors of the adapter outside the optimizer (moving averages)
+    identity: JSON values that a resumed run must have in common with this run: data, base
+    shared: another run in the group requested this checkpoint, so it does not count toward `keep`
+    newest: number of checkpoints to keep, including shared ones
+    metadata: stored, but not compared
+    devices: number of devices, which a resumed run can change
+    conditions: conditions of bit-for-bit equality, in addition to the environment
+    fill: function that writes further files into the given folder
+
+    An existing checkpoint of this step is not changed, because a run is a function of its step. Raises
+    ResourceError if the disk is full. Existing checkpoints then remain, and no incomplete file is left."""
     final = directory / f"{_PREFIX}{progress.step:08d}"
     if final.is_dir():
         return final
@@ -147,12 +153,12 @@ def latest(directory: Path) -> Path | None:
 
 
 def by_step(directory: Path) -> dict[int, Path]:
-    """Return step -> checkpoint for all checkpoints in `directory`, the oldest first."""
+    """Return step -> checkpoint for all checkpoints in `directory`, oldest first."""
     return {int(path.name.removeprefix(_PREFIX)): path for path in _all(directory)}
 
 
 def at_step(directory: Path, step: int) -> Path:
-    """Return the checkpoint of `step`. Raises CheckpointError if it does not exist."""
+    """Return the checkpoint of `step`. Raise CheckpointError if it does not exist."""
     path = directory / f"{_PREFIX}{step:08d}"
     if not path.is_dir():
         raise CheckpointError(f"the checkpoint of step {step} is gone", where=str(path))
@@ -160,7 +166,7 @@ def at_step(directory: Path, step: int) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the checkpoint's `state.json`, after checking every file's digest."""
+    """Return the checkpoint's `state.json`, after verifying the digest of every file."""
     fix = f"delete {path} and resume from the one before it"
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -179,10 +185,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class Restored(NamedTuple):
-    """A checkpoint's facts besides its state.
+    """Further contents of a restored checkpoint.
 
-    `notes`: a sentence for each difference of the environment (torch, threads, devices) that can cost
-    bit-for-bit equality. `metadata`: the argument of `save`."""
+    notes: a sentence for each difference of the environment (torch, threads, devices) that can prevent
+    bit-for-bit equality. metadata: the argument of `save`."""
 
     progress: Progress
     notes: list[str]
@@ -198,9 +204,9 @@ def restore(
     devices: int = 1,
     conditions: Mapping[str, Any] | None = None,
 ) -> Restored:
-    """Restore parameters, optimizer and random generators, all or nothing.
+    """Restore parameters, optimizer and random generators, or raise an error and change nothing.
 
-    Raises CheckpointError, listing the keys, if `identity` differs."""
+    Raises CheckpointError, with the differing keys, if `identity` differs."""
     state = read_checkpoint(path)
     if changes := differences(state["identity"], json.loads(json.dumps(dict(identity)))):
         raise CheckpointError(
@@ -236,13 +242,13 @@ def restore(
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Restore only the trained parameters of the checkpoint into `parameters`."""
+    """Restore the checkpoint's trained parameters into `parameters`, and nothing else."""
     read_checkpoint(path)
     _copy_into(_read_parameters(path, parameters), parameters)
 
 
 def environment(devices: int = 1) -> dict[str, Any]:
-    """Return what bit-for-bit equality depends on besides the run's settings."""
+    """Return the conditions of bit-for-bit equality other than the run's settings."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -257,16 +263,14 @@ def environment(devices: int = 1) -> dict[str, Any]:
 
 
 def seed_all(*key: int | str) -> None:
-    """Seed torch's and Python's generators by a digest of `key`.
-
-    The same on every device."""
+    """Seed the generators of torch and Python with a digest of `key`, equal on every device."""
     seed = _seed_of(key)
     torch.manual_seed(seed)
     random.seed(seed)
 
 
 def seeded_generator(*key: int | str) -> torch.Generator:
-    """Return a generator equal to torch's own after `seed_all`."""
+    """Return a generator with the state that torch's generator has after `seed_all`."""
     return torch.Generator().manual_seed(_seed_of(key))
 
 
@@ -288,7 +292,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def rng_restore(state: Mapping[str, Tensor]) -> None:
-    """Restore a state of `rng_state`."""
+    """Restore a state returned by `rng_state`."""
     torch.set_rng_state(state["torch"])
     version, *words = state["python"].tolist()
     gauss = state["python.gauss"].tolist()
@@ -304,9 +308,7 @@ def rng_restore(state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Convert the system's errors while writing `where`.
-
-    To ResourceError (disk full) or CheckpointError."""
+    """Convert OSErrors while writing `where` to ResourceError (disk full) or CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -319,7 +321,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically. Errors as in `disk_errors`."""
+    """Write a file atomically. Raise the errors of `disk_errors`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed run
@@ -328,7 +330,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write and sync; return the sha256 of the contents."""
+    """Write and sync a file, and return the sha256 of its contents."""
     digest = hashlib.sha256()
 
     def hashed_chunks() -> Iterator[bytes | memoryview]:
@@ -342,8 +344,8 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        # Values that are not finite are allowed: an optimizer can hold infinities, and the loop has checked
-        # the parameters.
+        # Values that are not finite are allowed, because an optimizer can contain infinities and the loop has
+        # checked the parameters.
         return read_tensors(path)[0]
     except AdapterError as error:
         raise CheckpointError(f"cannot be read: {error.what}", where=str(path)) from error
@@ -357,15 +359,13 @@ def _all(directory: Path) -> list[Path]:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove incomplete directories of a killed run."""
+    """Remove incomplete directories that a killed run left."""
     for leftover in directory.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_shared(path: Path) -> bool:
-    """Return whether a checkpoint was written for other runs only.
-
-    False if unreadable."""
+    """Return whether a checkpoint was written for other runs only; False if it is unreadable."""
     try:
         return bool(json.loads((path / "state.json").read_text(encoding="utf-8")).get("extra"))
     except (OSError, ValueError):
@@ -375,7 +375,8 @@ def is_shared(path: Path) -> bool:
 def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> None:
     """Remove old checkpoints.
 
-    The best checkpoint as of every kept one is kept too, because a run resumed from it can need its best."""
+    For every remaining checkpoint, its best checkpoint at that time remains too, because a run that resumes
+    from the former can need the latter."""
     checkpoints = _all(directory)
     recent = {*[path for path in checkpoints if not is_shared(path)][-max(1, keep) :], *checkpoints[-newest:]}
     bests = {best_step}
@@ -427,9 +428,7 @@ def _copy_into(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
 def _optimizer_out(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's tensors, and its scalars and groups.
-
-    Tensor keys are "<parameter>|<entry>". Scalars and groups are JSON values."""
+    """Return the optimizer's tensors by "<parameter>|<entry>", and its scalars and groups as JSON values."""
     names = {id(p): name for name, p in parameters.items()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -456,7 +455,7 @@ def _optimizer_state(
 ) -> dict[str, Any]:
     """Return a state for `optimizer.load_state_dict`.
 
-    Raises CheckpointError for another optimizer or other groups."""
+    Raises CheckpointError for another optimizer or other parameter groups."""
     by_id = {id(p): name for name, p in parameters.items()}
     current = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != current:
@@ -479,9 +478,7 @@ def _optimizer_state(
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return one line for each key with different values.
-
-    Nested keys are joined by dots."""
+    """Return one line for each key with different values. Nested keys are joined by dots."""
     lines: list[str] = []
     for key in sorted(saved.keys() | current.keys()):
         a, b = saved.get(key), current.get(key)

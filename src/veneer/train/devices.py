@@ -6,17 +6,18 @@
         devices.gather(value)                 the values of all processes, by rank
         devices.add_gradients(parameters, …)  Σ over the processes, in place
 
-Each process has the same adapter, optimizer and plan, computes its share of every step, and makes the same
-step:
+All processes have the same adapter, optimizer and plan. Each computes its share of every step, and then takes
+the same optimizer step:
 
     gradient of a step = Σ over processes ∇ Σ NLL over their micro-batches / Σ trained tokens of the step
 
-so the sum is exact for any shares. Only the first process writes and prints. `torchrun`, a Kubernetes job or
-Ray start such processes and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; `launch` starts
-them on one machine.
+The sum is exact for any division into shares. Only the first process writes and prints. `torchrun`,
+Kubernetes jobs or Ray start such processes and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+`launch` starts them on one machine.
 
-If one process fails, all end: it leaves its error in the shared store and exits; waiting processes find the
-error and raise the same one, marked as `already_shown`, so that it is printed once.
+If one process fails, all processes end. The failing process writes its error to the shared store and exits.
+Waiting processes read the error and raise the same one, marked as `already_shown`, so that the error is
+printed once.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ from veneer.train.signals import signal_handler
 T = TypeVar("T")
 _ERROR = "veneer/error"
 _TIMEOUT = timedelta(hours=3)
-"""Maximum wait for other processes, which can be drawing samples.
+"""Maximum wait for other processes, which can be generating samples.
 
-A process that has ended is noticed at once."""
+A process that has ended is noticed immediately."""
 PATIENCE = 20.0
-"""Seconds for other processes to notice a failure before `launch` ends them."""
+"""Seconds that other processes have to notice a failure before `launch` ends them."""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """One process among `count`.
+    """One process of `count` processes.
 
-    `local`: its number on its machine. `lockstep`: each process has a part of the weights, so all must run
-    the same number of forward passes."""
+    local: its number on its machine. lockstep: each process has a part of the weights, so all processes must
+    run the same number of forward passes."""
 
     rank: int = 0
     count: int = 1
@@ -71,9 +72,9 @@ class Devices:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank; waits for all of them.
+        """Return the values of all processes by rank, after waiting for all of them.
 
-        Values are pickled: keep them small."""
+        Values are pickled and should be small."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -85,7 +86,7 @@ class Devices:
     def deal(self, sizes: Sequence[int]) -> list[tuple[int, bool]]:
         """Return (index, counts) of this process's parts, in order; see `balance`.
 
-        In lockstep, a process with fewer parts also runs the smallest part, which does not count."""
+        In lockstep, a process with fewer parts also runs the smallest part, with counts=False."""
         hands = balance(sizes, self.count)
         mine = [(index, True) for index in hands[self.rank]]
         if self.lockstep and sizes:
@@ -94,9 +95,9 @@ class Devices:
         return mine
 
     def add_gradients(self, parameters: Sequence[nn.Parameter], reached: Sequence[int]) -> None:
-        """Sum the gradients of `parameters[i]`, i in `reached`, over processes in place.
+        """Sum the gradients of `parameters[i]`, i in `reached`, over all processes, in place.
 
-        A missing gradient counts as zero."""
+        A missing gradient is zero."""
         if self.count == 1:
             return
         import torch.distributed as dist
@@ -111,9 +112,7 @@ class Devices:
                 parameter.grad = part.view_as(parameter)
 
     def agree(self, noun: str, digest: str) -> None:
-        """Check that all processes have the same `digest`.
-
-        Raises TrainingError in all processes if they differ."""
+        """Raise TrainingError in all processes if their `digest` values differ."""
         digests = self.gather(digest)
         if len(set(digests)) > 1:
             different = next(rank for rank, d in enumerate(digests) if d != digests[0])
@@ -128,10 +127,10 @@ ALONE = Devices()
 
 
 def balance(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Divide `sizes` into `count` parts of about the same sum; returns indices.
+    """Divide `sizes` into `count` parts of about the same sum, and return the indices of each part.
 
-    The largest come first, each for the part with the smallest sum. Pure, so all processes agree without
-    communication."""
+    In order of decreasing size, each index goes to the part with the smallest sum. The function is
+    deterministic, so all processes agree without communication."""
     loads = [0] * count
     hands: list[list[int]] = [[] for _ in loads]
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -152,7 +151,7 @@ def digest_of(tensors: Mapping[str, Tensor], *more: Any) -> str:
 
 
 def started() -> int:
-    """Return the number of processes of this run, from the launcher; 1 without one."""
+    """Return the number of processes of this run, as set by the launcher; 1 without a launcher."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         return int(dist.get_world_size())
@@ -160,18 +159,21 @@ def started() -> int:
 
 
 def leads() -> bool:
-    """Return whether this process prints: the only one, or the first of several."""
+    """Return whether this process prints: a single process, or the first of several."""
     return started() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]:
-    """Return this process among those of its run, inside a with-block.
+    """Yield the Devices of this process.
 
-    It is ALONE if it is the only one. `device`: as in the configuration; with several processes each uses
-    cuda:LOCAL_RANK, and nccl does the reductions; on the CPU, gloo does. An existing process group (Ray's) is
-    used and kept. Raises ConfigError for a device that cannot be shared, and in every process the error of
-    any of them."""
+    A single process is ALONE. Several processes use cuda:LOCAL_RANK and nccl, or the CPU and gloo. An
+    existing process group (for example Ray's) is used and not destroyed.
+
+    device: base.device of the configuration.
+
+    Raises ConfigError for a device that cannot be shared. An error in one process is raised in all of
+    them."""
     if started() == 1:
         yield Devices(device=device)
         return
@@ -193,10 +195,11 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
 
 
 def own_device(device: str, local: int, count: int) -> str:
-    """Return the device of one of `count` processes, number `local` on its machine.
+    """Return the device of process `local` on this machine: "cpu", or its own CUDA device.
 
-    `device`: base.device. The device is "cpu", or a separate CUDA device, which becomes the current one.
-    Raises ConfigError if there is none."""
+    The CUDA device becomes the current one. Raises ConfigError if there is no device for the process.
+
+    device: base.device. count: number of processes."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     having = torch.cuda.device_count()
@@ -218,7 +221,7 @@ def own_device(device: str, local: int, count: int) -> str:
 def _shared(error: Exception, store: Any, rank: int) -> Exception:
     """Return the error to raise in this process if `error` ends the run here.
 
-    It is `error` if it is the first in any process, else the first error."""
+    The result is the error that occurred first in any process."""
     mine = error
     if not isinstance(error, VeneerError) and _is_lost(error):
         mine = TrainingError(
@@ -232,7 +235,7 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
         own_error["signal"] = mine.signal
     try:
         first = json.loads(store.compare_set(_ERROR, "", json.dumps(own_error)))
-    except RuntimeError:  # the process with the store has also ended
+    except RuntimeError:  # the process that hosts the store has also ended
         return mine
     if first["rank"] == rank:
         return mine
@@ -247,9 +250,7 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Return whether the error means that another process is gone.
-
-    torch.distributed raises it."""
+    """Return whether the error comes from torch.distributed and means that another process has ended."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -258,8 +259,8 @@ def _is_lost(error: Exception) -> bool:
 def launch(count: int, command: Sequence[str]) -> int:
     """Run `command` in `count` processes on this machine, one per device.
 
-    Returns 0, or the exit code of the first process that failed. Forwards signals to all processes; if one
-    fails and the others do not notice, ends them."""
+    Returns 0, or the exit code of the first process that failed. Signals are forwarded to all processes. If
+    one process fails and the others do not notice, they are ended."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -282,7 +283,8 @@ def launch(count: int, command: Sequence[str]) -> int:
     with signal_handler(forward, signal.SIGINT, signal.SIGTERM):
         for rank in range(count):
             environment = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A separate session: Ctrl-C in the terminal reaches the process once, through `forward`.
+            # A separate session, so that Ctrl-C in the terminal reaches the process only once, through
+            # `forward`.
             processes.append(subprocess.Popen(list(command), env=environment, start_new_session=True))
         _wait(processes)
     codes = [process.returncode for process in processes]
@@ -295,7 +297,7 @@ def launch(count: int, command: Sequence[str]) -> int:
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Wait until all processes have ended.
 
-    After the first failure the others get time to end, then SIGTERM, then SIGKILL."""
+    After the first failure, the other processes get time to end, then SIGTERM, then SIGKILL."""
     failed: float | None = None
     signals = [(2 * PATIENCE, signal.SIGKILL), (PATIENCE, signal.SIGTERM)]
     while None in (codes := [process.poll() for process in processes]):

@@ -1,7 +1,7 @@
 """Events of a run: frozen records, emitted in order.
 
-The loop calls `on_event(event)`; the progress bar, the JSONL log, TensorBoard and the HTML report are
-listeners. Uses no models, data or files.
+The loop calls `on_event(event)`. The progress bar, the JSONL log, TensorBoard and the HTML report are
+listeners. This module does not use models, data or files.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TOKEN_ACCURACY = "token_accuracy"
-"""Key in `extra`: share of trained tokens with their position's top probability."""
+"""Key in `extra`: share of trained tokens that have the highest probability at their position."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """An event of a run. `to_record` returns the JSON form."""
+    """An event of a run. `to_record` returns its JSON form."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Resolved(Event):
 
 @dataclass(frozen=True)
 class Checked(Event):
-    """The preflight's findings.
+    """The findings of the preflight.
 
-    `text`: for the user. `data`: as JSON values."""
+    text: text for the user. data: the findings as JSON values."""
 
     text: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -46,9 +46,7 @@ class Checked(Event):
 
 @dataclass(frozen=True)
 class Probed(Event):
-    """The longest batch ran forward and backward once, before step one.
-
-    Without an optimizer step."""
+    """The longest batch ran forward and backward once before step one, without an optimizer step."""
 
     tokens: int
     rows: tuple[int | str, ...]
@@ -58,12 +56,14 @@ class Probed(Event):
 
 @dataclass(frozen=True)
 class Stepped(Event):
-    """One optimizer step is done.
+    """An optimizer step was taken.
 
-    `loss`: nats per learned token; a preference loss is a mean over pairs. `tokens`: tokens of this step;
-    `learned_tokens`: those with a loss. `seconds`: of this step only. `gradient_norm`: global, before
-    clipping. `memory_bytes`: the peak so far, on the first device. `extra`: other measurements of the loss,
-    such as preference rewards."""
+    loss: nats per trained token, or the mean over pairs of a preference loss
+    tokens: tokens of this step; learned_tokens: tokens with a loss
+    seconds: duration of this step
+    gradient_norm: global norm before clipping
+    memory_bytes: peak memory since the start, on the first device
+    extra: other metrics of the loss, such as preference rewards"""
 
     step: int
     steps: int
@@ -84,11 +84,13 @@ class Stepped(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The validation rows were scored after `step`.
+    """The held-out rows were scored after `step`.
 
-    `loss`: nats per trained token, or pictures' mean squared error or the mean over pairs, which have no
-    perplexity. `best`: the lowest so far, including the one before step one; `worse`: above the one before
-    step one. `extra`: as in Stepped."""
+    loss: nats per trained token; for losses without a perplexity, the images' mean squared error or the mean
+        over pairs
+    best: whether the loss is the lowest so far, including the one before step one
+    worse: whether the loss is above the one before step one
+    extra: as in Stepped"""
 
     step: int
     loss: float
@@ -103,7 +105,7 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class Sampled(Event):
-    """A sheet of sample pictures was drawn after `step`; `path`: its file."""
+    """A sheet of sample images was generated after `step`. `path`: its file."""
 
     step: int
     path: str
@@ -112,7 +114,7 @@ class Sampled(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A checkpoint of the state after `step` is on disk."""
+    """A checkpoint of the state after `step` was written."""
 
     step: int
     path: str
@@ -122,7 +124,7 @@ class Saved(Event):
 class Stopped(Event):
     """The loop ended after `step`.
 
-    `reason`: "finished", "early stopping" or "interrupted"."""
+    reason: "finished", "early stopping" or "interrupted"."""
 
     step: int
     reason: str
@@ -132,11 +134,11 @@ Listener = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Do nothing with an event."""
+    """Ignore an event."""
 
 
 def to_record(event: Event) -> dict[str, Any]:
-    """Return a JSON object: `event` is the lower-case class name, then the fields."""
+    """Return a JSON object: `event`, the lower-case class name, and the fields."""
     record = {"event": type(event).__name__.lower(), **asdict(event)}  # type: ignore[call-overload]
     if isinstance(event, Stepped):
         record["tokens_per_second"] = round(event.tokens_per_second, 2)
@@ -151,8 +153,8 @@ def loss_text(loss: float) -> str:
 def mean_rewards(metrics: Mapping[str, float]) -> dict[str, float] | None:
     """Return the mean rewards of a step or an evaluation: `reward`, then each part.
 
-    {} if no answer could be scored; None for steps and evaluations without rewards of sampled answers. A
-    single reward that equals the sum is not repeated."""
+    {} means that no completion could be scored, and None that the run has no rewards of sampled completions.
+    A single reward that equals the sum is not repeated."""
     if "reward_failed" not in metrics:
         return None
     parts = {
@@ -165,7 +167,7 @@ def mean_rewards(metrics: Mapping[str, float]) -> dict[str, float] | None:
 
 
 def measure_text(loss: float, metrics: Mapping[str, float]) -> str:
-    """Return a result as text: the loss, or the mean reward with parts."""
+    """Return a result as text: the loss, or the mean reward with its parts."""
     rewards = mean_rewards(metrics)
     if rewards is None:
         return f"loss {loss_text(loss)}"
@@ -179,12 +181,12 @@ def parts_text(rewards: Mapping[str, float]) -> str:
 
 
 def validation_text(loss: float, rewarded: bool) -> str:
-    """Format a validation loss, or with `rewarded` the mean reward (minus the loss)."""
+    """Format a validation loss; with `rewarded`, format minus the loss as the mean reward."""
     return f"validation reward {0.0 - loss:.3f}" if rewarded else f"validation loss {loss_text(loss)}"
 
 
 def fan_out(*listeners: Listener | None) -> Listener:
-    """Return a listener that calls all the others, in order; None is left out."""
+    """Return a listener that calls all given listeners in order, except None."""
     present = [listener for listener in listeners if listener is not None]
 
     def emit(event: Event) -> None:

@@ -41,22 +41,22 @@ if TYPE_CHECKING:
 
 _C = TypeVar("_C", TrainConfig, ImageTrainConfig)
 _MOST_ROWS = 5000
-"""Maximum rows of a table, from the start of the data."""
+"""Maximum rows of a preview, from the start of the data."""
 _MOST_PICTURES = 400
-"""Maximum number of pictures; with more, none is opened."""
+"""Maximum number of images of a preview. If there are more, no image is opened."""
 _SAID = 400
-"""Maximum characters of a row in a table."""
+"""Maximum characters of a row in a preview."""
 
 RowVerdict = Literal["learned", "cut", "held out", "left out", "unusable"]
 VERDICTS: tuple[RowVerdict, ...] = get_args(RowVerdict)
-"""The possible verdicts on a row or a picture."""
+"""The possible verdicts on a row or an image."""
 
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """A row of a table.
+    """A row of a preview.
 
-    `where`: its file and line. `said`: its beginning. `pieces`: its whole text as (text, learned). `why`: the
+    where: file and line. said: the beginning of the row. pieces: the whole text as (text, learned). why: the
     reason for a verdict other than learned."""
 
     where: str
@@ -84,11 +84,13 @@ class PreviewPage:
 
 @dataclass(frozen=True)
 class PreviewPicture:
-    """A picture of a table.
+    """An image of a preview.
 
-    `id`: identifies its content, for requests. `crop`: (left, top, width, height) of the learned part, as
-    shares of the picture; None if it is left out. `size`: the learned size in pixels. `source`: the origin of
-    its caption."""
+    id: identifies the image's content in requests
+    crop: (left, top, width, height) of the trained part, as shares of the image; None if the image is left
+        out
+    size: the trained size in pixels
+    source: the origin of the caption"""
 
     id: str
     name: str
@@ -113,11 +115,11 @@ def inspect_run(
 ) -> Report:
     """Inspect a run.
 
-    Without `base`: reads the first `rows` rows and plans for `device` (this machine). Raises ConfigError and
-    BaseError for a base that cannot be found; problems of the data are findings.
+    Without `base`, reads the first `rows` rows and plans for `device` (by default this machine). Raises
+    ConfigError and BaseError if the base cannot be found. Problems of the data are findings.
 
-    With `base`: `data` is TextData or ImageData, as the run has read it; `options` are `RunSubject`'s. Raises no
-    errors of its own: see `Report.raise_if_stopped`."""
+    With `base`, `data` is the TextData or ImageData that the run has read, and `options` are the options of
+    `RunSubject`. No errors are raised: see `Report.raise_if_stopped`."""
     if base is None:
         inspect: Any = _inspect_images if isinstance(config, ImageTrainConfig) else _inspect_text
         try:
@@ -171,7 +173,7 @@ _SECTIONS |= dict.fromkeys(["data", "preference", "reinforcement", "distillation
 
 
 def _key(config: TrainConfig, rows: int) -> _Key:
-    """Return the settings that determine how rows are read, and the files' state."""
+    """Return the settings that determine how rows are read, and the state of the files."""
     values = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
     stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
     return values, stamp, rows
@@ -191,7 +193,7 @@ def _base(name: str) -> TextBase:
 
 @functools.lru_cache(maxsize=8)
 def _sample(key: str, stamp: object, rows: int) -> tuple[TextData, int, tuple[Finding, ...], list[tuple[str, bool]]]:
-    """Return the first rows, their number, the findings about them, and one as pieces.
+    """Return the first rows, their number, the findings about them, and one row as pieces.
 
     Raises DataError, BaseError."""
     from veneer.train.text.data import read_data
@@ -207,7 +209,7 @@ def _sample(key: str, stamp: object, rows: int) -> tuple[TextData, int, tuple[Fi
 
 
 def _bounded(config: TrainConfig, rows: int) -> Any:
-    """Return the data's settings for its first rows, with the same share held out."""
+    """Return the data settings for reading the first rows, with the same share held out."""
     data, total = config.data, count_records(config.data.files("train"))
     changes: dict[str, Any] = {"limit": min(rows, data.limit or rows)}
     if total is not None and isinstance(data.split, int) and data.split and total > rows:
@@ -248,7 +250,7 @@ def _beginning(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _table(key: str, stamp: object, most: int) -> tuple[list[PreviewRow], dict[int, list[Example]], str]:
-    """Return the first rows without their pieces, their examples by number, and their format."""
+    """Return the first rows without their pieces, the examples of each row by index, and the format."""
     from veneer.train.text.data import row_options
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.preference import answer_rows
@@ -321,7 +323,7 @@ def _picture_key(config: ImageTrainConfig) -> tuple[str, tuple[tuple[str, int, i
 def _pictures(
     key: str, stamp: object
 ) -> tuple[Sequence[TrainingPicture], Sequence[TrainingPicture], Sequence[PictureRow], list[Finding]]:
-    """Return pictures, held-out pictures, the rows of an epoch, and findings."""
+    """Return images, held-out images, the rows of an epoch, and findings."""
     from veneer.train.image.augmentation import plan_rows
     from veneer.train.image.batches import split_pictures
     from veneer.train.image.checks import check_held_out, check_pictures
@@ -335,7 +337,9 @@ def _pictures(
         pictures, held_out = split_pictures(pictures, settings.split, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
-    unit = scale if "down_block_types" in shape else 2 * scale  # U-Nets take single latents, others 2 × 2
+    unit = (
+        scale if "down_block_types" in shape else 2 * scale
+    )  # U-Nets take single latents, other denoisers take patches of 2 × 2 latents
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
     findings = check_pictures(pictures, summary, plan, settings)
     if held_out:
@@ -344,10 +348,9 @@ def _pictures(
 
 
 def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
-    """Return every picture with its learned crop and caption.
+    """Return every image with its crop and caption; held-out and left-out images are last.
 
-    Held out and left out ones come last. Raises DataError for a folder that cannot be learned from; opens at
-    most `_MOST_PICTURES`."""
+    At most `_MOST_PICTURES` images are opened. Raises DataError for a folder without usable images."""
     from veneer.train.image.augmentation import sample_row
     from veneer.train.image.pictures import count_pictures
 
@@ -378,7 +381,7 @@ def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
 
 
 def preview_picture(config: ImageTrainConfig, id: str) -> PreviewPicture:
-    """Return one of `preview_pictures` by its id. Raises DataError for an unknown id."""
+    """Return the image of `preview_pictures` with this id. Raise DataError for an unknown id."""
     for picture in preview_pictures(config):
         if picture.id == id:
             return picture

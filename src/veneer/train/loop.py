@@ -1,20 +1,21 @@
-"""The training loop over learners and planned steps; no text, no images.
+"""The training loop over learners and planned steps, independent of text and images.
 
     loop = Loop(Learner(parameters, loss), TrainingPlan(steps, schedule), optimizer)
     train([loop])                  all steps; loop.progress is the current state
 
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
-so k micro-batches equal one large batch, however the trained tokens are distributed. `Learner.loss(batch)` is
-Σ NLL as a scalar tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors;
-preferences are counted in pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the
-backward passes: clip by the global norm, set the schedule's rate, step the optimizer, notify the listeners,
-evaluate and save when due. A run is a function of (parameters, steps, settings, random state), so a state
-saved after step k and restored continues bit for bit. The generators are seeded for each micro-batch by
-(seed, step, its index in the step), so dropout does not depend on the number of devices.
+Several micro-batches therefore equal one large batch, regardless of how the trained tokens are distributed.
+`Learner.loss(batch)` returns Σ NLL as a scalar tensor. For images, a "token" is an image and Σ NLL is the sum
+of the squared errors. For preferences, pairs are counted (`Micro.units`), and Σ NLL is the sum of the losses
+of the pairs. After the backward passes, the loop clips by the global norm, sets the learning rate of the
+schedule, steps the optimizer, notifies the listeners, and evaluates and saves when due. A run is a function
+of (parameters, steps, settings, random state), so a run restored from the state after step k continues bit
+for bit. The generators are seeded for each micro-batch by (seed, step, its index in the step), so dropout
+does not depend on the number of devices.
 
-Several runs on one base can step together: `train(loops, compute)`, where `compute` joins their rows into one
-pass (train/text/together.py).
+Several runs on one base can step together: `train(loops, compute)`, where `compute` combines their rows in
+one pass (train/text/together.py).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from veneer.train.prefetch import Prefetcher
 from veneer.train.signals import signal_handler
 
 _RECENT = 20
-_SHOWN = 12  # rows named in a message
+_SHOWN = 12  # maximum number of row names in a message
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 
 
@@ -63,9 +64,10 @@ _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 class Micro:
     """A micro-batch, created on demand.
 
-    `rows`: its origin, for messages. `items`: the inputs of `make`. `size`: its memory need, in any unit
-    common to the run; default: its tokens. `units`: number of losses summed in its loss, if not its trained
-    tokens."""
+    rows: names of the rows, for messages
+    items: the inputs of `make`
+    size: memory need, in any unit that the run uses; the default is the number of tokens
+    units: number of losses in the sum, if other than the number of trained tokens"""
 
     tokens: int
     trained: int
@@ -78,7 +80,7 @@ class Micro:
 
     @property
     def divisor(self) -> int:
-        """The divisor of a mean loss."""
+        """Return the divisor of the mean loss."""
         return self.trained if self.units is None else self.units
 
 
@@ -109,14 +111,14 @@ class Step:
 class LazySteps(Sequence[Step]):
     """All steps of a run, with the plan of one epoch in memory at a time.
 
-    `plan(epoch)`: the steps of an epoch, a pure function. The run has `epochs` epochs, or `steps` steps.
-    `ends`: the numbers of the steps that end an epoch."""
+    plan: plan(epoch) returns the steps of an epoch and must be a pure function. The run has `epochs` epochs,
+    or `steps` steps. `ends` are the numbers of the steps that end an epoch."""
 
     def __init__(
         self, plan: Callable[[int], list[Step]], *, epochs: int | None = None, steps: int | None = None
     ) -> None:
         self._plan = lru_cache(maxsize=1)(plan)
-        self._starts = [0]  # steps before each epoch
+        self._starts = [0]  # number of steps before each epoch
         while len(self._starts) <= epochs if epochs is not None else self._starts[-1] < (steps or 0):
             planned = self._plan(len(self._starts) - 1)
             if not planned:
@@ -126,7 +128,7 @@ class LazySteps(Sequence[Step]):
         self.ends = [end for end in self._starts[1:] if end <= self._count]
 
     def mapped(self, change: Callable[[Step], Step]) -> LazySteps:
-        """Return the same steps, each changed by `change` when it is planned."""
+        """Return the same steps, with `change` applied to each step when it is planned."""
         out = copy.copy(self)
         plan = self._plan
         out._plan = lru_cache(maxsize=1)(lambda epoch: [change(step) for step in plan(epoch)])
@@ -142,7 +144,7 @@ class LazySteps(Sequence[Step]):
     def __getitem__(self, index: int | slice) -> Step | list[Step]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self._count))]
-        at = range(self._count)[index]  # IndexError beyond the last, and negative indices
+        at = range(self._count)[index]  # range handles negative indices and raises IndexError
         epoch = bisect_right(self._starts, at) - 1
         return self._plan(epoch)[at - self._starts[epoch]]
 
@@ -151,9 +153,10 @@ class LazySteps(Sequence[Step]):
 class EvalResult:
     """The result of an evaluation: Σ NLL over `trained` tokens of `rows` rows.
 
-    `extra`: further means over the rows, for the log. `likelihood`: false for losses without a perplexity:
-    squared errors, preferences. `units`: as in Micro. `right`: trained tokens with the highest probability at
-    their position."""
+    extra: other means over the rows, for the log
+    likelihood: False for losses without a perplexity: squared errors, preferences
+    units: as in Micro
+    right: number of trained tokens with the highest probability at their position"""
 
     nll: float
     trained: int
@@ -165,7 +168,7 @@ class EvalResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """`extra`, and `token_accuracy` for likelihoods."""
+        """Return `extra`, with `token_accuracy` for likelihoods."""
         if self.right is None or not self.trained:
             return self.extra
         return self.extra | {TOKEN_ACCURACY: self.right / self.trained}
@@ -181,7 +184,7 @@ class EvalResult:
 
     @staticmethod
     def total(parts: Sequence[EvalResult]) -> EvalResult:
-        """Combine results on different rows."""
+        """Combine the results on different rows."""
         if len(parts) == 1:
             return parts[0]
         rows = sum(part.rows for part in parts)
@@ -207,7 +210,7 @@ class MetricMeans:
                 self.counts[name] = self.counts.get(name, 0) + value.numel()
 
     def values(self) -> dict[str, float]:
-        """Return the means; adds `reward_margin`, the difference of the two rewards."""
+        """Return the means, and `reward_margin`, the difference of the two rewards."""
         out = {name: total / self.counts[name] for name, total in self.sums.items()}
         if "reward_chosen" in out and "reward_rejected" in out:
             out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
@@ -225,24 +228,24 @@ class MetricMeans:
 
 
 Stop = Callable[[], bool]
-"""Returns True once a signal has asked the run to stop."""
+"""Function that returns True once a signal has asked the run to stop."""
 
 
 def _nothing(*args: Any) -> None:
-    """Do nothing: the default of a learner's optional functions."""
+    """Do nothing. The default of a learner's optional functions."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What the loop trains: parameters by name, and functions.
+    """The parameters that the loop trains, by name, and functions.
 
     loss(batch)              Σ NLL in nats over a batch's trained tokens (from `Micro.make`), a scalar with a graph
     send(batch)              copies a batch to a GPU, so that a thread can make the next batch meanwhile; None on a CPU
-    score(stop)              evaluates the held-out rows (of several processes, this one's share); None once `stop()`
+    score(stop)              scores the held-out rows (with several processes, its share); None once `stop()`
     make_step(step, number, stop)  makes the micro-batches of a step that is not fully planned; None once
                              `stop()`
-    begin_step(step), end_step(number)   called around each step; `end_step` comes before evaluation and checkpoint
-    metrics()                further measurements of the loss since `begin_step`, for the log
+    begin_step(step), end_step(number)   called around each step; `end_step` precedes evaluation and checkpoint
+    metrics()                other metrics of the loss since `begin_step`, for the log
     activate()               selects the learner's adapter, if other runs train adapters on the same base"""
 
     parameters: Mapping[str, nn.Parameter]
@@ -261,18 +264,20 @@ class Learner:
 
 
 def sender(device: torch.device) -> Callable[[Any], Any] | None:
-    """Return a learner's `send` for batches with a method `sent`; None on a CPU."""
+    """Return a learner's `send` for batches that have a method `sent`; None on a CPU."""
     return None if device.type == "cpu" else lambda batch: batch.sent(device)
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Settings fixed before step one.
+    """Settings that are fixed before step one.
 
-    `clip`: maximum global norm of a gradient, None for no limit. `evaluate_at`: the steps after which the
-    learner is scored (0: before the first step), in addition to the last step; None if there is nothing to
-    score. `patience`: stop after this many evaluations in a row without a new lowest loss; 0: never.
-    `save_at`: the steps after which a checkpoint is due. `seed`: seeds each micro-batch."""
+    clip: maximum global norm of a gradient; None for no limit
+    evaluate_at: the steps after which to score (0: before the first step), in addition to the last step; None
+        if there are no held-out rows
+    patience: stop after this many consecutive evaluations without a new lowest loss; 0 for never
+    save_at: the steps after which a checkpoint is due
+    seed: seeds each micro-batch"""
 
     steps: Sequence[Step]
     schedule: Schedule
@@ -285,9 +290,9 @@ class TrainingPlan:
 
 @dataclass
 class StopFlag:
-    """True when called once a signal has asked to stop.
+    """Function that returns True once a signal has asked to stop.
 
-    `signal`: which signal."""
+    signal: number of the signal."""
 
     signal: int = 0
 
@@ -297,10 +302,10 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one process computed for a step.
+    """The results of one process for a step.
 
-    `nlls`: Σ NLL by micro-batch. `reached`: indices of the parameters with a gradient. `means`: other
-    measurements of the loss. `seconds`: duration."""
+    nlls: Σ NLL by micro-batch. reached: indices of the parameters with a gradient. means: other metrics of
+    the loss. seconds: duration."""
 
     nlls: dict[int, float]
     reached: list[int]
@@ -312,9 +317,11 @@ class StepResult:
 class Loop:
     """A run in progress.
 
-    `save(progress)` writes a checkpoint. `devices`: the processes that share the work; each has the same
-    arguments and makes the same steps, and computes the loss of its own micro-batches. `step`: the next step,
-    as far as it is known; `due`: whether a checkpoint of the state before `step` is due."""
+    save: save(progress) writes a checkpoint
+    devices: the processes that share the work; they have the same arguments and take the same steps, and each
+        computes the loss of its own micro-batches
+    step: the next step, as far as planned
+    due: whether a checkpoint of the state before `step` is due"""
 
     learner: Learner
     plan: TrainingPlan
@@ -331,22 +338,22 @@ class Loop:
 
     @property
     def number(self) -> int:
-        """The number of `step`."""
+        """Return the number of `step`."""
         return self.progress.step + 1
 
     @property
     def micros(self) -> list[Micro]:
-        """The micro-batches of `step` with trained tokens."""
+        """Return the micro-batches of `step` that have trained tokens."""
         return [micro for micro in self.step.micros if micro.trained]
 
     def seed(self, index: int) -> tuple[int | str, ...]:
-        """Return the key that seeds the generators for micro-batch `index` (`seed_all`)."""
+        """Return the key that seeds the generators (`seed_all`) for micro-batch `index`."""
         return self.plan.seed, self.number, index
 
     def batch(self, index: int, later: Sequence[int] = ()) -> Any:
         """Return the batch of micro-batch `index`.
 
-        `later`: the micro-batches that this process runs after it."""
+        later: the micro-batches that this process runs afterwards."""
         micros = self.micros
         if self.prefetcher is None:
             return micros[index].make()
@@ -361,21 +368,21 @@ class Loop:
         return self.devices.deal([micro.tokens for micro in micros])
 
     def result(self, nlls: Mapping[int, float], seconds: float, means: MetricMeans | None = None) -> StepResult:
-        """Return the step's result.
+        """Return the result of the step.
 
-        `nlls`: Σ NLL of each local micro-batch, from `read_losses`."""
+        nlls: Σ NLL of each local micro-batch, from `read_losses`."""
         parameters = self.learner.parameters.values()
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
         return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
 
     def metrics(self) -> MetricMeans:
-        return MetricMeans.total([self.learner.metrics()])  # a copy: later measurements must not count
+        return MetricMeans.total([self.learner.metrics()])  # a copy, so that later metrics are not counted
 
 
 Compute = Callable[[Sequence[Loop]], Mapping[Loop, "StepResult | VeneerError | None"]]
-"""Computes the forward and backward passes of each loop's step.
+"""Function that computes the forward and backward passes of each loop's step.
 
-An error ends only its own loop; None means that a signal stopped the step, and then no loop keeps its step.
+An error ends only its own loop. None means that a signal stopped the step, and then all loops drop the step.
 """
 
 
@@ -385,24 +392,24 @@ def train(
     *,
     on_end: Callable[[Loop, VeneerError | None], None] | None = None,
 ) -> None:
-    """Run each loop, usually one, from its progress to its end, in lockstep.
+    """Run each loop (usually one) from its progress to its end, in lockstep.
 
-    A checkpoint is written after the steps in `plan.save_at`, at each validation loss below all before it
-    (including that of step 0), and at the end; if one loop is due, all write one, so that they can be resumed
+    A checkpoint is written after the steps in `plan.save_at`, at each new lowest validation loss (including
+    step 0), and at the end. If one loop is due, all loops write a checkpoint, so that they can be resumed
     together.
 
-    After Ctrl-C or SIGTERM (the first; a second one kills) the current step is dropped, the random state is
-    restored to its beginning, the state is saved, and Interrupted is raised. The state is also saved if
-    drawing a step or scoring raises. Raises TrainingError naming step and rows if a loss or a gradient is not
-    finite, before the optimizer moves and without overwriting the good checkpoint.
+    After the first Ctrl-C or SIGTERM, the current step is dropped, the random state at its start is restored,
+    the state is saved, and Interrupted is raised. A second signal kills the process. The state is also saved
+    if sampling a step or scoring raises. If a loss or a gradient is not finite, TrainingError is raised with
+    the step and the rows, before the optimizer step and without overwriting the previous checkpoint.
 
-    `on_end(loop, error)` is called when a loop ends, with None if it finished; the other loops continue.
-    Without `on_end`, an error is raised."""
+    on_end: called as on_end(loop, error) when a loop ends, with None if the loop finished. The other loops
+    continue. Without `on_end`, the error is raised."""
     active = list(loops)
     interrupted: list[Interrupted] = []
 
     def run(part: Callable[[Loop], None], loop: Loop) -> None:
-        """Run a part of a loop, and remove the loop if it ended there."""
+        """Run a part of a loop, and remove the loop if it ends."""
         error: VeneerError | None = None
         try:
             loop.learner.activate()
@@ -443,7 +450,7 @@ def train(
 
 
 def train_step(loop: Loop) -> StepResult | None:
-    """Run this process's micro-batches forward and backward; None after a signal."""
+    """Run this process's micro-batches forward and backward. Return None after a signal."""
     began, learner = time.perf_counter(), loop.learner
     if not begin_step(loop):
         return None
@@ -456,7 +463,7 @@ def train_step(loop: Loop) -> StepResult | None:
         stopped = stopped or loop.stop()
         if stopped and not loop.devices.lockstep:
             return None
-        if not counts and means is None:  # micro-batches that do not count come last
+        if not counts and means is None:  # micro-batches that do not count are last
             means = loop.metrics()
         seed_all(*loop.seed(index))
         with shared(), memory_errors(micros[index]):
@@ -471,9 +478,7 @@ def train_step(loop: Loop) -> StepResult | None:
 
 
 def begin_step(loop: Loop) -> bool:
-    """Prepare a step's first forward.
-
-    Returns False if a signal came before the draw ended."""
+    """Prepare a step for its first forward pass. Return False if a signal interrupted the preparation."""
     loop.optimizer.zero_grad(set_to_none=True)
     with _save_on_error(loop):
         step = loop.learner.make_step(loop.step, loop.number, loop.stop)
@@ -487,19 +492,19 @@ def begin_step(loop: Loop) -> bool:
 def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
     """Return the losses as numbers.
 
-    Waits for the device, so read a step's clock afterwards."""
+    This waits for the device, so read the step's clock afterwards."""
     values = torch.stack(list(nlls.values())).tolist() if nlls else []
     return dict(zip(nlls, values, strict=True))
 
 
 def _start(loop: Loop) -> None:
-    """Evaluate if due and plan the first step."""
+    """Evaluate if due, and plan the first step."""
     _evaluate_if_due(loop)
     _plan_next_step(loop)
 
 
 def _plan_next_step(loop: Loop) -> None:
-    """Set the loop's next step; after the last one, save the state and end the loop."""
+    """Set the loop's next step. After the last step, save the state and end the loop."""
     progress = loop.progress
     if progress.step >= len(loop.plan.steps) and not progress.stopped:
         progress.stopped = "finished"
@@ -515,7 +520,7 @@ def _plan_next_step(loop: Loop) -> None:
 
 
 def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
-    """End a step: move the optimizer, evaluate if due, and plan the next step."""
+    """Finish a step: step the optimizer, evaluate if due, and plan the next step."""
     if isinstance(result, VeneerError):
         raise result
     _apply(loop, result)
@@ -528,7 +533,7 @@ def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
 
 
 def _apply(loop: Loop, result: StepResult | None) -> None:
-    """Move the optimizer by a step's gradients; raise Interrupted if a signal came."""
+    """Step the optimizer with the step's gradients. Raise Interrupted after a signal."""
     progress, number, began = loop.progress, loop.number, time.perf_counter()
     results = loop.devices.gather(result)
     done = [share for share in results if share is not None]
@@ -581,7 +586,7 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
 
 
 def _evaluate_if_due(loop: Loop) -> bool:
-    """Score the validation rows if due; return True for a new lowest loss."""
+    """Score the held-out rows if due. Return True for a new lowest loss."""
     progress = loop.progress
     due = loop.plan.evaluate_at
     if due is None or loop.learner.score is None or progress.evaluated == progress.step or progress.stopped:
@@ -589,7 +594,7 @@ def _evaluate_if_due(loop: Loop) -> bool:
     if progress.step != len(loop.plan.steps) and progress.step not in due:
         return False
     began = time.perf_counter()
-    # In lockstep no process can leave while others score; the next step handles the signal.
+    # In lockstep, no process can leave while others score, so the next step handles the signal.
     with shared(), _save_on_error(loop):
         own_score = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.stop)
     scores = loop.devices.gather(own_score)
@@ -603,7 +608,7 @@ def _evaluate_if_due(loop: Loop) -> bool:
             f"the validation loss after step {progress.step} is not finite",
             fix="lower optimizer.learning_rate, or look at the validation rows; no later state was saved",
         )
-    # The initial state counts too: an adapter that is not better is not the best.
+    # The initial state counts too: an adapter that does not improve on it is not the best.
     if progress.step == 0:
         progress.first_loss = score.loss
     to_beat = [loss for loss in (progress.first_loss, progress.best_loss) if loss is not None]
@@ -636,15 +641,15 @@ def _save(loop: Loop) -> None:
 
 @contextmanager
 def _save_on_error(loop: Loop) -> Iterator[None]:
-    """Save the state if the with-block fails.
+    """Save the state if the code inside the context raises.
 
-    For code that changes no weight and can depend on another server (a judge or a teacher), so that no
+    Used for code that changes no weight and can depend on another server (a judge or a teacher), so that no
     progress is lost."""
     previous_rng = rng_state()
     try:
         yield
     except VeneerError:
-        # saving needs all devices, and one has failed; before step 1 there is nothing to lose
+        # Saving needs all devices, and one has failed. Before step 1 there is nothing to save.
         if loop.devices.count == 1 and loop.save is not None and loop.progress.step:
             rng_restore(previous_rng)
             _save(loop)
@@ -656,18 +661,18 @@ def _stop(loop: Loop) -> None:
     """Save the state after the last whole step and raise Interrupted."""
     _save(loop)
     loop.emit(Stopped(loop.progress.step, "interrupted"))
-    came = max(loop.devices.gather(loop.stop.signal))  # a signal can reach only one process
+    came = max(loop.devices.gather(loop.stop.signal))  # a signal can reach a single process only
     end = "the state is saved" if loop.save is not None else "nothing was asked to be saved"
     where = f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
     raise Interrupted(f"{where}; {end}", signal=came or signal.SIGINT)
 
 
 def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Probed:
-    """Run the longest micro-batch once, so that lack of memory shows at once.
+    """Run the longest micro-batch once, so that a lack of memory shows immediately.
 
-    Forward and backward. No optimizer step; gradients are dropped and the random state is restored. Raises
-    ResourceError if memory does not suffice, PreflightError if the loss is not finite or no parameter gets a
-    gradient."""
+    Runs forward and backward without an optimizer step, drops the gradients and restores the random state.
+    Raises ResourceError if memory does not suffice, PreflightError if the loss is not finite or no parameter
+    gets a gradient."""
     longest = max(micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
     previous_rng, began = rng_state(), time.perf_counter()
     try:
@@ -713,14 +718,14 @@ def memory_errors(micro: Micro) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory for `device` since `forget_peaks`, in bytes.
+    """Return this process's peak memory in bytes for `device` since `forget_peaks`.
 
-    torch's allocations on a CUDA device, resident memory for any other device."""
+    This is the memory that torch allocated on a CUDA device, and the resident memory for any other device."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident()
 
 
 def forget_peaks() -> None:
-    """Reset the peaks to the current memory, for runs after the first in a process."""
+    """Reset the peaks to the current memory, for later runs in the same process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
@@ -729,9 +734,7 @@ def forget_peaks() -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Set the yielded flag at the first SIGINT or SIGTERM.
-
-    The second one acts as usual."""
+    """Yield a flag that the first SIGINT or SIGTERM sets. The second signal has its usual effect."""
     flag = StopFlag()
     with signal_handler(partial(setattr, flag, "signal"), signal.SIGINT, signal.SIGTERM, once=True):
         yield flag

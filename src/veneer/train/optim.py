@@ -1,4 +1,4 @@
-"""Optimizers by name, learning-rate schedules, and moving averages of parameters.
+"""Optimizers by name, learning rate schedules, and moving averages of parameters.
 
     lr(step, group) = learning_rate · (loraplus_ratio if the group holds B else 1) · factor(step)
 
@@ -23,7 +23,7 @@ _OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
     "adafactor": torch.optim.Adafactor,
 }
-"""Our name -> torch's class."""
+"""Configured name -> torch class."""
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -69,7 +69,7 @@ def _groups(
         rate = next((values for start, values in rates.items() if name.startswith(start)), learning_rate)
         faster = ratio != 1.0 and name.rsplit(".", 1)[-1] == "B"
         decays = weight_decay > 0 and parameter.ndim >= 2
-        # Minus: the first group has the highest rate, which is displayed.
+        # The minus sorts the highest rate first, because the rate of the first group is displayed.
         members.setdefault((-rate, faster, decays), []).append((name, parameter))
     groups = []
     for (rate, faster, decays), named in sorted(members.items(), key=lambda item: item[0]):
@@ -82,15 +82,15 @@ def _groups(
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning-rate factor as a function of the step.
+    """The learning rate factor as a function of the step.
 
-    It rises linearly over `warmup` steps, then is constant, or falls to `floor` at `steps`. Step numbers
-    count from 1; with s = step, w = warmup, n = steps:
+    The factor rises linearly over `warmup` steps, then is constant, or falls to `floor` at `steps`. Step
+    numbers start at 1. With s = step, w = warmup, n = steps:
 
         warm-up s/w while s ≤ w; then with t = (s − w − 1)/(n − w) in [0, 1):
         constant 1, linear 1 − t·(1 − floor), cosine floor + (1 − floor)·(1 + cos πt)/2
 
-    The first step after the warm-up has the full rate and no step has rate zero."""
+    The first step after the warm-up has the full rate, and no step has rate zero."""
 
     name: str
     steps: int
@@ -101,7 +101,7 @@ class Schedule:
     def create(cls, name: str, steps: int, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
         """Return a schedule with the warm-up in steps.
 
-        `warmup` below 1 is a share of `steps`, rounded up; from 1 on it is a number of steps, at most
+        warmup: a value below 1 is a share of `steps`, rounded up; other values are a number of steps, at most
         `steps`."""
         in_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
         return cls(name, steps, min(in_steps, steps), floor)
@@ -118,7 +118,7 @@ class Schedule:
         return self.floor + (1.0 - self.floor) * (1.0 + math.cos(math.pi * t)) / 2.0
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set every group's rate for `step`; return the rate of the first group."""
+        """Set the rate of every group for `step`, and return the rate of the first group."""
         factor = self.factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -130,9 +130,9 @@ class Ema:
 
         E_n = d_n·E_{n−1} + (1 − d_n)·P_n          d_1 = 0,  d_n = min(decay, n / (9 + n))
 
-    The average is nearer the minimum than any single step. The schedule is that of diffusers' EMAModel: early
-    steps, which are far from the end, soon lose weight. `averages`: float32, by parameter name with `@ema`;
-    they start as the parameters."""
+    The average is nearer to the minimum than any single step. The decay schedule is that of diffusers'
+    EMAModel, which quickly reduces the weight of early steps. `averages` are float32, by parameter name with
+    `@ema`, and start as copies of the parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters = dict(parameters)
@@ -140,7 +140,7 @@ class Ema:
         self.averages: dict[str, Tensor] = {f"{n}@ema": p.detach().clone() for n, p in parameters.items()}
 
     def decay_at(self, step: int) -> float:
-        """Return d for the average after optimizer step `step`, counted from 1."""
+        """Return d of the average after optimizer step `step`, counted from 1."""
         return 0.0 if step <= 1 else min(self.decay, step / (9 + step))
 
     @torch.no_grad()
@@ -158,9 +158,9 @@ class Ema:
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """Replace the parameters with the averages inside a with-block.
+        """Replace the parameters with the averages inside the context.
 
-        Restores the same bits afterwards."""
+        The parameters are restored bit for bit afterwards."""
         trained = [p.detach().clone() for p in self.parameters.values()]
         self.apply()
         try:

@@ -1,7 +1,7 @@
 """Plan a text run: from its configuration to the inputs of veneer.plan.
 
 plan_of_config(config, device)              rows are counted, tokens estimated from characters
-plan_of_config(config, device, rows=…)      with counted rows and tokens: `planned_rows` of rows already read
+plan_of_config(config, device, rows=…)      with known numbers of rows and tokens: `planned_rows` of rows already read
 plan_of_config(config, base=…, items=…)     with the loaded base and its encoded rows: exact lengths
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from veneer.train.config.load import RunConfig
 
 _CHARACTERS = 4
-"""Characters per token if nothing is tokenized: about right for English."""
+"""Characters per token if nothing is tokenized, approximately true for English."""
 _MANY = 1024
 """Number of rows of one length that represent all rows."""
 
@@ -68,15 +68,15 @@ def load_of(
 
 
 def with_micro_tokens(config: TrainConfig, tokens: int) -> TrainConfig:
-    """Return the configuration with `batching.micro_tokens`."""
+    """Return the configuration with `batching.micro_tokens` set."""
     batching = config.batching.model_copy(update={"micro_tokens": tokens})
     return config.model_copy(update={"batching": batching})
 
 
 def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int:
-    """Return the micro-batch size in tokens of a run about to start, for its device.
+    """Return the micro-batch size in tokens for the device of a run that is about to start.
 
-    `free`: free bytes there; None: measured."""
+    free: free bytes on the device; None to measure."""
     where = computes_on(base)
     if where.type != "cuda":
         return MICRO_TOKENS
@@ -94,9 +94,9 @@ def _micro_tokens(
     quantize: str | None,
     loaded: bool = False,
 ) -> int:
-    """Compute with rows of maximum length whose tokens are all learned.
+    """Return the tokens of a micro-batch that fits, for rows of maximum length with all tokens trained.
 
-    `available`: bytes beyond the base. `loaded`: as in `_teacher`."""
+    available: bytes in addition to the base. loaded: as in `_teacher`."""
     on = config.memory.recomputing == "on"
     rows = [config.data.max_length] * _MANY
     available -= _teacher(config, shape, dtype, loaded)[1]
@@ -108,18 +108,21 @@ def _micro_tokens(
 
 
 def sampled_at_once(config: TrainConfig, held_out: int) -> int:
-    """Return the maximum number of answers that a run samples at once.
+    """Return the maximum number of completions that a run samples at once.
 
-    All answers of a step, or one to each of `held_out` prompts."""
+    This is the number of completions in a step, or `held_out` if larger, but at most `rows` of the sampling
+    section."""
     r = config.sampling
     return 0 if r is None else min(r.rows, max(config.batching.rows * r.group, held_out))
 
 
 def _teacher(config: TrainConfig, shape: TextShape, dtype: str, loaded: bool) -> tuple[TextShape | None, int]:
-    """Return a teacher in this process, or None, and the bytes of a base of its own.
+    """Return a teacher in this process, or None, and the bytes of its base if the base is separate.
 
-    `shape`, `dtype`: of the trained base. `loaded`: for a run that is about to load the teacher, wherever it is
-    found. Raises ConfigError, BaseError for a teacher that cannot be found."""
+    shape, dtype: of the trained base. loaded: True for a run that is about to load the teacher, from any
+    location.
+
+    Raises ConfigError, BaseError for a teacher that cannot be found."""
     d = config.distillation
     if d.teacher is None:
         return None, 0
@@ -135,7 +138,7 @@ def _teacher(config: TrainConfig, shape: TextShape, dtype: str, loaded: bool) ->
 
 
 def remaining_bytes(memory: Any, device: Device) -> int:
-    """Return the bytes still to come after process and base are in memory."""
+    """Return the bytes needed in addition to the process and the base, which are in memory."""
     return int(memory.beyond_base + (CPU_LATER if device.kind == "cpu" else 0))
 
 
@@ -150,7 +153,7 @@ def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Traini
 
 
 def suggested_settings(plan: Plan) -> str:
-    """Return the first change expressible as settings, as text, or ""."""
+    """Return the first change that settings can express, as text, or ""."""
     for change in plan.changes:
         if all("=" in setting for setting in change.settings):
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)
@@ -175,14 +178,18 @@ def plan_of_config(
     source_images: int | None = None,
     traffic: Traffic | None = None,
 ) -> Plan:
-    """Return the plan of a configuration for `device`, or of a text run about to start on its loaded `base`.
+    """Return the plan of a configuration for `device`, or of a text run with its loaded `base`.
 
-    Without `base`, which need not be downloaded: missing numbers are counted in the data's files, with four
-    characters per token; `source_images`: source images per image, for `rows` images. Raises ConfigError for a
-    base whose config cannot be found, DataError for missing data that must be counted.
+    Without `base`, nothing needs to be downloaded. Missing numbers are counted in the data's files, with four
+    characters per token. Raises ConfigError for a base with a config that cannot be found, and DataError for
+    missing data that must be counted.
 
-    With `base`: `items` are the contents of a step. `trainable`: parameters. `held_out`: rows.
-    `checkpointing`: whether activations are recomputed. `available`: free bytes, besides the memory in use."""
+    source_images: source images per image, for `rows` images.
+
+    With `base`, the run is about to start:
+
+    items: the contents of a step. trainable: number of parameters. held_out: number of rows. checkpointing:
+    whether activations are recomputed. available: free bytes, in addition to the memory in use."""
     if not isinstance(config, TrainConfig):
         assert device is not None
         return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
@@ -199,7 +206,7 @@ def plan_of_config(
         trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))
         full = max(0, trainable - pair_parameters(shape, config.adapter.spec()))
         weights, process = sum(weight_bytes(shape, dtype, config.base.quantize)), FITS[device.kind, "text"].process
-        if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
+        if device.kind == "cpu":  # the size of libraries and rows is known, because they are already in memory
             unread = sum(unread_bytes(w) for w in base.model.parameters() if not isinstance(w, Quantized))
             process = max(process, used_memory(where) - (weights - unread) + CPU_LATER)
             available -= CPU_LATER
@@ -222,7 +229,7 @@ def plan_of_config(
             lengths = [longest, *lengths[1:]]
         lengths = [min(n + answer, config.data.max_length) for n in lengths]
         checkpointing, available = config.memory.recomputing == "on", usable_memory(device)
-    steps = config  # of optimizer steps: a sampling run's are on its answers
+    steps = config  # the configuration for optimizer steps, which sampling runs take on their completions
     if r is not None:
         batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
         schedule = config.schedule
@@ -254,7 +261,8 @@ def plan_of_config(
 def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
     """Return `rows`, `tokens_per_row`, `longest` and `trained` for `plan_of_config`.
 
-    items: the contents of a step. Lengths are those of prompts without answers, which the plan adds."""
+    items: the contents of a step. Lengths of prompts do not include completions, because the plan adds
+    them."""
     answer = 0 if config.sampling is None else config.sampling.max_tokens
     lengths, tokens = [item.tokens - answer for item in items], sum(item.tokens for item in items)
     return {
@@ -278,7 +286,7 @@ def _plan_of_images(
     base_passes: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.enabled:
-        rows, directions, base_passes = config.slider.scenes, 2, 1.5  # extra forward passes of the base, per row
+        rows, directions, base_passes = config.slider.scenes, 2, 1.5  # additional forward passes of the base per row
         text = f"a slider: {counted(rows, 'scene')} that the base sampled first, training at both directions, "
         notes = (text + "three forwards of the base for both",)
     elif rows is None:
@@ -310,9 +318,7 @@ def _plan_of_images(
 
 
 def base_fields(name: str) -> dict[str, Any]:
-    """Return the config.json of a base.
-
-    From the package, the veneer home, a folder, or the table."""
+    """Return the config.json of a base, from the package, the veneer home, a folder, or the table."""
     from veneer.models.builtin import packaged_folder
     from veneer.models.home import bases_home
 

@@ -4,9 +4,9 @@
     print(report.text())           also report.to_dict() for JSON
     report.raise_if_stopped()      PreflightError with everything that must change
 
-A finding stops the run if the run would train nothing, train the wrong thing, or not fit. Settings that can
-be intentional are a warning. This module has what all runs share: the report, the checks of settings,
-processes, precision, output and disk, and the memory rule. Changes nothing.
+A finding stops a run that would train nothing, train the wrong thing, or not fit in memory. A setting that
+can be intentional causes a warning. This module has the parts that all runs share: the report, the checks of
+settings, processes, precision, output and disk, and the memory rule. No check changes anything.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from veneer.train.config.section import SERVER_KEYS
 from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
-"""Output subfolder with latents and class pictures, valid for later runs."""
-_WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
-_PREFERENCE_WINDOW = (1e-6, 5e-4)  # around the rates of published LoRA preference runs, 5e-6 to 5e-5
+"""Subfolder of the output with latents and class images, which later runs can use."""
+_WINDOW = (1e-5, 3e-3)  # below, LoRA hardly learns; of 80 runs that diverged in a public sweep, 72 were at 3e-3
+_PREFERENCE_WINDOW = (1e-6, 5e-4)  # contains the rates of published LoRA preference runs, 5e-6 to 5e-5
 _NAMED = 5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run can change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
-_FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations; their contents are compared
+_FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations, because the contents are compared
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
 _FREE_KEYS |= {"reinforcement.most_failed"}
 _FREE_OF_REWARDS = {*SERVER_KEYS, "memory_gb"}
-# keys of earlier versions, in their checkpoints
+# keys of earlier versions that are in old checkpoints
 _FREE_KEYS |= {"reinforcement.turns", *(f"distillation.{key}" for key in (*SERVER_KEYS, "most_failed"))}
 _FREE_OF_REWARDS |= {"ignore_case", "unit", "fields"}
 
@@ -54,7 +54,7 @@ Level = Literal["stop", "warn", "ok"]
 class Finding:
     """A result of a check.
 
-    `check`: its name, stable between versions. `fix`: what to do."""
+    check: name of the check, stable between versions. fix: what the user can do."""
 
     level: Level
     check: str
@@ -66,11 +66,14 @@ class Finding:
 class Report:
     """The result of `inspect_run`.
 
-    `findings`: stops first. `numbers`: measurements by name. `sample`: one row as (text, learned) pieces.
-    `plan`: memory and time; None if the data cannot be read, or if memory is measured later.
+    findings: sorted by level, stops first
+    numbers: measurements by name
+    sample: one row as (text, learned) pieces
+    plan: memory and time; None if the data cannot be read, or if memory is measured later
 
-    Without a loaded base only some rows are read: `looked` of `rows` (None: only the source knows), and
-    `guesses` lists uncertain assumptions as sentences. With a base, `looked` is None."""
+    Without a loaded base, only some rows are read: `looked` of `rows` rows (`rows` is None if only the source
+    knows the number), and `guesses` lists uncertain assumptions as sentences. With a base, `looked` is
+    None."""
 
     findings: list[Finding] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +89,7 @@ class Report:
 
     @property
     def starts(self) -> bool:
-        """Whether the run would start."""
+        """Return whether the run would start."""
         fits = self.looked is None or (self.plan is not None and self.plan.fits)
         return fits and not self.stops
 
@@ -95,12 +98,12 @@ class Report:
         return [f for f in self.findings if f.level == "warn"]
 
     def add(self, *findings: Finding) -> None:
-        """Add findings, keeping the most severe first."""
+        """Add findings, and keep the most severe ones first."""
         order = {"stop": 0, "warn": 1, "ok": 2}
         self.findings = sorted([*self.findings, *findings], key=lambda finding: order[finding.level])
 
     def raise_if_stopped(self) -> None:
-        """Raise PreflightError listing every finding that stops the run, with its fix."""
+        """Raise PreflightError with every finding that stops the run, and its fix."""
         stops = self.stops
         if len(stops) == 1:
             raise PreflightError(stops[0].text, fix=stops[0].fix or None)
@@ -111,7 +114,7 @@ class Report:
     def text(self) -> str:
         """Return the sample and the findings as text.
 
-        Learned tokens are between ⟦ and ⟧. The most severe finding comes last, where a terminal shows it."""
+        Trained tokens are between ⟦ and ⟧. The most severe finding is last, so that a terminal shows it."""
         words = {"stop": "STOP", "warn": "warn", "ok": "  ok"}
         lines = []
         if self.sample:
@@ -122,9 +125,9 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values.
+        """Return the report as JSON values.
 
-        Without a loaded base: the plan and its basis instead of the numbers."""
+        Without a loaded base, the report has the plan and its basis instead of the numbers."""
         findings = [asdict(f) for f in self.findings]
         sample = [{"text": piece, "learned": learned} for piece, learned in self.sample]
         if self.looked is None:
@@ -136,14 +139,14 @@ class Report:
 
 @dataclass(kw_only=True)
 class RunSubject:
-    """A run about to start.
+    """A run that is about to start. Checks read it, and store measurements in `numbers` and `plan`.
 
-    Checks read it, and store measurements in `numbers` and `plan`.
-
-    `previous`: the recipe of the run that is resumed. `free_memory`, `free_disk`: bytes; None to measure.
-    `largest_micro`: in `unit`s (token, picture). `devices`: number of devices that share the run. `micros`:
-    number of micro-batches in each step of an epoch. `force`: try a run that does not fit by its plan, with a
-    warning."""
+    previous: the recipe of the run that is resumed
+    free_memory, free_disk: bytes; None to measure
+    largest_micro: size in `unit`s (token, picture)
+    devices: number of devices that share the run
+    micros: number of micro-batches in each step of an epoch
+    force: start a run that does not fit in memory according to its plan, with a warning"""
 
     base: Any
     config: RunConfig
@@ -162,7 +165,7 @@ class RunSubject:
 
 
 def share(part: float, total: float) -> str:
-    """Format as `12 of 40 (30%)`, with more digits below 1%."""
+    """Format a share as `12 of 40 (30%)`, with more digits below 1%."""
     percent = 100 * part / total if total else 0.0
     digits = ".0f" if percent >= 1 or not part else ".2g"
     return f"{part:,} of {total:,} ({percent:{digits}}%)"
@@ -173,7 +176,8 @@ def about_some(
 ) -> Iterator[Finding]:
     """Yield a finding about `part` of `total` rows or pictures, unless there are none.
 
-    `text`: what is wrong with them. `names`: theirs; the first are shown. `stops`: stop the run if they are more
+    `text`: what is wrong with them. `names`: theirs; the first are shown. `stops`: stop the run if they are
+        more
     than half."""
     if part:
         level: Level = "stop" if stops and part > total / 2 else "warn"
@@ -185,7 +189,7 @@ def about_some(
 
 
 def learning_rate(s: RunSubject) -> Iterator[Finding]:
-    """Check the rate, the warm-up and the length of the run."""
+    """Check the learning rate, the warm-up and the length of the run."""
     rate, steps = s.config.optimizer.learning_rate, s.config.steps
     preference = isinstance(s.config, TrainConfig) and s.config.preference.loss is not None
     low, high = _PREFERENCE_WINDOW if preference else _WINDOW
@@ -213,7 +217,7 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
 
 
 def check_devices(s: RunSubject) -> Iterator[Finding]:
-    """Check how the work of a step is distributed over several devices."""
+    """Check how the work of a step is divided among several devices."""
     n, sharded = s.devices, getattr(s.config.memory, "shard", False)
     if n > 1:
         most = max(s.micros, default=0)
@@ -221,7 +225,7 @@ def check_devices(s: RunSubject) -> Iterator[Finding]:
         text = f"{n} devices share each step, at most {-(-most // n)} micro-batches per device; {how}"
         yield Finding("ok", "devices", text)
         idle = sum(count < n for count in s.micros)
-        if 10 * idle > len(s.micros):  # an epoch's last step can be small
+        if 10 * idle > len(s.micros):  # the last step of an epoch can be small
             text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
             yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
     elif sharded:
@@ -230,7 +234,7 @@ def check_devices(s: RunSubject) -> Iterator[Finding]:
 
 
 def precision(s: RunSubject) -> Iterator[Finding]:
-    """Failure class 10: dtypes that silently overflow or underflow."""
+    """Check failure class 10: dtypes that silently overflow or underflow."""
     model = s.base.model
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
     device = computes_on(s.base)
@@ -244,13 +248,13 @@ def precision(s: RunSubject) -> Iterator[Finding]:
 
 
 def computes_on(base: Any) -> torch.device:
-    """Return the device of the base's weights, or their target if they are unread."""
+    """Return the device of the base's weights, or the device that unread weights will be loaded to."""
     unread = getattr(base, "unread", None) is not None
     return torch.device(base.device if unread else next(base.model.parameters()).device)
 
 
 def check_output(s: RunSubject) -> Iterator[Finding]:
-    """Check output in use, disk space, and resuming into a different configuration."""
+    """Check for an output folder in use, disk space, and a changed configuration when resuming."""
     folder = Path(s.config.output.directory)
     if folder.exists() and not folder.is_dir():
         yield Finding("stop", "output", f"{folder} is a file, not a folder", "give another output.directory")
@@ -266,8 +270,8 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
             fix = "resume with the same settings, or start anew in another output.directory"
             yield Finding("stop", "resume", text, fix)
     trainable = int(s.numbers.get("trainable", 0))
-    # A checkpoint: weights and AdamW's two moments. On disk: the newest ones, the one being written, the
-    # best; and the adapter.
+    # A checkpoint has the weights and AdamW's two moments. The disk holds the newest checkpoints, the one
+    # being written, the best one, and the adapter.
     need = (s.config.checkpoint.keep + 2) * 12 * trainable + 8 * trainable
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = s.free_disk if s.free_disk is not None else shutil.disk_usage(there).free
@@ -283,7 +287,7 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
 def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe that a resumed run cannot change, as JSON values.
 
-    For server URLs, compares only whether one is set."""
+    A server's URL is reduced to whether the URL is set."""
     out: dict[str, Any] = {}
     for section, values in recipe.items():
         settings = values if isinstance(values, Mapping) else {"": values}
@@ -303,9 +307,9 @@ def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def available_memory(config: RunConfig, device: torch.device, free: int | None = None) -> int:
-    """Return the bytes that the run can still use, within `memory.limit_gb`.
+    """Return the bytes that the run can still use, at most `memory.limit_gb`.
 
-    `free`: free bytes, if known."""
+    free: free bytes, if known."""
     free = free_memory(device) if free is None else free
     return free if config.memory.limit_gb is None else min(free, int(config.memory.limit_gb * 1e9))
 
@@ -313,8 +317,8 @@ def available_memory(config: RunConfig, device: torch.device, free: int | None =
 def recomputes(mode: str, need: int | None, free: int | None) -> tuple[bool, str]:
     """Return whether activations are recomputed in the backward pass, and why.
 
-    `mode`: memory.activation_checkpointing. auto: on if `need`, the bytes beyond the base with all
-    activations kept, is above 90% of the `free` ones."""
+    mode: memory.activation_checkpointing; "auto" recomputes if `need` is above 90% of `free`. need: bytes in
+    addition to the base if all activations are stored."""
     if mode != "auto":
         return mode == "on", ""
     if need is None or free is None:
@@ -323,9 +327,9 @@ def recomputes(mode: str, need: int | None, free: int | None) -> tuple[bool, str
 
 
 def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) -> Finding:
-    """Return whether `need`, the bytes beyond the base, fit.
+    """Return a finding on whether `need`, the bytes in addition to the base, fits in memory.
 
-    `force`: a warning instead of a stop."""
+    force: return a warning instead of a stop."""
     if need <= free:
         return Finding("ok", "memory", f"about {gigabytes(need)} beyond the base, {gigabytes(free)} free; {detail}")
     text = f"it needs about {gigabytes(need)} beyond the base, and {gigabytes(free)} are free; {detail}"
@@ -333,7 +337,7 @@ def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) 
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated, within the container's limit."""
+    """Return the bytes that can still be allocated, up to the container's limit."""
     if device.type == "cuda":
         return free_on_gpu(device)
     import psutil
@@ -350,7 +354,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def used_memory(device: torch.device) -> int:
-    """Return the bytes in use by this process: torch's on CUDA, else resident memory."""
+    """Return the bytes that this process uses: allocated by torch on CUDA, else resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     import psutil
@@ -359,7 +363,7 @@ def used_memory(device: torch.device) -> int:
 
 
 def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec) -> tuple[int, int]:
-    """Return the trainable parameters (in pairs, in full modules and token rows)."""
+    """Return the numbers of trainable parameters (in pairs, in full modules and token rows)."""
     modules: dict[str, Any] = dict(base_modules(model))
     pairs = sum(_pair_parameters(modules[t.module_name], t, spec) for t in targets)
     full = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
@@ -368,9 +372,9 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
 
 
 def _pair_parameters(module: Any, target: Target, spec: LoraSpec) -> int:
-    """Return the parameters that `spec` adds to `target`.
+    """Return the number of parameters that `spec` adds to `target`.
 
-    A, B and DoRA's magnitude, or the parts of a LoHa or LoKr."""
+    These are A, B and DoRA's magnitude, or the parts of a LoHa or LoKr."""
     rank = next((r for p, r in spec.rank_pattern.items() if target_matches(p, target.name)), spec.rank)
     form = PairForm.of(spec)
     if target.kind == "experts":

@@ -1,8 +1,8 @@
 """Read data files as records with their file and line.
 
-Reads JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that reasoning-gym generates.
-A byte-order mark, CRLF, blank lines, and semicolons or tabs between CSV cells are accepted. Callers interpret
-the columns: text as rows, pictures as captions.
+The sources are JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that reasoning-gym generates. Files
+can have a byte-order mark, CRLF, blank lines, and semicolons or tabs between CSV cells. Callers interpret the
+columns: text runs as rows, image runs as captions.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class Record:
 
 
 def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[list[Record], list[str]]:
-    """Return all records of files, globs and hub data sets, and their files.
-
-    Raises DataError."""
+    """Return all records of files, globs and hub data sets, and their files. Raise DataError."""
     files = [file for name in names for file in _expand(name)]
     records: list[Record] = []
     for file in files:
@@ -51,18 +49,18 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
-    """Return a value that changes when one of the files does.
+    """Return each file's name, time and size, to detect changed files.
 
-    It has each file's name, time and size. Raises DataError for a missing file."""
+    Raises DataError for a missing file."""
     files = [file for name in names for file in _expand(name)]
     stats = [(file, os.stat(file)) for file in files if not file.startswith(SOURCES)]
     return tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in stats)
 
 
 def count_records(names: Sequence[str]) -> int | None:
-    """Return the number of records; None if only a hub or a package knows it.
+    """Return the number of records, or None if only the hub or a package knows the number.
 
-    Does not parse files with one record per line. Raises DataError."""
+    Files with one record per line are not parsed. Raises DataError."""
     if any(name.startswith(SOURCES) for name in names):
         return None
     paths = [Path(file) for name in names for file in _expand(name)]
@@ -73,11 +71,11 @@ _LINE = re.compile(rb"\S[^\n]*")
 
 
 def count_lines(path: Path, most: int | None = None, *, chunk: int = 1 << 20) -> int:
-    """Return the number of nonblank lines, at most `most`; then stop reading.
+    """Return the number of nonblank lines, at most `most`.
 
-    Blank lines are skipped in C, and the GIL is released between chunks, so a client's blank lines cannot
-    block others."""
-    count, within = 0, False  # within: the current line is already counted
+    Reading stops at `most`. Blank lines are skipped in C, and the GIL is released between chunks, so blank
+    lines of one client cannot block other clients."""
+    count, within = 0, False  # within: whether the current line is already counted
     with path.open("rb") as file:
         while (most is None or count < most) and (read := file.read(chunk)):
             begin = read.find(b"\n") if within else 0
@@ -94,7 +92,7 @@ def _expand(name: str) -> list[str]:
     if name.startswith(SOURCES):
         return [name]
     path = Path(name).expanduser()
-    if os.path.isdir(path):  # no error for a name that is too long
+    if os.path.isdir(path):  # does not raise for a name that is too long
         matches = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
         if not matches:
             raise DataError("this folder holds no data file", where=name, fix=f"known endings: {', '.join(_SUFFIXES)}")
@@ -121,7 +119,7 @@ def _remote_records(name: str, limit: int | None) -> list[Record]:
 
 
 def _file(path: Path, most: int | None = None) -> list[Record]:
-    """Return the records of a file. `most`: how many are needed; can return more."""
+    """Return the records of a file, at least `most` if the file has as many; None for all."""
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise DataError(
@@ -165,10 +163,9 @@ def _decoded(raw: bytes, path: Path) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """Return the delimiter of a CSV file.
+    """Return the delimiter of a CSV file: a comma, or a semicolon or tab if the header has no comma.
 
-    It is a comma, or a semicolon or tab if the header has no comma. Spreadsheets write semicolons in locales
-    with decimal commas."""
+    Spreadsheets write semicolons in locales with decimal commas."""
     header = next(line for line in text.splitlines() if line.strip())
     unquoted = "".join(header.split('"')[::2])
     return "," if "," in unquoted else max(",;\t", key=unquoted.count)
@@ -181,7 +178,7 @@ def _json(text: str, path: Path, *, is_array: bool) -> list[Record]:
         values, line, why = _parsed(text)
         _refuse([f"{path}:{line}: {why}"] if why else [], path, fix)
         parsed = [(f"{path} row {n}", json.dumps(value), value, "") for n, value in enumerate(values, 1)]
-    else:  # not splitlines: a JSON string can contain U+2028
+    else:  # not splitlines, because a JSON string can contain U+2028
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         parsed = [(f"{path}:{n}", line, *_parsed(line)[::2]) for n, line in lines]
     records, bad = [], []
@@ -195,7 +192,7 @@ def _json(text: str, path: Path, *, is_array: bool) -> list[Record]:
 
 
 def _parsed(text: str) -> tuple[Any, int, str]:
-    """Return the value of a JSON text; or None, the line of what is wrong, and what it is."""
+    """Return (value of a JSON text, 1, ""), or (None, line of the error, the error)."""
     try:
         return json.loads(text), 1, ""
     except json.JSONDecodeError as error:
@@ -211,7 +208,7 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _unusable(value: Any, text: str) -> str:
-    """Return why a JSON value, read from `text`, is not a row; "" if it is a row."""
+    """Return why a JSON value, read from `text`, is not a row, or ""."""
     if not isinstance(value, dict):
         return f"expected a JSON object, found {type(value).__name__}"
     if _HALF.search(text):
@@ -264,14 +261,14 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _hub(name: str, limit: int | None) -> list[Record]:
     """Return the records of a hub data set.
 
-    `name`: `ID`, `ID@SPLIT`, `ID@SPLIT[:1000]` or `ID:CONFIG@SPLIT`; the default split is `train`."""
+    name: `ID`, `ID@SPLIT`, `ID@SPLIT[:1000]` or `ID:CONFIG@SPLIT`. The default split is `train`."""
     import datasets
 
     ident, _, split = name.partition("@")
     ident, _, subset = ident.partition(":")
     try:
         data = datasets.load_dataset(ident, subset or None, split=split or "train")
-    except Exception as error:  # the library raises many types, and each means that there are no rows
+    except Exception as error:  # the library raises many types of errors, and each means that there are no rows
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"the hub data set `{ident}` cannot be loaded: {reason}",

@@ -4,8 +4,8 @@
         …                                                read data, check, attach: train/text/task, train/image/task
         result = carry_out(run, task, report, newest)    train → save → verify → report
 
-A `Task` holds what differs between tasks, as functions; tests/train/test_run.py has a small one. Uses
-configurations, parameters and steps; no rows, no pictures, no kinds of base.
+A `Task` has the functions that differ between tasks; tests/train/test_run.py has a small one. This module
+uses configurations, parameters and steps, but no rows, images or base classes.
 """
 
 from __future__ import annotations
@@ -38,17 +38,20 @@ from veneer.train.report.trackers import check_trackers, tracked
 from veneer.train.save import Outcome, write_report
 
 NAME = "run"
-"""The adapter's name on the base while it trains."""
+"""Name of the adapter on the base during training."""
 
 
 @dataclass(frozen=True)
 class Run:
     """A run from its start.
 
-    `emit`: the listener; `early`: events before the log was open. `devices`: the processes of the run, of
-    which the first writes and reports. `sources`: setting -> its origin. `resume`, `dry_run`, `force`: as in
-    `train_text`. `group`: names of the unfinished runs trained together with this one, including its own;
-    empty for a single run."""
+    emit: the listener
+    early: events before the log was opened
+    devices: the processes of the run; the first process writes and reports
+    sources: setting -> its origin
+    resume, dry_run, force: as in `run_text`
+    group: names of the unfinished runs that are trained together with this run, including its own; empty for
+        a single run"""
 
     config: RunConfig
     folder: Path
@@ -75,7 +78,7 @@ class Run:
         self.devices.gather(None)
 
     def emit_checks(self, report: Report, decided: Iterable[tuple[str, Any, str]]) -> None:
-        """Report the settings and the preflight's findings. `decided`: as in `resolved`."""
+        """Emit the settings and the preflight's findings. `decided`: as in `resolved`."""
         self.emit(resolved(self.config, self.sources, decided))
         self.emit(Checked(report.text(), report.to_dict()))
 
@@ -85,7 +88,7 @@ _R = TypeVar("_R", bound=Outcome)
 
 
 def _nothing(*args: Any) -> None:
-    """Do nothing: the default of a task's optional functions."""
+    """Do nothing. The default of a task's optional functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +105,13 @@ class Task(Generic[_R]):
       AdapterError
     - report(result, progress): the task's own parts of the report page
     - check(): raises PreflightError if the base is unusable for the data
-    - begin(progress, emit): called before the loop (on a dry run too)
+    - begin(progress, emit): called before the loop (also on a dry run)
     - extra_state(step), restore(state): further contents of a step's checkpoint, as JSON values
     - state: the tensors of a checkpoint, if more than the parameters (moving averages)
-    - identity: what a resumed run must have in common, besides the settings, which the preflight compares
-    - environment: what bit-for-bit equality depends on, besides what is common to every run (`checkpoint`)
+    - identity: values that a resumed run must have in common, in addition to the settings, which the
+    preflight
+      compares
+    - environment: conditions of bit-for-bit equality, in addition to those of every run (`checkpoint`)
     - rates: prefix of parameter names -> a separate learning rate
     - rewarded: whether the held-out loss is minus a mean reward
 
@@ -132,7 +137,7 @@ class Task(Generic[_R]):
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors of a checkpoint."""
+        """Return the tensors of a checkpoint."""
         return self.learner.parameters if self.state is None else self.state
 
 
@@ -140,11 +145,12 @@ class Task(Generic[_R]):
 def opened(
     config: RunConfig, *, unit: str, on_event: Listener | None, lockstep: bool = False, **options: Any
 ) -> Iterator[Run]:
-    """Set up a run: processes, listeners and random generators, restored at the end.
+    """Yield a run with its processes, listeners and random generators set up.
 
-    Random generators are restored after an error too. Without `on_event` the run is shown in the terminal,
-    with its speed in `unit`s per second. An interruption says how to resume. `lockstep`: as in Devices;
-    `options`: sources, resume, dry_run and force of the Run."""
+    Random generators are restored at the end, even after an error. Without `on_event`, the run is shown in
+    the terminal, with its speed in `unit`s per second. The message of an interruption says how to resume.
+
+    lockstep: as in Devices. options: sources, resume, dry_run and force of the Run."""
     check_trackers(config.report)
     folder = Path(config.output.directory)
     with joined(config.base.device, lockstep=lockstep) as devices:
@@ -165,7 +171,7 @@ def opened(
 
 
 def newest_checkpoint(run: Run) -> Path | None:
-    """Return the checkpoint to resume from; None, with a note, if there is none."""
+    """Return the checkpoint to resume from, or None, with a note, if there is none."""
     newest = checkpoint.latest(run.folder / "checkpoints") if run.resume else None
     if run.resume and newest is None:
         run.note(f"there is no checkpoint in {run.folder}: the run starts from its beginning")
@@ -173,20 +179,18 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 
 def recipe_of(newest: Path | None) -> Mapping[str, Any] | None:
-    """Return the recipe of the run that a checkpoint belongs to."""
+    """Return the recipe of the run that wrote a checkpoint."""
     return None if newest is None else checkpoint.read_checkpoint(newest).get("about", {}).get("recipe")
 
 
 def raise_if_stopped(run: Run, report: Report) -> None:
-    """Raise PreflightError if the report has stops.
-
-    Waits until all processes have checked."""
+    """Raise PreflightError if the report has stops, after all processes have finished their checks."""
     report.raise_if_stopped()
     run.devices.gather(None)
 
 
 def carry_out(run: Run, task: Task[_R], report: Report, newest: Path | None) -> _R:
-    """Train from the checkpoint `newest` (or the start), save and report.
+    """Train from the checkpoint `newest` (or from the beginning), save and report.
 
     A dry run ends before the first step."""
     if run.dry_run:
@@ -197,9 +201,7 @@ def carry_out(run: Run, task: Task[_R], report: Report, newest: Path | None) -> 
 
 
 def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
-    """Return the result of a dry run.
-
-    Runs the largest micro-batch and writes no file."""
+    """Return the result of a dry run, which runs the largest micro-batch and writes no file."""
     task.check()
     _probe(run, task)
     steps = task.steps
@@ -215,7 +217,7 @@ def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
 def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
     """Yield the loop of a run, with an open log.
 
-    The loop is at the checkpoint `newest`, or at its start."""
+    The loop starts at the checkpoint `newest`, or at the beginning."""
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
     task.check()
@@ -237,7 +239,7 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
     )
 
     def save(progress: Progress) -> Path:
-        """Write the checkpoint of `progress`, whose tensors are equal on all devices."""
+        """Write the checkpoint of `progress`. Its tensors are equal on all devices."""
         devices.agree("adapter", digest_of(task.tensors) if devices.count > 1 else "")
         folder = run.folder / "checkpoints"
         own_checkpoint = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
@@ -265,7 +267,7 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
 
 
 def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
-    """Restore the state to keep, save it, verify the file, and write the report."""
+    """Restore the state to save, save it, verify the file, and write the report."""
     devices, progress, emit = run.devices, loop.progress, loop.emit
     kept_step, validation = _restore_best(run, task, progress, emit)
     outcome = Outcome(
@@ -320,9 +322,9 @@ def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping
 
 @contextmanager
 def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
-    """Yield the listener that writes to the given listener, the log and trackers.
+    """Yield a listener that emits to the given listener, the log and the trackers.
 
-    The first process creates the output folder and the log in it."""
+    The first process creates the output folder and the log."""
     with ExitStack() as open_now:
         log = trackers = None
         if run.devices.first:
@@ -348,10 +350,10 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder inside the with-block.
+    """Hold a lock on the folder inside the context.
 
-    Raises CheckpointError if another run writes there."""
-    if os.name != "posix":  # folders cannot be opened here
+    Raises CheckpointError if another run is writing to the folder."""
+    if os.name != "posix":  # this system cannot open folders
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -362,7 +364,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         fix = "wait for its end, or stop it; give another run its own output.directory"
         raise CheckpointError("another run is writing into this folder", where=str(folder), fix=fix) from error
     except OSError:
-        pass  # the file system has no locks
+        pass  # the file system does not support locks
     try:
         yield
     finally:
@@ -370,10 +372,9 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener) -> tuple[int, float | None]:
-    """Restore the state to save; return (its step, its validation loss).
+    """Restore the state that `evaluation.keep` selects; return (its step, its validation loss).
 
-    `evaluation.keep` selects the state. Raises NoGain if no evaluated state is better than the initial one.
-    """
+    Raises NoGain if no evaluated state is better than the initial state."""
     best, first, last = progress.best_step, progress.first_loss, progress.last_loss
     worse = ""
     if first is not None and last is not None and last > first:
@@ -400,9 +401,9 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
 
 
 def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> set[int]:
-    """Return the steps after which an event is due.
+    """Return the steps after which an event is due: each `every`-th step, or the end of each epoch.
 
-    Each `every`-th step, or the ends of epochs. Includes 0 with `start`."""
+    start: include step 0."""
     after = set(ends) if every == "epoch" else set(range(int(every), steps + 1, int(every)))
     return after | {0} if start else after
 
@@ -410,7 +411,7 @@ def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> se
 def resolved(config: RunConfig, sources: Mapping[str, Any] | None, decided: Iterable[tuple[str, Any, str]]) -> Resolved:
     """Return every setting with its value in this run and its origin.
 
-    `decided`: (key, value, why) of settings that were `auto` or open, and now have a value."""
+    decided: (key, value, why) of settings that were `auto` or unset, and now have a value."""
     dump = config.model_dump(mode="json")
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The end of a run: its result, verification of the file, and the report."""
+"""The end of a run: the result, verification of the saved file, and the report."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _RELOADED = "reloaded"
 class Outcome:
     """The result of a run.
 
-    `loss`: over the last 20 steps. `validation`: of the kept adapter, None without held-out data;
-    `validation_before`: of the base."""
+    loss: mean over the last 20 steps. validation: loss of the saved adapter, None without held-out data.
+    validation_before: loss of the base."""
 
     adapter: str = ""
     digest: str = ""
@@ -47,14 +47,14 @@ class Outcome:
     preflight: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object of `--json`; the preflight's findings only for a dry run."""
+        """Return the JSON object for `--json`. Only a dry run includes the preflight's findings."""
         values = asdict(self)
         if not self.dry_run:
             del values["preflight"]
         return values
 
     def metrics(self, **counts: Any) -> dict[str, Any]:
-        """Return the card's metrics, with the task's `counts`; None is left out."""
+        """Return the card's metrics, with the `counts` of the task, and without None."""
         common = {
             "training_loss": self.loss,
             "validation_loss": self.validation,
@@ -76,12 +76,14 @@ def prove(
     noun: str,
     rounding: float,
 ) -> str:
-    """Attach the saved adapter and compare its `outputs` with the trained one's.
+    """Attach the saved adapter and compare its `outputs` with the outputs of the trained one.
 
-    `name`: the trained adapter. `noun`: the outputs in one word, such as logits. Outputs should be equal bit
-    for bit; they can differ by `rounding`, as a share of the largest output, if the file has another dtype or
-    form. Returns a sentence; raises AdapterError for a larger difference."""
-    attachment.add(_RELOADED, saved, trainable=True)  # the same path through the layers as the trained one
+    The outputs should be equal bit for bit. If the file has another dtype or form, they can differ by
+    `rounding`, a share of the largest output. Returns a sentence. Raises AdapterError for a larger
+    difference.
+
+    name: the trained adapter. noun: a word for the outputs, such as logits."""
+    attachment.add(_RELOADED, saved, trainable=True)  # takes the same path through the layers as the trained adapter
     try:
         with torch.no_grad():
             with attachment.using(name):
@@ -126,7 +128,7 @@ def write_report(folder: Path, result: Outcome, page: Page) -> Path:
 
 
 def run_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the run's log without repeated notes, which a resumed run writes again."""
+    """Return the run's log without the notes that a resumed run repeats."""
     records: list[dict[str, Any]] = []
     for record in read_log(folder / "log.jsonl"):
         if record.get("event") != "note" or record not in records:
@@ -135,7 +137,7 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
-    """Return the name of the base, and how it ran."""
+    """Return the name of the base, and how the base ran."""
     return [
         ("base", base.name),
         ("base fingerprint", base.fingerprint),
@@ -145,10 +147,10 @@ def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
 
 
 def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return report cards with rewards; [] without rewards.
+    """Return report cards about rewards, or [] for a run without rewards.
 
-    The saved adapter's rewards compared with those before training, and the mean rewards of the last steps.
-    """
+    The cards show the saved adapter's rewards, the rewards before training, and the mean rewards of the last
+    steps."""
     scores = {r["step"]: mean_rewards(r["extra"]) or {} for r in records if r.get("event") == "evaluated"}
     first, best = scores.get(0, {}), scores.get(result.kept_step, {})
     where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
@@ -187,7 +189,7 @@ def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
 
 
 def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, str]]:
-    """Return report cards of peak memory and of the adapter's file size."""
+    """Return report cards with the peak memory and the adapter's file size."""
     numbers = result.preflight.get("numbers", {})
     predicted, share = numbers.get("predicted_peak_bytes"), ""
     if numbers.get("trainable") and numbers.get("base_parameters"):
@@ -198,6 +200,6 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
 
 
 def _today() -> str:
-    """Return today's date as in 24 November 2026."""
+    """Return today's date in the form 24 November 2026."""
     date = datetime.date.today()
     return f"{date.day} {date:%B %Y}"

@@ -1,4 +1,4 @@
-"""Temporary signal handlers: stop a run or a trace, notify a run's processes."""
+"""Temporary signal handlers, which stop a run or a trace, or notify the processes of a run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _ECHO = 0.2
-"""Seconds within which a repeated signal counts as the same one.
+"""Seconds within which a repeated signal is ignored.
 
-`timeout` and batch systems signal a process and its group, and the second signal would kill a run that is
-saving its state."""
+`timeout` and batch systems signal both a process and its group. Without this rule, the second signal would
+kill a run that is saving its state."""
 
 
 @contextmanager
 def signal_handler(handle: Callable[[int], None], *numbers: int, once: bool = False) -> Iterator[None]:
-    """Call `handle` with the number of each of these signals inside the with-block.
+    """Call `handle` with the number of each of these signals inside the context.
 
-    The previous handlers are restored afterwards. `once`: only for the first signal; a second one acts as
-    usual, unless it is an echo of the first. Outside the main thread nothing changes, because Python runs
-    handlers only there."""
+    The previous handlers are restored afterwards. Outside the main thread, nothing changes, because Python
+    runs handlers in the main thread only.
+
+    once: handle only the first signal. A second one has its usual effect, except for a repetition of the
+    first within `_ECHO`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Choose a run's held-out rows or pictures, if the configuration names none."""
+"""Select a run's held-out rows or images if the configuration does not name them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from veneer.errors import DataError
 
 
 class Keyed(Protocol):
-    """An item that can be held out: a row or a picture.
+    """An item that can be held out: a row or an image.
 
-    `key`: a hash of all its trained content."""
+    key: a hash of all its trained content."""
 
     @property
     def key(self) -> str: ...
@@ -36,10 +36,13 @@ def hold_out(
 ) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:
     """Return (training items, held-out items).
 
-    `split`: a number (int), a share (float; at least one item), or None for `default`. The choice depends on
-    `order`, a seeded hash of each item's content, and not on the order or names of files; identical items are
-    never on both sides. Both sides keep the order. `noun`: the items in messages. Raises DataError if no
-    training item would be left."""
+    The choice depends on a seeded hash of each item's content (`order`), not on the order or names of files,
+    so identical items are never on both sides. Both sides keep the order.
+
+    split: a number (int), a share (float; at least one item), or None for `default`. noun: name of the items
+    in messages.
+
+    Raises DataError if no training item would be left."""
     if split is None:
         split = default
     count = split if isinstance(split, int) else max(1, round(split * len(items))) if split > 0 else 0

@@ -1,4 +1,5 @@
-"""The configuration for pictures: told from text by `data.pictures`, read as strictly, with presets between the two."""
+"""Configuration of image runs: selected by `data.pictures`, parsed strictly, with presets between file and
+defaults."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def test_the_recipe_names_no_folder_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_target_words_reach_every_block_of_every_family() -> None:
-    """On the real module names: all attention projections, all feed-forwards, and nothing outside the blocks."""
+    """On the real module names: all attention projections, all feed-forwards, and nothing outside the
+    blocks."""
     from veneer.core.targets import target_matches
     from veneer.formats.topology import families
 

@@ -261,7 +261,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
 def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
-    """Read, split, encode and look, on the tiny base: nothing stops, and nothing is left unused or cut by surprise."""
+    """Read, split, encode and inspect on the tiny base: no finding stops a run, and no row is unused or
+    cut."""
     config, _ = load_config(file, [f"output={tmp_path / 'out'}"])
     rows, about = read_rows(
         config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit
@@ -280,7 +281,7 @@ def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
 
 
 def test_the_full_example_has_every_default() -> None:
-    """examples/all-keys.yaml with its `#: ` marks taken away is the complete configuration."""
+    """examples/all-keys.yaml without its `#: ` marks is the complete configuration."""
     lines = (ROOT / "examples" / "all-keys.yaml").read_text().splitlines()
     text = "\n".join(line.replace("#: ", "", 1) for line in lines)
     values, _ = parse_yaml(text, "all-keys.yaml")

@@ -1,4 +1,4 @@
-"""The list of rewards in a configuration: read strictly, and written as it was read."""
+"""The list of rewards in a configuration: parsed strictly, and saved as it was written."""
 
 from __future__ import annotations
 

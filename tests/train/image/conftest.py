@@ -1,4 +1,4 @@
-"""A folder for tiny image bases and caches, once for each module, and a tiny FLUX.1."""
+"""Fixtures: a folder for tiny image bases and caches, one per module, and a tiny FLUX.1."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def test_buckets_are_as_large_as_their_area_allows(resolution: int, step: int, r
         assert w * h <= resolution**2
         assert max(w, h) <= ratio * min(w, h)
         assert (h, w) in found
-        if w != h and w / h != longest and h / w != longest:  # one step more of its longer side would pass the area
+        if (
+            w != h and w / h != longest and h / w != longest
+        ):  # growing the longer side by one more step would exceed the area
             assert (max(w, h) + step) * min(w, h) > resolution**2
         elif w != h:
             assert 4 * w * h >= 3 * resolution**2 or (max(w, h) + step) * min(w, h) > resolution**2
@@ -63,7 +65,9 @@ def test_buckets_by_hand() -> None:
     assert buckets(64, 16, 2.0) == ((48, 80), (64, 64), (80, 48))  # 32 x 64 would halve the area
     assert buckets(64, 8, 2.0) == ((40, 80), (48, 80), (56, 72), (64, 64), (72, 56), (80, 40), (80, 48))
     assert buckets(64, 16, 1.0) == ((64, 64),)
-    assert {(1024, 1024), (832, 1216), (896, 1152), (704, 1408)} <= set(buckets(1024, 64, 2.0))  # SDXL's, appendix I
+    assert {(1024, 1024), (832, 1216), (896, 1152), (704, 1408)} <= set(
+        buckets(1024, 64, 2.0)
+    )  # SDXL paper, appendix I
 
 
 @effort(max_examples=300, deadline=None)
@@ -119,7 +123,7 @@ def test_view_covers_its_bucket_and_matches_its_time_ids(
     original_h, original_w, top, left, target_h, target_w = view.time_ids
     assert (original_w, original_h, target_w, target_h) == (*size, *bucket)
     assert top == view.top
-    # the column of the seen picture's left edge, in the resized picture as it is shown (mirrored or not)
+    # the crop's left column in the resized and possibly mirrored picture
     columns = list(range(rw))[:: -1 if flip else 1]
     seen = columns[left : left + target_w]
     stored = list(range(view.left, view.left + bucket[0]))
@@ -149,14 +153,14 @@ def test_pixels_without_resizing_are_the_file_s(tmp_path: Path) -> None:
 
 def test_an_upright_picture_has_upright_time_ids(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[274] = 6  # stored 40 wide and 24 high, shown 24 wide and 40 high
+    exif[274] = 6  # stored 40 wide and 24 high, displayed 24 wide and 40 high
     path = tmp_path / "a.png"
     corners(40, 24).save(path, exif=exif)
     (one,) = read_pictures(settings(tmp_path, prompt="x"))[0]
     assert one.size == (24, 40)
     seen = prepare(one, crop_view(one.size, (24, 40)), settings())
     assert seen.sizes.tolist() == [40, 24, 0, 0, 40, 24]
-    assert seen.pixels[:, 0, 0].tolist() == [-1, -1, 1]  # what was at the bottom left, blue
+    assert seen.pixels[:, 0, 0].tolist() == [-1, -1, 1]  # blue, from the stored bottom left
 
 
 def test_masks_follow_crop_flip_and_floor(tmp_path: Path) -> None:
@@ -207,7 +211,7 @@ def test_rows_are_resolutions_times_repeats(tmp_path: Path) -> None:
     rows = [(r.picture.name[-5:], r.bucket, r.repeat) for r in plan.rows]
     assert rows == [
         ("b.png", (32, 32), 0),
-        ("b.png", (40, 40), 0),  # 64 would enlarge it
+        ("b.png", (40, 40), 0),  # 64 would enlarge the picture
         *(("a.png", bucket, n) for bucket, n in itertools.product([(40, 24), (80, 40)], range(3))),
     ]
     assert plan.small == ["1_dog/b.png", "1_dog/c.png"]
@@ -242,7 +246,7 @@ def test_views_depend_on_seed_epoch_and_row_only(tmp_path: Path) -> None:
     assert first != [sample_row(row, keys, seed=1, epoch=3) for row in all_rows]
     assert first != [sample_row(row, keys, seed=2, epoch=2) for row in all_rows]
     views = {view for e in range(50) for view, _ in (sample_row(r, keys, seed=1, epoch=e) for r in all_rows[:8])}
-    assert len({(v.top, v.left) for v in views}) == 4  # the crops that are cached, whatever the epoch
+    assert len({(v.top, v.left) for v in views}) == 4  # the cached crops do not depend on the epoch
     assert len({v.flip for v in views}) == 2
 
 
@@ -281,7 +285,7 @@ def test_chances_are_what_they_say(tmp_path: Path) -> None:
 
 
 def test_source_and_result_have_equal_crops(tmp_path: Path) -> None:
-    """The picture before is the negative of what is after: it stays so in every view, at the same size and twice it."""
+    """The source picture is the negative of the result, in every view, at equal and at double size."""
     after = scene(60, 40, seed=3)
     negative = Image.fromarray(255 - np.asarray(after))
     put(tmp_path, "a.png", image=after)
@@ -297,6 +301,6 @@ def test_source_and_result_have_equal_crops(tmp_path: Path) -> None:
             views.add((view.left, view.flip))
             before = row.picture.sources[0]
             own, other = prepare(row.picture, view, keys), prepare(before, source_view(view, before), keys)
-            near = 0.02 if row.picture.name == "a.png" else 0.2  # enlarged by nearest, made smaller again
+            near = 0.02 if row.picture.name == "a.png" else 0.2  # enlarged by nearest neighbor, then reduced
             assert torch.allclose(own.pixels, -other.pixels, atol=near)
     assert len(views) > 3

@@ -20,7 +20,7 @@ from veneer.train.image.pictures import TrainingPicture, read_pictures
 
 
 class Encoder:
-    """Latents by a mean over 8 x 8 pixels; counts its calls."""
+    """Encodes latents as means over 8 x 8 pixels; counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -53,7 +53,7 @@ def test_latents_are_computed_once(tmp_path: Path) -> None:
     assert torch.equal(again.sizes, seen.sizes)
     assert again.mask is None
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
-    assert torch.equal(load_file(file)["latents"], first.latents)  # by the format's own library
+    assert torch.equal(load_file(file)["latents"], first.latents)  # read by the safetensors library
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.name.endswith(".tmp")]
 
 
@@ -71,11 +71,13 @@ def test_cache_key_depends_on_everything_that_changes_pixels(tmp_path: Path) -> 
         assert encode.calls == n + 2
     get(picture, base="another base")
     assert encode.calls == 5
-    get(picture, background="black", mask_floor=0.5, caption_dropout=0.2)  # nothing of the picture depends on these
+    get(
+        picture, background="black", mask_floor=0.5, caption_dropout=0.2
+    )  # these settings do not affect the cached latents
     assert encode.calls == 5
     get(one(tmp_path / "p", seed=1))
     assert encode.calls == 6
-    get(one(tmp_path / "elsewhere"))  # the same bytes in another place
+    get(one(tmp_path / "elsewhere"))  # equal bytes in another folder
     assert encode.calls == 6
 
 

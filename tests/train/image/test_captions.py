@@ -1,4 +1,4 @@
-"""Written captions are those that training reads; existing ones stay."""
+"""Generated captions are read by training; existing captions are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.train.image.pictures import read_pictures
 
 
 def colour(picture: Image.Image) -> tuple[str, bool]:
-    """Describe a picture as no other is described."""
+    """Return a description that is unique to the picture."""
     return "pixels " + "-".join(map(str, picture.resize((1, 1)).getpixel((0, 0)))), False  # type: ignore[arg-type]
 
 

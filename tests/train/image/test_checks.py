@@ -96,7 +96,7 @@ def test_class_pictures_are_not_the_pictures_themselves(tmp_path: Path) -> None:
 def test_masks_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "a", scene(64, 32, seed=1))
     mask = np.zeros((32, 64), np.uint8)
-    mask[:, :8] = 255  # outside a square's middle
+    mask[:, :8] = 255  # outside the center square
     put(tmp_path, "a.mask.png", None, Image.fromarray(mask))
     put(tmp_path, "b.png", "b", scene(32, 32, seed=2))
     found = findings(tmp_path, buckets=False)
@@ -129,7 +129,7 @@ def test_pair_of_equal_files_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_pairs_look_alike_only_where_both_halves_do(tmp_path: Path) -> None:
-    white = Image.new("RGB", (48, 32), "white")  # what an edit that empties pictures makes of all of them
+    white = Image.new("RGB", (48, 32), "white")  # every result of an edit that blanks its pictures
     for name, seed in (("a", 1), ("b", 2), ("c", 2)):
         put(tmp_path, f"{name}.png", "empty it", white)
         put(tmp_path, f"{name}.before.png", None, scene(seed=seed))

@@ -39,7 +39,7 @@ def array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(np.float64)
 
 
-# EXIF 2.3, tag 0x0112: where the stored row 0 and column 0 stand in the upright picture
+# EXIF 2.3, tag 0x0112: position of the stored row 0 and column 0 in the upright picture
 @pytest.mark.parametrize(
     ("orientation", "upright"),
     [
@@ -63,7 +63,7 @@ def test_a_picture_stands_upright(format: str, orientation: int, upright: Any) -
     want = upright(array(image))
     assert found.size == (want.shape[1], want.shape[0])
     assert np.abs(array(found.colour) - want).max() <= 3  # JPEG rounds
-    if format != "TIFF":  # Pillow turns these while reading
+    if format != "TIFF":  # Pillow rotates these while reading
         assert ("turned upright (EXIF)" in found.notes) == (orientation != 1)
 
 
@@ -75,7 +75,8 @@ def test_damaged_exif_is_noted_and_costs_nothing() -> None:
 @pytest.mark.parametrize(("primaries", "gamma"), [(ADOBE_RGB, 2.2), (SRGB, 1.0), (SRGB, 1.8)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_profile_is_converted_to_srgb(mode: str, primaries: Any, gamma: float) -> None:
-    """Against float64: decode by the profile's exponent, change primaries, encode by sRGB's curve."""
+    """Reference in float64: decode with the profile's exponent, change primaries, encode with sRGB's
+    curve."""
     image = scene()
     linear = (array(image) / 255) ** (round(gamma * 256) / 256)
     want = srgb_of(linear @ to_xyz(primaries).T @ np.linalg.inv(to_xyz(SRGB)).T)
@@ -109,7 +110,7 @@ def test_every_mode_becomes_eight_bit_rgb() -> None:
         assert found.alpha is None
         assert np.array_equal(array(found.colour), array(image.convert(mode).convert("RGB"))), mode
     cmyk = opened(image.convert("CMYK"), "TIFF")
-    assert np.array_equal(array(cmyk.colour), array(image))  # 255 - x there, 255 - x back
+    assert np.array_equal(array(cmyk.colour), array(image))  # inverted to 255 - x and back
     assert cmyk.notes == ("CMYK without a profile, converted plainly",)
     lab = opened(image.convert("LAB"), "TIFF")
     assert np.abs(array(lab.colour) - array(image)).mean() < 3  # 8-bit a* and b* are coarse
@@ -171,7 +172,7 @@ def test_a_phone_s_preview_is_no_animation() -> None:
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
-    """30,000 x 30,000 grey pixels in under a megabyte; and a header alone that claims far more."""
+    """30,000 x 30,000 gray pixels in under a megabyte, and a header that claims far more."""
     assert "most_megapixels" in refused(png(30000, 30000, 8, 0, b"\0" * 1000))
     assert "most_megapixels" in refused(png(2**31 - 1, 2**31 - 1, 8, 0, b""))
     data = png(100, 100, 8, 0, (b"\0" + bytes(100)) * 100)

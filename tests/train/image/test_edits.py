@@ -1,4 +1,5 @@
-"""Runs on pairs of pictures on tiny bases that edit: what is learned of what is before, and what bad pairs get."""
+"""Runs on pairs of pictures with tiny editing bases: results depend on the source; invalid pairs are
+refused."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn'
 
 @pytest.fixture(scope="module")
 def pairs(shared: Path) -> Path:
-    """Six drawings with their negatives before them."""
+    """Write six drawings with their negatives as source pictures."""
     folder = drawings(shared / "pairs")
     for path in folder.glob("?.png"):
         negative = Image.fromarray(255 - np.asarray(Image.open(path)))
@@ -77,7 +78,7 @@ def test_diffusers_edits_equally_with_the_trained_file(
     assert (result.pictures, result.validation is not None, len(result.samples)) == (12, True, 2)
     with Image.open(result.samples[-1]) as sheet:
         wide = sheet.width
-    assert wide > 2 * 128  # what is before, beside what was drawn
+    assert wide > 2 * 128  # the source picture next to the sample
     crop_view = tiny_image_base(shared, family)
     if family == "kontext":
         pipe = diffusers.FluxKontextPipeline.from_pretrained(crop_view)
@@ -221,7 +222,7 @@ def test_plan_counts_tokens_of_source_images() -> None:
     alone, pair = (image_counts(config, ImageLoad(1, 512, 512, targets="attention+ff", before=n)) for n in (0, 1))
     wide = image_counts(config, ImageLoad(1, 512, 1024, targets="attention+ff"))
     assert (pair.parameters, pair.trainable) == (alone.parameters, alone.trainable)
-    assert pair.saved == wide.saved > 1.5 * alone.saved  # as of one picture twice as wide
+    assert pair.saved == wide.saved > 1.5 * alone.saved  # equals one picture of double width
     assert pair.forward == wide.forward > 1.5 * alone.forward
 
 
@@ -247,4 +248,4 @@ def test_flux2_learns_and_draws_from_several_references(family: str, shared: Pat
     said = "\n".join(e.text for e in seen if isinstance(e, Note))
     assert "read back and compared: predictions equal" in said
     with Image.open(result.samples[-1]) as sheet:
-        assert sheet.width > 3 * 128  # both that were shown, beside what was drawn
+        assert sheet.width > 3 * 128  # both source pictures next to the sample

@@ -1,8 +1,8 @@
-"""A step of each family is that of diffusers' own training script, with PEFT's adapter on diffusers' own transformer.
+"""A step of each family equals diffusers' own training script with PEFT's adapter on diffusers' transformer.
 
-The scripts (examples/dreambooth, train_dreambooth_lora_flux2.py, …_flux2_klein.py, …_qwen_image.py, …_sd3.py without
-precondition_outputs, …_z_image.py) are written by hand here, from the functions of the pipelines that they call. The
-bases have every block of the true ones and tiny widths.
+The scripts (examples/dreambooth, train_dreambooth_lora_flux2.py, …_flux2_klein.py, …_qwen_image.py, …_sd3.py
+without precondition_outputs, …_z_image.py) are rewritten here from the pipeline functions that they call. The
+bases have every kind of block of the real models at tiny widths.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIDE = 32
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for bases, and in it two pictures that need no resizing, with captions of two lengths."""
+    """Create a folder for bases, with two pictures that need no resizing and captions of two lengths."""
     folder = tmp_path_factory.mktemp("steps")
     for path in sorted(drawings(folder / "squares", 2).glob("*.png")):
         with Image.open(path) as image:
@@ -67,13 +67,13 @@ def loss_and_first_batch(base: ImageBase, config: Any) -> tuple[ImageLoss, Image
 
 
 def moved(adapter: Adapter) -> Adapter:
-    """As if trained: no B is zero."""
+    """Return the adapter with nonzero B, as if trained."""
     g = torch.Generator().manual_seed(1)
     return adapter.mapped(lambda t: t + 0.05 * torch.randn(t.shape, generator=g))
 
 
 def peft_twin(transformer: Any, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """The same adapter by PEFT, added as the scripts do; module -> its A and B there."""
+    """Add the same adapter with PEFT, as the scripts do; return module -> PEFT's A and B."""
     from peft import LoraConfig
 
     pairs = adapter.pairs
@@ -93,7 +93,7 @@ def peft_twin(transformer: Any, adapter: Adapter) -> dict[str, tuple[Tensor, Ten
 
 
 def pixels_of(batch: ImageBatch) -> Tensor:
-    """torchvision's ToTensor and Normalize([0.5], [0.5]), by hand."""
+    """Return torchvision's ToTensor and Normalize([0.5], [0.5]), computed by hand."""
     arrays = [np.asarray(Image.open(row.picture.path).convert("RGB"), dtype=np.float32) for row in batch.rows]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 * 2 - 1
 
@@ -103,7 +103,8 @@ def mean_of_means(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def flux2_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """dev's and klein's: the VAE's latents in patches, by its batch norm's numbers; positions of four axes."""
+    """Script of dev and klein: latents as patches, normalized by the VAE's batch norm; four-axis
+    positions."""
     with torch.no_grad():
         x = pipe._patchify_latents(pipe.vae.encode(pixels).latent_dist.mode())
         bn = pipe.vae.bn
@@ -127,14 +128,14 @@ def flux2_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, s
 
 
 def qwen_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """Latents are those of a film of one frame, each channel by its own mean and spread; texts are masked."""
+    """Latents of a one-frame video, normalized by each channel's mean and deviation; texts are masked."""
     own = pipe.vae.config
     mean = torch.tensor(own.latents_mean).view(1, own.z_dim, 1, 1, 1)
     std = 1.0 / torch.tensor(own.latents_std).view(1, own.z_dim, 1, 1, 1)
     with torch.no_grad():
         x = (pipe.vae.encode(pixels[:, :, None]).latent_dist.mode() - mean) * std
         text, mask = pipe.encode_prompt(prompt=prompts, max_sequence_length=1024)
-    assert mask is not None  # the captions are of two lengths
+    assert mask is not None  # the captions have two lengths
     noise, s = noise[:, :, None], sigma.view(-1, 1, 1, 1, 1)
     noisy = ((1.0 - s) * x + s * noise).permute(0, 2, 1, 3, 4)
     n, c, h, w = x.shape[0], x.shape[1], x.shape[3], x.shape[4]
@@ -151,7 +152,8 @@ def qwen_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, si
 
 
 def sd3_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """3.5 medium's and large's: text of two CLIPs and T5, the time up to 1000; the model itself makes patches."""
+    """Script of 3.5 medium and large: text from two CLIPs and T5, timesteps up to 1000; the model makes the
+    patches."""
     own, s = pipe.vae.config, sigma.view(-1, 1, 1, 1)
     with torch.no_grad():
         x = (pipe.vae.encode(pixels).latent_dist.mode() - own.shift_factor) * own.scaling_factor
@@ -173,12 +175,12 @@ def sd3_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sig
 
 
 def z_image_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """Time counts from noise, what comes out is turned, and pictures and texts go in one by one."""
+    """Time counts from noise, the output is negated, and pictures and texts are passed as lists."""
     own, s = pipe.vae.config, sigma.view(-1, 1, 1, 1)
     with torch.no_grad():
         x = (pipe.vae.encode(pixels).latent_dist.mode() - own.shift_factor) * own.scaling_factor
         text, _ = pipe.encode_prompt(prompt=list(prompts), do_classifier_free_guidance=False)
-    assert len(text[0]) != len(text[1])  # the captions are of two lengths
+    assert len(text[0]) != len(text[1])  # the captions have two lengths
     noisy = ((1.0 - s) * x + s * noise).unsqueeze(2)
     out = pipe.transformer(list(noisy.unbind(dim=0)), (1000 - sigma * 1000) / 1000, text, return_dict=False)[0]
     return mean_of_means(-torch.stack(out, dim=0).squeeze(2), noise - x)
@@ -199,7 +201,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "sd3-large": ("attn.add_q_proj",),
     "qwen-image": ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"),
 }
-"""Of the last block what becomes of the text, which nothing reads."""
+"""The last block's text modules, whose output is not used."""
 
 
 @pytest.mark.parametrize(

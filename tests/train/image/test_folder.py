@@ -1,4 +1,4 @@
-"""What a folder gives: pictures, captions, masks and source images by name, and errors that name files."""
+"""Reading a folder: pictures, captions, masks and source images by name, and errors that name files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of image models, against diffusers' schedulers and training functions and float64 by hand."""
+"""The losses of image models, against diffusers' schedulers and training functions, and float64 by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veneer.train.optim import Ema
 
 @pytest.fixture(scope="module")
 def alphas() -> Tensor:
-    """SDXL's ᾱ, from its definition: β from 0.00085 to 0.012, linear in the root."""
+    """Return SDXL's ᾱ by definition: β from 0.00085 to 0.012, linear in its square root."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0)
 
@@ -55,7 +55,7 @@ def test_flow_is_the_line_between_picture_and_noise() -> None:
     noisy, target = noised(x, noise, sigma, "flow")
     torch.testing.assert_close(noisy[0], x[0])
     torch.testing.assert_close(noisy[4], noise[4])
-    # The target is the line's derivative, so that going back by it from any σ meets the picture.
+    # the target is the line's derivative: following it back from any σ gives the picture
     torch.testing.assert_close(noisy - sigma.view(-1, 1, 1, 1) * target, x)
 
 
@@ -109,7 +109,7 @@ def test_times_have_the_stated_distributions() -> None:
     logit = torch.logit(sample(Times("logit-normal")))
     assert abs(logit.mean()) < 0.05
     assert abs(logit.std() - 1) < 0.05
-    # The median maps by the formula, whatever the shape of the distribution.
+    # the median follows the formula for every distribution
     moved = sample(Times("uniform", shift=3.0))
     assert abs(moved.median() - shifted(torch.tensor(0.5), 3.0)) < 0.02
     whole = sample(Times(), "epsilon")

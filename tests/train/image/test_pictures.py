@@ -1,4 +1,4 @@
-"""Training pictures of folders: class pictures, broken files, several folders, keys."""
+"""Training pictures in folders: class pictures, broken files, several folders, keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_broken_files_are_listed_with_reasons(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:300])
     put(tmp_path, "phone.png").rename(tmp_path / "phone.heic")
     message = read_error(tmp_path)
-    assert "4 of 6 pictures cannot be used" in message  # phone.heic holds a PNG, which is read
+    assert "4 of 6 pictures cannot be used" in message  # phone.heic contains a PNG, which can be read
     for words in (
         "empty.png: an empty file",
         "page.jpg: not a picture",

@@ -1,4 +1,4 @@
-"""What a run on pictures saves: in each layout, with text encoders, read by others, drawn with by diffusers itself."""
+"""Saved adapters of image runs: every layout, text encoders, other readers, and pictures from diffusers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ STRONG: dict[str, Any] = {
 _CLIPS = ["text_encoder", "text_encoder_2"]
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' Euler scheduler on numpy 2
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' Euler scheduler with numpy 2
 @pytest.mark.parametrize(
     ("family", "encoders", "targets", "layout"),
     [
@@ -64,7 +64,7 @@ _CLIPS = ["text_encoder", "text_encoder_2"]
         ("z-image", [], "all-linear", "diffusers"),
         pytest.param("z-image", [], "all-linear", "kohya", marks=pytest.mark.slow),
         pytest.param("flux2", [], "all-linear", "diffusers", marks=pytest.mark.slow),
-        ("klein", [], "attention+ff", "kohya"),  # of which diffusers does not read modulations
+        ("klein", [], "attention+ff", "kohya"),  # diffusers does not read modulations of these
         ("qwen-image", [], "all-linear", "diffusers"),
         pytest.param("qwen-image", [], "all-linear", "kohya", marks=pytest.mark.slow),
     ],
@@ -72,7 +72,8 @@ _CLIPS = ["text_encoder", "text_encoder_2"]
 def test_diffusers_draws_the_same_picture_with_the_file(
     family: str, encoders: list[str], targets: str, layout: str, shared: Path, tmp_path: Path
 ) -> None:
-    """By default a layout for each family; names that diffusers gives back are in formats/test_convert_round too."""
+    """The default layout of each family; formats/test_convert_round covers the names that diffusers
+    writes."""
     import diffusers
 
     result = run(
@@ -100,7 +101,7 @@ def test_diffusers_draws_the_same_picture_with_the_file(
     [("kohya", "sdxl", ["text_encoder", "text_encoder_2"]), ("kohya", "flux1", []), ("peft", "flux1", [])],
 )
 def test_layouts_hold_the_adapter(layout: str, family: str, encoders: list[str], shared: Path, tmp_path: Path) -> None:
-    """The checkpoint of the last step has the trained tensors; the file's ΔW are theirs."""
+    """The last checkpoint contains the trained tensors; the file's ΔW equal theirs."""
     seen: list[Event] = []
     result = run(
         shared,
@@ -125,11 +126,11 @@ def test_layouts_hold_the_adapter(layout: str, family: str, encoders: list[str],
 
 
 def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_path: Path) -> None:
-    """sd-scripts' dataset_dirs, reg_dataset_dirs and tag_frequency, for kohya's folders and class pictures; its own
-    names of folders are kept."""
+    """sd-scripts' dataset_dirs, reg_dataset_dirs and tag_frequency, for kohya's folders and class pictures,
+    under the original folder names."""
     for place, count in (("train/3_sks house", 2), ("train/1_sks", 1), ("classes", 5)):
         drawings(tmp_path / place, count)
-    for name in ("0.png", "0.txt", "1.png", "1.txt"):  # these are pictures of the others
+    for name in ("0.png", "0.txt", "1.png", "1.txt"):  # these pictures belong to the other folders
         (tmp_path / "classes" / name).unlink()
     data = {"pictures": str(tmp_path / "train"), "class_folder": str(tmp_path / "classes"), "split": 0}
     result = run(shared, tmp_path / "out", data=data, schedule={"steps": 2}, evaluation={"every": 100})
@@ -143,7 +144,8 @@ def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_pat
 
 
 def test_text_encoders_learn_at_their_own_rate(shared: Path, tmp_path: Path) -> None:
-    """SGD without clipping: the step of each parameter is its rate times its gradient, so a rate of 1e-30 stays."""
+    """SGD without clipping: each parameter moves by its rate times its gradient, so at a rate of 1e-30 it
+    stays."""
     result = run(
         shared,
         tmp_path / "out",
@@ -197,7 +199,7 @@ def test_a_wrong_file_is_detected(shared: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_average_is_what_is_saved(shared: Path, tmp_path: Path) -> None:
-    """Equal to the average in the last checkpoint, which is not what was trained."""
+    """Equals the average in the last checkpoint, which differs from the trained tensors."""
     result = run(shared, tmp_path / "out", ema={"decay": 0.9}, **STRONG)
     newest = latest(tmp_path / "out" / "checkpoints")
     state, _ = read_tensors(newest / "adapter.safetensors")
@@ -247,7 +249,8 @@ def test_recomputing_keeps_less_and_changes_nothing(shared: Path, tmp_path: Path
 
 
 def test_measured_activations_are_what_autograd_holds() -> None:
-    """A linear layer with a trainable weight keeps its input; two that share it keep it once; ReLU keeps its output."""
+    """A linear layer with a trainable weight saves its input; two that share the input save it once; ReLU
+    saves its output."""
     x = torch.randn(10, 8)
     a, b = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4, bias=False)
     weights = [*a.parameters(), *b.parameters()]
@@ -262,7 +265,7 @@ def test_parked_components_are_fetched_and_parked_again(shared: Path, monkeypatc
     for name in ("text_encoder", "vae"):
         part = base.parts[name]
         monkeypatch.setattr(part, "to", lambda device, name=name: went.append((name, str(device))))
-    base.device = torch.device("cuda:3")  # nothing is moved here: what is asked for is looked at
+    base.device = torch.device("cuda:3")  # nothing is moved here; the test inspects the requested device
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     size = sum(p.numel() * 4 for n in ("text_encoder", "vae") for p in base.parts[n].parameters())
     assert park(base, ["text_encoder", "vae"]) == size
@@ -282,7 +285,8 @@ def test_parked_components_are_fetched_and_parked_again(shared: Path, monkeypatc
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl", "z-image", "klein", "qwen-image"])
 def test_offloaded_blocks_give_equal_gradients_and_return(family: str, shared: Path, tmp_path: Path) -> None:
-    """On one device the moves are copies; that every block has its weights when they are needed is the same."""
+    """On one device moves are copies; the test checks that every block has its weights when they are
+    needed."""
     from tests.train.tiny_pictures import image_values
     from veneer.train.config.load import config_from
     from veneer.train.image.augmentation import plan_rows

@@ -1,4 +1,5 @@
-"""Sliders: the loss by the paper's formula, an effect that follows the strength, runs without pictures, bad input."""
+"""Sliders: the loss by the paper's formula, an effect proportional to strength, runs without pictures,
+errors."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def run(folder: Path, output: Path, family: str, *, on_event: Any = None, **give
 
 
 def attached(base: ImageBase, config: ImageTrainConfig, attachment: Attachment, amount: float = 0.1) -> None:
-    """An adapter as if trained."""
+    """Attach an adapter with nonzero B, as if trained."""
     name = base.row.denoiser
     module, spec = parts_of(base, config)[name]
     g = torch.Generator().manual_seed(5)
@@ -73,8 +74,8 @@ def attached(base: ImageBase, config: ImageTrainConfig, attachment: Attachment, 
 @pytest.mark.parametrize("preserve", [(), ("tall", "flat")])
 @pytest.mark.parametrize("family", ["flux1", "sdxl"])
 def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, ...]) -> None:
-    """Each row by itself: ‖ε_θ(x_t, c) − ε(x_t, c) ∓ η·(ε(x_t, (c₊, p)) − ε(x_t, (c₋, p)))‖², arXiv 2311.12092, eq. 8,
-    with one p of those that are to be preserved."""
+    """Per row: ‖ε_θ(x_t, c) − ε(x_t, c) ∓ η·(ε(x_t, (c₊, p)) − ε(x_t, (c₋, p)))‖², arXiv 2311.12092, eq. 8,
+    with one preserved prompt p per row."""
     config, _ = settings(shared, shared / "unused", family, slider={"guidance": 2.5, "preserve": list(preserve)})
     base = load_image(config.base.name)
     view: Any = None
@@ -111,7 +112,7 @@ def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, 
 def said(
     base: ImageBase, attachment: Attachment, mix: Any, x: Tensor, time: Tensor, prompt: str, sizes: Tensor
 ) -> Tensor:
-    """ε of one row by the denoiser under a mix, at the guidance that pictures are made with."""
+    """Return ε of one row by the denoiser under a mix, at the guidance used for generation."""
     guidance = 3.5 if base.denoiser.config.get("guidance_embeds") else None
     with attachment.using(*mix):
         text = embed_prompts(base, [prompt])
@@ -121,7 +122,7 @@ def said(
 
 @pytest.mark.parametrize("family", ["flux1", pytest.param("sd15", marks=pytest.mark.slow)])
 def test_slider_effect_follows_strength_and_sign(shared: Path, family: str, tmp_path: Path) -> None:
-    """The prediction moves along the direction, monotone in the strength; near 0 as far to either side."""
+    """The prediction moves along the direction, monotone in the strength, and symmetrically near 0."""
     base = load_image(str(tiny_image_base(shared, family)))
     result = run(
         shared,
@@ -155,10 +156,10 @@ def test_slider_effect_follows_strength_and_sign(shared: Path, family: str, tmp_
 def test_slider_run_resumes_bit_for_bit(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     whole = run(shared, tmp_path / "whole", "flux1", on_event=seen.append)
-    assert (whole.steps, whole.pictures, whole.validation) == (4, 16, None)  # 2 rows at both signs
+    assert (whole.steps, whole.pictures, whole.validation) == (4, 16, None)  # 2 rows with both signs
     settled = next(e for e in seen if isinstance(e, Resolved))
     assert settled.settings["slider.positive"] == "a red house"
-    with Image.open(whole.samples[-1]) as sheet:  # the target as its prompt, a column for each of five strengths
+    with Image.open(whole.samples[-1]) as sheet:  # the target as prompt, with one column for each of five strengths
         assert sheet.width > 5 * 32
 
     with pytest.raises(Interrupted):
@@ -166,7 +167,7 @@ def test_slider_run_resumes_bit_for_bit(shared: Path, tmp_path: Path) -> None:
     seen.clear()
     resumed = run(shared, tmp_path / "cut", "flux1", resume=True, on_event=seen.append)
     assert resumed.digest == whole.digest
-    assert not any("drew" in e.text for e in seen if isinstance(e, Note))  # the scenes are there
+    assert not any("drew" in e.text for e in seen if isinstance(e, Note))  # the scenes exist already
 
 
 def test_a_dry_run_draws_one_scene_elsewhere(shared: Path, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_slider_keys_need_the_prompts(tmp_path: Path) -> None:
 
 
 def test_equal_slider_prompts_are_refused_before_step_one(shared: Path, tmp_path: Path) -> None:
-    long = "a house " * 200  # past what any encoder reads
+    long = "a house " * 200  # longer than any encoder reads
     given = {"positive": f"{long} red", "negative": f"{long} blue", "scenes": 1}
     with pytest.raises(PreflightError, match="the same to this base: there is no direction between them"):
         run(shared, tmp_path / "out", "flux1", slider=given)

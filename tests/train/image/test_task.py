@@ -1,4 +1,4 @@
-"""A whole run on pictures on tiny bases: what it leaves, that it can be stopped anywhere, and what bad input gets."""
+"""Image runs on tiny bases: their output, interruption at any step, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Whole = tuple[Path, ImageResult, list[Event]]
 
 @pytest.fixture(scope="module")
 def whole(shared: Path) -> Whole:
-    """One uninterrupted run with a moving average and sample sheets, that many tests look at."""
+    """Return one uninterrupted run with a moving average and sample sheets, shared by many tests."""
     seen: list[Event] = []
     result = run(shared, shared / "whole", on_event=seen.append, **WITH_ALL)
     return shared / "whole", result, seen
@@ -51,7 +51,8 @@ WITH_ALL: dict[str, Any] = {
 
 
 def _bytes(folder: Path) -> bytes:
-    """The tensors and scales of the one file in a run's folder: its metadata has the time of day and the name."""
+    """Return tensors and scales of the one file in a run's folder; its metadata contains the time and a
+    name."""
     return b"".join(
         f"{n}|{t.dtype}|{tuple(t.shape)}".encode() + t.contiguous().view(torch.uint8).numpy().tobytes()
         for n, t in sorted(read_tensors(next(folder.glob("*.safetensors")))[0].items())
@@ -90,7 +91,7 @@ def test_output_folder_has_every_file(whole: Whole, base: ImageBase) -> None:
     assert str(folder.parent) not in json.dumps(card.card.recipe)
     assert len([r for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]) == 6
     page = (folder / "report.html").read_text()
-    assert page.count('<img class="sheet"') == 4  # what the model saw, the base, steps 3 and 6
+    assert page.count('<img class="sheet"') == 4  # the training pictures, the base, steps 3 and 6
     for piece in (
         result.digest,
         "Loss, mean squared error",
@@ -123,7 +124,7 @@ def test_file_has_the_metadata_that_readers_expect(whole: Whole) -> None:
 
 
 def metadata_count(metadata: dict[str, str], tag: str) -> int:
-    """Four of the six pictures are learned; which, a hash decides."""
+    """Return a tag's count. Four of the six pictures are trained on, selected by a hash."""
     return int(json.loads(metadata["ss_tag_frequency"])["1_drawings"][tag])
 
 
@@ -141,15 +142,16 @@ def test_run_restores_base_and_random_state(shared: Path, tmp_path: Path) -> Non
     assert {n: m.training for n, m in own.model.named_modules()} == modes
     assert not any(p.requires_grad for p in own.model.parameters())
     assert not own.denoiser.is_gradient_checkpointing
-    attach(own.model).detach()  # nothing is attached any more
+    attach(own.model).detach()  # no adapter is attached any more
 
 
 @pytest.mark.parametrize(
     ("family", "share"),
-    [("flux1", 0.95), pytest.param("sdxl", 0.99, marks=pytest.mark.slow)],  # which learns in test_kinds too
+    [("flux1", 0.95), pytest.param("sdxl", 0.99, marks=pytest.mark.slow)],  # test_kinds trains sdxl too
 )
 def test_loss_falls_in_training(family: str, share: float, shared: Path, tmp_path: Path) -> None:
-    """The base is random, so forty steps lower the loss of drawings it never saw, at the same noise and times."""
+    """The base is random, so forty steps lower the loss of held-out drawings with equal noise and
+    timesteps."""
     result = run(
         shared,
         tmp_path / "out",
@@ -164,7 +166,7 @@ def test_loss_falls_in_training(family: str, share: float, shared: Path, tmp_pat
 
 @pytest.mark.parametrize("family", ["sd15", "schnell", "sd3", "klein", "flux2", "z-image", "qwen-image"])
 def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tmp_path: Path) -> None:
-    """On every linear module of the denoiser; flux1 and sdxl are in the other tests."""
+    """Trains every linear module of the denoiser; other tests cover flux1 and sdxl."""
     seen: list[Event] = []
     result = run(
         shared,
@@ -359,7 +361,7 @@ def test_a_noise_base_refuses_what_is_for_flow(loss: dict[str, Any], says: str, 
 
 
 def test_distilled_base_is_warned_of(shared: Path, tmp_path: Path) -> None:
-    """FLUX.2 klein as its index has it; its sheets are drawn in its way, without guidance."""
+    """FLUX.2 klein as its index describes it; its sheets are generated without guidance."""
     import shutil
 
     folder = Path(shutil.copytree(tiny_image_base(shared, "klein"), tmp_path / "klein"))
@@ -391,7 +393,7 @@ def test_a_stopped_dry_run_still_writes_its_sheet(shared: Path, tmp_path: Path, 
 
 
 def test_preflight_reports_what_is_not_read(shared: Path, tmp_path: Path) -> None:
-    """A caption, a sample prompt and the class prompt, each longer than the 24 tokens that the tiny encoders read."""
+    """A caption, a sample prompt and the class prompt, each longer than the tiny encoders' 24 tokens."""
     folder = drawings(tmp_path / "drawings")
     long = "a red house, " + " ".join(["in the style of a flat tree"] * 8)
     (folder / "0.txt").write_text(long + " caption")

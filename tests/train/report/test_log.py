@@ -1,4 +1,4 @@
-"""What a person sees of a run: the log, the terminal, and the page."""
+"""Reports of a run: the log, the terminal, and the page."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     log.close()
     with path.open("a") as file:
         file.write('{"event": "stepped", "st')
-    log = JsonLog(path, Progress(step=2, evaluated=-1))  # the evaluation after step 2 was not in the checkpoint
+    log = JsonLog(path, Progress(step=2, evaluated=-1))  # the checkpoint does not contain the evaluation after step 2
     log(score(2))
     log(step(3))
     log.close()
@@ -97,12 +97,14 @@ def test_sampling_runs_show_speed_and_constant_groups() -> None:
         }
         return Stepped(n, 2, n, -1e-9, 1e-4, 0.5, 10_000, 40, 2.0, 1, found)
 
-    first, second = _shown([drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False).splitlines()  # two updates of one draw
+    first, second = _shown(
+        [drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False
+    ).splitlines()  # two updates of one rollout
     rewards = "reward 0.250 (label 0.500, length -0.250)"
     assert f"1/2  {rewards}  200 drawn tokens/s" in first
     assert first.endswith("3 of 4 groups constant  38% cut")
     assert f"2/2  {rewards}  100 drawn tokens/s" in second
-    # a terminal has a line of its own for them, since the bar's is full
+    # a terminal shows rollouts on a second line, because the progress bar fills the first
     *_, bar, below = _shown([drawn(1, 400, 3)], terminal=True).splitlines()
     assert re.search(r"1/2 reward 0\.250 200 drawn tokens/s 1 B 2 s left", bar)
     assert below.strip() == "label 0.500, length -0.250  3 of 4 groups constant  38% cut"
@@ -153,7 +155,7 @@ def test_sizes_and_times_are_for_people() -> None:
 
 
 class _Reader(HTMLParser):
-    """Checks that tags close, and collects what a browser would fetch or run."""
+    """Checks that tags close; collects everything that a browser would fetch or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +234,7 @@ def test_a_report_without_steps_renders() -> None:
 @given(low=st.floats(-1e6, 1e6), span=st.floats(0, 1e6), about=st.integers(2, 10))
 def test_ticks_cover_the_range_and_are_few(low: float, span: float, about: int) -> None:
     ticks = nice_ticks(low, low + span, about)
-    slack = 1e-6 * (abs(low) + span) + 1e-9  # a tick at the edge up to rounding is at the edge
+    slack = 1e-6 * (abs(low) + span) + 1e-9  # ignore rounding of a tick at the edge
     assert ticks[0] <= low + slack
     assert ticks[-1] >= low + span - slack
     assert 2 <= len(ticks) <= about + 3

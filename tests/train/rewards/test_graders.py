@@ -1,4 +1,4 @@
-"""OpenAI's graders, beside the packages that they name and arithmetic."""
+"""OpenAI's graders, against the packages that they name and arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model as judge, over HTTP and by a function that is handed in."""
+"""A model as judge, over HTTP and through a function."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print server errors, except disconnects of clients that stopped waiting, which some tests cause."""
+        """Print server errors, but not disconnects of clients that stopped waiting, which some tests
+        cause."""
         if not isinstance(sys.exception(), BrokenPipeError | ConnectionResetError):
             super().handle_error(request, client_address)
 
@@ -179,7 +180,8 @@ def test_unusable_reply_has_no_score(message: tuple[int, Any], error: str) -> No
     ids=["dripping", "pouring"],
 )
 def test_endless_responses_end(part: bytes, pause: float, more: dict[str, Any], error: str) -> None:
-    """Some servers send a blank now and then while they work, so that no read is late; others would fill the memory."""
+    """Some servers send a blank now and then while they work, so that no read is late; others would fill the
+    memory."""
 
     def endless(handler: Any) -> None:
         handler.send_response(200)
@@ -218,7 +220,7 @@ def test_unavailable_judge_is_retried() -> None:
 def test_unavailable_judge_stops_the_run(status: int) -> None:
     with serving(lambda body, n: (status, {})) as server, pytest.raises(UnavailableError, match=f"HTTP {status}"):
         judged(server, "x", patience=0)
-    with pytest.raises(UnavailableError, match="ConnectError"):  # nobody listens there any more
+    with pytest.raises(UnavailableError, match="ConnectError"):  # the server has stopped
         judged(server, "x", patience=0)
 
 
@@ -252,7 +254,7 @@ def test_unsupported_settings_are_omitted() -> None:
 
     with serving(says) as server:
         assert [s.value for s in judged(server, "x", "y", at_once=1)] == [0.5, 0.5]
-    assert len(server.asked) == 4  # asked again twice, and from then on without
+    assert len(server.asked) == 4  # two retries, then requests without the refused option
     assert server.asked[-1]["max_completion_tokens"] == 512
 
 

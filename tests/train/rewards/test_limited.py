@@ -1,4 +1,4 @@
-"""A user's function in its process: what it gives, what ends it, and that it disturbs nobody."""
+"""A user's function in its own process: results, limits, and isolation from other functions."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_timeout_kills_the_process(function: LimitedFunction) -> None:
 
 
 def test_forks_cannot_answer(function: LimitedFunction) -> None:
-    """Or every answer after it would be that to the question before."""
+    """Otherwise each answer would belong to the previous question."""
     assert [s.value for s in function.score(asked("fork", "a", "fork", "abcd"))] == [7, 1, 7, 4]
 
 

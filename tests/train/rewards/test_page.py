@@ -1,4 +1,4 @@
-"""The page of rewards says what there is, and its examples can be read."""
+"""The rewards page lists every reward, and its examples are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weighted sum, what fails, and what makes answers teach nothing."""
+"""The weighted sum of rewards, failures, and groups of completions without a gradient."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_reward_gives_as_many_scores_as_there_are_answers() -> None:
 def test_constant_groups_are_counted() -> None:
     judged = Rewards([NamedReward("a", giving(1, 1, 0, 1, None, 2))]).judge(answers(*"uvwxyz"))
     actual = reward_findings(judged, [0, 0, 1, 1, 2, 2])
-    assert (actual["groups"], actual["constant_groups"]) == (3, 2)  # the third has one answer that was judged
+    assert (actual["groups"], actual["constant_groups"]) == (3, 2)  # the third group has one scored completion
     assert actual["constant_share"] == 2 / 3
 
 

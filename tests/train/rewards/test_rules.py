@@ -1,4 +1,4 @@
-"""Rewards that are formulas, beside sacrebleu, rouge-score, jsonschema and arithmetic."""
+"""Rewards by formula, against sacrebleu, rouge-score, jsonschema and arithmetic."""
 
 from __future__ import annotations
 

@@ -234,7 +234,8 @@ def test_a_signal_to_the_init_stops_at_most_the_sandbox(function: LimitedFunctio
 
 
 def test_fork_bomb_is_bounded_and_cleaned_up(sandbox: Sandbox, function: LimitedFunction) -> None:
-    """With less memory than its processes need, the fork bomb ends sooner, unless it is over before a look at it."""
+    """With less memory than its processes need, the fork bomb ends sooner, unless it ends before the first
+    check."""
     before = children()
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
         count = attack(roomy, "bomb").value
@@ -322,7 +323,7 @@ def score(sample, item):
 
 
 def test_no_descriptor_is_inherited(function: LimitedFunction) -> None:
-    assert attack(function, "descriptors").value == 2  # the two ends of its own socket's file objects
+    assert attack(function, "descriptors").value == 2  # the two ends of the sandbox's own socket
 
 
 def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
@@ -337,7 +338,9 @@ def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
     server = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     assert server.stdout.readline() == b"ready\n"
     end = time.monotonic() + 20
-    while len(actual := psutil.Process(server.pid).children(recursive=True)) < 3:  # bubblewrap, its init, the function
+    while (
+        len(actual := psutil.Process(server.pid).children(recursive=True)) < 3
+    ):  # bubblewrap, its init process, and the function
         assert time.monotonic() < end
         time.sleep(0.05)
     server.kill()
@@ -348,7 +351,7 @@ def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
         time.sleep(0.05)
 
 
-# -- what holds in a sandbox and without one --------------------------------------------------------------------------
+# -- with and without a sandbox ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["plain", "sandboxed"])
@@ -398,7 +401,9 @@ def test_a_job_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.
     source = "def grade(sample, item):\n    return 1\n"
     grader = {"type": "python", "name": "mine", "source": source}
     answer = Answer([], "x", {})
-    with build_rewards([GraderReward(kind="grader", grader=grader)]) as rewards:  # the operator's own
+    with build_rewards(
+        [GraderReward(kind="grader", grader=grader)]
+    ) as rewards:  # the operator's own grader needs no sandbox
         assert rewards.judge([answer]).values == [1]
     monkeypatch.setenv("PATH", "")
     with (

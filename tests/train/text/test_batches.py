@@ -1,4 +1,4 @@
-"""Laws of the plan, and that rows laid end to end cannot see each other."""
+"""Batch plans; packed rows do not affect each other."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_collate_lays_rows_end_to_end() -> None:
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_rows_of_a_batch_do_not_see_each_other(swap: bool) -> None:
-    """Each row's logits from the batch, with attention inside `lengths` only, are those of the row alone."""
+    """Each row's logits in the batch equal those of the row by itself; attention stays within `lengths`."""
     model = llama3()
     rows = [Example([3, 7, 9, 11], [False, False, True, True], 0), Example([5, 8, 13], [False, True, True], 1)]
     batch = collate(rows[::-1] if swap else rows)

@@ -1,4 +1,4 @@
-"""Distillation on a tiny base: its losses beside float64 by hand, a student becomes its teacher, and a run as any."""
+"""Distillation on a tiny base: losses against float64 by hand, convergence to the teacher, and resuming."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(shared: Path, base: TextBase) -> str:
-    """An adapter of rank 8, trained on answers."""
+    """Train and return the folder of a rank-8 adapter."""
     values = {
         "base": str(shared / "tiny-base"),
         "data": {"train": str(shared / "prompts.jsonl"), "split": 0},
@@ -69,14 +69,12 @@ def test_divergences_and_gradients_equal_float64_by_hand(base: TextBase, directi
     ids = torch.arange(5, 19)
     lengths, places = [6, 8], torch.tensor([2, 3, 8, 9, 12])
     hidden = hidden_at(model, ids, lengths, places).detach()
-    theirs = torch.randn(
-        len(places), 384 + 16, generator=torch.Generator().manual_seed(1)
-    )  # a vocabulary that is padded
+    theirs = torch.randn(len(places), 384 + 16, generator=torch.Generator().manual_seed(1))  # a padded vocabulary
     x = hidden.clone().requires_grad_()
     actual = compared_logits(model, x, lambda part: theirs[part], lambda a, b, _: divergences(a, b, direction))
     (actual.sum()).backward()
 
-    # by hand: the model's own logits of each row alone, in float64, place by place
+    # by hand: the model's logits of each row by itself, in float64, per position
     rows = [model(input_ids=row[None]).logits[0] for row in ids.split(lengths)]
     own = torch.cat(rows)[places].double()
     assert torch.allclose(head_logits(model, hidden).double(), own, atol=1e-5)
@@ -128,7 +126,8 @@ def test_student_learns_the_system_message(shared: Path, base: TextBase, tmp_pat
 
 
 def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """Not for as many as might be: of a step's four prompts, or the two that are held out, two each."""
+    """Four prompts per step, or two held-out prompts, with two completions each; not the configured
+    maximum."""
     taken: list[int] = []
 
     @contextmanager
@@ -151,7 +150,7 @@ def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase
 
 def test_prompts_over_the_context_are_refused_or_dropped(shared: Path, base: TextBase, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (shared / "prompts.jsonl").read_text().splitlines()]
-    rows[0]["prompt"] = "word " * 30  # with the teacher's system message, beyond the context
+    rows[0]["prompt"] = "word " * 30  # with the teacher's system message, longer than the context
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
     own = {"teacher": "base", "system": "a" * (base.context - 100)}

@@ -1,4 +1,4 @@
-"""Masks and texts, checked by decoding what is learned: no token id is written down here."""
+"""Loss masks and texts, checked by decoding the trained tokens, without literal token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def chat(*turns: str, system: str = "", weights: dict[int, int] | None = None) -> Row:
-    """user, assistant, user, … in turn."""
+    """Return a row with alternating user and assistant turns."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for i, text in enumerate(turns):
         messages.append({"role": "user" if i % 2 == 0 else "assistant", "content": text})
@@ -49,7 +49,7 @@ def with_template(template: str | None) -> PreTrainedTokenizerFast:
 
 
 def learned(example: Example, tokenizer: Any = TOKENIZER) -> list[str]:
-    """The text of each run of trained tokens."""
+    """Return the text of each run of consecutive trained tokens."""
     runs: list[list[int]] = []
     before = False
     for token, trained in zip(example.input_ids, example.trained, strict=True):
@@ -314,8 +314,9 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def test_tool_call_is_trained_as_transformers_renders_it() -> None:
-    """OpenAI's text of arguments is the mapping that templates take, and the answers that are learned are those whose
-    weight is not 0, by hand."""
+    """Templates get OpenAI's argument text as a mapping.
+
+    Only answers with nonzero weight are trained, checked by hand."""
     tokenizer = with_template(templates.TOOLS)
     row = Row("messages", TALK_WITH_TOOLS, tools=(TOOL,), where="data.jsonl:1")
     example = one(row, tokenizer=tokenizer)
@@ -328,7 +329,8 @@ def test_tool_call_is_trained_as_transformers_renders_it() -> None:
 
 
 def test_inference_renders_tool_calls_as_training_does() -> None:
-    """What was said before a turn, as a server renders it, is what stands before that turn's learned part."""
+    """A server's rendering of the turns before an answer equals the text before that answer's trained
+    part."""
     tokenizer = with_template(templates.TOOLS)
     base = SimpleNamespace(tokenizer=tokenizer, has_chat_template=True, name="tiny")
     example = one(Row("messages", TALK_WITH_TOOLS, tools=(TOOL,)), tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""What is thought of answers becomes rows that training reads, and nothing else gets into their file."""
+"""Feedback on completions becomes rows that training reads; nothing else enters the file."""
 
 from __future__ import annotations
 

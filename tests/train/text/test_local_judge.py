@@ -1,4 +1,4 @@
-"""A judge of this process says what the base, or another adapter on it, says by transformers' own generation."""
+"""A judge in this process: the base or an adapter answers as transformers' own generation does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MESSAGES = [[{"role": "user", "content": text}] for text in ("The printer is on 
 
 
 def strong(base: TextBase, seed: int) -> Adapter:
-    """An adapter that changes what is said."""
+    """Return an adapter that changes completions."""
     made = create(base.model, LoraSpec(rank=4), seed=seed)
     torch.manual_seed(seed)
     return made.mapped(lambda t: t + torch.randn_like(t) if t.is_floating_point() else t)

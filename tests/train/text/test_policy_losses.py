@@ -1,4 +1,4 @@
-"""The losses are the papers' formulas, by hand in float64, answer by answer and token by token."""
+"""The losses equal the papers' formulas, by hand in float64, per completion and per token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUPS = [0, 0, 1, 1]
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """log p now and then, and rewards."""
+    """Return current and old log-probabilities, and rewards."""
     g = torch.Generator().manual_seed(seed)
     old = -torch.rand(sum(LENGTHS), generator=g, dtype=torch.float64) * 3 - 0.1
     now = (old + 0.4 * torch.randn(len(old), generator=g, dtype=torch.float64)).clamp(max=-0.01)
@@ -56,7 +56,9 @@ def test_advantages_by_hand() -> None:
 @pytest.mark.parametrize("baseline", ["group", "others"])
 def test_groups_of_one_or_of_equals_have_no_advantage(baseline: str) -> None:
     equals = torch.full((7,), 0.1, dtype=torch.float64)
-    assert float(equals.mean()) != 0.1  # by the sum's rounding, which a spread of 0 would make a thousand times larger
+    assert (
+        float(equals.mean()) != 0.1
+    )  # the sum's rounding, which division by a zero deviation would amplify a thousandfold
     actual = advantages(torch.cat([torch.tensor([5.0]), equals]), [0, *[1] * 7], baseline=baseline, scale="group")  # type: ignore[arg-type]
     assert actual.tolist() == [0.0] * 8
 
@@ -84,7 +86,8 @@ def test_the_clipped_loss_and_its_gradient_by_hand(level: str, bounds: tuple[flo
             answer += min(rho * a, bounded * a) / n
             slopes.append(rho * a if rho * a <= bounded * a else 0.0)
         total -= answer / len(LENGTHS)
-        # ∂ρ/∂log p_t is ρ for a token's own; for an answer's, ρ/n to each of its n tokens, from each of its n losses
+        # ∂ρ/∂log p_t is ρ for a token's own ratio; a sequence's ratio gives ρ/n to each of its n tokens in
+        # each of its n losses
         expected += [-(s if level == "token" else sum(slopes) / n) / n / len(LENGTHS) for s in slopes]
         at += n
     assert math.isclose(float(loss.detach()), total, rel_tol=1e-12)
@@ -104,7 +107,7 @@ def test_length_factors_by_hand() -> None:
 
 
 def test_kl_estimates_have_the_mean_of_kl() -> None:
-    """Over a whole vocabulary, each token weighted by p, the mean is exact."""
+    """Averaged over the whole vocabulary with weights p, the estimate is exact."""
     g = torch.Generator().manual_seed(3)
     logps, reference = (torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
     kl = (logps.exp() * (logps - reference)).sum()

@@ -1,5 +1,5 @@
-"""Preference runs on a tiny base: the loss is the formula on the model's own likelihoods, and such a run keeps every
-promise that a supervised one keeps."""
+"""Preference runs on a tiny base: the loss equals the formula on the model's likelihoods; runs resume and
+save as supervised runs do."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def train(shared: Path, output: Path, loss: str | None = "dpo", base: TextBase |
 
 @pytest.fixture(scope="module")
 def whole(shared: Path, base: TextBase) -> Whole:
-    """One uninterrupted run with each loss."""
+    """Return one uninterrupted run per loss."""
     out = {}
     for loss in LOSSES:
         events: list[Event] = []
-        # kto with dropout: z₀ is measured without it, and draws nothing
+        # kto with dropout: z₀ is measured without dropout and uses no random numbers
         dropout = {"dropout": 0.2} if loss == "kto" else {}
         result = train(shared, shared / loss, loss, base, on_event=events.append, adapter=dropout)
         out[loss] = shared / loss, result, events
@@ -108,7 +108,8 @@ def test_every_loss_learns_the_preference(loss: str, whole: Whole) -> None:
 
 
 def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log p of the chosen and the rejected answers, in the model's own precision, and their lengths: plainly."""
+    """Return log p of chosen and rejected answers in the model's own precision, and their lengths, without
+    batching."""
     out: list[list[Tensor]] = [[], []]
     lengths: list[list[int]] = [[], []]
     for row in rows:
@@ -117,7 +118,7 @@ def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple
         for k, name in enumerate(("chosen", "rejected")):
             message = [*ask, {"role": "assistant", "content": row[name]}]
             ids = base.tokenizer.apply_chat_template(message)["input_ids"]
-            ids = torch.tensor([ids[:-1]])  # without the line break after the end of the turn
+            ids = torch.tensor([ids[:-1]])  # drop the line break after the end of the turn
             logp = F.log_softmax(model(input_ids=ids).logits[0], dim=-1)
             out[k].append(sum(logp[i - 1, ids[0, i]] for i in range(start, ids.shape[1])))  # type: ignore[arg-type]
             lengths[k].append(ids.shape[1] - start)
@@ -126,7 +127,8 @@ def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple
 
 
 def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tensor, rl: Tensor, z: Tensor) -> Tensor:
-    """The papers' formulas with the defaults that the reference page states; of kto the sum of both answers'."""
+    """Return the papers' formulas with the defaults of the reference page; for kto, the sum over both
+    answers."""
     beta = 2.0 if loss == "simpo" else 0.1
     m_w, m_l = w / n_w, l / n_l
     if loss == "dpo":
@@ -143,7 +145,7 @@ def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tenso
 
 @EACH
 def test_loss_and_gradient_equal_the_formula_in_float64(loss: str, shared: Path) -> None:
-    """From the file to the gradient of A and B, beside a float64 model with s·B·A added to its weights."""
+    """From the file to the gradients of A and B, against a float64 model with s·B·A added to its weights."""
     base = load_text(str(shared / "tiny-base"))
     config, _ = config_from(
         {
@@ -238,12 +240,12 @@ def test_a_dry_run_computes_no_reference_and_writes_nothing(shared: Path, base: 
     assert not any(isinstance(e, Note) and e.text.startswith("reference") for e in events)
 
 
-# --- going on from an adapter -----------------------------------------------------------------------------------------
+# --- starting from an adapter -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tuned(shared: Path, base: TextBase) -> Path:
-    """A supervised run on the chosen answers."""
+    """Return a supervised run on the chosen answers."""
     rows = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"]} for i in range(24)]
     (shared / "chosen.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train(shared, shared / "tuned", None, base, data={"train": str(shared / "chosen.jsonl")})
@@ -266,7 +268,7 @@ def test_a_starting_adapter_is_the_reference(tuned: Path, shared: Path, base: Te
     assert peft.read_folder(tmp_path / "out", base.model).pairs.keys() == start.pairs.keys()
     assert peft.read_folder(tuned, base.model).digest() == start.digest()
     assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items())
-    # the likelihood of the chosen answers at the start is the tuned adapter's, not the base's
+    # the initial likelihood of chosen answers is the tuned adapter's, not the base's
     bare: list[Event] = []
     train(shared, tmp_path / "bare", "dpo", base, on_event=bare.append, schedule={"steps": 1})
     of_base = next(e for e in bare if isinstance(e, Evaluated)).extra["logp_chosen"]
@@ -281,7 +283,7 @@ def test_supervised_run_continues_from_an_adapter(tuned: Path, shared: Path, bas
     assert next(e for e in events if isinstance(e, Evaluated)).loss == pytest.approx(ended, rel=1e-4)
 
 
-# --- what bad input gets ----------------------------------------------------------------------------------------------
+# --- invalid input ----------------------------------------------------------------------------------------------------
 
 
 def test_pairs_without_a_loss_are_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Pairs as tokens: both answers follow one prompt, which is never learned, and no answer stays without its partner."""
+"""Preference pairs as tokens: both answers follow one prompt, which is not trained; no answer loses its
+partner."""
 
 from __future__ import annotations
 
@@ -84,10 +85,10 @@ def test_cut_pairs_still_share_their_prompt() -> None:
 
 
 def test_pairs_with_different_prompt_tokens_are_counted() -> None:
-    """Without a template one token may span the end of the prompt and the beginning of one of the answers."""
+    """Without a template, one token can span the end of the prompt and the start of an answer."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    # two letters that the tokenizer merges, and one that it does not
+    # two letters that the tokenizer merges
     merged = next(a + b for a in "eirt" for b in "nrhe" if len(tokenizer(a + b)["input_ids"]) == 1)
     ends = [(said("user", "x" + merged[0]), said("assistant", text)) for text in (merged[1], "!")]
     texts, owners = answer_rows(rows := [Row("prompt-completion", ends[0], rejected=ends[1], where="d:1")])
@@ -112,7 +113,7 @@ def test_mismatched_examples_answer_another_prompt() -> None:
     assert len(rows_) == 6
     answers = [learned(e, TOKENIZER)[0] for e in rows_]
     assert [e.prompt for e in rows_] == [i.answers[0].prompt for i in pairs]
-    # 0 and 1 are answers to the prompt of 4 and 5: their next other one is 2, the answer to "Hm?"
+    # rows 0 and 1 answer the same prompt as 4 and 5: the next other answer is row 2's, to "Hm?"
     assert answers == [f"{t}<|im_end|>" for t in ("Yes, there.", "Yes, there.", "e", "e", "Yes, there.", "Yes, there.")]
     assert all(e.tokens == 20 for e in mismatched_examples(pairs, 20))
     assert mismatched_examples(pairs[:2], 1000) == []

@@ -1,4 +1,4 @@
-"""Fault injection: each failure class of the field that shows before training, put in, and named by its message."""
+"""Fault injection: each known failure that is visible before training is named by a finding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base() -> TinyBase:
 
 
 class Run:
-    """Preflight of the tiny base with one thing changed."""
+    """Preflight of the tiny base with one change."""
 
     def __init__(self, base: TinyBase, folder: Path) -> None:
         self.base, self.folder = base, folder
@@ -74,7 +74,7 @@ def run(base: TinyBase, tmp_path: Path) -> Run:
 
 
 def stopped(report: Report, check: str) -> str:
-    """The stop of this check, and that it is the only thing found wrong enough to stop."""
+    """Return the stop of this check, and assert that it is the only stop."""
     assert {f.check for f in report.stops} == {check}, report.text()
     with pytest.raises(PreflightError) as caught:
         report.raise_if_stopped()
@@ -245,7 +245,7 @@ def test_turns_changed_by_the_template(run: Run) -> None:
     )
 
 
-# the beginning, control tokens, the vocabulary
+# BOS, control tokens, the vocabulary
 
 
 def test_tokens_beyond_the_embedding(run: Run) -> None:
@@ -279,7 +279,8 @@ def test_run_over_the_memory(run: Run) -> None:
 
 
 def test_run_over_the_memory_gets_the_cheapest_fix(tmp_path: Path) -> None:
-    # Of two layers the first is all that is kept, as the last one works on trained tokens alone: four save something.
+    # With two layers only the first one saves activations, because the last works on trained tokens only; so
+    # use four.
     run = Run(TinyBase(tiny_model(num_hidden_layers=4), tiny_tokenizer()), tmp_path)
     rows = [talk("word " * 20, "yes", f"d.jsonl:{i}") for i in range(200)]
     need = run("batching.rows=200", rows=rows).numbers
@@ -302,7 +303,7 @@ def test_plan_names_the_measured_rates_of_the_machine(run: Run) -> None:
 
 
 def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run().numbers["kept_packed"] == 0  # not faster: the tiny base's are too small to have any
+    assert run().numbers["kept_packed"] == 0  # the tiny base's matrices are too small for prepacking to be faster
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
     every = packed_weights(model_shape(run.base.model), "float32", lambda *product: True)
     report = run()
@@ -312,8 +313,8 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     assert "frozen weights kept a second time" in report.text()
     off = "memory.activation_checkpointing=off"
     for overrides, free, kept in (
-        ([], int(1.05 * needed), 0),  # where activations are made again
-        ([off], needed + every, 0),  # some is left to what nobody counts
+        ([], int(1.05 * needed), 0),  # activations are recomputed
+        ([off], needed + every, 0),  # some memory stays free for uncounted uses
         ([off], needed + 2 * every, every),
         ([off, f"memory.limit_gb={(needed + every) / 1e9}"], None, 0),
         (["memory.keep_packed_gb=0"], None, 0),
@@ -328,13 +329,15 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     sampling = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
     both = run(*sampling).numbers
     assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]
-    assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # whoever draws asks for no gradient
+    assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # sampling needs no gradients
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: False)
-    assert run(*sampling).numbers["drawer_packed"] == both["drawer_packed"]  # whatever training's products take
+    assert (
+        run(*sampling).numbers["drawer_packed"] == both["drawer_packed"]
+    )  # independent of the memory of training's products
     assert run(*sampling, "memory.keep_packed_gb=0").numbers["drawer_packed"] == 0
 
 
-# 11: resuming into something else, writing over something
+# 11: resuming another run, overwriting
 
 
 def test_resuming_with_other_settings(run: Run, tmp_path: Path) -> None:
@@ -359,7 +362,7 @@ def test_an_output_in_use(run: Run, tmp_path: Path) -> None:
 
 
 def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
-    """Such rows may have no answer at all: that it is another one is not said."""
+    """Such rows can lack an answer, so the finding does not mention different answers."""
     base = text_without_weights(str(tiny_base_dir(tmp_path)))
     lines = [{"prompt": "2 * 3 =", "entry": i} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -380,7 +383,7 @@ def test_all_stops_are_listed_together(run: Run) -> None:
         assert part in str(caught.value)
 
 
-# what is shown
+# displayed texts
 
 
 def test_the_sample_is_the_first_row_with_its_answer_marked(run: Run) -> None:

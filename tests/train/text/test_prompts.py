@@ -1,4 +1,4 @@
-"""Answers to one prompt lie beside one another, and have its tokens once."""
+"""Completions of one prompt are adjacent and share the prompt's tokens."""
 
 from __future__ import annotations
 

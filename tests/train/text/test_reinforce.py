@@ -1,5 +1,5 @@
-"""Reinforcement on a tiny base: rewards rise, sampler and trainer have one number, and such a run keeps every promise
-that a supervised one keeps."""
+"""Reinforcement on a tiny base: rewards rise, sampler and trainer agree, and runs resume and save as
+supervised runs do."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_loss_runs_and_reports(shared: Path, base: TextBase, tmp_path: Pat
     assert first["gap_max"] < (1e-4 if own.get("exact") is False else 1e-12)
     assert ("gap_max" in second) == (own.get("updates", 1) == 1)
     if own.get("kl"):
-        assert first["kl"] == 0.0  # a fresh adapter is the base, by the same kernels
+        assert first["kl"] == 0.0  # a fresh adapter equals the base, with the same kernels
         assert second["kl"] > 0.0
     assert ("weight" in first) == ("temperature" in own)
 
@@ -107,7 +107,7 @@ def test_run_without_a_training_signal_warns(shared: Path, base: TextBase, tmp_p
     events: list[Event] = []
     train(shared, tmp_path, base, events.append, reinforcement=same, schedule={"steps": 6})
     assert [x["idle"] for x in measured(tmp_path)] == [1.0] * 6
-    assert [x["drawn_tokens"] > 0 for x in measured(tmp_path)] == [True, False] * 3  # an update more draws nothing
+    assert [x["drawn_tokens"] > 0 for x in measured(tmp_path)] == [True, False] * 3  # a second update does not sample
     warnings = [e.text for e in events if isinstance(e, Note) and "adapter.start" in e.text]
     (warning,) = warnings
     assert "rewards of step 1: " in warning
@@ -158,7 +158,8 @@ def none(sample, item):
     ("function", "why"), [("raises", "ZeroDivisionError"), ("late", "longer than 0.3 s"), ("none", "nan")]
 )
 def test_failing_graders_are_counted(shared: Path, base: TextBase, tmp_path: Path, function: str, why: str) -> None:
-    """Ten prompts with two answers each: one row's are left out and told, those of two are too many."""
+    """Ten prompts with two completions each: failures for one row are skipped and reported, for two rows they
+    stop."""
     graders = tmp_path / "graders.py"
     reward = {"kind": "python", "file": str(graders), "function": function, "timeout": 0.3}
     own = {
@@ -202,7 +203,7 @@ def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: Te
 
 
 def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """One answer may always fail; where it is the only one held out there is no number to keep an adapter by."""
+    """If the only held-out completion always fails, no score can select an adapter."""
     (tmp_path / "broken.py").write_text("def score(sample, item):\n    return 1 / 0\n")
     reward = {"kind": "python", "file": str(tmp_path / "broken.py")}
     with pytest.raises(

@@ -259,12 +259,17 @@ def test_judged_answers(tmp_path: Path) -> None:
     parsed, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
     assert about.format == "unpaired-preference"
     assert [r.label for r in parsed] == [True, False]
-    assert [m.get("weight") for m in parsed[1].messages] == [None, 0, None, None]  # what was said before is given
+    assert [m.get("weight") for m in parsed[1].messages] == [
+        None,
+        0,
+        None,
+        None,
+    ]  # turns before the answer are not trained
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nHi,Hello,TRUE\nHi,Bye,false\n")
     parsed, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
     assert [r.label for r in parsed] == [True, False]
     assert "`label` should be true" in wrong(jsonl(tmp_path, [rows[0] | {"label": 3}]), formats=PREFERENCES)
-    # another run learns them, and says that it does not look at the label
+    # another kind of run trains on these rows and reports the unused label
     _, about = read_rows(jsonl(tmp_path, rows[:1]))
     assert (about.format, about.unused) == ("prompt-completion", ["label"])
 
@@ -275,7 +280,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 
 def test_openai_rows_with_tools(tmp_path: Path) -> None:
-    """The example of its guide to function calling, with a second answer."""
+    """The example in OpenAI's guide to function calling, with a second answer."""
     result = {"role": "tool", "tool_call_id": "c1", "content": "21"}
     row = {"messages": [TURNS[0], CALLS, result, TURNS[1]], "parallel_tool_calls": False, "tools": [TOOL]}
     (rows,), about = read_rows(jsonl(tmp_path, [row]))
@@ -285,7 +290,7 @@ def test_openai_rows_with_tools(tmp_path: Path) -> None:
 
 
 def test_openai_pairs(tmp_path: Path) -> None:
-    """The example of its guide to preferences; what the assistant said in the prompt is given, not learned."""
+    """The example in OpenAI's guide to preferences; assistant turns in the prompt are not trained."""
     earlier = [TURNS[0], BYE, {"role": "user", "content": "Really?"}]
     row = {
         "input": {"messages": earlier, "tools": [TOOL], "parallel_tool_calls": True},

@@ -1,4 +1,4 @@
-"""What a card keeps of answers: those of the base and of the adapter that was saved, to a held-out prompt."""
+"""Completions on a card: those of the base and of the saved adapter, for a held-out prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run on a tiny base: what it leaves, that it can be stopped anywhere, and what bad input gets."""
+"""Text runs on a tiny base: their output, interruption at any step, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Whole = tuple[Path, RunResult, list[Event]]
 
 @pytest.fixture(scope="module")
 def whole(shared: Path, base: TextBase) -> Whole:
-    """One uninterrupted run that many tests look at."""
+    """Return one uninterrupted run, shared by many tests."""
     events: list[Event] = []
     result = train(shared, shared / "whole", base, on_event=events.append)
     return shared / "whole", result, events
@@ -121,11 +121,11 @@ def test_base_and_random_state_are_restored(shared: Path, tmp_path: Path) -> Non
     after = own.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(t, before[name]) for name, t in after.items())
-    attach(own.model).detach()  # nothing is attached any more
+    attach(own.model).detach()  # no adapter is attached any more
 
 
 def test_the_same_run_twice_gives_the_same_bytes(whole: Whole, shared: Path, tmp_path: Path) -> None:
-    torch.manual_seed(123)  # the caller's randomness has no say
+    torch.manual_seed(123)  # the caller's random state has no effect
     again = train(shared, tmp_path / "again")
     assert again.digest == whole[1].digest
     for name in (TENSORS, "adapter_config.json"):
@@ -161,7 +161,9 @@ for limit in sys.argv[3:]:
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_and_resumed_bytes_are_equal(whole: Whole, shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """With dropout. Killed twice in a checkpoint, then before old ones are pruned, and while they are."""
+    """With dropout.
+
+    Killed twice while saving a checkpoint, then before and during the removal of old checkpoints."""
     output = tmp_path / "killed"
     command, log = ["-c", KILL, str(shared), str(output), "16", "9", "23", "27"], tmp_path / "log"
     assert Forked(command, env=os.environ, log=log, cwd=ROOT).wait(120) == 0, log.read_text()
@@ -195,7 +197,7 @@ def test_interrupted_runs_resume_exactly(whole: Whole, shared: Path, base: TextB
 
 
 def test_resuming_with_other_micro_batches_is_reported(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """Their size may be the device's own, which has more or less free than it had."""
+    """Micro-batch sizes can depend on the device's free memory."""
     events: list[Event] = []
     short = {"schedule": {"steps": 2}, "evaluation": {"every": 2}}
     with pytest.raises(Interrupted):
@@ -208,7 +210,7 @@ def test_resuming_with_other_micro_batches_is_reported(shared: Path, base: TextB
 def test_prefetched_batches_give_the_same_bytes(
     whole: Whole, shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, with the CPU for the device that they are sent to."""
+    """As on a GPU, with the CPU in place of the device."""
     threads: set[str] = set()
 
     def send(batch: Batch) -> Batch:
@@ -274,8 +276,8 @@ def test_best_or_last_state_is_saved(
     kept_step: int,
     loss: float,
 ) -> None:
-    """The validation loss is lowest after step 3, and three worse ones later the run stops: step 3 is what is saved, or
-    the last one, step 6."""
+    """The validation loss is lowest after step 3; after three worse evaluations the run stops and saves step
+    3, or, if configured, the last step 6."""
     losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.25, 3.1, 1.0])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
     events: list[Event] = []
@@ -318,7 +320,8 @@ def test_wrong_adapter_file_is_detected(
 
 
 def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
-    # Of two layers the first is all that is kept, as the last one works on trained tokens alone: four save something.
+    # With two layers only the first one saves activations, because the last works on trained tokens only; so
+    # use four.
     base = load_text(str(tiny_base_dir(tmp_path, num_hidden_layers=4)))
     write_rows(tmp_path / "rows.jsonl")
     needs = train(tmp_path, tmp_path / "out", base, dry_run=True).preflight["numbers"]
@@ -343,7 +346,7 @@ def test_report_compares_results_with_the_plan(shared: Path, base: TextBase, tmp
     assert "predicted_peak_bytes" in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8")
 
 
-# --- what bad input gets: a clear error, and nothing half written -------------------------------------------------
+# --- invalid input: a clear error, and no partial output --------------------------------------------------------------
 
 
 def test_nan_losses_name_rows(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +370,7 @@ def test_nan_losses_name_rows(shared: Path, base: TextBase, tmp_path: Path, monk
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: Path) -> None:
-    """Close to the CPU's run, with memory counted on the device, and resumable."""
+    """Close to the CPU's run, with memory measured on the device, and resumable."""
     on_cuda = {"name": str(shared / "tiny-base"), "device": "cuda", "dtype": "float32"}
     on_cpu = train(shared, tmp_path / "cpu", adapter={"dropout": 0.0})
     values = values_of(shared, tmp_path / "cuda", adapter={"dropout": 0.0}) | {"base": on_cuda}
@@ -382,7 +385,7 @@ def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: 
 
 
 def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losses of a run that diverged: 2.6 before, 9.1 at best after."""
+    """Losses of a diverged run: 2.6 before training, at best 9.1 after."""
     losses = iter([2.6, 9.1, 20.4])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
     events: list[Event] = []
@@ -394,7 +397,7 @@ def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, m
     assert [(e.best, e.worse) for e in scored] == [(False, False), (False, True), (False, True)]
     assert not (tmp_path / "wild" / "adapter_model.safetensors").exists()
     assert (tmp_path / "wild" / "checkpoints").is_dir()
-    # The way out that the error names.
+    # the option that the error names
     notes: list[Event] = []
     result = train(
         shared, tmp_path / "wild", base, resume=True, on_event=notes.append, evaluation=evaluation | {"keep": "last"}
@@ -425,7 +428,7 @@ def test_offloaded_activations_leave_gradients_bit_equal(shared: Path, tmp_path:
 def test_offload_refuses_layers_without_a_checkpoint_function() -> None:
     class Keeps(torch.nn.Linear):
         def activation_checkpointing_enable(self, how: dict[str, bool]) -> None:
-            """As of a model whose layers call torch's own function."""
+            """Enable checkpointing like a model whose layers call torch's own function."""
 
     with pytest.raises(ConfigError, match="another place") as error:
         recompute_activations(Keeps(2, 2), offload=True)

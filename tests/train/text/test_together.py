@@ -1,4 +1,4 @@
-"""Runs in one pass of their base: each comes out as if it were alone, whatever becomes of the others."""
+"""Runs trained in one pass of their base: each equals its separate run, even if others fail."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from veneer.train.text.task import run_text
 from veneer.train.text.together import run_texts
 
 LAW = 1e-5
-"""Of the largest entry, in float32, over ten steps."""
+"""Tolerance relative to the largest entry, in float32, over ten steps."""
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base, forty tickets, and twelve pairs of answers."""
+    """Create the tiny base, forty tickets, and twelve preference pairs."""
     folder = with_rows(tmp_path_factory.mktemp("together"))
     pairs = (
         {"prompt": f"The printer {i} is silent.", "chosen": "it", "rejected": "billing, I guess"} for i in range(12)
@@ -72,7 +72,7 @@ def train(
     on_event: Callable[[str, Event], None] = lambda name, event: None,
     **options: Any,
 ) -> dict[str, RunResult | VeneerError]:
-    """All of them in one pass, each in a folder of its name."""
+    """Train all runs in one pass, each in a folder of its name."""
     configs = [config_of(shared, place / name, own) for name, own in customers.items()]
     listeners = [lambda event, name=name: on_event(name, event) for name in customers]
     results = run_texts(configs, base=base, listeners=listeners, **options)
@@ -81,7 +81,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def alone(shared: Path, base: TextBase) -> Callable[[str], Path]:
-    """The folder of a customer's run by itself."""
+    """Return the folder of a customer's separate run."""
 
     def made(name: str) -> Path:
         output = shared / "alone" / name
@@ -94,14 +94,14 @@ def alone(shared: Path, base: TextBase) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def group(shared: Path, base: TextBase) -> tuple[Path, dict[str, RunResult | VeneerError], list[tuple[str, Event]]]:
-    """All customers in one pass, which many tests look at."""
+    """Return all customers' runs in one pass, shared by many tests."""
     events: list[tuple[str, Event]] = []
     results = train(shared, shared / "group", base, CUSTOMERS, on_event=lambda *event: events.append(event))
     return shared / "group", results, events
 
 
 def assert_same(one: Path, other: Path, law: float = LAW) -> None:
-    """The adapters in two folders, each tensor to `law` of its largest entry."""
+    """Assert that two folders' adapters are equal, each tensor to `law` of its largest entry."""
     actual, expected = read_tensors(one / TENSORS)[0], read_tensors(other / TENSORS)[0]
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -124,14 +124,14 @@ def test_each_run_equals_its_run_alone(name: str, group: Any, alone: Callable[[s
     (steps, losses, accuracies), expected = (list(zip(*actual, strict=True)) for actual in numbers)
     assert steps == expected[0]
     assert losses == pytest.approx(expected[1], rel=1e-5)
-    assert accuracies == pytest.approx(expected[2], abs=0.05)  # one token may fall the other way
+    assert accuracies == pytest.approx(expected[2], abs=0.05)  # one token can change by rounding
     assert name != "a" or len(set(accuracies)) > 1
 
 
 def test_one_pass_serves_all(
     shared: Path, base: TextBase, group: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Rows of five runs in a pass; and passes that would have more tokens than a micro-batch may are several."""
+    """Rows of five runs share a pass; rows that exceed a micro-batch use several passes."""
     notes = {name: [e.text for n, e in group[2] if n == name and isinstance(e, Note)] for name in CUSTOMERS}
     assert "4 runs in one pass of the base" in notes["a"]
     assert any("a pass of their own" in note and "DoRA" in note for note in notes["dora"])
@@ -162,7 +162,7 @@ def test_one_pass_serves_all(
 
 
 def test_recomputed_activations(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
-    """What is dropped is the same when a layer is made again."""
+    """Dropout masks are equal when a layer is recomputed."""
     memory = {"memory": {"activation_checkpointing": "on"}}
     results = train(shared, tmp_path, base, {name: {**CUSTOMERS[name], **memory} for name in "ac"})
     assert all(isinstance(result, RunResult) for result in results.values())
@@ -185,8 +185,8 @@ def test_preferences_pass_alone(shared: Path, base: TextBase, alone: Callable[[s
 
 
 def test_a_failed_run_spares_others(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
-    """A loss that is not finite in the middle, and data that cannot be read: what is shared then holds numbers that are
-    none, and nothing of them reaches the others."""
+    """A non-finite loss in the middle, and unreadable data: shared tensors then contain NaN, which must not
+    reach the other runs."""
     wild = {"optimizer": {"name": "sgd", "learning_rate": 1e30, "clip": None}, "seed": 7, "evaluation": {"every": 50}}
     bad = {"data": {"train": str(shared / "nothing.jsonl")}}
     results = train(shared, tmp_path, base, {"a": CUSTOMERS["a"], "wild": wild, "bad": bad, "c": CUSTOMERS["c"]})
@@ -202,7 +202,7 @@ def test_a_failed_run_spares_others(shared: Path, base: TextBase, alone: Callabl
 
 
 class Killed(Exception):
-    """Stands for the end of the process: nothing of the run's own comes after it."""
+    """Stands for the end of the process: no code of the run executes after it."""
 
 
 FEW = {name: CUSTOMERS[name] for name in ("a", "b", "c", "dora")}
@@ -210,7 +210,7 @@ FEW = {name: CUSTOMERS[name] for name in ("a", "b", "c", "dora")}
 
 @pytest.fixture(scope="module")
 def few(shared: Path, base: TextBase) -> Path:
-    """Runs of unlike lengths, checkpoints and evaluations that nobody stopped."""
+    """Return uninterrupted runs of different lengths, checkpoints and evaluations."""
     train(shared, shared / "few", base, FEW)
     return shared / "few"
 
@@ -221,7 +221,7 @@ def bytes_of(place: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("who", "step"), [("a", 3), ("dora", 5), ("c", 10)])
 def test_a_killed_group_resumes(who: str, step: int, shared: Path, base: TextBase, few: Path, tmp_path: Path) -> None:
-    """Also where some have ended by then, and in the middle of a step: one has made it and the next has not."""
+    """Also if some runs have ended, and in the middle of a step that only some runs have completed."""
 
     def kill(name: str, event: Event) -> None:
         if name == who and isinstance(event, Stepped) and event.step == step:
@@ -242,7 +242,7 @@ def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, f
         if name == "b" and isinstance(event, Stepped) and event.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora's last evaluation was still to come
+    with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora's last evaluation had not run
         train(shared, tmp_path, base, FEW, on_event=stop)
     last = {name: max(e.step for n, e in events if n == name and isinstance(e, Stepped)) for name in FEW}
     assert set(last.values()) == {5}
@@ -251,7 +251,7 @@ def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, f
 
 
 def test_a_failed_run_stays_out_of_a_resumed_group(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """It would change the last bits of the others. By itself it goes on, which is said to be without them."""
+    """It would change the last bits of the others. By itself it resumes, and a note says so."""
     sgd = {"optimizer": {"name": "sgd", "learning_rate": 0.01}, "schedule": {"steps": 8}, "evaluation": {"every": 50}}
     customers = {"a": {**CUSTOMERS["a"], "schedule": {"steps": 8}}, "b": sgd}
 

@@ -1,4 +1,4 @@
-"""Runs on the tiny text base and forty tickets, which take a second: what tests of text runs have in common."""
+"""Runs on the tiny text base and forty tickets, of about a second each; shared by tests of text runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TENSORS = "adapter_model.safetensors"
 
 
 def write_rows(path: Path) -> None:
-    """Forty tickets."""
+    """Write forty tickets."""
     with path.open("w") as file:
         for i in range(20):
             for thing, team in (("printer", "it"), ("invoice", "billing")):
@@ -26,14 +26,14 @@ def write_rows(path: Path) -> None:
 
 
 def with_rows(folder: Path) -> Path:
-    """A folder with the tiny base and the tickets."""
+    """Create a folder with the tiny base and the tickets."""
     tiny_base_dir(folder)
     write_rows(folder / "rows.jsonl")
     return folder
 
 
 def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """`more` over `values`, section by section."""
+    """Return `values` with `more` merged section by section."""
     out = dict(values)
     for section, value in more.items():
         current = values.get(section)
@@ -42,7 +42,7 @@ def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def values_of(folder: Path, output: Path, **sections: Any) -> dict[str, Any]:
-    """A configuration of ten steps."""
+    """Return a configuration of ten steps."""
     values = {
         "base": {"name": str(folder / "tiny-base")},
         "data": {"train": str(folder / "rows.jsonl"), "split": 8},
@@ -68,7 +68,7 @@ def train(
     on_event: Any = None,
     **sections: Any,
 ) -> RunResult:
-    """`loaded`: the base, where there is one already."""
+    """Train. `loaded`: the base, if it is loaded already."""
     config, sources = config_from(values_of(folder, output, **sections))
     listen = on_event or (lambda event: None)
     return run_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=loaded, sources=sources)

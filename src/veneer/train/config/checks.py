@@ -1,6 +1,7 @@
-"""Checks of combinations of settings; each check yields one message per problem.
+"""Checks of combinations of settings. Each check yields one message per problem.
 
-`user_keys` has the keys that the user set, as `section.key`. Uses settings only, neither files nor models.
+`user_keys` contains the keys that the user set, as `section.key`. The checks read settings only, no files or
+models.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices
 
 
 def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[str]:
-    """Yield what is wrong with a configuration for text."""
+    """Yield the problems of a text configuration."""
     if not config.data.files("train"):
         yield "`data.train` is an empty list: name at least one file"
     yield from _held_out(config, "rows")
@@ -36,9 +37,9 @@ def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[s
 
 
 def image_problems(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[str]:
-    """Yield what is wrong with a configuration for pictures.
+    """Yield the problems of an image configuration.
 
-    `user_keys`: the user's keys, without those of a preset."""
+    user_keys: the user's keys, without the keys of a preset."""
     yield from (_slider if config.slider.enabled else _pictures)(config, user_keys)
     yield from _samples_and_output(config)
     yield from _kind(config)
@@ -46,7 +47,9 @@ def image_problems(config: ImageTrainConfig, user_keys: Collection[str]) -> Iter
 
 
 def _unused(config: TrainConfig | ImageTrainConfig, section: str, needs: str, *keys: str) -> Iterator[str]:
-    """Yield the changed keys of a section, or those of `keys`, which have no effect without `needs`."""
+    """Yield a problem for each changed key of a section that has no effect without `needs`.
+
+    keys: the keys to check; the default is all keys of the section."""
     for key in changed_keys(getattr(config, section)):
         if not keys or key in keys:
             yield _does_nothing(f"{section}.{key}", needs)
@@ -57,9 +60,10 @@ def _does_nothing(key: str, needs: str) -> str:
 
 
 def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequence[str]) -> None:
-    """Check that configurations can be trained in one pass: one base and memory, an output each.
+    """Raise ConfigError if the configurations cannot be trained in one pass.
 
-    Raises ConfigError with the files (`names`) and keys that prevent it."""
+    They need the same base and memory settings, and different output folders. The error lists the files
+    (`names`) and keys."""
     problems: list[str] = []
     folders: dict[str, str] = {}
     first = configs[0].model_dump(mode="json")
@@ -87,7 +91,7 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
 
 
 def _held_out(config: TrainConfig | ImageTrainConfig, noun: str) -> Iterator[str]:
-    """Check the settings of held-out rows or pictures."""
+    """Check the settings of held-out rows or images."""
     data = config.data
     if data.validation is not None and data.split:
         yield f"`data.validation` and `data.split` both hold {noun} out: keep one"
@@ -183,7 +187,7 @@ def _sampling(config: TrainConfig) -> Iterator[str]:
 
 
 def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
-    """Check keys that do not apply to LoHa, LoKr or LoRA."""
+    """Check for keys that do not apply to LoHa, LoKr or LoRA."""
     kind = config.adapter.kind
     if kind != "lokr":
         yield from _unused(config, "adapter", "`adapter.kind: lokr`", "factor", "decompose_both")
@@ -214,7 +218,7 @@ def _pictures(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[
 
 
 def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[str]:
-    """Check a slider's prompts, and keys that apply to pictures only."""
+    """Check a slider's prompts, and check for keys that need training images."""
     slider = config.slider
     for key, opposite in (("positive", "negative"), ("negative", "positive")):
         if getattr(slider, key) is None:
@@ -244,7 +248,7 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
 
 def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
     output, memory, samples = config.output, config.memory, config.samples
-    if not (samples.prompts or config.slider.target):  # without a prompt, a slider's target is sampled
+    if not (samples.prompts or config.slider.target):  # without sample prompts, the slider's target is the prompt
         yield from _unused(config, "samples", "`samples.prompts`: what to draw", "every")
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
         prompt_count = counted(len(samples.prompts), "prompt")
@@ -265,7 +269,7 @@ def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
 
 
 def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
-    """Check settings common to text and pictures: schedule, optimizer, layers."""
+    """Check settings that text and image runs share: schedule, optimizer, layers."""
     schedule, optimizer, adapter, warmup = config.schedule, config.optimizer, config.adapter, config.schedule.warmup
     if schedule.epochs is not None and schedule.steps is not None:
         yield "`schedule.epochs` and `schedule.steps` both say when to end: keep one"

@@ -1,4 +1,4 @@
-"""The section `distillation`: teacher, sampling, and divergence."""
+"""The `distillation` section: teacher, sampling, and divergence."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from veneer.train.config.section import Section, setting
 
 
 class DistillationSection(Section):
-    """Training on a teacher's distribution over the model's own completions.
+    """Trains on a teacher's distribution over the model's own completions.
 
-    `batching.rows` counts prompts."""
+    `batching.rows` is the number of prompts per step."""
 
     named: ClassVar[str] = "distillation"
     updates: ClassVar[int] = 1

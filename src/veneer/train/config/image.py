@@ -1,8 +1,8 @@
-"""The training configuration for pictures, and its presets.
+"""The image training configuration and its presets.
 
-A configuration with `data.pictures` or `slider` is one for pictures. Sections common to text are the same
-classes; the others are below, with the reason for each default. `docs/reference/image-config.md` is generated
-from this file. Independent of files, overrides, models and torch.
+A configuration with `data.pictures` or `slider` is an image configuration. Sections shared with text are the
+same classes. The other sections are below, with the reason for each default. `docs/reference/image-config.md`
+is generated from this file. This module does not depend on files, overrides, models or torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ImageBaseSection(BaseSection):
 
 
 class ImageDataSection(Section):
-    """Pictures, captions, crops, and held-out pictures."""
+    """Images, captions, crops, and held-out images."""
 
     pictures: str | tuple[str, ...] = setting(
         (), "folders of pictures with captions, metadata.jsonl, or kohya's `N_words` folders; none for a slider"
@@ -110,19 +110,19 @@ class ImageDataSection(Section):
 
     @property
     def colour(self) -> tuple[int, int, int]:
-        """Return the background as (red, green, blue), 0 to 255."""
+        """Return the background color as (red, green, blue), 0 to 255."""
         text = _NAMED.get(self.background, self.background)
         return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
     def resolutions(self, size: int) -> tuple[int, ...]:
-        """Return sides from small to large; the default is `size`, the base's."""
+        """Return the sides in pixels, from small to large. The default is `size`, the side of the base."""
         sides = (size,) if self.resolution is None else self.resolution
         return tuple(sorted({sides} if isinstance(sides, int) else set(sides)))
 
     def step(self, unit: int, size: int) -> int:
-        """Return the bucket step.
+        """Return the bucket step in pixels.
 
-        `unit`: the base's sides are multiples of it; `size`: the base's default side."""
+        unit: the base's sides are multiples of `unit`. size: the base's default side."""
         if self.bucket_step is not None:
             return self.bucket_step
         return max(unit, 64 // unit * unit) if min(self.resolutions(size)) >= 512 else unit
@@ -201,14 +201,14 @@ class LossSection(Section):
 
 
 class ImageBatchingSection(Section):
-    """Steps (one optimizer update) and micro-batches (in memory at once)."""
+    """Size of a step (one optimizer update) and of a micro-batch (rows in memory at once)."""
 
     rows: int = setting(4, "pictures per step", "1 to 8 for tens of pictures", gt=0)
     micro_rows: int | None = setting(None, "maximum pictures of a micro-batch; does not change the result", gt=0)
 
 
 class ImageOptimizerSection(OptimizerSection):
-    """The optimizer."""
+    """The optimizer and its learning rate."""
 
     learning_rate: float = setting(
         1e-4, "peak learning rate of the denoiser", "diffusers', sd-scripts' and ai-toolkit's examples", gt=0
@@ -224,7 +224,7 @@ class ImageScheduleSection(ScheduleSection):
 
 
 class ImageEvaluationSection(Section):
-    """Scoring of held-out pictures, at the same noise and timesteps in every run."""
+    """Scoring of held-out images. Every run uses the same noise and timesteps."""
 
     every: PositiveInt | Literal["epoch"] = setting(100, "steps between evaluations, or `epoch`")
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
@@ -237,7 +237,7 @@ class ImageEvaluationSection(Section):
 
 
 class SamplesSection(Section):
-    """Sample sheets (prompts by seeds) for the report."""
+    """Sample sheets for the report: each prompt with each seed."""
 
     every: PositiveInt | Literal["epoch"] | None = setting(
         None, "steps between sheets, or `epoch`", "at the end, if there are prompts"
@@ -260,7 +260,7 @@ class SamplesSection(Section):
 
 
 class EmaSection(Section):
-    """Moving average of the adapter, used for scores and the saved file."""
+    """Exponential moving average of the adapter, used for scores and the saved file."""
 
     decay: float | None = setting(None, "share of the average kept each step, as 0.99", "off", gt=0, lt=1)
 
@@ -290,9 +290,10 @@ class ImageOutputSection(OutputSection):
 
 
 class SliderSection(Section):
-    """A direction between two prompts, trained without pictures; strength moves along it.
+    """A direction between two prompts, trained without images. The adapter's strength moves along the
+    direction.
 
-    Of `data` only `resolution` and `cache` apply."""
+    Of the `data` section, only `resolution` and `cache` apply."""
 
     positive: str | None = setting(None, "prompt of strength 1, as: a very old person")
     negative: str | None = setting(None, "prompt of strength -1, as: a very young person")
@@ -311,7 +312,7 @@ class SliderSection(Section):
 
 
 class ImageTrainConfig(Section):
-    """The configuration for pictures.
+    """The image training configuration.
 
     `base.name`, `data.pictures` (or a slider's two prompts) and `output.directory` are required."""
 
@@ -337,16 +338,16 @@ class ImageTrainConfig(Section):
 
     @property
     def epochs(self) -> int | None:
-        """Return the number of epochs; None if the number of steps is set."""
+        """Return the number of epochs, or None if the number of steps is set."""
         return None if self.schedule.steps is not None else self.schedule.epochs
 
     @property
     def steps(self) -> int | None:
-        """Return the number of optimizer steps; None if `schedule.epochs` is set."""
+        """Return the number of optimizer steps, or None if `schedule.epochs` is set."""
         return None if self.epochs is not None else self.schedule.steps or 1000
 
     def recipe(self) -> dict[str, Any]:
-        """Return the settings for a card, without output and report.
+        """Return the settings for a card, without the output and report sections.
 
         Paths are reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recipe_values()}
@@ -360,9 +361,9 @@ class ImageTrainConfig(Section):
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings for one kind of image adapter, used for keys that the user leaves open.
+    """Settings for one kind of image adapter, used for keys that the user does not set.
 
-    `settings`: `section.key` -> (value, evidence; the evidence names conventions that were not measured)."""
+    settings: `section.key` -> (value, evidence). The evidence says if a value is an unmeasured convention."""
 
     meaning: str
     settings: Mapping[str, tuple[Any, str]]
@@ -420,7 +421,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def image_reference() -> str:
-    """Return docs/reference/image-config.md; a test compares them."""
+    """Return the text of docs/reference/image-config.md. A test compares the two."""
     command = "python -m veneer.train.config.image > docs/reference/image-config.md"
     out = [reference(ImageTrainConfig, command, "Configuration for pictures"), "### The presets", ""]
     for name, preset in PRESETS.items():

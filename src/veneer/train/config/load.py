@@ -5,17 +5,16 @@
     sources["optimizer.learning_rate"]      override `optimizer.learning_rate=5e-4`
     sources["adapter.rank"]                 default (enough for thousands of rows (LoRA Without Regret))
 
-Without a file all settings are overrides; `common_settings` returns overrides for the options of the command
-line.
+Without a file, all settings are overrides. `common_settings` returns overrides for the command-line options.
 
-A configuration with `data.pictures` or `slider` is one for pictures (ImageTrainConfig), any other for text
-(TrainConfig). Validation is strict: one ConfigError lists all misspelled keys, values of the wrong type and
-invalid combinations. Paths in the file are relative to the file's folder, paths in overrides to the current
-folder.
+A configuration with `data.pictures` or `slider` is an image configuration (ImageTrainConfig), any other a
+text configuration (TrainConfig). Validation is strict: one ConfigError lists all misspelled keys, values of
+the wrong type and invalid combinations. Paths in the file are relative to the file's folder, and paths in
+overrides to the current folder.
 
-YAML differs from PyYAML's rules (YAML 1.1) where those surprise users: `5e-4` is a number, only `true` and
-`false` are booleans (`on`, `off`, `yes`, `no` are text), `1:30` and dates are text, and a duplicate key is an
-error. Independent of models, data and torch.
+The YAML rules differ from PyYAML's (YAML 1.1) where the latter surprise users: `5e-4` is a number, only
+`true` and `false` are booleans (`on`, `off`, `yes`, `no` are text), `1:30` and dates are text, and a
+duplicate key is an error. This module does not depend on models, data or torch.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ RunConfig = TrainConfig | ImageTrainConfig
 class _Kind:
     """A kind of configuration.
 
-    `page`: its reference. `paths`: keys with paths -> words that are not paths. `problems`: yields invalid
-    combinations, given the user's keys."""
+    page: its reference page. paths: keys that have paths as values -> words that are not paths. problems:
+    function that yields invalid combinations, given the user's keys."""
 
     config: type[TrainConfig] | type[ImageTrainConfig]
     page: str
@@ -78,8 +77,9 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     """Load a configuration from a YAML file and `section.key=value` overrides.
 
     Override values are YAML. Without a file (None), the output is `runs/NAME`, named after the data, unless
-    an override gives one. Returns the configuration, for text or for pictures, and the source of each value as
-    text, under its `section.key`. Raises ConfigError with the file and line, the override, and a correction."""
+    an override gives one. Returns the configuration, for text or for pictures, and the source of each value
+    as text, under its `section.key`. Raises ConfigError with the file and line, the override, and a
+    correction."""
     if path is None:
         return config_from({}, _with_output(list(overrides)))
     values, lines = read_sections(path)
@@ -95,14 +95,14 @@ _COMMON = {
     "steps": ("schedule.steps",),
     "learning_rate": ("optimizer.learning_rate",),
 }
-"""Settings with command-line options and Train page fields, by short name."""
+"""Settings with command-line options and fields on the Train page, by short name."""
 
 
 def common_settings(**values: Any) -> list[str]:
-    """Return common settings (`_COMMON`) as `section.key=value`.
+    """Return common settings (`_COMMON`) as `section.key=value`, without None, "" and ().
 
-    Omits None, "" and (). `data`: one or several files of rows, or a folder of pictures. An `output` without
-    a slash is a folder in `runs`."""
+    data: one or several files of rows, or a folder of images. output: a name without a slash is a folder in
+    `runs`."""
     out = []
     for name, value in values.items():
         key = _COMMON[name][0]
@@ -119,9 +119,9 @@ def common_settings(**values: Any) -> list[str]:
 
 
 def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Split settings into common ones, by short name, and others.
+    """Split settings into common settings, by short name, and others.
 
-    The inverse of `common_settings`."""
+    This is the inverse of `common_settings`."""
     short = {key: name for name, keys in _COMMON.items() for key in keys}
     common, others = dict[str, str](), list[str]()
     for setting in settings:
@@ -136,7 +136,7 @@ def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 def settings_of(config: Mapping[str, Any]) -> list[str]:
     """Return a configuration's values as `section.key=value`.
 
-    `load_config` restores the same configuration from them."""
+    `load_config` returns the same configuration for them."""
     out = []
     for section, value in config.items():
         values = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -150,7 +150,7 @@ def _setting(key: str, value: Any) -> str:
 
 
 def _with_output(overrides: list[str]) -> list[str]:
-    """Return overrides that include an output.
+    """Return the overrides, with an output added if they have none.
 
     The default is named after the data: data.train=desk.jsonl is written to runs/desk."""
     overridden = {key: value for key, _, value in (override.partition("=") for override in overrides)}
@@ -165,9 +165,7 @@ def _with_output(overrides: list[str]) -> list[str]:
 
 
 def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
-    """Return the sections of a YAML file, and the line of each key.
-
-    Raises ConfigError."""
+    """Return the sections of a YAML file, and the line of each key. Raise ConfigError if it is invalid."""
     file, fix = Path(path), "give the path of a YAML file; a base's folder or file is named in it, as `base:`"
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -194,7 +192,7 @@ def config_from(
 ) -> tuple[RunConfig, dict[str, str]]:
     """Return the configuration for parsed values, like `load_config`.
 
-    For example {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
+    An example of values is {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
     overrides = list(overrides)
     kind = _kind_of(values, overrides)
     raw: dict[str, Any] = {}
@@ -225,7 +223,7 @@ def config_from(
 
 
 def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
-    """Return pictures if `data.pictures` or `slider` is given, else text."""
+    """Return the image kind if `data.pictures` or `slider` is set, else the text kind."""
     data = values.get("data")
     named = (isinstance(data, Mapping) and "pictures" in data) or "slider" in values
     return _IMAGE if named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides) else _TEXT
@@ -238,7 +236,7 @@ _PREFERENCE_RATE = (
 
 
 def _fill(raw: dict[str, Any], key_sources: dict[str, str]) -> None:
-    """Set the keys that are not given to the preset's values, and to a preference run's learning rate."""
+    """Set unset keys to the values of the preset, and the learning rate of a preference run."""
     name, preference = raw.get("preset"), raw.get("preference")
     values: dict[str, tuple[Any, str]] = {}
     if isinstance(name, str) and name in PRESETS:
@@ -282,7 +280,7 @@ def _override(
         return
     values = raw.setdefault(section, {})
     if not isinstance(values, dict):
-        return  # the section in the file is invalid, which is reported
+        return  # the section in the file is invalid and will be reported
     if inner:  # adapter.rank_pattern.q_proj=8: one entry of a mapping
         entries = values.get(key)
         values[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
@@ -294,11 +292,12 @@ def _override(
 def _validate(kind: _Kind, raw: dict[str, Any], key_sources: Mapping[str, str], problems: list[str]) -> RunConfig:
     for name in ("base", "data", "output"):
         raw.setdefault(name, {})
-    for name, value in list(raw.items()):  # an empty `adapter:`, as when all its keys are commented out
+    for name, value in list(raw.items()):  # for example an `adapter:` with all keys commented out
         if value is None and name in kind.sections:
             raw[name] = {}
     try:
-        # Through JSON: strict about types ("16" is not a number, true is not 1), but tuples accept lists.
+        # Validation of JSON is strict about types ("16" is not a number, true is not 1), but tuples accept
+        # lists.
         config = kind.config.model_validate_json(json.dumps(raw, default=str), strict=True)
     except pydantic.ValidationError as error:
         _raise(problems + _explain(kind, error, key_sources), kind)
@@ -311,7 +310,7 @@ _EXPECTED = {"model_type": "a section", "model_attributes_type": "a section", "t
 
 
 def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[str, str]) -> list[str]:
-    """Return one line per key: the expected and the actual value, and the location.
+    """Return one line per key, with the expected and the actual value, and the location.
 
     The alternatives of a union are joined."""
     expected: dict[str, list[str]] = {}
@@ -329,7 +328,7 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[
             lines.append(_unknown(kind, loc) + suffix)
         elif e["type"] == "missing":
             lines.append(f"`{name}` is required: {described[name].description or ''}")
-        elif e["type"] == "value_error":  # a message of our own validators
+        elif e["type"] == "value_error":  # message of a validator in train/config
             lines.append(f"`{name}`: {str(e['msg']).removeprefix('Value error, ')}{suffix}")
         else:
             want = _EXPECTED.get(e["type"]) or str(e["msg"]).removeprefix("Input should be ")
@@ -355,13 +354,13 @@ def _unknown(kind: _Kind, loc: list[str]) -> str:
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w\[\]:%+-]+)?")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 _MODELS = ("base.name", "adapter.start", "distillation.teacher", "distillation.base")
-"""Keys with a name, or a path that exists or begins with a dot or `~`."""
+"""Keys with a name as value, or a path that exists or begins with a dot or `~`."""
 
 
 def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     """Return `value` with relative paths resolved against `folder`.
 
-    Applies to the keys with paths; hub IDs are unchanged."""
+    Only keys that have paths as values are resolved. Hub ids are unchanged."""
     if isinstance(value, list | tuple) and name in kind.paths:
         return [_absolute(kind, name, v, folder) for v in value]
     if name == "reinforcement.rewards" and isinstance(value, list | tuple):
@@ -393,9 +392,7 @@ def _raise(problems: list[str], kind: _Kind) -> NoReturn:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's core rules for plain scalars.
-
-    Underscores in numbers (10_000) are allowed."""
+    """SafeLoader with the core rules of YAML 1.2 for plain scalars, and underscores in numbers (10_000)."""
 
 
 _RULES = {
@@ -416,7 +413,7 @@ for _tag, (_pattern, _first) in _RULES.items():
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     """Return the value of a YAML text, and the 1-based line of each key by path.
 
-    Raises ConfigError with `where:line` for invalid YAML, and for a duplicate key."""
+    Raises ConfigError with `where:line` for invalid YAML and for duplicate keys."""
     loader = _Loader(text)
     lines: dict[tuple[str, ...], int] = {}
     try:

@@ -1,4 +1,4 @@
-"""The section `reinforcement`: sampling, rewards, and loss."""
+"""The `reinforcement` section: sampling, rewards, and loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from veneer.train.config.section import Section, setting
 
 
 class ReinforcementSection(Section):
-    """Training on the model's own completions by reward.
+    """Trains on the model's own completions and their rewards.
 
-    `batching.rows` counts prompts. The reference of `kl` is the base, or `adapter.start` as it was."""
+    `batching.rows` is the number of prompts per step. The reference of `kl` is the base, or the adapter in
+    `adapter.start` before training."""
 
     named: ClassVar[str] = "reinforcement"
 
@@ -49,7 +50,7 @@ class ReinforcementSection(Section):
     gap: float = setting(0.05, "maximum mean sampler-trainer mismatch, in nats", gt=0)
 
     def with_defaults(self) -> ReinforcementSection:
-        """Return the settings with open keys set to the values of `loss`."""
+        """Return the settings, with unset keys set to the defaults of `loss`."""
         if self.loss is None:
             return self
         defaults = dict(zip(_OPEN, _LOSSES[self.loss], strict=True))
@@ -57,7 +58,7 @@ class ReinforcementSection(Section):
 
     @property
     def grammar_text(self) -> tuple[str, str] | None:
-        """Return the kind and text of the grammar."""
+        """Return (kind, text) of the grammar."""
         for kind, value in self.grammar.items():
             return kind, value if isinstance(value, str) else json.dumps({} if value is True else value)
         return None
@@ -74,4 +75,4 @@ _LOSSES: dict[str, tuple[Any, ...]] = {
     "ppo": ("batch", "batch", "token", 0.2, 0.2, "batch"),
 }
 PROMPT_FORMATS = ("messages", "sharegpt", "prompt-completion", "instruction", "prompt")
-"""The row formats with prompts that completions can be sampled for."""
+"""Row formats with prompts that completions can be sampled for."""

@@ -4,8 +4,8 @@
       - {kind: exact_match, column: answer}
       - {kind: length, most: 200, slack: 50, weight: 0.2}
 
-`REWARD_KINDS` has the section of each kind. `RewardList` is the type of the field. train/rewards computes the
-rewards.
+`REWARD_KINDS` maps each kind to its section. `RewardList` is the type of the field. train/rewards computes
+the rewards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RewardSection(Section):
     """The keys of every reward. `kind` selects the reward."""
 
     paths: ClassVar[tuple[str, ...]] = ()
-    """Keys with paths, relative to the configuration's folder."""
+    """Keys that have paths as values, relative to the configuration's folder."""
 
     kind: str
     name: str | None = setting(None, "name in the log", "its kind", pattern=r"^\w[\w.-]{0,63}$")
@@ -43,7 +43,7 @@ class RewardSection(Section):
         return self
 
     def problem(self) -> str:
-        """Return what is wrong with the combination of keys; "" if nothing is."""
+        """Return the problem of an invalid combination of keys, or ""."""
         return ""
 
 
@@ -52,15 +52,15 @@ class _Compared(RewardSection):
 
 
 class ExactMatchReward(_Compared):
-    """1 if the answer equals the expected one, else 0.
+    """1 if the completion equals the expected text, else 0.
 
-    Ignores outer white space; compares JSON by value."""
+    Outer white space is ignored. JSON is compared by value."""
 
     kind: Literal["exact_match"]
 
 
 class JsonSchemaReward(RewardSection):
-    """1 if the answer is JSON that matches a schema, else 0."""
+    """1 if the completion is JSON that matches a schema, else 0."""
 
     kind: Literal["json_schema"]
     json_schema: dict[str, Any] | None = setting(None, "the schema (JSON Schema 2020-12)")
@@ -75,15 +75,15 @@ class JsonSchemaReward(RewardSection):
 
 
 class JsonFieldsReward(_Compared):
-    """The share of the expected JSON object's keys with equal values in the answer."""
+    """The share of the expected JSON object's keys that have equal values in the completion."""
 
     kind: Literal["json_fields"]
 
 
 class RegexReward(RewardSection):
-    """1 if a regular expression matches the answer, else 0.
+    """1 if a regular expression matches the completion, else 0.
 
-    With `column`, its group must also equal the column's value."""
+    With `column`, the expression's group must also equal the value in the column."""
 
     kind: Literal["regex"]
     pattern: str = setting(..., "regular expression of the regex package; `.` matches line ends", min_length=1)
@@ -101,7 +101,7 @@ class RegexReward(RewardSection):
 
 
 class LengthReward(RewardSection):
-    """1 from `least` to `most` tokens, falling linearly to 0 at distance `slack`."""
+    """1 for a completion of `least` to `most` tokens, falling linearly to 0 at distance `slack`."""
 
     kind: Literal["length"]
     least: int = setting(0, "shortest answer with score 1", ge=0)
@@ -115,7 +115,7 @@ class LengthReward(RewardSection):
 
 
 class AskedModelReward(RewardSection):
-    """The keys of rewards that ask a model of this process or of a server."""
+    """The keys of rewards that ask a model, in this process or on a server."""
 
     url: str | None = setting(None, "server, as https://api.openai.com/v1", "this process", pattern=r"^https?://\S+$")
     key: str | None = setting(None, "environment variable with the server's key", "none", pattern=r"^[A-Za-z_]\w*$")
@@ -131,9 +131,9 @@ class AskedModelReward(RewardSection):
 
 
 class JudgeReward(AskedModelReward):
-    """A number that a model gives, scaled to 0 to 1.
+    """A number that a model replies, scaled to the range 0 to 1.
 
-    The model is the base, another adapter, or one of any OpenAI-compatible server."""
+    The model is the base, another adapter, or a model on an OpenAI-compatible server."""
 
     kind: Literal["judge"]
     prompt: str = setting(
@@ -148,7 +148,7 @@ class JudgeReward(AskedModelReward):
 
 
 class PythonReward(RewardSection):
-    """A function of a user's file, in a separate process."""
+    """A function in a Python file of the user, run in a separate process."""
 
     paths: ClassVar[tuple[str, ...]] = ("file",)
 
@@ -161,7 +161,7 @@ class PythonReward(RewardSection):
 
 
 class GraderReward(AskedModelReward):
-    """A grader of OpenAI's fine-tuning API; a score_model in it asks the server."""
+    """A grader of OpenAI's fine-tuning API. A score_model grader asks the model on the server."""
 
     kind: Literal["grader"]
     grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
@@ -169,9 +169,9 @@ class GraderReward(AskedModelReward):
 
 
 class ReasoningGymReward(RewardSection):
-    """reasoning-gym's score of an answer to a task's question.
+    """reasoning-gym's score of a completion.
 
-    For `data.train: reasoning-gym:TASK@ROWS`."""
+    Requires `data.train: reasoning-gym:TASK@ROWS`."""
 
     kind: Literal["reasoning_gym"]
     answer: str | None = setting(
@@ -208,7 +208,7 @@ RewardList = Annotated[tuple[AnyReward, ...], pydantic.AfterValidator(_distinct)
 
 
 def reward_problem(loc: Sequence[str], error: Mapping[str, Any]) -> str:
-    """Return an error of an entry as text. `loc`: the entry's number, kind and key, as far as known."""
+    """Return an error of an entry as text. `loc`: number, kind and key of the entry, as far as known."""
     message, key = str(error["msg"]).removeprefix("Value error, "), loc[2] if len(loc) > 2 else ""
     if len(loc) == 1:
         return f"entry {int(loc[0]) + 1}: {message}"
@@ -224,7 +224,7 @@ def reward_problem(loc: Sequence[str], error: Mapping[str, Any]) -> str:
 
 
 def rooted_rewards(entries: Sequence[Any], folder: Path) -> list[Any]:
-    """Return entries with their paths resolved against `folder`."""
+    """Return the entries with their paths resolved against `folder`."""
 
     def rooted(entry: Any) -> Any:
         kind = REWARD_KINDS.get(str(entry.get("kind"))) if isinstance(entry, dict) else None

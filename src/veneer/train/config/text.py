@@ -1,8 +1,7 @@
-"""The training configuration for text: sections, keys, defaults and reasons.
+"""The text training configuration: sections, keys, defaults and reasons.
 
-config.image has the configuration for pictures, with the same sections where both are alike.
-`docs/reference/config.md` is generated from this file (`reference`). Independent of files, overrides, models
-and torch.
+config.image has the image training configuration, which shares some sections. `docs/reference/config.md` is
+generated from this file (`reference`). This module does not depend on files, overrides, models or torch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _SAMPLE_TOKENS, _SAMPLE_FROM = 40, 100
-"""Maximum tokens of a card's sample answers, and steps from which a card has them."""
+"""Maximum tokens of a card's sample completions, and minimum steps of a run for a card to have them."""
 
 
 class BaseSection(Section):
@@ -76,12 +75,12 @@ class PairsSection(Section):
     def recipe_values(self) -> dict[str, Any]:
         """Return the settings for a recipe.
 
-        Omits `kind` for LoRA, as in recipes from before other kinds existed."""
+        `kind` is omitted for LoRA, because recipes written before other kinds existed do not have it."""
         form = {"kind", "factor", "decompose_both"} if self.kind == "lora" else set[str]()
         return self.model_dump(mode="json", exclude=form)
 
     def spec(self) -> LoraSpec:
-        """Return core's LoraSpec, with `layers` as indices."""
+        """Return the LoraSpec of these settings, with `layers` as indices."""
         from veneer.core.adapter import LoraSpec
 
         fields = LoraSpec.__dataclass_fields__
@@ -101,7 +100,7 @@ class AdapterSection(PairsSection):
 
 
 class DataSection(Section):
-    """Rows, their format, and the trained tokens."""
+    """Training rows, their format, and the tokens to train on."""
 
     train: str | tuple[str, ...] = setting(
         ..., "JSONL, JSON, CSV, TSV or Parquet files, globs, hub:ID@SPLIT, reasoning-gym:TASK@ROWS"
@@ -145,9 +144,10 @@ class DataSection(Section):
 
 
 class PreferenceSection(Section):
-    """Training on pairs of a better and a worse answer.
+    """Training on pairs of a better and a worse completion.
 
-    A step counts pairs (kto: answers) as rows. The reference is the base, or `adapter.start` as it was."""
+    A row of a step is a pair (kto: a completion). The reference is the base, or the adapter in
+    `adapter.start` before training."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] | None = setting(
         None, "preference loss; kto also takes single judged answers"
@@ -172,9 +172,7 @@ class PreferenceSection(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether the loss needs a reference.
-
-        The reference is the base, or the unchanged `adapter.start`."""
+        """Return whether the loss needs a reference: the base, or `adapter.start` before training."""
         return self.loss in ("dpo", "ipo", "kto")
 
     def with_defaults(self) -> PreferenceSection:
@@ -187,7 +185,7 @@ class PreferenceSection(Section):
 
 
 def preference_formats(loss: str) -> tuple[str, ...]:
-    """Return the row formats for a preference loss."""
+    """Return the row formats that a preference loss accepts."""
     return ("preference", "openai-preference", *(("unpaired-preference",) if loss == "kto" else ()))
 
 
@@ -200,11 +198,11 @@ PREFERENCE_KEYS = {
     "desirable": ("kto",),
     "undesirable": ("kto",),
 }
-"""The losses to which each key of `preference` applies."""
+"""Key of `preference` -> the losses that use the key."""
 
 
 class BatchingSection(Section):
-    """Steps (one optimizer update) and micro-batches (in memory at once)."""
+    """Size of a step (one optimizer update) and of a micro-batch (rows in memory at once)."""
 
     mode: Literal["bucket", "pack"] = setting(
         "bucket", "bucket: a step is `rows` rows; pack: `tokens` tokens; neither pads", "equal rows per step"
@@ -222,12 +220,12 @@ class BatchingSection(Section):
 
     @property
     def at_once(self) -> int:
-        """Return `micro_tokens`, or its minimum before the run sets it for its device."""
+        """Return `micro_tokens`, or its minimum if the run has not yet set it for its device."""
         return self.micro_tokens or MICRO_TOKENS
 
 
 class OptimizerSection(Section):
-    """The optimizer."""
+    """The optimizer and its learning rate."""
 
     name: Literal["adamw", "adam", "adafactor", "sgd"] = setting(
         "adamw", "optimizer", "the evidence below uses it; an adapter's moments are small"
@@ -256,7 +254,7 @@ class ScheduleSection(Section):
 
 
 class EvaluationSection(Section):
-    """Scoring of held-out rows."""
+    """Scoring on the held-out split."""
 
     every: PositiveInt | Literal["epoch"] = setting("epoch", "steps between evaluations, or `epoch`")
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
@@ -271,7 +269,7 @@ class EvaluationSection(Section):
     )
 
     def sampled(self, steps: int) -> int:
-        """Return the tokens of the card's sample answers for a run of `steps` steps."""
+        """Return the maximum tokens of the card's sample completions for a run of `steps` steps."""
         default = _SAMPLE_TOKENS if steps >= _SAMPLE_FROM else 0
         return default if self.sample is None else self.sample
 
@@ -302,7 +300,7 @@ class MemorySection(Section):
 
     @property
     def recomputing(self) -> Literal["auto", "on", "off"]:
-        """Return `activation_checkpointing`; "on" if activations are offloaded."""
+        """Return `activation_checkpointing`, or "on" if activations are offloaded."""
         return "on" if self.offload_activations else self.activation_checkpointing
 
 
@@ -313,7 +311,7 @@ class OutputSection(Section):
 
 
 class ReportSection(Section):
-    """Experiment trackers, besides the log and report."""
+    """Experiment trackers, in addition to the log and the report."""
 
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting((), "experiment trackers; each is an extra")
     project: str = setting("veneer", "W&B project; `team/project` sets the entity", min_length=1)
@@ -322,7 +320,7 @@ class ReportSection(Section):
 
 
 class TrainConfig(Section):
-    """The configuration for text.
+    """The text training configuration.
 
     `base.name`, `data.train` and `output.directory` are required."""
 
@@ -344,28 +342,28 @@ class TrainConfig(Section):
 
     @property
     def split_seed(self) -> int:
-        """Return the seed that chooses the held-out rows."""
+        """Return the seed that selects the held-out rows."""
         return self.seed if self.data.split_seed is None else self.data.split_seed
 
     @property
     def epochs(self) -> int | None:
-        """Return the number of epochs; None if `schedule.steps` is set."""
+        """Return the number of epochs, or None if `schedule.steps` is set."""
         return None if self.schedule.steps is not None else self.schedule.epochs or 3
 
     @property
     def steps(self) -> int | None:
-        """Return the number of optimizer steps; None if epochs decide."""
+        """Return the number of optimizer steps, or None if the number of epochs is set."""
         return self.schedule.steps
 
     @property
     def sampling(self) -> ReinforcementSection | DistillationSection | None:
-        """Return the section that samples completions; None if the run does not."""
+        """Return the section of a run that samples completions, or None for other runs."""
         if self.distillation.teacher is not None:
             return self.distillation
         return self.reinforcement if self.reinforcement.loss is not None else None
 
     def recipe(self) -> dict[str, Any]:
-        """Return the settings for a card, without output and report.
+        """Return the settings for a card, without the output and report sections.
 
         Paths are reduced to file names."""
         unused = {"preference"} if self.preference.loss is None else set[str]()
@@ -391,7 +389,7 @@ def file_names(value: Any) -> Any:
 def layer_indices(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
     """Return layers as indices: `"0-3,28"` -> (0, 1, 2, 3, 28).
 
-    A list is returned as a tuple; None (all blocks) as None. Raises ValueError."""
+    A list becomes a tuple, and None (all blocks) remains None. Raises ValueError."""
     if layers is None or not isinstance(layers, str):
         return None if layers is None else tuple(layers)
     indices: list[int] = []
@@ -418,7 +416,7 @@ SECTIONS = sections()
 def config_keys(config: type[Section] = TrainConfig) -> Iterator[tuple[str, pydantic.fields.FieldInfo]]:
     """Yield every `section.key` in the order of the reference page.
 
-    Keys outside of sections come last."""
+    Keys outside of sections are last."""
     models = sections(config)
     for name, model in models.items():
         for key, f in model.model_fields.items():
@@ -446,7 +444,7 @@ def reference(
 ) -> str:
     """Return the reference page of every key, generated from the fields.
 
-    A test compares docs/reference/config.md with the result."""
+    A test compares docs/reference/config.md with the page."""
     out = [
         f"# {title}",
         "",
@@ -480,7 +478,7 @@ def _rows(model: type[Section]) -> dict[str, str]:
 
 
 def _kind(f: pydantic.fields.FieldInfo) -> str:
-    """Return the types of a key in YAML's words; null only if it is not the default."""
+    """Return the types of a key in YAML's terms. null is omitted if it is the default."""
 
     def names(annotation: Any) -> Iterator[str]:
         origin, arguments = get_origin(annotation) or annotation, get_args(annotation)

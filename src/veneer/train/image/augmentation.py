@@ -1,13 +1,13 @@
-"""Views of pictures: buckets, crops, flips, sampled captions, and tensors.
+"""Views of images: buckets, crops, flips, sampled captions, and tensors.
 
-    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)  picture x resolution x repeat
-    view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)     pure: a resumed run draws the same
+    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)  image x resolution x repeat
+    view, caption = sample_row(plan.rows[i], settings, seed=0, epoch=3)   pure: equal in a resumed run
     tensors = prepare(row.picture, view, settings)                        pixels, mask, SDXL's time ids
 
-A bucket is a (width, height) in multiples of the step with width * height <= resolution² and the longer side
-at most `bucket_ratio` times the shorter. A picture is assigned the bucket with the nearest aspect ratio,
-resized to cover it and cropped. A picture that would have to be enlarged gets a bucket of its own size.
-Independent of models.
+A bucket is a (width, height) in multiples of the step, with width * height <= resolution² and a longer side
+of at most `bucket_ratio` times the shorter side. An image is assigned to the bucket with the nearest aspect
+ratio, resized to cover the bucket, and cropped. An image that would have to be enlarged gets a bucket of its
+own size. This module does not depend on models.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from veneer.train.image.pictures import TrainingPicture, same_shape
 
 _Bucket = tuple[int, int]
 _CROPS = 4
-"""Random crops per picture; each is cached."""
+"""Number of random crops per image. Each crop is cached."""
 
 
 @dataclass(frozen=True)
 class PictureRow:
-    """A picture in one bucket.
+    """An image in one bucket.
 
-    `repeat` numbers the copies of a repeated picture, which have separate random numbers."""
+    repeat: number of the copy of a repeated image. Each copy has its own random numbers."""
 
     picture: TrainingPicture
     bucket: _Bucket
@@ -51,9 +51,10 @@ class PictureRow:
 class PicturePlan:
     """The rows of an epoch.
 
-    `rows`: in the pictures' order. `small`: pictures smaller than a bucket: kept at their own size, enlarged,
-    or dropped; `dropped`: those dropped at every resolution. `step`: the sides of buckets are multiples of
-    it."""
+    rows: in the order of the images
+    small: images smaller than their bucket, which remain at their own size, are enlarged, or are dropped
+    dropped: images that are dropped at every resolution
+    step: the sides of buckets are multiples of `step`"""
 
     rows: list[PictureRow] = field(default_factory=list)
     small: list[str] = field(default_factory=list)
@@ -62,17 +63,18 @@ class PicturePlan:
 
     @property
     def sizes(self) -> dict[_Bucket, int]:
-        """Return bucket -> number of rows, the most used first."""
+        """Return bucket -> number of rows, most used first."""
         counts = Counter(row.bucket for row in self.rows)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 @dataclass(frozen=True)
 class View:
-    """A crop of a resized picture.
+    """A crop of a resized image.
 
-    It has the pixels [top, top + height) x [left, left + width), mirrored if `flip`. `original`, `resized`:
-    (width, height) of the picture before and after resizing."""
+    The crop has the pixels [top, top + height) x [left, left + width), mirrored if `flip`.
+
+    original, resized: (width, height) of the image before and after resizing."""
 
     width: int
     height: int
@@ -86,14 +88,15 @@ class View:
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """Return SDXL's micro-conditioning (arXiv 2307.01952, 2.2).
 
-        It is original height and width, crop top and left in the resized picture, target height and width. A
-        mirrored crop is `resized width - left - width` from the mirrored picture's left side."""
+        The values are original height and width, crop top and left in the resized image, target height and
+        width. The left of a mirrored crop is `resized width - left - width`, measured in the mirrored
+        image."""
         crop_left = self.resized[0] - self.left - self.width if self.flip else self.left
         return (self.original[1], self.original[0], self.top, crop_left, self.height, self.width)
 
     @property
     def cut(self) -> float:
-        """Return the share of the picture outside the crop."""
+        """Return the share of the image outside the crop."""
         return 1 - self.width * self.height / (self.resized[0] * self.resized[1])
 
 
@@ -113,10 +116,10 @@ class ViewTensors:
 def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
     """Return all maximal (width, height) buckets.
 
-    They are multiples of `step`, width * height <= resolution², the longer side at most `ratio` times the
-    shorter. The square is always included, the longest can be cut to the ratio if it keeps three quarters of
-    the area, and no other has room for one more step of its longer side. Raises ConfigError if there is none.
-    """
+    Sides are multiples of `step`, width * height <= resolution², and the longer side is at most `ratio` times
+    the shorter side. The square is always included. The longest bucket can be cut to the ratio if the cut
+    leaves three quarters of the area. No other bucket has space for another step of its longer side. Raises
+    ConfigError if there is no bucket."""
     area = resolution * resolution
     side = resolution // step * step
     shapes: set[_Bucket] = {(side, side)} if side else set()
@@ -127,7 +130,9 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
             last = (short, fits)
             shapes |= {last, last[::-1]}
             continue
-        if allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area:  # longer than the last one
+        if (
+            allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area
+        ):  # has a larger aspect ratio than the last bucket
             shapes |= {(short, allowed), (allowed, short)}
         break
     if not shapes:
@@ -142,10 +147,10 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
 def bucket_for(
     size: tuple[int, int], resolution: int, step: int, settings: ImageDataSection
 ) -> tuple[_Bucket | None, bool]:
-    """Return (bucket for a picture of `size`, whether the picture is smaller).
+    """Return (bucket for an image of `size`, whether the image is smaller than its bucket).
 
-    The bucket has the aspect ratio nearest in logarithm, and among equals the largest size. None: the picture
-    is dropped."""
+    The bucket has the nearest aspect ratio in logarithm, and among equals the largest size. None means that
+    the image is dropped."""
     width, height = size
     ratio = settings.bucket_ratio if settings.buckets else 1.0
     choices = buckets(resolution, step, ratio)
@@ -166,11 +171,13 @@ def bucket_for(
 
 
 def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *, size: int, unit: int) -> PicturePlan:
-    """Return the rows of an epoch: each picture at each resolution, with repeats.
+    """Return the rows of an epoch: each image at each resolution, with repeats.
 
-    A small picture with the same bucket at several resolutions occurs once. `size`, `unit`: those of the
-    base, in pixels. Raises ConfigError if `bucket_step` is not a multiple of `unit`; DataError if no row is
-    left."""
+    A small image with the same bucket at several resolutions occurs once.
+
+    size, unit: side and unit of the base, in pixels.
+
+    Raises ConfigError if `bucket_step` is not a multiple of `unit`, and DataError if no row is left."""
     step = settings.step(unit, size)
     if step % unit:
         raise ConfigError(
@@ -207,8 +214,8 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
 def sample_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> tuple[View, str]:
     """Return the view and the caption of a row in an epoch.
 
-    A pure function of its arguments. A random crop is one of four per picture and bucket, so that latents can
-    be cached."""
+    The result is a pure function of the arguments. A random crop is one of four per image and bucket, so that
+    latents can be cached."""
     at = None
     if settings.crop == "random":  # the same four positions in every epoch and for every repeat
         crop = int(_row_uniform(seed, epoch, row, "crop") * _CROPS) + 1
@@ -222,13 +229,14 @@ def sample_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch:
 def crop_view(
     size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tuple[float, float] | None = None
 ) -> View:
-    """Return the view of a picture of `size` in `bucket`.
+    """Return the view of an image of `size` in `bucket`.
 
-    The picture is resized by max(bucket / size), so that it covers the bucket, and cropped. `at`: position of
-    the crop in the excess, (vertical, horizontal), each in [0, 1); None for the center."""
+    The image is resized by max(bucket / size), so that it covers the bucket, and cropped.
+
+    at: position of the crop in the excess, (vertical, horizontal), each in [0, 1); None for the center."""
     width, height = size
     w, h = bucket
-    if w * height >= h * width:  # the width decides; the other side is at least h by construction
+    if w * height >= h * width:  # the width decides, and the other side is at least h
         resized = (w, max(h, _rounded(height * w, width)))
     else:
         resized = (max(w, _rounded(width * h, height)), h)
@@ -240,11 +248,13 @@ def crop_view(
 def source_view(
     view: View, source: TrainingPicture, unit: int = 1, size: Callable[[int, int], tuple[int, int]] | None = None
 ) -> View:
-    """Return the view of a source image for the `view` of its picture.
+    """Return the view of a source image that corresponds to `view` of its image.
 
-    It is the same part at the same position, mirrored alike, for any size of the source image. A source image
-    of other proportions is shown whole, in about as many pixels, with sides that are multiples of `unit`.
-    `size`: maps (width, height) to the size for the base."""
+    A source image with the same proportions, of any size, has the same part at the same position, mirrored
+    alike. A source image with other proportions is shown whole, with about the same number of pixels and
+    sides that are multiples of `unit`.
+
+    size: maps (width, height) to the size for the base."""
     same_aspect = same_shape(source.size, view.original)
     target = (view.width, view.height)
     if not same_aspect:
@@ -263,8 +273,8 @@ def source_view(
 def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ...]:
     """Return (height, width) of the view, then a shape for each source image.
 
-    The shape is the source image's size if its proportions differ, else zeros. Rows with equal results can
-    form one batch."""
+    The shape is the source image's size if its proportions differ from the image's, else zeros. Rows with
+    equal results can form one batch."""
     odd = ((0, 0) if same_shape(b.size, view.original) else b.size for b in picture.sources)
     return ((view.height, view.width), *odd)
 
@@ -272,7 +282,7 @@ def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ..
 def sample_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
     """Return the caption of a row in an epoch.
 
-    It is empty with probability `caption_dropout`; its tags are shuffled if configured."""
+    The caption is empty with probability `caption_dropout`. Its tags are shuffled if configured."""
     if _row_uniform(seed, epoch, row, "dropout") < settings.caption_dropout:
         return ""
     if not settings.shuffle_tags:
@@ -304,14 +314,14 @@ def prepare(picture: TrainingPicture, view: View, settings: ImageDataSection) ->
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Return a mask (…, h, w) on the latents' grid: the mean over each cell."""
+    """Return a mask (…, h, w) on the grid of the latents: the mean over each cell."""
     return torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
 
 
 def crop_original(picture: TrainingPicture, view: View, settings: ImageDataSection) -> Image.Image:
-    """Return a view's part of a picture at the picture's own resolution.
+    """Return the part of an image that a view shows, at the image's own resolution.
 
-    Raises DataError as `prepare` does."""
+    Raises the DataErrors of `prepare`."""
     image = decode_picture(_read_unchanged(picture.path, picture.digest), settings).colour
     across, down = image.width / view.resized[0], image.height / view.resized[1]
     left, right = (round(x * across) for x in (view.left, view.left + view.width))
@@ -321,7 +331,7 @@ def crop_original(picture: TrainingPicture, view: View, settings: ImageDataSecti
 
 
 def crop_resized(image: Image.Image, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """Return a view's part of a picture at the view's size."""
+    """Return the part of an image that a view shows, at the size of the view."""
     if image.size != view.resized:
         image = image.resize(view.resized, filter)
     image = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
@@ -349,11 +359,11 @@ def _row_uniform(seed: int, epoch: int, row: PictureRow, purpose: str) -> float:
 def _uniform(*parts: object) -> float:
     """Return a number in [0, 1) from a hash of the arguments.
 
-    A generator's state would make each row depend on earlier rows."""
+    With the state of a generator, each row would depend on earlier rows."""
     digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
 def _rounded(numerator: int, denominator: int) -> int:
-    """Return above / below rounded to the nearest integer, halves up, exactly."""
+    """Return numerator / denominator, exactly rounded to the nearest integer, halves up."""
     return (2 * numerator + denominator) // (2 * denominator)

@@ -1,16 +1,16 @@
-"""Choose the pictures of each step, and make the tensors of a micro-batch.
+"""Choose the images of each step, and make the tensors of a micro-batch.
 
-    step         `rows` pictures of a seeded shuffle, and as many class pictures if there are any
-    micro-batch  part of a step: pictures of one shape, at most `micro_rows` of them
+    step         `rows` images of a seeded shuffle, and as many class images if there are any
+    micro-batch  part of a step: at most `micro_rows` images of one shape
 
-A step can have pictures of several shapes: its loss is a sum over pictures, so the cut changes memory and
-speed, never the result. The plan is a pure function of seed and epoch: a resumed run plans the same, and the
-cache entries to compute are known before the first step. With class pictures the loss of a step is
-DreamBooth's (arXiv 2208.12242),
+A step can have images of several shapes. Its loss is a sum over images, so the micro-batch size changes
+memory and speed, never the result. The plan is a pure function of seed and epoch, so a resumed run has the
+same plan, and the cache entries to compute are known before the first step. With class images, the loss of a
+step is DreamBooth's (arXiv 2208.12242),
 
-    mean over its pictures + Σ weight · class picture's loss / number of its pictures
+    mean over its images + Σ weight · loss of a class image / number of its images
 
-Independent of models and files.
+This module does not depend on models or files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from veneer.train.validation_split import hold_out
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A picture in a step: its view, caption, loss weight and random key."""
+    """An image in a step, with its view, caption, loss weight and random key."""
 
     picture: TrainingPicture
     view: View
@@ -47,8 +47,8 @@ class PlannedRow:
 class ImageBatch:
     """The tensors of a micro-batch.
 
-    latents: (n, c, h, w); masks: (n, 1, h, w) or None; sizes: (n, 6) time ids; weights: (n,); rows: those of
-    the plan. `sources`: for each source image of an edit its latents, (n, c, h, w)."""
+    latents: (n, c, h, w); masks: (n, 1, h, w) or None; sizes: (n, 6) time ids; weights: (n,); rows: the
+    planned rows; sources: for each source image of an edit its latents, (n, c, h, w)."""
 
     latents: Tensor
     masks: Tensor | None
@@ -65,8 +65,8 @@ class ImageBatch:
     ) -> ImageBatch:
         """Return the batch of rows of one shape.
 
-        `latents`: (latents, mask, time ids) of each row; `sources`: the latents of its source images. A row
-        without a mask is trained on whole."""
+        latents: (latents, mask, time ids) of each row. sources: latents of the source images of each row.
+        Without a mask, the whole row is trained on."""
         masks = [mask for _, mask, _ in latents]
         all_masks = None
         if any(mask is not None for mask in masks):
@@ -83,7 +83,7 @@ class ImageBatch:
         )
 
     def sent(self, device: torch.device) -> ImageBatch:
-        """Return the batch with latents and masks copied to a device asynchronously."""
+        """Return the batch with latents and masks copied asynchronously to a device."""
         masks = None if self.masks is None else sent(self.masks, device)
         sources = [sent(x, device) for x in self.sources]
         return replace(self, latents=sent(self.latents, device), masks=masks, sources=sources)
@@ -92,9 +92,10 @@ class ImageBatch:
 def split_pictures(
     pictures: Sequence[TrainingPicture], split: int | float | None, seed: int
 ) -> tuple[list[TrainingPicture], list[TrainingPicture]]:
-    """Return (training, held-out) pictures, chosen by `hold_out`.
+    """Return (training, held-out) images, selected by `hold_out`.
 
-    None: from 20 pictures on a tenth, at most 50; none below 20. Class pictures are never held out."""
+    If `split` is None, a tenth of the images is held out, at most 50, and none if there are fewer than 20
+    images. Class images are never held out."""
     candidates = [p for p in pictures if not p.is_class]
     default = min(50, len(candidates) // 10) if len(candidates) >= 20 else 0
     _, held_out = hold_out(candidates, split, seed=seed, default=default, noun="pictures", order=_digest)
@@ -110,8 +111,10 @@ def plan_image_steps(
 ) -> LazySteps:
     """Return all steps of the run in order, planned one epoch at a time.
 
-    `rows`: the rows of one epoch. `make_batch`: rows of one shape -> their batch, called when the batch is needed. A
-    step is cut into at least one micro-batch per device, if it has enough pictures."""
+    A step with enough images has at least one micro-batch per device.
+
+    rows: the rows of one epoch. make_batch: function from rows of one shape to their batch, called when the
+    batch is needed."""
     instance_rows = [row for row in rows if not row.picture.is_class]
     classes = [row for row in rows if row.picture.is_class]
     size = config.batching.rows
@@ -144,7 +147,8 @@ def _sample_rows(
 ) -> list[PlannedRow]:
     """Return the rows of one step with their views and captions.
 
-    The loop divides by the number of all pictures; DreamBooth's loss by that of the instances."""
+    The weights are scaled, because the loop divides by the number of all images, and DreamBooth's loss by the
+    number of instance images."""
     factor = len(rows) / instances
     out = []
     for slot, row in enumerate(rows):
@@ -155,9 +159,9 @@ def _sample_rows(
 
 
 def _cycle_class_pictures(classes: Sequence[PictureRow], seed: int, start: int) -> Iterator[PictureRow]:
-    """Yield class pictures endlessly, each cycle in another shuffled order.
+    """Yield class images endlessly, with another shuffled order in each cycle.
 
-    Skips the first `start`; yields none if there are no class pictures."""
+    The first `start` images are skipped. Without class images, nothing is yielded."""
     if not classes:
         return iter(())
     first, skipped = divmod(start, len(classes))
@@ -170,9 +174,9 @@ def _micros(
     make_batch: Callable[[Sequence[PlannedRow]], ImageBatch],
     pieces: int,
 ) -> list[Micro]:
-    """Group rows of one shape, the largest shape first.
+    """Group rows of one shape into micro-batches, largest shape first.
 
-    A step that does not fit in memory thus fails at once."""
+    A step that does not fit in memory then fails immediately."""
     shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
     for row in rows:
         shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
@@ -197,10 +201,9 @@ def _micros(
 
 
 def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, limit: int | None) -> list[PlannedRow]:
-    """Return each held-out picture once per bucket: center crop, unmirrored.
+    """Return each held-out image once per bucket, with a center crop, not mirrored, and its own caption.
 
-    Each has its own caption. Nothing is random, and the keys do not depend on the run, so curves of different
-    runs can be compared."""
+    Nothing is random, and the keys do not depend on the run, so curves of different runs can be compared."""
     once = {(row.picture.key, row.bucket): row for row in rows if row.repeat == 0}
     return [
         PlannedRow(row.picture, crop_view(row.picture.size, row.bucket), row.picture.caption, 1.0, (row.picture.key,))
@@ -209,9 +212,9 @@ def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, limi
 
 
 def _shuffled(rows: Sequence[PictureRow], seed: int, epoch: int) -> list[PictureRow]:
-    """Order rows by a hash of their content.
+    """Return the rows ordered by a hash of their content.
 
-    The order is the same in every version of every library, and for any order of files."""
+    The order does not depend on library versions or the order of files."""
     return sorted(rows, key=lambda row: _digest(f"{seed}|{epoch}|{row.picture.key}|{row.bucket}|{row.repeat}".encode()))
 
 

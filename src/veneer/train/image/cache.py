@@ -5,9 +5,9 @@
     texts = TextCache(folder, fingerprint=base.fingerprint)
     entry = texts.get("a red fox", encode)                 encode: prompt -> CacheEntry
 
-A file's key is the sha256 of the picture's and mask's bytes, the view, the settings that change pixels, the
-encoder's fingerprint and the version below. A changed picture, crop or base has another key, so entries are
-never stale. Entries are safetensors files with a checksum; a damaged one is counted and recomputed. Each
+The key of a file is the sha256 of the bytes of image and mask, the view, the settings that change pixels, the
+encoder's fingerprint and the version below. A changed image, crop or base has another key, so entries are
+never stale. Entries are safetensors files with a checksum. A damaged entry is counted and recomputed. Each
 entry is encoded separately, so its content does not depend on other entries. Writes are atomic, so runs can
 share a folder.
 """
@@ -31,14 +31,14 @@ from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import View, latent_mask, prepare
 from veneer.train.image.pictures import TrainingPicture
 
-_VERSION = 1  # version of the format and of pixel processing; a change invalidates all entries
+_VERSION = 1  # version of the format and of the pixel processing; a new version invalidates all entries
 _CHECKSUM = "veneer.sha256"
 _TEXTS = "veneer.texts"
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Named tensors and named texts (such as the text that an encoder truncated)."""
+    """Named tensors and named texts (for example the text that an encoder truncated)."""
 
     tensors: Mapping[str, Tensor]
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -58,8 +58,10 @@ class LatentRow:
 class _Store:
     """Entries by key, in memory up to `memory` bytes, and in `folder`.
 
-    Without a folder, entries are in memory only. `hits`, `misses`, `damaged`: entries read, computed, and
-    recomputed because the file was invalid."""
+    Without a folder, entries are in memory only.
+
+    hits, misses, damaged: numbers of entries that were read, computed, and recomputed because the file was
+    invalid."""
 
     def __init__(self, folder: str | Path | None, *, fingerprint: str, memory: int = 1 << 30) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
@@ -97,7 +99,8 @@ class _Store:
         return entry
 
     def _read(self, path: Path, key: str) -> CacheEntry | None:
-        """Return the entry; None (counted) if the file is truncated, altered or another's."""
+        """Return the entry, or None, counted as damaged, if the file is truncated, altered or has another
+        key."""
         with contextlib.suppress(AdapterError, ValueError, OSError):
             tensors, metadata = read_tensors(path)
             entry = CacheEntry({n: t.clone() for n, t in tensors.items()}, json.loads(metadata.get(_TEXTS, "{}")))
@@ -110,16 +113,17 @@ class _Store:
 class LatentCache(_Store):
     """A cache of latents.
 
-    `fingerprint`: that of the encoder: the base's, with its dtype."""
+    fingerprint: the fingerprint of the encoder: the base's, with its dtype."""
 
     def get(
         self, picture: TrainingPicture, view: View, settings: ImageDataSection, encode: Callable[[Tensor], Tensor]
     ) -> LatentRow:
-        """Return the latents of a view, its mask on their grid, and its time ids.
+        """Return the latents of a view, its mask on the grid of the latents, and its time ids.
 
-        `encode`: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f). Raises DataError if the picture
-        has changed on disk since it was read or its latents are not finite, ResourceError if the disk is
-        full."""
+        encode: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f).
+
+        Raises DataError if the image has changed on disk since it was read or its latents are not finite, and
+        ResourceError if the disk is full."""
         has_mask = picture.alpha or picture.mask is not None
         content: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
         content += [picture.mask_digest, picture.alpha, settings.mask_floor if has_mask else None]
@@ -141,7 +145,7 @@ class LatentCache(_Store):
 class TextCache(_Store):
     """A cache of text embeddings.
 
-    `fingerprint`: the base's, with the dtype and length of encoded prompts."""
+    fingerprint: the base's fingerprint, with the dtype and length of encoded prompts."""
 
     def get(
         self,
@@ -150,10 +154,11 @@ class TextCache(_Store):
         references: Sequence[tuple[TrainingPicture, View]] = (),
         settings: ImageDataSection | None = None,
     ) -> CacheEntry:
-        """Return the prompt encoded by `encode`.
+        """Return the prompt, encoded by `encode`.
 
-        `references`: pictures that it reads with the prompt, decoded by `settings`. Raises the errors of
-        LatentCache.get."""
+        references: images that the encoder reads with the prompt. settings: how to decode these images.
+
+        Raises the errors of LatentCache.get."""
         colour = settings.colour if settings is not None else None
         pictures = [[p.digest, colour if p.transparent else None, *_of_view(view)] for p, view in references]
         key = self._key("text", prompt, *([pictures] if pictures else []))

@@ -1,9 +1,9 @@
-"""Write captions for pictures without one, as NAME.txt next to NAME.png.
+"""Write captions for images without one, as NAME.txt next to NAME.png.
 
     report = write_captions("drawings", describe, trigger="sks")
 
-Each caption is written atomically as soon as it exists, and captioned pictures are skipped, so a stopped call
-resumes. The caller describes the pictures.
+Each caption is written atomically as soon as it exists, and images with a caption are skipped, so an
+interrupted call can be repeated. `describe` is a function of the caller.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class WrittenCaption:
     """A written caption.
 
-    `picture`: the picture's name in the folder. `file`: the caption's file."""
+    picture: name of the image in the folder. file: the caption's file."""
 
     picture: str
     file: Path
@@ -39,7 +39,7 @@ class WrittenCaption:
 class CaptionReport:
     """The result of a captioning call.
 
-    `had`: number of skipped pictures, which have a caption. `failed`: `name: reason`."""
+    had: number of skipped images, which already had a caption. failed: `name: reason`."""
 
     written: list[WrittenCaption] = field(default_factory=list)
     had: int = 0
@@ -54,12 +54,14 @@ def write_captions(
     overwrite: bool = False,
     on_caption: Callable[[WrittenCaption], None] | None = None,
 ) -> CaptionReport:
-    """Caption the uncaptioned pictures (all with `overwrite`), sorted by name.
+    """Caption the images without a caption (all with `overwrite`), sorted by name.
 
-    `describe`: returns (text, truncated) for an RGB picture. `trigger`: put in front of texts without
-    it. Unreadable pictures and empty descriptions are in the report. Raises DataError for a folder that
-    `read_pictures` would refuse, and if overwriting would change another picture's caption; ResourceError for
-    a full disk."""
+    describe: returns (text, truncated) for an RGB image. trigger: added to the beginning of texts without the
+    trigger.
+
+    Unreadable images and empty descriptions are in the report. Raises DataError for a folder that
+    `read_pictures` refuses, and if overwriting would change another image's caption; ResourceError if the
+    disk is full."""
     settings = ImageDataSection(pictures=folder)
     files = _list(folder)
     captioned = [file for file in files if file.caption_source in ("caption files", "metadata")]
@@ -72,7 +74,7 @@ def write_captions(
         except UnreadablePicture as error:
             report.failed.append(f"{file.name}: {error}")
             continue
-        except BaseError as error:  # the model does not know the picture's path
+        except BaseError as error:  # the model does not know the path of the image
             raise BaseError(error.what, where=error.where or str(file.path), fix=error.fix) from error
         if not text:
             report.failed.append(f"{file.name}: the model's description is empty")
@@ -85,10 +87,12 @@ def write_captions(
 
 
 def write_caption(picture: Path, text: str, folder: str | None = None) -> WrittenCaption:
-    """Write the caption of one picture to its caption file, which takes precedence over metadata.
+    """Write the caption of one image to its caption file, which takes precedence over metadata.
 
-    `folder`: the training folder, by default the picture's own. Raises DataError for an unknown picture, an
-    empty text, and if writing would change another picture's caption."""
+    folder: the training folder; the default is the image's folder.
+
+    Raises DataError for an unknown image, an empty text, and if writing would change another image's
+    caption."""
     caption = " ".join(text.split())
     if not caption:
         raise DataError("a caption has at least one word", where=str(picture), fix="describe what the picture shows")
@@ -106,7 +110,7 @@ def _list(folder: str) -> list[PictureFile]:
 
 
 def _caption_files(file: PictureFile, files: Sequence[PictureFile]) -> list[Path]:
-    """Return the files that hold, or will hold, a picture's caption."""
+    """Return the existing and possible caption files of an image."""
     stem = file.path.with_suffix("")
     siblings = [sibling.name for sibling in files if sibling.path.with_suffix("") == stem]
     paths = [place.with_name(place.name + suffix) for place in (stem, file.path) for suffix in CAPTION_SUFFIXES]

@@ -1,10 +1,10 @@
-"""Preflight checks of pictures: conversions, crops, duplicates and small sizes.
+"""Preflight checks of images: conversions, crops, duplicates and small sizes.
 
     findings = check_pictures(pictures, summary, plan, settings)
     findings += check_held_out(pictures, held_out)
 
-Findings are those of text runs: `stop` ends the run, `warn` is a warning, `ok` reports a passed check. Every
-count has names. Reads only masks from the disk (to find masks that are empty in the crop).
+Findings have the levels of text runs: `stop` ends the run, `warn` is a warning, and `ok` reports a passed
+check. Every count comes with names. Only masks are read from disk, to find masks that are empty in the crop.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from veneer.train.image.pictures import PictureSummary, TrainingPicture
 from veneer.train.preflight import Finding, about_some, share
 
 _NAMED = 5
-_MUCH = 0.25  # share of a picture outside its bucket that causes a warning
+_MUCH = 0.25  # share of an image outside its bucket that causes a warning
 _BAD_NOTES = ("a color profile that cannot be used", "EXIF that cannot be read")
 
 
 def check_pictures(
     pictures: Sequence[TrainingPicture], summary: PictureSummary, plan: PicturePlan, settings: ImageDataSection
 ) -> list[Finding]:
-    """Return all findings about the pictures of a run, in display order."""
+    """Return all findings about the images of a run, in display order."""
     return [
         *_files(pictures, summary, plan, settings),
         *_captions(pictures, summary, settings),
@@ -39,7 +39,7 @@ def check_pictures(
 
 
 def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[TrainingPicture]) -> list[Finding]:
-    """Return findings about held-out pictures that are, or look like, training ones."""
+    """Return findings about held-out images that are equal or similar to training images."""
     trained = [p for p in train if not p.is_class]
     pairs, total = _looking_alike(held_out, trained), len(held_out)
     if not pairs:
@@ -161,10 +161,10 @@ def _alike(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
 def _looking_alike(
     pictures: Sequence[TrainingPicture], class_pictures: Sequence[TrainingPicture] | None = None
 ) -> list[tuple[int, int]]:
-    """Return the near-duplicates of pictures.
+    """Return the pairs of near-duplicate images.
 
-    In pairs, both the source image and the picture must look alike, because one of them can differ by the
-    edit only."""
+    Edits are near-duplicates if both the source images and the edited images look alike, because one of the
+    two can differ by the edit only."""
 
     def alike(side: Callable[[TrainingPicture], TrainingPicture]) -> list[tuple[int, int]]:
         first, second = ([side(p).perceptual_hash for p in group] for group in (pictures, class_pictures or ()))

@@ -2,8 +2,9 @@
 
     contact_sheet(plan.rows, settings, seed=0, path="pictures.png")
 
-Each view has its bucket's shape; a pair shows the source images to the left. The area outside a mask has red
-hatching. Captions use Pillow's own font, which has Latin letters; other letters are boxes on the sheet only.
+Each view has its bucket's shape. Source images are to the left of their image. The area outside a mask has
+red hatching. Captions use Pillow's built-in font, which has Latin letters only; other letters are shown as
+boxes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from veneer.train.image.augmentation import PictureRow, View, ViewTensors, prepa
 
 _FONT = 12
 _LINES = 4
-_GAP = 4  # between the pictures of a pair
+_GAP = 4  # between the images of a pair
 _RED = np.array([220.0, 30.0, 30.0])
 
 
@@ -37,10 +38,10 @@ def contact_sheet(
     columns: int = 6,
     cell: int = 192,
 ) -> int:
-    """Write a PNG with at most `limit` rows, evenly spaced; return their number.
+    """Write a PNG with at most `limit` rows, evenly spaced, and return their number.
 
-    Shows views as in `epoch`. Small pictures are enlarged by integer factors without smoothing, so that every
-    training pixel is visible."""
+    The views are those of `epoch`. Small images are enlarged by integer factors without smoothing, so that
+    every training pixel is visible."""
     shown_rows = [rows[i * len(rows) // limit] for i in range(limit)] if len(rows) > limit else list(rows)
     pictures_per_row = 1 + max((len(row.picture.sources) for row in shown_rows), default=0)
     columns = max(1, min(columns // pictures_per_row, len(shown_rows)))
@@ -79,7 +80,7 @@ def contact_sheet(
 
 
 def shaded(tensors: ViewTensors) -> Image.Image:
-    """Return the pixels as a picture with red stripes where the mask is below 1.
+    """Return the pixels as an image with red stripes where the mask is below 1.
 
     The stripes are strongest where the mask is 0."""
     pixels = ((tensors.pixels.permute(1, 2, 0).double() + 1) * 127.5).round().clamp(0, 255).numpy()

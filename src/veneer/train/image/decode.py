@@ -1,14 +1,15 @@
-"""Decode a picture file to upright 8-bit sRGB, and note conversions.
+"""Decode an image file to upright 8-bit sRGB, and note conversions.
 
     opened = decode_picture(data, settings)    opened.colour: RGB; opened.alpha: L or None; opened.notes
 
     EXIF orientation   rotated upright, so that width and height are those in a viewer
-    embedded profile   converted to sRGB (littleCMS, the profile's own intent); an unreadable one is noted
+    embedded profile   converted to sRGB (littleCMS, the profile's own intent); an unreadable profile is noted
     CMYK, gray, palette, YCbCr, Lab, 16 bit, 1 bit     to 8-bit RGB
-    transparency       composited on `settings.background`; the alpha is kept
+    transparency       composited on `settings.background`; the alpha channel is kept
 
-Refused with a reason: not a picture, animated, truncated, empty, a Git LFS pointer, floating point, more pixels than
-allowed (read from the header, before decoding). Independent of captions, buckets and tensors.
+Refused with a reason: files that are not images, are animated, truncated, empty or Git LFS pointers, use
+floating point, or have too many pixels (read from the header, before decoding). This module does not depend
+on captions, buckets or tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Image.init()
 _DECODERS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
 """Allowed decoders.
 
-Others are not used: EPS starts Ghostscript, PSD and ICO have several pictures."""
+Other decoders are excluded: EPS starts Ghostscript, and PSD and ICO files contain several images."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _ORIENTATION = 274
 _SRGB = ImageCms.createProfile("sRGB")
@@ -40,17 +41,18 @@ _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class UnreadablePicture(Exception):
-    """A file that cannot be used; the text is the reason.
+    """Raised for a file that cannot be used, with the reason as text.
 
     Callers collect these errors into one DataError, or count them."""
 
 
 @dataclass(frozen=True)
 class DecodedPicture:
-    """A decoded picture.
+    """A decoded image.
 
-    `colour`: RGB on the background; `alpha`: L if a pixel is transparent, else None. `size`: (width, height),
-    upright. `notes`: the conversions, for the report."""
+    colour: RGB on the background. alpha: L if a pixel is transparent, else None. size: (width, height),
+        upright.
+    notes: the conversions, for the report."""
 
     colour: Image.Image
     alpha: Image.Image | None
@@ -64,7 +66,7 @@ class DecodedPicture:
 def read_bytes(path: Path) -> tuple[bytes, str]:
     """Return the file's bytes and their sha256.
 
-    Raises UnreadablePicture for missing or empty files."""
+    Raises UnreadablePicture if the file is missing, empty or a Git LFS pointer."""
     try:
         if path.exists() and not path.is_file():
             raise UnreadablePicture("is no file" if not path.is_dir() else "is a folder")
@@ -79,7 +81,7 @@ def read_bytes(path: Path) -> tuple[bytes, str]:
 
 
 def decode_picture(data: bytes, settings: ImageDataSection) -> DecodedPicture:
-    """Decode a file's bytes. Raises UnreadablePicture with the reason."""
+    """Decode the bytes of a file. Raise UnreadablePicture with the reason."""
     notes: list[str] = []
     image = _decoded(data, settings, notes)
     image, alpha = _split_alpha(image)
@@ -95,10 +97,10 @@ def decode_picture(data: bytes, settings: ImageDataSection) -> DecodedPicture:
 
 
 def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
-    """Return a mask file as L, upright; white is trained on.
+    """Return a mask file as an upright L image; white is trained on.
 
-    The mask of a transparent picture is its alpha. Color profiles are not applied, because values are
-    weights. Raises UnreadablePicture with the reason."""
+    If the file is transparent, its alpha channel is the mask. Color profiles are not applied, because the
+    values are weights. Raises UnreadablePicture with the reason."""
     image, alpha = _split_alpha(_decoded(data, settings, []))
     if alpha is not None and alpha.getextrema() != (255, 255):
         return alpha
@@ -106,10 +108,10 @@ def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
 
 
 def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image.Image:
-    """Return the first frame, upright, with all pixels read."""
+    """Return the first frame, upright and with all pixels loaded."""
     limit = int(settings.most_megapixels * 1e6)
     with warnings.catch_warnings():
-        # Pillow's own limit warns at 89 and stops at 179 megapixels; our setting is checked before decoding.
+        # Pillow warns at 89 and stops at 179 megapixels; the configured limit is checked before decoding.
         warnings.simplefilter("ignore")
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=_DECODERS)
@@ -118,7 +120,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
                 raise UnreadablePicture(
                     f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
                 )
-            # the other pictures of an MPO are previews or the other eye's view
+            # the other images of an MPO file are previews or the view of the other eye
             if (frames := 1 if image.format == "MPO" else getattr(image, "n_frames", 1)) > 1:
                 raise UnreadablePicture(f"an animation of {frames} frames: save one of them as a picture")
             image.load()
@@ -138,7 +140,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
             if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
                 image = ImageOps.exif_transpose(image)
                 notes.append("turned upright (EXIF)")
-        except Exception:  # damaged EXIF is common and does not affect the pixels
+        except Exception:  # Damaged EXIF data is common and does not affect the pixels.
             notes.append("EXIF that cannot be read")
     return image
 
@@ -150,12 +152,12 @@ def _describe_unknown(data: bytes) -> str:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return (picture without transparency, alpha as L or None)."""
+    """Return (image without transparency, alpha as L or None)."""
     profile = image.info.get("icc_profile")
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     elif "transparency" in image.info and image.mode not in ("LA", "RGBA", "PA"):
-        image = image.convert("RGBA")  # one color, or palette entries, marked as transparent
+        image = image.convert("RGBA")  # one color, or some palette entries, are marked as transparent
     elif image.mode == "PA":
         image = image.convert("RGBA")
     if image.mode not in ("LA", "RGBA"):
@@ -170,7 +172,8 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """Convert to 8-bit sRGB.
 
-    Without a profile, gray and RGB are treated as sRGB, and CMYK is converted by Pillow's plain inversion."""
+    Without a profile, gray and RGB images are assumed to be sRGB, and CMYK is converted with Pillow's
+    inversion."""
     data = image.info.get("icc_profile")
     image = _eight_bit(image, notes)
     if data:
@@ -206,9 +209,9 @@ def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
-    """Convert a picture by its embedded profile; None if the profile is sRGB.
+    """Convert an image by its embedded profile, or return None if the profile is sRGB.
 
-    A round trip would only change values by one."""
+    Converting from sRGB to sRGB would change some values by one."""
     profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
     mode = _SPACES.get(profile.profile.xcolor_space)
     if mode is None:

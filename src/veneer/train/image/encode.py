@@ -3,9 +3,10 @@
     encoders.batch(rows)        rows of one shape -> ImageBatch, with latents from the cache or encoded now
     encoders.text(captions)     -> Conditioning, from the cache, or from text encoders with trained adapters
     ImageLoss(…)(batch)         Σ over rows of weight · min-SNR weight · mean squared error
-    ImageLoss(…).score(…)       the same on held-out pictures at fixed noise and times
+    ImageLoss(…).score(…)       the same on held-out images at fixed noise and times
 
-Uses the base's functions (models.image.predict); no training loop, no files except the caches.
+This module uses the base's functions (models.image.predict), without a training loop, and without files
+except the caches.
 """
 
 from __future__ import annotations
@@ -55,22 +56,24 @@ if TYPE_CHECKING:
 
 
 _References = tuple[tuple[TrainingPicture, View], ...]
-"""Source images of a picture, with the view of each."""
+"""Source images of an image, with the view of each."""
 
 
 class Encoders:
     """Latents and conditionings of one base.
 
-    `live`: text encoders have trained adapters, so prompts are encoded each time."""
+    live: whether text encoders have trained adapters, so that prompts are encoded each time."""
 
     def __init__(self, base: ImageBase, config: ImageTrainConfig, folder: Path | None) -> None:
         self.base, self.config = base, config
         self.live = bool(config.adapter.text_encoders)
-        # SDXL's pipelines use zeros for no text, not an empty text's encoding, unless configured otherwise.
+        # For no text, SDXL's pipelines use zeros instead of the encoding of an empty text, unless configured
+        # otherwise.
         self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
         fingerprint = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=fingerprint)
-        # Quantized text encoders say other things, and a tokenizer is no part of the base's fingerprint.
+        # Quantized text encoders give other results, and the base's fingerprint does not include the
+        # tokenizer.
         text_identity = f"{fingerprint}|{base.quantized}|{text_length(base)}|{_tokenizers(base)}"
         self.texts = TextCache(folder and folder / "texts", fingerprint=text_identity)
 
@@ -82,9 +85,10 @@ class Encoders:
     def text(self, captions: Sequence[str], rows: Sequence[PlannedRow] = ()) -> Conditioning:
         """Return the denoiser's conditioning on these captions, on the base's device.
 
-        The conditioning on an empty (dropped) caption is that of the pipeline for no negative prompt, which
-        caption dropout trains. `rows`: each caption's row, for a base that encodes source images together
-        with it."""
+        An empty (dropped) caption has the conditioning that the pipeline uses without a negative prompt,
+        which caption dropout trains.
+
+        rows: the row of each caption, for a base that encodes source images together with captions."""
         if self.live:
             text = embed_prompts(self.base, captions)
         else:
@@ -94,7 +98,7 @@ class Encoders:
         return _zeroed(text, [not caption for caption in captions]) if self.zeros and "" in captions else text
 
     def fill(self, rows: Iterable[PlannedRow]) -> tuple[int, int]:
-        """Compute all cache entries for these rows; return (views, captions)."""
+        """Compute all cache entries for these rows, and return the numbers of (views, captions)."""
         views: dict[tuple[str, View], PlannedRow] = {}
         captions: dict[tuple[str | View, ...], PlannedRow] = {}
         for row in rows:
@@ -114,12 +118,12 @@ class Encoders:
         return entry.latents.float(), entry.mask, entry.sizes
 
     def _sources(self, row: PlannedRow) -> _References:
-        """Return a row's source images in the sizes for the base."""
+        """Return a row's source images, with views in the sizes for the base."""
         size = partial(reference_size, self.base)
         return tuple((b, source_view(row.view, b, self.base.unit, size)) for b in row.picture.sources)
 
     def _prompt_references(self, row: PlannedRow) -> _References:
-        """Return the pictures that are encoded together with the row's caption."""
+        """Return the images that are encoded together with the row's caption."""
         return self._sources(row) if self.base.reads_references else ()
 
     def _source_latents(self, row: PlannedRow) -> list[Tensor]:
@@ -147,17 +151,17 @@ def _tokenizers(base: ImageBase) -> str:
         if name.startswith(("tokenizer", "processor")) and part is not None:
             if pictures := getattr(part, "pictures", None):  # Qwen-Image-Edit's processor
                 h.update(pictures.to_json_string().encode())
-            tokenizer = getattr(part, "tokenizer", part)  # FLUX.2's tokenizer is a processor
+            tokenizer = getattr(part, "tokenizer", part)  # for FLUX.2, the part is a processor
             backend = getattr(tokenizer, "backend_tokenizer", None)
             content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-            for state in ("truncation", "padding"):  # depends on its last call
+            for state in ("truncation", "padding"):  # these states depend on the last call of the tokenizer
                 content.pop(state, None)
             h.update(f"{name}|{tokenizer.model_max_length}|{tokenizer.chat_template}|{json.dumps(content)}".encode())
     return h.hexdigest()
 
 
 def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
-    """Set the rows that are `empty` to zero; they get no gradient."""
+    """Set the rows that are `empty` to zero, so that these rows get no gradient."""
     mask = torch.tensor(empty, device=text.embeds.device)
     pooled = None if text.pooled is None else text.pooled.masked_fill(mask[:, None], 0)
     return replace(text, embeds=text.embeds.masked_fill(mask[:, None, None], 0), pooled=pooled)
@@ -166,8 +170,8 @@ def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
 def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
     """Return the distribution of timesteps of the run.
 
-    `auto` is logit-normal for flow, else uniform, with the scheduler's constant shift; FLUX's shift depends
-    on the resolution, by the scheduler's numbers."""
+    `auto` is logit-normal for flow, else uniform. The shift is the scheduler's constant shift. With
+    shift=resolution, the shift depends on the number of tokens, as in FLUX, with the scheduler's numbers."""
     loss = config.loss
     distribution = loss.timesteps
     if distribution == "auto":
@@ -193,9 +197,9 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
 
 @dataclass
 class ImageLoss:
-    """The loss of a run: `loss(batch)` for training, `score` for held-out pictures.
+    """The loss of a run: a call for training, `score` for held-out images.
 
-    `adapter_off`: context manager that disables the adapter, for `keep_guidance`."""
+    adapter_off: context manager that disables the adapter, for `keep_guidance`."""
 
     base: ImageBase
     config: ImageTrainConfig
@@ -204,7 +208,7 @@ class ImageLoss:
 
     def __post_init__(self) -> None:
         self.times, self.noise = times_of(self.base, self.config), self.config.loss.noise_offset
-        # on the CPU, where times are drawn, so that nothing waits for the device
+        # On the CPU, because times are sampled there, so that the host does not wait for the device.
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         distilled = self.base.denoiser.config.get("guidance_embeds")
         guidance = max(self.config.loss.guidance, self.config.loss.keep_guidance or 0.0)
@@ -237,8 +241,9 @@ class ImageLoss:
         predicted = predict(base, noisy, times, text, guidance=self.guidance, **options)
         keep = self.config.loss.keep_guidance
         if keep is not None:
-            # Pictures contain no guidance: at g > 1 a distilled base predicts beyond them, and an adapter
-            # trained toward them would undo the guidance. So the base's own guidance step moves the target.
+            # Images contain no guidance: at g > 1, a distilled base predicts beyond them, and an adapter
+            # trained toward them would undo the guidance. The base's own guidance step therefore moves the
+            # target.
             with torch.no_grad(), self.adapter_off():
                 for guidance, sign in ((keep, 1), (1.0, -1)):
                     unadapted = predict(base, noisy, times, text, guidance=guidance, **options)
@@ -249,11 +254,12 @@ class ImageLoss:
     def score(
         self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False, devices: Devices = ALONE
     ) -> EvalResult | None:
-        """Return the mean squared error of held-out rows; None as soon as `stopped()`.
+        """Return the mean squared error of held-out rows, or None once `stopped()` is true.
 
-        Each row is scored at `evaluation.times` times in the middles of equal parts of the range, with noise that
-        depends only on the picture and the time, and without weights, so that runs with other losses can be
-        compared. `extra` has the loss at each time. With several `devices`: of this process's share."""
+        Each row is scored at `evaluation.times` times in the middles of equal parts of the range, without
+        weights, and with noise that only depends on the image and the time, so that runs with different
+        losses can be compared. `extra` has the loss at each time. With several `devices`, the result covers
+        the share of this process."""
         times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
         sums = torch.zeros(len(times), dtype=torch.float64)
         groups = list(_same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows))

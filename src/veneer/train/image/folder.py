@@ -1,15 +1,15 @@
-"""List a folder of pictures, and match captions, masks and source images to them by name.
+"""List a folder of images, and match captions, masks and source images to them by name.
 
     files, ignored = list_pictures("drawings", settings, settings.prompt, settings.masks)
 
-| of a picture  | where                                                                                     |
+| of an image   | where                                                                                     |
 | caption       | first of NAME.txt or NAME.caption, metadata.jsonl (.csv, .parquet), kohya's folder        |
 |               | `N_words`, the configured prompt                                                          |
-| mask          | NAME.mask.png, or the same path in the folder `masks` or in the configured one            |
-| source images | NAME.before.png, the same path in `before` or in the configured folders                   |
+| mask          | NAME.mask.png, or the same path in the folder `masks` or in the configured folder         |
+| source images | NAME.before.png, the same path in the folder `before` or in the configured folders        |
 
-A kohya folder repeats each picture N times per epoch. A file or row without a picture is an error.
-Opens only captions and metadata, no pictures.
+A kohya folder repeats each image N times per epoch. A file or row without an image is an error. Only captions
+and metadata are opened, not images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 _CAPTION_COLUMNS = ("text", "caption", "prompt", "instruction")
 _FILE_COLUMN = "file_name"
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# pictures that no allowed decoder reads: reported as broken, not skipped
+# images that no allowed decoder reads, which are reported as broken instead of skipped
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
 _NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
 _KOHYA = re.compile(r"(\d+)_(.+)")
@@ -41,9 +41,9 @@ _MOST_REPEATS = 1000
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A picture file and its related files.
+    """An image file and its related files.
 
-    `caption`: None if the picture has none. `caption_source`: where the caption is from. `sources`: source images of
+    caption: None if the image has none. caption_source: the origin of the caption. sources: source images of
     an edit."""
 
     path: Path
@@ -57,9 +57,9 @@ class PictureFile:
 
 @dataclass(frozen=True)
 class _Folder:
-    """The files of a folder and its subfolders, by kind, in the order of names.
+    """The files of a folder and its subfolders, by kind, sorted by name.
 
-    `masks`, `source_files`: files named NAME.mask and NAME.before. `ignored`: suffix -> number of other files."""
+    masks, source_files: files named NAME.mask and NAME.before. ignored: suffix -> number of other files."""
 
     root: Path
     pictures: list[Path]
@@ -77,20 +77,22 @@ class _Folder:
         return names
 
     def owners(self, name: Path) -> list[Path]:
-        """Return the pictures of this path, without its suffix or with it."""
+        """Return the images with this path, with or without the suffix."""
         return self._names.get(name, [])
 
     def unowned(self, file: Path) -> str:
-        """Return the message about a file that belongs to no picture."""
+        """Return the message about a file that belongs to no image."""
         return f"{file.relative_to(self.root) if file.is_relative_to(self.root) else file}: no picture of this name"
 
 
 def list_pictures(
     folder: str, settings: ImageDataSection, prompt: str | None, masks: str
 ) -> tuple[list[PictureFile], Counter[str]]:
-    """Return the pictures in a folder and its subfolders, sorted by name; and the ignored files by suffix.
+    """Return the images in a folder and its subfolders, sorted by name, and the ignored files by suffix.
 
-    `prompt`, `masks`: the settings, which differ for class pictures. Raises DataError."""
+    prompt, masks: the settings, which differ for class images.
+
+    Raises DataError."""
     files = _scan(folder, settings)
     if not files.pictures:
         ignored_types = first_few([f"{n} {suffix}" for suffix, n in files.ignored.most_common()], 12) or "nothing"
@@ -118,7 +120,7 @@ def list_pictures(
 
 
 def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
-    """Return the number of source images per picture. Raises DataError if some have fewer than others."""
+    """Return the number of source images per image. Raise DataError if the numbers differ."""
     files = [file for files_of_folder in folders.values() for file in files_of_folder]
     most = max((len(file.sources) for file in files), default=0)
     fewer = [f"{f.name}: {len(f.sources) or 'none'}" if most > 1 else f.name for f in files if len(f.sources) < most]
@@ -141,9 +143,9 @@ def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
 def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
     """Return (caption with the trigger, what was done).
 
-    The second value is "replaced", "already there", "added", or "" without a trigger. `[trigger]` is replaced
-    everywhere; a caption without the word gets it in front, as a separate tag. Raises ValueError for a
-    placeholder without a trigger."""
+    The second value is "replaced", "already there", "added", or "" without a trigger. Every `[trigger]` in
+    the caption is replaced. A caption without the trigger gets the trigger at its beginning, as a separate
+    tag. Raises ValueError for a placeholder without a trigger."""
     if trigger is None:
         if "[trigger]" in caption:
             raise ValueError("holds [trigger], and data.trigger is not set")
@@ -163,10 +165,10 @@ def has_word(caption: str, word: str) -> bool:
 def _scan(folder: str, settings: ImageDataSection) -> _Folder:
     """Return the files of `folder` and its subfolders.
 
-    Skips hidden files and the settings' other folders. Raises DataError if the folder does not exist, or if a
-    subfolder cannot be read."""
+    Hidden files and the other folders in the settings are skipped. Raises DataError if the folder does not
+    exist, or if a subfolder cannot be read."""
     root = Path(folder).expanduser()
-    if not os.path.isdir(root):  # no error for a name that is too long
+    if not os.path.isdir(root):  # does not raise for a name that is too long
         message = "this is a file, not a folder of pictures" if os.path.isfile(root) else "the folder does not exist"
         raise DataError(message, where=str(root), fix="give a folder that holds pictures")
     pictures, captions, masks, source_files, ignored = [], [], [], [], Counter[str]()
@@ -187,7 +189,7 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
             suffix, marker = path.suffix.lower(), Path(path.stem).suffix.lower()
             if name.startswith(".") or name in _METADATA_FILES or name.lower() == "thumbs.db":
                 continue
-            if path.exists() and not path.is_file():  # reading a pipe or a device can block forever
+            if path.exists() and not path.is_file():  # Reading a pipe or a device can block forever.
                 ignored["pipe or device"] += 1
             elif suffix in SUFFIXES and marker == ".mask":
                 masks.append(path)
@@ -208,7 +210,7 @@ def _unread(error: OSError) -> NoReturn:
 
 
 def _captions(folder: _Folder) -> dict[Path, str]:
-    """Return picture -> caption. All lines of a file are one caption, with white space collapsed."""
+    """Return image -> caption. All lines of a file form one caption, with white space collapsed."""
     captions: dict[Path, str] = {}
     bad: list[str] = []
     for file in folder.captions:
@@ -228,7 +230,9 @@ def _captions(folder: _Folder) -> dict[Path, str]:
 
 
 def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
-    """Return picture -> mask file. `masks`: the setting. Raises DataError for a mask without a picture."""
+    """Return image -> mask file. Raise DataError for a mask without an image.
+
+    masks: the setting."""
     if masks in ("off", "alpha"):
         return {}
     mask_folder = folder.root / "masks" if masks == "auto" else Path(masks).expanduser()
@@ -240,9 +244,9 @@ def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
 
 
 def _source_images(folder: _Folder, settings: ImageDataSection) -> dict[Path, list[Path]]:
-    """Return picture -> its source images, in the order of the sources.
+    """Return image -> its source images, in the order of the sources.
 
-    Raises DataError for files without a picture."""
+    Raises DataError for files without an image."""
     if settings.before == "off":
         return {}
     auto = settings.before == "auto"
@@ -267,9 +271,10 @@ def _pictures_in(folder: Path) -> list[Path]:
 def _match_files(
     folder: _Folder, suffixed: Iterable[Path], mirrored: Iterable[tuple[Path, list[Path]]]
 ) -> tuple[dict[Path, list[Path]], list[str]]:
-    """Return picture -> the files of its name, and messages about files without a picture.
+    """Return image -> the files of the same name, and messages about files without an image.
 
-    `suffixed`: files NAME.mask.png or NAME.before.png; `mirrored`: (folder, files with the pictures' paths)."""
+    suffixed: files NAME.mask.png or NAME.before.png. mirrored: (folder, files with the same paths as the
+    images)."""
     matches: dict[Path, list[Path]] = {}
     bad: list[str] = []
     pairs = [(file, file.with_suffix("").with_suffix("")) for file in suffixed]
@@ -285,9 +290,9 @@ def _match_files(
 
 
 def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
-    """Return picture -> caption of all metadata files.
+    """Return image -> caption, from all metadata files.
 
-    Paths in a file are relative to its folder."""
+    Paths in a file are relative to the file's folder."""
     rows: dict[Path, str] = {}
     bad: list[str] = []
     for directory in sorted({folder.root, *(p.parent for p in folder.pictures)}):
@@ -319,7 +324,7 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
 
 
 def _path_problem(name: object, directory: Path, folder: _Folder) -> str:
-    """Return what is wrong with a picture's path in a metadata row, or ""."""
+    """Return the problem of an image path in a metadata row, or ""."""
     if not isinstance(name, str) or not name:
         return f"`{_FILE_COLUMN}` should be a picture's path, found {name!r}"
     if os.path.isabs(name) or ".." in Path(name).parts:
@@ -329,7 +334,7 @@ def _path_problem(name: object, directory: Path, folder: _Folder) -> str:
 
 
 def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
-    """Return (repeats, words) of the nearest folder named `N_words`, up to the root."""
+    """Return (repeats, words) of the nearest parent folder named `N_words`, up to the root."""
     for folder in path.parents:
         if match := _KOHYA.fullmatch(folder.name):
             repeats = int(match[1])

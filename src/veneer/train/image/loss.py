@@ -6,9 +6,9 @@
 | flow       | (1−σ)·x + σ·n     | n − x             | σ in (0, 1): uniform or logit-normal, shifted |
 
 x: latents (n, c, h, w). The loss of a row is the mean squared error over its elements (with a mask: over the
-mask), times min-SNR's weight, times the row's own weight. Each row has a separate generator, seeded by (seed,
-step, row), so the random numbers do not depend on the cut into micro-batches or on where a run resumes.
-Independent of models and files.
+mask), times the min-SNR weight, times the row's weight. Each row has a separate generator, seeded by (seed,
+step, row), so the random numbers do not depend on the micro-batches or on the step where a run resumes. This
+module does not depend on models or files.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _Prediction = Literal["epsilon", "v", "flow"]
 class Times:
     """The distribution of timesteps.
 
-    For flow: u uniform, or u = sigmoid(z) with normal z (logit-normal, arXiv 2403.03206); then `shift` moves
-    it towards noise: a number s, or a function of the number of picture tokens that returns s. `patch`:
-    latents per token."""
+    For flow, u is uniform, or u = sigmoid(z) with normal z (logit-normal, arXiv 2403.03206), and `shift`
+    moves u toward noise.
+
+    shift: a number s, or a function from the number of image tokens to s. patch: latents per token."""
 
     kind: Literal["uniform", "logit-normal"] = "uniform"
     shift: float | Callable[[int], float] = 1.0
@@ -47,7 +48,7 @@ class Times:
 def generator(*key: int | str) -> torch.Generator:
     """Return a CPU generator seeded with a digest of `key`.
 
-    The random numbers are the same on every device and in every order."""
+    The random numbers do not depend on the device or on the order of calls."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
@@ -61,8 +62,11 @@ def sample_noise(
 ) -> tuple[Tensor, Tensor]:
     """Return noise (n, c, h, w) and times (n,), one row per key.
 
-    `shape`: that of one row of latents, (c, h, w). `offset`: adds offset·z to the noise, one z per channel of
-    a row. Times are integers below `times.steps` for epsilon and v, float32 sigmas in (0, 1) for flow."""
+    Times are integers below `times.steps` for epsilon and v, and float32 sigmas in (0, 1) for flow.
+
+    shape: shape of one row of latents, (c, h, w). offset: adds offset·z to the noise, one z per channel of a
+    row.
+    """
     rows, times_of_rows = [], []
     for key in keys:
         g = generator(*key)
@@ -84,15 +88,15 @@ def _time(shape: Sequence[int], prediction: _Prediction, times: Times, g: torch.
 def shifted(u: Tensor, shift: float) -> Tensor:
     """Return σ = s·u / (1 + (s − 1)·u).
 
-    Monotone, keeps 0 and 1; the inverse of s is the inverse map (arXiv 2403.03206, eq. 23). FLUX's
-    exp(μ)/(exp(μ) + 1/u − 1) is this with s = exp(μ)."""
+    The map is monotone, maps 0 to 0 and 1 to 1, and its inverse is the map of 1/s (arXiv 2403.03206, eq. 23).
+    FLUX's exp(μ)/(exp(μ) + 1/u − 1) is the same with s = exp(μ)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def mu_of_tokens(tokens: int, *, low: int = 256, high: int = 4096, at_low: float = 0.5, at_high: float = 1.15) -> float:
-    """Return FLUX's μ for a picture of `tokens` tokens (2 × 2 latents each).
+    """Return FLUX's μ for an image of `tokens` tokens (2 × 2 latents each).
 
-    μ is a line through (low, at_low), (high, at_high)."""
+    μ is on the line through (low, at_low) and (high, at_high)."""
     slope = (at_high - at_low) / (high - low)
     return at_low + slope * (tokens - low)
 
@@ -100,9 +104,9 @@ def mu_of_tokens(tokens: int, *, low: int = 256, high: int = 4096, at_low: float
 def noised(
     latents: Tensor, noise: Tensor, times: Tensor, prediction: _Prediction, alphas_cumprod: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (noisy latents, target) per the table above, in the dtype of `latents`.
+    """Return (noisy latents, target) as in the table above, in the dtype of `latents`.
 
-    `alphas_cumprod`: ᾱ by time."""
+    alphas_cumprod: ᾱ by time."""
     if prediction == "flow":
         sigma = sent(times, latents.device).to(latents.dtype).view(-1, 1, 1, 1)
         return (1 - sigma) * latents + sigma * noise, noise - latents
@@ -114,10 +118,10 @@ def noised(
 
 
 def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """Return min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v: (n,) in float32.
+    """Return the weight min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v: (n,) in float32.
 
-    SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4). At SNR 0 (a schedule with zero terminal SNR) the weight
-    of epsilon is its limit, 1."""
+    SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4). At SNR 0 (a schedule with zero terminal SNR), the
+    weight for epsilon is its limit, 1."""
     a = alphas_cumprod.float()[times.to(alphas_cumprod.device)]
     snr = a / (1 - a)
     least = snr.clamp(max=gamma)
@@ -127,8 +131,8 @@ def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tenso
 def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared error of each row: (n,) in float32.
 
-    `mask`: (n, 1, h, w), weights from 0 to 1 for each position; then the mean is over the mask, so that a
-    small subject counts as much as a large one."""
+    mask: (n, 1, h, w), weights from 0 to 1 for each position. With a mask, the mean is over the mask, so that
+    a small subject counts as much as a large one."""
     error = (predicted.float() - target.float()).square()
     if mask is None:
         return error.mean(dim=(1, 2, 3))
@@ -139,11 +143,11 @@ def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) ->
 def quantile_times(count: int, prediction: _Prediction, steps: int = 1000) -> Tensor:
     """Return `count` times in the middles of equal parts of the whole range.
 
-    For validation without randomness."""
+    Used for validation without randomness."""
     middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return middle.float() if prediction == "flow" else (middle * steps).floor().long()
 
 
 def flux_shift(low: int, high: int, at_low: float, at_high: float) -> Callable[[int], float]:
-    """Return tokens -> s = exp(μ), for `Times.shift`."""
+    """Return the function tokens -> s = exp(μ), for `Times.shift`."""
     return lambda tokens: math.exp(mu_of_tokens(tokens, low=low, high=high, at_low=at_low, at_high=at_high))

@@ -1,10 +1,10 @@
-"""Read folders of pictures as training pictures.
+"""Read folders of images as training images.
 
-    pictures, summary = read_pictures(settings)                    training pictures and class pictures
-    pictures, summary = read_pictures(settings, "validation")      those of `settings.validation`
+    pictures, summary = read_pictures(settings)                    training images and class images
+    pictures, summary = read_pictures(settings, "validation")      the images of `settings.validation`
 
-Every file is decoded once, before step one, with its caption and trigger, mask, source images and weight; all
-problems are reported. Independent of buckets and tensors.
+Every file is decoded once, before step one, with its caption and trigger, mask, source images and weight, and
+all problems are reported. This module does not depend on buckets or tensors.
 """
 
 from __future__ import annotations
@@ -27,17 +27,24 @@ from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of
 from veneer.train.image.folder import PictureFile, list_pictures, sources_per_picture, with_trigger
 from veneer.train.image.near_duplicates import perceptual_hash
 
-_SAME_SHAPE = 0.01  # maximum relative difference of aspect ratios
+_SAME_SHAPE = 0.01  # maximum relative difference of equal aspect ratios
 
 
 @dataclass(frozen=True)
 class TrainingPicture:
-    """A training picture.
+    """A training image.
 
-    `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
-    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask.
-    `transparent`: some of it shows the background. `repeats`: times per epoch. `weight`: weight of its loss.
-    `is_class`: whether it is a class picture. `sources`: source images of an edit, without captions."""
+    name: path in its folder
+    caption: the caption with the trigger
+    size: (width, height) in pixels, upright
+    digest: sha256 of the file
+    mask: a mask file
+    alpha: whether the image's own transparency is the mask
+    transparent: whether some pixels show the background
+    repeats: times per epoch
+    weight: weight of its loss
+    is_class: whether it is a class image
+    sources: source images of an edit, without captions"""
 
     path: Path
     name: str
@@ -56,7 +63,7 @@ class TrainingPicture:
 
     @cached_property
     def key(self) -> str:
-        """Return the sha256 of all trained content, independent of its location."""
+        """Return the sha256 of all trained content, without the location of the file."""
         parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
         parts += [picture.digest for picture in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -64,11 +71,15 @@ class TrainingPicture:
 
 @dataclass
 class PictureSummary:
-    """A summary of the read pictures.
+    """A summary of the images that were read.
 
-    `captions`: source -> pictures. `triggers`: added, replaced, already there -> pictures. `broken`: `name:
-    reason` of dropped files. `notes`: conversion by decoding -> pictures. `ignored`: suffix -> files of other
-    kinds. `sources`: source images per picture; `unlike`: those of other proportions, `name: sizes`."""
+    captions: source -> number of images
+    triggers: added, replaced, already there -> number of images
+    broken: `name: reason` of dropped files
+    notes: conversion during decoding -> number of images
+    ignored: suffix -> number of files of other kinds
+    sources: number of source images per image
+    unlike: `name: sizes` of source images with other proportions"""
 
     captions: Counter[str] = field(default_factory=Counter)
     triggers: Counter[str] = field(default_factory=Counter)
@@ -80,12 +91,12 @@ class PictureSummary:
 
 
 def same_shape(size: tuple[int, int], other_size: tuple[int, int]) -> bool:
-    """Return whether two (width, height) have equal proportions, within 1%."""
+    """Return whether two (width, height) have the same aspect ratio, within 1%."""
     return abs(size[0] * other_size[1] - size[1] * other_size[0]) <= _SAME_SHAPE * size[0] * other_size[1]
 
 
 def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
-    """Return the sha256 over the pictures' keys and repeats, in order."""
+    """Return the sha256 of the images' keys and repeats, in order."""
     h = hashlib.sha256()
     for picture in pictures:
         h.update(f"{picture.key}|{picture.repeats}\n".encode())
@@ -95,12 +106,12 @@ def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
 def read_pictures(
     settings: ImageDataSection, part: Literal["train", "validation"] = "train"
 ) -> tuple[list[TrainingPicture], PictureSummary]:
-    """Return the pictures of the settings' folders, sorted by name in each.
+    """Return the images of the folders in the settings, sorted by name within each folder.
 
-    With "train" the class pictures follow. Raises DataError for a folder that is missing or has no picture; a
-    caption, mask or metadata row without a picture; pictures without a caption (if there is no trigger to use
-    instead); a mask of other proportions; incomplete pairs; and unreadable files unless `settings.broken` is
-    `drop`. Each error lists all problems, up to 20."""
+    With "train", the class images follow. Raises DataError for a folder that is missing or has no image; a
+    caption, mask or metadata row without an image; images without a caption (if there is no trigger instead);
+    a mask with other proportions; incomplete pairs; and unreadable files unless `settings.broken` is `drop`.
+    Each error lists all problems, up to 20."""
     folders = settings.folders if part == "train" else (settings.validation,) if settings.validation else ()
     summary = PictureSummary()
     without_sources = settings.model_copy(update={"before": "off" if settings.before == "off" else "auto"})
@@ -123,9 +134,9 @@ def read_pictures(
 
 
 def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
-    """Return (pictures in the settings' folders, source images per picture), by names only.
+    """Return (images in the folders of the settings, source images per image), from file names only.
 
-    Raises DataError for a folder's content as `read_pictures` does."""
+    Raises the DataErrors of `read_pictures` about the content of a folder."""
     files = {f: list_pictures(f, settings, settings.prompt, settings.masks)[0] for f in settings.folders}
     return sum(map(len, files.values())), sources_per_picture(files)
 
@@ -169,9 +180,10 @@ def _read(
 def _open(
     file: PictureFile, caption: str, settings: ImageDataSection, summary: PictureSummary, is_class: bool
 ) -> TrainingPicture:
-    """Decode a picture, its mask and its source images.
+    """Decode an image, its mask and its source images.
 
-    Raises UnreadablePicture; also for a mask of other proportions, and a source image that is too long."""
+    Raises UnreadablePicture for unreadable files, a mask with other proportions, and a source image with an
+    extreme aspect ratio."""
     data, digest = read_bytes(file.path)
     decoded = decode_picture(data, settings)
     width, height = decoded.size

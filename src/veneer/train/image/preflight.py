@@ -1,6 +1,7 @@
-"""Preflight of a picture run: data, trained modules, and loss settings.
+"""Preflight of an image run: data, trained modules, and loss settings.
 
-The data's checks are in checks, those for all runs in train.preflight. Changes nothing.
+The checks of the data are in `checks`, and the checks of all kinds of runs in `train.preflight`. No check
+changes anything.
 """
 
 from __future__ import annotations
@@ -46,9 +47,12 @@ if TYPE_CHECKING:
 class ImageData:
     """The data of a run.
 
-    `training` includes class pictures; `plan`: their rows in an epoch. `encoders`: encodes their batches.
-    `scored`: rows of the held-out pictures. `missing_class_pictures`: class pictures still to be drawn. `tags`:
-    folder -> tag -> captions per epoch."""
+    training: training images, including class images
+    plan: rows of the training images in an epoch
+    encoders: encodes the batches
+    scored: rows of the held-out images
+    missing_class_pictures: number of class images to generate
+    tags: folder -> tag -> captions per epoch"""
 
     training: list[TrainingPicture]
     held_out: list[TrainingPicture]
@@ -71,10 +75,10 @@ class ImageSubject(RunSubject):
 
 
 def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
-    """Return component -> (its module, the adapter to create on it).
+    """Return component -> (its module, spec of the adapter to create on it).
 
-    The denoiser comes first, then the requested text encoders. Raises TargetError for a text encoder that the
-    base lacks, or whose adapters its file format cannot hold."""
+    The denoiser is first, then the configured text encoders. Raises TargetError for a text encoder that the
+    base does not have, or that the file format does not support."""
     spec = config.adapter.spec()
     denoiser = base.row.denoiser
     whole = replace(spec, targets=config.adapter.denoiser_targets())
@@ -104,8 +108,8 @@ def image_preflight(
 ) -> Report:
     """Inspect a run before anything is attached or encoded; see `inspect_run`.
 
-    `data_findings`: findings of the data. `cut`: captions, sample prompts, class prompt -> each text that is too long
-    -> the part that the base does not read."""
+    data_findings: findings about the data. cut: kind of text (captions, sample prompts, class prompt) -> each
+    text that is too long -> the part that the base does not read."""
     instances = sum(not row.picture.is_class for row in data.plan.rows)
     rows = config.batching.rows
     subject = ImageSubject(
@@ -131,7 +135,7 @@ def image_preflight(
 
 
 def _targets(s: ImageSubject) -> Iterator[Finding]:
-    """Report the targets in each component."""
+    """Report the number of targets in each component."""
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
     targets_of: dict[str, int] = {}
     name = s.base.row.denoiser
@@ -151,9 +155,9 @@ def _targets(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _apart(s: ImageSubject) -> Iterator[Finding]:
-    """Report an output folder inside a picture folder.
+    """Report an output folder inside an image folder.
 
-    The next or resumed run would train on the sheets and samples in it."""
+    The next run, or a resumed run, would train on the sheets and samples in the output folder."""
     config = s.config
     out = Path(config.output.directory).expanduser().resolve()
     for folder in filter(None, (*config.data.folders, config.data.validation, config.data.class_folder)):
@@ -163,7 +167,7 @@ def _apart(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _loss(s: ImageSubject) -> Iterator[Finding]:
-    """Report loss settings that do not apply to this base's prediction."""
+    """Report loss settings that do not apply to the base's prediction type."""
     loss, flow = s.config.loss, s.base.prediction == "flow"
     label = f"{s.base.name} predicts {'a flow' if flow else 'noise' if s.base.prediction == 'epsilon' else 'v'}"
     wrong = [f"loss.{key}" for key in ("snr_gamma", "noise_offset") if flow and getattr(loss, key)]
@@ -187,7 +191,7 @@ def _loss(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _pairs(s: ImageSubject) -> Iterator[Finding]:
-    """Report problems with pairs: a base that does not edit, held-out pictures, class pictures."""
+    """Report problems with edit pairs: a base that does not edit, held-out images, class images."""
     base, config, data = s.base, s.config, s.data
     sources, folder = data.summary.sources, ", ".join(config.data.folders)
     if sources > base.references:
@@ -209,7 +213,7 @@ def _pairs(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _samples(s: ImageSubject) -> Iterator[Finding]:
-    """Report samples that this base cannot draw, before a run would end with them."""
+    """Report samples that this base cannot generate, so that the run does not fail at its first samples."""
     base, config, samples, sources = s.base, s.config, s.config.samples, s.data.summary.sources
     if sources and samples.prompts and not samples.before:
         fix = "samples.before: a picture for each prompt, or one for all"
@@ -227,7 +231,7 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
         except UnreadablePicture as error:
             yield Finding("stop", "samples", f"{path} cannot be edited: {error}", "correct samples.before")
             continue
-        if most > 1 and (why := aspect_problem(*size)):  # a single picture is cropped
+        if most > 1 and (why := aspect_problem(*size)):  # a single source image is cropped
             yield Finding("stop", "samples", f"{path} has {why}", "crop it")
     if samples.prompts:
         try:
@@ -237,7 +241,8 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _base(s: ImageSubject) -> Iterator[Finding]:
-    """Report a base distilled for few steps, which training on pictures undoes, or one that cannot be offloaded."""
+    """Report a base distilled for few steps, which training on pictures undoes, or one that cannot be
+    offloaded."""
     if s.base.few_steps:
         text = f"{s.base.name} is distilled to few steps, which training undoes"
         fix = "train on what it was made from (FLUX.1 dev, FLUX.2 klein-base), and draw with the adapter on this one"
@@ -250,7 +255,7 @@ def _base(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
-    """Report captions and prompts that the encoders truncate, by their beginnings."""
+    """Report the beginnings of captions and prompts that the encoders truncate."""
     for kind, long in cut.items():
         if long:
             caption, unread = next(iter(long.items()))

@@ -1,4 +1,4 @@
-"""Run a training configuration on an image base: pictures, or a slider.
+"""Run a training configuration on an image base, with images or a slider.
 
 result = run_images(config)                  result.adapter is the file (for peft: the folder)
 """
@@ -27,21 +27,23 @@ def run_images(
     base: ImageBase | None = None,
     sources: Mapping[str, Any] | None = None,
 ) -> ImageResult:
-    """Train one adapter from `config` and return the result.
+    """Train one adapter with `config` and return the result.
 
-    `resume` continues from the newest checkpoint in the output folder, on the CPU bit for bit as if the run
-    had never stopped. `dry_run` stops after preflight and the largest batch. `force`: try a run that does not
-    fit, with a warning. `on_event` receives all events; without it the run is shown in the terminal (stderr).
-    `base`: a loaded base, whose encoders are then not freed. `sources`: setting -> its origin
-    (`load_config`).
+    resume: continue from the newest checkpoint in the output folder; on a CPU, the result is the same bit for
+        bit as without the interruption
+    dry_run: stop after preflight and the largest batch
+    force: start a run that does not fit in memory, with a warning
+    on_event: called with every event; the default shows the run in the terminal (stderr)
+    base: a base that is already loaded; its encoders are then not freed
+    sources: setting -> its origin, from `load_config`
 
-    In processes started by torchrun or similar, each takes a device and a share of every step
-    (train.devices); only the first reports events, draws samples, and writes the adapter.
+    In processes started by torchrun or similar tools, each process takes a device and a share of every step
+    (train.devices). Only the first process reports events, generates samples, and writes the adapter.
 
-    Afterwards, also after an error, the random generators, modules and weights of the base are as before.
-    Raises DataError for unusable pictures, PreflightError before step one for foreseeable failures,
-    TrainingError for a loss that is not finite, Interrupted on Ctrl-C with the state saved, and the errors of
-    the base and checkpoints."""
+    The random generators, modules and weights of the base are restored, even after an error. Raises DataError
+    for unusable images, PreflightError before step one for predictable failures, TrainingError for a loss
+    that is not finite, Interrupted on Ctrl-C with the state saved, and the errors of the base and
+    checkpoints."""
     kind = PICTURES
     if config.slider.enabled:
         kind, config = SLIDER, slider_config(config)

@@ -1,4 +1,4 @@
-"""The output of a picture run: result, adapter, verification, report."""
+"""The output of an image run: result, adapter, verification, report."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _THUMBNAIL = 256
 
 @dataclass
 class ImageResult(Outcome):
-    """The result of a picture run.
+    """The result of an image run.
 
-    `loss`, `validation`: mean squared error. `hashes`: of the file, as in A1111 and CivitAI. `samples`: the
-    sheets. `sheet`: the contact sheet."""
+    loss, validation: mean squared error. hashes: hashes of the file, as in A1111 and CivitAI. samples: the
+    sample sheets. sheet: the contact sheet."""
 
     pictures: int = 0
     pictures_per_second: float = 0.0
@@ -58,7 +58,7 @@ class ImageResult(Outcome):
 
 
 def output_of(config: ImageTrainConfig) -> Path:
-    """Return the adapter's file, or its folder for peft."""
+    """Return the path of the adapter's file, or of its folder for peft."""
     folder = Path(config.output.directory)
     if config.output.layout == "peft":
         return folder
@@ -66,7 +66,7 @@ def output_of(config: ImageTrainConfig) -> Path:
 
 
 def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
-    """Yield a stop if the layout cannot hold the adapter, before training."""
+    """Yield a stop, before training, if the file layout cannot hold the adapter."""
     try:
         convert.encode(adapter, config.output.layout, family=base.family)
     except AdapterError as error:
@@ -82,9 +82,9 @@ def save_image_adapter(
     picture: Image | None,
     tags: dict[str, dict[str, int]],
 ) -> WriteReport:
-    """Write the adapter in the configured layout with full metadata and the card.
+    """Write the adapter in the configured layout, with all metadata and the card.
 
-    `training`: the result of `training_facts`, or {}. `picture`: for the thumbnail. `tags`: the result of
+    training: the result of `training_facts`, or {}. picture: image for the thumbnail. tags: the result of
     `tag_frequency`."""
     output = config.output
     card_extra: dict[str, Any] = {"tag_frequency": tags}
@@ -121,9 +121,9 @@ def save_image_adapter(
 def training_facts(
     config: ImageTrainConfig, base: ImageBase, data: ImageData, *, kept_step: int, seconds: float
 ) -> dict[str, Any]:
-    """Return the values of sd-scripts' `ss_` keys, without the prefix; None if inapplicable.
+    """Return the values of sd-scripts' `ss_` keys, without the prefix; None for keys that do not apply.
 
-    `kept_step`: the saved step; `seconds`: duration of the steps."""
+    kept_step: the saved step. seconds: duration of the steps."""
     now, steps, ends = time.time(), data.steps, data.steps.ends
     instances = [p for p in data.training if not p.is_class]
     classes = [p for p in data.training if p.is_class]
@@ -161,14 +161,14 @@ def tag_frequency(pictures: Iterable[TrainingPicture]) -> dict[str, dict[str, in
     out: dict[str, Counter[str]] = {}
     for picture in pictures:
         folder, times = picture.path.parent.name, f"{picture.repeats}_"
-        folder = folder if folder.startswith(times) else times + folder  # kohya's folders already have it
+        folder = folder if folder.startswith(times) else times + folder  # kohya's folders already have the prefix
         tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
         out.setdefault(folder, Counter()).update(list(tags))
     return {folder: dict(counts.most_common()) for folder, counts in out.items()}
 
 
 def _folders(pictures: Sequence[TrainingPicture]) -> dict[str, dict[str, int]]:
-    """Return sd-scripts' dataset_dirs: folder -> repeats and number of pictures."""
+    """Return sd-scripts' dataset_dirs: folder -> repeats and number of images."""
     counts = Counter((p.path.parent.name, p.repeats) for p in pictures)
     return {folder: {"n_repeats": repeats, "img_count": count} for (folder, repeats), count in counts.items()}
 
@@ -176,17 +176,17 @@ def _folders(pictures: Sequence[TrainingPicture]) -> dict[str, dict[str, int]]:
 def prove_image_adapter(
     attachment: Attachment, base: ImageBase, config: ImageTrainConfig, text: Conditioning, batch: ImageBatch
 ) -> str:
-    """Read the file again and compare its prediction with the trained adapter's.
+    """Read the saved file and compare its prediction with the trained adapter's prediction.
 
-    Uses a batch of one picture and the `text` of its caption; see `train.save.prove`."""
+    The prediction is for a batch of one image and the `text` of its caption; see `train.save.prove`."""
     path = output_of(config)
     again = read(path, base=base.model).adapter
-    if config.output.layout == "peft":  # it has the denoiser's own names
+    if config.output.layout == "peft":  # uses the denoiser's own names
         start = f"{base.row.denoiser}."
         again = again.renamed(lambda name: name if name.startswith(start) else start + name)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
     latents, sizes = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
-    # The rounding of the file's and of the base's dtype, through a few layers.
+    # Rounding to the dtypes of the file and of the base, through a few layers.
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
     return prove(
         attachment,
@@ -200,9 +200,9 @@ def prove_image_adapter(
 
 
 def image_report(result: ImageResult, folder: Path, base: ImageBase, config: ImageTrainConfig, seconds: float) -> Page:
-    """Return the picture-specific parts of the report.
+    """Return the image-specific parts of the report.
 
-    `seconds`: duration of the steps."""
+    seconds: duration of the steps."""
     adapter = Path(result.adapter)
     speed = f"{result.pictures_per_second:,.3g} pictures/s"
     return Page(
@@ -221,7 +221,7 @@ def image_report(result: ImageResult, folder: Path, base: ImageBase, config: Ima
 
 
 def _sheets(folder: Path) -> list[tuple[str, str]]:
-    """Return the contact sheet and all sample sheets in the log, as data URLs."""
+    """Return (title, data URL) of the contact sheet and of all logged sample sheets."""
     from PIL import Image
 
     paths = {"What the model sees": folder / "pictures.png"}

@@ -1,15 +1,15 @@
-"""Train an adapter on captioned pictures, from the folder to a verified adapter.
+"""Train an adapter on captioned images, from the folder to a verified adapter.
 
-load the base → pictures → preflight → missing class pictures → latents and prompts cached → encoders freed →
+load the base → images → preflight → missing class images → latents and prompts cached → encoders freed →
 attach → memory measured → settings with their sources → largest batch first → loop → save → reload and
-compare predictions → report. A dry run does the same without a file, and leaves the sheet of what the model
-would see in a temporary folder.
+compare predictions → report. A dry run performs the steps before the loop without writing to the output, and
+leaves the contact sheet in a temporary folder.
 
     output/
       NAME.safetensors, veneer.json                 the adapter (layout peft: PEFT's folder)
-      report.html, log.jsonl, pictures.png          report and log of the run, and what the model saw
-      samples/                                      sheets drawn during training
-      cache/                                        latents, prompts, class pictures; deletable
+      report.html, log.jsonl, pictures.png          report and log of the run, and the contact sheet
+      samples/                                      sample sheets generated during training
+      cache/                                        latents, prompts, class images; deletable
       checkpoints/                                  to resume from; deletable afterwards
 """
 
@@ -77,8 +77,8 @@ if TYPE_CHECKING:
 class _Memory:
     """Decisions about memory.
 
-    `because`: why activations are recomputed or not. `encoders_stay`: why the encoders stay. `parked`: components on
-    the CPU."""
+    because: why activations are recomputed or not. encoders_stay: why the encoders remain in memory. parked:
+    components on the CPU."""
 
     recompute: bool = False
     because: str = ""
@@ -90,8 +90,8 @@ class _Memory:
 class ImageRun:
     """A run on an image base.
 
-    `owns_base`: whether only this run uses the base, so that its encoders can be freed. `kind`: what the run learns
-    from."""
+    owns_base: whether only this run uses the base, so that its encoders can be freed. kind: the kind of
+    training data."""
 
     run: Run
     config: ImageTrainConfig
@@ -106,11 +106,14 @@ class ImageRun:
 
 @dataclass(frozen=True)
 class ImageKind:
-    """The differences between a run on pictures and a slider, as functions.
+    """The functions that differ between a run on images and a slider (train.image.slider).
 
-    The slider is in train.image.slider. read: the data. texts: all texts for the base's encoders, by purpose.
-    findings: of the data. last_findings: findings that need forward passes, only if nothing else stops the
-    run. loss: the loss to minimize. strengths: the columns of the sample sheets, if not seeds."""
+    read: reads the data
+    texts: all texts for the base's encoders, by purpose
+    findings: findings about the data
+    last_findings: findings that need forward passes, computed only if nothing else stops the run
+    loss: the loss to minimize
+    strengths: the columns of the sample sheets, instead of seeds"""
 
     read: Callable[[ImageRun], ImageData]
     texts: Callable[[ImageRun, ImageData], dict[str, Iterable[str]]]
@@ -121,7 +124,7 @@ class ImageKind:
 
 
 def train_images(image: ImageRun) -> ImageResult:
-    """Read and check the data, attach the adapter, and train."""
+    """Read and check the data, attach the adapter, train, and return the result."""
     run = image.run
     newest = newest_checkpoint(run)
     data = image.kind.read(image)
@@ -141,7 +144,7 @@ def image_prompts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
 
 
 def read_image_data(image: ImageRun) -> ImageData:
-    """Read pictures, held-out pictures, rows, steps, and missing class pictures."""
+    """Read images, held-out images, rows, steps, and missing class images."""
     config, base, run = image.config, image.base, image.run
     settings = config.data
     missing = 0
@@ -168,8 +171,8 @@ def read_image_data(image: ImageRun) -> ImageData:
 def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
     run, config, base = image.run, image.config, image.base
     texts = image.kind.texts(image, data)
-    # A prompt is read only for its length, so that a dry run and a wrong setting cost no forward passes.
-    if base.reads_references and data.summary.sources:  # with source images, nothing is cut
+    # The prompt is only checked for its length, so that a dry run or a wrong setting needs no forward pass.
+    if base.reads_references and data.summary.sources:  # prompts with source images are not truncated
         texts |= {"captions": [], "sample prompts": []}
     cut = {
         w: {c: unread for c in dict.fromkeys(prompts) if (unread := cut_of(base, c))} for w, prompts in texts.items()
@@ -195,9 +198,9 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
 
 @contextmanager
 def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[Task[ImageResult]]:
-    """Draw missing class pictures, fill caches, free encoders, attach the adapter.
+    """Generate missing class images, fill the caches, free the encoders, and attach the adapter.
 
-    Then memory is measured and settings are decided. Changes to the base are undone at the end."""
+    Then measures memory and decides settings. Changes to the base are undone at the end."""
     run, config, base = image.run, image.config, image.base
     memory = _Memory()
     if not run.dry_run:
@@ -210,12 +213,14 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
         created = _create_adapter(base, config)
         report.add(*layout_findings(created, base, config))
         attachment.add(NAME, created, trainable=True)
-        del created  # the attachment has its own copy
+        del created  # the attachment has a copy
         attachment.use(NAME)
         undo.enter_context(training_layers(base, True))
-        if not config.memory.offload_blocks:  # fast paths keep references to weights
+        if not config.memory.offload_blocks:  # fast paths hold references to weights
             run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-        if config.memory.offload_blocks:  # before free memory is measured, so that the run can use all of it
+        if (
+            config.memory.offload_blocks
+        ):  # before free memory is measured, so that the run can use all of the freed memory
             moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
         loss = image.kind.loss(image, data, attachment)
@@ -227,7 +232,7 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
 
 
 def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
-    """Draw missing class pictures with the base, then read all data again."""
+    """Generate missing class images with the base, then read all data again."""
     if not data.missing_class_pictures:
         return data
     run, folder = image.run, class_folder(image.config, image.base, image.cache)
@@ -241,9 +246,9 @@ def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
 
 
 def _fill_caches(image: ImageRun, data: ImageData) -> None:
-    """Fill the caches."""
+    """Fill the caches of latents and text embeddings."""
     run, began, devices = image.run, time.perf_counter(), image.run.devices
-    if devices.count > 1:  # each process encodes a share and reads the rest
+    if devices.count > 1:  # Each process encodes a share and then reads the rest. from the cache
         data.encoders.fill(islice(chain(planned_rows(data.steps), data.scored), devices.rank, None, devices.count))
         devices.gather(None)
     views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
@@ -256,7 +261,7 @@ def _fill_caches(image: ImageRun, data: ImageData) -> None:
 
 
 def _free_encoders(image: ImageRun) -> _Memory:
-    """Free or park the components that filled the caches, or return why not."""
+    """Free the components that filled the caches or move them to the CPU, or return why not."""
     run, base, config = image.run, image.base, image.config
     if not config.memory.free_encoders or not image.owns_base:
         return _Memory()
@@ -280,7 +285,7 @@ def _free_encoders(image: ImageRun) -> _Memory:
 
 
 def _create_adapter(base: ImageBase, config: ImageTrainConfig) -> Adapter:
-    """Create one adapter over the denoiser and the configured text encoders.
+    """Return one adapter for the denoiser and the configured text encoders.
 
     Module names are canonical."""
     combined = Adapter()
@@ -296,9 +301,9 @@ def _create_adapter(base: ImageBase, config: ImageTrainConfig) -> Adapter:
 
 
 def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
-    """Measure one picture's activations and decide on recomputation.
+    """Measure the activations of one image of the largest shape, and decide on recomputation.
 
-    The picture has the largest shape. Adds a memory finding to the report."""
+    Adds a finding about memory to the report."""
     config, base = image.config, image.base
     largest = max((m for s in data.steps for m in s.micros), key=lambda m: m.size or 0)
     batch = data.encoders.batch(largest.make().rows[:1])
@@ -311,7 +316,7 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
             return measured_activations(lambda: loss(batch), frozen)
 
     bytes_per_picture, free = 0, available_memory(config, base.device)
-    # float32 weights, gradient, two moments, and a moving average
+    # weight, gradient, two moments, and a moving average, in float32
     trained = (20 if config.ema.decay else 16) * int(report.numbers.get("trainable", 0))
     offloads = config.memory.offload_blocks > 0
     recompute, because = mode == "on" or offloads, "memory.offload_blocks needs it" if offloads else ""
@@ -345,7 +350,7 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
 
 
 def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Iterator[tuple[str, Any, str]]:
-    """Yield each setting that was `auto` or open, with its value and the reason."""
+    """Yield each setting that was `auto` or unset, with its value and the reason."""
     config, base = image.config, image.base
     if config.base.dtype == "auto":
         yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
@@ -369,9 +374,9 @@ def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Ite
 
 
 def _write_contact_sheet(run: Run, config: ImageTrainConfig, data: ImageData, emit: Listener) -> str:
-    """Draw the sheet of what the model sees, and return its path.
+    """Write the contact sheet, and return its path.
 
-    A dry run writes to a folder for temporary files."""
+    A dry run writes to a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix="veneer-")) if run.dry_run else run.folder
     path = str(folder / "pictures.png")
     count = contact_sheet(data.plan.rows, config.data, seed=config.seed, path=path)
@@ -380,10 +385,11 @@ def _write_contact_sheet(run: Run, config: ImageTrainConfig, data: ImageData, em
 
 
 class ImageTask:
-    """The task that lowers the denoiser's error on the pictures.
+    """The task of minimizing the denoiser's error on the images.
 
-    With a moving average and sample sheets, if configured. `sheet`: path of what the model sees, once drawn.
-    `last_picture`: the first picture of the last sample sheet."""
+    A moving average and sample sheets are made if configured.
+
+    sheet: path of the contact sheet, once written. last_picture: the first image of the last sample sheet."""
 
     def __init__(
         self, image: ImageRun, data: ImageData, attachment: Attachment, loss: ImageLoss, memory: _Memory
@@ -399,7 +405,7 @@ class ImageTask:
         if config.samples.prompts:
             self.sample_at |= {total}
         self.emit, self.sheet = image.run.emit, ""
-        self.thumbnail_column = -1 if self.strengths else 0  # the last one of a row of strengths
+        self.thumbnail_column = -1 if self.strengths else 0  # the last column, if columns are strengths
         self.last_picture: Image | None = None
 
     def task(self) -> Task[ImageResult]:
@@ -408,7 +414,7 @@ class ImageTask:
         learner = Learner(
             self.parameters,
             self.loss,
-            send=sender(base.device),  # a thread only reads latents from the cache
+            send=sender(base.device),  # the thread only reads latents from the cache
             score=self.score if data.scored else None,
             end_step=self.end_step,
         )
@@ -434,7 +440,7 @@ class ImageTask:
         )
 
     def begin(self, progress: Progress, emit: Listener) -> None:
-        """Draw what the model sees and, unless resumed, samples of the base."""
+        """Write the contact sheet and, unless the run is resumed, samples of the base."""
         self.emit = emit
         if self.run.devices.first:
             self.sheet = _write_contact_sheet(self.run, self.config, self.data, emit)
@@ -460,7 +466,7 @@ class ImageTask:
         )
 
     def save(self, result: ImageResult, progress: Progress, emit: Listener) -> ImageResult:
-        """Write the file, with the moving average if there is one."""
+        """Write the adapter's file, with the moving average if configured."""
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
             self.ema.apply()
@@ -479,7 +485,7 @@ class ImageTask:
         )
 
     def write(self, folder: Path, progress: Progress) -> None:
-        """Write the current adapter, under the name `adapter` and without a thumbnail."""
+        """Write the current adapter, named `adapter`, without a thumbnail."""
         output = self.config.output.model_copy(update={"directory": str(folder), "name": "adapter"})
         with self.ema.acting() if self.ema else nullcontext():
             adapter = self._adapter(progress.metrics())
@@ -535,6 +541,4 @@ PICTURES = ImageKind(
     ),
     strengths=lambda config: (),
 )
-"""Pictures with captions, learned by the denoiser.
-
-Text encoders learn too if configured."""
+"""Captioned images that train the denoiser, and the text encoders if configured."""

@@ -3,7 +3,7 @@
     JsonLog      one JSON object per line in `log.jsonl`; a resumed run appends without repeating a step
     ConsoleView  settings with their sources, preflight, a progress bar with loss, speed, memory and time left
 
-Trackers are in report.trackers, the HTML page is in report.page.
+Trackers are in report.trackers, and the HTML page is in report.page.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
 
 
 class JsonLog:
-    """Writes each event as one line and flushes it.
+    """Writes each event as one line and flushes it, so a killed run has a complete log.
 
-    The log of a killed run is complete up to the kill. `resumed`: the progress of a resumed run; later
-    records are removed, because their steps run again. None starts a new log."""
+    resumed: the progress of a resumed run, or None for a new log. Records of later steps are removed, because
+    these steps run again."""
 
     def __init__(self, path: Path, resumed: Progress | None = None) -> None:
         self.path = path
@@ -63,9 +63,9 @@ class JsonLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the log's records; [] if there is no log.
+    """Return the log's records, or [] if there is no log.
 
-    Omits a last line that a kill truncated."""
+    An incomplete last line is omitted."""
     records = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,10 +93,10 @@ def _headline(event: Stepped) -> str:
 
 
 def _sampling_summary(event: Stepped) -> str:
-    """Return a summary of the completions of a step; "" if the step sampled none.
+    """Return a summary of the completions of a step, or "" if the step sampled none.
 
-    Names completions without a training signal, the staleness of the adapter, and the sampler-trainer
-    mismatch."""
+    The summary has the completions without a training signal, the staleness of the adapter, and the
+    sampler-trainer mismatch."""
     metrics, parts = event.extra, []
     if "answer_tokens" not in metrics:
         return ""
@@ -116,10 +116,12 @@ def _sampling_summary(event: Stepped) -> str:
 class ConsoleView:
     """Shows a run in a terminal, with a progress bar.
 
-    A pipe or a CI log gets a line about 20 times per run instead. `unit`: what is counted, tokens or
-    pictures; with sampling, the sampled tokens over the whole time of the steps: sampling, scoring and
-    training. `verbose`: also show settings at their defaults. `name`: the run's name, which precedes each
-    line if there are several runs."""
+    A pipe or a CI log gets a line about 20 times per run instead.
+
+    unit: the unit of the speed, tokens or pictures. For runs that sample, the speed is the number of sampled
+        tokens divided by the time of the whole step: sampling, scoring and training.
+    verbose: also show settings with default values.
+    name: the run's name, which begins each line if there are several runs."""
 
     def __init__(
         self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False, name: str = ""
@@ -183,7 +185,7 @@ class ConsoleView:
                     self._line(f"stopped after step {event.step}: {shown(event.reason)}")
 
     def close(self) -> None:
-        """Remove the progress bar; call this at the end of every run."""
+        """Remove the progress bar. Must be called at the end of every run."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -207,7 +209,7 @@ class ConsoleView:
             self._line(Text.assemble(f"  {shown(key):<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
 
     def _line(self, content: Any, **style: str) -> None:
-        """Print one line of any length: a terminal wraps it, a pipe does not."""
+        """Print one line of any length. A terminal wraps the line, a pipe does not."""
         name = [f"{shown(self.name)}:"] if self.name else []
         self.console.print(*name, content, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
@@ -267,7 +269,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: Any) -> str:
-    """Format a setting: yes and no, lists without brackets, `~` for the home folder."""
+    """Format a setting: booleans as yes and no, lists without brackets, the home folder as `~`."""
     if value is None:
         return "none"
     if isinstance(value, bool):

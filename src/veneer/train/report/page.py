@@ -1,12 +1,10 @@
-"""The report of an adapter: one self-contained HTML file without scripts.
-
-It has light and dark colors.
+"""The report of an adapter: one HTML file with light and dark colors, without scripts or external files.
 
     page = Page(title=…, records=read_log(…), …)
     write_atomically(folder / "report.html", render_page(page).encode())
 
-Curves are inline SVG; the layout is `report.html.j2`, rendered with escaping on. Uses only records and
-numbers.
+Curves are inline SVG. The layout is `report.html.j2`, rendered with autoescaping. This module only uses
+records and numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ _Point = tuple[float, float]
 class Series:
     """One line of a chart.
 
-    `kind`: "line", "faint" (thin and pale) or "dots" (with a mark at each point)."""
+    kind: "line", "faint" (thin and pale) or "dots" (with a mark at each point)."""
 
     name: str
     points: Sequence[_Point]
@@ -47,9 +45,10 @@ class Page:
     """The content of a report.
 
     `base`: its name. `weights`: the file of tensors. `cards`: headline numbers as (label, value, note).
-    `records`: the run's log. `settings`: (section, [(key, value, source, is a default)]). `checks`: a preflight
-    report as JSON values. `usage`: (title, commands). `unit`: what is counted, tokens or pictures. `loss`: the loss
-    in words. `sheets`: (title, picture as a data URL), in the order of the run."""
+    `records`: the run's log. `settings`: (section, [(key, value, source, is a default)]). `checks`: a
+        preflight
+    report as JSON values. `usage`: (title, commands). `unit`: what is counted, tokens or pictures. `loss`:
+    the loss in words. `sheets`: (title, picture as a data URL), in the order of the run."""
 
     title: str = ""
     subtitle: str = ""
@@ -70,9 +69,9 @@ class Page:
 def write_sweep_page(
     path: Path, title: str, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[_Point]]
 ) -> None:
-    """Write one page about many runs, atomically.
+    """Write one page about several runs, atomically.
 
-    `rows`: the `name` and values of each run, the best first. `curves`: name -> validation loss by step."""
+    rows: the `name` and values of each run, best first. curves: name -> validation loss by step."""
     from markupsafe import Markup
 
     best = rows[0]["name"]
@@ -106,7 +105,7 @@ def palette() -> str:
 
 
 def escaping(package: str, folder: str = ".") -> Environment:
-    """Return the templates of a package's folder, with escaping on.
+    """Return a Jinja environment for the templates of a package's folder, with autoescaping.
 
     Characters that reorder or hide text are removed from all texts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -123,7 +122,7 @@ def escaping(package: str, folder: str = ".") -> Environment:
 
 
 def _plain(value: Any, markup: type) -> Any:
-    """Return a text without characters that reorder or hide others (`shown`).
+    """Return a text without characters that reorder or hide other characters (`shown`).
 
     Numbers and markup are returned unchanged."""
     return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
@@ -149,7 +148,7 @@ def render_page(page: Page) -> str:
 
 
 def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Mapping[str, Any], list[str]]]]:
-    """Return the metric names of evaluations, and each record with its values.
+    """Return the metric names of the evaluations, and each record with its values.
 
     The metrics are loss and perplexity, or rewards."""
     rewards = [mean_rewards(r.get("extra", {})) for r in scores]
@@ -165,9 +164,7 @@ def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[t
 def _charts(
     steps: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], page: Page
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return (title, SVG, legend) of each chart.
-
-    The first chart shows the loss, or the rewards if there are any."""
+    """Return (title, SVG, legend) of each chart. The first chart shows the loss, or the rewards if any."""
     out = []
     for i, (title, lines, marked) in enumerate(_curves(steps, scores, page) if steps else ()):
         from_zero = i > 0 and title not in ("Learning rate", "Loss")
@@ -211,7 +208,7 @@ def _curves(
 
 
 def _points(name: str, records: Sequence[Mapping[str, Any]]) -> list[_Point]:
-    """Return (step, value) of a metric, from the records that have it."""
+    """Return (step, value) for each record that has the metric."""
     values = [(r["step"], r["loss"] if name == "loss" else r.get("extra", {}).get(name)) for r in records]
     return [(float(step), float(value)) for step, value in values if value is not None]
 
@@ -234,11 +231,11 @@ _MEASURED = {
     "teacher_kl": "Divergence from the teacher, nats per token",
     "clipped": "Share of tokens beyond the clip",
 }
-"""Per-step metrics of a text run except the loss -> chart titles."""
+"""Per-step metrics of a text run, except the loss -> chart titles."""
 
 
 def _speed(record: Mapping[str, Any]) -> float:
-    """Return tokens per second: sampled tokens if the step sampled, else all tokens."""
+    """Return the tokens per second: sampled tokens if the step sampled completions, else all tokens."""
     sampled_tokens = record.get("extra", {}).get("drawn_tokens")
     if sampled_tokens is None:
         return float(record["tokens_per_second"])
@@ -246,7 +243,7 @@ def _speed(record: Mapping[str, Any]) -> float:
 
 
 def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
-    """Return token-weighted trailing means over about a fiftieth of the run."""
+    """Return weighted trailing means over a fiftieth of the points."""
     window = max(1, len(points) // 50)
     out = []
     for i in range(len(points)):
@@ -265,7 +262,7 @@ def chart(
     label: str = "",
     from_zero: bool = False,
 ) -> str:
-    """Return an SVG of lines over steps, with axes, grid and a ring around `marked`.
+    """Return an SVG of lines over steps, with axes, a grid, and a ring around the point `marked`.
 
     Colors come from the page's CSS."""
     width, height, left, bottom, top, right = (900, 300, 58, 28, 12, 14) if wide else (430, 190, 54, 26, 10, 12)
@@ -314,9 +311,9 @@ def chart(
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """Return about `count` round numbers that cover [low, high].
 
-    They are 1, 2, 2.5 or 5 times a power of ten apart."""
+    The distance between two numbers is 1, 2, 2.5 or 5 times a power of ten."""
     largest = max(abs(low), abs(high))
-    if high - low <= 1e-9 * max(largest, 1e-3):  # nearly flat: use a band around the value
+    if high - low <= 1e-9 * max(largest, 1e-3):  # the line is almost flat: use a band around the value
         half = max(largest / 2, 1e-6)
         low, high = low - half, high + half
     span = high - low
@@ -339,9 +336,8 @@ def _number(value: float) -> str:
 
 
 def _every_nth(points: Sequence[_Point], most: int) -> Sequence[_Point]:
-    """Return at most about `most` points, including the last.
-
-    A chart has no more pixels in its width."""
+    """Return at most about `most` points, including the last, because a chart has that many pixels in
+    width."""
     if len(points) <= most:
         return points
     every = math.ceil(len(points) / most)
@@ -349,7 +345,7 @@ def _every_nth(points: Sequence[_Point], most: int) -> Sequence[_Point]:
 
 
 def _sections(page: Page) -> list[tuple[str, list[tuple[str, str, str, bool]]]]:
-    """Return (section, [(key, value, source, default?)]), in configuration order."""
+    """Return (section, [(key, value, source, is a default)]) in configuration order."""
     out: dict[str, list[tuple[str, str, str, bool]]] = {}
     for key, value in page.settings.items():
         section, _, name = key.rpartition(".")

@@ -6,10 +6,10 @@ They receive a run's scalars and sample sheets.
     | tensorboard | tensorboard | OUTPUT/tensorboard |
     | wandb       | wandb       | set by `wandb login` and WANDB_MODE; files in OUTPUT/wandb |
 
-A resumed run continues its tracker run: the ID of W&B's is in OUTPUT/trackers.json. The steps since the
-checkpoint run again with the same values, so a tracker that already has them loses nothing. If a tracker cannot
-start, the run stops before step one; a tracker that fails later is reported once, and the run continues without
-it.
+A resumed run continues its tracker run, with W&B's run id from OUTPUT/trackers.json. The steps since the
+checkpoint run again with the same values, so repeated values change nothing in a tracker. If a tracker cannot
+start, the run stops before step one. If a tracker fails later, the failure is reported once and the run
+continues without the tracker.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from veneer.train.events import Evaluated, Event, Listener, Note, Resolved, Samp
 class Tracker:
     """A run in one tracker.
 
-    log(step, values), picture(step, path), finish(failed)."""
+    The functions are log(step, values), picture(step, path) and finish(failed)."""
 
     log: Callable[[int, dict[str, float]], Any]
     picture: Callable[[int, str], Any]
@@ -42,9 +42,7 @@ class Tracker:
 
 
 def check_trackers(report: ReportSection) -> None:
-    """Check that the packages of the trackers are installed.
-
-    Raises MissingExtraError with all missing names."""
+    """Raise MissingExtraError, with all missing names, if packages of the trackers are not installed."""
     missing = [name for name in report.trackers if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
@@ -57,10 +55,11 @@ def check_trackers(report: ReportSection) -> None:
 def tracked(
     report: ReportSection, folder: Path, settings: Resolved, resumed: bool, emit: Listener
 ) -> Iterator[Listener]:
-    """Return a listener that sends events to the trackers inside a with-block.
+    """Yield a listener that sends events to the trackers.
 
-    `folder`: the run's output. `emit`: receives a note about a tracker that fails. Raises ConfigError with
-    the tracker's message if a tracker cannot start."""
+    folder: the run's output folder. emit: receives a note about a tracker that fails.
+
+    Raises ConfigError, with the tracker's message, if a tracker cannot start."""
     running: dict[str, Tracker] = {}
 
     def each_does(action: Callable[[Tracker], None]) -> None:
@@ -84,7 +83,7 @@ def tracked(
         for name in report.trackers:
             start = _tensorboard if name == "tensorboard" else _wandb
             try:
-                with redirect_stdout(sys.stderr):  # trackers print greetings; stdout is for programs
+                with redirect_stdout(sys.stderr):  # trackers print greetings, but stdout is reserved for programs
                     running[name] = start(report, folder, settings.settings, resumed)
             except Exception as error:
                 raise ConfigError(
@@ -121,7 +120,7 @@ def _tensorboard(report: ReportSection, folder: Path, settings: Mapping[str, Any
     opened: list[Any] = []
 
     def at(step: int) -> Any:
-        if not opened:  # purge_step hides values written after the resumed step
+        if not opened:  # purge_step hides values that were written after the resumed step
             opened.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
         return opened[0]
 
@@ -164,7 +163,9 @@ def _wandb(report: ReportSection, folder: Path, settings: Mapping[str, Any], res
     )
     write_atomically(ids, json.dumps({"wandb": id}).encode())
     return Tracker(
-        lambda step, values: run.log(values, step=step),  # W&B drops older steps, whose values are the same
+        lambda step, values: run.log(
+            values, step=step
+        ),  # W&B drops steps that it already has, which have the same values
         lambda step, path: run.log({"samples": wandb.Image(path)}, step=step),
         lambda failed: run.finish(exit_code=int(failed)),
     )

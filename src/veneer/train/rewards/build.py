@@ -2,8 +2,8 @@
 
     with build_rewards(config.reinforcement.rewards, ask=ask) as rewards: …
 
-`ask` answers questions to models of this process, the base and adapters by name (`judge.AskModel`); the owner
-of the engine passes it. A judge with a `url` needs no `ask`.
+`ask` sends questions to models in this process: the base and adapters by name (`judge.AskModel`). The owner
+of the engine passes `ask`. A judge with a `url` does not use `ask`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 def build_rewards(
     sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1
 ) -> Iterator[Rewards]:
-    """Build the rewards of a configuration; close their processes and connections at the end.
+    """Yield the rewards of a configuration, and close their processes and connections at the end.
 
-    Raises ConfigError for an invalid schema, grader or file, and for a judge without a model to ask;
+    Raises ConfigError for an invalid schema, grader or file, and for a judge without a model;
     MissingExtraError for a missing package; ResourceError if a grader needs a sandbox and no sandbox works on
     this machine."""
     with ExitStack() as opened:
@@ -55,9 +55,9 @@ def build_rewards(
 
 
 def local_judge_models(sections: Sequence[RewardSection]) -> set[str]:
-    """Return the models of this process that the rewards ask.
+    """Return the models in this process that the rewards use: `BASE_MODEL` and adapters.
 
-    They are `BASE_MODEL` and adapters. Raises ConfigError for an invalid grader."""
+    Raises ConfigError for an invalid grader."""
     models: set[str] = set()
     for section in sections:
         if isinstance(section, JudgeReward) and section.url is None:
@@ -98,7 +98,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
 
 
 def _model_of(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
-    """Return the function that answers the reward's questions."""
+    """Return the function that sends the reward's questions to its model."""
     if section.url is not None:
         settings = {key: getattr(section, key) for key in SERVER_KEYS}
         return opened.enter_context(ServerJudge(section.url, **settings))

@@ -8,8 +8,8 @@
 
     reward = grader_reward(parse_grader({"type": "string_check", …}), opened)
 
-If a template reads `sample.output_json` and the answer is not such JSON, the value is 0. A row without a column
-of a template stops the run. Any other fault has no value, and a reason.
+If a template reads `sample.output_json` and the answer is not such JSON, the value is 0. A row without a
+column of a template stops the run. Any other fault has no value, and a reason.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, 
 from veneer.train.rewards.text_scores import bleu, fuzzy, gleu, rouge
 
 _SOURCE = 64 << 10
-"""Maximum characters of the python sources in a grader, all together.
+"""Maximum characters of all python sources in a grader.
 
-Parsing them takes 50 ms at most, and holds the GIL."""
+Parsing this many takes at most 50 ms, during which the GIL is held."""
 _COMPARED = 64 << 10
 """Maximum characters of each text that a metric compares."""
 _MEMORY = 2e9
-"""Bytes of memory that all python graders of one grader share."""
+"""Bytes of memory that all python graders within one grader share."""
 _TIMEOUT = 120.0
 """Maximum seconds of a python grader for an answer."""
 _Text = Annotated[str, Field(max_length=100_000)]
@@ -82,7 +82,7 @@ class TextSimilarityGrader(_TextsGrader):
     type: Literal["text_similarity"]
     evaluation_metric: Literal[
         "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
-    ]  # cosine needs an embedding model, and OpenAI supports it for evals only
+    ]  # cosine needs an embedding model, and OpenAI only supports cosine for evals
 
 
 class _ContentPart(Section):
@@ -134,7 +134,7 @@ class PythonGrader(_Grader):
     @pydantic.field_validator("source")
     @classmethod
     def _has_grade(cls, source: str) -> str:
-        """Check the source by parsing it, without running it."""
+        """Validate the source by parsing it, without running it."""
         try:
             names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -158,9 +158,9 @@ class MultiGrader(_Grader):
     @pydantic.field_validator("graders", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        """Return graders by name; a single grader gets its own name, as at OpenAI.
+        """Return graders by name. A single grader is named after itself, as in OpenAI's API.
 
-        Checks the total size of the sources before any of them is parsed."""
+        Checks the total size of the sources before parsing any of them."""
         if isinstance(value, Mapping) and isinstance(value.get("type"), str) and isinstance(value.get("name"), str):
             value = {value["name"]: dict(value)}
         singles = value.values() if isinstance(value, Mapping) else ()
@@ -182,7 +182,7 @@ _ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(
 
 
 def parse_grader(value: Any, where: str = "grader") -> Any:
-    """Parse a JSON grader. Raises ConfigError naming the invalid key."""
+    """Parse a JSON grader. Raise ConfigError with the name of an invalid key."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in _TYPES:
         problem = f"{quoted(str(kind))} is not a type of grader" if kind else "a grader needs a type"
@@ -197,14 +197,14 @@ def parse_grader(value: Any, where: str = "grader") -> Any:
 
 
 def has_python(value: Any) -> bool:
-    """Return whether an unparsed JSON grader is a python grader or contains one."""
+    """Return whether an unparsed JSON grader is or contains a python grader."""
     inner = value.get("graders") if isinstance(value, Mapping) else None
     graders = [value, inner, *(inner.values() if isinstance(inner, Mapping) else ())]
     return any(isinstance(each, Mapping) and each.get("type") == "python" for each in graders)
 
 
 def grader_models(grader: Any) -> set[str]:
-    """Return the models that a grader or its sub-graders ask."""
+    """Return the models that a grader or its sub-graders use."""
     graders = grader.graders.values() if isinstance(grader, MultiGrader) else [grader]
     return {each.model for each in graders if isinstance(each, ScoreModelGrader)}
 
@@ -236,8 +236,8 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
     """Compile a formula of numbers, `names` and the functions above.
 
     Returns a function of the names' values. A name that is not an identifier cannot be used in a formula.
-    Raises ValueError for an invalid formula; the returned function raises ArithmeticError or ValueError if
-    there is no value, as for 1/0."""
+    Raises ValueError for an invalid formula. The returned function raises ArithmeticError or ValueError if
+    the formula has no value, as in 1/0."""
     try:
         body = ast.parse(text.replace("^", "**").strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -278,9 +278,10 @@ def grader_reward(
 ) -> Reward:
     """Return a grader as a reward. `opened` closes its processes.
 
-    `ask`: asks the model of score_model. `sandbox`: where Python runs; if None, with this process's rights. The
-    reward raises ConfigError if the source of a python grader cannot be loaded, and MissingExtraError if a metric's
-    package is missing."""
+    `ask`: asks the model of score_model. `sandbox`: where Python runs; if None, with this process's rights.
+        The
+    reward raises ConfigError if the source of a python grader cannot be loaded, and MissingExtraError if a
+    metric's package is missing."""
     graders = grader.graders if isinstance(grader, MultiGrader) else {"": grader}
     memory = _MEMORY / max(1, sum(isinstance(each, PythonGrader) for each in graders.values()))
 

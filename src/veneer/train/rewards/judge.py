@@ -30,8 +30,8 @@ _NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w|\.\d)")
 class Question:
     """A question to a model.
 
-    `model`: the model's name at the server or engine that answers. `tokens`: maximum tokens of the answer.
-    `form`: JSON schema of the answer, enforced if constrained decoding is supported."""
+    model: name at the server or engine that replies. tokens: maximum tokens of the reply. form: JSON schema
+    of the reply, enforced if constrained decoding is supported."""
 
     messages: Sequence[Mapping[str, Any]]
     model: str
@@ -44,9 +44,9 @@ class Question:
 
     @property
     def grammar(self) -> tuple[Literal["json_schema"], str] | None:
-        """Return `form` for the engine's sampler.
+        """Return `form` as a grammar for the engine's sampler.
 
-        Excludes optional white space, which small models repeat endlessly."""
+        The grammar excludes optional white space, which small models repeat endlessly."""
         compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         return None if self.form is None else ("json_schema", json.dumps({**self.form, "x-guidance": compact}))
 
@@ -63,7 +63,9 @@ class Reply:
 
 
 AskModel = Callable[[Sequence[Question]], Sequence[Reply]]
-"""Answers questions in order; raises UnavailableError if the model is away."""
+"""Function that returns the replies in order of the questions.
+
+Raises UnavailableError if the model is unavailable."""
 
 
 def asked_reward(
@@ -87,7 +89,7 @@ def asked_reward(
 
 
 def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
-    """Return the instruction for the form of a judge's answer, and its JSON schema."""
+    """Return the instruction on the format of a judge's reply, and its JSON schema."""
     instruction = (
         'Answer with a JSON object alone: {"steps": [what you considered, in short sentences], '
         f'"result": a number from {low:g} to {high:g}}}.'
@@ -107,8 +109,8 @@ def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
 def _reply_score(reply: Reply, low: float, high: float) -> RewardScore:
     """Return the score in a judge's reply, or the reason why the reply has no score.
 
-    The score is from `low` to `high`: the `result` of a JSON object, even fenced or inside other text, or the
-    only number in any other text."""
+    The score is the `result` of a JSON object, which can be fenced or inside other text, or the only number
+    of any other text. The score must be from `low` to `high`."""
     if reply.error:
         return RewardScore(None, reply.error)
     excerpt = f"{shown(reply.text)[-100:]!r}"
@@ -121,15 +123,15 @@ def _reply_score(reply: Reply, low: float, high: float) -> RewardScore:
         numbers = list({float(n.replace("\u2212", "-")) for n in _NUMBER.findall(reply.text)})
     if len(numbers) != 1:
         return RewardScore(None, f"the judge gave {'several numbers' if numbers else 'no number'}: {excerpt}")
-    if not low <= numbers[0] <= high:  # also true for NaN
+    if not low <= numbers[0] <= high:  # is also true for NaN
         return RewardScore(None, f"the judge gave {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}")
     return RewardScore(float(numbers[0]))
 
 
 def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
-    """Return a judge's reward.
+    """Return the reward of a judge.
 
-    A row without a column of the prompt, or with a prompt that is too long, has no score."""
+    A row has no score if it lacks a column of the prompt or its prompt is too long."""
     low, high = section.range
     instruction, form = score_form(low, high)
 

@@ -3,20 +3,20 @@
     with LimitedFunction("score", file="score.py", timeout=10, memory=2e9) as function:
         (score,) = function.score([(sample, item)])
 
-The process starts at the first call. If an answer takes longer than `timeout`, the process is killed with its
-process group and started again for the next answer. The function can import installed packages and modules
-next to its file. Its output is discarded. Its random numbers are seeded by the question, so the same answer
-gets the same score.
+The process starts at the first call. If a call takes longer than `timeout`, the process is killed with its
+process group, and started again for the next call. The function can import installed packages and modules
+next to its file. Its output is discarded. Its random numbers are seeded by the arguments, so the same
+completion gets the same score.
 
-These limits are for the operator's own functions and do not protect against malice: the process has the
-rights of the parent process. Python from clients runs in a `sandbox` (see `sandbox.py` and
-`working_sandbox`). There, `memory` is for all processes together, leftover processes at an answer end the
-sandbox, and the sandbox is stopped between calls.
+These limits are for the operator's own functions and do not protect against malicious code, because the
+process has the rights of the parent process. Python from clients runs in a `sandbox` (see `sandbox.py` and
+`working_sandbox`). There, `memory` is for all processes together, processes that are left after a call end
+the sandbox, and the sandbox is stopped between calls.
 
-Only the function's own process can answer: on Linux, the kernel identifies the sender of each message,
-messages from other processes are dropped, and an answer repeats the token of its question.
+Results are accepted from the function's own process only: on Linux, the kernel identifies the sender of each
+message, messages from other processes are dropped, and a result repeats the token of its call.
 
-Raises ConfigError if the file cannot be read or loaded, or lacks the function.
+Raises ConfigError if the file cannot be read or loaded, or does not define the function.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ from veneer.train.rewards.sandbox import (
 
 _CHILD = Path(__file__).with_name("limited_child.py")
 _LOADING = 120.0
-"""Maximum seconds to load the file, including its imports."""
+"""Maximum seconds to load the file and its imports."""
 _ANSWER = 1 << 20
-"""Maximum bytes of an answer."""
+"""Maximum bytes of a result."""
 _GIVES_UP = 5
-"""Consecutive failures in one call after which the rest is skipped."""
+"""Consecutive failures in one call after which the remaining questions are skipped."""
 _WATCH = 0.02
 """Seconds between memory checks of a running sandbox."""
 _CREDENTIALS = struct.Struct("3i")
-"""A message's sender as the kernel reports it: process, user, group."""
+"""Layout of a message's sender as reported by the kernel: process, user, group."""
 
 ScoreInput = tuple[Mapping[str, Any], Mapping[str, Any]]
 """(sample, item), as in OpenAI's graders."""
@@ -78,8 +78,7 @@ class NoAnswer(Exception):
 class LimitedFunction:
     """A function in separate processes. Thread-safe.
 
-    `file` or `source`: where the function is defined. `at_once`: number of processes; the limits hold for
-    each."""
+    file, source: where the function is defined. at_once: number of processes; each has its own limits."""
 
     def __init__(
         self,
@@ -110,7 +109,7 @@ class LimitedFunction:
         self.close()
 
     def close(self) -> None:
-        """End the processes, after their current answers."""
+        """End the processes after their current calls."""
         for child in [self._idle.get() for _ in range(self._at_once)]:
             if child is not None:
                 child.end()
@@ -150,7 +149,7 @@ class LimitedFunction:
             answer = child.ask(message, self._timeout, f"took longer than {self._timeout:g} s")
         finally:
             self._idle.put(child)
-        # user code can have forged the answer
+        # The user's code can have forged the result.
         if "value" in answer:
             return answer["value"]
         why = answer.get("error")
@@ -180,7 +179,7 @@ def _number_score(number: Any) -> RewardScore:
 
 
 class _Child:
-    """A child process and this side's end of its socket; used by one thread at a time.
+    """A child process and the parent's end of its socket, used by one thread at a time.
 
     Raises NoAnswer if the process does not start."""
 
@@ -190,9 +189,10 @@ class _Child:
         if hasattr(socket, "SO_PASSCRED"):
             self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sender: int | None = None
-        """The process that answers; None if the kernel does not report senders."""
+        """The process that sends results; None if the kernel does not report senders."""
         self._pidfds: list[int] = []
-        """In a sandbox: of its first process, with which all others end, and of the function's process."""
+        """In a sandbox: descriptors of its first process, which ends all others, and of the function's
+        process."""
         command = [sys.executable, "-s", "-P", "-B", str(_CHILD)]
         with child_end, tempfile.TemporaryFile() as errors:
             try:
@@ -202,7 +202,9 @@ class _Child:
                 raise NoAnswer(f"its process did not start: {error}") from None
             child_end.close()
             try:
-                self._receive(time.monotonic() + _LOADING)  # sent by the child's script, before the function's code
+                self._receive(
+                    time.monotonic() + _LOADING
+                )  # sent by the child's script, before the function's code runs
                 if sandbox is not None and self._sender is not None:
                     init = descendants(self._process.pid)[0]
                     self._pidfds = [os.pidfd_open(init), os.pidfd_open(self._sender)]
@@ -214,13 +216,15 @@ class _Child:
                 raise NoAnswer(f"its process did not start{': ' if messages else ''}{messages}") from None
 
     def ask(self, message: Mapping[str, Any], seconds: float, late: str) -> dict[str, Any]:
-        """Send a message and return the process's answer. Raises NoAnswer, and ends the process, if there is none.
+        """Send a message and return the process's result.
 
-        Ends a sandbox in which other processes than the function's are left."""
+        Without a result, ends the process and raises NoAnswer. In a sandbox, ends the sandbox if processes
+        other than the function's are left."""
         ends, token = time.monotonic() + seconds, secrets.token_hex(16)
         try:
             self._signal(signal.SIGCONT)
-            # A message can exceed the socket's buffer: the process reads all of it before it runs anything.
+            # A message can exceed the socket's buffer. The process reads the whole message before it runs
+            # anything.
             data = json.dumps({**message, "token": token}).encode()
             self._channel.settimeout(seconds)
             self._channel.sendall(struct.pack(">I", len(data)) + data)
@@ -252,7 +256,7 @@ class _Child:
     def _receive(self, ends: float) -> Any:
         """Return the next message.
 
-        Raises EOFError at the end, TimeoutError, and ValueError for invalid JSON."""
+        Raises EOFError if the socket is closed, TimeoutError, and ValueError for invalid JSON."""
         size = struct.unpack(">I", self._received(4, ends))[0]
         if size > _ANSWER:
             raise NoAnswer("the function's answer is over the size limit")
@@ -262,7 +266,7 @@ class _Child:
         """Return bytes from the function's process.
 
         Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two
-        senders in one part. Raises NoAnswer for a sandbox over its memory limit."""
+        senders in one part. Raises NoAnswer if a sandbox exceeds its memory limit."""
         received = bytearray()
         while len(received) < count:
             left = ends - time.monotonic()
@@ -286,7 +290,7 @@ class _Child:
         return bytes(received)
 
     def _wait(self) -> int | None:
-        """Return the exit code of a process that has closed its socket; None if the process is still running."""
+        """Return the exit code of a process that has closed its socket, or None if it is still running."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout=1)
         return None
@@ -312,7 +316,7 @@ class _Child:
 
 
 def _start(command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a command with `channel` as standard input, as `Sandbox.start` does in a sandbox."""
+    """Start a command with `channel` as standard input, like `Sandbox.start`, but without a sandbox."""
     return subprocess.Popen(
         command,
         stdin=channel.fileno(),
@@ -357,16 +361,18 @@ def look(sample, item):
 
 @functools.cache
 def working_sandbox() -> Sandbox:
-    """Return this machine's sandbox, after testing it for leaks; cached.
+    """Return this machine's sandbox after testing it for leaks. The result is cached.
 
-    A function in the sandbox does the test. Raises ResourceError with the reason if no sandbox works."""
+    A function inside the sandbox performs the test. Raises ResourceError, with the reason, if no sandbox
+    works.
+    """
     sandbox = bubblewrap(_CHILD)
     users = {0, os.getuid()} - {NOBODY}
     variables = os.environ.keys() - SANDBOX_VARIABLES.keys()
     with tempfile.TemporaryDirectory() as folder:
         hidden = [folder, "/proc/self", "/etc/passwd", *_private(sandbox)]
         sample = {"hidden": hidden, "users": list(users), "variables": list(variables)}
-        # no memory limit: if the sandbox does not isolate /tmp, files in the machine's /tmp would count
+        # No memory limit: if the sandbox does not isolate /tmp, files in the machine's /tmp would count.
         with LimitedFunction("look", source=_TRIAL, sandbox=sandbox, timeout=30, memory=1e15) as function:
             try:
                 (score,) = function.score([(sample, {})])
@@ -378,7 +384,7 @@ def working_sandbox() -> Sandbox:
 
 
 def _private(sandbox: Sandbox) -> list[str]:
-    """Return the entries of the user's and the veneer home without Python packages."""
+    """Return the entries of the user's home and the veneer home, without Python packages."""
     entries: list[str] = []
     for folder in (Path("~").expanduser(), veneer_home()):
         with suppress(OSError):

@@ -1,12 +1,12 @@
 """The process that runs a user's function.
 
-`limited` starts this script, which imports nothing of veneer.
+`limited` starts this script, which does not import veneer.
 
     limited_child.py [--user ID] [--confined]
 
-Messages are JSON, each after its length in 4 bytes (big-endian), on the socket that was descriptor 0. For the
-function, descriptors 0 to 2 are an empty input and a discarded output. Every message has a token that its
-answer repeats, so that data written earlier cannot pass for an answer.
+Messages are JSON, each preceded by its length in 4 bytes (big-endian), on the socket at descriptor 0. For the
+function, descriptors 0 to 2 are replaced by an empty input and a discarded output. Every message has a token
+that its result repeats, so that data written earlier cannot pass for a result.
 
     start                                                                          -> {}
     first {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}  -> {} or {"error"}
@@ -32,7 +32,7 @@ import types
 from typing import Any, BinaryIO
 
 _PROCESSES, _FILES = 32, 64
-"""Maximum processes and threads of a sandbox, and open files of each process."""
+"""Maximum processes and threads of a sandbox; maximum open files of each process."""
 
 
 def _main(arguments: list[str]) -> None:
@@ -51,14 +51,14 @@ def _main(arguments: list[str]) -> None:
         _limit(resource.RLIMIT_NPROC, _PROCESSES, final=True)
         _limit(resource.RLIMIT_NOFILE, _FILES, final=True)
         os.nice(19)
-    else:  # not needed in a sandbox, where no process outlives its parent
+    else:  # a sandbox does not need this, because no process outlives its parent
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _write(sink, "{}", process_id)
     first = _read(source)
     assert first is not None
     function, result = None, dict[str, Any]()
     try:
-        # limits private memory, which excludes address space that numpy only reserves
+        # RLIMIT_DATA limits private memory, and excludes address space that numpy only reserves.
         _limit(resource.RLIMIT_DATA, first["memory"], final=confined)
         _limit(resource.RLIMIT_CORE, 0, final=confined)
         function = _loaded(first)
@@ -67,7 +67,7 @@ def _main(arguments: list[str]) -> None:
     _write(sink, json.dumps(result | {"token": first["token"]}), process_id)
     cores = os.cpu_count() or 1
     while function is not None and (question := _read(source)) is not None:
-        # The system ends a child that loses its parent during an endless loop.
+        # If the parent ends while the child is in an endless loop, this limit ends the child.
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + (first["timeout"] + 1) * cores) + 1)
         try:
             _seed(question["seed"])
@@ -85,7 +85,7 @@ def _end_with(parent: int) -> None:
 
 
 def _limit(kind: int, most: int, *, final: bool = False) -> None:
-    """Set a resource limit. `final`: the function cannot raise the limit again."""
+    """Set a resource limit. With `final`, the function cannot raise the limit again."""
     hard = resource.getrlimit(kind)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (most, most if final else hard))
@@ -101,7 +101,7 @@ def _loaded(first: dict[str, Any]) -> Any:
         text = first["source"]
     module = types.ModuleType("reward")
     module.__file__ = file
-    sys.modules["reward"] = module  # dataclasses look up their module
+    sys.modules["reward"] = module  # dataclasses look up their module here
     exec(compile(text, _name(first), "exec"), module.__dict__)
     function = getattr(module, first["function"], None)
     if not callable(function):
@@ -114,7 +114,7 @@ def _name(first: dict[str, Any]) -> str:
 
 
 def _seed(seed: int) -> None:
-    """Seed the random generators of the libraries that the function has loaded."""
+    """Seed the random generators of the libraries that the function has imported."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed % 2**32)
@@ -123,14 +123,14 @@ def _seed(seed: int) -> None:
 
 
 def _error_text(error: BaseException, first: dict[str, Any]) -> str:
-    """Return the error in one line, with the last line of the user's code."""
+    """Return the error in one line, with the last line of the user's code that raised it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _name(first)]
     at = f"line {lines[-1]} of {os.path.basename(_name(first))}: " if lines else ""
     return f"{at}{type(error).__name__}: {error}"[:2000]
 
 
 def _read(source: BinaryIO) -> Any:
-    """Return the next message; None at the end."""
+    """Return the next message, or None at the end."""
     head = source.read(4)
     return json.loads(source.read(struct.unpack(">I", head)[0])) if len(head) == 4 else None
 
@@ -138,7 +138,7 @@ def _read(source: BinaryIO) -> Any:
 def _write(sink: BinaryIO, text: str, process_id: int) -> None:
     """Write a message.
 
-    `process_id`: ID of the process that has to answer; a fork of the user's function exits here."""
+    process_id: the process that must reply. A fork of the user's function exits here."""
     if os.getpid() != process_id:
         os._exit(0)
     data = text.encode()

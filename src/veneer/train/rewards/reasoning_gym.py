@@ -1,9 +1,9 @@
 """Rows and rewards of reasoning-gym's tasks (extra `reasoning-gym`).
 
     data.train: reasoning-gym:chain_sum@2000?seed=7&max_terms=3  rows of the task with these settings
-    rewards: [{kind: reasoning_gym}]                             the task's score of an answer, from 0 to 1
+    rewards: [{kind: reasoning_gym}]                             the task's score of a completion, from 0 to 1
 
-A row is {prompt, completion, answer, metadata}; the package computes the scores.
+A row is {prompt, completion, answer, metadata}. The package computes the scores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _ANSWER = r"<answer>\s*(.*?)\s*</answer>"
 def generated_rows(spec: str, limit: int | None = None) -> list[dict[str, Any]]:
     """Return the rows of `reasoning-gym:TASK@ROWS?key=value…`.
 
-    Values are JSON if they parse, else text. Raises DataError, MissingExtraError."""
+    A value is parsed as JSON if possible; otherwise the value is text. Raises DataError,
+    MissingExtraError."""
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise DataError(
@@ -61,7 +62,7 @@ def _parsed(text: str) -> Any:
 
 
 def _factory(task: str) -> Any:
-    """Return reasoning-gym's factory, which has the task."""
+    """Return the reasoning-gym module that creates tasks, if it has this task."""
     try:
         import reasoning_gym  # noqa: F401
         from reasoning_gym import factory
@@ -77,9 +78,9 @@ def _factory(task: str) -> Any:
 
 
 def reasoning_gym_reward(section: ReasoningGymReward) -> Reward:
-    """Return the reward: `score_answer` of the row's task.
+    """Return the reward that calls `score_answer` of the row's task.
 
-    It scores the last <answer>, or the whole answer if there is none."""
+    The last <answer> of a completion is scored, or the whole completion if it has none."""
     pattern = regex.compile(section.answer or _ANSWER, regex.DOTALL)
 
     @functools.cache
@@ -95,7 +96,7 @@ def reasoning_gym_reward(section: ReasoningGymReward) -> Reward:
         score_answer = score_of(task)
         try:
             return RewardScore(float(score_answer(final, entry)))
-        except Exception as error:  # the task's own arithmetic on arbitrary model output
+        except Exception as error:  # the task computes with arbitrary model output
             return RewardScore(None, f"{task}: {type(error).__name__}: {error}")
 
     return each_answer(score)

@@ -1,19 +1,20 @@
-"""Rewards: functions that score many answers at once; several form a weighted sum.
+"""Rewards: functions that score many completions at once. Several rewards form a weighted sum.
 
-    judged = Rewards([NamedReward("exact_match", exact, 1.0), NamedReward("length", short, 0.2)]).judge(answers)
-    judged.values                       the sum for each answer; None if one of its rewards failed
+    judged = Rewards([NamedReward("exact_match", exact, 1.0), NamedReward("length", short,
+    0.2)]).judge(answers)
+    judged.values                       the sum for each completion; None if one of its rewards failed
     judged.scores["length"]             a reward's scores, for the log
     reward_findings(judged, groups)     counts of groups without a training signal
 
     value(answer) = Σ weight · score(answer), over the rewards;  None as soon as one of them is None
 
-A reward scores *many* answers at once, so that a judge can be asked about all of them together. The score of
-an answer is a finite number, or the reason why there is no number. Trainers leave an answer without a value
-out of its group; the value never becomes zero, because an unjudged answer is not a bad answer. If more than
-the share `most_failed` have no value, the run stops with TrainingError. An unavailable judge raises
-UnavailableError, which stops the run resumably.
+A reward scores many completions at once, so that a judge can be asked about all of them together. The score
+of a completion is a finite number, or the reason for a missing number. Trainers remove a completion without a
+value from its group. A missing value is never replaced by 0, because an unjudged completion is not
+necessarily bad. If more than the share `most_failed` have no value, the run stops with TrainingError. If a
+judge is unavailable, UnavailableError stops the run, and the run can be resumed.
 
-Independent of models and servers.
+This module does not depend on models or servers.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from typing import Any
 from veneer.errors import DataError, TrainingError, bullets, counted, first_few, nearest, quoted, shown
 
 _LARGEST = 1e30
-"""Maximum absolute score: squares of scores, and their sums, stay finite."""
+"""Maximum absolute score, so that squares of scores and their sums are finite."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to a prompt.
+    """A model's completion of a prompt.
 
-    prompt: the messages before the answer. text: the model's text. row: the columns of the prompt's row; if
-    the row's conversation ends in an assistant's turn, `answer` is that turn's text. tokens: number of the
-    model's tokens."""
+    prompt: the messages before the completion
+    text: the model's text
+    row: the columns of the prompt's row; `answer` is the text of the final assistant turn, if the row has one
+    tokens: number of tokens that the model generated"""
 
     prompt: Sequence[Mapping[str, Any]]
     text: str
@@ -54,7 +56,9 @@ class RewardScore:
 
 
 Reward = Callable[[Sequence[Answer]], Sequence[RewardScore]]
-"""Scores many answers, in order; raises UnavailableError if a server is away."""
+"""Function that returns the score of each completion, in order.
+
+    Raises UnavailableError if a server is unavailable."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ class NamedReward:
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """Scores of several answers, in order.
+    """Scores of several completions, in order.
 
-    `values`: the weighted sums; `scores`: each reward's scores, by its name."""
+    values: the weighted sums. scores: the scores of each reward, by its name."""
 
     values: list[float | None]
     scores: dict[str, list[RewardScore]]
@@ -78,9 +82,9 @@ class JudgedAnswers:
         return self.values.count(None)
 
     def why(self, answers: Sequence[Answer]) -> list[str]:
-        """Return the reasons for failed answers, the most common first.
+        """Return the reasons for missing scores, most common first.
 
-        Each has its number of answers and its first rows."""
+        Each line has the number of completions and the first rows."""
         reasons: dict[str, list[str]] = {}
         for name, scores in self.scores.items():
             for score, answer in zip(scores, answers, strict=True):
@@ -109,15 +113,16 @@ class JudgedAnswers:
 class Rewards:
     """A weighted sum of rewards.
 
-    `most_failed`: maximum share of answers without a value in one call; one such answer is always allowed."""
+    most_failed: maximum share of completions without a value in one call; one missing value is always
+        allowed."""
 
     rewards: Sequence[NamedReward]
     most_failed: float = 0.1
 
     def judge(self, answers: Sequence[Answer]) -> JudgedAnswers:
-        """Score the answers.
+        """Score the completions.
 
-        Raises TrainingError with the first reasons if too many fail; UnavailableError if a judge is
+        Raises TrainingError, with the first reasons, if too many fail; UnavailableError if a judge is
         unavailable."""
         scores = {each.name: _scored(each.name, each.reward, answers) for each in self.rewards}
         values: list[float | None] = []
@@ -157,9 +162,10 @@ def _usable(score: RewardScore) -> RewardScore:
 
 
 def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, float]:
-    """Count the groups of answers, and those without a training signal, for the log.
+    """Count the groups of completions, and the groups without a training signal, for the log.
 
-    `groups`: the group of each answer. The answers of a constant group all have the same sum: no advantage."""
+    groups: the group of each completion. In a constant group, all completions have the same sum, and so no
+    advantage."""
     distinct: dict[int, set[float]] = {group: set() for group in groups}
     for value, group in zip(judged.values, groups, strict=True):
         if value is not None:
@@ -173,7 +179,7 @@ def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, f
 
 
 def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:
-    """Return a reward that scores one answer at a time."""
+    """Return a reward that scores one completion at a time."""
 
     def scored(answer: Answer) -> RewardScore:
         value = score(answer)
@@ -183,10 +189,10 @@ def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:
 
 
 def column(answer: Answer, name: str) -> Any:
-    """Return the column of the answer's row that a reward compares with.
+    """Return the column of the completion's row that a reward compares with.
 
-    Raises DataError, with the nearest column, if the row lacks it: every row of a run needs it, so the run
-    stops."""
+    Raises DataError, with the most similar column name, if the row lacks the column. The error stops the run,
+    because every row needs the column."""
     if name not in answer.row:
         suggestions = nearest(name, map(str, answer.row), 1)
         hint = f"did you mean {suggestions[0]}?" if suggestions else f"it has {', '.join(map(str, answer.row))}"

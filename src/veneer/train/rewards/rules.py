@@ -30,7 +30,7 @@ from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, eac
 from veneer.train.rewards.text_scores import as_json, same_field, same_text
 
 _PATIENCE = 1.0
-"""Maximum seconds for a regular expression on one answer: some patterns never end."""
+"""Maximum seconds for a regular expression on one completion, because some patterns never end."""
 
 
 def exact_match(section: ExactMatchReward) -> Reward:
@@ -60,7 +60,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         key = json.dumps(schema, sort_keys=True)
         if key not in validators:
             Draft202012Validator.check_schema(schema)
-            validators[key] = bounded(schema, registry=Registry())  # an empty registry: nothing is fetched
+            validators[key] = bounded(schema, registry=Registry())  # an empty registry, so that no schema is downloaded
         return validators[key]
 
     def score(answer: Answer) -> RewardScore:

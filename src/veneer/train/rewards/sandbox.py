@@ -1,6 +1,4 @@
-"""A sandbox for Python from clients.
-
-It uses bubblewrap, a system call filter, and a limit on total memory.
+"""A sandbox for Python code from clients: bubblewrap, a system call filter, and a limit on total memory.
 
     sandbox = bubblewrap(Path("child.py"))
     process = sandbox.start([sys.executable, "child.py"], channel, errors)
@@ -12,7 +10,7 @@ its first use. Inside the sandbox:
 | --- | --- |
 | files | system libraries and Python's packages, read-only; an empty 64 MiB /tmp in RAM; no /proc, no home |
 | network | none: an empty network namespace, and `socket` is refused |
-| processes | a separate process namespace: outside processes are invisible, and no process outlives it |
+| processes | a separate process namespace: outside processes are invisible, and no process outlives the sandbox |
 | user | not the server's (see `Sandbox.arguments`), with no capabilities and no way to gain any |
 | kernel | the system calls in `_REFUSED` fail: they are attack surface, or use memory charged to no process |
 | memory | `sandbox_memory` adds up all processes and files; `limited` ends a sandbox over its limit |
@@ -39,7 +37,7 @@ from veneer.errors import ResourceError
 from veneer.models.home import veneer_home
 
 _TMP = 64 << 20
-"""Bytes that files in the sandbox's /tmp can hold."""
+"""Maximum bytes of files in the sandbox's /tmp."""
 _INODE = 1 << 10
 """Approximate bytes of kernel memory for an empty file in /tmp."""
 NOBODY = 65534
@@ -47,9 +45,9 @@ SANDBOX_VARIABLES = {
     "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "PWD": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
 }  # fmt: skip
-"""The whole environment in a sandbox."""
+"""All environment variables in a sandbox."""
 _USERS = range(61184, 65520)
-"""User IDs without accounts, which systemd reserves for temporary users."""
+"""User ids without accounts, which systemd reserves for temporary users."""
 _FIX = (
     "install bubblewrap (apt install bubblewrap) and allow user namespaces, which most container runtimes forbid; "
     "or leave Python graders off"
@@ -65,7 +63,7 @@ def sandbox_error(reason: str) -> ResourceError:
 class Sandbox:
     """A bubblewrap sandbox.
 
-    `command`: bubblewrap's path. `paths`: visible paths, read-only. `hidden`: folders below them shown as
+    command: bubblewrap's path. paths: visible paths, read-only. hidden: folders below `paths` that appear
     empty."""
 
     command: str
@@ -75,10 +73,10 @@ class Sandbox:
     def arguments(self) -> tuple[list[str], list[str]]:
         """Return the arguments of bubblewrap and of the child script.
 
-        The child script drops its remaining rights with its arguments. If the server runs as root, no user
-        namespace is needed: each child switches to a random user ID without an account. An ordinary user
-        cannot switch users; its sandbox is a user namespace with the user `nobody`. The kernel still accounts
-        this sandbox to the server's user, and the namespaces isolate the two."""
+        The child script uses its arguments to drop its remaining rights. If the server runs as root, no user
+        namespace is needed, and each child switches to a random user id without an account. An ordinary user
+        cannot switch users, so the sandbox is a user namespace with the user `nobody`. The kernel then still
+        accounts the sandbox to the server's user, and the namespaces isolate the sandbox from the server."""
         if os.geteuid() == 0:
             user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             inside = ["--user", str(secrets.choice(_USERS))]
@@ -106,8 +104,8 @@ class Sandbox:
     def start(self, command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
         """Start a command in a new sandbox with `channel` as standard input.
 
-        `errors` receives bubblewrap's messages. bubblewrap ends with the thread that started it, so one
-        thread that lives as long as this process starts all sandboxes."""
+        bubblewrap writes its messages to `errors`. bubblewrap ends when the thread that started it ends, so
+        all sandboxes are started by one thread that lives as long as this process."""
         outside, inside = self.arguments()
         filters = os.memfd_create("seccomp")
         try:
@@ -135,7 +133,9 @@ class Sandbox:
 def bubblewrap(script: Path) -> Sandbox:
     """Return this machine's sandbox without testing it.
 
-    `script`: file to make visible inside the sandbox. Raises ResourceError with the reason if there is no sandbox."""
+    script: file to make visible inside the sandbox.
+
+    Raises ResourceError, with the reason, if this machine has no sandbox."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         raise sandbox_error(f"the sandbox needs Linux on {' or '.join(_MACHINES)}")
     command = shutil.which("bwrap")
@@ -157,14 +157,16 @@ def bubblewrap(script: Path) -> Sandbox:
 def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
     """Return bubblewrap's arguments for the mounts.
 
-    Outer folders come first, so that deeper mounts stay visible. Parent folders of mounts are created
-    explicitly, because bubblewrap would make them readable only by their owner."""
+    Outer folders come first, so that inner mounts are visible. Parent folders of mounts are created
+    explicitly, because bubblewrap would make them readable by their owner only."""
     above = {str(folder) for path in paths for folder in Path(path).parents} - {"/", "/tmp"}
     arguments = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]
     for path in sorted({*paths, *hidden}, key=lambda each: (each.count("/"), each)):
         if path in hidden:
             arguments += ["--perms", "0555", "--size", "4096", "--tmpfs", path]
-        elif os.path.islink(path) and path.count("/") == 1:  # such as /lib, a link to usr/lib on most systems
+        elif (
+            os.path.islink(path) and path.count("/") == 1
+        ):  # for example /lib, which is a link to usr/lib on most systems
             arguments += ["--symlink", os.readlink(path), path]
         else:
             arguments += ["--ro-bind", path, path]
@@ -175,7 +177,7 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
 def _starter(process: int) -> ThreadPoolExecutor:
     """Return the thread that starts sandboxes.
 
-    `process`: this process's ID, because a fork does not inherit threads."""
+    process: id of this process, so that a forked process, which has no threads, creates its own."""
     return ThreadPoolExecutor(1, "sandbox")
 
 
@@ -183,10 +185,10 @@ def _starter(process: int) -> ThreadPoolExecutor:
 
 
 def descendants(process: int) -> list[int]:
-    """Return the IDs of all descendants of a process, parents first.
+    """Return the ids of all descendants of a process, parents first.
 
-    In a sandbox no process can escape the list: if its parent ends, it becomes a child of the sandbox's
-    init."""
+    In a sandbox, no process can leave this list: if the parent of a process ends, the process becomes a child
+    of the sandbox's init."""
     processes: list[int] = []
     waiting = [process]
     while waiting:
@@ -204,9 +206,10 @@ def descendants(process: int) -> list[int]:
 def sandbox_memory(processes: Sequence[int], inside: int) -> int:
     """Return the bytes that a sandbox uses.
 
-    Counts its processes' private and shared memory, swapped or not, their page tables, and the files in the
-    sandbox's /tmp. Pages that a fork shares with its parent count for both. `inside`: a process that sees the
-    sandbox's files."""
+    The sum has the private and shared memory of its processes, swapped or not, their page tables, and the
+    files in the sandbox's /tmp. Pages that a fork shares with its parent count for both.
+
+    inside: a process that sees the sandbox's files."""
     total = 0
     for process in processes:
         try:
@@ -227,16 +230,16 @@ _HELD = frozenset({"RssAnon", "RssShmem", "VmSwap", "VmPTE", "HugetlbPages"})
 # -- the system call filter --------------------------------------------------------------------------------------------
 
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""Machine -> its architecture in the kernel's audit interface (linux/audit.h)."""
+"""Machine -> architecture number in the kernel's audit interface (linux/audit.h)."""
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _NAMESPACES = 0x7E020000
-"""The flags of clone for new namespaces (linux/sched.h).
+"""Flags of clone that create namespaces (linux/sched.h).
 
 They are NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
 # fmt: off
 _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
-    # other processes and their descriptors
+    # access to other processes and their descriptors
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_getfd": (438, 438), "process_madvise": (440, 440),
     # namespaces and mounts
@@ -244,10 +247,10 @@ _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
-    # memory that is neither a process's nor a file's in /tmp
+    # memory that belongs neither to a process nor to a file in /tmp
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
     "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "vmsplice": (278, 75),
-    # the network: some socket families ignore namespaces (vsock), others are attack surface (netlink, alg)
+    # network: some socket families ignore namespaces (vsock), others are attack surface (netlink, alg)
     "socket": (41, 198), "setsockopt": (54, 208),  # setsockopt could enlarge the buffers of socket pairs
     # other parts of the kernel that no grader needs
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
@@ -261,17 +264,17 @@ _REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
 _EPERM, _ENOSYS = 1, 38
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-"""Instructions of classic BPF (linux/bpf_common.h).
+"""Classic BPF instructions (linux/bpf_common.h).
 
-They load a word of the call's data into A, jump by A, and return the verdict."""
+They load a word of the system call's data into A, jump depending on A, and return the result."""
 
 
 def _syscall_filter() -> bytes:
     """Return the filter in the format of `bwrap --seccomp`.
 
     An instruction has 8 bytes (code: u16, jumps if true and if false: u8 each, operand: u32). The filter's
-    input (struct seccomp_data) has the call's number at offset 0, its machine at 4, and the low half of its
-    first argument at 16."""
+    input (struct seccomp_data) has the system call number at offset 0, the architecture at offset 4, and the
+    low half of the first argument at offset 16."""
     machine = platform.machine()
     column = list(_MACHINES).index(machine)
 
@@ -284,14 +287,14 @@ def _syscall_filter() -> bytes:
         + instruction(_RETURN, _KILL)
         + instruction(_LOAD, 0)
     )
-    if machine == "x86_64":  # refuse the x32 numbers of the same calls
+    if machine == "x86_64":  # refuses the x32 numbers of the same calls
         program += instruction(_AT_LEAST, 0x40000000, 0, 1) + instruction(_RETURN, _ERROR | _ENOSYS)
     for numbers in _REFUSED.values():
         if numbers[column] >= 0:
             program += instruction(_EQUAL, numbers[column], 0, 1) + instruction(_RETURN, _ERROR | _EPERM)
     program += instruction(_EQUAL, _CLONE3, 0, 1) + instruction(
         _RETURN, _ERROR | _ENOSYS
-    )  # its flags cannot be checked; libc falls back to clone
+    )  # the filter cannot read the flags of clone3; libc falls back to clone
     program += instruction(_EQUAL, _CLONE[machine], 0, 3)
     program += instruction(_LOAD, 16) + instruction(_ANY_BIT, _NAMESPACES, 0, 1) + instruction(_RETURN, _ERROR | _EPERM)
     return program + instruction(_RETURN, _ALLOW)

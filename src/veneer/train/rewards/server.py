@@ -5,11 +5,11 @@
 
     refused connections,               retried after 0.5, 1, 2 … 30 s, until the server
     408, 409, 425, 429, 5xx            has been unavailable for `patience`; then UnavailableError
-    no answer within `timeout`         retried twice; then this question has no answer
-    400, 413, 422                      this question has no answer
+    no response within `timeout`       retried twice; then this question has no reply
+    400, 413, 422                      this question has no reply
     401, 403, 404 and all others       ConfigError: every question would fail
 
-The key is read from the environment and appears in no message.
+The key is read from the environment and is not part of any message.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from veneer.train.rewards.judge import Question, Reply
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _OF_ONE = {400, 413, 422}
 _TIMEOUTS = 3
-"""Attempts for a request that times out."""
+"""Maximum attempts for a request that times out."""
 _LARGEST = 64 << 20
-"""Maximum bytes of an answer."""
+"""Maximum bytes of a response."""
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
 
 
 class _Unanswered(Exception):
-    """Raised if a single question has no answer; `str` is the reason."""
+    """Raised if a single question has no reply; `str` is the reason."""
 
 
 class ServerJudge:
     """An `AskModel` over HTTP that retries while its server is unavailable.
 
-    `key`: the environment variable with the API key. `timeout`, `patience`: seconds. `at_once`: concurrent
+    key: the environment variable with the API key. timeout, patience: seconds. at_once: concurrent
     requests."""
 
     def __init__(
@@ -81,20 +81,20 @@ class ServerJudge:
         self._http.close()
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
-        """Return the replies in order; several questions are asked at once."""
+        """Return the replies in order. Several questions are sent at once."""
         self._away_since, self._stopped = None, threading.Event()
         pool = ThreadPoolExecutor(self._at_once, "judge")
         try:
             return list(pool.map(self._ask, questions))
         finally:
-            self._stopped.set()  # stop the retries of the other requests
+            self._stopped.set()  # stops the retries of the other requests
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, question: Question) -> Reply:
-        """Ask a question, again without each setting that the server's error names.
+        """Ask a question, and repeat it without each setting that the server's error names.
 
-        If the error names none, ask without `response_format`, which many servers lack. Settings that had to
-        be omitted are omitted from later questions."""
+        If the error names no setting, the question is repeated without `response_format`, which many servers
+        do not support. Later questions omit the same settings."""
         without = self._without
         try:
             while True:
@@ -127,7 +127,7 @@ class ServerJudge:
         return {"model": question.model, "messages": list(question.messages), **used}
 
     def _response(self, body: Mapping[str, Any]) -> Any:
-        """Return the server's response, of any status; retry while the server is unavailable."""
+        """Return the server's response, of any status, after retries while the server is unavailable."""
         late, wait = 0, 0.5
         while True:
             try:
@@ -151,8 +151,8 @@ class ServerJudge:
     def _read_whole(self, body: Mapping[str, Any]) -> Any:
         """Return a response with its complete content.
 
-        Raises TimeoutError if the content arrives for longer than `timeout`, as from servers that send white
-        space while they work; _Unanswered if it exceeds the size limit."""
+        Raises TimeoutError if receiving the content takes longer than `timeout`, for example from a server
+        that sends white space while it works, and _Unanswered if the content exceeds the size limit."""
         ends, content = time.monotonic() + self._timeout, bytearray()
         with self._http.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as answer:
             for part in answer.iter_bytes():
@@ -165,7 +165,7 @@ class ServerJudge:
             return self._httpx.Response(answer.status_code, headers=headers, content=bytes(content))
 
     def _wait_or_give_up(self, reason: str, wait: float) -> None:
-        """Wait before a retry. Raises UnavailableError once `patience` is over."""
+        """Wait before a retry. Raise UnavailableError once `patience` is over."""
         now = time.monotonic()
         with self._lock:
             since = self._away_since = now if self._away_since is None else self._away_since
@@ -178,7 +178,7 @@ class ServerJudge:
             )
 
     def _reply(self, answer: Any) -> Reply:
-        """Read a chat completion. Raises _Unanswered and ConfigError as in the table above."""
+        """Return the reply in a chat completion. Raise _Unanswered and ConfigError as in the table above."""
         if answer.status_code != 200:
             reason = f"HTTP {answer.status_code}: {shown(answer.text)[:300]}"
             if answer.status_code in _OF_ONE:
@@ -200,9 +200,7 @@ class ServerJudge:
 
 
 def _refused_setting(answer: Any) -> str:
-    """Return the setting that a server's error names; "" if it names none.
-
-    Read from the error's `param`, as at OpenAI."""
+    """Return the setting that a server's error names in `param`, as OpenAI does; "" if it names none."""
     try:
         return str(answer.json()["error"]["param"] or "").partition(".")[0]
     except (ValueError, LookupError, TypeError):

@@ -1,15 +1,15 @@
 """OpenAI's grader templates, such as `{{ sample.output_text }}`.
 
     filled("{{ item.city }}: {{ sample.output_json.total }}", sample, item)
-    sample_of(answer)         the content of `sample`, below
+    template_sample(answer)   the content of `sample`, below
 
-    sample.output_text    the model's answer                 sample.output_tools   empty: answers are texts
-    sample.output_json    the answer as JSON, if it is JSON  sample.choices        as in chat completions
+    sample.output_text    the completion's text              sample.output_tools   empty: completions are texts
+    sample.output_json    the text as JSON, if it is JSON    sample.choices        as in chat completions
     sample.input_text     the last message before it (veneer's own)
 
 A path is a name, followed by names and list indices after dots or in brackets: `item.tags[0]`, `item.tags.0`.
-Texts are inserted as they are, other values as JSON. Nothing is evaluated, and inserted text is not filled
-again.
+Texts are inserted unchanged, other values as JSON. Nothing is evaluated, and templates inside inserted text
+are not filled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from veneer.errors import quoted
 from veneer.train.rewards.reward import Answer
 
 FILLED = 1 << 20
-"""Maximum characters of a filled template, which can repeat a long text."""
+"""Maximum characters of a filled template, because a template can repeat a long text."""
 _FIELD = re.compile(r"\{\{([^{}]*)\}\}")
 _PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
 _STEP = re.compile(r"[\w-]+")
@@ -36,9 +36,9 @@ class TextTooLong(Exception):
 
 
 class NoValue(Exception):
-    """A template's path that has no value.
+    """Raised if a template's path has no value.
 
-    `of_sample`: the path is in `sample`, so the model's answer is at fault."""
+    of_sample: whether the path is in `sample`, so that the completion is at fault."""
 
     def __init__(self, path: str, of_sample: bool) -> None:
         super().__init__(f"{path} has no value")
@@ -63,7 +63,7 @@ def template_sample(answer: Answer) -> dict[str, Any]:
 def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], most: int = FILLED) -> str:
     """Return the template with each path replaced by its text.
 
-    Raises NoValue; raises TextTooLong above `most` characters, before the text is built."""
+    Raises NoValue. Raises TextTooLong for more than `most` characters, before building the text."""
     parts: list[str] = []
     size = 0
     for i, text in enumerate(_FIELD.split(template)):  # literal texts, with a path between any two
@@ -87,7 +87,7 @@ def _value(path: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str
 
 
 def template_problem(template: str) -> str:
-    """Return what is wrong with a template for any row; "" if nothing is."""
+    """Return the error of a template that is invalid for every row, or ""."""
     texts = _FIELD.split(template)
     if any("{{" in text for text in texts[::2]):
         return "a {{ has no matching }}"

@@ -1,4 +1,4 @@
-"""Compare an answer with the expected text; rewards, graders and evaluation share these functions.
+"""Compare a completion with the expected text. Rewards, graders and evaluation use these functions.
 
 same_text     equal, ignoring outer white space; JSON by value: key order is ignored, 12.0 equals 12
 bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1                     (extra `metrics`)
@@ -19,7 +19,7 @@ from veneer.errors import MissingExtraError
 
 
 def as_json(text: str) -> Any:
-    """Return the value of a JSON text; None if the text is not JSON."""
+    """Return the value of a JSON text, or None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -27,9 +27,9 @@ def as_json(text: str) -> Any:
 
 
 def _equal_json(a: Any, b: Any) -> bool:
-    """Return whether two JSON values are equal: 12.0 equals 12, not true and 1.
+    """Return whether two JSON values are equal: 12.0 equals 12, but true does not equal 1.
 
-    Does not recurse, so any depth works."""
+    The comparison is not recursive, so any depth works."""
     pairs = [(a, b)]
     while pairs:
         a, b = pairs.pop()
@@ -47,9 +47,9 @@ def _equal_json(a: Any, b: Any) -> bool:
 
 
 def same_text(answer: str, expected: Any) -> bool:
-    """Return whether an answer equals `expected`, a text or another JSON value.
+    """Return whether a completion equals `expected`, a text or another JSON value.
 
-    Bare numbers in texts are compared as text."""
+    If both are texts, bare numbers are compared as text."""
     text = expected if isinstance(expected, str) else json.dumps(expected, ensure_ascii=False)
     if answer.strip() == text.strip():
         return True
@@ -59,22 +59,24 @@ def same_text(answer: str, expected: Any) -> bool:
 
 
 def same_field(value: Any, expected: dict[str, Any], key: str) -> bool:
-    """Return whether an answer's JSON value has the expected value under `key`."""
+    """Return whether a completion's JSON value has the expected value under `key`."""
     return isinstance(value, dict) and key in value and _equal_json(value[key], expected[key])
 
 
 def bleu(answer: str, expected: str) -> float:
-    """Return sacrebleu's sentence BLEU, from 0 to 1. Raises MissingExtraError."""
+    """Return sacrebleu's sentence BLEU, from 0 to 1. Raise MissingExtraError if sacrebleu is missing."""
     return float(_import_metric("sacrebleu").sentence_bleu(answer, [expected]).score) / 100
 
 
 def rouge(answer: str, expected: str, measure: str = "rougeL") -> float:
-    """Return the F1 of one of rouge-score's measures. Raises MissingExtraError."""
+    """Return the F1 of a rouge-score measure. Raise MissingExtraError if rouge-score is missing."""
     if measure != "rougeL":
         return float(_rouge_scorer(measure).score(expected, answer)[measure].fmeasure)
     words = _import_metric("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=False)
     a, b = words.tokenize(answer), words.tokenize(expected)
-    return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0  # rouge-score needs a table of len(a) * len(b)
+    return (
+        2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
+    )  # avoids the table of len(a) * len(b) that rouge-score builds
 
 
 @functools.cache
@@ -83,21 +85,19 @@ def _rouge_scorer(measure: str) -> Any:
 
 
 def fuzzy(a: str, b: str) -> float:
-    """Return the share of both texts in their longest common subsequence.
+    """Return the share of both texts in their longest common subsequence; 1 for two empty texts.
 
-    1 for two empty texts. Raises MissingExtraError."""
+    Raises MissingExtraError if rapidfuzz is missing."""
     return 2 * _common(a, b) / (len(a) + len(b)) if a or b else 1.0
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the length of a longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     return int(_import_metric("rapidfuzz.distance").LCSseq.similarity(a, b))
 
 
 def gleu(answer: str, expected: str) -> float:
-    """Return Google's BLEU (arXiv 1609.08144).
-
-    It is min(precision, recall) of all n-grams of 1 to 4 words."""
+    """Return Google's BLEU (arXiv 1609.08144): min(precision, recall) of all n-grams of 1 to 4 words."""
 
     def grams(text: str) -> Counter[tuple[str, ...]]:
         words = text.split()

@@ -5,9 +5,9 @@
 
     plan_steps(examples, batching, seed=0, epoch=0)[step][micro-batch] -> indices of examples
 
-`Batch.lengths` keeps each row's bounds, so attention never crosses rows, packed or not. Loss and gradients
-are sums over tokens, so the cut changes memory and speed, never the result. Independent of tokenizers, files
-and models.
+`Batch.lengths` holds the row lengths, so attention never crosses rows, packed or not. Loss and gradients are
+sums over tokens, so the micro-batch size changes memory and speed, never the result. This module depends on
+no tokenizer, file or model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from veneer.train.text.encode import Example
 class Batch:
     """Rows concatenated without padding.
 
-    input_ids: (N,) int64; lengths: of each row, summing to N; trained: (N,) bool, token i is a target. A
-    row's first token has no context and is never trained (`encode` guarantees this)."""
+    input_ids: (N,) int64; lengths: row lengths, summing to N; trained: (N,) bool, whether token i is a
+    target. The first token of a row has no context and is never a target (`encode` guarantees this)."""
 
     input_ids: Tensor
     lengths: list[int]
@@ -48,7 +48,7 @@ class Batch:
     def sent(self, device: torch.device) -> Self:
         """Return the batch with its tokens copied to a device asynchronously.
 
-        `trained` stays on the host."""
+        `trained` remains on the host."""
         return replace(self, input_ids=sent(self.input_ids, device))
 
 
@@ -60,11 +60,12 @@ def plan_steps(
 ) -> _Steps:
     """Return the plan of one epoch: step -> micro-batch -> indices into `examples`.
 
-    Each index occurs exactly once. Pure: the same arguments give the same plan on every machine, so a resumed
-    run recomputes it. `examples` can be lengths. A micro-batch has at most `micro_rows` rows and
-    `micro_tokens` tokens; a longer row is a separate micro-batch. `pieces`: a step is first divided into this
-    many parts with about the same number of tokens, one per device, if it has enough rows. With
-    `longest_first`, the step with the longest row runs first in epoch 0."""
+    Each index occurs exactly once. The same arguments give the same plan on every machine, so a resumed run
+    computes the plan again. `examples` can also be a list of lengths. A micro-batch has at most `micro_rows`
+    rows and `micro_tokens` tokens; a longer row forms its own micro-batch.
+
+    pieces: each step with enough rows is first divided into this many parts of about the same number of
+    tokens, one per device. With `longest_first`, the step with the longest row runs first in epoch 0."""
     lengths = [e if isinstance(e, int) else len(e.input_ids) for e in examples]
     steps = step_rows(lengths, batching, seed=seed, epoch=epoch)
     return [_cut(step, lengths, batching, pieces) for step in steps]
@@ -73,8 +74,8 @@ def plan_steps(
 def step_rows(lengths: Sequence[int], batching: BatchingSection, *, seed: int, epoch: int) -> list[list[int]]:
     """Return the rows of each step, from a seeded shuffle.
 
-    The shuffle is cut every `rows` rows (bucket) or before `tokens` tokens (pack). Independent of micro_rows
-    and micro_tokens, which cannot change what a step learns."""
+    Steps end after `rows` rows (bucket) or before exceeding `tokens` tokens (pack). micro_rows and
+    micro_tokens do not affect the result."""
     order = _shuffled(len(lengths), seed, epoch)
     if batching.mode == "bucket":
         steps = [order[i : i + batching.rows] for i in range(0, len(order), batching.rows)]
@@ -99,9 +100,9 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def grouped(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Return all indices from long to short, cut before `micro_tokens` tokens.
+    """Return all indices from long to short, in groups of at most `micro_tokens` tokens.
 
-    For batches outside of training steps."""
+    Used for batches outside of training steps."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return _fill(order, lengths, micro_tokens)
 
@@ -109,15 +110,15 @@ def grouped(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
 def _shuffled(n: int, seed: int, epoch: int) -> list[int]:
     """Return 0..n-1 ordered by a hash.
 
-    Unlike a generator's shuffle, the order is the same in every version of every library."""
+    Unlike the shuffle of a random generator, the order does not depend on library versions."""
     key = f"{seed}|{epoch}|".encode()
     return sorted(range(n), key=lambda i: hashlib.blake2b(key + str(i).encode(), digest_size=8).digest())
 
 
 def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut `order` before the row that would exceed the budget.
+    """Divide `order` into groups of at most `budget` tokens.
 
-    A row longer than the budget is a separate step."""
+    A row longer than the budget forms its own group."""
     steps: list[list[int]] = []
     free = 0
     for i in order:
@@ -132,8 +133,8 @@ def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[lis
 def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection, pieces: int) -> list[list[int]]:
     """Return the micro-batches of one step.
 
-    Each part's rows are sorted from long to short and cut before a bound is exceeded. The largest micro-batch
-    comes first, so that a step that does not fit in memory fails in its first micro-batch."""
+    Rows of each part are sorted from long to short and divided at the limits. The largest micro-batch comes
+    first, so that a step that does not fit in memory fails in its first micro-batch."""
     micro: list[list[int]] = []
     for piece in balance([lengths[i] for i in rows], pieces):
         free = -1

@@ -1,6 +1,6 @@
 """Read the rows of a text run and plan its steps.
 
-data = read_data(config, base)               rows, and their tokens: for training and validation
+data = read_data(config, base)               rows and their tokens, for training and validation
 steps = planned_steps(data.train.items, config, …)
 """
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class DataSplit:
     """Rows and their tokens.
 
-    `texts`: the rows of `encoded`: the same rows, or for preferences each answer. `items`: the units of a
-    step: examples, pairs of them, or prompts."""
+    texts: the rows that `encoded` was made from: `rows`, or for preferences one row per completion.
+    items: the units of a step: examples, pairs of examples, or prompts."""
 
     rows: list[Row]
     texts: list[Row]
@@ -51,7 +51,7 @@ class TextData:
 def read_data(config: TrainConfig, base: TextBase) -> TextData:
     """Read, split and encode the rows.
 
-    Raises DataError for rows that do not fit the loss, and the errors of reading."""
+    Raises DataError if the rows do not fit the loss, and the errors of `read_rows`."""
     loss, options = config.preference.loss, row_options(config)
     rows, metadata = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:
@@ -68,14 +68,14 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
 
 
 def row_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the options with which a run's rows are read."""
+    """Return the options for reading the rows of a run."""
     loss, samples = config.preference.loss, config.sampling is not None
     formats = PROMPT_FORMATS if samples else None if loss is None else preference_formats(loss)
     return {"format": config.data.format, "columns": config.data.columns, "formats": formats, "values": samples}
 
 
 def encode_split(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
-    """Encode rows as items: an example, a pair of answers, or a prompt each."""
+    """Encode each row as an item: an example, a pair of completions, or a prompt."""
     if config.sampling is not None:
         prompts, encoded = prompt_split(rows, config, base)
         return DataSplit(rows, rows, encoded, prompts)
@@ -91,7 +91,9 @@ def encode_split(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSp
 def planned_steps(items: Sequence[Any], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1) -> LazySteps:
     """Return all steps of the run in order, planned one epoch at a time.
 
-    A step is cut into at least one micro-batch per device. `items`: those of a DataSplit."""
+    Each step has at least one micro-batch per device.
+
+    items: the items of a DataSplit."""
     if config.sampling is not None:
         return planned_rollouts(items, config, rows)
     lengths = [e.tokens for e in items]

@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 class Teacher:
     """A teacher in this process.
 
-    `attachment`: carries its adapter `name`, "" for the base without adapter; None for a separate base."""
+    `attachment` holds the teacher's adapter `name` ("" is the base without adapter). `attachment` is None if
+    the teacher is a separate base."""
 
     base: TextBase
     attachment: Attachment | None = None
@@ -76,8 +77,8 @@ def open_teacher(
 ) -> Teacher:
     """Return the configured teacher.
 
-    Raises MismatchError for a teacher with another tokenizer or an adapter of another base, and the errors of
-    loading."""
+    Raises MismatchError for a teacher with another tokenizer or an adapter of another base, and loading
+    errors."""
     if section.base is not None:
         teacher_base = load_text(section.base, dtype=base.dtype, device=base.device, say=log)
         _check_tokenizers(base, teacher_base)
@@ -90,7 +91,7 @@ def open_teacher(
 
 
 def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
-    """Raise MismatchError if a token id has another text for the teacher."""
+    """Raise MismatchError if the two tokenizers differ in any token or id."""
     ours, theirs = (dict(each.tokenizer.get_vocab()) for each in (base, teacher))
     if ours == theirs:
         return
@@ -114,15 +115,15 @@ class Distillation(SampledTraining):
         self.params = SamplingParams(self.settings.max_tokens, self.settings.temperature)
 
     def start_notes(self, prompts: Sequence[Any]) -> Iterator[str]:
-        """Yield notes on the teacher's prompts before sampling."""
+        """Yield log lines about the teacher's prompts, before sampling."""
         if self.settings.system and prompts:
             saved = sum(len(item.teacher_ids) - len(item.ids) for item in prompts) / len(prompts)
             yield f"{saved:.0f} tokens a request are saved once they are trained in"
 
     def sample_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
-        """Return step `number` on answers sampled for it.
+        """Return step `number`, with newly sampled completions.
 
-        `rows`: the rows of its prompts."""
+        rows: all rows of the split, indexed by `PromptItem.row`."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         step_prompts = [prompts[row] for row in sorted(prompts)]
         sampled = self.sample(step_prompts, self.params, number, self.settings.group, interrupted)
@@ -145,7 +146,7 @@ class Distillation(SampledTraining):
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: PolicyBatch) -> Tensor:
-        """Return Σ loss over the batch's answers; the loop divides by their number."""
+        """Return Σ loss over the batch's completions; the training loop divides by their number."""
         kl, logps = self._compared(batch)
         self.metric_means.add(teacher_kl=kl.detach())
         if batch.old is not None:
@@ -153,7 +154,7 @@ class Distillation(SampledTraining):
         return (per_token(batch.loss_weights.to(kl), batch.answers) * kl).sum()
 
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """Return the KL of each answer token, and the student's log p without gradient."""
+        """Return the KL of each completion token, and the student's log p without gradient."""
         model, teacher = self.base.model, self.teacher
         teacher_batch = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
@@ -181,7 +182,7 @@ class Distillation(SampledTraining):
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> EvalResult | None:
-        """Return the mean KL of a token of greedy answers. None once `interrupted()`."""
+        """Return the mean KL per token of greedy completions. Return None once `interrupted()` is true."""
         sampled = self.sample(prompts, replace(self.params, temperature=0.0), 0, 1, interrupted)
         if sampled is None:
             return None
@@ -218,16 +219,18 @@ def _batch(answers: Sequence[Rollout], prompts: Sequence[PromptItem], weights: T
     )
 
 
-# -- a teacher's answers as rows ---------------------------------------------------------------------------------------
+# -- a teacher's completions as rows -----------------------------------------------------------------------------------
 
 
 def teacher_rows(
     rows: Sequence[Row], config: TrainConfig, base: TextBase, sampler: Sampler, name: str = ""
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a teacher's answers as training rows, and the places of omitted prompts.
+    """Return a teacher's completions as training rows, and a list of omitted prompts with reasons.
 
-    Omitted are prompts that the teacher cannot read, and cut answers. base, name: of the teacher and its
-    adapter on the sampler's attachment. The teacher's additional instructions are not in the rows."""
+    A prompt is omitted if the prompt is longer than the teacher's context or if its completion was cut off.
+    The rows do not contain the teacher's additional instructions.
+
+    base: the teacher's base; name: the teacher's adapter on the sampler's attachment."""
     d = config.distillation
     dropping = config.model_copy(update={"data": config.data.model_copy(update={"long_rows": "drop"})})
     items, _ = prompt_split(rows, dropping, base)

@@ -3,9 +3,9 @@
     encoded = encode_rows(rows, tokenizer, config.data)
     encoded.examples[0].input_ids, .trained        same length; trained[i]: token i is a target
 
-The whole text is tokenized once and character positions give the mask, so the tokens equal those of
-inference. Tokens after the last target are dropped, because nothing is predicted from them. Independent of
-models.
+Each text is tokenized as a whole, and the loss mask is derived from character positions, so the tokens equal
+the tokens at inference. Tokens after the last target are dropped, because nothing is predicted from them.
+This module does not depend on models.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from veneer.train.text.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024  # rows tokenized per call: limits the tokenizer's memory
+_CHUNK = 1024  # rows tokenized per call, which limits the tokenizer's memory
 
 
 @dataclass
 class Example:
     """The tokens of one row.
 
-    trained[i]: token i is a target, predicted from the tokens before it in its own row. `row`: index in the
-    rows given to `encode_rows`. The two lists have the same length; trained[0] is False."""
+    trained[i]: whether token i is a target, predicted from the tokens before it in the same row; trained[0]
+    is False. The two lists have the same length. row: index in the rows given to `encode_rows`."""
 
     input_ids: list[int]
     trained: list[bool]
@@ -54,13 +54,17 @@ class Example:
 
 @dataclass
 class Counts:
-    """What happened to the rows during encoding.
+    """Counts of what happened to the rows during encoding.
 
-    `first_rows`: a few rows of each count. `cut_ends`: cut rows that lost their end, including the
-    end-of-turn token. `changed_turns`: turns that render differently once later turns follow. `control`: rows
-    whose own text contains the base's control tokens. `longest`: tokens before cutting. For preferences, each
-    answer is a row: `partners`, answers dropped because the other answer of the pair was; `other_prompts`,
-    pairs whose two prompts have different tokens."""
+    first_rows: the first rows of each count
+    cut_ends: truncated rows that lost their end, including the end-of-turn token
+    changed_turns: turns that render differently when later turns follow
+    control: rows with the base's control tokens in their own text
+    longest: tokens of the longest row before truncation
+
+    For preferences, each completion counts as a row:
+    partners: completions dropped because the other completion of their pair was dropped
+    other_prompts: pairs with two differently tokenized prompts"""
 
     rows: int = 0
     used: int = 0
@@ -89,9 +93,10 @@ class Counts:
 class EncodedRows:
     """Rows as examples.
 
-    `end_ids`: token IDs that end an answer in these rows (end-of-turn, or end-of-text for plain rows).
-    `cut_rows`: indices of cut rows. `chat`: rendered by a chat template. `left`: index of each dropped row ->
-    reason."""
+    end_ids: token ids that end a completion (end-of-turn, or end-of-text for plain rows)
+    cut_rows: indices of truncated rows
+    chat: whether a chat template rendered any of the rows
+    left: index of each dropped row -> reason"""
 
     examples: list[Example]
     counts: Counts
@@ -107,11 +112,13 @@ def encode_rows(
 ) -> EncodedRows:
     """Tokenize rows according to `data`.
 
-    Uses its chat_template, train_on, max_length and long_rows. `refuse`: False drops rows that would stop a
-    run.
+    Uses chat_template, train_on, max_length and long_rows of `data`. With refuse=False, rows that would stop
+    a run are dropped instead.
 
-    Raises DataError, listing rows, for rows that cannot be rendered unambiguously, and for long rows if they
-    are to be refused; BaseError for conversations on a base without a chat template."""
+    Raises DataError, with a list of rows, for rows that cannot be rendered unambiguously, and for rows that
+    are too long if long_rows is "refuse". Raises BaseError for conversations if the base has no chat
+    template.
+    """
     renderer = Renderer(tokenizer, data.chat_template)
     counts = Counts(rows=len(rows))
     rendered: dict[int, Rendered] = {}
@@ -172,7 +179,8 @@ def encode_rows(
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> Iterator[Any]:
     """Yield the encoding of each text.
 
-    A chat template writes BOS and EOS itself; plain text gets the tokenizer's special tokens."""
+    The tokenizer adds special tokens to plain text only, because a chat template writes BOS and EOS
+    itself."""
     for chat, some in itertools.groupby(rendered, lambda r: r.chat):
         texts = [r.text for r in some]
         for at in range(0, len(texts), _CHUNK):
@@ -186,7 +194,7 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendere
 
 
 def _tokens(encoding: Any, r: Rendered, eos: int | None) -> tuple[list[int], list[bool]]:
-    """Return (ids, trained) of a text, with the end-of-text token if the text needs one."""
+    """Return (ids, trained) of a text, followed by the end-of-text token if `r.append_eos`."""
     ids = list(encoding.ids)
     trained = [False] * len(ids)
     for start, end in r.trained_spans:
@@ -206,15 +214,16 @@ def _tokens(encoding: Any, r: Rendered, eos: int | None) -> tuple[list[int], lis
 def _span(encoding: Any, start: int, end: int) -> tuple[int, int]:
     """Return the token range of a trained character range, from token offsets.
 
-    A token that straddles the start is trained on, because it has the answer's first letters."""
+    The range includes a token that straddles `start`, because the token contains the first letters of the
+    completion."""
     first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
     if first is None:
         return 0, 0
-    # Some tokenizers trim spaces from offsets: a token of spaces over [a, b) has (b, b).
+    # Some tokenizers trim spaces from offsets: a token of spaces over [a, b) has the offsets (b, b).
     while first > 0 and (o := encoding.token_to_chars(first - 1)) is not None and o[0] == o[1] and o[0] > start:
         first -= 1
     last = next(t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None) + 1
-    # Several tokens of one multi-byte letter can have the same offsets; char_to_token returns the first.
+    # Several tokens of one multi-byte character can have the same offsets; char_to_token returns the first.
     while last < len(encoding.ids) and (o := encoding.token_to_chars(last)) is not None and start < o[1] <= end:
         last += 1
     return first, last
@@ -228,10 +237,10 @@ def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[
 
 
 def _cut(ids: list[int], trained: list[bool], limit: int, bos: int | None) -> tuple[list[int], list[bool], bool]:
-    """Cut a row to at most `limit` tokens; returns whether the end was cut.
+    """Truncate a row to at most `limit` tokens. Return (ids, trained, whether the end was cut).
 
-    First drops the oldest tokens before the first target (a leading BOS and the token before the answer
-    stay), then the row's end. At least one target stays."""
+    Drops the oldest tokens before the first target, except a leading BOS and the last token before the
+    target. If the row is still too long, drops its end. At least one target remains."""
     first = trained.index(True)
     head = 1 if bos is not None and ids[0] == bos and first > 1 and limit > 2 else 0
     spare = max(0, first - 1 - head)
@@ -244,9 +253,9 @@ def _cut(ids: list[int], trained: list[bool], limit: int, bos: int | None) -> tu
 
 
 def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) -> set[int]:
-    """Return the token IDs that end an answer.
+    """Return the token ids that end a completion.
 
-    They are the template's end marker, and EOS if plain rows append it."""
+    They are the template's end marker, and EOS if plain rows end with EOS."""
     ends: set[int] = set()
     if any(r.append_eos for r in rendered) and eos is not None:
         ends.add(eos)

@@ -1,19 +1,19 @@
-"""Score the base and adapters on held-out rows: loss, and generated answers.
+"""Score the base and adapters on held-out rows: loss, and generated completions.
 
     scores = score_mixes(base, rows, {"base": [], "support": ["runs/support"]})
     scores["support"].exact_match
 
     loss         Σ −log p(target) / targets, over the rows' targets as in training
-    exact_match  share of rows whose greedy answer equals the expected one, ignoring outer white space;
-                 JSON answers are compared by value: key order is ignored, 12.0 equals 12
-    valid_json   share of rows whose answer is a JSON object or array
-    json_fields  for each key of the expected JSON objects: share of rows whose answer has an equal value
-    likelier     pairs: share whose chosen answer has a higher log p than the rejected one
-    reward_…     pairs: accuracy, the share whose log p(chosen) − log p(rejected) is above the base's; margin,
+    exact_match  share of rows with a greedy completion equal to the expected answer, ignoring outer white
+                 space; JSON is compared by value: key order is ignored, 12.0 equals 12
+    valid_json   share of rows with a completion that is a JSON object or array
+    json_fields  for each key of the expected JSON objects: share of rows with an equal value
+    likelier     pairs: share with a higher log p of the chosen than of the rejected answer
+    reward_…     pairs: accuracy, the share with log p(chosen) − log p(rejected) above the base's; margin,
                  the mean difference in nats: dpo's reward with β = 1
 
-Rows of plain text have no answer: they get loss and perplexity only. For pairs, loss and answers are those of
-the chosen side.
+Rows of plain text have no answer, so they only have loss and perplexity. For pairs, loss and completions are
+those of the chosen side.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
-"""A name for the table -> adapters that act together; none: the base.
+"""Name in the result -> adapters applied together; no adapters means the base.
 
 An adapter is "NAME_OR_PATH[:strength]" or (name, strength)."""
 
 _Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
-"""(base, adapters by name, rows=) -> a context manager.
+"""Function (base, adapters by name, rows=) -> context manager.
 
-The context manager returns (prompts, mix=, max_new_tokens=) -> completions; the mix is selected on the model
-during that call. `veneer.serve.engine.offline.answering` is an example."""
+The context manager returns a function (prompts, mix=, max_new_tokens=) -> completions, which selects the mix
+on the model during the call. `veneer.serve.engine.offline.answering` is an example."""
 
 _MICRO_TOKENS = 4096
 
@@ -68,7 +68,7 @@ _MICRO_TOKENS = 4096
 class Scores:
     """The scores of one mix.
 
-    `answers`: the model's answer to each row with an expected answer, in the rows' order."""
+    answers: the model's completion for each row that has an expected answer, in row order."""
 
     rows: int = 0
     exact_match: float | None = None
@@ -84,7 +84,7 @@ class Scores:
     answers: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self, *, answers: bool = False) -> dict[str, Any]:
-        """Return all fields as plain values; includes `answers` only on request."""
+        """Return all fields as plain values, with `answers` only on request."""
         values = asdict(self)
         if not answers:
             del values["answers"]
@@ -107,11 +107,16 @@ def score_mixes(
 ) -> dict[str, Scores]:
     """Score each mix on `rows`.
 
-    All adapters are attached once; selecting a mix is one assignment. `data`: how rows are tokenized
-    (max_length, train_on, chat_template); by default as in training, with rows that are too long for the base
-    cut. `generate=False`: loss and perplexity only. `attachment`: the base's existing attachment.
-    `answering`: replaces models.text.generate.complete; see `_Answering`. `on_progress(mix, done, rows)`
-    counts answered rows. Raises DataError if no row can be scored."""
+    All adapters are attached once; selecting a mix is one assignment.
+
+    data: tokenization settings (max_length, train_on, chat_template). The default is the training default,
+        with rows truncated to the base's context.
+    generate: False computes loss and perplexity only.
+    attachment: the base's existing attachment.
+    answering: replaces models.text.generate.complete; see `_Answering`.
+    on_progress: called as on_progress(mix, answered rows, rows).
+
+    Raises DataError if no row can be scored."""
     from veneer.adapters.use import attach_adapters, parse_spec
 
     if not rows:
@@ -180,7 +185,7 @@ def score_mixes(
 
 
 def _margins(base: TextBase, pairs: Sequence[Item]) -> list[float]:
-    """Return log p(chosen) − log p(rejected) of each pair under the selected mix."""
+    """Return log p(chosen) − log p(rejected) of each pair with the selected mix."""
     if not pairs:
         return []
     with fast(base.model):
@@ -199,11 +204,11 @@ def score_examples(
     interrupted: Callable[[], bool] = lambda: False,
     devices: Devices = ALONE,
 ) -> EvalResult | None:
-    """Return Σ NLL over the targets of `examples`; None as soon as `interrupted()`.
+    """Return Σ NLL over the targets of `examples`, or None once `interrupted()` is true.
 
-    Runs in eval mode without gradients and restores the model's mode. A row longer than `micro_tokens` is a
-    separate batch; a row without targets is skipped. With several `devices`, covers this process's share
-    only."""
+    Runs in eval mode without gradients and restores the model's mode. A row longer than `micro_tokens` forms
+    its own batch. Rows without targets are skipped. With several `devices`, the result covers the share of
+    this process."""
     examples = [e for e in examples if e.trained_tokens]
     groups = grouped([e.tokens for e in examples], micro_tokens)
     total, trained, rows, best = 0.0, 0, 0, 0
@@ -231,16 +236,16 @@ def answers_of(
     on_progress: Callable[[int, int], None] = lambda done, rows: None,
     answer: Callable[..., list[Completion]] | None = None,
 ) -> list[str]:
-    """Return greedy answers in the order of the prompts.
+    """Return greedy completions in the order of the prompts.
 
-    Equal prompts are answered once. `answer(prompts, max_new_tokens=)` replaces
+    Equal prompts are completed once. `answer(prompts, max_new_tokens=)` replaces
     models.text.generate.complete."""
     answer = answer or functools.partial(complete, base, batch_size=batch_size)
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
     first: dict[str, int] = {}
     for i, key in enumerate(keys):
         first.setdefault(key, i)
-    # Longest first, so that batches have little padding; progress is reported per chunk of batches.
+    # Longest first, so that batches have little padding. Progress is reported after each chunk of batches.
     order = sorted(first.values(), key=lambda i: (-len(keys[i]), i))
     answers: dict[str, str] = {}
     for at in range(0, len(order), 4 * batch_size):
@@ -272,7 +277,7 @@ def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
     text = renderer.prompt(row)
     bos = base.tokenizer.bos_token
     if renderer.template is not None and bos and text.startswith(bos):
-        # Both a template and the tokenizer write BOS; one is enough.
+        # If both the template and the tokenizer write BOS, remove the BOS of the template.
         ids = base.tokenizer("x")["input_ids"]
         text = text.removeprefix(bos) if ids and ids[0] == base.tokenizer.bos_token_id else text
     return text

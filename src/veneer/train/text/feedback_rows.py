@@ -1,11 +1,11 @@
-"""Store a person's judgments of answers as rows that `veneer train` reads.
+"""Store human feedback on completions as rows that `veneer train` reads.
 
-A judgment chooses one of two answers, or corrects an answer.
+A person chooses one of two completions, or corrects a completion.
 
     add_row(file, preference_row(messages, chosen, rejected))        a vote       -> the format `preference`
     add_row(file, corrected_row(messages, answer))                   a correction -> the format `messages`
 
-A server with tenants stores judgments in its database (serve/tenancy/feedback.py), which has the answers.
+A server with tenants stores feedback in its database instead (serve/tenancy/feedback.py).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _Messages = Sequence[Mapping[str, Any]]
 
 
 def preference_row(messages: _Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    """Return the row for a vote between two answers to `messages`.
+    """Return the row for a vote between two completions of `messages`.
 
-    Raises DataError if the answers are equal."""
+    Raises DataError if the completions are equal."""
     if chosen == rejected:
         raise DataError("both answers are the same, so none is better", fix="ask again with a temperature above 0")
     return {"prompt": _turns(messages), "chosen": [_answer(chosen)], "rejected": [_answer(rejected)]}
 
 
 def corrected_row(messages: _Messages, answer: str) -> dict[str, Any]:
-    """Return the row for a corrected answer to `messages`."""
+    """Return the row for a corrected completion of `messages`."""
     return {"messages": [*_turns(messages), _answer(answer)]}
 
 
@@ -51,9 +51,9 @@ def _answer(text: str) -> dict[str, Any]:
 
 
 def judged_file(base: str, kind: Literal["preference", "messages"]) -> Path:
-    """Return the file of a kind of rows, in the veneer home, for a base.
+    """Return the file in the veneer home for feedback rows of this kind and base.
 
-    For a machine whose owner judges."""
+    Used on a machine without tenants."""
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "base"
     return veneer_home() / "judged" / folder / {"preference": "votes.jsonl", "messages": "corrections.jsonl"}[kind]
 
@@ -61,8 +61,8 @@ def judged_file(base: str, kind: Literal["preference", "messages"]) -> Path:
 def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
     """Append a row to a JSONL file, create the file if necessary, and sync it.
 
-    Returns the number of rows. Raises DataError and adds nothing if the file has rows of another format or
-    unreadable rows."""
+    Returns the number of rows. Raises DataError, without adding the row, if the file has rows of another
+    format or unreadable rows."""
     path = Path(file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
@@ -80,7 +80,7 @@ def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
                 fix="another file",
             )
     lead = b"\n" if content and not content.endswith(b"\n") else b""
-    with path.open("ab") as out:  # one append per row, so concurrent writers do not interleave
+    with path.open("ab") as out:  # one write per row, so that concurrent writers do not interleave
         out.write(lead + line)
         out.flush()
         os.fsync(out.fileno())

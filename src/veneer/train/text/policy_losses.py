@@ -1,12 +1,12 @@
-"""The loss of sampled answers with rewards: one formula for published losses.
+"""Policy loss of sampled completions with rewards: one formula for the published losses.
 
     L = 1/N Σ_i f_i Σ_t  w_it · max(−ρ_it·A_i, −clip(ρ_it, 1 − ε_low, 1 + ε_high)·A_i)  +  β·k_it
 
     A_i    `advantages`: the reward minus a baseline, optionally divided by a standard deviation
-    ρ_it   `policy_ratios`: p now / p at sampling, of the token, or the geometric mean over its answer
-    f_i    `length_factors`: length normalization of an answer
+    ρ_it   `policy_ratios`: p now / p at sampling, of the token, or the geometric mean over its completion
+    f_i    `length_factors`: length normalization of a completion
     k_it   `kl_estimates`: KL to the reference
-    w_it   `importance_weights`: if tokens were not sampled from p (a temperature, a grammar)
+    w_it   `importance_weights`: for tokens sampled from another distribution than p (a temperature, a grammar)
 
 | loss                     | baseline | scale | ratio    | ε          | f_i          | source           |
 | ppo (only its clip)      | batch    | batch | token    | 0.2 0.2    | batch        | arXiv 1707.06347 |
@@ -17,9 +17,9 @@
 | dapo                     | group    | group | token    | 0.2 0.28   | batch        | arXiv 2503.14476 |
 | gspo                     | group    | group | sequence | 3e-4 4e-4  | answer       | arXiv 2507.18071 |
 
-Without a clip and with one update ρ is 1, and the gradient of ρ·A is that of A·log p: REINFORCE's. Pure
-functions of tensors; answers are concatenated, T tokens of N answers, and the answers' lengths assign tokens
-to answers.
+Without a clip and with one update, ρ is 1 and the gradient of ρ·A is that of A·log p, as in REINFORCE. All
+functions are pure functions of tensors. Completions are concatenated: T tokens of N completions, with the
+completion lengths as a separate argument.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _LEAST = 1e-4
 
 
 def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, scale: _Spread) -> Tensor:
-    """A_i = (r_i − b_i) / (s_i + 1e-4), float64: (N,).
+    """Return A_i = (r_i − b_i) / (s_i + 1e-4), float64: (N,).
 
-    rewards: (N,); groups: of each answer.
+    rewards: (N,); groups: the group index of each completion.
 
-    b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other answers (RLOO, eq. 8 of
-    2402.14740), of all, or 0. s + 1e-4: the standard deviation of the group or of all, with n − 1; or, for
-    `none`, 1. For the first two baselines a group of one has advantage 0, exactly like a group with equal
-    rewards."""
+    b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other completions (RLOO, eq. 8 of
+    2402.14740), of all completions, or 0. s + 1e-4: the standard deviation of the group or of all
+    completions, with n − 1; or 1 if scale is `none`. For the first two baselines, a group of one completion
+    has advantage 0, like a group with equal rewards."""
     r = rewards.double()
     out = r.clone()
     parts: dict[int, list[int]] = {}
@@ -68,9 +68,10 @@ def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, s
 
 
 def _centred(r: Tensor) -> Tensor:
-    """Subtract the mean; exactly 0 for equal numbers.
+    """Return r minus its mean, exactly 0 if all numbers are equal.
 
-    The mean of equal numbers can differ in its last bit, which a standard deviation of 0 would amplify."""
+    The mean of equal numbers can differ in its last bit. Dividing by a standard deviation near 0 would
+    amplify the difference."""
     return r - r.mean() if bool((r != r[:1]).any()) else torch.zeros_like(r)
 
 
@@ -79,10 +80,10 @@ def _spread(r: Tensor) -> Tensor:
 
 
 def policy_ratios(logps: Tensor, old: Tensor, lengths: Sequence[int], *, level: Literal["token", "sequence"]) -> Tensor:
-    """ρ of each token, (T,), with its gradient.
+    """Return ρ of each token with its gradient: (T,).
 
-    `token`: p / p_old (PPO's eq. 6). `sequence`: one number for all tokens of an answer, exp of their mean
-    log p − log p_old (GSPO's eq. 7)."""
+    `token`: p / p_old (PPO, eq. 6). `sequence`: one number for all tokens of a completion, exp of the mean
+    of log p − log p_old (GSPO, eq. 7)."""
     difference = logps - old
     if level == "sequence":
         means = torch.stack([part.mean() for part in difference.split(list(lengths))])
@@ -91,9 +92,9 @@ def policy_ratios(logps: Tensor, old: Tensor, lengths: Sequence[int], *, level: 
 
 
 def clipped(ratios: Tensor, advantages: Tensor, low: float | None, high: float | None) -> Tensor:
-    """max(−ρ·A, −clip(ρ, 1 − low, 1 + high)·A) of each token (PPO's eq. 7).
+    """Return max(−ρ·A, −clip(ρ, 1 − low, 1 + high)·A) of each token (PPO, eq. 7).
 
-    With high above low: DAPO's clip-higher, its eq. 10. None: no bound on this side. advantages: (T,)."""
+    high > low is the clip-higher of DAPO (eq. 10). None means no limit on that side. advantages: (T,)."""
     plain = -ratios * advantages
     if low is None and high is None:
         return plain
@@ -102,22 +103,23 @@ def clipped(ratios: Tensor, advantages: Tensor, low: float | None, high: float |
 
 
 def kl_estimates(logps: Tensor, reference: Tensor) -> Tensor:
-    """KL(p ‖ p_ref) by each token sampled from p, (T,), with d = log p − log p_ref: e^(−d) + d − 1.
+    """Return the KL(p ‖ p_ref) estimate e^(−d) + d − 1 of each token, d = log p − log p_ref: (T,).
 
-    Unbiased and never below 0: GRPO's (eq. 4), k3 of Schulman 2020, "Approximating KL divergence"."""
+    The tokens are sampled from p. The estimate is unbiased and never below 0: GRPO (eq. 4), and k3 of
+    Schulman 2020, "Approximating KL divergence"."""
     d = logps - reference
     return torch.exp(-d) + d - 1
 
 
 def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "forward"]) -> Tensor:
-    """KL of p = softmax(logits) and the teacher's q: (M, V) -> (M,).
+    """Return the KL between p = softmax(logits) and the teacher's q: (M, V) -> (M,).
 
-    Over the whole vocabulary:
+    The sum is over the whole vocabulary:
 
         reverse   KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)      concentrates where q is high
         forward   KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)      covers all of q
 
-    For answers sampled from p itself (Agarwal et al. 2024, "On-policy distillation", arXiv 2306.13649)."""
+    Used for completions sampled from p (Agarwal et al. 2024, "On-policy distillation", arXiv 2306.13649)."""
     ours, theirs = logits.log_softmax(-1), teacher.log_softmax(-1)
     if direction == "forward":
         ours, theirs = theirs, ours
@@ -125,10 +127,12 @@ def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "
 
 
 def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
-    """f_i, float64: (N,).
+    """Return f_i, float64: (N,).
 
-    `answer`: 1/|o_i|, GRPO's mean of means. `batch`: N / Σ|o|, so that every token of the step has the same
-    weight: DAPO's. `limit`: 1/limit, a constant, Dr. GRPO's. `none`: 1, log p of whole answers."""
+    answer   1/|o_i|, the mean of means of GRPO
+    batch    N / Σ|o|, so that every token of the step has the same weight (DAPO)
+    limit    1/limit, a constant (Dr. GRPO)
+    none     1, for log p of whole completions"""
     n = torch.tensor(list(lengths), dtype=torch.float64)
     if how == "answer":
         return 1 / n
@@ -138,12 +142,12 @@ def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
 
 
 def importance_weights(logps: Tensor, sampling_logps: Tensor, cap: float) -> Tensor:
-    """min(p / q, cap) of each token, (T,).
+    """Return min(p / q, cap) of each token: (T,).
 
-    q is the sampling distribution, p the model's. Truncated importance sampling (Ionides 2008)."""
+    q is the sampling distribution and p the model's: truncated importance sampling (Ionides 2008)."""
     return (logps - sampling_logps).exp().clamp(max=cap)
 
 
 def per_token(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Repeat each answer's value for all of its tokens: (N,) -> (T,)."""
+    """Repeat the value of each completion for all of its tokens: (N,) -> (T,)."""
     return values.repeat_interleave(torch.tensor(list(lengths), device=values.device))

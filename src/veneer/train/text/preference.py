@@ -1,27 +1,27 @@
-"""Preference training: items that a loss compares, their reference, and the loss.
+"""Preference training: the items that a loss compares, their reference, and the loss.
 
-    rows    → answer_rows       a pair as two ordinary rows, chosen and rejected, for `encode_rows`
-    encoded → items_of          pairs of examples again; for KTO each answer alone, with its judgement
-    items   → collate_items     the answers end to end in one batch
-              mismatched        KTO: prompts with the answers that belong to others
+    rows    → answer_rows           a pair as two ordinary rows, chosen and rejected, for `encode_rows`
+    encoded → preference_items      pairs of examples again; for KTO single completions with their labels
+    items   → collate_items         the completions concatenated in one batch
+              mismatched_examples   KTO: prompts with the completions of other prompts
 
     preference = Preference(config, base, attachment)
     preference.load_reference(items, log)    the reference's log-probabilities, once, before step one
-    preference.loss(batch)                   Σ loss over the batch's pairs (kto: answers)
+    preference.loss(batch)                   Σ loss over the batch's pairs (kto: completions)
     preference.begin(step), .metrics()       kto's reference point of the step; values for the log
     preference.score(items, …)               the same over held-out pairs
 
-The reference is the same base with the adapter off, or with the adapter that the run started from: never a
-second model. The formulas are in ops.loss. Measurements, as means over the pairs:
+The reference is never a second model: it is the same base with the adapter off, or with the adapter that the
+run started from. The formulas are in ops.loss. Metrics, as means over the pairs:
 
     reward_chosen, reward_rejected    β·(log π − log π_ref); orpo and simpo have no reference: β·log π / |y|
     reward_margin, reward_accuracy    their difference, and the share of pairs with a difference above 0
-    logp_chosen, logp_rejected        log π, in nats: whether the chosen answers themselves become less likely
+    logp_chosen, logp_rejected        log π, in nats: shows whether the chosen completions become less likely
     tokens_chosen, tokens_rejected    lengths
-    kl                                kto: z₀, and its accuracy is the share of answers on their side of it
+    kl                                kto: z₀; reward_accuracy is the share of completions on their side of z₀
 
-k micro-batches equal one, and so do several devices: each loss depends on one pair only, and z₀ on the whole
-step, whatever its micro-batches. Passes without a gradient are distributed over the devices.
+The result does not depend on the number of micro-batches or devices, because each loss depends on one pair
+only, and z₀ on the whole step. Passes without a gradient are distributed over the devices.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Item:
-    """(chosen, rejected), or one answer that is `desirable` or not.
+    """A (chosen, rejected) pair, or one completion with its label `desirable`.
 
-    `row`: index of its row. `reference`: log p of each answer under the reference model, once it is known;
-    empty if no loss needs it."""
+    row: index of the item's row. reference: log p of each completion under the reference model, once
+    computed; empty if the loss has no reference."""
 
     answers: tuple[Example, ...]
     row: int
@@ -77,19 +77,20 @@ class Item:
 
 @dataclass
 class AnswerBatch(Batch):
-    """The answers of some items, in order; those of a pair are consecutive."""
+    """The completions of several items, in order. The completions of a pair are consecutive."""
 
     items: list[Item]
 
 
 _CHUNK = 256
-"""Answers between two messages about the reference."""
+"""Number of completions between two log messages about the reference."""
 
 
 def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
-    """Return each answer as a row, and the index of its original row.
+    """Return each completion as a row, and the index of its original row.
 
-    The common beginning of both answers of a pair is their prompt and not learned, whatever its roles."""
+    Messages that both completions of a pair begin with are their prompt. The prompt is not trained on, even
+    if it contains assistant messages."""
     out: list[Row] = []
     owners: list[int] = []
     for i, row in enumerate(rows):
@@ -105,12 +106,12 @@ def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 def preference_items(
     encoded: EncodedRows, rows: Sequence[Row], owners: Sequence[int], *, paired: bool
 ) -> tuple[list[Item], EncodedRows]:
-    """Return the items in the rows' order, and `encoded` with the remaining examples.
+    """Return the items in row order, and `encoded` with the remaining examples.
 
-    rows, owners: the preference rows, and the second result of `answer_rows`. `paired`: a pair is one item,
-    and an answer whose partner was left out is left out too (counted as `partners`); otherwise each answer is
-    an item."""
-    first = {i: at for at, i in reversed(list(enumerate(owners)))}  # of a pair, the chosen answer
+    rows, owners: the preference rows, and the second result of `answer_rows`. paired: True makes one item of
+    each pair, and drops a completion if the other completion of the pair was dropped (counted as `partners`);
+    False makes one item of each completion."""
+    first = {i: at for at, i in reversed(list(enumerate(owners)))}  # for a pair, the position of the chosen completion
     by_row: dict[int, list[Example]] = {}
     for example in encoded.examples:
         by_row.setdefault(owners[example.row], []).append(example)
@@ -137,12 +138,13 @@ def preference_items(
 
 
 def _one_prompt(a: Example, b: Example) -> tuple[Example, Example]:
-    """Return both with the shorter of their prompts, if the longer was cut to it."""
+    """Return both examples with the shorter prompt, if the shorter prompt is a truncation of the longer
+    one."""
     short = min(a.prompt, b.prompt, key=len)
 
     def after(example: Example) -> Example:
         prompt = example.prompt
-        kept_first = 1 if prompt[0] == short[0] else 0  # a begin-of-text token stays when a row is cut
+        kept_first = 1 if prompt[0] == short[0] else 0  # truncation keeps a begin-of-text token
         dropped = len(prompt) - len(short)
         if not dropped or prompt[kept_first + dropped :] != short[kept_first:]:
             return example
@@ -158,10 +160,10 @@ def collate_items(items: Sequence[Item]) -> AnswerBatch:
 
 
 def mismatched_examples(items: Sequence[Item], max_length: int) -> list[Example]:
-    """Pair each item's prompt with the answer of the next item with another prompt.
+    """Return each item's prompt with the completion of the next item that has another prompt.
 
-    The order is cyclic. At most `max_length` tokens; the answer's end is cut. Empty if all prompts are equal.
-    """
+    The order is cyclic. The end of a completion is cut so that an example has at most `max_length` tokens.
+    The result is empty if all prompts are equal."""
     out: list[Example] = []
     firsts = [item.answers[0] for item in items]
     prompts = [e.prompt for e in firsts]
@@ -177,10 +179,10 @@ def mismatched_examples(items: Sequence[Item], max_length: int) -> list[Example]
 
 @dataclass
 class Preference:
-    """A run's preference loss.
+    """The preference loss of a run.
 
-    `start`: the adapter that the run continues from; if the loss has a reference, `start` is attached a
-    second time under `name`, as the reference."""
+    start: the adapter that the run continues from. If the loss has a reference, `start` is attached a second
+    time under `name`, as the reference."""
 
     config: TrainConfig
     base: TextBase
@@ -201,13 +203,14 @@ class Preference:
             self.reference = (self.name,)
 
     def load_reference(self, items: Sequence[Item], log: Callable[[str], None] = lambda line: None) -> None:
-        """Fill each item's `reference`. Equal answers are computed once."""
+        """Compute `reference` of each item. Equal completions are computed once."""
         if not self.settings.needs_reference:
             return
         start = self.start.digest() if self.start is not None else "base"
         run = f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
         examples = {_digest(run, example): example for item in items for example in item.answers}
-        # Long ones first, so that lack of memory shows at once; the order is independent of that of the rows.
+        # Longest first, so that running out of memory shows at once; the order does not depend on the row
+        # order.
         order = sorted(examples, key=lambda key: (-examples[key].tokens, key))
         logps: dict[str, float] = {}
         for at in range(0, len(order), _CHUNK):
@@ -218,16 +221,16 @@ class Preference:
             item.reference = tuple(logps[_digest(run, example)] for example in item.answers)
 
     def begin(self, step: Step) -> None:
-        """Compute z₀ of all items of the step.
+        """Compute z₀ from all items of the step.
 
-        In row order, so that micro-batches do not matter."""
+        The items are sorted by row, so that z₀ does not depend on the micro-batches."""
         self.metric_means = MetricMeans()
         if self.settings.loss == "kto":
             items = [item for micro in step.micros for item in micro.items]
             self.point = self._point(sorted(items, key=lambda item: (item.row, not item.desirable)))
 
     def metrics(self) -> MetricMeans:
-        """Return the measurements of this process's pairs since `begin`."""
+        """Return the metrics of this process's pairs since `begin`."""
         if self.settings.loss != "kto":
             return self.metric_means
         point = MetricMeans()
@@ -237,7 +240,7 @@ class Preference:
     def loss(self, batch: AnswerBatch) -> Tensor:
         """Return Σ loss over the items of the batch.
 
-        Before `load_reference`, the reference is the policy itself, as at the start."""
+        Before `load_reference`, the policy itself is the reference."""
         device = self.base.device
         return self.call(self._loss, sent(batch.input_ids, device), batch, batch.trained)
 
@@ -246,10 +249,9 @@ class Preference:
         return self._losses(logps, batch.items, self.metric_means, self.point).sum()
 
     def score(self, items: Sequence[Item], *, interrupted: Callable[[], bool] = lambda: False) -> EvalResult | None:
-        """Return the mean loss over `items` and its measures, in eval mode.
+        """Return the mean loss and the metrics over `items`, in eval mode; None once `interrupted()` is true.
 
-        None once `interrupted()`. With several devices the first has the whole result, and the others an
-        empty score."""
+        With several devices, the first device returns the whole result, the others an empty result."""
         point = self._point(items) if self.settings.loss == "kto" else 0.0
         logps = self._logps([e for item in items for e in item.answers], interrupted=interrupted)
         if logps is None:
@@ -263,7 +265,7 @@ class Preference:
         return EvalResult(total, trained_tokens, len(items), metrics, likelihood=False, units=len(items))
 
     def _losses(self, logps: Tensor, items: Sequence[Item], means: MetricMeans, point: float) -> Tensor:
-        """Return the losses (items,) from the log p of all answers, (Σ answers,)."""
+        """Return the losses (items,) from log p of each completion (Σ completions,)."""
         s, beta = self.settings, self.settings.beta or 0.0
         lengths = logps.new_tensor([e.trained_tokens for item in items for e in item.answers])
         references = [value for item in items for value in item.reference]
@@ -327,7 +329,7 @@ class Preference:
     def _point(self, items: Sequence[Item]) -> float:
         """Return z₀.
 
-        Mismatched pairs change every step, so their reference is computed each time."""
+        The mismatched pairs differ in every step, so their reference is not cached."""
         examples = mismatched_examples(items, self.config.data.max_length)
         policy = self._logps(examples)
         assert policy is not None
@@ -346,10 +348,10 @@ def answer_logps(
     call: CallWithWeights = call_unsharded,
     devices: Devices = ALONE,
 ) -> list[float] | None:
-    """Return Σ log p of each example's trained tokens.
+    """Return Σ log p of the trained tokens of each example.
 
-    In eval mode, without gradient. None once `interrupted()` on any device. The devices share the work, and
-    all return the whole result. The model's mode is restored."""
+    Runs in eval mode without gradients, and restores the model's mode. Returns None once `interrupted()` is
+    true on any device. The devices share the work, and all return the whole result."""
     model = base.model
     groups = grouped([e.tokens for e in examples], micro_tokens)
     local_logps, stopped = dict[int, float](), False

@@ -1,7 +1,8 @@
 """Preflight of a text run: rows, trained modules, vocabulary, and memory.
 
-Each check is a function of the run that yields findings: `_DATA_CHECKS` and `_PROMPT_CHECKS` need the base's
-tokenizer only, `_BASE_CHECKS` its weights. The checks of all runs are in `train.preflight`. Changes nothing.
+Each check is a function of the run that yields findings. `_DATA_CHECKS` and `_PROMPT_CHECKS` only need the
+base's tokenizer; `_BASE_CHECKS` need its weights. The checks of all kinds of runs are in `train.preflight`.
+No check changes anything.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from veneer.train.text.preference import Item
 from veneer.train.text.prompts import PromptItem, first_rollouts
 from veneer.train.text.rows import leakage
 
-_SAMPLED = 200  # rows whose prompts are tokenized again; templates fail for all rows or for none
+_SAMPLED = 200  # rows with prompts that are tokenized again; a template fails for all rows or for none
 _SPACE_FIX = "end prompts without a space and begin answers with it, so that no token spans both"
 _FEW_PROMPTS = 8
-"""Fewer prompts than this cause a warning, even if a step takes fewer."""
+"""Number of prompts below which a run gets a warning, even if its steps use fewer."""
 
 
 @dataclass(kw_only=True)
@@ -60,12 +61,12 @@ class TextSubject(RunSubject):
 
     @property
     def encoded(self) -> EncodedRows:
-        """Return the encoded training rows; for preferences, of each answer."""
+        """Return the encoded training rows; for preferences, the encoded completions."""
         return self.data.train.encoded
 
     @property
     def stop_ids(self) -> set[int]:
-        """Return the tokens at which generation with this base stops."""
+        """Return the token ids that end generation with this base."""
         end_of_turn, tokenizer = getattr(self.base, "end_of_turn_id", None), self.base.tokenizer
         ids = getattr(getattr(self.base.model, "generation_config", None), "eos_token_id", None)
         return {end_of_turn, tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
@@ -73,9 +74,10 @@ class TextSubject(RunSubject):
     def rows_with(
         self, count: str, check: str, text: str, fix: str = "", *, stops: bool = False, total: int | None = None
     ) -> Iterator[Finding]:
-        """Yield a finding about the rows that one of the encoding's counts has, with the first of them.
+        """Yield a finding about the rows in one of the encoding's counts, with the names of the first rows.
 
-        `stops`: stop the run if they are more than half of `total` (the rows). `text`: what is wrong with them."""
+        stops: stop the run for more than half of `total` (by default all rows). text: the problem of the
+        rows."""
         counts = self.encoded.counts
         names = counts.first_rows.get(count, ())
         return about_some(check, getattr(counts, count), total or counts.rows, text, names, fix, stops=stops)
@@ -122,7 +124,7 @@ def data_findings(subject: TextSubject) -> Iterator[Finding]:
 
 
 def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Return the row as (text, trained) pieces: runs of tokens with equal masks."""
+    """Return the row as pieces (text, trained): consecutive tokens with equal masks."""
     pairs = zip(example.input_ids, example.trained, strict=True)
     runs = itertools.groupby(pairs, key=lambda pair: bool(pair[1]))
     return [(str(tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
@@ -132,7 +134,7 @@ def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 1: the loss is masked to nothing and the run "succeeds"."""
+    """Check failure class 1: the loss mask excludes all tokens, and the run "succeeds"."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.used, tokens=c.tokens, learned_tokens=c.trained_tokens)
     fix = "check roles, weights and data.train_on; the learned part is what assistant turns say"
@@ -148,7 +150,7 @@ def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
 
 
 def _long_rows(s: TextSubject) -> Iterator[Finding]:
-    """Report rows that are dropped or cut, with their number and names."""
+    """Report the number and names of rows that are dropped or truncated."""
     c, limit = s.encoded.counts, s.config.data.max_length
     fix = f"data.max_length={c.longest} keeps them whole"
     text = f"rows are longer than {limit} tokens and dropped"
@@ -162,7 +164,7 @@ def _long_rows(s: TextSubject) -> Iterator[Finding]:
 
 
 def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 2: a model that never stops, because its end token is no target."""
+    """Check failure class 2: a model that never stops, because its end token is not a target."""
     examples, ends = s.encoded.examples, s.encoded.end_ids
     if not examples:
         return
@@ -191,7 +193,7 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
 
 
 def _bos_once(s: TextSubject) -> Iterator[Finding]:
-    """Report BOS twice, if text and tokenizer both write it; or never."""
+    """Report rows with two BOS tokens, from the text and the tokenizer, or with none."""
     tokenizer, examples = s.base.tokenizer, s.encoded.examples
     bos = tokenizer.bos_token_id
     if bos is None or not examples:
@@ -205,9 +207,9 @@ def _bos_once(s: TextSubject) -> Iterator[Finding]:
 
 
 def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 6: training rows must begin with the prompt of inference.
+    """Check failure class 6: training rows must begin with the inference prompt.
 
-    They are compared token by token."""
+    The prompts are compared token by token."""
     data, renderer, chat = s.config.data, s.encoded.renderer, s.encoded.chat
     tokenizer = s.base.tokenizer
     base_template = tokenizer.chat_template
@@ -225,7 +227,7 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
             continue
         prompt = tokenizer(renderer.prompt(row), add_special_tokens=not chat, verbose=False)["input_ids"]
         if example.row in s.encoded.cut_rows or len(prompt) >= len(example.input_ids):
-            continue  # cut, or its last turn is not trained on
+            continue  # truncated, or its last turn is not trained on
         checked += 1
         if example.input_ids[: len(prompt)] != prompt:
             wrong.append(row.where)
@@ -247,7 +249,7 @@ def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
 
 
 def _answers_compare(s: TextSubject) -> Iterator[Finding]:
-    """Report what a preference run compares."""
+    """Report which completions a preference run compares."""
     loss = s.config.preference.loss
     items = [item for item in s.data.train.items if isinstance(item, Item)]
     if loss is None or not items:
@@ -268,7 +270,7 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
 
 
 def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
-    """Report what a run samples and learns from."""
+    """Report what a run samples, and what it learns from."""
     r, c = s.config.sampling, s.encoded.counts
     assert r is not None
     if not c.used:
@@ -288,7 +290,7 @@ def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
 
 
 def _long_prompts(s: TextSubject) -> Iterator[Finding]:
-    """Report prompts that leave no room for a completion, with number and names."""
+    """Report the number and names of prompts that leave no space for a completion."""
     c, data, r = s.encoded.counts, s.config.data, s.config.sampling
     assert r is not None
     limit = min(data.max_length, s.base.context)
@@ -303,7 +305,7 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
 
 
 def _check_rows(s: TextSubject) -> Iterator[Finding]:
-    """Report held-out rows that are also trained on, which distort validation loss."""
+    """Report held-out rows that are also training rows, because they distort the validation loss."""
     metadata = s.data.metadata
     if metadata is not None:
         yield Finding("ok", "format", f"{counted(metadata.rows, 'row')} in `{metadata.format}` format: {metadata.why}")
@@ -337,7 +339,7 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
 
 
 def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
-    """Failure classes 3 and 12: an adapter without targets, or with full copies.
+    """Check failure classes 3 and 12: an adapter without targets, or with full copies of modules.
 
     Full copies make the adapter huge."""
     model, spec = s.base.model, s.config.adapter.spec()
@@ -369,10 +371,10 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
 
 
 def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
+    """Check failure class 4: silently frozen experts, which have most weights of a mixture of experts."""
     spec, shape = s.config.adapter.spec(), model_shape(s.base.model)
     if s.data.start is not None:
-        return  # it trains the modules of its adapter
+        return  # the adapter determines the trained modules
     frozen: dict[str, int] = {}
     for i, (layer, pairs) in enumerate(zip(shape.layers, layer_pairs(shape, spec, spec.rank), strict=True)):
         for part in layer.linears:
@@ -391,9 +393,9 @@ def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
 
 
 def _vocabulary(s: TextSubject) -> Iterator[Finding]:
-    """Report tokens without an embedding row, and embedding rows never trained.
+    """Report tokens without an embedding row, and tokens of the template with an untrained embedding row.
 
-    The latter occur with a chat template on a base without one."""
+    Untrained embedding rows occur with a chat template on a base without one."""
     embedding = s.base.model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     used = {token for e in s.encoded.examples for token in e.input_ids}
@@ -421,7 +423,7 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
 
 
 def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
-    """Failure class 8: out of memory hours into a run, at the longest rows."""
+    """Check failure class 8: out of memory hours into a run, at the longest rows."""
     config, device = s.config, computes_on(s.base)
     context = getattr(getattr(s.base.model, "config", None), "max_position_embeddings", None)
     row = max((e.tokens for e in s.encoded.examples), default=0)
@@ -468,10 +470,10 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
 
 
 def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
-    """Return the bytes of a quantized base's weights that stay dequantized.
+    """Return the bytes of a quantized base's weights that remain dequantized.
 
-    As configured; else on a GPU most of what the plan has space for, and on a CPU none, where dequantized
-    weights gain 4% (docs/notes/qlora.md)."""
+    Without a setting, a GPU dequantizes most of the weights that the plan has space for. A CPU dequantizes
+    none, because the gain is only 4% (docs/notes/qlora.md)."""
     if not getattr(s.base, "quantized", ""):
         return 0
     if s.config.memory.keep_dequantized_gb is not None:
@@ -482,11 +484,13 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
 def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
     """Return the bytes of packed weights for sampling and for training.
 
-    The packed weights are those with clearly faster products on this machine, up to the configured bytes.
-    Without a setting, all of them are packed if the plan has room (for training, only if no activations are
-    recomputed), else none. On a CPU only, and not for quantized or sharded weights.
+    Weights are packed if packing makes their products clearly faster on this machine, up to the configured
+    bytes. Without a setting, all of these weights are packed if the plan has space (for training, only if no
+    activations are recomputed), else none. Only a CPU packs weights, and only if they are neither quantized
+    nor sharded.
 
-    Sampling comes first: repacking all weights for each token takes several times as long as the products."""
+    Sampling has priority: repacking all weights for each token takes several times as long as the
+    products."""
     configured = s.config.memory.keep_packed_gb
     if configured == 0 or bool(getattr(s.base, "quantized", "")) or s.config.memory.shard or device != "cpu":
         return 0, 0

@@ -3,8 +3,8 @@
     items, encoded = prompt_split(rows, config, base)   rows → prompt tokens
     steps = planned_rollouts(items, config, rows)       a rollout: `batching.rows` prompts, `updates` steps
 
-A planned step has the largest possible rows: all completions, each of maximum length. When the step's turn
-comes, the sampled completions replace them (`train.text.reinforce`).
+A planned step has the largest possible size: all completions have the maximum length. When the step runs, the
+sampled completions replace them (`train.text.reinforce`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 class PromptItem:
     """A prompt.
 
-    `row`: its index in the rows. `most`: maximum tokens of a completion. `teacher_ids`: a teacher's prompt, with
-    `distillation.system`."""
+    row: index of the prompt's row. most: maximum number of tokens of a completion. teacher_ids: the teacher's
+    prompt, if `distillation.system` is set."""
 
     ids: tuple[int, ...]
     row: int
@@ -53,7 +53,7 @@ class PromptItem:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of the longer prompt and its longest completion."""
+        """Return the maximum tokens: the longer prompt and the longest possible completion."""
         return max(len(self.ids), len(self.teacher_ids)) + self.most
 
     @property
@@ -65,12 +65,15 @@ class PromptItem:
 class PolicyBatch(Batch):
     """Prompts with their completions, T completion tokens in total.
 
-    `answers`: tokens of each completion. `advantage`, `loss_weights`: each completion's advantage, and the weight of
-    its tokens' losses. `old`, `sampling_logps`, `reference`: (T,) log-probabilities at sampling time, of the sampling
-    distribution, and of the reference; None if absent. `fresh`: whether the adapter is unchanged since
-    sampling. `teacher`: the same completions after the teacher's prompt; None for these rows themselves.
-    `shared`: set if the completions of a prompt share its tokens; `input_ids` and `trained` then have
-    the prompt once."""
+    answers: number of tokens of each completion
+    advantage: advantage of each completion
+    loss_weights: weight of each completion's token losses
+    old, sampling_logps, reference: (T,) log p at sampling time, of the sampling distribution, and of the
+        reference; None if absent
+    fresh: whether the adapter is unchanged since sampling
+    teacher: the same completions after the teacher's prompt; None if the teacher has the same prompt
+    shared: set if completions share the tokens of their prompt; `input_ids` and `trained` then contain each
+        prompt once"""
 
     answers: list[int]
     advantage: Tensor
@@ -84,17 +87,17 @@ class PolicyBatch(Batch):
 
 
 def with_final_turn(row: Row) -> Row:
-    """Return the row with a final assistant turn, before which the prompt ends."""
+    """Return the row with a final assistant turn, which the prompt precedes."""
     if row.messages and row.messages[-1]["role"] == "assistant":
         return row
     return replace(row, messages=(*row.messages, {"role": "assistant", "content": ""}))
 
 
 def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tuple[list[PromptItem], EncodedRows]:
-    """Return the prompts of rows, as inference gives them to the model.
+    """Return the prompts of the rows, as inference gives them to the model.
 
-    A prompt that leaves no room for a completion is refused or dropped, per `data.long_rows`; in distillation
-    also if the teacher's does. Raises DataError, listing rows."""
+    A prompt that leaves no space for a completion is refused or dropped, depending on `data.long_rows`. In
+    distillation, this holds for the teacher's prompt too. Raises DataError, with a list of rows."""
     section, data = config.sampling, config.data
     assert section is not None
     renderer = Renderer(base.tokenizer, data.chat_template)
@@ -136,13 +139,13 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
 
 
 def _tokens(base: TextBase, renderer: Renderer, row: Row) -> tuple[int, ...]:
-    """Return the tokens of a row's prompt. A chat template has already written the special tokens."""
+    """Return the tokens of a row's prompt, with special tokens unless a chat template wrote them."""
     text, chat = renderer.prompt(row), renderer.template is not None
     return tuple(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
 
 
 def _with_system(row: Row, system: str, renderer: Renderer) -> Row:
-    """Return the row of a teacher's prompt: the row with `system` first."""
+    """Return the row of the teacher's prompt, which begins with `system`."""
     if not system:
         return row
     if renderer.template is None:
@@ -154,13 +157,13 @@ def _with_system(row: Row, system: str, renderer: Renderer) -> Row:
 
 
 def rollout_example(rollout: Rollout) -> Example:
-    """Return a prompt with its completion; the sampled tokens are the targets."""
+    """Return a prompt with its completion. The sampled tokens are the targets."""
     trained = [False] * len(rollout.prompt) + [True] * len(rollout.tokens)
     return Example([*rollout.prompt, *rollout.tokens], trained, 0)
 
 
 def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make_batch: Callable[[], PolicyBatch]) -> Micro:
-    """Return a micro-batch of completions. `where`: the location of each one's row."""
+    """Return a micro-batch of completions. `where`: the location of each completion's row."""
     return Micro(
         tokens=sum(len(r.prompt) + len(r.tokens) for r in answers),
         trained=sum(len(r.logps) for r in answers),
@@ -171,17 +174,19 @@ def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make_batch: 
 
 
 def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
-    """Return micro-batches for rows of these lengths: indices, longest first."""
+    """Return micro-batches of rows of these lengths, as indices, longest first."""
     rows = config.batching.micro_rows or len(lengths)
     groups = grouped(lengths, config.batching.at_once)
     return [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
 
 
 def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainConfig) -> list[list[int]]:
-    """Return micro-batches of completions that compute each prompt once.
+    """Return micro-batches of completions, in which each prompt is computed once.
 
-    `answers`: (prompt, completion tokens). A micro-batch has indices, grouped by prompt and from long to
-    short, and is cut before `batching.at_once` tokens."""
+    A micro-batch is a list of indices, grouped by prompt and sorted from long to short, with at most
+    `batching.at_once` tokens.
+
+    answers: (prompt, completion tokens) of each completion."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i in sorted(range(len(answers)), key=lambda i: (-len(answers[i][0]) - answers[i][1], i)):
         by_prompt.setdefault(answers[i][0], []).append(i)
@@ -200,9 +205,9 @@ def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainC
 
 
 def collate_shared(rollouts: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
-    """Return rows of prompts with completions, each prompt's tokens once.
+    """Return prompts with completions, with the tokens of each prompt stored once.
 
-    `lengths` are those of whole rows."""
+    `Batch.lengths` are the lengths of the whole rows."""
     ids: list[int] = []
     trained: list[bool] = []
     positions: list[int] = []
@@ -267,7 +272,7 @@ def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seque
 
 
 def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> PolicyBatch:
-    """Return the longest possible completions, filled with the prompts' own tokens."""
+    """Return a batch of completions of maximum length, filled with the prompts' own tokens."""
     rollouts = []
     for item in items:
         completion = tuple(item.ids[i % len(item.ids)] for i in range(item.most))

@@ -1,27 +1,29 @@
-"""Reinforcement learning: sampled answers, their rewards, and the loss.
+"""Reinforcement learning: sampled completions, their rewards, and the loss.
 
-    a step   prompts → draw (`rollouts.Sampler`) → rewards (`train.rewards`) → advantages → loss (`policy_losses`)
+    a step   prompts → sample (`rollouts.Sampler`) → rewards (`train.rewards`) → advantages → loss
+             (`policy_losses`)
 
-Sampler and trainer are the same model: the sampler reads the pairs on the attachment, and with
-`reinforcement.exact` the trainer's forward has the sampler's values (`models.text.logprob_replay`). The first
-update after each sampling measures the mismatch token by token, and a run whose gap is above
-`reinforcement.gap` stops before its optimizer moves. Logged for each step:
+Sampler and trainer are the same model. The sampler reads the pairs on the attachment, and with
+`reinforcement.exact` the trainer's forward pass uses the sampler's values (`models.text.logprob_replay`). The
+first update after each sampling measures the mismatch of each token. If the gap is above `reinforcement.gap`,
+the run stops before the optimizer step. Logged for each step:
 
-    reward, reward_NAME…               means over the answers with a reward; reward_failed: number without one
-    constant_groups, constant_share    groups whose answers all have one reward: nothing is learned from them
-    idle                               1 if no answer has an advantage, else 0
-    cut_answers, cut_share             answers that ended at max_tokens
-    answer_tokens, drawn_tokens        mean length, and number sampled for this step, 0 for a later update on
-                                       the same answers; drawn_seconds: sampling time
-    prompt_cached                      share of the prompts' tokens found in the KV cache
-    gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; the share beyond 1%
-    policy_lag                         optimizer steps since the adapter that the answers were sampled from
+    reward, reward_NAME…               means over completions with a reward; reward_failed: number without a
+                                       reward
+    constant_groups, constant_share    groups with equal rewards only, from which nothing is learned
+    idle                               1 if no completion has an advantage, else 0
+    cut_answers, cut_share             completions that ended at max_tokens
+    answer_tokens, drawn_tokens        mean length, and number sampled for this step: 0 for a later update on
+                                       the same completions; drawn_seconds: sampling time
+    prompt_cached                      share of the prompt tokens found in the KV cache
+    gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; share of tokens above 1%
+    policy_lag                         optimizer steps since the completions were sampled
     drift                              mean |log p − log p at sampling|, if not 0
     kl, clipped, weight                means over these tokens, with a reference, a clip, a correction
 
-Held-out prompts are answered greedily; their loss is minus the mean reward. A step's answers are a function
-of the seed, the step and the adapter's values, so a resumed run samples the same answers; answers with
-updates still to come are in the checkpoint.
+Completions of held-out prompts are greedy, and their loss is minus the mean reward. A step's completions are
+a function of the seed, the step and the adapter's values, so a resumed run samples the same completions.
+Completions with remaining updates are part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -76,10 +78,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _JudgedRollout:
-    """An answer to learn from.
+    """A completion with its advantage.
 
-    `row`: of its prompt. `advantage`: its advantage. `reference`: log-probabilities of its tokens under the
-    reference, if any."""
+    row: index of the prompt's row. reference: log p of the tokens under the reference, if any."""
 
     rollout: Rollout
     row: int
@@ -109,10 +110,10 @@ class Reinforcement(SampledTraining):
     rewards: Rewards
     reference: str = ""
     first: int = 0
-    """The step that the current answers were sampled for; 0 for none."""
+    """The step that the current completions were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    """Answers of the last sampling that are left out, and why."""
+    """The completions of the last sampling that are left out, with reasons."""
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.with_defaults()
@@ -121,12 +122,12 @@ class Reinforcement(SampledTraining):
         if not s.exact:
             self.mismatch_fix = "set reinforcement.exact=true"
 
-    # -- drawing -------------------------------------------------------------------------------------------------------
+    # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
-        """Return step `number` on answers sampled for it.
+        """Return step `number`, with newly sampled completions at its first update.
 
-        `rows`: the rows of its prompts."""
+        rows: all rows of the split, indexed by `PromptItem.row`."""
         update = (number - 1) % self.settings.updates
         if self.first != number - update:
             items = {item.row: item for micro in step.micros for item in micro.items}
@@ -141,7 +142,7 @@ class Reinforcement(SampledTraining):
     def _sample_answers(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, interrupted: Callable[[], bool]
     ) -> bool:
-        """Sample the answers of step `number`, and judge them. Return False if interrupted."""
+        """Sample and judge the completions of step `number`. Return False if interrupted."""
         s = self.settings
         sampled = self.sample(prompts, self.params, number, s.group, interrupted)
         if sampled is None:
@@ -171,7 +172,7 @@ class Reinforcement(SampledTraining):
         return True
 
     def _references(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
-        """Return log p of each answer's tokens under the reference."""
+        """Return log p of each completion's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
         for group in shared_groups([(r.prompt, len(r.tokens)) for r in rollouts], self.config):
             batch, shared = collate_shared([rollouts[i] for i in group])
@@ -190,14 +191,17 @@ class Reinforcement(SampledTraining):
             return self._own_logps(batch, shared)
 
     def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
-        """Return the micro-batches of the current answers.
+        """Return the micro-batches of the current completions.
 
-        Answers without effect are left out of the micro-batches but counted."""
+        Completions without a gradient are not in the micro-batches, but the loss is still divided by their
+        number."""
         s, answers = self.settings, self.answers
         weights = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
         moving = [i for i, a in enumerate(answers) if a.advantage or s.kl]
-        moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # at least one token
-        weights = weights * (len(moving) / len(answers))  # the loop divides by the number of answers it gets
+        moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # keep at least one completion
+        weights = weights * (
+            len(moving) / len(answers)
+        )  # the training loop divides by the number of completions it gets
         micros = []
         for group in shared_groups(
             [(answers[i].rollout.prompt, len(answers[i].rollout.tokens)) for i in moving], self.config
@@ -213,7 +217,7 @@ class Reinforcement(SampledTraining):
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: PolicyBatch) -> Tensor:
-        """Return Σ loss over the batch's answers; the loop divides by their number."""
+        """Return Σ loss over the batch's completions; the training loop divides by their number."""
         s = self.settings
         logps = in_float64(self._policy(batch))
         old = logps.detach() if batch.old is None else batch.old.to(logps)
@@ -251,9 +255,9 @@ class Reinforcement(SampledTraining):
         return token_logps(self.base.model, ids, batch.lengths, batch.trained, shared)
 
     def step_notes(self, number: int) -> Iterator[str]:
-        """Yield warnings on step `number`, if answers were sampled for it.
+        """Yield warnings about step `number`, if completions were sampled for it.
 
-        A condition that still holds at the next sampling is not reported again."""
+        A warning that still holds at the next sampling is not repeated."""
         if number == self.first:
             yield from (f"step {number}, left out: {line}" for line in self.failed[:3])
             if len(self.failed) > 3:
@@ -266,9 +270,9 @@ class Reinforcement(SampledTraining):
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> EvalResult | None:
-        """Return the mean reward of greedy answers; the loss is minus that.
+        """Return minus the mean reward of greedy completions, as the loss.
 
-        None once `interrupted()`."""
+        Returns None once `interrupted()` is true."""
         greedy = replace(self.params, temperature=0.0, top_p=1.0)
         sampled = self.sample(prompts, greedy, 0, 1, interrupted)
         if sampled is None:
@@ -290,7 +294,7 @@ class Reinforcement(SampledTraining):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def extra_state(self, step: int) -> dict[str, Any]:
-        """Return the answers with updates still to come after `step`."""
+        """Return the completions with remaining updates after `step`."""
         if not self.first or step >= self.first + self.settings.updates - 1:
             return {}
         return {"first": self.first, "measured": self.sample_metrics, "answers": [a.to_dict() for a in self.answers]}
@@ -302,7 +306,7 @@ class Reinforcement(SampledTraining):
 
 
 def _answers(rollouts: Sequence[Rollout], prompts: Sequence[PromptItem], rows: Sequence[Row]) -> list[Answer]:
-    """Return the sampled answers in the form that rewards read."""
+    """Return the sampled completions in the form that rewards read."""
     answers = []
     for rollout, item in zip(rollouts, prompts, strict=True):
         row = rows[item.row]
@@ -338,7 +342,7 @@ def _batch(answers: Sequence[_JudgedRollout], weights: Tensor, fresh: bool) -> P
     )
 
 
-# -- answers without a training signal ---------------------------------------------------------------------------------
+# -- completions without a training signal -----------------------------------------------------------------------------
 
 _EASIER = (
     "use easier prompts, add a reward for the format (kind: json_schema, regex), or start from an adapter that is "
@@ -350,7 +354,7 @@ _MOST = 0.5
 
 
 def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapping[str, float]) -> dict[str, str]:
-    """Return the warnings about the answers of step `number`, by name. `measured`: their metrics."""
+    """Return the warnings about the completions of step `number`, by name."""
     warnings = {}
     if metrics["idle"]:
         mean = f" ({metrics['reward']:.3f} on average)" if "reward" in metrics else ""
@@ -371,11 +375,11 @@ def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapp
 
 
 def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, models: Collection[str]) -> AskModel:
-    """Attach the judges' adapters; return the function that asks them.
+    """Attach the adapters of the judges, and return the function that asks the judges.
 
-    The run's sampler answers, so a judge costs its tokens and its adapter. `models`: adapters by name or
-    folder, and `BASE_MODEL`. Raises AdapterError for an invalid adapter or one that the sampler does not
-    support, MismatchError for an adapter of another base."""
+    The run's sampler generates the replies, so a judge needs no model of its own. `models`: adapters by name
+    or folder, and `BASE_MODEL`. Raises AdapterError if an adapter is invalid or the sampler does not support
+    the adapter, MismatchError if an adapter belongs to another base."""
     names = {BASE_MODEL: ""}
     for model in sorted(set(models) - {BASE_MODEL}):
         name = names[model] = f"{model}, as a judge"

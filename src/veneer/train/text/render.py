@@ -4,12 +4,13 @@
     trained_spans    [(53, 68)]
 
 With a chat template, the trained part of an assistant turn starts where the generation prompt ends (the text
-that inference shows the model) and ends after the end-of-turn marker. Rendering the conversation up to the
-turn finds it, so it works for templates without `{% generation %}`. If that rendering is not a prefix of the
-whole conversation's, the row is refused; nothing is guessed.
+that inference shows the model) and ends after the end-of-turn marker. The position is found by rendering the
+conversation up to the turn, so templates do not need `{% generation %}`. A row is refused if that rendering
+is not a prefix of the rendering of the whole conversation.
 
-Without a template (`chat_template: none`, or a base that has none), prompt and completion are concatenated,
-instruction rows use alpaca's prompt, and the end-of-text token follows. Independent of token IDs.
+Without a template (`chat_template: none`, or a base without a template), prompt and completion are
+concatenated, instruction rows use the Alpaca prompt, and the end-of-text token follows. This module does not
+depend on token ids.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_MARK = "\ue000\ue001\ue002"  # private use: in no text, so common prefixes and suffixes stop at it
+_MARK = (
+    "\ue000\ue001\ue002"  # private-use characters occur in no text, so common prefixes and suffixes stop at the mark
+)
 
 
 @dataclass
 class Rendered:
     """A rendered row.
 
-    `trained_spans`: character ranges [start, end) to train on. `chat`: rendered by a template, which writes all
-    special tokens itself. `append_eos`: the end-of-text token follows and is trained on. `changed_turns`:
-    turns that the template renders differently once later turns follow (for example, if it strips earlier
-    thinking); they are trained as in `text`."""
+    trained_spans: character ranges [start, end) to train on
+    chat: whether a template rendered the row; a template writes all special tokens itself
+    append_eos: whether the end-of-text token follows, which is trained on
+    changed_turns: turns that the template renders differently when later turns follow (for example, because
+        it strips earlier thinking); they are trained as in `text`"""
 
     text: str
     trained_spans: list[tuple[int, int]] = field(default_factory=list)
@@ -56,10 +60,10 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows with one tokenizer's template.
+    """Renders rows with the chat template of a tokenizer.
 
-    `chat_template`: auto, none, or the path of a .jinja file. `template` is None if rows are plain text;
-    `end_marker` is the text that ends an assistant turn (`<|im_end|>`), empty if the template writes none."""
+    chat_template: auto, none, or the path of a .jinja file. `template` is None if rows are plain text.
+    `end_marker` is the text that ends an assistant turn (`<|im_end|>`), or "" if the template writes none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str = "auto") -> None:
         self.tokenizer = tokenizer
@@ -154,7 +158,7 @@ class Renderer:
                 upto = self._text(row.messages[: k + 1], row)
                 if text.startswith(upto) and len(upto) > start:
                     end = len(upto)
-                else:  # only a last turn is followed by text, or is rendered differently
+                else:  # only the last turn can be rendered differently or be followed by text
                     end = self._content(row, text, k)[1]
                     following = text[end:]
                     space = len(following) - len(following.lstrip())
@@ -165,14 +169,16 @@ class Renderer:
                     end += space + len(self.end_marker)
                     out.changed_turns += upto[start:end] != text[start:end]
             if self._tail and text[start:end].endswith(self._tail):
-                end -= len(self._tail) - len(self.end_marker)  # the model writes no line break after the marker
+                end -= len(self._tail) - len(
+                    self.end_marker
+                )  # the model does not write the line break after the marker
             ranges.append((start, end))
         return ranges
 
     def _content(self, row: Row, text: str, k: int) -> tuple[int, int]:
-        """Return the range of message k's content in `text`.
+        """Return the range of the content of message k in `text`.
 
-        Found by replacing the content and comparing the renderings."""
+        The range is found by replacing the content and comparing the renderings."""
         changed = [dict(m) for m in row.messages]
         changed[k]["content"] = _MARK
         changed_text = self._text(changed, row)
@@ -200,7 +206,7 @@ class Renderer:
     def _turn_tail(self) -> str:
         """Return the text that the template writes after a final assistant turn.
 
-        For example `<|im_end|>` and a line break."""
+        An example is `<|im_end|>` and a line break."""
         row = Row("messages", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}))
         try:
             return self._text(row.messages, row).rpartition(_MARK)[2]
@@ -212,7 +218,7 @@ class Renderer:
 
 
 def _learned_turns(row: Row, train_on: str) -> list[int]:
-    """Return the assistant turns to train on; not empty turns or turns of weight 0."""
+    """Return the assistant turns to train on, without empty turns and turns of weight 0."""
     turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
     if train_on == "last":
         turns = turns[-1:]

@@ -1,12 +1,13 @@
-"""Answers sampled in training: requests, results and the sampler protocol.
+"""Completions sampled during training: requests, results and the sampler protocol.
 
     with make(base, attachment, settings) as sampler:        `make` is an argument: sampling is in serve
         rollouts = sampler.sample([CompletionRequest(prompt, seed, how, "run"), …])
-        logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
+        logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained,
+        "run"))
 
-`SamplerMismatch` measures the mismatch of sampler and trainer. Answers are sampled from the attachment's
-current pairs over its base: nothing is saved, merged or synchronized, and nothing of the base is copied unless
-requested. `veneer.serve.engine.live` is the only implementation.
+`SamplerMismatch` measures the mismatch of sampler and trainer. The sampler reads the attachment's current
+pairs over its base: nothing is saved, merged or synchronized, and the base is not copied unless the settings
+ask for packed weights. `veneer.serve.engine.live` is the only implementation.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ if TYPE_CHECKING:
     from veneer.train.config.reinforcement import ReinforcementSection
 
 _BEYOND = 0.01
-"""Relative difference of probabilities from which `gap_share` counts a token."""
+"""Relative difference of probabilities above which `gap_share` counts a token."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of an answer.
+    """Sampling parameters of a completion.
 
-    `temperature` 0: always the best token. `grammar`: (kind, text) that the answer must match; kinds are
-    `json_schema`, `json_object` and `regex`. Ranges as in `veneer.serve.request.Sampling`."""
+    temperature: 0 always selects the most likely token. grammar: (kind, text) that the completion must match,
+    with kind `json_schema`, `json_object` or `regex`. Ranges are as in `veneer.serve.request.Sampling`."""
 
     max_tokens: int = 256
     temperature: float = 1.0
@@ -51,10 +52,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A request for an answer.
+    """A request for a completion.
 
-    `prompt`: token ids. `seed`: the answer is a function of it, the prompt, `how` and the adapter's values,
-    independent of other requests. `adapter`: its name on the attachment, "" for the base without adapter."""
+    The completion is a function of the seed, the prompt, `how` and the adapter's values, and does not depend
+    on other requests.
+
+    prompt: token ids. adapter: name on the attachment; "" is the base without adapter."""
 
     prompt: tuple[int, ...]
     seed: int
@@ -64,12 +67,14 @@ class CompletionRequest:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled answer.
+    """A sampled completion.
 
-    `tokens`: including the stop token. `logps`: log-probability of each token in nats, in the model's
-    distribution at temperature 1 without changes; `sampling_logps`: in the distribution it was sampled from. `text`:
-    without the stop token. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt found in
-    the KV cache."""
+    tokens: token ids, including the stop token
+    logps: log p of each token in nats, in the model's own distribution (temperature 1, no filters)
+    sampling_logps: log p of each token in the distribution that the token was sampled from
+    text: the text without the stop token
+    cut: whether the completion ended at `max_tokens`
+    cached: number of prompt tokens found in the KV cache"""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -80,13 +85,13 @@ class Rollout:
     cached: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, which keep every float."""
+        """Return the fields as JSON values, with exact floats."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rollout:
         arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        arguments.pop("others", None)  # of earlier versions
+        arguments.pop("others", None)  # a field of earlier versions
         return cls(**arguments)
 
 
@@ -94,9 +99,10 @@ class Rollout:
 class SamplerSettings:
     """Settings of a sampler.
 
-    `rows`: answers sampled at once. `context`: tokens of a prompt and its answer, 0 for the base's own limit.
-    `pack_bytes`: budget for prepacked copies of the base's projections, for fast products with few rows; 0
-    for none. `exact`: an answer's bits do not depend on other requests, and a `replay` reproduces them."""
+    rows: completions sampled at once. context: maximum tokens of a prompt and its completion; 0 is the limit
+    of the base. pack_bytes: budget for prepacked copies of the base's projections, which are faster for few
+    rows; 0 for none. exact: the bits of a completion do not depend on other requests, and `replay` reproduces
+    them."""
 
     rows: int = 32
     context: int = 0
@@ -105,22 +111,22 @@ class SamplerSettings:
 
 
 class Sampler(Protocol):
-    """Samples from the adapters of an attachment, in their current state."""
+    """Sampler of the current state of an attachment's adapters."""
 
     settings: SamplerSettings
 
     @abstractmethod
     def problems(self, adapter: str) -> list[str]:
-        """Return why an adapter on the attachment cannot be sampled from, one line each."""
+        """Return the reasons why an adapter on the attachment cannot be sampled from, one per line."""
 
     @abstractmethod
     def sample(
         self, requests: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
-        """Return the answers in the order of the requests; None once `interrupted()`.
+        """Return the completions in the order of the requests; None once `interrupted()` is true.
 
         Adapters must not change meanwhile. Raises VeneerError for requests that cannot be sampled: a prompt
-        beyond the context, an unusable adapter, an invalid grammar."""
+        longer than the context, an unusable adapter, an invalid grammar."""
 
     @abstractmethod
     def replay(
@@ -131,19 +137,18 @@ class Sampler(Protocol):
         adapter: str = "",
         shared: SharedRows | None = None,
     ) -> Replay:
-        """Return the forward of `draw` over given rows; arguments as in `token_logps`.
+        """Return the sampler's forward pass over the given rows; arguments as in `token_logps`.
 
-        If `exact`, its values equal those at sampling to the bit."""
+        If `exact`, the values equal the values at sampling bit for bit."""
 
 
 MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractContextManager[Sampler]]
 
 
 def sampling_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float]:
-    """Return the log's measurements of a sampling.
+    """Return the metrics of a sampling: mean tokens per completion, all tokens, seconds, and shares.
 
-    Mean tokens of an answer, all tokens, seconds, number and share of cut answers, and the share of the
-    prompts' tokens found in the KV cache."""
+    The shares are of truncated completions (also as a number) and of prompt tokens found in the KV cache."""
     tokens, cut, count = sum(len(r.logps) for r in rollouts), sum(r.cut for r in rollouts), max(1, len(rollouts))
     return {
         "answer_tokens": tokens / count,
@@ -156,7 +161,7 @@ def sampling_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, f
 
 
 def sampling_seed(*key: int | str) -> int:
-    """Return a seed of 63 bits, the same on every machine."""
+    """Return a seed of 63 bits that is the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
 
 
@@ -165,10 +170,10 @@ class SamplerMismatch:
     """The sampler-trainer mismatch of one step: differences of log-probabilities per token.
 
         gap_mean, gap_max     nats, over the tokens sampled for a step
-        gap_share             tokens whose probability differs by more than 1 %
+        gap_share             share of tokens with a probability that differs by more than 1%
 
-    Above a run's bound, the sampled model is not the trained model, and the run stops before the optimizer
-    step."""
+    If the mean is above the run's bound, the sampled model is not the trained model. The run then stops
+    before the optimizer step."""
 
     metric_means: MetricMeans = field(default_factory=MetricMeans)
     worst: float = 0.0
@@ -176,14 +181,14 @@ class SamplerMismatch:
     def add(self, trainer: Tensor, sampler: Tensor) -> None:
         """Add log-probabilities of the same tokens from any devices.
 
-        The sampler's are in float64."""
+        sampler: float64."""
         trainer_logps = in_float64(trainer.detach())
         difference = (trainer_logps - sampler.to(trainer_logps.device)).abs()
         self.worst = max(self.worst, float(difference.max()))
         self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _BEYOND)
 
     def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
-        """Return the measurements, if any. Raises TrainingError if the mean is above the bound."""
+        """Return the metrics, if any. Raise TrainingError if the mean is above the bound."""
         if "gap_mean" not in self.metric_means.counts:
             return self.metric_means
         mean = self.metric_means.sums["gap_mean"] / self.metric_means.counts["gap_mean"]

@@ -1,4 +1,4 @@
-"""Read rows of files or a hub data set; detect their format and validate them.
+"""Read rows of files or a hub data set, detect their format, and validate them.
 
     rows, about = read_rows(["tickets.jsonl"])
     about.format, about.why          "messages", "a `messages` column of role and content"
@@ -16,7 +16,8 @@
 | unpaired-preference | prompt, completion, label (true or false)       | a conversation with a label       |
 | prompt              | prompt (text or a message list)                 | a conversation without an answer  |
 
-Every unusable row is reported with its file, line and reason. Independent of tokenizers and models.
+Every unusable row is reported with its file, line and reason. This module does not depend on tokenizers or
+models.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _SHAREGPT = (
     | {"system": "system"}
     | dict.fromkeys(("tool", "observation", "function_response"), "tool")
 )
-# our column -> other names, used if our name is absent and data.columns names none
+# column -> other names, used if the column is absent and data.columns does not name it
 _ALIASES = {
     "messages": ("conversation", "dialog"),
     "completion": ("response", "answer"),
@@ -52,11 +53,14 @@ _ALIASES = {
 class Row:
     """One training row.
 
-    `messages` is empty for plain text, `text` is empty for all other formats. `instruction`: (system,
-    instruction, input, output), for alpaca's prompt on a base without a chat template. `where`: file and
-    line. Messages are dicts with role and content, as chat templates require. In a preference row, `messages`
-    ends in the chosen answer, and `rejected` is the same conversation with the rejected answer. `label`:
-    whether the answer of an unpaired row is desirable. `values`: all columns of the row, for rewards."""
+    where: file and line
+    messages: dicts with role and content, as chat templates require; empty for plain text. In a preference
+        row, the messages end with the chosen answer.
+    text: plain text; empty for all other formats
+    rejected: the same conversation with the rejected answer
+    label: whether the answer of an unpaired row is desirable
+    instruction: (system, instruction, input, output), for the Alpaca prompt on a base without a chat template
+    values: all columns of the row, for rewards"""
 
     format: str
     messages: tuple[dict[str, Any], ...] = ()
@@ -70,7 +74,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Return the sha256 of all trained content, independent of the row's location."""
+        """Return the sha256 of all trained content, without the row's location."""
         parts: list[Any] = [self.format, self.messages, self.text, self.instruction, self.tools]
         if self.rejected or self.label is not None:
             parts += [self.rejected, self.label]
@@ -80,19 +84,17 @@ class Row:
 
     @property
     def prompt_key(self) -> str:
-        """Return the sha256 of the content before the last assistant turn.
-
-        For plain text, of the whole text."""
+        """Return the sha256 of the content before the last assistant turn, or of all plain text."""
         messages: Sequence[Any] = self.messages[: self.last_assistant()]
         return hashlib.sha256(json.dumps([messages, self.text], sort_keys=True, default=str).encode()).hexdigest()
 
     def last_assistant(self) -> int:
-        """Return the index of the last assistant message, or the number of messages."""
+        """Return the index of the last assistant message, or the number of messages if there is none."""
         turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         return turns[-1] if turns else len(self.messages)
 
     def shared(self) -> int:
-        """Return the number of leading messages shared with `rejected`: the prompt."""
+        """Return the number of leading messages shared with `rejected`, which are the prompt."""
         return next(
             (i for i, (a, b) in enumerate(zip(self.messages, self.rejected, strict=False)) if a != b),
             min(len(self.messages), len(self.rejected)),
@@ -124,7 +126,7 @@ class About:
 class Leak:
     """Overlap of held-out and training rows.
 
-    `examples`: locations as (held-out row, training row)."""
+    examples: (location of the held-out row, location of the training row)."""
 
     identical: int = 0
     same_prompt: int = 0
@@ -134,8 +136,10 @@ class Leak:
 def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], About]:
     """Read rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
 
-    `options`: those of `parse_rows`. Raises DataError for a missing or empty file, for unusable rows (all of
-    them, up to 20, with line numbers), and if the format cannot be recognized from the columns."""
+    options: see `parse_rows`.
+
+    Raises DataError for a missing or empty file, for unusable rows (up to 20 are listed with line numbers),
+    and if the format cannot be recognized from the columns."""
     parsed, metadata = parse_rows(sources, **options)
     rows = [row for row in parsed if isinstance(row, Row)]
     if bad := [f"{row.where}: {row.why}" for row in parsed if isinstance(row, UnusableRow)]:
@@ -157,9 +161,11 @@ def parse_rows(
 ) -> tuple[list[Row | UnusableRow], About]:
     """Read rows like `read_rows`, but return unusable rows among the others.
 
-    Names within a glob are sorted. `formats`: the candidates of `auto`; by default all but
-    unpaired-preference, whose completions a supervised run would learn whatever their label. `values`: keep
-    all columns of each row."""
+    Names within a glob are sorted.
+
+    formats: the candidates for `auto`. The default is all formats except unpaired-preference, because a
+    supervised run would learn its completions regardless of their labels. values: keep all columns of each
+    row."""
     records, files = read_data_files([sources] if isinstance(sources, str) else list(sources), limit)
     data_columns = list(dict.fromkeys(column for record in records for column in record.values))
     candidates = _UNASKED if formats is None else formats
@@ -183,9 +189,7 @@ def format_columns(format: str) -> tuple[str, ...]:
 
 
 def question_and_answer(row: Row) -> tuple[str, str, str]:
-    """Return a row's prompt, its trained answer and its rejected answer.
-
-    Missing parts are ""."""
+    """Return a row's prompt, its trained answer and its rejected answer; "" for a missing part."""
 
     def joined_text(messages: Sequence[Mapping[str, Any]]) -> str:
         texts = [m.get("content") or json.dumps(m.get("tool_calls") or "", ensure_ascii=False) for m in messages]
@@ -199,15 +203,15 @@ def question_and_answer(row: Row) -> tuple[str, str, str]:
 
 
 def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return (train, held out), chosen by `hold_out`.
+    """Return (training rows, held-out rows), selected by `hold_out`.
 
-    None: 5%, at most 500 rows; none below 20 rows."""
+    If `split` is None, 5% of the rows are held out, at most 500, and none if there are fewer than 20 rows."""
     default = min(500, max(1, round(0.05 * len(rows)))) if len(rows) >= 20 else 0
     return hold_out(rows, split, seed=seed, default=default)
 
 
 def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
-    """Count held-out rows that are training rows, or share a prompt with one."""
+    """Count held-out rows that are also training rows, or share a prompt with a training row."""
     keys: dict[str, str] = {}
     prompts: dict[str, str] = {}
     for row in train:
@@ -227,9 +231,9 @@ def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
 
 
 def data_digest(rows: Iterable[Row]) -> str:
-    """Return the sha256 over the rows' contents in order.
+    """Return the sha256 of the rows' contents in order.
 
-    The same data in other files or another file format has the same digest."""
+    The digest does not depend on file names and file formats."""
     h = hashlib.sha256()
     for row in rows:
         h.update(bytes.fromhex(row.key))
@@ -239,7 +243,7 @@ def data_digest(rows: Iterable[Row]) -> str:
 def _choose(
     present: list[str], format: str, columns: dict[str, str], records: Sequence[Record], formats: Collection[str]
 ) -> tuple[str, dict[str, str], str]:
-    """Return (format, our column -> the data's column, reason).
+    """Return (format, column of the format -> column of the data, reason).
 
     Raises DataError if the columns fit no format."""
     where, have = records[0].where, f"the columns are {', '.join(present) or 'none'}"
@@ -286,9 +290,7 @@ def _hint(name: str, names: Iterable[str]) -> str:
 
 
 def present_column(column: str, present: Sequence[str], taken: Collection[str] = ()) -> str:
-    """Return the name of one of our columns in `seen`; "" if it is absent.
-
-    The name is its own or a usual alias."""
+    """Return the name in `present` of one of our columns: its own name or an alias; "" if absent."""
     for name in (column, *_ALIASES.get(column, ())):
         if name in present and name not in taken:
             return name
@@ -296,7 +298,7 @@ def present_column(column: str, present: Sequence[str], taken: Collection[str] =
 
 
 def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
-    """Return the record as a Row. Raises ValueError with the problem."""
+    """Return the record as a Row. Raise ValueError, with the problem, for an unusable record."""
     values = {c: record.values.get(mapping.get(c, c)) for c in format_columns(format)}
     for c in _FORMATS[format].needed:
         if values[c] is None:
@@ -339,9 +341,9 @@ def _from_judged(values: Mapping[str, Any]) -> Row:
 
 
 def _from_openai_pair(values: Mapping[str, Any]) -> Row:
-    """Return the row of OpenAI's preference format.
+    """Return a row of OpenAI's preference format.
 
-    The format has a prompt with its tools, and the messages of each answer."""
+    The format has a prompt with its tools, and a message list for each answer."""
     prompt_input = values["input"]
     if not isinstance(prompt_input, Mapping):
         raise ValueError(f"`input` should be a mapping with messages, found {_kind(prompt_input)}")
@@ -362,7 +364,7 @@ def _assistant(text: str) -> dict[str, Any]:
 def _from_pair(values: Mapping[str, Any]) -> Row:
     """Return a conversation with its chosen and its rejected ending.
 
-    Without a `prompt`, the common beginning is the prompt."""
+    Without a `prompt` column, the messages that both endings begin with are the prompt."""
     prompt = _decoded(values.get("prompt"))
     (kind, chosen), (rejected_kind, rejected) = (
         _conversation(prompt, _decoded(values[c]), c) for c in ("chosen", "rejected")
@@ -379,10 +381,9 @@ def _from_pair(values: Mapping[str, Any]) -> Row:
 
 
 def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """Return (format, messages) of a prompt and an answer, texts or message lists.
+    """Return (format, messages) of a prompt and an answer; both are texts or message lists.
 
-    Many data sets give the prompt as text and again as the first message of the answers: that is one prompt.
-    """
+    Many data sets repeat the prompt as the first message of each answer. The repeated message is removed."""
     if isinstance(answer, list):
         messages = _messages(answer, name)
         if prompt is None or (isinstance(prompt, str) and messages[0] == {"role": "user", "content": prompt}):
@@ -398,14 +399,14 @@ def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[
 
 
 def unlearned(messages: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Return the messages with weight 0 for assistant turns, as a prompt needs.
+    """Return the messages with weight 0 for assistant turns.
 
-    The model reads these turns but is not trained on them."""
+    The model reads these turns as part of the prompt, but is not trained on them."""
     return tuple({**m, "weight": 0} if m["role"] == "assistant" else m for m in messages)
 
 
 def _label(value: Any) -> bool:
-    """Return a label: a boolean or, as in CSV files, the text "true" or "false"."""
+    """Return a label, given as a boolean or, as in CSV files, the text "true" or "false"."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     if not isinstance(value, bool):
@@ -414,9 +415,7 @@ def _label(value: Any) -> bool:
 
 
 def _decoded(value: Any) -> Any:
-    """Decode a list that a CSV or Parquet file stores as JSON text.
-
-    Returns other values unchanged."""
+    """Return a list that a CSV or Parquet file stores as JSON text, decoded; other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             return json.loads(value)
@@ -473,9 +472,9 @@ def _message(m: Any, name: str) -> dict[str, Any]:
 
 
 def _tool_calls(value: Any, name: str, role: str) -> list[Any]:
-    """Return the valid tool calls of a message, unchanged.
+    """Return the valid tool calls of a message, unchanged. Raise ValueError for invalid ones.
 
-    OpenAI has the arguments as JSON text, templates as a mapping. Raises ValueError."""
+    Arguments are JSON text in OpenAI's format and a mapping in templates."""
     if role != "assistant":
         raise ValueError(f"`{name}` belongs to the assistant, and the role is {role!r}")
     if not isinstance(value, list | tuple) or not value:
@@ -536,7 +535,7 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Format:
-    """A format of rows: the function that converts its columns; required and optional columns."""
+    """A row format: the function that converts its columns, the required columns, the optional columns."""
 
     convert: Callable[[Mapping[str, Any]], Row]
     needed: tuple[str, ...]
@@ -560,6 +559,6 @@ _FORMATS = {
 }
 """Formats, in the order in which `auto` tries them."""
 _UNASKED = _FORMATS.keys() - {
-    "unpaired-preference",  # its columns are those of prompt-completion and one with an ambiguous name
-    "prompt",  # nothing in it can be learned
+    "unpaired-preference",  # the columns are those of prompt-completion and a column with an ambiguous name
+    "prompt",  # has nothing to train on
 }

@@ -1,4 +1,4 @@
-"""The output of a text run: result, adapter in PEFT's format with card, report."""
+"""Save the output of a text run: the result, the adapter in PEFT's format with its card, and the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _PROMPT = 1000
-"""Maximum characters of the user's last message in a card's `prompt`."""
+"""Maximum characters of `prompt` in a card: the last user message."""
 _LONGEST = 50_000
 """Maximum characters of a prompt in a card."""
 
@@ -34,9 +34,10 @@ _LONGEST = 50_000
 class RunResult(Outcome):
     """The result of a text run.
 
-    `loss`, `validation`: nats per trained token, or for preferences the mean over pairs. `tokens_per_second`:
-    training only. `measured`: rewards and other metrics (train.text.preference) of the kept adapter on the
-    held-out pairs; `measured_before`: before the first step."""
+    loss, validation: nats per trained token, or for preferences the mean over pairs
+    tokens_per_second: during training only
+    measured: rewards and other metrics (train.text.preference) of the saved adapter on the held-out split
+    measured_before: the same metrics before the first step"""
 
     tokens: int = 0
     learned_tokens: int = 0
@@ -56,18 +57,16 @@ def text_metrics(result: RunResult) -> dict[str, Any]:
 
 
 def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
-    """Write the adapter in PEFT's format with its card; return its digest.
-
-    The digest is that of the adapter as read back."""
+    """Write the adapter in PEFT's format with its card, and return the digest of the written adapter."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     adapter = replace(adapter, card=replace(adapter.card, created=created))
     return peft.write_folder(adapter, folder, base_name=base.name, base=base.model).digest
 
 
 def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the prompt of the first row that is a text conversation; {} if none is.
+    """Return the prompt of the first row that is a text conversation, or {}.
 
-    `messages`: all messages before the row's answer; `prompt`: the beginning of the last message."""
+    messages: all messages before the row's answer; prompt: the beginning of the last message."""
     for row in rows:
         turns = [{"role": m.get("role"), "content": m.get("content")} for m in row.messages]
         prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
@@ -81,9 +80,9 @@ def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
 def sample_answers(
     base: TextBase, attachment: Attachment, name: str, messages: Sequence[Mapping[str, str]], tokens: int
 ) -> dict[str, str]:
-    """Return greedy answers to `messages` of at most `tokens` tokens.
+    """Return greedy completions of `messages` of at most `tokens` tokens.
 
-    Keys are `base` and `adapter` (the adapter `name`). Raises BaseError, DataError."""
+    The keys are `base` and `adapter` (the adapter `name`). Raises BaseError, DataError."""
     answers = {}
     for name_of_mix, mix in (("base", ()), ("adapter", (name,))):
         with attachment.using(*mix):

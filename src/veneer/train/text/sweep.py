@@ -2,9 +2,9 @@
 
     run_sweep(file, ["adapter.rank=8,16,64", "optimizer.learning_rate=1e-4,5e-4", "schedule.steps=200"])
 
-Every setting with commas outside of brackets is swept; the others hold for all runs. Each combination has its
-own folder in the output, such as `rank=8,learning_rate=1e-4`, as if trained separately; `sweep.html` and
-`sweep.json` next to the folders compare the results, lowest validation loss first.
+Every setting with commas outside of brackets is swept; the other settings are the same for all runs. Each
+combination has a folder in the output, such as `rank=8,learning_rate=1e-4`, with the files of an ordinary
+run. `sweep.html` and `sweep.json` next to the folders compare the results, lowest validation loss first.
 
 Losses are compared only if they measure the same thing: all runs hold out the same rows, even with different
 seeds (`data.split_seed`), and settings that change what the loss measures are refused.
@@ -39,14 +39,14 @@ _NAME = 120
 """Maximum characters of a combination's folder name."""
 _REPORTED = ("validation", "validation_before", "loss", "kept_step", "steps", "tokens_per_second", "adapter")
 _MOST = 256
-"""Maximum combinations; more are probably a typo."""
+"""Maximum number of combinations, because more are probably a typo."""
 
 
 @dataclass(frozen=True)
 class Combination:
     """One combination of a grid.
 
-    `name`: also its folder; `swept`: setting -> value; `overrides`: all its settings."""
+    name: name of the run and its folder. swept: setting -> value. overrides: all settings of the run."""
 
     name: str
     swept: Mapping[str, str]
@@ -54,11 +54,10 @@ class Combination:
 
 
 def grid(overrides: Sequence[str]) -> list[Combination]:
-    """Return every combination of the comma-separated values.
+    """Return every combination of the comma-separated values; the last setting changes fastest.
 
-    The last setting changes fastest. Raises ConfigError if nothing is swept, for more than 256 combinations,
-    for a setting or a value given twice, and for a swept output, because the output holds all combinations.
-    """
+    Raises ConfigError if nothing is swept, for more than 256 combinations, for a repeated setting or value,
+    and for a swept output folder, because one folder contains all combinations."""
     parsed = [override.partition("=") for override in overrides]
     values = {key: _values(text) for key, _, text in parsed}
     swept = {key: options for key, options in values.items() if len(options) > 1}
@@ -83,7 +82,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     for n, combination in enumerate(itertools.product(*swept.values()), 1):
         selected = dict(zip(swept, combination, strict=True))
         name = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in selected.items())
-        if len(name) > _NAME or name in names:  # two paths can give equal or too long names
+        if len(name) > _NAME or name in names:  # two combinations can have equal or too long names
             name = f"{name[:_NAME]},{n}"
         names.add(name)
         out.append(Combination(name, selected, [*fixed, *(f"{key}={value}" for key, value in selected.items())]))
@@ -91,7 +90,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
 
 
 def _values(text: str) -> list[str]:
-    """Split a text at its commas, except within brackets and quotes."""
+    """Split a text at its commas, except inside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -118,7 +117,7 @@ class Sweep:
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per combination, lowest loss first, failures last.
 
-        Compares validation loss, or training loss without validation."""
+        The loss is the validation loss, or the training loss if there is no validation."""
         rows = []
         for combination, result in zip(self.combinations, self.results, strict=True):
             row: dict[str, Any] = {"name": combination.name, **combination.swept}
@@ -151,8 +150,12 @@ def run_sweep(
 ) -> Sweep:
     """Train every combination of `grid` on the configuration `file`.
 
-    `listener`: returns the listener of a run by its name. Raises ConfigError for an invalid grid and for runs
-    whose losses cannot be compared, and the errors of `run_texts`; a failed run is a row of the report."""
+    A failed run is a row of the report.
+
+    listener: returns the listener of the run with the given name.
+
+    Raises ConfigError for an invalid grid and for runs with losses that cannot be compared, and the errors of
+    `run_texts`."""
     combinations = grid(overrides)
     fixed = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
     common = load_config(file, fixed)[0]
@@ -160,7 +163,7 @@ def run_sweep(
     _check_comparable(combinations[0].swept, common)
     same: list[str] = []
     if "seed" in combinations[0].swept and isinstance(common, TrainConfig) and _is_split(common):
-        same = [f"data.split_seed={common.split_seed}"]  # the same rows are held out
+        same = [f"data.split_seed={common.split_seed}"]  # hold out the same rows in all runs
     loaded = [
         load_config(file, [*run.overrides, *same, f"output.directory={folder / run.name}"]) for run in combinations
     ]
@@ -192,12 +195,12 @@ def run_sweep(
 
 
 def _is_split(config: TrainConfig) -> bool:
-    """Return whether the held-out rows are chosen by a seed."""
+    """Return whether a seed selects the held-out rows."""
     return config.data.validation is None and config.data.split != 0 and config.data.split_seed is None
 
 
 def _check_comparable(swept: Collection[str], config: RunConfig) -> None:
-    """Raise ConfigError for swept settings that change what a fixed-out loss measures: its rows, tokens or formula."""
+    """Raise ConfigError for swept settings that change the validation rows, tokens or loss formula."""
     if not isinstance(config, TrainConfig):
         return
     problems = [key for key in swept if key.startswith(("data.", "preference.")) or key == "evaluation.rows"]

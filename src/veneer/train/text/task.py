@@ -3,8 +3,8 @@
     result = run_text(config)                    result.adapter is the folder, in PEFT's format
 
 load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop
-→ save → reload and compare logits → report. A dry run does everything before the loop, and leaves no file. If
-answers are compared with a reference, its log-probabilities are computed before step one.
+→ save → reload and compare logits → report. A dry run performs all steps before the loop, and leaves no file.
+If completions are compared with a reference, the reference's log-probabilities are computed before step one.
 
     output/
       adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
@@ -77,18 +77,21 @@ def run_text(
     sources: Mapping[str, Any] | None = None,
     sampler: MakeSampler | None = None,
 ) -> RunResult:
-    """Train one adapter by `config` and return the result.
+    """Train one adapter with `config` and return the result.
 
-    `resume`: continue from the newest checkpoint in the output folder, on the CPU bit for bit as without the
-    interruption. `dry_run`: stop after preflight and the longest batch, with no file written. `force`: try a
-    run that does not fit by its plan, with a warning. `on_event`: called with every event; by default the run
-    is shown in the terminal (stderr). `base`: a base that is already loaded. `sources`: setting -> its
-    origin, from `load_config`. `sampler`: makes the sampler of answers, for a `reinforcement.loss`.
+    resume: continue from the newest checkpoint in the output folder; on a CPU, the result is the same bit for
+        bit as without the interruption
+    dry_run: stop after preflight and the longest batch, and write no file
+    force: start a run that does not fit in memory according to its plan, with a warning
+    on_event: called with every event; the default shows the run in the terminal (stderr)
+    base: a base that is already loaded
+    sources: setting -> its origin, from `load_config`
+    sampler: makes the sampler, for a run that samples completions
 
     In processes started by torchrun or similar tools, each process takes a device and a share of every step
-    (train.devices); only the first reports and writes. All return the same numbers.
+    (train.devices). Only the first process reports and writes. All processes return the same numbers.
 
-    Random generators, the base's mode and its modules are restored, after any error too. Raises
+    Random generators, the base's mode and its modules are restored, even after an error. Raises
     PreflightError before step one for predictable failures, TrainingError for a loss that is not finite,
     Interrupted on Ctrl-C with the state saved, ResourceError for a full disk or memory, and the errors of
     reading configuration, base, data and checkpoints."""
@@ -111,10 +114,10 @@ def run_text(
 
 
 def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
-    """Load the base on this process's device.
+    """Load the base on the device of this process.
 
-    A base to be sharded keeps its weights in the files; or on the CPU if the adapter is initialized from
-    their values, or if they cannot be read in parts."""
+    If the base will be sharded, its weights remain in the files. The weights are loaded to the CPU instead if
+    the adapter is initialized from them or if they cannot be read in parts."""
     sharded = config.memory.shard and run.devices.count > 1
     if base is not None:
         if sharded:
@@ -141,7 +144,7 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
 
 
 def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
-    """Return the configuration with `batching.micro_tokens`, equal on every process."""
+    """Return the configuration with `batching.micro_tokens` set, equal on every process."""
     if config.batching.micro_tokens is not None:
         return config
     free = _free_memory(base, run.devices)
@@ -149,14 +152,14 @@ def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
 
 
 def _free_memory(base: TextBase, devices: Devices) -> int | None:
-    """Return the free bytes for this process in a shared run; None to measure."""
+    """Return the free bytes for this process if several devices train, else None (measure later)."""
     if devices.count == 1:
         return None
     device = torch.device(devices.device)
     free = free_memory(device)
-    if device.type == "cpu":  # shared by the processes of a machine
+    if device.type == "cpu":  # the processes of a machine share the memory
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
-    if base.device != device or base.unread is not None:  # the base is moved there later, in parts
+    if base.device != device or base.unread is not None:  # the base is moved to the device later, in parts
         free -= whole_bytes(base.model) // devices.count
     return free
 
@@ -165,7 +168,8 @@ def _free_memory(base: TextBase, devices: Devices) -> int | None:
 class TextRun:
     """A text run with its data read and checked.
 
-    `recompute`: whether activations are recomputed, and why. `newest`: the checkpoint to resume from. `name`: its
+    `recompute`: whether activations are recomputed, and why. `newest`: the checkpoint to resume from. `name`:
+        its
     adapter's name on the attachment.
     `sampler`: makes the sampler of answers, if the run learns from sampled answers (`reinforcement.loss`,
     `distillation.teacher`)."""
@@ -191,13 +195,14 @@ def checked_text(
     taken: int = 0,
     sampler: MakeSampler | None = None,
 ) -> TextRun:
-    """Read the data and check everything that can be checked without changes.
+    """Read the data, and check everything that can be checked without changing anything.
 
-    `newest`: the checkpoint to resume from. `taken`: bytes that other runs on the same base will use. Raises
-    DataError, PreflightError."""
+    newest: the checkpoint to resume from. taken: bytes that other runs on the same base will use.
+
+    Raises DataError, PreflightError."""
     data = read_data(config, base)
     if config.adapter.start is not None:
-        # the adapter to continue from, in the precision of trained pairs
+        # The adapter to continue from, in the precision of trained pairs.
         loaded = load_adapter(base, config.adapter.start)
         wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
         data = replace(data, start=replace(wide, dropout=config.adapter.dropout))
@@ -221,7 +226,7 @@ def checked_text(
 
 
 def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
-    """Yield each setting that was `auto` or open, with its value and the reason."""
+    """Yield each setting that was `auto` or unset, with its value and the reason."""
     config, base, run, data, report = text.config, text.base, text.run, text.data, text.report
     devices = run.devices
     if config.base.dtype == "auto":
@@ -239,7 +244,7 @@ def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
     if base.quantized and config.memory.keep_dequantized_gb is None:
         because = "what the plan finds room for on a GPU; on a CPU dequantizing costs next to nothing"
         yield "memory.keep_dequantized_gb", int(report.numbers.get("kept_dequantized", 0)) / 1e9, because
-    if run.config.batching != config.batching:  # settled by `cut_by_device`
+    if run.config.batching != config.batching:  # set by `cut_by_device`
         because = "what makes products faster on this device, where it fits"
         yield "batching.micro_tokens", config.batching.at_once, because
     if config.memory.keep_packed_gb is None:
@@ -261,10 +266,10 @@ def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
 
 @contextmanager
 def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
-    """Attach the runs' adapters to their common base, and select the first one.
+    """Attach the runs' adapters to their common base, and select the first adapter.
 
-    The base is in training mode on its fast paths, and sharded if configured. All except the sharding is
-    undone at the end."""
+    The base is in training mode on its fast paths, and sharded if configured. Everything except the sharding
+    is undone at the end."""
     first = texts[0]
     config, base, run = first.config, first.base, first.run
     model, devices = base.model, run.devices
@@ -277,11 +282,11 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         attachment = undo.enter_context(attach(model))
         fresh = {text.name: _fresh_adapter(text) for text in texts}
         for name in list(fresh):
-            attachment.add(name, fresh.pop(name), trainable=True)  # makes its own copy
+            attachment.add(name, fresh.pop(name), trainable=True)  # makes a copy
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
-        # before weights are joined
+        # before weights are fused
         sampled_texts = [undo.enter_context(_open_sampled(text, attachment)) for text in texts]
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
@@ -306,7 +311,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
 
 
 def _fresh_adapter(text: TextRun) -> Adapter:
-    """Return the initial adapter: new, or the one that the run continues from."""
+    """Return the initial adapter: a new adapter, or the adapter that the run continues from."""
     seed_all(text.config.seed)
     if text.data.start is not None:
         return text.data.start
@@ -315,7 +320,7 @@ def _fresh_adapter(text: TextRun) -> Adapter:
 
 
 def offloads_activations(config: TrainConfig, base: TextBase, run: Run) -> bool:
-    """Return whether recomputed layers keep their inputs in CPU memory: if configured, on a GPU."""
+    """Return whether recomputed layers store their inputs in CPU memory: if configured, and on a GPU."""
     if config.memory.offload_activations and computes_on(base).type != "cuda":
         run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
         return False
@@ -339,7 +344,7 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
         )
     judges = local_judge_models(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (text.data.train, text.data.held_out) for item in split.items)
-    context = 0 if judges else longest  # the length of judges' prompts is not limited
+    context = 0 if judges else longest  # the length of the judges' prompts is not limited
     exact = isinstance(r, ReinforcementSection) and r.exact
     pack = int(text.report.numbers.get("drawer_packed", 0))
     rows = sampled_at_once(text.config, len(text.data.held_out.items[: text.config.evaluation.rows]))
@@ -372,10 +377,10 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
 
 
 def recompute_activations(model: Any, *, offload: bool = False) -> None:
-    """Make layers keep only their inputs, in CPU memory with `offload`.
+    """Make layers store only their inputs, in CPU memory with `offload`.
 
-    Replaces the checkpoint function of transformers' `GradientCheckpointingLayer`s. Raises ConfigError for a
-    model without support."""
+    Replaces the checkpoint function of transformers' `GradientCheckpointingLayer`s. Raises ConfigError if the
+    model does not support checkpointing."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
@@ -403,9 +408,9 @@ def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class AttachedText:
-    """A text run whose adapter is attached to its base.
+    """A text run with its adapter attached to the base.
 
-    `call`: runs a function of the model with its weights, sharded or not. `task`: the task to run."""
+    call: calls a function that needs the model's weights, sharded or not. task: the task to run."""
 
     task: Task[RunResult]
 
@@ -460,9 +465,8 @@ class AttachedText:
         return span_problem(adapter)
 
     def result(self, outcome: Outcome, progress: Progress) -> RunResult:
-        """Return the result, with measures of the evaluations if not a likelihood.
-
-        The measures are those of the kept step and of step 0."""
+        """Return the result, with the metrics of the saved step and of step 0 if the loss is not a
+        likelihood."""
         result = RunResult(
             **vars(outcome),
             tokens=progress.tokens,
@@ -476,7 +480,7 @@ class AttachedText:
         return replace(result, measured=by_step.get(result.kept_step, {}), measured_before=by_step.get(0, {}))
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        """Return the run's log records of a kind; [] except on the first process."""
+        """Return the run's log records of one kind; [] except on the first process."""
         log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
         return [record for record in log if record.get("event") == event]
 
@@ -488,10 +492,10 @@ class AttachedText:
         return replace(result, adapter=str(self.run.folder), digest=digest)
 
     def _answers(self, sample: Mapping[str, Any], emit: Listener) -> dict[str, str]:
-        """Return the answers to the card's prompt, or {} if the card should have none.
+        """Return the completions of the card's prompt, or {} if the card has none.
 
-        A base split over devices would need all devices to answer, and answers to training rows do not show
-        what was learned."""
+        A base split over devices would need all devices for a completion, and completions of training rows
+        do not show what was learned."""
         tokens = self.config.evaluation.sampled(len(self.steps))
         if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held_out.rows):
             return {}
@@ -530,8 +534,8 @@ class AttachedText:
             return out
 
         def proven() -> str:
-            # PiSSA and OLoRA are written with twice the rank: one rounding of the base's dtype, through a few
-            # layers.
+            # PiSSA and OLoRA are written with twice the rank, which adds one rounding of the base's dtype in
+            # each layer.
             rewritten = any(pair.origin is not None for pair in self.attachment.adapters[self.name].pairs.values())
             return prove(
                 self.attachment,
@@ -570,7 +574,7 @@ def _task_of(a: AttachedText, sampled: Reinforcement | Distillation | None) -> T
 
 
 class Likelihood:
-    """Likelihood of the rows' answers, and their token accuracy."""
+    """Likelihood loss of the rows' targets, with their token accuracy."""
 
     def __init__(self, text: AttachedText) -> None:
         self.text = text
@@ -583,7 +587,7 @@ class Likelihood:
     def loss(self, batch: Batch) -> Tensor:
         """Return Σ NLL over the trained tokens.
 
-        The rows are on the CPU, so that the host does not wait for a device."""
+        The batch is on the CPU, so that the host does not wait for a device."""
         base = self.text.base
         right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=base.device)
         ids = sent(batch.input_ids, base.device)
@@ -592,7 +596,7 @@ class Likelihood:
         return nll
 
     def add_accuracy(self, right: Tensor) -> None:
-        """Count this step's trained tokens, and those the model ranks first."""
+        """Count this step's trained tokens, and the tokens that the model ranks first."""
         self._right.append(right.sum())
         self._seen += len(right)
 
@@ -616,10 +620,10 @@ class Likelihood:
 
 
 def _preference_task(a: AttachedText) -> Task[RunResult]:
-    """Return the task of rows with answers to compare.
+    """Return the task of a preference run.
 
-    The loss is over pairs (kto: over answers). Its reference is the base without adapter, or the adapter that
-    the run started from."""
+    The loss is over pairs (kto: over completions). The reference is the base without adapter, or the adapter
+    that the run started from."""
     name = f"{a.name}, as it began"
     preference = Preference(a.config, a.base, a.attachment, a.data.start, name, a.call, a.run.devices)
 
@@ -627,7 +631,7 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
         """Compute the reference's log-probabilities of every pair."""
         if a.run.dry_run:
             return
-        # a short run does not use every pair
+        # A short run does not use every pair.
         used = {id(item): item for step in a.steps for micro in step.micros for item in micro.items}
         try:
             preference.load_reference([*used.values(), *a.held_out], lambda line: emit(Note(line)))
@@ -660,7 +664,7 @@ def _sampled_task(a: AttachedText, sampled: Reinforcement | Distillation) -> Tas
     learner = a.learner(
         sampled.loss,
         lambda stop: sampled.score(a.held_out, a.data.held_out.rows, stop),
-        send=None,  # the next step's answers are not sampled yet
+        send=None,  # the next step's completions are not sampled yet
         make_step=lambda step, number, stop: sampled.sample_step(step, number, rows, stop),
         begin_step=lambda step: sampled.begin(),
         end_step=end_step,

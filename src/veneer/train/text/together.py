@@ -1,16 +1,17 @@
-"""Train several text runs on one base, in one pass of the base: each row under its run's adapter.
+"""Train several text runs on one base, in one pass of the base, each row with its run's adapter.
 
     results = run_texts(configs)           one RunResult each, or the error that ended it
 
     loss of a pass = Σ over runs  Σ NLL of its rows / trained tokens of its step
 
-No run's term contains another run's parameters, so one backward pass gives each run the same gradient as alone.
-The base, which costs most of a step, runs once. ops/lora_segments.py maps rows to adapters. A run that cannot
-share a pass (DoRA, full copies, preferences …) has its own pass in each step, with the same results.
+The term of one run does not contain parameters of another run, so one backward pass gives each run the same
+gradient as a separate pass. The base, which has most of a step's cost, runs once. ops/lora_segments.py maps
+rows to adapters. A run that cannot share a pass (DoRA, full copies, preferences …) has a separate pass in
+each step, with the same results.
 
-Each run has its own parameters, optimizer, schedule, evaluations and files; all runs take step k together. A run
-that fails or ends leaves, and the others continue. All runs write a checkpoint when one of them is due, so a
-killed group resumes bit for bit (`resume_points`).
+Each run has its own parameters, optimizer, schedule, evaluations and files. All runs take step k together. If
+a run fails or ends, the other runs continue. All runs write a checkpoint when one of them is due, so a killed
+group resumes bit for bit (`resume_points`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _STATE = 16
-"""Bytes for each trained parameter: itself, its gradient and AdamW's two moments, float32."""
+"""Bytes per trained parameter: the parameter, its gradient and AdamW's two moments, in float32."""
 
 
 def run_texts(
@@ -75,13 +76,15 @@ def run_texts(
     base: TextBase | None = None,
     sources: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> list[RunResult | VeneerError]:
-    """Train an adapter for each configuration, all on one base and in one pass a step; return each one's result.
+    """Train an adapter for each configuration on one base, in one pass per step, and return the results.
 
-    `names`: what messages call them, by default their output folders. `listeners`, `sources`: one of each. The
-    rest as `run_text`. A run that fails is its error in the list, and leaves the others as they are. Raises
-    ConfigError for configurations that cannot share a base, and Interrupted with all states saved."""
+    names: the names of the runs in messages; the default is their output folders. listeners, sources: one per
+    run. The other arguments are as in `run_text`.
+
+    If a run fails, its result is the error, and the other runs are not affected. Raises ConfigError for
+    configurations that cannot share a base, and Interrupted with all states saved."""
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
-    texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
+    texts = [config for config in configs if isinstance(config, TrainConfig)]  # true for all of them
     if started() > 1:
         raise ConfigError(
             "several configurations in one pass need a single process",
@@ -188,9 +191,9 @@ def _checked(runs: Sequence[Run], base: TextBase) -> tuple[dict[int, RunResult |
 
 
 def _check_memory(texts: Sequence[TextRun]) -> None:
-    """Check that the states of all runs and the largest pass fit in memory.
+    """Raise PreflightError if the states of all runs and the largest pass do not fit in memory.
 
-    Raises PreflightError; with `force` only warns. Each run's preflight has checked the run alone."""
+    With `force`, only warns. The preflight of each run has checked that run only."""
     free: int | None = texts[0].report.numbers.get("memory_free")
     if free is None:
         return
@@ -217,7 +220,7 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
 class SharedPasses:
     """Computes the steps of runs on one base.
 
-    `members`: the runs that share passes; every other run has its own. `most`: tokens of a pass."""
+    members: the runs that share passes; every other run has separate passes. most: tokens of a pass."""
 
     model: Any
     device: torch.device
@@ -227,7 +230,7 @@ class SharedPasses:
 
     @classmethod
     def create(cls, texts: Mapping[Loop, AttachedText]) -> SharedPasses:
-        """Return the passes of runs, and report which runs have their own passes, and why."""
+        """Return the passes of the runs, and report which runs have separate passes, and why."""
         first = next(iter(texts.values()))
         together = reason_not_shared(first.base.model)
         members = {}
@@ -270,7 +273,7 @@ class SharedPasses:
             try:
                 with shared(), memory_errors(Micro(sum(micro.tokens for micro in micros), 0, rows, lambda: None)):
                     sums = self._pass(parts)
-            except ResourceError as error:  # without the rows: a run is not told of another run's rows
+            except ResourceError as error:  # without row names, because a run's log must not name rows of another run
                 return dict.fromkeys(loops, ResourceError(error.what, where="a pass of several runs", fix=error.fix))
             for (loop, index), micro, nll in zip(parts, micros, sums, strict=True):
                 nlls[loop][index] = nll
@@ -280,9 +283,10 @@ class SharedPasses:
         return {loop: loop.result(losses[loop], each * tokens[loop]) for loop in loops}
 
     def _cut(self, loops: Sequence[Loop]) -> Iterator[list[tuple[Loop, int]]]:
-        """Yield the (run, index of its micro-batch) of each pass.
+        """Yield the (run, index of its micro-batch) pairs of each pass.
 
-        All first micro-batches come first, then all second ones; a pass has at most `most` tokens."""
+        The first micro-batches of all runs precede their second ones, and so on. A pass has at most `most`
+        tokens."""
         order = sorted((index, number) for number, loop in enumerate(loops) for index in range(len(loop.micros)))
         part: list[tuple[Loop, int]] = []
         tokens = 0
@@ -296,7 +300,7 @@ class SharedPasses:
         yield part
 
     def _pass(self, parts: Sequence[tuple[Loop, int]]) -> list[Tensor]:
-        """Run forward and backward of these micro-batches; return Σ NLL of each."""
+        """Run the forward and backward pass of these micro-batches, and return Σ NLL of each."""
         batches: list[Batch] = [loop.batch(index, range(index + 1, len(loop.micros))) for loop, index in parts]
         seeds = [loop.seed(index) for loop, index in parts]
         seed_all(*seeds[0])
@@ -323,7 +327,7 @@ class SharedPasses:
 def reason_not_shared(model: nn.Module) -> str:
     """Return why rows of several runs cannot share a pass of the base, or "".
 
-    Call it within `fast`."""
+    Must be called inside `fast`."""
     if not fast_report(model).rows:
         return "this base needs padded rows"
     for name, module in base_modules(model):
@@ -335,12 +339,12 @@ def reason_not_shared(model: nn.Module) -> str:
 
 
 def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
-    """Return the checkpoint that each run continues from; None for its beginning.
+    """Return the checkpoint that each run continues from; None to start from the beginning.
 
-    Runs that were trained together continue from the last step of which each has a checkpoint. A run that had
-    finished by then stays at its end. A run that had failed is an error, because training it beside the others
-    would change their last bits. If a run has only its first checkpoint and its companions have none, it begins
-    again with them."""
+    Runs that were trained together continue from the last step that all of them have a checkpoint of. A run
+    that was already finished at that step keeps its result. A run that had failed is an error, because
+    training the run now would change the last bits of the others. If one run has only its first checkpoint
+    and the other runs have none, all of them start from the beginning."""
     have = {run.name: checkpoint.by_step(run.folder / "checkpoints") for run in runs}
     group: set[str] = set()
     last = -1
@@ -374,7 +378,7 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
 
 
 def _companions(name: str, path: Path) -> set[str]:
-    """Return the runs that a checkpoint's run was trained together with, including itself."""
+    """Return the runs that the checkpoint's run was trained together with, including itself."""
     metadata = checkpoint.read_checkpoint(path).get("about", {})
     return {name, *metadata.get("together", [])}
 
