@@ -191,7 +191,7 @@ def run(
         if dry and side.needs:
             outcome = Outcome("left out", why="peers are no part of a dry run")
         elif left < LEAST:
-            outcome = Outcome("no time left", why=f"{minutes:g} minutes were given")
+            outcome = Outcome("no time left", why=f"{minutes:g} minutes are set")
         else:
             limit = min(side.limit, left)
             try:

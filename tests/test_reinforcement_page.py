@@ -37,7 +37,7 @@ def test_commands_of_the_page_train_an_adapter(
     cards = re.findall(r'<div class="card"><h3>(.*?)</h3>', report)
     assert cards[:4] == ["Validation reward", "Validation, exact_match", "Validation, length", "Training reward"]
     charts = re.findall(r'<div class="panel"><h3>(.*?)</h3>', report)
-    assert charts[:3] == ["Reward, mean over the answers drawn", "Reward: exact_match", "Reward: length"]
+    assert charts[:3] == ["Reward, mean over the sampled completions", "Reward: exact_match", "Reward: length"]
     assert "<th>after step</th><th>reward</th><th>exact_match</th><th>length</th>" in report
 
 

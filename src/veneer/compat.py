@@ -38,7 +38,7 @@ class Internals:
         Raises MissingInternalError if the library lacks the name, KeyError if the name is not in `names`."""
         if name not in self._found:
             if name not in self.names:
-                raise KeyError(f"{name} is in no list of what is relied on of {self.library}")
+                raise KeyError(f"{name} is not among the listed internals of {self.library}")
             self._found[name] = self._looked_up(name)
         return self._found[name]
 

@@ -79,7 +79,7 @@ def test_live_by_keys(window: Window, store: Store) -> None:
     for name, weight in (("support@2", 80), (f"{LONG}@1", 20)):
         window.tab_to(f"Weight of {name}")
         page.keyboard.type(str(weight))
-    window.until(f"Of the users of {ROUTE}, 10% move from support@2 to {LONG}@1; nobody else changes.")
+    window.until(f"Of the users of {ROUTE}, 10% move from support@2 to {LONG}@1; all other users keep their target.")
     window.tab_to("Apply")
     window.keys("Enter")
     window.until(f"{ROUTE} changed")

@@ -72,13 +72,13 @@ def test_route_is_changed_promoted_and_rolled_back_in_two_browsers(
 
     form = route(one, "parcels")
     form.get_by_label("Add a target").select_option(OTHER)
-    one.until(f"Of the users of parcels, 10% move from {FIRST} to {OTHER}; nobody else changes.")
+    one.until(f"Of the users of parcels, 10% move from {FIRST} to {OTHER}; all other users keep their target.")
     one.press("Apply")
     weights(other, **{FIRST: "90", OTHER: "10"})
 
     for name, weight in ((FIRST, "60"), (OTHER, "40")):
         form.get_by_label(f"Weight of {name}").fill(weight)
-    one.until(f"Of the users of parcels, 30% move from {FIRST} to {OTHER}; nobody else changes.")
+    one.until(f"Of the users of parcels, 30% move from {FIRST} to {OTHER}; all other users keep their target.")
     one.until(f"veneer tenant route set parcels {FIRST}=60 {OTHER}=40")
     assert targets(store) == {FIRST: 90, OTHER: 10}, "the change is not applied yet"
     one.press("Cancel")

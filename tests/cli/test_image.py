@@ -212,7 +212,7 @@ def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> 
         (["a", "--size", "100000"], "width is 100000"),
         (["a", "--batch-size", "0"], "batch_size is 0"),
         (["a", "--seed", "-1"], "seed -1"),
-        (["a", "--seed", str(2**64)], "a whole number from 0"),
+        (["a", "--seed", str(2**64)], "an integer from 0"),
         (["a", "--size", "32x0"], "height is 0"),
         (["a", "-i", "none.png"], "no such picture"),
         (["a", "--mask", "none.png"], "a mask needs the picture"),

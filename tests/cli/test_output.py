@@ -84,7 +84,7 @@ def test_escaped_output_is_readable(hostile, capsys):
 def test_long_list_is_cut_unless_all_is_given(hostile, capsys):
     ran = run(capsys, "adapter", "inspect", str(hostile[1]))
     assert ran.code == 2
-    assert ran.out.startswith("refused: the adapter cannot be read whole (40 problem(s)):")
+    assert ran.out.startswith("refused: the adapter cannot be read completely (40 problem(s)):")
     assert "and 20 more (--all shows them)" in ran.out
     whole = run(capsys, "adapter", "inspect", "--all", str(hostile[1]))
     assert len(re.findall("^unused: ", whole.out, re.M)) == 40

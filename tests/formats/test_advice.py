@@ -60,7 +60,9 @@ def test_inspect_verdict_sets_the_exit_code(tmp_path, capsys):
     write_tensors(tmp_path / "bad.safetensors", tensors)
     bad = run(capsys, "adapter", "inspect", str(tmp_path / "bad.safetensors"))
     assert bad.code == 2
-    assert bad.out.startswith("refused: the adapter cannot be read whole (1 problem(s)):\n  - lora_unet_nowhere.diff")
+    assert bad.out.startswith(
+        "refused: the adapter cannot be read completely (1 problem(s)):\n  - lora_unet_nowhere.diff"
+    )
     assert "--allow-partial" in bad.out
     found = inspect(str(tmp_path / "bad.safetensors"))
     assert found["verdict"]["use"] is False

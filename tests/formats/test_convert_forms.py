@@ -165,7 +165,7 @@ def test_fused_loha_bias_and_whole_weights(to, tmp_path):
         modules={} if to == "kohya" else {QKV[0].replace("blocks.0", "blocks.1"): {"weight": numbers((UNIT, IN), "q")}},
     )
     if adapter.modules:
-        with pytest.raises(AdapterError, match="only some of its parts are replaced by a whole new weight"):
+        with pytest.raises(AdapterError, match="only some of its parts have a full replacement weight"):
             encode(adapter, to, family="flux1")
         adapter.modules = {m.replace("blocks.0", "blocks.1"): {"weight": numbers((UNIT, IN), m)} for m in QKV}
     assert not any(t.any() for t in comes_back(adapter, tmp_path / "it.safetensors", to, "flux1").values())

@@ -353,7 +353,7 @@ def test_stamps_are_kept_and_shown(folder):
     edit(folder, {"unsloth_version": "2026.9.6", "created_at": "2026-09-20", "astra_config": None})
     found = peft.load_folder(folder)
     assert found.adapter.card.extra["adapter_config"] == {"unsloth_version": "2026.9.6", "created_at": "2026-09-20"}
-    assert any("unsloth_version = 2026.9.6: a stamp, kept" in note for note in found.notes)
+    assert any("unsloth_version = 2026.9.6: a stamp, stored unchanged" in note for note in found.notes)
 
 
 def test_velora_as_peft_saves_it_has_pefts_outputs(tmp_path):

@@ -109,9 +109,9 @@ def test_lycoris_that_peft_cannot_express_is_refused(tmp_path: Path) -> None:
     ("change", "say"),
     [
         ({"alpha": "8"}, "- alpha = '8': a number is expected"),
-        ({"r": 0}, "r = '0': a whole number of at least 1"),
+        ({"r": 0}, "r = '0': an integer of at least 1"),
         ({"rank_pattern": [3]}, "a mapping from module names to numbers"),
-        ({"rank_pattern": {"q_proj": 2.5}}, "a whole number of at least 1"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "an integer of at least 1"),
         ({"alpha_pattern": {"(": 3}}, "is not a regular expression"),
         ({"wormhole": 7}, "wormhole = '7' is not understood"),
     ],

@@ -64,7 +64,7 @@ def test_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F811
     fix = "set data.max_length=9000 (more memory), or data.long_rows=drop or cut"
     error = error_to_openai(failed_job(quick, kind="data", message=message, fix=fix))
     rows = "; ".join(f"data.jsonl:{n}: 9000 tokens" for n in (1, 2, 3))
-    assert error["message"] == f"20 of 40 rows are longer than what the base reads, 256 tokens: {rows}; and 17 more"
+    assert error["message"] == f"20 of 40 rows are longer than the base's context, 256 tokens: {rows}; and 17 more"
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
     short = error_to_openai(
         failed_job(quick, kind="data", message="no row", where="/secret/data.jsonl:3", fix="send rows")

@@ -78,10 +78,10 @@ def test_configs_written_by_transformers_pass(family: str) -> None:
 
 
 WRONG = [
-    ({"hidden_size": "big"}, 'hidden_size is "big", not a whole number from 1 to'),
-    ({"hidden_size": -1}, "hidden_size is -1, not a whole number from 1 to"),
+    ({"hidden_size": "big"}, 'hidden_size is "big", not an integer from 1 to'),
+    ({"hidden_size": -1}, "hidden_size is -1, not an integer from 1 to"),
     ({"hidden_size": True}, "hidden_size is true, not a whole number"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number from 1 to 10,000"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not an integer from 1 to 10,000"),
     ({"num_attention_heads": -4}, "num_attention_heads is -4"),
     ({"num_attention_heads": 7, "num_key_value_heads": 7}, "num_attention_heads is 7, not a number that divides"),
     ({"num_key_value_heads": 3}, "num_key_value_heads is 3, not a number that divides num_attention_heads ="),

@@ -81,7 +81,7 @@ def test_bad_options_are_refused_before_listening(
         ("queue: 1", "queue: Input should be greater than or equal to 2"),
         ("mix_disk: lots", "'lots' is not a size"),
         ("queu: 4", "unknown key 'queu' | did you mean queue?"),
-        ("queue: 4\nqueue: 5", "`queue` is given twice, on lines 1 and 2"),
+        ("queue: 4\nqueue: 5", "`queue` occurs twice, on lines 1 and 2"),
         ("[queue]", "expected"),
     ],
 )

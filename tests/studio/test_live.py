@@ -50,7 +50,7 @@ def test_change_is_described_then_applied_and_shown_to_others(studio: StudioServ
         first.fill("Weight of support@1", 80)
         first.fill("Weight of support@2", 20)
         first.until(
-            "Of the users of parcels, 10% move from support@1 to support@2; nobody else changes.",
+            "Of the users of parcels, 10% move from support@1 to support@2; all other users keep their target.",
             "veneer tenant route set parcels support@1=80 support@2=20",
         )
         assert targets(store) == {"support@1": 90, "support@2": 10}

@@ -97,7 +97,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     head, factors = split_factors(name)
     if factors and "/" not in factors:
         raise AdapterError(
-            f"there is no adapter {name!r}; what is behind the @, {factors!r}, is for pictures on an image base",
+            f"there is no adapter {name!r}; the part after the @, {factors!r}, is for pictures on an image base",
             where=str(here.absolute()),
             fix=f"on a text base, give one strength: {split_strength(head)[0]}:0.8",
         )

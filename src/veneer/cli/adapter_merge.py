@@ -103,7 +103,7 @@ def _trained_precision(adapters: list[str]) -> str:
         summary = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
         raise ConfigError(
             f"these adapters were trained over one base in different precisions ({summary})",
-            fix="merge those of one precision together, or all with --into original",
+            fix="merge adapters of one precision together, or all adapters with --into original",
         )
     return next(iter(kinds))
 

@@ -67,7 +67,7 @@ def caption(
         return
     if model is None:
         fix = "give --model (as HuggingFaceTB/SmolVLM-500M-Instruct), or a caption after one image"
-        raise ConfigError("no captioning model given", where="--model", fix=fix)
+        raise ConfigError("no captioning model selected", where="--model", fix=fix)
     model_name = model
 
     check_dtype_name(dtype, "--dtype")
@@ -138,7 +138,7 @@ _OfBase = Annotated[
     str | None, typer.Option("--base", help="Base model; needed for rows or a folder without a configuration.")
 ]
 _Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that override the given ones.")
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that override those of the file.")
 ]
 
 
@@ -172,7 +172,7 @@ def show(
     from veneer.train.inspect import VERDICTS, preview_pictures, preview_rows
 
     for word in only or []:
-        one_of(word, VERDICTS, "what becomes of a row", "--only")
+        one_of(word, VERDICTS, "the use of a row", "--only")
     verdicts: Any = only or ()
     config = _configured(data, base, overrides)
     if isinstance(config, ImageTrainConfig):

@@ -61,7 +61,7 @@ def evaluate(
     if not name:
         raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
     if not data:
-        raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
+        raise ConfigError("there is nothing to evaluate on", fix="select held-out rows: --data test.jsonl")
     rows, source = read_rows(data, limit=limit)
     say(f"{len(rows)} rows in `{source.format}` format: {source.why}")
     with errors_only():

@@ -28,7 +28,8 @@ def generate(
         list[str] | None, typer.Argument(help="One or more prompts; `-` or no prompt reads stdin.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model. Default: the first adapter's base, else smollm2-135m.")
+        str | None,
+        typer.Option("--base", help="Base model. Default: the first adapter's base, otherwise smollm2-135m."),
     ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength]; repeatable.")

@@ -212,7 +212,7 @@ def logs(job: _Id, tenant: _Tenant = None) -> None:
     with _opened() as store:
         details = store.get(tenant, job)
     if not details.log.is_file():
-        say(f"no process of it has printed anything on this machine ({details.log})")
+        say(f"no process of this job has printed anything on this machine ({details.log})")
         return
     with details.log.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:

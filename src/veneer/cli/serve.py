@@ -49,7 +49,7 @@ def serve(
     ] = None,
     allow_folder: Annotated[
         list[Path] | None,
-        typer.Option("--allow-folder", help="Folder whose adapters can be loaded by path; repeatable."),
+        typer.Option("--allow-folder", help="Folder of adapters that can be loaded by path; repeatable."),
     ] = None,
     api_keys: Annotated[
         Path | None, typer.Option("--api-keys", help="File of API keys, one per line; requests need a key.")
@@ -102,7 +102,7 @@ def serve(
     allowed_origin: Annotated[
         list[str] | None,
         typer.Option(
-            "--allowed-origin", help="CORS origin whose web pages can use this server; repeatable; * needs keys."
+            "--allowed-origin", help="CORS origin with web pages that can use this server; repeatable; * needs keys."
         ),
     ] = None,
     train: Annotated[

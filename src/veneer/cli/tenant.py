@@ -468,7 +468,7 @@ def route_set(
     split = [target.partition("=") for target in targets]
     pairs = [(name, int(weight) if weight.isdigit() else 0 if weight else 1) for name, _, weight in split]
     if any(not weight for _, weight in pairs):
-        raise typer.BadParameter("weights are whole numbers, 1 or more: support@1=90")
+        raise typer.BadParameter("weights are integers, 1 or more: support@1=90")
     more: dict[str, Any] = {"tenant": tenant, "shadow": shadow, "fraction": fraction}
     now = store.settings.routes.get((tenant, route))
     planned = routes.planned_route(now, route, pairs, **more)

@@ -166,7 +166,7 @@ def _print_result(result: Any, config: Any) -> None:
     if result.dry_run:
         amount = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "
         amount += "" if pictures else f"{result.learned_tokens:,} of them learned"
-        preview = f"; what the model would see is in {result.sheet}" if pictures else ""
+        preview = f"; the model's view of each picture is in {result.sheet}" if pictures else ""
         print(f"dry run: {result.steps:,} steps, {amount}; nothing was written{preview}", file=sys.stderr)
         return
     from veneer.formats.card import generate_command, read_card, sample_messages

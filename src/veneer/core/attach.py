@@ -254,7 +254,8 @@ class Attachment:
             if strength != 1.0:
                 examples = ", ".join(sorted(adapter.modules)[:3])
                 raise AdapterError(
-                    f"{name!r} replaces whole modules ({examples}): a copy is used or not", fix="use it at strength 1.0"
+                    f"{name!r} replaces entire modules ({examples}): a copy has no strength",
+                    fix="use it at strength 1.0",
                 )
             for rival_name, rival, _ in selected:
                 if rival is not adapter and (both := sorted(set(adapter.modules) & self._wrapped_for(rival))):
@@ -334,7 +335,7 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
     replaced = {n for a in adapters for n in a.modules}
     names = {n for a in adapters for n in _changed_modules(a)}
     out = [
-        f"{n} lies inside {w}, which is replaced whole"
+        f"{n} lies inside {w}, which is replaced entirely"
         for n in sorted(names)
         for w in replaced
         if n.startswith(w + ".")
@@ -438,7 +439,7 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
     if key not in module._parameters:
         return [f"{name}: {type(module).__name__} has no {key!r}"]
     if delta.form == "replacement" and module._parameters[key] is None:
-        return [f"{name}: a new value for what this {type(module).__name__} does not have"]
+        return [f"{name}: a new value for a parameter that this {type(module).__name__} does not have"]
     shape = parameter_shape(module, key)
     if problems := part_problems(delta):
         return [f"{name}: {p}" for p in problems]
@@ -460,7 +461,7 @@ def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str
         owner, _, key = name.rpartition(".")
         plain = delta.form in ("hadamard", "kronecker") and delta.magnitude is None and delta.rows is None
         if not plain or key != "weight" or kind_of(modules.get(owner, nn.Module())) not in ("linear", "conv"):
-            out.append(f"{name}: only a LoHa or LoKr of a whole linear or convolution, without DoRA, is trained")
+            out.append(f"{name}: only a LoHa or LoKr of an entire linear or convolution, without DoRA, can be trained")
     return out
 
 

@@ -106,7 +106,7 @@ class MixBatch:
             raise AdapterError(
                 f"{n} mixes for a batch of {batch} in this module, where the model has {rows} rows",
                 where=where,
-                fix="a module whose first dimension is not the batch cannot have a mix for each row: run each mix by "
+                fix="a module without a batch dimension cannot have a mix per row: run each mix by "
                 "itself, or use adapters that do not change this module",
             )
         return batch // n

@@ -39,7 +39,7 @@ class Bound:
     def __post_init__(self) -> None:
         bounds = {n: v for n, v in vars(self).items() if v is not None}
         if len(bounds) != 1:
-            raise AdapterError(f"{len(bounds)} bounds on what to keep", fix="give one of rank, energy and error")
+            raise AdapterError(f"{len(bounds)} conflicting limits", fix="give one of rank, energy and error")
         if self.rank is not None and self.rank < 1:
             raise AdapterError(f"rank {self.rank} keeps nothing", fix="a rank of 1 or more")
         if self.energy is not None and not 0 < self.energy <= 1:

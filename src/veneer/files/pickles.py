@@ -95,7 +95,7 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = (
-            f"it names {named[1]}, which is not a tensor" if named else "it is not what torch.save writes for tensors"
+            f"it names {named[1]}, which is not a tensor" if named else "torch.save writes no such file for tensors"
         )
         raise UnsafeFileError(
             f"the pickle is refused: {problem}. No code of the file was run",

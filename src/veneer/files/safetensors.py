@@ -57,7 +57,7 @@ _OTHER_MAGIC = {
 }  # fmt: skip
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 PICKLE_FIX = (
-    "ask for the safetensors file; or, for an adapter file by itself, ask for `--from-pickle` (in Python "
+    "ask for the safetensors file; or, for a single adapter file, use `--from-pickle` (in Python "
     "`from_pickle=True`): torch's weights-only loader builds its tensors and runs none of its code"
 )
 

@@ -117,7 +117,7 @@ def _type_problem(value: Any, default: Any) -> str | None:
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return None if ok else "a number is expected"
     if isinstance(default, int):
-        return None if type(value) is int else "a whole number is expected"
+        return None if type(value) is int else "expected an integer"
     if isinstance(default, list):
         ok = isinstance(value, list) and all(isinstance(v, str) for v in value)
         return None if ok else "a list of texts is expected"
@@ -233,7 +233,7 @@ def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _quantized_copy_lines(base: str) -> list[str]:
     """Return lines on how to get the exact weights that the adapter was trained on."""
-    copy = f"It was trained on veneer's copy of `{hub_id(base)}`, called `{base}`, whose weights were quantized once."
+    copy = f"It was trained on veneer's copy of `{hub_id(base)}`, called `{base}`; its weights were quantized once."
     return ["", f"{copy} `veneer base get {base}` prints the folder of the copy, which `from_pretrained` takes too."]
 
 

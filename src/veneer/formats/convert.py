@@ -236,7 +236,7 @@ def _other_layouts(source: Adapter, to: str, family: str | None) -> str:
     return (
         f"--to {' or '.join([', '.join(layouts[:-1]), layouts[-1]] if layouts[1:] else layouts)}"
         if layouts
-        else f"no other layout here holds it whole; {MERGE}"
+        else f"no other layout can express it; {MERGE}"
     )
 
 

@@ -93,7 +93,7 @@ def _are_sayable(by_module: Mapping[str, ModuleChanges], component: str, refused
             if not _is_lora_bias(changes, parameter, delta):
                 refused[f"diffusers drops a {delta.form} change of the {parameter}; {_ELSEWHERE}"].append(module)
         if changes.full:
-            refused["diffusers drops whole new weights; merge it into the base"].append(module)
+            refused["diffusers drops full replacement weights; merge the adapter into the base"].append(module)
         if changes.pair is not None and changes.pair.kind not in ("linear", "conv"):
             refused[f"diffusers loads no pair of {changes.pair.kind}; merge it into the base"].append(module)
         if changes.pair is not None and changes.pair.magnitude is not None and changes.pair.magnitude.ndim > 1:
@@ -101,11 +101,11 @@ def _are_sayable(by_module: Mapping[str, ModuleChanges], component: str, refused
     pairs = {m: changes for m, changes in by_module.items() if changes.pair is not None}
     with_dora = {m for m, changes in pairs.items() if changes.pair is not None and changes.pair.magnitude is not None}
     if with_dora and with_dora != set(pairs):
-        problem = f"DoRA is one switch for the whole {component}, and this has no magnitude"
+        problem = f"DoRA is one switch for the entire {component}, and this module has no magnitude"
         refused[f"{problem}; {_ELSEWHERE}"] += sorted(set(pairs) - with_dora)
     biased = {m for m, changes in pairs.items() if "bias" in changes.deltas}
     if biased and biased != set(pairs):
-        problem = f"lora_bias is one switch for the whole {component}, and this has no change of the bias"
+        problem = f"lora_bias is one switch for the entire {component}, and this module's bias does not change"
         refused[f"{problem}; {_ELSEWHERE}"] += sorted(set(pairs) - biased)
     if biased and with_dora:
         refused[f"PEFT allows no bias change with DoRA; {_ELSEWHERE}"] += sorted(biased)

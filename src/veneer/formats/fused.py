@@ -171,7 +171,7 @@ def _not_joinable(items: Sequence[Pair | Delta], why: str) -> AdapterError:
     return AdapterError(
         f"these parts do not form one change of a fused projection: {why}",
         where="; ".join(_describe(p) for p in items),
-        fix="write a format whose projections are split",
+        fix="use a format with split projections",
     )
 
 

@@ -147,7 +147,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
                 problems.append(f"{module}: its rows are in llama.cpp's order, and the file lacks the size of a head")
                 continue
             if head_dim % 2 or B.shape[0] % head_dim:
-                problems.append(f"{module}: {B.shape[0]:,} rows are not whole heads of {head_dim:,}")
+                problems.append(f"{module}: {B.shape[0]:,} rows are no multiple of the head size {head_dim:,}")
                 continue
             B = _unpermuted(B, head_dim)
         scale = scale_of(alpha, A.shape[0]) if alpha else 1.0

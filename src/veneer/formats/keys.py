@@ -51,8 +51,8 @@ ROLES: dict[str, str] = {
 REFUSED: dict[str, str] = {
     r"oft_blocks|oft_diag|oft_R(?:\.[^.]+)?(?:\.weight)?|rescale": "OFT (or BOFT), which turns the weight",
     r"boft_R(?:\.[^.]+)?|boft_s(?:\.[^.]+)?": "BOFT, which turns the weight",
-    r"[ab][12]\.weight|bm\.weight": "GLoRA, whose change depends on the weight",
-    r"[qp]_layer\.weight|lambda_layer": "T-LoRA, whose rank depends on the timestep",
+    r"[ab][12]\.weight|bm\.weight": "GLoRA: its change depends on the weight",
+    r"[qp]_layer\.weight|lambda_layer": "T-LoRA: its rank depends on the timestep",
     r"ia3_l(?:\.[^.]+)?": "PEFT's (IA)³, which scales the bias too",
     r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
 }

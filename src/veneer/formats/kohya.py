@@ -140,7 +140,7 @@ def _fused(parts: Sequence[ModuleChanges | None], targets: Sequence[ModuleTarget
     for parameter in sorted({f for p in have for f in p.full}):
         values = [p.full.get(parameter) if p else None for p in parts]
         if any(v is None for v in values):
-            raise AdapterError(f"only some of its parts are replaced by a whole new {parameter}")
+            raise AdapterError(f"only some of its parts have a full replacement {parameter}")
         joined = _joined([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], targets)
         changes.full[parameter] = joined.parts["value"]
     return changes
@@ -206,7 +206,9 @@ def _unread(name: str, changes: ModuleChanges, family: Family, to: str) -> list[
     """Return messages for contents that readers of `to` ignore or misread."""
     out = []
     if changes.full and (to == "kohya" or set(changes.full) != {"weight"}):
-        out.append("it cannot hold whole new weights; subtract the base's, or merge it into the base")
+        out.append(
+            "it cannot express full replacement weights; subtract the base's, or merge the adapter into the base"
+        )
     if to == "kohya":
         return out
     present = [h for h in (changes.pair, changes.deltas.get("weight")) if h is not None]

@@ -289,7 +289,9 @@ class _Reader:
                 named |= {f"a{n}": a, f"b{n}": b}
                 ranks.append(b.shape[0] if b.ndim else 0)
         if len({name[1] for name in named}) < 2:
-            self.problems.append("a LoKr with one factor only: lokr_w1 and lokr_w2 are expected, whole or as _a and _b")
+            self.problems.append(
+                "a LoKr with one factor only: expected lokr_w1 and lokr_w2, each in full or as _a and _b"
+            )
             return
         if ("t2" in named and named["t2"].ndim < 3) or any(named[p].ndim != 2 for p in named if p[0] in "ab"):
             self.problems.append(
@@ -326,7 +328,7 @@ class _Reader:
         if (value := self.have.pop("set_weight", None)) is not None:
             changes.full["weight"] = value
             if changes.pair is not None or "weight" in changes.deltas:
-                self.problems.append(f"a whole new weight {tuple(value.shape)}, and a change of the old one")
+                self.problems.append(f"a full replacement weight {tuple(value.shape)}, and a change of the old one")
 
     def _take_magnitude(self) -> Tensor | None:
         stored = [self.have.pop(role, None) for role in ("dora_scale", "magnitude of outputs")]
@@ -423,7 +425,7 @@ def write_module(changes: ModuleChanges) -> dict[str, Tensor]:
         if name == "weight":
             out["set_weight"] = value
         else:
-            problems.append(f"a whole new {name} {tuple(value.shape)}")
+            problems.append(f"a full replacement {name} {tuple(value.shape)}")
     if problems:
         raise AdapterError(f"the kohya naming has no tensors for:\n{bullets(problems, None)}")
     return out

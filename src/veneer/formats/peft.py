@@ -168,7 +168,9 @@ def interpret(
     adapter.card = cfg.with_task(adapter.card, parsed)
     if parsed.stamps:
         adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
-        reader.notes += [f"{key} = {str(value)[:60]}: a stamp, kept" for key, value in parsed.stamps.items()]
+        reader.notes += [
+            f"{key} = {str(value)[:60]}: a stamp, stored unchanged" for key, value in parsed.stamps.items()
+        ]
     return PeftAdapter(adapter, dict(config), reader.notes)
 
 
@@ -392,7 +394,7 @@ class _Reader:
             ):
                 owner = owners[-1]
                 self.notes.append(
-                    f"{path} {tuple(tensor.shape)}: a whole embedding saved with the pairs, kept as a full copy"
+                    f"{path} {tuple(tensor.shape)}: a full embedding saved with the pairs, read as a full copy"
                 )
             if owner is not None:
                 self.modules.setdefault(owner, {})[path.removeprefix(f"{owner}.")] = tensor
@@ -617,7 +619,7 @@ def _bias_switch(adapter: Adapter) -> str:
 def _bias_problems(name: str, delta: Delta) -> list[str]:
     """Return why PEFT cannot represent a replacement as a trained bias, or []."""
     if not name.endswith(".bias") or len(delta.shape) != 1:
-        return [f"{name}: PEFT trains whole biases, and no other parameter so; merge it into the base"]
+        return [f"{name}: PEFT stores full copies of biases only; merge the adapter into the base"]
     if delta.scale != 1:
         at = f"a trained bias at a strength of {delta.scale:g}"
         return [f"{name}: {at}: PEFT stores its value, which the base's own bias decides; merge it into the base"]
@@ -890,7 +892,7 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
             read = interpret(config, tensors, base if outline.detailed else None).adapter
             problems = _differences(collapsed, read)
         except AdapterError as error:
-            problems = [f"PEFT would not read it back: {error.what}"]
+            problems = [f"PEFT could not read the folder back: {error.what}"]
     if problems:
         raise AdapterError(f"the adapter cannot be written as a PEFT folder:\n{bullets(problems, None)}", where=where)
     return _Encoded(config, tensors, read, notes)
@@ -934,7 +936,7 @@ def _delta_problems(adapter: Adapter) -> list[str]:
             continue
         pair = adapter.pairs.get(name.removesuffix(".bias"))
         if delta.form != "dense" or pair is None or delta.scale != pair.scale or delta.magnitude is not None:
-            out.append(f"{name}: a {delta.form} delta; make pairs of it, or merge it into the base")
+            out.append(f"{name}: a {delta.form} delta; convert the delta to pairs, or merge the adapter into the base")
         else:
             biased.add(name.removesuffix(".bias"))
     if biased and (without_bias := sorted(set(adapter.pairs) - biased)):

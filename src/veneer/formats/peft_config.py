@@ -131,7 +131,9 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
     for i, key in enumerate(sorted(set(raw) - supported - set(stamps))):
         similar = nearest(key, supported, 1) if i < 20 else []
         hint = f", did you mean {similar[0]!r}?" if similar else ""
-        problems.append(f"unknown key {key!r} = {shown(str(raw[key])[:60])}{hint} (it may change the adapter's effect)")
+        problems.append(
+            f"unknown key {key!r} = {shown(str(raw[key])[:60])}{hint} (the key can change the adapter's effect)"
+        )
     for key in sorted(UNSUPPORTED):
         if raw.get(key):
             problems.append(
@@ -203,7 +205,7 @@ def _expect(ok: bool, requirement: str) -> None:
 
 
 def _int(value: Any) -> int:
-    _expect(type(value) is int and value >= 1, "a whole number of at least 1")
+    _expect(type(value) is int and value >= 1, "an integer of at least 1")
     return int(value)
 
 
@@ -239,7 +241,7 @@ def _names_or_regex(value: Any) -> list[str] | str:
 def _indices(value: Any) -> list[int]:
     indices = [value] if isinstance(value, int) else value
     is_valid = isinstance(indices, list) and all(type(v) is int and v >= 0 for v in indices)
-    _expect(is_valid, "a list of whole numbers of at least 0")
+    _expect(is_valid, "a list of integers of at least 0")
     if len(set(indices)) != len(indices):
         raise ValueError("an index appears twice")
     return list(indices)

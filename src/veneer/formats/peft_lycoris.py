@@ -153,11 +153,11 @@ def _inside(adapter: Adapter) -> Iterator[tuple[str, str]]:
 
 def _problems(name: str, delta: Delta) -> Iterator[str]:
     if not name.endswith(".weight") or delta.magnitude is not None or delta.rows is not None:
-        yield f"{name}: PEFT's LoHa and LoKr are of whole weights, without DoRA; write it as kohya"
+        yield f"{name}: PEFT supports LoHa and LoKr on full weights only, without DoRA; write kohya's layout"
     elif any(core in delta.parts for core in ("t1", "t2")) and len(delta.shape) != 4:
         yield f"{name}: PEFT's cores are of 2-d convolutions; write it as kohya"
     elif delta.form == "kronecker" and "w2" in delta.parts and len(delta.shape) == 3:
-        yield f"{name}: PEFT multiplies the whole second factor of a 1-d convolution another way; write it as kohya"
+        yield f"{name}: PEFT multiplies a full second factor of a 1-d convolution differently; write kohya's layout"
 
 
 def _rank(delta: Delta) -> int | None:

@@ -113,7 +113,7 @@ class _ChangeCollector:
         if kind == "norm" and pair is not None:
             raise AdapterError(f"a pair on {name}, which is a norm")
         if kind in ("linear", "conv", "embedding") and "weight" in changes.full and changes.full["weight"].ndim == 1:
-            raise AdapterError(f"a vector as the whole new weight of {name}, which is of a {kind}")
+            raise AdapterError(f"a vector as the full replacement weight of {name}, which is of a {kind}")
         if kind == "embedding" and pair is not None and pair.kind == "linear":
             # A file stores ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose.
             changes = replace(changes, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
@@ -409,7 +409,7 @@ def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError
         return AdapterError("no tensor of the file is an adapter's", where=where)
     partial = "`veneer adapter convert --allow-partial` (allow_partial=True) converts the rest and lists the others"
     return AdapterError(
-        f"the adapter cannot be read whole ({len(problems)} problem(s)):\n{bullets(problems, None)}",
+        f"the adapter cannot be read completely ({len(problems)} problem(s)):\n{bullets(problems, None)}",
         where=where,
         fix=partial if some else None,
     )
@@ -457,7 +457,7 @@ def read_state_dict(
     if tensors and all(suffix in ("weight", "scale") for by_suffix in groups.values() for suffix in by_suffix):
         raise AdapterError(
             f"none of the {len(tensors):,} tensors is an adapter's: "
-            + ("whole weights, a checkpoint or a part of one" if groups else "no layout known here"),
+            + ("full weights: a checkpoint or a part of one" if groups else "no layout known here"),
             where=where,
             fix="give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like",
         )

@@ -170,7 +170,7 @@ class Strength:
         if self.campaign and _role(self.campaign) and (self.blocks or self.steps):
             raise ConfigError(
                 f"campaign={self.campaign} sets blocks and steps; other factors cannot be added",
-                fix="leave campaign= out, or everything else behind the @",
+                fix="remove campaign=, or everything else after the @",
             )
         factors, step_factors = [f for _, f in self.blocks], [f for _, _, f in self.steps]
         for number in (self.strength, *factors, *step_factors):
@@ -240,18 +240,18 @@ def parse_strength(options: str, strength: float = 1.0) -> Strength:
             raise ConfigError(f"{part!r}: BLOCK=NUMBER is expected", fix=_EXAMPLE)
         if key == "steps":
             if steps:
-                raise ConfigError("steps= is given twice", fix="steps=0-0.3:0.2+0.3-1 for two ranges")
+                raise ConfigError("steps= occurs twice", fix="steps=0-0.3:0.2+0.3-1 for two ranges")
             steps = tuple(_range(r) for r in value.split("+"))
         elif key == "campaign":
             if campaign:
-                raise ConfigError("campaign= is given twice", fix="one role for each adapter: campaign=product")
+                raise ConfigError("campaign= occurs twice", fix="one role for each adapter: campaign=product")
             campaign = _role(value)
         elif not key or key in blocks:
-            raise ConfigError(f"{part!r}: " + ("the key is given twice" if key else "there is no key"), fix=_EXAMPLE)
+            raise ConfigError(f"{part!r}: " + ("the key occurs twice" if key else "there is no key"), fix=_EXAMPLE)
         else:
             blocks[key] = _number(value, part)
     if not (blocks or steps or campaign):
-        raise ConfigError("nothing stands behind the @", fix=_EXAMPLE)
+        raise ConfigError("nothing follows the @", fix=_EXAMPLE)
     return Strength(strength, tuple(blocks.items()), steps, campaign)
 
 
@@ -269,7 +269,7 @@ def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
     for name, strength in uses:
         if strength.campaign and strength.campaign in played:
             raise ConfigError(
-                f"the campaign's {strength.campaign} is given twice: {played[strength.campaign]}, {name}",
+                f"the campaign's {strength.campaign} occurs twice: {played[strength.campaign]}, {name}",
                 fix="give each role to one adapter; one without a role acts as it is",
             )
         played[strength.campaign] = name

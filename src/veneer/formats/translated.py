@@ -71,7 +71,7 @@ def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tran
 def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder:
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise AdapterError(f"mlx-lm's fine_tune_type is {str(kind)[:20]!r}: whole weights, and no adapter's pairs")
+        raise AdapterError(f"mlx-lm's fine_tune_type is {str(kind)[:20]!r}: full weights instead of an adapter's pairs")
     out: dict[str, Tensor] = {}
     problems = []
     for key, tensor in tensors.items():
@@ -108,7 +108,7 @@ def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, f
     numbers: Mapping[str, Any] = parameters if isinstance(parameters, dict) else {}
     rank, scale, dropout = numbers.get("rank"), numbers.get("scale"), numbers.get("dropout", 0.0)
     if type(rank) is not int or rank < 1:
-        problems.append(f"lora_parameters.rank = {str(rank)[:20]}: a whole number of at least 1 is expected")
+        problems.append(f"lora_parameters.rank = {str(rank)[:20]}: an integer of at least 1 is expected")
         rank = 1
     for name, value in (("scale", scale), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:

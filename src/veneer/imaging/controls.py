@@ -62,7 +62,7 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
     if (parsed := _FORM.fullmatch(spec)) is None:
         raise ConfigError(f"{spec!r} does not name a control", fix=_EXAMPLE)
     if re.search(r"\.\w+[:@]", parsed["path"]) and not Path(parsed["path"]).exists():
-        raise ConfigError(f"{spec!r}: no weight or range of steps stands behind the picture", fix=_EXAMPLE)
+        raise ConfigError(f"{spec!r}: expected a weight or a range of steps after the picture", fix=_EXAMPLE)
     try:
         weight = float(parsed["weight"] or 1)
         begin, end = float(parsed["begin"] or 0), float(parsed["end"] or 1)

@@ -133,7 +133,7 @@ def image_requests(
     try:
         seeds = [*map(index, seed)] if isinstance(seed, Iterable) else [index(seed)] * len(prompts)
     except TypeError:
-        raise ConfigError(f"seed {seed!r}", fix="a whole number, or one for each prompt") from None
+        raise ConfigError(f"seed {seed!r}", fix="a whole number, or one per prompt") from None
     if len(seeds) != len(prompts):
         counts = f"{counted(len(prompts), 'prompt')} with {counted(len(seeds), 'seed')}"
         raise ConfigError(f"{counts}: give one for each, or one number for all")
@@ -260,7 +260,7 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
         references=tuple(noted(fitted_reference(base, picture, width, height)) for picture, _ in references),
     )
     if base.only_edits and not references and image is None:
-        usual = "usually it is given a picture to change, as references (--reference photo.png)"
+        usual = "such a base usually edits a picture, given as a reference (--reference photo.png)"
         pipeline.say(f"note: {base.short_name} is an edit base, and gets only a prompt here; {usual}")
     inputs = {"image": image_from, "mask": mask_from, "controls": control_records}
     return settings, inputs | ({"references": [record for _, record in references]} if references else {})

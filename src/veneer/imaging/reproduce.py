@@ -131,7 +131,7 @@ def reproduce(
         if here.get(name) != version
     ]
     if differences:
-        pipeline.say(f"note: made with {', '.join(differences)}: the last bits may differ")
+        pipeline.say(f"note: made with {', '.join(differences)}: the last bits can differ")
     if changes is None:
         return generate(pipeline, requests, recipe.options, on_step=on_step)[recipe.index]
     request, options = changes(requests[recipe.index], recipe.options)

@@ -85,7 +85,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
     service.need_base()
     engine = service.engine
     if not isinstance(engine, TextEngine):
-        raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base by itself")
+        raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base")
     base = engine.base
     kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantized or str(base.dtype).removeprefix('torch.')}"
     max_memory = engine.settings.adapter_bytes

@@ -118,7 +118,7 @@ class LocalExecutor:
             child.wait()
             self._forget(handle)
             return ExitStatus(
-                f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are the most by its plan", memory=True
+                f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are its plan's maximum", memory=True
             )
         self._forget(handle)
         if code < 0:

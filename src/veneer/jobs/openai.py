@@ -130,7 +130,7 @@ class Method(Strict):
         if self.type == "reinforcement" and self.reinforcement is None:
             raise _clash("reinforcement.grader is required")
         if unexpected := [each for each in get_args(_Kind) if each != self.type and getattr(self, each) is not None]:
-            raise _clash(f"{unexpected[0]} is given, and type is {self.type}")
+            raise _clash(f"{unexpected[0]} does not belong to type {self.type}")
         return self
 
     @property
@@ -187,7 +187,7 @@ class TuningBody(Body):
     def _check_one_source(self) -> TuningBody:
         numbers = self.method and self.method.hyperparameters
         if self.hyperparameters and (self.kind != "supervised" or numbers not in (None, self.hyperparameters)):
-            raise _clash(f"hyperparameters must be given only in method.{self.kind}")
+            raise _clash(f"set hyperparameters only in method.{self.kind}")
         return self
 
 
@@ -352,7 +352,7 @@ _OURS = {
 _KEYS = "|".join(re.escape(key) for key, _ in config_keys() if "." in key)
 _SETTING = re.compile(rf"\b(?:{_KEYS})\b(?!\.\w)(?:=\S+)?|\bveneer [a-z]+")
 """Matches a configuration setting or a command, which are of no use to an API client."""
-_SETTINGS = {"data.max_length": "what the base reads", "data.format": "the format"}
+_SETTINGS = {"data.max_length": "the base's context", "data.format": "the format"}
 _LISTED = 3
 """Maximum number of list lines in a client's message; the text before them has the total."""
 

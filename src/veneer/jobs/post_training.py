@@ -195,7 +195,7 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
 def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
     where, namespace = "after.route.name", route.rpartition("/")[0]
     if tenants is None:
-        fix = "veneer tenant add, or --tenants with the database of them"
+        fix = "use veneer tenant add, or --tenants with their database"
         raise ConfigError("there are no routes: this machine has no tenants' database", where=where, fix=fix)
     if tenant and namespace and namespace != tenant:
         fix = f"{tenant}/{route.rpartition('/')[2]}"

@@ -298,7 +298,7 @@ class JobStore:
             raise ConfigError(
                 f"{quoted(name)} cannot name an adapter of {tenant}",
                 where="name",
-                fix=f"one without a slash: {tenant}/ is put in front of it",
+                fix=f"a name without a slash; {tenant}/ is added in front",
             )
         check_name(full)
         stored_config = {key: value for key, value in config.items() if key != "output"}
@@ -308,7 +308,7 @@ class JobStore:
                 raise ConfigError(
                     f"{_MAX_UNFINISHED:,} jobs of {tenant or 'this machine'} have not ended",
                     where="jobs",
-                    fix="wait for some of them, or cancel jobs that are not needed",
+                    fix="wait for some jobs to finish, or cancel some",
                 )
             number = (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
             zeros = dict.fromkeys(("step", "steps", "tokens", "price", "planned", "attempt", "faults"), 0)

@@ -191,8 +191,8 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
     peak = memory.context + memory.weights + memory.constants + answering_bytes(base, memory.weights)
     if peak > plan.available:
         raise PreflightError(
-            f"answers to the held-out rows do not fit: they need about {gigabytes(peak)}, and "
-            f"{gigabytes(plan.available)} may be used",
+            f"completions of the held-out rows do not fit: they need about {gigabytes(peak)}, and "
+            f"{gigabytes(plan.available)} are available",
             where="after.evaluate",
             fix="metrics that need no answers: evaluate: {metrics: [loss]}",
         )
@@ -220,7 +220,7 @@ def _refuse(plan: Plan) -> None:
     changes = "; or ".join(", ".join(change.settings) for change in plan.changes[:3] if change.settings)
     raise PreflightError(
         f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {gigabytes(plan.available)} of "
-        f"{plan.device.label or plan.device.name} may be used",
+        f"{plan.device.label or plan.device.name} are available",
         where="memory",
-        fix=changes or "a smaller base, or a machine with more memory (veneer plan shows what it takes)",
+        fix=changes or "a smaller base, or a machine with more memory (veneer plan shows how much)",
     )

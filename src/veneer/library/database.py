@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
 from veneer.files.rights import make_private
 
-URL_FIX = "a path for SQLite, on a disk with room that may be written to, or postgresql://user:password@host/database"
+URL_FIX = "a path for SQLite on a writable disk with free space, or postgresql://user:password@host/database"
 PATIENCE = 30.0
 """Default limit, in seconds, on one statement."""
 _BUSY_SECONDS = 120

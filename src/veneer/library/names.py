@@ -158,7 +158,7 @@ def check_name(name: str, *, cased: bool = False) -> None:
         letters = "letters" if cased else "lower-case letters"
         raise ConfigError(
             f"{quoted(name)} cannot name an adapter" + ("" if cased else " in a library"),
-            fix=f"{letters}, digits and . _ - between them, at most 100; a namespace and / may stand in front"
+            fix=f"{letters}, digits and . _ - between them, at most 100; optionally with a namespace and / in front"
             + (f"; for example {likely}" if _is_part(likely, _NAME) else ""),
         )
 

@@ -72,7 +72,7 @@ def open_store(location: str) -> LocalStore | RemoteStore:
         return LocalStore(Path(location.partition("://")[2]).absolute())
     if protocol not in _ATOMIC:
         raise ConfigError(
-            f"a library cannot be kept on {protocol}://", where=location, fix="a folder, s3://, gs://, az://"
+            f"a library cannot be stored on {protocol}://", where=location, fix="a folder, s3://, gs://, az://"
         )
     try:
         fs, root = open_remote(location)

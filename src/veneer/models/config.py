@@ -50,7 +50,7 @@ def _is_size(value: Any, least: int, most: int) -> bool:
 
 
 def _size(most: int = _MOST, least: int = 1) -> _Rule:
-    return partial(_is_size, least=least, most=most), f"a whole number from {least:,} to {most:,}"
+    return partial(_is_size, least=least, most=most), f"an integer from {least:,} to {most:,}"
 
 
 def _is_positive(value: Any) -> bool:
@@ -186,7 +186,7 @@ class _Check:
             return
         if "model_type" not in self.fields and get("addition_embed_type") not in ("text_time", None):
             raise ConfigError(
-                "this U-Net is neither SD1.5's nor SDXL's, and only those U-Nets can be planned",
+                "only SD1.5's and SDXL's U-Nets can be planned",
                 where=self.where,
                 fix="--base sdxl, flux.1-dev, or another of `veneer plan --list`",
             )

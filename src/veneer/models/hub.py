@@ -53,7 +53,7 @@ def hub_snapshot(
             )
     except GatedRepoError as error:
         raise BaseError(
-            f"{repo} is gated: its owner wants an account that accepted the terms",
+            f"{repo} is gated: it requires an account that has accepted its terms",
             where=where,
             fix=f"accept them on its page and run `hf auth login`. {hint}",
         ) from error

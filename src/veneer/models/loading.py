@@ -162,6 +162,6 @@ def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] |
         raise BaseError(
             f"{counted(len(wrong), 'stored tensor')} with no matching parameter in the model: {first_few(wrong, 6)}",
             where=str(path),
-            fix="the weights may belong to another model, or be quantized in a way that veneer cannot read; use the "
+            fix="the weights can belong to another model, or have an unsupported quantization; use the "
             "config and 16-bit weights of one model",
         )

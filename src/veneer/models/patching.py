@@ -62,9 +62,15 @@ class FastReport:
         text += "; rows without padding" if self.rows else "; padded rows"
         text += "; last layer only at trained tokens" if self.keeps else ""
         text += (
-            f"; {self.dequantized_bytes / 1e6:,.0f} MB of weights kept dequantized" if self.dequantized_bytes else ""
+            f"; {self.dequantized_bytes / 1e6:,.0f} MB of dequantized weights in memory"
+            if self.dequantized_bytes
+            else ""
         )
-        text += f"; {self.prepack_budget.most / 1e6:,.0f} MB of weights kept packed" if self.prepack_budget.most else ""
+        text += (
+            f"; {self.prepack_budget.most / 1e6:,.0f} MB of prepacked weights in memory"
+            if self.prepack_budget.most
+            else ""
+        )
         for kind, why in sorted(self.skipped.items()):
             text += f"; {kind} as transformers has it ({why})"
         return text

@@ -180,9 +180,9 @@ def _read(part: str, path: Path, read: Callable[[], Any]) -> Any:
         if lacks_memory(error) or isinstance(error, ConfigError):
             raise
         message = " ".join(str(error).split())[:300] or type(error).__name__
-        fix = "a newer transformers may know it: pip install -U transformers" if "architecture" in message else None
+        fix = "try a newer transformers: pip install -U transformers" if "architecture" in message else None
         if isinstance(error, ImportError):  # torchvision, num2words, …
-            fix = "install what it asks for, or take a model that needs none of it"
+            fix = "install the packages that it needs, or use another model"
         raise BaseError(f"cannot read the {part} of this model: {message}", where=str(path), fix=fix) from error
 
 

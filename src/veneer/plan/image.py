@@ -193,7 +193,7 @@ def _forward(fields: str, height: int, width: int, text: int, before: int) -> _F
     """Return a recorded forward pass of a denoiser on one picture, on the meta device."""
     config = json.loads(fields)
     kind = kind_of(config)
-    fix = "give the whole config.json; of U-Nets those of SD1.5 and SDXL can be planned"
+    fix = "provide the full config.json; of U-Nets, only SD1.5's and SDXL's can be planned"
     with build_errors("diffusers cannot build and call a denoiser", where=f"{kind}'s config", fix=fix):
         return _record_forward(config, kind, height, width, text, before)
 

@@ -41,9 +41,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"  {'of each device':<26}{gigabytes(plan.peak):>12}"
     yield f"  {'available':<26}{gigabytes(plan.available):>12}"
     if plan.dequantizable:
-        yield f"  {'may stay dequantized':<26}{gigabytes(plan.dequantizable):>12}   faster, in what is left over"
+        yield f"  {'optional dequantized weights':<26}{gigabytes(plan.dequantizable):>12}   faster, if memory allows"
     if plan.packable:
-        yield f"  {'may be kept packed':<26}{gigabytes(plan.packable):>12}   where that is faster, in what is left over"
+        yield f"  {'optional prepacked weights':<26}{gigabytes(plan.packable):>12}   if faster and memory allows"
     if len(plan.changes) > 1:
         yield ""
         yield "also makes it fit"
@@ -77,7 +77,7 @@ def _answer(plan: Plan) -> Iterator[str]:
     elif plan.changes:
         change = plan.changes[0]
         available = f"{gigabytes(plan.available)} is available on {where}"
-        yield f"It does not fit as given: {gigabytes(plan.peak)}, and {available}."
+        yield f"It does not fit: {gigabytes(plan.peak)}, and {available}."
         yield f"It fits with {change.text}."
     else:
         yield f"It does not fit: {gigabytes(plan.peak)}, and {gigabytes(plan.available)} is available on {where};"

@@ -168,7 +168,7 @@ def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
     why = {"upstream": "the server of --upstream computes", "pictures": "this server has an image base"}
     for option, value_of, kinds, purpose in _OPTIONS:
         if kind not in kinds.split() and value_of(settings) != value_of(usual):
-            reason = why.get(kind, "this server computes by itself")
+            reason = why.get(kind, "this server has no upstream")
             raise ConfigError(f"{option} applies to {purpose}, but {reason}", where=option, fix="leave it out")
 
 

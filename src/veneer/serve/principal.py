@@ -41,9 +41,9 @@ PERMISSIONS: dict[_Kind, frozenset[Permission]] = {
 }
 _DENIED: dict[Permission, tuple[str, str]] = {
     "metrics": ("metrics cover the requests of all tenants", "use the admin key"),
-    "feedback": ("this key may not give feedback", "use a tenant's key or the admin key"),
-    "write": ("this key may not change adapters", "use a tenant's key or the admin key"),
-    "train": ("this key may not train", "use a tenant's key or the admin key"),
+    "feedback": ("this key is not allowed to give feedback", "use a tenant's key or the admin key"),
+    "write": ("this key is not allowed to change adapters", "use a tenant's key or the admin key"),
+    "train": ("this key is not allowed to train", "use a tenant's key or the admin key"),
     "operate": ("admin key required", "use the admin key"),
     "administer": ("only the operator manages tenants", "use the admin key"),
 }

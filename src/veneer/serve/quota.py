@@ -89,7 +89,7 @@ class Quotas:
         message = f"{_owner(owner)} has {used:,} {_WORDS[name]}; {more:,} more would exceed the limit ({name}) of "
         message += f"{getattr(self.limits, name):,}"
         if name in _STORED:
-            return Refused(message, status=400, code="storage_full", fix="delete what is no longer needed")
+            return Refused(message, status=400, code="storage_full", fix="delete data that is no longer needed")
         return Refused(message, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
 
     def _change(self, owner: str, amounts: dict[str, int], total: dict[str, int] | None) -> None:

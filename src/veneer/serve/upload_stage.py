@@ -123,7 +123,7 @@ class UploadStage:
         with self._lock:
             staged = self._staged.get(id)
         if staged is None or staged.tenant != tenant or staged.until < self.clock():
-            fix = "send it again; an upload is kept for an hour"
+            fix = "upload it again; uploads expire after an hour"
             raise Refused("there is no such file", status=404, code="not_found", fix=fix)
         return staged
 

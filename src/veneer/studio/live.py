@@ -29,7 +29,7 @@ _REVISIONS = 8
 
 
 async def live_view(page: ViewPage) -> None:
-    page.title("Live", "Routes: which versions answer, for which share of users, at what cost.")
+    page.title("Live", "Routes: the versions in use, their shares of users, and their costs.")
     tenancy = page.studio.service.tenancy
     if not isinstance(tenancy, Tenants):
         with box("div", "empty"):

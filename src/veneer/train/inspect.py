@@ -160,7 +160,7 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     if config.adapter.start is not None:
         report.guesses.append(f"the adapter's size, which is that of {config.adapter.start}")
     if config.sampling is not None:
-        report.guesses.append("answers are taken to be as long as they may become")
+        report.guesses.append("completions are assumed to have their maximum length")
     return report
 
 

@@ -206,7 +206,7 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
         text = f"warm-up takes {counted(warm, 'step')}, the run {total}: the learning rate never reaches its peak"
         yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more steps")
     elif 0 < total < 10:
-        text = f"the whole run is {counted(total, 'step')}: too few to learn much"
+        text = f"the whole run is {counted(total, 'step')}, which is too few to learn much"
         fix = "more schedule.steps" if steps is not None else "fewer batching.rows, or more schedule.epochs"
         yield Finding("warn", "schedule", text, fix)
     elif total:
@@ -221,12 +221,14 @@ def check_devices(s: RunSubject) -> Iterator[Finding]:
     n, sharded = s.devices, getattr(s.config.memory, "shard", False)
     if n > 1:
         most = max(s.micros, default=0)
-        how = "each holds a part of the frozen weights" if sharded else "each holds the whole base"
+        how = "each holds a part of the frozen weights" if sharded else "each device holds the full base"
         text = f"{n} devices share each step, at most {-(-most // n)} micro-batches per device; {how}"
         yield Finding("ok", "devices", text)
         idle = sum(count < n for count in s.micros)
         if 10 * idle > len(s.micros):  # the last step of an epoch can be small
-            text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
+            text = (
+                f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices, so some devices wait"
+            )
             yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
     elif sharded:
         text = "memory.shard splits the weights over several devices, and this run has one"

@@ -215,7 +215,7 @@ def _unusable(value: Any, text: str) -> str:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return "half of a surrogate pair (as `\\ud83d` alone), which is no character: a text was cut within one"
+            return "half of a surrogate pair (as `\\ud83d` alone), which is no character: a character was cut in two"
     return ""
 
 

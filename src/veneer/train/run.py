@@ -387,7 +387,7 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
     if best is None and worse:
         rate = run.config.optimizer.learning_rate
         raise NoGain(
-            f"training never improved the validation {'reward' if task.rewarded else 'loss'}: {worse}",
+            f"training did not improve the validation {'reward' if task.rewarded else 'loss'}: {worse}",
             where=str(run.folder),
             fix=f"lower optimizer.learning_rate ({rate:g} here), or look at the data; to have the last adapter all the "
             "same: --resume evaluation.keep=last",

@@ -153,7 +153,7 @@ def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list
     steps."""
     scores = {r["step"]: mean_rewards(r["extra"]) or {} for r in records if r.get("event") == "evaluated"}
     first, best = scores.get(0, {}), scores.get(result.kept_step, {})
-    where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
+    where = f" · saved from step {result.kept_step}" if result.kept_step != result.steps else ""
     cards = [
         (
             "Validation reward" if name == "reward" else f"Validation, {name}",
@@ -180,7 +180,7 @@ def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
     if result.validation is not None:
         first = result.validation_before
         first_text = f"{loss_text(first)} before training" if first is not None else ""
-        where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
+        where = f" · saved from step {result.kept_step}" if result.kept_step != result.steps else ""
         cards.append(("Validation loss", loss_text(result.validation), first_text + where))
     if result.loss is not None:
         last = counted(min(20, result.steps), "step")
@@ -194,7 +194,7 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
     predicted, share = numbers.get("predicted_peak_bytes"), ""
     if numbers.get("trainable") and numbers.get("base_parameters"):
         share = f"{numbers['trainable']:,} weights, {numbers['trainable'] / numbers['base_parameters']:.2%} of the base"
-    detail = "the whole process, base included" + ("" if predicted is None else f" · {size(predicted)} predicted")
+    detail = "the entire process, including the base" + ("" if predicted is None else f" · {size(predicted)} predicted")
     cards = [("Peak memory", size(result.peak_memory_bytes), detail)]
     return cards if weights is None else [*cards, ("Adapter", size(weights.stat().st_size), share)]
 

@@ -177,7 +177,7 @@ def test_invalid_references_are_refused(bases: dict[str, ImageBase], places: Pat
         (
             bases["kontext"],
             PictureSettings(SIZE, SIZE, references=one * 2),
-            "takes at most 1 reference picture, and 2 were given",
+            "takes at most 1 reference picture, and 2 are set",
         ),
         (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "do not go together"),
         (

@@ -73,7 +73,7 @@ def test_unused_kernel_folder_is_reported(tmp_path: Path, said: Callable[[], str
     open_to_all.mkdir(parents=True)
     open_to_all.chmod(0o777)
     status = said()
-    assert f"{open_to_all} is not used: others may write to it" in status
+    assert f"{open_to_all} is not used: other users can write to it" in status
     assert "compiled by" in status
     assert not list(open_to_all.iterdir())
     assert list((tmp_path / "cache" / "veneer" / "kernels").glob("*.so"))
@@ -95,7 +95,7 @@ def test_a_library_that_is_not_ours_is_not_loaded(
     first.library.chmod(0o777)
     again = build.build_kernels(copying, sources, headers)
     assert again.library.read_bytes()[:4] == good[:4]
-    assert any("made anew: others may write to it" in note for note in again.notes)
+    assert any("made anew: other users can write to it" in note for note in again.notes)
     owner = os.stat_result((0o100700, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
     monkeypatch.setattr(Path, "stat", lambda self, **more: owner)
     assert build.distrusted(first.library) == "it belongs to another user"

@@ -246,4 +246,4 @@ def test_a_wrong_regular_expression_is_refused_with_its_reason(kind: GrammarKind
     text = "(a" if kind == "regex" else json.dumps({"type": "string", "pattern": "(a"})
     with pytest.raises(Refused) as caught:
         compiled(kind, text)
-    assert caught.value.what.endswith("a regular expression in it cannot be read: unclosed group")
+    assert caught.value.what.endswith("it contains an invalid regular expression: unclosed group")

@@ -70,7 +70,7 @@ def test_route_changes_are_described(store: Store) -> None:
     assert (now.targets, now.runs) == (begun.targets, begun.runs)
     shadowed = routes.planned_route(now, "support", [("v1", 80), ("v2", 20)], shadow="v3", fraction=0.05)
     assert routes.route_change(now, shadowed) == (
-        "Of the users of support, 10% move from v1 to v2; nobody else changes. "
+        "Of the users of support, 10% move from v1 to v2; all other users keep their target. "
         "v3 also answers 5% of requests; clients never see these answers."
     )
     assert routes.route_change(shadowed, now).endswith("v3 no longer answers unseen.")

@@ -170,7 +170,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         ("base: [", "not valid YAML"),
         ("- a\n- b\n", "expected sections"),
         ("just text", "expected sections"),
-        (MINIMAL + "seed: 1\nseed: 2\n", "`seed` is given twice, on lines 5 and 6"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "`seed` occurs twice, on lines 5 and 6"),
         ("base: a\n\tdata: b\n", "not valid YAML"),
         ("", "`base.name` is required"),
     ],

@@ -50,7 +50,7 @@ def test_findings_count_and_name_pictures(tmp_path: Path) -> None:
     assert "1 .mp4" in texts(found["ignored"])
     same = "warn 2 of 8 (25%) pictures look like another one, in 1 pair: 0.png and again.jpg"
     assert same in texts(found["near-duplicates"])
-    small = "1 of 8 (12%) pictures are smaller than a bucket and kept at their own size: tiny.png"
+    small = "1 of 8 (12%) pictures are smaller than a bucket and used at their own size: tiny.png"
     assert small in texts(found["small"])
     assert "wide.png (" in texts(found["crops"])
     assert "1 empty caption: empty.png" in texts(found["captions"])
@@ -101,7 +101,7 @@ def test_masks_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "b", scene(32, 32, seed=2))
     found = findings(tmp_path, buckets=False)
     assert "1 of 2 (50%) pictures have a loss mask" in texts(found["masks"])
-    assert "masks are black in the whole crop, so nothing is trained there: a.png" in texts(found["masks"])
+    assert "masks are black in the entire crop, so nothing is trained there: a.png" in texts(found["masks"])
     opaque = findings(tmp_path, masks="alpha")["masks"]
     assert "stop data.masks is `alpha`, but no picture has transparency" in texts(opaque)
 

@@ -161,7 +161,7 @@ def test_a_reference_of_another_shape_is_shown_whole(shared: Path, tmp_path: Pat
     pictures, summary = read_pictures(config.data)
     plan = plan_rows(pictures, config.data, size=base.size, unit=base.unit)
     said = [f.text for f in check_pictures(pictures, summary, plan, config.data) if f.check == "pairs"]
-    assert "2 source images of other proportions than the result, used whole: " in said[-1]
+    assert "2 source images with other proportions than the result, not cropped: " in said[-1]
     view, caption = sample_row(plan.rows[0], config.data, seed=0, epoch=0)
     batch = Encoders(base, config, None).batch([PlannedRow(plan.rows[0].picture, view, caption, 1.0, (0, 0, 0))])
     (found,) = batch.sources
@@ -209,9 +209,9 @@ def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: Im
     given = {"prompts": ["sks"], "before": [str(pairs / "0.png")]}
     assert "samples.before is for pairs" in bad("flux1", samples=given)
     said = bad("kontext", data={"pictures": str(pairs), "validation": str(captions), "split": None})
-    assert "held-out pictures have another number of source images than 1: " in said
+    assert "held-out pictures have a different number of source images than 1: " in said
     odd = given | {"size": kontext.unit + 1}
-    assert "samples cannot be drawn: the width is" in bad("kontext", **settings_of(pairs), samples=odd)
+    assert "samples cannot be generated: the width is" in bad("kontext", **settings_of(pairs), samples=odd)
     drawn = {"class_count": 2, "class_prompt": "a house"}
     said = bad("kontext", data={"pictures": str(pairs), **drawn})
     assert "generated class pictures have no source images" in said

@@ -101,12 +101,12 @@ def test_sampling_runs_show_speed_and_constant_groups() -> None:
         [drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False
     ).splitlines()  # two updates of one rollout
     rewards = "reward 0.250 (label 0.500, length -0.250)"
-    assert f"1/2  {rewards}  200 drawn tokens/s" in first
+    assert f"1/2  {rewards}  200 sampled tokens/s" in first
     assert first.endswith("3 of 4 groups constant  38% cut")
-    assert f"2/2  {rewards}  100 drawn tokens/s" in second
+    assert f"2/2  {rewards}  100 sampled tokens/s" in second
     # a terminal shows rollouts on a second line, because the progress bar fills the first
     *_, bar, below = _shown([drawn(1, 400, 3)], terminal=True).splitlines()
-    assert re.search(r"1/2 reward 0\.250 200 drawn tokens/s 1 B 2 s left", bar)
+    assert re.search(r"1/2 reward 0\.250 200 sampled tokens/s 1 B 2 s left", bar)
     assert below.strip() == "label 0.500, length -0.250  3 of 4 groups constant  38% cut"
     held = Evaluated(1, -0.8, None, 8, 80, 0.1, True, extra={"reward": 0.8, "reward_label": 0.8, "reward_failed": 0.0})
     (told,) = _shown([held], terminal=False).splitlines()

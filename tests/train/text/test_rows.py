@@ -117,7 +117,7 @@ def test_unusable_rows_say_why(tmp_path: Path, row: dict[str, Any], says: str) -
         ({"prompt": "a", "completion": ["x"]}, "`completion` should be text, found a list"),
         ({"prompt": "  ", "completion": "x"}, "`prompt` is empty"),
         ({"text": ""}, "`text` is empty"),
-        ({"prompt": "a", "completion": math.nan}, "`completion` is nan, which stands for a missing value in tables"),
+        ({"prompt": "a", "completion": math.nan}, "`completion` is nan, which means a missing value in tables"),
     ],
 )
 def test_unusable_rows_of_other_formats(tmp_path: Path, row: dict[str, Any], says: str) -> None:

@@ -301,7 +301,7 @@ class TinkerRoutes:
         try:
             await tinker_blocking(lambda: self.account.release_budget(tenant, cost))
         except Refused as error:
-            log.warning("%d millionths of the budget of tenant %r were not given back: %s", cost, tenant, error.what)
+            log.warning("%d millionths of tenant %r's budget were not returned: %s", cost, tenant, error.what)
 
     async def created(
         self, call: Call, session: str, number: int, start: Lora | str, metadata: Any, optimizer: bool = False
@@ -433,7 +433,7 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
             run = call.service.run(call.tenant, str(body.get("model_id")))
             seq = body.get("seq_id")
             if type(seq) is not int:
-                raise invalid(f"seq_id is {str(seq)[:50]}", "seq_id", "a whole number from 1 on")
+                raise invalid(f"seq_id is {str(seq)[:50]}", "seq_id", "an integer from 1 on")
             return await state.submit(call, run, seq, kind, json.dumps(body).encode())
 
     numbered("optim_step", "Step AdamW with the gradients since the last step")

@@ -29,7 +29,7 @@ def weights_routes(state: TinkerRoutes) -> APIRouter:
             raise not_found(f"{id} has no checkpoint {checkpoint_id[:100]!r}", "checkpoint_id")
         return run, checkpoint
 
-    @router.post("/weights_info", summary="Get what a client needs to continue from a checkpoint")
+    @router.post("/weights_info", summary="Get the settings that a client needs to continue from a checkpoint")
     def info(body: PathBody, call: Call = current_call) -> Any:
         run, _ = find(call, *parse_path(body.tinker_path))
         return {

@@ -246,7 +246,7 @@ def _create(
     if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
         message, fix = (
             f"{most:,} jobs are not finished, which is the limit (jobs)",
-            "wait for some of them, or cancel them",
+            "wait for some jobs to finish, or cancel some",
         )
         raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
     training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
@@ -305,7 +305,7 @@ def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
     used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
     if used + more > limit:
         message = f"jobs that have not ended read {used:,} bytes, and with {more:,} more it would be over {limit:,}"
-        fix = "wait for some of them, or cancel them"
+        fix = "wait for some jobs to finish, or cancel some"
         raise Refused(message, status=400, code="storage_full", param="training_file", fix=fix)
 
 

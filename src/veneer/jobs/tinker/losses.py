@@ -65,7 +65,7 @@ _LOSSES: Mapping[str, tuple[Callable[[Tensor, Inputs, Options], Tensor], tuple[s
 }
 """Loss -> (function, tensors that a row needs besides its targets, names of options)."""
 _ELSEWHERE = {
-    "stable_reinforce": "it needs what a sampler recorded, which this server does not",
+    "stable_reinforce": "it needs a sampler's records, which this server does not store",
     "custom": "this server runs no losses of clients: forward_backward_custom computes them there",
 }
 

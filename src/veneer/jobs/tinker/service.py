@@ -408,7 +408,7 @@ class TinkerService:
         run, id = parse_path(path)
         saved = self.run(tenant, run).checkpoints.find(id)
         if saved is None:
-            raise not_found(f"there is no checkpoint {path[:200]!r}", "path", "it may have expired")
+            raise not_found(f"there is no checkpoint {path[:200]!r}", "path", "it can have expired")
         return saved
 
     def saved_state(self, tenant: str, path: str) -> tuple[SavedWeights, TrainingRun]:

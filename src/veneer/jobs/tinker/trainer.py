@@ -79,7 +79,7 @@ class Lora:
         groups = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
         targets = tuple(name for names_, selected in groups if selected for name in names_)
         if not targets:
-            message = "none of train_mlp, train_attn and train_unembed selects anything in this base"
+            message = "train_mlp, train_attn and train_unembed select no module of this base"
             raise ConfigError(message, where="lora_config")
         return LoraSpec(rank=self.rank, alpha=ALPHA, targets=targets)
 
@@ -424,7 +424,7 @@ class Trainer:
         change, and the gradients are cleared."""
         parameters = [p for p in learner.parameters.values() if p.grad is not None]
         if not parameters:
-            raise TrainingError("there is no gradient", fix="forward_backward comes before optim_step")
+            raise TrainingError("there is no gradient", fix="call forward_backward before optim_step")
         norm = float(nn.utils.clip_grad_norm_(parameters, adam.clip if adam.clip > 0 else math.inf))
         if not math.isfinite(norm):
             learner.forget_gradients()

@@ -168,7 +168,7 @@ def _tensor(tensor: Any) -> Array:
     counts = np.diff(starts)
     valid = len(counts) == rows and counts.sum() == len(values) == len(columns)
     if not valid or min(counts, default=0) < 0 or (len(columns) and not 0 <= columns.min() <= columns.max() < width):
-        raise ValueError("a sparse tensor whose rows do not fit together")
+        raise ValueError("a sparse tensor with inconsistent rows")
     out = np.zeros((rows, width), values.dtype)
     out[np.repeat(np.arange(rows), counts), columns] = values
     return out

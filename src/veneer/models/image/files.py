@@ -156,7 +156,7 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
             raise BaseError(
                 f"{name} is a {classname} of {library}: code that came with the base is not run",
                 where=str(path / _INDEX),
-                fix="use a base whose components are diffusers' and transformers'",
+                fix="use a base with components of diffusers and transformers only",
             )
         if not (path / name).is_dir():
             raise BaseError(f"the folder of {name} is missing", where=str(path / name), fix="copy the base again")
@@ -589,7 +589,7 @@ def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None
         raise BaseError(
             f"the file marks a v-prediction model (v_pred), but the scheduler's config says {stated!r}",
             where=str(path),
-            fix='set config= to a directory whose scheduler_config.json has "prediction_type": "v_prediction"',
+            fix='set config= to a directory with a scheduler_config.json that has "prediction_type": "v_prediction"',
         )
 
 

@@ -116,7 +116,7 @@ class PictureSettings:
 def check_seed(seed: int) -> None:
     """Raise ConfigError if the seed is not an integer in 0 … SEEDS - 1."""
     if not isinstance(seed, int) or not 0 <= seed < SEEDS:
-        raise ConfigError(f"seed {seed!r}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
+        raise ConfigError(f"seed {seed!r}", fix=f"an integer from 0 to {SEEDS - 1}; equal seeds give equal pictures")
 
 
 _MOST_PIXELS = 1 << 27
@@ -132,11 +132,11 @@ def check_numbers(settings: Any) -> None:
     for name, most in (("steps", 10_000), ("batch_size", math.inf), ("width", 1 << 16), ("height", 1 << 16)):
         value = getattr(settings, name)
         if value is not None and not (isinstance(value, Integral) and 1 <= int(value) <= most):
-            fix = f"a whole number, at least 1{f', at most {most:,}' if math.isfinite(most) else ''}"
+            fix = f"an integer, at least 1{f', at most {most:,}' if math.isfinite(most) else ''}"
             raise ConfigError(f"{name} is {value!r}", fix=fix)
     if (settings.width or 1) * (settings.height or 1) > _MOST_PIXELS:
         size = f"{settings.width}×{settings.height}"
-        raise ConfigError(f"{size} is larger than any picture that is drawn", fix=f"at most {_MOST_PIXELS:,} pixels")
+        raise ConfigError(f"{size} exceeds the maximum picture size", fix=f"at most {_MOST_PIXELS:,} pixels")
     for name, valid, expected in (
         ("guidance", lambda number: 0 <= number < math.inf, "a number from 0 on"),
         ("true_guidance", lambda number: 1 <= number < math.inf, "a number from 1 on"),
@@ -500,7 +500,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     if not rows:
         raise ConfigError("there is no picture to make", fix="give a prompt")
     if attachment is None and any(row.plan != MixPlan() for row in rows):
-        raise ConfigError("rows have mixes, but no attachment was given", fix="give the attachment")
+        raise ConfigError("rows have mixes, but there is no attachment", fix="give the attachment")
     width, height = settings.width or base.size, settings.height or base.size
     for name, value in (("width", width), ("height", height)):
         if value < base.unit or value % base.unit:
@@ -552,10 +552,10 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
     if count > base.references:
         limit = counted(base.references, "reference picture")
         fix = "leave some out, or paste several into one"
-        raise ConfigError(f"{base.short_name} takes at most {limit}, and {count} were given", fix=fix)
+        raise ConfigError(f"{base.short_name} takes at most {limit}, and {count} are set", fix=fix)
     if settings.controls or rows[0].image is not None:
         conflicting = "controls" if settings.controls else "a picture to start from"
-        raise ConfigError(f"references and {conflicting} do not go together", fix="leave one of them out")
+        raise ConfigError(f"references and {conflicting} do not go together", fix="remove one of them")
     for picture in (picture for row in rows for picture in row.references):
         if why := aspect_problem(*picture.size):
             raise ConfigError(f"a reference picture has {why}", fix="crop it")

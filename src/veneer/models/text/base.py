@@ -161,7 +161,7 @@ def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list
     path = find_base(name, say=say)
     if is_image_base(path):
         fix = "a language model's folder or hub id; `veneer image` and data.pictures of `veneer train` take image bases"
-        raise BaseError("this is an image base, and a language model is wanted", where=str(path), fix=fix)
+        raise BaseError("this is an image base, but a language model is required", where=str(path), fix=fix)
     return path, tensor_table(path), read_base_config(path), read_tokenizer(path)
 
 
@@ -336,10 +336,10 @@ def _unreadable(part: str, path: Path, error: Exception) -> BaseError:
     message = " ".join(str(error).split())[:300] or type(error).__name__
     fix = None
     if "does not recognize this architecture" in message or "is not supported" in message:
-        fix = "a newer transformers may know it: pip install -U transformers"
+        fix = "try a newer transformers: pip install -U transformers"
     elif "trust_remote_code" in message:
         message, fix = (
-            "it wants to run code that came with it, which veneer does not do",
+            "the model requires its own code, which veneer does not run",
             "use a base of a known architecture",
         )
     elif isinstance(error, AdapterError):  # raised by veneer's GGUF reader

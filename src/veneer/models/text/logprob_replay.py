@@ -55,7 +55,7 @@ def replayed_logps(
     if not fast_report(model).rows:
         why = fast_report(model).skipped.get("rows", "it is not within its fast paths")
         raise ConfigError(
-            f"this base's layers cannot be given other values: {why}", fix="set reinforcement.exact to false"
+            f"values of this base's layers cannot be replaced: {why}", fix="set reinforcement.exact to false"
         )
     at = trained.nonzero()[:, 0].to(input_ids.device)
     source_rows = at - 1 if shared is None else shared.sent(at.device).before[at]

@@ -100,7 +100,7 @@ def distrusted(path: Path) -> str:
     status = path.stat()
     if status.st_uid not in (0, os.geteuid()):
         return "it belongs to another user"
-    return "others may write to it" if status.st_mode & 0o022 else ""
+    return "other users can write to it" if status.st_mode & 0o022 else ""
 
 
 def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]:

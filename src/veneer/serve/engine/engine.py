@@ -363,7 +363,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             self._lost = 0
             return choices
         except Exception:
-            log.exception("a step over %d rows failed; each is run by itself", len(rows))
+            log.exception("a step of %d rows failed; each row is rerun separately", len(rows))
         out: dict[int, SampledToken | Refused | None] = {id(c): None for c in sampled}
         self._lost += 1
         for chunk in chunks:

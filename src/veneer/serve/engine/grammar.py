@@ -144,5 +144,5 @@ def _refused(message: str) -> Refused:
         first = "it cannot be followed"
     if "regex parse error:" in first:
         why = re.search(r"^error: (.+)$", message, re.MULTILINE)
-        first = f"a regular expression in it cannot be read{': ' + why[1][:200] if why else ''}"
+        first = f"it contains an invalid regular expression{': ' + why[1][:200] if why else ''}"
     return invalid(f"the grammar cannot be used: {first}", "response_format")

@@ -160,7 +160,7 @@ class Mixes:
                     f"requests are running with {self.each} different mixes, the most that a tenant can have",
                     status=429,
                     code="overloaded",
-                    fix="wait for one of them, or use one of these mixes",
+                    fix="wait for a request to finish, or use one of these mixes",
                 )
             del tenant_mixes[idle]
             if not any(idle in names for names in self._tenants.values()):

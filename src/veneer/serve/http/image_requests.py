@@ -241,7 +241,7 @@ def _merged(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
         if name != key or name == "image":
             out.setdefault(name, []).append(value)
         elif name in out:
-            raise invalid(f"{name} is given twice", name)
+            raise invalid(f"{name} occurs twice", name)
         else:
             out[name] = value
     return out

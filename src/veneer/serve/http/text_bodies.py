@@ -332,7 +332,7 @@ def schema_text(schema: Any, param: str) -> str:
 def choices_regex(choices: Sequence[str]) -> str:
     """Return a regular expression that matches exactly these texts."""
     if not choices or any(not c for c in choices):
-        raise invalid("choice needs at least one text, none of them empty", "structured_outputs")
+        raise invalid("choice needs at least one text, and no empty text", "structured_outputs")
     return "(" + "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", c) for c in choices) + ")"
 
 

@@ -151,7 +151,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
         more: dict[str, Any] = {"tenant": body.tenant, "shadow": body.shadow, "fraction": body.fraction}
         if body.route == catalog.base:
             raise ConfigError(
-                f"{body.route} is the base, whose name no route can have", where="route", fix="another name"
+                f"{body.route} is the base's name, which a route cannot have", where="route", fix="another name"
             )
         now = store.refresh().routes.get((body.tenant, body.route))
         route_after = routes.planned_route(now, body.route, targets, **more)

@@ -289,7 +289,7 @@ class Ledger:
         def written(future: Future[None]) -> None:
             if error := future.exception():
                 self._ended.pop(request, None)
-                _log.error("the end of a request is in this log alone: %s: %s", error, line.decode())
+                _log.error("the end of a request is recorded only in this log: %s: %s", error, line.decode())
             self._sender.wake()
             recorded.set_result(None)
 
@@ -318,7 +318,7 @@ class Ledger:
         def write(c: Connection, owed: Sequence[OwedEntry]) -> int:
             return post(c, server, owed, self.wall())
 
-        lost = "a request, which is in this log alone: {}".format
+        lost = "a request, recorded only in this log: {}".format
         return write_all(lambda: write_transaction(self.store.engine), write, owed, lost)
 
     def flush(self, seconds: float = 10.0) -> bool:

@@ -201,7 +201,7 @@ def route_change(now: Route | None, planned: Route) -> str:
     elif moved := moved_buckets(now.runs, planned.runs):
         most_first = sorted(moved.items(), key=lambda move: -move[1])
         parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in most_first]
-        text = f"Of the users of {name}, {_join_words(parts)}; nobody else changes."
+        text = f"Of the users of {name}, {_join_words(parts)}; all other users keep their target."
     else:
         text = f"No user of {name} moves."
     return f"{text}{_shadow_change(now, planned)}"
@@ -265,7 +265,7 @@ def planned_route(
         )
     for name, weight in weighted:
         if not 0 < weight <= 1_000_000:
-            raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="a whole number, 1 or more")
+            raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="an integer, 1 or more")
         if name == route:
             raise ConfigError(f"{route} cannot have itself as a target", where="targets")
     if shadow is not None:

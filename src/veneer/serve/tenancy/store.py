@@ -202,7 +202,7 @@ def check_tenant(name: str) -> str:
     """Return a valid tenant name (a valid namespace). Raises ConfigError."""
     try:
         if name == "all":
-            raise ConfigError("'all' stands for every tenant", fix="another name")
+            raise ConfigError("'all' means every tenant", fix="another name")
         check_namespace(name)
     except ConfigError as error:
         raise ConfigError(

@@ -96,7 +96,7 @@ def _held_out(config: TrainConfig | ImageTrainConfig, noun: str) -> Iterator[str
     if data.validation is not None and data.split:
         yield f"`data.validation` and `data.split` both hold {noun} out: keep one"
     if isinstance(data.split, float) and data.split >= 1:
-        yield f"`data.split: {data.split}` is a share and must be below 1; a whole number counts {noun}"
+        yield f"`data.split: {data.split}` is a share and must be below 1; an integer counts {noun}"
     if config.evaluation.patience is not None and data.validation is None and data.split == 0:
         yield f"`evaluation.patience` needs held-out {noun}: give `data.validation` or `data.split`"
 
@@ -109,7 +109,7 @@ def _batching(config: TrainConfig, user_keys: Collection[str]) -> Iterator[str]:
     if batching.tokens is None:
         yield "`batching.mode: pack` needs `batching.tokens`, the tokens of one step (as 8192)"
     elif batching.tokens < length:
-        yield f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row may not fit"
+        yield f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row might not fit"
     if "batching.rows" in user_keys:
         yield _does_nothing("batching.rows", "`batching.mode: bucket`")
 
@@ -167,7 +167,7 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
         yield "`distillation.base` is a teacher without adapters: give `distillation.teacher: base`"
     if d.teacher == BASE_MODEL and d.base is None and not d.system and config.adapter.start is None:
         yield (
-            "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
+            "`distillation.teacher: base` equals a fresh adapter: set `distillation.system`, "
             "`distillation.base`, or `adapter.start`"
         )
     yield from _sampling(config)
@@ -179,11 +179,11 @@ def _sampling(config: TrainConfig) -> Iterator[str]:
     if data.format not in ("auto", *PROMPT_FORMATS):
         yield f"`data.format: {data.format}` has no prompts to draw answers to"
     if config.adapter.dropout:
-        yield "`adapter.dropout` would train another model than the one that answers are drawn from: leave it at 0"
+        yield "`adapter.dropout` would train a different model than the one that samples completions: set it to 0"
     if config.batching.mode != "bucket":
-        yield "`batching.mode: pack` counts tokens, and how many are drawn is not known; `batching.rows` counts prompts"
+        yield "`batching.mode: pack` counts tokens, but lengths of completions are unknown; use `batching.rows`"
     if config.memory.shard:
-        yield "`memory.shard`: answers are drawn by one process that has the whole base"
+        yield "`memory.shard`: completions are sampled by one process with the full base"
 
 
 def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
@@ -249,7 +249,7 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
 def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
     output, memory, samples = config.output, config.memory, config.samples
     if not (samples.prompts or config.slider.target):  # without sample prompts, the slider's target is the prompt
-        yield from _unused(config, "samples", "`samples.prompts`: what to draw", "every")
+        yield from _unused(config, "samples", "`samples.prompts`: prompts of the sample pictures", "every")
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
         prompt_count = counted(len(samples.prompts), "prompt")
         yield f"`samples.before`: {len(samples.before)} for {prompt_count}; give 1, or as many"
@@ -259,7 +259,7 @@ def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
     if samples.prompts and not samples.seeds:
         yield "`samples.seeds` is empty: give at least one"
     if output.layout == "peft" and config.adapter.text_encoders:
-        yield "`output.layout: peft` holds the denoiser alone; with `adapter.text_encoders` use diffusers or kohya"
+        yield "`output.layout: peft` supports the denoiser only; with `adapter.text_encoders` use diffusers or kohya"
     if memory.activation_checkpointing == "off":
         yield from _unused(config, "memory", "`memory.activation_checkpointing`", "offload_blocks")
     if config.base.quantize is not None and memory.offload_blocks > 0:
@@ -274,7 +274,7 @@ def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     if schedule.epochs is not None and schedule.steps is not None:
         yield "`schedule.epochs` and `schedule.steps` both say when to end: keep one"
     if isinstance(warmup, float) and warmup >= 1:
-        yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; a whole number counts steps"
+        yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; an integer counts steps"
     if isinstance(warmup, int) and schedule.steps is not None and warmup >= schedule.steps:
         yield f"`schedule.warmup: {warmup}` never ends within `schedule.steps: {schedule.steps}`"
     if optimizer.name != "sgd":

@@ -62,13 +62,13 @@ class ImageDataSection(Section):
     class_weight: float = setting(1.0, "loss weight of class pictures", "DreamBooth's", ge=0)
     caption_dropout: float = setting(0.0, "share of empty captions, by epoch", "0.1 also trains guidance", ge=0, le=1)
     shuffle_tags: bool = setting(False, "shuffle comma-separated tags each epoch")
-    keep_tags: int | None = setting(None, "leading tags that stay", "1 with a trigger, else 0", ge=0)
+    keep_tags: int | None = setting(None, "leading tags that stay", "1 with a trigger, otherwise 0", ge=0)
     resolution: _Side | Annotated[tuple[_Side, ...], Field(min_length=1)] | None = setting(
         None, "side of a square of the same area; a list trains each picture at each", "the base's"
     )
     buckets: bool = setting(True, "keep aspect ratios; false: squares", "crops least")
     bucket_step: int | None = setting(
-        None, "bucket sides are multiples of this", "64 from 512 pixels on, else the base's unit", gt=0
+        None, "bucket sides are multiples of this", "64 from 512 pixels on, otherwise the base's unit", gt=0
     )
     bucket_ratio: float = setting(2.0, "maximum aspect ratio", "bases have seen few beyond", ge=1, le=8)
     small: Literal["keep", "upscale", "drop"] = setting(
@@ -166,7 +166,7 @@ class ImageAdapterSection(PairsSection):
     text_encoders: tuple[str, ...] = setting(
         (), "text encoders to adapt, as [text_encoder, text_encoder_2]", "styles need none"
     )
-    text_targets: str | tuple[str, ...] = setting("all-linear", "modules of those text encoders")
+    text_targets: str | tuple[str, ...] = setting("all-linear", "modules of these text encoders")
 
     def denoiser_targets(self) -> tuple[str, ...]:
         """Return the patterns that `targets` selects."""
@@ -187,7 +187,7 @@ class LossSection(Section):
     shift: PositiveFloat | Literal["auto", "resolution"] = setting(
         "auto",
         "flow: timestep shift, s·u / (1 + (s − 1)·u); resolution: FLUX's exp(μ)",
-        "the base's fixed shift (SD3 3, Z-Image 6), else 1",
+        "the base's fixed shift (SD3 3, Z-Image 6), otherwise 1",
     )
     guidance: float = setting(
         1.0, "guidance input of a distilled base (FLUX.1 dev)", "sd-scripts' and diffusers' advice", ge=0
@@ -232,7 +232,7 @@ class ImageEvaluationSection(Section):
     times: int = setting(4, "timesteps at which each picture is scored", gt=0)
     at_start: bool = setting(True, "score the base before step one, as the baseline")
     keep: Literal["best", "last"] = setting(
-        "best", "save the adapter of lowest held-out loss, or the last; a style grows after that"
+        "best", "save the adapter with the lowest held-out loss, or the last one; a style improves beyond that"
     )
 
 
@@ -262,7 +262,7 @@ class SamplesSection(Section):
 class EmaSection(Section):
     """Exponential moving average of the adapter, used for scores and the saved file."""
 
-    decay: float | None = setting(None, "share of the average kept each step, as 0.99", "off", gt=0, lt=1)
+    decay: float | None = setting(None, "decay of the average per step, such as 0.99", "off", gt=0, lt=1)
 
 
 class ImageMemorySection(Section):
@@ -284,7 +284,7 @@ class ImageOutputSection(OutputSection):
     )
     name: str | None = setting(None, "file name without .safetensors", "the folder's")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "precision of saved tensors", "exactly what was trained"
+        "float32", "precision of saved tensors", "exactly the trained adapter"
     )
     licence: str = setting("", "metadata license, an SPDX id")
 

@@ -231,7 +231,7 @@ def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
 
 _PREFERENCE_RATE = (
     2e-5,
-    "a preference run: about a tenth of what a supervised one takes (TRL's LoRA example for dpo has 5e-6)",
+    "a preference run: about a tenth of a supervised run's rate (TRL's LoRA example for dpo has 5e-6)",
 )
 
 
@@ -440,7 +440,7 @@ def _walk(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], i
             line = key_node.start_mark.line + 1
             if here in lines:
                 raise ConfigError(
-                    f"`{'.'.join(here)}` is given twice, on lines {lines[here]} and {line}",
+                    f"`{'.'.join(here)}` occurs twice, on lines {lines[here]} and {line}",
                     where=f"{where}:{line}",
                     fix="keep one of the two",
                 )

@@ -48,7 +48,7 @@ class RewardSection(Section):
 
 
 class _Compared(RewardSection):
-    column: str = setting("answer", "column of the row with the wanted answer", "the row's own answer")
+    column: str = setting("answer", "column of the row with the expected answer", "the row's own answer")
 
 
 class ExactMatchReward(_Compared):
@@ -87,7 +87,7 @@ class RegexReward(RewardSection):
 
     kind: Literal["regex"]
     pattern: str = setting(..., "regular expression of the regex package; `.` matches line ends", min_length=1)
-    whole: bool = setting(False, "match the whole answer, except outer white space")
+    whole: bool = setting(False, "match the entire answer, except outer white space")
     column: str | None = setting(None, "column of the row that the first group, or `answer`, of the last match equals")
 
     def problem(self) -> str:
@@ -175,7 +175,7 @@ class ReasoningGymReward(RewardSection):
 
     kind: Literal["reasoning_gym"]
     answer: str | None = setting(
-        None, "regular expression whose first group is the final answer", "<answer>…</answer> if present"
+        None, "regular expression; its first group is the final answer", "<answer>…</answer> if present"
     )
 
 

@@ -34,7 +34,7 @@ class BaseSection(Section):
 
     name: str = setting(..., "built-in name, hub id, folder or .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "precision of frozen weights", "bfloat16 if in hardware, else float32"
+        "auto", "precision of frozen weights", "bfloat16 if the hardware supports it, otherwise float32"
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if present")
     quantize: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
@@ -52,7 +52,7 @@ class PairsSection(Section):
     targets: str | tuple[str, ...] = setting(
         "all-linear",
         "modules to adapt: names, .suffixes, globs, re:REGEX, or all-linear",
-        "all linear layers; attention alone is worse (same study)",
+        "all linear layers; attention only is worse (same study)",
     )
     exclude: tuple[str, ...] = setting((), "targets to leave out")
     layers: str | tuple[int, ...] | None = setting(None, "layers to adapt: indices, or ranges as 0-3,28-29", "all")
@@ -68,7 +68,10 @@ class PairsSection(Section):
         "lora", "LoRA, LoHa (arXiv 2108.06098) or LoKr (arXiv 2212.10650)", "read by most tools; fastest"
     )
     factor: int | None = setting(
-        None, "lokr: size of the first factor; a large rank keeps the second whole", "near square; smallest file", gt=0
+        None,
+        "lokr: size of the first factor; with a large rank the second factor is not decomposed",
+        "near square; smallest file",
+        gt=0,
     )
     decompose_both: bool = setting(False, "lokr: decompose the first factor too, if rank is below half")
 
@@ -130,7 +133,7 @@ class DataSection(Section):
     chat_template: str = setting("auto", "auto, none, or a .jinja file", "the tokenizer's, as in inference")
     train_on: Literal["assistant", "last", "completion", "all"] = setting(
         "assistant",
-        "trained tokens: every assistant turn, the last one, those after the last user turn, or all",
+        "trained tokens: all assistant turns, the last one, all turns after the last user turn, or all tokens",
         "training on questions wastes capacity",
     )
     max_length: int = setting(2048, "maximum tokens of a row", "covers most chat rows", gt=1)
@@ -164,7 +167,7 @@ class PreferenceSection(Section):
     nll: float | None = setting(
         None,
         "weight of −log p(chosen) per token (dpo, ipo, orpo, simpo)",
-        "orpo 1, else 0; 1 helps dpo (arXiv 2404.19733)",
+        "orpo 1, otherwise 0; 1 helps dpo (arXiv 2404.19733)",
         ge=0,
     )
     desirable: float = setting(1.0, "weight of desirable answers (kto)", gt=0)
@@ -249,7 +252,7 @@ class ScheduleSection(Section):
     )
     warmup: int | float = setting(0.03, "warm-up steps, or share of all steps", "QLoRA's", ge=0)
     floor: float = setting(0.0, "final learning rate, as share of the peak", ge=0, le=1)
-    epochs: int | None = setting(None, "epochs", "3 without `steps`; the best checkpoint is kept", gt=0)
+    epochs: int | None = setting(None, "epochs", "3 without `steps`; the best checkpoint is saved", gt=0)
     steps: int | None = setting(None, "optimizer steps, instead of epochs", gt=0)
 
 
@@ -260,11 +263,11 @@ class EvaluationSection(Section):
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
     rows: int | None = setting(None, "maximum held-out rows to score", "all", gt=0)
     at_start: bool = setting(True, "score the base before step one, as the baseline")
-    keep: Literal["best", "last"] = setting("best", "save the adapter of lowest held-out loss, or the last")
+    keep: Literal["best", "last"] = setting("best", "save the adapter with the lowest held-out loss, or the last one")
     sample: int | None = setting(
         None,
         "maximum tokens of the card's sample answers to a held-out prompt; 0: none; one device only",
-        f"{_SAMPLE_TOKENS} for runs of {_SAMPLE_FROM} steps or more, else none",
+        f"{_SAMPLE_TOKENS} for runs of {_SAMPLE_FROM} steps or more, otherwise none",
         ge=0,
     )
 

@@ -95,7 +95,7 @@ def write_caption(picture: Path, text: str, folder: str | None = None) -> Writte
     caption."""
     caption = " ".join(text.split())
     if not caption:
-        raise DataError("a caption has at least one word", where=str(picture), fix="describe what the picture shows")
+        raise DataError("a caption has at least one word", where=str(picture), fix="describe the picture")
     files = _list(folder or str(picture.parent))
     path = picture.expanduser().resolve()
     file = next((file for file in files if file.path.resolve() == path), None)
@@ -117,7 +117,7 @@ def _caption_files(file: PictureFile, files: Sequence[PictureFile]) -> list[Path
     existing = [path for path in paths if path.is_file()]
     if shared := [path.name for path in existing if path.with_suffix("") == stem and len(siblings) > 1]:
         message = f"{shared[0]} is the caption of {', '.join(siblings)}"
-        raise DataError(message, where=str(file.path), fix="give one of them another name")
+        raise DataError(message, where=str(file.path), fix="rename one of them")
     stem_or_name = stem if len(siblings) == 1 else file.path
     return existing or [stem_or_name.with_name(f"{stem_or_name.name}.txt")]
 

@@ -82,7 +82,7 @@ def _captions(
     classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()}
     if shared := [p.name for p in pictures if not p.is_class and p.caption and p.caption.lower() in classes]:
         text = f"{counted(len(shared), 'picture')} with the caption of a class picture: {first_few(shared, _NAMED)}"
-        yield Finding("warn", "captions", text, "set data.trigger, or name in each caption what makes it yours")
+        yield Finding("warn", "captions", text, "set data.trigger, or name the subject in each caption")
     if empty := [p.name for p in pictures if not p.caption]:
         text = f"{counted(len(empty), 'empty caption')}: {first_few(empty, _NAMED)}"
         yield Finding("warn", "captions", text, "write them, or set a trigger")
@@ -93,7 +93,7 @@ def _buckets(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: I
     text = f"{first_few(sizes, 12)} (width x height: rows; sides in steps of {plan.step} pixels)"
     yield Finding("ok", "buckets", text)
     total = len(pictures)
-    action = {"keep": "kept at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
+    action = {"keep": "used at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
     text = f"pictures are smaller than a bucket and {action}"
     fix = "" if settings.small == "upscale" else "data.small: upscale enlarges them, or give larger files"
     yield from about_some("small", len(plan.small), total, text, plan.small, fix)
@@ -130,7 +130,7 @@ def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iter
         return
     yield Finding("ok", "pairs", f"{counted(summary.sources, 'source image')} each; captions are instructions")
     if summary.unlike:
-        text = f"{counted(len(summary.unlike), 'source image')} of other proportions than the result, used whole: "
+        text = f"{counted(len(summary.unlike), 'source image')} with other proportions than the result, not cropped: "
         fix = "crop both to one proportion if they show the same scene, so that positions match"
         yield Finding("warn", "pairs", text + first_few(summary.unlike, _NAMED), fix)
     unchanged = [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]

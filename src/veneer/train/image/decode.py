@@ -122,7 +122,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
                 )
             # the other images of an MPO file are previews or the view of the other eye
             if (frames := 1 if image.format == "MPO" else getattr(image, "n_frames", 1)) > 1:
-                raise UnreadablePicture(f"an animation of {frames} frames: save one of them as a picture")
+                raise UnreadablePicture(f"an animation of {frames} frames: save one frame as a picture")
             image.load()
         except Image.DecompressionBombError:
             raise UnreadablePicture(
@@ -198,11 +198,13 @@ def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
 
         values = np.asarray(image).astype(np.int64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise UnreadablePicture("whole numbers outside 0 to 65535: save it with 8 or 16 bits a channel")
+            raise UnreadablePicture("integers outside 0 to 65535: save it with 8 or 16 bits a channel")
         notes.append("16 bits to 8")
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if mode == "F":
-        raise UnreadablePicture("floating-point pixels, whose white is not known: save it with 8 or 16 bits a channel")
+        raise UnreadablePicture(
+            "floating-point pixels with an unknown white level: save it with 8 or 16 bits a channel"
+        )
     if mode in ("L", "RGB", "CMYK"):
         return image
     return image.convert("L" if mode == "1" else "RGB")  # 1, P, YCbCr, LAB, HSV, RGBX

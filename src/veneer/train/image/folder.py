@@ -319,7 +319,7 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
                     bad.append(f"{record.where}: {problem}")
                     continue
                 rows[directory / str(name)] = " ".join(str(caption).split())
-    _stop(folder, bad, "metadata row", "correct those rows, or take them out")
+    _stop(folder, bad, "metadata row", "correct or remove these rows")
     return rows
 
 

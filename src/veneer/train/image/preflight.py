@@ -207,7 +207,7 @@ def _pairs(s: ImageSubject) -> Iterator[Finding]:
         fix = "use data.class_folder with pairs"
         yield Finding("stop", "pairs", "generated class pictures have no source images", fix)
     if mismatched := [p.name for p in data.held_out if len(p.sources) != sources]:
-        text = f"held-out pictures have another number of source images than {sources}: {mismatched[0]}"
+        text = f"held-out pictures have a different number of source images than {sources}: {mismatched[0]}"
         fix = "give each as many (NAME.before.png, or its name in a before folder), or set data.before: off"
         yield Finding("stop", "held out", text, fix)
 
@@ -237,7 +237,7 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
         try:
             check_rows(base, [ImageRow(samples.prompts[0], samples.negative)], sample_settings(config, samples.steps))
         except ConfigError as error:
-            yield Finding("stop", "samples", f"samples cannot be drawn: {error.what}", error.fix or "")
+            yield Finding("stop", "samples", f"samples cannot be generated: {error.what}", error.fix or "")
 
 
 def _base(s: ImageSubject) -> Iterator[Finding]:

@@ -224,7 +224,7 @@ def _sheets(folder: Path) -> list[tuple[str, str]]:
     """Return (title, data URL) of the contact sheet and of all logged sample sheets."""
     from PIL import Image
 
-    paths = {"What the model sees": folder / "pictures.png"}
+    paths = {"The model's view": folder / "pictures.png"}
     for record in run_records(folder):
         if record.get("event") == "sampled":
             title = "The base, before training" if record["step"] == 0 else f"After step {record['step']}"

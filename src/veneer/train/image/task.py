@@ -366,7 +366,7 @@ def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Ite
     if config.loss.shift == "auto" and base.prediction == "flow":
         yield "loss.shift", times.shift, "the base's scheduler; 1 where that goes by size"
     if config.schedule.epochs is None and config.schedule.steps is None:
-        yield "schedule.steps", config.steps, "1000 when neither epochs nor steps are given"
+        yield "schedule.steps", config.steps, "1000 if neither epochs nor steps are set"
     if config.memory.activation_checkpointing == "auto" and memory.because:
         yield "memory.activation_checkpointing", "on" if memory.recompute else "off", memory.because
     if memory.encoders_stay:

@@ -197,7 +197,7 @@ def _curves(
     for title, value in (
         ("Learning rate", lambda r: r["learning_rate"]),
         ("Gradient norm, before clipping", lambda r: r["gradient_norm"]),
-        (f"{'Drawn ' * sampled}{page.unit} per second".capitalize(), _speed),
+        (f"{'Sampled ' * sampled}{page.unit} per second".capitalize(), _speed),
         ("Peak memory, GB", lambda r: r["memory_bytes"] * 1e-9),
     ):
         yield title, [Series(title, [(float(r["step"]), float(value(r))) for r in steps])], None
@@ -219,14 +219,14 @@ _MEASURED = {
     "reward_accuracy": "Share of pairs ranked right",
     "logp_chosen": "Log-probability of chosen answers, nats",
     "logp_rejected": "Log-probability of rejected answers, nats",
-    "reward": "Reward, mean over the answers drawn",
+    "reward": "Reward, mean over the sampled completions",
     "reward_failed": "Answers that could not be judged",
     "gap_mean": "Sampler-trainer mismatch: mean difference of log-probabilities, nats",
     "gap_max": "Sampler-trainer mismatch: largest difference, nats",
     "drift": "Drift since sampling: mean difference of log-probabilities, nats",
     "answer_tokens": "Tokens of an answer",
     "cut_share": "Share of answers cut at the limit",
-    "constant_share": "Share of groups whose answers are all worth the same",
+    "constant_share": "Share of groups with equal rewards",
     "kl": "Divergence from the reference, nats per token",
     "teacher_kl": "Divergence from the teacher, nats per token",
     "clipped": "Share of tokens beyond the clip",

@@ -46,7 +46,7 @@ def check_trackers(report: ReportSection) -> None:
     missing = [name for name in report.trackers if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"report.trackers names {', '.join(missing)}, and what is needed for that is not installed",
+            f"report.trackers names {', '.join(missing)}, but the required package is not installed",
             fix=f"pip install 'veneer[{','.join(missing)}]', or take it out of report.trackers",
         )
 

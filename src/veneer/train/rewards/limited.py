@@ -199,7 +199,7 @@ class _Child:
                 self._process = (sandbox.start if sandbox else _start)(command, child_end, errors)
             except OSError as error:
                 self._channel.close()
-                raise NoAnswer(f"its process did not start: {error}") from None
+                raise NoAnswer(f"the process did not start: {error}") from None
             child_end.close()
             try:
                 self._receive(
@@ -213,7 +213,7 @@ class _Child:
                 self.end()
                 errors.seek(0)
                 messages = errors.read(1000).decode(errors="replace").strip()
-                raise NoAnswer(f"its process did not start{': ' if messages else ''}{messages}") from None
+                raise NoAnswer(f"the process did not start{': ' if messages else ''}{messages}") from None
 
     def ask(self, message: Mapping[str, Any], seconds: float, late: str) -> dict[str, Any]:
         """Send a message and return the process's result.

@@ -62,7 +62,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
         raise DataError(
             "these rows have a chosen and a rejected answer, and the run would train on the chosen answers only",
             where=pairs[0].where,
-            fix="preference.loss=dpo learns from both; else give rows with prompt and completion",
+            fix="preference.loss=dpo uses both; otherwise provide rows with prompt and completion",
         )
     return TextData(encode_split(rows, config, base), encode_split(held_rows, config, base), metadata)
 

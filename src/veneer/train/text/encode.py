@@ -130,7 +130,7 @@ def encode_rows(
             left[i] = str(error)
     if refuse:
         bad = [f"{rows[i].where}: {why}" for i, why in left.items()]
-        _refuse(bad, len(rows), "cannot be encoded", "correct those rows, or set data.train_on or data.chat_template")
+        _refuse(bad, len(rows), "cannot be encoded", "correct these rows, or set data.train_on or data.chat_template")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     examples: list[Example] = []
     long: list[str] = []

@@ -166,7 +166,7 @@ def score_mixes(
             if score.trained:
                 if not math.isfinite(score.loss):
                     raise AdapterError(
-                        f"the loss is not finite under {mix_text(tuple(spec)) or 'the base alone'}",
+                        f"the loss is not finite under {mix_text(tuple(spec)) or 'the base'}",
                         fix="lower strengths, or --dtype float32",
                     )
                 scores.loss, scores.perplexity = score.loss, score.perplexity

@@ -137,7 +137,7 @@ def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
     """Check failure class 1: the loss mask excludes all tokens, and the run "succeeds"."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.used, tokens=c.tokens, learned_tokens=c.trained_tokens)
-    fix = "check roles, weights and data.train_on; the learned part is what assistant turns say"
+    fix = "check roles, weights and data.train_on; the trained part is the assistant turns"
     if c.trained_tokens == 0:
         text = f"no row is left to train on: of {c.rows:,} rows, {c.untrained:,} have nothing to learn and "
         text += f"{c.long_dropped:,} are too long"
@@ -152,7 +152,7 @@ def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
 def _long_rows(s: TextSubject) -> Iterator[Finding]:
     """Report the number and names of rows that are dropped or truncated."""
     c, limit = s.encoded.counts, s.config.data.max_length
-    fix = f"data.max_length={c.longest} keeps them whole"
+    fix = f"data.max_length={c.longest} avoids truncation"
     text = f"rows are longer than {limit} tokens and dropped"
     yield from s.rows_with("long_dropped", "long rows", text, fix, stops=True)
     text = f"rows are cut to {limit} tokens, the oldest prompt tokens first"
@@ -316,14 +316,14 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         yield from about_some("duplicates", metadata.duplicates, metadata.rows, text)
     total = len(s.data.held_out.texts)
     if not total and s.config.evaluation.patience is not None:
-        text = "`evaluation.patience` is set, but no row is held out to stop by"
+        text = "`evaluation.patience` is set, but no row is held out"
         yield Finding("stop", "held out", text, "give data.validation or data.split, or more rows")
         return
     if not total:
-        yield Finding("warn", "held out", "no rows are held out: over-fitting cannot be seen", "data.split=0.05")
+        yield Finding("warn", "held out", "no rows are held out, so overfitting cannot be detected", "data.split=0.05")
         return
     if s.data.held_out.encoded.counts.trained_tokens == 0:
-        yield Finding("stop", "held out", "the held-out rows have no token to score", "check data.validation's format")
+        yield Finding("stop", "held out", "the held-out rows have no trained token", "check data.validation's format")
     leak = leakage(s.data.train.texts, s.data.held_out.texts)
     pairs = [f"{a} is {b}" for a, b in leak.examples]
     fix = "remove them from one side; data.split never puts equal rows on both"
@@ -453,10 +453,10 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     required = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     if packs:
-        longest += f"; {gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
+        longest += f"; {gigabytes(packs)} of it are prepacked copies of frozen weights"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
-    fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows what it takes)"
+    fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows how much)"
     if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
     finding = memory_finding(required, free, longest, fix=fix, force=s.force)

@@ -162,7 +162,7 @@ class Reinforcement(SampledTraining):
         ]
         if not self.answers:
             raise TrainingError(
-                f"none of the {len(rollouts)} answers of step {number} can be learned from: "
+                f"none of the {len(rollouts)} completions of step {number} can be used: "
                 f"{metrics['cut_answers']:.0f} are cut at max_tokens, {judged.failed} have no reward",
                 where="reinforcement",
                 fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
@@ -283,7 +283,7 @@ class Reinforcement(SampledTraining):
         values = [value for value in judged.values if value is not None]
         if not values:
             raise TrainingError(
-                f"none of the {counted(len(answers), 'answer')} to held-out prompts could be judged:\n"
+                f"none of the {counted(len(answers), 'answer')} of held-out prompts could be scored:\n"
                 f"{bullets(judged.why(answers), 5)}",
                 fix="fix the reward, or hold out more prompts",
             )

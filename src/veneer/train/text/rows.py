@@ -426,7 +426,7 @@ def _decoded(value: Any) -> Any:
 
 def _text(value: Any, name: str, *, empty: bool = False) -> str:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"`{name}` is {value}, which stands for a missing value in tables")
+        raise ValueError(f"`{name}` is {value}, which means a missing value in tables")
     if isinstance(value, bool | int | float):
         return str(value)
     if not isinstance(value, str):
@@ -459,7 +459,7 @@ def _message(m: Any, name: str) -> dict[str, Any]:
     if isinstance(content, list):
         content = "".join(_part(p, name) for p in content)
     if "function_call" in fields:
-        raise ValueError(f"`{name}.function_call` is the old form of tool_calls: give it as one of those")
+        raise ValueError(f"`{name}.function_call` is the old form of tool_calls: use tool_calls")
     if "tool_calls" in fields:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{name}.tool_calls", role)
     if content is None and m.get("tool_calls"):

@@ -210,7 +210,7 @@ def _check_comparable(swept: Collection[str], config: RunConfig) -> None:
         problems.append("adapter.start")
     if problems:
         raise ConfigError(
-            f"a sweep compares held-out losses, and with other {', '.join(problems)} they measure different things",
+            f"a sweep compares held-out losses, which are not comparable with different {', '.join(problems)}",
             fix="set data.validation to sweep data.train or data.limit; or train without a sweep (veneer train A.yaml "
             "B.yaml) and compare the adapters with veneer eval",
         )

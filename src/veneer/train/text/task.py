@@ -122,7 +122,7 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
     if base is not None:
         if sharded:
             raise ConfigError(
-                "a base that is sharded cannot be made whole again, and this one is the caller's",
+                "sharding cannot be undone, and this base belongs to the caller",
                 where="memory.shard",
                 fix="let the run load it: leave base= out",
             )
@@ -239,16 +239,16 @@ def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
     if config.data.split is None and config.data.validation is None:
         yield "data.split", len(data.held_out.rows), "5% of the rows, at most 500; none below 20 rows"
     if config.schedule.epochs is None and config.schedule.steps is None:
-        because = "3 when neither epochs nor steps are given; the best one is kept"
+        because = "3 if neither epochs nor steps are set; the best checkpoint is saved"
         yield "schedule.epochs", config.epochs, because
     if base.quantized and config.memory.keep_dequantized_gb is None:
-        because = "what the plan finds room for on a GPU; on a CPU dequantizing costs next to nothing"
+        because = "as much as the plan has memory for on a GPU; on a CPU dequantizing costs almost nothing"
         yield "memory.keep_dequantized_gb", int(report.numbers.get("kept_dequantized", 0)) / 1e9, because
     if run.config.batching != config.batching:  # set by `cut_by_device`
-        because = "what makes products faster on this device, where it fits"
+        because = "weights that are faster on this device and fit"
         yield "batching.micro_tokens", config.batching.at_once, because
     if config.memory.keep_packed_gb is None:
-        because = "what weights take whose products are clearly faster so, where the plan finds room for it"
+        because = "weights that are clearly faster when prepacked, as far as the plan has memory"
         packed = sum(int(report.numbers.get(key, 0)) for key in ("kept_packed", "drawer_packed"))
         yield "memory.keep_packed_gb", packed / 1e9, because
     if config.memory.activation_checkpointing == "auto":
@@ -394,7 +394,7 @@ def recompute_activations(model: Any, *, offload: bool = False) -> None:
     layers = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
     if not layers:
         raise ConfigError(
-            "this base's layers cannot be given another place for what they are recomputed from",
+            "inputs of this base's layers cannot be offloaded",
             where="memory.offload_activations",
             fix="set it to false",
         )
@@ -434,7 +434,7 @@ class AttachedText:
             "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held_out.rows)},
         } | ({"start": data.start.digest()} if data.start is not None else {})
         packed, tokens = fast_report(base.model).prepack_budget.most, self.config.batching.at_once
-        environment = {"tokens of a micro-batch": tokens, "bytes of weights kept packed": packed}
+        environment = {"tokens of a micro-batch": tokens, "bytes of prepacked weights": packed}
         return Task(
             learner=learner,
             steps=self.steps,
@@ -502,7 +502,7 @@ class AttachedText:
         try:
             return sample_answers(self.base, self.attachment, self.name, sample["messages"], tokens)
         except VeneerError as error:
-            emit(Note(f"the card keeps no answers: {error.what}"))
+            emit(Note(f"the card has no sample answers: {error.what}"))
             return {}
 
     def write(self, folder: Path, progress: Progress) -> None:
@@ -558,7 +558,7 @@ class AttachedText:
         elif d.teacher is not None:
             loss = f"{d.divergence} KL from the teacher, nats per token"
         elif r is not None:
-            loss = f"{r}, mean over answers; held out: minus the mean reward"
+            loss = f"{r}, mean over completions; held out: minus the mean reward"
         return text_report(result, self.run.folder, self.base, progress.seconds, loss)
 
 

@@ -164,7 +164,7 @@ def _trained(texts: Mapping[int, TextRun]) -> dict[int, RunResult | VeneerError]
 def _failed(run: Run, error: VeneerError) -> VeneerError:
     if isinstance(error, Interrupted):
         raise error
-    run.note(f"{error.what}; this run ends here, the others continue")
+    run.note(f"{error.what}; this run stops, the others continue")
     return error
 
 
@@ -208,8 +208,8 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
         each = max(each, (need - state) / largest)
         states, tokens, most = states + state, tokens + largest, max(most, largest, text.config.batching.at_once)
     needed = states + int(each * min(tokens, most))
-    where = f"{gigabytes(states)} of them for the states of {counted(len(texts), 'run')}"
-    fix = "fewer configurations at once, or a lower batching.micro_tokens in all of them"
+    where = f"{gigabytes(states)} of that for the states of {counted(len(texts), 'run')}"
+    fix = "train fewer configurations at once, or lower batching.micro_tokens in all of them"
     finding = memory_finding(needed, free, where, fix=fix, force=texts[0].run.force)
     if finding.level == "stop":
         raise PreflightError(finding.text, fix=finding.fix)
@@ -368,7 +368,7 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
         else:
             out.append(
                 CheckpointError(
-                    f"this run had ended early, after its step {max(steps)}; those that it was trained together with "
+                    f"this run ended early, after step {max(steps)}; those that it was trained together with "
                     f"are at step {last}",
                     where=str(run.folder),
                     fix="check its data or settings, and resume it alone: veneer train CONFIG.yaml --resume",

@@ -256,7 +256,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         if to == "gguf":
             service_of(request).need_base()
             if base != catalog.base:
-                fix = f"base={catalog.base}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
+                fix = f"base={catalog.base}, if it fits; otherwise veneer adapter convert --to {to} --base BASE"
                 raise invalid(f"{to} depends on the base, and this server has {catalog.base}", "base", fix)
             base = catalog.sources.base.name  # the base's location, because the name can be just the last part of it
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))

@@ -130,7 +130,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         prompts = [service.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]
         echoes = [await service.prompts.decode(ids, admitted) for ids in prompts] if body.echo else []
     if body.prompt_logprobs is not None and body.stream:
-        raise invalid("prompt_logprobs come with a whole answer", "prompt_logprobs", "leave stream out")
+        raise invalid("prompt_logprobs requires a response without stream", "prompt_logprobs", "leave stream out")
     counts = [each for each in (body.logprobs, body.prompt_logprobs) if each is not None]
     settings = body.sampling(
         service,
