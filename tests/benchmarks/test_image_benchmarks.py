@@ -21,7 +21,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["image_generation.py", "image_training.py"])
 def test_it_says_what_it_measures(name: str) -> None:
-    assert "seconds of" in run(name, "--help").stdout
+    assert "processor time" in run(name, "--help").stdout
 
 
 @pytest.mark.peers

@@ -237,7 +237,7 @@ def campaign_note(label: str, requested: Strength, resolved: Strength) -> str:
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
     """Return notes about step ranges that contain no step."""
     return [
-        f"{label_of(name)}: steps={at} contains none of the {counted(steps, 'step')} taken, so the adapter has no effect"
+        f"{label_of(name)}: steps={at} contains no step of {counted(steps, 'step')}, so the adapter has no effect"
         for name, strength in uses
         for at in strength.idle(steps)
     ]
