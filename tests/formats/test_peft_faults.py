@@ -438,3 +438,27 @@ def test_any_ranks_and_scales_survive(names, data, rslora):
     parsed, problems = parse_config(config)
     assert not problems
     assert [n for n in more if selects(parsed, n) and n not in names] == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_fuzzed_configuration_raises_only_adapter_errors(data):
+    from veneer.formats.peft_config import FIELDS, IGNORED, UNSUPPORTED
+
+    config, tensors = peft.encode_folder(linear_pairs(NAMES))
+    keys = st.sampled_from(sorted({*FIELDS, *IGNORED, *UNSUPPORTED, "peft_type", "init_lora_weights"})) | st.text(
+        max_size=5
+    )
+    changed = config | data.draw(st.dictionaries(keys, json_values, max_size=4))
+    try:
+        adapter = peft.interpret(changed, tensors).adapter
+    except AdapterError:
+        return
+    assert sorted(adapter.pairs) == sorted(NAMES)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.bnb_checkpoint import CONFIG, saved_tensors
 from tests.families import FAMILIES, VOCAB, llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
@@ -228,6 +229,22 @@ def test_an_8_bit_checkpoint_of_bitsandbytes_loads(folder: Path, tmp_path: Path)
         assert isinstance(weight, Quantized)
         exact = parameter.data.double() * parameter.SCB.double()[:, None] / 127
         torch.testing.assert_close(weight.dense().double(), exact, rtol=1e-5, atol=0)
+
+
+def test_saved_weights_load_in_bitsandbytes(wide: Path, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from transformers import AutoModelForCausalLM
+
+    model, _ = load_quantized(wide, read_base_config(wide), tensor_table(wide), "nf4", torch.bfloat16)
+    model.config.quantization_config = CONFIG
+    model.config.save_pretrained(tmp_path)
+    state = {n: t for n, t in saved_tensors(model.state_dict()).items() if n != "lm_head.weight"}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    for name, parameter in theirs.named_parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            weight = model.get_parameter(name)
+            assert torch.equal(weight.dense(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
 
 
 def test_a_quantization_that_is_not_read_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
