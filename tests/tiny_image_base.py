@@ -8,9 +8,10 @@ are random and deterministic.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +25,16 @@ EDITING = ("kontext", "klein", "flux2", "qwen-edit", "qwen-edit-plus")
 SIZE, LENGTH = 32, 24
 WORDS = ["a", "red", "house", "cat", "dog", "tree", "in", "the", "style", "of", "flat", "with", "hat", "blue", "sks"]
 LATENT = 4
-SMALL_DENOISERS: dict[str, dict[str, Any]] = {
-    "flux.1-dev": {
-        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
-        "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6],
-    },
-    "flux.2-dev": {
-        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
-        "joint_attention_dim": 32, "axes_dims_rope": [4, 4, 4, 4],
-    },
-    "sd3.5-medium": {
-        "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
-        "caption_projection_dim": 32, "pooled_projection_dim": 32, "dual_attention_layers": [0],
-    },
-    "z-image": {
-        "n_layers": 1, "n_refiner_layers": 1, "dim": 24, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32,
-        "axes_dims": [4, 4, 4],
-    },
-    "qwen-image": {
-        "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
-        "axes_dims_rope": [4, 6, 6],
-    },
-    "sdxl": {
-        "block_out_channels": [32, 64], "transformer_layers_per_block": [1, 1], "attention_head_dim": [2, 4],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "layers_per_block": 1,
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 32,
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
-    },
-}  # fmt: skip
-"""Denoiser configurations by the names in the plan's table: few, narrow blocks."""
+SMALL_ENCODER = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+TINY_VAE = {
+    "block_out_channels": (8, 8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 1,
+    "latent_channels": LATENT,
+    "norm_num_groups": 4,
+    "sample_size": SIZE,
+}
 
 
 def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
@@ -64,11 +46,18 @@ def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
     edit pictures and resize them to a megapixel unless `small_references` is used."""
     place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
     if not (place / "model_index.json").exists():
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
+        with _seeded(0):
             _BUILD[family](full).save_pretrained(place)
     return place
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Fork the random state and silence warnings."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield
 
 
 def tiny_control(folder: Path, family: str) -> Path:
@@ -77,14 +66,11 @@ def tiny_control(folder: Path, family: str) -> Path:
     Its zero-initialized outputs are changed to nonzero values."""
     place = Path(folder) / f"tiny-{family}-canny"
     if not (place / "config.json").exists():
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(1)
+        with _seeded(1), torch.no_grad():
             control = _CONTROL[family]()
-            with torch.no_grad():
-                for parameter in control.parameters():
-                    if not parameter.any():
-                        parameter.normal_(std=0.05)
+            for parameter in control.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.05)
             control.save_pretrained(place)
     return place
 
@@ -140,66 +126,35 @@ def chat_tokenizer(vision: bool = False) -> Any:
 
 
 def clip(tokenizer: Any, width: int, projection: bool, layers: int) -> Any:
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": layers, "max_position_embeddings": LENGTH, "vocab_size": len(tokenizer)}
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = transformers.CLIPTextConfig(**sizes, **tokens)
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
 
 def t5(tokenizer: Any, width: int, layers: int) -> Any:
-    config = transformers.T5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_ff=2 * width,
-        d_kv=8,
-        num_layers=layers,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
-    return transformers.T5EncoderModel(config)
+    sizes = {"d_model": width, "d_ff": 2 * width, "d_kv": 8, "num_layers": layers, "num_heads": 2}
+    more = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False}
+    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(tokenizer), **sizes, **more))
 
 
 def vae(**changes: Any) -> Any:
-    given: dict[str, Any] = {
-        "block_out_channels": (8, 8, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "layers_per_block": 1,
-        "latent_channels": LATENT,
-        "norm_num_groups": 4,
-        "sample_size": SIZE,
-        "scaling_factor": 0.4,
-    }
-    return diffusers.AutoencoderKL(**(given | changes))
+    return diffusers.AutoencoderKL(**(TINY_VAE | {"scaling_factor": 0.4} | changes))
 
 
 def unet(context: int, full: bool, extra: bool) -> Any:
     """Return SD 1's blocks, or SDXL's with `extra`."""
-    given: dict[str, Any] = {
-        "sample_size": SIZE // 4,
-        "layers_per_block": 2,
-        "cross_attention_dim": context,
-        "norm_num_groups": 8,
-        "attention_head_dim": 2,
-    }
     cross, plain = "CrossAttn", ""
-    kinds = ([plain, cross, cross] if extra else [cross, cross, cross, plain]) if full else [plain, cross]
-    if not full and not extra:
-        kinds = [cross, plain]
-    given["block_out_channels"] = ((8, 16, 32) if extra else (8, 16, 32, 32)) if full else (8, 16)
-    given["down_block_types"] = tuple(f"{k}DownBlock2D" for k in kinds)
-    given["up_block_types"] = tuple(f"{k}UpBlock2D" for k in reversed(kinds))
+    widths, kinds = (8, 16), [plain, cross] if extra else [cross, plain]
+    if full:
+        widths, kinds = (
+            ((8, 16, 32), [plain, cross, cross]) if extra else ((8, 16, 32, 32), [cross, cross, cross, plain])
+        )
+    given: dict[str, Any] = {
+        "down_block_types": tuple(f"{k}DownBlock2D" for k in kinds),
+        "up_block_types": tuple(f"{k}UpBlock2D" for k in reversed(kinds)),
+    }
     if extra:
         given |= {
             "transformer_layers_per_block": [1, 2, 10] if full else [1, 1],
@@ -208,22 +163,18 @@ def unet(context: int, full: bool, extra: bool) -> Any:
             "addition_time_embed_dim": 4,
             "projection_class_embeddings_input_dim": 16 + 6 * 4,
         }
-    return diffusers.UNet2DConditionModel(**given)
+    sizes = {"sample_size": SIZE // 4, "layers_per_block": 2, "norm_num_groups": 8, "attention_head_dim": 2}
+    return diffusers.UNet2DConditionModel(cross_attention_dim=context, block_out_channels=widths, **sizes, **given)
+
+
+HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
+FLUX_HEADS = HEADS | {"joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)}
 
 
 def flux1(full: bool, guidance: bool) -> Any:
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4 * LATENT,
-        num_layers=19 if full else 1,
-        num_single_layers=38 if full else 1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        guidance_embeds=guidance,
-        axes_dims_rope=(2, 2, 4),
-    )
+    layers = {"num_layers": 19, "num_single_layers": 38} if full else {"num_layers": 1, "num_single_layers": 1}
+    sizes = {"patch_size": 1, "in_channels": 4 * LATENT, "pooled_projection_dim": 16}
+    return diffusers.FluxTransformer2DModel(guidance_embeds=guidance, **layers, **sizes, **FLUX_HEADS)
 
 
 def _noise(kind: Any, **more: Any) -> Any:
@@ -288,8 +239,7 @@ def _sd3_transformer(full: bool, large: bool = False) -> Any:
         in_channels=16,  # the only number of channels that the inpainting pipeline accepts
         out_channels=16,
         num_layers=38 if large else 24 if full else 2,
-        attention_head_dim=8,
-        num_attention_heads=2,
+        **HEADS,
         joint_attention_dim=32,
         caption_projection_dim=16,
         pooled_projection_dim=32,
@@ -321,30 +271,14 @@ def _flux2(guidance: bool) -> Callable[[bool], Any]:
 
     def make(full: bool) -> Any:
         tokens = chat_tokenizer()
-        text = {
-            "vocab_size": len(tokens),
-            "hidden_size": 8,
-            "intermediate_size": 16,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 4,
-            "num_hidden_layers": 30 if guidance else 27,
-        }
+        text = SMALL_ENCODER | {"vocab_size": len(tokens), "hidden_size": 8, "head_dim": 4}
+        text["num_hidden_layers"] = 30 if guidance else 27
         encoder: Any
         if guidance:
+            vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+            vision |= {"model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 8}
             config = transformers.Mistral3Config(
-                text_config=transformers.MistralConfig(**text),
-                vision_config={
-                    "model_type": "pixtral",
-                    "hidden_size": 8,
-                    "intermediate_size": 8,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 1,
-                    "image_size": 28,
-                    "patch_size": 14,
-                    "head_dim": 8,
-                },
-                image_token_index=0,
+                text_config=transformers.MistralConfig(**text), vision_config=vision, image_token_index=0
             )
             encoder = transformers.Mistral3ForConditionalGeneration(config)
         else:
@@ -354,24 +288,14 @@ def _flux2(guidance: bool) -> Callable[[bool], Any]:
             in_channels=4 * LATENT,
             num_layers=counts[0],
             num_single_layers=counts[1],
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             joint_attention_dim=24,
             timestep_guidance_channels=16,
             axes_dims_rope=(2, 2, 2, 2),
             guidance_embeds=guidance,
         )
         pipeline = diffusers.Flux2Pipeline if guidance else diffusers.Flux2KleinPipeline
-        given = {
-            "block_out_channels": (8, 8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 3,
-            "up_block_types": ("UpDecoderBlock2D",) * 3,
-            "layers_per_block": 1,
-            "latent_channels": LATENT,
-            "norm_num_groups": 4,
-            "sample_size": SIZE,
-        }
-        own_vae = diffusers.AutoencoderKLFlux2(**given)
+        own_vae = diffusers.AutoencoderKLFlux2(**TINY_VAE)
         own_vae.bn.running_mean.normal_()
         own_vae.bn.running_var.uniform_(0.5, 2.0)
         return pipeline(
@@ -386,33 +310,23 @@ def _qwen_image(full: bool, vision: bool = False) -> Any:
     names = {"image_token_id": 2, "video_token_id": 3, "vision_start_token_id": 0, "vision_end_token_id": 1}
     config = transformers.Qwen2_5_VLConfig(
         **({name: tokens.convert_tokens_to_ids(_VISION[i]) for name, i in names.items()} if vision else {}),
-        text_config={
+        text_config=SMALL_ENCODER
+        | {
             "vocab_size": len(tokens),
             "hidden_size": 16,
-            "intermediate_size": 16,
             "num_hidden_layers": 2,
-            "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
             "rope_theta": 1000000.0,
         },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 16,
-        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
     )
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
         num_layers=60 if full else 2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(2, 2, 4),
+        **FLUX_HEADS,
     )
     own_vae = diffusers.AutoencoderKLQwenImage(
         base_dim=8,
@@ -483,15 +397,8 @@ def small_references(patch: Any) -> None:
 
 def _z_image(full: bool) -> Any:
     tokens = chat_tokenizer()
-    text = transformers.Qwen3Config(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+    sizes = {"vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 3, "head_dim": 8}
+    text = transformers.Qwen3Config(**SMALL_ENCODER, **sizes)
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=LATENT,
         dim=24,
@@ -530,15 +437,16 @@ _BUILD: dict[str, Callable[[bool], Any]] = {
     "z-image": _z_image,
 }
 
+
+def _unet_control(net: Any) -> Any:
+    return diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 8, 16))
+
+
 _CONTROL: dict[str, Callable[[], Any]] = {
-    "sd15": lambda: diffusers.ControlNetModel.from_unet(
-        unet(16, False, False), conditioning_embedding_out_channels=(8, 8, 16)
-    ),
-    "sdxl": lambda: diffusers.ControlNetModel.from_unet(
-        unet(32, False, True), conditioning_embedding_out_channels=(8, 8, 16)
-    ),
+    "sd15": lambda: _unet_control(unet(16, False, False)),
+    "sdxl": lambda: _unet_control(unet(32, False, True)),
     "flux1": lambda: diffusers.FluxControlNetModel.from_transformer(
-        flux1(False, True), num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
+        flux1(False, True), num_layers=1, num_single_layers=1, **HEADS
     ),
     "sd3": lambda: diffusers.SD3ControlNetModel.from_transformer(
         _sd3_transformer(False), num_layers=1, num_extra_conditioning_channels=0
