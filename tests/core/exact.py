@@ -31,3 +31,13 @@ def wide(t: Tensor) -> Tensor:
 def same(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
     for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
         assert (a.double() - b).norm() <= tolerance * b.norm(), f"result {i}"
+
+
+def same_with_gradients(
+    y: Tensor, inputs: Sequence[Tensor], wanted: Tensor, wide_inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Assert that a result and its gradients equal the float64 ones to its dtype's tolerance; return them."""
+    g = draw(*y.shape, dtype=y.dtype)
+    got = [y, *torch.autograd.grad(y, inputs, g)]
+    same(got, [wanted, *torch.autograd.grad(wanted, wide_inputs, g.double())], TOLERANCE[y.dtype])
+    return got

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.attached import attached
 from tests.core.peft_twin import gradients, twin
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, TokenRows, attach, create, merged_state, resolve_targets
+from veneer.core import Adapter, LoraSpec, TokenRows, create, merged_state, resolve_targets
 from veneer.ops import linear
 
 RTOL = 1e-5
@@ -39,9 +41,7 @@ def compare(model: nn.Module, adapter: Adapter, run: Callable[[nn.Module], Tenso
     """Compare outputs, and gradients of every tensor of the adapter, of veneer and PEFT on `model`."""
     model.requires_grad_(False)
     theirs = twin(model, adapter, **config)
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use("a")
+    with attached(model, adapter, trainable=True) as attachment:
         torch.manual_seed(1)
         y = run(model)
         torch.manual_seed(1)
@@ -67,11 +67,25 @@ def logits(model: nn.Module) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_forward_and_gradients(family: str) -> None:
-    model = FAMILIES[family]()
-    adapter = noisy(create(model, LoraSpec(rank=3, alpha=7.0), seed=0))
-    compare(model, adapter, logits)
+EMBEDDINGS = ("embed_tokens", "lm_head", "q_proj")
+CASES: list[tuple[str, dict[str, Any], bool]] = [
+    *((family, {"alpha": 7.0}, True) for family in FAMILIES),
+    *((family, {"dora": True}, True) for family in ("llama3", "gemma3", "qwen3")),
+    # Gemma scales its embeddings, and the pair must apply the same scale
+    *((f, {"targets": EMBEDDINGS, "dora": dora}, False) for f in ("mistral", "gemma3") for dora in (False, True)),
+    ("mistral", {"dropout": 0.9}, True),  # none outside training
+    *(
+        ("mistral", {"targets": ("q_proj",), "modules_to_save": modules}, True)
+        for modules in (("lm_head",), ("norm",), ("lm_head", "embed_tokens"), ("layers.1.mlp",))
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "spec", "tied"), CASES)
+def test_outputs_and_gradients(family: str, spec: dict[str, Any], tied: bool) -> None:
+    model = FAMILIES[family](**({} if tied else {"tie_word_embeddings": False}))
+    adapter = noisy(create(model, LoraSpec(rank=3, **spec), seed=0))
+    compare(model, adapter, logits, use_dora=spec.get("dora", False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,22 +98,6 @@ def test_all_linear_reaches_what_peft_reaches(family: str) -> None:
     assert {t.name for t in ours if t.kind == "linear"} == {n for n in theirs if not n.endswith("router")}
     experts = {n for n, p in model.named_parameters() if ".experts." in n}
     assert {t.name for t in ours if t.kind == "experts"} == experts
-
-
-@pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3"])
-def test_dora_on_linear_modules(family: str) -> None:
-    model = FAMILIES[family]()
-    adapter = noisy(create(model, LoraSpec(rank=3, dora=True), seed=0))
-    compare(model, adapter, logits, use_dora=True)
-
-
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
-def test_embedding_and_head(family: str, dora: bool) -> None:
-    """Gemma scales its embeddings, and the pair must apply the same scale."""
-    model = FAMILIES[family](tie_word_embeddings=False)
-    spec = LoraSpec(rank=3, targets=("embed_tokens", "lm_head", "q_proj"), dora=dora)
-    compare(model, noisy(create(model, spec, seed=0)), logits, use_dora=dora)
 
 
 class TorchDropout:
@@ -126,22 +124,8 @@ def test_dropout_while_training(dora: bool, monkeypatch: pytest.MonkeyPatch) -> 
     compare(model, adapter, logits, use_dora=dora, lora_dropout=0.3)
 
 
-def test_no_dropout_outside_training() -> None:
-    model = FAMILIES["mistral"]()
-    adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.9), seed=0))
-    compare(model, adapter, logits)
-
-
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_with_and_without_bias(bias: bool, dora: bool) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 9, bias=bias), nn.ReLU(), nn.Linear(9, 5, bias=bias))
-    adapter = noisy(create(model, LoraSpec(rank=2, targets=("0", "2"), dora=dora), seed=0), amount=0.5)
-    compare(model, adapter, lambda m: m(torch.linspace(-1, 1, 24).view(4, 6)), use_dora=dora)
-
-
-CONVOLUTIONS = [
+MODULES = [
+    *(lambda bias=bias: nn.Linear(4, 9, bias=bias) for bias in (False, True)),
     lambda: nn.Conv2d(4, 6, 3),
     lambda: nn.Conv2d(4, 6, (3, 1), stride=2, padding=(1, 0), bias=False),
     lambda: nn.Conv2d(4, 6, 1),
@@ -151,12 +135,13 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("make", CONVOLUTIONS)
-def test_convolutions(make: Callable[[], nn.Module], dora: bool) -> None:
+@pytest.mark.parametrize("make", MODULES)
+def test_linears_and_convolutions(make: Callable[[], nn.Module], dora: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(make())
+    model = nn.Sequential(make(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
     x = torch.randn(2, 4, *([7] * (model[0].weight.ndim - 2)))
-    adapter = noisy(create(model, LoraSpec(rank=2, targets=("0",), dora=dora), seed=0), amount=0.5)
+    model(x)
+    adapter = noisy(create(model, LoraSpec(rank=2, targets=("0", "3"), dora=dora), seed=0), amount=0.5)
     compare(model, adapter, lambda m: m(x), use_dora=dora)
 
 
@@ -186,17 +171,8 @@ def test_token_rows_reach_every_module_tied_to_them() -> None:
             parameter.data.copy_(rows)
     with torch.no_grad():
         want = theirs.eval()(**own).logits
-        with attach(model) as attachment:
-            attachment.add("a", Adapter(token_rows={"shared": TokenRows((4, 9), rows)}))
-            attachment.use("a")
+        with attached(model, Adapter(token_rows={"shared": TokenRows((4, 9), rows)})):
             close(model(**own).logits, want)
-
-
-@pytest.mark.parametrize("modules", [("lm_head",), ("norm",), ("lm_head", "embed_tokens"), ("layers.1.mlp",)])
-def test_full_copies(modules: tuple[str, ...]) -> None:
-    model = FAMILIES["mistral"]()
-    adapter = noisy(create(model, LoraSpec(rank=3, targets=("q_proj",), modules_to_save=modules), seed=0))
-    compare(model, adapter, logits)
 
 
 def test_rank_alpha_patterns_and_rslora() -> None:
@@ -229,9 +205,7 @@ def test_pissa_and_olora_train_like_peft_on_unchanged_base(init: str) -> None:
         layer = theirs.get_submodule("base_model.model." + name)
         close(pair.A, layer.lora_A["default"].weight)
         close(pair.B, layer.lora_B["default"].weight)
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use("a")
+    with attached(model, adapter, trainable=True) as attachment:
         for _ in range(2):
             y, z = logits(model), logits(theirs)
             torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
@@ -268,9 +242,7 @@ def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
         with torch.no_grad():
             product = torch.einsum("eor,eri->eoi", pair.B.double(), pair.A.double())
             exact.get_parameter(name).add_(pair.scale * product)
-    with attach(model) as attachment:
-        attachment.add("a", adapter)
-        attachment.use("a")
+    with attached(model, adapter):
         close(logits(model).double(), logits(exact), family)
 
 
@@ -283,7 +255,5 @@ def test_dilation_is_kept_where_peft_forgets_it() -> None:
     x = torch.randn(2, 4, 9, 9)
     exact = copy.deepcopy(model).double()
     exact.load_state_dict(merged_state(exact, [(adapter, 1.0)]), strict=False)
-    with attach(model) as attachment:
-        attachment.add("a", adapter)
-        attachment.use("a")
+    with attached(model, adapter):
         close(model(x).double(), exact(x.double()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tests.attached import attached
 from tests.core.test_layers import IDS, trained
 from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach
@@ -253,9 +254,7 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             if reentrant:
                 model.enable_input_require_grads()
-        with attach(model) as attachment:
-            attachment.add("a", trained(model, LoraSpec(rank=2, dropout=0.2)), trainable=True)
-            attachment.use("a")
+        with attached(model, trained(model, LoraSpec(rank=2, dropout=0.2)), trainable=True) as attachment:
             torch.manual_seed(0)
             model(IDS, use_cache=False).logits.square().mean().backward()
             grads.append({n: p.grad for n, p in attachment.parameters("a").items()})
@@ -266,9 +265,7 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
 def test_modules_shared_by_two_parents_are_wrapped_in_both() -> None:
     shared = nn.Linear(3, 3)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
-    with attach(model) as attachment:
-        attachment.add("x", Adapter(pairs={"a.0": Pair(torch.ones(1, 3), torch.ones(3, 1), 1.0)}))
-        attachment.use("x")
+    with attached(model, Adapter(pairs={"a.0": Pair(torch.ones(1, 3), torch.ones(3, 1), 1.0)})):
         assert isinstance(model["a"][0], Layer)
         assert model["a"][0] is model["b"][0]
     assert model["a"][0] is model["b"][0] is shared
@@ -292,9 +289,7 @@ def test_a_router_takes_a_linear_pair() -> None:
     by_hand = FAMILIES["mixtral"]()
     with torch.no_grad():
         by_hand.get_parameter(f"{name}.weight").add_(pair.scale * pair.B @ pair.A)
-    with attach(model) as attachment:
-        attachment.add("a", Adapter({name: pair}), trainable=True)
-        attachment.use("a")
+    with attached(model, Adapter({name: pair}), trainable=True) as attachment:
         torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-5, atol=1e-5)
         model(IDS).logits.square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attachment.parameters("a").values())

@@ -68,6 +68,5 @@ def test_rows_of_no_expert_are_zero_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(y, experts.expert_product(x, weight, offsets))
     assert not y[4:].any()
     y.float().sum().backward()
-    assert held.grad is not None
     assert torch.isfinite(held.grad).all()
     assert not held.grad[4:].any()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.attached import attached
 from veneer.core import Adapter, attach
 from veneer.core.forms import Delta, change_of, delta_of, part_problems, product_of, tucker
 from veneer.errors import AdapterError
@@ -130,9 +131,7 @@ def test_attaching_says_what_does_not_fit() -> None:
 def test_bias_delta_acts_on_bias_free_module_but_cannot_merge() -> None:
     model = nn.ModuleDict({"m": nn.Linear(4, 3, bias=False)})
     x, b = made(2, 4).float(), made(3).float()
-    with attach(model) as attachment:
-        attachment.add("a", Adapter(deltas={"m.bias": Delta("dense", {"value": b}, (3,), 0.5)}))
-        attachment.use("a")
+    with attached(model, Adapter(deltas={"m.bias": Delta("dense", {"value": b}, (3,), 0.5)})) as attachment:
         torch.testing.assert_close(model["m"](x), x @ model["m"].weight.T + 0.5 * b)
         with pytest.raises(AdapterError, match=r"m\.bias: the base has no such bias to merge into"):
             attachment.merged("a")
@@ -143,9 +142,7 @@ def test_a_norm_takes_deltas_of_both_parameters() -> None:
     w, b = made(4), made(4)
     deltas = {"n.weight": Delta("dense", {"value": w}, (4,)), "n.bias": Delta("dense", {"value": b}, (4,), 0.5)}
     x = made(2, 4, 3).float()
-    with attach(model) as attachment:
-        attachment.add("a", Adapter(deltas=deltas))
-        attachment.use(("a", 2.0))
+    with attached(model, Adapter(deltas=deltas), 2.0) as attachment:
         y = model["n"](x)
         state = attachment.merged(("a", 2.0))
     torch.testing.assert_close(state["n.bias"], b.float())

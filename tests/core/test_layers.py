@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.attached import attached, holding
 from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, TokenRows, attach, create, delta
 from veneer.core.experts import AdaptedWeight
@@ -34,9 +35,7 @@ def test_the_fast_path_equals_the_reference(
     adapter = trained(model, LoraSpec(rank=2, targets=("0",), **more), amount=0.5)
     x = torch.randn(shape, requires_grad=True)
     results = []
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use(("a", strength))
+    with attached(model, adapter, strength, trainable=True) as attachment:
         assert model[0].linear_map() is not None
         for fast in (True, False):
             if not fast:
@@ -55,18 +54,14 @@ def test_fresh_origin_pair_leaves_16_bit_output_unchanged(init: str) -> None:
     model = nn.Sequential(nn.Linear(64, 48)).requires_grad_(False).to(torch.bfloat16)
     x = torch.randn(9, 64).bfloat16()
     wanted = model(x)
-    with attach(model) as attachment:
-        attachment.add("a", create(model, LoraSpec(rank=8, targets=("0",), init=init), seed=0), trainable=True)  # type: ignore[arg-type]
-        attachment.use("a")
+    with attached(model, create(model, LoraSpec(rank=8, targets=("0",), init=init), seed=0), trainable=True):  # type: ignore[arg-type]
         assert len(model[0].linear_map().products[0].A) == 16
         assert torch.equal(model(x), wanted)
 
 
 def test_a_base_that_trains_keeps_its_gradient() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
-    with attach(model) as attachment:
-        attachment.add("a", trained(model, LoraSpec(rank=2, targets=("0",))), trainable=True)
-        attachment.use("a")
+    with attached(model, trained(model, LoraSpec(rank=2, targets=("0",))), trainable=True):
         model(torch.ones(2, 6)).sum().backward()
         assert model[0].base.weight.grad is not None
 
@@ -78,9 +73,7 @@ def test_a_bf16_base_under_a_float32_adapter(family: str) -> None:
     adapter = trained(exact, LoraSpec(rank=3, targets=("all-linear", "embed_tokens", "lm_head")))
     outs = []
     for model in (exact, copy.deepcopy(exact).to(torch.bfloat16)):
-        with attach(model) as attachment:
-            attachment.add("a", adapter, trainable=True)
-            attachment.use("a")
+        with attached(model, adapter, trainable=True) as attachment:
             y = model(IDS).logits
             y.float().square().mean().backward()
             assert all(
@@ -95,9 +88,7 @@ def test_a_bf16_base_under_a_float32_adapter(family: str) -> None:
 def test_autocast() -> None:
     model = FAMILIES["llama3"]().requires_grad_(False)
     adapter = trained(model, LoraSpec(rank=3))
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use("a")
+    with attached(model, adapter, trainable=True):
         exact = model(IDS).logits
         with torch.autocast("cpu", torch.bfloat16):
             y = model(IDS).logits
@@ -113,9 +104,7 @@ def test_transposed_linear_of_gpt2() -> None:
         adapter = trained(model, spec, amount=0.5)
         pair = adapter.pairs["0"]
         assert pair.A.shape == (2, 7)
-        with attach(model) as attachment:
-            attachment.add("a", adapter)
-            attachment.use("a")
+        with attached(model, adapter):
             y = model(x)
         change = delta(model[0], pair)
         assert change.shape == model[0].weight.shape
@@ -149,9 +138,7 @@ def test_linear_with_a_packed_weight_is_read_by_identity() -> None:
         adapter = trained(plain, spec, amount=0.5)
         outs = []
         for model in (plain, packed):
-            with attach(model) as attachment:
-                attachment.add("a", adapter)
-                attachment.use("a")
+            with attached(model, adapter):
                 outs.append(model(x))
         torch.testing.assert_close(*outs)
         torch.testing.assert_close(delta(packed[0], adapter.pairs["0"]), delta(plain[0], adapter.pairs["0"]))
@@ -187,9 +174,7 @@ def test_experts_never_make_the_dense_sum(family: str, monkeypatch: pytest.Monke
         model = FAMILIES[family]()
         if family != "llama4":
             model.set_experts_implementation(implementation)
-        with attach(model) as attachment:
-            attachment.add("a", trained(model, LoraSpec(rank=2)), trainable=True)
-            attachment.use("a")
+        with attached(model, trained(model, LoraSpec(rank=2)), trainable=True):
             model(IDS).logits.sum().backward()
 
 
@@ -199,8 +184,7 @@ def test_expert_dropout_has_the_right_mean() -> None:
     model = FAMILIES["mixtral"]()
     experts = model.model.layers[0].mlp.experts
     adapter = trained(model, LoraSpec(rank=2, targets=("experts.down_proj",), dropout=0.5))
-    with attach(model) as attachment:
-        attachment.add("a", adapter)
+    with holding(model, a=adapter) as attachment:
         layer = model.model.layers[0].mlp.experts
         g = torch.Generator().manual_seed(0)
         x = torch.randn(6, 32, generator=g)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.attached import attached, holding
 from tests.families import llama3, qwen3_moe
 from tests.models.test_quantize import dequantized_twin, quantized
 from veneer.core import Adapter, LoraSpec, attach, create
@@ -86,9 +87,7 @@ def test_forward_and_gradients_are_pefts(way: str) -> None:
     model, spec, given = Sums().double(), WAYS[way], inputs()
     adapter = learned(model, **spec)
     theirs, expected = peft_twin(model, adapter, spec)
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use("a")
+    with attached(model, adapter, trainable=True) as attachment:
         y, z = model(*given), theirs(*given)
         torch.testing.assert_close(y, z)
         y.backward()
@@ -105,9 +104,7 @@ def test_trained_lycoris_equals_its_merge(way: str) -> None:
     torch.manual_seed(0)
     model, given = Sums().double(), inputs()
     adapter = learned(model, **WAYS[way])
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use(("a", -0.7))
+    with attached(model, adapter, -0.7, trainable=True) as attachment:
         y, weights = model(*given), attachment.merged(("a", -0.7))
     plain = copy.deepcopy(model)
     plain.load_state_dict(weights, strict=False)
@@ -120,8 +117,7 @@ def test_row_mixes_equal_separate_rows(way: str) -> None:
     model, x = nn.ModuleDict({"lin": nn.Linear(24, 36)}).double(), inputs()[0]
     adapter = create(model, LoraSpec(targets=("lin",), **WAYS[way]), seed=0, dtype=torch.float64)
     adapter = adapter.mapped(lambda t: torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).double())
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
+    with holding(model, trainable=True, a=adapter) as attachment:
         alone = []
         for row, mix in zip(x, ROWS, strict=True):
             attachment.use(*mix)
@@ -142,9 +138,7 @@ def test_new_lycoris_adapter_is_zero_and_trains(kind: Any) -> None:
     again = create(model, LoraSpec(rank=4, kind=kind), seed=0)
     assert adapter.digest() == again.digest() != create(model, LoraSpec(rank=4, kind=kind), seed=1).digest()
     assert all(not product_of(delta).any() for delta in adapter.deltas.values())
-    with attach(model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use("a")
+    with attached(model, adapter, trainable=True) as attachment:
         torch.testing.assert_close(model(input_ids=tokens).logits, before)
         optimizer = torch.optim.AdamW(attachment.parameters("a").values(), lr=5e-3)
         losses = []
@@ -168,9 +162,7 @@ def test_trained_delta_saves_no_dense_weight(kind: Any, factor: int | None) -> N
         kept.append(t.numel() if t.data_ptr() != layer.weight.data_ptr() else 0)
         return t
 
-    with attach(model) as attachment:
-        attachment.add("a", create(model, spec, seed=0), trainable=True)
-        attachment.use("a")
+    with attached(model, create(model, spec, seed=0), trainable=True):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = model["lin"](x)
         y.sum().backward()
@@ -186,9 +178,7 @@ def test_lycoris_on_nf4_equals_dequantized_base(kind: Any, tmp_path: Path) -> No
     adapter = adapter.mapped(lambda t: 0.3 * torch.randn(t.shape, generator=g))
     found = []
     for base in (model, plain):
-        with attach(base) as attachment:
-            attachment.add("a", adapter, trainable=True)
-            attachment.use("a")
+        with attached(base, adapter, trainable=True) as attachment:
             y = base(input_ids=tokens).logits
             y.square().sum().backward()
             found.append([y, *(p.grad for p in attachment.parameters("a").values())])

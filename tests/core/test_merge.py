@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.attached import attached
 from tests.core.test_layers import IDS, trained
 from tests.families import FAMILIES
 from veneer.core import LoraSpec, Pair, attach, delta, merged_state
@@ -47,9 +48,7 @@ def test_merged_equals_attached(family: str, what: str) -> None:
     if family == "gemma3" and what == "dora":
         spec = LoraSpec(rank=3, dora=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    with attach(model) as attachment:
-        attachment.add("a", trained(model, spec))
-        attachment.use("a")
+    with attached(model, trained(model, spec)) as attachment:
         y = model(IDS).logits
         state = attachment.merged("a")
     z = loaded(model, state)(IDS).logits
@@ -108,9 +107,7 @@ def test_rows_alone_are_their_own_values_bit_for_bit() -> None:
     model = FAMILIES["llama3"]()
     adapter = trained(model, ROWS, 1)
     rows = adapter.token_rows["model.embed_tokens"]
-    with attach(model) as attachment, torch.no_grad():
-        attachment.add("rows", adapter)
-        attachment.use("rows")
+    with attached(model, adapter), torch.no_grad():
         assert torch.equal(model.model.embed_tokens(torch.tensor(rows.indices)), rows.rows)
 
 

@@ -12,22 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.core.test_rows import NAMES, STRENGTHS, Net, adapters, close
+from tests.attached import attached, holding
+from tests.core.test_rows import NAMES, STRENGTHS, close
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, attach, create
 from veneer.core.mix_cache import MixCache
 
 IDS = torch.randint(0, 12, (2, 4), generator=torch.Generator().manual_seed(0))
 MIXES = st.lists(st.tuples(st.sampled_from(NAMES), STRENGTHS), min_size=1, max_size=4)
-
-
-@pytest.fixture(scope="module")
-def net() -> Iterator[Attachment]:
-    torch.manual_seed(0)
-    model = Net().requires_grad_(False).eval()
-    with attach(model) as attachment:
-        for name, adapter in adapters(model).items():
-            attachment.add(name, adapter)
-        yield attachment
 
 
 def outputs(attachment: Attachment, limit: int, *inputs: Tensor) -> Tensor:
@@ -116,9 +107,7 @@ def test_grouped_copies_equal_single_copies(
 
     one = Adapter(pairs={name: pair(name, 4) for name in model})
     two = Adapter(pairs={name: pair(name, 3 if name == "l1" else 2) for name in model if name not in ("l2", "c1")})
-    with attach(model) as attachment:
-        attachment.add("one", one)
-        attachment.add("two", two)
+    with holding(model, one=one, two=two) as attachment:
         attachment.use(*zip(("one", "two"), strengths, strict=True))
         x = {"l": torch.randn(6, 24).to(dtype), "c": torch.randn(2, 3, 8, 8).to(dtype)}
 
@@ -134,7 +123,6 @@ def test_grouped_copies_equal_single_copies(
             base, own = attachment.cache.modules[name], {}
             if any(name in adapter.pairs for adapter, _ in mix):
                 alone = MixCache({name: base}, 1 << 30).get(name, mix)  # no other module to group with
-                assert alone is not None
                 assert alone.weight is not None
                 own = {"weight": alone.weight} | ({} if alone.bias is None else {"bias": alone.bias})
             apart.append(functional_call(base, own, x[name[0]]))
@@ -220,13 +208,10 @@ def test_inference_tensors_are_not_cached() -> None:
     model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)
     with torch.inference_mode():
         pair = Pair(torch.ones(2, 6), torch.ones(4, 2), 1.0)
-    with attach(model) as attachment:
-        attachment.add("a", Adapter(pairs={"0": pair}))
-        attachment.use("a")
-        with torch.inference_mode():
-            before = model(X)
-            pair.A.mul_(2.0)
-            assert not torch.equal(model(X), before)
+    with attached(model, Adapter(pairs={"0": pair})), torch.inference_mode():
+        before = model(X)
+        pair.A.mul_(2.0)
+        assert not torch.equal(model(X), before)
 
 
 def test_dropout_hooks_and_autocast_bypass_the_cache(small: Attachment) -> None:

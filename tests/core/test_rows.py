@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.attached import holding
 from tests.families import FAMILIES
 from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
 from veneer.core.forms import Delta
@@ -82,16 +82,6 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
         "other words": Adapter(token_rows={"words": TokenRows((7, 8, 1), r(3, 6))}),
         "whole": made(5, rank=2, modules_to_save=("gate", "line")),
     }
-
-
-@pytest.fixture(scope="module")
-def net() -> Iterator[Attachment]:
-    torch.manual_seed(0)
-    model = Net().requires_grad_(False).eval()
-    with attach(model) as attachment:
-        for name, adapter in adapters(model).items():
-            attachment.add(name, adapter)
-        yield attachment
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -189,8 +179,7 @@ def test_a_bf16_base_under_a_float32_adapter() -> None:
     model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False).bfloat16()
     pair = Pair(torch.randn(2, 6), torch.randn(4, 2), 0.5)
     x = torch.randn(4, 3, 6).bfloat16()
-    with attach(model) as attachment, torch.no_grad():
-        attachment.add("a", Adapter(pairs={"0": pair}))
+    with holding(model, a=Adapter(pairs={"0": pair})) as attachment, torch.no_grad():
         attachment.use_rows([["a"], []])
         y = model(x)
         assert y.dtype == torch.bfloat16
@@ -210,9 +199,7 @@ def test_a_batch_that_does_not_fit_the_mixes(net: Attachment, batch: int) -> Non
 def test_module_without_batch_rows_is_an_error() -> None:
     model = nn.ModuleDict({"linear": nn.Linear(6, 6), "conv": nn.Conv2d(6, 6, 1), "norm": nn.LayerNorm(6)})
     loud = Adapter(deltas={"norm.weight": Delta("dense", {"value": torch.ones(6)}, (6,))})
-    with attach(model) as attachment:
-        attachment.add("a", create(model, LoraSpec(targets=("linear", "conv")), seed=0))
-        attachment.add("n", loud)
+    with holding(model, a=create(model, LoraSpec(targets=("linear", "conv")), seed=0), n=loud) as attachment:
         attachment.use_rows([["a", "n"], []])
         for name, x in [
             ("linear", torch.ones(6)),  # a vector: its first dimension is the features
@@ -264,8 +251,7 @@ def test_rows_of_a_pipeline_are_those_of_the_called_part() -> None:
     torch.manual_seed(0)
     parts = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(6, 6)), "text": nn.Sequential(nn.Linear(6, 6))})
     parts.requires_grad_(False)
-    with attach(parts) as attachment, torch.no_grad():
-        attachment.add("a", _noise(create(parts, LoraSpec(targets=("0",)), seed=0), 0))
+    with holding(parts, a=_noise(create(parts, LoraSpec(targets=("0",)), seed=0), 0)) as attachment, torch.no_grad():
         attachment.use_rows([["a"], []])
         for name, x in (("text", torch.randn(2, 3, 6)), ("unet", torch.randn(4, 3, 6)), ("text", torch.randn(2, 3, 6))):
             plain, changed = parts[name][0].base(x), parts[name](x)
@@ -292,8 +278,7 @@ def test_single_token_rows_mix_experts(implementation: str) -> None:
 
 def test_fused_experts_refuse_row_mixes() -> None:
     model = FAMILIES["mixtral"]()
-    with attach(model) as attachment:
-        attachment.add("a", create(model, LoraSpec(rank=2, targets=("experts.down_proj",)), seed=0))
+    with holding(model, a=create(model, LoraSpec(rank=2, targets=("experts.down_proj",)), seed=0)) as attachment:
         attachment.use_rows([["a"], []])
         with pytest.raises(AdapterError, match="no mix for each row there"):
             model(torch.ones(2, 5, dtype=torch.long))

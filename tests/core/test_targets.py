@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.attached import holding
 from tests.families import FAMILIES
-from veneer.core import LoraSpec, attach, create, resolve_targets
+from veneer.core import LoraSpec, create, resolve_targets
 from veneer.core.targets import full_modules, kind_of, matches_per_pattern, target_matches
 from veneer.errors import TargetError
 
@@ -117,8 +118,7 @@ def test_an_attached_model_resolves_as_the_base() -> None:
     model = FAMILIES["mixtral"]()
     spec = LoraSpec(rank=2, targets=("all-linear", "embed_tokens", "lm_head"))
     before = resolve_targets(model, spec)
-    with attach(model) as attachment:
-        attachment.add("a", create(model, spec, seed=0))
+    with holding(model, a=create(model, spec, seed=0)):
         assert resolve_targets(model, spec) == before
         assert resolve_targets(model, LoraSpec()) == [
             t for t in before if t.name not in ("model.embed_tokens", "lm_head")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +60,6 @@ def test_idle_tokens_get_nothing_and_give_nothing(name: str, dtype: torch.dtype)
     out.backward(g[:-idle])
     more.backward(g)
     for short, long in ((out, more), (plain.grad, padded.grad)):
-        assert long is not None
         torch.testing.assert_close(long[:-idle], short)
         assert not long[-idle:].any()
 
@@ -159,19 +159,25 @@ def test_without_onednn_rows_go_another_way(monkeypatch: pytest.MonkeyPatch) -> 
     assert (got.double() - want.double()).norm() <= 1e-2 * want.double().norm()
 
 
+def one_and_three_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rows_in_tiles_do_not_depend_on_threads() -> None:
     gen = torch.Generator().manual_seed(0)
     qkv = torch.randn(1201, 4, 16, generator=gen).bfloat16().requires_grad_()
     cos, sin = torch.randn(2, 1201, 8, generator=gen).bfloat16()
-    before, made = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            with override_ops(rope_varlen_attention="tiles"):
-                out = rope_varlen_attention(qkv, cos, sin, 1, VarlenSettings(RowLayout([1201]), 0.25))
-                made.append((out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out))))
-    finally:
-        torch.set_num_threads(before)
+    made = []
+    for _ in one_and_three_threads():
+        with override_ops(rope_varlen_attention="tiles"):
+            out = rope_varlen_attention(qkv, cos, sin, 1, VarlenSettings(RowLayout([1201]), 0.25))
+            made.append((out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out))))
     if dispatch("rope_varlen_attention", qkv, cos, sin) is not None:
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
@@ -225,6 +231,18 @@ def near(got: Tensor, want: Tensor, tolerance: float) -> bool:
     return bool((got - want).double().norm() <= tolerance * want.double().norm())
 
 
+def assert_joint(qkv: Tensor, weight: Tensor | None, turn: Tensor | None, out: Tensor, tolerance: float) -> None:
+    """Assert that values and gradients equal the reference's."""
+    results = []
+    for function in (joint_attention, joint_attention_reference):
+        x = qkv.clone().requires_grad_(True)
+        y = function(x, weight, 1e-6, turn)
+        results.append((y.detach(), *torch.autograd.grad(y, x, out)))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == qkv.dtype
+        assert near(got, want, tolerance)
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("norms", ["none", "one", "by token"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -233,17 +251,7 @@ def test_joint_attention(norms: str, rotated: bool, dtype: torch.dtype, toleranc
     qkv = torch.randn(2, 9, 3, 4, 8, generator=g).to(dtype)
     weight = None if norms == "none" else 1 + torch.randn(2, 1, 1, 9 if norms == "by token" else 1, 8, generator=g) / 3
     turn = torch.polar(torch.ones(9, 4), torch.randn(9, 4, generator=g)) if rotated else None
-    out_gradient = torch.randn(2, 9, 32, generator=g).to(dtype)
-    results = []
-    for function in (joint_attention, joint_attention_reference):
-        x = qkv.clone().requires_grad_(True)
-        y = function(x, weight, 1e-6, turn)
-        y.backward(out_gradient)
-        assert x.grad is not None
-        results.append((y.detach(), x.grad))
-    for got, want in zip(*results, strict=True):
-        assert got.dtype == dtype
-        assert near(got, want, tolerance)
+    assert_joint(qkv, weight, turn, torch.randn(2, 9, 32, generator=g).to(dtype), tolerance)
 
 
 @pytest.mark.parametrize("chunk", [9 * 9 * 4, 3 * 9 * 9 * 4, 1 << 20])
@@ -357,25 +365,11 @@ def test_joint_attention_of_many_tokens_in_tiles(norms: bool, rows: int, monkeyp
     qkv = torch.randn(rows, 70, 3, 3, 16, generator=g).bfloat16()
     weight = 1 + torch.randn(2, 1, 1, 1, 16, generator=g) / 3 if norms else None
     turn = torch.polar(torch.ones(70, 8), torch.randn(70, 8, generator=g)) if norms else None
-    out_gradient = torch.randn(rows, 70, 48, generator=g).bfloat16()
-    results = []
-    for function in (joint_attention, joint_attention_reference):
-        x = qkv.clone().requires_grad_(True)
-        y = function(x, weight, 1e-6, turn)
-        results.append((y.detach(), *torch.autograd.grad(y, x, out_gradient)))
-    assert all(near(got, want, 1e-2) for got, want in zip(*results, strict=True))
+    assert_joint(qkv, weight, turn, torch.randn(rows, 70, 48, generator=g).bfloat16(), 1e-2)
 
 
 @tiled
 def test_tiles_do_not_depend_on_the_number_of_threads() -> None:
     g = torch.Generator().manual_seed(6)
     q, k, v = (torch.randn(1, 100, 5, 32, generator=g).bfloat16() for _ in range(3))
-    made = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            made.append(dispatch("attend", q, k, v)(q, k, v)[0])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*made)
+    assert torch.equal(*(dispatch("attend", q, k, v)(q, k, v)[0] for _ in one_and_three_threads()))

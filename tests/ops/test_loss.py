@@ -98,7 +98,6 @@ def test_certain_and_hopeless_answers_have_finite_losses_and_gradients(name: str
     LOSSES[name](w, l).sum().backward()
     assert torch.isfinite(LOSSES[name](w, l)).all()
     for t in (w, l):
-        assert t.grad is not None
         assert torch.isfinite(t.grad).all()
 
 
@@ -109,14 +108,8 @@ def test_simpo_is_trl_s(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> No
     from trl.experimental.cpo import CPOTrainer
 
     w, l = torch.tensor([-0.5, -2.0, -0.1]), torch.tensor([-1.5, -0.4, -0.11])
-    trainer = SimpleNamespace(
-        alpha=0.0,
-        beta=2.0,
-        loss_type="simpo",
-        simpo_gamma=1.0,
-        label_smoothing=smoothing,
-        accelerator=SimpleNamespace(device="cpu"),
-    )
+    asked = {"alpha": 0.0, "beta": 2.0, "loss_type": "simpo", "simpo_gamma": 1.0, "label_smoothing": smoothing}
+    trainer = SimpleNamespace(**asked, accelerator=SimpleNamespace(device="cpu"))
     wanted, reward, _ = CPOTrainer.cpo_loss(trainer, w, l)
     torch.testing.assert_close(simpo(w, l, beta=2.0, gamma=1.0, smoothing=smoothing), wanted)
     torch.testing.assert_close(2.0 * w, reward)
@@ -182,7 +175,6 @@ def test_token_nll_gradient_of_near_certain_token() -> None:
     h = torch.tensor([[9.0]], dtype=torch.bfloat16, requires_grad=True)
     W = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
     token_nll(h, W, torch.tensor([0])).sum().backward()
-    assert h.grad is not None
     assert h.grad.item() == pytest.approx(-1.0 / (1.0 + torch.tensor(9.0).exp().item()), rel=0.01)
 
 
@@ -197,7 +189,6 @@ def test_ignored_and_invalid_targets(dtype: torch.dtype) -> None:
     torch.testing.assert_close(nll, want, rtol=1e-2, atol=1e-2)
     assert nll[1] == nll[4] == 0
     nll.sum().backward()
-    assert hidden.grad is not None
     assert not hidden.grad[[1, 4]].any()
     assert hidden.grad[[0, 2, 3, 5]].any(1).all()
     for wrong in (40, -1, -101):

@@ -9,12 +9,22 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-from tests.core.exact import DTYPES, TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
+from tests.core.exact import DTYPES, draw, same_with_gradients, seeded, wide  # noqa: F401, seeded acts by itself
 from tests.ops.draws import factors, mask_of_next, with_dropout
 from veneer.ops import mlp
 from veneer.ops.linear import LinearMap
 from veneer.ops.lowrank import LowRank
 from veneer.ops.mlp import gated_mlp
+
+
+def next_masks(dropout: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the multipliers of the next two dropouts, before the first products and before the last."""
+    state = torch.random.get_rng_state()
+    mask = mask_of_next(dropout, 9, 32, dtype=dtype)
+    torch.randint(1 << 62, ())
+    mask_down = mask_of_next(dropout, 9, 48, dtype=dtype)
+    torch.random.set_rng_state(state)
+    return mask, mask_down
 
 
 @DTYPES
@@ -23,19 +33,13 @@ def test_gated_mlp_with_dropout_before_each_of_its_products(dtype: torch.dtype) 
     W, D = draw(96, 32, dtype=dtype, scale=0.2), draw(32, 48, dtype=dtype, scale=0.2)
     A1, B1, A3, B3 = ab = factors(dtype, (4, 32), (48, 4), (3, 48), (32, 3))
     first, last = (LowRank(A1, B1, 2.0),), (LowRank(A3, B3, 1.5),)
-    mask = mask_of_next(0.2, 9, 32, dtype=dtype)
-    state = torch.random.get_rng_state()
-    torch.randint(1 << 62, ())
-    mask_down = mask_of_next(0.2, 9, 48, dtype=dtype)
-    torch.random.set_rng_state(state)
+    mask, mask_down = next_masks(0.2, dtype)
     y = gated_mlp(x, LinearMap(W, None, with_dropout(first, 0.2)), LinearMap(D, None, with_dropout(last, 0.2)))
-    g = draw(*y.shape, dtype=dtype)
-    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
 
     xd, (A1, B1, A3, B3) = wide(x), (abd := [wide(t) for t in ab])
     h = F.silu(xd @ W[:48].double().T + 2.0 * ((xd * mask) @ A1.T) @ B1.T) * (xd @ W[48:].double().T)
     yd = h @ D.double().T + 1.5 * ((h * mask_down) @ A3.T) @ B3.T
-    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+    same_with_gradients(y, [x, *ab], yd, [xd, *abd])
 
 
 @DTYPES
@@ -49,14 +53,8 @@ def test_gated_mlp_with_gains(dtype: torch.dtype, dropout: float) -> None:
     first = LinearMap(W, None, (LowRank(A1, B1, 2.0, dropout),), m)
     mask, mask_down = torch.ones(9, 32, dtype=torch.float64), torch.ones(9, 48, dtype=torch.float64)
     if dropout:
-        state = torch.random.get_rng_state()
-        mask = mask_of_next(dropout, 9, 32, dtype=dtype)
-        torch.randint(1 << 62, ())
-        mask_down = mask_of_next(dropout, 9, 48, dtype=dtype)
-        torch.random.set_rng_state(state)
+        mask, mask_down = next_masks(dropout, dtype)
     y = gated_mlp(x, first, LinearMap(D, None, (LowRank(A3, B3, 1.5, dropout),), n))
-    g = draw(*y.shape, dtype=dtype)
-    got = [y, *torch.autograd.grad(y, [x, *ab, *ms], g)]
 
     def adapted(x: Tensor, mask: Tensor, W: Tensor, m: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return x @ W.T + (m - 1) * ((x * mask) @ W.T) + m * ((x * mask) @ A.T @ B.T)
@@ -64,7 +62,7 @@ def test_gated_mlp_with_gains(dtype: torch.dtype, dropout: float) -> None:
     xd, (m, n), (A1, B1, A3, B3) = wide(x), (msd := [wide(t) for t in ms]), (abd := [wide(t) for t in ab])
     gate, up = adapted(xd, mask, W.double(), m, A1, 2.0 * B1).chunk(2, -1)
     yd = adapted(F.silu(gate) * up, mask_down, D.double(), n, A3, 1.5 * B3)
-    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd, *msd], g.double())], TOLERANCE[dtype])
+    same_with_gradients(y, [x, *ab, *ms], yd, [xd, *abd, *msd])
 
 
 @DTYPES
@@ -75,8 +73,6 @@ def test_gated_mlp(dtype: torch.dtype, act: str) -> None:
     A1, B1, A2, B2, A3, B3 = ab = factors(dtype, (4, 32), (48, 4), (2, 32), (48, 2), (3, 48), (32, 3))
     up = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.5, first=48))
     y = gated_mlp(x, LinearMap(W, None, up), LinearMap(D, None, (LowRank(A3, B3, 1.5),)), act)
-    g = draw(*y.shape, dtype=dtype)
-    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
 
     xd, (A1, B1, A2, B2, A3, B3) = wide(x), (abd := [wide(t) for t in ab])
     gate = xd @ W[:48].double().T + 2.0 * (xd @ A1.T) @ B1.T
@@ -84,7 +80,7 @@ def test_gated_mlp(dtype: torch.dtype, act: str) -> None:
     h = F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none")
     h = h * over
     yd = h @ D.double().T + 1.5 * (h @ A3.T) @ B3.T
-    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+    same_with_gradients(y, [x, *ab], yd, [xd, *abd])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])

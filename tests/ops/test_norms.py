@@ -6,32 +6,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.core.exact import DTYPES, TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
+from tests.core.exact import (  # noqa: F401, seeded acts by itself
+    DTYPES,
+    TOLERANCE,
+    draw,
+    same,
+    same_with_gradients,
+    seeded,
+    wide,
+)
 from veneer.ops.norms import norm_silu, rms_norm
 
 
 @DTYPES
-def test_rms_norm(dtype: torch.dtype) -> None:
-    x, w = draw(2, 7, 72, dtype=dtype).requires_grad_(), draw(72, dtype=dtype)
-    y = rms_norm(x, w, 1e-5)
-    g = draw(2, 7, 72, dtype=dtype)
-    xd = wide(x)
-    yd = F.rms_norm(xd, (72,), w.double(), 1e-5)
-    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
-    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
-
-
-@DTYPES
-def test_a_norm_whose_weight_has_more_bits_than_x(dtype: torch.dtype) -> None:
-    """Rounds once: 16 bits cannot represent 1 + w of Gemma's norms."""
-    weight = torch.promote_types(dtype, torch.float32)
-    x, w, g = draw(9, 72, dtype=dtype).requires_grad_(), 1 + draw(72, dtype=weight), draw(9, 72, dtype=dtype)
-    y = rms_norm(x, w, 1e-5)
+@pytest.mark.parametrize("wider", [False, True])
+def test_rms_norm(dtype: torch.dtype, wider: bool) -> None:
+    """Rounds once, also under a weight with more bits than x: 16 bits cannot represent 1 + w of Gemma's norms."""
+    x = draw(2, 7, 72, dtype=dtype).requires_grad_()
+    w = 1 + draw(72, dtype=torch.promote_types(dtype, torch.float32)) if wider else draw(72, dtype=dtype)
+    y, xd = rms_norm(x, w, 1e-5), wide(x)
     assert y.dtype == dtype
-    xd = wide(x)
-    yd = F.rms_norm(xd, (72,), w.double(), 1e-5)
-    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
-    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
+    same_with_gradients(y, [x], F.rms_norm(xd, (72,), w.double(), 1e-5), [xd])
 
 
 def test_input_keeps_its_dtype_with_narrower_weight() -> None:
@@ -46,13 +41,10 @@ def test_input_keeps_its_dtype_with_narrower_weight() -> None:
 def test_norm_silu(dtype: torch.dtype, shifted: bool, places: tuple[int, ...]) -> None:
     x, (w, b) = draw(3, 12, *places, dtype=dtype).requires_grad_(), draw(2, 12, dtype=dtype)
     shift = draw(3, 12, dtype=dtype) if shifted else None
-    y = norm_silu(x, shift, w, b, 4, 1e-5)
-    g = draw(*y.shape, dtype=dtype)
     xd = wide(x)
     moved = xd if shift is None else xd + shift.double().view(3, 12, *[1] * len(places))
     yd = F.silu(F.group_norm(moved, 4, w.double(), b.double(), 1e-5))
-    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
-    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
+    same_with_gradients(norm_silu(x, shift, w, b, 4, 1e-5), [x], yd, [xd])
 
 
 def test_norm_silu_of_far_values_and_of_a_trained_norm() -> None:

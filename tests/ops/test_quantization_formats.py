@@ -75,7 +75,6 @@ def test_groups_equal_the_dequantized_weight(kind: str) -> None:
         else:
             code = to_format(torch.randn(7, columns, generator=torch.Generator().manual_seed(columns)), kind, True)
         groups = code.groups(2, 6)
-        assert groups is not None
         want, near = code.dense(torch.float32, 2, 6), 2**-22 if kind == "int8" else 0
         assert ((groups.dense() - want).abs() <= near * want.abs()).all()
         if groups.size % 16 == 0:
@@ -85,12 +84,10 @@ def test_groups_equal_the_dequantized_weight(kind: str) -> None:
 def test_integer_codes_of_several_types_are_joined() -> None:
     whole = [GgmlBlocks(k, (4, 256), torch.from_numpy(blocks(k, 4, 256))) for k in ("Q4_K", "Q6_K", "Q8_0", "Q4_0")]
     joined = StackedRows(tuple(whole)).groups(1, 15)
-    assert joined is not None
     assert joined.size == 16
     assert torch.equal(joined.dense(), torch.cat([w.dense(torch.float32, 0, 4) for w in whole])[1:15])
     four = to_format(torch.randn(4, 256, generator=torch.Generator().manual_seed(1)), "nf4", True)
     assert StackedRows((four, whole[0])).groups(0, 8) is None
     assert GgmlBlocks("Q2_K", (4, 256), torch.from_numpy(blocks("Q2_K", 4, 256))).groups(0, 4) is None
     both = StackedRows((four, four)).groups(2, 7)
-    assert both is not None
     assert torch.equal(both.dense(), torch.cat([four.dense(torch.float32, 2, 4), four.dense(torch.float32, 0, 3)]))

@@ -161,7 +161,6 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
         packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind)
         mine = quantize(w, kind, double=False)
         code = mine.stored
-        assert isinstance(code, Blocks4)
         assert torch.equal(code.packed, packed.flatten())
         assert torch.equal(code.absmax, state.absmax)
         assert torch.equal(mine.dense(), bnb.dequantize_4bit(packed, state))
@@ -169,9 +168,6 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
         theirs = Blocks4(kind, tuple(shape), packed.flatten(), state.absmax, state.state2.absmax, state.offset, 64, 256)
         assert torch.equal(Quantized(theirs, dtype).dense(), bnb.dequantize_4bit(packed, state))
         code = quantize(w, kind).stored
-        assert isinstance(code, Blocks4)
-        assert code.mean is not None
-        assert code.absmax2 is not None
         assert torch.equal(code.mean, state.offset)
         assert torch.equal(code.absmax2, state.state2.absmax)
 
@@ -182,7 +178,6 @@ def test_int8_codes_are_bitsandbytes_bits() -> None:
         w = weight(96, 200, dtype=dtype)
         codes, stats, _ = bnb.int8_vectorwise_quant(w)
         code = quantize(w, "int8").stored
-        assert isinstance(code, Rows8)
         assert torch.equal(code.absmax, stats)
         assert float((code.codes != codes).double().mean()) < (1e-9 if dtype == torch.float32 else 0.02)
         theirs = Quantized(Rows8((96, 200), codes, stats), torch.float32)
@@ -208,8 +203,6 @@ def test_a_product_is_the_product_with_the_dequantized_weight(
         g = torch.randn_like(y)
         y.backward(g)
         want.backward(g)
-        assert mine.grad is not None
-        assert other.grad is not None
         assert torch.equal(mine.grad, other.grad)
 
 
