@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+from tests.benchmarks.runs import report_of, run_benchmark
 
 
 @pytest.mark.parametrize("name", ["image_generation.py", "image_training.py"])
 def test_it_says_what_it_measures(name: str) -> None:
-    assert "processor time" in run(name, "--help").stdout
+    assert "diffusers + PEFT" in run_benchmark(name, "--help").stdout
 
 
 @pytest.mark.peers
@@ -30,9 +18,6 @@ def test_it_says_what_it_measures(name: str) -> None:
     [("image_generation.py", "latents' error over PEFT's"), ("image_training.py", "furthest loss")],
 )
 def test_quick_run_agrees_with_peft(name: str, agrees: str) -> None:
-    ran = run(name, "--quick", "--json")
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout)
-    assert set(result) == {"machine", "rows", "bars"}
+    result = report_of(name, "--quick")
     assert all(b["ok"] for b in result["bars"] if agrees in b["name"])
     assert any(agrees in b["name"] for b in result["bars"])

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "text_training.py"), *arguments]
-    home = os.environ.get("VENEER_BENCH_HOME", str(Path.home() / ".veneer"))
-    env = {**os.environ, "VENEER_HOME": home, "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+from tests.benchmarks.runs import BENCH_HOME, report_of, run_benchmark
 
 
 def test_it_says_what_it_measures() -> None:
-    assert "share of the floor" in run("--help").stdout
+    assert "share of the floor" in run_benchmark("text_training.py", "--help", **BENCH_HOME).stdout
 
 
 def test_missing_rows_are_reported(tmp_path: Path) -> None:
-    ran = run("--banking77", str(tmp_path))
+    ran = run_benchmark("text_training.py", "--banking77", str(tmp_path), **BENCH_HOME)
     assert ran.returncode != 0
     assert "needs the banking77 rows" in ran.stderr
 
 
 @pytest.mark.peers
 def test_quick_run_follows_peft_s_losses() -> None:
-    ran = run("--quick", "--json")
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout)
-    assert set(result) == {"machine", "rows", "bars"}
+    result = report_of("text_training.py", "--quick", **BENCH_HOME)
     curve = next(b for b in result["bars"] if b["name"].startswith("furthest loss"))
     assert curve["ok"], curve
 
 
 @pytest.mark.network
 def test_fast_paths_keep_the_outputs_of_real_bases() -> None:
-    ran = run("--real", "--json")
-    assert ran.returncode == 0, ran.stderr
-    assert all(b["ok"] for b in json.loads(ran.stdout)["bars"])
+    assert all(b["ok"] for b in report_of("text_training.py", "--real", **BENCH_HOME)["bars"])
