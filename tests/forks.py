@@ -78,7 +78,6 @@ class Forked:
         values = list(arguments), dict(env), str(cwd or Path.cwd()), str(log)
         self._process = _ready().Process(target=_python, args=values)
         self._process.start()
-        assert self._process.pid is not None
         self.pid = self._process.pid
 
     @property

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.attached import attached, holding
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
 from veneer.core.adapter import alpha_of, scale_of
 from veneer.core.forms import Delta
@@ -132,8 +133,7 @@ def test_fresh_adapter_gives_the_base_s_output(case: Case, strength: float) -> N
     """Bit for bit if B (in an embedding, A) is zero; to float32 for DoRA and PiSSA."""
     base = case()
     before = copy.deepcopy(case.model.state_dict())
-    with attach(case.model) as attachment:
-        attachment.add("a", case.fresh(), trainable=True)
+    with holding(case.model, trainable=True, a=case.fresh()) as attachment:
         assert torch.equal(case(), base)
         attachment.use(("a", strength))
         if case.init in ("zero-b", "gaussian") and not case.dora:
@@ -148,9 +148,7 @@ def test_fresh_adapter_gives_the_base_s_output(case: Case, strength: float) -> N
 @given(cases, strengths)
 def test_merged_equals_attached(case: Case, strength: float) -> None:
     adapter = case.trained()
-    with attach(case.model) as attachment:
-        attachment.add("a", adapter)
-        attachment.use(("a", strength))
+    with attached(case.model, adapter, strength) as attachment:
         y = case()
         state = attachment.merged(("a", strength))
     merged = copy.deepcopy(case.model)
@@ -161,9 +159,7 @@ def test_merged_equals_attached(case: Case, strength: float) -> None:
 @given(cases, strengths, strengths)
 def test_mix_is_linear_in_its_strengths(case: Case, s: float, t: float) -> None:
     base = case()
-    with attach(case.model) as attachment:
-        attachment.add("a", case.trained())
-        attachment.add("b", case.trained())
+    with holding(case.model, a=case.trained(), b=case.trained()) as attachment:
         alone = []
         for name in ("a", "b"):
             attachment.use(name)
@@ -200,9 +196,7 @@ def test_gradients_equal_those_of_the_merged_weight(case: Case, strength: float)
     case.dora, case.by_input, case.form = False, False, None  # deltas are not trained
     adapter = case.trained()
     ((name, pair),) = adapter.pairs.items()
-    with attach(case.model) as attachment:
-        attachment.add("a", adapter, trainable=True)
-        attachment.use(("a", strength))
+    with attached(case.model, adapter, strength, trainable=True) as attachment:
         y = case()
         weight = torch.randn(y.shape, generator=case.generator, dtype=torch.float64)
         (y * weight).sum().backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.attached import attached, holding
+from tests.edits import edit_json
 from tests.families import llama3
 from tests.tiny_base import VOCAB_SIZE, tiny_base_dir, tiny_tokenizer
 from veneer.adapters.use import adapter_path, attach_adapters, load_adapter, parse_spec, stated_base
@@ -130,8 +131,7 @@ def test_base_name_comes_from_card_or_peft_config(tmp_path: Path, base: TextBase
     assert stated_base(str(folder)) == "some/base"
     (folder / "veneer.json").unlink()
     assert stated_base(str(folder)) == "some/base"
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
     assert stated_base(str(folder)) == ""
 
 
@@ -141,9 +141,7 @@ def test_base_name_comes_from_card_or_peft_config(tmp_path: Path, base: TextBase
 def test_attached_adapters_act_like_those_in_memory(tmp_path: Path, base: TextBase) -> None:
     one, two = adapter_for(base, 1), adapter_for(base, 2)
     plain = base.model(IDS).logits
-    with attach(base.model) as by_hand:
-        by_hand.add("one", one)
-        by_hand.add("two", two)
+    with holding(base.model, one=one, two=two) as by_hand:
         by_hand.use(("one", 0.5), ("two", -1.0))
         expected = base.model(IDS).logits
     peft.write_folder(one, tmp_path / "one")
@@ -165,9 +163,7 @@ def test_an_adapter_of_another_layout_acts_the_same(tmp_path: Path, base: TextBa
     out = tmp_path / ("a.gguf" if layout == "gguf" else "a")
     heads = {"family": "llama", "head_dim": config.hidden_size // config.num_attention_heads}
     convert.write(adapter, out, layout, **(heads if layout == "gguf" else {}))
-    with attach(base.model) as by_hand:
-        by_hand.add("one", adapter)
-        by_hand.use("one")
+    with attached(base.model, adapter):
         expected = base.model(IDS).logits
     with attach_adapters(base, [str(out)]):
         torch.testing.assert_close(base.model(IDS).logits, expected, rtol=1e-5, atol=1e-5)

@@ -77,7 +77,6 @@ NAMINGS = [
 def test_a_linear_pair(down, up):
     A, B = rand(4, 6), rand(10, 4)
     leaf = read_module({down: A, up: B, "alpha": torch.tensor(2.0)}, where="x")
-    assert leaf.pair is not None
     assert (leaf.pair.kind, leaf.pair.rank, leaf.pair.scale) == ("linear", 4, 0.5)
     assert leaf.pair.A is A
     close(product(leaf, (10, 6)), 0.5 * B @ A)

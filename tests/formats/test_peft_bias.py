@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, Qwen2Config
 
+from tests.attached import attached, holding
 from tests.families import VOCAB, build
 from tests.formats.twins import our_outputs, outputs, peft_folder, peft_outputs
 from veneer.adapters import mix as mixing
@@ -80,9 +81,7 @@ def test_a_strength_moves_the_bias_by_its_share(tmp_path):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj", "v_proj"], bias="lora_only")
     adapter, net = peft.read_folder(tmp_path / "in"), qwen2()
     assert len(adapter.deltas) == 4
-    with attach(net) as attachment:
-        attachment.add("a", adapter)
-        attachment.use(("a", 0.25))
+    with attached(net, adapter, 0.25):
         got = outputs(net)
     byhand = qwen2()
     with torch.no_grad():
@@ -104,9 +103,7 @@ def test_a_mix_is_exact_without_the_base(tmp_path):
     peft.write_folder(b, tmp_path / "b")
     mixing.mix_adapters([f"{tmp_path / 'a'}:0.25", f"{tmp_path / 'b'}:0.75"], tmp_path / "out")
     net = qwen2()
-    with attach(net) as attachment:
-        attachment.add("a", a)
-        attachment.add("b", b)
+    with holding(net, a=a, b=b) as attachment:
         attachment.use(("a", 0.25), ("b", 0.75))
         want = outputs(net)
     torch.testing.assert_close(peft_outputs(qwen2(), tmp_path / "out"), want, rtol=1e-5, atol=1e-5)

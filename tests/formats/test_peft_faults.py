@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.edits import edit_json
 from tests.formats.twins import linear_pairs, model, our_outputs, outputs, peft_folder, randomise
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.errors import AdapterError, UnsafeFileError
@@ -35,8 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 def edit(folder: Path, config: dict[str, Any] | None = None, drop: str = "", **tensors: Tensor) -> None:
     """Change the configuration and tensors. `drop`: prefix of keys to remove."""
-    path = folder / CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    edit_json(folder / CONFIG_FILE, **(config or {}))
     have = safetensors.torch.load_file(folder / TENSOR_FILE)
     have = {k: v for k, v in have.items() if not drop or not k.startswith(drop)} | tensors
     safetensors.torch.save_file(have, folder / TENSOR_FILE)
@@ -84,15 +84,21 @@ def test_tensors_that_do_not_fit_the_config_are_refused(folder, drop, tensors, w
     refused(folder, *words)
 
 
-def test_copy_of_a_targeted_head_is_ignored(folder):
-    edit(folder, **{KEY + "base_layer.weight": torch.ones(4, 4)})
-    assert any("ignored" in note for note in peft.load_folder(folder).notes)
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        ({}, {KEY + "base_layer.weight": torch.ones(4, 4)}, "ignored"),  # a copy of a targeted head
+        # PEFT keeps target names that matched nothing in training if another name matched
+        ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, {}, "'c_attn', and there are no tensors"),
+        ({"rank_pattern": {"k_proj": 3}}, {}, "'k_proj' matches no module"),
+    ],
+)
+def test_what_has_no_effect_is_noted(folder, config, tensors, words):
+    edit(folder, config, **tensors)
+    assert any(words in note for note in peft.load_folder(folder).notes)
 
 
-def test_targets_without_tensors(folder):
-    """PEFT keeps target names that matched nothing in training if another name matched."""
-    edit(folder, {"target_modules": ["q_proj", "v_proj", "query_key_value"]})
-    assert any("'query_key_value', and there are no tensors" in note for note in peft.load_folder(folder).notes)
+def test_targets_without_any_tensors(folder):
     edit(folder, {"target_modules": ["query_key_value", "c_attn"]})
     refused(folder, "target_modules names 'c_attn', 'query_key_value', and there are no tensors for any")
 
@@ -181,11 +187,6 @@ def test_harmless_settings_are_accepted(folder, key, value):
     before = peft.read_folder(folder).digest()
     edit(folder, {key: value})
     assert peft.read_folder(folder).digest() == before
-
-
-def test_a_pattern_that_matches_nothing_is_noted(folder):
-    edit(folder, {"rank_pattern": {"k_proj": 3}})
-    assert any("'k_proj' matches no module" in note for note in peft.load_folder(folder).notes)
 
 
 def test_many_faults_are_one_error(folder):
@@ -299,9 +300,7 @@ def as_before_0_19_1(folder: Path, version: str | None) -> None:
         tensors[key] = b.transpose(1, 2).flatten(0, 1).contiguous()
         tensors[key.replace("lora_A", "lora_B")] = a.permute(2, 1, 0).flatten(1).contiguous()
     safetensors.torch.save_file(tensors, folder / TENSOR_FILE)
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    config.pop("peft_version")
-    (folder / CONFIG_FILE).write_text(json.dumps(config | ({"peft_version": version} if version else {})))
+    edit_json(folder / CONFIG_FILE, "peft_version", **({"peft_version": version} if version else {}))
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.2.dev0", "0.19.0", None])

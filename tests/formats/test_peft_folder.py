@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from tests.edits import edit_json
 from tests.formats.twins import linear_pairs, model, random_adapter
 from veneer.core.adapter import Card, LoraSpec
 from veneer.core.init import create
@@ -156,8 +157,7 @@ def test_card_round_trip_keeps_unknown_keys(tmp_path):
     (tmp_path / CARD_FILE).write_bytes(card_bytes(card, digest="sha256:3", files={"x": "sha256:4"}))
     read = read_card(tmp_path)
     assert (read.card, read.digest, read.files, read.unknown) == (card, "sha256:3", {"x": "sha256:4"}, [])
-    raw = json.loads((tmp_path / CARD_FILE).read_text()) | {"from_the_future": {"a": 1}, "another": 2}
-    (tmp_path / CARD_FILE).write_text(json.dumps(raw))
+    edit_json(tmp_path / CARD_FILE, from_the_future={"a": 1}, another=2)
     read = read_card(tmp_path)
     assert read.unknown == ["another", "from_the_future"]
     assert read.card.extra == {"from_the_future": {"a": 1}, "another": 2}

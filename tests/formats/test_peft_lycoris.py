@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from tests.attached import attached
 from tests.core.test_loha_lokr import NAMES, WAYS, Sums, inputs
+from tests.edits import edit_json
 from tests.families import llama3
 from tests.formats.twins import randomise
-from veneer.core import Adapter, LoraSpec, Pair, attach, create
+from veneer.core import Adapter, LoraSpec, Pair, create
 from veneer.core.forms import product_of
 from veneer.errors import AdapterError
 from veneer.formats import convert
@@ -35,9 +37,7 @@ def drawn(model: nn.Module, spec: LoraSpec, dtype: torch.dtype = torch.float32) 
 
 
 def outputs(model: nn.Module, adapter: Adapter, *given: Tensor, **named: Tensor) -> Any:
-    with attach(model) as attachment, torch.no_grad():
-        attachment.add("a", adapter)
-        attachment.use("a")
+    with attached(model, adapter), torch.no_grad():
         return model(*given, **named)
 
 
@@ -119,8 +119,7 @@ def test_lycoris_that_peft_cannot_express_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_named(change: dict[str, Any], say: str, tmp_path: Path) -> None:
     model = llama3()
     write_folder(drawn(model, LoraSpec(rank=2, kind="loha")), tmp_path, base=model)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edit_json(tmp_path / "adapter_config.json", **change)
     with pytest.raises(AdapterError, match=say):
         load_folder(tmp_path, model)
 

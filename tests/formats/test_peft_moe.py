@@ -7,6 +7,7 @@ and PEFT's if PEFT loads the file.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GptOssConfig
 
 from tests import families
+from tests.edits import edit_json
 from tests.formats import twins
 from tests.formats.twins import our_outputs, outputs, peft_folder, peft_outputs
 from veneer.errors import AdapterError
@@ -213,8 +215,7 @@ def grouped(path: Path, **config: object) -> Path:
     for key in [k for k in tensors if ".experts." in k and k.endswith("lora_B.weight")]:
         tensors[key] = tensors[key].unflatten(1, (R, 4)).transpose(1, 2).flatten(1).contiguous()
     save_file(tensors, path / "adapter_model.safetensors")
-    settings = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps(settings | config))
+    edit_json(path / "adapter_config.json", **config)
     return path
 
 
@@ -227,8 +228,6 @@ def made(tmp_path_factory) -> tuple[Path, Tensor]:
 
 
 def copy(made: tuple[Path, Tensor], to: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(made[0], to))
 
 
@@ -237,9 +236,7 @@ def test_unsloth_layout_in_config_is_used(made, tmp_path):
     old = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert", **MARKS["fixed"])
     torch.testing.assert_close(our_outputs(net, peft.read_folder(old, net)), made[1], rtol=1e-9, atol=1e-9)
     new = copy(made, tmp_path / "b")
-    settings = json.loads((new / "adapter_config.json").read_text())
-    settings |= {"lora_B_layout": "rank_major", **MARKS["fixed"]}
-    (new / "adapter_config.json").write_text(json.dumps(settings))
+    edit_json(new / "adapter_config.json", lora_B_layout="rank_major", **MARKS["fixed"])
     torch.testing.assert_close(our_outputs(net, peft.read_folder(new, net)), made[1], rtol=1e-9, atol=1e-9)
     with pytest.raises(AdapterError, match="grouped_by_expert or rank_major is expected"):
         peft.read_folder(grouped(copy(made, tmp_path / "c"), lora_B_layout="columns"), net)
@@ -255,9 +252,9 @@ def test_unsloth_file_without_layout_is_refused(made, tmp_path, marks):
     torch.testing.assert_close(our_outputs(net, told), made[1], rtol=1e-9, atol=1e-9)
     peft.write_folder(told, tmp_path / "b", base=net)
     torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "b", net)), made[1], rtol=1e-9, atol=1e-9)
-    settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert settings.pop("lora_B_layout", None) == ("rank_major" if marks == "base" else None)
-    (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))  # PEFT warns about an unknown key
+    config = tmp_path / "b" / "adapter_config.json"
+    assert json.loads(config.read_text()).get("lora_B_layout") == ("rank_major" if marks == "base" else None)
+    edit_json(config, "lora_B_layout")  # PEFT warns about an unknown key
     torch.testing.assert_close(peft_outputs(model("mixtral"), tmp_path / "b"), made[1], rtol=1e-9, atol=1e-9)
 
 

@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.formats.twins import randomise
-from veneer.core.attach import attach
+from tests.edits import edit_json
+from tests.formats.twins import our_outputs, peft_folder
 from veneer.errors import AdapterError
 from veneer.formats import peft
 from veneer.formats.convert import write
@@ -63,25 +63,12 @@ def outputs(net: nn.Module) -> Tensor:
 
 def made(case: str, path: Path, **config: object) -> Tensor:
     """Write a folder with PEFT, with PEFT's default targets and heads; return its outputs."""
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(1)
-        net = get_peft_model(build(case), LoraConfig(**{"task_type": TASKS[case][0], "r": 4, **config}))
-        randomise(net)
-        net.eval()
-        net.save_pretrained(str(path))
-        return outputs(net)
+    return peft_folder(build(case), path, outputs, **{"task_type": TASKS[case][0], "r": 4, **config})
 
 
 def ours(case: str, path: Path) -> Tensor:
     net = build(case)
-    adapter = peft.read_folder(path, net)
-    with attach(net) as attachment:
-        attachment.add("a", adapter)
-        attachment.use("a")
-        return outputs(net)
+    return our_outputs(net, peft.read_folder(path, net), outputs)
 
 
 @pytest.mark.parametrize("case", TASKS)
@@ -118,9 +105,7 @@ def test_selected_modules_need_tensors(tmp_path):
 
 def test_a_configuration_without_targets_is_pefts_default_for_the_architecture(tmp_path):
     want = made("CAUSAL_LM GPT-2", tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config.pop("target_modules")
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "a" / "adapter_config.json", "target_modules")
     torch.testing.assert_close(ours("CAUSAL_LM GPT-2", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
 
 

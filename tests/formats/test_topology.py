@@ -116,7 +116,6 @@ def test_each_row_of_a_weight_has_one_original(name: str) -> None:
             continue
         at = 0
         for place in places:
-            assert place.part is not None
             assert (place.part[0], place.part[2]) == (at, places[0].part[2]), original
             at = place.part[1]
         assert at == places[0].part[2], original

@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from veneer.core.attach import attach
+from tests.attached import attached
+from tests.edits import edit_json
 from veneer.errors import AdapterError
 from veneer.formats import peft
 
@@ -108,9 +109,7 @@ def ours(net: nn.Module, path: Path) -> torch.Tensor:
     modules = dict(net.named_modules())
     assert adapter.pairs
     assert all(name in modules for name in adapter.pairs)
-    with attach(net) as attachment:
-        attachment.add("a", adapter)
-        attachment.use("a")
+    with attached(net, adapter):
         return outputs(net)
 
 
@@ -135,9 +134,8 @@ def test_names_before_transformers_4_52_are_renamed(tmp_path, name):
     new, old = OLD[name]
     path = tmp_path / "a" / "adapter_model.safetensors"
     save_file({k.replace(new, old): t for k, t in load_file(path).items()}, path)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    config["target_modules"] = r".*layers\.\d+\.(self_attn\.(q_proj|v_proj)|mlp\.down_proj)"
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    targets = r".*layers\.\d+\.(self_attn\.(q_proj|v_proj)|mlp\.down_proj)"
+    edit_json(tmp_path / "a" / "adapter_config.json", target_modules=targets)
     torch.testing.assert_close(ours(whole(name), tmp_path / "a"), want, rtol=1e-8, atol=1e-8)
     assert any(
         "names of another class of the same model" in n for n in peft.load_folder(tmp_path / "a", whole(name)).notes

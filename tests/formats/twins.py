@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.attached import attached
 from tests.families import FAMILIES, VOCAB
 from veneer.core.adapter import Adapter, Pair
-from veneer.core.attach import attach
 
 
 class Conv(nn.Module):
@@ -81,7 +82,9 @@ def random_adapter(adapter: Adapter, seed: int = 7) -> Adapter:
     return out
 
 
-def peft_folder(net: nn.Module, folder: Path, **config: Any) -> Tensor:
+def peft_folder(
+    net: nn.Module, folder: Path, compute: Callable[[nn.Module], Tensor] = outputs, **config: Any
+) -> Tensor:
     """Wrap `net` in PEFT, randomize as if trained, save to `folder`, and return the outputs."""
     from peft import LoraConfig, get_peft_model
 
@@ -91,7 +94,7 @@ def peft_folder(net: nn.Module, folder: Path, **config: Any) -> Tensor:
         wrapped = get_peft_model(net, LoraConfig(**config))
         randomise(wrapped)
         wrapped.eval()
-        y = outputs(wrapped)
+        y = compute(wrapped)
         wrapped.save_pretrained(str(folder))
     return y
 
@@ -111,11 +114,9 @@ def peft_outputs(net: nn.Module, folder: Path) -> Tensor:
         return outputs(PeftModel.from_pretrained(net, str(folder)).eval())
 
 
-def our_outputs(net: nn.Module, adapter: Adapter) -> Tensor:
-    with attach(net) as attachment:
-        attachment.add("a", adapter)
-        attachment.use("a")
-        return outputs(net)
+def our_outputs(net: nn.Module, adapter: Adapter, compute: Callable[[nn.Module], Tensor] = outputs) -> Tensor:
+    with attached(net, adapter):
+        return compute(net)
 
 
 def linear_pairs(names: list[str], rank: int = 2, width: int = 4, scale: float = 2.0, seed: int = 0) -> Adapter:

@@ -21,17 +21,14 @@ from veneer.library.describe_files import (
 
 def test_gain_is_the_relative_change_of_the_loss() -> None:
     gain = gain_of({"metrics": {"validation_loss_before": 2.5, "validation_loss": 1.5}})
-    assert gain is not None
     assert gain.share == pytest.approx(1.5 / 2.5 - 1)
     assert str(gain) == "held-out loss 2.5 → 1.5 (−40 %)"
     below = gain_of({"metrics": {"validation_loss_before": -0.5, "validation_loss": -0.7}})
-    assert below is not None
     assert below.share is None
     assert str(below) == "held-out loss -0.5 → -0.7"
     for before, after in ((-0.25, -0.75), (0.5, 0.0)):
         metrics = {"validation_loss_before": before, "validation_loss": after, "measured": {"reward_failed": 0.0}}
         rewarded = gain_of({"metrics": metrics})
-        assert rewarded is not None
         assert rewarded.share is None
         assert str(rewarded) == f"held-out reward {-before:.4g} → {abs(after):.4g}"
 

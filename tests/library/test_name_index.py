@@ -93,7 +93,6 @@ def test_changes_of_other_processes_are_seen_without_queries(
 def stopped(url: str) -> Iterator[None]:
     """Suspend all PostgreSQL processes: connections are accepted and never answered."""
     folder = re.search(r"host=([^&]+)", url)
-    assert folder is not None
     first = int((Path(folder[1]) / "data" / "postmaster.pid").read_text().split()[0])
     parents = {}
     for place in Path("/proc").glob("[0-9]*/stat"):

@@ -120,7 +120,6 @@ def test_names_in_namespaces_are_separate_names(library: Library, tmp_path: Path
 )
 def test_openais_tuned_names_are_library_names(text: str, reference: str) -> None:
     found = parse_tuned(text)
-    assert found is not None
     assert (str(found), found.reference) == (text, reference)
     assert parse_reference(text) == parse_reference(reference)
     assert name_of(text) == name_of(reference)

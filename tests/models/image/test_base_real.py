@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.attached import attached
 from tests.image_twins import latent_shape
 from tests.tiny_image_base import SIZE, TINY_FAMILIES, tiny_image_base
 from veneer.core.adapter import LoraSpec
-from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import base_modules
 from veneer.models.image.base import load_image
@@ -65,9 +65,7 @@ def test_every_target_learns_in_one_step(family: str, bases: Path) -> None:
     noisy = a.view(-1, 1, 1, 1) * x + b.view(-1, 1, 1, 1) * noise
     sizes = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2) if base.family == "sdxl" else None
     mix = (("it", 1.0),)
-    with attach(base.model) as attachment:
-        attachment.add("it", adapter, trainable=True)
-        attachment.use("it")
+    with attached(base.model, adapter, name="it", trainable=True) as attachment:
         parameters = attachment.parameters("it")
 
         def loss() -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.edits import edit_json
 from tests.image_twins import latent_shape, open_clip, original, original_vae
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.targets import base_modules
@@ -178,8 +178,7 @@ def test_v_prediction_file_needs_a_v_prediction_scheduler(bases: Path, tmp_path:
     save_file({**state, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "one.safetensors")
     with pytest.raises(BaseError, match="the file marks a v-prediction model"):
         load_image(str(tmp_path / "one.safetensors"), config=folder)
-    place = folder / "scheduler" / "scheduler_config.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | {"prediction_type": "v_prediction"}))
+    edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     assert load_image(str(tmp_path / "one.safetensors"), config=folder).prediction == "v"
 
 

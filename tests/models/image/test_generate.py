@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.attached import holding
 from tests.image_twins import diffusers_pipeline, fold, levels, picture, random_adapter, state_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
-from veneer.core.attach import attach
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import ImageBase, load_control, load_image
 from veneer.models.image.generate import (
@@ -172,9 +172,7 @@ def test_everything_at_once_is_diffusers_with_merged_weights(
         ours |= {"image": given, "denoise": 0.75}
     if kind == "inpaint":
         theirs["mask_image"] = ours["mask"] = mask
-    with attach(base.model) as attachment:
-        attachment.add("a", a)
-        attachment.add("b", b)
+    with holding(base.model, a=a, b=b) as attachment:
         plan = always((("a", 0.8), ("b", -0.5)))
         (found,) = made(base, [ImageRow("a cat", negative, seed=1, plan=plan)], attachment, **ours)
     expected = picture(pipe, "a cat", 1, **theirs)
@@ -195,9 +193,7 @@ def test_a_mix_is_the_merged_weights(family: str, bases: dict[str, ImageBase], p
     (plain,) = made(base, [ImageRow("a cat", seed=1)])
     fold(pipe, [(a, 0.8), (b, -0.5)])
     expected = picture(pipe, "a cat", 1)
-    with attach(base.model) as attachment:
-        attachment.add("a", a)
-        attachment.add("b", b)
+    with holding(base.model, a=a, b=b) as attachment:
         (found,) = made(base, [ImageRow("a cat", seed=1, plan=always((("a", 0.8), ("b", -0.5))))], attachment)
         assert attachment.selection.mix == (), "what was selected before is selected after"
     assert levels(found.image, expected) <= 1
@@ -215,8 +211,7 @@ def test_text_encoder_part_acts_on_the_prompt(
     base = bases[family]
     a = random_adapter(base.model, 1)
     pictures = []
-    with attach(base.model) as attachment:
-        attachment.add("a", a)
+    with holding(base.model, a=a) as attachment:
         for text, rest in ((0.0, 0.7), (0.7, 0.0), (0.3, 1.0)):
             pipe = diffusers_pipeline(places[family])
             fold(pipe, [(a, lambda name, t=text, r=rest: t if name.startswith("text_encoder") else r)])
@@ -230,9 +225,7 @@ def test_text_encoder_part_acts_on_the_prompt(
 @pytest.mark.parametrize("family", ["sdxl", "flux1", "z-image"])
 def test_rows_of_one_batch_have_their_own_mixes(family: str, bases: dict[str, ImageBase]) -> None:
     base = bases[family]
-    with attach(base.model) as attachment:
-        attachment.add("a", random_adapter(base.model, 1))
-        attachment.add("b", random_adapter(base.model, 2))
+    with holding(base.model, a=random_adapter(base.model, 1), b=random_adapter(base.model, 2)) as attachment:
         plans = [
             MixPlan(),
             always((("a", 1.0),)),
@@ -270,9 +263,7 @@ def test_mix_can_change_by_step(scheduler: str | None, bases: dict[str, ImageBas
 
     expected = picture(pipe, "a cat", 1, callback_on_step_end=swap, num_inference_steps=steps)
     plan = MixPlan((), ((0.0, (("a", 1.0),)), (0.2, ()), (0.4, (("b", 0.5),))))
-    with attach(base.model) as attachment:
-        attachment.add("a", a)
-        attachment.add("b", b)
+    with holding(base.model, a=a, b=b) as attachment:
         (found,) = made(base, [ImageRow("a cat", seed=1, plan=plan)], attachment, steps=steps, scheduler=scheduler)
         (whole,) = made(base, [ImageRow("a cat", seed=1, plan=MixPlan((), plan.phases[:1]))], attachment, steps=steps)
     assert levels(found.image, expected) <= 1
@@ -285,9 +276,7 @@ def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict
     base = load_image(str(places["flux1"]))
     mixes = [(), (("a", 0.8),), (("b", 0.8),), (("a", 0.2), ("b", -0.5)), ()]
     rows = [ImageRow("a cat", seed=1, plan=always(mix)) for mix in mixes]
-    with attach(base.model) as attachment:
-        attachment.add("a", random_adapter(base.model, 1))
-        attachment.add("b", random_adapter(base.model, 2))
+    with holding(base.model, a=random_adapter(base.model, 1), b=random_adapter(base.model, 2)) as attachment:
         plain = [made(base, [row], attachment, steps=1)[0] for row in rows]
         torch._dynamo.reset()  # what earlier tests compiled decides which sizes are dynamic
         counters.clear()
@@ -376,7 +365,6 @@ def test_conflicting_requests_are_refused(bases: dict[str, ImageBase]) -> None:
     for family, guidance in (("flux1", 3.0), ("sdxl", 1.0)):
         with pytest.raises(ConfigError, match="negative prompt has no effect"):
             made(bases[family], [ImageRow("a", "blue")], guidance=guidance)
-    with attach(bases["sd15"].model) as attachment:
-        attachment.add("a", random_adapter(bases["sd15"].model, size=1e20))
-        with pytest.raises(BaseError, match="not finite"):
-            made(bases["sd15"], [ImageRow("a", plan=always((("a", 1.0),)))], attachment)
+    huge, plan = random_adapter(bases["sd15"].model, size=1e20), always((("a", 1.0),))
+    with holding(bases["sd15"].model, a=huge) as attachment, pytest.raises(BaseError, match="not finite"):
+        made(bases["sd15"], [ImageRow("a", plan=plan)], attachment)

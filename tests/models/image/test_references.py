@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.attached import attached, holding
 from tests.image_twins import diffusers_pipeline, fold, latent_shape, levels, random_adapter
 from tests.tiny_image_base import EDITING, LENGTH, qwen_edit_pipeline, small_references, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
-from veneer.core.attach import attach
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
@@ -76,8 +76,7 @@ def test_edit_with_an_adapter_equals_merged_diffusers(family: str, bases: dict[s
     adapter = random_adapter(base.model, seed=1)
     several = [noise(seed=1), noise(96, 64, seed=2)][: base.references]
     settings = PictureSettings(SIZE, SIZE, 3, guidance["guidance_scale"], references=tuple(several))
-    with attach(base.model) as attachment:
-        attachment.add("it", adapter)
+    with holding(base.model, it=adapter) as attachment:
         plan = MixPlan((("it", 0.8),), ((0.0, (("it", 0.8),)),))
         rows = [ImageRow("a red house", seed=5, plan=plan), ImageRow("a red house", seed=5)]
         under, alone = (made.image for made in generate_images(base, rows, settings, attachment=attachment))
@@ -120,9 +119,7 @@ def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> Non
         start + m: Pair(*(theirs_by_name[f"{m}.lora_{k}.default.weight"].detach().clone() for k in "AB"), 2.0)
         for m in modules
     }
-    with attach(ours.model) as attachment:
-        attachment.add("it", Adapter(pairs), trainable=True)
-        attachment.use("it")
+    with attached(ours.model, Adapter(pairs), name="it", trainable=True) as attachment:
         got = predict(ours, x, t, text, references=shown)
         (got - target).square().mean().backward()
         want = predict(twin, x, t, text, references=shown)
@@ -137,7 +134,6 @@ def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> Non
                     assert mine is None or not mine.any()
                     continue
                 learned += 1
-                assert mine is not None
                 assert torch.allclose(mine, other, atol=1e-6 + 1e-4 * float(other.abs().max())), f"{m}.{k}"
         assert learned >= 2 * len(modules) - 12
         without = predict(ours, x, t, text)

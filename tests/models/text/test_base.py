@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.edits import edit_json
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.description import describe_base
@@ -45,11 +45,6 @@ def test_an_impossible_dtype_or_device_is_a_config_error(tmp_path: Path, setting
 # -- what must not pass ------------------------------------------------------------------------------------------------
 
 
-def _config(base: Path, **changes: Any) -> None:
-    file = base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def _without(base: Path, name: str) -> None:
     tensors = load_file(base / "model.safetensors")
     del tensors[name]
@@ -63,12 +58,12 @@ def _without(base: Path, name: str) -> None:
             lambda b: _without(b, "model.norm.weight"),
             r"do not match the config \(1 problems\)[\s\S]*missing: model.norm",
         ),
-        (lambda b: _config(b, intermediate_size=40), "model of this base|misshapen"),
-        (lambda b: _config(b, model_type="oracle9"), "transformers"),
-        (lambda b: _config(b, model_type="t5"), "encoder-decoder"),
+        (lambda b: edit_json(b / "config.json", intermediate_size=40), "model of this base|misshapen"),
+        (lambda b: edit_json(b / "config.json", model_type="oracle9"), "transformers"),
+        (lambda b: edit_json(b / "config.json", model_type="t5"), "encoder-decoder"),
         (lambda b: (b / "config.json").write_text("{"), "config of this base"),
         (lambda b: (b / "tokenizer.json").unlink(), "tokenizer of this base"),
-        (lambda b: _config(b, vocab_size=100), "."),
+        (lambda b: edit_json(b / "config.json", vocab_size=100), "."),
     ],
 )
 def test_incomplete_base_error_names_its_path(tmp_path: Path, spoil, says: str) -> None:
@@ -81,7 +76,11 @@ def test_incomplete_base_error_names_its_path(tmp_path: Path, spoil, says: str) 
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
-    _config(folder, model_type="mine", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    edit_json(
+        folder / "config.json",
+        model_type="mine",
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    )
     (folder / "evil.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(BaseError):
         load_text(str(folder))
@@ -150,7 +149,7 @@ def test_failing_or_missing_template_has_no_end_of_turn() -> None:
 
 def test_generation_config_and_config_add_their_stops(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
-    _config(folder, eos_token_id=[2, 9])
+    edit_json(folder / "config.json", eos_token_id=[2, 9])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 2, 5000]}))
     base = load_text(str(folder))
     assert base.stop_ids == (2, 9, 11)  # end of turn comes first; 5000 is not in the vocabulary

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from tests import families
+from tests.attached import attached
 from tests.tiny_base import VOCAB_SIZE, tiny_base_dir, tiny_model, tiny_tokenizer
 from veneer.core.adapter import LoraSpec
-from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError, ConfigError, DataError
 from veneer.models.text.base import TextBase
@@ -283,9 +283,7 @@ def test_an_active_mix_acts(tmp_path: Path) -> None:
     adapter = create(base.model, LoraSpec(rank=4, alpha=8), seed=0)
     for pair in adapter.pairs.values():
         pair.B.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    with attach(base.model) as attachment:
-        attachment.add("a", adapter)
-        attachment.use(("a", 0.7))
+    with attached(base.model, adapter, 0.7) as attachment:
         mixed = generate(base, PROMPTS, max_new_tokens=8)
         merged = tiny_model()
         merged.load_state_dict(attachment.merged(("a", 0.7)), strict=False)

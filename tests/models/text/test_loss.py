@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.attached import attached
 from tests.families import FAMILIES, VOCAB
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
@@ -67,9 +68,7 @@ def test_tokens_that_rows_share_are_computed_once_and_change_nothing(family: str
     shared = SharedRows.from_indices(torch.tensor(places))
     ids = torch.randint(3, VOCAB, (first,), generator=torch.Generator().manual_seed(0))
     said = shared.places.bincount() == 1
-    with attach(model) as attachment:
-        attachment.add("a", create(model, LoraSpec(rank=4), seed=0), trainable=True)
-        attachment.use("a")
+    with attached(model, create(model, LoraSpec(rank=4), seed=0), trainable=True) as attachment:
         parameters = list(attachment.parameters("a").values())
         with torch.no_grad():
             for p in parameters:
@@ -107,14 +106,11 @@ def test_row_lengths_are_rounded_to_few_sizes() -> None:
     """oneDNN caches every compiled product with its scratch memory: sixty batches add no new size."""
     model: Any = FAMILIES["llama3"]().bfloat16()
     drawn = random.Random(0)
-    with attach(model) as attachment:
-        attachment.add("a", create(model, LoraSpec(rank=4), seed=0), trainable=True)
-        attachment.use("a")
-        with fast(model), Shapes() as shapes:
-            counts = []
-            for seed in range(120):
-                lengths = [drawn.randint(20, 40) for _ in range(4)]
-                text_loss(model, *some_rows(lengths, seed)).backward()
-                if seed % 60 == 59:
-                    counts.append(len(shapes.seen))
+    with attached(model, create(model, LoraSpec(rank=4), seed=0), trainable=True), fast(model), Shapes() as shapes:
+        counts = []
+        for seed in range(120):
+            lengths = [drawn.randint(20, 40) for _ in range(4)]
+            text_loss(model, *some_rows(lengths, seed)).backward()
+            if seed % 60 == 59:
+                counts.append(len(shapes.seen))
     assert counts[1] < 1.15 * counts[0]
