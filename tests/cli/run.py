@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 
 from veneer.cli.main import main
 
 
-@dataclass
-class Ran:
+class Ran(NamedTuple):
     code: int
     out: str
     err: str
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ran:
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int | None = 0) -> Ran:
+    """Run a command that exits with `code`, or with any code if that is None."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(arguments)
     seen = capsys.readouterr()
-    return Ran(int(end.value.code or 0), seen.out, seen.err)
+    ended = int(end.value.code or 0)
+    assert code in (None, ended), f"{arguments}: {ended}\n{seen.out}{seen.err}"
+    return Ran(ended, seen.out, seen.err)

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.attached import attached
 from tests.cli import run as cli
+from tests.edits import edit_json
 from tests.formats.twins import linear_pairs, random_adapter
 from tests.tiny_base import tiny_base_dir
 from veneer.cli.main import main
 from veneer.core.adapter import Adapter, Card, LoraSpec
-from veneer.core.attach import attach
 from veneer.core.forms import delta_of
 from veneer.core.init import create
 from veneer.formats import peft
@@ -171,9 +172,7 @@ def test_merge_writes_a_model_that_computes_what_the_mix_does(capsys, made, base
     text = load_text(str(base), dtype="float32")
     before = {n: t.clone() for n, t in text.model.state_dict().items()}
     adapter = peft.read_folder(made / "a")
-    with attach(text.model) as attachment:
-        attachment.add("a", adapter)
-        attachment.use(("a", 0.5))
+    with attached(text.model, adapter, 0.5):
         want = logits(text.model)
     out = tmp_path / "merged"
     argv = (f"{made / 'a'}:0.5", made / "zero", "--base", base, "-o", out, "--dtype", "float32", "--json")
@@ -201,8 +200,7 @@ def test_merge_into_sixteen_bits_says_what_rounding_took(capsys, made, base, tmp
 def test_merge_warns_of_rounding_and_asks_where_it_takes_half(capsys, made, base, tmp_path):
     def merge(to: str, strength: str, *more: str, code: int = 0) -> str:
         argv = ("merge", f"{made / 'a'}:{strength}", "--base", base, "-o", tmp_path / to, "--dtype", "bfloat16", *more)
-        ran = cli.run(capsys, "adapter", *map(str, argv))
-        assert ran.code == code, ran.err
+        ran = cli.run(capsys, "adapter", *map(str, argv), code=code)
         return ran.out + ran.err
 
     warned = merge("a", "0.01")
@@ -262,8 +260,7 @@ def test_a_full_disk_during_a_merge_leaves_no_files(capsys, base, made, tmp_path
 def test_an_adapter_of_everything_is_described(capsys, tmp_path):
     adapter = Adapter(linear_pairs(["a.q_proj"]).pairs, {"norm": {"weight": torch.ones(4)}}, card=Card(licence="mit"))
     peft.write_folder(adapter, tmp_path / "a")
-    raw = json.loads((tmp_path / "a" / "veneer.json").read_text()) | {"mood": "good"}
-    (tmp_path / "a" / "veneer.json").write_text(json.dumps(raw))
+    edit_json(tmp_path / "a" / "veneer.json", mood="good")
     text = run(capsys, "inspect", tmp_path / "a")
     for words in ("full copies  norm", "licence      mit", "note: veneer.json: the key 'mood'"):
         assert words in text

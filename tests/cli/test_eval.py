@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.run import run
 from tests.families import llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
-from veneer.cli.main import main
 from veneer.core.adapter import LoraSpec
 from veneer.core.init import create
 from veneer.formats import peft
@@ -31,19 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["eval", *arguments])
-    return int(end.value.code or 0)
-
-
 def test_json_has_base_and_each_mix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine, held = str(folder / "mine"), str(folder / "held.jsonl")
     options = ["--base", str(folder / "tiny-base"), "--adapter", mine, "--adapter", f"{mine}:0.5", "--data", held]
-    code = call(*options, "-n", "4", "--json", "--answers")
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    result = json.loads(out)
+    result = json.loads(run(capsys, "eval", *options, "-n", "4", "--json", "--answers").out)
     assert list(result) == ["base", mine, f"{mine}:0.5"]
     for scores in result.values():
         assert scores["rows"] == 5
@@ -53,8 +44,9 @@ def test_json_has_base_and_each_mix(folder: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_base_defaults_to_the_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("--adapter", str(folder / "mine"), "--data", str(folder / "held.jsonl"), "--loss-only") == 0
-    out = capsys.readouterr().out
+    out = run(
+        capsys, "eval", "--adapter", str(folder / "mine"), "--data", str(folder / "held.jsonl"), "--loss-only"
+    ).out
     for word in ("base", "mine", "loss", "perplexity", "rows"):
         assert word in out
     assert "exact match" not in out
@@ -62,8 +54,7 @@ def test_the_base_defaults_to_the_adapters(folder: Path, capsys: pytest.CaptureF
 
 def test_answers_are_scored_by_field(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine, held = str(folder / "mine"), str(folder / "held.jsonl")
-    assert call("--adapter", f"{mine}:0.3", "--data", held, "-n", "3", "--limit", "2") == 0
-    out = capsys.readouterr().out
+    out = run(capsys, "eval", "--adapter", f"{mine}:0.3", "--data", held, "-n", "3", "--limit", "2").out
     assert "exact match" in out
     assert "team right" in out
 
@@ -75,8 +66,9 @@ def test_a_foreign_adapter_is_refused_with_both_fingerprints(
     llama3(hidden_size=64, vocab_size=384, architectures=["LlamaForCausalLM"]).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     held = str(folder / "held.jsonl")
-    assert call("--base", str(other), "--adapter", str(folder / "mine"), "--data", held, "--loss-only") == 2
-    err = capsys.readouterr().err
+    err = run(
+        capsys, "eval", "--base", str(other), "--adapter", str(folder / "mine"), "--data", held, "--loss-only", code=2
+    ).err
     assert "belongs to another base" in err
     assert err.count("sha256:") >= 2
     assert "Traceback" not in err
@@ -87,8 +79,7 @@ def test_a_foreign_adapter_is_refused_with_both_fingerprints(
     [([], "no base"), (["--base", "x"], "nothing to evaluate on"), (["--base", "x", "--data", "no.jsonl"], "no.jsonl")],
 )
 def test_what_is_missing_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(*arguments) == 2
-    assert message in capsys.readouterr().err
+    assert message in run(capsys, "eval", *arguments, code=2).err
 
 
 @pytest.mark.parametrize("more", [["--loss-only"], ["-n", "2"]])
@@ -102,8 +93,7 @@ def test_an_overflow_names_its_adapter(
         pair.B.fill_(1e36)  # valid in float32, but its products overflow
     peft.write_folder(adapter, tmp_path / "loud", base_name=str(folder / "tiny-base"), base=base.model)
     held = str(folder / "held.jsonl")
-    code = call("--base", str(folder / "tiny-base"), "--adapter", "loud:9000", "--data", held, *more)
-    said = capsys.readouterr().err
-    assert code == 2, said
+    asked = ("--base", str(folder / "tiny-base"), "--adapter", "loud:9000", "--data", held, *more)
+    said = run(capsys, "eval", *asked, code=2).err
     assert "finite" in said
     assert "loud:9000" in said

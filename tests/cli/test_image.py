@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.run import run
+from tests.edits import edit_json
 from tests.image_twins import infotext_of, levels, parse_as_a1111, random_adapter
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer import api
@@ -45,15 +46,14 @@ def folder(tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def image(capsys: Any, place: Path | None, *more: str) -> Any:
-    return run(capsys, "image", *(["--base", str(place)] if place else []), *more)
+def image(capsys: Any, place: Path | None, *more: str, code: int = 0) -> Any:
+    return run(capsys, "image", *(["--base", str(place)] if place else []), *more, code=code)
 
 
 def test_command_equals_the_python_call(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
     adapters = ["brand.safetensors:0.8@down=0.5,steps=0-0.6", "look.safetensors:0.5"]
     options = [x for a in adapters for x in ("-a", a)]
     ran = image(capsys, place, "a cat", *options, "--steps", "3", "--seed", "5", "-g", "4", "-n", "blue", "-o", "a.png")
-    assert ran.code == 0, ran.err
     assert ran.out == ""
     assert "float32" in ran.err
     assert "a.png: seed 5" in ran.err
@@ -61,8 +61,7 @@ def test_command_equals_the_python_call(capsys: Any, place: Path, base: ImageBas
     (ours,) = api.image(base, "a cat", adapters=adapters, steps=3, seed=5, guidance=4.0, negative="blue")
     with Image.open("a.png") as made:
         assert levels(made, ours.image) == 0
-    again = image(capsys, None, "--from", "a.png", "-o", "b.png")  # without --base, the picture's base is used
-    assert again.code == 0, again.err
+    image(capsys, None, "--from", "a.png", "-o", "b.png")  # without --base, the picture's base is used
     assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
     other = image(capsys, None, "--from", "a.png", "--seed", "6", "--guidance", "2", "--json")
     record = json.loads(other.out)["pictures"][0]
@@ -74,7 +73,6 @@ def test_command_equals_the_python_call(capsys: Any, place: Path, base: ImageBas
 def test_roles_of_a_campaign_mean_their_strengths(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
     roles = ["-a", "brand.safetensors:0.8@campaign=brand", "-a", "look.safetensors@campaign=lens"]
     ran = image(capsys, place, "a cat", *roles, "--steps", "2", "--seed", "5", "--json", "-o", "a.png")
-    assert ran.code == 0, ran.err
     record = read_record("a.png")
     assert record == json.loads(ran.out)["pictures"][0]["record"]
     adapters = [f"{name}:{strength}" for name, strength in record["rows"][0]["adapters"]]
@@ -90,7 +88,6 @@ def test_roles_of_a_campaign_mean_their_strengths(capsys: Any, place: Path, base
 
 def test_several_pictures_are_numbered(capsys: Any, place: Path, folder: Path) -> None:
     ran = image(capsys, place, "a cat", "a dog", "--count", "2", "--seed", "7", "--steps", "1", "--json", "-o", "x.png")
-    assert ran.code == 0, ran.err
     told = json.loads(ran.out)["pictures"]
     assert [t["file"] for t in told] == [f"x-{i}.png" for i in range(1, 5)]
     assert [t["seed"] for t in told] == [7, 8, 7, 8]
@@ -114,10 +111,7 @@ def test_a_batch_holds_a_mix_for_each_picture(
     Path("b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     real, calls = making.generate_images, []
     monkeypatch.setattr(making, "generate_images", lambda *a, **k: calls.append(len(a[1])) or real(*a, **k))
-    ran = image(
-        capsys, place, "--batch", "b.jsonl", "-a", "look.safetensors", "--seed", "9", "--steps", "2", "-o", "x.png"
-    )
-    assert ran.code == 0, ran.err
+    image(capsys, place, "--batch", "b.jsonl", "-a", "look.safetensors", "--seed", "9", "--steps", "2", "-o", "x.png")
     assert calls == [4]
     tags = ["brand:0.8", "look:0:0.5> <lora:brand:-0.25", "", "look:1"]
     given = [["brand.safetensors:0.8"], rows[1]["adapters"], [], ["look.safetensors"]]
@@ -132,8 +126,7 @@ def test_a_batch_holds_a_mix_for_each_picture(
         )
         with Image.open(f"x-{i + 1}.png") as made:
             assert levels(made, alone.image) <= 1
-    again = image(capsys, None, "--from", "x-2.png", "-o", "again.png")
-    assert again.code == 0, again.err
+    image(capsys, None, "--from", "x-2.png", "-o", "again.png")
     assert Path("again.png").read_bytes() == Path("x-2.png").read_bytes()
     many = image(capsys, place, "--batch", "b.jsonl", "--count", "2", "--steps", "1", "--json", "-o", "y.png")
     assert [p["seed"] for p in json.loads(many.out)["pictures"]] == [5, 6, 0, 1, 0, 1, 0, 1]
@@ -142,22 +135,8 @@ def test_a_batch_holds_a_mix_for_each_picture(
 def test_input_image_control_and_long_prompt_are_reported(capsys: Any, place: Path, folder: Path) -> None:
     control = tiny_control(folder, "sdxl")
     Image.effect_noise((64, 64), 90).convert("RGB").save("in.png")
-    ran = image(
-        capsys,
-        place,
-        "a cat in the house " * 9,
-        "-i",
-        "in.png",
-        "--denoise",
-        "0.5",
-        "--steps",
-        "4",
-        "-c",
-        f"canny@{control}=in.png:0.6",
-        "-o",
-        "a.png",
-    )
-    assert ran.code == 0, ran.err
+    options = ["-i", "in.png", "--denoise", "0.5", "--steps", "4", "-c", f"canny@{control}=in.png:0.6", "-o", "a.png"]
+    ran = image(capsys, place, "a cat in the house " * 9, *options)
     assert "picture was resized from 64×64 to 32×32" in ran.err
     assert "edges were found" in ran.err
     assert "does not read the end of the prompt" in ran.err
@@ -171,7 +150,6 @@ def test_input_image_control_and_long_prompt_are_reported(capsys: Any, place: Pa
 def test_grid_writes_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
     ask = ["image", "grid", "strength", "a cat", "--base", str(place), "-a", "brand.safetensors", "--steps", "2"]
     ran = run(capsys, *ask, "--strengths", "0,0.5,1", "--seeds", "1-2", "--json", "-o", "s.png")
-    assert ran.code == 0, ran.err
     told = json.loads(ran.out)
     assert told["rows"] == ["seed 1", "seed 2"]
     assert told["columns"] == ["strength 0", "strength 0.5", "strength 1"]
@@ -179,14 +157,11 @@ def test_grid_writes_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
     with Image.open("s.png") as sheet:
         assert sheet.width > 3 * 128
         assert sheet.height > 2 * 128
-    again = image(capsys, None, "--from", "s.png")
-    assert again.code == 2
-    assert "a sheet of several" in again.err
+    assert "a sheet of several" in image(capsys, None, "--from", "s.png", code=2).err
 
 
 def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> None:
-    ran = run(capsys, "image", "--base", str(place), "--steps", "1", "-o", "a.png", "--", "grid")
-    assert ran.code == 0, ran.err
+    run(capsys, "image", "--base", str(place), "--steps", "1", "-o", "a.png", "--", "grid")
     assert infotext_of("a.png").startswith("grid\nSteps")
 
 
@@ -226,8 +201,7 @@ def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> 
     ],
 )
 def test_invalid_options_are_refused(capsys: Any, place: Path, folder: Path, options: list[str], says: str) -> None:
-    ran = image(capsys, place, *options)
-    assert ran.code == 2
+    ran = image(capsys, place, *options, code=2)
     assert says in ran.err
     assert "Traceback" not in ran.err
     assert not list(folder.glob("*.png"))
@@ -235,9 +209,7 @@ def test_invalid_options_are_refused(capsys: Any, place: Path, folder: Path, opt
 
 def test_output_that_is_a_folder_is_refused(capsys: Any, place: Path, folder: Path) -> None:
     (folder / "a.png").mkdir()
-    ran = image(capsys, place, "a", "-o", "a.png")
-    assert ran.code == 2
-    assert "a.png is a folder" in ran.err
+    assert "a.png is a folder" in image(capsys, place, "a", "-o", "a.png", code=2).err
 
 
 def test_invalid_sheets_are_refused(capsys: Any, place: Path, folder: Path) -> None:
@@ -250,9 +222,7 @@ def test_invalid_sheets_are_refused(capsys: Any, place: Path, folder: Path) -> N
         (["adapter", "a", "-a", "brand.safetensors"], "did you mean adapters?"),
         (["adapters", "a", "-a", "brand.safetensors", "--strengths", "0,1"], "for a strength sheet"),
     ]:
-        ran = run(capsys, "image", "grid", *options, "--base", str(place))
-        assert ran.code == 2
-        assert says in ran.err
+        assert says in run(capsys, "image", "grid", *options, "--base", str(place), code=2).err
 
 
 def test_base_defaults_to_the_first_adapters(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
@@ -260,10 +230,8 @@ def test_base_defaults_to_the_first_adapters(capsys: Any, place: Path, base: Ima
     adapter.pairs = {n: p for n, p in adapter.pairs.items() if n.startswith("unet.")}
     adapter.card.base, adapter.card.kind = str(place), "image"
     write(adapter, "trained", to="peft", family="sdxl")
-    config = json.loads(Path("trained/adapter_config.json").read_text())
-    Path("trained/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(place)}))
+    edit_json(Path("trained/adapter_config.json"), base_model_name_or_path=str(place))
     ran = run(capsys, "image", "a cat", "-a", "trained:0.5", "--steps", "1", "-o", "a.png")
-    assert ran.code == 0, ran.err
     assert f"base {place}: the adapter's own" in ran.err
 
 
@@ -286,7 +254,6 @@ def test_finished_pictures_survive_an_interruption(
         return real(*given, **(how | {"on_picture": on_picture}))
 
     monkeypatch.setattr(making, "generate_images", stopped)
-    ran = image(capsys, place, "a cat", "--count", "4", "--batch-size", "1", "--steps", "1", "-o", "x.png")
-    assert ran.code == 130
+    image(capsys, place, "a cat", "--count", "4", "--batch-size", "1", "--steps", "1", "-o", "x.png", code=130)
     assert calls == [0, 1]
     assert sorted(p.name for p in folder.glob("*.png")) == ["x-1.png", "x-2.png"]

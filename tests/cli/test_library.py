@@ -36,7 +36,6 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def result(capsys: Any, *arguments: str) -> Any:
     ran = run(capsys, "library", *arguments, "--json")
-    assert ran.code == 0, ran.err
     return json.loads(ran.out)
 
 
@@ -77,9 +76,8 @@ def test_text_output_and_error_messages_are_helpful(capsys: Any, adapters: list[
     assert listed[0].split() == ["adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"]
     assert "org/Base" in listed[1]
     assert "hello" in run(capsys, "library", "show", "support").out
-    lost = run(capsys, "library", "show", "suport")
-    assert (lost.code, "did you mean support?" in lost.err) == (2, True)
-    assert run(capsys, "library", "add", "runs/1", "No Name").code == 2
+    assert "did you mean support?" in run(capsys, "library", "show", "suport", code=2).err
+    run(capsys, "library", "add", "runs/1", "No Name", code=2)
 
 
 def test_lists_are_sorted_counted_and_show_health(capsys: Any, adapters: list[Path]) -> None:
@@ -88,28 +86,24 @@ def test_lists_are_sorted_counted_and_show_health(capsys: Any, adapters: list[Pa
     listed = result(capsys, "list", "--sort", "added", "--limit", "1")
     assert (listed["total"], listed["more"], listed["facets"]["rank"]) == (2, True, {"2": 2})
     assert "… and 1 more: --skip 1" in run(capsys, "library", "list", "--limit", "1").out
-    ran = run(capsys, "library", "list", "--sort", "best")
-    assert ran.code == 2
-    assert "one of name, added, gain" in ran.err
+    assert "one of name, added, gain" in run(capsys, "library", "list", "--sort", "best", code=2).err
     place = Path(result(capsys, "show", "n1")["path"])
     (place / "adapter_model.safetensors").chmod(0o600)
     (place / "adapter_model.safetensors").write_bytes(b"other bytes")
-    ran = run(capsys, "library", "verify", "n1", "n2")
-    assert ran.code == 2
+    ran = run(capsys, "library", "verify", "n1", "n2", code=2)
     assert "n1@1  FAILED    files" in ran.out
     assert "n2@1  ok        contents" in ran.out
     assert [v["name"] for v in result(capsys, "search", "--health", "sound", "--kind", "text")["versions"]] == ["n2"]
     assert [v["name"] for v in result(capsys, "search", "--health", "faulty", "--rank", "2")["versions"]] == ["n1"]
     assert "check files" in run(capsys, "library", "show", "n1").out
-    assert run(capsys, "library", "verify", "n1", "--repair").code == 2
+    run(capsys, "library", "verify", "n1", "--repair", code=2)
 
 
 def test_verify_exits_with_2_for_missing_files(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
     run(capsys, "library", "add", "runs/1", "support")
     for blob in (tmp_path / "home" / "library" / "blobs").glob("*/*"):
         blob.unlink()
-    ran = run(capsys, "library", "verify")
-    assert ran.code == 2
+    ran = run(capsys, "library", "verify", code=2)
     assert ran.out.count("MISSING") >= 2
     assert "support@1" in ran.out
 
@@ -118,7 +112,7 @@ def test_a_lost_index_is_rebuilt(capsys: Any, adapters: list[Path], tmp_path: Pa
     run(capsys, "library", "add", "runs/1", "support", "--alias", "prod")
     for file in (tmp_path / "home" / "library").glob("index.sqlite*"):
         file.unlink()
-    assert "verify --rebuild" in run(capsys, "library", "list").err
+    assert "verify --rebuild" in run(capsys, "library", "list", code=2).err
     assert "1 versions of 1 names" in run(capsys, "library", "verify", "--rebuild").out
     assert result(capsys, "show", "support@prod")["version"] == 1
 
@@ -135,8 +129,7 @@ def test_the_commands_of_the_docs_page_run(capsys: Any, adapters: list[Path], tm
     ran = 0
     for line in lines:
         if line.startswith("veneer library ") and "hf:" not in line and "://" not in line:
-            done = run(capsys, *shlex.split(line)[1:])
-            assert done.code == 0, f"{line}\n{done.err}"
+            run(capsys, *shlex.split(line)[1:])
             ran += 1
     assert ran >= 12
 
@@ -168,4 +161,4 @@ def test_layouts_of_other_tools_have_equal_digests(capsys: Any, adapters: list[P
         assert added["trigger_words"] == ["inkwash"]
     found = result(capsys, "search", "INKWASH")["versions"]
     assert [v["name"] for v in found] == ["diffusers", "kohya", "peft"]
-    assert run(capsys, "library", "show", adapter.digest()[:15]).code == 0
+    run(capsys, "library", "show", adapter.digest()[:15])

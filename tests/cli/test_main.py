@@ -59,8 +59,7 @@ class OutOfMemoryError(RuntimeError):
 )
 def test_every_end_has_its_exit_code_and_message(capsys: Any, command: Any, error: Any, code: int, words: str) -> None:
     command.error = error
-    ran = run(capsys, "probe")
-    assert ran.code == code
+    ran = run(capsys, "probe", code=code)
     assert ran.out == ("" if error else "done\n")
     assert all(each in ran.err for each in words.split("|"))
     assert "Traceback" not in ran.err
@@ -69,8 +68,7 @@ def test_every_end_has_its_exit_code_and_message(capsys: Any, command: Any, erro
 
 def test_unexpected_error_is_reported_as_a_bug(capsys: Any, command: Any) -> None:
     command.error = ZeroDivisionError("oh \x1b[2J")
-    ran = run(capsys, "probe")
-    assert ran.code == 70
+    ran = run(capsys, "probe", code=70)
     assert "ZeroDivisionError: oh \\u001b[2J" in ran.err
     assert "in act" in ran.err  # the innermost frame
     assert "a bug in veneer" in ran.err
@@ -81,15 +79,13 @@ def test_unexpected_error_is_reported_as_a_bug(capsys: Any, command: Any) -> Non
     [(["trian"], "train"), (["generate", "--temprature", "1"], "--temperature"), (["base", "get"], "name")],
 )
 def test_misspelled_command_or_option_gets_a_suggestion(capsys: Any, arguments: list[str], words: str) -> None:
-    ran = run(capsys, *arguments)
-    assert ran.code == 2
+    ran = run(capsys, *arguments, code=2)
     assert words in ran.err
     assert "Traceback" not in ran.err
 
 
 def test_help_lists_every_command(capsys: Any) -> None:
     ran = run(capsys, "--help")
-    assert ran.code == 0
     for name, (_, line) in module.COMMANDS.items():
         assert name in ran.out
         assert line in ran.out

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.run import run
 from tests.tiny_base import tiny_base_dir
-from veneer.cli.main import main
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_table_of_what_came_out(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("sweep", str(config), "adapter.rank=2,3", f"output={tmp_path}") == 0
-    out, err = capsys.readouterr()
+    _, out, err = run(capsys, "sweep", str(config), "adapter.rank=2,3", f"output={tmp_path}")
     lines = out.splitlines()
     assert lines[0].split() == ["adapter.rank", "validation", "loss", "kept", "step"]
     assert sorted(line.split()[0] for line in lines[1:]) == ["2", "3"]
@@ -49,6 +42,5 @@ def test_a_table_of_what_came_out(config: Path, tmp_path: Path, capsys: pytest.C
 def test_a_grid_that_is_none_is_told(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], says: str
 ) -> None:
-    assert call("sweep", str(config), *settings, f"output={tmp_path}") == 2
-    assert says in capsys.readouterr().err
+    assert says in run(capsys, "sweep", str(config), *settings, f"output={tmp_path}", code=2).err
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,6 @@ def _home(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
 
 def result(capsys: Any, *arguments: str) -> Any:
     ran = run(capsys, "tenant", *arguments, "--json")
-    assert ran.code == 0, ran.err
     return json.loads(ran.out)
 
 
@@ -74,42 +73,37 @@ def test_text_output_and_error_messages_are_helpful(capsys: Any, tmp_path: Path)
     assert key not in listed
     run(capsys, "tenant", "route", "set", "support", "a=3", "b=1", "--shadow", "c", "--fraction", "0.1", "--force")
     assert run(capsys, "tenant", "route", "list").out.strip() == "support -> a 75%, b 25%; shadow c for 10%"
-    lost = run(capsys, "tenant", "set", "acne", "weight=2")
-    assert (lost.code, "did you mean acme?" in lost.err) == (2, True)
-    assert run(capsys, "tenant", "add", "../acme").code == 2
-    assert "did you mean concurrency?" in run(capsys, "tenant", "set", "acme", "concurency=1").err
-    assert "key=value" in run(capsys, "tenant", "set", "acme", "concurrency").err
-    assert "six decimal places" in run(capsys, "tenant", "set", "all", "prompt_price=1e-7").err
+    assert "did you mean acme?" in run(capsys, "tenant", "set", "acne", "weight=2", code=2).err
+    run(capsys, "tenant", "add", "../acme", code=2)
+    assert "did you mean concurrency?" in run(capsys, "tenant", "set", "acme", "concurency=1", code=2).err
+    assert "key=value" in run(capsys, "tenant", "set", "acme", "concurrency", code=2).err
+    assert "six decimal places" in run(capsys, "tenant", "set", "all", "prompt_price=1e-7", code=2).err
     for wrong in ("prompt_price=x", "concurrency=0", "concurrency=many", "weight=nan", "adapters=../x"):
-        assert run(capsys, "tenant", "set", "acme", wrong).code == 2
-    assert run(capsys, "tenant", "route", "set", "s", "a=x").code == 2
-    assert run(capsys, "tenant", "audit", "--expect", "0" * 63 + "1").code == 2
+        run(capsys, "tenant", "set", "acme", wrong, code=2)
+    run(capsys, "tenant", "route", "set", "s", "a=x", code=2)
+    run(capsys, "tenant", "audit", "--expect", "0" * 63 + "1", code=2)
     other = str(tmp_path / "other.sqlite")
     assert "no tenants" in run(capsys, "tenant", "--at", other, "list").out
     assert run(capsys, "tenant", "usage").out.strip() == "no usage"
 
 
 def test_route_targets_must_be_in_the_library(capsys: Any, tmp_path: Path) -> None:
-    lost = run(capsys, "tenant", "route", "set", "support", "support@1")
-    assert lost.code == 2
-    assert "there is no library" in lost.err
+    assert "there is no library" in run(capsys, "tenant", "route", "set", "support", "support@1", code=2).err
     assert not (tmp_path / "home" / "library").exists()
     with open_library() as library:
         library.add(made(tmp_path, 1), "support", describe=read_made)
         library.add(made(tmp_path, 2), "support", describe=read_made)
-    assert run(capsys, "tenant", "route", "set", "support", "smollm2-135m=90", "support@2=10").code == 0
-    assert run(capsys, "tenant", "route", "set", "support", "support@1").code == 0
+    run(capsys, "tenant", "route", "set", "support", "smollm2-135m=90", "support@2=10")
+    run(capsys, "tenant", "route", "set", "support", "support@1")
     for wrong in (["suport@1"], ["support@3"], ["support@1=9", "support@7=1"], ["support@1", "--shadow", "support@9"]):
-        refused = run(capsys, "tenant", "route", "set", "support", *wrong)
-        assert refused.code == 2
-        assert "cannot be served" in refused.err
+        assert "cannot be served" in run(capsys, "tenant", "route", "set", "support", *wrong, code=2).err
         assert run(capsys, "tenant", "route", "list").out.strip() == "support -> support@1 100%"
-    assert "support@2" in run(capsys, "tenant", "route", "set", "support", "support@3").err, "it says what there is"
-    assert run(capsys, "tenant", "route", "set", "support", "support@2").code == 0
+    assert "support@2" in run(capsys, "tenant", "route", "set", "support", "support@3", code=2).err
+    run(capsys, "tenant", "route", "set", "support", "support@2")
     with open_library() as library:
         library.remove("support@1")
-    assert run(capsys, "tenant", "route", "rollback", "support").code == 2
-    assert run(capsys, "tenant", "route", "rollback", "support", "--force").code == 0
+    run(capsys, "tenant", "route", "rollback", "support", code=2)
+    run(capsys, "tenant", "route", "rollback", "support", "--force")
 
 
 def test_feedback_is_exported_as_rows(capsys: Any, quick: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -124,7 +118,6 @@ def test_feedback_is_exported_as_rows(capsys: Any, quick: Path, tmp_path: Path) 
         keep = tenants.keeping(
             Principal("tenant", "acme", user=user), ResolvedModel((), name, f"{name}@2"), f"chatcmpl-{user}"
         )
-        assert keep is not None
         keep({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"I am {name}"}])
         tenants.answers.give("acme", AnswerFeedback(f"chatcmpl-{user}", up=True))
     tenants.close()
@@ -133,14 +126,12 @@ def test_feedback_is_exported_as_rows(capsys: Any, quick: Path, tmp_path: Path) 
     assert json.loads(rows.read_text())["messages"][-1]["content"] == "I am support"
     assert result(capsys, "feedback", "acme", "-o", str(rows))["rows"] == 2
     assert result(capsys, "feedback", "all", "-o", str(rows))["rows"] == 0
-    assert run(capsys, "tenant", "feedback", "acme", "--kind", "dpo", "-o", str(rows)).code == 2
+    run(capsys, "tenant", "feedback", "acme", "--kind", "dpo", "-o", str(rows), code=2)
 
 
 def test_economics_needs_the_cost_of_an_hour(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     result(capsys, "add", "acme")
-    refused = run(capsys, "tenant", "economics")
-    assert refused.code == 2
-    assert "VENEER_MACHINE_HOUR" in refused.err
+    assert "VENEER_MACHINE_HOUR" in run(capsys, "tenant", "economics", code=2).err
     monkeypatch.setenv("VENEER_MACHINE_HOUR", "2.50")
     assert result(capsys, "economics")["rows"] == []
     assert "no usage or training" in run(capsys, "tenant", "economics").out

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.run import run
 from tests.forks import Forked
 from tests.tiny_base import tiny_base_dir
-from veneer.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,15 +31,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
-
-
 def test_stdout_has_only_the_json(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", str(config), f"output={tmp_path / 'out'}", "adapter.rank=3", "--json") == 0
-    out, err = capsys.readouterr()
+    _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", "adapter.rank=3", "--json")
     result = json.loads(out)
     assert result["adapter"] == str(tmp_path / "out")
     assert result["steps"] == 4
@@ -58,27 +51,23 @@ def test_options_and_settings_train_without_a_file(
     (tmp_path / "desk.jsonl").write_text((config.parent / "rows.jsonl").read_text())
     base = ("--base", str(config.parent / "tiny-base"))
     given = ("--data", "desk.jsonl", "--rank", "3", "--steps", "2", "batching.rows=4")
-    assert call("train", *base, *given, "--json") == 0
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(run(capsys, "train", *base, *given, "--json").out)
     assert (result["steps"], Path(result["adapter"]).resolve()) == (2, tmp_path / "runs" / "desk")
     assert json.loads((tmp_path / "runs" / "desk" / "adapter_config.json").read_text())["r"] == 3
-    assert call("train", *base) == 2
-    assert "data.train" in capsys.readouterr().err
+    assert "data.train" in run(capsys, "train", *base, code=2).err
 
 
 def test_without_json_it_says_where_things_are(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("train", str(config), f"output={tmp_path / 'out'}") == 0
-    out, err = capsys.readouterr()
+    _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}")
     assert out == ""
     assert str(tmp_path / "out" / "report.html") in err
     assert "veneer generate" in err
 
 
 def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", str(config), f"output={tmp_path / 'out'}", "--dry-run", "--json") == 0
-    out, err = capsys.readouterr()
+    _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", "--dry-run", "--json")
     assert json.loads(out)["preflight"]["ok"]
     assert "Checked before step one" in err
     assert "longest batch" in err
@@ -98,8 +87,7 @@ def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.C
 def test_a_mistake_prints_one_error_and_exits_with_2(
     arguments: list[str], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("train", str(config), f"output={tmp_path / 'out'}", *arguments) == 2
-    err = capsys.readouterr().err
+    err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", *arguments, code=2).err
     assert message in err
     assert "error:" in err
     assert "Traceback" not in err
@@ -111,8 +99,7 @@ def test_a_misspelled_key_names_the_nearest_and_its_line(
 ) -> None:
     wrong = config.with_name("wrong.yaml")
     wrong.write_text(config.read_text().replace("schedule: {steps: 4}", "schedule:\n  stepz: 4"))
-    assert call("train", str(wrong), f"output={tmp_path / 'out'}") == 2
-    err = capsys.readouterr().err
+    err = run(capsys, "train", str(wrong), f"output={tmp_path / 'out'}", code=2).err
     assert "stepz" in err
     assert "schedule.steps" in err
     assert "wrong.yaml:6" in err
@@ -142,8 +129,7 @@ def test_processes_of_another_launcher_are_not_restarted(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert call("train", str(config), "--devices", "2") == 2
-    assert "3 processes were started already" in capsys.readouterr().err
+    assert "3 processes were started already" in run(capsys, "train", str(config), "--devices", "2", code=2).err
 
 
 def test_several_configurations_are_trained_in_one_pass(
@@ -160,8 +146,7 @@ def test_several_configurations_are_trained_in_one_pass(
         files.append(config.parent / f"{name}.yaml")
         files[-1].write_text(text.replace("rows.jsonl", data))
     words = [*map(str, files), "schedule.steps=2"]
-    assert call("train", *words, "--json") == 2
-    out, err = capsys.readouterr()
+    _, out, err = run(capsys, "train", *words, "--json", code=2)
     runs = json.loads(out)["runs"]
     assert [run["config"] for run in runs] == [str(file) for file in files]
     assert [run.get("steps") for run in runs] == [2, 2, None]
@@ -170,5 +155,4 @@ def test_several_configurations_are_trained_in_one_pass(
     assert f"{files[0]}: step 2/2" in err
     for name, rank in (("a", 2), ("b", 3)):
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == rank
-    assert call("train", *words[:2], "--devices", "2") == 2
-    assert "one process" in capsys.readouterr().err
+    assert "one process" in run(capsys, "train", *words[:2], "--devices", "2", code=2).err

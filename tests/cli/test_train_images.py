@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import veneer
+from tests.cli.run import run
 from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings
-from veneer.cli.main import main
 from veneer.errors import ConfigError
 
 
@@ -27,15 +27,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
-
-
 def test_json_on_stdout_the_rest_elsewhere(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", str(config), f"output={tmp_path / 'out'}", "--json") == 0
-    out, err = capsys.readouterr()
+    _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", "--json")
     result = json.loads(out)
     assert result["adapter"] == str(tmp_path / "out" / "out.safetensors")
     for key in ("digest", "pictures", "pictures_per_second", "loss", "validation", "hashes", "sheet"):
@@ -47,23 +40,20 @@ def test_json_on_stdout_the_rest_elsewhere(config: Path, tmp_path: Path, capsys:
 def test_the_output_names_files_and_the_next_command(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("train", str(config), f"output={tmp_path / 'out'}") == 0
-    out, err = capsys.readouterr()
+    _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}")
     assert out == ""
     assert "veneer image --base" in err
     assert str(tmp_path / "out" / "report.html") in err
 
 
 def test_a_dry_run_writes_only_a_sheet(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", str(config), f"output={tmp_path / 'out'}", "--dry-run") == 0
-    _, err = capsys.readouterr()
+    err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", "--dry-run").err
     assert "what the model would see is in" in err
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_key_names_the_nearest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", str(config), "loss.snr_gama=5") == 2
-    assert "did you mean `loss.snr_gamma`?" in capsys.readouterr().err
+    assert "did you mean `loss.snr_gamma`?" in run(capsys, "train", str(config), "loss.snr_gama=5", code=2).err
 
 
 def test_train_text_and_train_image_name_each_other(config: Path) -> None:

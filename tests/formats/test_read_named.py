@@ -102,11 +102,10 @@ def test_the_options_reach_the_reader_from_the_command_line(tmp_path, capsys):
 
     path = tmp_path / "alone.safetensors"
     save_file(pair(0), path)
-    assert run(capsys, "adapter", "inspect", str(path)).code == 2
+    run(capsys, "adapter", "inspect", str(path), code=2)
     for command in (("inspect",), ("verify",), ("convert", "--to", "peft", "-o", str(tmp_path / "out"))):
-        seen = run(capsys, "adapter", command[0], str(path), *command[1:], "--alpha", "2")
-        assert seen.code == 0, seen.out + seen.err
+        run(capsys, "adapter", command[0], str(path), *command[1:], "--alpha", "2")
     folder(tmp_path / "p", pair(0), "adapter_model.bin")
     for name in ("inspect", "verify"):
-        assert run(capsys, "adapter", name, str(tmp_path / "p")).code == 2
-        assert run(capsys, "adapter", name, str(tmp_path / "p"), "--from-pickle").code == 0
+        run(capsys, "adapter", name, str(tmp_path / "p"), code=2)
+        run(capsys, "adapter", name, str(tmp_path / "p"), "--from-pickle")

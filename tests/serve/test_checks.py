@@ -64,8 +64,7 @@ def test_bad_options_are_refused_before_listening(
     options: list[str], words: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_base_dir(home).rename(home / "base")
-    ran = run(capsys, "serve", "--base", "./base", *options)
-    assert ran.code == 2
+    ran = run(capsys, "serve", "--base", "./base", *options, code=2)
     said = " ".join(ran.err.replace("│", " ").split())
     assert all(part in said for part in words.split(" | ")), said
     assert "listening" not in ran.err
@@ -90,8 +89,7 @@ def test_bad_file_values_are_refused_before_listening(
 ) -> None:
     tiny_base_dir(home).rename(home / "base")
     (home / "server.yaml").write_text(text, encoding="utf-8")
-    ran = run(capsys, "serve", "--base", "./base", "--config", "server.yaml")
-    assert ran.code == 2
+    ran = run(capsys, "serve", "--base", "./base", "--config", "server.yaml", code=2)
     assert all(part in ran.err for part in words.split(" | ")), ran.err
     assert "listening" not in ran.err
 
@@ -108,8 +106,7 @@ def test_bad_file_values_are_refused_before_listening(
     ],
 )
 def test_a_missing_base_is_refused_before_listening(base: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = run(capsys, "serve", "--base", base)
-    assert ran.code == 2
+    ran = run(capsys, "serve", "--base", base, code=2)
     assert words in ran.err
     assert "listening" not in ran.err
 
@@ -127,8 +124,7 @@ def test_an_unknown_hub_base_is_refused_before_listening(
     (home / "home" / "bases").mkdir(parents=True)
     tiny_base_dir(home).rename(home / "home" / "bases" / "some-base")
     for more in ([], ["--upstream", "http://there"]):
-        ran = run(capsys, "serve", "--base", "somebody/sme-base", *more)
-        assert ran.code == 2
+        ran = run(capsys, "serve", "--base", "somebody/sme-base", *more, code=2)
         assert "there is no base 'somebody/sme-base'" in ran.err
         assert "did you mean some-base" in ran.err
         assert "listening" not in ran.err
@@ -172,8 +168,7 @@ def test_the_default_tenant_database_is_checked_before_listening(
     tiny_base_dir(home).rename(home / "base")
     (home / "home").mkdir()
     (home / "home" / "tenants.sqlite").write_text("this is no database, " * 99, encoding="utf-8")
-    ran = run(capsys, "serve", "--base", "./base")
-    assert ran.code == 2
+    ran = run(capsys, "serve", "--base", "./base", code=2)
     assert "tenants.sqlite" in ran.err
     assert "listening" not in ran.err
 

@@ -128,8 +128,7 @@ def test_a_taken_port_is_refused_before_loading(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = run(capsys, "serve", "--base", "smollm2-135m", "--port", str(port))
-    assert result.code == 2
+        result = run(capsys, "serve", "--base", "smollm2-135m", "--port", str(port), code=2)
     assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in result.err
     assert "listening on" not in result.err
     with pytest.raises(ResourceError, match=r"cannot listen at nowhere\.invalid:80"):
@@ -149,7 +148,6 @@ def test_impossible_options_are_refused_without_a_traceback(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keys").write_text("sk-0123456789abcdef\n")
-    ran = run(capsys, "serve", "--base", "smollm2-135m", *options)
-    assert ran.code == 2
+    ran = run(capsys, "serve", "--base", "smollm2-135m", *options, code=2)
     assert words in ran.err
     assert "Traceback" not in ran.err

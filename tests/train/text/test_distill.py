@@ -192,7 +192,6 @@ def test_teacher_completions_are_saved_as_rows(
         )
     )
     ran = run(capsys, "data", "draw", str(tmp_path / "c.yaml"), str(tmp_path / "rows.jsonl"), "--json")
-    assert ran.code == 0, ran.err
     message = json.loads(ran.out)
     made = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(made) == message["written"] == 24 - len(message["left"])

@@ -69,4 +69,4 @@ def test_the_command_adds_the_same_rows(capsys: Any, tmp_path: Path) -> None:
     assert json.loads(Path(votes).read_text()) == preference_row(messages, "By noon.", "Soon.")
     assert json.loads(Path(corrections).read_text()) == corrected_row(messages[1:], "By noon.")
     for wrong in (["--chosen", "a"], [], ["--chosen", "a", "--rejected", "b", "--answer", "c"]):
-        assert run(capsys, "data", "add", votes, "Where?", *wrong).code == 2
+        run(capsys, "data", "add", votes, "Where?", *wrong, code=2)
