@@ -11,10 +11,7 @@ from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, reference, same, serve, trained
 from veneer.serve.forward.runner import Runner
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])

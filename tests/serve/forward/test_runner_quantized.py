@@ -66,8 +66,7 @@ def adapters_of(model: Any, family: str) -> dict[str, Adapter]:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
-    [*(("llama3", kind) for kind in KINDS), ("qwen3", "nf4"), ("gemma3", "nf4"), ("mixtral", "nf4")],
+    ("family", "kind"), [*(("llama3", kind) for kind in KINDS), ("qwen3", "nf4"), ("gemma3", "nf4"), ("mixtral", "nf4")]
 )
 def test_each_row_equals_the_row_alone_over_dequantized_weights(family: str, kind: str) -> None:
     model = model_in(kind, family)

@@ -74,11 +74,7 @@ def test_a_folder_of_a_run(make: Make, base: TextBase, folder: Path) -> None:
     ],
 )
 def test_files_outside_the_folder_are_not_found(
-    make: Make,
-    base: TextBase,
-    folder: Path,
-    tmp_path: Path,
-    source: str,
+    make: Make, base: TextBase, folder: Path, tmp_path: Path, source: str
 ) -> None:
     saved(base, tmp_path / "out" / "a")
     (folder / "link").symlink_to(tmp_path / "out" / "a")
@@ -106,11 +102,7 @@ def test_without_allowed_folders_no_path_is_an_adapter(make: Make, base: TextBas
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "veneer.json"])
 def test_a_link_out_of_the_folder_is_refused(
-    make: Make,
-    base: TextBase,
-    folder: Path,
-    tmp_path: Path,
-    name: str,
+    make: Make, base: TextBase, folder: Path, tmp_path: Path, name: str
 ) -> None:
     saved(base, tmp_path / "out")
     shutil.copytree(tmp_path / "out", folder / "a")
@@ -177,12 +169,7 @@ def test_a_file_without_its_scale_is_refused_with_the_fix(make: Make, base: Text
     ],
 )
 def test_adapters_the_runner_cannot_serve_are_refused(
-    make: Make,
-    base: TextBase,
-    folder: Path,
-    library: Library,
-    problem: str,
-    word: str,
+    make: Make, base: TextBase, folder: Path, library: Library, problem: str, word: str
 ) -> None:
     digest = saved(base, folder / "a")
     library.add(folder / "a", "kept")
@@ -207,12 +194,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", list(SPECS))
-def test_every_served_kind_is_read_completely(
-    make: Make,
-    base: TextBase,
-    folder: Path,
-    name: str,
-) -> None:
+def test_every_served_kind_is_read_completely(make: Make, base: TextBase, folder: Path, name: str) -> None:
     adapter = create(base.model, SPECS[name], seed=1)
     peft.write_folder(adapter, folder / "a")
     catalog = make()
@@ -222,11 +204,7 @@ def test_every_served_kind_is_read_completely(
     assert {n: p.scale for n, p in again.pairs.items()} == {n: p.scale for n, p in adapter.pairs.items()}
 
 
-def test_a_later_write_does_not_change_a_loaded_adapter(
-    make: Make,
-    base: TextBase,
-    folder: Path,
-) -> None:
+def test_a_later_write_does_not_change_a_loaded_adapter(make: Make, base: TextBase, folder: Path) -> None:
     digest = saved(base, folder / "a")
     catalog = make()
     adapter = catalog.sources.read_from(catalog.sources.locate("a"), catalog.problems)

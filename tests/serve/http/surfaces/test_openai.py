@@ -52,11 +52,7 @@ def test_model_names_a_base_an_adapter_or_both(client: openai.OpenAI, model: str
 
 
 @pytest.mark.parametrize(
-    "mix",
-    [
-        [{"adapter": "sql", "strength": 0.8}, {"adapter": "polite", "strength": -0.5}],
-        ["sql:0.8", "polite:-0.5"],
-    ],
+    "mix", [[{"adapter": "sql", "strength": 0.8}, {"adapter": "polite", "strength": -0.5}], ["sql:0.8", "polite:-0.5"]]
 )
 def test_mix(client: openai.OpenAI, mix: Any) -> None:
     answer = ask(client, "Hi", extra_body={"mix": mix})
