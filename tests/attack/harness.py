@@ -30,8 +30,8 @@ import psutil
 
 from tests.forks import Forked
 from tests.serve.http.toy import wait_for
+from tests.serve.tenancy.conftest import new_tenant
 from tests.serve.whole import Shop, process, prompt
-from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.tenants import Tenants
 
 GAP = 0.25
@@ -119,9 +119,8 @@ class Server:
         began = time.monotonic()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            with suppress(
-                BrokenPipeError, ConnectionResetError
-            ):  # refused before the whole body was sent: the response is available
+            # refused before the whole body was sent: the response is available
+            with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, raw, self.headers(tenant))
             answer = connection.getresponse()
             content = answer.read()
@@ -310,10 +309,7 @@ def completion_body(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
 def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:
     """Create tenants in a new database; return tenant -> key."""
     tenants = Tenants(url, watch=False)
-    keys = {}
-    for name, weight in weights.items():
-        manage.add_tenant(tenants.store, name, adapters=["*"], weight=weight, actor="test")
-        keys[name] = manage.make_tenant_key(tenants.store, name, actor="test")[1]
+    keys = {name: new_tenant(tenants.store, name, ["*"], weight=weight) for name, weight in weights.items()}
     tenants.close()
     return keys
 

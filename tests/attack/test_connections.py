@@ -71,9 +71,8 @@ def test_a_slow_body_is_refused(server: Server) -> None:
 
 
 def test_a_body_that_continues_after_its_answer_is_cut(server: Server) -> None:
-    with server.raw(
-        server.head("/nowhere", 9 << 20)
-    ) as late:  # the declared length is too large, so the server refuses at the header
+    # the declared length is too large, so the server refuses at the header
+    with server.raw(server.head("/nowhere", 9 << 20)) as late:
         assert b" 413 " in late.recv(1 << 16)
         assert 0.5 < closed_after(late, b" ") < 6
 

@@ -18,9 +18,7 @@ PLAN = {"tokens": 1_000_000, "steps": 10}
 
 
 def taken(store: JobStore, seconds: float = 60, worker: str = "w", **how: Any) -> JobLease:
-    lease = store.acquire(worker, seconds, **how)
-    assert lease is not None
-    return lease
+    return store.acquire(worker, seconds, **how)
 
 
 def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: Any = None, **terms: Any) -> Job:

@@ -20,9 +20,8 @@ def test_worker_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_
         while not (started := [each for each in psutil.Process().children() if each not in earlier]):
             assert time.monotonic() < end
             time.sleep(0.01)
-        while "veneer.cli.main" not in (
-            arguments := started[0].cmdline()
-        ):  # until exec, the child is a fork of this process
+        # until exec, the child is a fork of this process
+        while "veneer.cli.main" not in (arguments := started[0].cmdline()):
             assert time.monotonic() < end
             time.sleep(0.01)
         variables = started[0].environ()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.fakes import FixedTerms
+from tests.jobs.fakes import FixedTerms, taken
 from tests.jobs.small import small_config
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import device_of, validate_job
@@ -32,8 +32,7 @@ FREE: dict[str, Any] = {}
 
 def looked_at(store: JobStore, config: dict[str, Any], terms: Mapping[str, Any] = FREE, **device: Any) -> Job:
     store.create("acme", config, name="support")
-    lease = store.acquire("validator", 60, "validating")
-    assert lease is not None
+    lease = taken(store, state="validating")
     return validate_job(store, lease, FixedTerms(store, **terms), replace(cpu_device(), **device))
 
 
@@ -88,9 +87,7 @@ def test_plan_includes_the_evaluations_completions(
     def asked(*metrics: str) -> Job:
         about = {"after": {"evaluate": {"metrics": metrics}, "alias": None}}
         store.create("acme", small_config(folder), name="support", about=about)
-        lease = store.acquire("validator", 60, "validating")
-        assert lease is not None
-        return validate_job(store, lease, FixedTerms(store), cpu_device())
+        return validate_job(store, taken(store, state="validating"), FixedTerms(store), cpu_device())
 
     scored, answered = (job.plan or {} for job in (asked("loss"), asked("loss", "exact_match")))
     memory, base = answered["memory"], text_without_weights(str(folder / "tiny-base"))

@@ -11,13 +11,13 @@ import openai
 import pytest
 
 from tests.jobs.fakes import FixedTerms
+from tests.serve.tenancy.conftest import new_tenant
 from tests.serve.whole import asking, make_shop, said, served
 from veneer.jobs.build import training
 from veneer.jobs.process import run_job
 from veneer.jobs.store import JobStore
 from veneer.jobs.validate import device_of, validate_job
 from veneer.models.home import veneer_home
-from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -28,10 +28,7 @@ ROWS = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "con
 def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shop, where = make_shop(tmp_path, []), str(tmp_path / "tenants.sqlite")
     tenants = Store(where)
-    keys = {}
-    for name in ("acme", "globex"):
-        manage.add_tenant(tenants, name, actor="test")
-        _, keys[name] = manage.make_tenant_key(tenants, name, actor="test")
+    keys = {name: new_tenant(tenants, name) for name in ("acme", "globex")}
     tenants.close()
     monkeypatch.setenv("VENEER_LIBRARY", shop.library.location)
     monkeypatch.setenv("VENEER_TENANTS", where)
@@ -40,7 +37,6 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
     def work() -> None:
         """Do a worker's work on the one waiting job."""
         new = jobs.acquire("here", 60, "validating")
-        assert new is not None
         validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # a fixed device, so that nothing is measured
         if (lease := jobs.acquire("here", 600)) is not None:
             run_job(shop.library, lease.job.id, lease.token)
@@ -78,9 +74,8 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         assert len({tuple(answer) for answer in answers}) == 4  # the base, and each checkpoint of the adapter
         whole = said(acme.completions.create(**asking(model, PROMPT)))
         assert whole.logprobs == answers[-1]  # the result equals the last state
-        assert (
-            said(acme.completions.create(**asking("help", PROMPT))).logprobs == whole.logprobs
-        )  # resolved by the route's rule
+        # resolved by the route's rule
+        assert said(acme.completions.create(**asking("help", PROMPT))).logprobs == whole.logprobs
         with pytest.raises(openai.NotFoundError):
             globex.completions.create(**asking("help", PROMPT))
         card = acme.models.retrieve(model)
@@ -106,9 +101,8 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
             with pytest.raises(openai.NotFoundError):
                 globex.fine_tuning.jobs.create(model=name, training_file=file)
 
-        second = acme.fine_tuning.jobs.create(
-            model=model, training_file=file, method=method
-        )  # continues the first job's adapter
+        # continues the first job's adapter
+        second = acme.fine_tuning.jobs.create(model=model, training_file=file, method=method)
         assert jobs.get("acme", second.id).config["adapter"]["start"] == f"acme/support-{model[-8:]}@10"
         assert acme.fine_tuning.jobs.cancel(second.id).status == "cancelled"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.serve.saved_adapters import Make, Ready
+from tests.serve.whole import Shop, Whole, make_shop, served
 from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
@@ -23,6 +24,17 @@ from veneer.serve.principal import Principal
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
     return load_text(str(tiny_base_dir(tmp_path_factory.mktemp("base"))))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return make_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Shop) -> Iterator[Whole]:
+    with served(shop) as server:
+        yield server
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from veneer.ops.quantization_formats import KINDS
 from veneer.serve.build import build
 from veneer.serve.checks import check_settings
 from veneer.serve.settings import HttpSettings, Preload, QuantizeKind, ServeSettings
-from veneer.serve.tenancy.tenants import Tenants
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +176,6 @@ def test_the_server_uses_the_stores_opened_by_checks(home: Path) -> None:
     asked = ServeSettings(str(tiny_base_dir(home)), tenants=str(home / "tenants.sqlite"), dtype="float32")
     opened = check_settings(asked)
     built = build(asked, lambda line: None, opened)
-    assert isinstance(built.service.tenancy, Tenants)
     assert built.service.tenancy.store is opened.store
     assert built.service.catalog.sources.library is opened.library
     asyncio.run(built.stop())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from tests.library.conftest import quick  # noqa: F401
-from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, responses, toy_app
 from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.errors import AdapterError, ResourceError, UnavailableError
 from veneer.library.library import open_library
@@ -168,14 +167,9 @@ def served(tenants: Tenants) -> FastAPI:
     return toy_app(ToyEngine(ToyText()), ToyCatalog(), tenants, routers=routers)
 
 
-def ask(app: FastAPI, path: str, key: str = "vnr-nobody", **more: Any) -> httpx.Response:
-    async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            headers = {"Authorization": f"Bearer {key}"}
-            return await client.request(more.pop("method", "GET"), path, headers=headers, **more)
-
-    return asyncio.run(go())
+def ask(app: FastAPI, path: str, key: str = "vnr-nobody") -> httpx.Response:
+    request = {"method": "GET", "url": path, "headers": {"Authorization": f"Bearer {key}"}}
+    return responses(app, [request], raise_app_exceptions=False)[0]
 
 
 def away(*a: Any, **k: Any) -> Any:
@@ -214,9 +208,8 @@ def test_operator_routes_are_503_during_an_outage(
     app = served(tenants)
     monkeypatch.setattr(tenants.store, "refresh", error or locked)
     told(ask(app, "/admin/tenants", ADMIN), caplog.text)
-    assert ask(app, "/admin/tenants", "no key").status_code == (
-        401 if error else 503
-    )  # uses cached settings, if those permit the request
+    # uses cached settings, if those permit the request
+    assert ask(app, "/admin/tenants", "no key").status_code == (401 if error else 503)
 
 
 def test_an_internal_error_is_500_with_a_logged_id(

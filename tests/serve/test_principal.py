@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import MagicMock
 
-import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 
-from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, responses, toy_app
 from veneer.jobs.http.files import file_routes
 from veneer.jobs.http.samples import sample_routes
 from veneer.jobs.http.tinker import training_routes
@@ -98,7 +96,6 @@ def routes_of(app: FastAPI) -> list[tuple[str, str, BodyRoute]]:
     for each in app.router.routes:
         inner = getattr(each, "original_router", None)
         for route in inner.routes if isinstance(inner, APIRouter) else ():
-            assert isinstance(route, BodyRoute)
             found += [(method, route.path, route) for method in sorted(route.methods)]
     return found
 
@@ -120,31 +117,22 @@ def test_a_route_is_closed_without_its_permission(app: FastAPI, name: str | None
     about it."""
     principal = STRANGER if name is None else KINDS[name]
 
-    async def ask() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-            for method, path, route in routes_of(app):
-                if all(principal.can(each) for each in permissions_of(route.dependencies)):
-                    continue
-                headers = {"content-type": "application/json"} | (
-                    {} if name is None else {"authorization": f"Bearer {name}"}
-                )
-                answer = await client.request(method, path, headers=headers, content=b"{not json")
-                assert answer.status_code == (401 if name is None else 403), (method, path, answer.text)
-
-    asyncio.run(ask())
+    headers = {"content-type": "application/json"} | ({} if name is None else {"authorization": f"Bearer {name}"})
+    requests = [
+        {"method": method, "url": path, "headers": headers, "content": b"{not json"}
+        for method, path, route in routes_of(app)
+        if not all(principal.can(each) for each in permissions_of(route.dependencies))
+    ]
+    for answer in responses(app, requests):
+        assert answer.status_code == (401 if name is None else 403), (answer.request, answer.text)
 
 
 def test_a_route_is_open_with_its_permission(app: FastAPI) -> None:
-    async def ask() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-            for name in KINDS:
-                for path in ("/v1/models", "/health", "/info"):
-                    assert (await client.get(path, headers={"authorization": f"Bearer {name}"})).status_code == 200
-            for name, status in {"key": 200, "acme": 403, "operator": 200, "open": 200}.items():
-                answer = await client.get("/metrics", headers={"authorization": f"Bearer {name}"})
-                assert answer.status_code == status, name
-
-    asyncio.run(ask())
+    wanted = {(name, path): 200 for name in KINDS for path in ("/v1/models", "/health", "/info")}
+    wanted |= {("key", "/metrics"): 200, ("acme", "/metrics"): 403, ("operator", "/metrics"): 200}
+    wanted["open", "/metrics"] = 200
+    requests = [{"method": "GET", "url": path, "headers": {"authorization": f"Bearer {n}"}} for n, path in wanted]
+    assert [answer.status_code for answer in responses(app, requests)] == [*wanted.values()]
 
 
 def test_a_route_that_names_no_permission_is_refused() -> None:
@@ -160,16 +148,11 @@ def test_a_route_that_names_no_permission_is_refused() -> None:
     app = FastAPI()
     app.include_router(router)
 
-    async def ask() -> httpx.Response:
-        class Enters:
-            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-                await app({**scope, "veneer.principal": Principal("operator")}, receive, send)
-
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(Enters()), base_url="http://x") as client:
-            return await client.get("/forgotten")
+    async def enters(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "veneer.principal": Principal("operator")}, receive, send)
 
     with pytest.raises(Refused) as refused:
-        asyncio.run(ask())
+        responses(enters, [{"method": "GET", "url": "/forgotten"}])
     assert refused.value.status == 403
 
 

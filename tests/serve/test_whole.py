@@ -3,26 +3,12 @@ name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
-from tests.serve.whole import KINDS, Shop, Whole, asking, make_shop, prompt, served
+from tests.serve.whole import KINDS, Shop, Whole, asking, prompt, served
 from veneer.core.adapter import Adapter
 from veneer.formats import peft
 from veneer.serve.settings import HttpSettings
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return make_shop(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def whole(shop: Shop) -> Iterator[Whole]:
-    with served(shop) as server:
-        yield server
 
 
 def test_a_mixed_batch_equals_separate_requests_and_peft(whole: Whole, shop: Shop) -> None:

@@ -17,17 +17,12 @@ from safetensors.torch import load_file, save_file
 from tests.families import llama3
 from tests.formats import hostile
 from tests.serve.forward.test_runner import trained
-from tests.serve.whole import KINDS, Shop, asking, make_shop, prompt, served
+from tests.serve.whole import KINDS, Shop, asking, prompt, served
 from tests.tiny_base import VOCAB_SIZE
 from veneer.core.adapter import Card
 from veneer.formats import peft
 
 TENSORS, CONFIG = peft.TENSOR_FILE, peft.CONFIG_FILE
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return make_shop(tmp_path_factory.mktemp("shop"))
 
 
 def spoiled(shop: Shop) -> list[str]:

@@ -13,26 +13,19 @@ from typing import Any
 
 import httpx
 import openai
-import pytest
 from sqlalchemy import select
 
 from tests.forks import Forked
 from tests.serve.http.toy import wait_for
-from tests.serve.tenancy.conftest import set_price
-from tests.serve.whole import Shop, asking, make_shop, process, prompt, said
+from tests.serve.tenancy.conftest import new_tenant, set_price
+from tests.serve.whole import Shop, asking, process, prompt, said
 from veneer.library.database import reading
-from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Price, line_table
 from veneer.serve.tenancy.tenants import Tenants
 
 PRICE = Price(150_000, 15_000, 600_000)
 CLIENTS = 6
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return make_shop(tmp_path_factory.mktemp("shop"), ["plain", "dora"])
 
 
 @dataclass
@@ -52,9 +45,8 @@ def tenants_of(folder: Path) -> tuple[str, str]:
     """Create a tenant; return (database URL, key)."""
     url = str(folder / "tenants.sqlite")
     tenants = Tenants(url, watch=False)
-    manage.add_tenant(tenants.store, "acme", adapters=["*"], actor="test")
+    key = new_tenant(tenants.store, "acme", ["*"])
     set_price(tenants.store, *astuple(PRICE))
-    _, key = manage.make_tenant_key(tenants.store, "acme", actor="test")
     tenants.close()
     return url, key
 

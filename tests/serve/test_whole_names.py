@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests.serve.http.toy import wait_for
-from tests.serve.whole import Said, Shop, Whole, alive, asking, held, make_shop, prompt, served, slowed
+from tests.serve.whole import Said, Shop, Whole, alive, asking, held, prompt, slowed
 
 LONG = 80
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return make_shop(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def whole(shop: Shop) -> Iterator[Whole]:
-    with served(shop) as server:
-        yield server
 
 
 class Running:

@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
-from tests.serve.whole import Shop, Whole, make_shop, prompt, served
+from tests.serve.tenancy.conftest import new_tenant
+from tests.serve.whole import Shop, Whole, prompt, served
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return make_shop(tmp_path_factory.mktemp("shop"), ("plain", "rs"))
 
 
 def asked(whole: Whole, key: str, model: str, ids: list[int], **more: Any) -> tuple[int, int]:
@@ -32,12 +27,7 @@ def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -
     tenant."""
     place = str(tmp_path / "tenants.sqlite")
     store = Store(place)
-    keys = {}
-    for name in ("acme", "globex"):
-        manage.add_tenant(store, name, adapters=["*"], actor="me")
-        keys[name] = manage.make_tenant_key(store, name, actor="me")[1]
-    for name in ("plain", "rs"):
-        shop.library.add(shop.adapters / name, name)
+    keys = {name: new_tenant(store, name, ["*"]) for name in ("acme", "globex")}
     ids, most = prompt(100), 96
     with served(shop, tenants=place) as whole:
         for model in ("tiny", "plain", "rs"):

@@ -86,9 +86,8 @@ def test_metrics_count_loads_and_evictions(shop: Shop) -> None:
         first = series()
         assert first["veneer:adapters_resident"] == 1
         one = first["veneer:adapters_resident_bytes"]
-        assert (
-            one >= sum(t.nbytes for _, t in peft.read_folder(shop.adapters / "plain").tensors()) / 2
-        )  # stored in bfloat16
+        # stored in bfloat16
+        assert one >= sum(t.nbytes for _, t in peft.read_folder(shop.adapters / "plain").tensors()) / 2
         server.engine.residents.limit = int(one * 2)
         for name in ("more2", "more3"):
             server.ask(name, prompt(4), 2)

@@ -13,12 +13,12 @@ from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.saved_adapters import saved
+from tests.serve.tenancy.conftest import new_tenant
 from tests.serve.whole import is_ready
 from tests.tiny_base import tiny_base_dir
 from veneer.library.library import open_library
 from veneer.models.sources import find_base, is_image_base
 from veneer.models.text.base import load_text
-from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.tenants import Tenants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,6 @@ def tenant_keys(database: Path, **more: list[str]) -> dict[str, str]:
     `more`: tenant -> adapters of others that the tenant sees."""
     tenants, keys = Tenants(str(database), watch=False), {"operator": OPERATOR}
     for name in ("acme", "globex"):
-        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*", *more.get(name, [])], actor="test")
-        keys[name] = manage.make_tenant_key(tenants.store, name, actor="test")[1]
+        keys[name] = new_tenant(tenants.store, name, [f"{name}/*", *more.get(name, [])])
     tenants.close()
     return keys

@@ -20,6 +20,7 @@ from websockets.sync.client import connect
 from websockets.typing import Origin
 
 import veneer
+from tests.serve.http.toy import responses
 from tests.studio.conftest import HOSTILE, OPERATOR, StudioServer, tenant_keys
 from tests.studio.page_socket import PageSocket, open_page
 from veneer.errors import VeneerError
@@ -290,15 +291,14 @@ def test_pages_per_key_are_limited() -> None:
                 raise Refused("no valid API key", status=401, code="unauthorized")
             return Principal("tenant", key)
 
-    async def statuses(key: str, count: int) -> list[int]:
-        headers = {"cookie": f"veneer_studio={key}"} if key else {}
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-            return [(await client.get("/studio/", headers=headers)).status_code for _ in range(count)]
+    def statuses(key: str, count: int) -> list[int]:
+        request = {"method": "GET", "url": "/studio/", "headers": {"cookie": f"veneer_studio={key}"} if key else {}}
+        return [answer.status_code for answer in responses(app, [request] * count, "http://x")]
 
     app = StudioMiddleware(draw, Access(), HttpSettings())
-    assert asyncio.run(statuses("acme", 250)) == [200] * 200 + [429] * 50
-    assert asyncio.run(statuses("globex", 1)) == [200]
-    assert asyncio.run(statuses("", 300)) == [200] * 300  # the sign-in form
+    assert statuses("acme", 250) == [200] * 200 + [429] * 50
+    assert statuses("globex", 1) == [200]
+    assert statuses("", 300) == [200] * 300  # the sign-in form
     assert len(pages) == 201
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from tests.homes import home_with_kernels
 from tests.jobs.tinker.small import ROWS, fields, forward_body, read_output
+from tests.serve.tenancy.conftest import new_tenant
 from tests.serve.whole import served
 from tests.tiny_base import tiny_base_dir
 from veneer.jobs.build import training
@@ -89,10 +90,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     folder = tmp_path_factory.mktemp("tinker")
     (folder / "adapters").mkdir()
     tenants = str(folder / "tenants.sqlite")
-    store, keys = Store(tenants), {}
-    for name in ("acme", "globex", "idle", "late"):
-        manage.add_tenant(store, name, actor="test")
-        keys[name] = manage.make_tenant_key(store, name, actor="test")[1]
+    store = Store(tenants)
+    keys = {name: new_tenant(store, name) for name in ("acme", "globex", "idle", "late")}
     tokens = sum(len(row) - 1 for row in ROWS)
     manage.change_settings(store, "globex", {"training_price": 10**6, "training_budget": 2 * tokens}, actor="test")
     manage.change_settings(store, "idle", {"training_jobs": 0}, actor="test")
@@ -160,9 +159,8 @@ def test_training_client_from_session_to_checkpoints(world: SimpleNamespace, cli
     sampled = fields(answer.content)
     samples = [dict(fields(value)) for number, value in sampled if number == 1]
     assert [np.frombuffer(each[2], "<i4").shape for each in samples] == [(4,), (4,)]
-    assert np.frombuffer(dict(sampled)[2], "<f4")[1:] == pytest.approx(
-        outputs[0][:5], abs=1e-5
-    )  # the sampler uses the trainer's values
+    # the sampler uses the trainer's values
+    assert np.frombuffer(dict(sampled)[2], "<f4")[1:] == pytest.approx(outputs[0][:5], abs=1e-5)
     assert acme.sample(live, 0, num_samples=2).content == answer.content
 
     path = acme.numbered("save_weights", model, path="0001", type="save_weights")["path"]

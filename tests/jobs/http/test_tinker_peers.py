@@ -26,6 +26,7 @@ import yaml
 from tests.homes import home_with_kernels
 from tests.jobs.fakes import until
 from tests.serve.http.toy import free_port
+from tests.serve.tenancy.conftest import new_tenant
 from tests.test_readme import blocks
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from veneer.jobs.account import trained_name
@@ -107,9 +108,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     home_with_kernels(server.folder / "home")
     _offline(server.client_folder)
     store = Store(str(server.folder / "tenants.sqlite"))
-    for tenant in ("acme", "globex"):
-        manage.add_tenant(store, tenant, actor="test")
-        server.keys[tenant] = manage.make_tenant_key(store, tenant, actor="test")[1]
+    server.keys = {tenant: new_tenant(store, tenant) for tenant in ("acme", "globex")}
     manage.change_settings(store, "acme", {"training_price": 2_000_000, "training_budget": 10**9}, actor="test")
     store.close()
     server.start()

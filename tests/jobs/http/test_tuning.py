@@ -27,7 +27,6 @@ from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
-from veneer.train.config.text import TrainConfig
 from veneer.train.rewards.build import build_rewards, local_judge_models
 from veneer.train.rewards.judge import Reply
 from veneer.train.rewards.reward import Answer
@@ -53,9 +52,7 @@ class Jobs:
         return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=key, max_retries=0)
 
     def taken(self, state: Any = "queued") -> JobLease:
-        lease = self.store.acquire("worker", 60, state)
-        assert lease is not None
-        return lease
+        return self.store.acquire("worker", 60, state)
 
     def trained(self) -> JobLease:
         """Validate and start the next job."""
@@ -226,15 +223,13 @@ def test_reinforcement_job_has_the_requested_configuration(jobs: Jobs, client: o
     file, held_out = sent(client, rows), sent(client, rows, "held.jsonl")
     request = reinforced(both, hyperparameters=numbers, response_format=form)
     job = created(client, training_file=file, validation_file=held_out, **request)
-    method = job.method.reinforcement.to_dict(
-        warnings=False
-    )  # OpenAI's class has a single grader; the body has several by name
+    # OpenAI's class has a single grader; the body has several by name
+    method = job.method.reinforcement.to_dict(warnings=False)
     assert job.method.type == "reinforcement"
     assert method["grader"] == both
     assert method["response_format"] == form
     assert method["hyperparameters"] == numbers
     config, _ = config_from({**jobs.store.get("acme", job.id).config, "output": {"directory": "out"}})
-    assert isinstance(config, TrainConfig)
     reinforcement = config.reinforcement
     assert (reinforcement.loss, reinforcement.group, reinforcement.grammar) == ("grpo", 4, {"json_schema": schema})
     (reward,) = reinforcement.rewards

@@ -194,7 +194,6 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     loss = row_loss(name, logps, row, options)
     assert float(loss.detach()) == pytest.approx(_reference(name, p, q, a, w))
     loss.backward()
-    assert logps.grad is not None
     if name == "cispo":  # the ratio's clip stands still
         wanted = -np.clip(np.exp(p - q), 0.7, 1.1) * a
     else:

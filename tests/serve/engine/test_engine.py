@@ -210,7 +210,6 @@ def test_an_unreadable_adapter_fails_only_its_request() -> None:
     for i, (ids, _, end) in enumerate(got):
         if i % 2:
             assert (end.reason, ids) == ("error", [])
-            assert isinstance(end.error, Refused)
         else:
             assert ids == greedy(model, shelf, ((good, 1.0),), prompt(9, i), 12)
 

@@ -57,11 +57,6 @@ def asked(adapter: str = "run", how: SamplingParams = HOW, each: int = 2) -> lis
     return [CompletionRequest(p, sampling_seed(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
 
 
-def draw(sampler: Sampler, wanted: list[CompletionRequest]) -> list[Rollout]:
-    drawn = sampler.sample(wanted)
-    return drawn
-
-
 def rows(drawn: list[Rollout]) -> tuple[Tensor, list[int], Tensor]:
     ids = [t for r in drawn for t in (*r.prompt, *r.tokens)]
     said = [k >= len(r.prompt) for r in drawn for k in range(len(r.prompt) + len(r.tokens))]
@@ -77,7 +72,7 @@ def logps(drawn: list[Rollout]) -> Tensor:
 )
 def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, codes: str) -> None:
     with drawing(getattr(torch, dtype), codes) as (base, attachment, sampler):
-        drawn = draw(sampler, asked())
+        drawn = sampler.sample(asked())
         ids, lengths, said = rows(drawn)
         replay = sampler.replay(ids, lengths, said, "run")
         found = replayed_logps(base.model, ids, lengths, said, replay)
@@ -102,7 +97,7 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
 
 def test_recomputed_layers_have_the_same_gradient() -> None:
     with drawing() as (base, attachment, sampler):
-        ids, lengths, said = rows(draw(sampler, asked()))
+        ids, lengths, said = rows(sampler.sample(asked()))
         parameters = list(attachment.parameters("run").values())
         base.model.train()
 
@@ -118,31 +113,25 @@ def test_recomputed_layers_have_the_same_gradient() -> None:
 
 def test_an_answer_depends_only_on_its_seed() -> None:
     with drawing() as (_, _, sampler):
-        together = draw(sampler, asked(each=3))
+        together = sampler.sample(asked(each=3))
         assert len({r.tokens for r in together[:3]}) > 1
         for wanted, r in zip(asked(each=3), together, strict=True):
-            (alone,) = draw(sampler, [wanted])
+            (alone,) = sampler.sample([wanted])
             assert (alone.tokens, alone.logps) == (r.tokens, r.logps)
-        assert [r.cached for r in together] == [
-            0,
-            32,
-            32,
-            0,
-            0,
-            0,
-        ]  # the first row of each group computes the prompt; the others reuse its full blocks
-        base = draw(sampler, asked(""))
-        assert [r.logps for r in base] != [r.logps for r in draw(sampler, asked())]
+        # the first row of each group computes the prompt; the others reuse its full blocks
+        assert [r.cached for r in together] == [0, 32, 32, 0, 0, 0]
+        base = sampler.sample(asked(""))
+        assert [r.logps for r in base] != [r.logps for r in sampler.sample(asked())]
 
 
 def test_sampling_uses_the_values_of_the_last_step() -> None:
     with drawing() as (_, attachment, sampler):
-        before = draw(sampler, asked())
-        assert [r.cached for r in draw(sampler, asked())][:2] == [32, 32]
+        before = sampler.sample(asked())
+        assert [r.cached for r in sampler.sample(asked())][:2] == [32, 32]
         with torch.no_grad():
             for parameter in attachment.parameters("run").values():
                 parameter += 0.05
-        after = draw(sampler, asked())
+        after = sampler.sample(asked())
         assert after[0].cached == 0
         assert after[0].logps != before[0].logps
         assert torch.equal(sampler.replay(*rows(after), "run").logps(), logps(after))
@@ -151,7 +140,7 @@ def test_sampling_uses_the_values_of_the_last_step() -> None:
 def test_sampled_and_model_log_probabilities_are_both_reported() -> None:
     with drawing() as (base, _, sampler):
         for how in (SamplingParams(12, temperature=0.6), SamplingParams(12, top_p=0.6), SamplingParams(12)):
-            drawn = draw(sampler, asked(how=how))
+            drawn = sampler.sample(asked(how=how))
             for r in drawn:
                 with torch.no_grad():
                     scores = base.model(input_ids=torch.tensor([[*r.prompt, *r.tokens]])).logits[0].double()
@@ -169,11 +158,11 @@ def test_sampled_and_model_log_probabilities_are_both_reported() -> None:
 def test_grammars_limits_and_interruptions_are_obeyed() -> None:
     with drawing() as (_, _, sampler):
         pattern = "(yes|no) ?[0-9]{2}"
-        for r in draw(sampler, asked(how=SamplingParams(12, grammar=("regex", pattern)))):
+        for r in sampler.sample(asked(how=SamplingParams(12, grammar=("regex", pattern)))):
             assert re.fullmatch(pattern, r.text)
-        assert all(r.cut == (len(r.tokens) == 12) for r in draw(sampler, asked()))
+        assert all(r.cut == (len(r.tokens) == 12) for r in sampler.sample(asked()))
         assert sampler.sample(asked(how=SamplingParams(100)), lambda: True) is None
-        assert len(draw(sampler, asked())) == 4
+        assert len(sampler.sample(asked())) == 4
 
 
 def test_a_base_the_engine_cannot_run_is_refused() -> None:
@@ -196,7 +185,7 @@ def test_sampling_keeps_the_fast_paths_of_training() -> None:
         with live_sampler(base_of(model), attachment, settings) as sampler, fast(model) as how:
             assert "LlamaAttention" in how.summary()
             attachment.use("run")
-            drawn = draw(sampler, asked())
+            drawn = sampler.sample(asked())
             ids, lengths, said = rows(drawn)
             assert torch.allclose(token_logps(model, ids, lengths, said), logps(drawn), atol=1e-5)
     assert model.config._attn_implementation == before

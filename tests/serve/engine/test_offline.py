@@ -74,12 +74,10 @@ def test_the_engine_is_used_where_it_can_run_the_base() -> None:
 
 def test_a_quantized_base_answers_by_the_engine_too() -> None:
     model = model_of("llama3")
-    module = model.model.layers[
-        0
-    ].mlp.down_proj  # quantize a single module, so that its fused group mixes plain and quantized weights
+    # quantize a single module, so that its fused group mixes plain and quantized weights
+    module = model.model.layers[0].mlp.down_proj
     module.weight = nn.Parameter(quantize(module.weight.detach(), "int8"), requires_grad=False)
     with answering(base_of(model), {}) as answer:
-        assert isinstance(answer, EngineAnswers)
         assert answer(PROMPTS, [], max_new_tokens=3) == complete(base_of(model), PROMPTS, max_new_tokens=3)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, responses, toy_app
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
 from veneer.serve.settings import HttpSettings
 
@@ -21,13 +19,8 @@ def statuses(
     requests: list[dict[str, Any]], tenancy: Tenancy | None = None, settings: HttpSettings | None = None
 ) -> list[int]:
     """Return the status of each request, given as method, path, headers and httpx options."""
-    app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenancy or OpenAccess(), settings)
-
-    async def ask() -> list[int]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:8000") as client:
-            return [(await client.request(**each)).status_code for each in requests]
-
-    return asyncio.run(ask())
+    app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenancy, settings)
+    return [each.status_code for each in responses(app, requests, "http://localhost:8000")]
 
 
 def asked(**headers: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wait_for
-from tests.serve.tenancy.conftest import set_price
+from tests.serve.tenancy.conftest import new_tenant, set_price
 from veneer.library.database import reading
 from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
@@ -45,8 +45,7 @@ def tenants(quick: Path) -> Iterator[Tenants]:  # noqa: F811
 
 @pytest.fixture
 def server(tenants: Tenants) -> Iterator[tuple[Live, str]]:
-    manage.add_tenant(tenants.store, "acme", actor="me")
-    _, key = manage.make_tenant_key(tenants.store, "acme", actor="me")
+    key = new_tenant(tenants.store, "acme")
     set_price(tenants.store, 10_000_000, 10_000_000, 10_000_000)
     with live(ToyEngine(ToyText(tools=True)), Shadowed(), tenants) as served:
         yield served, key

@@ -13,7 +13,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -363,6 +363,16 @@ def served(app: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+def responses(app: Any, requests: Iterable[dict[str, Any]], base: str = "http://localhost", **how: Any) -> list[Any]:
+    """Return an app's response to each request, given as httpx's arguments. `how`: options of ASGITransport."""
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app, **how), base_url=base) as client:
+            return [await client.request(**each) for each in requests]
+
+    return asyncio.run(ask())
 
 
 def fuzzed(url: str, ask: Callable[[Any], None], starts: tuple[str, ...] = ("/",)) -> None:

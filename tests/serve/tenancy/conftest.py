@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,12 @@ def set_price(store: Store, prompt: int, cached: int, completion: int, tenant: s
     """Set the price per million tokens."""
     values = {"prompt_price": prompt, "cached_price": cached, "completion_price": completion}
     manage.change_settings(store, tenant, values, adapter=adapter, actor="test")
+
+
+def new_tenant(store: Store, name: str, adapters: Sequence[str] = (), **more: Any) -> str:
+    """Add a tenant; return a key of it."""
+    manage.add_tenant(store, name, adapters=adapters, actor="test", **more)
+    return manage.make_tenant_key(store, name, actor="test")[1]
 
 
 @pytest.fixture

@@ -85,9 +85,8 @@ def server(url: str, folder: Path, socket: str) -> None:
             file.write(f"{tenants.ledger.recovered['done']}\n")
         post = ledger_module.post
 
-        def slowly(
-            *arguments: Any, **named: Any
-        ) -> int:  # a slow database, so that the last tokens are sent before their rows are written
+        # a slow database, so that the last tokens are sent before their rows are written
+        def slowly(*arguments: Any, **named: Any) -> int:
             time.sleep(random.random() * 0.05)
             return post(*arguments, **named)
 
@@ -271,7 +270,6 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
         assert not lines or row is not None, f"{request}: the client had words of it, the ledger has nothing"
         if lines and "used" in lines[-1]:
             finals += 1
-            assert row is not None
             assert row.state == "done", f"{request}: answered, and {row.state}"
         if row is None:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, responses, toy_app
 from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
@@ -38,15 +39,10 @@ def call(tenants: Tenants) -> Call:
 
 def caller_of(app: Any) -> Call:
     def ask(method: str, path: str, body: Any = None, key: str | None = ADMIN, **query: Any) -> httpx.Response:
-        async def go() -> httpx.Response:
-            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-            sent: dict[str, Any] = {"json": body}
-            if isinstance(body, bytes):
-                sent, headers["content-type"] = {"content": body}, "application/json"
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-                return await client.request(method, f"/admin{path}", params=query, headers=headers, **sent)
-
-        return asyncio.run(go())
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        headers = {"content-type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        request = {"method": method, "url": f"/admin{path}", "params": query, "headers": headers, "content": content}
+        return responses(app, [request])[0]
 
     return ask
 

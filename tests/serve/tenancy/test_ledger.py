@@ -25,7 +25,7 @@ from sqlalchemy import delete, func, select, update
 
 from tests.library.conftest import postgres_server
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
-from tests.serve.tenancy.conftest import Clock, set_price
+from tests.serve.tenancy.conftest import Clock, new_tenant, set_price
 from tests.serve.tenancy.test_tenants import ask, rows, run
 from veneer.errors import ResourceError
 from veneer.library.database import reading, write_transaction
@@ -33,7 +33,6 @@ from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
-from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.ledger import usage
@@ -402,8 +401,7 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
         tenants = Tenants(
             url, admin_key=ADMIN, ledger=LedgerSettings(folder=quick / "journals", room=128 << 10), watch=True
         )
-        manage.add_tenant(tenants.store, "acme", actor="me")
-        _, key = manage.make_tenant_key(tenants.store, "acme", actor="me")
+        key = new_tenant(tenants.store, "acme")
         served = ResolvedModel((), "tiny", "tiny")
         refusals: list[tuple[int, str, str]] = []
 
@@ -431,9 +429,8 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
                 assert state.lag > 0
                 said = await asyncio.gather(*(_told(one(f"s{n}")) for n in range(300)))
                 refusals.extend(r for r in said if r is not None)
-                assert (
-                    100 < len(refusals) < 280
-                )  # the outbox is bounded, and 32 pages of 4 KiB hold more than 20 requests
+                # the outbox is bounded, and 32 pages of 4 KiB hold more than 20 requests
+                assert 100 < len(refusals) < 280
                 assert set(refusals) == {(503, "overloaded", "usage cannot be recorded at the moment")}
                 app = toy_app(
                     ToyEngine(ToyText()), ToyCatalog(), tenants, routers=[admin_router(tenants, ToyCatalog())]

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.serve.tenancy.conftest import set_price
+from tests.serve.tenancy.conftest import new_tenant, set_price
 from tests.serve.whole import make_shop, served
 from veneer.library.database import reading
 from veneer.serve.settings import LedgerSettings
-from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Store, line_table
 
@@ -25,8 +24,7 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
     shop.library.alias("plain@1", "prod")
     digest = shop.library.find("plain").digest
     store = Store(where)
-    manage.add_tenant(store, "acme", adapters=["plain", "rs", "sha256:*"], actor="test")
-    _, key = manage.make_tenant_key(store, "acme", actor="test")
+    key = new_tenant(store, "acme", ["plain", "rs", "sha256:*"])
     set_price(store, 1_000_000, 1_000_000, 1_000_000)
     set_price(store, 1_000_000_000, 1_000_000_000, 1_000_000_000, adapter="plain")
     both, dear, cheap = 8008, 8000, 8  # prices of 5 + 3 tokens

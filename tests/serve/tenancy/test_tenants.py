@@ -212,7 +212,6 @@ def test_unused_reservations_are_returned(tenants: Tenants, clock: Clock) -> Non
         with pytest.raises(Refused) as over:
             await ask(tenants, acme, "f", None)
         assert (over.value.status, over.value.code) == (429, "rate_limited")
-        assert over.value.retry_after is not None
         clock.now += over.value.retry_after
         await ask(tenants, acme, "f", Usage(1, 0, 1))
 
@@ -313,7 +312,6 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
             again = await asyncio.gather(
                 ask(tenants, acme, "a", None), ask(tenants, acme, "b", None), return_exceptions=True
             )
-            assert isinstance(again[0], Refused)
             assert again[0].status == 400
             bill.used(Usage(5, 0, 5))
             bill.used(Usage(500, 0, 500))

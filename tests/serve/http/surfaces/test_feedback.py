@@ -14,6 +14,7 @@ import pytest
 
 from tests.library.conftest import postgres, quick  # noqa: F401
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
+from tests.serve.tenancy.conftest import new_tenant
 from veneer.serve.access import ResolvedModel
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.principal import Principal
@@ -70,10 +71,7 @@ def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     monkeypatch.setattr("veneer.serve.tenancy.tenants.SERVING_PATIENCE", 0.5)
     ledger = LedgerSettings(folder=quick / "journals", room=1 << 20)
     tenants = Tenants(where, ledger=ledger, wall=lambda: at[0], watch=False)
-    keys = {}
-    for name in ("acme", "globex"):
-        manage.add_tenant(tenants.store, name, adapters=["*"], actor="me")
-        _, keys[name] = manage.make_tenant_key(tenants.store, name, actor="me")
+    keys = {name: new_tenant(tenants.store, name, ["*"]) for name in ("acme", "globex")}
     manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, actor="me")
     routers = [feedback_routes(tenants.answers)]
     with live(ToyEngine(ToyText(tools=True)), ToyCatalog(), tenants, routers=routers) as server:
