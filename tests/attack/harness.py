@@ -293,17 +293,8 @@ class Watch:
 
 def completion_body(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
     """Return a request for a completion of exactly `n` tokens, each with a text."""
-    bias = {str(i): -100 for i in range(3)}
-    return {
-        "model": "",
-        "prompt": list(ids),
-        "max_tokens": n,
-        "temperature": 0,
-        "logprobs": 0,
-        "logit_bias": bias,
-        "ignore_eos": True,
-        **more,
-    }
+    body = {"model": "", "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+    return body | {"logit_bias": {str(i): -100 for i in range(3)}} | more
 
 
 def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:

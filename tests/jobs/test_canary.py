@@ -39,17 +39,9 @@ class Shop:
     tenants: Store
 
     def submit(self, after: Mapping[str, Any], **sections: Any) -> Job:
-        settings = small_config(self.folder, **sections) | {"output": str(self.folder / "out")}
-        config, _ = config_from(settings)
-        return submit_job(
-            self.jobs,
-            config,
-            tenant="acme",
-            name="support",
-            after=parse_after(after, self.folder),
-            tenants=self.tenants,
-            device=device_of("h100-80gb"),
-        )
+        config, _ = config_from(small_config(self.folder, **sections) | {"output": str(self.folder / "out")})
+        job = {"tenant": "acme", "name": "support", "after": parse_after(after, self.folder)}
+        return submit_job(self.jobs, config, **job, tenants=self.tenants, device=device_of("h100-80gb"))
 
     def work(self) -> Job:
         lease = taken(self.jobs, 600)
@@ -114,9 +106,7 @@ NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
         (False, {}, {}, None, NEW), (False, {}, RULE, BETTER, NEW), (False, {}, RULE, WORSE, None),
     ],
 )  # fmt: skip
-def test_route_follows_the_promotion_rule(
-    shop: Shop, before: bool, route: Any, rule: Any, scores: Any, leads: Any
-) -> None:
+def test_route_follows_the_promotion_rule(shop, before, route, rule, scores, leads):
     """A job that resumes after a kill moves nothing twice; then a person promotes and rolls back."""
     if before:
         routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")

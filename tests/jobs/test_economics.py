@@ -66,23 +66,8 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     acme = ["acme", "acme/support", 2, 7200.0, 64 * UNIT, 4 * UNIT, 4, 120.0, 72 * UNIT, 120 * UNIT, 48 * UNIT]
     acme += [18_000 * UNIT, 12_000 * UNIT, 2, 5]
     # globex's only request costs 24 and brings 20; its draft was never queried, so no training cost is open.
-    base = [
-        "globex",
-        "base",
-        0,
-        0.0,
-        0,
-        0,
-        1,
-        40.0,
-        24 * UNIT,
-        20 * UNIT,
-        48 * UNIT,
-        24_000 * UNIT,
-        48_000 * UNIT,
-        1,
-        0,
-    ]
+    base = ["globex", "base", 0, 0.0, 0, 0, 1, 40.0, 24 * UNIT, 20 * UNIT, 48 * UNIT]
+    base += [24_000 * UNIT, 48_000 * UNIT, 1, 0]
     draft = ["globex", "globex/draft", 1, 3600.0, 32 * UNIT, 9 * UNIT, 0, 0.0, 0, 0, 48 * UNIT, None, None, None, None]
     assert (result["since"], result["hours"]) == ("2026-11-01", 48.0)
     assert [list(row.values()) for row in result["rows"]] == [acme, base, draft]

@@ -83,9 +83,7 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"promote": {"metric": "loss", "buy": 1}}, "did you mean by"), ({"promote": "loss < base"}, "`after.promote`"),
     ],
 )  # fmt: skip
-def test_impossible_sections_are_refused_before_training(
-    tenants: Store, tmp_path: Path, after: Any, message: str
-) -> None:
+def test_impossible_sections_are_refused_before_training(tenants, tmp_path, after, message):
     config, _ = config_from(small_config(tmp_path) | {"output": str(tmp_path / "out")})
     with pytest.raises(VeneerError) as error:
         check_after(parse_after(after, tmp_path), config, "acme/support", "acme", tenants)

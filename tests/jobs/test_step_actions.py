@@ -54,9 +54,7 @@ def trained(store: JobStore) -> Job:
     return job
 
 
-def test_steps_are_published_during_training(
-    store: JobStore, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_steps_are_published_during_training(store, device, tmp_path, monkeypatch, capsys):
     values = small_config(tmp_path, checkpoint={"every": 1, "adapters": True, "keep": 2})
     submitted(store, device, values)
     add, away = store.library.add, [UnavailableError("the store is away")]

@@ -79,9 +79,7 @@ def test_sampled_completions_are_planned_once(store: JobStore, folder: Path) -> 
 
 
 @in_sqlite
-def test_plan_includes_the_evaluations_completions(
-    store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_includes_the_evaluations_completions(store, folder, monkeypatch):
     """On a CPU, the plan has sampling's peak if training's is lower; a peak over the memory is refused."""
 
     def asked(*metrics: str) -> Job:

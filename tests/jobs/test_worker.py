@@ -141,11 +141,8 @@ def test_stopped_worker_releases_new_jobs(library: Library, store: JobStore) -> 
     executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
-    assert (state(store, job), store.get(None, job.id).worker, store.get(None, job.id).faults) == (
-        "validating",
-        None,
-        0,
-    )
+    left = store.get(None, job.id)
+    assert (left.state, left.worker, left.faults) == ("validating", None, 0)
 
 
 @pytest.mark.slow
@@ -234,9 +231,7 @@ def test_checkpoints_of_succeeded_jobs_are_removed(library: Library, store: JobS
     assert (job.folder / "attempt-1" / "log.jsonl").is_file()
 
 
-def test_folders_of_failed_jobs_are_kept_for_days(
-    library: Library, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_of_failed_jobs_are_kept_for_days(library, store, tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     jobs = [queued(store) for _ in range(3)]
     for job in jobs:

@@ -52,15 +52,9 @@ class Shop:
         return Thing(name, adapter.size_bytes() * self.factor)
 
     def residents(self, limit: int, patience: float = 1.0) -> AdapterCache[Thing]:
-        return AdapterCache(
-            self.read,
-            self.prepare,
-            limit_bytes=limit * UNIT,
-            patience=patience,
-            freed=lambda thing: self.freed.append(thing.name),
-            submit=self.jobs.append,
-            clock=lambda: self.now,
-        )
+        how = {"patience": patience, "submit": self.jobs.append, "clock": lambda: self.now}
+        how["freed"] = lambda thing: self.freed.append(thing.name)
+        return AdapterCache(self.read, self.prepare, limit_bytes=limit * UNIT, **how)
 
     def run(self, n: int = 10**6) -> None:
         while self.jobs and n:

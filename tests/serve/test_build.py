@@ -117,9 +117,7 @@ def test_computing_options_are_refused_with_upstreams(option: str, more: dict[st
         ("tenant_mixes", {"fleet": FleetSettings(mixes=3)}),
     ],
 )
-def test_text_options_are_refused_with_image_bases(
-    option: str, more: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_text_options_are_refused_with_image_bases(option, more, tmp_path_factory):
     base = str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1"))
     with pytest.raises(ConfigError, match=f"^{option} applies to"):
         load(ServeSettings(base, **more))
@@ -136,9 +134,7 @@ def test_upstream_options_are_refused_without_upstreams(more: dict[str, Any], tm
     ("option", "more"), [("days", {"days": 3.0}), ("room", {"room": 1 << 20}), ("folder", {"folder": Path("x")}),
                          ("sync", {"synced": True})],
 )  # fmt: skip
-def test_ledger_options_are_refused_without_tenants(
-    option: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ledger_options_are_refused_without_tenants(option, more, tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=f"ledger_{option} applies to the ledger of tenants"):
         tenancy_of(ServeSettings("toy", ledger=LedgerSettings(**more)), print, None)

@@ -59,9 +59,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--max-batch", "many"], "Invalid value for '--max-batch'"),
     ],
 )
-def test_bad_options_are_refused_before_listening(
-    options: list[str], words: str, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options_are_refused_before_listening(options, words, home, capsys):
     tiny_base_dir(home).rename(home / "base")
     ran = run(capsys, "serve", "--base", "./base", *options, code=2)
     said = " ".join(ran.err.replace("│", " ").split())
@@ -83,9 +81,7 @@ def test_bad_options_are_refused_before_listening(
         ("[queue]", "expected"),
     ],
 )
-def test_bad_file_values_are_refused_before_listening(
-    text: str, words: str, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_file_values_are_refused_before_listening(text, words, home, capsys):
     tiny_base_dir(home).rename(home / "base")
     (home / "server.yaml").write_text(text, encoding="utf-8")
     ran = run(capsys, "serve", "--base", "./base", "--config", "server.yaml", code=2)
@@ -110,9 +106,7 @@ def test_a_missing_base_is_refused_before_listening(base: str, words: str, capsy
     assert "listening" not in ran.err
 
 
-def test_an_unknown_hub_base_is_refused_before_listening(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_hub_base_is_refused_before_listening(home, capsys, monkeypatch):
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def answers(*_: object, **__: object) -> None:
@@ -161,9 +155,7 @@ def test_valid_and_unknown_settings_pass(home: Path) -> None:
         check_settings(ServeSettings(base, preload=(Preload("mine", "an-adapter"),)))
 
 
-def test_the_default_tenant_database_is_checked_before_listening(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_default_tenant_database_is_checked_before_listening(home, capsys):
     tiny_base_dir(home).rename(home / "base")
     (home / "home").mkdir()
     (home / "home" / "tenants.sqlite").write_text("this is no database, " * 99, encoding="utf-8")

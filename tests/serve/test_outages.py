@@ -56,9 +56,7 @@ def elsewhere(base: TextBase, folder: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "error", [OSError(SECRET), RuntimeError(SECRET), PermissionError(SECRET), TimeoutError(SECRET)]
 )
-def test_a_failed_first_read_of_an_adapter_is_repeated(
-    make: Make, elsewhere: Any, error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_first_read_of_an_adapter_is_repeated(make, elsewhere, error, caplog, monkeypatch):
     library, digest = elsewhere
     catalog = make(library=library)
     assert catalog.resolve("support", OPERATOR).mix == of(digest)
@@ -104,9 +102,7 @@ def test_a_removed_adapter_is_404_and_no_outage(make: Make, elsewhere: Any) -> N
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EACCES])
-def test_a_failing_disk_is_not_the_adapters_error(
-    make: Make, base: TextBase, folder: Path, number: int, caplog: pytest.LogCaptureFixture, monkeypatch: Any
-) -> None:
+def test_a_failing_disk_is_not_the_adapters_error(make, base, folder, number, caplog, monkeypatch):
     saved(base, folder / "a")
     catalog = make()
 
@@ -185,9 +181,7 @@ def told(answer: httpx.Response, log: str) -> None:
     assert any(number in line and "secret-host" in line for line in log.splitlines())
 
 
-def test_unauthenticated_requests_learn_nothing_of_an_outage(
-    tenants: Tenants, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unauthenticated_requests_learn_nothing_of_an_outage(tenants, monkeypatch, caplog):
     app = served(tenants)
     assert ask(app, "/v1/models").status_code == 401
     monkeypatch.setattr(tenants.store, "refresh", away)
@@ -199,9 +193,7 @@ def test_unauthenticated_requests_learn_nothing_of_an_outage(
 
 
 @pytest.mark.parametrize("error", [away, None])
-def test_operator_routes_are_503_during_an_outage(
-    tenants: Tenants, error: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_operator_routes_are_503_during_an_outage(tenants, error, monkeypatch, caplog):
     def locked(*a: Any, **k: Any) -> Any:
         raise ResourceError(f"another process has been writing to {SECRET}", fix="use PostgreSQL")
 
@@ -212,9 +204,7 @@ def test_operator_routes_are_503_during_an_outage(
     assert ask(app, "/admin/tenants", "no key").status_code == (401 if error else 503)
 
 
-def test_an_internal_error_is_500_with_a_logged_id(
-    tenants: Tenants, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_internal_error_is_500_with_a_logged_id(tenants, monkeypatch, caplog):
     app = served(tenants)
 
     def broken(*a: Any, **k: Any) -> Any:

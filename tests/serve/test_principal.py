@@ -74,19 +74,9 @@ class ByName(OpenAccess):
 @pytest.fixture(scope="module")
 def app() -> Iterator[FastAPI]:
     staging, nothing = UploadStage(1 << 20), MagicMock()  # denied requests never use these objects
-    routers = [
-        adapter_routes(nothing, staging, ByName()),
-        feedback_routes(nothing),
-        admin_router(nothing, ToyCatalog()),
-        file_routes(nothing),
-        tuning_routes(nothing),
-        sample_routes(nothing),
-        training_routes(nothing),
-        sampling_routes(nothing),
-        weights_routes(nothing),
-        key_routes(ByName()),
-        images_routes,
-    ]
+    makers = (feedback_routes, file_routes, tuning_routes, sample_routes, training_routes, sampling_routes)
+    routers = [images_routes, key_routes(ByName()), *(each(nothing) for each in (*makers, weights_routes))]
+    routers += [adapter_routes(nothing, staging, ByName()), admin_router(nothing, ToyCatalog())]
     yield toy_app(ToyEngine(ToyText()), ToyCatalog(), ByName(), routers=routers, unguarded=("/studio",))
     staging.close()
 

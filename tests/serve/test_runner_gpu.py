@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.families import FAMILIES
-from tests.serve.forward.test_runner import base_of, prompts, reference, same, serve, trained
+from tests.serve.forward.test_runner import adapters_of, base_of, prompts, reference, same, serve
 from veneer.serve.forward.runner import Runner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -19,12 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_each_rows_result_equals_the_row_alone(family: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare bfloat16 with float32 weights of equal value: on a CPU the logits differ by at most 0.03."""
     model = FAMILIES[family]().to(torch.bfloat16).float()
-    exclude = ("*.experts",) if family == "mixtral" else ()
-    adapters = {
-        "a": trained(model, 1),
-        "b": trained(model, 2, rank=5),
-        "c": trained(model, 3, dora=True, exclude=exclude),
-    }
+    adapters = adapters_of(model, family)
     mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.7), ("b", 0.4)], [("c", 0.5), ("a", 1.0)]]
     ids = prompts([20, 33, 17, 40])
     want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]

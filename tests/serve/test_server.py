@@ -116,9 +116,7 @@ def test_a_failed_start_reports_its_reason(make: Callable[[], Application]) -> N
     assert "listening on http://127.0.0.1:" in said[0]
 
 
-def test_a_taken_port_is_refused_before_loading(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_taken_port_is_refused_before_loading(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -139,9 +137,7 @@ def test_a_taken_port_is_refused_before_loading(
         (["--open", "--api-keys", "keys"], "--open and --api-keys"),
     ],
 )
-def test_impossible_options_are_refused_without_a_traceback(
-    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_impossible_options_are_refused_without_a_traceback(options, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keys").write_text("sk-0123456789abcdef\n")
     ran = run(capsys, "serve", "--base", "smollm2-135m", *options, code=2)

@@ -97,20 +97,10 @@ def test_other_file_suffixes_are_refused(staging: UploadStage, name: str) -> Non
 
 
 def test_an_archive_is_unpacked_only_into_its_folder(staging: UploadStage) -> None:
-    staged = sent(
-        staging,
-        "a.zip",
-        packed(
-            ("../../adapter_config.json", b"{}"),
-            ("/etc/adapter_model.safetensors", b"w"),
-            ("run/evil.py", b"x"),
-            ("run/README.md/", b""),
-        ),
-    )
-    assert {p.name: p.read_bytes() for p in staged.path.iterdir()} == {
-        "adapter_config.json": b"{}",
-        "adapter_model.safetensors": b"w",
-    }
+    files = {"../../adapter_config.json": b"{}", "/etc/adapter_model.safetensors": b"w", "run/evil.py": b"x"}
+    staged = sent(staging, "a.zip", packed(*files.items(), ("run/README.md/", b"")))
+    kept = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w"}
+    assert {p.name: p.read_bytes() for p in staged.path.iterdir()} == kept
     assert {p.parent for p in on_disk()} == {staged.path}
 
 

@@ -217,16 +217,8 @@ class Whole:
 def asking(model: str, ids: Sequence[int], n: int = 12, **more: Any) -> dict[str, Any]:
     """Return arguments of `completions.create` for a greedy completion of exactly `n` tokens."""
     extra = {"ignore_eos": True, **more.pop("extra_body", {})}
-    return {
-        "model": model,
-        "prompt": list(ids),
-        "max_tokens": n,
-        "temperature": 0,
-        "logprobs": 0,
-        "logit_bias": NO_SPECIAL,
-        "extra_body": extra,
-        **more,
-    }
+    asked = {"model": model, "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0}
+    return asked | {"logit_bias": NO_SPECIAL, "extra_body": extra} | more
 
 
 def said(answer: Any) -> Said:

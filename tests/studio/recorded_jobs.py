@@ -33,12 +33,8 @@ def recorded_job(
 
     published: reference of the second step's adapter
     rewards: measurements of the steps and evaluations besides the loss"""
-    config = {
-        "base": {"name": str(base)},
-        "data": {"train": str(rows)},
-        "checkpoint": {"adapters": True},
-        "schedule": {"steps": 4},
-    }
+    config = {"base": {"name": str(base)}, "data": {"train": str(rows)}}
+    config |= {"checkpoint": {"adapters": True}, "schedule": {"steps": 4}}
     job = store.create(tenant, config, name="lesson")
     validating = store.acquire("here", 3600, "validating", only=job.id)
     store.queue(validating, {"tokens": 100, "steps": 4})

@@ -96,9 +96,7 @@ def test_adapter_suggests_the_prompt_of_its_card(studio: StudioServer, tiny: tup
             library.remove("doors@1")
 
 
-def test_run_checkpoints_open_as_columns_with_a_training_prompt(
-    studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_run_checkpoints_open_as_columns_with_a_training_prompt(studio, tiny, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(3 * (json.dumps({"messages": [*SYSTEM, {"role": "assistant", "content": "{}"}]}) + "\n"))
     with open_library(tiny[1]) as library:

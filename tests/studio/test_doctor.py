@@ -86,9 +86,7 @@ def test_unknown_file_is_not_found_and_a_pickle_is_refused(client: httpx.Client,
     assert "pickles run whatever code is in them" in refused.text
 
 
-def test_adapter_is_converted_for_a_base_in_its_own_folder(
-    client: httpx.Client, studio: StudioServer, tmp_path: Path
-) -> None:
+def test_adapter_is_converted_for_a_base_in_its_own_folder(client, studio, tmp_path):
     """The server names the base by the folder's last name, which alone would not be found."""
     gguf = pytest.importorskip("gguf")
     params = {"to": "gguf", "base": studio.base.name}

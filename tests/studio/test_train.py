@@ -133,9 +133,7 @@ def test_run_is_drawn_from_its_events_and_paused(studio: StudioServer, job: Job,
     assert httpx.get(f"{studio.address}/studio/run?job=ftjob-{'x' * 24}").status_code == 404
 
 
-def test_reinforcement_run_shows_rewards_and_no_loss(
-    studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path, store: JobStore
-) -> None:
+def test_reinforcement_run_shows_rewards_and_no_loss(studio, tiny, tmp_path, store):
     rewards = {"reward": 0.75, "reward_label": 0.5, "reward_length": 1.0, "reward_failed": 0.0}
     job = recorded_job(store, tiny[0], parcel_rows(tmp_path), tmp_path, rewards=rewards)
     with open_page(f"{studio.address}/studio/run?job={job.id}") as page:

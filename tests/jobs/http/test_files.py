@@ -65,14 +65,8 @@ def test_openai_client_uploads_and_deletes_a_file(client: openai.OpenAI, tmp_pat
     path.write_bytes(ROWS)
     with path.open("rb") as opened:
         uploaded = client.files.create(file=opened, purpose="fine-tune")
-    assert (uploaded.object, uploaded.filename, uploaded.bytes, uploaded.purpose) == (
-        "file",
-        "tickets.jsonl",
-        len(ROWS),
-        "fine-tune",
-    )
-    assert uploaded.status == "processed"
-    assert uploaded.expires_at is None
+    assert (uploaded.object, uploaded.filename, uploaded.bytes) == ("file", "tickets.jsonl", len(ROWS))
+    assert (uploaded.purpose, uploaded.status, uploaded.expires_at) == ("fine-tune", "processed", None)
     assert client.files.retrieve(uploaded.id) == uploaded
     assert client.files.content(uploaded.id).read() == ROWS
     assert client.files.wait_for_processing(uploaded.id).id == uploaded.id
@@ -125,9 +119,7 @@ def test_files_of_other_tenants_are_404(client: openai.OpenAI, server: Live) -> 
     assert client.files.retrieve(uploaded.id) == uploaded
 
 
-def test_slow_uploads_delay_no_other_tenant(
-    client: openai.OpenAI, server: Live, files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_uploads_delay_no_other_tenant(client, server, files, monkeypatch):
     go = threading.Event()
 
     def slow(*values: object, **options: object) -> None:
@@ -204,11 +196,6 @@ def test_interrupted_uploads_leave_nothing(server: Live, files: Files) -> None:
     answer = httpx.post(f"{server.url}/v1/files", content=body(False), headers=headers, timeout=20)
     assert (answer.status_code, answer.json()["error"]["code"]) == (408, "too_slow")
     wait_for(lambda: not server.service.inside)
-    good = httpx.post(
-        f"{server.url}/v1/files",
-        files={"file": ("a", io.BytesIO(ROWS))},
-        data={"purpose": "fine-tune"},
-        headers={"authorization": "Bearer acme"},
-    )
-    assert good.status_code == 200
+    form = {"files": {"file": ("a", io.BytesIO(ROWS))}, "data": {"purpose": "fine-tune"}}
+    assert httpx.post(f"{server.url}/v1/files", **form, headers={"authorization": "Bearer acme"}).status_code == 200
     assert len(files.list("acme")[0]) == 1

@@ -54,15 +54,8 @@ class Tinker:
 
     def model(self, base: str, rank: int, seed: int = 1) -> str:
         config = {"rank": rank, "seed": seed, "train_unembed": True, "train_mlp": True, "train_attn": True}
-        promise = self.post(
-            "create_model",
-            session_id=self.session,
-            model_seq_id=0,
-            base_model=base,
-            lora_config=config,
-            optimizer_config={"type": "adamw"},
-            type="create_model",
-        )
+        body = {"session_id": self.session, "model_seq_id": 0, "base_model": base, "lora_config": config}
+        promise = self.post("create_model", **body, optimizer_config={"type": "adamw"}, type="create_model")
         return str(self.result(promise).json()["model_id"])
 
     def forward(self, model: str, only: bool = False) -> httpx.Response:

@@ -74,14 +74,8 @@ class Process:
 
     def start(self) -> None:
         command = ["serve", "--base", self.base, "--train", "--port", str(self.port), "--dtype", "float32"]
-        command += [
-            "--adapter-memory",
-            "1M",
-            "--tenants",
-            str(self.folder / "tenants.sqlite"),
-            "--library",
-            str(self.folder / "library"),
-        ]
+        command += ["--adapter-memory", "1M", "--library", str(self.folder / "library")]
+        command += ["--tenants", str(self.folder / "tenants.sqlite")]
         path = os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])
         env = {**os.environ, "PYTHONPATH": path, "VENEER_HOME": str(self.folder / "home")}
         self.running = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], env=env, cwd=ROOT)
@@ -216,11 +210,7 @@ RECIPES: dict[str, list[str]] = {
     "recipes.multiplayer_rl.guess_number.train": ["group_size=2", "batch_size=1", "max_tokens=2", "eval_every=0"],
     "recipes.preference.dpo.train": ["dataset=hhh", "batch_size=2", "max_length=256"],
 }
-_ROLE_COLON = {
-    "recipes.prompt_distillation.train",
-    "recipes.math_rl.train",
-    "recipes.multiplayer_rl.guess_number.train",
-}
+_ROLE_COLON = {f"recipes.{name}.train" for name in ("prompt_distillation", "math_rl", "multiplayer_rl.guess_number")}
 """Recipes whose own renderer belongs to another base."""
 
 
@@ -232,14 +222,8 @@ def test_cookbook_recipe_runs_for_two_steps(recipe: str, process: Process, tmp_p
     log = tmp_path / "log"
     words = [*RECIPES[recipe], f"model_name={MODEL}", f"log_path={log}", "max_steps=2"]
     words += ["renderer_name=role_colon"] if recipe in _ROLE_COLON else []
-    ran = subprocess.run(
-        [PYTHON, "-m", f"tinker_cookbook.{recipe}", *words],
-        env=process.env(process.keys["globex"]),
-        cwd=process.client_folder,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command, env = [PYTHON, "-m", f"tinker_cookbook.{recipe}", *words], process.env(process.keys["globex"])
+    ran = subprocess.run(command, env=env, cwd=process.client_folder, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
     saved = [json.loads(line) for line in (log / "checkpoints.jsonl").read_text().splitlines()]
     assert saved[-1]["state_path"].startswith("tinker://")
@@ -370,14 +354,9 @@ def billed(process: Process, run: str) -> int:
 def test_code_of_the_tinker_page_runs(process: Process, tmp_path: Path) -> None:
     """The Python of docs/how-to/tinker.md, with another base name."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
-    ran = subprocess.run(
-        [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')],
-        capture_output=True,
-        text=True,
-        env=process.env(process.keys["acme"]),
-        cwd=tmp_path,
-        timeout=600,
-    )
+    command = [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')]
+    env = process.env(process.keys["acme"])
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600)
     assert ran.returncode == 0, ran.stderr[-5000:]
     first, *_, last = [float(line.split()[1]) for line in ran.stdout.splitlines() if line[:1].isdigit()]
     assert last < first

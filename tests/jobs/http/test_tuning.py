@@ -319,9 +319,7 @@ MISSING: list[tuple[dict[str, Any], str, str, str]] = [
     [*MISSING, *((body, param, "invalid_request", what) for body, param, what in INVALID)],
     ids=str,
 )
-def test_invalid_request_names_parameter_and_reason(
-    client: openai.OpenAI, body: Any, param: str, code: str, what: str
-) -> None:
+def test_invalid_request_names_parameter_and_reason(client, body, param, code, what):
     with pytest.raises(openai.BadRequestError, match=what) as refused:
         created(client, **body)
     assert (refused.value.param, refused.value.code) == (param, code)
@@ -485,9 +483,7 @@ def test_jobs_of_other_tenants_are_404(jobs: Jobs, client: openai.OpenAI) -> Non
     assert client.fine_tuning.jobs.retrieve(id).status == "validating_files"
 
 
-def test_unfinished_jobs_of_a_tenant_are_limited(
-    jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_jobs_of_a_tenant_are_limited(jobs, client, monkeypatch):
     service = jobs.server.app.state.service
     limits = replace(service.settings.quotas, jobs=jobs.store.unfinished("acme") + 2)
     monkeypatch.setattr(service, "settings", replace(service.settings, quotas=limits))
@@ -508,9 +504,7 @@ def test_unknown_event_id_is_400(jobs: Jobs, client: openai.OpenAI) -> None:
             client.fine_tuning.jobs.list_events(id, after=after)
 
 
-def test_inputs_of_unfinished_jobs_are_limited(
-    jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inputs_of_unfinished_jobs_are_limited(jobs, client, monkeypatch):
     """Inputs count even if the uploaded files are deleted."""
     monkeypatch.setattr(jobs.files, "quotas", Quotas(QuotaLimits(disk=1_000_000)))
     large = {"messages": [*ROW["messages"], {"role": "user", "content": "x" * 400_000}]}

@@ -212,9 +212,7 @@ def test_eviction_changes_no_result(tmp_path: Path) -> None:
             begun(service, rank=4096)
 
 
-def test_pending_forwards_of_many_clients_stay_within_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pending_forwards_of_many_clients_stay_within_the_memory(tmp_path, monkeypatch):
     """Memory fits two small clients or the large client: all take turns, and none waits for the end of the
     others."""
     resident, step, submitted = [], Trainer.step, Event()

@@ -133,14 +133,12 @@ def test_stops_that_overlap(text: str, stops: list[str]) -> None:
     assert whole[0] == cut(text, tuple(stops))
 
 
-def test_text_of_a_stop_is_never_sent() -> None:
+def test_text_is_held_until_no_stop_follows() -> None:
     answer = AnswerText(TOKENIZER, Sampling(stop=("<end>",)))
     out = [answer.add(t).text for t in bytewise(b"a<en<end>")]
     assert out == ["a", "", "", "", "<en", "", "", "", ""]
     assert answer.flush() == ""
 
-
-def test_held_text_is_sent_when_no_stop_follows() -> None:
     answer = AnswerText(TOKENIZER, Sampling(stop=("<end>",)), ends=(2,))
     assert [answer.add(t).text for t in bytewise(b"a<e")] == ["a", "", ""]
     end = answer.add(2)
@@ -149,14 +147,11 @@ def test_held_text_is_sent_when_no_stop_follows() -> None:
     assert answer.flush() == ""
 
 
-def test_length() -> None:
+def test_a_stop_at_the_last_token_is_a_stop_and_no_length() -> None:
     answer = AnswerText(TOKENIZER, Sampling(max_tokens=3, stop=("zz",)))
     pieces = [answer.add(t) for t in bytewise(b"abz")]
     assert [p.reason for p in pieces] == [None, None, "length"]
     assert "".join(p.text for p in pieces) + answer.flush() == "abz"
-
-
-def test_a_stop_at_the_last_token_is_a_stop() -> None:
     answer = AnswerText(TOKENIZER, Sampling(max_tokens=2, stop=("b",)))
     assert [answer.add(t).reason for t in bytewise(b"ab")] == [None, "stop"]
     answer = AnswerText(TOKENIZER, Sampling(max_tokens=1), ends=(2,))

@@ -8,7 +8,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +71,15 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 120))
 
 
+def together(engine: TextEngine, requests: Iterable[Request]) -> list[Any]:
+    """Return the completions of requests that run at the same time."""
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*(answer(engine, request) for request in requests))
+
+    return run(all_of_them())
+
+
 def greedy(model: Any, shelf: Shelf, mix: DigestMix, prompt: tuple[int, ...], n: int) -> list[int]:
     """Sample greedily without a cache: a full forward pass per token, with the mix attached by
     veneer.core."""
@@ -100,12 +109,7 @@ def test_answers_in_a_mixed_batch_equal_those_alone(family: str) -> None:
     prompts = [prompt(n, n) for n in (5, 40, 17, 23, 33, 1)]
     want = [greedy(model, shelf, mix, p, 12) for mix, p in zip(mixes, prompts, strict=True)]
     with engine_of(model, shelf, budget=16, rows=4) as engine:
-
-        async def all_of_them() -> list[Any]:
-            requests = [Request(p, GREEDY, mix) for p, mix in zip(prompts, mixes, strict=True)]
-            return await asyncio.gather(*(answer(engine, r) for r in requests))
-
-        got = run(all_of_them())
+        got = together(engine, [Request(p, GREEDY, mix) for p, mix in zip(prompts, mixes, strict=True)])
         assert [ids for ids, _, _ in got] == want
         for (_, _, end), p in zip(got, prompts, strict=True):
             assert end.reason == "length"
@@ -124,11 +128,7 @@ def test_preemption_changes_no_answer() -> None:
     size = 2 * 2 * 2 * 8 * 16 * 4  # layers · (keys, values) · heads · head dim · block · bytes of float32
     with engine_of(model, shelf, cache_bytes=11 * size) as engine:
         assert engine.runner.blocks == 11
-
-        async def all_of_them() -> list[Any]:
-            return await asyncio.gather(*(answer(engine, Request(p, many, mix)) for p in prompts))
-
-        got = run(all_of_them())
+        got = together(engine, [Request(p, many, mix) for p in prompts])
         assert engine.stats().preemptions > 0
     assert [ids for ids, _, _ in got] == want
 
@@ -139,18 +139,13 @@ def test_prefixes_are_shared_only_under_one_mix() -> None:
     shelf = Shelf(one, two)
     a, b = shelf.by_digest
     p = prompt(50)
-
-    async def turns(engine: TextEngine) -> list[tuple[list[int], int]]:
-        out = []
-        for mix in [((a, 1.0),), ((b, 1.0),), ((a, 1.0),), BASE, ((a, 0.5),), ((b, 1.0),), BASE]:
-            ids, _, end = await answer(engine, Request(p, GREEDY, mix))
-            out.append((ids, end.usage.cached))
-            assert ids == greedy(model, shelf, mix, p, 12)
-        return out
-
+    cached = []
     with engine_of(model, shelf) as engine:
-        got = run(turns(engine))
-    assert [cached for _, cached in got] == [0, 0, 48, 0, 0, 48, 48]
+        for mix in [((a, 1.0),), ((b, 1.0),), ((a, 1.0),), BASE, ((a, 0.5),), ((b, 1.0),), BASE]:
+            ids, _, end = run(answer(engine, Request(p, GREEDY, mix)))
+            cached.append(end.usage.cached)
+            assert ids == greedy(model, shelf, mix, p, 12)
+    assert cached == [0, 0, 48, 0, 0, 48, 48]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
@@ -200,13 +195,9 @@ def test_an_unreadable_adapter_fails_only_its_request() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
     good = next(iter(shelf.by_digest))
-
-    async def both(engine: TextEngine) -> list[Any]:
-        wanted = [((good, 1.0),), (("sha256:gone", 1.0),)] * 5
-        return await asyncio.gather(*(answer(engine, Request(prompt(9, i), GREEDY, m)) for i, m in enumerate(wanted)))
-
+    wanted: list[DigestMix] = [((good, 1.0),), (("sha256:gone", 1.0),)] * 5
     with engine_of(model, shelf) as engine:
-        got = run(both(engine))
+        got = together(engine, [Request(prompt(9, i), GREEDY, mix) for i, mix in enumerate(wanted)])
     for i, (ids, _, end) in enumerate(got):
         if i % 2:
             assert (end.reason, ids) == ("error", [])
@@ -281,14 +272,8 @@ def test_a_failed_step_ends_only_the_failing_request() -> None:
             return own(rows)
 
         engine.runner.run = broken  # type: ignore[method-assign]
-
-        async def both() -> list[Any]:
-            bad, good = (77, 5, 6), tuple(t for t in prompt(9) if t != 77)
-            return await asyncio.gather(
-                *(answer(engine, Request(p, Sampling(max_tokens=1, temperature=0.0))) for p in [bad, good] * 3)
-            )
-
-        got = run(both())
+        bad, good = (77, 5, 6), tuple(t for t in prompt(9) if t != 77)
+        got = together(engine, [Request(p, Sampling(max_tokens=1, temperature=0.0)) for p in [bad, good] * 3])
     assert [end.reason for _, _, end in got] == ["error", "length"] * 3
     assert all(end.error.status == 500 for _, _, end in got[::2])
 
@@ -305,14 +290,10 @@ def test_the_engine_serves_on_after_a_failed_step() -> None:
             return own()
 
         engine.scheduler.step = broken  # type: ignore[method-assign]
-
-        async def turns() -> None:
-            _, _, end = await answer(engine, Request(prompt(9), GREEDY))
-            assert end.reason == "error"
-            ids, _, _ = await answer(engine, Request(prompt(9), GREEDY))
-            assert ids == greedy(model, Shelf(), BASE, prompt(9), 12)
-
-        run(turns())
+        _, _, end = run(answer(engine, Request(prompt(9), GREEDY)))
+        assert end.reason == "error"
+        ids, _, _ = run(answer(engine, Request(prompt(9), GREEDY)))
+        assert ids == greedy(model, Shelf(), BASE, prompt(9), 12)
 
 
 def test_invalid_requests_are_refused_at_once() -> None:
@@ -361,13 +342,9 @@ def test_stopping_cancels_running_requests() -> None:
 def test_sampled_answers_depend_on_their_seed_alone() -> None:
     model = fresh()
     with engine_of(model, Shelf()) as engine:
-
-        async def several(n: int) -> list[list[int]]:
-            requests = [Request(prompt(9), Sampling(max_tokens=10, seed=i, ignore_eos=True)) for i in range(n)]
-            return [ids for ids, _, _ in await asyncio.gather(*(answer(engine, r) for r in requests))]
-
-        many = run(several(12))
-        assert run(several(3)) == many[:3]
+        requests = [Request(prompt(9), Sampling(max_tokens=10, seed=i, ignore_eos=True)) for i in range(12)]
+        many, few = ([ids for ids, _, _ in together(engine, each)] for each in (requests, requests[:3]))
+        assert few == many[:3]
         assert len({tuple(ids) for ids in many}) > 6
 
 

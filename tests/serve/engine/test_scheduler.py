@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +38,16 @@ def advance(scheduler: Scheduler) -> list[Sequence]:
     return done
 
 
+def run(scheduler: Scheduler, steps: int) -> Counter[str]:
+    """Run some steps; return the number of finished sequences of each tenant."""
+    return Counter(s.request.tenant for _ in range(steps) for s in advance(scheduler))
+
+
+def fill(scheduler: Scheduler, n: int, *how: Any, first: int = 0) -> list[Sequence]:
+    """Add n requests with different prompts."""
+    return [scheduler.add(request(*how, salt=first + i)) for i in range(n)]
+
+
 def test_a_long_prompt_does_not_stop_other_rows() -> None:
     scheduler = Scheduler(Cache(1000, 4), rows=8, budget=16)
     first = scheduler.add(request(4, 40))
@@ -62,10 +73,8 @@ def test_a_prompt_that_waits_for_room_is_counted_once() -> None:
 def test_a_flooding_tenant_does_not_slow_another() -> None:
     def steps_of_the_other(flood: int) -> int:
         scheduler = Scheduler(Cache(4000, 4), rows=4, budget=64)
-        for i in range(flood):
-            scheduler.add(request(20, 10, "flood", salt=i))
-        for _ in range(30):
-            advance(scheduler)
+        fill(scheduler, flood, 20, 10, "flood")
+        run(scheduler, 30)
         waiting = {id(scheduler.add(request(20, 10, "calm", salt=1000 + i))) for i in range(4)}
         steps = 0
         while waiting:
@@ -87,19 +96,15 @@ def steps_to_first(scheduler: Scheduler, sequence: Sequence) -> int:
 
 def test_long_rows_of_one_tenant_yield_to_another() -> None:
     scheduler = Scheduler(Cache(8000, 4), rows=32, budget=64)
-    flood = [scheduler.add(request(20, 600, "flood", salt=i)) for i in range(40)]
-    for _ in range(60):
-        advance(scheduler)
+    flood = fill(scheduler, 40, 20, 600, "flood")
+    run(scheduler, 60)
     assert len(scheduler.running) == 32
     assert steps_to_first(scheduler, scheduler.add(request(20, 50, "calm", salt=100))) == 1
     assert scheduler.preemptions == 1
-    for i in range(40):
-        scheduler.add(request(20, 100, "calm", salt=200 + i))
-    for _ in range(20):
-        advance(scheduler)
+    fill(scheduler, 40, 20, 100, "calm", first=200)
+    run(scheduler, 20)
     assert Counter(s.request.tenant for s in scheduler.running) == {"flood": 16, "calm": 16}
-    for _ in range(40):  # each tenant reaches its share and keeps it
-        advance(scheduler)
+    run(scheduler, 40)  # each tenant reaches its share and keeps it
     assert scheduler.preemptions == 16
     while scheduler.running or scheduler.waiting:
         advance(scheduler)
@@ -108,22 +113,17 @@ def test_long_rows_of_one_tenant_yield_to_another() -> None:
 
 def test_rows_are_shared_by_weight() -> None:
     scheduler = Scheduler(Cache(8000, 4), rows=8, budget=64)
-    for i in range(20):
-        scheduler.add(request(8, 500, "three", 3.0, i))
+    fill(scheduler, 20, 8, 500, "three", 3.0)
     advance(scheduler)
-    for i in range(20):
-        scheduler.add(request(8, 500, "one", 1.0, 100 + i))
-    for _ in range(10):
-        advance(scheduler)
+    fill(scheduler, 20, 8, 500, "one", 1.0, first=100)
+    run(scheduler, 10)
     assert Counter(s.request.tenant for s in scheduler.running) == {"three": 6, "one": 2}
 
 
 def test_one_tenants_blocks_are_released_for_another() -> None:
     scheduler = Scheduler(Cache(100, 4), rows=32, budget=64)
-    for i in range(4):
-        scheduler.add(request(80, 19, "flood", salt=i))
-    for _ in range(8):
-        advance(scheduler)
+    fill(scheduler, 4, 80, 19, "flood")
+    run(scheduler, 8)
     assert scheduler.cache.available < 60 // 4 + 4
     assert steps_to_first(scheduler, scheduler.add(request(60, 5, "calm", salt=100))) == 1
 
@@ -132,10 +132,8 @@ def test_long_prompts_wait_for_another_tenants_first_token() -> None:
     def steps(flood: int) -> tuple[int, int]:
         """Return the number of steps until the other tenant's first token, and that step's tokens."""
         scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
-        for i in range(flood):
-            scheduler.add(request(4000, 10, "flood", salt=i))
-        for _ in range(3):
-            advance(scheduler)
+        fill(scheduler, flood, 4000, 10, "flood")
+        run(scheduler, 3)
         mine, n = scheduler.add(request(100, 10, "calm", salt=1000)), 0
         while True:
             n += 1
@@ -156,23 +154,16 @@ def test_tokens_are_shared_by_weight() -> None:
     for i in range(300):
         scheduler.add(request(8, 8, "one", 1.0, i))
         scheduler.add(request(8, 8, "three", 3.0, 1000 + i))
-    done: Counter[str] = Counter()
-    for _ in range(240):
-        done.update(s.request.tenant for s in advance(scheduler))
+    done = run(scheduler, 240)
     assert 2.5 < done["three"] / done["one"] < 3.5
 
 
 def test_idle_time_earns_nothing() -> None:
     scheduler = Scheduler(Cache(4000, 4), rows=2, budget=64)
-    for i in range(100):
-        scheduler.add(request(8, 8, "busy", salt=i))
-    for _ in range(200):
-        advance(scheduler)
-    for i in range(50):
-        scheduler.add(request(8, 8, "late", salt=1000 + i))
-    done: Counter[str] = Counter()
-    for _ in range(100):
-        done.update(s.request.tenant for s in advance(scheduler))
+    fill(scheduler, 100, 8, 8, "busy")
+    run(scheduler, 200)
+    fill(scheduler, 50, 8, 8, "late", first=1000)
+    done = run(scheduler, 100)
     assert abs(done["busy"] - done["late"]) <= 4
 
 
@@ -193,9 +184,7 @@ def test_rows_that_wait_for_an_adapter_are_skipped() -> None:
     st.integers(1, 6),
     st.integers(0, 2**32),
 )
-def test_every_row_finishes_or_is_removed(
-    wanted: list[tuple[int, int, str, int]], blocks: int, rows: int, seed: int
-) -> None:
+def test_every_row_finishes_or_is_removed(wanted, blocks, rows, seed):
     dice = random.Random(seed)
     scheduler = Scheduler(Cache(blocks, 4), rows=rows, budget=max(rows, 16))
     open_ones = {}

@@ -67,19 +67,11 @@ def shelf(base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("asked", "called"),
-    [
-        ("plain@1", "plain@1"),
-        ("plain", "plain=plain@1"),
-        ("plain@prod", "plain@prod=plain@1"),
-        ("stable@1", "stable@1"),
-    ],
-)
-def test_plain_adapters_resolve_to_the_librarys_folder(base, shelf, asked, called):
-    name, folder = vllm_plugin.resolve_name(base.name, asked)
-    assert name == called
-    assert folder.parent == shelf / "library" / "folders"
+def test_plain_adapters_resolve_to_the_librarys_folder(base, shelf):
+    named = {"plain@1": "plain@1", "plain": "plain=plain@1", "plain@prod": "plain@prod=plain@1", "stable@1": "stable@1"}
+    for asked, called in named.items():
+        name, folder = vllm_plugin.resolve_name(base.name, asked)
+        assert (name, folder.parent) == (called, shelf / "library" / "folders")
     assert not (shelf / "converted").exists()
 
 
@@ -98,20 +90,12 @@ def test_patterns_are_folded_exactly_once(base, shelf):
         torch.testing.assert_close(new.scale * new.B.double() @ new.A.double(), want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("asked", "why"),
-    [
-        ("dora", "does not support DoRA"),
-        ("whole", "no full copies"),
-        ("foreign", "belongs to another base"),
-        ("odd", "does not fit"),
-        ("nothing", "no adapter 'nothing'"),
-        ("plain@9", "no plain@9"),
-    ],
-)
-def test_unservable_adapters_are_refused_with_the_reason(base, shelf, asked, why):
-    with pytest.raises(AdapterError, match=why):
-        vllm_plugin.resolve_name(base.name, asked)
+def test_unservable_adapters_are_refused_with_the_reason(base, shelf):
+    reasons = {"dora": "does not support DoRA", "whole": "no full copies", "foreign": "belongs to another base"}
+    reasons |= {"odd": "does not fit", "nothing": "no adapter 'nothing'", "plain@9": "no plain@9"}
+    for asked, why in reasons.items():
+        with pytest.raises(AdapterError, match=why):
+            vllm_plugin.resolve_name(base.name, asked)
 
 
 def test_a_front_doors_names_are_resolved(base, shelf):
@@ -127,23 +111,11 @@ def test_a_front_doors_names_are_resolved(base, shelf):
     assert vllm_plugin.resolve_name(base.name, mix) == (mix, shelf / "converted" / mix)
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        "veneer-mix-../plain",
-        "veneer-../plain",
-        "../plain",
-        "/etc/passwd",
-        "plain/../plain",
-        "",
-        "..",
-        "plain\x00",
-        "C:\\x",
-    ],
-)
-def test_a_name_is_never_a_path(base, shelf, asked):
-    with pytest.raises(ConfigError):
-        vllm_plugin.resolve_name(base.name, asked)
+def test_a_name_is_never_a_path(base, shelf):
+    paths = ["veneer-mix-../plain", "veneer-../plain", "../plain", "/etc/passwd", "plain/../plain", "", ".."]
+    for asked in (*paths, "plain\x00", "C:\\x"):
+        with pytest.raises(ConfigError):
+            vllm_plugin.resolve_name(base.name, asked)
 
 
 def test_a_base_without_local_files_is_not_checked(shelf, caplog):

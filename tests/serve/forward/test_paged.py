@@ -26,9 +26,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int
 @pytest.mark.parametrize(("dtype", "tolerance"), CASES, ids=["f32", "bf16"])
 @pytest.mark.parametrize(("heads", "kv", "d"), [(3, 1, 16), (9, 3, 64), (4, 4, 32), (32, 1, 16)])
 @pytest.mark.parametrize(("cap", "window"), [(0.0, 0), (20.0, 0), (0.0, 7)])
-def test_against_float64(
-    dtype: torch.dtype, tolerance: float, heads: int, kv: int, d: int, cap: float, window: int
-) -> None:
+def test_against_float64(dtype, tolerance, heads, kv, d, cap, window):
     generator = torch.Generator().manual_seed(0)
     pages = Pages(2, 20, heads, kv, d, dtype, torch.device("cpu"))
     for t in (pages.K, pages.V):

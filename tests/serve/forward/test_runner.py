@@ -127,14 +127,18 @@ def test_llama_4_runs_packed_within_one_chunk() -> None:
     runner.close()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_rows_result_equals_the_row_alone(family: str) -> None:
-    model = FAMILIES[family]()
-    adapters = {
+def adapters_of(model: Any, family: str) -> dict[str, Adapter]:
+    return {
         "a": trained(model, 1, rank=3),
         "b": trained(model, 2, rank=5, rslora=True),
         "c": trained(model, 3, dora=True, exclude=("*.experts",) if family in MOE_FAMILIES else ()),
     }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_rows_result_equals_the_row_alone(family: str) -> None:
+    model = FAMILIES[family]()
+    adapters = adapters_of(model, family)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     ids = prompts([1, 20, 33, 17, 40, 16])
     runner, _ = check_rows(model, adapters, MIXES, ids, [7, 16, 1, 30], how=WAYS.get(family, "fused"))
@@ -210,16 +214,9 @@ def recurrent() -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = Lfm2Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention", "conv"],
-            max_position_embeddings=256,
-        )
+        sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 256}
+        layers = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+        config = Lfm2Config(**sizes, **layers, num_attention_heads=4, num_key_value_heads=2)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

@@ -163,6 +163,9 @@ def test_an_oversized_prompt_is_not_tokenized(small: Live) -> None:
     assert len(small.engine.seen) == before
 
 
+NO_TEXT = {"messages": [{"role": "user", "content": [{"type": "text"}]}]}
+
+
 def test_tokens_are_the_tokenizers_own(small: Live) -> None:
     prompts, tokenizer = small.service.prompts, small.service.reader.tokenizer
     for text in ("", "Hello, the printer!", "<|im_start|>user\nHi<|im_end|>", "naïve 東京 🙂", " a  b\t\n"):
@@ -183,11 +186,7 @@ def test_tokens_are_the_tokenizers_own(small: Live) -> None:
         ("/v1/completions", b"[]", "the body: a JSON object is expected"),
         ("/generate", {"inputs": "Hi", "parameters": None}, "parameters: a JSON object is expected"),
         ("/generate", {"inputs": "Hi", "adapter_id": "a"}, "unknown key 'adapter_id'"),
-        (
-            "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "messages.0.content: a part of type 'text' has no text under 'text'",
-        ),
+        ("/v1/chat/completions", NO_TEXT, "messages.0.content: a part of type 'text' has no text under 'text'"),
     ],
 )
 def test_errors_name_the_bodys_fields_and_no_internals(small: Live, path: str, body: Any, says: str) -> None:

@@ -27,26 +27,16 @@ def asked(**headers: str) -> dict[str, Any]:
     return {"method": "POST", "url": "/v1/completions", "json": ASKED, "headers": headers}
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("localhost:8000", 200),
-        ("127.0.0.1", 200),
-        ("[::1]:8000", 200),
-        ("LOCALHOST", 200),
-        ("desk.example:8000", 200),
-        ("evil.example", 421),
-        ("evil.example:8000", 421),
-        ("localhost.evil.example", 421),
-        ("localhost@evil.example", 421),
-        ("10.0.0.7", 421),
-        ("evil.example/health?", 421),
-        ("[", 421),
-    ],
-)
-def test_a_server_without_keys_answers_to_its_own_hosts(host: str, status: int) -> None:
+OWN_HOSTS = ["localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST", "desk.example:8000"]
+OTHER_HOSTS = ["evil.example", "evil.example:8000", "localhost.evil.example", "localhost@evil.example", "10.0.0.7"]
+OTHER_HOSTS += ["evil.example/health?", "["]
+
+
+@pytest.mark.parametrize("host", OWN_HOSTS + OTHER_HOSTS)
+def test_a_server_without_keys_answers_to_its_own_hosts(host: str) -> None:
     settings = HttpSettings(allowed_hosts=("desk.example",))
     exempt = [{"method": "GET", "url": path, "headers": {"host": host}} for path in ("/health", "/ready", "/metrics")]
+    status = 200 if host in OWN_HOSTS else 421
     assert statuses([asked(host=host), *exempt], settings=settings) == [status, 200, 200, 200]
 
 
@@ -58,14 +48,10 @@ def test_a_server_with_keys_answers_to_any_host() -> None:
 def test_changes_need_the_servers_own_origin(tenancy: Tenancy) -> None:
     key = {"authorization": f"Bearer {KEY}"}
     read: dict[str, Any] = {"method": "GET", "url": "/v1/models"}
+    origins = ["http://localhost:8000", "https://app.example", EVIL, "null", "http://localhost:3000", "http://["]
     requests = [
         asked(**key),
-        asked(origin="http://localhost:8000", **key),
-        asked(origin="https://app.example", **key),
-        asked(origin=EVIL, **key),
-        asked(origin="null", **key),
-        asked(origin="http://localhost:3000", **key),
-        asked(origin="http://[", **key),
+        *(asked(origin=origin, **key) for origin in origins),
         read | {"headers": {"origin": EVIL, **key}},
         read | {"headers": {"origin": EVIL, "cookie": "a=b", **key}},
         read | {"headers": {"origin": "https://app.example", "cookie": "a=b", **key}},

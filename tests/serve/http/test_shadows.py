@@ -74,12 +74,8 @@ def test_shadows_are_counted_and_billed_to_the_operator(server: tuple[Live, str]
     assert counts == {"stable": (2, 0, 2, 0), "canary": (1, 1, 0, 0), "risky": (1, 0, 0, 1)}
     assert summary["stable"]["shadow_tokens"] == log[-1]["shadow_tokens"] > 0
     assert summary["risky"]["shadow_tokens"] is None
-    assert [(r["route"], r["failed"]) for r in log] == [
-        ("risky", True),
-        ("canary", False),
-        ("stable", False),
-        ("stable", False),
-    ]
+    assert [r["route"] for r in log] == ["risky", "canary", "stable", "stable"]
+    assert [r["failed"] for r in log] == [True, False, False, False]
 
     lines: dict[tuple[str, str], Any] = {}
 
@@ -105,16 +101,10 @@ def test_metrics_include_shadows(server: tuple[Live, str]) -> None:
         ask(live_one, key, model)
     text = live_one.service.metrics.text().decode()
     found = re.findall(r'shadow_answers_total\{outcome="(\w+)",route="(\w+)",shadow="([^"]+)"\} 1\.0', text)
-    assert sorted(found) == [
-        ("different", "stable", "polite"),
-        ("failed", "risky", "gone"),
-        ("same", "canary", "sql@2"),
-    ]
+    assert {*found} == {("different", "stable", "polite"), ("failed", "risky", "gone"), ("same", "canary", "sql@2")}
 
 
-def test_a_failed_shadow_is_billed_for_its_tokens(
-    server: tuple[Live, str], tenants: Tenants, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_shadow_is_billed_for_its_tokens(server, tenants, monkeypatch):
     live_one, key = server
     own = live_one.engine.events
 

@@ -52,15 +52,8 @@ def refused(whole: Whole, caller: Principal = OPERATOR, **asked: Any) -> Refused
 def test_the_answers_are_those_of_a_chat_completion(whole: Whole) -> None:
     for mix in ((), (("plain", 1.0),), (("plain", 0.4), ("rs", -0.3))):
         own = ask(whole, mix=mix, n=3, seed=7, temperature=0.8, max_tokens=6, logprobs=2)
-        body = {
-            "mix": [f"{name}:{s}" for name, s in mix],
-            "messages": MESSAGES,
-            "n": 3,
-            "seed": 7,
-            "temperature": 0.8,
-            "max_tokens": 6,
-        }
-        body |= {"logprobs": True, "top_logprobs": 2}
+        body = {"messages": MESSAGES, "n": 3, "seed": 7, "temperature": 0.8, "max_tokens": 6}
+        body |= {"mix": [f"{name}:{s}" for name, s in mix], "logprobs": True, "top_logprobs": 2}
         answer = whole.http.post("/v1/chat/completions", json=body).json()
         for choice, mine in zip(answer["choices"], own, strict=True):
             assert choice["message"]["content"] == mine.text

@@ -17,7 +17,6 @@ from tests.serve.saved_adapters import Make, reason, refused, saved
 from veneer.core.adapter import LoraSpec
 from veneer.core.init import create
 from veneer.formats import peft
-from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.principal import Principal
@@ -47,35 +46,13 @@ def test_a_folder_of_a_run(make: Make, base: TextBase, folder: Path) -> None:
     assert make().load("x", "run").digest == digest
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{out}/a",
-        "../out/a",
-        "deep/../../out/a",
-        "link",
-        "link/../a",
-        "nowhere",
-        "{out}",
-        "/etc/passwd",
-        "a\0b",
-        "\0",
-        "x" * 5000,
-        "~/a",
-        "",
-        "loop",
-        "dangling",
-        "file:///etc/passwd",
-        "fifo",
-        "http://x/y",
-        "a\nb",
-        "/dev/zero",
-        "/proc/self/mem",
-    ],
-)
-def test_files_outside_the_folder_are_not_found(
-    make: Make, base: TextBase, folder: Path, tmp_path: Path, source: str
-) -> None:
+OUTSIDE = ["{out}/a", "../out/a", "deep/../../out/a", "link", "link/../a", "{out}", "/etc/passwd", "~/a"]
+OUTSIDE += ["nowhere", "", "loop", "dangling", "fifo", "/dev/zero", "/proc/self/mem"]
+OUTSIDE += ["file:///etc/passwd", "http://x/y", "a\0b", "\0", "x" * 5000, "a\nb"]
+
+
+@pytest.mark.parametrize("source", OUTSIDE)
+def test_files_outside_the_folder_are_not_found(make, base, folder, tmp_path, source):
     saved(base, tmp_path / "out" / "a")
     (folder / "link").symlink_to(tmp_path / "out" / "a")
     (folder / "loop").symlink_to(folder / "loop")
@@ -101,9 +78,7 @@ def test_without_allowed_folders_no_path_is_an_adapter(make: Make, base: TextBas
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "veneer.json"])
-def test_a_link_out_of_the_folder_is_refused(
-    make: Make, base: TextBase, folder: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_link_out_of_the_folder_is_refused(make, base, folder, tmp_path, name):
     saved(base, tmp_path / "out")
     shutil.copytree(tmp_path / "out", folder / "a")
     (folder / "a" / name).unlink(missing_ok=True)
@@ -168,9 +143,7 @@ def test_a_file_without_its_scale_is_refused_with_the_fix(make: Make, base: Text
         ("q_proj: a hadamard delta", "form_unsupported"),
     ],
 )
-def test_adapters_the_runner_cannot_serve_are_refused(
-    make: Make, base: TextBase, folder: Path, library: Library, problem: str, word: str
-) -> None:
+def test_adapters_the_runner_cannot_serve_are_refused(make, base, folder, library, problem, word):
     digest = saved(base, folder / "a")
     library.add(folder / "a", "kept")
     catalog = make(servable=lambda adapter: [problem])

@@ -88,9 +88,7 @@ def test_adapters_of_the_library_need_no_loading(make: Make, base: TextBase, fol
     )
 
 
-def test_names_are_resolved_without_a_database(
-    make: Make, base: TextBase, folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_resolved_without_a_database(make, base, folder, library, monkeypatch):
     """Resolves known and unknown names, lists names, and finds an adapter's files at first use."""
     digest = saved(base, folder / "a")
     library.add(folder / "a", "acme/support")
@@ -111,9 +109,7 @@ def test_names_are_resolved_without_a_database(
     assert asked == []
 
 
-def test_a_load_under_a_library_name_is_refused(
-    make: Make, base: TextBase, folder: Path, library: Library, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_load_under_a_library_name_is_refused(make, base, folder, library, caplog):
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "support")
     catalog = make()
@@ -215,9 +211,7 @@ def test_a_missing_shadow_is_reported_and_the_answer_is_sent(make: Make, base: T
     assert refused(lambda: catalog.resolve("live", Principal("tenant", tenant="t", user="bob"))).status == 404
 
 
-def test_checking_a_name_equals_requesting_it(
-    make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
-) -> None:
+def test_checking_a_name_equals_requesting_it(make, base, folder, library, tmp_path):
     saved(base, folder / "a", 1)
     saved(base, folder / "b", 2)
     saved(base, folder / "o", 3, base_fingerprint="sha256:" + "0" * 64)
@@ -264,9 +258,7 @@ def test_adapters_of_other_tenants_are_not_looked_up(make: Make, monkeypatch: py
         assert refused(lambda w=word: catalog.resolve(w, Principal("key", sees=lambda name: False))).status == 404
 
 
-def test_namespaces_work_in_every_way_to_name_adapters(
-    make: Make, base: TextBase, folder: Path, library: Library
-) -> None:
+def test_namespaces_work_in_every_way_to_name_adapters(make, base, folder, library):
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "acme/support")
     library.add(folder / "b", "acme/support")
@@ -285,28 +277,9 @@ def test_namespaces_work_in_every_way_to_name_adapters(
     assert catalog.resolve("acme/Fast.Support", acme).mix == of(one)
 
 
-HOSTILE_WORDS = [
-    "../../etc/passwd",
-    "/etc/passwd",
-    "a/../../b",
-    "a\0b",
-    "\x1b[31m",
-    "..",
-    ".",
-    "~root",
-    "x" * 100_000,
-    "tiny:../x",
-    "sha256:zz",
-    "sha256:",
-    "a@b@c",
-    "%2e%2e/",
-    "C:\\x",
-    "a b",
-    "\ud800",
-    "s3://bucket/x",
-    "file:///etc/passwd",
-    "é",
-]
+HOSTILE_WORDS = ["../../etc/passwd", "/etc/passwd", "a/../../b", "..", ".", "~root", "tiny:../x", "%2e%2e/", "C:\\x"]
+HOSTILE_WORDS += ["s3://bucket/x", "file:///etc/passwd", "sha256:zz", "sha256:", "a@b@c"]
+HOSTILE_WORDS += ["a\0b", "\x1b[31m", "x" * 100_000, "a b", "\ud800", "é"]
 
 
 @pytest.mark.parametrize("word", HOSTILE_WORDS, ids=range(len(HOSTILE_WORDS)))

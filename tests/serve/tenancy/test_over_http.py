@@ -36,16 +36,7 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
         ({"model": ""}, cheap),
         ({"mix": ["plain", "rs:0"]}, dear),
         ({"mix": ["plain", "rs:1e-9"]}, both),
-        (
-            {
-                "mix": [
-                    {"adapter": "plain", "strength": 1},
-                    {"adapter": "rs", "strength": 1},
-                    {"adapter": "rs", "strength": -1},
-                ]
-            },
-            dear,
-        ),
+        ({"mix": ["plain:1", {"adapter": "rs", "strength": 1}, {"adapter": "rs", "strength": -1}]}, dear),
         ({"mix": [{"adapter": "plain", "strength": 0.5}, {"adapter": "plain@1", "strength": 0.5}]}, dear),
         ({"mix": [{"adapter": "rs", "strength": 0.5}, {"adapter": digest, "strength": 0.5}]}, both),
         ({"mix": ["plain", "plain@prod:-1"]}, cheap),  # the base

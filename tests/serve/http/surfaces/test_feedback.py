@@ -86,14 +86,8 @@ def test_feedback_becomes_rows_for_training(shop: Shop, tmp_path: Path) -> None:
     better = {"role": "assistant", "content": "Three, please."}
 
     said = shop.say(good["id"], thumb="up")
-    assert said.json() == {
-        "object": "feedback",
-        "id": good["id"],
-        "choice": 0,
-        "thumb": "up",
-        "corrected": None,
-        "rejected": [],
-    }
+    told = {"object": "feedback", "id": good["id"], "choice": 0, "thumb": "up", "corrected": None, "rejected": []}
+    assert said.json() == told
     assert shop.say(bad["id"], thumb="down").json()["thumb"] == "down"
     assert shop.say(wrong["id"], thumb="down", corrected="Three, please.").json()["corrected"] == better
     assert shop.say(both["id"], choice=1, rejected=[{"choice": 0}]).status_code == 200
@@ -112,16 +106,8 @@ def test_feedback_becomes_rows_for_training(shop: Shop, tmp_path: Path) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         read, about = read_rows([str(file)], format=kind)
         assert (about.format, len(read)) == (kind, len(rows))
-    assert shop.get("/v1/feedback").json() == {
-        "object": "feedback.summary",
-        "days": 30.0,
-        "names": [],
-        "answers": 5,
-        "up": 2,
-        "down": 2,
-        "corrected": 1,
-        "chosen": 1,
-    }
+    counts = {"answers": 5, "up": 2, "down": 2, "corrected": 1, "chosen": 1}
+    assert shop.get("/v1/feedback").json() == {"object": "feedback.summary", "days": 30.0, "names": [], **counts}
 
 
 def asked(text: str) -> list[dict[str, str]]:
@@ -167,12 +153,11 @@ def test_answers_are_kept_on_request_and_only_for_their_tenant(shop: Shop) -> No
     assert "x-veneer-ignored" not in unkept.headers
     assert shop.ask("Kept", "globex", store=True).headers["x-veneer-ignored"] == "store"
     assert (shop.kept(), shop.kept("globex")) == (1, 0)
-    answers = [shop.say(id, thumb="up") for id in (foreign, unkept.json()["id"], "chatcmpl-0", "no\0id", "*")]
+    ids = (foreign, unkept.json()["id"], "chatcmpl-0", "no\0id", "*")
+    answers = [shop.say(id, thumb="up") for id in ids]
     assert {a.status_code for a in answers} == {404}
-    messages = {
-        a.json()["error"]["message"].replace(repr(id), "ID")
-        for a, id in zip(answers[:3], (foreign, unkept.json()["id"], "chatcmpl-0"), strict=True)
-    }
+    texts = [answer.json()["error"]["message"] for answer in answers[:3]]
+    messages = {text.replace(repr(id), "ID") for text, id in zip(texts, ids, strict=False)}
     assert len(messages) == 1, "answers of others, unkept ones and unknown ones give the same error"
     theirs = shop.say(own, "globex", thumb="up")
     assert theirs.status_code == 404
@@ -250,16 +235,10 @@ def test_expired_answers_are_hidden_and_removed(shop: Shop) -> None:
     assert shop.rows("supervised") == []
 
 
-def lock_answers(where: str) -> psycopg.Connection[Any]:
-    """Lock the table of completions until the connection is closed."""
-    connection = psycopg.connect(where)
-    connection.execute("LOCK TABLE tenant_answers")
-    return connection
-
-
 @pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
 def test_feedback_is_503_while_the_database_is_unavailable(shop: Shop) -> None:
-    locked = lock_answers(shop.tenants.store.where)
+    locked = psycopg.connect(shop.tenants.store.where)
+    locked.execute("LOCK TABLE tenant_answers")  # until the connection is closed
     id = shop.ask("One").json()["id"]
     away = shop.say(id, thumb="up")
     assert away.status_code == 503

@@ -330,9 +330,7 @@ def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(("spec", "part"), FACTORS, ids=[spec for spec, _ in FACTORS])
-def test_factors_by_block_and_step_equal_veneer_image(
-    client: openai.OpenAI, url: str, by_hand: Callable[[str], Image.Image], spec: str, part: dict[str, Any]
-) -> None:
+def test_factors_by_block_and_step_equal_veneer_image(client, url, by_hand, spec, part):
     few = {"num_inference_steps": 6}
     plain = one(client, mix=["brand"], **few)
     found = one(client, mix=[{"adapter": "brand"} | part], **few)
@@ -484,9 +482,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "status", "code", "said"), GENERATE, ids=[case[3] for case in GENERATE])
-def test_invalid_requests_have_openais_error_form(
-    client: openai.OpenAI, body: dict[str, Any], status: int, code: str, said: str
-) -> None:
+def test_invalid_requests_have_openais_error_form(client, body, status, code, said):
     with pytest.raises(openai.APIStatusError) as caught:
         client.images.generate(prompt="a red cat", extra_body=body)
     assert (caught.value.status_code, caught.value.code) == (status, code)

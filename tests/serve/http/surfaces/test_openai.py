@@ -198,28 +198,17 @@ def test_a_slow_reader_does_not_delay_others(text: ToyText) -> None:
 
 
 def test_every_setting_reaches_the_engine(client: openai.OpenAI, server: Live) -> None:
-    ask(
-        client,
-        "Hi",
-        temperature=0.3,
-        top_p=0.9,
-        presence_penalty=0.1,
-        frequency_penalty=0.2,
-        seed=7,
-        stop=["§"],
-        logit_bias={"5": -100},
-        max_completion_tokens=9,
-        logprobs=True,
-        top_logprobs=3,
-        extra_body={
-            "top_k": 40,
-            "min_p": 0.1,
-            "repetition_penalty": 1.1,
-            "min_tokens": 2,
-            "ignore_eos": True,
-            "stop_token_ids": [11],
-        },
-    )
+    own = {
+        "temperature": 0.3,
+        "top_p": 0.9,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "seed": 7,
+        "stop": ["§"],
+    }
+    own |= {"stop": ["§"], "logit_bias": {"5": -100}, "max_completion_tokens": 9, "logprobs": True, "top_logprobs": 3}
+    vllms = {"top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True}
+    ask(client, "Hi", **own, extra_body=vllms | {"stop_token_ids": [11]})
     s = server.engine.seen[0].sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.3, 0.9, 40, 0.1)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (0.1, 0.2, 1.1)
@@ -243,16 +232,17 @@ def test_stop_and_length(client: openai.OpenAI) -> None:
     assert cut.usage.completion_tokens == 3
 
 
+INTEGER = {"type": "integer"}
+SCHEMA = ("json_schema", '{"type": "integer"}')
+
+
 @pytest.mark.parametrize(
     ("extra", "grammar"),
     [
         ({"response_format": {"type": "json_object"}}, ("json_object", "")),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}},
-            ("json_schema", '{"type": "integer"}'),
-        ),
-        ({"structured_outputs": {"json": {"type": "integer"}}}, ("json_schema", '{"type": "integer"}')),
-        ({"structured_outputs": {"json": '{"type": "integer"}'}}, ("json_schema", '{"type": "integer"}')),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": INTEGER}}}, SCHEMA),
+        ({"structured_outputs": {"json": INTEGER}}, SCHEMA),
+        ({"structured_outputs": {"json": '{"type": "integer"}'}}, SCHEMA),
         ({"structured_outputs": {"regex": "a+"}}, ("regex", "a+")),
         ({"structured_outputs": {"choice": ["yes.", "no"]}}, ("regex", r"(yes\.|no)")),
         ({"response_format": {"type": "text"}}, None),

@@ -49,11 +49,8 @@ def test_the_same_name_without_saying_so(server: Live) -> None:
 
 def test_not_found(server: Live) -> None:
     answer = load(server, "x", "/etc/passwd")
-    assert (answer.status_code, answer.json()["error"]["type"], answer.json()["error"]["code"]) == (
-        404,
-        "NotFoundError",
-        404,
-    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (404, "NotFoundError", 404)
 
 
 def test_an_adapter_that_cannot_be_served(server: Live) -> None:
