@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import ResourceError
@@ -74,10 +73,3 @@ class FakeExecutor(LocalExecutor):
             self.asked.append((handle, hard))
             if hard or not self.stubborn:
                 self.over[handle] = ExitStatus("ended by a signal")
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)

@@ -20,14 +20,7 @@ def small_config(folder: Path, steps: int = STEPS, **sections: Any) -> dict[str,
             {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": "it"}]} for a in questions
         ]
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {
-        "base": str(tiny_base_dir(folder)),
-        "data": {"train": str(rows), "split": 4},
-        "adapter": {"rank": 2},
-        "batching": {"rows": 2},
-        "schedule": {"steps": steps},
-        "optimizer": {"learning_rate": 3e-3},
-        "checkpoint": {"every": 1},
-        "evaluation": {"every": 2, "keep": "last"},
-        **sections,
-    }
+    config = {"base": str(tiny_base_dir(folder)), "data": {"train": str(rows), "split": 4}}
+    config |= {"adapter": {"rank": 2}, "batching": {"rows": 2}, "schedule": {"steps": steps}}
+    config |= {"optimizer": {"learning_rate": 3e-3}, "checkpoint": {"every": 1}}
+    return config | {"evaluation": {"every": 2, "keep": "last"}} | sections

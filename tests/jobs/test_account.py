@@ -57,9 +57,8 @@ def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_p
     manage.add_tenant(tenants, "acme", actor="test")
     config = small_config(tmp_path)
     for price, state in ((UNIT * UNIT, "failed"), (1, "queued")):
-        manage.change_settings(
-            tenants, "acme", {"training_price": price, "training_budget": 4 * UNIT + 1000}, actor="test"
-        )
+        terms = {"training_price": price, "training_budget": 4 * UNIT + 1000}
+        manage.change_settings(tenants, "acme", terms, actor="test")
         store.create("acme", config, name="support")
         lease = taken(store, state="validating")
         job = validate_job(store, lease, account, cpu_device())
@@ -125,16 +124,13 @@ def test_terms_are_current(store: JobStore, tenants: Store) -> None:
     assert terms("acme") == TrainingTerms()
     manage.change_settings(tenants, "", {"training_price": 5}, actor="test")
     assert terms("acme") == TrainingTerms(price=5)
-    manage.change_settings(
-        tenants, "acme", {"training_price": 3, "training_budget": 7, "training_jobs": 1}, actor="test"
-    )
+    own = {"training_price": 3, "training_budget": 7, "training_jobs": 1}
+    manage.change_settings(tenants, "acme", own, actor="test")
     assert terms("acme") == TrainingTerms(price=3, budget=7, jobs=1)
     assert terms("") == TrainingTerms()
     assert terms("nobody").jobs == 0
     manage.change_settings(tenants, "acme", {"enabled": False}, actor="test")
     assert terms("acme").jobs == 0
-    manage.change_settings(
-        tenants, "acme", {"training_price": None, "training_budget": None, "training_jobs": None}, actor="test"
-    )
+    manage.change_settings(tenants, "acme", dict.fromkeys(own), actor="test")
     manage.remove_tenant(tenants, "acme", actor="test")
     assert TrainingAccount(store, None).terms("acme") == TrainingTerms()

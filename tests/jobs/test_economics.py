@@ -72,9 +72,8 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     assert (result["since"], result["hours"]) == ("2026-11-01", 48.0)
     assert [list(row.values()) for row in result["rows"]] == [acme, base, draft]
     of_acme = economics(tenants, store, 2 * UNIT, **prices, tenant="acme", now=START + 2 * DAY)
-    assert [list(row.values()) for row in of_acme["rows"]] == [acme], (
-        "what others made the machine work counts all the same"
-    )
+    # what others made the machine work counts all the same
+    assert [list(row.values()) for row in of_acme["rows"]] == [acme]
 
 
 def test_economics_use_the_given_hours_and_days(store: JobStore, tenants: Store) -> None:

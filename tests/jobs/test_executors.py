@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from tests.jobs.fakes import queued, until
+from tests.jobs.fakes import queued
+from tests.serve.http.toy import wait_for
 from veneer.jobs.executors import ExitStatus, LocalExecutor, memory_of
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.library.library import Library
@@ -21,11 +21,7 @@ def planned(store: JobStore, peak: int, device: str = "cpu") -> Job:
 
 
 def wait_for_exit(executor: LocalExecutor, handle: str) -> ExitStatus:
-    end = time.monotonic() + 60
-    while (status := executor.poll(handle)) is None:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return status
+    return wait_for(lambda: executor.poll(handle), 60)
 
 
 @pytest.mark.parametrize(("hard", "signal"), [(False, "SIGTERM"), (True, "SIGKILL")])
@@ -56,7 +52,7 @@ def test_process_arguments_have_no_lease(library: Library, store: JobStore) -> N
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     handle = executor.start(JobLease(job, "token-of-the-lease"), {"VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"})
     process = psutil.Process(int(handle.split()[-1]))
-    until(lambda: "veneer.jobs.process" in process.cmdline())  # until exec, the child is a fork of this process
+    wait_for(lambda: "veneer.jobs.process" in process.cmdline())  # until exec, the child is a fork of this process
     arguments = " ".join(process.cmdline())
     executor.stop(handle, hard=True)
     wait_for_exit(executor, handle)

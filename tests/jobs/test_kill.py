@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from tests.forks import Forked
-from tests.jobs.fakes import until
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
+from tests.serve.http.toy import wait_for
 from veneer.jobs.executors import LocalExecutor
 from veneer.jobs.store import JobStore
 from veneer.jobs.worker import Worker
@@ -45,11 +45,11 @@ def test_second_worker_continues_a_killed_workers_job(quick: Path) -> None:  # n
         created = store.create("acme", config, name="support")
         command = ["worker", "--library", library.location, "--lease-seconds", "2"]
         worker = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], cwd=ROOT, env=env)
-        until(lambda: len(store.checkpoints("acme", created.id)) > 1, 300)
+        wait_for(lambda: len(store.checkpoints("acme", created.id)) > 1, 300)
         child = int(store.get("acme", created.id).place.rpartition(" ")[2])
         worker.kill()
         worker.wait()
-        until(lambda: not psutil.pid_exists(child), 300)
+        wait_for(lambda: not psutil.pid_exists(child), 300)
         time.sleep(2)
         running = store.get("acme", created.id)
         assert (running.state, running.attempt) == ("running", 1)

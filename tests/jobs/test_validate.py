@@ -72,10 +72,8 @@ def test_sampled_completions_are_planned_once(store: JobStore, folder: Path) -> 
     answers = 3 * 2 * 3  # steps · prompts · completions per prompt
     assert answers * (min(lengths) + 40) <= job.plan["tokens"] <= answers * (max(lengths) + 40)
     assert job.plan["rows"] == 8
-    look = inspect_run(chosen, device=cpu_device())
-    assert {name: look.plan.to_dict()[name] for name in ("tokens", "peak_bytes")} == {
-        name: job.plan[name] for name in ("tokens", "peak_bytes")
-    }
+    look = inspect_run(chosen, device=cpu_device()).plan.to_dict()
+    assert (look["tokens"], look["peak_bytes"]) == (job.plan["tokens"], job.plan["peak_bytes"])
 
 
 @in_sqlite
@@ -106,6 +104,12 @@ def bad_rows(folder: Path, *lines: str) -> dict[str, Any]:
     return {"data": {"train": str(file)}}
 
 
+def no_room(folder: Path) -> dict[str, Any]:
+    drawn = {"loss": "grpo", "max_tokens": 19, "rewards": [{"kind": "exact_match"}]}
+    data = {"train": str(folder / "rows.jsonl"), "max_length": 20, "long_rows": "drop"}
+    return {"data": data, "reinforcement": drawn}
+
+
 GOOD = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
 NOT_LEARNED = json.dumps({"messages": [{"role": "user", "content": "a"}]})
 BAD: dict[str, tuple[Any, str, str]] = {
@@ -117,14 +121,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a key that is none": (lambda f: {"adapter": {"rang": 8}}, "config", "rang"),
     "a value of another kind": (lambda f: {"adapter": {"rank": "big"}}, "config", "rank"),
     "no data": (lambda f: {"data": {}}, "config", "data.train"),
-    "no room for an answer": (
-        lambda f: {
-            "data": {"train": str(f / "rows.jsonl"), "max_length": 20, "long_rows": "drop"},
-            "reinforcement": {"loss": "grpo", "max_tokens": 19, "rewards": [{"kind": "exact_match"}]},
-        },
-        "preflight",
-        "no prompt is left",
-    ),
+    "no room for an answer": (no_room, "preflight", "no prompt is left"),
 }
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from tests.jobs.fakes import FakeExecutor, FixedTerms, queued, until
+from tests.jobs.fakes import FakeExecutor, FixedTerms, queued
 from tests.jobs.small import small_config
+from tests.serve.http.toy import wait_for
 from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.worker import KEEP_DAYS, Worker
@@ -56,12 +57,12 @@ def state(store: JobStore, job: Job) -> str:
 def test_process_of_a_paused_or_cancelled_job_is_stopped(library: Library, store: JobStore, asked: str) -> None:
     executor, job, other = FakeExecutor(), queued(store), queued(store)
     with working(library, executor):
-        until(lambda: executor.running)
+        wait_for(lambda: executor.running)
         (place,) = executor.running
-        until(lambda: store.get(None, job.id).place == place)
+        wait_for(lambda: store.get(None, job.id).place == place)
         getattr(store, asked)("acme", job.id)
-        until(lambda: executor.asked == [(place, False)])
-        until(lambda: any(other.id in place for place in executor.running))  # a slot is free again
+        wait_for(lambda: executor.asked == [(place, False)])
+        wait_for(lambda: any(other.id in place for place in executor.running))  # a slot is free again
     assert state(store, job) == {"pause": "paused", "cancel": "cancelled"}[asked]
     assert store.get(None, job.id).faults == 0
 
@@ -81,7 +82,7 @@ def test_tenant_has_one_validation_at_a_time(library: Library, store: JobStore, 
     executor, file = FakeExecutor(), small_file(tmp_path)
     jobs = [new_job(store, tenant, file) for tenant in ("acme", "acme", "acme", "best")]
     with working(library, executor):
-        until(lambda: len(executor.validating) == 2)
+        wait_for(lambda: len(executor.validating) == 2)
         time.sleep(0.1)
         assert {lease.job.id for lease in executor.validating.values()} == {jobs[0].id, jobs[3].id}
 
@@ -96,12 +97,12 @@ def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp
     started: list[str] = []
     with working(library, executor):
         for _ in range(4):
-            until(lambda: len(executor.validating) > len(started))
+            wait_for(lambda: len(executor.validating) > len(started))
             place = [*executor.validating][len(started)]
             started.append(executor.validating[place].job.tenant)
             store.queue(executor.validating[place], {"tokens": 1, "steps": 1})
             executor.over[place] = ExitStatus("ended with exit code 0")
-            until(lambda: state(store, executor.validating[place].job) != "validating")  # noqa: B023
+            wait_for(lambda: state(store, executor.validating[place].job) != "validating")  # noqa: B023
         assert sorted(started) == ["acme", "acme", "best", "best"]
     assert state(store, other) != "validating"
 
@@ -109,9 +110,9 @@ def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp
 def test_cancelled_job_stops_its_validation(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
-        until(lambda: executor.validating)
+        wait_for(lambda: executor.validating)
         store.cancel("acme", job.id)
-        until(lambda: executor.asked)
+        wait_for(lambda: executor.asked)
         assert executor.asked == [(f"validation of {job.id}", False)]
     assert state(store, job) == "cancelled"
 
@@ -121,9 +122,9 @@ def test_slow_validation_fails_the_job(library: Library, store: JobStore, monkey
     real = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: real() + clock[0])
     with working(library, executor, lease=7200.0):
-        until(lambda: executor.validating)
+        wait_for(lambda: executor.validating)
         clock[0] = 1801.0
-        until(lambda: state(store, job) == "failed")
+        wait_for(lambda: state(store, job) == "failed")
     assert executor.asked[0] == (f"validation of {job.id}", True)
     assert "takes longer than the limit of 30 minutes" in str(store.get(None, job.id).error)
 
@@ -131,16 +132,16 @@ def test_slow_validation_fails_the_job(library: Library, store: JobStore, monkey
 def test_validation_over_the_memory_limit_fails_the_job(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
-        until(lambda: executor.validating)
+        wait_for(lambda: executor.validating)
         executor.over[f"validation of {job.id}"] = ExitStatus("it held 9 GB", memory=True)
-        until(lambda: state(store, job) == "failed")
+        wait_for(lambda: state(store, job) == "failed")
     assert "reading the rows takes more than the limit of" in str(store.get(None, job.id).error)
 
 
 def test_stopped_worker_releases_new_jobs(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
-        until(lambda: executor.validating)
+        wait_for(lambda: executor.validating)
     left = store.get(None, job.id)
     assert (left.state, left.worker, left.faults) == ("validating", None, 0)
 
@@ -159,10 +160,10 @@ def test_hostile_row_delays_no_other_job(library: Library, store: JobStore, tmp_
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:
-        until(lambda: state(store, small) == "queued", 60)
+        wait_for(lambda: state(store, small) == "queued", 60)
         assert state(store, hostile) == "validating"
         store.cancel("acme", hostile.id)
-        until(lambda: f"{hostile.id}: cancelled" in said)  # the validation process has ended
+        wait_for(lambda: f"{hostile.id}: cancelled" in said)  # the validation process has ended
     finally:
         worker.stop()
         thread.join(30)
@@ -172,10 +173,10 @@ def test_stubborn_process_is_killed_after_the_grace(library: Library, store: Job
     executor, job = FakeExecutor(), queued(store)
     executor.stubborn = True
     with working(library, executor):
-        until(lambda: executor.running)
+        wait_for(lambda: executor.running)
         (place,) = executor.running
         store.pause("acme", job.id)
-        until(lambda: executor.asked[-1:] == [(place, True)])
+        wait_for(lambda: executor.asked[-1:] == [(place, True)])
     assert executor.asked == [(place, False), (place, True)]
 
 
@@ -184,18 +185,18 @@ def test_dead_process_is_restarted_three_times(library: Library, store: JobStore
     with working(library, executor):
         for attempt in (1, 2, 3):
             place = f"pretended {job.id} {attempt}"
-            until(lambda: place in executor.running)  # noqa: B023
+            wait_for(lambda: place in executor.running)  # noqa: B023
             executor.over[place] = ExitStatus("ended by SIGSEGV")
-        until(lambda: state(store, job) == "failed")
+        wait_for(lambda: state(store, job) == "failed")
     assert "died 3 times in a row" in str(store.get(None, job.id).error)
 
 
 def test_process_over_its_memory_plan_fails_the_job(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
-        until(lambda: executor.running)
+        wait_for(lambda: executor.running)
         executor.over[next(iter(executor.running))] = ExitStatus("it held 9 GB", memory=True)
-        until(lambda: state(store, job) == "failed")
+        wait_for(lambda: state(store, job) == "failed")
     error = store.get(None, job.id).error or {}
     assert (error["kind"], error["message"]) == ("memory", "it held 9 GB")
     assert "micro_rows" in error["fix"]
@@ -205,10 +206,10 @@ def test_failed_start_is_retried(library: Library, store: JobStore) -> None:
     executor, job, said = FakeExecutor(), queued(store), list[str]()
     executor.refuse = True
     with working(library, executor, log=said.append):
-        until(lambda: store.get(None, job.id).attempt > 1)
+        wait_for(lambda: store.get(None, job.id).attempt > 1)
         assert any("there is no room for a process" in text for text in said)
         executor.refuse = False
-        until(lambda: executor.running)
+        wait_for(lambda: executor.running)
         assert store.get(None, job.id).faults == 0
 
 
@@ -219,7 +220,7 @@ def test_checkpoints_of_succeeded_jobs_are_removed(library: Library, store: JobS
     kept.mkdir(parents=True)
     (job.folder / "attempt-1" / "log.jsonl").touch()
     with working(library, executor):
-        until(lambda: executor.running)
+        wait_for(lambda: executor.running)
         (place,) = executor.running
         if end == "cancelled":
             store.cancel("acme", job.id)
@@ -253,7 +254,7 @@ def test_stopped_worker_lets_processes_save(library: Library, store: JobStore) -
     """Processes release their jobs; the worker releases the job of a process that has just ended."""
     executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
-        until(lambda: executor.running)
+        wait_for(lambda: executor.running)
     assert [hard for _, hard in executor.asked] == [False]
     assert (state(store, job), store.get(None, job.id).faults) == ("queued", 0)
 
@@ -268,7 +269,7 @@ def test_running_jobs_of_a_tenant_are_limited(library: Library, store: JobStore,
         queued(store, tenant)
     executor = FakeExecutor()
     with working(library, executor, at_once=10, tenants=tenants):
-        until(lambda: len(executor.running) == 4)
+        wait_for(lambda: len(executor.running) == 4)
         time.sleep(0.1)
         assert sorted(lease.job.tenant for lease in executor.running.values()) == ["", "acme", "acme", "best"]
     tenants.close()
@@ -277,7 +278,7 @@ def test_running_jobs_of_a_tenant_are_limited(library: Library, store: JobStore,
 def test_job_outlasts_a_database_outage_within_its_lease(library: Library, store: JobStore) -> None:
     executor, job, away = FakeExecutor(), queued(store), threading.Event()
     with working(library, executor, lease=0.8) as worker:
-        until(lambda: executor.running)
+        wait_for(lambda: executor.running)
         real = worker.store.get_lease, worker.store.renew, worker.store.acquire
 
         def broken(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -297,5 +298,5 @@ def test_job_outlasts_a_database_outage_within_its_lease(library: Library, store
         assert not executor.asked  # the lease was renewed in time
         assert state(store, job) == "running"
         away.set()
-        until(lambda: executor.asked)
+        wait_for(lambda: executor.asked)
         away.clear()

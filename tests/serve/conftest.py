@@ -71,7 +71,6 @@ class Prompt(Catalog):
 
 @pytest.fixture
 def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
-    made: list[AdapterCache[Ready]] = []
     catalogs: list[Catalog] = []
 
     def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> Catalog:
@@ -86,11 +85,9 @@ def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
         )
         catalog = Prompt(shelf, problems, residents, **{"name": "tiny", **options})
         catalogs.append(catalog)
-        made.append(residents)
         return catalog
 
     yield build
-    for residents in made:
-        residents.close()
     for catalog in catalogs:
+        catalog.residents.close()
         catalog.close()

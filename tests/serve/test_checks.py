@@ -31,6 +31,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def refusal(capsys: pytest.CaptureFixture[str], base: str, *options: str) -> str:
+    """Return the error of `veneer serve`, which ends before it listens."""
+    ran = run(capsys, "serve", "--base", base, *options, code=2)
+    assert "listening" not in ran.err
+    return ran.err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -61,10 +68,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_bad_options_are_refused_before_listening(options, words, home, capsys):
     tiny_base_dir(home).rename(home / "base")
-    ran = run(capsys, "serve", "--base", "./base", *options, code=2)
-    said = " ".join(ran.err.replace("│", " ").split())
+    said = " ".join(refusal(capsys, "./base", *options).replace("│", " ").split())
     assert all(part in said for part in words.split(" | ")), said
-    assert "listening" not in ran.err
 
 
 @pytest.mark.parametrize(
@@ -84,9 +89,8 @@ def test_bad_options_are_refused_before_listening(options, words, home, capsys):
 def test_bad_file_values_are_refused_before_listening(text, words, home, capsys):
     tiny_base_dir(home).rename(home / "base")
     (home / "server.yaml").write_text(text, encoding="utf-8")
-    ran = run(capsys, "serve", "--base", "./base", "--config", "server.yaml", code=2)
-    assert all(part in ran.err for part in words.split(" | ")), ran.err
-    assert "listening" not in ran.err
+    said = refusal(capsys, "./base", "--config", "server.yaml")
+    assert all(part in said for part in words.split(" | ")), said
 
 
 @pytest.mark.parametrize(
@@ -101,9 +105,7 @@ def test_bad_file_values_are_refused_before_listening(text, words, home, capsys)
     ],
 )
 def test_a_missing_base_is_refused_before_listening(base: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = run(capsys, "serve", "--base", base, code=2)
-    assert words in ran.err
-    assert "listening" not in ran.err
+    assert words in refusal(capsys, base)
 
 
 def test_an_unknown_hub_base_is_refused_before_listening(home, capsys, monkeypatch):
@@ -117,10 +119,9 @@ def test_an_unknown_hub_base_is_refused_before_listening(home, capsys, monkeypat
     (home / "home" / "bases").mkdir(parents=True)
     tiny_base_dir(home).rename(home / "home" / "bases" / "some-base")
     for more in ([], ["--upstream", "http://there"]):
-        ran = run(capsys, "serve", "--base", "somebody/sme-base", *more, code=2)
-        assert "there is no base 'somebody/sme-base'" in ran.err
-        assert "did you mean some-base" in ran.err
-        assert "listening" not in ran.err
+        said = refusal(capsys, "somebody/sme-base", *more)
+        assert "there is no base 'somebody/sme-base'" in said
+        assert "did you mean some-base" in said
 
 
 def test_a_hub_base_is_checked_before_its_weights_are_fetched(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +160,7 @@ def test_the_default_tenant_database_is_checked_before_listening(home, capsys):
     tiny_base_dir(home).rename(home / "base")
     (home / "home").mkdir()
     (home / "home" / "tenants.sqlite").write_text("this is no database, " * 99, encoding="utf-8")
-    ran = run(capsys, "serve", "--base", "./base", code=2)
-    assert "tenants.sqlite" in ran.err
-    assert "listening" not in ran.err
+    assert "tenants.sqlite" in refusal(capsys, "./base")
 
 
 def test_the_server_uses_the_stores_opened_by_checks(home: Path) -> None:

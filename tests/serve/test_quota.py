@@ -30,10 +30,6 @@ def test_an_amount_over_a_limit_names_the_limit() -> None:
         quotas.take("a", memory=40).release()
         quotas.take("b", memory=100).release()
     quotas.take("a", memory=100)
-
-
-def test_full_storage_is_400_without_retry() -> None:
-    quotas = Quotas(SMALL)
     quotas.take("a", files=3)
     with pytest.raises(Refused) as error:
         quotas.take("a", files=1)

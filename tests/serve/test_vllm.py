@@ -113,14 +113,9 @@ def made(base: TextBase, spec: LoraSpec, seed: int) -> Adapter:
 
 def start(model: Path, port: int, core: int, log: Path, **more: str) -> subprocess.Popen[bytes]:
     """Start vLLM on one core. Two threads that spin for each other are slower than one on a busy machine."""
-    settings = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": str(core),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT / "src"),
-    }
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+    for name in ("ALLOW_RUNTIME_LORA_UPDATING", "CPU_KVCACHE_SPACE", "NO_USAGE_STATS"):
+        settings[f"VLLM_{name}"] = "1"
     flags = (
         "--served-model-name base --dtype float32 --max-model-len 512 --enforce-eager --enable-lora --max-loras 4 "
         "--max-cpu-loras 8 --max-lora-rank 64 --max-num-seqs 8 --host 127.0.0.1"
@@ -256,9 +251,8 @@ def test_vllm_answers_as_veneer_does_behind_a_front_door(shop):
         shop.check(*await answer(door, shop, ()))
         mixes: list[dict[str, float]] = [{"plain": 1.0}, {"stable": 1.0}, {"patterns": 1.0}, {"patterns": 0.5}]
         mixes.append({"plain": 0.75, "stable": -0.5, "patterns": 0.5})
-        for strengths, got in zip(
-            mixes, await asyncio.gather(*(answer(door, shop, shop.mix(**m)) for m in mixes)), strict=True
-        ):
+        answers = await asyncio.gather(*(answer(door, shop, shop.mix(**m)) for m in mixes))
+        for strengths, got in zip(mixes, answers, strict=True):
             shop.check(*got, **strengths)
         names = {m["id"] for m in httpx.get(f"{shop.urls[0]}/v1/models").json()["data"]}
         assert served_name(shop.mix(plain=1.0)) in names

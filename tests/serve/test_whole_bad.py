@@ -44,13 +44,9 @@ def spoiled(shop: Shop) -> list[str]:
     (like_plain("no-config") / CONFIG).unlink()
     (like_plain("config-not-json") / CONFIG).write_text("{")
     (like_plain("config-a-list") / CONFIG).write_text("[1]")
-    for name, change in {
-        "rank-zero": {"r": 0},
-        "rank-wrong": {"r": 9},
-        "alpha-nan": {"lora_alpha": "x"},
-        "ia3": {"peft_type": "IA3"},
-        "no-targets": {"target_modules": ["nothing"]},
-    }.items():
+    changes: dict[str, Any] = {"rank-zero": {"r": 0}, "rank-wrong": {"r": 9}, "alpha-nan": {"lora_alpha": "x"}}
+    changes |= {"ia3": {"peft_type": "IA3"}, "no-targets": {"target_modules": ["nothing"]}}
+    for name, change in changes.items():
         config = like_plain(name) / CONFIG
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
     for name, value in {"nan": float("nan"), "infinite": float("inf")}.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -93,11 +92,7 @@ def test_unloading_waits_for_requests_and_frees_memory(whole: Whole, shop: Shop,
     assert digest not in whole.engine.residents.resident()
     assert whole.engine.residents.stats().bytes == bytes_before
     runner = whole.engine.runner  # this runner's adapters share memory with the test's
-    end = time.monotonic() + 5
-    while ((left := alive(watched)) or digest in runner.attached) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert left == 0
-    assert digest not in runner.attached
+    wait_for(lambda: not alive(watched) and digest not in runner.attached, 5)
 
 
 def test_changing_names_never_serve_another_adapter(whole: Whole, shop: Shop) -> None:

@@ -255,15 +255,9 @@ def test_page_messages_write_nothing_to_the_log(shared: Shared) -> None:
     log_size = server.log.stat().st_size
     with open_page(f"{server.address}/studio/", keys["acme"]) as page:
         id = {"client_id": page.query["client_id"]}
-        messages: list[list[Any]] = [
-            ["log", {**id, "level": "error", "message": "2026-01-01 ERROR veneer: forged"}],
-            ["event", {}],
-            ["event", {**id, "id": 1, "listener_id": "x"}],
-            ["event", 5],
-            ["handshake", id],
-            ["ack", {**id, "next_message_id": "x"}],
-            ["javascript_response", id],
-        ]
+        messages: list[list[Any]] = [["event", {}], ["event", 5], ["event", {**id, "id": 1, "listener_id": "x"}]]
+        messages += [["log", {**id, "level": "error", "message": "2026-01-01 ERROR veneer: forged"}]]
+        messages += [["handshake", id], ["ack", {**id, "next_message_id": "x"}], ["javascript_response", id]]
         for each in messages:
             page.socket.send("42" + json.dumps(each))
         page.type("tone")

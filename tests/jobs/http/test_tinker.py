@@ -168,16 +168,12 @@ def test_training_client_from_session_to_checkpoints(world: SimpleNamespace, cli
     listed = acme.http.get(f"/training_runs/{model}/checkpoints").json()["checkpoints"]
     assert [each["tinker_path"] for each in listed] == [path, named]
     assert acme.post("weights_info", tinker_path=path)["lora_rank"] == 4
-    assert acme.http.delete(_at(path)).status_code == 204
+    kind, name = path.rsplit("/", 2)[1:]
+    assert acme.http.delete(f"/training_runs/{model}/checkpoints/{kind}/{name}").status_code == 204
     assert acme.http.get(f"/training_runs/{model}").json()["last_checkpoint"] is None
     mine = acme.http.get("/v1/models".replace("/v1", f"{world.url}/v1")).json()["data"]
     assert any(each["id"].startswith("acme/tinker-") for each in mine)
     assert acme.http.post(f"/sessions/{acme.session}/finish", json={}).status_code == 204
-
-
-def _at(path: str) -> str:
-    run, kind, name = path.removeprefix("tinker://").split("/")
-    return f"/training_runs/{run}/checkpoints/{kind}/{name}"
 
 
 def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> None:
@@ -201,8 +197,7 @@ def test_many_samples_leave_other_tenants_their_share(client: Any) -> None:
     tenants = [client(name) for name in ("acme", "globex")]
     promises: list[list[Any]] = []
     for tenant, count in zip(tenants, (24, 1), strict=True):
-        named = {"session_id": tenant.session, "sampling_session_seq_id": 0, "base_model": "tiny-base"}
-        session = tenant.post("create_sampling_session", **named)["sampling_session_id"]
+        session = sampler(tenant)
         prompt = {"chunks": [{"tokens": ROWS[0][:6]}]}
         params = {"max_tokens": 24, "stop": []}
         body = {"sampling_session_id": session, "num_samples": 4, "prompt": prompt, "sampling_params": params}
@@ -389,15 +384,11 @@ def test_invalid_request_number_is_400(client: Any, number: Any) -> None:
 
 def test_invalid_sample_options_are_the_result(client: Any) -> None:
     acme = client("acme")
-    base = acme.post(
-        "create_sampling_session", session_id=acme.session, sampling_session_seq_id=0, base_model="tiny-base"
-    )
-    id = base["sampling_session_id"]
-    for seq, more in enumerate(
-        [{"topk_sample_logprobs": 5}, {"prompt_alt_tokens_k": 2}, {"prompt_logprobs_last_n": 3}]
-    ):
-        result = acme.sample(id, seq, **more).json()
-        assert next(iter(more)) in result["error"]
+    id = sampler(acme)
+    wrong = {"topk_sample_logprobs": 5, "prompt_alt_tokens_k": 2, "prompt_logprobs_last_n": 3}
+    for seq, (name, value) in enumerate(wrong.items()):
+        result = acme.sample(id, seq, **{name: value}).json()
+        assert name in result["error"]
         assert result["category"] == "user"
     expired = acme.http.post("/retrieve_future", json={"request_id": f"{id}:77"})
     assert expired.status_code == 410

@@ -11,22 +11,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import yaml
 
 from tests.homes import home_with_kernels
-from tests.jobs.fakes import until
-from tests.serve.http.toy import free_port
+from tests.serve.http.toy import free_port, wait_for
 from tests.serve.tenancy.conftest import new_tenant
+from tests.serve.whole import is_ready
 from tests.test_readme import blocks
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from veneer.jobs.account import trained_name
@@ -79,16 +77,8 @@ class Process:
         path = os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])
         env = {**os.environ, "PYTHONPATH": path, "VENEER_HOME": str(self.folder / "home")}
         self.running = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], env=env, cwd=ROOT)
-        end = time.monotonic() + 300
-        while time.monotonic() < end:
-            try:
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            assert self.running.poll() is None, "the server ended"
-            time.sleep(0.2)
-        raise AssertionError("the server was never ready")
+        wait_for(lambda: self.running.poll() is not None or is_ready(self.url), 300)
+        assert self.running.poll() is None, "the server ended"
 
     def kill(self) -> None:
         self.running.send_signal(signal.SIGKILL)
@@ -339,7 +329,7 @@ def test_restart_ends_clients_and_keeps_checkpoints(process: Process) -> None:
     again = client(process, "acme").create_training_client_from_state_with_optimizer(path).result()
     assert [step(again), step(again)] == losses
     name = f"acme/tinker-{again.model_id.replace(':train:', '-')}"
-    until(lambda: billed(process, name) == 2 * sum(len(row) - 1 for row in ROWS))
+    wait_for(lambda: billed(process, name) == 2 * sum(len(row) - 1 for row in ROWS))
 
 
 def billed(process: Process, run: str) -> int:

@@ -163,13 +163,8 @@ def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
     assert len(events) == len({event.id for event in events}) == len(jobs.store.events("acme", job.id)[0])
     assert [event.message for event in events][-1].startswith("created")
     validation, metrics = (event.data for event in events if event.type == "metrics")
-    assert metrics == {
-        "step": 4,
-        "total_steps": 9,
-        "tokens": 400,
-        "train_loss": 1.25,
-        "train_mean_token_accuracy": 0.75,
-    }
+    trained = {"train_loss": 1.25, "train_mean_token_accuracy": 0.75}
+    assert metrics == {"step": 4, "total_steps": 9, "tokens": 400, **trained}
     full = {"full_valid_loss": 1.5, "full_valid_mean_token_accuracy": 0.5}
     assert validation == {"step": 4, "valid_loss": 1.5, "valid_mean_token_accuracy": 0.5, **full}
 
@@ -204,21 +199,12 @@ def reinforced(grader: Any = GRADER, **more: Any) -> dict[str, Any]:
 
 
 def test_reinforcement_job_has_the_requested_configuration(jobs: Jobs, client: openai.OpenAI) -> None:
-    both = {
-        "type": "multi",
-        "name": "both",
-        "graders": {"a": GRADER, "b": SCORED, "c": {**SCORED, "model": "sql"}},
-        "calculate_output": "a + b",
-    }
+    graders = {"a": GRADER, "b": SCORED, "c": {**SCORED, "model": "sql"}}
+    both = {"type": "multi", "name": "both", "graders": graders, "calculate_output": "a + b"}
     schema = {"type": "object", "properties": {"total": {"type": "number"}}}
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
-    numbers = {
-        "compute_multiplier": 0.5,
-        "eval_interval": 7,
-        "learning_rate_multiplier": 2,
-        "n_epochs": 2,
-        "batch_size": 4,
-    }
+    numbers = {"compute_multiplier": 0.5, "eval_interval": 7, "learning_rate_multiplier": 2}
+    numbers |= {"n_epochs": 2, "batch_size": 4}
     rows = [{"messages": [{"role": "user", "content": f"{n} + 1?"}], "wanted": str(n + 1)} for n in range(50)]
     file, held_out = sent(client, rows), sent(client, rows, "held.jsonl")
     request = reinforced(both, hyperparameters=numbers, response_format=form)
@@ -238,18 +224,14 @@ def test_reinforcement_job_has_the_requested_configuration(jobs: Jobs, client: o
     with build_rewards([reward], ask=lambda questions: [Reply("1")] * len(questions)) as rewards:
         assert rewards.judge([Answer([], "3", {"wanted": "3"})]).values == [2]
     assert (config.schedule.epochs, config.batching.rows, config.evaluation.every) == (2, 4, 7)
-    plain, _ = config_from(
-        {"base": "toy", "data": {"train": "x"}, "output": "o", "reinforcement": reinforcement.model_dump()}
-    )
+    values = {"base": "toy", "data": {"train": "x"}, "output": "o", "reinforcement": reinforcement.model_dump()}
+    plain, _ = config_from(values)
     assert config.optimizer.learning_rate == 2 * plain.optimizer.learning_rate
 
 
-def test_grader_cannot_use_an_invisible_model(client: openai.OpenAI) -> None:
+def test_grader_needs_a_visible_model_and_the_right_to_run_python(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="polite"):
         created(client, **reinforced({**SCORED, "model": "polite"}))
-
-
-def test_python_grader_of_a_job_needs_permission(client: openai.OpenAI) -> None:
     with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
         created(client, **reinforced({"type": "python", "name": "mine", "source": "def grade(sample, item): return 1"}))
 
@@ -460,15 +442,9 @@ def test_jobs_of_other_tenants_are_404(jobs: Jobs, client: openai.OpenAI) -> Non
     file = sent(client)
     with jobs.client("admin") as stranger:
         own_file = sent(stranger)
-        attacks: list[Any] = [
-            stranger.fine_tuning.jobs.retrieve,
-            stranger.fine_tuning.jobs.cancel,
-            stranger.fine_tuning.jobs.pause,
-            stranger.fine_tuning.jobs.resume,
-            stranger.fine_tuning.jobs.list_events,
-            stranger.fine_tuning.jobs.checkpoints.list,
-        ]
-        for attack in attacks:
+        jobs_of = stranger.fine_tuning.jobs
+        changes = (jobs_of.cancel, jobs_of.pause, jobs_of.resume)
+        for attack in (jobs_of.retrieve, jobs_of.list_events, jobs_of.checkpoints.list, *changes):
             with pytest.raises(openai.NotFoundError) as refused:
                 attack(id)
             assert refused.value.code == "fine_tune_not_found"

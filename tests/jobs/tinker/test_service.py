@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs.fakes import until
 from tests.jobs.tinker.small import ROWS, forward_body, read_output, result, small_base, small_service
+from tests.serve.http.toy import wait_for
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError
 from veneer.jobs.tinker.checkpoints import Checkpoints, SavedWeights
@@ -233,7 +233,7 @@ def test_pending_forwards_of_many_clients_stay_within_the_memory(tmp_path, monke
                 future = service.submit(run, seq, "forward", forward_body(run.id, seq, ROWS))
                 future.add_done_callback(lambda _, seq=seq: finished.append(seq))
         submitted.set()
-        until(lambda: len(finished) == 12)
+        wait_for(lambda: len(finished) == 12)
     assert max(resident) <= max_memory
     assert finished[:4] == [1, 1, 1, 1]
 
@@ -357,18 +357,18 @@ def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> Non
         path = json.loads(result(service, saver, 1, "save_weights", b'{"path": "one"}').data)["path"]
         service.create_sampler("acme", saver.session, 0, None)
         result(service, saver, 2, "save_weights_for_sampler", b'{"sampling_session_seq_id": 1}')
-        until(lambda: not service.sessions)
+        wait_for(lambda: not service.sessions)
         with pytest.raises(Refused, match="ended with its session"):
             service.submit(saver, 3, "optim_step", STEP)
         with pytest.raises(Refused, match="no sampling session"):
             service.sampler("acme", f"{saver.session}:sample:1")
-        until(lambda: idle.id not in service.runs)
-        until(lambda: not [*(tmp_path / "tinker" / "live").iterdir()])
+        wait_for(lambda: idle.id not in service.runs)
+        wait_for(lambda: not [*(tmp_path / "tinker" / "live").iterdir()])
         session = service.create_session("acme")
         again = service.create_run("acme", session.id, 0, path, optimizer=True)
         assert json.loads(again.created.result(60).data)["path"] == path
         expire(saver, "one")
-        until(lambda: saver.id not in service.runs)
+        wait_for(lambda: saver.id not in service.runs)
 
 
 def test_ended_session_takes_no_new_requests(tmp_path: Path) -> None:

@@ -41,12 +41,10 @@ def _no_learners(trainer: Trainer) -> Iterator[None]:
 
 
 def work(trainer: Trainer, learner: Any, rows: list[list[int]], weight: float = 1.0, backward: bool = True) -> PassWork:
-    given = [
-        WireRow(
-            np.array(row[:-1]), {"target_tokens": np.array(row[1:]), "weights": np.full(len(row) - 1, weight, "f4")}
-        )
-        for row in rows
-    ]
+    given = []
+    for row in rows:
+        inputs = {"target_tokens": np.array(row[1:]), "weights": np.full(len(row) - 1, weight, "f4")}
+        given.append(WireRow(np.array(row[:-1]), inputs))
     made = check_rows(given, "cross_entropy", {}, vocabulary=trainer.vocabulary, context=small_base().context)
     return PassWork(learner, made, "cross_entropy", {}, backward)
 
@@ -170,15 +168,14 @@ def _reference(name: str, p: Any, q: Any, a: Any, w: Any) -> float:
     """Return the loss by numpy in float64, from Tinker's page."""
     ratio = np.exp(p - q)
     clipped = np.clip(ratio, 0.7, 1.1)
-    return float(
-        {
-            "cross_entropy": -(w * p),
-            "importance_sampling": -(ratio * a),
-            "cispo": -(clipped * a * p),
-            "ppo": -np.minimum(ratio * a, clipped * a),
-            "dro": -(p * a - 0.05 * (p - q) ** 2),
-        }[name].sum()
-    )
+    losses = {
+        "cross_entropy": -(w * p),
+        "importance_sampling": -(ratio * a),
+        "cispo": -(clipped * a * p),
+        "ppo": -np.minimum(ratio * a, clipped * a),
+        "dro": -(p * a - 0.05 * (p - q) ** 2),
+    }
+    return float(losses[name].sum())
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
@@ -221,14 +218,9 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     ],
 )  # fmt: skip
 def test_invalid_row_is_named(row: dict[str, Any], said: str) -> None:
-    wire = WireRow(
-        np.array(row.get("tokens", [1, 2]), np.int64),
-        {
-            "target_tokens": np.array(row.get("targets", [2, 3])),
-            "weights": np.array(row.get("weights", [1.0, 1.0]), "f4"),
-        },
-        row.get("unsupported", ""),
-    )
+    targets, weights = np.array(row.get("targets", [2, 3])), np.array(row.get("weights", [1.0, 1.0]), "f4")
+    tokens, inputs = np.array(row.get("tokens", [1, 2]), np.int64), {"target_tokens": targets, "weights": weights}
+    wire = WireRow(tokens, inputs, row.get("unsupported", ""))
     with pytest.raises(ConfigError, match=said):
         check_rows([wire], row.get("loss", "cross_entropy"), row.get("options", {}), vocabulary=384, context=256)
 

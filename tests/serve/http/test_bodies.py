@@ -136,14 +136,8 @@ def test_disconnect_mid_body_is_not_a_server_error(path: str) -> None:
         answers.append(message)
 
     head = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"100")]
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "headers": head,
-        "query_string": b"",
-        "http_version": "1.1",
-    }
+    scope = {"type": "http", "http_version": "1.1", "query_string": b""}
+    scope |= {"method": "POST", "path": path, "headers": head}
     asyncio.run(app(scope, receive, send))
     assert answers[0]["status"] == 499
     assert service.inside == 0

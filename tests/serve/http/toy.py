@@ -20,7 +20,6 @@ from typing import Any
 
 import httpx
 import uvicorn
-from fastapi import FastAPI
 
 from tests.tiny_base import tiny_tokenizer
 from veneer.serve.access import ModelCard, NoWait, OpenAccess, ResolvedModel, Tenancy
@@ -325,26 +324,15 @@ class Live:
         return [b if b == "[DONE]" else json.loads(b) for b in blocks]
 
 
-def toy_app(
-    engine: ToyEngine,
-    catalog: ToyCatalog,
-    tenancy: Tenancy | None = None,
-    settings: HttpSettings | None = None,
-    **options: Any,
-) -> FastAPI:
+def toy_app(engine: ToyEngine, catalog: ToyCatalog, tenancy: Any = None, settings: Any = None, **options: Any) -> Any:
     service = Service(engine, catalog, tenancy or OpenAccess(), engine.text, settings or HttpSettings())
     return create_app(service, **options)
 
 
 @contextmanager
-def live(
-    engine: ToyEngine,
-    catalog: ToyCatalog,
-    tenancy: Tenancy | None = None,
-    settings: HttpSettings | None = None,
-    **options: Any,
-) -> Iterator[Live]:
-    app = toy_app(engine, catalog, tenancy, settings, **options)
+def live(engine: ToyEngine, catalog: ToyCatalog, *how: Any, **options: Any) -> Iterator[Live]:
+    """Serve `toy_app` with these arguments."""
+    app = toy_app(engine, catalog, *how, **options)
     with served(app) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield Live(url, app, engine, catalog, client)
 
@@ -382,14 +370,8 @@ def fuzzed(url: str, ask: Callable[[Any], None], starts: tuple[str, ...] = ("/",
     from hypothesis.errors import Unsatisfiable
     from schemathesis import GenerationMode
 
-    limits = settings(
-        max_examples=10,
-        deadline=None,
-        phases=[Phase.generate],
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    how = {"max_examples": 10, "deadline": None, "derandomize": True, "database": None}
+    limits = settings(**how, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if found.ok().path.startswith(starts) else ():
             try:
@@ -405,8 +387,10 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def wait_for(ready: Any, seconds: float = 30.0) -> None:
+def wait_for(ready: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Return the first true value of `ready`."""
     end = time.monotonic() + seconds
-    while not ready():
+    while not (found := ready()):
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
+    return found

@@ -54,11 +54,8 @@ def test_names_of_fine_tuned_models(make: Make, base: TextBase, folder: Path, li
     library.add(folder / "a", "acme/support-kq7vz2mh")
     library.alias("acme/support-kq7vz2mh@1", "ckpt-step-40")
     library.add(folder / "b", "acme/support-kq7vz2mh")
-    catalog, acme, other = (
-        make(),
-        Principal("tenant", "acme", pattern_matcher(["acme/*"])),
-        Principal("tenant", "globex", pattern_matcher(["globex/*", "ft:*"])),
-    )
+    catalog, acme = make(), Principal("tenant", "acme", pattern_matcher(["acme/*"]))
+    other = Principal("tenant", "globex", pattern_matcher(["globex/*", "ft:*"]))
     name = "ft:tiny:acme:support:kq7vz2mh"
     for word, digest in ((name, last), (f"{name}:ckpt-step-40", first), (f"tiny:{name}", last)):
         served = catalog.resolve(word, acme)
@@ -82,10 +79,8 @@ def test_adapters_of_the_library_need_no_loading(make: Make, base: TextBase, fol
     words = {"support": two, "support@1": one, "support@2": two, "support@prod": one, one: one, "tiny:support@1": one}
     assert {word: catalog.resolve(word, OPERATOR).mix for word in words} == {w: of(d) for w, d in words.items()}
     assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "support"]
-    assert torch.equal(
-        next(catalog.sources.read(one).tensors())[1],
-        next(peft.load_folder(folder / "a", base.model).adapter.tensors())[1],
-    )
+    own = peft.load_folder(folder / "a", base.model).adapter
+    assert torch.equal(next(catalog.sources.read(one).tensors())[1], next(own.tensors())[1])
 
 
 def test_names_are_resolved_without_a_database(make, base, folder, library, monkeypatch):
@@ -241,10 +236,7 @@ def test_adapters_of_other_tenants_are_not_found(make: Make, base: TextBase, fol
     caller = Principal("tenant", tenant="t", sees=lambda name: name == "mine")
     assert catalog.resolve("mine", caller).mix == of(digest)
     for word in ("theirs", "secret", "secret@1", digest):
-        hidden, absent = (
-            refused(lambda w=word: catalog.resolve(w, caller)),
-            refused(lambda: catalog.resolve("x", caller)),
-        )
+        hidden, absent = (refused(partial(catalog.resolve, each, caller)) for each in (word, "x"))
         assert str(hidden).replace(word, "x") == str(absent)
         for part in ("status", "code", "param", "fix", "where"):
             assert getattr(hidden, part) == getattr(absent, part)
@@ -269,10 +261,8 @@ def test_namespaces_work_in_every_way_to_name_adapters(make, base, folder, libra
     assert catalog.resolve_mix([("acme/support@1", 0.5)], acme).mix == ((one, 0.5),)
     assert [c.id for c in catalog.models(acme)] == ["tiny", "acme/support"]
     assert refused(lambda: catalog.resolve("support", acme)).status == 404
-    assert (
-        refused(lambda: catalog.resolve("acme/support", Principal("key", sees=pattern_matcher(["globex/*"])))).status
-        == 404
-    )
+    globex = Principal("key", sees=pattern_matcher(["globex/*"]))
+    assert refused(lambda: catalog.resolve("acme/support", globex)).status == 404
     assert catalog.load("acme/Fast.Support", "acme/support@1").digest == one
     assert catalog.resolve("acme/Fast.Support", acme).mix == of(one)
 
@@ -353,8 +343,7 @@ def test_an_evicted_adapter_must_be_unchanged_when_reloaded(make: Make, base: Te
             lease.release()
         return lease
 
-    assert isinstance(get("x"), Lease)
-    assert isinstance(get("y"), Lease)
+    assert {type(get(name)) for name in "xy"} == {Lease}
     shutil.rmtree(folder / "a")
     gone = get("x")
     assert (reason(gone), gone.status) == ("not_found", 404)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -234,10 +233,7 @@ def test_adapters_stay_while_memory_is_free(base: ImageBase) -> None:
     with PictureEngine(base, shelf.read, window=0.0, adapter_bytes=int(2.5 * size)) as engine:
 
         def settled() -> set[str]:
-            until = time.monotonic() + 20
-            while (stats := engine.stats()).running or stats.adapter_bytes > 2.5 * size:
-                assert time.monotonic() < until
-                time.sleep(0.005)
+            wait_for(lambda: not engine.stats().running and engine.stats().adapter_bytes <= 2.5 * size)
             return set(engine.attachment.adapters)
 
         first = drawn(engine, ask(1, (a, 1.0)))[0].picture.image
@@ -247,8 +243,7 @@ def test_adapters_stay_while_memory_is_free(base: ImageBase) -> None:
         assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].picture.image) == 0
         assert shelf.read_of == [a, b, c]
         engine.residents.drop(a)
-        while a in engine.attachment.adapters:
-            time.sleep(0.005)
+        wait_for(lambda: a not in engine.attachment.adapters)
         assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].picture.image) == 0
         assert shelf.read_of == [a, b, c, a]
         with pytest.raises(Refused, match="too_large"):
@@ -277,10 +272,7 @@ def test_cancelling_during_a_read_releases_everything(base: ImageBase) -> None:
         assert engine.residents.stats().waiting == 0
         drawn(engine, ask(1, (a, 1.0)))
         engine.residents.drop(a)
-        until = time.monotonic() + 20
-        while engine.residents.resident() or engine.attachment.adapters:
-            assert time.monotonic() < until, "a lease was not given back"
-            time.sleep(0.005)
+        wait_for(lambda: not engine.residents.resident() and not engine.attachment.adapters)  # every lease has ended
 
 
 def test_a_record_belongs_to_one_caller(engine: PictureEngine, shelf: Shelf) -> None:
@@ -324,10 +316,9 @@ def test_an_engine_reports_that_it_is_idle(base: ImageBase, shelf: Shelf, monkey
     with PictureEngine(base, shelf.read, stuck_seconds=0.2) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(pictures, "generate_images", fails)
-            for i in range(3):
+            for _ in range(3):
                 assert engine.problem() == ""
-                with pytest.raises(Refused):
-                    asyncio.run(collect(engine, ask(i)))
+                refused_by(engine)
             assert engine.problem() == "the last 3 pictures failed"
         drawn(engine, ask(1))
         assert engine.problem() == ""

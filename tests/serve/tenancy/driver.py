@@ -61,13 +61,8 @@ async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any
     """Serve a request as an HTTP route does: admit, send tokens, bill, send the end."""
     took, pick = answer(request), random.Random(f"{request}-")
     served = ResolvedModel((), "support", pick.choice(["v1", "v2"]))
-    async with tenants.admitted(
-        Principal("tenant", tenant_of(request)),
-        served,
-        request=request,
-        prompt_tokens=took.prompt,
-        max_tokens=took.completion,
-    ) as bill:
+    caller, how = Principal("tenant", tenant_of(request)), {"request": request, "prompt_tokens": took.prompt}
+    async with tenants.admitted(caller, served, **how, max_tokens=took.completion) as bill:
         for _ in range(pick.randrange(1, 4)):
             await say({"request": request, "word": "…"})
             await asyncio.sleep(pick.random() * pause)
@@ -193,13 +188,8 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
             await serve_one(tenants, f"s{step}-{n}", say, 0.0)
         with contextlib.suppress(ZeroDivisionError):
             took = answer(f"s{step}-x")
-            async with tenants.admitted(
-                Principal("tenant", "t0"),
-                ResolvedModel((), "n", "v1"),
-                request=f"s{step}-x",
-                prompt_tokens=took.prompt,
-                max_tokens=5,
-            ):
+            how = {"request": f"s{step}-x", "prompt_tokens": took.prompt, "max_tokens": 5}
+            async with tenants.admitted(Principal("tenant", "t0"), ResolvedModel((), "n", "v1"), **how):
                 await say({"request": f"s{step}-x", "word": "…"})
                 raise ZeroDivisionError  # a route that fails before it bills
 

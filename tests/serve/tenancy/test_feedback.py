@@ -42,20 +42,17 @@ def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock
         tenants.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, changed=frozenset({"up"})))
     better = {"role": "assistant", "content": "better"}
     tenants.answers.give("acme", AnswerFeedback("a-1", corrected=better, changed=frozenset({"corrected"})))
-    tenants.answers.give(
-        "acme", AnswerFeedback("a-2", rejected=(("a-3", 0), ("a-4", 0)), changed=frozenset({"rejected"}))
-    )
+    chosen = AnswerFeedback("a-2", rejected=(("a-3", 0), ("a-4", 0)), changed=frozenset({"rejected"}))
+    tenants.answers.give("acme", chosen)
     with reading(tenants.store.engine) as c:
         counts = feedback_counts(c, "acme", NOW)
     assert counts == {"answers": 230, "up": 172, "down": 58, "corrected": 1, "chosen": 1}
     labels = rows(tenants, "unpaired")
-    assert sorted(row["completion"][0]["content"] for row in labels) == sorted(
-        f"answer {n} \0 \ud83d" for n in range(230)
-    )
+    texts = [row["completion"][0]["content"] for row in labels]
+    assert sorted(texts) == sorted(f"answer {n} \0 \ud83d" for n in range(230))
     assert sum(row["label"] for row in labels) == len(rows(tenants, "supervised")) == 172
-    pairs = [
-        (row["chosen"][0]["content"][:8], row["rejected"][0]["content"][:8]) for row in rows(tenants, "preference")
-    ]
+    both = [(row["chosen"], row["rejected"]) for row in rows(tenants, "preference")]
+    pairs = [(chosen[0]["content"][:8], rejected[0]["content"][:8]) for chosen, rejected in both]
     assert sorted(pairs) == [("answer 2", "answer 3"), ("answer 2", "answer 4"), ("better", "answer 1")]
 
     assert tenants.answers.forget("acme", user="u-1") == 115, "a-1 and a-3 among them"

@@ -151,10 +151,8 @@ def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock
     with write_transaction(tenants.store.engine) as c:
         c.execute(delete(line_table))  # usage within a window is never summed from rows
     seen = tenants.ledger.usage_of_other_servers(86400.0)
-    assert [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen] == [
-        ("acme", "", 3, 6),
-        ("acme", "v1", 3, 6),
-    ]
+    found = [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen]
+    assert found == [("acme", "", 3, 6), ("acme", "v1", 3, 6)]
 
 
 def test_a_returning_server_overrides_its_interruption(where: str, quick: Path) -> None:
@@ -219,11 +217,8 @@ def test_other_files_in_the_folder_stay(quick: Path) -> None:
         os.utime(quick / name, (old, old))
     Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
     Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
-    assert {path.name for path in quick.iterdir()} - {"t.sqlite-wal", "t.sqlite-shm"} == {
-        "t.sqlite",
-        "notes.journal",
-        "some.lock",
-    }
+    left = {path.name for path in quick.iterdir()} - {"t.sqlite-wal", "t.sqlite-shm"}
+    assert left == {"t.sqlite", "notes.journal", "some.lock"}
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------
@@ -390,9 +385,8 @@ def processes(url: str) -> list[int]:
 def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
     with postgres_server() as schema:
         url = schema()
-        tenants = Tenants(
-            url, admin_key=ADMIN, ledger=LedgerSettings(folder=quick / "journals", room=128 << 10), watch=True
-        )
+        kept = LedgerSettings(folder=quick / "journals", room=128 << 10)
+        tenants = Tenants(url, admin_key=ADMIN, ledger=kept, watch=True)
         key = new_tenant(tenants.store, "acme")
         served = ResolvedModel((), "tiny", "tiny")
         refusals: list[tuple[int, str, str]] = []
@@ -427,10 +421,9 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
                 app = toy_app(
                     ToyEngine(ToyText()), ToyCatalog(), tenants, routers=[admin_router(tenants, ToyCatalog())]
                 )
+                headers = {"authorization": f"Bearer {ADMIN}"}
                 async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-                    answer = await client.get(
-                        "/admin/tenants", headers={"authorization": f"Bearer {ADMIN}"}, timeout=30
-                    )
+                    answer = await client.get("/admin/tenants", headers=headers, timeout=30)
                 assert answer.status_code == 503
                 assert answer.headers["retry-after"]
                 told = answer.json()["error"]["message"]

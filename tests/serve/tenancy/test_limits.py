@@ -8,16 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from tests.serve.tenancy.conftest import Clock
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits, Window
 from veneer.serve.tenancy.store import ALL, EACH, Limit
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def taken(limits: Limits, rules: dict, tenant: str, adapter: str, prompt: int, most: int) -> LimitHold | Refused:
@@ -44,7 +38,7 @@ Steps = some.lists(
 @settings(max_examples=60, deadline=None)
 @given(Steps)
 def test_no_window_exceeds_its_limit(steps: list) -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     limits = Limits(clock)
     rules = {
         ("acme", ALL): Limit(requests_per_minute=5, tokens_per_minute=200, concurrency=3),
@@ -93,7 +87,7 @@ def test_no_window_exceeds_its_limit(steps: list) -> None:
 @settings(max_examples=50, deadline=None)
 @given(some.lists(some.tuples(some.floats(0, 30), some.integers(1, 50)), max_size=40), some.integers(1, 100))
 def test_retry_after_is_long_enough_and_tight(steps: list, most: int) -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     limits, rules = Limits(clock), {("acme", ALL): Limit(tokens_per_minute=most)}
     for pause, tokens in steps:
         clock.now += pause
@@ -127,7 +121,7 @@ def test_a_window_agrees_with_a_list_of_amounts(steps: list) -> None:
 
 
 def test_a_tenants_own_limit_replaces_the_default() -> None:
-    limits = Limits(Clock())
+    limits = Limits(Clock(0.0))
     rules = {(EACH, ALL): Limit(concurrency=1), ("acme", ALL): Limit(concurrency=2)}
     held = [limits.take(rules, tenant, ["x"], 1, 1) for tenant in ("acme", "acme", "globex")]
     for tenant in ("acme", "globex"):
@@ -138,8 +132,7 @@ def test_a_tenants_own_limit_replaces_the_default() -> None:
 
 
 def test_requests_of_other_servers_count() -> None:
-    clock = Clock()
-    clock.now = 500.0
+    clock = Clock(500.0)
     limits = Limits(clock)
     rules = {("acme", ALL): Limit(tokens_per_minute=100, requests_per_day=10)}
     minute = [("acme", ALL, 10.0, 2, 60), ("acme", "x", 10.0, 2, 60), ("globex", ALL, 1.0, 1, 1000)]

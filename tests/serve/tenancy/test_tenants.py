@@ -309,9 +309,8 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
     async def work() -> None:
         served = ResolvedModel((), "support", "v1")
         async with tenants.admitted(acme, served, request="a", prompt_tokens=1, max_tokens=1) as bill:
-            again = await asyncio.gather(
-                ask(tenants, acme, "a", None), ask(tenants, acme, "b", None), return_exceptions=True
-            )
+            asked = (ask(tenants, acme, name, None) for name in "ab")
+            again = await asyncio.gather(*asked, return_exceptions=True)
             assert again[0].status == 400
             bill.used(Usage(5, 0, 5))
             bill.used(Usage(500, 0, 500))

@@ -151,9 +151,8 @@ def test_an_adapter_is_added_found_shown_changed_and_removed(served: Served, tmp
 
 def test_a_tenant_finds_and_changes_only_its_adapters(served: Served, tmp_path: Path) -> None:
     for n, name in enumerate(("acme/a", "globex/b", "shared")):
-        served.library.add(
-            text_folder(tmp_path / str(n), 10 + n, recipe={"data": "/srv/rows.jsonl"}), name, source="/x"
-        )
+        folder = text_folder(tmp_path / str(n), 10 + n, recipe={"data": "/srv/rows.jsonl"})
+        served.library.add(folder, name, source="/x")
     listed = served.told("GET", "/v1/adapters", "acme")
     assert [a["name"] for a in listed["data"]] == ["acme/a", "shared"]
     assert (listed["total"], sum(listed["facets"]["base"].values())) == (2, 2)
@@ -178,11 +177,8 @@ def test_a_tenant_finds_and_changes_only_its_adapters(served: Served, tmp_path: 
         served.ask("POST", "/v1/adapters?name=acme/x", "key", content=b"x"),
     ]
     assert {a.status_code for a in refused} == {403}
-    assert [a["name"] for a in served.told("GET", "/v1/adapters?order=name", "key")["data"]] == [
-        "acme/a",
-        "globex/b",
-        "shared",
-    ]
+    listed = served.told("GET", "/v1/adapters?order=name", "key")["data"]
+    assert [a["name"] for a in listed] == ["acme/a", "globex/b", "shared"]
     assert served.ask("GET", "/v1/adapters", "nobody").status_code == 401
 
 
@@ -210,9 +206,8 @@ def test_downloads_hold_the_same_adapter_in_every_layout(served: Served, picture
 
 
 def test_an_inspected_file_is_reported_and_converted(served: Served, picture_file: Path, tmp_path: Path) -> None:
-    found = served.told(
-        "POST", "/v1/adapter_inspections?filename=../st%20yle.safetensors", "acme", content=picture_file.read_bytes()
-    )
+    where = "/v1/adapter_inspections?filename=../st%20yle.safetensors"
+    found = served.told("POST", where, "acme", content=picture_file.read_bytes())
     report = found["report"]
     assert (report["verdict"]["use"], report["family"], report["adapter"]) == (True, "sdxl", "st_yle.safetensors")
     assert report["coverage"]["unused"] == []

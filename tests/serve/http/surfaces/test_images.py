@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests.image_twins import infotext_of, levels, random_adapter
 from tests.serve.http.test_app import samples
-from tests.serve.http.toy import served
+from tests.serve.http.toy import served, wait_for
 from tests.serve.pictures_here import Names, Shelf, picture_app, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
@@ -525,12 +525,8 @@ def test_bodies_are_limited_and_must_match_their_type(url: str) -> None:
     assert upload.status_code == 413
     for kind, content in (("application/json", b"[]"), ("application/json", b"{"), ("multipart/form-data", b"x")):
         assert httpx.post(at, content=content, headers={"content-type": kind}).status_code == 400
-    for odd in (
-        b'{"prompt": "\\ud800"}',
-        b'{"prompt": "a", "\\ud800": 1}',
-        b'{"prompt": "a", "seed": NaN}',
-        b"[" * 100000,
-    ):
+    odd_bodies = (b'{"prompt": "\\ud800"}', b'{"prompt": "a", "\\ud800": 1}', b'{"prompt": "a", "seed": NaN}')
+    for odd in (*odd_bodies, b"[" * 100000):
         found = httpx.post(f"{url}/v1/images/generations", content=odd, headers={"content-type": "application/json"})
         assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_request")
     nothing = {"n": None, "mix": None, "control": None, "size": None, "quality": None, "model": None}
@@ -564,10 +560,7 @@ def test_an_error_in_a_stream_is_an_event(client: openai.OpenAI, url: str, shelf
 
 def test_a_client_that_disconnects_cancels_its_request(url: str, engine: PictureEngine) -> None:
     def idle() -> None:
-        until = time.monotonic() + 30
-        while engine.stats().running or engine.stats().waiting:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        wait_for(lambda: not engine.stats().running and not engine.stats().waiting)
 
     body = {"prompt": "a", "num_inference_steps": 150, "size": f"{2 * SIZE}x{2 * SIZE}"}
     before = engine.stats().steps
@@ -614,11 +607,8 @@ def test_images_respect_tenant_access_limits_and_billing(base: ImageBase, engine
     with served(picture_app(engine, names, tenants)) as at:
 
         def ask(key: str, **body: Any) -> httpx.Response:
-            return httpx.post(
-                f"{at}/v1/images/generations",
-                json=FEW | {"prompt": "a cat"} | body,
-                headers={"authorization": f"Bearer {key}"},
-            )
+            body = FEW | {"prompt": "a cat"} | body
+            return httpx.post(f"{at}/v1/images/generations", json=body, headers={"authorization": f"Bearer {key}"})
 
         unknown, limited = ask("other"), ask("poor")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (401, "invalid_api_key")

@@ -139,19 +139,12 @@ def test_a_client_that_disconnects_cancels_its_request(client: openai.OpenAI, se
     stream.close()
     wait_for(lambda: server.engine.cancelled)
     assert server.engine.running == 0
+    body = {"model": "toy", "messages": [{"role": "user", "content": "SLOW " + "word " * 40}]}
     with pytest.raises(httpx.ReadTimeout):
-        server.client.post(
-            "/v1/chat/completions",
-            timeout=0.3,
-            json={"model": "toy", "messages": [{"role": "user", "content": "SLOW " + "word " * 40}]},
-        )
+        server.client.post("/v1/chat/completions", timeout=0.3, json=body)
     wait_for(lambda: len(server.engine.cancelled) == 2)
-    wait_for(
-        lambda: (
-            'vllm:request_success_total{engine="0",finished_reason="abort",model_name="toy"} 2.0'
-            in server.get("/metrics").text
-        )
-    )
+    series = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="toy"} 2.0'
+    wait_for(lambda: series in server.get("/metrics").text)
 
 
 def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, server: Live) -> None:
@@ -198,14 +191,7 @@ def test_a_slow_reader_does_not_delay_others(text: ToyText) -> None:
 
 
 def test_every_setting_reaches_the_engine(client: openai.OpenAI, server: Live) -> None:
-    own = {
-        "temperature": 0.3,
-        "top_p": 0.9,
-        "presence_penalty": 0.1,
-        "frequency_penalty": 0.2,
-        "seed": 7,
-        "stop": ["§"],
-    }
+    own = {"temperature": 0.3, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.2, "seed": 7}
     own |= {"stop": ["§"], "logit_bias": {"5": -100}, "max_completion_tokens": 9, "logprobs": True, "top_logprobs": 3}
     vllms = {"top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True}
     ask(client, "Hi", **own, extra_body=vllms | {"stop_token_ids": [11]})
@@ -358,6 +344,9 @@ def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+UNSUPPORTED = {"use_beam_search": True, "reasoning_effort": "high", "functions": [{"name": "f"}], "chat_template": "x"}
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
@@ -379,10 +368,7 @@ def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
         ({"logit_bias": {"99999": 1}}, "vocabulary"),
         ({"logit_bias": {"5": 101}}, "-100 to 100"),
         ({"stop_token_ids": [99999]}, "vocabulary"),
-        ({"use_beam_search": True}, "use_beam_search is not supported"),
-        ({"reasoning_effort": "high"}, "reasoning_effort is not supported"),
-        ({"functions": [{"name": "f"}]}, "functions is not supported"),
-        ({"chat_template": "{{ 1 }}"}, "chat_template is not supported"),
+        *(({key: value}, f"{key} is not supported") for key, value in UNSUPPORTED.items()),
         ({"chat_template_kwargs": {"tokenize": True}}, "not a variable"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "several keys"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
@@ -445,11 +431,8 @@ def test_a_body_that_is_too_large_is_refused(text: ToyText) -> None:
     with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(max_body=2000)) as server:
         body = {"model": "toy", "messages": [{"role": "user", "content": "x" * 3000}]}
         assert server.post("/v1/chat/completions", body).status_code == 413
-        chunked = server.client.post(
-            "/v1/chat/completions",
-            content=iter([json.dumps(body).encode()]),
-            headers={"content-type": "application/json"},
-        )
+        content, headers = iter([json.dumps(body).encode()]), {"content-type": "application/json"}
+        chunked = server.client.post("/v1/chat/completions", content=content, headers=headers)
         assert chunked.status_code == 413
         assert chunked.json()["error"]["code"] == "too_large"
         assert server.post("/generate", {"inputs": "x" * 3000}).json()["error_type"] == "too_large"

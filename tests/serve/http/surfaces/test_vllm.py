@@ -20,31 +20,24 @@ def cards(server: Live) -> dict[str, Any]:
     return {card["id"]: card for card in server.get("/v1/models").json()["data"]}
 
 
-def test_static_lineage(server: Live) -> None:
+def test_lineage(server: Live) -> None:
     card = cards(server)["sql"]
     assert (card["root"], card["parent"], card["object"], card["max_model_len"]) == ("lib/sql", "toy", "model", 512)
     assert cards(server)["toy"]["parent"] is None
-
-
-def test_dynamic_lineage(server: Live) -> None:
     answer = load(server, "cat", "lib/cat")
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'cat' added successfully.")
     assert (cards(server)["cat"]["root"], cards(server)["cat"]["parent"]) == ("lib/cat", "toy")
     assert say(server, "cat").json()["choices"][0]["text"] == "[c4*1] Hi"
 
 
-def test_the_same_name_in_place(server: Live) -> None:
-    load(server, "pet", "lib/cat")
-    assert load(server, "pet", "lib/dog", load_inplace=True).status_code == 200
-    assert say(server, "pet").json()["choices"][0]["text"] == "[d0*1] Hi"
-
-
-def test_the_same_name_without_saying_so(server: Live) -> None:
+def test_a_loaded_name_changes_only_in_place(server: Live) -> None:
     load(server, "pet", "lib/cat")
     answer = load(server, "pet", "lib/dog")
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "InvalidUserInput"
     assert say(server, "pet").json()["choices"][0]["text"] == "[c4*1] Hi"
+    assert load(server, "pet", "lib/dog", load_inplace=True).status_code == 200
+    assert say(server, "pet").json()["choices"][0]["text"] == "[d0*1] Hi"
 
 
 def test_not_found(server: Live) -> None:
