@@ -303,29 +303,13 @@ class JobStore:
         check_name(full)
         stored_config = {key: value for key, value in config.items() if key != "output"}
         with self._transaction() as (c, now):
-            unfinished = job_table.c.tenant == tenant, job_table.c.state.not_in(ENDS)
-            if (c.scalar(select(func.count()).select_from(job_table).where(*unfinished)) or 0) >= _MAX_UNFINISHED:
-                raise ConfigError(
-                    f"{_MAX_UNFINISHED:,} jobs of {tenant or 'this machine'} have not ended",
-                    where="jobs",
-                    fix="wait for some jobs to finish, or cancel some",
-                )
-            number = (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
-            zeros = dict.fromkeys(("step", "steps", "tokens", "price", "planned", "attempt", "faults"), 0)
-            row = zeros | {
-                "id": _new_id(),
-                "number": number,
-                "tenant": tenant,
-                "name": full,
-                "state": "validating",
-                "config": _json(stored_config),
-                "about": _json(dict(about or {})),
-                "created": now,
-                "seconds": 0.0,
-                "place": "",
-            }
-            c.execute(insert(job_table), row)
-            job = self._row(c, tenant, str(row["id"]))
+            if _unfinished(c, tenant) >= _MAX_UNFINISHED:
+                message = f"{_MAX_UNFINISHED:,} jobs of {tenant or 'this machine'} have not ended"
+                raise ConfigError(message, where="jobs", fix="wait for some jobs to finish, or cancel some")
+            id, number = _new_id(), (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
+            row = {"id": id, "number": number, "tenant": tenant, "name": full, "state": "validating", "created": now}
+            c.execute(insert(job_table), row | {"config": _json(stored_config), "about": _json(dict(about or {}))})
+            job = self._row(c, tenant, id)
             _insert_event(c, job, now, JobEvent("info", "state", f"created {job.id}", {"state": "validating"}))
         return job
 
@@ -357,9 +341,8 @@ class JobStore:
 
     def unfinished(self, tenant: str) -> int:
         """Return the number of jobs of a tenant that have not ended."""
-        query = select(func.count()).where(job_table.c.tenant == tenant, job_table.c.state.in_(UNFINISHED))
         with reading(self.engine) as c:
-            return int(c.execute(query).scalar_one())
+            return _unfinished(c, tenant)
 
     def events(
         self,
@@ -500,10 +483,7 @@ class JobStore:
             if current.state == state and state in ("paused", "cancelled"):
                 return current  # repeated request
             _check_transition(current, state, only)
-            c.execute(update(job_table).where(job_table.c.id == job).values(**_NO_LEASE))
-            return self._set_state(
-                c, current, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled")
-            )
+            return self._set_state(c, current, state, now, "resumed" if state == "queued" else state)
 
     # -- for workers ---------------------------------------------------------------------------------------------------
 
@@ -540,14 +520,13 @@ class JobStore:
                 if lost and job.faults + 1 >= _MAX_FAULTS:
                     message = f"the job lost its worker {_MAX_FAULTS} times in a row without a new checkpoint"
                     fix = "check the workers' memory, then submit the job again"
-                    self._end(c, job, "failed", now, error={"kind": "lost", "message": message, "fix": fix})
+                    self._end(c, job, now, error={"kind": "lost", "message": message, "fix": fix})
                     continue
-                values: dict[str, Any] = {"token": secrets.token_hex(16), "worker": shown(worker), "renewed": now}
-                values |= {"until": now + seconds, "attempt": job.attempt + (state == "queued")}
-                values |= {"faults": job.faults + lost}
-                if state == "queued" and job.started is None:
-                    values["started"] = now
-                c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
+                token = secrets.token_hex(16)
+                values = {"token": token, "worker": shown(worker), "renewed": now, "until": now + seconds}
+                _update(c, job, **values, faults=job.faults + lost)
+                if state == "queued":
+                    _update(c, job, attempt=job.attempt + 1, started=now if job.started is None else job.started)
                 if state == "queued" and lost:
                     text = f"{job.worker} was lost: {worker} resumes from the last checkpoint"
                     data = {"public": "its worker was lost: another worker resumes from the last checkpoint"}
@@ -555,7 +534,7 @@ class JobStore:
                 elif state == "queued":
                     public = "resumed" if job.attempt else "started"
                     self._set_state(c, job, "running", now, f"{public} by {worker}", public=public)
-                return JobLease(self._row(c, None, job.id), values["token"])
+                return JobLease(self._row(c, None, job.id), token)
 
     def _next(
         self,
@@ -598,7 +577,7 @@ class JobStore:
     def renew(self, lease: JobLease, seconds: float) -> Job:
         """Extend a lease to `seconds` from now. Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(until=now + seconds))
+            _update(c, job, until=now + seconds)
         return job
 
     def record(
@@ -636,7 +615,7 @@ class JobStore:
                 elif point.reference is not None:
                     c.execute(update(job_checkpoint_table).where(*existing).values(reference=point.reference))
             if values:
-                c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
+                _update(c, job, **values)
 
     def queue(
         self, lease: JobLease, plan: Mapping[str, Any], *, price: int = 0, budget: int | None = None, spent: int = 0
@@ -660,13 +639,10 @@ class JobStore:
                     where="budget",
                     fix="fewer rows or epochs, a larger budget, or next month",
                 )
-            values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": int(plan["steps"])}
-            c.execute(
-                update(job_table).where(job_table.c.id == job.id).values(**values, queued=now, faults=0, **_NO_LEASE)
-            )
-            cost = f", {money(planned)}" if planned else ""
-            text = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
-            return self._set_state(c, job, "queued", now, text)
+            steps, cost = int(plan["steps"]), f", {money(planned)}" if planned else ""
+            text = f"validated: {counted(steps, 'step')}, {int(plan['tokens']):,} tokens{cost}"
+            values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": steps}
+            return self._set_state(c, job, "queued", now, text, **values, queued=now, faults=0)
 
     def release(self, lease: JobLease, why: str, detail: str = "") -> Job:
         """Return a job to the queue; it resumes from its last checkpoint.
@@ -678,8 +654,8 @@ class JobStore:
 
         Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(**_NO_LEASE))
             if job.state == "validating":
+                _update(c, job, **_NO_LEASE)
                 return self._row(c, None, job.id)
             text = f"{why}: {detail}" if detail else why
             return self._set_state(c, job, "queued", now, text, public=why if detail else "")
@@ -691,12 +667,11 @@ class JobStore:
         with self._with_lease(lease) as (c, now, job):
             if job.faults + 1 >= _MAX_FAULTS:
                 message = f"its process died {_MAX_FAULTS} times in a row without a new checkpoint: {why}"
-                return self._end(c, job, "failed", now, error={"kind": "died", "message": message, "fix": fix})
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(faults=job.faults + 1, **_NO_LEASE))
-            _insert_event(
-                c, job, now, JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"})
-            )
-            return self._set_state(c, job, "queued", now, "queued to resume from the last checkpoint")
+                return self._end(c, job, now, error={"kind": "died", "message": message, "fix": fix})
+            event = JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"})
+            _insert_event(c, job, now, event)
+            text = "queued to resume from the last checkpoint"
+            return self._set_state(c, job, "queued", now, text, faults=job.faults + 1)
 
     def finish(
         self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
@@ -705,7 +680,7 @@ class JobStore:
 
         Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
-            return self._end(c, job, "succeeded" if error is None else "failed", now, result=result, error=error)
+            return self._end(c, job, now, result=result, error=error)
 
     # -- transactions --------------------------------------------------------------------------------------------------
 
@@ -739,39 +714,41 @@ class JobStore:
         return _job(row)
 
     def _set_state(
-        self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info", public: str = ""
+        self, c: Connection, job: Job, state: _JobState, now: float, text: str, *, public: str = "", **values: Any
     ) -> Job:
-        """Change a job's state; only this function does. `public`: text for the tenant."""
+        """Change a job's state and these columns; only this function changes states.
+
+        The lease ends, unless the job runs now. `public`: text for the tenant."""
         _check_transition(job, state)
-        c.execute(update(job_table).where(job_table.c.id == job.id).values(state=state))
-        _insert_event(
-            c, job, now, JobEvent(level, "state", text, {"state": state} | ({"public": public} if public else {}))
-        )
+        _update(c, job, state=state, **values, **({} if state == "running" else _NO_LEASE))
+        data = {"state": state} | ({"public": public} if public else {})
+        _insert_event(c, job, now, JobEvent("error" if values.get("error") else "info", "state", text, data))
         if state in ENDS:
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(ended=now, **_NO_LEASE))
-            current = self._row(c, None, job.id)
-            cost = cost_of(current.tokens, current.price) if state in _BILLED else 0
-            values = {name: getattr(current, name) for name in ("tenant", "name", "seconds", "tokens", "price")}
-            bill = values | {"job": job.id, "day": _day(now), "state": state, "at": now, "cost": cost}
+            _update(c, job, ended=now)
+            cost = cost_of(job.tokens, job.price) if state in _BILLED else 0
+            bill = {name: getattr(job, name) for name in ("tenant", "name", "seconds", "tokens", "price")}
+            bill |= {"job": job.id, "day": _day(now), "state": state, "at": now, "cost": cost}
             c.execute(insert(job_bill_table), bill)
         return self._row(c, None, job.id)
 
     def _end(
-        self,
-        c: Connection,
-        job: Job,
-        state: _JobState,
-        now: float,
-        *,
-        result: Mapping[str, Any] | None = None,
-        error: Mapping[str, Any] | None = None,
+        self, c: Connection, job: Job, now: float, *, result: Mapping[str, Any] | None = None, error: Any = None
     ) -> Job:
-        c.execute(update(job_table).where(job_table.c.id == job.id).values(result=_json(result), error=_json(error)))
-        text = str((error or {}).get("message") or (result or {}).get("reference") or "done")
-        return self._set_state(c, job, state, now, f"{state}: {text}", "info" if error is None else "error")
+        state: _JobState = "succeeded" if error is None else "failed"
+        text = f"{state}: {(error or {}).get('message') or (result or {}).get('reference') or 'done'}"
+        return self._set_state(c, job, state, now, text, result=_json(result), error=_json(error))
 
 
 _NO_LEASE: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed": None}
+
+
+def _update(c: Connection, job: Job, **values: Any) -> None:
+    c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
+
+
+def _unfinished(c: Connection, tenant: str) -> int:
+    query = select(func.count()).where(job_table.c.tenant == tenant, job_table.c.state.in_(UNFINISHED))
+    return int(c.scalar(query) or 0)
 
 
 def _select_jobs(tenant: str | None) -> Select[Any]:

@@ -16,8 +16,8 @@ from veneer.library.migrate import Schema, append_only
 _TABLES = MetaData()
 
 
-def _columns(kind: Any, *names: str, nullable: bool = False) -> list[Column[Any]]:
-    return [Column(name, kind, nullable=nullable) for name in names]
+def _columns(kind: Any, *names: str, nullable: bool = False, default: Any = None) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=nullable, default=default) for name in names]
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
@@ -32,12 +32,12 @@ job_table = Table(
     *_columns(Text, "plan", "error", "result", nullable=True),  # JSON
     *_columns(Float, "created"),
     *_columns(Float, "queued", "started", "ended", nullable=True),
-    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: the planned cost
-    *_columns(Float, "seconds"),
-    *_columns(Integer, "attempt", "faults"),
+    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned", default=0),  # planned: the planned cost
+    *_columns(Float, "seconds", default=0.0),
+    *_columns(Integer, "attempt", "faults", default=0),
     *_columns(Key(), "token", "worker", nullable=True),
     *_columns(Float, "renewed", "until", nullable=True),
-    *_columns(Text, "place"),  # the executor's handle of the process
+    *_columns(Text, "place", default=""),  # the executor's handle of the process
     Index("jobs_of_tenant", "tenant", "number"),
     Index("jobs_by_state", "state", "number"),
 )
