@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, Interrupted, counted
 from veneer.files.atomic import atomic_write
-from veneer.jobs.post_training import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_version
+from veneer.jobs.post_training import AfterJob, CanaryRoute, held_out_rows, serving_version
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
 from veneer.jobs.validate import after_section, error_json, is_retryable, job_config
 from veneer.library.database import reading
@@ -65,7 +65,7 @@ def compare_job(
         return None
     assert base is not None  # a job with an evaluation keeps its base in memory
     adapter = Path(result["adapter"])
-    compare = partial(_compare, lease.job, after, after.evaluate, store.library, tenants, adapter, base)
+    compare = partial(_compare, store.library, tenants, lease.job, after, adapter, base)
     data = _do_once(store, lease, "evaluation", "it could not be compared", compare).data
     if "scores" not in data:
         return None
@@ -82,7 +82,7 @@ def place_job(
     after = after_section(lease.job)
     if after is None or after.route is None:
         return
-    place = partial(_apply_promotion, lease.job, after, after.route, store.library, tenants, reference, compared)
+    place = partial(_move_route, store.library, tenants, lease.job, after, after.route, reference, compared)
     _do_once(store, lease, "route", "the route stays as it is", place)
 
 
@@ -116,32 +116,29 @@ def _require(tenants: Store | None) -> Store:
 
 
 def _compare(
-    job: Job, after: AfterJob, held_out: HeldOut, library: Library, tenants: Store | None, adapter: Path, base: TextBase
+    library: Library, tenants: Store | None, job: Job, after: AfterJob, adapter: Path, base: TextBase
 ) -> JobEvent:
     from veneer.models.loading import errors_only
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
 
-    config = job_config(job, adapter)
+    config, held_out = job_config(job, adapter), after.evaluate
     assert isinstance(config, TrainConfig)  # the job was validated when it was submitted
+    assert held_out is not None
     rows = held_out_rows(held_out, config)
     data: dict[str, Any] = {"rows": len(rows), "serving": None}
     if after.route is not None:
-        number, route = _current(_require(tenants), job.tenant, after.route.name)
+        history, route = _read_route(_require(tenants), job.tenant, after.route.name)
         serving = serving_version(route, job.name)
-        data |= {"route": after.route.name, "move": number}
+        data |= {"route": after.route.name, "move": _current(history)}
         data["serving"] = None if serving is None else library.find(serving).reference
     mixes: dict[str, list[tuple[str, float]]] = {"base": [], "new": [(str(adapter), 1.0)]}
     if data["serving"] is not None:
         mixes["serving"] = [(str(library.resolve(data["serving"])), 1.0)]
-    options: dict[str, Any] = {
-        "generate": held_out.answered,
-        "max_new_tokens": held_out.max_new_tokens,
-        "answering": answering,
-    }
+    options: dict[str, Any] = {"generate": held_out.answered, "max_new_tokens": held_out.max_new_tokens}
     long_rows_cut = config.data.model_copy(update={"long_rows": "cut"})
     with errors_only():
-        results = score_mixes(base, rows, mixes, data=long_rows_cut, **options)
+        results = score_mixes(base, rows, mixes, data=long_rows_cut, answering=answering, **options)
     scores = {name: {m: _finite(getattr(each, m)) for m in held_out.metrics} for name, each in results.items()}
     data["scores"] = {"base": scores["base"], "serving": scores.get("serving", scores["base"]), "new": scores["new"]}
     return JobEvent("info", "evaluation", _comparison_text(data), data)
@@ -178,73 +175,64 @@ def _write_card(folder: Path, data: Mapping[str, Any]) -> None:
     atomic_write(folder / CARD_FILE, [card_bytes(card, digest=there.digest, files=there.files)])
 
 
-def _apply_promotion(
+def _move_route(
+    library: Library,
+    tenants: Store | None,
     job: Job,
     after: AfterJob,
     route: CanaryRoute,
-    library: Library,
-    tenants: Store | None,
     reference: str,
     compared: Mapping[str, Any] | None,
 ) -> JobEvent:
     """Move the route as the promotion rule says, and return the event."""
-    rule, met, text, refusal = after.promote, None, "", ""
+    name, rule, met, shadow, text = route.name, after.promote, None, None, ""
+
+    def event(action: str, **moved: Any) -> JobEvent:
+        return JobEvent("info", "route", action, {"route": name, "reference": reference, "promoted": False} | moved)
+
     if after.evaluate is not None and compared is None:
-        refusal = "it was not compared"
-    elif rule is not None:
+        return event(f"it was not compared: {name} stays as it is")
+    if rule is not None:
         met = None if compared is None else rule.holds(compared["scores"])
+        if met is None:
+            return event(f"`{rule}` could not be decided: {name} stays as it is")
         text = f"`{rule}` is {'met' if met else 'not met'}: "
-        refusal = f"`{rule}` could not be decided" if met is None else ""
-    data: dict[str, Any] = {"route": route.name, "reference": reference, "promoted": False}
-    if refusal:
-        return JobEvent("info", "route", f"{refusal}: {route.name} stays as it is", data)
-    action, moved = _move_route(job, route, library, _require(tenants), reference, compared, met)
-    return JobEvent("info", "route", text + action, data | moved)
-
-
-def _move_route(
-    job: Job,
-    route: CanaryRoute,
-    library: Library,
-    tenants: Store,
-    reference: str,
-    compared: Mapping[str, Any] | None,
-    met: bool | None,
-) -> tuple[str, dict[str, Any]]:
-    name = route.name
-    number, now = _current(tenants, job.tenant, name)
-    if revisions := _own_revisions(job, _history(tenants, job.tenant, name)):  # this job moved the route before a kill
-        return f"{name} was moved", {"move": max(revisions), "promoted": bool(met)}
+    tenant_store = _require(tenants)
+    history, now = _read_route(tenant_store, job.tenant, name)
+    if revisions := _own_revisions(job, history):  # this job moved the route before a kill
+        return event(f"{text}{name} was moved", move=max(revisions), promoted=bool(met))
+    number = _current(history)
     if compared is not None and compared.get("move", number) != number:
         raise routes.RouteMoved(f"{name} was changed since {reference} was compared", where="route")
-    serving, shadow = serving_version(now, job.name), None
+    serving = serving_version(now, job.name)
     if met or (serving is None and met is None):
         targets = [(reference, 1)]
-        text = f"{name} points to {reference}" + ("" if serving is None else f" instead of {serving}")
+        text += f"{name} points to {reference}" + ("" if serving is None else f" instead of {serving}")
     elif serving is None or serving == reference or (met is False and not route.shadow):
-        return f"{name} stays as it is", {}
+        return event(f"{text}{name} stays as it is")
     else:
         part = 0 if met is False else round(route.weight * _WHOLE)
         targets, shadow = [(serving, _WHOLE - part), (reference, part)], reference if route.shadow else None
-        text = f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
+        text += f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
         text += f"; {reference} answers unseen too" if shadow else ""
     options: dict[str, Any] = {"shadow": shadow, "actor": f"job {job.id}", "from_move": number, "check": library.find}
-    revision = routes.set_route(tenants, name, targets, tenant=job.tenant, **options)
-    return text, {"move": revision.move, "promoted": bool(met)}
+    revision = routes.set_route(tenant_store, name, targets, tenant=job.tenant, **options)
+    return event(text, move=revision.move, promoted=bool(met))
 
 
-def _current(tenants: Store, tenant: str, route: str) -> tuple[int, Route | None]:
-    """Return (number of the current revision, or 0; the route, or None)."""
-    number = next((int(move["move"]) for move in _history(tenants, tenant, route) if move["current"]), 0)
-    return number, tenants.refresh().routes.get((tenant, route))
-
-
-def _history(tenants: Store, tenant: str, route: str) -> list[dict[str, Any]]:
+def _read_route(tenants: Store, tenant: str, route: str) -> tuple[list[dict[str, Any]], Route | None]:
+    """Return (a route's history, the route or None)."""
     try:
         with reading(tenants.engine) as c:
-            return routes.route_history(c, route, tenant=tenant)
+            history = routes.route_history(c, route, tenant=tenant)
     except UnknownName:
-        return []
+        history = []
+    return history, tenants.refresh().routes.get((tenant, route))
+
+
+def _current(history: list[dict[str, Any]]) -> int:
+    """Return the number of the current revision; 0 without a route."""
+    return next((int(move["move"]) for move in history if move["current"]), 0)
 
 
 def _own_revisions(job: Job, history: list[dict[str, Any]]) -> set[int]:
@@ -279,7 +267,7 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_
         fix = "only a job that has succeeded can be promoted"
         raise WrongState(f"job {job.id} is {job.state}", where="job", fix=fix)
     reference, tenant_store = str(job.result["reference"]), _require(tenants)
-    _, current = _current(tenant_store, job.tenant, name)
+    current = tenant_store.refresh().routes.get((job.tenant, name))
     if current is not None and current.targets == ((reference, 1),) and current.shadow is None:
         return _placement(name, current)
     options: dict[str, Any] = {"actor": f"job {job.id} by hand", "check": store.library.find}
@@ -295,30 +283,26 @@ def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job
     The route keeps its users. A route that did not exist before the job is removed. Raises UnknownJob,
     WrongState, and ConfigError if the job did not move the route, or if it was moved again since."""
     job, name = _job_and_route(store, tenant, job_id)
-    placement = _roll_back_route(job, name, store.library, _require(tenants))
-    event = JobEvent("info", "route", f"rolled back: {placement.text}", {"promoted": False})
-    store.add_event(job.tenant, job.id, event)
-    return placement
-
-
-def _roll_back_route(job: Job, route: str, library: Library, tenants: Store) -> Placement:
-    actor, history = f"job {job.id} taken back", _history(tenants, job.tenant, route)
-    revisions = _own_revisions(job, history)
-    number = next((int(move["move"]) for move in history if move["current"]), None)
+    tenant_store = _require(tenants)
+    options: dict[str, Any] = {"tenant": job.tenant, "actor": f"job {job.id} taken back"}
+    history, _ = _read_route(tenant_store, job.tenant, name)
+    revisions, number = _own_revisions(job, history), _current(history)
     if number not in revisions:
-        message = f"{route} is not where job {job.id} moved it" if revisions else f"job {job.id} did not move {route}"
-        fix = f"veneer tenant route history {route}" + (f" --tenant {job.tenant}" if job.tenant else "")
+        message = f"{name} is not where job {job.id} moved it" if revisions else f"job {job.id} did not move {name}"
+        fix = f"veneer tenant route history {name}" + (f" --tenant {job.tenant}" if job.tenant else "")
         raise ConfigError(message, where="job", fix=fix)
     before = {int(move["move"]): move["before"] for move in history}
     while number in revisions and before[number] is not None:
         number = int(before[number])
     if number in revisions:
-        routes.remove_route(tenants, route, tenant=job.tenant, actor=actor)
-        return _placement(route, None)
-    revision = routes.rollback_route(
-        tenants, route, tenant=job.tenant, actor=actor, moves=revisions, check=library.find
-    )
-    return _placement(route, revision)
+        routes.remove_route(tenant_store, name, **options)
+        placement = _placement(name, None)
+    else:
+        moved = routes.rollback_route(tenant_store, name, **options, moves=revisions, check=store.library.find)
+        placement = _placement(name, moved)
+    event = JobEvent("info", "route", f"rolled back: {placement.text}", {"promoted": False})
+    store.add_event(job.tenant, job.id, event)
+    return placement
 
 
 def _job_and_route(store: JobStore, tenant: str | None, job_id: str) -> tuple[Job, str]:
