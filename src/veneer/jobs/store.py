@@ -641,7 +641,7 @@ class JobStore:
                 )
             steps, cost = int(plan["steps"]), f", {money(planned)}" if planned else ""
             text = f"validated: {counted(steps, 'step')}, {int(plan['tokens']):,} tokens{cost}"
-            values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": steps}
+            values: dict[str, Any] = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": steps}
             return self._set_state(c, job, "queued", now, text, **values, queued=now, faults=0)
 
     def release(self, lease: JobLease, why: str, detail: str = "") -> Job:
