@@ -59,11 +59,16 @@ _AGAIN = 2.0
 """Seconds before a retry while the database is unavailable."""
 
 
-def _validate_job(library: Library, job: str, token: str, device: Device) -> int:
-    """Validate one job in this process; return 0, or 75 to validate it again."""
+def run_job(library: Library, job: str, token: str, device: Device | None = None) -> int:
+    """Train the job that is leased under `token`, and record how it ended.
+
+    With `device`, validates the job for this device instead. Returns 0, or 75 if the job returned to the
+    queue."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)
+        if device is None:
+            return _train_and_publish(_JobReporter(store, lease))
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
             validate_job(store, lease, TrainingAccount(store, tenants), device)
         return 0
@@ -72,29 +77,19 @@ def _validate_job(library: Library, job: str, token: str, device: Device) -> int
     except Exception as error:
         if not is_retryable(error):
             raise
-        print(f"{job} will be validated again: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{job} goes on later: {type(error).__name__}: {error}", file=sys.stderr)
     return 75
 
 
-def run_job(library: Library, job: str, token: str) -> int:
-    """Train the job that is leased under `token`, and record how it ended.
-
-    Returns 0, or 75 if the job returned to the queue."""
-    store = JobStore(library)
-    try:
-        lease = store.get_lease(job, token)
-    except LeaseLost as error:
-        print(error, file=sys.stderr)
-        return 75
-    reporter = _JobReporter(store, lease)
+def _train_and_publish(reporter: _JobReporter) -> int:
+    store, lease = reporter.store, reporter.lease
     try:
         result, base = _train(reporter)
         reporter.flush(wait=True)
         store.finish(lease, result={**result, "reference": _publish(store, lease, result, base)})
         return 0
-    except LeaseLost as error:
-        print(error, file=sys.stderr)
-        return 75
+    except LeaseLost:
+        raise
     except BaseException as error:
         print(error, file=sys.stderr, flush=True)
         return _settle(reporter, error)
@@ -112,15 +107,10 @@ def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: 
     if job.about.get("publish") == "checkpoints":
         from veneer.jobs.checkpoints import publish_checkpoints  # imported late: a worker needs no torch
 
-        warnings: list[JobEvent] = []
-        points = publish_checkpoints(
-            library,
-            job.name,
-            _folder(job),
-            Path(result["adapter"]),
-            lambda text: warnings.append(JobEvent("warn", "note", text)),
-        )
-        store.record(lease, warnings, [JobCheckpoint(step, reference=at) for step, at in points.items()])
+        warnings: list[str] = []
+        points = publish_checkpoints(library, job.name, _folder(job), Path(result["adapter"]), warnings.append)
+        events = [JobEvent("warn", "note", text) for text in warnings]
+        store.record(lease, events, [JobCheckpoint(step, reference=at) for step, at in points.items()])
     return reference
 
 
@@ -164,10 +154,7 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
             from veneer.train.text.task import run_text
 
             if has_evaluation(job):
-                settings = config.base
-                base = load_text(
-                    settings.name, dtype=settings.dtype, device=settings.device, quantize=settings.quantize
-                )
+                base = load_text(**config.base.model_dump())
             result = run_text(config, base=base, **options, sampler=live_sampler)
     return dict(result.to_dict()), base
 
@@ -208,10 +195,8 @@ class _JobReporter:
         self.newest: dict[str, Any] = {}
         self.step, self.steps, self.tokens = 0, lease.job.steps, 0
         self.last, self.lost = 0.0, False
-        reported: dict[str, set[int]] = {"validation": set(), "sample": set(), "checkpoint": set()}
-        for event in store.events_of(None, lease.job.id, *reported):
-            reported[event.kind].add(event.data["step"])
-        self.scored, self.sampled, self.published = reported["validation"], reported["sample"], reported["checkpoint"]
+        earlier = store.events_of(None, lease.job.id, "validation", "sample", "checkpoint")
+        self.reported = {(event.kind, event.data["step"]) for event in earlier}
 
     def catch_up(self, folder: Path) -> None:
         """Report events up to the last checkpoint that a killed process kept back.
@@ -228,6 +213,14 @@ class _JobReporter:
         self._publish(folder)
         self.step, self.tokens = progress["step"], progress["tokens"]
         self.flush()
+
+    def _add_once(self, kind: str, step: int, text: str, data: Mapping[str, Any]) -> bool:
+        """Add an event unless an earlier process reported it; return whether it is new."""
+        if (kind, step) in self.reported:
+            return False
+        self.reported.add((kind, step))
+        self.events.append(JobEvent("info", kind, text, {"step": step, **data}))
+        return True
 
     def __call__(self, event: Event) -> None:
         self._add_record(to_record(event))
@@ -253,16 +246,12 @@ class _JobReporter:
             self.events.append(JobEvent("info", "metrics", text, data))
         elif kind == "evaluated":
             self.newest |= {"validation_loss": record["loss"], **_accuracy(record, "validation_token_accuracy")}
-            if step not in self.scored:
-                self.scored.add(step)
-                data = {"step": step, "validation_loss": record["loss"], "best": record["best"], **record["extra"]}
-                text = f"after step {step:,}: validation {measure_text(record['loss'], record['extra'])}"
-                self.events.append(JobEvent("info", "validation", text, data))
+            data = {"validation_loss": record["loss"], "best": record["best"], **record["extra"]}
+            text = f"after step {step:,}: validation {measure_text(record['loss'], record['extra'])}"
+            self._add_once("validation", step, text, data)
         elif kind == "sampled":
-            if step not in self.sampled:
-                self.sampled.add(step)
-                data = {"step": step, "file": record["path"], "seconds": record["seconds"]}
-                self.events.append(JobEvent("info", "sample", f"after step {step:,}: sample pictures", data))
+            data = {"file": record["path"], "seconds": record["seconds"]}
+            self._add_once("sample", step, f"after step {step:,}: sample pictures", data)
         elif kind == "saved":
             self.checkpoints.append(JobCheckpoint(step, dict(self.newest)))
 
@@ -282,11 +271,9 @@ class _JobReporter:
             print(f"checkpoints are published later: {type(error).__name__}", file=sys.stderr, flush=True)
             return
         for step, reference in references.items():
-            if step not in self.published:
-                self.published.add(step)
+            text = f"step {step:,} is published: {reference}"
+            if self._add_once("checkpoint", step, text, {"reference": reference}):
                 self.checkpoints.append(JobCheckpoint(step, reference=reference))
-                text = f"step {step:,} is published: {reference}"
-                self.events.append(JobEvent("info", "checkpoint", text, {"step": step, "reference": reference}))
 
     def flush(self, *, wait: bool = False) -> None:
         """Write the buffered events and progress to the database.
@@ -357,13 +344,10 @@ def end_with_input(end: Callable[[], object]) -> None:
 def main() -> int:
     forbid_inspection()
     end_with_input(lambda: os._exit(75))
-    content = json.loads(os.environ.pop(JOB_VARIABLE))
-    job, token, device = content["job"], content["token"], content["device"]
+    job, token, device = json.loads(os.environ.pop(JOB_VARIABLE)).values()
     try:
         with open_library() as library:
-            if device is not None:
-                return _validate_job(library, job, token, Device(**device))
-            return run_job(library, job, token)
+            return run_job(library, job, token, device and Device(**device))
     except VeneerError as error:  # such as an unavailable library or database
         print(error, file=sys.stderr)
         return 75
