@@ -24,9 +24,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
-from veneer.errors import VeneerError, counted, gigabytes
+from veneer.errors import VeneerError, gigabytes
 from veneer.jobs.account import TrainingAccount
 from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.process import process_environment
@@ -53,7 +52,7 @@ class _Running:
 
     sure: monotonic time until which the lease is certainly valid
     stopping: monotonic time at which the process was asked to stop
-    validation: set if the process validates its job"""
+    deadline, max_memory: limits of a process that validates its job, in monotonic time and bytes"""
 
     lease: JobLease
     handle: str
@@ -61,15 +60,8 @@ class _Running:
     renewed: float = field(default_factory=time.monotonic)
     stopping: float | None = None
     killed: bool = False
-    validation: _Validation | None = None
-
-
-@dataclass(frozen=True)
-class _Validation:
-    """Limits of a validation: its end on the monotonic clock, and bytes of memory."""
-
-    deadline: float
-    max_memory: int
+    deadline: float | None = None
+    max_memory: int = 0
 
 
 class Worker:
@@ -131,11 +123,10 @@ class Worker:
 
     def _validate_next(self) -> bool:
         """Start one validation if a slot is free; return whether one was started."""
-        if sum(each.validation is not None for each in self._running) >= _VALIDATIONS:
+        if self._validating() >= _VALIDATIONS:
             return False
-        fair: dict[str, Any] = {"state": "validating", "at_once": lambda tenant: 1}
-        fair["order"] = lambda tenant: self._served.get(tenant, 0.0)
-        lease = self.store.acquire(self.name, self.lease, **fair)
+        limit, order = lambda tenant: 1, lambda tenant: self._served.get(tenant, 0.0)
+        lease = self.store.acquire(self.name, self.lease, "validating", at_once=limit, order=order)
         if lease is None:
             return False
         import psutil
@@ -145,27 +136,31 @@ class Worker:
         max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
         self.device = self.device or device_of()
         handle = self.executor.start_validation(lease, self.environment, self.device, max_memory)
-        bounds = _Validation(begun + _VALIDATION_SECONDS, max_memory)
-        self._running.append(_Running(lease, handle, begun + self.lease, validation=bounds))
+        running = _Running(lease, handle, begun + self.lease, max_memory=max_memory)
+        running.deadline = begun + _VALIDATION_SECONDS
+        self._running.append(running)
         return True
 
-    def _validation_ended(self, lease: JobLease, bounds: _Validation, status: ExitStatus, stopping: bool) -> None:
+    def _validating(self) -> int:
+        return sum(each.deadline is not None for each in self._running)
+
+    def _validation_ended(self, running: _Running, deadline: float, status: ExitStatus) -> None:
         """Record the end of a validation that exceeded a limit or was stopped.
 
         A process that ended on its own has already recorded its result. If it could not, because the database
         or a disk was unavailable, the lease expires and the job is validated again."""
-        error = {"kind": "preflight", "where": "data.train"}
         if status.memory:
-            message = f"reading the rows takes more than the limit of {gigabytes(bounds.max_memory)} of memory"
-            self.store.finish(lease, error={**error, "message": message, "fix": "use fewer or shorter rows"})
-        elif time.monotonic() > bounds.deadline:
-            message = (
-                f"reading the rows takes longer than the limit of {counted(round(_VALIDATION_SECONDS / 60), 'minute')}"
-            )
+            message = f"reading the rows takes more than the limit of {gigabytes(running.max_memory)} of memory"
+            fix = "use fewer or shorter rows"
+        elif time.monotonic() > deadline:
+            message = f"reading the rows takes longer than the limit of {_VALIDATION_SECONDS / 60:g} minutes"
             fix = "use fewer rows, or fewer messages per row: each answer is read with all messages before it"
-            self.store.finish(lease, error={**error, "message": message, "fix": fix})
-        elif stopping:
-            self.store.release(lease, "")
+        else:
+            if running.stopping is not None:
+                self.store.release(running.lease, "")
+            return
+        error = {"kind": "preflight", "where": "data.train", "message": message, "fix": fix}
+        self.store.finish(running.lease, error=error)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -179,10 +174,10 @@ class Worker:
             self._sweep()
             if self._validate_next():
                 return True
-            validating = sum(running.validation is not None for running in self._running)
+            validating = self._validating()
             if len(self._running) - validating >= self.at_once or (validate_first and validating):
                 return False
-            lease = self.store.acquire(self.name, self.lease, at_once=self._max_jobs)
+            lease = self.store.acquire(self.name, self.lease, at_once=lambda tenant: self.account.terms(tenant).jobs)
             self._away = False
             if lease is None:
                 return False
@@ -216,9 +211,6 @@ class Worker:
         with suppress(LeaseLost):
             self.store.record(lease, place=handle)
 
-    def _max_jobs(self, tenant: str) -> int | None:
-        return self.account.terms(tenant).jobs
-
     def _check_process(self, running: _Running) -> None:
         now = time.monotonic()
         status = self.executor.poll(running.handle)
@@ -228,7 +220,7 @@ class Worker:
                 self._process_ended(running, status)
             self._finish_job(running.lease)
             return
-        if running.validation is not None and now > running.validation.deadline:
+        if running.deadline is not None and now > running.deadline:
             self.executor.stop(running.handle, hard=True)
         self._renew(running, now)
         if running.stopping is not None and not running.killed and now - running.stopping > self.grace:
@@ -238,8 +230,8 @@ class Worker:
     def _process_ended(self, running: _Running, status: ExitStatus) -> None:
         """Record the end of a job's process."""
         lease = running.lease
-        if running.validation is not None:
-            self._validation_ended(lease, running.validation, status, running.stopping is not None)
+        if running.deadline is not None:
+            self._validation_ended(running, running.deadline, status)
         elif status.memory:
             fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
             self.store.finish(lease, error={"kind": "memory", "message": status.why, "fix": fix})
