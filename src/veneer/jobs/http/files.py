@@ -7,8 +7,7 @@ copies the bytes, so that a large file does not delay other requests.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -26,6 +25,7 @@ from veneer.serve.http.downloads import file_response
 from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import caller_of
+from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, invalid
 
 _DATABASE = "the database of uploaded files"
@@ -59,44 +59,39 @@ def file_routes(files: Files) -> APIRouter:
     uploads = SharedQuantity("uploads", _MAX_UPLOADS)
     copying = FairPool(_THREADS, "veneer-files")
 
-    @asynccontextmanager
-    async def uploaded_form(request: HttpRequest) -> AsyncIterator[tuple[FormData, UploadFile]]:
-        """Yield a request's form and its file; the file is removed at the end."""
-        principal = caller_of(request)
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise invalid("a form is expected", None, "send multipart/form-data")
-        uploads.take(principal.tenant, principal.weight, 1)
-        try:
-            async with request.form(max_files=1, max_fields=8, max_part_size=_FORM_BYTES) as form:
-                file = form.get("file")
-                if not isinstance(file, UploadFile):
-                    raise invalid("the form has no file under 'file'", "file")
-                yield form, file
-        finally:
-            uploads.give(principal.tenant, 1)
+    async def add(principal: Principal, form: FormData) -> UploadedFile:
+        upload = form.get("file")
+        if not isinstance(upload, UploadFile):
+            raise invalid("the form has no file under 'file'", "file")
+        if unknown := sorted(set(form) - _FIELDS):
+            raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
+        if (purpose := form.get("purpose")) != "fine-tune":
+            fix = "files here are for fine-tuning; send purpose=fine-tune"
+            raise invalid(f"{str(purpose)[:40]!r} is not a purpose of files here", "purpose", fix)
+        size = upload.size or 0
+        if size > files.max_bytes:
+            message, fix = f"the file has more than {files.max_bytes:,} bytes", "send its rows in several files"
+            raise Refused(message, status=413, code="too_large", param="file", fix=fix)
+        ttl, name = _ttl(form), upload.filename or ""
+        return await in_thread(
+            _DATABASE,
+            lambda: files.add(principal.tenant, name, "fine-tune", upload.file, ttl=ttl),
+            run=lambda work: copying.run(principal.tenant, principal.weight, size, work),
+        )
 
     body = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 
     @router.post("/v1/files", summary="Upload a file of training data", openapi_extra=body)
     async def create(request: HttpRequest) -> Response:
         principal = caller_of(request)
-        async with uploaded_form(request) as (form, upload):
-            if unknown := sorted(set(form) - _FIELDS):
-                raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
-            if (purpose := form.get("purpose")) != "fine-tune":
-                fix = "files here are for fine-tuning; send purpose=fine-tune"
-                raise invalid(f"{str(purpose)[:40]!r} is not a purpose of files here", "purpose", fix)
-            size = upload.size or 0
-            if size > files.max_bytes:
-                message, fix = f"the file has more than {files.max_bytes:,} bytes", "send its rows in several files"
-                raise Refused(message, status=413, code="too_large", param="file", fix=fix)
-            ttl, name = _ttl(form), upload.filename or ""
-            file = await in_thread(
-                _DATABASE,
-                lambda: files.add(principal.tenant, name, "fine-tune", upload.file, ttl=ttl),
-                run=lambda work: copying.run(principal.tenant, principal.weight, size, work),
-            )
-        return Json(_to_openai(file))
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise invalid("a form is expected", None, "send multipart/form-data")
+        uploads.take(principal.tenant, principal.weight, 1)
+        try:
+            async with request.form(max_files=1, max_fields=8, max_part_size=_FORM_BYTES) as form:
+                return Json(_to_openai(await add(principal, form)))
+        finally:
+            uploads.give(principal.tenant, 1)
 
     @router.get("/v1/files", summary="List the caller's files, newest first")
     def list_files(
