@@ -15,13 +15,15 @@ import hashlib
 import io
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from veneer.errors import ConfigError, quoted
+from veneer.errors import quoted
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import openai_page
 from veneer.jobs.http.route import blocking, thread_route
@@ -101,9 +103,8 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
             try:
                 return job_to_openai(change(tenant, id), organisation_of(tenant))
             except WrongState as error:
-                raise Refused(
-                    error.what, status=400, code="wrong_state", param="fine_tune_id", fix=error.fix
-                ) from error
+                param, fix = "fine_tune_id", error.fix
+                raise Refused(error.what, status=400, code="wrong_state", param=param, fix=fix) from error
 
     changes("cancel", "Cancel a job", jobs.cancel)
     changes("pause", "Pause a job", jobs.pause)
@@ -169,14 +170,62 @@ class TuningQueue:
 
         settings: additional settings from the Studio's form."""
         start = _initial_adapter(service, principal, body.model)
-
-        def do() -> Job:
-            grader = None
-            if body.reinforced is not None:
-                grader = _graded_here(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
-            return _create(service, principal, self, body, start, grader, settings)
-
+        do = partial(self._create, service, principal, body, start, settings)
         return await blocking(_TABLE, do, lambda work: self.copying.run(principal.tenant, principal.weight, 1, work))
+
+    def _create(
+        self,
+        service: Service,
+        principal: Principal,
+        body: TuningBody,
+        start: str | None,
+        settings: FormSettings | None,
+    ) -> Job:
+        tenant, jobs, files, grader = principal.tenant, self.jobs, self.files, None
+        if body.reinforced is not None:
+            grader = _graded_here(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
+        if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
+            message, fix = f"{most:,} jobs are not finished, which is the limit (jobs)", "wait for some, or cancel some"
+            raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
+        training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
+        validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
+        held_out = _held_out(files, tenant, body.after)
+        size = sum(file.bytes for file in (training, validation, *held_out) if file)
+        _check_held(jobs, tenant, size, files.quotas.limits.disk)
+        tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
+        request = body.model_dump(
+            mode="json", include={"model", "training_file", "validation_file", "suffix", "metadata"}
+        )
+        request |= {"kind": body.kind, "hyperparameters": body.numbers.model_dump(), "tuned": str(tuned)}
+        request["after"] = None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True)
+        if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
+            request["reinforcement"] = body.reinforced.to_json()
+            body.reinforced.grader = grader
+        metadata: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
+        try:
+            train = copy_input(files, tuned.id, "train", training)
+            config = tuning_config(
+                body,
+                base=service.reader.name,
+                train=train,
+                validation=copy_input(files, tuned.id, "validation", validation) if validation else None,
+                rows=count_lines(train, ROWS_COUNTED),
+                context=service.reader.context,
+                seed=body.seed if body.seed is not None else secrets.randbelow(1 << 31),
+                start=start,
+                settings=settings,
+            )
+            if body.after is not None:
+                after = _after(files, tuned.id, body.after, held_out)
+                plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
+                check_after(after, plain, name_of(tuned.reference), tenant, self.tenants)
+                metadata["after"] = after.model_dump(mode="json")
+            if tenant:
+                service.tenancy.grant_namespace(tenant)
+            return jobs.create(tenant, config, name=tuned.last, about=metadata)
+        except BaseException:
+            remove_inputs(tuned.id)
+            raise
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
@@ -205,15 +254,10 @@ def _parse_grader(source: Any, sandbox: Sandbox | None) -> Any:
     source."""
     param = "method.reinforcement.grader"
     if sandbox is None and has_python(source):
-        message, fix = (
-            "this server runs no Python graders",
-            "the operator can allow them: veneer serve --train --python-graders",
-        )
-        raise Refused(message, status=403, code="grader_not_allowed", param=f"{param}.type", fix=fix)
-    try:
-        return parse_grader(source, param)
-    except ConfigError as error:
-        raise invalid(error.what, error.where, error.fix) from error
+        fix = "the operator can allow them: veneer serve --train --python-graders"
+        message, param = "this server runs no Python graders", f"{param}.type"
+        raise Refused(message, status=403, code="grader_not_allowed", param=param, fix=fix)
+    return parse_grader(source, param)
 
 
 def _graded_here(service: Service, principal: Principal, grader: Any) -> dict[str, Any]:
@@ -231,69 +275,6 @@ def _graded_here(service: Service, principal: Principal, grader: Any) -> dict[st
         grader = grader.model_copy(update={"graders": {name: named(each) for name, each in grader.graders.items()}})
     values: dict[str, Any] = named(grader).model_dump(mode="json", exclude_unset=True)
     return values
-
-
-def _create(
-    service: Service,
-    principal: Principal,
-    queue: TuningQueue,
-    body: TuningBody,
-    start: str | None,
-    grader: dict[str, Any] | None,
-    settings: FormSettings | None,
-) -> Job:
-    tenant, jobs, files = principal.tenant, queue.jobs, queue.files
-    if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
-        message, fix = (
-            f"{most:,} jobs are not finished, which is the limit (jobs)",
-            "wait for some jobs to finish, or cancel some",
-        )
-        raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
-    training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
-    validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
-    held_out = _held_out(files, tenant, body.after)
-    size = sum(file.bytes for file in (training, validation, *held_out) if file)
-    _check_held(jobs, tenant, size, files.quotas.limits.disk)
-    tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
-    request = {
-        "model": body.model,
-        "training_file": training.id,
-        "validation_file": validation.id if validation else None,
-        "kind": body.kind,
-        "hyperparameters": body.numbers.model_dump(),
-        "suffix": body.suffix,
-        "metadata": body.metadata,
-        "tuned": str(tuned),
-        "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
-    }
-    if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
-        request["reinforcement"] = body.reinforced.to_json()
-        body.reinforced.grader = grader
-    metadata: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
-    try:
-        train = copy_input(files, tuned.id, "train", training)
-        config = tuning_config(
-            body,
-            base=service.reader.name,
-            train=train,
-            validation=copy_input(files, tuned.id, "validation", validation) if validation else None,
-            rows=count_lines(train, ROWS_COUNTED),
-            context=service.reader.context,
-            seed=body.seed if body.seed is not None else secrets.randbelow(1 << 31),
-            start=start,
-            settings=settings,
-        )
-        if body.after is not None:
-            after = _after(files, tuned.id, body.after, held_out)
-            plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
-            check_after(after, plain, name_of(tuned.reference), tenant, queue.tenants)
-            metadata["after"] = after.model_dump(mode="json")
-        if tenant:
-            service.tenancy.grant_namespace(tenant)
-        return jobs.create(tenant, config, name=tuned.last, about=metadata)
-    except BaseException:
-        remove_inputs(tuned.id)
-        raise
 
 
 def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
@@ -342,24 +323,19 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
         message, fix = f"invalid {param}: there is no file {quoted(id)}", "upload it first: POST /v1/files"
         raise Refused(message, status=400, code="file_not_found", param=param, fix=fix) from error
     if upload.purpose != "fine-tune" or not upload.filename.lower().endswith(endings):
-        message, fix = (
-            f"invalid {param}: {quoted(upload.filename)} is not a training file",
-            "a file of JSON lines: .jsonl",
-        )
+        message, fix = f"invalid {param}: {quoted(upload.filename)} is not a training file", "JSON lines: .jsonl"
         raise Refused(message, status=400, code="invalid_file_format", param=param, fix=fix)
     return upload
 
 
 def _job(jobs: JobStore, tenant: str, id: str) -> Job:
     """Return a tenant's job. Raises Refused if this API did not create it."""
-    try:
+    with suppress(UnknownJob):
         job = jobs.get(tenant, id)
-    except UnknownJob:
-        job = None
-    if job is None or "openai" not in job.about:
-        message = f"Could not find fine tune: {id[:100]}"
-        raise Refused(message, status=404, code="fine_tune_not_found", param="fine_tune_id")
-    return job
+        if "openai" in job.about:
+            return job
+    message = f"Could not find fine tune: {id[:100]}"
+    raise Refused(message, status=404, code="fine_tune_not_found", param="fine_tune_id")
 
 
 def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
