@@ -62,7 +62,7 @@ def test_step_equals_veneer_train_bit_for_bit(trainer: Trainer) -> None:
     count = sum(len(row) - 1 for row in ROWS)
     for _ in range(2):
         done(trainer, work(trainer, learner, ROWS, 1 / count))
-        trainer.optimize(learner, Adam(1e-2, 0.9, 0.999, 1e-8))
+        trainer.optimize(learner, Adam(learning_rate=1e-2, beta2=0.999, eps=1e-8))
     own = copy_modules(small_base())
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(own.model))
@@ -149,18 +149,18 @@ def test_state_is_restored_bit_for_bit(trainer: Trainer, tmp_path: Any) -> None:
     """With moments and the gradient since the last step."""
     learner = trainer.create("one", Lora(2, 5))
     done(trainer, work(trainer, learner, ROWS))
-    trainer.optimize(learner, Adam(1e-2))
+    trainer.optimize(learner, Adam(learning_rate=1e-2))
     done(trainer, work(trainer, learner, ROWS[:1]))
     trainer.write(learner, tmp_path, 3)
-    trainer.optimize(learner, Adam(1e-2))
+    trainer.optimize(learner, Adam(learning_rate=1e-2))
     kept = {name: p.detach().clone() for name, p in learner.parameters.items()}
     trainer.drop(learner)
     again = trainer.create("one", Lora(2, 5))
     trainer.read(again, tmp_path)
-    trainer.optimize(again, Adam(1e-2))
+    trainer.optimize(again, Adam(learning_rate=1e-2))
     assert all(torch.equal(kept[name], p) for name, p in again.parameters.items())
     with pytest.raises(TrainingError, match="no gradient"):
-        trainer.optimize(again, Adam(1e-2))
+        trainer.optimize(again, Adam(learning_rate=1e-2))
     trainer.drop(again)
 
 
@@ -210,7 +210,7 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
         ({"targets": [1, -2]}, "a token of its target_tokens is not"),
         ({"weights": [1.0]}, r"weights has the shape \(1,\), target_tokens \(2,\)"),
         ({"weights": [1.0, float("nan")]}, "weights has a value that is not finite"),
-        ({"unsupported": "a picture"}, "its input has a picture, and only text"),
+        ({"text_only": False}, "its input has a part that is not text"),
         ({"loss": "ppo"}, "ppo has no input 'weights'"),
         ({"loss": "importance"}, "there is no loss 'importance'"),
         ({"loss": "custom"}, "this server runs no losses of clients"),
@@ -218,9 +218,14 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     ],
 )  # fmt: skip
 def test_invalid_row_is_named(row: dict[str, Any], said: str) -> None:
-    targets, weights = np.array(row.get("targets", [2, 3])), np.array(row.get("weights", [1.0, 1.0]), "f4")
-    tokens, inputs = np.array(row.get("tokens", [1, 2]), np.int64), {"target_tokens": targets, "weights": weights}
-    wire = WireRow(tokens, inputs, row.get("unsupported", ""))
+    wire = WireRow(
+        np.array(row.get("tokens", [1, 2]), np.int64),
+        {
+            "target_tokens": np.array(row.get("targets", [2, 3])),
+            "weights": np.array(row.get("weights", [1.0, 1.0]), "f4"),
+        },
+        row.get("text_only", True),
+    )
     with pytest.raises(ConfigError, match=said):
         check_rows([wire], row.get("loss", "cross_entropy"), row.get("options", {}), vocabulary=384, context=256)
 

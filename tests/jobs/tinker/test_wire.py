@@ -69,8 +69,8 @@ def test_message_of_many_empty_rows_is_refused() -> None:
 
 
 def test_outputs_of_different_shapes_are_separate_records() -> None:
-    outputs = [{"logprobs": np.arange(3.0)}, {"logprobs": np.arange(4.0).reshape(2, 2)}, {"logprobs": np.arange(2.0)}]
-    logps, metrics = read_output(forward_bytes(outputs, {"loss:sum": 1.5}))
+    rows = [np.arange(3.0), np.arange(4.0).reshape(2, 2), np.arange(2.0)]
+    logps, metrics = read_output(forward_bytes(rows, 1.5))
     assert logps == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
     assert metrics == {"loss:sum": 1.5}
 
@@ -92,8 +92,8 @@ def test_messages_equal_the_sdks() -> None:
     asked = read_forward(request_conv.forward_backward_request_to_proto(request).SerializeToString())
     assert (asked.model, asked.seq, asked.loss, asked.options) == ("m", 300, "dro", {"beta": 0.2})
     assert np.array_equal(asked.rows[0].inputs["target_tokens"], np.eye(3, 9))
-    outputs = [{"logprobs": np.arange(3.0)}, {"logprobs": np.arange(4.0).reshape(2, 2)}]
-    made = response_conv.deserialize_forward_backward_output(forward_bytes(outputs, {"loss:sum": 2.5}))
+    rows = [np.arange(3.0), np.arange(4.0).reshape(2, 2)]
+    made = response_conv.deserialize_forward_backward_output(forward_bytes(rows, 2.5))
     assert [each["logprobs"].to_numpy().tolist() for each in made.loss_fn_outputs] == [[0, 1, 2], [[0, 1], [2, 3]]]
     assert made.metrics == {"loss:sum": 2.5}
     sample = WireSample([5, 6], [-0.5, -1.0], True)

@@ -18,8 +18,8 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ from veneer.jobs.http.route import blocking, thread_route
 from veneer.jobs.tinker.service import FutureResult, TinkerService, TrainingRun, not_found
 from veneer.jobs.tinker.trainer import Lora
 from veneer.jobs.tinker.wire import read_head
-from veneer.serve.access import Bill, ResolvedModel
+from veneer.serve.access import ResolvedModel
 from veneer.serve.http.bodies import Strict, read_body
 from veneer.serve.http.errors import Json, answering, log, message_of
 from veneer.serve.http.guard import needs
@@ -60,16 +60,6 @@ class TinkerBody(Strict):
     """A request body of the SDK, which can include a type name."""
 
     type: str = ""
-
-
-class SessionBody(TinkerBody):
-    """`create_session`. Everything that describes the session is ignored."""
-
-    tags: list[str] = Field(default_factory=list)
-    user_metadata: dict[str, Any] | None = None
-    sdk_version: str = ""
-    project_id: str | None = None
-    display_name: str | None = None
 
 
 class HeartbeatBody(TinkerBody):
@@ -144,7 +134,7 @@ class _Pending:
     """An accepted request. `hold`: quota of the request, and later of its result."""
 
     tenant: str
-    task: asyncio.Task[FutureResult]
+    task: asyncio.Future[FutureResult]
     hold: QuotaHold
     fetched: bool = False
 
@@ -192,11 +182,11 @@ class TinkerRoutes:
             self._drop(fetched.pop(0))
         return quotas.take(tenant, **amounts)
 
-    def add(self, call: Call, number: str, hold: QuotaHold, work: Coroutine[Any, Any, FutureResult]) -> None:
+    def add(self, call: Call, number: str, hold: QuotaHold, work: Awaitable[FutureResult]) -> None:
         """Start an accepted request's work; keep the result for `_RESULT_SECONDS`."""
-        pending = self.results[number] = _Pending(call.tenant, asyncio.create_task(work), hold)
+        pending = self.results[number] = _Pending(call.tenant, asyncio.ensure_future(work), hold)
 
-        def done(task: asyncio.Task[FutureResult]) -> None:
+        def done(task: asyncio.Future[FutureResult]) -> None:
             failed = task.cancelled() or task.exception() is not None
             hold.set(memory=_REQUEST_BYTES + (0 if failed else len(task.result().data)))
             asyncio.get_running_loop().call_later(_RESULT_SECONDS, self._drop, number, pending)
@@ -244,10 +234,11 @@ class TinkerRoutes:
         """Accept one numbered request, unless it was accepted before.
 
         `memory`: bytes that the body takes unpacked."""
+        number = f"{run.id}:{seq}"
         async with run.lock:
             if await tinker_blocking(lambda: call.service.is_new(run, seq)):
                 await self._accept(call, run, seq, kind, body, tokens, memory)
-        return future_response(f"{run.id}:{seq}", run.id)
+        return future_response(number, run.id)
 
     async def _accept(
         self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int, memory: int
@@ -261,9 +252,13 @@ class TinkerRoutes:
             cost = await tinker_blocking(lambda: self.account.reserve(call.tenant, tokens)) if tokens else 0
             undo.push_async_callback(self._give_back, call.tenant, cost)
             admission, bill = await undo.enter_async_context(AsyncExitStack()), None
+            name, number = trained_name(run.checkpoints.name), f"{run.id}:{seq}"
             try:
                 if tokens:
-                    bill = await admission.enter_async_context(_training(call, run, seq, tokens))
+                    model, id = ResolvedModel((), name, name, trained=True), f"{number}-{secrets.token_hex(3)}"
+                    charge: dict[str, Any] = {"request": id, "prompt_tokens": tokens, "max_tokens": 0}
+                    admitted = call.http.tenancy.admitted(call.principal, model, **charge)
+                    bill = await admission.enter_async_context(admitted)
             except Refused as error:
                 if error.status != 400:
                     raise
@@ -272,29 +267,19 @@ class TinkerRoutes:
                 kind, body = "refused", message_of(error).encode()
             done = asyncio.wrap_future(call.service.submit(run, seq, kind, body))
             undo.pop_all()
-            self.add(call, f"{run.id}:{seq}", hold, self._bill(call, done, admission, bill, tokens, cost))
 
-    async def _bill(
-        self,
-        call: Call,
-        done: asyncio.Future[FutureResult],
-        admission: AsyncExitStack,
-        bill: Bill | None,
-        tokens: int,
-        cost: int,
-    ) -> FutureResult:
-        """Wait for a request, bill it, and return its result.
+        async def billed() -> FutureResult:
+            async with admission:
+                with answering("the request"):
+                    result = await done
+                    failed = result.kind == "failed"
+                    if bill is not None:
+                        await bill.used(Usage(0 if failed else tokens, 0, 0))
+            if failed:
+                await self._give_back(call.tenant, cost)
+            return result
 
-        cost: the reserved amount, which is released if the request fails."""
-        async with admission:
-            with answering("the request"):
-                result = await done
-                failed = result.kind == "failed"
-                if bill is not None:
-                    await bill.used(Usage(0 if failed else tokens, 0, 0))
-        if failed:
-            await self._give_back(call.tenant, cost)
-        return result
+        self.add(call, number, hold, billed())
 
     async def _give_back(self, tenant: str, cost: int) -> None:
         """Release a failed request's budget; if the database is down, it stays reserved."""
@@ -317,23 +302,13 @@ class TinkerRoutes:
 
         run = await tinker_blocking(do)
         if (request := f"{run.id}:0") not in self.results:
-            self.add(call, request, self.take_quota(call, 0), _wait_for(asyncio.wrap_future(run.created)))
+            self.add(call, request, self.take_quota(call, 0), asyncio.wrap_future(run.created))
         return future_response(request, run.id)
-
-
-async def _wait_for(done: asyncio.Future[FutureResult]) -> FutureResult:
-    return await done
 
 
 async def tinker_blocking(do: Callable[[], T]) -> T:
     """Run `do` in a thread; see `blocking`."""
     return await blocking("the training clients", do)
-
-
-def _training(call: Call, run: TrainingRun, seq: int, tokens: int) -> AbstractAsyncContextManager[Bill]:
-    name = trained_name(run.checkpoints.name)
-    model, number = ResolvedModel((), name, name, trained=True), f"{run.id}:{seq}-{secrets.token_hex(3)}"
-    return call.http.tenancy.admitted(call.principal, model, request=number, prompt_tokens=tokens, max_tokens=0)
 
 
 def future_response(number: str, model: str | None, sequences: list[str] | None = None) -> Response:
@@ -377,7 +352,7 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
         return Json({"status": "accepted"})
 
     @router.post("/create_session", summary="Create a session of a ServiceClient")
-    def create_session(body: SessionBody, call: Call = current_call) -> Any:
+    def create_session(call: Call = current_call) -> Any:
         state.account.check_allowed(call.tenant)
         session = call.service.create_session(call.tenant)
         return {"type": "create_session", "session_id": session.id}

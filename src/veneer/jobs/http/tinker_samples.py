@@ -18,7 +18,6 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 from starlette.responses import Response
 
-from veneer.errors import ConfigError
 from veneer.jobs.http.tinker import (
     MAX_NUMBER,
     Call,
@@ -26,6 +25,7 @@ from veneer.jobs.http.tinker import (
     TinkerBody,
     TinkerRoutes,
     future_response,
+    tinker_blocking,
     tinker_router,
 )
 from veneer.jobs.tinker.service import FutureResult, SamplerSource
@@ -124,7 +124,7 @@ class Sampling:
         count, tenant, most = body.num_samples, call.tenant, _most_samples(call.http)
         self.requests[tenant] += 1
         try:
-            job = await asyncio.to_thread(_job, call, source, body)
+            job = await tinker_blocking(lambda: _job(call, source, body))
             tokens = job.sampling.max_tokens or call.http.reader.context
             memory = _SAMPLE + count * tokens * _ANSWER_TOKEN
 
@@ -180,21 +180,18 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
             raise invalid(f"this server does not know {name}", name, "leave it out")
     prompt = tuple(token for chunk in body.prompt.chunks for token in chunk.tokens)
     stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
-    try:
-        sampling = SamplingParams(
-            max_tokens=max(1, context - len(prompt)) if params.max_tokens is None else params.max_tokens,
-            temperature=params.temperature,
-            top_k=max(0, params.top_k),
-            top_p=params.top_p,
-            seed=params.seed,
-            stop=tuple(text for text in stop if isinstance(text, str)),
-            stop_ids=tuple(token for token in stop if isinstance(token, int)),
-            ignore_eos=params.stop == [],
-            logprobs=0,
-            prompt_logprobs=bool(body.prompt_logprobs),
-        )
-    except ConfigError as error:
-        raise invalid(error.what, error.where, error.fix) from error
+    sampling = SamplingParams(
+        max_tokens=max(1, context - len(prompt)) if params.max_tokens is None else params.max_tokens,
+        temperature=params.temperature,
+        top_k=max(0, params.top_k),
+        top_p=params.top_p,
+        seed=params.seed,
+        stop=tuple(text for text in stop if isinstance(text, str)),
+        stop_ids=tuple(token for token in stop if isinstance(token, int)),
+        ignore_eos=params.stop == [],
+        logprobs=0,
+        prompt_logprobs=bool(body.prompt_logprobs),
+    )
     model, n = _resolved(call, source), body.num_samples
     return TextJob(call.principal, model, [prompt], sampling, choices=n, label="tinker")
 

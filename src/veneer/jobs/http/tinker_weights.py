@@ -65,8 +65,7 @@ def weights_routes(state: TinkerRoutes) -> APIRouter:
 
     @router.delete("/training_runs/{id}/checkpoints/{kind}/{name}", summary="Delete a checkpoint")
     def remove(id: str, kind: str, name: str, call: Call = current_call) -> None:
-        run, checkpoint = find(call, id, f"{kind}/{name}")
-        call.service.remove(run, checkpoint.id)
+        call.service.remove(*find(call, id, f"{kind}/{name}"))
 
     return router
 

@@ -34,7 +34,6 @@ _log = logging.getLogger("veneer.tinker")
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 """Part of a path -> Tinker's checkpoint type. None is saved as external weights any more."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_YEARS = 10 * 366 * 86400
 
 
 @dataclass(frozen=True)
@@ -114,64 +113,36 @@ class Checkpoints:
         """Return the folder with a checkpoint's training state."""
         return self.folder / id / "state"
 
-    def new_folder(self, kind: str, name: str, ttl: int | None = None) -> Path:
-        """Return the folder for a new checkpoint.
-
-        Raises ConfigError for an invalid name or time to live."""
-        if not self._is_valid(f"{kind}/{name}"):
-            message = f"{name[:100]!r} cannot name a checkpoint"
+    def check_name(self, id: str) -> None:
+        """Raise ConfigError unless a new checkpoint can have this id."""
+        if not self._is_valid(id):
+            message = f"{id.partition('/')[2][:100]!r} cannot name a checkpoint"
             raise ConfigError(message, where="path", fix="letters, digits and . _ - between them, at most 100")
-        if ttl is not None and not 3600 <= ttl <= _YEARS:
-            raise ConfigError(f"ttl_seconds is {ttl}", where="ttl_seconds", fix="from an hour to ten years")
-        return self.folder / kind / name
 
     def save(
-        self,
-        kind: str,
-        name: str,
-        seq: int,
-        adapter: Adapter,
-        base: TextBase,
-        *,
-        ttl: int | None = None,
-        metadata: Mapping[str, str] | None = None,
+        self, id: str, seq: int, adapter: Adapter, base: TextBase, ttl: int | None, metadata: Mapping[str, str] | None
     ) -> SavedWeights:
         """Save a checkpoint, and add its adapter to the library.
 
         The checkpoint is complete when this method returns."""
-        folder = self.new_folder(kind, name, ttl)
         with tempfile.TemporaryDirectory() as temporary:
-            digest = write_adapter(adapter, Path(temporary) / "adapter", base)
-            size = sum(path.stat().st_size for path in (Path(temporary) / "adapter").iterdir())
-            added = self.library.add(
-                Path(temporary) / "adapter", self.name, source=f"tinker://{self.run}/{kind}/{name}"
-            )
-        now, previous = time.time(), self.find(f"{kind}/{name}")
-        saved = SavedWeights(
-            f"{kind}/{name}",
-            self.run,
-            seq,
-            added.version.reference,
-            digest,
-            size,
-            now,
-            None if ttl is None else now + ttl,
-            dict(metadata) if metadata else None,
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write(saved)
+            files = Path(temporary) / "adapter"
+            digest = write_adapter(adapter, files, base)
+            size = sum(path.stat().st_size for path in files.iterdir())
+            reference = self.library.add(files, self.name, source=f"tinker://{self.run}/{id}").version.reference
+        now, previous = time.time(), self.find(id)
+        expires = None if ttl is None else now + ttl
+        saved = SavedWeights(id, self.run, seq, reference, digest, size, now, expires, metadata or None)
+        (self.folder / id).mkdir(parents=True, exist_ok=True)
+        atomic_write(self.folder / id / "about.json", [json.dumps(asdict(saved)).encode()])
         if previous is not None:
             self._remove_adapter(previous.reference)
         return saved
 
-    def remove(self, id: str) -> None:
+    def remove(self, saved: SavedWeights) -> None:
         """Remove a checkpoint, and its adapter from the library.
 
-        The adapter stays if another checkpoint has the same version or an alias points to it. Raises
-        ConfigError if the checkpoint does not exist."""
-        self._discard(self._require(id))
-
-    def _discard(self, saved: SavedWeights) -> None:
+        The adapter stays if another checkpoint has the same version or an alias points to it."""
         (self.folder / saved.id / "about.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / saved.id, ignore_errors=True)
         self._remove_adapter(saved.reference)
@@ -186,17 +157,11 @@ class Checkpoints:
         """Remove expired checkpoints."""
         for saved in self._stored():
             if saved.expired:
-                self._discard(saved)
+                self.remove(saved)
 
     def _stored(self) -> list[SavedWeights]:
         stored = [self._read(path) for path in self.folder.glob("*/*/about.json")]
         return [saved for saved in stored if saved is not None]
-
-    def _require(self, id: str) -> SavedWeights:
-        checkpoint = self.find(id)
-        if checkpoint is None:
-            raise ConfigError(f"the run {self.run} has no checkpoint {id[:200]!r}", where="checkpoint")
-        return checkpoint
 
     def _is_valid(self, id: str) -> bool:
         kind, _, name = id.partition("/")
@@ -210,6 +175,3 @@ class Checkpoints:
         except (ValueError, TypeError):
             _log.error("the checkpoint in %s is not available: about.json cannot be read", path.parent)
             return None
-
-    def _write(self, checkpoint: SavedWeights) -> None:
-        atomic_write(self.folder / checkpoint.id / "about.json", [json.dumps(asdict(checkpoint)).encode()])

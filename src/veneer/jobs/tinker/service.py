@@ -24,17 +24,18 @@ import logging
 import os
 import secrets
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, ResourceError, VeneerError
@@ -55,6 +56,7 @@ from veneer.jobs.tinker.wire import forward_bytes, read_forward
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.ops.cpu.memory import give_back
+from veneer.serve.http.bodies import checked
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused
 from veneer.train.text.save import write_adapter
@@ -73,8 +75,18 @@ _OBJECT_BYTES = 2000
 """Memory of a session, a run or a sampler besides a run's metadata."""
 _CONTINUE = "create_training_client_from_state continues from a saved checkpoint"
 
-_T = TypeVar("_T")
-_TYPE_NAMES = {str: "a text", int: "a whole number", dict: "an object"}
+
+class _WeightsBody(BaseModel):
+    """A request to save or load weights; other keys are ignored."""
+
+    model_config = ConfigDict(strict=True)
+    path: str | None = None
+    kind: str | None = None
+    ttl_seconds: int | None = Field(default=None, ge=3600, le=10 * 366 * 86400)
+    overwrite: bool | None = None
+    optimizer: bool | None = None
+    user_metadata: dict[str, Any] | None = None
+    sampling_session_seq_id: int | None = Field(default=None, ge=0, lt=10**9)
 
 
 def not_found(what: str, where: str, fix: str | None = None) -> Refused:
@@ -419,9 +431,9 @@ class TinkerService:
             raise ConfigError(message, where="path", fix="a path that save_state returned: tinker://RUN/weights/NAME")
         return self.saved(tenant, path), self.run(tenant, run)
 
-    def remove(self, run: TrainingRun, id: str) -> None:
-        """Remove a checkpoint. Raises ConfigError if it does not exist."""
-        run.checkpoints.remove(id)
+    def remove(self, run: TrainingRun, saved: SavedWeights) -> None:
+        """Remove a checkpoint of a run."""
+        run.checkpoints.remove(saved)
         self._measure(run)
 
     # -- training thread -----------------------------------------------------------------------------------------------
@@ -489,16 +501,8 @@ class TinkerService:
         if request.kind == "refused":
             raise ConfigError(request.body.decode())
         if request.kind != "forward":
-            body = json.loads(request.body)
-            handlers: dict[str, Callable[[TrainingRun, Any], dict[str, Any]]] = {
-                "create_model": self._create,
-                "optim_step": self._optimize,
-                "save_weights": self._save,
-                "save_weights_for_sampler": self._save_for_sampler,
-                "load_weights": self._load,
-            }
-            result = handlers[request.kind](run, body)
-            self._finish(run, FutureResult("json", json.dumps(result).encode()))
+            result = self._execute(run, request.kind, json.loads(request.body))
+            self._finish(run, FutureResult("json", json.dumps(result | {"type": request.kind}).encode()))
             return False
         message, trainer = read_forward(request.body), self._ready_trainer()
         limits = {"vocabulary": trainer.vocabulary, "context": trainer.base.context}
@@ -531,10 +535,10 @@ class TinkerService:
                 self._finish_work(run, work)
 
     def _finish_work(self, run: TrainingRun, work: PassWork) -> None:
-        outputs = [{"logprobs": logps.numpy()} for logps in work.logps]
         least = min(self._served.values(), default=0)
         self._served[run.tenant] = max(self._served[run.tenant], least) + round(work.tokens / run.weight)
-        self._finish(run, FutureResult("proto", forward_bytes(outputs, {"loss:sum": work.total})))
+        data = forward_bytes([logps.numpy() for logps in work.logps], work.total)
+        self._finish(run, FutureResult("proto", data))
 
     def _finish(self, run: TrainingRun, result: FutureResult) -> None:
         run.work = None
@@ -574,62 +578,66 @@ class TinkerService:
 
     # -- requests without a pass ---------------------------------------------------------------------------------------
 
-    def _create(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
-        return {"type": "create_model", "model_id": run.id}
+    def _execute(self, run: TrainingRun, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Execute a request without a pass, and return its result."""
+        if kind == "create_model":
+            return {"model_id": run.id}
+        if kind == "optim_step":
+            return {"metrics": self._optimize(run, body)}
+        weights = checked(_WeightsBody, body, kind)
+        if kind == "load_weights":
+            return self._load(run, weights)
+        if kind == "save_weights":
+            return {"path": self._save(run, weights, "weights", weights.path or f"{run.applied + 1:06d}")}
+        if weights.path is not None:
+            return {"path": self._save(run, weights, "sampler_weights", weights.path)}
+        return {"sampling_session_id": self._save_snapshot(run, weights)}
 
-    def _optimize(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _optimize(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, float]:
         learner = self._learner(run)
         try:
-            return {"metrics": self._ready_trainer().optimize(learner, _adam(body))}
+            if not isinstance(body.get("adam_params"), dict):
+                raise ConfigError("the only optimizer here is AdamW", where="optimizer_params", fix="AdamParams(…)")
+            return self._ready_trainer().optimize(learner, checked(Adam, body["adam_params"], "adam_params"))
         except VeneerError:
             learner.forget_gradients()  # the next step must not use the gradients of this failed step
             raise
 
-    def _save(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
-        return {"path": self._save_checkpoint(run, body, "weights").path, "type": "save_weights"}
-
-    def _save_checkpoint(self, run: TrainingRun, body: Mapping[str, Any], kind: str) -> SavedWeights:
-        """Save a run's weights as a checkpoint; kind `weights` adds the training state."""
-        with_state, metadata, seq = kind == "weights", _value(body, "user_metadata", dict), run.applied + 1
-        name = _value(body, "path", str) or (f"{seq:06d}" if with_state else "")
-        ttl = _value(body, "ttl_seconds", int)
-        folder, existing = run.checkpoints.new_folder(kind, name, ttl), run.checkpoints.find(f"{kind}/{name}")
-        if existing is not None and not (with_state and body.get("overwrite")):
+    def _save(self, run: TrainingRun, body: _WeightsBody, kind: str, name: str) -> str:
+        """Save a checkpoint and return its path; kind `weights` adds the training state."""
+        with_state, id, seq = kind == "weights", f"{kind}/{name}", run.applied + 1
+        run.checkpoints.check_name(id)
+        existing = run.checkpoints.find(id)
+        if existing is not None and not (with_state and body.overwrite):
             raise ConfigError(f"there is a checkpoint {existing.path} already", where="path", fix="another name")
-        self._object_bytes(metadata)
+        self._object_bytes(body.user_metadata)
         learner, size = self._learner(run), self._state_bytes(run.lora)
         with self._storing(run, files=1, disk=size // 4 + with_state * size):
-            self._describe(run)
+            folder = run.checkpoints.folder.parent  # with a description of the run, for later processes
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(folder.parent / "session.json", [json.dumps({"tenant": run.tenant}).encode()])
+            data = {"lora": asdict(run.lora), "metadata": run.metadata, "base_name": run.base_name}
+            atomic_write(folder / "run.json", [json.dumps(data).encode()])
             if with_state:
-                self._ready_trainer().write(learner, folder / "state", seq)
-            return run.checkpoints.save(kind, name, seq, self._adapter(run), self.base, ttl=ttl, metadata=metadata)
+                self._ready_trainer().write(learner, run.checkpoints.state(id), seq)
+            ttl, metadata = body.ttl_seconds, body.user_metadata
+            return run.checkpoints.save(id, seq, self._adapter(run), self.base, ttl, metadata).path
 
-    def _describe(self, run: TrainingRun) -> None:
-        """Write a description of a run beside its checkpoints, for later processes."""
-        folder = run.checkpoints.folder.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder.parent / "session.json", [json.dumps({"tenant": run.tenant}).encode()])
-        data = {"lora": asdict(run.lora), "metadata": run.metadata, "base_name": run.base_name}
-        atomic_write(folder / "run.json", [json.dumps(data).encode()])
-
-    def _save_for_sampler(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
-        if body.get("path") is not None:
-            path = self._save_checkpoint(run, body, "sampler_weights").path
-            return {"path": path, "type": "save_weights_for_sampler"}
-        if body.get("kind") not in (None, "snapshot"):
+    def _save_snapshot(self, run: TrainingRun, body: _WeightsBody) -> str:
+        """Save unnamed weights, and return the id of a sampling session for them."""
+        if body.kind not in (None, "snapshot"):
             raise ConfigError("sampling clients here have fixed weights", where="kind", fix="kind='snapshot'")
-        number = _value(body, "sampling_session_seq_id", int)
-        if number is None or not 0 <= number < 10**9:
-            raise ConfigError("the request has neither path nor a valid sampling_session_seq_id", where="path")
-        snapshots, id = self._live_folder(run) / "snapshots", f"{run.session}:sample:{number}"
-        folder = snapshots / str(run.applied + 1)
+        if body.sampling_session_seq_id is None:
+            raise ConfigError("the request has neither path nor sampling_session_seq_id", where="path")
+        snapshots = self._live_folder(run) / "snapshots"
+        folder, id = snapshots / str(run.applied + 1), f"{run.session}:sample:{body.sampling_session_seq_id}"
         with self._storing(run, disk=self._state_bytes(run.lora) // 4):
             digest = write_adapter(self._adapter(run), folder, self.base)
             source = SamplerSource(id, run.tenant, digest=digest, folder=str(folder), name=run.checkpoints.name)
             self._add_sampler(self.session(run.tenant, run.session), source)
             for old in sorted(snapshots.iterdir(), key=lambda path: int(path.name))[:-_SNAPSHOTS]:
                 shutil.rmtree(old)
-        return {"sampling_session_id": source.id, "type": "save_weights_for_sampler"}
+        return id
 
     @contextmanager
     def _storing(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
@@ -650,19 +658,19 @@ class TinkerService:
         disk = states * state + snapshots * state // 4 + sum(each.bytes for each in saved)
         run.hold.set(files=live + len(saved), disk=disk)
 
-    def _load(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
-        saved, source = self.saved_state(run.tenant, _value(body, "path", str) or "")
+    def _load(self, run: TrainingRun, body: _WeightsBody) -> dict[str, Any]:
+        saved, source = self.saved_state(run.tenant, body.path or "")
         if replace(source.lora, seed=None) != replace(run.lora, seed=None):
             raise ConfigError(
                 f"{saved.path} has another rank or other targets than this client",
                 where="path",
                 fix="create_training_client_from_state makes a client that fits",
             )
-        learner = self._read_learner(run, source.checkpoints.state(saved.id), bool(body.get("optimizer")))
+        learner = self._read_learner(run, source.checkpoints.state(saved.id), bool(body.optimizer))
         learner.forget_gradients()
         self._drop(run)
         run.learner = learner
-        return {"path": saved.path, "model_id": run.id, "type": "load_weights"}
+        return {"path": saved.path, "model_id": run.id}
 
     def _adapter(self, run: TrainingRun) -> Adapter:
         adapter = self._ready_trainer().adapter(self._learner(run))
@@ -792,28 +800,3 @@ def _lock_folder(folder: Path) -> int:
         message = "another server on this machine has the training clients of this base"
         raise ConfigError(message, fix="use that server, or give this one a VENEER_HOME of its own") from error
     return lock
-
-
-def _value(body: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
-    """Return a field of a body; None if it is missing.
-
-    Raises ConfigError if the field does not have the type `kind`."""
-    value = body.get(name)
-    if value is not None and type(value) is not kind:
-        fix = f"{_TYPE_NAMES[kind]}, or leave it out"
-        raise ConfigError(f"{name} is {str(value)[:50]!r}", where=name, fix=fix)
-    return value
-
-
-def _adam(body: Mapping[str, Any]) -> Adam:
-    """Return the AdamW parameters of an optim_step body. Raises ConfigError."""
-    values = body.get("adam_params")
-    if not isinstance(values, dict):
-        raise ConfigError("the only optimizer here is AdamW", where="optimizer_params", fix="AdamParams(…)")
-    names = {"learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm"}
-    if unknown := sorted(set(values) - names):
-        raise ConfigError(f"adam_params has no {unknown[0][:50]!r}", where="adam_params", fix=", ".join(sorted(names)))
-    for name, value in values.items():
-        if type(value) not in (int, float) or abs(value) > sys.float_info.max:  # None: the SDK sends NaN as null
-            raise ConfigError(f"{name} is not a finite number", where="adam_params")
-    return Adam(**{"clip" if name == "grad_clip_norm" else str(name): float(value) for name, value in values.items()})

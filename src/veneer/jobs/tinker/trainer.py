@@ -20,7 +20,6 @@ bit-identical numbers. This module uses tensors and one base; requests and tenan
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, LoraSpec
@@ -46,6 +46,7 @@ from veneer.models.text.module_copy import copy_modules
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import sent
 from veneer.ops.lora_segments import LoraSegments
+from veneer.serve.http.bodies import Strict
 from veneer.train.checkpoint import Progress, latest, read_checkpoint, read_parameters, restore, rng_restore, rng_state
 from veneer.train.checkpoint import save as save_checkpoint
 from veneer.train.loop import Micro, memory_errors
@@ -96,12 +97,9 @@ class TargetNames:
 def target_names(model: Any) -> TargetNames:
     head = base_of(model.get_output_embeddings())
     linear = [target.name for target in resolve_targets(model, LoraSpec())]
-    attends = [any("attn" in part or "attention" in part for part in name.split(".")) for name in linear]
-    return TargetNames(
-        tuple(name for name, is_attention in zip(linear, attends, strict=True) if is_attention),
-        tuple(name for name, is_attention in zip(linear, attends, strict=True) if not is_attention),
-        tuple(name for name, module in base_modules(model) if module is head),
-    )
+    attention = tuple(name for name in linear if "attn" in name or "attention" in name)
+    mlp = tuple(name for name in linear if name not in attention)
+    return TargetNames(attention, mlp, tuple(name for name, module in base_modules(model) if module is head))
 
 
 def state_bytes(model: Any, spec: LoraSpec) -> int:
@@ -111,36 +109,20 @@ def state_bytes(model: Any, spec: LoraSpec) -> int:
     return 16 * trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 
-_LARGEST = sys.float_info.max
-_BOUNDS = {
-    "learning_rate": (0.0, 1.0), "beta1": (0.0, 0.999999), "beta2": (0.0, 0.999999), "eps": (1e-30, 1.0),
-    "weight_decay": (0.0, 1.0), "clip": (-_LARGEST, _LARGEST),
-}  # fmt: skip
-"""Bounds of AdamW's parameters that keep the weights finite.
-
-The step is learning_rate * m / (√v + eps). eps must not round to 0 in float32, because the step of a
-parameter without a gradient is 0 / eps."""
-
-
-@dataclass(frozen=True)
-class Adam:
+class Adam(Strict, strict=True):
     """The parameters of one AdamW step, with Tinker's defaults.
 
-    clip: maximum gradient norm; 0: no clipping."""
+    The bounds keep the weights finite. The step is learning_rate * m / (√v + eps). eps must not round to 0 in
+    float32, because the step of a parameter without a gradient is 0 / eps.
 
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-12
-    weight_decay: float = 0.0
-    clip: float = 0.0
+    grad_clip_norm: maximum gradient norm; 0: no clipping."""
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            low, high = _BOUNDS[name]
-            if not low <= value <= high:
-                fix = f"from {low:g} to {high:g}" if math.isfinite(high) else "a number"
-                raise ConfigError(f"{name} is {value}", where="adam_params", fix=fix)
+    learning_rate: float = Field(default=1e-4, ge=0, le=1)
+    beta1: float = Field(default=0.9, ge=0, le=0.999999)
+    beta2: float = Field(default=0.95, ge=0, le=0.999999)
+    eps: float = Field(default=1e-12, ge=1e-30, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    grad_clip_norm: float = 0.0
 
 
 @dataclass(eq=False)
@@ -193,8 +175,8 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
         return ConfigError(message, where=where, fix=fix)
 
     ids, count = torch.from_numpy(row.tokens), len(row.tokens)
-    if row.unsupported:
-        raise wrong(f"its input has {row.unsupported}, and only text is trained here")
+    if not row.text_only:
+        raise wrong("its input has a part that is not text, and only text is trained here")
     if not 0 < count <= context:
         raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
     if "target_tokens" not in row.inputs:
@@ -318,8 +300,9 @@ class Trainer:
     def step(self, works: Sequence[PassWork]) -> list[PassWork]:
         """Run one pass over the next rows of unfinished works.
 
-        Returns the works that had rows in the pass. The first work has priority. Raises ResourceError, and
-        TrainingError for a loss that is not finite (the gradients of these works must then not be used)."""
+        Each work has a learner of its own; the first work has priority. Returns the works that had rows in
+        the pass. Raises ResourceError, and TrainingError for a loss that is not finite (the gradients of these
+        works must then not be used)."""
         first, *rest = works
         if first.learner.separate_reason:
             rest = []
@@ -342,22 +325,19 @@ class Trainer:
     def _parts(self, works: Sequence[PassWork]) -> list[tuple[PassWork, list[TrainRow]]]:
         """Return the rows of each work for the next pass.
 
-        The works add one row in turn until the pass is full. Only the first work of each learner takes
-        part."""
-        first_works: dict[str, PassWork] = {}
-        for work in works:
-            first_works.setdefault(work.learner.name, work)
-        taken: dict[str, list[TrainRow]] = {name: [] for name in first_works}
-        tokens, open_ = 0, dict(first_works)
+        The works add one row in turn until the pass is full."""
+        parts: list[tuple[PassWork, list[TrainRow]]] = [(work, []) for work in works]
+        tokens, open_ = 0, [*parts]
         while open_:
-            for name, work in list(open_.items()):
-                at = len(work.logps) + len(taken[name])
+            for part in [*open_]:
+                work, rows = part
+                at = len(work.logps) + len(rows)
                 if at == len(work.rows) or (tokens and tokens + len(work.rows[at].ids) > self.most):
-                    del open_[name]
+                    open_.remove(part)
                     continue
-                taken[name].append(work.rows[at])
+                rows.append(work.rows[at])
                 tokens += len(work.rows[at].ids)
-        return [(first_works[name], rows) for name, rows in taken.items() if rows]
+        return [part for part in parts if part[1]]
 
     def _pass(self, parts: Sequence[tuple[PassWork, list[TrainRow]]]) -> list[tuple[list[Tensor], float]]:
         """Run the forward pass and, for works that need it, the backward pass.
@@ -424,8 +404,9 @@ class Trainer:
         change, and the gradients are cleared."""
         parameters = [p for p in learner.parameters.values() if p.grad is not None]
         if not parameters:
-            raise TrainingError("there is no gradient", fix="call forward_backward before optim_step")
-        norm = float(nn.utils.clip_grad_norm_(parameters, adam.clip if adam.clip > 0 else math.inf))
+            raise TrainingError("there is no gradient", fix="forward_backward comes before optim_step")
+        most = adam.grad_clip_norm if adam.grad_clip_norm > 0 else math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, most))
         if not math.isfinite(norm):
             learner.forget_gradients()
             raise TrainingError("the gradient is not finite", fix="look at the rows; a lower learning rate")

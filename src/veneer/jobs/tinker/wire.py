@@ -2,7 +2,7 @@
 
     head = read_head(body)                     ForwardHead: model, request number, memory needed to unpack
     request = read_forward(body)               ForwardRequest: also rows and loss
-    forward_bytes(outputs, metrics)            result of a forward request
+    forward_bytes(logprobs, loss)              result of a forward request
     sample_bytes(sequences, …)                 result of a sampling request
 
 `protobuf` reads and writes the messages in `_MESSAGES`. The fields of a request are counted before it is
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,11 @@ class WireRow:
 
     tokens: (n,) input ids.
     inputs: the loss's tensors by name.
-    unsupported: the kind of an input that is not text, or ""."""
+    text_only: whether all of the input is text."""
 
     tokens: Array
     inputs: Mapping[str, Array]
-    unsupported: str = ""
+    text_only: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,15 +144,9 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _row(row: Any) -> WireRow:
-    unsupported = ""
-    for chunk in row.chunks:
-        if not chunk.HasField("text"):
-            kinds = {"picture": "a picture", "sound": "sound"}
-            unsupported = next(
-                (words for kind, words in kinds.items() if chunk.HasField(kind)), "input that is not text"
-            )
+    text_only = all(chunk.HasField("text") for chunk in row.chunks)
     tokens = np.frombuffer(b"".join(chunk.text.tokens for chunk in row.chunks), "<i4").astype(np.int64)
-    return WireRow(tokens, {entry.name: _tensor(entry.tensor) for entry in row.inputs}, unsupported)
+    return WireRow(tokens, {entry.name: _tensor(entry.tensor) for entry in row.inputs}, text_only)
 
 
 def _tensor(tensor: Any) -> Array:
@@ -177,28 +172,19 @@ def _tensor(tensor: Any) -> Array:
 # -- responses ---------------------------------------------------------------------------------------------------------
 
 
-def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, float]) -> bytes:
+def forward_bytes(logprobs: Sequence[Array], loss: float) -> bytes:
     """Return the result of a forward request as bytes.
 
-    outputs: the tensors of each row by name, float32. Consecutive rows share a record if their tensors have
-        the
-        same names and the same sizes except the first."""
-    message, at = _Outputs(kind="ArrayRecord"), 0
-    while at < len(outputs):
-        shapes = {name: value.shape[1:] for name, value in outputs[at].items()}
-        end = at
-        while end < len(outputs) and {name: value.shape[1:] for name, value in outputs[end].items()} == shapes:
-            end += 1
-        record = message.records.add(kind="ArrayRecord", count=end - at)
-        for name, shape in shapes.items():
-            parts = [np.ascontiguousarray(row[name], "<f4") for row in outputs[at:end]]
-            offsets = np.cumsum([0, *(part.nbytes for part in parts)], dtype="<i8").tobytes()
-            batch = record.arrays.add(name=name).batch
-            batch.data, batch.offsets, batch.kind = b"".join(part.tobytes() for part in parts), offsets, _FLOAT
-            batch.shape.extend(shape)
-        at = end
-    for name, number in metrics.items():
-        message.metrics.add(name=name, value=number)
+    logprobs: the log-probabilities of each row, float32. Consecutive rows share a record if their sizes are
+        the same except the first."""
+    message = _Outputs(kind="ArrayRecord")
+    for shape, group in groupby(logprobs, key=lambda row: row.shape[1:]):
+        rows = [np.ascontiguousarray(row, "<f4") for row in group]
+        batch = message.records.add(kind="ArrayRecord", count=len(rows)).arrays.add(name="logprobs").batch
+        batch.data, batch.kind = b"".join(row.tobytes() for row in rows), _FLOAT
+        batch.offsets = np.cumsum([0, *(row.nbytes for row in rows)], dtype="<i8").tobytes()
+        batch.shape.extend(shape)
+    message.metrics.add(name="loss:sum", value=loss)
     return bytes(message.SerializeToString())
 
 
@@ -231,7 +217,7 @@ def sample_bytes(
 
 _MESSAGES = {
     "Text": ["bytes tokens"],
-    "Chunk": ["Text text", "bytes picture", "bytes sound"],
+    "Chunk": ["Text text"],
     "Sparse": ["bytes values", "bytes starts", "bytes columns"],
     "Tensor": ["bytes dense", "Sparse sparse", "int kind", "ints shape"],
     "Input": ["string name", "Tensor tensor"],
