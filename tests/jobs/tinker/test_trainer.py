@@ -212,8 +212,7 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
         ({"weights": [1.0, float("nan")]}, "weights has a value that is not finite"),
         ({"text_only": False}, "its input has a part that is not text"),
         ({"loss": "ppo"}, "ppo has no input 'weights'"),
-        ({"loss": "importance"}, "there is no loss 'importance'"),
-        ({"loss": "custom"}, "this server runs no losses of clients"),
+        ({"loss": "importance"}, "'importance' is not a loss"),
         ({"options": {"beta": 1.0}}, "cross_entropy has no option 'beta'")
     ],
 )  # fmt: skip

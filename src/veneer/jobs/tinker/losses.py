@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, one_of
 
 Inputs = Mapping[str, Tensor]
 Options = Mapping[str, float | str]
@@ -64,10 +64,6 @@ _LOSSES: Mapping[str, tuple[Callable[[Tensor, Inputs, Options], Tensor], tuple[s
     "dro": (_dro, _SAMPLED, ("beta",)),
 }
 """Loss -> (function, tensors that a row needs besides its targets, names of options)."""
-_ELSEWHERE = {
-    "stable_reinforce": "it needs a sampler's records, which this server does not store",
-    "custom": "this server runs no losses of clients: forward_backward_custom computes them there",
-}
 
 
 def row_loss(name: str, logps: Tensor, row: Inputs, options: Options) -> Tensor:
@@ -81,12 +77,7 @@ def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
     """Return the tensors that a loss needs from each row besides the targets.
 
     Raises ConfigError for an unknown loss or option."""
-    if name in _ELSEWHERE:
-        raise ConfigError(f"the loss {name} is not here: {_ELSEWHERE[name]}", where="loss_fn", fix=_all())
-    if name not in _LOSSES:
-        suggestion = nearest(name, _LOSSES)
-        fix = f"did you mean {suggestion[0]}?" if suggestion else _all()
-        raise ConfigError(f"there is no loss {name[:50]!r}", where="loss_fn", fix=fix)
+    one_of(name, _LOSSES, "a loss", "loss_fn")
     allowed = _LOSSES[name][2]
     if wrong := [key for key in options if key not in allowed]:
         has = f"it has {', '.join(allowed)}" if allowed else "it has none"
@@ -94,7 +85,3 @@ def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
     if wrong := [key for key, value in options.items() if isinstance(value, str)]:
         raise ConfigError(f"{wrong[0]} is a number", where="loss_fn_config")
     return _LOSSES[name][1]
-
-
-def _all() -> str:
-    return f"one of {', '.join(_LOSSES)}"
