@@ -189,7 +189,10 @@ class TuningQueue:
             raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
         training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
         validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
-        held_out = _held_out(files, tenant, body.after)
+        ids = body.after.evaluate.files if body.after is not None and body.after.evaluate is not None else []
+        if len(ids) > _HELD_OUT:
+            raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
+        held_out = [_file(files, tenant, each, "after.evaluate.data") for each in ids]
         size = sum(file.bytes for file in (training, validation, *held_out) if file)
         _check_held(jobs, tenant, size, files.quotas.limits.disk)
         tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
@@ -288,14 +291,6 @@ def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
         message = f"jobs that have not ended read {used:,} bytes, and with {more:,} more it would be over {limit:,}"
         fix = "wait for some jobs to finish, or cancel some"
         raise Refused(message, status=400, code="storage_full", param="training_file", fix=fix)
-
-
-def _held_out(files: Files, tenant: str, after: AfterJob | None) -> list[UploadedFile]:
-    """Return the held-out files that a request names by id. Raises Refused."""
-    ids = [] if after is None or after.evaluate is None else after.evaluate.files
-    if len(ids) > _HELD_OUT:
-        raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
-    return [_file(files, tenant, each, "after.evaluate.data") for each in ids]
 
 
 def _after(files: Files, id: str, after: AfterJob, uploads: Sequence[UploadedFile]) -> AfterJob:
