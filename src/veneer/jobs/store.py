@@ -295,11 +295,8 @@ class JobStore:
             check_tenant(tenant)
         full = f"{tenant}/{name}" if tenant else name
         if tenant and "/" in name:
-            raise ConfigError(
-                f"{quoted(name)} cannot name an adapter of {tenant}",
-                where="name",
-                fix=f"a name without a slash; {tenant}/ is added in front",
-            )
+            fix = f"one without a slash: {tenant}/ is put in front of it"
+            raise ConfigError(f"{quoted(name)} cannot name an adapter of {tenant}", where="name", fix=fix)
         check_name(full)
         stored_config = {key: value for key, value in config.items() if key != "output"}
         with self._transaction() as (c, now):
@@ -633,12 +630,9 @@ class JobStore:
             planned = cost_of(int(plan["tokens"]), price)
             spent = max(spent, _reserved(c, job.tenant, now))
             if budget is not None and planned + (taken := spent + _committed(c, job.tenant, now)) > budget:
-                raise OverBudget(
-                    f"this job is planned to cost {money(planned)}, and of this month's budget of "
-                    f"{money(budget)} {money(max(0, budget - taken))} are left",
-                    where="budget",
-                    fix="fewer rows or epochs, a larger budget, or next month",
-                )
+                left, fix = money(max(0, budget - taken)), "fewer rows or epochs, a larger budget, or next month"
+                message = f"this job is planned to cost {money(planned)}, and of this month's budget of "
+                raise OverBudget(f"{message}{money(budget)} {left} are left", where="budget", fix=fix)
             steps, cost = int(plan["steps"]), f", {money(planned)}" if planned else ""
             text = f"validated: {counted(steps, 'step')}, {int(plan['tokens']):,} tokens{cost}"
             values: dict[str, Any] = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": steps}
@@ -759,13 +753,10 @@ def _check_transition(job: Job, state: _JobState, only: str | None = None) -> No
     """Raise WrongState unless the job can change to `state`."""
     if state in TRANSITIONS[job.state] and only in (None, job.state):
         return
-    action = {"paused": "paused", "queued": "resumed", "cancelled": "cancelled"}.get(state, state)
+    action = "resumed" if state == "queued" else state
     froms = [only] if only else [name for name, following in TRANSITIONS.items() if state in following]
-    raise WrongState(
-        f"job {job.id} is {job.state} and cannot be {action}",
-        where="job",
-        fix=f"the job must be {' or '.join(froms)}" if job.state not in ENDS else "the job has ended: submit a new one",
-    )
+    fix = "the job has ended: submit a new one" if job.state in ENDS else f"the job must be {' or '.join(froms)}"
+    raise WrongState(f"job {job.id} is {job.state} and cannot be {action}", where="job", fix=fix)
 
 
 def _insert_event(c: Connection, job: Job, now: float, event: JobEvent) -> None:

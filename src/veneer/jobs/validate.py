@@ -82,12 +82,9 @@ def validate_job(store: JobStore, lease: JobLease, account: TrainingAccount, dev
     terms = account.terms(lease.job.tenant)
     try:
         if terms.jobs == 0:
-            raise ConfigError(
-                f"{lease.job.tenant or 'this machine'} cannot train: the tenant does not exist, is disabled, or has a "
-                "limit of no jobs",
-                where="tenant",
-                fix="see veneer tenant list, and veneer tenant show",
-            )
+            reason = "the tenant does not exist, is disabled, or has a limit of no jobs"
+            message, fix = f"{lease.job.tenant or 'this machine'} cannot train: {reason}", "see veneer tenant list"
+            raise ConfigError(message, where="tenant", fix=fix)
         plan = _plan_of_job(lease.job, device)
         spent = 0 if terms.budget is None else account.spent(lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
@@ -174,7 +171,11 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
             held_out_rows(held_out, config)
     plan = plan_of_config(config, device, **exact)
     if not plan.fits:
-        _refuse(plan)
+        room = f"{gigabytes(plan.available)} of {plan.device.label or plan.device.name}"
+        message = f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {room} may be used"
+        changes = "; or ".join(", ".join(change.settings) for change in plan.changes[:3] if change.settings)
+        fix = changes or "a smaller base, or a machine with more memory (veneer plan shows what it takes)"
+        raise PreflightError(message, where="memory", fix=fix)
     values: dict[str, Any] = {"rows": exact.get("rows", plan.job.rows), "counted": exact}
     if held_out is not None and held_out.answered and base is not None and plan.device.kind == "cpu":
         values["peak_bytes"] = max(plan.peak, _answering_peak(base, plan))
@@ -190,12 +191,9 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
     memory = plan.memory
     peak = memory.context + memory.weights + memory.constants + answering_bytes(base, memory.weights)
     if peak > plan.available:
-        raise PreflightError(
-            f"completions of the held-out rows do not fit: they need about {gigabytes(peak)}, and "
-            f"{gigabytes(plan.available)} are available",
-            where="after.evaluate",
-            fix="metrics that need no answers: evaluate: {metrics: [loss]}",
-        )
+        needs = f"they need about {gigabytes(peak)}, and {gigabytes(plan.available)} may be used"
+        message, fix = f"answers to the held-out rows do not fit: {needs}", "evaluate: {metrics: [loss]}"
+        raise PreflightError(message, where="after.evaluate", fix=fix)
     return peak
 
 
@@ -214,13 +212,3 @@ def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
     report.add(*data_findings(subject))
     report.raise_if_stopped()
     return planned_rows(config, data.train.items)
-
-
-def _refuse(plan: Plan) -> None:
-    changes = "; or ".join(", ".join(change.settings) for change in plan.changes[:3] if change.settings)
-    raise PreflightError(
-        f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {gigabytes(plan.available)} of "
-        f"{plan.device.label or plan.device.name} are available",
-        where="memory",
-        fix=changes or "a smaller base, or a machine with more memory (veneer plan shows how much)",
-    )
