@@ -68,29 +68,23 @@ class LocalExecutor:
         job = lease.job
         job.make_folder()
         with open(job.log, "ab") as log:
-            return self._process(f"{job.id}-{job.attempt}", lease, log, environment, memory_of(job))
+            return self._process(lease, environment, memory_of(job), log, None)
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, max_memory: int) -> str:
         """Start a process that validates a new job for `device`, and return its handle.
 
         The process is killed if it uses more than `max_memory` bytes. It logs to this process's output, so
         that a refused job leaves no folder."""
-        name = f"{lease.job.id}-validation"
-        return self._process(name, lease, None, environment, max_memory, _VALIDATION_NICE, device)
+        return self._process(lease, environment, max_memory, None, device)
 
     def _process(
-        self,
-        name: str,
-        lease: JobLease,
-        log: IO[bytes] | None,
-        environment: Mapping[str, str],
-        max_memory: int,
-        nice: int = 0,
-        device: Device | None = None,
+        self, lease: JobLease, environment: Mapping[str, str], memory: int, log: IO[bytes] | None, device: Device | None
     ) -> str:
+        """Start a process that trains the job, or validates the job for `device`."""
         content = {"job": lease.job.id, "token": lease.token, "device": device and asdict(device)}
+        nice = self.nice if device is None else max(self.nice, _VALIDATION_NICE)
         command = [sys.executable, "-m", "veneer.jobs.process"]
-        if (nice := max(nice, self.nice)) and os.name == "posix":
+        if nice and os.name == "posix":
             command = ["nice", "-n", str(nice), *command]
         child = subprocess.Popen(
             command,
@@ -100,8 +94,9 @@ class LocalExecutor:
             start_new_session=True,
             env={**os.environ, **environment, JOB_VARIABLE: json.dumps(content)},
         )
+        name = f"{lease.job.id}-{lease.job.attempt if device is None else 'validation'}"
         handle = f"{name}, process {child.pid}"  # the name makes the handle unique, because the system can reuse a pid
-        self._children[handle] = child, max_memory
+        self._children[handle] = child, memory
         return handle
 
     def poll(self, handle: str) -> ExitStatus | None:
@@ -117,9 +112,8 @@ class LocalExecutor:
             child.kill()
             child.wait()
             self._forget(handle)
-            return ExitStatus(
-                f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are its plan's maximum", memory=True
-            )
+            why = f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are the most by its plan"
+            return ExitStatus(why, memory=True)
         self._forget(handle)
         if code < 0:
             with contextlib.suppress(ValueError):
