@@ -661,11 +661,9 @@ class TinkerService:
     def _load(self, run: TrainingRun, body: _WeightsBody) -> dict[str, Any]:
         saved, source = self.saved_state(run.tenant, body.path or "")
         if replace(source.lora, seed=None) != replace(run.lora, seed=None):
-            raise ConfigError(
-                f"{saved.path} has another rank or other targets than this client",
-                where="path",
-                fix="create_training_client_from_state makes a client that fits",
-            )
+            message = f"{saved.path} has another rank or other targets than this client"
+            fix = "create_training_client_from_state makes a client that fits"
+            raise ConfigError(message, where="path", fix=fix)
         learner = self._read_learner(run, source.checkpoints.state(saved.id), bool(body.optimizer))
         learner.forget_gradients()
         self._drop(run)
@@ -674,13 +672,9 @@ class TinkerService:
 
     def _adapter(self, run: TrainingRun) -> Adapter:
         adapter = self._ready_trainer().adapter(self._learner(run))
-        card = replace(
-            adapter.card,
-            base=self.base.name,
-            base_fingerprint=self.base.fingerprint,
-            kind="text",
-            recipe={"tinker": {"run": run.id, "request": run.applied + 1, **asdict(run.lora)}},
-        )
+        recipe = {"tinker": {"run": run.id, "request": run.applied + 1, **asdict(run.lora)}}
+        name, fingerprint = self.base.name, self.base.fingerprint
+        card = replace(adapter.card, base=name, base_fingerprint=fingerprint, kind="text", recipe=recipe)
         return replace(adapter, card=card)
 
     # -- expiry --------------------------------------------------------------------------------------------------------
@@ -768,17 +762,12 @@ class TinkerService:
     def _evict_others(self, run: TrainingRun) -> None:
         """Move other runs' states to disk, oldest use first, until this run's fits."""
         trainer, size = self._ready_trainer(), self._state_bytes(run.lora)
-        idle = [
-            idle_run
-            for idle_run in list(self.runs.values())
-            if idle_run.learner and idle_run.work is None and idle_run is not run
-        ]
-        for idle_run in sorted(idle, key=lambda idle_run: idle_run.turn):
+        for idle in sorted(self.runs.values(), key=lambda each: each.turn):
             if size + sum(learner.bytes for learner in trainer.learners.values()) <= self.max_memory:
                 return
-            assert idle_run.learner is not None
-            trainer.write(idle_run.learner, self._live_folder(idle_run) / "state", idle_run.applied + 1)
-            self._drop(idle_run)
+            if idle.learner is not None and idle.work is None and idle is not run:
+                trainer.write(idle.learner, self._live_folder(idle) / "state", idle.applied + 1)
+                self._drop(idle)
 
     def _drop(self, run: TrainingRun) -> None:
         """Drop a run's state from memory without writing it to disk."""

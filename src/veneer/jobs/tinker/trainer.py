@@ -315,11 +315,9 @@ class Trainer:
             work.logps += logps
             work.total += loss
             if not math.isfinite(work.total):
-                raise TrainingError(
-                    f"the {work.loss} loss is not finite",
-                    where=work.learner.name,
-                    fix="look at its rows; a lower learning rate, or log-probabilities of the same model",
-                )
+                message, where = f"the {work.loss} loss is not finite", work.learner.name
+                fix = "look at its rows; a lower learning rate, or log-probabilities of the same model"
+                raise TrainingError(message, where=where, fix=fix)
         return [work for work, _ in parts]
 
     def _parts(self, works: Sequence[PassWork]) -> list[tuple[PassWork, list[TrainRow]]]:
@@ -424,15 +422,9 @@ class Trainer:
 
         Removes the previous state after the new state is complete."""
         gradients = {f"{k}{_GRADIENT}": p.grad for k, p in learner.parameters.items() if p.grad is not None}
-        save_checkpoint(
-            folder,
-            parameters={**learner.parameters, **gradients},
-            optimizer=learner.optimizer,
-            progress=Progress(step=number),
-            identity={},
-            keep=1,
-            metadata={"gradients": sorted(gradients)},
-        )
+        state, metadata = {**learner.parameters, **gradients}, {"gradients": sorted(gradients)}
+        options: dict[str, Any] = {"optimizer": learner.optimizer, "identity": {}, "keep": 1, "metadata": metadata}
+        save_checkpoint(folder, parameters=state, progress=Progress(step=number), **options)
 
     def read(self, learner: Learner, folder: Path, optimizer: bool = True) -> None:
         """Load the newest state in `folder`.

@@ -125,13 +125,8 @@ def _head(message: Any) -> ForwardHead:
 
 
 def _too_large(most: str) -> Refused:
-    return Refused(
-        f"the forward_backward request has more than {most}",
-        status=413,
-        code="too_large",
-        param="data",
-        fix="send fewer rows per request",
-    )
+    message, fix = f"the forward_backward request has more than {most}", "send fewer rows per request"
+    return Refused(message, status=413, code="too_large", param="data", fix=fix)
 
 
 def _tensor_bytes(tensor: Any) -> int:
