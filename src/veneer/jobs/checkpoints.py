@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,13 +55,8 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
             continue
         if step not in published:
             file = adapter / "adapter.safetensors"
-            added = library.add(
-                file if file.is_file() else adapter,
-                name,
-                tags=[f"{STEPS_TAG}{job.id}"],
-                source=f"step {step} of {job.id}",
-                number=step,
-            )
+            about: dict[str, Any] = {"tags": [f"{STEPS_TAG}{job.id}"], "source": f"step {step} of {job.id}"}
+            added = library.add(file if file.is_file() else adapter, name, number=step, **about)
             published[step] = added.version.reference
         references[step] = published[step]
     return references

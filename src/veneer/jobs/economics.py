@@ -81,10 +81,8 @@ def economics(
     totals: dict[tuple[str, str], dict[str, Any]] = {}
 
     def row(tenant: str, adapter: str) -> dict[str, Any]:
-        empty = dict.fromkeys(
-            ("jobs", "training_seconds", "training_billed", "requests", "serving_seconds", "billed"), 0
-        )
-        return totals.setdefault((tenant, name_of(adapter)), empty)
+        sums = "jobs", "training_seconds", "training_billed", "requests", "serving_seconds", "billed"
+        return totals.setdefault((tenant, name_of(adapter)), dict.fromkeys(sums, 0))
 
     for r in used:
         each = row(r["tenant"], r["adapter"])

@@ -276,8 +276,6 @@ def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
 
 # -- responses ---------------------------------------------------------------------------------------------------------
 
-_STATUS = {"validating": "validating_files"}
-
 
 def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[str, Any]:
     """Return a job in OpenAI's format. `results`: ids of the job's result files."""
@@ -296,7 +294,7 @@ def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> d
         "model": request["model"],
         "fine_tuned_model": request["tuned"] if job.state == "succeeded" else None,
         "finished_at": None if job.ended is None else int(job.ended),
-        "status": _STATUS.get(job.state, job.state),
+        "status": "validating_files" if job.state == "validating" else job.state,
         "error": error_to_openai(job),
         "organization_id": organisation,
         "training_file": request["training_file"],
@@ -377,12 +375,9 @@ def _event_text(job: Job, event: JobEvent) -> str:
         return f"failed: {_OURS[kind]}"
     if event.kind != "preflight":
         return _in_one_line(str(event.data.get("public", event.message)).removeprefix("warning: "))
-    counts = [
-        str(each["text"])
-        for each in event.data.get("findings") or ()
-        if each.get("level", "warn") == "warn" or each.get("check") in _CHECKS
-    ]
-    return _in_one_line("the rows were checked" + (f": {'; '.join(counts)}" if counts else ""))
+    findings = event.data.get("findings") or ()
+    shown = [each["text"] for each in findings if each.get("level", "warn") == "warn" or each.get("check") in _CHECKS]
+    return _in_one_line("the rows were checked" + (f": {'; '.join(shown)}" if shown else ""))
 
 
 _CHECKS = ("format", "learned", "long rows")
@@ -404,8 +399,7 @@ def _plain_text(job: Job, text: str) -> str:
     """Return a text in which uploaded file names replace the server's paths."""
     for path in (*_paths(job), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
-    text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
-    return text
+    return text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
 
 
 def _event_id(job: Job, number: int) -> str:
@@ -420,11 +414,7 @@ def event_number(job: Job, id: str) -> int | None:
 
 
 _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "metrics": {
-        "loss": ["train_loss"],
-        TOKEN_ACCURACY: ["train_mean_token_accuracy"],
-        "steps": ["total_steps"],
-    },
+    "metrics": {"loss": ["train_loss"], TOKEN_ACCURACY: ["train_mean_token_accuracy"], "steps": ["total_steps"]},
     "validation": {
         "validation_loss": ["valid_loss", "full_valid_loss"],
         TOKEN_ACCURACY: ["valid_mean_token_accuracy", "full_valid_mean_token_accuracy"],
@@ -481,15 +471,10 @@ def checkpoint_id(job: Job, step: int) -> str:
 
 def checkpoint_to_openai(job: Job, point: JobCheckpoint) -> dict[str, Any]:
     """Return a published checkpoint in OpenAI's format."""
-    metrics = point.metrics
-    values = {
-        "step": point.step,
-        "train_loss": metrics.get("loss"),
-        "train_mean_token_accuracy": metrics.get(TOKEN_ACCURACY),
-    }
-    for split in ("valid", "full_valid"):
-        values[f"{split}_loss"] = metrics.get("validation_loss")
-        values[f"{split}_mean_token_accuracy"] = metrics.get(f"validation_{TOKEN_ACCURACY}")
+    values: dict[str, Any] = {"step": point.step}
+    for split, prefix in (("train", ""), ("valid", "validation_"), ("full_valid", "validation_")):
+        values[f"{split}_loss"] = point.metrics.get(f"{prefix}loss")
+        values[f"{split}_mean_token_accuracy"] = point.metrics.get(f"{prefix}{TOKEN_ACCURACY}")
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": checkpoint_id(job, point.step),

@@ -109,12 +109,7 @@ class AfterJob(_Section):
         return self.model_copy(update={"evaluate": held_out})
 
 
-_MODELS: Mapping[str, type[_Section]] = {
-    "": AfterJob,
-    "evaluate": HeldOut,
-    "route": CanaryRoute,
-    "promote": PromotionRule,
-}
+_SECTIONS: Mapping[str, type[_Section]] = {"evaluate": HeldOut, "route": CanaryRoute, "promote": PromotionRule}
 
 
 def load_job_config(
@@ -136,7 +131,7 @@ def parse_after(values: Any, folder: Path, where: str = "after") -> AfterJob:
 
     Raises ConfigError with a list of all errors."""
     if isinstance(values, dict):  # an empty section, such as `evaluate:`, means its defaults
-        values = {key: {} if value is None and key in _MODELS else value for key, value in values.items()}
+        values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
     try:
         after = AfterJob.model_validate(values)
     except pydantic.ValidationError as error:
@@ -152,11 +147,10 @@ def _line(error: Any) -> str:
     loc = [str(part) for part in error["loc"]]
     name = ".".join(["after", *loc])
     if error["type"] == "extra_forbidden":
-        keys = list(_MODELS[loc[0] if len(loc) > 1 else ""].model_fields)
+        keys = list((_SECTIONS[loc[0]] if len(loc) > 1 else AfterJob).model_fields)
         suggestion = nearest(loc[-1], keys, 1)
-        return f"unknown key `{name}`: " + (
-            f"did you mean {suggestion[0]}?" if suggestion else f"there are {first_few(keys, 9)}"
-        )
+        help = f"did you mean {suggestion[0]}?" if suggestion else f"there are {first_few(keys, 9)}"
+        return f"unknown key `{name}`: {help}"
     return f"`{name}`: {str(error['msg']).removeprefix('Value error, ')}"
 
 
@@ -221,9 +215,8 @@ def serving_version(route: Route | None, name: str) -> str | None:
         raise ConfigError(f"{route.name} is shared out already: {parts}", where="after.route.name", fix=fix)
     target = route.targets[0][0]
     if target in (name, f"{name}@latest"):
-        message = (
-            f"{route.name} points to the newest version of {name}, so it would move to the job's before the comparison"
-        )
+        newest = f"{route.name} points to the newest version of {name}"
+        message = f"{newest}, so it would move to the job's before the comparison"
         fix = f"a version: veneer tenant route set {route.name} {name}@1"
         raise ConfigError(message, where="after.route.name", fix=fix)
     return target
