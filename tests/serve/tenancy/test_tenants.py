@@ -297,7 +297,7 @@ def test_the_most_specific_price_applies(tenants: Tenants) -> None:
             usage(c, by=("tenants",))
         with pytest.raises(ConfigError, match="not a date"):
             usage(c, since="yesterday")
-    assert near.value.fix == "did you mean tenant?"
+    assert "did you mean tenant?" in str(near.value.fix)
     assert [(r["tenant"], r["cost"]) for r in by_tenant] == [("acme", 4100), ("x", 1703)]
     assert (total["requests"], total["prompt"], total["cached"], total["decode"]) == (4, 4000, 800, 8.0)
     assert table.splitlines()[1] == f"acme,big,{day},1,1,0,0,1000,200,300,0.5,0.25,2.0,4100"

@@ -24,7 +24,7 @@ import logging
 import re
 import secrets
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -37,22 +37,15 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import SQLAlchemyError
 
-from veneer.errors import ConfigError, ResourceError, nearest
+from veneer.errors import ConfigError, ResourceError, one_of
 from veneer.library.database import database_clock, reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import LedgerState
 from veneer.serve.request import Refused, Usage, invalid
+from veneer.serve.tenancy import store as db
 from veneer.serve.tenancy.entry import EntryState, LedgerEntry, LedgerLine, OwedEntry, day_of
 from veneer.serve.tenancy.journal import Journal, Sender, Writer, dead_journal, write_all
-from veneer.serve.tenancy.store import (
-    ALL,
-    Price,
-    Store,
-    line_table,
-    server_table,
-    slot_table,
-    sum_table,
-)
+from veneer.serve.tenancy.store import ALL, Price, Store
 
 _log = logging.getLogger("veneer.serve.tenancy")
 
@@ -63,6 +56,7 @@ _SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
 """Seconds of a slot -> seconds of its window; a window has 60 slots."""
 _FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
 _Deltas = dict[tuple[Any, ...], list[Any]]
+_LINE, _SERVER = db.line_table.c, db.server_table.c
 
 
 def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
@@ -72,7 +66,11 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
     """
     if c.dialect.name == "postgresql":  # one writer per server; SQLite locks the whole database anyway
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
-    states = _stored_states(c, server, [each.entry.request for each in owed])
+    states: dict[str, str] = {}
+    first_parts = select(_LINE.request, _LINE.state).where(_LINE.server == server, _LINE.part == 0)
+    requests = [each.entry.request for each in owed]
+    for i in range(0, len(requests), 500):
+        states |= {r.request: r.state for r in c.execute(first_parts.where(_LINE.request.in_(requests[i : i + 500])))}
     fresh: list[dict[str, Any]] = []
     changed: list[dict[str, Any]] = []
     by_day: _Deltas = defaultdict(lambda: [0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0])
@@ -88,28 +86,26 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
         _count_day(by_day, each, previous_state)
         _count_slots(by_slot, server, each, previous_state, now)
     if fresh:
-        c.execute(insert(line_table), fresh)
+        c.execute(insert(db.line_table), fresh)
     if changed:
         c.execute(_CHANGE, [{f"_{name}": row[name] for name in (*_KEY, *_CHANGING)} for row in changed])
-    _add_figures(c, sum_table, by_day)
-    _add_figures(c, slot_table, by_slot)
+    _add_figures(c, db.sum_table, by_day)
+    _add_figures(c, db.slot_table, by_slot)
     return done
 
 
 def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
     """Return a server's open requests in the database."""
-    open_lines = (line_table.c.server == server) & (line_table.c.state == "open")
-    rows = c.execute(select(line_table).where(open_lines).order_by(line_table.c.request, line_table.c.part)).all()
+    open_lines = select(db.line_table).where(_LINE.server == server, _LINE.state == "open")
+    rows = c.execute(open_lines.order_by(_LINE.request, _LINE.part)).all()
     entries = []
     for request, parts in groupby(rows, key=lambda row: row.request):
-        parts_of_request = list(parts)
-        first = parts_of_request[0]
-        lines = tuple(
-            LedgerLine(r.digest, r.adapter, r.strength, Price(r.price_prompt, r.price_cached, r.price_completion))
-            for r in parts_of_request
-        )
-        estimate = (first.asked_prompt, first.asked_completion)
-        entries.append(LedgerEntry(request, first.tenant, first.name, first.opened, *estimate, lines))
+        lines = []
+        for r in parts:
+            price = Price(r.price_prompt, r.price_cached, r.price_completion)
+            lines.append(LedgerLine(r.digest, r.adapter, r.strength, price))
+        shared = (r.tenant, r.name, r.opened, r.asked_prompt, r.asked_completion)
+        entries.append(LedgerEntry(request, *shared, tuple(lines)))
     return entries
 
 
@@ -121,11 +117,9 @@ def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], S
         return
     keys = [column.name for column in table.primary_key]
     figures = [column.name for column in table.columns if column.name not in keys]
-    dialect_insert = postgresql_insert if c.dialect.name == "postgresql" else sqlite_insert
-    statement = dialect_insert(table)
-    statement = statement.on_conflict_do_update(
-        index_elements=keys, set_={name: table.c[name] + statement.excluded[name] for name in figures}
-    )
+    statement = (postgresql_insert if c.dialect.name == "postgresql" else sqlite_insert)(table)
+    totals = {name: table.c[name] + statement.excluded[name] for name in figures}
+    statement = statement.on_conflict_do_update(index_elements=keys, set_=totals)
     rows = [dict(zip((*keys, *figures), (*key, *deltas[key]), strict=True)) for key in sorted(deltas)]
     c.execute(statement, rows)
 
@@ -133,24 +127,10 @@ def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], S
 _KEY = ("server", "request", "part")
 _CHANGING = ("state", "closed", *_FIGURES, "cost")
 _CHANGE = (
-    update(line_table)
-    .where(*(line_table.c[name] == bindparam(f"_{name}") for name in _KEY))
+    update(db.line_table)
+    .where(*(db.line_table.c[name] == bindparam(f"_{name}") for name in _KEY))
     .values({name: bindparam(f"_{name}") for name in _CHANGING})
 )
-
-
-def _stored_states(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str]:
-    """Return request -> state, for known requests."""
-    states: dict[str, str] = {}
-    for i in range(0, len(requests), 500):
-        first_parts = (
-            (line_table.c.server == server) & (line_table.c.part == 0) & line_table.c.request.in_(requests[i : i + 500])
-        )
-        states |= {
-            row.request: row.state
-            for row in c.execute(select(line_table.c.request, line_table.c.state).where(first_parts))
-        }
-    return states
 
 
 def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
@@ -170,16 +150,15 @@ def _count_day(by_day: _Deltas, owed: OwedEntry, previous_state: str | None) -> 
     """Add the request and each of its adapters to the daily sums."""
     if owed.state == "open":
         return
-    costs: dict[str, int] = {ALL: sum(owed.costs())}
+    changes = [int(owed.state == "done"), int(owed.state == "interrupted") - int(previous_state == "interrupted")]
+    changes += [getattr(owed.usage, name) for name in _FIGURES]
+    costs: Counter[str] = Counter()
     for line, cost in zip(owed.entry.lines, owed.costs(), strict=True):
-        costs[line.adapter] = costs.get(line.adapter, 0) + cost
-    usage: Usage = owed.usage
+        costs[ALL] += cost
+        costs[line.adapter] += cost
     for adapter, cost in costs.items():
-        row = by_day[(day_of(owed.entry.opened), owed.entry.tenant, adapter)]
-        changes = [int(owed.state == "done"), int(owed.state == "interrupted") - int(previous_state == "interrupted")]
-        changes += [getattr(usage, name) for name in _FIGURES]
-        for i, change in enumerate([*changes, cost]):
-            row[i] += change
+        key = (day_of(owed.entry.opened), owed.entry.tenant, adapter)
+        by_day[key] = [total + change for total, change in zip(by_day[key], [*changes, cost], strict=True)]
 
 
 def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, previous_state: str | None, now: float) -> None:
@@ -238,22 +217,21 @@ class Ledger:
         Its error is Refused: 400 if a request with that id is running, 503 if no more can be written.
         """
         opened: Future[None] = Future()
-
-        def written(future: Future[None]) -> None:
-            error = future.exception()
-            if error is None:
-                self._sender.wake()
-                opened.set_result(None)
-                return
-            self._log_refusal(error)
-            self._open.pop(entry.request, None)
-            message = "usage cannot be recorded at the moment"
-            opened.set_exception(Refused(message, status=503, code="overloaded", retry_after=5.0))
-
         if entry.request in self._open:
             message = f"the id {entry.request} is used by a running request"
             opened.set_exception(invalid(message, fix="a new id for each request"))
             return opened
+
+        def written(future: Future[None]) -> None:
+            if error := future.exception():
+                self._log_refusal(error)
+                self._open.pop(entry.request, None)
+                message = "usage cannot be recorded at the moment"
+                opened.set_exception(Refused(message, status=503, code="overloaded", retry_after=5.0))
+            else:
+                self._sender.wake()
+                opened.set_result(None)
+
         self._open[entry.request] = entry
         line = OwedEntry(entry).to_line()
         self.journal.admit(entry.request, line, len(line) + _PAD).add_done_callback(written)
@@ -352,11 +330,10 @@ class Ledger:
                 with suppress(BlockingIOError, FileNotFoundError), dead_journal(path) as lines:
                     self._recover_lines(path.stem, lines, counts)
                     counts["interrupted"] += self._interrupt_all(path.stem)
-        alive = select(server_table.c.server).where(
-            server_table.c.seen > database_clock(self.store.engine) - _GONE_SECONDS
+        alive = select(_SERVER.server).where(_SERVER.seen > database_clock(self.store.engine) - _GONE_SECONDS)
+        dead = select(_LINE.server).where(
+            _LINE.state == "open", _LINE.server != self.server, _LINE.server.not_in(alive)
         )
-        line = line_table.c
-        dead = select(line.server).where(line.state == "open", line.server != self.server, line.server.not_in(alive))
         with reading(self.store.engine) as c:
             servers = list(c.scalars(dead.distinct()))
         for server in servers:
@@ -384,7 +361,7 @@ class Ledger:
         with write_transaction(self.store.engine) as c:
             owed = [self._interrupted(entry) for entry in _open_entries(c, server)]
             post(c, server, owed, self.wall())
-            c.execute(delete(server_table).where(server_table.c.server == server))
+            c.execute(delete(db.server_table).where(_SERVER.server == server))
         return len(owed)
 
     def _interrupted(self, entry: LedgerEntry) -> OwedEntry:
@@ -395,28 +372,25 @@ class Ledger:
     def beat(self) -> None:
         """Record that this server is alive; call at least every ten minutes."""
         with write_transaction(self.store.engine) as c:
-            c.execute(delete(server_table).where(server_table.c.server == self.server))
-            c.execute(
-                insert(server_table),
-                {"server": self.server, "seen": c.scalar(select(database_clock(self.store.engine)))},
-            )
+            c.execute(delete(db.server_table).where(_SERVER.server == self.server))
+            seen = c.scalar(select(database_clock(self.store.engine)))
+            c.execute(insert(db.server_table), {"server": self.server, "seen": seen})
 
     def prune(self, days: float, most: int = 10_000) -> int:
         """Delete older rows, and slots that no window needs; sums stay.
 
         Returns the number of deleted rows."""
-        cutoff, count = self.wall() - days * 86400, 0
-        expired = (line_table.c.opened < cutoff) & (line_table.c.state != "open")
+        cutoff, count, slot = self.wall() - days * 86400, 0, db.slot_table.c
+        expired = (_LINE.opened < cutoff) & (_LINE.state != "open")
+        beyond = select(_LINE.opened).where(expired).order_by(_LINE.opened).offset(most).limit(1)
         while True:
             with write_transaction(self.store.engine) as c:
-                last = c.scalar(
-                    select(line_table.c.opened).where(expired).order_by(line_table.c.opened).offset(most).limit(1)
-                )
-                batch = expired if last is None else expired & (line_table.c.opened <= last)
-                count += c.execute(delete(line_table).where(batch)).rowcount
+                last = c.scalar(beyond)
+                batch = expired if last is None else expired & (_LINE.opened <= last)
+                count += c.execute(delete(db.line_table).where(batch)).rowcount
                 for width, window in _SLOT_WIDTHS.items():
                     oldest = int((self.wall() - window) // width) - 1
-                    c.execute(delete(slot_table).where(slot_table.c.width == width, slot_table.c.slot < oldest))
+                    c.execute(delete(db.slot_table).where(slot.width == width, slot.slot < oldest))
             if last is None:
                 return count
 
@@ -428,7 +402,7 @@ class Ledger:
         Rows are (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: only
         these.
         """
-        now, s = self.wall(), slot_table.c
+        now, s = self.wall(), db.slot_table.c
         (width,) = (w for w, seconds in _SLOT_WIDTHS.items() if seconds == window)
         query = (
             select(s.tenant, s.adapter, s.slot, func.sum(s.requests).label("n"), func.sum(s.tokens).label("tokens"))
@@ -455,7 +429,7 @@ class Ledger:
             _log.error("%d requests wait for the next start", self.state().pending)
         else:
             with suppress(SQLAlchemyError, ResourceError), write_transaction(self.store.engine) as c:
-                c.execute(delete(server_table).where(server_table.c.server == self.server))
+                c.execute(delete(db.server_table).where(db.server_table.c.server == self.server))
         self.journal.close()
 
 
@@ -463,9 +437,7 @@ class Ledger:
 
 
 BY = ("tenant", "adapter", "day")
-_SUMMED = (
-    "requests", "done", "interrupted", "open", "prompt", "cached", "completion", "queued", "prefill", "decode", "cost",
-)  # fmt: skip
+_SUMMED = ("requests", "done", "interrupted", "open", *_FIGURES, "cost")
 """`requests` is done + interrupted + open. Tokens, seconds and cost (in millionths) count done requests only.
 
 Grouped by adapter, a request counts for each adapter of its mix, with all of its tokens and that adapter's
@@ -489,10 +461,10 @@ def usage(
     `since`, `until`: UTC days of admission, inclusive.
     """
     for name in by:
-        if name not in BY:
-            suggestions = nearest(name, BY)
-            fix = f"did you mean {suggestions[0]}?" if suggestions else f"of {', '.join(BY)}"
-            raise ConfigError(f"usage cannot be grouped by {name!r}", where="by", fix=fix)
+        one_of(name, BY, "a grouping of usage", "by")
+    for where, day in (("since", since), ("until", until)):
+        if day and not _DAY.fullmatch(day):
+            raise ConfigError(f"{day!r} is not a date", where=where, fix="as in 2026-11-25, in UTC")
     apart = "adapter" in by or adapter is not None
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -504,22 +476,20 @@ def usage(
             query = query.where(t.tenant == tenant)
         if adapter is not None:  # a name includes all its versions
             query = query.where((t.adapter == adapter) | t.adapter.startswith(f"{adapter}@", autoescape=True))
-        for name, value in (("since", since), ("until", until)):
-            if value:
-                if not _DAY.fullmatch(value):
-                    raise ConfigError(f"{value!r} is not a date", where=name, fix="as in 2026-11-25, in UTC")
-                query = query.where(t.day >= value if name == "since" else t.day <= value)
+        if since:
+            query = query.where(t.day >= since)
+        if until:
+            query = query.where(t.day <= until)
         for row in c.execute(query):
-            kind = groups.setdefault(tuple(row[: len(by)]), dict.fromkeys(_SUMMED, 0))
+            figures = groups.setdefault(tuple(row[: len(by)]), dict.fromkeys(_SUMMED, 0))
             for name, value in zip(columns, row[len(by) :], strict=True):
-                kind[name] += float(value or 0) if name in _SECONDS else int(value or 0)
+                figures[name] += float(value or 0) if name in _SECONDS else int(value or 0)
 
     # PostgreSQL sums bigint exactly as numeric; SQLite sums 64-bit integers, or raises.
-    summed = {name: func.sum(sum_table.c[name]) for name in _SUMMED if name not in ("requests", "open")}
-    add_up(sum_table, summed, sum_table.c.adapter != ALL if apart else sum_table.c.adapter == ALL)
-    add_up(
-        line_table, {"open": func.count()}, line_table.c.state == "open", *(() if apart else (line_table.c.part == 0,))
-    )
+    summed = {name: func.sum(db.sum_table.c[name]) for name in _SUMMED if name not in ("requests", "open")}
+    of_adapter = db.sum_table.c.adapter != ALL
+    add_up(db.sum_table, summed, of_adapter if apart else ~of_adapter)
+    add_up(db.line_table, {"open": func.count()}, _LINE.state == "open", *(() if apart else (_LINE.part == 0,)))
     out = []
     for key in sorted(groups) if by or groups else [()]:
         figures = groups.get(key) or dict.fromkeys(_SUMMED, 0)
@@ -537,7 +507,6 @@ def as_csv(rows: Sequence[dict[str, Any]], by: Sequence[str] = BY) -> str:
     writer = csv.DictWriter(text, [*by, *_SUMMED], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(
-            {k: f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for k, v in row.items()}
-        )
+        formulas = {k: f"'{v}" for k, v in row.items() if isinstance(v, str) and v[:1] in ("=", "+", "-", "@")}
+        writer.writerow(row | formulas)
     return text.getvalue()

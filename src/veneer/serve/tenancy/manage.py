@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -30,43 +31,18 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 from veneer.errors import ConfigError
 from veneer.library.names import name_of
 from veneer.serve.config import check_values
+from veneer.serve.tenancy import store as db
 from veneer.serve.tenancy.feedback import EVERYTHING, delete_answers
 from veneer.serve.tenancy.keys import hash_key, make_key
-from veneer.serve.tenancy.store import (
-    ALL,
-    COMMON,
-    EACH,
-    LIMITS,
-    KeyRow,
-    Limit,
-    Store,
-    Tenant,
-    TenantSettings,
-    UnknownName,
-    answer_table,
-    audit_table,
-    check_pattern,
-    check_reference,
-    check_tenant,
-    feedback_terms_table,
-    grant_table,
-    key_table,
-    limit_table,
-    meta_table,
-    move_table,
-    price_table,
-    route_table,
-    tenant_row,
-    tenant_table,
-    training_table,
-    unknown_name,
-)
+from veneer.serve.tenancy.store import ALL, EACH, KeyRow, Limit, Store, Tenant, TenantSettings, UnknownName
 
 # -- the audit log -----------------------------------------------------------------------------------------------------
 
 
 FIRST_HASH = "0" * 64
 """The previous hash of the first entry."""
+_HASHED = ("number", "at", "who", "what", "subject", "before", "after", "previous")
+"""The fields of an entry that its hash covers."""
 
 
 def append_audit(c: Connection, actor: str, action: str, subject: str, before: Any, after: Any) -> str:
@@ -74,21 +50,14 @@ def append_audit(c: Connection, actor: str, action: str, subject: str, before: A
 
     `before`, `after`: JSON values, or None for no value.
     """
-    last = c.execute(
-        select(audit_table.c.number, audit_table.c.hash).order_by(audit_table.c.number.desc()).limit(1)
-    ).first()
-    line = {
-        "number": last.number + 1 if last else 1,
-        "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "who": actor,
-        "what": action,
-        "subject": subject,
-        "before": _json(before),
-        "after": _json(after),
-        "previous": last.hash if last else FIRST_HASH,
-    }
+    a = db.audit_table.c
+    last = c.execute(select(a.number, a.hash).order_by(a.number.desc()).limit(1)).first()
+    number, previous = (last.number + 1, last.hash) if last else (1, FIRST_HASH)
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    sides = [json.dumps(value, sort_keys=True, ensure_ascii=False) for value in (before, after)]
+    line = dict(zip(_HASHED, (number, at, actor, action, subject, *sides, previous), strict=True))
     line["hash"] = _hash(line)
-    c.execute(insert(audit_table), line)
+    c.execute(insert(db.audit_table), line)
     return str(line["hash"])
 
 
@@ -98,13 +67,12 @@ def audit_lines(
     """Return entries of the log, newest first.
 
     `action`: an action or its prefix, such as key or key.revoke."""
-    query = select(audit_table).order_by(audit_table.c.number.desc()).limit(limit).offset(skip)
+    query = select(db.audit_table).order_by(db.audit_table.c.number.desc()).limit(limit).offset(skip)
     if subject:
-        query = query.where(audit_table.c.subject == subject)
+        query = query.where(db.audit_table.c.subject == subject)
     if action:
-        query = query.where(
-            (audit_table.c.what == action) | audit_table.c.what.startswith(f"{action}.", autoescape=True)
-        )
+        what = db.audit_table.c.what
+        query = query.where((what == action) | what.startswith(f"{action}.", autoescape=True))
     rows = [dict(row._mapping) for row in c.execute(query)]
     return [line | {side: json.loads(line[side]) for side in ("before", "after")} for line in rows]
 
@@ -116,7 +84,8 @@ def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
     """
     previous, number, expected_found = FIRST_HASH, 0, expect in ("", FIRST_HASH)
     faults = []
-    for line in _all(c):
+    query = select(db.audit_table).order_by(db.audit_table.c.number)
+    for line in c.execution_options(yield_per=1000).execute(query).mappings():
         if line["number"] != number + 1:
             faults.append(f"lines {number + 1} to {line['number'] - 1} are missing")
         elif line["previous"] != previous:
@@ -130,25 +99,15 @@ def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
     return previous, number, faults
 
 
-def _all(c: Connection) -> Iterator[dict[str, Any]]:
-    for row in c.execution_options(yield_per=1000).execute(select(audit_table).order_by(audit_table.c.number)):
-        yield dict(row._mapping)
-
-
-def _hash(line: dict[str, Any]) -> str:
-    names = ("number", "at", "who", "what", "subject", "before", "after", "previous")
-    return hashlib.sha256(json.dumps([line[n] for n in names], ensure_ascii=False).encode()).hexdigest()
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+def _hash(line: Mapping[Any, Any]) -> str:
+    return hashlib.sha256(json.dumps([line[name] for name in _HASHED], ensure_ascii=False).encode()).hexdigest()
 
 
 # -- tenants and their settings ----------------------------------------------------------------------------------------
 
 _Count = Annotated[int, Field(ge=1, le=10**15)]
 _Money = Annotated[int, Field(ge=0, le=10**15)]
-_Pattern = Annotated[str, AfterValidator(check_pattern)]
+_Pattern = Annotated[str, AfterValidator(db.check_pattern)]
 
 
 class SettingsChange(BaseModel):
@@ -205,7 +164,7 @@ _OF_TENANTS_ONLY, _OF_ALL_ONLY = {"weight", "enabled"}, {"shared_cache"}
 def get_tenant(store: Store, name: str) -> Tenant:
     settings = store.refresh()
     if name not in settings.tenants:
-        raise unknown_name("tenant", name, settings.tenants)
+        raise db.unknown_name("tenant", name, settings.tenants)
     return settings.tenants[name]
 
 
@@ -217,31 +176,33 @@ def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
     elif tenant == ALL:
         fields |= {"adapters": settings.shared, "shared_cache": settings.common}
     by_adapter: dict[str, dict[str, Any]] = {ALL: asdict(Limit())}
-    for (owner, adapter), limit in settings.limits.items():
-        if owner == tenant:
-            by_adapter.setdefault(adapter, {}).update(asdict(limit))
-    for (owner, adapter), price in settings.prices.items():
-        if owner == tenant:
-            by_adapter.setdefault(adapter, {}).update({f"{k}_price": v for k, v in asdict(price).items()})
+    for prefix, settings_of in (("{}", settings.limits), ("{}_price", settings.prices)):
+        for (owner, adapter), values in settings_of.items():
+            if owner == tenant:
+                by_adapter.setdefault(adapter, {}).update(_renamed(prefix, values))
     fields |= by_adapter.pop(ALL)
-    if terms := settings.training.get(tenant):
-        fields |= {f"training_{key}": value for key, value in asdict(terms).items()}
-    if feedback := settings.feedback.get(tenant):
-        fields |= {f"feedback_{key}": value for key, value in asdict(feedback).items()}
+    if tenant in settings.training:
+        fields |= _renamed("training_{}", settings.training[tenant])
+    if tenant in settings.feedback:
+        fields |= _renamed("feedback_{}", settings.feedback[tenant])
     return fields | {"by_adapter": by_adapter}
+
+
+def _renamed(pattern: str, values: Any) -> dict[str, Any]:
+    return {pattern.format(key): value for key, value in asdict(values).items()}
 
 
 def add_tenant(
     store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), actor: str, now: float | None = None
 ) -> Tenant:
     """Add a tenant. `weight`: its share of the engine under load. `adapters`: patterns of visible names."""
-    check_tenant(name)
+    db.check_tenant(name)
     values = _checked({"weight": weight, "adapters": list(adapters)})
     row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time() if now is None else now}
     with store.change() as c:
-        if c.scalar(select(tenant_table.c.name).where(tenant_table.c.name == name)):
+        if c.scalar(select(db.tenant_table.c.name).where(db.tenant_table.c.name == name)):
             raise ConfigError(f"tenant {name} already exists", where="tenant")
-        c.execute(insert(tenant_table), row)
+        c.execute(insert(db.tenant_table), row)
         _, after = _apply(c, name, ALL, values)
         append_audit(c, actor, "tenant.add", name, None, row | after)
     return get_tenant(store, name)
@@ -259,7 +220,7 @@ def change_settings(
     _check_scope(tenant, adapter, values)
     with store.change() as c:
         if tenant not in (ALL, EACH):
-            tenant_row(c, tenant)
+            db.tenant_row(c, tenant)
         before, after = _apply(c, tenant, adapter, values)
         subject = "/".join(filter(None, (tenant or "all", adapter)))
         append_audit(c, actor, "settings.change", subject, before, after)
@@ -270,8 +231,8 @@ def grant_namespace(store: Store, tenant: str, *, actor: str) -> None:
     """Let a tenant see the adapters in its own namespace."""
     namespace = f"{tenant}/*"
     with store.change() as c:
-        tenant_row(c, tenant)
-        patterns = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
+        db.tenant_row(c, tenant)
+        patterns = list(c.scalars(select(db.grant_table.c.pattern).where(db.grant_table.c.tenant == tenant)))
         if namespace not in patterns:
             before, after = _apply(c, tenant, ALL, {"adapters": [*patterns, namespace]})
             append_audit(c, actor, "settings.change", tenant, before, after)
@@ -284,15 +245,15 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
     """Raise ConfigError for a key that a scope does not have, or an invalid scope."""
-    allowed = {*LIMITS, *_PRICES}
+    allowed = {*db.LIMITS, *_PRICES}
     if tenant == EACH:
-        allowed = {*LIMITS}
+        allowed = {*db.LIMITS}
     elif adapter == ALL:
         allowed = {*SettingsChange.model_fields} - (_OF_TENANTS_ONLY if tenant == ALL else _OF_ALL_ONLY)
     if tenant not in (ALL, EACH):
-        check_tenant(tenant)
+        db.check_tenant(tenant)
     if adapter != ALL:
-        check_reference(adapter)
+        db.check_reference(adapter)
         if adapter != name_of(adapter):
             message = f"{adapter} is one version of an adapter"
             raise ConfigError(message, where="adapter", fix=f"use {name_of(adapter)}, which covers all versions")
@@ -308,28 +269,29 @@ def _apply(
     """Write checked values; return the values before and after."""
     before: dict[str, Any] = {}
     if tenant_values := {key: values[key] for key in ("weight", "enabled") if key in values}:
-        before |= {key: value for key, value in tenant_row(c, tenant).items() if key in tenant_values}
-        c.execute(update(tenant_table).where(tenant_table.c.name == tenant).values(**tenant_values))
+        before |= {key: value for key, value in db.tenant_row(c, tenant).items() if key in tenant_values}
+        c.execute(update(db.tenant_table).where(db.tenant_table.c.name == tenant).values(**tenant_values))
     if "adapters" in values:
-        here = grant_table.c.tenant == tenant
-        before["adapters"] = sorted(c.scalars(select(grant_table.c.pattern).where(here)))
-        c.execute(delete(grant_table).where(here))
+        here = db.grant_table.c.tenant == tenant
+        before["adapters"] = sorted(c.scalars(select(db.grant_table.c.pattern).where(here)))
+        c.execute(delete(db.grant_table).where(here))
         for pattern in sorted({*values["adapters"]}):
-            c.execute(insert(grant_table), {"tenant": tenant, "pattern": pattern})
+            c.execute(insert(db.grant_table), {"tenant": tenant, "pattern": pattern})
     if "shared_cache" in values:
-        here = meta_table.c.key == COMMON
-        before["shared_cache"] = json.loads(c.scalar(select(meta_table.c.value).where(here)) or "[]")
-        c.execute(delete(meta_table).where(here))
+        here = db.meta_table.c.key == db.COMMON
+        before["shared_cache"] = json.loads(c.scalar(select(db.meta_table.c.value).where(here)) or "[]")
+        c.execute(delete(db.meta_table).where(here))
         patterns = sorted({*values["shared_cache"]})
-        c.execute(insert(meta_table), {"key": COMMON, "value": json.dumps(patterns)})
+        c.execute(insert(db.meta_table), {"key": db.COMMON, "value": json.dumps(patterns)})
     scope = {"tenant": tenant, "adapter": adapter}
-    before |= _replace(c, limit_table, scope, {name: name for name in LIMITS}, values, _limit_row)
-    before |= _replace(c, price_table, scope, _PRICES, values, _price_row)
-    before |= _replace(c, training_table, {"tenant": tenant}, _TRAINING, values, _training_row)
-    before |= _replace(c, feedback_terms_table, {"tenant": tenant}, _FEEDBACK, values, _feedback_row)
+    of_tenant = {"tenant": tenant}
+    before |= _replace(c, db.limit_table, scope, dict(zip(db.LIMITS, db.LIMITS, strict=True)), values, _limit_row)
+    before |= _replace(c, db.price_table, scope, _PRICES, values, _price_row)
+    before |= _replace(c, db.training_table, of_tenant, _TRAINING, values, _training_row)
+    before |= _replace(c, db.feedback_terms_table, of_tenant, _FEEDBACK, values, _feedback_row)
     if (days := values.get("feedback_days")) is not None:  # with fewer days, stored completions expire earlier
-        until, a = answer_table.c.at + days * 86400, answer_table.c
-        c.execute(update(answer_table).where(a.tenant == tenant, a.expires > until).values(expires=until))
+        until, a = db.answer_table.c.at + days * 86400, db.answer_table.c
+        c.execute(update(db.answer_table).where(a.tenant == tenant, a.expires > until).values(expires=until))
     return before, dict(values)
 
 
@@ -385,16 +347,7 @@ def _feedback_row(row: _Row) -> _Row | None:
     return None if row["days"] is None else {"days": row["days"], "names": names}
 
 
-_OF_A_TENANT = (
-    grant_table,
-    limit_table,
-    price_table,
-    training_table,
-    feedback_terms_table,
-    route_table,
-    move_table,
-    key_table,
-)
+_OF_A_TENANT = ("grants", "limits", "prices", "training", "feedback_terms", "routes", "moves", "keys")
 
 
 def remove_tenant(store: Store, name: str, *, actor: str) -> None:
@@ -403,11 +356,11 @@ def remove_tenant(store: Store, name: str, *, actor: str) -> None:
     Its usage stays in the ledger, and its history in the audit log.
     """
     with store.change() as c:
-        row = tenant_row(c, name)
-        for table in _OF_A_TENANT:
+        row = db.tenant_row(c, name)
+        for table in [db.meta_table.metadata.tables[f"tenant_{name}"] for name in _OF_A_TENANT]:
             c.execute(delete(table).where(table.c.tenant == name))
         delete_answers(c, name, EVERYTHING, time.time())
-        c.execute(delete(tenant_table).where(tenant_table.c.name == name))
+        c.execute(delete(db.tenant_table).where(db.tenant_table.c.name == name))
         append_audit(c, actor, "tenant.remove", name, row, None)
 
 
@@ -422,7 +375,7 @@ def make_tenant_key(
     `expires`: seconds since 1970.
     """
     with store.change() as c:
-        tenant_row(c, tenant)
+        db.tenant_row(c, tenant)
         created = time.time() if now is None else now
         if expires is not None and expires <= created:
             raise ConfigError("the key would have expired already", where="expires", fix="a time in the future")
@@ -430,7 +383,7 @@ def make_tenant_key(
             raise ConfigError("the label is longer than 200 characters", where="label")
         identity, key = make_key()
         row = KeyRow(identity, tenant, hash_key(key), label, created, expires, None)
-        c.execute(insert(key_table), asdict(row))
+        c.execute(insert(db.key_table), asdict(row))
         append_audit(c, actor, "key.add", tenant, None, show_key(row))
     return row, key
 
@@ -447,7 +400,7 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str,
     with store.change() as c:
         old_key = _key(c, key, tenant)
         revoked = old_key.revoked if old_key.revoked is not None else (time.time() if now is None else now)
-        c.execute(update(key_table).where(key_table.c.id == key).values(revoked=revoked))
+        c.execute(update(db.key_table).where(db.key_table.c.id == key).values(revoked=revoked))
         after = KeyRow(**{**asdict(old_key), "revoked": revoked})
         append_audit(c, actor, "key.revoke", old_key.tenant, show_key(old_key), show_key(after))
     return after
@@ -459,7 +412,7 @@ def show_key(key: KeyRow) -> dict[str, Any]:
 
 
 def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
-    row = c.execute(select(key_table).where(key_table.c.id == key)).first()
+    row = c.execute(select(db.key_table).where(db.key_table.c.id == key)).first()
     if row is None or tenant not in (None, row.tenant):
         raise UnknownName(f"there is no key {key[:20]!r}", where="key", fix="its id: veneer tenant key list")
     return KeyRow(**row._mapping)
@@ -480,8 +433,8 @@ def when(text: str, now: float) -> float:
     `90d`, `12h`, `30m` from now, or a day or time such as 2027-01-31 (UTC).
     """
     units = {"d": 86400, "h": 3600, "m": 60}
-    if text[-1:] in units and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 7:
-        return now + int(text[:-1]) * units[text[-1]]
+    if match := re.fullmatch("([0-9]{1,6})([dhm])", text):
+        return now + int(match[1]) * units[match[2]]
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

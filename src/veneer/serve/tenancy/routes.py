@@ -20,31 +20,20 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from itertools import groupby
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Table, case, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Table, delete, func, insert, select
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.access import ShadowAnswer
 from veneer.serve.principal import STRANGER, Principal
+from veneer.serve.tenancy import store as db
 from veneer.serve.tenancy.manage import append_audit
-from veneer.serve.tenancy.store import (
-    ALL,
-    Route,
-    Store,
-    UnknownName,
-    check_reference,
-    check_route_name,
-    current_moves,
-    move_table,
-    route_of,
-    route_table,
-    shadow_table,
-    tenant_row,
-    unknown_name,
-)
+from veneer.serve.tenancy.store import ALL, Route, Store, UnknownName
 from veneer.serve.transient import is_transient
 
 BUCKETS = 10_000
@@ -71,11 +60,9 @@ class TenantRoutes:
     def find(self, route: str, principal: Principal) -> Route | None:
         """Return the route of that name for the principal, or None."""
         routes = self._store.settings.routes
-        tenants_own = routes.get((principal.tenant, route)) if principal.kind == "tenant" else None
-        if tenants_own is not None:
-            return tenants_own
-        shared = routes.get((ALL, route))
-        return shared if shared is not None and principal.sees(route) else None
+        if principal.kind == "tenant" and (principal.tenant, route) in routes:
+            return routes[principal.tenant, route]
+        return routes.get((ALL, route)) if principal.sees(route) else None
 
     def names(self, principal: Principal) -> list[str]:
         """Return the names of all routes that the principal sees, for /v1/models."""
@@ -108,19 +95,19 @@ class TenantRoutes:
             "same": answer.outcome == "same",
             "first_difference": None if failed else _first_difference(answer.sent, answer.answer),
         }
-        sides = [("target", answer.target, answer.sent, answer.sent_usage)]
-        sides.append(("shadow", answer.shadow, answer.answer, answer.usage))
-        for side, adapter, text, usage in sides:
+        target = ("target", answer.target, answer.sent, answer.sent_usage)
+        for side, adapter, text, usage in (target, ("shadow", answer.shadow, answer.answer, answer.usage)):
             digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
             row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": usage.completion}
             row[f"{side}_seconds"] = usage.prefill + usage.decode
-        row |= {"shadow_sha256": ""} if failed else {}
+        if failed:
+            row["shadow_sha256"] = ""
         return self._put(self._write, row)
 
     def _write(self, c: Connection, rows: Sequence[dict[str, Any]]) -> None:
-        c.execute(insert(shadow_table), list(rows))
-        last = c.scalar(select(func.max(shadow_table.c.id))) or 0
-        c.execute(delete(shadow_table).where(shadow_table.c.id <= last - self._keep))
+        c.execute(insert(db.shadow_table), list(rows))
+        last = c.scalar(select(func.max(db.shadow_table.c.id))) or 0
+        c.execute(delete(db.shadow_table).where(db.shadow_table.c.id <= last - self._keep))
 
 
 def bucket(route: str, user: str) -> int:
@@ -146,7 +133,7 @@ def assign_buckets(targets: Sequence[tuple[str, int]], previous: Sequence[tuple[
     rest = sorted(targets, key=lambda t: (-(t[1] * BUCKETS % total), t[0]))
     for name, _ in rest[: BUCKETS - sum(quota.values())]:
         quota[name] += 1
-    owners: list[str] = [name for name, count in previous for _ in range(count)] or [""] * BUCKETS
+    owners = _owners(previous) or [""] * BUCKETS
     free = []
     for number, name in enumerate(owners):
         if quota.get(name, 0) > 0:
@@ -156,13 +143,12 @@ def assign_buckets(targets: Sequence[tuple[str, int]], previous: Sequence[tuple[
     new = (name for name, _ in targets for _ in range(quota[name]))
     for number, name in zip(free, new, strict=True):
         owners[number] = name
-    runs: list[list[Any]] = []
-    for name in owners:
-        if runs and runs[-1][0] == name:
-            runs[-1][1] += 1
-        else:
-            runs.append([name, 1])
-    return tuple((name, count) for name, count in runs)
+    return tuple((name, len([*run])) for name, run in groupby(owners))
+
+
+def _owners(runs: Sequence[tuple[str, int]]) -> list[str]:
+    """Return the owner of each bucket."""
+    return [name for name, count in runs for _ in range(count)]
 
 
 def _first_difference(left: str, right: str) -> int | None:
@@ -175,17 +161,10 @@ def _first_difference(left: str, right: str) -> int | None:
 # -- planning a move ---------------------------------------------------------------------------------------------------
 
 
-def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> dict[tuple[str, str], int]:
-    """Return (from, to) -> number of buckets that change owner; {} if either side is empty."""
-    moved: dict[tuple[str, str], int] = {}
-    left, right = list(before), list(after)
-    while left and right:
-        (old, n), (new, m) = left.pop(0), right.pop(0)
-        if old != new:
-            moved[old, new] = moved.get((old, new), 0) + min(n, m)
-        left = [(old, n - m), *left] if n > m else left
-        right = [(new, m - n), *right] if m > n else right
-    return moved
+def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> Counter[tuple[str, str]]:
+    """Return (from, to) -> number of buckets that change owner; empty if either side is."""
+    pairs = zip(_owners(before), _owners(after), strict=False)
+    return Counter((old, new) for old, new in pairs if old != new)
 
 
 def route_change(now: Route | None, planned: Route) -> str:
@@ -199,22 +178,18 @@ def route_change(now: Route | None, planned: Route) -> str:
     elif ended:
         text = f"{name} ends: requests for it get 404."
     elif moved := moved_buckets(now.runs, planned.runs):
-        most_first = sorted(moved.items(), key=lambda move: -move[1])
-        parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in most_first]
-        text = f"Of the users of {name}, {_join_words(parts)}; all other users keep their target."
+        parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in moved.most_common()]
+        text = f"Of the users of {name}, {_join_words(parts)}; nobody else changes."
     else:
         text = f"No user of {name} moves."
     return f"{text}{_shadow_change(now, planned)}"
 
 
 def _shadow_change(now: Route | None, planned: Route) -> str:
-    old = None if now is None or now.shadow is None else (now.shadow, now.fraction)
-    new = None if planned.shadow is None else (planned.shadow, planned.fraction)
-    if old == new:
-        return ""
-    if new is None:
-        return f" {old[0]} no longer answers unseen." if old else ""
-    return f" {shadow_text(planned)}"
+    if planned.shadow is not None:
+        same = now is not None and (now.shadow, now.fraction) == (planned.shadow, planned.fraction)
+        return "" if same else f" {shadow_text(planned)}"
+    return f" {now.shadow} no longer answers unseen." if now and now.shadow else ""
 
 
 def shadow_text(route: Route) -> str:
@@ -226,14 +201,10 @@ def shadow_text(route: Route) -> str:
 
 
 def _describe_shares(route: Route) -> str:
-    counts: dict[str, int] = {}
-    for name, count in route.runs:
-        counts[name] = counts.get(name, 0) + count
+    counts = Counter(_owners(route.runs))
     if len(counts) == 1:
-        return f"all users get {next(iter(counts))}"
-    return _join_words(
-        [f"{_percent(n)} of users get {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])]
-    )
+        return f"all users get {route.runs[0][0]}"
+    return _join_words([f"{_percent(n)} of users get {name}" for name, n in counts.most_common()])
 
 
 def _percent(buckets: float) -> str:
@@ -257,19 +228,18 @@ def planned_route(
 
     Raises ConfigError for an invalid route.
     """
-    weighted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
-    check_route_name(route)
-    if not weighted or len({name for name, _ in weighted}) != len(weighted) or len(weighted) > 100:
-        raise ConfigError(
-            f"{route} needs one target or more, each named once", where="targets", fix="as in support@1=90 support@2=10"
-        )
+    weighted = [(db.check_reference(name), int(weight)) for name, weight in targets if weight]
+    db.check_route_name(route)
+    if not 0 < len(weighted) <= 100 or len(dict(weighted)) != len(weighted):
+        message = f"{route} needs one target or more, each named once"
+        raise ConfigError(message, where="targets", fix="as in support@1=90 support@2=10")
     for name, weight in weighted:
         if not 0 < weight <= 1_000_000:
             raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="an integer, 1 or more")
         if name == route:
             raise ConfigError(f"{route} cannot have itself as a target", where="targets")
     if shadow is not None:
-        check_reference(shadow)
+        db.check_reference(shadow)
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
     runs = assign_buckets(weighted, now.runs if now else ())
@@ -301,7 +271,7 @@ def set_route(
     _check([name for name, _ in planned.targets], shadow, check)
     with store.change() as c:
         if tenant != ALL:
-            tenant_row(c, tenant)
+            db.tenant_row(c, tenant)
         previous = _current(c, tenant, route)
         if from_move is not None and from_move != (previous.move if previous else 0):
             raise RouteMoved(f"{route} was changed meanwhile", where="route", fix="check the route and try again")
@@ -354,21 +324,23 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
         raise _lost(c, tenant, route)
     if undone and now.move not in undone:
         raise RouteMoved(f"{route} was changed since", where="route", fix=f"veneer tenant route history {route}")
-    of_route = _belongs_to(move_table, tenant, route)
+    of_route = _belongs_to(db.move_table, tenant, route)
     number: int | None = now.move
     while number is not None and number in {now.move, *undone}:
-        number = c.scalar(select(move_table.c.before).where(of_route, move_table.c.move == number))
-    row = c.execute(select(move_table).where(of_route, move_table.c.move == number)).first()
+        number = c.scalar(select(db.move_table.c.before).where(of_route, db.move_table.c.move == number))
+    row = c.execute(select(db.move_table).where(of_route, db.move_table.c.move == number)).first()
     if row is None:
         raise ConfigError(f"{route} has no earlier revision", where="route", fix="remove the route, or set it")
-    return now, route_of(row)
+    return now, db.route_of(row)
 
 
 def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], object] | None) -> None:
     """Raise ConfigError for a target or shadow that cannot be served, before a route moves to it."""
-    for role, name in [*(("target", name) for name in targets), *([("shadow", shadow)] if shadow else [])]:
+    if check is None:
+        return
+    for role, name in [*(("target", name) for name in targets), ("shadow", shadow)]:
         try:
-            if check is not None:
+            if name:
                 check(name)
         except VeneerError as error:
             if is_transient(error) or getattr(error, "status", 0) >= 500:
@@ -385,20 +357,20 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | 
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    query = select(move_table).where(_belongs_to(move_table, tenant, route)).order_by(move_table.c.move.desc())
+    query = select(db.move_table).where(_belongs_to(db.move_table, tenant, route)).order_by(db.move_table.c.move.desc())
     rows = c.execute(query.limit(limit)).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
-        | _audit_fields(route_of(r))
+        | _audit_fields(db.route_of(r))
         for r in rows
     ]
 
 
 def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict[str, Any]]:
     """Return comparisons with shadows, newest first. `failed`: the shadow produced nothing to compare."""
-    query = select(shadow_table).order_by(shadow_table.c.id.desc()).limit(limit)
+    query = select(db.shadow_table).order_by(db.shadow_table.c.id.desc()).limit(limit)
     if route:
-        query = query.where(shadow_table.c.route == route)
+        query = query.where(db.shadow_table.c.route == route)
     rows = (dict(row._mapping) for row in c.execute(query))
     return [{"route": row.pop("route"), **row, "failed": row["shadow_sha256"] == ""} for row in rows]
 
@@ -409,30 +381,24 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     Counts all, equal, different and failed comparisons, and means of tokens and seconds. Means exclude
     failures, and are None if all comparisons failed.
     """
-    s = shadow_table.c
-    fell = s.shadow_sha256 == ""
-
-    def count(condition: Any) -> Any:
-        return func.sum(case((condition, 1), else_=0))
-
-    figures = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds")
+    s = db.shadow_table.c
+    failed = s.shadow_sha256 == ""
+    means = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds")
+    key = (s.route, s.target, s.shadow)
     query = select(
-        s.route,
-        s.target,
-        s.shadow,
+        *key,
         func.count().label("compared"),
-        count(s.same).label("same"),
-        count(~s.same & ~fell).label("different"),
-        count(fell).label("failed"),
-        *(func.avg(case((~fell, s[name]))).label(name) for name in figures),
+        func.count().filter(s.same).label("same"),
+        func.count().filter(~s.same & ~failed).label("different"),
+        func.count().filter(failed).label("failed"),
+        *(func.avg(s[name]).filter(~failed).label(name) for name in means),
     )
-    query = query.group_by(s.route, s.target, s.shadow).order_by(s.route, s.target, s.shadow)
+    query = query.group_by(*key).order_by(*key)
     if route:
         query = query.where(s.route == route)
     out = [dict(row._mapping) for row in c.execute(query)]
     for row in out:
-        row |= {k: int(row[k]) for k in ("same", "different", "failed")}
-        row |= {k: None if row[k] is None else float(row[k]) for k in figures}
+        row |= {name: None if row[name] is None else float(row[name]) for name in means}
     return out
 
 
@@ -441,21 +407,17 @@ def _belongs_to(table: Table, tenant: str, route: str) -> ColumnElement[bool]:
 
 
 def _current(c: Connection, tenant: str, route: str) -> Route | None:
-    row = c.execute(current_moves().where(_belongs_to(route_table, tenant, route))).first()
-    return None if row is None else route_of(row)
+    row = c.execute(db.current_moves().where(_belongs_to(db.route_table, tenant, route))).first()
+    return None if row is None else db.route_of(row)
 
 
 def _move(
     c: Connection, tenant: str, route: str, spec: dict[str, Any], previous: Route | None, action: str, actor: str
 ) -> Route:
-    number = (c.scalar(select(func.max(move_table.c.move)).where(_belongs_to(move_table, tenant, route))) or 0) + 1
-    row: dict[str, Any] = {
-        "tenant": tenant,
-        "route": route,
-        "move": number,
-        "before": previous.move if previous else None,
-    }
-    c.execute(insert(move_table), row | {"at": time.time(), "who": actor, "spec": json.dumps(spec)})
+    of_route = _belongs_to(db.move_table, tenant, route)
+    number = (c.scalar(select(func.max(db.move_table.c.move)).where(of_route)) or 0) + 1
+    row = {"tenant": tenant, "route": route, "move": number, "before": previous.move if previous else None}
+    c.execute(insert(db.move_table), row | {"at": time.time(), "who": actor, "spec": json.dumps(spec)})
     _point(c, tenant, route, number)
     after = _current(c, tenant, route)
     assert after is not None
@@ -464,8 +426,8 @@ def _move(
 
 
 def _point(c: Connection, tenant: str, route: str, move: int) -> None:
-    c.execute(delete(route_table).where(_belongs_to(route_table, tenant, route)))
-    c.execute(insert(route_table), {"tenant": tenant, "route": route, "current": move})
+    c.execute(delete(db.route_table).where(_belongs_to(db.route_table, tenant, route)))
+    c.execute(insert(db.route_table), {"tenant": tenant, "route": route, "current": move})
 
 
 def _audit_fields(route: Route | None) -> dict[str, Any]:
@@ -479,5 +441,5 @@ def _subject(tenant: str, route: str) -> str:
 
 
 def _lost(c: Connection, tenant: str, route: str) -> UnknownName:
-    names = c.scalars(select(route_table.c.route).where(route_table.c.tenant == tenant))
-    return unknown_name(f"route of tenant {tenant}" if tenant else "route", route, names)
+    names = c.scalars(select(db.route_table.c.route).where(db.route_table.c.tenant == tenant))
+    return db.unknown_name(f"route of tenant {tenant}" if tenant else "route", route, names)

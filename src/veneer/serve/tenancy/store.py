@@ -200,56 +200,50 @@ _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
 def check_tenant(name: str) -> str:
     """Return a valid tenant name (a valid namespace). Raises ConfigError."""
-    try:
+    with _naming(name, "tenant", "a tenant", "; not `all`"):
         if name == "all":
             raise ConfigError("'all' means every tenant", fix="another name")
         check_namespace(name)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{quoted(name)} cannot name a tenant", where="tenant", fix=f"{error.fix}; not `all`"
-        ) from None
     return name
 
 
 def check_route_name(name: str) -> str:
     """Return a valid route name. Raises ConfigError."""
-    try:
+    with _naming(name, "route", "a route"):
         check_name(name, cased=True)
-    except ConfigError as error:
-        raise ConfigError(f"{quoted(name)} cannot name a route", where="route", fix=error.fix) from None
     return name
 
 
-def check_reference(text: str, kind: str = "adapter") -> str:
+def check_reference(text: str) -> str:
     """Return a text that names an adapter, with or without a version. Raises ConfigError."""
-    try:
+    with _naming(text, "adapter", "an adapter"):
         parse_reference(text, cased=True)
-    except ConfigError as error:
-        raise ConfigError(f"{quoted(text)} cannot name an {kind}", where=kind, fix=error.fix) from None
     return text
+
+
+@contextlib.contextmanager
+def _naming(text: str, where: str, kind: str, note: str = "") -> Iterator[None]:
+    """Say in the block's ConfigError what `text` cannot name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{quoted(text)} cannot name {kind}", where=where, fix=f"{error.fix}{note}") from None
 
 
 def check_pattern(pattern: str) -> str:
     """Return a valid pattern. Raises ConfigError."""
-    if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
-        raise ConfigError(
-            f"{quoted(pattern)} is not a pattern of names", where="adapters", fix="a name, and * for any text"
-        )
+    if not _PATTERN.fullmatch(pattern) or {"", ".", ".."} & set(pattern.split("/")):
+        fix = "a name, and * for any text"
+        raise ConfigError(f"{quoted(pattern)} is not a pattern of names", where="adapters", fix=fix)
     return pattern
-
-
-def _contained(name: str) -> bool:
-    return not any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def pattern_matcher(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
     """Return a predicate: whether a name matches one of `patterns` or is in `also`."""
     exact = frozenset(also)
-    plain: list[str] = []
-    digests: list[str] = []
-    for pattern in patterns:
-        (digests if pattern.startswith("sha256:") else plain).append(".*".join(map(re.escape, pattern.split("*"))))
-    of_names, of_digests = (re.compile("|".join(f"(?:{p})" for p in ps) or r"(?!)") for ps in (plain, digests))
+    regexes = {pattern: ".*".join(map(re.escape, pattern.split("*"))) for pattern in patterns}
+    of_digests = _any_of(regex for pattern, regex in regexes.items() if pattern.startswith("sha256:"))
+    of_names = _any_of(regex for pattern, regex in regexes.items() if not pattern.startswith("sha256:"))
 
     def sees(name: str) -> bool:
         if name in exact:
@@ -259,6 +253,10 @@ def pattern_matcher(patterns: Iterable[str], also: Iterable[str] = ()) -> Callab
         return any(of_names.fullmatch(n) is not None for n in {name, name_of(name)})
 
     return sees
+
+
+def _any_of(regexes: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{regex})" for regex in regexes) or r"(?!)")
 
 
 ALL = ""
@@ -404,14 +402,12 @@ class TenantSettings:
             return TrainingTerms()
         if tenant not in self.tenants or not self.tenants[tenant].enabled:
             return TrainingTerms(jobs=0)
-        return self.training.get(tenant) or self.training.get(ALL) or TrainingTerms()
+        return self.training.get(tenant, self.training.get(ALL, TrainingTerms()))
 
     def price(self, tenant: str, adapter: str) -> Price:
         """Return the most specific price (tenant and adapter, tenant, adapter, server), or 0."""
-        for scope in ((tenant, adapter), (tenant, ALL), (ALL, adapter), (ALL, ALL)):
-            if scope in self.prices:
-                return self.prices[scope]
-        return Price()
+        scopes = ((tenant, adapter), (tenant, ALL), (ALL, adapter), (ALL, ALL))
+        return next((self.prices[scope] for scope in scopes if scope in self.prices), Price())
 
     @cached_property
     def stores_answer(self) -> dict[str, Callable[[str], bool]]:
@@ -426,13 +422,11 @@ class TenantSettings:
     @cached_property
     def visibility(self) -> dict[str, Callable[[str], bool]]:
         """Return tenant -> predicate of visible names: granted, shared, or the tenant's own routes."""
-        routes_by_tenant: dict[str, list[str]] = {}
+        own: dict[str, list[str]] = {}
         for tenant, route in self.routes:
-            routes_by_tenant.setdefault(tenant, []).append(route)
-        return {
-            t.name: pattern_matcher((*t.adapters, *self.shared), routes_by_tenant.get(t.name, ()))
-            for t in self.tenants.values()
-        }
+            own.setdefault(tenant, []).append(route)
+        tenants = self.tenants.values()
+        return {t.name: pattern_matcher((*t.adapters, *self.shared), own.get(t.name, ())) for t in tenants}
 
 
 class UnknownName(ConfigError):
@@ -544,30 +538,27 @@ TENANT_SCHEMA = Schema(
 
 
 def _read(c: Connection) -> TenantSettings:
-    revision = int(c.scalar(_REVISION) or 0)
+    def rows(table: Table, *order: str) -> list[Any]:
+        return [*c.execute(select(table).order_by(*(table.c[name] for name in order)))]
+
     granted: dict[str, list[str]] = {}
-    for row in c.execute(select(grant_table).order_by(grant_table.c.pattern)):
-        granted.setdefault(row.tenant, []).append(row.pattern)
-    tenants = [
-        Tenant(r.name, r.weight, r.enabled, r.created, tuple(granted.get(r.name, ())))
-        for r in c.execute(select(tenant_table).order_by(tenant_table.c.name))
-    ]
+    for r in rows(grant_table, "pattern"):
+        granted.setdefault(r.tenant, []).append(r.pattern)
+    tenants = rows(tenant_table, "name")
     moves = current_moves().order_by(move_table.c.tenant, move_table.c.route)
-    pointers = [route_of(row) for row in c.execute(moves)]
+    routes = [route_of(row) for row in c.execute(moves)]
+    common = c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON))
     return TenantSettings(
-        revision,
-        {t.name: t for t in tenants},
-        {
-            r.id: KeyRow(**r._mapping)
-            for r in c.execute(select(key_table).order_by(key_table.c.created, key_table.c.id))
-        },
+        int(c.scalar(_REVISION) or 0),
+        {r.name: Tenant(**r._mapping, adapters=tuple(granted.get(r.name, ()))) for r in tenants},
+        {r.id: KeyRow(**r._mapping) for r in rows(key_table, "created", "id")},
         tuple(granted.get(ALL, ())),
-        {(r.tenant, r.adapter): Limit(*(r._mapping[name] for name in LIMITS)) for r in c.execute(select(limit_table))},
-        {(r.tenant, r.adapter): Price(r.prompt, r.cached, r.completion) for r in c.execute(select(price_table))},
-        {(a.tenant, a.name): a for a in pointers if a.targets},
-        tuple(json.loads(c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON)) or "[]")),
-        {r.tenant: TrainingTerms(r.price, r.budget, r.jobs) for r in c.execute(select(training_table))},
-        {r.tenant: FeedbackTerms(r.days, tuple(json.loads(r.names))) for r in c.execute(select(feedback_terms_table))},
+        {(r.tenant, r.adapter): Limit(*(r._mapping[name] for name in LIMITS)) for r in rows(limit_table)},
+        {(r.tenant, r.adapter): Price(r.prompt, r.cached, r.completion) for r in rows(price_table)},
+        {(route.tenant, route.name): route for route in routes if route.targets},
+        tuple(json.loads(common or "[]")),
+        {r.tenant: TrainingTerms(r.price, r.budget, r.jobs) for r in rows(training_table)},
+        {r.tenant: FeedbackTerms(r.days, tuple(json.loads(r.names))) for r in rows(feedback_terms_table)},
     )
 
 
@@ -580,7 +571,5 @@ def current_moves() -> Select[Any]:
 def route_of(row: Any) -> Route:
     """Return the route at one of the route's revisions."""
     spec = json.loads(row.spec)
-    pairs = {name: tuple((str(target), int(n)) for target, n in spec[name]) for name in ("targets", "runs")}
-    return Route(
-        row.tenant, row.route, row.move, pairs["targets"], pairs["runs"], spec["shadow"], float(spec["fraction"])
-    )
+    targets, runs = (tuple((str(name), int(n)) for name, n in spec[side]) for side in ("targets", "runs"))
+    return Route(row.tenant, row.route, row.move, targets, runs, spec["shadow"], float(spec["fraction"]))
