@@ -19,7 +19,7 @@ import binascii
 import hashlib
 import re
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,19 +224,11 @@ async def image_fields(request: HttpRequest) -> dict[str, Any]:
     most = service_of(request).settings.max_body
     try:
         async with request.form(max_files=32, max_fields=200, max_part_size=most) as form:
-            items = [
-                (name, await value.read() if isinstance(value, UploadFile) else value)
-                for name, value in form.multi_items()
-            ]
+            items = [(key, await v.read() if isinstance(v, UploadFile) else v) for key, v in form.multi_items()]
     except HTTPException as error:
         raise invalid(f"the form cannot be read: {error.detail}") from error
-    return _merged(items)
-
-
-def _merged(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
-    """Return a form's fields in JSON's structure: `image`, `image[]` and `mix[]` are lists."""
     out: dict[str, Any] = {}
-    for key, value in items:
+    for key, value in items:  # `image`, `image[]` and `mix[]` are lists
         name = re.sub(r"\[\d*\]$", "", key)
         if name != key or name == "image":
             out.setdefault(name, []).append(value)
@@ -280,8 +272,7 @@ async def ask_pictures(
     model, labels, factors = _select(service, body, principal)
     if trial:
         model = model.as_trial()
-    engine = cast(PictureEngine, service.engine)
-    most = service.settings.max_pixels
+    engine, most = cast(PictureEngine, service.engine), service.settings.max_pixels
     plan = await asyncio.to_thread(_planned, engine, body, principal, model, labels, factors, most)
     return plan, _run(service, engine, plan, principal, model, number)
 
@@ -395,36 +386,43 @@ def _planned(
     notes += [campaign_note(labels[d], factor, resolved[d]) for d, factor in factors.items() if factor.campaign]
     if "<lora:" in body.prompt:
         notes.append("<lora:…> in a prompt is plain text; name adapters in mix")
-    sent = _Sent(most, notes)
-    image, mask, sources = sent.edited(base, body) if isinstance(body, EditBody) else (None, None, [])
-    control_images = [
-        (control, flattened(sent.opened(control.image, "control", f"the {control.type} picture")))
-        for control in body.control
-    ]
+    edit = body if isinstance(body, EditBody) else None
+    image, mask, sources = _edited(base, edit, most) if edit else (None, None, [])
+    sent = [flattened(_opened(each.image, "control", f"the {each.type} picture", most)) for each in body.control]
     if base.only_edits and not sources and image is None:
         notes.append(
             "this base edits images: without one it generates from the prompt; send images to /v1/images/edits"
         )
-    size = None if body.size in (None, "auto") else tuple(map(int, body.size.split("x")))
-    guide = image or next((picture for _, picture in control_images), None) or next(iter(sources), None)
-    width, height = size if size is not None else size_for(base, None, None, guide)
+    if body.size in (None, "auto"):
+        width, height = size_for(base, None, None, image or next(iter([*sent, *sources]), None))
+    else:
+        width, height = map(int, body.size.split("x"))
     if width * height > engine.max_pixels:
         raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels", "size")
-    image, mask = (sent.fitted(picture, width, height, label) for picture, label in ((image, "image"), (mask, "mask")))
-    controls, control_records = sent.controls(engine, control_images, width, height)
-    references = tuple(sent.referred(base, picture, width, height) for picture in sources)
-    pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(body, image, mask)}
+    inputs: dict[str, Any] = {
+        "image": _record(edit.pictures[0]) if edit and image else None,
+        "mask": _record(edit.mask_data) if edit and edit.mask_data is not None else None,
+    }
+    denoise = 1.0
+    if edit and image is not None:
+        denoise = edit.denoise or (0.6 if mask is None else 1.0)
+    image, mask = _fitted(image, width, height, "image", notes), _fitted(mask, width, height, "mask", notes)
+    controls, inputs["controls"] = _controls(engine, body.control, sent, width, height, notes)
+    if edit and sources:
+        inputs["references"] = [_record(picture) for picture in edit.pictures]
+    fitted = [fitted_reference(base, picture, width, height) for picture in sources]
+    notes += [note for _, note in fitted if note]
     settings = PictureSettings(
         width,
         height,
         *_numbers(base, body),
         scheduler=body.scheduler,
         controls=controls,
-        references=references,
-        **pictures,
+        references=tuple(reference for reference, _ in fitted),
+        image=image,
+        mask=mask,
+        denoise=denoise,
     )
-    seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-    edit = body if isinstance(body, EditBody) else None
     first = PictureRequest(
         body.prompt,
         settings,
@@ -432,21 +430,15 @@ def _planned(
         mix=model.mix,
         factors=resolved,
         labels=labels,
-        inputs={
-            "image": sent.record(edit.pictures[0]) if edit and image else None,
-            "mask": sent.record(edit.mask_data) if edit and edit.mask_data is not None else None,
-            "controls": control_records,
-        }
-        | ({"references": [sent.record(picture) for picture in edit.pictures]} if edit and sources else {}),
+        inputs=inputs,
         tenant=principal.tenant,
         weight=principal.weight,
     )
+    seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(body.n))
     texts = [text for text in (body.prompt, body.negative_prompt) if text]
     positions = engine.positions(settings) * ((image is not None) + len(controls))
-    positions += sum(
-        engine.positions(replace(settings, width=image.width, height=image.height)) for image in references
-    )
+    positions += sum(engine.positions(replace(settings, width=r.width, height=r.height)) for r, _ in fitted)
     return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), positions)
 
 
@@ -462,120 +454,91 @@ def _numbers(base: ImageBase, body: ImageBody) -> tuple[int, float, float]:
     return taken, guidance if scale is None else scale, 1.0 if true is None else true
 
 
-def _denoise(body: ImageBody, image: Image | None, mask: Image | None) -> float:
-    """Return the fraction of denoising steps: as requested, otherwise 1 with a mask and 0.6 without.
+def _edited(base: ImageBase, body: EditBody, most: int) -> tuple[Image | None, Image | None, list[Image]]:
+    """Return the start image, its mask in gray, and an editing base's source images.
 
-    1 if the request edits no image.
+    White areas of the mask are regenerated. Without a mask, all images are sources for an editing base, and
+    there is no start image.
     """
-    if not isinstance(body, EditBody) or image is None:
-        return 1.0
-    if body.denoise is not None:
-        return body.denoise
-    return 0.6 if mask is None else 1.0
-
-
-def _check_edit(base: ImageBase, body: EditBody) -> None:
-    """Raise Refused for options that an editing base does not support."""
-    if body.mask is not None and (base.only_edits or "inpaint" not in base.pipelines):
-        message = f"{base.row.label} edits the whole image and accepts no mask"
-        raise invalid(message, "mask", "leave it out, and describe the change in the prompt")
-    if body.mask is None and body.denoise is not None:
-        message = f"{base.row.label} edits from noise and always runs all steps"
-        raise invalid(message, "denoise", "leave it out; use adapter strengths")
-    if body.mask is None and body.control:
+    images, mask, label = body.pictures, body.mask_data, base.row.label
+    several = bool(base.references) and mask is None
+    if not images:
+        raise invalid("there is no image to edit", "image", "send one")
+    if base.references and mask is not None and (base.only_edits or "inpaint" not in base.pipelines):
+        fix = "leave it out, and describe the change in the prompt"
+        raise invalid(f"{label} edits the whole image and accepts no mask", "mask", fix)
+    if several and body.denoise is not None:
+        fix = "leave it out; use adapter strengths"
+        raise invalid(f"{label} edits from noise and always runs all steps", "denoise", fix)
+    if several and body.control:
         raise invalid("edits and controls cannot be combined", "control", "leave one out")
-    if body.mask is None and len(body.pictures) > base.references:
-        message = f"{len(body.pictures)} images: {base.row.label} accepts at most {base.references}"
-        raise invalid(message, "image", "send fewer, or combine images into one")
+    if several and len(images) > base.references:
+        fix = "send fewer, or combine images into one"
+        raise invalid(f"{len(images)} images: {label} accepts at most {base.references}", "image", fix)
+    if body.input_fidelity == "high" and not several:
+        hint = "denoise sets how close the result stays to the image"
+        message = f"input_fidelity high needs reference images of an editing base; here {hint}"
+        raise invalid(message, "input_fidelity", "leave it out; use a smaller denoise")
+    if len(images) > 1 and not several:
+        further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
+        raise invalid(f"{len(images)} images", "image", f"send one{further}")
+    opened = [flattened(_opened(item, "image", "the image", most)) for item in images]
+    if several:
+        for picture in opened:
+            if why := aspect_problem(*picture.size):
+                raise invalid(f"the image has {why}", "image", "crop it")
+        return None, None, opened
+    if mask is None:
+        return opened[0], None, []
+    opening = _opening(_opened(mask, "mask", "the mask", most))
+    if not opening.getbbox():
+        raise invalid("the mask selects nothing", "mask", "make the area to change transparent")
+    return opened[0], opening, []
 
 
-def _public(name: str) -> str:
-    """Return a ControlNet's name without local folders."""
-    return Path(name).name if Path(name).exists() else name
+def _opened(data: Data, param: str, label: str, most: int) -> Image:
+    """Return a decoded upload of at most `most` pixels."""
+    content = _bytes(data, param)
+    try:
+        return decoded(content, label, formats=FORMATS, max_pixels=most)
+    except VeneerError as error:
+        raise invalid(f"{label}: {error.what}", param, error.fix) from error
 
 
-class _Sent:
-    """The decoded uploads of one request."""
+def _fitted(picture: Image | None, width: int, height: int, label: str, notes: list[str]) -> Image | None:
+    if picture is None:
+        return None
+    try:
+        result, note = fitted_picture(picture, width, height, label)
+    except VeneerError as error:
+        raise invalid(error.what, label, f"crop it, or use size {picture.width}x{picture.height}") from error
+    notes += [note] if note else []
+    return result
 
-    def __init__(self, most: int, notes: list[str]) -> None:
-        self.most, self.notes = most, notes
 
-    def edited(self, base: ImageBase, body: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
-        """Return the start image, its mask in gray, and an editing base's source images.
-
-        White areas of the mask are regenerated. Without a mask, all images are sources for an editing base,
-        and there is no start image.
-        """
-        images, mask = body.pictures, body.mask_data
-        several = bool(base.references) and mask is None
-        if not images:
-            raise invalid("there is no image to edit", "image", "send one")
-        if base.references:
-            _check_edit(base, body)
-        if body.input_fidelity == "high" and not several:
-            hint = "denoise sets how close the result stays to the image"
-            message = f"input_fidelity high needs reference images of an editing base; here {hint}"
-            raise invalid(message, "input_fidelity", "leave it out; use a smaller denoise")
-        if len(images) > 1 and not several:
-            further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
-            raise invalid(f"{len(images)} images", "image", f"send one{further}")
-        opened = [flattened(self.opened(item, "image", "the image")) for item in images]
-        if several:
-            for picture in opened:
-                if why := aspect_problem(*picture.size):
-                    raise invalid(f"the image has {why}", "image", "crop it")
-            return None, None, opened
-        if mask is None:
-            return opened[0], None, []
-        opening = _opening(self.opened(mask, "mask", "the mask"))
-        if not opening.getbbox():
-            raise invalid("the mask selects nothing", "mask", "make the area to change transparent")
-        return opened[0], opening, []
-
-    def referred(self, base: ImageBase, picture: Image, width: int, height: int) -> Image:
-        fitted, note = fitted_reference(base, picture, width, height)
-        self.notes += [note] if note else []
-        return fitted
-
-    def opened(self, data: Data, param: str, label: str) -> Image:
+def _controls(
+    engine: PictureEngine, bodies: list[ControlBody], sent: list[Image], width: int, height: int, notes: list[str]
+) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
+    """Return (controls for the engine, entries for the image's record)."""
+    controls, records = [], []
+    for control, picture in zip(bodies, sent, strict=True):
+        name, model = engine.control(control.type)
+        if control.begin >= control.end:
+            raise invalid(f"a control from {control.begin:g} to {control.end:g} of the steps", "control")
         try:
-            return decoded(_bytes(data, param), label, formats=FORMATS, max_pixels=self.most)
+            image, found = control_picture(ControlSpec(control.type, "(sent)"), picture, width, height)
         except VeneerError as error:
-            if isinstance(error, Refused):
-                raise
-            raise invalid(f"{label}: {error.what}", param, error.fix) from error
+            raise invalid(error.what, "control", error.fix) from error
+        notes += found
+        controls.append(Control(model, image, control.strength, control.begin, control.end))
+        public = Path(name).name if Path(name).exists() else name  # without local folders
+        entry: dict[str, Any] = {"kind": control.type, "model": public, **_record(control.image)}
+        records.append(entry | {"weight": control.strength, "begin": control.begin, "end": control.end})
+    return tuple(controls), records
 
-    def fitted(self, picture: Image | None, width: int, height: int, label: str) -> Image | None:
-        if picture is None:
-            return None
-        try:
-            result, note = fitted_picture(picture, width, height, label)
-        except VeneerError as error:
-            raise invalid(error.what, label, f"crop it, or use size {picture.width}x{picture.height}") from error
-        self.notes += [note] if note else []
-        return result
 
-    def controls(
-        self, engine: PictureEngine, images: Sequence[tuple[ControlBody, Image]], width: int, height: int
-    ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
-        """Return (controls for the engine, entries for the image's record)."""
-        controls, records = [], []
-        for control, picture in images:
-            name, model = engine.control(control.type)
-            if control.begin >= control.end:
-                raise invalid(f"a control from {control.begin:g} to {control.end:g} of the steps", "control")
-            try:
-                image, notes = control_picture(ControlSpec(control.type, "(sent)"), picture, width, height)
-            except VeneerError as error:
-                raise invalid(error.what, "control", error.fix) from error
-            self.notes += notes
-            controls.append(Control(model, image, control.strength, control.begin, control.end))
-            entry: dict[str, Any] = {"kind": control.type, "model": _public(name), **self.record(control.image)}
-            records.append(entry | {"weight": control.strength, "begin": control.begin, "end": control.end})
-        return tuple(controls), records
-
-    def record(self, data: Data) -> dict[str, str]:
-        return {"path": "", "sha256": hashlib.sha256(_bytes(data, "image")).hexdigest()}
+def _record(data: Data) -> dict[str, str]:
+    return {"path": "", "sha256": hashlib.sha256(_bytes(data, "image")).hexdigest()}
 
 
 def _opening(mask: Image) -> Image:

@@ -65,11 +65,9 @@ _THREADS = 2
 """Threads that read, convert and hash adapters."""
 _LINES, _ITEMS = 40, 500
 """Maximum lines of a file's error, and maximum items of any list in a report."""
-_BYTES = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
+_BINARY = {"type": "string", "format": "binary"}
+_BYTES: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _BINARY}}},
 }
 
 
@@ -159,20 +157,19 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         principal, quotas = caller_of(request), service_of(request).quotas
         _need_namespace(principal, name)
         async with posted(request, filename) as staged:
-
-            def add() -> dict[str, Any]:
-                added = add_staged(library, tenancy, quotas, principal, staged, name, tags=tag or (), alias=alias)
-                return {**_adapter_json(added.version, principal), "new": added.new, "left_out": added.left_out}
-
             try:
-                return Json(await worked(principal, staged.size, add))
+                added = await worked(
+                    principal,
+                    staged.size,
+                    lambda: add_staged(library, tenancy, quotas, principal, staged, name, tags=tag or (), alias=alias),
+                )
             finally:
                 await asyncio.to_thread(stage.drop, staged)
+        return Json({**_adapter_json(added.version, principal), "new": added.new, "left_out": added.left_out})
 
     @router.get("/v1/adapters/{reference:path}", summary="Get an adapter.")
     async def show(request: HttpRequest, reference: str) -> Response:
         principal = caller_of(request)
-
         version = await _read(lambda: _visible_version(library, principal, reference))
         return Json(_adapter_json(version, principal))
 
@@ -183,11 +180,8 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     )
     async def change(request: HttpRequest, reference: str, body: AdapterChange) -> Response:
         principal = caller_of(request)
-
-        def change() -> dict[str, Any]:
-            return _adapter_json(change_adapter(library, tenancy, principal, reference, body), principal)
-
-        return Json(await _read(change), headers=body.headers)
+        version = await _read(lambda: change_adapter(library, tenancy, principal, reference, body))
+        return Json(_adapter_json(version, principal), headers=body.headers)
 
     @router.delete(
         "/v1/adapters/{reference:path}",
@@ -196,49 +190,38 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     )
     async def remove(request: HttpRequest, reference: str, with_aliases: bool = False) -> Response:
         principal = caller_of(request)
-
-        def remove() -> list[str]:
-            return remove_adapter(library, tenancy, principal, reference, with_aliases=with_aliases)
-
-        removed = await _read(remove)
+        removed = await _read(lambda: remove_adapter(library, tenancy, principal, reference, with_aliases=with_aliases))
         return Json({"id": reference, "object": "adapter", "deleted": True, "removed": removed})
 
     @router.get("/v1/adapter_previews/{reference:path}", summary="Get the preview picture of an adapter.")
     async def preview(request: HttpRequest, reference: str) -> Response:
         principal = caller_of(request)
         version = await _read(lambda: _visible_version(library, principal, reference))
-        picture = card_picture(version.card)
-        if picture is None:
+        if (picture := card_picture(version.card)) is None:
             raise Refused(f"{version.reference} has no picture", status=404, code="not_found")
-        kind, data = picture
-        head = {"x-content-type-options": "nosniff", "cache-control": "private, max-age=3600"}
-        return Response(data, media_type=kind, headers=head | {"content-security-policy": "default-src 'none'"})
+        head = {
+            "x-content-type-options": "nosniff",
+            "cache-control": "private, max-age=3600",
+            "content-security-policy": "default-src 'none'",
+        }
+        return Response(picture[1], media_type=picture[0], headers=head)
 
     @router.get("/v1/adapter_files/{reference:path}", summary="Download an adapter's file, also in another layout.")
     async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
         principal = caller_of(request)
         version = await _read(lambda: _changeable_version(library, principal, reference))
-        same_base = version.fingerprint == service_of(request).catalog.fingerprint
+        catalog = service_of(request).catalog
         stem = f"{version.name.rpartition('/')[2]}-{version.version}"
         path = await worked(principal, version.size, lambda: library.resolve(version.reference))
-        return await file_of(
-            request, path, version.size, stem, to, service_of(request).catalog.base if same_base else base
-        )
+        base = catalog.base if version.fingerprint == catalog.fingerprint else base
+        return await file_of(request, path, version.size, stem, to, base)
 
     @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
     async def inspect(request: HttpRequest, filename: _Word = "adapter.safetensors") -> Response:
         async with posted(request, filename) as staged:
             report = await worked(caller_of(request), staged.size, lambda: staged_report(staged))
-            return Json(
-                {
-                    "id": staged.id,
-                    "object": "adapter.inspection",
-                    "filename": staged.name,
-                    "bytes": staged.size,
-                    "expires_at": int(staged.until),
-                    "report": report,
-                }
-            )
+        fields = {"id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.size}
+        return Json({**fields, "expires_at": int(staged.until), "report": report})
 
     @router.get("/v1/adapter_inspections/{id}/file", summary="Download an inspected file, also in another layout.")
     async def inspected_file(request: HttpRequest, id: str, to: Layout | None = None, base: _Base = "") -> Response:
@@ -262,13 +245,9 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
             path = await worked(principal, 2 * size, lambda: _one_file(source, folder, stem, to, base))
-            return file_response(
-                path.open("rb"),
-                path.stat().st_size,
-                f'attachment; filename="{path.name}"',
-                headers={"x-content-type-options": "nosniff"},
-                after=lambda: shutil.rmtree(folder, True),
-            )
+            head, disposition = {"x-content-type-options": "nosniff"}, f'attachment; filename="{path.name}"'
+            clean = partial(shutil.rmtree, folder, True)
+            return file_response(path.open("rb"), path.stat().st_size, disposition, headers=head, after=clean)
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, folder, True)
             raise
@@ -371,10 +350,9 @@ def staged_report(staged: StagedAdapter) -> dict[str, Any]:
 def _need_namespace(principal: Principal, name: str) -> None:
     """Raise Refused (403) for a name outside the principal's namespace."""
     if not principal.can_change(name):
-        namespace = f"{principal.tenant}/NAME" if principal.tenant else None
-        raise Refused(
-            f"{quoted(name)} is outside your namespace", status=403, code="forbidden", param="name", fix=namespace
-        )
+        fix = f"{principal.tenant}/NAME" if principal.tenant else None
+        message = f"{quoted(name)} is outside your namespace"
+        raise Refused(message, status=403, code="forbidden", param="name", fix=fix)
 
 
 def _visible_version(library: Library, principal: Principal, reference: str) -> Version:
