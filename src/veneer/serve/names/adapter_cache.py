@@ -79,7 +79,7 @@ class Lease(Generic[T]):
             release(self.mix)
 
 
-_Ready = Callable[[Lease[T] | Refused], None]
+_Ready = Callable[[Lease[T] | Refused], object]
 
 
 @dataclass(eq=False)

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from veneer.core.attach import attach
@@ -178,14 +179,13 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         """
         with self._preparing:
             if kind not in self._controls:
-                name = self._control_name(kind)
-                if name is None:
+                if (name := self._control_name(kind)) is None:
                     kinds = self.control_kinds()
                     available = f"there are {', '.join(kinds)}" if kinds else "this base has none"
                     raise invalid(f"no control of type {kind!r}: {available}", "control")
+                loaded = dict(self._controls.values())
                 try:
-                    loaded = next((model for key, model in self._controls.values() if key == name), None)
-                    self._controls[kind] = name, loaded if loaded is not None else load_control(name, self.base)
+                    self._controls[kind] = name, loaded[name] if name in loaded else load_control(name, self.base)
                 except VeneerError as error:
                     raise invalid(error.what, "control") from error
             return self._controls[kind]
@@ -222,14 +222,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         with self._wake:
             running, waiting, steps = len(self._running), len(self._waiting), self._steps
         memory = self.residents.stats()
-        return EngineStats(
-            running,
-            waiting,
-            steps=steps,
-            adapters=memory.adapters,
-            adapter_bytes=memory.bytes,
-            evictions=memory.evictions,
-        )
+        held = {"adapters": memory.adapters, "adapter_bytes": memory.bytes, "evictions": memory.evictions}
+        return EngineStats(running, waiting, steps=steps, **held)
 
     def problem(self) -> str:
         if self._closing:
@@ -253,11 +247,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             elif isinstance(result, Lease):  # the waiting request is gone
                 result.release()
 
-        def ready(result: Lease[_Held] | Refused) -> None:
-            loop.call_soon_threadsafe(deliver, result)
-
-        lease = self.residents.acquire(mix, ready)
-        if lease is not None:
+        ready = partial(loop.call_soon_threadsafe, deliver)
+        if (lease := self.residents.acquire(mix, ready)) is not None:
             return lease
         try:
             result = await outcome
@@ -298,25 +289,22 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                     check_rows(self.base, [request.row(MixPlan())], s)
             except VeneerError as error:
                 raise picture_error(error) from error
-        for request in {id(request.factors): request for request in requests}.values():
-            try:
-                self._check_factors(request)
-            except ConfigError as error:
-                raise invalid(error.what, "mix", error.fix) from error
+            parts = 0
+            for _, strength in request.uses():
+                if (shape := strength.by_block) != Strength():
+                    try:
+                        parts += len({1.0, *factors_by_module(shape, self._modules).values()})
+                    except ConfigError as error:
+                        raise invalid(error.what, "mix", error.fix) from error
+            if parts > _MOST_PARTS:
+                raise invalid(f"the mix has {parts} different factors by block", "mix", f"at most {_MOST_PARTS}")
 
     def _without_effect(self, request: PictureRequest, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
-        named = [
-            (request.labels.get(digest, digest), adapters[digest], strength) for digest, strength in request.uses()
-        ]
-        return tuple(n + note for n, adapter, s in named for note in without_effect(adapter, s, self._modules))
-
-    def _check_factors(self, request: PictureRequest) -> None:
-        parts = 0
-        for _, strength in request.uses():
-            if (shape := strength.by_block) != Strength():
-                parts += len({1.0, *factors_by_module(shape, self._modules).values()})
-        if parts > _MOST_PARTS:
-            raise ConfigError(f"the mix has {parts} different factors by block", fix=f"at most {_MOST_PARTS}")
+        notes: list[str] = []
+        for digest, strength in request.uses():
+            label = request.labels.get(digest, digest)
+            notes += [label + note for note in without_effect(adapters[digest], strength, self._modules)]
+        return tuple(notes)
 
     def _refuse_beyond(self, number: int) -> None:
         if self._closing:
@@ -324,13 +312,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         if number > self.max_waiting:
             raise invalid(f"{number} images at once: at most {self.max_waiting} can wait", "n")
         if len(self._waiting) + number > self.max_waiting:
-            raise Refused(
-                f"{len(self._waiting)} images wait already; the limit is {self.max_waiting}",
-                status=429,
-                code="overloaded",
-                retry_after=5.0,
-                fix="try again later",
-            )
+            message = f"{len(self._waiting)} images wait already; the limit is {self.max_waiting}"
+            raise Refused(message, status=429, code="overloaded", retry_after=5.0, fix="try again later")
 
     def _submit(self, jobs: Sequence[_Job]) -> int:
         """Queue jobs; return the number of images ahead."""
@@ -398,14 +381,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return
         settings = replace(jobs[0].request.settings, image=None, mask=None, references=(), batch_size=len(jobs))
         began = self._heartbeat = time.monotonic()
+        rows, watch = [job.request.row(job.plan) for job in jobs], partial(self._watch, jobs)
         try:
-            pictures = generate_images(
-                self.base,
-                [job.request.row(job.plan) for job in jobs],
-                settings,
-                attachment=self.attachment,
-                watch=lambda moment: self._watch(jobs, moment),
-            )
+            pictures = generate_images(self.base, rows, settings, attachment=self.attachment, watch=watch)
         except _Left:
             for job in jobs:
                 job.deliver(shutting_down())
@@ -459,22 +437,17 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         """Return the finished image, with a record of this image only, because its batch has other clients'
         images."""
         request, now = job.request, time.monotonic()
-        sources = {
-            digest: AdapterSource(digest, "", digest, "", "", "", display_name=request.labels.get(digest, ""))
-            for digest, _ in request.mix
-        }
+        labels = {digest: request.labels.get(digest, "") for digest, _ in request.mix}
+        sources = {d: AdapterSource(d, "", d, "", "", "", display_name=label) for d, label in labels.items()}
         described = ImageRequest(request.prompt, request.negative, request.seed, request.uses())
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
         shared["base"]["name"] = self.base.short_name
         recorded = recorded_picture(self.base, sources, picture, [described], 0, shared)
-        notes = unread_notes(picture)
         named = [(request.labels.get(digest, digest), strength) for digest, strength in request.uses()]
-        notes += idle_ranges(named, picture.steps)
-        prompts = [text for text in (request.prompt, request.negative) if text]
-        usage = Usage(
-            self.tokens(*prompts), 0, self.positions(request.settings), began - job.arrived, decode=now - began
-        )
-        return FinishedPicture(recorded, usage, len(picture.batch), (*notes, *job.notes))
+        notes = [*unread_notes(picture), *idle_ranges(named, picture.steps), *job.notes]
+        tokens = self.tokens(*(text for text in (request.prompt, request.negative) if text))
+        usage = Usage(tokens, 0, self.positions(request.settings), began - job.arrived, decode=now - began)
+        return FinishedPicture(recorded, usage, len(picture.batch), tuple(notes))
 
 
 class _Left(Exception):
