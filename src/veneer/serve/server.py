@@ -204,9 +204,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         for each in sockets:
             each.close()
         why = getattr(error, "strerror", None) or str(error)
-        raise ResourceError(
-            f"cannot listen at {host}:{port}: {why}",
-            where="--host, --port",
-            fix="use another port or address, or stop the process that uses this one",
-        ) from error
+        message = f"cannot listen at {host}:{port}: {why}"
+        fix = "use another port or address, or stop the process that uses this one"
+        raise ResourceError(message, where="--host, --port", fix=fix) from error
     return sockets

@@ -102,9 +102,8 @@ def create_app(
 
 def add_images(app: FastAPI) -> None:
     """Add the routes of an image base. The kind of base is known only after the base has loaded."""
-    from veneer.serve.http.surfaces.images import (
-        images_routes,
-    )  # imported late, because a text server does not need this module
+    # imported late, because a text server does not need this module
+    from veneer.serve.http.surfaces.images import images_routes
 
     check_guarded(images_routes)
     app.include_router(images_routes)
@@ -177,11 +176,11 @@ class AuthMiddleware:
 
         Such a body is spooled to disk, or belongs to a request without a key.
         """
-        if self._needs_no_key(request.scope["path"]):
+        path = request.scope["path"]
+        if self._needs_no_key(path):
             return _STRANGERS_BODY
-        if request.method != "POST":
-            return None
-        return next((most for path, most in self.large if path.fullmatch(request.scope["path"])), None)
+        limits = self.large if request.method == "POST" else []
+        return next((most for pattern, most in limits if pattern.fullmatch(path)), None)
 
     def _needs_no_key(self, path: str) -> bool:
         return path in self.keyless or path.startswith(self.prefixes)
@@ -250,12 +249,16 @@ def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
         service_of(request).metrics.refused.labels(error.code).inc()
         return answer_error(error, surfaces.get(request.scope["path"], "OpenAI"))
 
-    async def refused(request: HttpRequest, error: Any) -> Response:
-        return respond(request, error)
+    @app.exception_handler(Refused)
+    @app.exception_handler(Exception)
+    async def refused(request: HttpRequest, error: Exception) -> Response:
+        return respond(request, as_refused(error))
 
+    @app.exception_handler(RequestValidationError)
     async def invalid_body(request: HttpRequest, error: Any) -> Response:
         return respond(request, body_error(error.errors(), keys_of_bodies(request.scope.get("endpoint"))))
 
+    @app.exception_handler(HTTPException)
     async def http(request: HttpRequest, error: Any) -> Response:
         path = request.scope["path"][:200]
         message = f"no route {request.method} {path}" if error.status_code == 404 else error.detail
@@ -264,20 +267,10 @@ def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    @app.exception_handler(ClientLeft)
+    @app.exception_handler(ClientDisconnect)  # before the whole body has arrived
     async def client_left(request: HttpRequest, error: Any) -> Response:
         return Response(status_code=499)
-
-    async def unexpected(request: HttpRequest, error: Exception) -> Response:
-        return respond(request, as_refused(error))
-
-    app.add_exception_handler(Refused, refused)
-    app.add_exception_handler(RequestValidationError, invalid_body)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ClientLeft, client_left)
-    app.add_exception_handler(
-        ClientDisconnect, client_left
-    )  # raised if the client disconnects before the whole body has arrived
-    app.add_exception_handler(Exception, unexpected)
 
 
 # -- health and metrics ------------------------------------------------------------------------------------------------

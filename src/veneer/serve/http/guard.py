@@ -76,12 +76,9 @@ def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
 def _check_host(headers: Headers, allowed: Collection[str]) -> None:
     """Raise Refused (421) if the Host is not in `allowed`. Used by servers without keys."""
     if _hostname(headers.get("host", "")) not in allowed:
-        raise Refused(
-            f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}",
-            status=421,
-            code="misdirected",
-            fix="name the Host in allowed_hosts of veneer serve --config, or use --api-keys",
-        )
+        message = f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}"
+        fix = "name the Host in allowed_hosts of veneer serve --config, or use --api-keys"
+        raise Refused(message, status=421, code="misdirected", fix=fix)
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
@@ -89,15 +86,10 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
     origin = headers.get("origin")
     if origin is None or _same_origin(origin, headers.get("host", "")) or origin in allowed:
         return
-    cookie = "cookie" in headers
     changes = scope["type"] == "websocket" or scope["method"] not in _SAFE
-    if cookie or (changes and "*" not in allowed):
-        raise Refused(
-            "the request came from another site's page",
-            status=403,
-            code="forbidden",
-            fix="to allow that page, start veneer serve with --allowed-origin",
-        )
+    if "cookie" in headers or (changes and "*" not in allowed):
+        fix = "to allow that page, start veneer serve with --allowed-origin"
+        raise Refused("the request came from another site's page", status=403, code="forbidden", fix=fix)
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
@@ -105,12 +97,9 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
     it."""
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
-        raise Refused(
-            f"unsupported Content-Type {kind}" if kind else "the body has no Content-Type",
-            status=415,
-            code="unsupported_media_type",
-            fix="use application/json for JSON, application/octet-stream for a file",
-        )
+        message = f"unsupported Content-Type {kind}" if kind else "the body has no Content-Type"
+        fix = "use application/json for JSON, application/octet-stream for a file"
+        raise Refused(message, status=415, code="unsupported_media_type", fix=fix)
 
 
 def media_type(headers: Headers) -> str:

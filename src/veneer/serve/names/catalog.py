@@ -116,23 +116,15 @@ class Catalog:
         """
         meaning = self._mean(model, principal)
         shadow: tuple[str, DigestMix | Refused] | None = None
-        if (
-            self.routes is not None
-            and meaning.routed
-            and (shadow_name := self.routes.shadow(self._word(model), principal))
-        ):
+        routes = self.routes if meaning.routed else None
+        if routes is not None and (shadow_name := routes.shadow(self._word(model), principal)):
             try:
                 shadow = (shadow_name, _alone(self._adapter(shadow_name, shadow_name)))
             except Refused as error:
                 shadow = (shadow_name, error)
                 _log.warning("the shadow %r of %r cannot be served: %s", shadow_name, model, error.what)
-        return ResolvedModel(
-            _alone(meaning),
-            model or self.base,
-            meaning.target,
-            shadow,
-            (meaning.operator_name,) if meaning.operator_name else (),
-        )
+        adapters = (meaning.operator_name,) if meaning.operator_name else ()
+        return ResolvedModel(_alone(meaning), model or self.base, meaning.target, shadow, adapters)
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], principal: Principal) -> ResolvedModel:
         """Resolve a mix of (name, strength); strengths of the same adapter are added."""
@@ -140,19 +132,12 @@ class Catalog:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
         meanings = [(self._mean(word, principal), strength) for word, strength in parts]
         mix = make_mix([(meaning.digest, strength) for meaning, strength in meanings if meaning.digest])
-        # If two names mean one adapter, always choose the same name.
-        named = [
-            min((m for m, _ in meanings if m.digest == digest), key=lambda m: m.operator_name) for digest, _ in mix
-        ]
-        adapters = tuple(meaning.operator_name for meaning in named)
+        same = [[m for m, _ in meanings if m.digest == digest] for digest, _ in mix]
+        adapters = tuple(min(m.operator_name for m in names) for names in same)  # the same name for one adapter
         check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # sums of the client's values
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
-        target = name if len(mix) > 1 else self.base
-        if len(mix) == 1:
-            target = next(meaning.target for meaning, _ in meanings if meaning.digest == mix[0][0])
-        return ResolvedModel(
-            mix, name, target, adapters=adapters, digests=tuple(meaning.digest for meaning, _ in meanings)
-        )
+        target = name if len(mix) > 1 else same[0][0].target if same else self.base
+        return ResolvedModel(mix, name, target, adapters=adapters, digests=tuple(m.digest for m, _ in meanings))
 
     def _word(self, model: str) -> str:
         """Return the name without the `base:` prefix; for OpenAI's `ft:base:…`, the library reference."""
@@ -314,13 +299,9 @@ class Catalog:
         if version is None or version.digest == digest:
             return
         if not replace:
-            raise Refused(
-                f"the library has another adapter named {quoted(name)}, which requests could no longer reach",
-                status=400,
-                code="adapter_exists",
-                param="lora_name",
-                fix="use another name, or set load_inplace",
-            )
+            message = f"the library has another adapter named {quoted(name)}, which requests could no longer reach"
+            fix = "use another name, or set load_inplace"
+            raise Refused(message, status=400, code="adapter_exists", param="lora_name", fix=fix)
         _log.warning("%r now names the loaded adapter instead of the library's %s", name, version.reference)
 
     def _forget(self, digest: str) -> None:

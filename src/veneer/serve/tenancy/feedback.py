@@ -317,16 +317,9 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
     """Return counts of a tenant's stored completions, and of each kind of feedback."""
     a, f = answer_table.c, feedback_table.c
     stored = (a.tenant == tenant) & (a.expires > now)
-    figures = (
-        select(
-            func.count(f.up).label("n"),
-            func.count().filter(f.up).label("up"),
-            func.count(f.corrected).label("corrected"),
-            func.count(f.rejected).label("chosen"),
-        )
-        .join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer))
-        .where(stored)
-    )
+    ups, corrected, chosen = func.count().filter(f.up), func.count(f.corrected), func.count(f.rejected)
+    counts = (func.count(f.up).label("n"), ups.label("up"), corrected.label("corrected"), chosen.label("chosen"))
+    figures = select(*counts).join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer)).where(stored)
     row = c.execute(figures).one()
     answers = int(c.scalar(select(func.count()).select_from(answer_table).where(stored)) or 0)
     return {"answers": answers, "up": row.up, "down": row.n - row.up, "corrected": row.corrected, "chosen": row.chosen}
@@ -360,9 +353,8 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
             page = c.execute(query if after is None else query.where(tuple_(*order) > tuple_(*after))).all()
         for r in page:
             if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
-                rejected = (
-                    [answer_id for answer_id, _ in json.loads(r.rejected or "[]")] if kind == "preference" else []
-                )
+                pairs = json.loads(r.rejected or "[]") if kind == "preference" else []
+                rejected = [answer_id for answer_id, _ in pairs]
                 with reading(engine) as c:  # one row at a time, because a completion can have a megabyte
                     other_answers = _answers(c, tenant, rejected, now)
                 yield from _rows_of(kind, r, other_answers)
@@ -396,11 +388,8 @@ def _rows_of(kind: str, r: Any, other_answers: Mapping[str, Any]) -> Iterator[di
             yield {"prompt": request["messages"], "completion": [answer], "label": bool(r.up), **tools}
     else:
         pairs = [] if corrected is None else [(corrected, answer)]
-        pairs += [
-            (answer, other_answers[answer_id][n])
-            for answer_id, n in json.loads(r.rejected or "[]")
-            if answer_id in other_answers
-        ]
+        named = json.loads(r.rejected or "[]")
+        pairs += [(answer, other_answers[id][n]) for id, n in named if id in other_answers]
         for preferred, rejected in pairs:
             if preferred != rejected:
                 yield {"prompt": request["messages"], "chosen": [preferred], "rejected": [rejected], **tools}

@@ -107,12 +107,8 @@ class Tenants(Tenancy):
         matches = matches_hash(key or "", row.hash if row else _NOBODY) and row is not None
         tenant = settings.tenants.get(row.tenant) if row else None
         if not matches or row is None or tenant is None or row.state(self._wall()) != "active" or not tenant.enabled:
-            raise Refused(
-                "no valid API key",
-                status=401,
-                code="unauthorized",
-                fix="Authorization: Bearer vnr-…, one that is active",
-            )
+            fix = "Authorization: Bearer vnr-…, one that is active"
+            raise Refused("no valid API key", status=401, code="unauthorized", fix=fix)
         return Principal("tenant", tenant.name, settings.visibility[tenant.name], user, tenant.weight)
 
     def is_admin(self, key: str) -> bool:
@@ -134,10 +130,10 @@ class Tenants(Tenancy):
             async with asyncio.timeout(_FRESH_SECONDS):
                 return await asyncio.shield(asyncio.wrap_future(refresh))
         except SQLAlchemyError:
-            return self.store.settings
+            pass  # logged by `_refresh`
         except TimeoutError:
             self._log_unavailable("no answer")
-            return self.store.settings
+        return self.store.settings
 
     def _refresh(self) -> TenantSettings:
         with self._mutex:
@@ -243,9 +239,8 @@ class Tenants(Tenancy):
         limits = self.store.settings.limits
         named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
         if named or self.limits.counters:
-            self.limits.set_other_servers(
-                limits, window, self.ledger.usage_of_other_servers(window, named) if named else ()
-            )
+            used = self.ledger.usage_of_other_servers(window, named) if named else ()
+            self.limits.set_other_servers(limits, window, used)
 
     def ledger_state(self) -> LedgerState:
         """Return how far the ledger is behind, for metrics."""
