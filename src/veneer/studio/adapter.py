@@ -14,22 +14,7 @@ from veneer.library.describe_files import card_prompt, gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
 from veneer.serve.http.surfaces.adapters import AdapterChange, change_adapter, remove_adapter
-from veneer.studio.elements import (
-    Command,
-    Field,
-    Fragment,
-    box,
-    button,
-    command,
-    confirm,
-    details,
-    form_field,
-    heading,
-    line,
-    link,
-    panel,
-    permit,
-)
+from veneer.studio import elements
 from veneer.studio.library import LibraryCard, card_of, routes_of
 from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
@@ -72,47 +57,49 @@ async def adapter_view(page: ViewPage) -> None:
     card = card_of(page, version, data.routes)
 
     page.title(reference)
-    line(_summary(card.base, version), "lede")
-    with box("div", "row"):
-        link("Compare with the base", page.link("compare", c=reference), "button filled", key="c")
+    elements.line(_summary(card.base, version), "lede")
+    with elements.box("div", "row"):
+        elements.link("Compare with the base", page.link("compare", c=reference), "button filled", key="c")
         if same_base and page.principal.can("operate") and studio.tenants is not None:
-            link("Go live", page.link("live", ref=reference), "button quiet")
+            elements.link("Go live", page.link("live", ref=reference), "button quiet")
         for job in dict.fromkeys(job_of_tag(tag) for tag in version.tags if job_of_tag(tag)):
-            link("Training run", page.link("run", job=job), "button quiet")
-        link("Back to library", page.link(""), "button quiet")
-    with box("div", "split"):
-        with box("div"):
+            elements.link("Training run", page.link("run", job=job), "button quiet")
+        elements.link("Back to library", page.link(""), "button quiet")
+    with elements.box("div", "split"):
+        with elements.box("div"):
             _draw_content(page, version, card)
-            heading("Use")
-            Command(_use_command(page, version, same_base))
+            elements.heading("Use")
+            elements.Command(_use_command(page, version, same_base))
             if same_base:
-                line(f"On this server, set `model` to {reference} in requests.", "soft small")
-            heading("Lineage")
-            family = Fragment("family.html.j2")
+                elements.line(f"On this server, set `model` to {reference} in requests.", "soft small")
+            elements.heading("Lineage")
+            family = elements.Fragment("family.html.j2")
             if editable:
                 _draw_downloads(page, version, studio.base if same_base else version.base)
-                with details("Training details"):
-                    Fragment("facts.html.j2", facts=_facts(version))
-        with box("aside", "stack"):
-            with panel("Names"):
-                unalias = permit("write", lambda data: change("Removed the alias", data["word"], "remove_aliases"))
-                untag = permit("write", lambda data: change("Removed the tag", data["word"], "remove_tags"))
-                names = Fragment("names.html.j2", actions={"unalias": unalias, "untag": untag})
+                with elements.details("Training details"):
+                    elements.Fragment("facts.html.j2", facts=_facts(version))
+        with elements.box("aside", "stack"):
+            with elements.panel("Names"):
+                unalias = elements.permit(
+                    "write", lambda data: change("Removed the alias", data["word"], "remove_aliases")
+                )
+                untag = elements.permit("write", lambda data: change("Removed the tag", data["word"], "remove_tags"))
+                names = elements.Fragment("names.html.j2", actions={"unalias": unalias, "untag": untag})
                 if editable:
                     _draw_name_fields(reference, lambda *words: change(*words))
             if version.trigger_words:
-                with panel("Trigger words"):
-                    line("Include one of these words to activate the adapter. Click to copy.", "soft small")
-                    Fragment("words.html.j2", words=version.trigger_words)
-            with panel("Health"):
-                checks = Fragment("checks.html.j2")
+                with elements.panel("Trigger words"):
+                    elements.line("Include one of these words to activate the adapter. Click to copy.", "soft small")
+                    elements.Fragment("words.html.j2", words=version.trigger_words)
+            with elements.panel("Health"):
+                checks = elements.Fragment("checks.html.j2")
                 if editable:
-                    button("Check now", permit("write", lambda: check()))
-                    Command(command("library", "verify", reference))
-            live = Fragment("adapter_live.html.j2")
+                    elements.button("Check now", elements.permit("write", lambda: check()))
+                    elements.Command(elements.command("library", "verify", reference))
+            live = elements.Fragment("adapter_live.html.j2")
     if editable:
-        with box("div", "apart"):
-            button("Remove…", permit("write", lambda: _ask_to_remove(page, reference)), kind="danger")
+        with elements.box("div", "apart"):
+            elements.button("Remove…", elements.permit("write", lambda: _ask_to_remove(page, reference)), kind="danger")
 
     def show(data: _AdapterData) -> None:
         version = data.version
@@ -164,35 +151,35 @@ def _summary(base: str, version: Version) -> str:
 def _draw_content(page: ViewPage, version: Version, card: LibraryCard) -> None:
     gain = gain_of(version.card)
     if gain is not None:
-        with box("div", "row level"):
+        with elements.box("div", "row level"):
             if card.gain:
-                line(card.gain, "number", "span")
-            line(f"held-out loss: {gain.before:.3g} (base), {gain.after:.3g} (with adapter)", "soft")
+                elements.line(card.gain, "number", "span")
+            elements.line(f"held-out loss: {gain.before:.3g} (base), {gain.after:.3g} (with adapter)", "soft")
     if card.picture:
-        box("img", "preview", src=card.picture, alt=f"Sample image of {version.reference}")
+        elements.box("img", "preview", src=card.picture, alt=f"Sample image of {version.reference}")
     if card.sample is not None:
-        heading("Sample")
+        elements.heading("Sample")
         for message in card_prompt(version.card):
             role = message["role"]
             _draw_text("System prompt" if role in ("system", "developer") else role, message["content"])
-        with box("div", "pair"):
+        with elements.box("div", "pair"):
             _draw_text(page.studio.base, card.sample["base"])
             _draw_text(version.reference, card.sample["adapter"])
 
 
 def _draw_text(title: str, text: str) -> None:
-    with box("section", "panel"):
-        heading(title, 3)
-        line(text, "answer")
+    with elements.box("section", "panel"):
+        elements.heading(title, 3)
+        elements.line(text, "answer")
 
 
 def _use_command(page: ViewPage, version: Version, same_base: bool) -> str:
     named = version.base if page.principal.can("operate") else version.base.rstrip("/").rpartition("/")[2]
     base = page.base_argument if same_base else named or "BASE"
     if version.kind == "image":
-        return command("image", "--base", base, "--adapter", version.reference, "a drawing of a fox")
+        return elements.command("image", "--base", base, "--adapter", version.reference, "a drawing of a fox")
     system, text = opening(card_prompt(version.card))
-    return command("generate", text or "…", base=base, adapter=version.reference, system=system)
+    return elements.command("generate", text or "…", base=base, adapter=version.reference, system=system)
 
 
 def _family_values(page: ViewPage, data: _AdapterData) -> dict[str, Any]:
@@ -214,10 +201,10 @@ def _draw_name_fields(reference: str, change: Any) -> None:
     """Draw a field that adds an alias and a field that adds a tag.
 
     change: the function that adds the alias or tag."""
-    fields: dict[str, Field] = {}
+    fields: dict[str, elements.Field] = {}
 
     def typed(kind: str, text: str) -> None:
-        same.show(text=command("library", kind, reference, text.strip()) if text.strip() else "")
+        same.show(text=elements.command("library", kind, reference, text.strip()) if text.strip() else "")
 
     async def add(kind: str, field: str, text: str) -> None:
         await change(f"Added the {kind}", text.strip(), field)
@@ -225,18 +212,23 @@ def _draw_name_fields(reference: str, change: Any) -> None:
         same.show(text="")
 
     for kind, field, hint in (("alias", "add_aliases", "prod"), ("tag", "add_tags", "support")):
-        typed_handler, add_handler = permit("write", partial(typed, kind)), permit("write", partial(add, kind, field))
-        fields[kind] = form_field(f"New {kind}", "", typed_handler, hint=hint, on_enter=add_handler, max_length=100)
-    same = Command()
+        typed_handler, add_handler = (
+            elements.permit("write", partial(typed, kind)),
+            elements.permit("write", partial(add, kind, field)),
+        )
+        fields[kind] = elements.form_field(
+            f"New {kind}", "", typed_handler, hint=hint, on_enter=add_handler, max_length=100
+        )
+    same = elements.Command()
 
 
 def _draw_downloads(page: ViewPage, version: Version, base: str) -> None:
-    heading("Download")
-    with box("div", "row"):
+    elements.heading("Download")
+    with elements.box("div", "row"):
         path = f"/v1/adapter_files/{version.reference}"
-        link("Original file", page.api(path), "button quiet", download=True)
+        elements.link("Original file", page.api(path), "button quiet", download=True)
         for to in TARGETS.get(version.kind, ()):
-            link(f"for {to}", page.api(path, to=to, base=base), "button quiet", download=True)
+            elements.link(f"for {to}", page.api(path, to=to, base=base), "button quiet", download=True)
 
 
 def _facts(version: Version) -> list[tuple[str, str]]:
@@ -264,6 +256,6 @@ async def _ask_to_remove(page: ViewPage, reference: str) -> None:
     sentence = (
         f"Removes the name{pointing}. The next `veneer library gc` deletes the files, unless another name uses them."
     )
-    same = command("library", "remove", reference, with_aliases=bool(aliases))
-    title, handler = f"Remove {reference}?", permit("write", remove)
-    confirm(title, sentence, handler, button_text="Remove", danger=True, command=same)
+    same = elements.command("library", "remove", reference, with_aliases=bool(aliases))
+    title, handler = f"Remove {reference}?", elements.permit("write", remove)
+    elements.confirm(title, sentence, handler, button_text="Remove", danger=True, command=same)

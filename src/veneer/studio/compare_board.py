@@ -16,23 +16,8 @@ from veneer.errors import ConfigError
 from veneer.formats.strengths import split_strength
 from veneer.serve.http.surfaces.adapters import audit_added
 from veneer.serve.request import Refused
-from veneer.studio.elements import (
-    Command,
-    Field,
-    Fragment,
-    Handler,
-    box,
-    button,
-    close_dialog,
-    command,
-    dialog,
-    dialog_buttons,
-    form_field,
-    heading,
-    line,
-    open_dialog,
-    permit,
-)
+from veneer.studio import elements
+from veneer.studio.elements import command
 from veneer.studio.page import NotFound, ViewPage
 
 _Mix = list[tuple[str, float]]
@@ -48,7 +33,7 @@ class Column:
     id, answers: the last request's id and answers."""
 
     mix: _Mix
-    command: Command | None = None
+    command: elements.Command | None = None
     task: asyncio.Task[Any] | None = None
     element: Any = None
     id: str = ""
@@ -92,7 +77,7 @@ class Board:
 
     Subclasses define `draw_answers`, `answer` and `equivalent_command`."""
 
-    prompt: Field
+    prompt: elements.Field
 
     def __init__(self, page: ViewPage) -> None:
         self.page, self.studio, self.requested = page, page.studio, False
@@ -120,36 +105,40 @@ class Board:
 
     # -- fields that store their values in the link
 
-    def store(self, name: str) -> Handler:
+    def store(self, name: str) -> elements.Handler:
         """Return a handler that stores a field's value in the link under `name`."""
-        return permit("read", lambda value: self.page.set_query(**{name: value}))
+        return elements.permit("read", lambda value: self.page.set_query(**{name: value}))
 
-    def text_field(self, label: str, name: str, hint: str = "", **options: Any) -> Field:
-        return form_field(label, self.page.query.get(name), self.store(name), hint=hint, **options)
+    def text_field(self, label: str, name: str, hint: str = "", **options: Any) -> elements.Field:
+        return elements.form_field(label, self.page.query.get(name), self.store(name), hint=hint, **options)
 
-    def number_field(self, label: str, name: str, default: float, low: float, high: float, step: float) -> Field:
+    def number_field(
+        self, label: str, name: str, default: float, low: float, high: float, step: float
+    ) -> elements.Field:
         number = self.page.query.number(name, default)
         value = min(high, max(low, number)) if math.isfinite(number) else default
-        return form_field(label, value, self.store(name), kind="number", low=low, high=high, step=step)
+        return elements.form_field(label, value, self.store(name), kind="number", low=low, high=high, step=step)
 
     def draw_prompt(self, hint: str) -> None:
         """Draw the prompt field that all columns share."""
-        on_enter = permit("infer", self.ask_all)
+        on_enter = elements.permit("infer", self.ask_all)
         self.prompt = self.text_field("Prompt", "p", hint, kind="area", key="p", on_enter=on_enter)
 
     # -- columns
 
     def draw_board(self) -> None:
-        self.board = box("div", "board")
+        self.board = elements.box("div", "board")
         self.draw_columns()
-        with box("div", "another"):
-            heading("Add an adapter")
-            search = permit("read", self._search)
-            with box("div", "row foot"):
-                form_field("Find an adapter", "", search, kind="search", hint="Name, tag, trigger word", key="/")
-                self.target = form_field("Add to", "new", kind="choice", options=self._targets())
-            add = permit("infer", self._add)
-            self.hits = Fragment("hits.html.j2", actions={"add": add})
+        with elements.box("div", "another"):
+            elements.heading("Add an adapter")
+            search = elements.permit("read", self._search)
+            with elements.box("div", "row foot"):
+                elements.form_field(
+                    "Find an adapter", "", search, kind="search", hint="Name, tag, trigger word", key="/"
+                )
+                self.target = elements.form_field("Add to", "new", kind="choice", options=self._targets())
+            add = elements.permit("infer", self._add)
+            self.hits = elements.Fragment("hits.html.j2", actions={"add": add})
         self.page.start_task(self._search(""))
 
     def draw_columns(self) -> None:
@@ -164,32 +153,36 @@ class Board:
 
     def _draw_column(self, position: int, column: Column) -> None:
         name = column.name(self.studio.base)
-        with box("section", "panel column", aria_label=name):
-            with box("div", "head"):
-                with box("div", "row"):
-                    heading(name)
+        with elements.box("section", "panel column", aria_label=name):
+            with elements.box("div", "head"):
+                with elements.box("div", "row"):
+                    elements.heading(name)
                     if position:
-                        remove = permit("read", lambda: self._remove(column))
-                        button("Remove", remove, kind="word", aria_label=f"Remove {name}")
+                        remove = elements.permit("read", lambda: self._remove(column))
+                        elements.button("Remove", remove, kind="word", aria_label=f"Remove {name}")
                 if not position:
-                    line("The base without adapters.", "soft small")
+                    elements.line("The base without adapters.", "soft small")
                 for k, (part, strength) in enumerate(column.mix):
                     self._draw_strength(column, k, part, strength)
             self.draw_answers(position, column)
-            with box("div", "foot"):
+            with elements.box("div", "foot"):
                 if position and self.page.principal.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
-                    button("Save mix as adapter", permit("operate", lambda: self._ask_to_save(column)), kind="word")
-                column.command = Command(self._command_text(column))
+                    elements.button(
+                        "Save mix as adapter",
+                        elements.permit("operate", lambda: self._ask_to_save(column)),
+                        kind="word",
+                    )
+                column.command = elements.Command(self._command_text(column))
 
     def _draw_strength(self, column: Column, k: int, part: str, strength: float) -> None:
         reach, single = max(2.0, abs(strength) * 1.5), len(column.mix) == 1
-        with box("div", "part"):
-            change = permit("infer", lambda to: self._set_strength(column, k, to))
+        with elements.box("div", "part"):
+            change = elements.permit("infer", lambda to: self._set_strength(column, k, to))
             label = "Strength" if single else part
-            form_field(label, strength, change, kind="range", low=-reach, high=reach, step=0.05, delay=0.05)
+            elements.form_field(label, strength, change, kind="range", low=-reach, high=reach, step=0.05, delay=0.05)
             if not single:
-                remove = permit("infer", lambda: self._remove_part(column, k))
-                button("Remove", remove, kind="word", aria_label=f"Remove {part}")
+                remove = elements.permit("infer", lambda: self._remove_part(column, k))
+                elements.button("Remove", remove, kind="word", aria_label=f"Remove {part}")
 
     def _command_text(self, column: Column) -> str:
         """Return the command that sends the prompt to a column; "" without a prompt."""
@@ -275,15 +268,17 @@ class Board:
 
     def _ask_to_save(self, column: Column) -> None:
         specs = column.specs()
-        with dialog("Save mix as adapter") as window:
-            line("One adapter that changes the base exactly as this mix does.")
-            line(mix_text(tuple(column.mix)), "soft")
+        with elements.dialog("Save mix as adapter") as window:
+            elements.line("One adapter that changes the base exactly as this mix does.")
+            elements.line(mix_text(tuple(column.mix)), "soft")
 
             def command_text() -> str:
                 return command("library", "mix", str(name.value or "NAME"), *specs)
 
-            name = form_field("Name", "", permit("operate", lambda _: same.show(text=command_text())), hint="softer")
-            same = Command(command("library", "mix", "NAME", *specs))
+            name = elements.form_field(
+                "Name", "", elements.permit("operate", lambda _: same.show(text=command_text())), hint="softer"
+            )
+            same = elements.Command(command("library", "mix", "NAME", *specs))
 
             def save() -> Any:
                 added, mix = keep_mix(self.studio.library, specs, str(name.value or "").strip())
@@ -292,9 +287,9 @@ class Board:
 
             async def do() -> None:
                 added, mix = await asyncio.to_thread(save)
-                close_dialog(window)
+                elements.close_dialog(window)
                 saved = "saved" if added.new else "is in the library already"
                 self.page.notify(f"{added.version.reference} {saved}; {mix.error:.3%} off the sum")
 
-            dialog_buttons(window, "Save", permit("operate", do))
-        open_dialog(window)
+            elements.dialog_buttons(window, "Save", elements.permit("operate", do))
+        elements.open_dialog(window)

@@ -10,20 +10,8 @@ from veneer.formats.topology import families
 from veneer.serve.http.surfaces.adapters import add_staged, staged_report
 from veneer.serve.request import Refused
 from veneer.serve.upload_stage import StagedAdapter
+from veneer.studio import elements
 from veneer.studio.adapter import TARGETS
-from veneer.studio.elements import (
-    Command,
-    Fragment,
-    box,
-    button,
-    command,
-    form_field,
-    heading,
-    line,
-    link,
-    panel,
-    permit,
-)
 from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
 
@@ -42,26 +30,28 @@ async def doctor_view(page: ViewPage) -> None:
     id = page.query.get("file")
     if not id:
         page.title("Inspect a file", "Identify any adapter file, and convert it for other tools.")
-        with box("div", "empty"):
-            heading("Drop a file anywhere on this page")
-            line("A .safetensors or .gguf file of any tool, or a .zip of a PEFT folder; deleted after an hour.")
-            button("Choose a file", permit("read", page.pick_file), kind="filled", key="o")
-        Command(command("adapter", "inspect", "FILE"))
+        with elements.box("div", "empty"):
+            elements.heading("Drop a file anywhere on this page")
+            elements.line(
+                "A .safetensors or .gguf file of any tool, or a .zip of a PEFT folder; deleted after an hour."
+            )
+            elements.button("Choose a file", elements.permit("read", page.pick_file), kind="filled", key="o")
+        elements.Command(elements.command("adapter", "inspect", "FILE"))
         return
     try:
         staged = page.studio.service.staging.get(page.principal.tenant, id)
     except Refused as error:
         raise NotFound("This file is no longer available.", fix=error.fix) from None
     page.title(staged.name, f"{size(staged.size)} · deleted after an hour unless you save it")
-    with box("div", "row"):
-        button("Another file", permit("read", page.pick_file), key="o")
+    with elements.box("div", "row"):
+        elements.button("Another file", elements.permit("read", page.pick_file), key="o")
     report = await asyncio.to_thread(staged_report, staged)
     coverage, verdict = report["coverage"], report["verdict"]
     assumed = bool(report["assumed_scale"]) and not (coverage["unused"] or coverage["unpaired"])
     """Whether everything about the adapter is known except its scale."""
-    with box("div", "split"):
-        with box("div"):
-            Fragment(
+    with elements.box("div", "split"):
+        with elements.box("div"):
+            elements.Fragment(
                 "diagnosis.html.j2",
                 facts=_facts(report),
                 coverage=coverage,
@@ -70,21 +60,23 @@ async def doctor_view(page: ViewPage) -> None:
                 notes=report["notes"][:_FEW],
                 **{key: verdict[key] for key in ("use", "why", "fix")},
             )
-            heading("Other tools")
+            elements.heading("Other tools")
             if assumed:
-                line("To convert the file, give the alpha that it was trained with:")
-                Command(command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW"))
+                elements.line("To convert the file, give the alpha that it was trained with:")
+                elements.Command(
+                    elements.command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW")
+                )
             elif verdict["use"]:
                 _draw_downloads(page, staged, report)
             if report["targets"]:
-                heading("Target modules")
-                Fragment("targets.html.j2", targets=report["targets"])
-            Command(command("adapter", "inspect", staged.name))
-        with box("aside", "stack"), panel("Save"):
+                elements.heading("Target modules")
+                elements.Fragment("targets.html.j2", targets=report["targets"])
+            elements.Command(elements.command("adapter", "inspect", staged.name))
+        with elements.box("aside", "stack"), elements.panel("Save"):
             if not verdict["use"]:
-                line("This file cannot be used, so it cannot be saved.", "soft")
+                elements.line("This file cannot be used, so it cannot be saved.", "soft")
             elif not page.principal.can("write"):
-                line("Your key cannot change the library.", "soft")
+                elements.line("Your key cannot change the library.", "soft")
             else:
                 _draw_save(page, staged)
 
@@ -120,11 +112,11 @@ def _facts(report: _Report) -> list[tuple[str, str]]:
 def _draw_downloads(page: ViewPage, staged: StagedAdapter, report: _Report) -> None:
     """Draw a link for each layout that the adapter can be converted to here."""
     base, kind = _server_base(page, report), "image" if any(report["components"]) or report["family"] else "text"
-    with box("div", "row"):
+    with elements.box("div", "row"):
         for to in TARGETS[kind]:
             if base or to != "gguf":  # a GGUF file depends on the base, which must be this server's
                 url = page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base)
-                link(f"for {to}", url, "button quiet", download=True)
+                elements.link(f"for {to}", url, "button quiet", download=True)
 
 
 def _server_base(page: ViewPage, report: _Report) -> str:
@@ -141,7 +133,7 @@ def _draw_save(page: ViewPage, staged: StagedAdapter) -> None:
     studio, service, name = page.studio, page.studio.service, page.name_for(staged.name)
 
     def typed(text: str) -> None:
-        same.show(text=command("library", "add", staged.name, text.strip()))
+        same.show(text=elements.command("library", "add", staged.name, text.strip()))
 
     async def save() -> None:
         name = str(field.value).strip()
@@ -151,6 +143,8 @@ def _draw_save(page: ViewPage, staged: StagedAdapter) -> None:
         await page.go("adapter", ref=added.version.reference)
         page.notify(f"Saved {added.version.reference}")
 
-    field = form_field("Name", name, permit("read", typed), on_enter=permit("write", save), max_length=200)
-    button("Save to library", permit("write", save), kind="filled")
-    same = Command(command("library", "add", staged.name, name))
+    field = elements.form_field(
+        "Name", name, elements.permit("read", typed), on_enter=elements.permit("write", save), max_length=200
+    )
+    elements.button("Save to library", elements.permit("write", save), kind="filled")
+    same = elements.Command(elements.command("library", "add", staged.name, name))

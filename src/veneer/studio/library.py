@@ -14,21 +14,7 @@ from veneer.library.describe_files import card_picture, card_sample, gain_of
 from veneer.library.queries import SearchPage, Version
 from veneer.serve.http.surfaces.adapters import facet_of_bases
 from veneer.serve.tenancy.store import ALL
-from veneer.studio.elements import (
-    Command,
-    Field,
-    Fragment,
-    box,
-    button,
-    command,
-    form_field,
-    heading,
-    line,
-    link,
-    permit,
-    set_text,
-    set_visible,
-)
+from veneer.studio import elements
 from veneer.studio.page import ViewPage
 from veneer.studio.train import suggestions
 
@@ -124,22 +110,22 @@ class _Search:
     def command(self) -> str:
         sort = "" if self.order == "name" else self.order
         if self.narrowed:
-            return command("library", "search", self.text, **self.filters, without=self.without, sort=sort)
-        return command("library", "list", without=self.without, sort=sort)
+            return elements.command("library", "search", self.text, **self.filters, without=self.without, sort=sort)
+        return elements.command("library", "list", without=self.without, sort=sort)
 
 
 async def library_view(page: ViewPage) -> None:
     limit = _BATCH
-    with box("div", "row spread"):
+    with elements.box("div", "row spread"):
         page.title("Library")
-        with box("div", "row"):
-            button("Add a file…", permit("read", page.pick_file), key="a")
-            train_link = link("Train an adapter", page.link("train"), "button filled")
+        with elements.box("div", "row"):
+            elements.button("Add a file…", elements.permit("read", page.pick_file), key="a")
+            train_link = elements.link("Train an adapter", page.link("train"), "button filled")
     search = _Search(page)
-    find = form_field(
+    find = elements.form_field(
         "Search",
         search.text,
-        permit("read", lambda text: narrow(q=text)),
+        elements.permit("read", lambda text: narrow(q=text)),
         kind="search",
         key="/",
         classes="find",
@@ -148,24 +134,26 @@ async def library_view(page: ViewPage) -> None:
         delay=0.08,
     )
 
-    def choice(name: str, label: str, value: str, options: Mapping[str, str], classes: str = "") -> Field:
-        handler = permit("read", lambda chosen: narrow(**{name: chosen}))
-        return form_field(label, value, handler, kind="choice", options=options, classes=classes)
+    def choice(name: str, label: str, value: str, options: Mapping[str, str], classes: str = "") -> elements.Field:
+        handler = elements.permit("read", lambda chosen: narrow(**{name: chosen}))
+        return elements.form_field(label, value, handler, kind="choice", options=options, classes=classes)
 
-    with box("div", "picks", role="group", aria_label="Filters and order") as choices:
+    with elements.box("div", "picks", role="group", aria_label="Filters and order") as choices:
         filters = {name: choice(name, label, search.filters[name], {"": "any"}) for name, label in _FILTERS.items()}
         choice("order", "Order", search.order, _ORDERS, "last")
-    count = line("", "soft small count", role="status")
-    empty = box("div", "empty")
-    cards = Fragment("cards.html.j2", actions={"mark": permit("read", lambda data: toggle(data["ref"]))})
-    rest = line("", "soft")
-    more = button("Show more", permit("read", lambda: show_more()), data_more="")
-    with box("div", "bar") as bar:
-        marked_count = line("", "", "span")
-        compare = permit("infer", lambda: page.go("compare", c=page.query.all("m")))
-        button("Compare", compare, kind="filled", key="c")
-        button("Clear", permit("read", lambda: mark([])), kind="word")
-    same = Command()
+    count = elements.line("", "soft small count", role="status")
+    empty = elements.box("div", "empty")
+    cards = elements.Fragment(
+        "cards.html.j2", actions={"mark": elements.permit("read", lambda data: toggle(data["ref"]))}
+    )
+    rest = elements.line("", "soft")
+    more = elements.button("Show more", elements.permit("read", lambda: show_more()), data_more="")
+    with elements.box("div", "bar") as bar:
+        marked_count = elements.line("", "", "span")
+        compare = elements.permit("infer", lambda: page.go("compare", c=page.query.all("m")))
+        elements.button("Compare", compare, kind="filled", key="c")
+        elements.button("Clear", elements.permit("read", lambda: mark([])), kind="word")
+    same = elements.Command()
     shown_reason = ""
 
     async def refill() -> None:
@@ -182,11 +170,11 @@ async def library_view(page: ViewPage) -> None:
             return  # a newer search has started
         marked, shown_count, busy = page.query.all("m"), len(visible_cards), bool(visible_cards) or search.narrowed
         cards.show(cards=visible_cards, marked=marked, link=page.link)
-        set_text(
+        elements.set_text(
             count, f"{counted(result.total, 'adapter')}{' found' if search.narrowed else ''}" if shown_count else ""
         )
-        set_text(rest, f"Showing {_MAX_CARDS} of {result.total:,}. Narrow the search to see others.")
-        set_text(marked_count, f"{len(marked)} selected")
+        elements.set_text(rest, f"Showing {_MAX_CARDS} of {result.total:,}. Narrow the search to see others.")
+        elements.set_text(marked_count, f"{len(marked)} selected")
         _set_filter_options(page, filters, search, result)
         reason = "" if visible_cards else "no match" if search.narrowed else "no adapter"
         if reason and reason != shown_reason:
@@ -201,7 +189,7 @@ async def library_view(page: ViewPage) -> None:
             (train_link, busy and page.principal.can("train")),
             (bar, bool(marked)),
         ):
-            set_visible(element, visible)
+            elements.set_visible(element, visible)
         same.show(text=search.command())
 
     async def show_more() -> None:
@@ -228,7 +216,9 @@ async def library_view(page: ViewPage) -> None:
     page.on_change(page.studio.library_mark, 1.0, refill)
 
 
-def _set_filter_options(page: ViewPage, filters: Mapping[str, Field], search: _Search, result: SearchPage) -> None:
+def _set_filter_options(
+    page: ViewPage, filters: Mapping[str, elements.Field], search: _Search, result: SearchPage
+) -> None:
     """Offer each filter's values with counts; hide a filter that has only one value."""
     for name, choice in filters.items():
         counts = result.facets[name]
@@ -239,7 +229,7 @@ def _set_filter_options(page: ViewPage, filters: Mapping[str, Field], search: _S
         if (selected := search.filters[name]) and selected not in options:
             options[selected] = f"{_value_text(name, selected)} (0)"
         choice.set_options(options)
-        set_visible(choice, bool(selected) or len(values) > 1)
+        elements.set_visible(choice, bool(selected) or len(values) > 1)
 
 
 def _value_text(name: str, value: str) -> str:
@@ -254,14 +244,14 @@ def _draw_empty(page: ViewPage, empty: Any, narrowed: bool) -> None:
     empty.clear()
     with empty:
         if narrowed:
-            heading("No matches")
-            line("No adapter matches the search and all filters.")
-            link("Show all", page.link(""), "button quiet")
+            elements.heading("No matches")
+            elements.line("No adapter matches the search and all filters.")
+            elements.link("Show all", page.link(""), "button quiet")
             return
-        heading("No adapters yet")
+        elements.heading("No adapters yet")
         base = page.studio.base
-        line(f"An adapter is a few megabytes that teach {base} your task; {base} itself does not change.")
-        line("Train one, or drop an adapter file anywhere on this page.")
+        elements.line(f"An adapter is a few megabytes that teach {base} your task; {base} itself does not change.")
+        elements.line("Train one, or drop an adapter file anywhere on this page.")
         offers = suggestions(page.studio) if page.principal.can("operate") else []
         for name, settings in offers[:1]:
-            link(f"Train on {name}", page.link("train", s=settings), "button filled")
+            elements.link(f"Train on {name}", page.link("train", s=settings), "button filled")

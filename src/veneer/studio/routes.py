@@ -19,30 +19,14 @@ from veneer.library.database import reading
 from veneer.models.builtin import BUILTIN
 from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.store import ALL, Route, Store
-from veneer.studio.elements import (
-    Command,
-    Fragment,
-    box,
-    button,
-    command,
-    confirm,
-    details,
-    enable,
-    form_field,
-    heading,
-    line,
-    link,
-    permit,
-    set_text,
-    set_visible,
-)
+from veneer.studio import elements
 from veneer.studio.page import ViewPage
 
 WHO = "studio"
 """The actor that the audit log names for changes made in the Studio."""
 _CANARY = 0.1
 """Share of users that a newly added version gets."""
-_operate = partial(permit, "operate")
+_operate = partial(elements.permit, "operate")
 
 
 class RouteForm:
@@ -56,42 +40,46 @@ class RouteForm:
         self.page, self.store, self.refresh, self.route = page, store, refresh, route
         self.weights: dict[str, int] = {}
         label = f"Route {route.name}" if route else "New route"
-        with box("section", "panel stack route", aria_label=label) as self.panel:
+        with elements.box("section", "panel stack route", aria_label=label) as self.panel:
             if route is None:
-                self.name = form_field("Name", "", _operate(self.describe), hint="support", max_length=120)
+                self.name = elements.form_field("Name", "", _operate(self.describe), hint="support", max_length=120)
             else:
                 self._draw_head(route)
-            self.targets = box("div", "row foot")
-            with box("div", "row foot"):
-                self.other = form_field("Add a target", "", _operate(self.add), kind="choice")
-                self.shadow = form_field("Shadow", "", _operate(self.describe), kind="choice")
-                self.percent = form_field(
+            self.targets = elements.box("div", "row foot")
+            with elements.box("div", "row foot"):
+                self.other = elements.form_field("Add a target", "", _operate(self.add), kind="choice")
+                self.shadow = elements.form_field("Shadow", "", _operate(self.describe), kind="choice")
+                self.percent = elements.form_field(
                     "Share of requests, in %", 100, _operate(self.describe), kind="number", low=0, high=100, step=1
                 )
-            self.sentence = line("", "sentence", role="status")
-            self.same = Command()
-            with box("div", "row") as self.buttons:
-                self.apply = button("Apply" if route else "Create route", _operate(self.set_route), kind="filled")
+            self.sentence = elements.line("", "sentence", role="status")
+            self.same = elements.Command()
+            with elements.box("div", "row") as self.buttons:
+                self.apply = elements.button(
+                    "Apply" if route else "Create route", _operate(self.set_route), kind="filled"
+                )
                 if route:
-                    button("Cancel", _operate(self.reset), kind="word")
+                    elements.button("Cancel", _operate(self.reset), kind="word")
             if route:
-                with details("Example request"):
-                    Fragment("request.html.j2", text=curl_command(page, route.name))
-                with details("History") as self.history_box:
-                    self.history = Fragment("route_moves.html.j2")
-                    Command(command("tenant", "route", "history", route.name, tenant=route.tenant))
+                with elements.details("Example request"):
+                    elements.Fragment("request.html.j2", text=curl_command(page, route.name))
+                with elements.details("History") as self.history_box:
+                    self.history = elements.Fragment("route_moves.html.j2")
+                    elements.Command(elements.command("tenant", "route", "history", route.name, tenant=route.tenant))
             else:
                 self.reset()
 
     def _draw_head(self, route: Route) -> None:
-        with box("div", "row"):
-            heading(route.name)
+        with elements.box("div", "row"):
+            elements.heading(route.name)
             if route.tenant:
-                line(f"tenant {route.tenant}", "chip", "span")
-            with box("div", "row far"):
-                link("Try in Compare", self.page.link("compare", c=route.name), "button word")
-                self.back = button("Roll back", _operate(self.confirm_rollback), kind="word", key="r")
-                button("Remove", _operate(self.confirm_removal), kind="word", aria_label=f"Remove {route.name}")
+                elements.line(f"tenant {route.tenant}", "chip", "span")
+            with elements.box("div", "row far"):
+                elements.link("Try in Compare", self.page.link("compare", c=route.name), "button word")
+                self.back = elements.button("Roll back", _operate(self.confirm_rollback), kind="word", key="r")
+                elements.button(
+                    "Remove", _operate(self.confirm_removal), kind="word", aria_label=f"Remove {route.name}"
+                )
 
     # -- the fields
 
@@ -99,7 +87,7 @@ class RouteForm:
         """Show the current route and its revisions (newest first)."""
         self.route = route
         for each in (self.back, self.history_box):
-            set_visible(each, len(history) > 1)
+            elements.set_visible(each, len(history) > 1)
         self.history.show(moves=history)
         self.reset()
 
@@ -141,12 +129,14 @@ class RouteForm:
         self.targets.clear()
         with self.targets:
             for name, weight in self.weights.items():
-                with box("div", "target"):
+                with elements.box("div", "target"):
                     handler = _operate(partial(weigh, name))
-                    form_field(f"Weight of {name}", weight, handler, kind="number", low=0, high=1_000_000, step=1)
+                    elements.form_field(
+                        f"Weight of {name}", weight, handler, kind="number", low=0, high=1_000_000, step=1
+                    )
                     if len(self.weights) > 1:
                         promote = _operate(partial(self._promote, name))
-                        button("Promote", promote, kind="word", aria_label=f"Promote {name}")
+                        elements.button("Promote", promote, kind="word", aria_label=f"Promote {name}")
         self.describe()
 
     # -- applying the change
@@ -169,10 +159,10 @@ class RouteForm:
                 changed, text = False, routes.shadow_text(route)
         except ConfigError as error:
             text = error.what if route or self.name.value else "The route needs a name."
-        set_text(self.sentence, text)
+        elements.set_text(self.sentence, text)
         self.same.show(text=self._set_command(planned) if planned and changed else "")
-        enable(self.apply, planned is not None, text)
-        set_visible(self.buttons, changed)
+        elements.enable(self.apply, planned is not None, text)
+        elements.set_visible(self.buttons, changed)
 
     def _set_command(self, route: Route) -> str:
         names, base = dict(route.targets), self.page.studio.base
@@ -180,7 +170,9 @@ class RouteForm:
         fraction = f"{route.fraction:g}" if route.shadow and route.fraction != 1 else None
         exists = base in BUILTIN or self.page.studio.library.knows_base(base)
         options = {"tenant": route.tenant, "shadow": route.shadow, "fraction": fraction}
-        return command("tenant", "route", "set", route.name, *targets, **options, force=base in names and not exists)
+        return elements.command(
+            "tenant", "route", "set", route.name, *targets, **options, force=base in names and not exists
+        )
 
     async def set_route(self) -> None:
         """Apply the change.
@@ -225,9 +217,9 @@ class RouteForm:
             await self.refresh()
             self.page.notify(f"{route.name} rolled back")
 
-        same = command("tenant", "route", "rollback", route.name, tenant=route.tenant)
+        same = elements.command("tenant", "route", "rollback", route.name, tenant=route.tenant)
         sentence = routes.route_change(now, previous)
-        confirm(f"Roll {route.name} back", sentence, _operate(do), button_text="Roll back", command=same)
+        elements.confirm(f"Roll {route.name} back", sentence, _operate(do), button_text="Roll back", command=same)
 
     def confirm_removal(self) -> None:
         route = self.route
@@ -238,10 +230,10 @@ class RouteForm:
             await self.refresh()
 
         change = routes.route_change(route, replace(route, targets=(), runs=(), shadow=None))
-        same = command("tenant", "route", "remove", route.name, tenant=route.tenant)
+        same = elements.command("tenant", "route", "remove", route.name, tenant=route.tenant)
         sentence = f"{change} A rollback restores the route."
         title = f"Remove {route.name}"
-        confirm(title, sentence, _operate(do), button_text="Remove", command=same, danger=True)
+        elements.confirm(title, sentence, _operate(do), button_text="Remove", command=same, danger=True)
 
 
 def _content(route: Route) -> object:

@@ -16,19 +16,7 @@ from veneer.jobs.step_actions import keep_step
 from veneer.jobs.store import ENDS, Job, UnknownJob
 from veneer.library.queries import Version
 from veneer.serve.http.surfaces.adapters import audit_added
-from veneer.studio.elements import (
-    Command,
-    Fragment,
-    box,
-    button,
-    command,
-    confirm,
-    line,
-    permit,
-    progress,
-    set_progress,
-    set_visible,
-)
+from veneer.studio import elements
 from veneer.studio.page import NotFound, ViewPage, short_path
 from veneer.train.config.load import settings_of
 from veneer.train.events import loss_text, mean_rewards, parts_text
@@ -173,26 +161,28 @@ async def run_view(page: ViewPage) -> None:
     page.title(job.name)
     data = job.config.get("data") or {}
     rows = data.get("train") or data.get("pictures")
-    line(f"Trains {_base_name(job)}" + (f" on {short_path(str(rows))}" if rows and operator else ""), "lede")
+    elements.line(f"Trains {_base_name(job)}" + (f" on {short_path(str(rows))}" if rows and operator else ""), "lede")
     same_base = _base_name(job) == Path(page.studio.base).name
     head: dict[str, Any] = {"trains": page.studio.trains, "link": page.link}
-    head_fragment = Fragment("run_head.html.j2")
-    bar = progress("Progress")
-    with box("div", "row below"):
-        pause = button("Pause", permit("train", lambda: change("pause")), key="p")
-        resume = button("Resume", permit("train", lambda: change("resume")), key="p", kind="filled")
-        stop = button("Stop…", permit("train", lambda: ask_to_stop()), kind="danger")
+    head_fragment = elements.Fragment("run_head.html.j2")
+    bar = elements.progress("Progress")
+    with elements.box("div", "row below"):
+        pause = elements.button("Pause", elements.permit("train", lambda: change("pause")), key="p")
+        resume = elements.button("Resume", elements.permit("train", lambda: change("resume")), key="p", kind="filled")
+        stop = elements.button("Stop…", elements.permit("train", lambda: ask_to_stop()), kind="danger")
         if operator:
             settings = settings_of({**job.config, "output": f"runs/{job.name.rpartition('/')[2]}"})
-            button("Edit and train again…", permit("operate", lambda: page.go("train", s=settings)), kind="word")
-    same = Command()
-    figures = Fragment("figures.html.j2")
-    charts = Fragment("charts.html.j2")
-    use = permit("train", lambda data: ask_to_use(int(data["step"])))
-    table = Fragment("steps.html.j2", actions={"use": use})
-    choose_sheet = permit("train", lambda data: show_sheet(data["step"]))
-    sheets = Fragment("sheets.html.j2", actions={"sheet": choose_sheet})
-    notes = Fragment("notes.html.j2")
+            elements.button(
+                "Edit and train again…", elements.permit("operate", lambda: page.go("train", s=settings)), kind="word"
+            )
+    same = elements.Command()
+    figures = elements.Fragment("figures.html.j2")
+    charts = elements.Fragment("charts.html.j2")
+    use = elements.permit("train", lambda data: ask_to_use(int(data["step"])))
+    table = elements.Fragment("steps.html.j2", actions={"use": use})
+    choose_sheet = elements.permit("train", lambda data: show_sheet(data["step"]))
+    sheets = elements.Fragment("sheets.html.j2", actions={"sheet": choose_sheet})
+    notes = elements.Fragment("notes.html.j2")
 
     def read() -> tuple[Job, dict[str, Any], Any]:
         events.read(page, job)
@@ -204,15 +194,15 @@ async def run_view(page: ViewPage) -> None:
         published = any(point.reference for point, _ in checkpoints["rows"])
         compare = page.link("compare", job=job.id) if same_base and published else ""
         head_fragment.show(job=now, error=now.error if operator else error_to_openai(now), compare=compare, **head)
-        set_progress(bar, now.step / now.steps if now.steps else None)
+        elements.set_progress(bar, now.step / now.steps if now.steps else None)
         for element, visible in (
             (bar, not finished),
             (pause, now.state in ("queued", "running")),
             (resume, now.state == "paused"),
             (stop, not finished),
         ):
-            set_visible(element, visible)
-        same.show(text=command("jobs", "show" if finished else "watch", now.id))
+            elements.set_visible(element, visible)
+        same.show(text=elements.command("jobs", "show" if finished else "watch", now.id))
         figures.show(figures=events.figures(now))
         charts.show(charts=chart_list)
         table.show(**checkpoints)
@@ -237,8 +227,10 @@ async def run_view(page: ViewPage) -> None:
             await refill()
 
         sentence = "The run ends without a final adapter. Published checkpoints stay in the library."
-        same = command("jobs", "cancel", job.id)
-        confirm(f"Stop {job.name}?", sentence, permit("train", do), button_text="Stop", command=same, danger=True)
+        same = elements.command("jobs", "cancel", job.id)
+        elements.confirm(
+            f"Stop {job.name}?", sentence, elements.permit("train", do), button_text="Stop", command=same, danger=True
+        )
 
     def ask_to_use(step: int) -> None:
         def keep() -> Version:
@@ -252,8 +244,10 @@ async def run_view(page: ViewPage) -> None:
             page.notify(f"{version.reference} is step {step:,} of the run")
 
         sentence = f"This checkpoint becomes the newest version of {job.name}."
-        same = command("jobs", "keep", job.id, step=step)
-        confirm(f"Use step {step:,}", sentence, permit("train", do), button_text="Use this step", command=same)
+        same = elements.command("jobs", "keep", job.id, step=step)
+        elements.confirm(
+            f"Use step {step:,}", sentence, elements.permit("train", do), button_text="Use this step", command=same
+        )
 
     def mark() -> object:
         newest = jobs.events(page.principal.owner, job.id, newest=True, limit=1)[0]

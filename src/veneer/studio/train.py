@@ -22,26 +22,7 @@ from veneer.jobs.validate import device_of, submit_job
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.tables import Device
-from veneer.studio.elements import (
-    Command,
-    Field,
-    Fragment,
-    box,
-    button,
-    close_dialog,
-    command,
-    dialog,
-    dialog_buttons,
-    enable,
-    form_field,
-    heading,
-    line,
-    once,
-    open_dialog,
-    permit,
-    progress,
-    set_visible,
-)
+from veneer.studio import elements
 from veneer.studio.page import Studio, ViewPage, short_path
 from veneer.studio.upload_form import draw_upload_form
 from veneer.train.config.image import ImageTrainConfig
@@ -81,10 +62,12 @@ async def train_view(page: ViewPage) -> None:
     form = _ServerForm(page) if page.principal.can("operate") else None
     if studio.queue is not None and not studio.makes_images:
         if form is not None:
-            heading("From an uploaded file")
+            elements.heading("From an uploaded file")
         await draw_upload_form(page, studio.queue)
     elif form is None:
-        line("This server does not accept uploads for training. The operator can enable this with --train.", "soft")
+        elements.line(
+            "This server does not accept uploads for training. The operator can enable this with --train.", "soft"
+        )
     await _draw_runs(page)
     if form is not None:
         page.start_task(form.changed())
@@ -107,23 +90,23 @@ class _ServerForm:
         self.number, self.verdict = 0, ""
         self.previewed, self.settled = list[str](), asyncio.Event()
         self.settled.set()
-        changed, start = permit("operate", self.changed), once(permit("operate", self.start))
+        changed, start = elements.permit("operate", self.changed), elements.once(elements.permit("operate", self.start))
         values, rest = short_names(page.query.all("s"))
 
-        def field(name: str, label: str, hint: str = "", default: str = "", key: str = "") -> Field:
-            return form_field(label, values.get(name, default), changed, hint=hint, delay=0.3, key=key)
+        def field(name: str, label: str, hint: str = "", default: str = "", key: str = "") -> elements.Field:
+            return elements.form_field(label, values.get(name, default), changed, hint=hint, delay=0.3, key=key)
 
         images = self.studio.makes_images
-        heading("From files on the server")
-        with box("div", "split asking"):
-            with box("div", "stack"):
-                Fragment(
+        elements.heading("From files on the server")
+        with elements.box("div", "split asking"):
+            with elements.box("div", "stack"):
+                elements.Fragment(
                     "begins.html.j2",
-                    actions={"take": permit("operate", self._take)},
+                    actions={"take": elements.permit("operate", self._take)},
                     names=[name for name, _ in suggestions(self.studio)],
                     here=short_path(os.getcwd()),
                 )
-                with box("div", "row foot"):
+                with elements.box("div", "row foot"):
                     self.fields = {
                         "base": field("base", "Base", default=page.base_argument),
                         "data": field("data", "Image folder", "photos", key="/")
@@ -131,7 +114,7 @@ class _ServerForm:
                         else field("data", "Data file", "tickets.jsonl", key="/"),
                         "output": field("output", "Name", "default: the data file's name"),
                     }
-                with box("div", "row foot"):
+                with elements.box("div", "row foot"):
                     self.fields |= {
                         "rank": field("rank", "Rank", "16"),
                         "epochs": field("epochs", "Epochs"),
@@ -140,18 +123,20 @@ class _ServerForm:
                     }
                 hint = "data.split=10%\noptimizer.name=adafactor"
                 label, other = "Other settings, one per line", "\n".join(rest)
-                self.other = form_field(label, other, changed, kind="area", hint=hint, delay=0.3, on_enter=start)
-                self.error = Fragment("wrong.html.j2")
-                with box("div", "row"):
-                    self.button = button("Start", start, kind="filled", key="ctrl+enter")
-                self.same = Command()
-            self.plan = Fragment("plan.html.j2", classes="side")
-            with box("div", "under"):
-                self.bar = progress("Reading the data")
-                self.findings = Fragment("findings.html.j2")
-        self.rows = Fragment("rows.html.j2", actions={"only": permit("operate", self._filter)})
-        self.images = Fragment("sheet.html.j2", actions={"caption": permit("operate", self._edit)})
-        self.rows_command = Command()
+                self.other = elements.form_field(
+                    label, other, changed, kind="area", hint=hint, delay=0.3, on_enter=start
+                )
+                self.error = elements.Fragment("wrong.html.j2")
+                with elements.box("div", "row"):
+                    self.button = elements.button("Start", start, kind="filled", key="ctrl+enter")
+                self.same = elements.Command()
+            self.plan = elements.Fragment("plan.html.j2", classes="side")
+            with elements.box("div", "under"):
+                self.bar = elements.progress("Reading the data")
+                self.findings = elements.Fragment("findings.html.j2")
+        self.rows = elements.Fragment("rows.html.j2", actions={"only": elements.permit("operate", self._filter)})
+        self.images = elements.Fragment("sheet.html.j2", actions={"caption": elements.permit("operate", self._edit)})
+        self.rows_command = elements.Command()
         self.show()
 
     # -- settings
@@ -231,12 +216,12 @@ class _ServerForm:
         elif preview is not None and not preview.starts:
             reason = "fix the errors under Findings first"
         self.error.show(error=error)
-        enable(self.button, not reason, reason)
+        elements.enable(self.button, not reason, reason)
         self.plan.show(preview=preview, plan=preview.plan if preview else None, texts=_plan_texts, busy=busy)
         findings, sample = (preview.findings, preview.sample) if preview else ((), ())
         self.findings.show(findings=findings, sample=sample)
-        set_visible(self.bar, busy)
-        self.same.show(text=command("jobs", "submit", *self.run_settings()) if self.complete() else "")
+        elements.set_visible(self.bar, busy)
+        self.same.show(text=elements.command("jobs", "submit", *self.run_settings()) if self.complete() else "")
 
     async def _show_data(self) -> None:
         """Show the rows or images of the run."""
@@ -257,7 +242,7 @@ class _ServerForm:
         except VeneerError:
             return  # the findings already report the error
         if number == self.number:
-            self.rows_command.show(text=command("data", "show", *self.settings(), only=self.verdict))
+            self.rows_command.show(text=elements.command("data", "show", *self.settings(), only=self.verdict))
 
     async def _filter(self, data: dict[str, str]) -> None:
         self.verdict = "" if data["verdict"] == self.verdict else data["verdict"]
@@ -271,20 +256,24 @@ class _ServerForm:
         image = await asyncio.to_thread(preview_picture, config, data["id"])
         folder = next((f for f in config.data.folders if image.path.is_relative_to(f)), None)
         path = str(image.path)
-        with dialog(image.name) as window:
-            typed = permit("operate", lambda text: same.show(text=command("data", "caption", path, text)))
-            caption = form_field("Caption", image.caption, typed, kind="area", max_length=2000)
-            line("Saved where the run reads captions: next to the image, or in the folder's metadata.", "soft small")
-            same = Command(command("data", "caption", path, image.caption))
+        with elements.dialog(image.name) as window:
+            typed = elements.permit(
+                "operate", lambda text: same.show(text=elements.command("data", "caption", path, text))
+            )
+            caption = elements.form_field("Caption", image.caption, typed, kind="area", max_length=2000)
+            elements.line(
+                "Saved where the run reads captions: next to the image, or in the folder's metadata.", "soft small"
+            )
+            same = elements.Command(elements.command("data", "caption", path, image.caption))
 
             async def save() -> None:
                 await asyncio.to_thread(write_caption, image.path, str(caption.value), folder)
-                close_dialog(window)
+                elements.close_dialog(window)
                 await self.changed()
                 page.notify(f"Saved the caption of {image.name}")
 
-            dialog_buttons(window, "Save", permit("operate", save))
-        open_dialog(window)
+            elements.dialog_buttons(window, "Save", elements.permit("operate", save))
+        elements.open_dialog(window)
 
     # -- start
 
@@ -301,11 +290,11 @@ class _ServerForm:
             config, _ = load_config(None, settings)
             return submit_job(studio.jobs, config, device=_device(), tenants=studio.tenants)
 
-        set_visible(self.bar, True)
+        elements.set_visible(self.bar, True)
         try:
             job = await asyncio.to_thread(submit)
         finally:
-            set_visible(self.bar, False)
+            elements.set_visible(self.bar, False)
         if job.state == "failed":
             error = job.error or {}
             raise VeneerError(str(error.get("message")), where=error.get("where"), fix=error.get("fix"))
@@ -363,7 +352,7 @@ def _cached_thumbnail(path: Path, id: str) -> str:
 
 
 async def _draw_runs(page: ViewPage) -> None:
-    runs = Fragment("runs.html.j2")
+    runs = elements.Fragment("runs.html.j2")
 
     def newest() -> list[Job]:
         return page.studio.jobs.jobs(page.principal.owner, limit=_RUNS)[0]

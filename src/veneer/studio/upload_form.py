@@ -13,20 +13,7 @@ from veneer.jobs.http.tuning import TuningQueue
 from veneer.jobs.input_files import LINE_FILES, FilePreview, preview_file
 from veneer.jobs.openai import FormSettings, TuningBody
 from veneer.serve.http.bodies import checked
-from veneer.studio.elements import (
-    Field,
-    Fragment,
-    box,
-    button,
-    enable,
-    form_field,
-    heading,
-    line,
-    permit,
-    set_attributes,
-    set_text,
-    set_visible,
-)
+from veneer.studio import elements
 from veneer.studio.page import ViewPage
 from veneer.train.config.load import config_from
 from veneer.train.report.log import size
@@ -41,32 +28,32 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
     studio = page.studio
     beginning, newest = FilePreview(), 0
 
-    def number_field(label: str, hint: str, low: float, high: float, step: float | None) -> Field:
-        return form_field(label, None, None, kind="number", hint=hint, low=low, high=high, step=step)
+    def number_field(label: str, hint: str, low: float, high: float, step: float | None) -> elements.Field:
+        return elements.form_field(label, None, None, kind="number", hint=hint, low=low, high=high, step=step)
 
-    with box("div", "split"):
-        with box("section", "stack", aria_label="Rows"):
-            with box("div", "row foot"):
-                choose = permit("train", lambda id: select(id))
-                file_field = form_field("Uploaded file", "", choose, kind="choice", options={"": ""})
-                button("Upload a file…", permit("train", page.pick_file))
-            line("JSON lines, CSV or TSV, with a question and its answer in each row.", "soft small")
-            with box("div", "row foot"):
-                preview = permit("train", lambda: read())
+    with elements.box("div", "split"):
+        with elements.box("section", "stack", aria_label="Rows"):
+            with elements.box("div", "row foot"):
+                choose = elements.permit("train", lambda id: select(id))
+                file_field = elements.form_field("Uploaded file", "", choose, kind="choice", options={"": ""})
+                elements.button("Upload a file…", elements.permit("train", page.pick_file))
+            elements.line("JSON lines, CSV or TSV, with a question and its answer in each row.", "soft small")
+            with elements.box("div", "row foot"):
+                preview = elements.permit("train", lambda: read())
                 columns = {
-                    name: form_field(label, "", preview, kind="choice", options={"": "choose a column"})
+                    name: elements.form_field(label, "", preview, kind="choice", options={"": "choose a column"})
                     for name, label in _COLUMNS.items()
                 }
-            rows_table = Fragment("form_rows.html.j2")
-        with box("aside", "stack panel"):
-            heading("Run")
-            line(f"Trains {studio.base}, the base of this server.", "soft small")
-            name_field = form_field("Adapter name", "", None, max_length=64)
+            rows_table = elements.Fragment("form_rows.html.j2")
+        with elements.box("aside", "stack panel"):
+            elements.heading("Run")
+            elements.line(f"Trains {studio.base}, the base of this server.", "soft small")
+            name_field = elements.form_field("Adapter name", "", None, max_length=64)
             epochs = number_field("Epochs", "3, or more for few rows", 1, 50, 1)
             rank = number_field("Rank", "", 1, 256, 1)
             rate = number_field("Learning rate", "", 0, 1, None)
-            train = button("Train", permit("train", lambda: start()), kind="filled")
-            status = line("", "soft small", role="status")
+            train = elements.button("Train", elements.permit("train", lambda: start()), kind="filled")
+            status = elements.line("", "soft small", role="status")
 
     def upload_url(filename: str) -> str:
         if not filename.lower().endswith(LINE_FILES):
@@ -115,7 +102,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
     def show() -> None:
         mapped = any(field.value for field in columns.values())
         for field in columns.values():
-            set_visible(field, bool(beginning.columns) and (beginning.about is None or mapped))
+            elements.set_visible(field, bool(beginning.columns) and (beginning.about is None or mapped))
             field.set_options({"": "choose a column"} | {column: column for column in beginning.columns})
         rows = [_row_values(row) for row in beginning.rows] if not beginning.problem else []
         unusable = [row for row in rows if row[4]]
@@ -131,11 +118,11 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         values: dict[str, Any] = {"preference": {"loss": "dpo"}} if _method(beginning.about) == "dpo" else {}
         values |= {"base": {"name": studio.service.reader.name}, "data": {"train": "rows.jsonl"}, "output": "."}
         defaults, _ = config_from(values)
-        set_attributes(rank, hint=f"{defaults.adapter.rank}")
-        set_attributes(rate, hint=f"{defaults.optimizer.learning_rate:g}")
+        elements.set_attributes(rank, hint=f"{defaults.adapter.rank}")
+        elements.set_attributes(rate, hint=f"{defaults.optimizer.learning_rate:g}")
         reason = studio.loading or problem or ("" if beginning.about is not None else "no rows yet")
-        set_text(status, studio.loading)
-        enable(train, not reason, reason)
+        elements.set_text(status, studio.loading)
+        elements.enable(train, not reason, reason)
 
     async def start() -> None:
         studio.service.need_base()
