@@ -84,12 +84,8 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     check_device_name(settings.device, "--device")
     for origin in settings.http.allowed_origins:
         if not _ORIGIN.fullmatch(origin):
-            message = f"{quoted(origin)} is not an origin of pages"
-            raise ConfigError(
-                message,
-                where="--allowed-origin",
-                fix="give an origin such as https://app.example.com, without a path, or * for any",
-            )
+            fix = "give an origin such as https://app.example.com, without a path, or * for any"
+            raise ConfigError(f"{quoted(origin)} is not an origin of pages", where="--allowed-origin", fix=fix)
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
     if settings.open and settings.tenants is not None and not settings.here:

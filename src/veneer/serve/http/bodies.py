@@ -180,9 +180,8 @@ def at_most(n: int) -> BeforeValidator:
 
     def check_length(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
-            raise PydanticCustomError(
-                "too_long", "{have} items; at most {most} are allowed", {"have": len(value), "most": n}
-            )
+            counts = {"have": len(value), "most": n}
+            raise PydanticCustomError("too_long", "{have} items; at most {most} are allowed", counts)
         return value
 
     return BeforeValidator(check_length)

@@ -232,9 +232,8 @@ def _part(i: int, part: Any) -> str:
         return str(part[kind])
     if kind in ("text", "refusal"):
         raise invalid(f"messages.{i}.content: a part of type {kind!r} has no text under {kind!r}", "messages")
-    raise invalid(
-        f"messages.{i}.content: a part of type {str(kind)[:40]!r}, and this base supports only text", "messages"
-    )
+    message = f"a part of type {str(kind)[:40]!r}, and this base supports only text"
+    raise invalid(f"messages.{i}.content: {message}", "messages")
 
 
 @cache

@@ -79,7 +79,7 @@ class Lease(Generic[T]):
             release(self.mix)
 
 
-_Ready = Callable[[Lease[T] | Refused], object]
+_Ready = Callable[[Lease[T] | Refused], None]
 
 
 @dataclass(eq=False)
@@ -306,8 +306,8 @@ class AdapterCache(Generic[T]):
                     entry.state = "loading"
                     self._submit(partial(self._load, entry))
             if all(e.state == "loaded" for e in new):
-                if error := self._too_large(group):
-                    self._leave(key, error)
+                if (need := sum(e.size for e in group.entries)) > self.limit:
+                    self._leave(key, _over_limit(need, self.limit))
                     continue
                 overtakes = not new and not any(e.draining for e in group.entries)
                 if overtakes or (not blocked and self._make_room(new, group)):
@@ -327,11 +327,6 @@ class AdapterCache(Generic[T]):
     def _settle(self, entry: _Entry[T]) -> None:
         entry.state, entry.since = "resident", self._clock()
         self._bytes += entry.size
-
-    def _too_large(self, group: _Group[T]) -> Refused | None:
-        """Return the error for a mix that can never fit, or None."""
-        need = sum(e.size for e in group.entries)
-        return None if need <= self.limit else _over_limit(need, self.limit)
 
     def _make_room(self, new: Iterable[_Entry[T]], group: _Group[T]) -> bool:
         """Evict idle adapters, least recently used first, if that makes enough space for `new`; otherwise
@@ -356,10 +351,8 @@ class AdapterCache(Generic[T]):
             return
         self._drainer = group
         need = sum(e.size for e in new) + self._bytes - self.limit
-        resident_entries = [e for e in self._entries.values() if e.state == "resident"]
-        for entry in sorted(
-            (e for e in resident_entries if e not in group.entries), key=lambda e: (not e.draining, e.since)
-        ):
+        others = [e for e in self._entries.values() if e.state == "resident" and e not in group.entries]
+        for entry in sorted(others, key=lambda e: (not e.draining, e.since)):
             if need <= 0:
                 break
             entry.draining = True

@@ -297,9 +297,8 @@ def _folder(folder: str | Path) -> Path:
     except (OSError, RuntimeError):
         resolved = None
     if resolved is None or not resolved.is_dir():
-        raise ConfigError(
-            f"there is no folder {folder}", where="--allow-folder", fix="create the folder, or leave the option out"
-        )
+        fix = "create the folder, or leave the option out"
+        raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix=fix)
     return resolved
 
 

@@ -247,7 +247,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             elif isinstance(result, Lease):  # the waiting request is gone
                 result.release()
 
-        ready = partial(loop.call_soon_threadsafe, deliver)
+        def ready(result: Lease[_Held] | Refused) -> None:
+            loop.call_soon_threadsafe(deliver, result)
+
         if (lease := self.residents.acquire(mix, ready)) is not None:
             return lease
         try:

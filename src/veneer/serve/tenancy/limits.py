@@ -183,12 +183,8 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
     owner = f"tenant {scope[0]}" if scope[0] else "the server"
     owner += f" with adapter {scope[1]}" if scope[1] else ""
     if limit.concurrency is not None and counter.running >= limit.concurrency:
-        raise Refused(
-            f"{owner} has {counter.running} requests running; {limit.concurrency} are allowed",
-            status=429,
-            code="rate_limited",
-            retry_after=1.0,
-        )
+        message = f"{owner} has {counter.running} requests running; {limit.concurrency} are allowed"
+        raise Refused(message, status=429, code="rate_limited", retry_after=1.0)
     for name, _, words in _WINDOWS:
         maximum, amount = getattr(limit, name), tokens if name.startswith("tokens") else 1
         if maximum is None:
@@ -199,12 +195,8 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
         here, remote = counter.windows[name], counter.other_servers.get(name)
         over = here.used(now) + (remote.used(now) if remote else 0) + amount - maximum
         if over > 0:
-            raise Refused(
-                f"{owner} has used up its {maximum:,} {words}",
-                status=429,
-                code="rate_limited",
-                retry_after=_wait(here, remote, now, over),
-            )
+            message, wait = f"{owner} has used up its {maximum:,} {words}", _wait(here, remote, now, over)
+            raise Refused(message, status=429, code="rate_limited", retry_after=wait)
 
 
 def _wait(local: Window, remote: Window | None, now: float, over: int) -> float:
