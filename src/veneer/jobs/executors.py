@@ -112,7 +112,7 @@ class LocalExecutor:
             child.kill()
             child.wait()
             self._forget(handle)
-            why = f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are the most by its plan"
+            why = f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are its plan's maximum"
             return ExitStatus(why, memory=True)
         self._forget(handle)
         if code < 0:

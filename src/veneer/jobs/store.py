@@ -295,7 +295,7 @@ class JobStore:
             check_tenant(tenant)
         full = f"{tenant}/{name}" if tenant else name
         if tenant and "/" in name:
-            fix = f"one without a slash: {tenant}/ is put in front of it"
+            fix = f"a name without a slash; {tenant}/ is added in front"
             raise ConfigError(f"{quoted(name)} cannot name an adapter of {tenant}", where="name", fix=fix)
         check_name(full)
         stored_config = {key: value for key, value in config.items() if key != "output"}

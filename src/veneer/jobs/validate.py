@@ -172,9 +172,9 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
     plan = plan_of_config(config, device, **exact)
     if not plan.fits:
         room = f"{gigabytes(plan.available)} of {plan.device.label or plan.device.name}"
-        message = f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {room} may be used"
+        message = f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {room} are available"
         changes = "; or ".join(", ".join(change.settings) for change in plan.changes[:3] if change.settings)
-        fix = changes or "a smaller base, or a machine with more memory (veneer plan shows what it takes)"
+        fix = changes or "a smaller base, or a machine with more memory (veneer plan shows how much)"
         raise PreflightError(message, where="memory", fix=fix)
     values: dict[str, Any] = {"rows": exact.get("rows", plan.job.rows), "counted": exact}
     if held_out is not None and held_out.answered and base is not None and plan.device.kind == "cpu":
@@ -191,7 +191,7 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
     memory = plan.memory
     peak = memory.context + memory.weights + memory.constants + answering_bytes(base, memory.weights)
     if peak > plan.available:
-        needs = f"they need about {gigabytes(peak)}, and {gigabytes(plan.available)} may be used"
+        needs = f"they need about {gigabytes(peak)}, and {gigabytes(plan.available)} are available"
         message, fix = f"answers to the held-out rows do not fit: {needs}", "evaluate: {metrics: [loss]}"
         raise PreflightError(message, where="after.evaluate", fix=fix)
     return peak

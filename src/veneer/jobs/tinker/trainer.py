@@ -402,7 +402,7 @@ class Trainer:
         change, and the gradients are cleared."""
         parameters = [p for p in learner.parameters.values() if p.grad is not None]
         if not parameters:
-            raise TrainingError("there is no gradient", fix="forward_backward comes before optim_step")
+            raise TrainingError("there is no gradient", fix="call forward_backward before optim_step")
         most = adam.grad_clip_norm if adam.grad_clip_norm > 0 else math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, most))
         if not math.isfinite(norm):

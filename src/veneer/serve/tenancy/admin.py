@@ -150,7 +150,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
         targets = [(t.adapter, t.weight) for t in body.targets]
         more: dict[str, Any] = {"tenant": body.tenant, "shadow": body.shadow, "fraction": body.fraction}
         if body.route == catalog.base:
-            message = f"{body.route} is the base, whose name no route can have"
+            message = f"{body.route} is the base's name, which a route cannot have"
             raise ConfigError(message, where="route", fix="another name")
         now = store.refresh().routes.get((body.tenant, body.route))
         route_after = routes.planned_route(now, body.route, targets, **more)

@@ -179,7 +179,7 @@ def route_change(now: Route | None, planned: Route) -> str:
         text = f"{name} ends: requests for it get 404."
     elif moved := moved_buckets(now.runs, planned.runs):
         parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in moved.most_common()]
-        text = f"Of the users of {name}, {_join_words(parts)}; nobody else changes."
+        text = f"Of the users of {name}, {_join_words(parts)}; all other users keep their target."
     else:
         text = f"No user of {name} moves."
     return f"{text}{_shadow_change(now, planned)}"
