@@ -28,7 +28,7 @@ def test_commands_of_the_page_train_an_adapter(
     Path("tickets.yaml").write_text(yaml.safe_dump(given))
     told = run_commands(capsys, commands.splitlines(), base)
     assert "gap 0 (most 0, 0.0% beyond 1%)" in told[0]
-    assert "drawn tokens/s" in told[0]
+    assert "sampled tokens/s" in told[0]
     assert "to train on" not in told[0]  # no warning about too few prompts
     assert re.search(r"step 1/2  reward \d\.\d{3} \(exact_match \d\.\d{3}, length \d\.\d{3}\)", told[0])
     assert re.search(r"step 0: validation reward \d\.\d{3} \(exact_match", told[0])

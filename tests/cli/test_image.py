@@ -178,7 +178,7 @@ def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> 
         (["a", "-a", "brand.safetensors@steps=1-3"], "not a range of steps"),
         (["a", "-a", "brand.safetensors@campaign=lense"], "did you mean lens"),
         (["a", "-a", "brand.safetensors@campaign=lens,mid=1"], "sets blocks and steps"),
-        (["a", *(["-a", "x@campaign=lens"] * 2)], "the campaign's lens is given twice"),
+        (["a", *(["-a", "x@campaign=lens"] * 2)], "the campaign's lens occurs twice"),
         (["a", "-c", "pose=x.png"], "needs a ControlNet"),
         (["a", "-c", "edges=none.png"], "no such picture"),
         (["a", "--scheduler", "eulr"], "did you mean euler"),

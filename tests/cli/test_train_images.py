@@ -48,7 +48,7 @@ def test_the_output_names_files_and_the_next_command(
 
 def test_a_dry_run_writes_only_a_sheet(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", "--dry-run").err
-    assert "what the model would see is in" in err
+    assert "the model's view of each picture is in" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -235,7 +235,7 @@ def test_lone_vector_is_a_new_norm_only():
     pair = {f"{other}.lora_A.weight": torch.ones(2, UNIT), f"{other}.lora_B.weight": torch.ones(UNIT, 2)}
     found = read_state_dict({f"{norm}.weight": torch.ones(UNIT), **pair}, {}).adapter
     assert torch.equal(found.modules[norm]["weight"], torch.ones(UNIT))
-    with pytest.raises(AdapterError, match="a vector as the whole new weight"):
+    with pytest.raises(AdapterError, match="a vector as the full replacement weight"):
         read_state_dict({f"{norm}.weight": torch.ones(UNIT), f"{linear}.weight": torch.ones(UNIT), **pair}, {})
 
 

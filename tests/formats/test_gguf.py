@@ -200,7 +200,7 @@ def test_files_that_are_not_adapters_are_refused(tmp_path):
     fails(small(path, a | {"blk.0.attn_v.weight.lora_b": torch.full((4, 2), float("inf"))}), "infinity")
     q = {f"blk.0.attn_q.weight.lora_{h}": t for h, t in (("a", torch.ones(2, 4)), ("b", torch.ones(6, 2)))}
     fails(small(path, q, general__architecture="llama"), "lacks the size of a head")
-    fails(path, "not whole heads of 4", head_dim=4)
+    fails(path, "no multiple of the head size 4", head_dim=4)
     assert read_gguf(path, head_dim=6).adapter.pairs
 
 

@@ -280,7 +280,7 @@ def test_whole_saved_embedding_acts(tmp_path):
     base = model("mistral")
     loaded = peft.load_folder(tmp_path / "a", base)
     assert sorted(loaded.adapter.modules) == ["lm_head", "model.embed_tokens"]
-    assert sum("kept as a full copy" in n for n in loaded.notes) == 2
+    assert sum("read as a full copy" in n for n in loaded.notes) == 2
     torch.testing.assert_close(our_outputs(base, loaded.adapter), want, rtol=1e-9, atol=1e-9)
 
 
@@ -397,7 +397,7 @@ def pair(kind: str = "linear", **changes: Any) -> Pair:
         (Adapter({"a": pair()}, token_rows={"a": TokenRows((1,), torch.ones(1, 4))}), "a pair and token rows at once"),
         (Adapter(token_rows={"a": TokenRows((1, 2), torch.ones(1, 4))}), "2 token indices, rows of shape (1, 4)"),
         (Adapter(modules={"a": {}}), "a full copy without tensors"),
-        (Adapter({"a.base_layer": pair()}), "would not read it back"),
+        (Adapter({"a.base_layer": pair()}), "could not read the folder back"),
         (Adapter({"../a": pair()}), "cannot hold"),
         (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "depends on the base; give it"),
     ],

@@ -36,7 +36,7 @@ def test_a_full_spec_is_read_and_written_back() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "nothing stands"), ("down=x", "not a strength"), ("down=inf", "not a strength"), ("=1", "no key"),
+        ("", "nothing follows"), ("down=x", "not a strength"), ("down=inf", "not a strength"), ("=1", "no key"),
         ("down=1,down=2", "twice"), ("steps=0-2", "not a range"), ("steps=0.6-0.2", "not a range"),
         ("steps=0-0.6+0.5-1", "overlap"), ("steps=half", "not a range"), ("steps=0-1,steps=0-1", "twice"),
         ("1,2,3", "BLOCK=NUMBER"), ("down=1,2", "BLOCK=NUMBER"),
@@ -158,5 +158,5 @@ def test_role_without_matching_blocks_is_a_plain_sum(monkeypatch: pytest.MonkeyP
 
 def test_a_role_is_played_once() -> None:
     check_roles([("a", Strength()), ("b", Strength()), ("c", Strength(campaign="lens"))])
-    with pytest.raises(ConfigError, match="product is given twice: lock, mug"):
+    with pytest.raises(ConfigError, match="product occurs twice: lock, mug"):
         check_roles([("lock", Strength(campaign="product")), ("mug", Strength(0.5, campaign="product"))])

@@ -114,9 +114,9 @@ def test_mlx_lms_experts_land_on_fused_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "say"),
     [
-        ({"fine_tune_type": "full"}, "whole weights, and no adapter's pairs"),
+        ({"fine_tune_type": "full"}, "full weights instead of an adapter's pairs"),
         ({"lora_parameters": {"rank": R}}, "lora_parameters.scale = None: a number is expected"),
-        ({"lora_parameters": {"rank": "8", "scale": 1}}, "lora_parameters.rank = 8: a whole number"),
+        ({"lora_parameters": {"rank": "8", "scale": 1}}, "lora_parameters.rank = 8: an integer"),
         ({"lora_layers": 16, "lora_parameters": {"rank": R, "scale": 10.0, "alpha": 16}}, "by scale·alpha/rank, later"),
     ],
 )

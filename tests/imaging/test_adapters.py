@@ -120,7 +120,7 @@ def test_roles_equal_their_strengths_typed_out(base: ImageBase, monkeypatch: pyt
 
 
 def test_role_of_two_adapters_is_refused() -> None:
-    with pytest.raises(ConfigError, match="brand is given twice: a, b"):
+    with pytest.raises(ConfigError, match="brand occurs twice: a, b"):
         ImageRequest("a cat", uses=(parse_use("a@campaign=brand"), parse_use("b@campaign=brand")))
 
 
@@ -148,7 +148,7 @@ def test_adapters_without_effect_are_noted(base: ImageBase, files: Path, brand: 
     said.clear()
     plain, late = one(base), one(base, "alone.safetensors@steps=0.9-1", say=said.append)
     assert levels(plain, late) == 0
-    assert any("alone: steps=0.9-1 holds none of the" in text for text in said)
+    assert any("alone: steps=0.9-1 contains no step of" in text for text in said)
 
 
 def test_unknown_adapters_blocks_and_families_are_refused(base: ImageBase, files: Path) -> None:

@@ -122,7 +122,7 @@ def test_error_names_the_invalid_option(key: str, value: Any) -> None:
 
 def test_size_beyond_every_base_is_refused() -> None:
     assert Options(width=4096, height=4096)
-    with pytest.raises(ConfigError, match="60000×60000 is larger"):
+    with pytest.raises(ConfigError, match="60000×60000 exceeds the maximum"):
         Options(width=60_000, height=60_000)
 
 

@@ -35,7 +35,7 @@ def test_70b_fits_80_gb_in_4_bits_only() -> None:
     assert found.changes[0].peak <= found.available
     assert found.cost == pytest.approx(found.seconds / 3600 * 2.5)  # type: ignore[operator]
     text = plan_text(found)
-    assert text.splitlines()[0].startswith("It does not fit as given")
+    assert text.splitlines()[0].startswith("It does not fit")
     assert "$" in text.splitlines()[2]
 
 

@@ -209,7 +209,7 @@ def test_plain_key_changes_nothing(keyed: Shared) -> None:
         assert client.get("/studio/api/metrics").status_code == 200
     with open_page(f"{server.address}/studio/adapter?ref=support@1", keys["key"]) as page:
         page.act_unoffered("unalias", word="prod")
-        page.until("may not change adapters")
+        page.until("not allowed to change adapters")
     with signed_in(server, keys["operator"]) as client:
         assert client.get("/studio/api/v1/adapters/support@1").json()["aliases"] == ["prod"]
 

@@ -108,7 +108,7 @@ def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, f
     numbers: Mapping[str, Any] = parameters if isinstance(parameters, dict) else {}
     rank, scale, dropout = numbers.get("rank"), numbers.get("scale"), numbers.get("dropout", 0.0)
     if type(rank) is not int or rank < 1:
-        problems.append(f"lora_parameters.rank = {str(rank)[:20]}: an integer of at least 1 is expected")
+        problems.append(f"lora_parameters.rank = {str(rank)[:20]}: expected an integer of at least 1")
         rank = 1
     for name, value in (("scale", scale), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:

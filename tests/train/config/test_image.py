@@ -46,7 +46,7 @@ def test_a_folder_of_images_selects_image_training(tmp_path: Path) -> None:
         ("loss: {shift: much}", "`loss.shift` should be a valid number or 'auto' or 'resolution'"),
         ("loss: {shift: -1.0}", "should be greater than 0"),
         ("samples: {every: 10}", "`samples.every` needs `samples.prompts`"),
-        ("adapter: {text_encoders: [text_encoder]}\n", "`output.layout: peft` holds the denoiser alone"),
+        ("adapter: {text_encoders: [text_encoder]}\n", "`output.layout: peft` supports the denoiser only"),
         ("memory: {offload_blocks: 2, activation_checkpointing: off}", "needs `memory.activation_checkpointing`"),
         ("ema: {decay: 1.0}", "`ema.decay` should be less than 1, found 1.0"),
         ("schedule: {epochs: 2, steps: 3}", "both say when to end"),

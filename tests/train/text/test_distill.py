@@ -203,7 +203,7 @@ def test_teacher_completions_are_saved_as_rows(
 def test_contradictory_settings_are_refused(shared: Path, tmp_path: Path) -> None:
     for own, message in (
         ({}, "needs `distillation.teacher`"),
-        ({"teacher": "base"}, "what a fresh adapter is already"),
+        ({"teacher": "base"}, "equals a fresh adapter"),
         ({"teacher": "critic", "base": "other"}, "a teacher without adapters"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -174,8 +174,8 @@ OTHER_ANSWER = [talk("Question 1?", "Another answer", "held.jsonl:1")]
         ("warn", "held out", "", {"held": [*HELD, ROWS[3]]}, "1 of 6 (17%) held-out rows are also trained on"),
         ("stop", "held out", "", {"held": ROWS[:5]}, "held-out rows are also trained on: data.jsonl:1 is data.jsonl:1"),
         ("warn", "held out", "", {"held": OTHER_ANSWER}, "prompts also occur in training, with other answers"),
-        ("stop", "held out", "evaluation.patience=2", {"held": []}, "no row is held out to stop by"),
-        ("warn", "held out", "", {"held": []}, "over-fitting cannot be seen"),
+        ("stop", "held out", "evaluation.patience=2", {"held": []}, "but no row is held out"),
+        ("warn", "held out", "", {"held": []}, "overfitting cannot be detected"),
         ("warn", "columns", "", {"about": UNUSED}, "columns that nothing uses: label"),
         ("warn", "duplicates", "", {"about": UNUSED}, "3 of 40 (8%) rows repeat an earlier one exactly"),
     ],
@@ -310,7 +310,7 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     numbers, needed = report.numbers, report.numbers["memory_needed"]
     assert numbers["kept_packed"] == numbers["predicted_parts"]["packed"] == every
     assert numbers["predicted_peak_bytes"] == sum(numbers["predicted_parts"].values())
-    assert "frozen weights kept a second time" in report.text()
+    assert "prepacked copies of frozen weights" in report.text()
     off = "memory.activation_checkpointing=off"
     for overrides, free, kept in (
         ([], int(1.05 * needed), 0),  # activations are recomputed

@@ -55,7 +55,7 @@ def test_rewards_rise_and_sampler_matches_trainer(shared: Path, base: TextBase, 
         "Sampler-trainer mismatch",
         "Tokens of an answer",
         "cut at the limit",
-        "worth the same",
+        "equal rewards",
     ):
         assert title in page
     (checked,) = [e for e in events if isinstance(e, Checked)]
@@ -207,7 +207,7 @@ def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase
     (tmp_path / "broken.py").write_text("def score(sample, item):\n    return 1 / 0\n")
     reward = {"kind": "python", "file": str(tmp_path / "broken.py")}
     with pytest.raises(
-        TrainingError, match=r"none of the 1 answer to held-out prompts(.|\n)*ZeroDivisionError"
+        TrainingError, match=r"none of the 1 answer of held-out prompts(.|\n)*ZeroDivisionError"
     ) as error:
         train(shared, tmp_path / "out", base, reinforcement={"rewards": [reward]}, data={"split": 1})
     assert "prompts.jsonl:" in str(error.value)

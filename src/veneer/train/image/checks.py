@@ -121,7 +121,7 @@ def _masks(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: Ima
         mask = prepare(row.picture, crop_view(row.picture.size, row.bucket), settings).mask
         if mask is not None and not bool((mask > settings.mask_floor).any()):
             empty.append(row.picture.name)
-    text, fix = "masks are black in the whole crop, so nothing is trained there", "white areas are trained"
+    text, fix = "masks are black in the entire crop, so nothing is trained there", "white areas are trained"
     yield from about_some("masks", len(empty), len(plan.rows), text, empty, fix, stops=True)
 
 

@@ -368,8 +368,7 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
         else:
             out.append(
                 CheckpointError(
-                    f"this run ended early, after step {max(steps)}; those that it was trained together with "
-                    f"are at step {last}",
+                    f"this run ended early, after step {max(steps)}; the runs trained with it are at step {last}",
                     where=str(run.folder),
                     fix="check its data or settings, and resume it alone: veneer train CONFIG.yaml --resume",
                 )

@@ -399,7 +399,7 @@ def test_options_without_effect_are_reported_in_notes(client: openai.OpenAI) -> 
     assert notes.count("tiny is the base: its blocks and steps have no effect") == 2
     late = FEW | {"num_inference_steps": 3, "mix": ["brand@steps=0.7-1"]}
     notes = client.images.generate(prompt="a cat", extra_body=late).data[0].notes
-    assert "brand: steps=0.7-1 contains none of the 3 steps taken, so the adapter has no effect" in notes
+    assert "brand: steps=0.7-1 contains no step of 3 steps, so the adapter has no effect" in notes
 
 
 def test_the_description_has_the_bodies(url: str) -> None:

@@ -61,8 +61,8 @@ class FeedbackBody(Body):
         if message.role != "assistant" or not (result.get("content") or result.get("tool_calls")):
             raise invalid("a correction is an assistant's message with a text or tool_calls", "corrected")
         if len(json.dumps(result)) > _LARGEST:
-            message = f"a correction has more than {_LARGEST:,} characters"
-            raise Refused(message, status=413, code="too_large", param="corrected")
+            problem = f"a correction has more than {_LARGEST:,} characters"
+            raise Refused(problem, status=413, code="too_large", param="corrected")
         return result
 
 
