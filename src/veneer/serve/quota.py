@@ -75,12 +75,8 @@ class Quotas:
         for name, amount in amounts.items():
             most: int = getattr(self.limits, name)
             if total[name] > most:
-                return Refused(
-                    f"the request needs {total[name]:,} {_WORDS[name]}; the limit ({name}) is {most:,}",
-                    status=413,
-                    code="too_large",
-                    fix="send less per request",
-                )
+                message = f"the request needs {total[name]:,} {_WORDS[name]}; the limit ({name}) is {most:,}"
+                return Refused(message, status=413, code="too_large", fix="send less per request")
             if amount > 0 and used[name] + amount > most:
                 return self._over(owner, name, used[name], amount)
         return None

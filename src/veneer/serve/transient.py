@@ -59,14 +59,9 @@ def transient_error(resource: str, error: object, *, retry_after: float = _RETRY
 
     `error` is only logged.
     """
-    number = _logged(resource, error)
-    return Refused(
-        f"{resource} cannot be used at the moment",
-        status=503,
-        code="unavailable",
-        retry_after=retry_after,
-        fix=f"try again; the server's log has {number}",
-    )
+    fix = f"try again; the server's log has {_logged(resource, error)}"
+    message = f"{resource} cannot be used at the moment"
+    return Refused(message, status=503, code="unavailable", retry_after=retry_after, fix=fix)
 
 
 def internal_error(resource: str, error: BaseException) -> Refused:

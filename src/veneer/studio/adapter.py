@@ -212,12 +212,9 @@ def _draw_name_fields(reference: str, change: Any) -> None:
         same.show(text="")
 
     for kind, field, hint in (("alias", "add_aliases", "prod"), ("tag", "add_tags", "support")):
-        typed_handler, add_handler = (
-            elements.permit("write", partial(typed, kind)),
-            elements.permit("write", partial(add, kind, field)),
-        )
+        typing, adding = partial(typed, kind), elements.permit("write", partial(add, kind, field))
         fields[kind] = elements.form_field(
-            f"New {kind}", "", typed_handler, hint=hint, on_enter=add_handler, max_length=100
+            f"New {kind}", "", elements.permit("write", typing), hint=hint, on_enter=adding, max_length=100
         )
     same = elements.Command()
 

@@ -167,11 +167,8 @@ class Board:
             self.draw_answers(position, column)
             with elements.box("div", "foot"):
                 if position and self.page.principal.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
-                    elements.button(
-                        "Save mix as adapter",
-                        elements.permit("operate", lambda: self._ask_to_save(column)),
-                        kind="word",
-                    )
+                    save = elements.permit("operate", lambda: self._ask_to_save(column))
+                    elements.button("Save mix as adapter", save, kind="word")
                 column.command = elements.Command(self._command_text(column))
 
     def _draw_strength(self, column: Column, k: int, part: str, strength: float) -> None:

@@ -63,9 +63,8 @@ async def doctor_view(page: ViewPage) -> None:
             elements.heading("Other tools")
             if assumed:
                 elements.line("To convert the file, give the alpha that it was trained with:")
-                elements.Command(
-                    elements.command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW")
-                )
+                convert = elements.command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW")
+                elements.Command(convert)
             elif verdict["use"]:
                 _draw_downloads(page, staged, report)
             if report["targets"]:

@@ -165,8 +165,5 @@ def _tenant_text(tenant: str) -> str:
 
 
 def _limit_text(limit: Limit) -> str:
-    values = [(name, value) for name, value in asdict(limit).items() if value is not None]
-    return ", ".join(
-        f"{value:,} {'concurrent' if name == 'concurrency' else name.replace('_per_', ' per ')}"
-        for name, value in values
-    )
+    values = {name.replace("_per_", " per "): value for name, value in asdict(limit).items() if value is not None}
+    return ", ".join(f"{value:,} {'concurrent' if name == 'concurrency' else name}" for name, value in values.items())

@@ -136,12 +136,10 @@ class ToolReader:
             start = self.buffer.find(_OPEN)
             if start < 0:
                 held_back = next((n for n in range(len(_OPEN) - 1, 0, -1) if self.buffer.endswith(_OPEN[:n])), 0)
-                free, self.buffer = (
-                    self.buffer[: len(self.buffer) - held_back],
-                    self.buffer[len(self.buffer) - held_back :],
-                )
-                if free and not (
-                    self.calls and not free.strip()
+                end = len(self.buffer) - held_back
+                free, self.buffer = self.buffer[:end], self.buffer[end:]
+                if free.strip() or (
+                    free and not self.calls
                 ):  # line breaks between calls are not part of the completion
                     yield free
                 return
