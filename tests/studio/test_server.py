@@ -79,7 +79,7 @@ def test_pages_work_while_the_base_loads(tiny: tuple[Path, Path], tmp_path: Path
             for refused in (api.get("/v1/models"), api.post("/v1/chat/completions", json=body)):
                 assert refused.status_code == 503
                 assert refused.headers["retry-after"] == "5"
-                assert refused.json()["error"]["code"] == "shutting_down"
+                assert refused.json()["error"]["code"] == "unavailable"
             job = api.post("/v1/fine_tuning/jobs", json={"model": "tiny-base", "training_file": "x"})
             assert job.status_code == 503
 

@@ -370,7 +370,7 @@ def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
 def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTensor | None) -> Tensor:
     """Read stored · scale, rounded once to float32. The scale is a scalar or has one value per row."""
     where = f"{weight.file}: {weight.name}"
-    if scale.elements not in (1, weight.shape[0]) or (scale.shape or (1,))[0] != scale.elements:
+    if not weight.shape or scale.elements not in (1, weight.shape[0]) or (scale.shape or (1,))[0] != scale.elements:
         raise BaseError(
             f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one scale per weight, "
             "or one per row",
@@ -378,10 +378,16 @@ def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTens
             fix=_PLAIN_FIX,
         )
     if marker is not None:
-        kind = json.loads(bytes(read_values(marker).tolist())).get("format")
+        text = bytes(read_values(marker).to(torch.uint8).flatten().tolist())
+        try:
+            kind = json.loads(text)["format"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            kind = text[:60]
         if kind not in ("float8_e4m3fn", "float8_e5m2"):
             raise BaseError(f"veneer cannot read weights in the format {kind!r}", where=where, fix=_PLAIN_FIX)
     factor = read_values(scale).float().reshape(-1, *[1] * (len(weight.shape) - 1))
+    if not factor.isfinite().all():
+        raise BaseError("a scale is NaN or infinite", where=where, fix=_PLAIN_FIX)
     return (read_values(weight).float() * factor).view(weight.shape)
 
 

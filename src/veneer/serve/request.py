@@ -98,7 +98,8 @@ def not_ready(phase: str) -> Refused:
 
     phase: loading or draining
     """
-    return Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
+    code = "shutting_down" if phase == "draining" else "unavailable"
+    return Refused(f"the server is {phase}", status=503, code=code, retry_after=5.0)
 
 
 GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]

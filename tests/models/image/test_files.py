@@ -164,6 +164,8 @@ def test_scales_that_cannot_be_applied_are_refused(bases: Path, tmp_path: Path) 
     weight = name.removesuffix("_scale")
     for more, said in (
         ({name: torch.ones(2, 2)}, r"scales of shape \(2, 2\)"),
+        ({name: torch.tensor(float("nan"))}, "a scale is NaN or infinite"),
+        ({weight.removesuffix("weight") + "comfy_quant": torch.tensor(list(b"[1"), dtype=torch.uint8)}, "the format"),
         ({weight: stored[weight].view(torch.int8)}, "1 scale of quantized weights would be ignored"),
         ({f"{weight}_2": torch.ones(1), f"{weight}_scale_2": torch.ones(1)}, "1 scale of quantized weights would"),
     ):

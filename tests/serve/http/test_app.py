@@ -43,15 +43,15 @@ def samples(text: str) -> dict[tuple[str, str], float]:
 def test_health_and_readiness(server: Live) -> None:
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/ready").status_code == 200
-    for phase in ("loading", "draining"):
+    for phase, code in (("loading", "unavailable"), ("draining", "shutting_down")):
         server.service.phase = phase
         assert server.get("/health").status_code == 200
         answer = server.get("/ready")
         assert (answer.status_code, answer.json()) == (503, {"status": phase})
         refused = server.post("/v1/chat/completions", CHAT)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
         assert refused.headers["retry-after"]
-        assert server.post("/generate", {"inputs": "x"}).json()["error_type"] == "shutting_down"
+        assert server.post("/generate", {"inputs": "x"}).json()["error_type"] == code
 
 
 def test_metrics_in_vllms_names(server: Live) -> None:
