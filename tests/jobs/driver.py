@@ -120,7 +120,7 @@ def outcome(folder: Path) -> list[bytes]:
         assert [point.step for point in points] == [3, 2, 1]
         bill = store.bill("acme", job.id)
         assert bill.tokens == job.tokens == sum(data["tokens"] for data in steps)
-        assert bill.cost == 4 * bill.tokens == store.spent("acme")
+        assert bill.cost == 4 * bill.tokens == sum(each.cost for each in store.bills())
         name = "acme/support"
         versions = library.search(name=name, all_versions=True)
         assert [version.version for version in versions] == [1, 2, 3, 4]  # the three checkpoints, and the result

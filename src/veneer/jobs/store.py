@@ -444,13 +444,6 @@ class JobStore:
             jobs = select(job_table.c.id).where(job_table.c.ended < now - seconds)
             c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs)))
 
-    def spent(self, tenant: str, since: str = "") -> int:
-        """Return the total cost, in millionths, of a tenant's jobs since a day.
-
-        since: the first day, such as 2026-11-01; "": no bound."""
-        with reading(self.engine) as c:
-            return _spent(c, tenant, since)
-
     def pause(self, tenant: str | None, job: str) -> Job:
         """Pause a queued or running job. Raises UnknownJob, WrongState."""
         return self._change_state(tenant, job, "paused")
@@ -766,15 +759,11 @@ def _insert_event(c: Connection, job: Job, now: float, event: JobEvent) -> None:
     c.execute(insert(job_event_table), values)
 
 
-def _spent(c: Connection, tenant: str, since: str) -> int:
-    b = job_bill_table.c
-    return int(c.scalar(select(func.sum(b.cost)).where(b.tenant == tenant, b.day >= since)) or 0)
-
-
 def _committed(c: Connection, tenant: str, now: float) -> int:
-    j = job_table.c
+    j, b = job_table.c, job_bill_table.c
     planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))  # 0 during validation
-    return int(c.scalar(planned) or 0) + _spent(c, tenant, _day(now)[:8] + "01")
+    spent = select(func.sum(b.cost)).where(b.tenant == tenant, b.day >= _day(now)[:8] + "01")
+    return int(c.scalar(planned) or 0) + int(c.scalar(spent) or 0)
 
 
 def _reserved(c: Connection, tenant: str, now: float) -> int:
