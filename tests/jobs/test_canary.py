@@ -53,7 +53,8 @@ class Shop:
     ) -> Job:
         """Return a finished job whose result is `reference`, with these scores for it and the serving
         version."""
-        job = queued(self.jobs, about={"after": parse_after(after, self.folder).model_dump()})
+        after = {"alias": "prod", **parse_after(after, self.folder).model_dump()}  # alias: of an earlier version
+        job = queued(self.jobs, about={"after": after})
         lease = taken(self.jobs)
         results = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         compared = {"scores": results, "serving": None if serving is None else f"acme/support@{serving}"}
@@ -112,7 +113,7 @@ def test_route_follows_the_promotion_rule(shop, before, route, rule, scores, lea
         routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     job = shop.finished_job("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
     assert shop.targets() == leads
-    assert len(shop.events(job, "route")) == 1
+    assert (len(shop.events(job, "route")), len(shop.events(job, "alias"))) == (1, 1)
     assert leads == (OLD if before else None) or shop.revision() == 1 + before
     promote_job(shop.jobs, shop.tenants, "acme", job.id)
     promote_job(shop.jobs, shop.tenants, "acme", job.id)

@@ -357,6 +357,11 @@ def test_ended_session_is_410(client: Any) -> None:
         ("create_sampling_session", {"model_path": "tinker://a/weights/b"}, "there is no training run 'a'"),
         ("create_sampling_session", {"model_path": "file:///etc"}, "is not a checkpoint path"),
         ("load_weights", {"model_seq_id": 7, "path": "tinker://a/weights/b"}, "there is no training run 'a'"),
+        (
+            "load_weights",
+            {"model_seq_id": 7, "path": "tinker://a/weights/b", "optimizer_config": "adamw"},
+            "not an object",
+        ),
         ("create_model", {"model_seq_id": 10**300}, "model_seq_id"),
         ("create_model", {"lora_config": {"rank": 10**6}}, "rank 1000000 is not possible"),
         ("create_sampling_session", {"sampling_session_seq_id": 10**300}, "sampling_session_seq_id"),

@@ -210,15 +210,17 @@ def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
     assert list((quick / "journals").iterdir()) == []
 
 
-def test_other_files_in_the_folder_stay(quick: Path) -> None:
+def test_other_files_in_the_folder_stay(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
     where, old = str(quick / "t.sqlite"), time.time() - 7200
-    for name in ("t.sqlite", "notes.journal", "some.lock"):
+    outbox = f"{12:016x}.sqlite"  # of an earlier version
+    for name in ("t.sqlite", "notes.journal", "some.lock", outbox):
         (quick / name).touch()
         os.utime(quick / name, (old, old))
     Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
     Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
     left = {path.name for path in quick.iterdir()} - {"t.sqlite-wal", "t.sqlite-shm"}
-    assert left == {"t.sqlite", "notes.journal", "some.lock"}
+    assert left == {"t.sqlite", "notes.journal", "some.lock", outbox}
+    assert f"{outbox} can have usage that the database lacks" in caplog.text
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------

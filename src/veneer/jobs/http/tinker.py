@@ -430,6 +430,8 @@ async def _create_from(state: TinkerRoutes, call: Call, body: Mapping[str, Any])
     return await state.created(call, session, number, path, metadata, optimizer)
 
 
-def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, dict):
+        raise invalid("optimizer_config is not an object", "optimizer_config")
     if optimizer.get("type", "adamw") != "adamw":
         raise invalid(f"there is no optimizer {quoted(str(optimizer['type']))} here", "optimizer_config", "adamw")

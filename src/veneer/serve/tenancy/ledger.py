@@ -325,6 +325,8 @@ class Ledger:
         Returns {"done": from their journals, "interrupted": the rest}.
         """
         counts = {"done": 0, "interrupted": 0}
+        for path in sorted(self.folder.glob("[0-9a-f]" * 16 + ".sqlite")):
+            _log.error("%s can have usage that the database lacks: start the earlier version once to record it", path)
         for path in sorted(self.folder.glob("*.journal")):
             if re.fullmatch(r"[0-9a-f]{16}", path.stem) and path != self.journal.path:
                 with suppress(BlockingIOError, FileNotFoundError), dead_journal(path) as lines:
