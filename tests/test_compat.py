@@ -27,7 +27,7 @@ def test_versions_equal_those_of_pyproject() -> None:
     assert bounds == {TORCH.versions}
 
 
-def test_missing_internal_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_internal_of_torch_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "torch._softmax_backward_data"
     TORCH(name)
     fresh = Internals(TORCH.library, TORCH.versions, TORCH.names)

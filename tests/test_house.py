@@ -100,7 +100,7 @@ def module_of(path: Path) -> str:
     return ".".join(("veneer", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
-def test_imports_have_no_circles() -> None:
+def test_imports_have_no_cycles() -> None:
     """Includes imports inside functions and under TYPE_CHECKING."""
     known = {module_of(path) for path in MODULES} - {"veneer"}
     needs: dict[str, set[str]] = {}

@@ -42,7 +42,7 @@ def closed_after(connection: socket.socket, send: bytes = b"", every: float = 0.
     raise AssertionError("it stays open")
 
 
-def test_a_silent_connection_is_closed(server: Server) -> None:
+def test_a_connection_that_sends_nothing_is_closed(server: Server) -> None:
     with server.raw() as idle:
         assert 0.5 < closed_after(idle) < 3
 

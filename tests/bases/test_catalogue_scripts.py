@@ -25,7 +25,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
 
-def test_every_kind_is_on_its_picture() -> None:
+def test_every_product_is_visible_in_its_scene() -> None:
     """From random views, the product is visible, does not fill the picture, and is not cut off at the
     sides."""
     from kinds import KINDS
@@ -269,7 +269,7 @@ def test_packing_is_the_pipelines() -> None:
     assert torch.equal(image_ids(), FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32))
 
 
-def test_judge_has_a_word_for_every_part_of_a_scene() -> None:
+def test_the_judge_names_every_part_of_a_scene() -> None:
     from judge import HEADS, Judge, judge
     from pictures import seen_scene
     from scenes import picture

@@ -30,7 +30,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.peers
-def test_it_runs() -> None:
+def test_the_benchmark_runs() -> None:
     result = report_of("busy.py", "--quick")
     assert {b["name"].partition(":")[0] for b in result["bars"]} == {"training", "serving", "pictures"}
     told = {(r["name"], r["metric"]): r["value"] for r in result["rows"]}

@@ -36,7 +36,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("only", [PARTS[:1], pytest.param(PARTS, marks=pytest.mark.slow)], ids=["one", "all"])
-def test_what_is_asked_for_is_measured_and_drawn(
+def test_the_requested_sides_are_measured_and_drawn(
     only: tuple[str, ...],
     benchmark: ModuleType,
     tmp_path: Path,

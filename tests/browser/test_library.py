@@ -103,7 +103,7 @@ def test_search_dialog_finds_views_and_adapters(window: Window) -> None:
     assert page.locator("dialog[open] tr").count() > 4
 
 
-def test_changes_of_others_appear(window: Window, server: StudioServer) -> None:
+def test_changes_by_other_users_appear(window: Window, server: StudioServer) -> None:
     window.open()
     cards(window, 3)
     with open_library(server.library) as library:

@@ -13,7 +13,9 @@ from tests.studio.conftest import StudioServer
 from veneer.serve.tenancy.store import Store
 
 
-def test_empty_library_to_a_canary(chromium: Any, tiny_library: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_empty_library_becomes_a_canary_release(
+    chromium: Any, tiny_library: tuple[Path, Path], tmp_path: Path
+) -> None:
     folder, database, base = tmp_path / "here", tmp_path / "tenants.sqlite", tiny_library[0]
     folder.mkdir()
     rows = [{"prompt": f"Where is parcel {i}?", "completion": f"On shelf {i % 7}."} for i in range(24)]

@@ -82,7 +82,7 @@ def test_verify_of_a_sound_adapter(capsys, made, base):
     assert "logits move by up to" in run(capsys, "verify", made / "a", "--base", base)
 
 
-def test_an_image_base_is_told_the_way_out(capsys, made, tmp_path):
+def test_an_image_base_error_names_the_right_command(capsys, made, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     assert "omit --base" in run(capsys, "verify", made / "a", "--base", tmp_path, code=2)
     said = run(capsys, "merge", made / "a", "--base", tmp_path, "-o", tmp_path / "out", code=2)

@@ -26,7 +26,7 @@ def kohya(folder: Path) -> Path:
     return folder / "style.safetensors"
 
 
-def test_a_person_sees_what_was_written(tmp_path, capsys):
+def test_convert_prints_what_was_written(tmp_path, capsys):
     source, out = kohya(tmp_path), tmp_path / "style-comfy.safetensors"
     ran = run(capsys, "adapter", "convert", str(source), "--to", "comfyui", "-o", str(out))
     assert f"read {source}: kohya; wrote {out}: comfyui of sdxl" in ran.out
@@ -56,7 +56,7 @@ def test_json_has_the_hashes(tmp_path, capsys):
     assert {t.dtype for t in read_tensors(out)[0].values()} == {torch.bfloat16}
 
 
-def test_what_cannot_be_said_ends_with_two_and_no_file(tmp_path, capsys):
+def test_an_inexpressible_conversion_exits_with_2_and_writes_nothing(tmp_path, capsys):
     source, out = kohya(tmp_path), tmp_path / "style"
     ran = run(capsys, "adapter", "convert", str(source), "--to", "vllm", "-o", str(out), code=2)
     assert "unet.mid_block" in ran.err

@@ -54,7 +54,7 @@ def test_json_is_one_object_with_the_errors(here, capsys):
     assert set(shown["blocks"]) == {"model.layers.0", "model.layers.1"}
 
 
-def test_what_is_wrong_is_said_without_a_traceback(here, capsys):
+def test_errors_are_reported_without_a_traceback(here, capsys):
     for arguments, words in (
         (["mix", "runs/style", "runs/product", "-o", "m", "--method", "ties"], "give a rank"),
         (["mix", "runs/style", "-o", "m", "--method", "mean"], "there is no method"),

@@ -23,7 +23,7 @@ def test_get_prints_where_a_base_is(capsys: Any, tmp_path: Path) -> None:
     }
 
 
-def test_get_of_nothing_says_where_it_looked(capsys: Any, tmp_path: Path) -> None:
+def test_get_of_an_unknown_base_lists_the_searched_places(capsys: Any, tmp_path: Path) -> None:
     ran = run(capsys, "base", "get", str(tmp_path / "nothing"), code=2)
     assert ran.out == ""
     assert str(tmp_path / "nothing") in ran.err

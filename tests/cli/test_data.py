@@ -35,7 +35,7 @@ def test_caption_writes_what_training_reads(capsys: Any, tmp_path: Path) -> None
     assert (folder / "b.txt").read_text().startswith("sks, ")
 
 
-def test_what_goes_wrong_is_told(capsys: Any, tmp_path: Path) -> None:
+def test_caption_errors_are_reported(capsys: Any, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     put(folder, "a.png", None)
     (folder / "b.png").write_bytes(b"")

@@ -78,7 +78,7 @@ def test_a_foreign_adapter_is_refused_with_both_fingerprints(
     ("arguments", "message"),
     [([], "no base"), (["--base", "x"], "nothing to evaluate on"), (["--base", "x", "--data", "no.jsonl"], "no.jsonl")],
 )
-def test_what_is_missing_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_parts_are_reported(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in run(capsys, "eval", *arguments, code=2).err
 
 

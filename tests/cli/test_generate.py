@@ -51,7 +51,7 @@ def test_one_prompt_goes_through_the_chat_template(capsys: Any, folder: Path, ba
     assert raw.out == texts(base, ["hi"], max_new_tokens=12)[0] + "\n"
 
 
-def test_it_streams(capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_is_streamed(capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[str] = []
     real = sys.stdout.write
     monkeypatch.setattr(sys.stdout, "write", lambda s: writes.append(s) or real(s))

@@ -24,7 +24,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-def test_a_table_of_what_came_out(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_results_are_printed_as_a_table(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = run(capsys, "sweep", str(config), "adapter.rank=2,3", f"output={tmp_path}")
     lines = out.splitlines()
     assert lines[0].split() == ["adapter.rank", "validation", "loss", "kept", "step"]
@@ -39,7 +39,7 @@ def test_a_table_of_what_came_out(config: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("settings", "says"), [(["adapter.rank=2"], "nothing is swept"), (["base.dtype=float32,bfloat16"], "base.dtype")]
 )
-def test_a_grid_that_is_none_is_told(
+def test_invalid_sweep_values_are_refused(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], says: str
 ) -> None:
     assert says in run(capsys, "sweep", str(config), *settings, f"output={tmp_path}", code=2).err

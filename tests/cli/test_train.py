@@ -57,9 +57,7 @@ def test_options_and_settings_train_without_a_file(
     assert "data.train" in run(capsys, "train", *base, code=2).err
 
 
-def test_without_json_it_says_where_things_are(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_output_lists_the_locations(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}")
     assert out == ""
     assert str(tmp_path / "out" / "report.html") in err

@@ -96,7 +96,7 @@ def test_component_has_the_names_of_its_model() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
 @pytest.mark.parametrize("at", [0, 1, 500, 998, 999])
-def test_one_bad_value_anywhere_is_found(dtype, at):
+def test_one_non_finite_value_anywhere_is_found(dtype, at):
     from veneer.core.adapter import all_finite
 
     good = torch.linspace(-3, 3, 1000).to(dtype)

@@ -47,7 +47,7 @@ def test_kronecker_convolution_kernel_is_in_the_second_factor() -> None:
     assert torch.allclose(P[4 * 1 + 2, 5 * 2 + 3], w1[1, 2] * w2[2, 3])
 
 
-def test_a_core_by_hand() -> None:
+def test_a_core_equals_the_product_by_hand() -> None:
     a, core, b = made(3, 2), made(2, 2, 1, 3), made(2, 4)
     W = tucker(a, core, b)
     assert W.shape == (3, 4, 1, 3)
@@ -100,7 +100,7 @@ def test_dora_sets_row_or_column_norms(shape: tuple[int, ...]) -> None:
         (Delta("gain", {"value": made(3)}, (), rows=(0, 1)), "a gain with rows"),
     ],
 )  # fmt: skip
-def test_parts_that_do_not_fit(delta: Delta, said: str) -> None:
+def test_parts_of_other_shapes_are_refused(delta: Delta, said: str) -> None:
     (problem,) = part_problems(delta)
     assert said in problem
 

@@ -49,7 +49,7 @@ def test_same_seed_same_adapter_whatever_the_global_state() -> None:
     assert create(model, LoraSpec(targets=ALL), seed=4).digest() not in digests
 
 
-def test_distributions() -> None:
+def test_factors_have_the_stated_distributions() -> None:
     model = nn.Sequential(nn.Linear(400, 30), nn.Embedding(50, 400), nn.Conv2d(100, 12, 2))
     spec = LoraSpec(rank=16, targets=("0", "1", "2"))
     plain = create(model, spec, seed=0).pairs

@@ -325,7 +325,7 @@ def test_mixing_leaves_its_inputs_alone():
     assert adapter.digest() == before
 
 
-def test_strengthened_changes_only_scales():
+def test_scaling_an_adapter_changes_only_scales():
     a = Adapter({"x": linear(2, 0, 3.0), "y": linear(2, 1), "z": dora()[0]}, deltas={"x.weight": kronecker(0)})
     out = strengthened(a, {"x": -0.5, "y": 0.0, "z": 1.0}.__getitem__)
     assert (out.pairs["x"].scale, out.deltas["x.weight"].scale, sorted(out.pairs)) == (-1.5, -0.5, ["x", "z"])

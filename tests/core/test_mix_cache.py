@@ -168,7 +168,7 @@ def check(attachment: Attachment, made: bool = True) -> None:
     assert bool(attachment.cache.bytes) == made
 
 
-def test_nothing_stale_is_used(small: Attachment) -> None:
+def test_changed_weights_are_not_read_from_the_cache(small: Attachment) -> None:
     check(small)
     with torch.no_grad():
         small.adapters["a0"].pairs["0"].A.add_(1.0)

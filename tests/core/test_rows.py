@@ -286,7 +286,7 @@ def test_fused_experts_refuse_row_mixes() -> None:
         model(torch.ones(2, 5, dtype=torch.long))
 
 
-def test_mistakes_of_use_rows(net: Attachment) -> None:
+def test_invalid_row_mixes_are_refused(net: Attachment) -> None:
     net.use("linears")
     before = net.selection
     for mixes, say in [

@@ -80,7 +80,7 @@ def test_a_hostile_pickle_is_refused_without_running_it(tmp_path, zipped):
     assert target.exists()
 
 
-def test_a_bare_hostile_pickle(tmp_path):
+def test_a_hostile_pickle_alone_is_refused(tmp_path):
     target = tmp_path / "made"
     (tmp_path / "x.bin").write_bytes(pickle.dumps(Hostile(target)))
     with pytest.raises(AdapterError):

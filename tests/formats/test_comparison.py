@@ -35,14 +35,14 @@ def test_the_error_is_that_of_the_dense_difference(r1, r2, s1, s2):
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-12, 0))
-def test_the_tolerance_is_where_it_says(exponent):
+def test_differences_above_the_tolerance_are_reported(exponent):
     a = pair()
     b = Pair(a.A, a.B * (1 + 10**exponent), a.scale)
     if abs(math.log10(TOLERANCE) - exponent) > 0.1:
         assert bool(differences(Adapter({"m": a}), Adapter({"m": b}))) == (10**exponent > TOLERANCE)
 
 
-def test_another_pair_of_the_same_product_is_the_same():
+def test_factors_of_equal_product_do_not_differ():
     a = pair(rank=2)
     turn = torch.linalg.qr(numbers((2, 2), "Q", torch.float64)).Q
     wide = Pair(torch.cat([turn @ a.A, torch.ones(3, 6)]), torch.cat([a.B @ turn.T, torch.zeros(8, 3)], 1), a.scale)

@@ -211,7 +211,7 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch):
         ("comfyui", "folder.safetensors", "a folder of this name"),
     ],
 )
-def test_the_name_says_what_it_is(to, name, why, tmp_path):
+def test_a_file_name_that_contradicts_the_layout_is_refused(to, name, why, tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(AdapterError, match=why):
         write(random_adapter(SD15, lambda m: m.startswith("unet.")), tmp_path / name, to, family="sd15")

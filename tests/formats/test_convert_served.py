@@ -88,7 +88,7 @@ def test_folding_changes_no_effect(pairs, dtype):
     ],
 )
 @pytest.mark.parametrize("to", ["vllm", "gguf"])
-def test_what_needs_a_merge_is_refused(to, change, why):
+def test_changes_that_need_a_merge_are_refused(to, change, why):
     name = next(iter(next(iter(change.values()))))
     adapter = Adapter({K: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)})
     for what, value in change.items():

@@ -143,7 +143,7 @@ def test_equal_a_factors_are_shared_when_joining():
 
 
 @pytest.mark.parametrize("form", ["pair", "dense", "loha"])
-def test_a_part_that_nothing_changes(form):
+def test_a_part_without_an_adapter_joins_as_zero_rows(form):
     part = item_of(form, 4, 0.5)
     whole = join_parts([None, part, None], rows=[2, 4, 6])
     want = torch.zeros(12, 6, dtype=torch.float64)

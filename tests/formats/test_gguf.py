@@ -103,7 +103,7 @@ def test_the_turned_rows_are_those_of_the_base(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_comes_back_bit_for_bit(tmp_path, arch, dtype):
+def test_a_round_trip_is_bit_for_bit(tmp_path, arch, dtype):
     ours = adapter(dtype)
     assert write_gguf(ours, tmp_path / "x.gguf", architecture=arch, head_dim=HEAD, name="dog") == []
     again = read_gguf(tmp_path / "x.gguf").adapter

@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_refusal_gives_its_reason(folder, name, monkeypatch):
+def test_each_error_gives_its_reason(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
     started = time.monotonic()
     tracemalloc.start()
@@ -84,7 +84,7 @@ def test_each_refusal_gives_its_reason(folder, name, monkeypatch):
     assert not (folder / MARK).exists()
 
 
-def test_a_pipe_is_no_file(tmp_path):
+def test_a_pipe_is_not_a_file(tmp_path):
     os.mkfifo(tmp_path / "x.safetensors")
     for action in (read_header, read_tensors):
         with pytest.raises(AdapterError, match="a pipe"):

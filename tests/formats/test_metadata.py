@@ -167,7 +167,7 @@ def test_our_own_family_is_recognised(family):
         ({}, None),
     ],
 )
-def test_claims_of_families(metadata, family):
+def test_metadata_names_the_family(metadata, family):
     assert family_in_metadata(metadata) == family
 
 

@@ -241,7 +241,7 @@ def test_dense_changes_have_no_alpha(suffix, name):
 
 
 @pytest.mark.parametrize("suffix", ["set_weight", "scale"])
-def test_a_whole_new_weight(suffix):
+def test_a_full_weight_replaces_the_base_weight(suffix):
     assert set(read_module({suffix: rand(7)}, where="x").full) == {"weight"}
 
 
@@ -328,7 +328,7 @@ PAIR = {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2)}
         (PAIR | {"lora_mid.weight": rand(2, 3, 3)}, "lora_mid"),
     ],
 )
-def test_module_faults_are_named(parts, words):
+def test_faulty_modules_are_named(parts, words):
     with pytest.raises(AdapterError, match=words) as caught:
         read_module(parts, where="lora_unet_x")
     assert caught.value.where == "lora_unet_x"

@@ -123,7 +123,7 @@ def test_scaled_trained_bias_cannot_be_written_to_peft(tmp_path):
         mixing.mix_adapters([f"{tmp_path / 'in'}:0.5"], tmp_path / "out")
 
 
-def test_misfit_biases_are_refused(tmp_path):
+def test_biases_of_another_shape_are_refused(tmp_path):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
     found = peft.load_folder(tmp_path / "in")
     tensors = dict(peft.encode_folder(found.adapter)[1])

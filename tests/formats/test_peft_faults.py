@@ -93,7 +93,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(folder, drop, tensors, w
         ({"rank_pattern": {"k_proj": 3}}, {}, "'k_proj' matches no module"),
     ],
 )
-def test_what_has_no_effect_is_noted(folder, config, tensors, words):
+def test_options_without_effect_are_noted(folder, config, tensors, words):
     edit(folder, config, **tensors)
     assert any(words in note for note in peft.load_folder(folder).notes)
 

@@ -141,7 +141,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_way(tmp_path):
+def test_a_folder_is_not_written_over_a_file(tmp_path):
     (tmp_path / "a").write_text("x")
     with pytest.raises(AdapterError, match="a file is in the way"):
         peft.write_folder(linear_pairs(NAMES), tmp_path / "a")

@@ -96,7 +96,7 @@ def test_two_spellings_of_one_tensor() -> None:
         reading(layout)
 
 
-def test_names_of_nothing_known() -> None:
+def test_unknown_names_have_no_family() -> None:
     layout = Layout()
     layout.lora("lora_unet_no_such_module", (ModuleTarget("x"),), (4, 6))
     with pytest.raises(AdapterError, match="no module of any family known here"):

@@ -95,7 +95,7 @@ def test_input_pictures_must_be_the_same(base: ImageBase, tmp_path: Path) -> Non
         again(base, tmp_path / "a.png")
 
 
-def test_a_change_is_generated_alone(base: ImageBase, tmp_path: Path) -> None:
+def test_an_image_of_a_batch_is_reproduced_alone_with_a_change(base: ImageBase, tmp_path: Path) -> None:
     made = pictures(base, image_requests(["a cat"], uses("brand.safetensors"), seed=4, count=2))
     made[1].save(tmp_path / "a.png")
     changed = again(base, tmp_path / "a.png", changes=lambda request, options: (replace(request, seed=4), options))
@@ -103,7 +103,7 @@ def test_a_change_is_generated_alone(base: ImageBase, tmp_path: Path) -> None:
     assert changed.infotext.fields["Seed"] == "4"
 
 
-def test_other_adapter_is_refused_and_moved_one_found(
+def test_a_changed_adapter_is_refused_and_a_moved_one_is_found(
     base: ImageBase, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))

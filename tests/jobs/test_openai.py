@@ -77,7 +77,7 @@ def test_preflight_event_is_one_line(store: JobStore) -> None:
     assert (public["message"], public["data"]) == (expected, {})
 
 
-def test_notes_of_a_run_are_hidden_from_clients(store: JobStore) -> None:
+def test_internal_notes_of_a_run_are_hidden_from_clients(store: JobStore) -> None:
     job = store.create("acme", {"base": "tiny"}, name="support")
     note = JobEvent("info", "note", "peak memory 0.57 GB, 0.02 predicted (+2710%)")
     store.record(taken(store, state="validating"), [note, JobEvent("warn", "note", "its process died: killed")])

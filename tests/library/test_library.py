@@ -134,7 +134,7 @@ def test_a_removed_number_does_not_come_back(library: Library, tmp_path: Path) -
     assert library.add(made(tmp_path / "3", 3), "support", describe=read_made).version.version == 3
 
 
-def test_tags_come_and_go(library: Library, tmp_path: Path) -> None:
+def test_tags_are_added_and_removed(library: Library, tmp_path: Path) -> None:
     library.add(made(tmp_path, 1), "support", describe=read_made)
     assert library.tag("support", "b", "a", "a").tags == ["a", "b"]
     assert library.untag("support@1", "b").tags == ["a"]

@@ -92,7 +92,7 @@ def test_collection_removes_only_stray_files(library: Library, tmp_path: Path) -
     assert upkeep.verify_library(library).ok
 
 
-def test_debris_is_removed_but_not_running_writes(tmp_path: Path) -> None:
+def test_leftover_files_are_removed_but_not_running_writes(tmp_path: Path) -> None:
     with open_made(str(tmp_path / "l")) as library:
         assert isinstance(library.store, LocalStore)
         (tmp_path / "l" / "tmp").mkdir(exist_ok=True)

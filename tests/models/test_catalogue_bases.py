@@ -76,7 +76,7 @@ def test_veneer_loads_the_same_weights_as_diffusers(pipelines: dict[str, Any], n
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_capitals_are_read_as_small_letters(name: str) -> None:
+def test_uppercase_names_are_read_as_lowercase(name: str) -> None:
     parts = image_models.load_image(name, device="cpu").parts
     for part in ("tokenizer", "tokenizer_2"):
         assert parts[part]("A Red Mug, on Sand").input_ids == parts[part]("a red mug, on sand").input_ids

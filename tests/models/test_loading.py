@@ -12,7 +12,7 @@ from transformers.utils import logging
 from veneer.models.loading import errors_only
 
 
-def test_last_block_restores_the_settings() -> None:
+def test_settings_are_restored_after_the_last_context_exits() -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled(), list(warnings.filters)
     began, end = threading.Event(), threading.Event()
 

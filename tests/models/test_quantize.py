@@ -94,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base_dir(tmp_path_factory.mktemp("quantized"))
 
 
-def test_a_text_base_says_what_it_is_in(folder: Path) -> None:
+def test_a_text_base_states_its_quantization(folder: Path) -> None:
     base = load_text(str(folder), quantize="nf4")
     assert base.quantized == "nf4"
     assert any("4.1" in note and "nf4" in note for note in base.notes), base.notes

@@ -148,7 +148,7 @@ def test_large_scores_and_non_finite_values(name: str) -> None:
             assert not out[100:].isfinite().any()
 
 
-def test_without_onednn_rows_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onednn_rows_use_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without oneDNN, libtorch has no small bfloat16 products."""
     qkv = torch.randn(40, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     q, k, v = qkv.split([2, 1, 1], 1)
@@ -255,7 +255,7 @@ def test_joint_attention(norms: str, rotated: bool, dtype: torch.dtype, toleranc
 
 
 @pytest.mark.parametrize("chunk", [9 * 9 * 4, 3 * 9 * 9 * 4, 1 << 20])
-def test_probabilities_made_again(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_probabilities_give_equal_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "CHUNK_BYTES", chunk)
     qkv = torch.randn(2, 9, 3, 4, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
     turn = torch.polar(torch.ones(9, 4), torch.linspace(0, 3, 36).view(9, 4))

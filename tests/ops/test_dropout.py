@@ -57,7 +57,7 @@ def test_masks_of_two_seeds_agree_by_chance_alone(dtype: torch.dtype, seed: int,
         assert near(float((a[:n] == a[shift:]).double().mean()), p * p + (1 - p) ** 2, n)
 
 
-def test_drawn_comes_from_torchs_generator() -> None:
+def test_dropout_seeds_come_from_torchs_generator() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         one, two = Dropout.sample(0.1), Dropout.sample(0.1)

@@ -158,7 +158,7 @@ def test_low_rank_products_in_compiled_calls(rows: int) -> None:
 
 
 @pytest.mark.parametrize("at", [8, 24, 30])
-def test_a_map_in_two_parts_is_the_map(at: int) -> None:
+def test_a_linear_map_split_in_two_equals_the_whole(at: int) -> None:
     """A cut through the first product, between two products, and through the second; values and all
     gradients."""
     dtype = torch.float64

@@ -22,7 +22,7 @@ def generator(span: int) -> torch.Generator:
     return torch.Generator().manual_seed(100 + span)
 
 
-def test_each_span_is_what_it_is_by_itself() -> None:
+def test_each_span_equals_the_span_alone() -> None:
     """Values and gradients of two fused projections, the second adapter on one of them only, with padding
     after the rows; dropout masks equal those of a separate run."""
     torch.manual_seed(0)

@@ -103,7 +103,7 @@ def test_certain_and_hopeless_answers_have_finite_losses_and_gradients(name: str
 
 @pytest.mark.peers
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_simpo_is_trl_s(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simpo_equals_trls(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.cpo import CPOTrainer
 
@@ -116,7 +116,7 @@ def test_simpo_is_trl_s(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.peers
-def test_orpo_s_odds_ratio_is_trl_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_odds_ratio_of_orpo_equals_trls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.orpo import ORPOTrainer
 

@@ -267,7 +267,7 @@ def test_rows_of_a_table_are_looked_up_one_by_one() -> None:
     assert torch.equal(F.embedding(many, q), F.embedding(many, q.dense()))
 
 
-def test_it_moves_copies_and_pickles_as_a_parameter() -> None:
+def test_low_rank_weights_move_copy_and_pickle_as_parameters() -> None:
     layer = nn.Linear(64, 32).bfloat16()
     layer.weight = nn.Parameter(quantize(layer.weight, "nf4"), requires_grad=False)
     want = dequantized(layer.weight).clone()

@@ -89,7 +89,7 @@ def test_weights_without_other_layouts_are_unchanged() -> None:
 
 @has_panels
 @pytest.mark.parametrize(("kernel", "name"), [("panel_product", "compiled"), ("amx_panel_product", "amx")])
-def test_weight_layout_fixes_its_kernel(kernel: str, name: str) -> None:
+def test_the_layout_of_a_weight_determines_its_kernel(kernel: str, name: str) -> None:
     if not compiled.has(kernel):
         pytest.skip("this processor has no such kernel")
     with override_ops(panel_linear=name):

@@ -28,7 +28,7 @@ def plan(base: str, gpu: str, load: Load, *, count: int = 1, **more: object) -> 
 TICKETS = Load((600,) * 3, micros=6)
 
 
-def test_70b_fits_80_gb_in_4_bits_only() -> None:
+def test_a_70b_model_fits_80_gb_only_in_4_bits() -> None:
     found = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS)
     assert not found.fits
     assert found.changes[0].settings[-1] == "base.quantize=nf4"
@@ -39,7 +39,7 @@ def test_70b_fits_80_gb_in_4_bits_only() -> None:
     assert "$" in text.splitlines()[2]
 
 
-def test_8b_fits_and_changes_nothing() -> None:
+def test_an_8b_model_fits_without_changed_settings() -> None:
     found = plan("meta-llama/Llama-3.1-8B", "h100-80gb", TICKETS)
     assert found.fits
     assert not found.changes
@@ -87,7 +87,7 @@ def test_flux_fits_24_gb_with_recomputing_and_nf4() -> None:
     assert "text encoders and VAE" in plan_text(found)
 
 
-def test_operations_are_twice_the_weights_forward_and_twice_backward() -> None:
+def test_each_pass_takes_two_operations_per_weight_and_token() -> None:
     """Frozen weights get no gradient; pairs get theirs, and DoRA multiplies the dropped input by the weight
     too."""
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")

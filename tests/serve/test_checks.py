@@ -173,7 +173,7 @@ def test_the_server_uses_the_stores_opened_by_checks(home: Path) -> None:
     opened.close()
 
 
-def test_choices_equal_those_of_loading() -> None:
+def test_quantize_choices_equal_those_of_loading() -> None:
     assert get_args(QuantizeKind) == (*KINDS, "keep")
 
 

@@ -102,7 +102,7 @@ def test_every_route_names_the_documented_permission(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("name", [*KINDS, None])
-def test_a_route_is_closed_without_its_permission(app: FastAPI, name: str | None) -> None:
+def test_a_route_is_refused_without_its_permission(app: FastAPI, name: str | None) -> None:
     """The permission is checked before the body is read: a denied request with invalid JSON gets no error
     about it."""
     principal = STRANGER if name is None else KINDS[name]
@@ -117,7 +117,7 @@ def test_a_route_is_closed_without_its_permission(app: FastAPI, name: str | None
         assert answer.status_code == (401 if name is None else 403), (answer.request, answer.text)
 
 
-def test_a_route_is_open_with_its_permission(app: FastAPI) -> None:
+def test_a_route_is_allowed_with_its_permission(app: FastAPI) -> None:
     wanted = {(name, path): 200 for name in KINDS for path in ("/v1/models", "/health", "/info")}
     wanted |= {("key", "/metrics"): 200, ("acme", "/metrics"): 403, ("operator", "/metrics"): 200}
     wanted["open", "/metrics"] = 200
@@ -125,7 +125,7 @@ def test_a_route_is_open_with_its_permission(app: FastAPI) -> None:
     assert [answer.status_code for answer in responses(app, requests)] == [*wanted.values()]
 
 
-def test_a_route_that_names_no_permission_is_refused() -> None:
+def test_a_route_without_a_named_permission_is_an_error() -> None:
     router, plain = APIRouter(route_class=BodyRoute), APIRouter()
     for each in (router, plain):
 

@@ -12,7 +12,7 @@ from veneer.serve.settings import Preload, bytes_of, keys_of, parse_preload, siz
 from veneer.train.config.load import parse_yaml
 
 
-def test_preload() -> None:
+def test_preloaded_adapters_are_parsed() -> None:
     assert parse_preload("support") == Preload("support", "support")
     for source in ("acme/support@3", "sha256:12345678"):
         assert parse_preload(f"support={source}") == Preload("support", source)

@@ -184,7 +184,7 @@ def test_handler_needs_its_permission(kind: Any) -> None:
     assert [error.status for error in errors] == [403]
 
 
-def test_tenant_cannot_change_an_adapter_of_others(shared: Shared) -> None:
+def test_a_tenant_cannot_change_the_adapters_of_other_tenants(shared: Shared) -> None:
     server, keys = shared
     with open_page(f"{server.address}/studio/adapter?ref=support@1", keys["acme"]) as page:
         for act, word in (("unalias", "prod"), ("untag", "shop")):
@@ -239,7 +239,7 @@ def test_socket_needs_an_open_page_of_its_key(shared: Shared) -> None:
         assert_refused(page.socket_url, additional_headers=page.cookies)
 
 
-def test_api_path_leads_to_no_page_and_no_socket(shared: Shared) -> None:
+def test_api_paths_return_no_page_and_no_socket(shared: Shared) -> None:
     server, keys = shared
     page = PageSocket(f"{server.address}/studio/", keys["acme"])
     nested = page.socket_url.replace("/studio/_nicegui_ws", "/studio/api/studio/_nicegui_ws")

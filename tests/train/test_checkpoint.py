@@ -59,7 +59,7 @@ def test_a_restored_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None
         assert torch.equal(p, b[name_])
 
 
-def test_another_pin_of_ops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_ops_setting_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = _parameters()
     optimizer = make_optimizer(a, learning_rate=0.1)
     path = _save(tmp_path, 1, a, optimizer=optimizer)

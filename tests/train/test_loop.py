@@ -351,7 +351,7 @@ def test_steps_are_planned_an_epoch_at_a_time(length: dict[str, int], count: int
     assert len(LazySteps(lambda epoch: [], **length)) == 0
 
 
-def test_means_need_no_float64_of_the_device() -> None:
+def test_means_work_on_devices_without_float64() -> None:
     values = torch.tensor([1.5, 2.0, -0.25])
     means = MetricMeans()
     means.add(margin=values.as_subclass(OnMps), share=(values > 0).as_subclass(OnMps))

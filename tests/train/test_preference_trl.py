@@ -85,7 +85,7 @@ def trainer_of(name: str, folder: Path, rows: list[dict[str, Any]], settings: di
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradient_equal_trls(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 

@@ -115,7 +115,7 @@ def test_prefetching_keeps_order_and_bits() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, MICROS, 3 * MICROS - 1])
-def test_a_prefetch_error_is_raised_in_order(number: int) -> None:
+def test_an_error_while_prefetching_is_raised_in_order(number: int) -> None:
     """All earlier batches are delivered first."""
 
     def failing(made: int) -> None:
@@ -183,7 +183,7 @@ def test_a_sent_batch_has_its_tokens_on_the_device() -> None:
 
 
 @pytest.mark.gpu
-def test_a_busy_card_computes_on_the_right_batch() -> None:
+def test_a_busy_gpu_computes_on_the_right_batch() -> None:
     """A busy card keeps copies waiting behind products, while batches are released."""
     device, n = torch.device("cuda"), 4096
     makers = [lambda i=i: collate([Example([i] * n, [False] + [True] * (n - 1), 0)]) for i in range(30)]

@@ -23,7 +23,7 @@ from veneer.train.preflight import (
 VALUES = {"base": "tiny", "data": {"train": "d.jsonl"}, "output": "o"}
 
 
-def test_the_gravest_come_first_whenever_they_were_found() -> None:
+def test_errors_come_before_warnings_in_any_order() -> None:
     report = Report()
     report.add(Finding("ok", "a", "fine"), Finding("warn", "b", "hm"))
     report.add(Finding("stop", "c", "no", "do this"), Finding("warn", "d", "hm too"))

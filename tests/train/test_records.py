@@ -147,7 +147,7 @@ def test_an_unavailable_hub_data_set_is_reported(monkeypatch: pytest.MonkeyPatch
     assert "the hub data set `org/set` cannot be loaded: no network here" in wrong("hub:org/set@train")
 
 
-def test_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked: list[Any] = []
@@ -184,7 +184,7 @@ def test_files_are_counted_and_stamped_without_being_read(tmp_path: Path) -> Non
     assert data_stamp(names) != before
 
 
-def test_of_lines_only_the_first_are_read(tmp_path: Path) -> None:
+def test_only_the_first_lines_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\nthis is no JSON\n')
     rows, _ = read_rows(str(tmp_path / "rows.jsonl"), limit=2)
     assert [row.where for row in rows] == [f"{tmp_path}/rows.jsonl:2", f"{tmp_path}/rows.jsonl:4"]

@@ -78,7 +78,7 @@ def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 
         return carry_out(run, lines(folder, slope), report, newest)
 
 
-def test_a_third_task_is_a_whole_run(tmp_path: Path) -> None:
+def test_another_training_task_runs_completely(tmp_path: Path) -> None:
     seen: list[Event] = []
     result = go(tmp_path / "out", seen.append)
     assert (result.steps, result.stopped, result.kept_step) == (12, "finished", 12)

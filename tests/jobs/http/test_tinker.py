@@ -337,7 +337,7 @@ def test_stop_waits_for_requests_that_give_back_their_budget() -> None:
     assert given_back == [True]
 
 
-def test_ended_session_is_410(client: Any) -> None:
+def test_an_ended_session_returns_410(client: Any) -> None:
     acme = client("acme")
     model = acme.model("tiny-base", 2)
     acme.post("session_heartbeat", session_id=acme.session)

@@ -308,7 +308,7 @@ def test_invalid_request_names_parameter_and_reason(client, body, param, code, w
     assert not [job for job in client.fine_tuning.jobs.list() if job.status == "validating_files"]
 
 
-def test_missing_objects_have_openais_errors(client: openai.OpenAI) -> None:
+def test_missing_objects_return_openais_errors(client: openai.OpenAI) -> None:
     requests: list[tuple[Any, str | None, str]] = [
         (lambda: client.files.retrieve("file-none"), None, "No such File object: file-none"),
         (lambda: client.fine_tuning.jobs.retrieve("ftjob-none"), "fine_tune_not_found", "fine tune: ftjob-none"),

@@ -51,7 +51,7 @@ def steps(service: TinkerService, run: TrainingRun, first: int, last: int) -> li
     return found
 
 
-def test_loss_falls_and_known_numbers_are_not_new(tmp_path: Path) -> None:
+def test_loss_falls_and_known_values_are_reproduced(tmp_path: Path) -> None:
     with small_service(tmp_path) as service:
         run = begun(service)
         losses = steps(service, run, 1, 9)

@@ -170,7 +170,7 @@ def test_bf16_gradients_are_as_exact_as_diffusers(make: Callable[[], nn.Module])
 
 
 @MODELS
-def test_everything_is_put_back(make: Callable[[], nn.Module]) -> None:
+def test_all_patches_are_removed_afterwards(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().requires_grad_(False)
     before = {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}

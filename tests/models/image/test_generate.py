@@ -139,7 +139,7 @@ def test_controls_stack_and_end(bases: dict[str, ImageBase], places: dict[str, P
 
 @pytest.mark.parametrize("kind", ["text", "image", "inpaint"])
 @pytest.mark.parametrize("family", ["sdxl", "flux1"])
-def test_everything_at_once_is_diffusers_with_merged_weights(
+def test_all_options_together_equal_diffusers_with_merged_weights(
     family: str, kind: str, bases: dict[str, ImageBase], places: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two adapters, a ControlNet, a start picture, a mask, a negative prompt and guidance in one call."""

@@ -72,5 +72,5 @@ def test_unknown_names_and_those_of_the_other_kind(base: ImageBase) -> None:
             make_scheduler(base, "flow-euler")
 
 
-def test_every_name_has_a_word_in_infotext() -> None:
+def test_every_sampler_has_an_infotext_name() -> None:
     assert set(SAMPLERS) >= set(NAMES)

@@ -195,7 +195,7 @@ def test_head_with_a_pair_is_called() -> None:
         assert (a - b).norm() <= 3e-5 * b.norm()
 
 
-def test_lookalike_norm_is_not_swapped() -> None:
+def test_a_norm_with_another_formula_is_not_replaced() -> None:
     model = FAMILIES["llama3"]()
     norm = model.model.norm
     original = type(norm).forward
@@ -292,7 +292,7 @@ def test_window_in_the_mask_is_detected() -> None:
         assert "off, where rounding explains" in how.summary()
 
 
-def test_a_leak_from_row_to_row_is_found() -> None:
+def test_a_leak_between_rows_is_found() -> None:
     """A layer that adds to each token the previous token of the batch, even across rows."""
     model = FAMILIES["llama3"]().requires_grad_(False)
     mlp = model.model.layers[0].mlp

@@ -20,7 +20,7 @@ def test_meta_model_has_real_shapes_and_no_bytes(family: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantized_meta_model_has_the_codes_of_a_load(kind: str) -> None:
+def test_a_meta_model_quantizes_to_the_same_codes_as_a_loaded_model(kind: str) -> None:
     real = FAMILIES["qwen3_moe"]()
     bare = meta_text_model(real.config, dtype=torch.bfloat16, quantize=kind)
     names = quantized_weights(real)

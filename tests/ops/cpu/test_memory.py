@@ -12,7 +12,7 @@ import torch
 from veneer.ops.cpu import memory
 
 
-def test_nothing_of_it_needs_a_c_library_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_settings_work_without_a_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, where the process's own symbols cannot be opened."""
 
     def refused(name: Any) -> Any:

@@ -29,7 +29,7 @@ def test_without_a_compiler_torch_does_the_work_and_says_so(tmp_path: Path) -> N
     assert "no C compiler" in status(tmp_path, PATH=str(tmp_path), CC="")
 
 
-def test_turned_off_on_request(tmp_path: Path) -> None:
+def test_kernels_can_be_turned_off(tmp_path: Path) -> None:
     assert "VENEER_NATIVE=0" in status(tmp_path, VENEER_NATIVE="0")
 
 

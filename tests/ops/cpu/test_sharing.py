@@ -39,7 +39,7 @@ class Machine:
         return self.neighbours.refresh(threads)
 
 
-def test_own_work_is_not_a_neighbor() -> None:
+def test_the_processs_own_work_is_no_neighbor() -> None:
     machine = Machine()
     assert not any(machine.passes(1.0, (1.0, 1.0), 2.0) for _ in range(5))
 

@@ -108,7 +108,7 @@ def test_a_share_of_threads_stays_free_for_others() -> None:
     asyncio.run(everything())
 
 
-def test_short_work_never_waits_for_long_work() -> None:
+def test_short_tasks_never_wait_for_long_tasks() -> None:
     async def everything() -> float:
         admission, gate = Admission(bodies=1, answers=1, texts=1 << 24), threading.Event()
         place = admission.enter("a")

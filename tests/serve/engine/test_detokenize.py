@@ -87,14 +87,14 @@ def bytewise(data: bytes) -> list[int]:
     return [TOKENIZER.convert_tokens_to_ids(table[b]) for b in data]
 
 
-def test_a_character_waits_for_its_last_byte() -> None:
+def test_an_incomplete_utf8_character_is_not_streamed() -> None:
     pieces = Pieces(TOKENIZER)
     assert [pieces.add(t) for t in bytewise("a😀é".encode())] == ["a", "", "", "", "😀", "", "é"]
 
 
 @given(st.binary(max_size=120))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes(data: bytes) -> None:
+def test_pieces_of_arbitrary_bytes_join_to_their_text(data: bytes) -> None:
     pieces = Pieces(TOKENIZER)
     out = [pieces.add(t) for t in bytewise(data)]
     assert "".join([*out, pieces.rest()]) == data.decode(errors="replace")

@@ -162,7 +162,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
         assert both == [{**rest, **dict(zip(order, some, strict=True))}[i] for i in range(6)]
 
 
-def test_a_row_continues_alike_on_another_server() -> None:
+def test_a_row_continues_identically_on_another_server() -> None:
     s = Sampling(seed=9, presence_penalty=0.7, repetition_penalty=1.2, top_p=0.95)
     first = SampledRow(s, (4, 5), vocabulary=V)
     made = [ids(logits(1, step), [first])[0] for step in range(20)]

@@ -98,7 +98,7 @@ def test_unservable_adapters_are_refused_with_the_reason(base, shelf):
             vllm_plugin.resolve_name(base.name, asked)
 
 
-def test_a_front_doors_names_are_resolved(base, shelf):
+def test_names_from_an_upstream_server_are_resolved(base, shelf):
     with open_library() as library:
         digest = library.find("stable").digest
         paths = {name: library.resolve(f"{name}@1") for name in ("stable", "plain")}

@@ -180,7 +180,7 @@ def test_every_request_is_billed_once(text: ToyText) -> None:
         assert tenancy.inside == 0
 
 
-def test_the_end_user_reaches_the_catalog(text: ToyText) -> None:
+def test_the_user_of_a_request_reaches_the_catalog(text: ToyText) -> None:
     users: list[str | None] = []
 
     class Watching(ToyCatalog):
@@ -193,7 +193,7 @@ def test_the_end_user_reaches_the_catalog(text: ToyText) -> None:
     assert users == ["u-17"]
 
 
-def test_pages_of_other_origins(text: ToyText) -> None:
+def test_pages_of_other_origins_are_refused(text: ToyText) -> None:
     with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(allowed_origins=("https://app.example",))) as server:
         headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
         allowed = server.client.options("/v1/chat/completions", headers=headers)

@@ -137,7 +137,7 @@ def test_a_failed_preparation_takes_no_memory() -> None:
     assert residents.stats().bytes == 4 * UNIT
 
 
-def test_dropped_and_loaded_again() -> None:
+def test_an_evicted_adapter_is_loaded_again() -> None:
     shop = Shop(LETTERS)
     residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a")

@@ -27,7 +27,7 @@ OPERATOR = Principal("operator")
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_base(make: Make) -> None:
+def test_the_base_resolves_by_its_name(make: Make) -> None:
     catalog = make()
     for word in ("", "tiny", "tiny:", "tiny:tiny"):
         served = catalog.resolve(word, OPERATOR)
@@ -273,7 +273,7 @@ HOSTILE_WORDS += ["a\0b", "\x1b[31m", "x" * 100_000, "a b", "\ud800", "é"]
 
 
 @pytest.mark.parametrize("word", HOSTILE_WORDS, ids=range(len(HOSTILE_WORDS)))
-def test_words_from_clients_never_reach_the_file_system(make: Make, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strings_from_clients_never_become_paths(make: Make, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = make()
     for name in ("resolve", "stat", "exists", "open", "iterdir", "expanduser"):
         monkeypatch.setattr(Path, name, lambda *a, **k: pytest.fail("a file was touched"))

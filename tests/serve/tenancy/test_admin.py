@@ -47,7 +47,7 @@ def caller_of(app: Any) -> Call:
     return ask
 
 
-def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
+def test_a_tenant_is_created_changed_and_removed(call: Call, tenants: Tenants) -> None:
     made = call("POST", "/tenants", {"name": "acme", "weight": 2, "adapters": ["acme/*"]})
     assert (made.status_code, made.json()["weight"], made.json()["adapters"]) == (201, 2.0, ["acme/*"])
     assert call("PATCH", "/tenants/acme", {"enabled": False}).json()["enabled"] is False

@@ -76,7 +76,7 @@ def test_each_part_of_a_mix_has_its_own_price(tenants: Tenants) -> None:
     assert apart == {"big@1": (2, 10, 16000), "small@2": (1, 5, 8), "tiny": (1, 5, 8)}
 
 
-def test_journals_are_private_to_the_user(tmp_path: Path) -> None:
+def test_journal_files_are_readable_only_by_the_user(tmp_path: Path) -> None:
     folder = tmp_path / "journals"
     tenants = Tenants(str(tmp_path / "tenants.sqlite"), ledger=LedgerSettings(folder=folder), watch=False)
     try:

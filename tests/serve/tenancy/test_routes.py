@@ -29,7 +29,7 @@ def owners(runs: routes.Runs) -> list[str]:
 
 @settings(max_examples=20, deadline=None)
 @given(some.lists(Weights, min_size=1, max_size=5))
-def test_shares_are_exact_and_moves_minimal(moves: list) -> None:
+def test_splits_are_exact_and_move_few_users(moves: list) -> None:
     before: routes.Runs = ()
     for targets in moves:
         after = assign_buckets(targets, before)

@@ -128,7 +128,7 @@ def test_changes_of_other_processes_apply_at_the_next_request(tenants: Tenants, 
     other.close()
 
 
-def test_the_admin_key_can_be_given_as_a_hash(quick: Path) -> None:
+def test_an_admin_key_can_be_a_hash(quick: Path) -> None:
     for given in (ADMIN, f"sha256:{hash_key(ADMIN)}"):
         tenants = Tenants(str(quick / "t.sqlite"), admin_key=given, watch=False)
         caller = run(tenants.authenticate(ADMIN))

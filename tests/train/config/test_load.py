@@ -92,7 +92,7 @@ def test_numbers_read_as_people_write_them(tmp_path: Path, text: str, value: flo
         assert load_config(write(tmp_path, MINIMAL + content), overrides)[0].optimizer.learning_rate == value
 
 
-def test_on_and_off_are_words(tmp_path: Path) -> None:
+def test_on_and_off_are_strings(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL + "memory:\n  activation_checkpointing: on\n")
     assert load_config(file)[0].memory.activation_checkpointing == "on"
     assert load_config(file, ["memory.activation_checkpointing=off"])[0].memory.activation_checkpointing == "off"
@@ -152,7 +152,7 @@ def test_unknown_keys_are_named_with_their_location(tmp_path: Path) -> None:
     assert "did you mean `adapter.alpha`? (override `adapter.aplha=3`)" in text
 
 
-def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_listed_at_once(tmp_path: Path) -> None:
     wrong = "data: {train: x.jsonl, splt: 3}\nadapter: {rank: a}\nbatching: {rows: 0}\n"
     text = error(tmp_path, wrong, "x", "batching=3")
     assert text.startswith("7 things are wrong:")
@@ -237,7 +237,7 @@ def test_layer_ranges() -> None:
     assert layer_indices(None) is None
 
 
-def test_values_already_in_hand() -> None:
+def test_a_configuration_can_be_a_dictionary() -> None:
     values: dict[str, Any] = {"base": "b", "data": {"train": "hub:a/b", "split": 0.1}, "output": os.devnull}
     config, sources = config_from(values, ["seed=3"])
     assert (config.seed, config.data.split, config.epochs) == (3, 0.1, 3)

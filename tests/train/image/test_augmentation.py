@@ -272,7 +272,7 @@ def test_the_trigger_stays_in_front_unasked(tmp_path: Path) -> None:
     assert not all(sample_caption(r, free, seed=0, epoch=0).startswith("sks, ") for r in all_rows)
 
 
-def test_chances_are_what_they_say(tmp_path: Path) -> None:
+def test_augmentations_have_the_stated_probabilities(tmp_path: Path) -> None:
     all_rows = rows(tmp_path, n=2000)
     keys = settings(tmp_path, caption_dropout=0.1, flip=True, crop="random")
     drawn = [sample_row(r, keys, seed=0, epoch=0) for r in all_rows]

@@ -137,7 +137,7 @@ def test_prompt_embeddings_are_cached_by_fingerprint(tmp_path: Path) -> None:
     assert calls == ["a fox", "a fox", ""]
 
 
-def test_memory_alone_and_no_memory(tmp_path: Path) -> None:
+def test_the_cache_works_in_memory_only_and_on_disk_only(tmp_path: Path) -> None:
     picture, encode, keys = one(tmp_path / "p"), Encoder(), settings()
     cache = LatentCache(None, fingerprint="b", memory=0)
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_not_finite_latents_are_refused_and_not_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 

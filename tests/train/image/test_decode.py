@@ -54,7 +54,7 @@ def array(image: Image.Image) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_a_picture_stands_upright(format: str, orientation: int, upright: Any) -> None:
+def test_a_picture_is_rotated_upright(format: str, orientation: int, upright: Any) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     image = corners(40, 24)
@@ -165,7 +165,7 @@ def test_animation_is_refused(format: str) -> None:
     assert "3 frames" in refused(data)
 
 
-def test_a_phone_s_preview_is_no_animation() -> None:
+def test_a_phones_preview_image_is_not_an_animation() -> None:
     data = encoded(scene(), "MPO", save_all=True, append_images=[scene(seed=1)])
     assert Image.open(io.BytesIO(data)).n_frames == 2  # type: ignore[attr-defined]
     assert decode_picture(data, settings()).notes == ()

@@ -327,7 +327,7 @@ def test_preflight_stops(sections: dict[str, Any], says: str, shared: Path, tmp_
     assert not (tmp_path / "out").exists(), "the same command can be run again"
 
 
-def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, base: ImageBase) -> None:
+def test_blocks_are_offloaded_before_memory_is_measured(shared: Path, tmp_path: Path, base: ImageBase) -> None:
     config, _ = config_from(image_values(shared, tmp_path / "out", memory={"offload_blocks": 1}))
     seen: list[Event] = []
     own = Run(config, tmp_path / "out", ALONE, seen.append, [], dry_run=True)

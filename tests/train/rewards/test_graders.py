@@ -116,7 +116,7 @@ def test_score_model_needs_a_model() -> None:
         grade(SCORE, "x")
 
 
-def test_python() -> None:
+def test_python_graders_return_the_functions_number() -> None:
     source = "import math\ndef grade(sample, item):\n    return math.sqrt(item['n']) + len(sample['output_text'])\n"
     assert grade({"type": "python", "source": source}, "abc", {"n": 4}) == RewardScore(5.0)
     result = grade({"type": "python", "source": source}, "abc", {"n": -1})
@@ -197,7 +197,7 @@ def test_huge_formulas_are_bounded() -> None:
     assert grade(multi("10 ^ 10 ^ 10"), "x", {"want": "x"}).value is None
 
 
-def test_as_a_reward() -> None:
+def test_a_grader_can_be_a_reward() -> None:
     section = GraderReward(kind="grader", grader={"name": "it", **check("eq")})
     with build_rewards([section]) as rewards:
         answers = [Answer([], text, {"want": "x"}) for text in "xy"]

@@ -121,7 +121,7 @@ def test_repeated_failures_skip_the_rest(function: LimitedFunction) -> None:
     assert function.score(asked("ok"))[0].value == 2
 
 
-def test_several_at_once() -> None:
+def test_several_answers_are_scored_in_order() -> None:
     with LimitedFunction("score", source=SOURCE, at_once=2) as made:
         assert [s.value for s in made.score(asked("a", "bb", "ccc", "dddd"))] == [1, 2, 3, 4]
 
@@ -138,7 +138,7 @@ def test_unloadable_source_is_a_config_error(source: str, error: str) -> None:
         made.score(asked("x"))
 
 
-def test_as_a_reward_of_a_file(tmp_path: Path) -> None:
+def test_a_grader_file_can_be_a_reward(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("FACTOR = 2\n", encoding="utf-8")
     file = tmp_path / "mine.py"
     file.write_text(

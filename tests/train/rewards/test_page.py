@@ -33,7 +33,7 @@ def test_the_function_runs_as_it_stands() -> None:
 
 
 @pytest.mark.parametrize("kind", REWARD_KINDS)
-def test_every_kind_has_its_part_and_every_key_its_word(kind: str) -> None:
+def test_every_reward_kind_and_key_is_documented(kind: str) -> None:
     part = re.search(rf"^## {kind}$(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
     for key in REWARD_KINDS[kind].model_fields.keys() - {"kind", "name", "weight"}:
         assert re.search(rf"`{key}[`:]", part[1]), f"{kind}.{key}"

@@ -228,7 +228,7 @@ def test_user_is_unprivileged(function: LimitedFunction) -> None:
     assert attack(function, "user").value not in (0, os.getuid())
 
 
-def test_a_signal_to_the_init_stops_at_most_the_sandbox(function: LimitedFunction) -> None:
+def test_a_signal_to_the_sandboxs_first_process_stops_only_the_sandbox(function: LimitedFunction) -> None:
     attack(function, "stops_the_init")
     assert attack(function, "well").value == 1
 
@@ -397,7 +397,7 @@ def test_missing_bubblewrap_is_reported(untried: None, monkeypatch: pytest.Monke
     assert "apt install bubblewrap" in str(caught.value)
 
 
-def test_a_job_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jobs_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def grade(sample, item):\n    return 1\n"
     grader = {"type": "python", "name": "mine", "source": source}
     answer = Answer([], "x", {})

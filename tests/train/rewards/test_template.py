@@ -62,7 +62,7 @@ def test_braces_without_an_end_take_linear_time() -> None:
     assert time.process_time() - began < 1
 
 
-def test_a_filled_template_has_a_limit() -> None:
+def test_a_filled_template_has_a_length_limit() -> None:
     item = {"a": "x" * 1000, "b": [1]}
     assert len(filled("{{ item.a }}" * 3, {}, item, 3000)) == 3000
     with pytest.raises(TextTooLong, match="more than 2,999 characters"):

@@ -60,7 +60,9 @@ def test_the_plan_is_a_pure_function(lengths: list[int], batching: BatchingSecti
 
 @given(LENGTHS, batchings(), st.integers(1, 9), st.integers(1, 400), st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
-def test_cuts_keep_steps(lengths: list[int], batching: BatchingSection, rows: int, tokens: int, epoch: int) -> None:
+def test_micro_batch_limits_do_not_change_the_rows_of_a_step(
+    lengths: list[int], batching: BatchingSection, rows: int, tokens: int, epoch: int
+) -> None:
     other = batching.model_copy(update={"micro_rows": rows, "micro_tokens": tokens})
     plans = [plan_steps(lengths, b, seed=0, epoch=epoch) for b in (batching, other)]
     sets = [[sorted(i for micro in step for i in micro) for step in plan] for plan in plans]

@@ -125,7 +125,7 @@ def test_plain_text_rows_have_loss_only(base: TextBase) -> None:
     assert scores.exact_match is None
 
 
-def test_no_rows_is_an_error(base: TextBase) -> None:
+def test_an_empty_dataset_is_an_error(base: TextBase) -> None:
     with pytest.raises(DataError, match="no rows"):
         score_mixes(base, [], {"base": []})
 

@@ -121,7 +121,7 @@ def test_importance_weights_are_capped() -> None:
     torch.testing.assert_close(importance_weights(p, q, 3.0), torch.tensor([2.0, 0.25, 3.0]))
 
 
-def test_mismatch_needs_no_float64_on_the_device() -> None:
+def test_the_mismatch_works_on_devices_without_float64() -> None:
     gap = SamplerMismatch()
     gap.add(torch.tensor([-1.0, -2.0]).as_subclass(OnMps), torch.tensor([-1.0, -2.5], dtype=torch.float64))
     assert (gap.worst, gap.metric_means.sums["gap_mean"], gap.metric_means.sums["gap_share"]) == (0.5, 0.5, 1.0)

@@ -187,7 +187,7 @@ def test_each_fault_is_named(
     assert text in (stopped(report, check) if level == "stop" else warned(report, check))
 
 
-def test_a_begin_written_twice_and_half_precision_stop_the_run(run: Run) -> None:
+def test_a_repeated_bos_token_or_float16_stops_the_run(run: Run) -> None:
     run.base.model.half()
     assert "the base is float16 on cpu" in stopped(run(), "precision")
     run.base.model.float()
@@ -278,7 +278,7 @@ def test_run_over_the_memory(run: Run) -> None:
     assert "memory.limit_gb" not in run(free_memory=1_000_000).text()
 
 
-def test_run_over_the_memory_gets_the_cheapest_fix(tmp_path: Path) -> None:
+def test_a_run_that_exceeds_memory_gets_the_cheapest_fix(tmp_path: Path) -> None:
     # With two layers only the first one saves activations, because the last works on trained tokens only; so
     # use four.
     run = Run(TinyBase(tiny_model(num_hidden_layers=4), tiny_tokenizer()), tmp_path)

@@ -333,7 +333,7 @@ def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
     assert "above 90%" in resolved.sources["memory.activation_checkpointing"]
 
 
-def test_run_over_the_memory_needs_force(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_a_run_that_exceeds_memory_needs_force(shared: Path, base: TextBase, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="this run does not fit"):
         train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01})
     assert not (tmp_path / "out").exists()

@@ -128,7 +128,7 @@ def test_each_run_equals_its_run_alone(name: str, group: Any, alone: Callable[[s
     assert name != "a" or len(set(accuracies)) > 1
 
 
-def test_one_pass_serves_all(
+def test_one_forward_pass_serves_all_mixes(
     shared: Path, base: TextBase, group: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Rows of five runs share a pass; rows that exceed a micro-batch use several passes."""

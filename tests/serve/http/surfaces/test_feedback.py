@@ -236,7 +236,7 @@ def test_expired_answers_are_hidden_and_removed(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
-def test_feedback_is_503_while_the_database_is_unavailable(shop: Shop) -> None:
+def test_feedback_returns_503_while_the_database_is_unavailable(shop: Shop) -> None:
     locked = psycopg.connect(shop.tenants.store.where)
     locked.execute("LOCK TABLE tenant_answers")  # until the connection is closed
     id = shop.ask("One").json()["id"]

@@ -239,7 +239,7 @@ def test_forms_of_answers(client: openai.OpenAI, server: Live, extra: Any, gramm
     assert server.engine.seen[0].sampling.grammar == grammar
 
 
-def test_the_clients_own_parsing_of_json(client: openai.OpenAI) -> None:
+def test_the_openai_clients_parse_method_works(client: openai.OpenAI) -> None:
     from pydantic import BaseModel
 
     class Weather(BaseModel):

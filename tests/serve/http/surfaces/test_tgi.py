@@ -49,7 +49,7 @@ def test_a_mix_is_a_list(server: Live) -> None:
     assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
 
 
-def test_the_stream(server: Live) -> None:
+def test_the_stream_has_vllms_events(server: Live) -> None:
     body = {"inputs": "one two three", "parameters": {"max_new_tokens": 60, "seed": 5, "top_n_tokens": 1}}
     events = server.events("/generate_stream", body)
     assert [e["index"] for e in events] == list(range(1, len(events) + 1))
@@ -126,6 +126,6 @@ def test_the_root_accepts_streamed_and_whole_requests(server: Live) -> None:
     assert server.events("/", {"inputs": "Hi", "stream": True})[-1]["generated_text"] == "[base] Hi"
 
 
-def test_info(server: Live) -> None:
+def test_the_info_route_describes_the_server(server: Live) -> None:
     found = server.get("/info").json()
     assert (found["model_id"], found["max_total_tokens"], found["max_input_tokens"]) == ("toy", 512, 511)

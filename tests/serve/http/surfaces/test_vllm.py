@@ -40,7 +40,7 @@ def test_a_loaded_name_changes_only_in_place(server: Live) -> None:
     assert say(server, "pet").json()["choices"][0]["text"] == "[d0*1] Hi"
 
 
-def test_not_found(server: Live) -> None:
+def test_a_path_that_is_no_adapter_is_not_found(server: Live) -> None:
     answer = load(server, "x", "/etc/passwd")
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (404, "NotFoundError", 404)
