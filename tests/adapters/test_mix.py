@@ -96,7 +96,7 @@ def test_invalid_requests_are_refused(two, tmp_path):
         mix_adapters([], tmp_path / "m")
     with pytest.raises(ConfigError, match="the output already exists"):
         mix_adapters([fa], fb)
-    with pytest.raises(AdapterError, match="2 bounds"):
+    with pytest.raises(AdapterError, match="2 conflicting limits"):
         resize(fa, tmp_path / "m", rank=1, error=0.1)
     with pytest.raises(ConfigError, match="a resize needs a size"):
         resize(fa, tmp_path / "m")

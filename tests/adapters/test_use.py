@@ -117,7 +117,7 @@ def test_adapters_are_found_by_path_and_library_name(
     (tmp_path / "kept").mkdir()
     assert adapter_path("kept") == Path("kept"), "what is here by that path goes first"
     for asked in ("plain:0.8@campaign=product", "kept@prod@steps=0-0.6"):
-        with pytest.raises(AdapterError, match=r"behind the @, .*, is for pictures"):
+        with pytest.raises(AdapterError, match=r"after the @, .*, is for pictures"):
             load_adapter(base, asked)
     with pytest.raises(AdapterError, match="the library has no kept@7"):
         adapter_path("kept@7")

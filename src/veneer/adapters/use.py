@@ -219,7 +219,7 @@ def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> Reading:
 
 
 def _refuse_other_family(
-    base: AnyBase, name: str, path: Path, reading: Reading, why: str = "its names and shapes fit all the same"
+    base: AnyBase, name: str, path: Path, reading: Reading, why: str = "but its module names and shapes match the base"
 ) -> None:
     """Raise MismatchError if the adapter is for another family than the base."""
     its = reading.family

@@ -260,7 +260,7 @@ class Attachment:
             for rival_name, rival, _ in selected:
                 if rival is not adapter and (both := sorted(set(adapter.modules) & self._wrapped_for(rival))):
                     raise AdapterError(
-                        f"{name!r} replaces {', '.join(both[:3])} whole, which {rival_name!r} changes too",
+                        f"{name!r} replaces the weights of {', '.join(both[:3])}, which {rival_name!r} also changes",
                         fix="use one of the two",
                     )
         return Selection(tuple((adapter, s) for _, adapter, s in selected))

@@ -232,7 +232,7 @@ class _Reader:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
             return A, B
         if math.prod(mid.shape[2:]) * A.numel() > _MOST:
-            self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: together absurdly large")
+            self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: the product is too large")
             return A, B
         wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
         return torch.einsum("pq...,qi->pi...", mid.double(), A.double().flatten(1)).to(wide), B.to(wide)
@@ -246,7 +246,7 @@ class _Reader:
         shape = (B.shape[0], *A.shape[1:])
         flat = (shape[0], math.prod(shape[1:]))
         if math.prod(flat) > _MOST:
-            self.problems.append(f"bias_size {tuple(size.shape)} of a weight {flat}: absurdly large")
+            self.problems.append(f"bias_size {tuple(size.shape)} of a weight {flat}: too large")
             return
         wrap = (lambda t: t.long() & 0xFFFF) if indices.dtype == torch.int16 else (lambda t: t.long())
         at, values = wrap(indices), values.reshape(-1)

@@ -206,7 +206,7 @@ def _move_route(
         return event(f"{text}{name} was moved", move=max(revisions), promoted=bool(met))
     number = _current(history)
     if compared is not None and compared.get("move", number) != number:
-        raise routes.RouteMoved(f"{name} was changed since {reference} was compared", where="route")
+        raise routes.RouteMoved(f"{name} changed after {reference} was compared with it", where="route")
     serving = serving_version(now, job.name)
     if met or (serving is None and met is None):
         targets = [(reference, 1)]

@@ -51,7 +51,7 @@ def build_errors(action: str, *, where: str, fix: str) -> Iterator[None]:
     not converted."""
     try:
         yield
-    except Exception as error:  # The type can be any, because each class parses its own fields.
+    except Exception as error:  # any type, because each model class parses its own fields
         if lacks_memory(error):
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())

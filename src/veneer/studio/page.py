@@ -90,7 +90,7 @@ class NotFound(VeneerError):
 
 @dataclass(frozen=True)
 class Query:
-    """The query string of a link. All values are texts."""
+    """The query string of a link. All values are strings."""
 
     pairs: tuple[tuple[str, str], ...] = ()
 

@@ -59,7 +59,7 @@ def test_neighbor_is_ignored_with_spare_processors() -> None:
 
 
 def test_idle_processor_is_chosen() -> None:
-    """Both threads stay on one processor; a neighbor bound to that processor leaves the other idle."""
+    """The idle processor is the one that no other process keeps busy."""
     machine = Machine()
     machine.passes(1.0, (1.0, 1.0), 2.0)
     machine.passes(1.0, (1.0, 0.1), 0.5)

@@ -1,4 +1,4 @@
-"""Runs on the tiny text base and forty tickets, of about a second each; shared by tests of text runs."""
+"""Text runs of about one second with the tiny base and forty tickets, shared by tests."""
 
 from __future__ import annotations
 

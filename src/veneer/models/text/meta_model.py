@@ -79,7 +79,7 @@ def tied_weights(folder: Path) -> list[list[str]]:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with loading(), torch.device("meta"):
             model = built._from_config(config) if hasattr(built, "_from_config") else built.from_config(config)
-    except Exception as error:  # The type can be any, because each class parses its own fields.
+    except Exception as error:  # any type, because each model class parses its own fields
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise BaseError(
             f"transformers cannot build a model from this configuration: {why:.300}", where=str(file)

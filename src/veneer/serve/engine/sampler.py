@@ -141,7 +141,7 @@ _NOTHING_ALLOWED, _NOT_FINITE = -1, -2
 def _no_token(row: SampledRow, why: int) -> Refused:
     message = "no token has a finite score"
     if why == _NOT_FINITE and row.under:  # the request is the cause, so a retry does not help
-        message = f"{message} under {quoted(row.under)}: the base overflowed"
+        message = f"{message} with adapters {quoted(row.under)}: the output overflowed"
         return Refused(message, status=400, code="adapter_unusable", param="model", fix="lower strengths")
     return Refused(message, status=500, code="internal")
 

@@ -126,8 +126,7 @@ class AdapterSources:
         return (self.names.refreshed() if sure else self.names.now).find(parsed)
 
     async def fresh(self) -> None:
-        """Wait until everything committed before this call is visible, or until the index fails to respond in
-        time."""
+        """Wait until all changes committed before this call are visible, or until the index's timeout."""
         if self.names is not None:
             await self.names.fresh()
 

@@ -314,7 +314,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         if number > self.max_waiting:
             raise invalid(f"{number} images at once: at most {self.max_waiting} can wait", "n")
         if len(self._waiting) + number > self.max_waiting:
-            message = f"{len(self._waiting)} images wait already; the limit is {self.max_waiting}"
+            message = f"{len(self._waiting)} images are already waiting; the limit is {self.max_waiting}"
             raise Refused(message, status=429, code="overloaded", retry_after=5.0, fix="try again later")
 
     def _submit(self, jobs: Sequence[_Job]) -> int:

@@ -323,7 +323,9 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
     if now is None:
         raise _lost(c, tenant, route)
     if undone and now.move not in undone:
-        raise RouteMoved(f"{route} was changed since", where="route", fix=f"veneer tenant route history {route}")
+        raise RouteMoved(
+            f"{route} changed after it was read", where="route", fix=f"veneer tenant route history {route}"
+        )
     of_route = _belongs_to(db.move_table, tenant, route)
     number: int | None = now.move
     while number is not None and number in {now.move, *undone}:

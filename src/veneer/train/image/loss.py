@@ -88,7 +88,7 @@ def _time(shape: Sequence[int], prediction: _Prediction, times: Times, g: torch.
 def shifted(u: Tensor, shift: float) -> Tensor:
     """Return σ = s·u / (1 + (s − 1)·u).
 
-    The map is monotone, maps 0 to 0 and 1 to 1, and its inverse is the map of 1/s (arXiv 2403.03206, eq. 23).
+    The map is monotone, maps 0 to 0 and 1 to 1, and its inverse has 1/s in place of s (arXiv 2403.03206, eq. 23).
     FLUX's exp(μ)/(exp(μ) + 1/u − 1) is the same with s = exp(μ)."""
     return shift * u / (1 + (shift - 1) * u)
 
