@@ -71,10 +71,8 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
     if not math.isfinite(weight) or not 0 <= begin < end <= 1:
         raise ConfigError(f"{spec!r} has a weight or a range of steps that is not valid", fix=_EXAMPLE)
     if parsed["kind"] not in OWN_KINDS and not parsed["model"]:
-        raise ConfigError(
-            f"control {parsed['kind']!r} needs a ControlNet",
-            fix=f"name it, as in {parsed['kind']}@FOLDER={parsed['path']}; {', '.join(OWN_KINDS)} take the base's own",
-        )
+        fix = f"name it, as in {parsed['kind']}@FOLDER={parsed['path']}; {', '.join(OWN_KINDS)} take the base's own"
+        raise ConfigError(f"control {parsed['kind']!r} needs a ControlNet", fix=fix)
     return ControlSpec(parsed["kind"], parsed["path"], weight, parsed["model"] or "", begin, end)
 
 
@@ -120,19 +118,16 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
     try:
         with Image.open(io.BytesIO(data), formats=None if formats is None else tuple(formats)) as opened:
             if max_pixels is not None and opened.width * opened.height > max_pixels:
-                raise DataError(
-                    f"this picture is {opened.width}×{opened.height}", where=where, fix=f"at most {max_pixels} pixels"
-                )
+                message = f"this picture is {opened.width}×{opened.height}"
+                raise DataError(message, where=where, fix=f"at most {max_pixels} pixels")
             picture = _one_frame(opened, where)
     except UnidentifiedImageError as error:
         accepted = f", in none of {', '.join(formats)}" if formats else ""
         raise DataError(f"this is not a picture{accepted}: cannot identify image file", where=where) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}",
-            where=where,
-            fix="make it smaller" if max_pixels is None else f"at most {max_pixels} pixels",
-        ) from error
+        message = f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
+        fix = "make it smaller" if max_pixels is None else f"at most {max_pixels} pixels"
+        raise DataError(message, where=where, fix=fix) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"this is not a picture: {error}", where=where) from error
     return picture
@@ -158,10 +153,8 @@ def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
     try:
         import cv2
     except ImportError:
-        raise MissingExtraError(
-            "finding edges needs OpenCV",
-            fix="pip install opencv-python-headless, or give the edges yourself: edges=FILE",
-        ) from None
+        fix = "pip install opencv-python-headless, or give the edges yourself: edges=FILE"
+        raise MissingExtraError("finding edges needs OpenCV", fix=fix) from None
     import numpy as np
     from PIL import Image
 

@@ -214,9 +214,8 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
     mask, mask_from = _opened(options.mask, paper="black")
     if mask is not None and not mask.convert("L").getbbox():
         where = mask_from["path"] if mask_from else None
-        raise DataError(
-            "the mask is all black, so nothing would be repainted", where=where, fix="paint the areas to repaint white"
-        )
+        message = "the mask is all black, so nothing would be repainted"
+        raise DataError(message, where=where, fix="paint the areas to repaint white")
     opened = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
     references = [(picture, record) for picture, record in map(_opened, options.references) if picture and record]
     guide = (

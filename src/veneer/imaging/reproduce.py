@@ -112,12 +112,11 @@ def reproduce(
     if an adapter is not found by name or, in the library, by digest."""
     base = pipeline.base
     if recipe.fingerprint != base.fingerprint:
-        raise MismatchError(
+        message = (
             "this picture was made on another base\n"
-            f"  then: {recipe.fingerprint} ({recipe.base})\n  now:  {base.fingerprint} ({base.name})",
-            where=recipe.path,
-            fix="give its own with --base",
+            f"  then: {recipe.fingerprint} ({recipe.base})\n  now:  {base.fingerprint} ({base.name})"
         )
+        raise MismatchError(message, where=recipe.path, fix="give its own with --base")
     for path, sha in recipe.inputs.items():
         if (file_sha := hashed_picture(path)[1]) != sha:
             where = f"sha256 {file_sha[:12]}, then {sha[:12]}"
@@ -150,9 +149,7 @@ def _attach(pipeline: ImagePipeline, name: str, digest: str) -> str:
             raise missing from None
         source = pipeline.add(digest)
     if source.digest != digest:
-        raise MismatchError(
-            f"adapter {name!r} differs from the one used then\n  then: {digest}\n  now:  {source.digest}",
-            where=source.path,
-            fix="restore the file, or add the original to the library, where it is found by its digest",
-        )
+        message = f"adapter {name!r} differs from the one used then\n  then: {digest}\n  now:  {source.digest}"
+        fix = "restore the file, or add the original to the library, where it is found by its digest"
+        raise MismatchError(message, where=source.path, fix=fix)
     return source.name

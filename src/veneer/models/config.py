@@ -185,11 +185,8 @@ class _Check:
             self.check("attention_head_dim", _size())
             return
         if "model_type" not in self.fields and get("addition_embed_type") not in ("text_time", None):
-            raise ConfigError(
-                "only SD1.5's and SDXL's U-Nets can be planned",
-                where=self.where,
-                fix="--base sdxl, flux.1-dev, or another of `veneer plan --list`",
-            )
+            fix = "--base sdxl, flux.1-dev, or another of `veneer plan --list`"
+            raise ConfigError("only SD1.5's and SDXL's U-Nets can be planned", where=self.where, fix=fix)
         self.check("block_out_channels", _WIDTHS)
         widths = get("block_out_channels")
         for key, (accepts, example) in _LEVELS.items():
@@ -222,8 +219,5 @@ class _Check:
     def refuse(self, key: str, expected: str, value: Any = None) -> None:
         text = json.dumps(self.fields[key] if value is None else value, ensure_ascii=False, default=str)
         text = text if len(text) <= 60 else text[:60] + "…"
-        raise ConfigError(
-            f"{key} is {text}, not {expected}",
-            where=f"{self.where}: {key}",
-            fix="correct the file, or take the base's own config.json again",
-        )
+        fix = "correct the file, or take the base's own config.json again"
+        raise ConfigError(f"{key} is {text}, not {expected}", where=f"{self.where}: {key}", fix=fix)

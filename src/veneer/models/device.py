@@ -45,9 +45,8 @@ def check_device_name(device: str, where: str) -> None:
     if not _DEVICE_NAME.fullmatch(device):
         suggestion = nearest(device.lower(), ("auto", "cpu", "cuda", "mps"), 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
-        raise ConfigError(
-            f"{quoted(device)} is not a device", where=where, fix=f"{hint}There are auto, cpu, cuda, cuda:1 and mps"
-        )
+        message = f"{quoted(device)} is not a device"
+        raise ConfigError(message, where=where, fix=f"{hint}There are auto, cpu, cuda, cuda:1 and mps")
     if device not in ("auto", "cpu"):
         choose_device(device)
 
@@ -66,9 +65,8 @@ def choose_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"{device!r} is not a device", fix="auto, cpu, cuda, cuda:1 or mps") from error
     if selected.type == "cuda" and (selected.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)", fix="use device auto or cpu"
-        )
+        message = f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)"
+        raise ConfigError(message, fix="use device auto or cpu")
     if selected.type == "cuda" and selected.index is None:
         selected = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     if selected.type == "mps" and not torch.backends.mps.is_available():
@@ -138,11 +136,9 @@ def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.devic
     else:
         return
     if needs > free:
-        raise ResourceError(
-            f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free",
-            where=f"{path} on {device}",
-            fix="use a smaller base, dtype bfloat16, or another machine",
-        )
+        message = f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free"
+        where = f"{path} on {device}"
+        raise ResourceError(message, where=where, fix="use a smaller base, dtype bfloat16, or another machine")
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

@@ -52,20 +52,14 @@ def hub_snapshot(
                 repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
             )
     except GatedRepoError as error:
-        raise BaseError(
-            f"{repo} is gated: it requires an account that has accepted its terms",
-            where=where,
-            fix=f"accept them on its page and run `hf auth login`. {hint}",
-        ) from error
+        message = f"{repo} is gated: it requires an account that has accepted its terms"
+        raise BaseError(message, where=where, fix=f"accept them on its page and run `hf auth login`. {hint}") from error
     except RevisionNotFoundError as error:
         raise BaseError(f"{repo} has no revision {revision!r}", where=where) from error
     except RepositoryNotFoundError as error:
         raise BaseError(f"there is no base {name!r}", where=where, fix=hint) from error
     except Exception as error:  # offline mode, no route, DNS, proxies: each HTTP client has its own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseError(
-            f"there is no base {name!r} on this machine, and the hub cannot be reached",
-            where=where,
-            fix=f"{hint}. (The hub client said: {reason[:160]})",
-        ) from error
+        message = f"there is no base {name!r} on this machine, and the hub cannot be reached"
+        raise BaseError(message, where=where, fix=f"{hint}. (The hub client said: {reason[:160]})") from error
     return Path(snapshot)

@@ -133,11 +133,9 @@ def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] 
     problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:
-        raise BaseError(
-            f"the weights do not match the config ({len(problems)} problems):\n{bullets(problems)}",
-            where=str(path),
-            fix="use config and weights of one model; a text base is a causal language model, not an encoder",
-        )
+        message = f"the weights do not match the config ({len(problems)} problems):\n{bullets(problems)}"
+        fix = "use config and weights of one model; a text base is a causal language model, not an encoder"
+        raise BaseError(message, where=str(path), fix=fix)
     unexpected = sorted(info.get("unexpected_keys", ()))
     check_left_out(path, unexpected, harmless)
     return (
@@ -153,11 +151,8 @@ def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] |
     `harmless`: as in `check_loaded`."""
     names = list(names)
     if scales := [name for name in names if _SCALES.fullmatch(name)]:
-        raise BaseError(
-            f"{counted(len(scales), 'scale')} of quantized weights would be ignored: {first_few(scales, 6)}",
-            where=str(path),
-            fix="use the 16-bit weights of this base",
-        )
+        message = f"{counted(len(scales), 'scale')} of quantized weights would be ignored: {first_few(scales, 6)}"
+        raise BaseError(message, where=str(path), fix="use the 16-bit weights of this base")
     if harmless is not None and (wrong := [name for name in names if not harmless.fullmatch(name)]):
         raise BaseError(
             f"{counted(len(wrong), 'stored tensor')} with no matching parameter in the model: {first_few(wrong, 6)}",

@@ -303,11 +303,8 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
     method = settings.get("quant_method")
     if method == "bitsandbytes":
         return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"
-    raise BaseError(
-        f"the weights are quantized by {method}, which veneer does not read",
-        where=where,
-        fix="use the 16-bit weights with base.quantize=nf4, or a bitsandbytes or GGUF file",
-    )
+    fix = "use the 16-bit weights with base.quantize=nf4, or a bitsandbytes or GGUF file"
+    raise BaseError(f"the weights are quantized by {method}, which veneer does not read", where=where, fix=fix)
 
 
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
@@ -371,12 +368,11 @@ def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTens
     """Read stored · scale, rounded once to float32. The scale is a scalar or has one value per row."""
     where = f"{weight.file}: {weight.name}"
     if not weight.shape or scale.elements not in (1, weight.shape[0]) or (scale.shape or (1,))[0] != scale.elements:
-        raise BaseError(
+        message = (
             f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one scale per weight, "
-            "or one per row",
-            where=where,
-            fix=_PLAIN_FIX,
+            "or one per row"
         )
+        raise BaseError(message, where=where, fix=_PLAIN_FIX)
     if marker is not None:
         text = bytes(read_values(marker).to(torch.uint8).flatten().tolist())
         try:
@@ -425,7 +421,5 @@ def check_kind(kind: str) -> None:
     """Raise ConfigError for an unknown quantization format."""
     if kind not in KINDS:
         suggestion = nearest(kind.lower(), [*KINDS, "keep"])
-        raise ConfigError(
-            f"{kind!r} is not a known quantization" + (f"; nearest: {suggestion[0]}" if suggestion else ""),
-            fix=f"{', '.join(KINDS)}, or keep",
-        )
+        message = f"{kind!r} is not a known quantization" + (f"; nearest: {suggestion[0]}" if suggestion else "")
+        raise ConfigError(message, fix=f"{', '.join(KINDS)}, or keep")

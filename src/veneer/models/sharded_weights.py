@@ -118,11 +118,8 @@ class ShardReader:
         stored = self.stored[name]
         values = read_values(stored, first, last)
         if _state(stored.file) != self._found[stored.file]:
-            raise BaseError(
-                "the file has changed since the base was found, and parts of two files would be no base",
-                where=str(stored.file),
-                fix="begin again once nothing writes to it",
-            )
+            message = "the file has changed since the base was found, and parts of two files would be no base"
+            raise BaseError(message, where=str(stored.file), fix="begin again once nothing writes to it")
         self.bytes_read += values.nbytes
         return values
 

@@ -135,11 +135,8 @@ def _base_here(name: str) -> Path | None:
 def _not_found(name: str, path: Path) -> BaseError:
     siblings = nearest(path.name, (p.name for p in path.parent.iterdir()), 1) if path.parent.is_dir() else []
     hints = nearest(name, [k.name for k in known_bases()], 1) or [str(path.parent / b) for b in siblings]
-    return BaseError(
-        f"there is no base {name!r}",
-        where=str(path.absolute()),
-        fix=(f"did you mean {hints[0]}? Otherwise " if hints else "") + _WAYS,
-    )
+    fix = (f"did you mean {hints[0]}? Otherwise " if hints else "") + _WAYS
+    return BaseError(f"there is no base {name!r}", where=str(path.absolute()), fix=fix)
 
 
 def is_image_base(path: Path) -> bool:
@@ -163,13 +160,11 @@ def _local(path: Path) -> Path:
     if len(ggufs) == 1:
         return ggufs[0]
     if ggufs:
-        raise BaseError(
-            f"this directory holds {len(ggufs)} GGUF files", where=str(path), fix=f"name one: {ggufs[0]}, …"
-        )
+        message = f"this directory holds {len(ggufs)} GGUF files"
+        raise BaseError(message, where=str(path), fix=f"name one: {ggufs[0]}, …")
     if (path / "adapter_config.json").exists():
         raise BaseError("this is an adapter, not a base", where=str(path), fix="name its base here, and it as adapter")
     inside = sorted(p.parent for p in [*path.glob("*/config.json"), *path.glob("*/model_index.json")])
     hint = f"did you mean {inside[0]}? Otherwise " if inside else ""
-    raise BaseError(
-        "this directory has no config.json or model_index.json, so it is not a base", where=str(path), fix=hint + _WAYS
-    )
+    message = "this directory has no config.json or model_index.json, so it is not a base"
+    raise BaseError(message, where=str(path), fix=hint + _WAYS)

@@ -259,10 +259,8 @@ def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
     long = max(ratio, 1 / ratio)
     nearest_units = units(side / long**0.5)
     # Of the short sides near this area, choose the one that gives the aspect ratio closest to `ratio`.
-    short = min(
-        (nearest_units, nearest_units + unit, max(unit, nearest_units - unit)),
-        key=lambda s: abs(units(s * long) / s / long - 1),
-    )
+    candidates = (nearest_units, nearest_units + unit, max(unit, nearest_units - unit))
+    short = min(candidates, key=lambda s: abs(units(s * long) / s / long - 1))
     return (units(short * ratio), short) if ratio >= 1 else (short, units(short / ratio))
 
 
@@ -274,10 +272,8 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
         return "flow"
     stated = scheduler.config.get("prediction_type", "epsilon")
     if stated not in ("epsilon", "v_prediction"):
-        raise BaseError(
-            f"the scheduler says prediction_type {stated!r}; epsilon and v_prediction are known",
-            where=str(path / "scheduler"),
-        )
+        message = f"the scheduler says prediction_type {stated!r}; epsilon and v_prediction are known"
+        raise BaseError(message, where=str(path / "scheduler"))
     return "v" if stated == "v_prediction" else "epsilon"
 
 
@@ -298,11 +294,8 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
     if kind not in table:
         task = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting", "edit": "editing"}[kind]
         having = ", ".join(table) or "none"
-        raise BaseError(
-            f"diffusers has no {task} pipeline for {base.row.label}" + (" with a ControlNet" if controls else ""),
-            where=base.name,
-            fix=f"kinds it has{' with one' if controls else ''}: {having}",
-        )
+        message = f"diffusers has no {task} pipeline for {base.row.label}" + (" with a ControlNet" if controls else "")
+        raise BaseError(message, where=base.name, fix=f"kinds it has{' with one' if controls else ''}: {having}")
     for name in sorted(base._released):
         base.part(name)  # raises BaseError
     with errors_only():  # Without torchvision, the import logs a warning.

@@ -153,11 +153,9 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
         if library is None or classname is None:
             continue
         if library not in _LIBRARIES:
-            raise BaseError(
-                f"{name} is a {classname} of {library}: code that came with the base is not run",
-                where=str(path / _INDEX),
-                fix="use a base with components of diffusers and transformers only",
-            )
+            message = f"{name} is a {classname} of {library}: code that came with the base is not run"
+            where = str(path / _INDEX)
+            raise BaseError(message, where=where, fix="use a base with components of diffusers and transformers only")
         if not (path / name).is_dir():
             raise BaseError(f"the folder of {name} is missing", where=str(path / name), fix="copy the base again")
         out[name] = (str(library), str(classname))
@@ -174,11 +172,8 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     classname = classes[denoiser][1]
     family = denoiser_family(classname, _config_of(path / denoiser))
     if family is None:
-        raise BaseError(
-            f"{classname} belongs to no family that veneer knows",
-            where=str(path / denoiser),
-            fix="known: " + ", ".join(row.label for row in FAMILIES.values()),
-        )
+        fix = "known: " + ", ".join(row.label for row in FAMILIES.values())
+        raise BaseError(f"{classname} belongs to no family that veneer knows", where=str(path / denoiser), fix=fix)
     for name in ("vae", "scheduler"):
         if name not in classes:
             raise BaseError(f"this base has no {name}", where=str(path / _INDEX))
@@ -246,9 +241,8 @@ def _load_component(
 ) -> tuple[Any, tuple[str, ...]]:
     cls = getattr(importlib.import_module(library), classname, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
-        raise BaseError(
-            f"the installed {library} has no {classname}", where=str(folder), fix=f"pip install -U {library}"
-        )
+        message = f"the installed {library} has no {classname}"
+        raise BaseError(message, where=str(folder), fix=f"pip install -U {library}")
     options: dict[str, Any] = {"local_files_only": True}
     if weights:
         options |= {"use_safetensors": True, "output_loading_info": True}
@@ -361,10 +355,8 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
     for size in _CONTROL_SIZES:
         control_size, base_size = config.get(size), denoiser.config.get(size)
         if control_size is not None and base_size is not None and _plain(control_size) != _plain(base_size):
-            raise BaseError(
-                f"this ControlNet is for another base: its {size} is {control_size}, the base's {base_size}",
-                where=str(folder),
-            )
+            message = f"this ControlNet is for another base: its {size} is {control_size}, the base's {base_size}"
+            raise BaseError(message, where=str(folder))
     model, _ = _load_component(folder, "diffusers", classname, dtype, device, None, True)
     control: nn.Module = model.eval()
     return control.requires_grad_(False)
@@ -395,9 +387,8 @@ def read_single_file(
     if any(t.name.endswith(_OF_ADAPTERS) for t in table):
         raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
     if quantize:
-        raise BaseError(
-            "a single-file base cannot be quantized while it is read", where=str(path), fix="save it as a directory"
-        )
+        fix = "save it as a directory"
+        raise BaseError("a single-file base cannot be quantized while it is read", where=str(path), fix=fix)
     folder = _configs_for(path, config, table)
     index = read_index(folder)
     classes = component_classes(index, folder)
@@ -426,9 +417,8 @@ def read_single_file(
                     where=str(path),
                     fix=f"config= a directory with the weights of {name}",
                 ) from error
-        parts[name], more = _load_component(
-            folder / name, library, classname, kind, device_of_parts, None, name in tables
-        )
+        part = folder / name
+        parts[name], more = _load_component(part, library, classname, kind, device_of_parts, None, name in tables)
         notes += [f"{name}: {note}" for note in more]
     with loading():
         state = _state_of(path, table, kind)
@@ -439,10 +429,9 @@ def read_single_file(
             message = " ".join(str(error).split())[:300]
             if "meta tensor" in message:  # A parameter has no tensor in the file.
                 message = "some of its weights are not in the file"
+            fix = "config= a diffusers directory of the same kind of model"
             raise BaseError(
-                f"diffusers cannot read this file as {family.label}: {message}",
-                where=str(path),
-                fix="config= a diffusers directory of the same kind of model",
+                f"diffusers cannot read this file as {family.label}: {message}", where=str(path), fix=fix
             ) from error
     del state
     parts = {name: parts[name] for name in classes}
@@ -586,11 +575,9 @@ def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None
     """Raise BaseError if only the file, and not the scheduler, says v-prediction."""
     stated = scheduler.config.get("prediction_type")
     if "v_pred" in unused and stated != "v_prediction":
-        raise BaseError(
-            f"the file marks a v-prediction model (v_pred), but the scheduler's config says {stated!r}",
-            where=str(path),
-            fix='set config= to a directory with a scheduler_config.json that has "prediction_type": "v_prediction"',
-        )
+        message = f"the file marks a v-prediction model (v_pred), but the scheduler's config says {stated!r}"
+        fix = 'set config= to a directory with a scheduler_config.json that has "prediction_type": "v_prediction"'
+        raise BaseError(message, where=str(path), fix=fix)
 
 
 class _Attached(TorchFunctionMode):

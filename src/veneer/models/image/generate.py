@@ -356,9 +356,8 @@ class _Run:
                 ).images
         except (ValueError, OverflowError) as error:
             message = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"{type(self.pipe).__name__} refuses these settings: {message}", where=base.short_name
-            ) from error
+            where = base.short_name
+            raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {message}", where=where) from error
         return [
             GeneratedPicture(
                 self.finished(array, row), row, positive.cut[i], negative_cut[i], rows, i, self.pipe.num_timesteps
@@ -512,10 +511,8 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     steps = default_settings(base)[0] if settings.steps is None else settings.steps
     if steps * settings.denoise < 1:
         least = math.ceil(1 / settings.denoise)
-        raise ConfigError(
-            f"denoise {settings.denoise:g} runs none of {counted(steps, 'step')}",
-            fix=f"{counted(least, 'step')}, or denoise {math.ceil(1000 / steps) / 1000:g}",
-        )
+        fix = f"{counted(least, 'step')}, or denoise {math.ceil(1000 / steps) / 1000:g}"
+        raise ConfigError(f"denoise {settings.denoise:g} runs none of {counted(steps, 'step')}", fix=fix)
     if settings.denoise < 1 and any(row.image is None for row in rows):
         message = "denoise below 1 needs a picture to start from"
         raise ConfigError(message, fix="give image too (--image in.png)")

@@ -58,11 +58,9 @@ def recomputing(base: ImageBase) -> Iterator[None]:
     recomputation."""
     denoiser = base.denoiser
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-        raise ConfigError(
-            f"{type(denoiser).__name__} cannot recompute activations",
-            where="memory.activation_checkpointing",
-            fix="set it to off, and batching.micro_rows lower",
-        )
+        message = f"{type(denoiser).__name__} cannot recompute activations"
+        where = "memory.activation_checkpointing"
+        raise ConfigError(message, where=where, fix="set it to off, and batching.micro_rows lower")
     denoiser.enable_gradient_checkpointing()
     try:
         yield

@@ -111,9 +111,8 @@ def _embed_with_references(base: ImageBase, prompt: str, references: Sequence[Im
         for picture, (width, height) in zip(references, sizes, strict=True)
     ]
     with errors_only():
-        encoded = pipe.encode_prompt(
-            prompt=[prompt], image=sized if base.references > 1 else sized[0], device=base.device
-        )
+        image = sized if base.references > 1 else sized[0]
+        encoded = pipe.encode_prompt(prompt=[prompt], image=image, device=base.device)
     return Conditioning(encoded[0], None, encoded[1], [""])
 
 

@@ -89,11 +89,9 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
     if full_name not in fits:
         suggestion = nearest(name, fits)
         why = f" for {base.short_name}, which predicts {base.prediction}" if name in NAMES else ""
-        raise ConfigError(
-            f"there is no scheduler {name!r}{why}",
-            fix=(f"did you mean {suggestion[0]}? " if suggestion and name not in NAMES else "")
-            + f"known: {', '.join(fits)}",
-        )
+        hint = f"did you mean {suggestion[0]}? " if suggestion and name not in NAMES else ""
+        fix = f"{hint}known: {', '.join(fits)}"
+        raise ConfigError(f"there is no scheduler {name!r}{why}", fix=fix)
     kind, settings = NAMES[full_name]
     shared = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     if base.prediction != "flow":

@@ -103,9 +103,8 @@ def _attention(
         raise NotImplementedError(f"{query.shape[2]} queries in a row")
     unsupported = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if unsupported:
-        raise NotImplementedError(
-            f"{type(module).__name__} passes unsupported arguments to its attention: {', '.join(unsupported)}"
-        )
+        message = f"{type(module).__name__} passes unsupported arguments to its attention: {', '.join(unsupported)}"
+        raise NotImplementedError(message)
     window = kwargs.get("sliding_window") or 0
     how = AttentionSettings(
         kwargs.get("scaling"), kwargs.get("softcap") or 0.0, window, kwargs.get("s_aux") is not None

@@ -206,9 +206,8 @@ def read_base_config(path: Path) -> PreTrainedConfig:
     if path.is_file():
         check_config(config.to_dict(), str(path))
     if getattr(config, "is_encoder_decoder", False):
-        raise BaseError(
-            f"{config.model_type} is an encoder-decoder model; veneer adapts causal language models", where=str(path)
-        )
+        message = f"{config.model_type} is an encoder-decoder model; veneer adapts causal language models"
+        raise BaseError(message, where=str(path))
     return config
 
 
@@ -238,21 +237,16 @@ def _choose_quantization(quantize: str | None, path: Path, config: PreTrainedCon
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
     if quantize == "keep":
         if not saved and not path.is_file():
-            raise ConfigError(
-                "the weights of this base are not quantized, so there is nothing to keep",
-                where=str(path),
-                fix="nf4 instead of keep puts them in 4 bits while they are read",
-            )
+            message = "the weights of this base are not quantized, so there is nothing to keep"
+            fix = "nf4 instead of keep puts them in 4 bits while they are read"
+            raise ConfigError(message, where=str(path), fix=fix)
         return saved or "gguf"
     if quantize is None:
         return saved
     check_kind(quantize)
     if saved or path.is_file():
-        raise ConfigError(
-            f"the weights are quantized already ({saved or 'GGUF'}); quantized a second time they would be worse",
-            where=str(path),
-            fix="quantize=keep, or the 16-bit weights of this base",
-        )
+        message = f"the weights are quantized already ({saved or 'GGUF'}); quantized a second time they would be worse"
+        raise ConfigError(message, where=str(path), fix="quantize=keep, or the 16-bit weights of this base")
     return quantize
 
 
@@ -354,11 +348,8 @@ def _unreadable(part: str, path: Path, error: Exception) -> BaseError:
 def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise BaseError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the model's embedding {rows:,} rows",
-            where=str(path),
-            fix="use tokenizer and model of one base",
-        )
+        message = f"the tokenizer has {len(tokenizer):,} tokens and the model's embedding {rows:,} rows"
+        raise BaseError(message, where=str(path), fix="use tokenizer and model of one base")
 
 
 # -- stop tokens -----------------------------------------------------------------------------------------------------

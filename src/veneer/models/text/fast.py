@@ -287,9 +287,8 @@ def _interface(
     layout: RowLayout | None = kwargs.pop("row_layout", None)
     unsupported = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if unsupported:
-        raise _UnsupportedAttention(
-            f"{type(module).__name__} passes unsupported arguments to its attention: {', '.join(unsupported)}"
-        )
+        message = f"{type(module).__name__} passes unsupported arguments to its attention: {', '.join(unsupported)}"
+        raise _UnsupportedAttention(message)
     if layout is None:
         padded: tuple[Tensor, Any] = own_attention(module, implementation)(
             module, query, key, value, attention_mask, **kwargs

@@ -91,9 +91,8 @@ def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]
     for i, ids in enumerate(encoded):
         if not 0 < len(ids) < base.context:
             problem = f"has {len(ids):,} tokens; this base takes {base.context:,}" if ids else "is empty"
-            raise DataError(
-                f"prompt {i + 1} of {len(prompts)} {problem}", fix="shorten it" if ids else "write something"
-            )
+            message = f"prompt {i + 1} of {len(prompts)} {problem}"
+            raise DataError(message, fix="shorten it" if ids else "write something")
     return encoded
 
 
@@ -114,9 +113,8 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
 
     `variables`: as in `encode_prompt`."""
     if not base.has_chat_template:
-        raise BaseError(
-            f"{base.name} has no chat template, so it takes texts, not messages", fix="give the prompt as plain text"
-        )
+        message = f"{base.name} has no chat template, so it takes texts, not messages"
+        raise BaseError(message, fix="give the prompt as plain text")
     turns = [template_turn(m) for m in messages]
     try:
         text: str = base.tokenizer.apply_chat_template(
@@ -213,10 +211,8 @@ def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
     wider = "" if dtype == "float32" else "use --dtype float32"
     if not mix:
         raise BaseError(f"no token has a finite score: {base.name} overflowed in {dtype}", fix=wider or None)
-    raise AdapterError(
-        f"no token has a finite score under {mix_text(mix)}: {base.name} overflowed in {dtype}",
-        fix=(f"{wider}, or " if wider else "") + "lower strengths",
-    )
+    message = f"no token has a finite score under {mix_text(mix)}: {base.name} overflowed in {dtype}"
+    raise AdapterError(message, fix=(f"{wider}, or " if wider else "") + "lower strengths")
 
 
 def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:

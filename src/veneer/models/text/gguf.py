@@ -69,9 +69,8 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     model, info = load_state(type(empty), config, state, "", dtype)
     model.config.__dict__.pop("_model_name_or_path", None)
     if missing := sorted(info["missing_keys"]):
-        raise BaseError(
-            f"{len(missing)} tensors of the model are not in the file, {missing[0]} among them", where=str(file)
-        )
+        message = f"{len(missing)} tensors of the model are not in the file, {missing[0]} among them"
+        raise BaseError(message, where=str(file))
     return model
 
 

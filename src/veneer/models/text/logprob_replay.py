@@ -54,9 +54,8 @@ def replayed_logps(
     supports packed rows."""
     if not fast_report(model).rows:
         why = fast_report(model).skipped.get("rows", "it is not within its fast paths")
-        raise ConfigError(
-            f"values of this base's layers cannot be replaced: {why}", fix="set reinforcement.exact to false"
-        )
+        message = f"values of this base's layers cannot be replaced: {why}"
+        raise ConfigError(message, fix="set reinforcement.exact to false")
     at = trained.nonzero()[:, 0].to(input_ids.device)
     source_rows = at - 1 if shared is None else shared.sent(at.device).before[at]
     with _replayed_outputs(model.model.layers, replay, source_rows if fast_report(model).keeps else None):

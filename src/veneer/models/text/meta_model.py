@@ -81,9 +81,8 @@ def tied_weights(folder: Path) -> list[list[str]]:
             model = built._from_config(config) if hasattr(built, "_from_config") else built.from_config(config)
     except Exception as error:  # any type, because each model class parses its own fields
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BaseError(
-            f"transformers cannot build a model from this configuration: {why:.300}", where=str(file)
-        ) from error
+        message = f"transformers cannot build a model from this configuration: {why:.300}"
+        raise BaseError(message, where=str(file)) from error
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

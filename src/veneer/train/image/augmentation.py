@@ -136,11 +136,8 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
             shapes |= {(short, allowed), (allowed, short)}
         break
     if not shapes:
-        raise ConfigError(
-            f"a resolution of {resolution} pixels has no bucket in steps of {step}",
-            where="data.resolution",
-            fix=f"give at least {step}",
-        )
+        message = f"a resolution of {resolution} pixels has no bucket in steps of {step}"
+        raise ConfigError(message, where="data.resolution", fix=f"give at least {step}")
     return tuple(sorted(shapes))
 
 
@@ -180,11 +177,8 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
     Raises ConfigError if `bucket_step` is not a multiple of `unit`, and DataError if no row is left."""
     step = settings.step(unit, size)
     if step % unit:
-        raise ConfigError(
-            f"data.bucket_step is {step}, but this base's sides are multiples of {unit}",
-            where="data.bucket_step",
-            fix=f"set a multiple of {unit}",
-        )
+        message = f"data.bucket_step is {step}, but this base's sides are multiples of {unit}"
+        raise ConfigError(message, where="data.bucket_step", fix=f"set a multiple of {unit}")
     plan = PicturePlan(step=step)
     for picture in pictures:
         used: set[_Bucket] = set()
@@ -203,11 +197,8 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
         keep = "set data.small to keep or upscale"
         if settings.small == "keep":
             keep = "set data.small to upscale" + (f", or data.bucket_step to {unit}" if step > unit else "")
-        raise DataError(
-            f"every picture is smaller than its bucket (in steps of {step} pixels) and left out",
-            where=", ".join(settings.folders),
-            fix=f"lower data.resolution, or {keep}",
-        )
+        message = f"every picture is smaller than its bucket (in steps of {step} pixels) and left out"
+        raise DataError(message, where=", ".join(settings.folders), fix=f"lower data.resolution, or {keep}")
     return plan
 
 
@@ -344,11 +335,8 @@ def _read_unchanged(path: Path, digest: str) -> bytes:
     except UnreadablePicture as error:
         raise DataError(f"a picture of this run can no longer be used: {error}", where=str(path)) from None
     if now != digest:
-        raise DataError(
-            "the picture changed during the run",
-            where=str(path),
-            fix="start the run again: it computes the latents of this picture again",
-        )
+        fix = "start the run again: it computes the latents of this picture again"
+        raise DataError("the picture changed during the run", where=str(path), fix=fix)
     return data
 
 

@@ -172,11 +172,8 @@ def _of_view(view: View) -> tuple[Any, ...]:
 def _refuse_not_finite(entry: CacheEntry, label: object) -> None:
     for name, tensor in entry.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError(
-                f"the encoder's `{name}` are not finite numbers",
-                where=str(label),
-                fix="encode in bfloat16 or float32: SDXL's own VAE overflows in float16",
-            )
+            fix = "encode in bfloat16 or float32: SDXL's own VAE overflows in float16"
+            raise DataError(f"the encoder's `{name}` are not finite numbers", where=str(label), fix=fix)
 
 
 def _checksum(key: str, entry: CacheEntry) -> str:
@@ -194,8 +191,6 @@ def _write(path: Path, key: str, entry: CacheEntry) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, entry.tensors, metadata)
     except (OSError, AdapterError) as error:
-        raise ResourceError(
-            f"the cache cannot be written: {getattr(error, 'what', None) or getattr(error, 'strerror', error)}",
-            where=str(path),
-            fix="free some space, or set data.cache to a folder that can be written",
-        ) from None
+        message = f"the cache cannot be written: {getattr(error, 'what', None) or getattr(error, 'strerror', error)}"
+        fix = "free some space, or set data.cache to a folder that can be written"
+        raise ResourceError(message, where=str(path), fix=fix) from None

@@ -117,17 +117,15 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
             image: Image.Image = Image.open(io.BytesIO(data), formats=_DECODERS)
             width, height = image.size
             if width * height > limit:
-                raise UnreadablePicture(
-                    f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
-                )
+                message = f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
+                raise UnreadablePicture(message)
             # the other images of an MPO file are previews or the view of the other eye
             if (frames := 1 if image.format == "MPO" else getattr(image, "n_frames", 1)) > 1:
                 raise UnreadablePicture(f"an animation of {frames} frames: save one frame as a picture")
             image.load()
         except Image.DecompressionBombError:
-            raise UnreadablePicture(
-                f"more pixels than data.most_megapixels = {settings.most_megapixels:g} allows"
-            ) from None
+            message = f"more pixels than data.most_megapixels = {settings.most_megapixels:g} allows"
+            raise UnreadablePicture(message) from None
         except UnidentifiedImageError:
             raise UnreadablePicture(_describe_unknown(data)) from None
         except UnreadablePicture:
@@ -202,9 +200,8 @@ def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
         notes.append("16 bits to 8")
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if mode == "F":
-        raise UnreadablePicture(
-            "floating-point pixels with an unknown white level: save it with 8 or 16 bits a channel"
-        )
+        message = "floating-point pixels with an unknown white level: save it with 8 or 16 bits a channel"
+        raise UnreadablePicture(message)
     if mode in ("L", "RGB", "CMYK"):
         return image
     return image.convert("L" if mode == "1" else "RGB")  # 1, P, YCbCr, LAB, HSV, RGBX

@@ -96,11 +96,8 @@ def list_pictures(
     files = _scan(folder, settings)
     if not files.pictures:
         ignored_types = first_few([f"{n} {suffix}" for suffix, n in files.ignored.most_common()], 12) or "nothing"
-        raise DataError(
-            "there is no picture in this folder",
-            where=str(files.root),
-            fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {ignored_types}",
-        )
+        fix = f"pictures end in {', '.join(SUFFIXES)}; the folder holds {ignored_types}"
+        raise DataError("there is no picture in this folder", where=str(files.root), fix=fix)
     captions, rows, masks_of = _captions(files), _metadata(files, settings), _masks(files, masks)
     source_images = _source_images(files, settings)
     out = []
@@ -127,13 +124,12 @@ def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
     if fewer:
         example = next(file.name for file in files if len(file.sources) == most)
         missing = "no source image" if most == 1 else f"fewer than the {most} source images of {example}"
+        where = ", ".join(
+            folder for folder, files_of_folder in folders.items() if any(len(f.sources) < most for f in files_of_folder)
+        )
         raise DataError(
             f"{len(fewer)} of {len(files)} pictures have {missing}:\n{bullets(fewer)}",
-            where=", ".join(
-                folder
-                for folder, files_of_folder in folders.items()
-                if any(len(f.sources) < most for f in files_of_folder)
-            ),
+            where=where,
             fix="give all the same number (NAME.before.png, or the same name in the before folder), or set "
             "data.before: off to train on captions only",
         )
@@ -339,11 +335,8 @@ def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
         if match := _KOHYA.fullmatch(folder.name):
             repeats = int(match[1])
             if not 0 < repeats < _MOST_REPEATS:
-                raise DataError(
-                    f"a folder named N_words repeats each picture N times (as kohya's), here {repeats:,} times",
-                    where=str(folder),
-                    fix="rename the folder",
-                )
+                message = f"a folder named N_words repeats each picture N times (as kohya's), here {repeats:,} times"
+                raise DataError(message, where=str(folder), fix="rename the folder")
             return repeats, match[2].strip()
         if folder == root:
             break

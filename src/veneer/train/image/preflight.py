@@ -88,11 +88,8 @@ def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Mo
     for name in config.adapter.text_encoders:
         if name not in base.row.encoders or not hasattr(base.model, name):
             having = ", ".join(n for n in base.row.encoders if hasattr(base.model, n)) or "none"
-            raise TargetError(
-                f"{base.row.label} has no text encoder {name!r} that adapters are for",
-                where="adapter.text_encoders",
-                fix=f"it has: {having}",
-            )
+            message = f"{base.row.label} has no text encoder {name!r} that adapters are for"
+            raise TargetError(message, where="adapter.text_encoders", fix=f"it has: {having}")
         out[name] = (base.model.get_submodule(name), part)
     return out
 

@@ -53,13 +53,9 @@ def run_images(
         owns_base = base is None
         if base is None:
             run.fetch(config.base.name)
-            base = load_image(
-                config.base.name,
-                dtype=config.base.dtype,
-                device=run.devices.device,
-                quantize=config.base.quantize,
-                say=run.note,
-            )
+            dtype = config.base.dtype
+            device = run.devices.device
+            base = load_image(config.base.name, dtype=dtype, device=device, quantize=config.base.quantize, say=run.note)
         for note in base.notes:
             run.note(note)
         return train_images(ImageRun(run, config, base, owns_base, kind))

@@ -82,9 +82,8 @@ def _source_images(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Imag
         try:
             picture = decode_picture(read_bytes(Path(path))[0], config.data).colour
         except UnreadablePicture as error:
-            raise DataError(
-                f"this picture cannot be edited: {error}", where=path, fix="correct samples.before"
-            ) from None
+            message = f"this picture cannot be edited: {error}"
+            raise DataError(message, where=path, fix="correct samples.before") from None
         shape = (side, side) if single else size_in_units(base.unit, side, picture.width / picture.height)
         size = reference_size(base, *shape)
         return crop_resized(picture, crop_view(picture.size, size) if single else View(*size, picture.size, size))

@@ -103,14 +103,9 @@ def save_image_adapter(
     )
     adapter = replace(adapter, card=card)
     path = output_of(config)
-    written = convert.write(
-        adapter,
-        path,
-        output.layout,
-        family=base.family,
-        metadata=training_metadata(training),
-        dtype=None if output.dtype == "float32" else output.dtype,
-    )
+    metadata = training_metadata(training)
+    dtype = None if output.dtype == "float32" else output.dtype
+    written = convert.write(adapter, path, output.layout, family=base.family, metadata=metadata, dtype=dtype)
     if output.layout != "peft":
         write_atomically(path.parent / CARD_FILE, card_bytes(card, digest=written.digest, files=written.files))
         readme = readme_bytes(adapter, digest=written.digest, base_name=base.name, name=path.stem)

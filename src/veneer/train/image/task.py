@@ -177,15 +177,10 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
     cut = {
         w: {c: unread for c in dict.fromkeys(prompts) if (unread := cut_of(base, c))} for w, prompts in texts.items()
     }
+    data_findings = image.kind.findings(image, data)
+    devices = run.devices.count
     report = inspect_run(
-        config,
-        base,
-        data,
-        data_findings=image.kind.findings(image, data),
-        cut=cut,
-        resume=run.resume,
-        previous=previous,
-        devices=run.devices.count,
+        config, base, data, data_findings=data_findings, cut=cut, resume=run.resume, previous=previous, devices=devices
     )
     if not report.stops:
         report.add(*image.kind.last_findings(image, data))
@@ -458,11 +453,9 @@ class ImageTask:
             return self.loss.score(self.data.scored, interrupted, self.run.devices)
 
     def result(self, outcome: Outcome, progress: Progress) -> ImageResult:
+        pictures_per_second = progress.tokens / progress.seconds if progress.seconds else 0.0
         return ImageResult(
-            **vars(outcome),
-            pictures=progress.tokens,
-            sheet=self.sheet,
-            pictures_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+            **vars(outcome), pictures=progress.tokens, sheet=self.sheet, pictures_per_second=pictures_per_second
         )
 
     def save(self, result: ImageResult, progress: Progress, emit: Listener) -> ImageResult:
@@ -480,9 +473,8 @@ class ImageTask:
             {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
         )
         samples = [str(p) for p in sorted((self.run.folder / "samples").glob("step-*.png"))]
-        return replace(
-            result, adapter=str(output_of(config)), digest=written.digest, hashes=short_hashes, samples=samples
-        )
+        adapter = str(output_of(config))
+        return replace(result, adapter=adapter, digest=written.digest, hashes=short_hashes, samples=samples)
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Write the current adapter, named `adapter`, without a thumbnail."""
