@@ -136,9 +136,8 @@ class ImagePipeline:
             self.attachment.add(name, adapter)
             file = tensor_file(path)
             file_hashes = hashes(file)
-            new = AdapterSource(
-                name, str(path), adapter.digest(), file_hashes.sha256, file_hashes.autov3, short_hash(file, file_hashes)
-            )
+            sha256, autov3, short = file_hashes.sha256, file_hashes.autov3, short_hash(file, file_hashes)
+            new = AdapterSource(name, str(path), adapter.digest(), sha256, autov3, short)
             if twin := next((s.name for s in self.sources.values() if s.digest == new.digest), None):
                 self.say(f"note: {name} is the same adapter as {twin}: in one mix their strengths add up")
             self.sources[name] = new
@@ -229,9 +228,8 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
 
 def campaign_note(label: str, requested: Strength, resolved: Strength) -> str:
     """Return a note about the blocks and steps that a role selects (`in_campaign`)."""
-    return (
-        f"{label} is the campaign's {requested.campaign}: {str(resolved).partition('@')[2] or 'all blocks and steps'}"
-    )
+    part = str(resolved).partition("@")[2] or "all blocks and steps"
+    return f"{label} is the campaign's {requested.campaign}: {part}"
 
 
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:

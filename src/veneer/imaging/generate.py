@@ -218,9 +218,8 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
         raise DataError(message, where=where, fix="paint the areas to repaint white")
     opened = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
     references = [(picture, record) for picture, record in map(_opened, options.references) if picture and record]
-    guide = (
-        image or next((picture for _, picture, _ in opened), None) or next((picture for picture, _ in references), None)
-    )
+    guides = [image, *(picture for _, picture, _ in opened), *(picture for picture, _ in references)]
+    guide = next(filter(None, guides), None)
     width, height = size_for(base, options.width, options.height, guide)
 
     def noted(fitted: tuple[Image, str]) -> Image:
@@ -238,10 +237,8 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
         for note in notes:
             pipeline.say(note)
         controls.append(Control(model, control_image, spec.weight, spec.begin, spec.end))
-        control_records.append(
-            {"kind": spec.kind, "model": name, "path": spec.path, "sha256": sha, "weight": spec.weight}
-            | {"begin": spec.begin, "end": spec.end}
-        )
+        record = {"kind": spec.kind, "model": name, "path": spec.path, "sha256": sha, "weight": spec.weight}
+        control_records.append(record | {"begin": spec.begin, "end": spec.end})
     denoise = options.denoise if options.denoise is not None else 1.0 if image is None else 0.6
     steps, guidance = default_settings(base)
     settings = PictureSettings(
@@ -428,9 +425,8 @@ def _infotext(
     if any(hashes.values()):
         fields["Lora hashes"] = ", ".join(f"{label}: {digest}" for label, digest in hashes.items() if digest)
     fields["Version"] = f"veneer {__version__}"
-    return Infotext(
-        request.prompt + "".join(tags), request.negative, {key: str(value) for key, value in fields.items()}
-    )
+    texts = {key: str(value) for key, value in fields.items()}
+    return Infotext(request.prompt + "".join(tags), request.negative, texts)
 
 
 def _short(number: float) -> str:

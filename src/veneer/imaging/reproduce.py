@@ -112,10 +112,8 @@ def reproduce(
     if an adapter is not found by name or, in the library, by digest."""
     base = pipeline.base
     if recipe.fingerprint != base.fingerprint:
-        message = (
-            "this picture was made on another base\n"
-            f"  then: {recipe.fingerprint} ({recipe.base})\n  now:  {base.fingerprint} ({base.name})"
-        )
+        message = f"this picture was made on another base\n  then: {recipe.fingerprint} ({recipe.base})\n"
+        message += f"  now:  {base.fingerprint} ({base.name})"
         raise MismatchError(message, where=recipe.path, fix="give its own with --base")
     for path, sha in recipe.inputs.items():
         if (file_sha := hashed_picture(path)[1]) != sha:

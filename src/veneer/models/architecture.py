@@ -33,9 +33,8 @@ NOT_SHAPE = {
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    table: dict[str, dict[str, Any]] = json.loads(
-        Path(__file__).with_name("architecture.json").read_text(encoding="utf-8")
-    )
+    text = Path(__file__).with_name("architecture.json").read_text(encoding="utf-8")
+    table: dict[str, dict[str, Any]] = json.loads(text)
     return table
 
 

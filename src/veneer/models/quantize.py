@@ -368,10 +368,8 @@ def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTens
     """Read stored · scale, rounded once to float32. The scale is a scalar or has one value per row."""
     where = f"{weight.file}: {weight.name}"
     if not weight.shape or scale.elements not in (1, weight.shape[0]) or (scale.shape or (1,))[0] != scale.elements:
-        message = (
-            f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one scale per weight, "
-            "or one per row"
-        )
+        message = f"a weight of shape {weight.shape} has scales of shape {scale.shape}; "
+        message += "veneer reads one scale per weight, or one per row"
         raise BaseError(message, where=where, fix=_PLAIN_FIX)
     if marker is not None:
         text = bytes(read_values(marker).to(torch.uint8).flatten().tolist())
@@ -404,16 +402,10 @@ def _blocks(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Tens
     if nested is not None and not torch.equal(nested.float(), dynamic_map()):
         raise BaseError("the constants are quantized with a map that is not bitsandbytes' own", where=where)
     mean = torch.tensor(float(metadata["nested_offset"])) if nested is not None else None
-    code = Blocks4(
-        kind,
-        tuple(metadata["shape"]),
-        read_values(packed).flatten(),
-        tensors["absmax"],
-        tensors.get("nested_absmax"),
-        mean,
-        int(metadata["blocksize"]),
-        int(metadata.get("nested_blocksize") or 256),
-    )
+    codes, shape = read_values(packed).flatten(), tuple(metadata["shape"])
+    constants = tensors["absmax"], tensors.get("nested_absmax"), mean
+    sizes = int(metadata["blocksize"]), int(metadata.get("nested_blocksize") or 256)
+    code = Blocks4(kind, shape, codes, *constants, *sizes)
     return Quantized(code, torch.bfloat16)
 
 

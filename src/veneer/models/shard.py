@@ -246,9 +246,8 @@ def _split_codes(modules: Sequence[nn.Module]) -> list[_ShardedCodes]:
                 names = _code_names(name, weight)
                 for code_name, tensor in zip(names, tensors.values(), strict=True):
                     # A scalar cannot be sharded, so store it as one row.
-                    module.register_parameter(
-                        code_name, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False)
-                    )
+                    code = nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False)
+                    module.register_parameter(code_name, code)
                 absent = weight.like(weight.stored.moved(lambda t: t.to("meta")))
                 sharded[id(weight)] = _ShardedCodes(absent, module, names, [])
             del module._parameters[name]

@@ -131,9 +131,8 @@ def load_vision(
         AutoProcessor,
     )
 
-    path = base_outline(name, say=say) or find_base(
-        name, say=say
-    )  # Check the config of a hub model before downloading its weights.
+    # Check the config of a hub model before downloading its weights.
+    path = base_outline(name, say=say) or find_base(name, say=say)
     file = path / "config.json"
     if not file.is_file():
         raise _no_model(path, "it has no config.json of transformers")

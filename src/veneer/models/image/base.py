@@ -127,11 +127,10 @@ class ImageBase:
         part = self.parts.get(name)
         if part is None:
             freed = name in self._released
-            raise BaseError(
-                f"the {name} of {self.name} was released to free memory" if freed else f"{self.name} has no {name}",
-                where=str(self.directory),
-                fix="load the base again" if freed else None,
+            message = (
+                f"the {name} of {self.name} was released to free memory" if freed else f"{self.name} has no {name}"
             )
+            raise BaseError(message, where=str(self.directory), fix="load the base again" if freed else None)
         return part
 
 

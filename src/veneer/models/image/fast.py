@@ -123,9 +123,8 @@ def _swap_if_equal(module: nn.Module, forward: Callable[..., Any], undo: ExitSta
     expected = run()
     replace_forward(module, forward, undo)
     actual = run()
-    equal = len(actual) == len(expected) and all(
-        _equal_up_to_rounding(a.detach(), b.detach()) for a, b in zip(actual, expected, strict=True)
-    )
+    pairs = zip(actual, expected, strict=True)
+    equal = len(actual) == len(expected) and all(_equal_up_to_rounding(a.detach(), b.detach()) for a, b in pairs)
     return "" if equal else "its result differs"
 
 
@@ -200,9 +199,7 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
         return "its projections are not plain linears"
     if not _frozen(norms):
         return _NORMS
-    joins = [FusedProjection(image_parts, undo)] + (
-        [FusedProjection(text_parts, undo)] if text_parts is not None else []
-    )
+    joins = [FusedProjection(parts, undo) for parts in (image_parts, text_parts) if parts is not None]
     like = base_of(image_parts[0]).weight
     assert isinstance(like, Tensor)
     x = random_input(2, 12, like.shape[1], like=like)
@@ -325,12 +322,8 @@ def _flux2_parallel(module: Any, undo: ExitStack) -> str:
         return "its projections are not plain linears"
     if not _frozen(norms):
         return _NORMS
-    projection, out, rotations, eps = (
-        FusedProjection(first, undo),
-        FusedProjection(last, undo),
-        _Rotations(),
-        float(norms[0].eps),
-    )
+    projection, out = FusedProjection(first, undo), FusedProjection(last, undo)
+    rotations, eps = _Rotations(), float(norms[0].eps)
     original = type(module).forward
 
     def forward(

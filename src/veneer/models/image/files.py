@@ -99,30 +99,27 @@ def read_directory(
     index = read_index(path)
     classes = component_classes(index, path)
     family = family_of_directory(path, classes)
-    folders = {name: path / name for name in classes}
     tables, notes = {}, []
     for name, (_, classname) in classes.items():
         if _has_weights(classname):
-            tables[name], variant = table_of(folders[name])
+            tables[name], variant = table_of(path / name)
             if variant:
                 notes.append(f"{name}: only the {variant} weights exist; they are used")
     device_of_parts = choose_device(device)
     kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(tables[family.denoiser]))
-    to_quantize = {
-        name for name in tables if quantize and (name == family.denoiser or classes[name][1] in _LARGE_ENCODERS)
-    }
+    large = {name for name in tables if name == family.denoiser or classes[name][1] in _LARGE_ENCODERS}
+    to_quantize = large if quantize else set[str]()
     _check_memory(path, tables, kind, device_of_parts, quantize, to_quantize)
     parts: dict[str, Any] = {}
     for name, (library, classname) in classes.items():
-        quant = quantize if name == family.denoiser or classname in _LARGE_ENCODERS else None
+        part_quantize = quantize if name in to_quantize else None
         parts[name], more = _load_component(
-            folders[name], library, classname, kind, device_of_parts, quant, name in tables
+            path / name, library, classname, kind, device_of_parts, part_quantize, name in tables
         )
         notes += [f"{name}: {note}" for note in more]
     digest = parts_fingerprint(parts, tables)
-    return LoadedParts(
-        family, parts, digest, kind, reason, device_of_parts, notes, _own_pipelines(index), _flags_of(index)
-    )
+    pipelines = _own_pipelines(index)
+    return LoadedParts(family, parts, digest, kind, reason, device_of_parts, notes, pipelines, _flags_of(index))
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -412,11 +409,9 @@ def read_single_file(
             try:
                 tables[name], _ = table_of(folder / name)
             except BaseError as error:
-                raise BaseError(
-                    f"the file holds no {name}, and the directory of configs has no weights of one",
-                    where=str(path),
-                    fix=f"config= a directory with the weights of {name}",
-                ) from error
+                message = f"the file holds no {name}, and the directory of configs has no weights of one"
+                fix = f"config= a directory with the weights of {name}"
+                raise BaseError(message, where=str(path), fix=fix) from error
         part = folder / name
         parts[name], more = _load_component(part, library, classname, kind, device_of_parts, None, name in tables)
         notes += [f"{name}: {note}" for note in more]
@@ -430,9 +425,8 @@ def read_single_file(
             if "meta tensor" in message:  # A parameter has no tensor in the file.
                 message = "some of its weights are not in the file"
             fix = "config= a diffusers directory of the same kind of model"
-            raise BaseError(
-                f"diffusers cannot read this file as {family.label}: {message}", where=str(path), fix=fix
-            ) from error
+            message = f"diffusers cannot read this file as {family.label}: {message}"
+            raise BaseError(message, where=str(path), fix=fix) from error
     del state
     parts = {name: parts[name] for name in classes}
     for part in parts.values():
@@ -448,9 +442,8 @@ def read_single_file(
     _check_prediction(path, unused, parts["scheduler"])
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
-    return LoadedParts(
-        family, parts, digest, kind, reason, device_of_parts, notes, _own_pipelines(index), _flags_of(index)
-    )
+    pipelines = _own_pipelines(index)
+    return LoadedParts(family, parts, digest, kind, reason, device_of_parts, notes, pipelines, _flags_of(index))
 
 
 def _read_part(
@@ -541,11 +534,9 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
     try:
         return Path(snapshot_download(repo, local_files_only=True))
     except Exception as error:
-        raise BaseError(
-            f"this file is read with the configs of {repo}, and they are not on this machine",
-            where=str(path),
-            fix=f"{fix}, or fetch them once: `hf download {repo} --include '*.json' '*.txt' '*.model'`",
-        ) from error
+        message = f"this file is read with the configs of {repo}, and they are not on this machine"
+        fix = f"{fix}, or fetch them once: `hf download {repo} --include '*.json' '*.txt' '*.model'`"
+        raise BaseError(message, where=str(path), fix=fix) from error
 
 
 # -- unused tensors of a file ------------------------------------------------------------------------------------------

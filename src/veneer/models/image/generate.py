@@ -262,9 +262,8 @@ def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None)
     of the first row's. If an adapter changes a module in `_SHARED_MODULES`, all rows of a batch have the same
     plan."""
     adapters = attachment.adapters.values() if attachment is not None else ()
-    one_plan = any(
-        name.startswith(_SHARED_MODULES) for adapter in adapters for name in (*adapter.pairs, *adapter.deltas)
-    )
+    names = (name for adapter in adapters for name in (*adapter.pairs, *adapter.deltas))
+    one_plan = any(name.startswith(_SHARED_MODULES) for name in names)
 
     def batch_key(row: ImageRow) -> tuple[object, ...]:
         return row.plan if one_plan else None, [picture.size for picture in row.references]
@@ -351,9 +350,8 @@ class _Run:
         generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
         try:
             with forwards(base.denoiser):
-                images = self.pipe(
-                    **arguments, generator=generators, callback_on_step_end=self.at_end_of_step(rows)
-                ).images
+                at_end = self.at_end_of_step(rows)
+                images = self.pipe(**arguments, generator=generators, callback_on_step_end=at_end).images
         except (ValueError, OverflowError) as error:
             message = " ".join(str(error).split())[:300]
             where = base.short_name
@@ -453,11 +451,10 @@ class _Run:
             dtype = str(self.base.dtype).removeprefix("torch.")
             mixes = dict.fromkeys([row.plan.text, *(mix for _, mix in row.plan.phases)])
             mixes_text = ", then ".join(mix_text(mix) for mix in mixes if mix)
-            raise BaseError(
-                f"the picture of seed {row.seed} is not finite{mixes_text and f' under {mixes_text}'}: "
-                f"{self.base.short_name} overflowed in {dtype}",
-                fix=("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance",
-            )
+            message = f"the picture of seed {row.seed} is not finite{mixes_text and f' under {mixes_text}'}: "
+            message += f"{self.base.short_name} overflowed in {dtype}"
+            fix = ("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance"
+            raise BaseError(message, fix=fix)
         image = pil.fromarray((array * 255).round().astype("uint8"))
         if row.image is None or row.mask is None:
             return image
@@ -480,13 +477,9 @@ def check_rows(
     """Return the rows, with missing pictures filled in from the settings.
 
     Raises ConfigError for conflicts, as in `generate_images`."""
+    image, mask, references = settings.image, settings.mask, settings.references
     rows = [
-        replace(
-            row,
-            image=row.image or settings.image,
-            mask=row.mask or settings.mask,
-            references=row.references or settings.references,
-        )
+        replace(row, image=row.image or image, mask=row.mask or mask, references=row.references or references)
         for row in rows
     ]
     _check(base, rows, settings, attachment)
@@ -504,10 +497,8 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     for name, value in (("width", width), ("height", height)):
         if value < base.unit or value % base.unit:
             low = max(base.unit, value // base.unit * base.unit)
-            raise ConfigError(
-                f"the {name} is {value}, and {base.short_name} makes sides in multiples of {base.unit}",
-                fix=f"{low} or {low + base.unit}",
-            )
+            message = f"the {name} is {value}, and {base.short_name} makes sides in multiples of {base.unit}"
+            raise ConfigError(message, fix=f"{low} or {low + base.unit}")
     steps = default_settings(base)[0] if settings.steps is None else settings.steps
     if steps * settings.denoise < 1:
         least = math.ceil(1 / settings.denoise)
@@ -529,10 +520,8 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
         inputs += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
     for label, picture in inputs:
         if picture is not None and picture.size != (width, height):
-            raise ConfigError(
-                f"the {label} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
-                fix="resize it (models.image.generate.fitted_picture)",
-            )
+            message = f"the {label} is {picture.width}×{picture.height}, the pictures are {width}×{height}"
+            raise ConfigError(message, fix="resize it (models.image.generate.fitted_picture)")
     if base.few_steps and settings.guidance:
         raise ConfigError(f"{base.short_name} is distilled and takes no guidance", fix="guidance 0, or none")
     if settings.true_guidance > 1 and not base.row.true_guidance:

@@ -122,9 +122,8 @@ def _hook(block: nn.Module, weights: list[tuple[nn.Module, str, Any, Any]], devi
 
     def load(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
         for module, name, _, away in weights:
-            module._parameters[name] = nn.Parameter(
-                away.data.to(device, non_blocking=True, copy=True), requires_grad=False
-            )
+            weight = away.data.to(device, non_blocking=True, copy=True)
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
 
     def unload(_module: nn.Module, _args: Any, _out: Any) -> None:
         for module, name, _, away in weights:

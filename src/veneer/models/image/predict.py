@@ -85,9 +85,8 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
     CLIP's 77 tokens, but the rest does not count as cut. Raises BaseError if a text encoder was released."""
     texts = list(prompts)
     if base.reads_references and any(references):
-        return Conditioning.cat(
-            [_embed_with_references(base, text, pictures) for text, pictures in zip(texts, references, strict=True)]
-        )
+        pairs = zip(texts, references, strict=True)
+        return Conditioning.cat([_embed_with_references(base, text, pictures) for text, pictures in pairs])
     pipe = pipeline(base)
     row = base.row
     with errors_only():  # Copy the list, because Z-Image's pipeline writes its template into the list.
@@ -206,9 +205,8 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
     pixels: (n, 3, h, w) in -1..1; h and w are multiples of `base.unit`. Latents are shifted and scaled.
     Returns the mean of the posterior, or a sample if a generator is given."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % base.unit for side in pixels.shape[2:]):
-        raise BaseError(
-            f"pictures of shape {tuple(pixels.shape)}: expected (n, 3, h, w) with sides in multiples of {base.unit}"
-        )
+        shape = tuple(pixels.shape)
+        raise BaseError(f"pictures of shape {shape}: expected (n, 3, h, w) with sides in multiples of {base.unit}")
     with _vae_of(base) as vae:
         x = pixels.to(base.device, vae.dtype)
         if base.row.frames:
@@ -293,9 +291,8 @@ def predict(
     text = text.to(latents.device, dtype)
     t = timesteps.to(latents.device).expand(n)
     if (sizes is None) == base.row.time_ids:
-        raise BaseError(
-            "SDXL needs sizes, its time ids (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
-        )
+        message = "SDXL needs sizes, its time ids (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
+        raise BaseError(message)
     takes_guidance = bool(denoiser.config.get("guidance_embeds"))
     if guidance is not None and not takes_guidance:
         raise BaseError(f"{base.short_name} does not take guidance as an input", fix="leave guidance out")
@@ -310,9 +307,8 @@ def predict(
     if takes_guidance:
         g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
         guidance_tensor = sent(g, latents.device).expand(n)
-    return _CALLS[base.row.classname](
-        _DenoiserCall(denoiser, x, t, text, reference_latents, guidance_tensor, arguments)
-    )
+    call = _DenoiserCall(denoiser, x, t, text, reference_latents, guidance_tensor, arguments)
+    return _CALLS[base.row.classname](call)
 
 
 @dataclass(frozen=True)

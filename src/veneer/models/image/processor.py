@@ -52,7 +52,5 @@ def read_processor(folder: Path) -> PicturePrompts:
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return PicturePrompts(
-        Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True),
-        AutoTokenizer.from_pretrained(folder, local_files_only=True),
-    )
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    return PicturePrompts(pictures, AutoTokenizer.from_pretrained(folder, local_files_only=True))

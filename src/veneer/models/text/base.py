@@ -332,10 +332,8 @@ def _unreadable(part: str, path: Path, error: Exception) -> BaseError:
     if "does not recognize this architecture" in message or "is not supported" in message:
         fix = "try a newer transformers: pip install -U transformers"
     elif "trust_remote_code" in message:
-        message, fix = (
-            "the model requires its own code, which veneer does not run",
-            "use a base of a known architecture",
-        )
+        message = "the model requires its own code, which veneer does not run"
+        fix = "use a base of a known architecture"
     elif isinstance(error, AdapterError):  # raised by veneer's GGUF reader
         message, fix = error.what, error.fix
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):

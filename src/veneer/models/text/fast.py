@@ -290,9 +290,8 @@ def _interface(
         message = f"{type(module).__name__} passes unsupported arguments to its attention: {', '.join(unsupported)}"
         raise _UnsupportedAttention(message)
     if layout is None:
-        padded: tuple[Tensor, Any] = own_attention(module, implementation)(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        attention = own_attention(module, implementation)
+        padded: tuple[Tensor, Any] = attention(module, query, key, value, attention_mask, **kwargs)
         return padded
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -393,10 +392,8 @@ def _attention_forward(
     def untouched(self: Any) -> bool:
         """Return whether q_norm and k_norm have no hooks and were not replaced."""
         modules = [] if norms is None else norms[0]
-        return all(
-            norm is now and not norm._forward_hooks and not norm._forward_pre_hooks
-            for norm, now in zip(modules, (self.q_norm, self.k_norm) if modules else (), strict=True)
-        )
+        pairs = zip(modules, (self.q_norm, self.k_norm) if modules else (), strict=True)
+        return all(norm is now and not norm._forward_hooks and not norm._forward_pre_hooks for norm, now in pairs)
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: RowLayout | None = kwargs.get("row_layout")

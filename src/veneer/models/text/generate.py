@@ -117,9 +117,8 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
         raise BaseError(message, fix="give the prompt as plain text")
     turns = [template_turn(m) for m in messages]
     try:
-        text: str = base.tokenizer.apply_chat_template(
-            turns, tokenize=False, **{"add_generation_prompt": True, **variables}
-        )
+        options = {"add_generation_prompt": True, **variables}
+        text: str = base.tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # a template that rejects its input can raise any exception
         raise DataError(f"the chat template of {base.name} refuses these messages: {error}") from error
     return text

@@ -147,11 +147,9 @@ class GgufReader:
             kind, size = gguf.GGMLQuantizationType(entry.type), entry.end - entry.begin
             shape = np.array(entry.shape[::-1], np.uint64)
             values = file.raw(name)
-            self.tensors.append(
-                ReaderTensor(
-                    name, kind, shape, math.prod(entry.shape), size, entry.begin, values, self.fields["GGUF.version"]
-                )
-            )
+            elements, version = math.prod(entry.shape), self.fields["GGUF.version"]
+            tensor = ReaderTensor(name, kind, shape, elements, size, entry.begin, values, version)
+            self.tensors.append(tensor)
 
 
 def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
@@ -168,9 +166,8 @@ def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
         texts = types[1] == GGUFValueType.STRING
         return ReaderField(0, name, parts, [0] * value.count if texts else [], [kinds[0], GGUFValueType.BOOL])
     values = [_bytes(text) for text in value] if types[1] == GGUFValueType.STRING else [*value.reshape(-1, 1)]
-    return ReaderField(
-        0, name, parts + values, [*range(len(parts), len(parts) + len(values))], kinds if values else kinds[:1]
-    )
+    places = [*range(len(parts), len(parts) + len(values))]
+    return ReaderField(0, name, parts + values, places, kinds if values else kinds[:1])
 
 
 def _bytes(text: str) -> np.ndarray:
@@ -266,11 +263,9 @@ def read_gguf_tokenizer(file: Path) -> Any:
     fields = read_gguf_file(file).fields
     tokens = len(fields["tokenizer.ggml.tokens"])
     backend = tokenizer.backend_tokenizer
-    digits = fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in _DIGIT_BY_DIGIT
-    if digits:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+    if fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in _DIGIT_BY_DIGIT:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if len(tokenizer) <= tokens:
         return tokenizer
     state = json.loads(backend.to_str())

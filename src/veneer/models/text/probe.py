@@ -126,11 +126,8 @@ class ReferenceForward:
         worst = int((off - explained).argmax())
         if off[worst] <= explained[worst]:
             return ""
-        return (
-            f"the {quantity} of token {worst + 1} of {len(off)} is {float(off[worst]):.3g} off, "
-            "where rounding explains "
-            f"{float(explained[worst]):.2g}"
-        )
+        error = f"the {quantity} of token {worst + 1} of {len(off)} is {float(off[worst]):.3g} off"
+        return f"{error}, where rounding explains {float(explained[worst]):.2g}"
 
 
 def near_rows(got: Tensor, expected: Tensor, eps: float) -> bool:

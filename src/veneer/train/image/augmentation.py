@@ -130,9 +130,8 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
             last = (short, fits)
             shapes |= {last, last[::-1]}
             continue
-        if (
-            allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area
-        ):  # has a larger aspect ratio than the last bucket
+        # Its aspect ratio is larger than that of the last bucket.
+        if allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area:
             shapes |= {(short, allowed), (allowed, short)}
         break
     if not shapes:

@@ -73,14 +73,10 @@ class ImageBatch:
             first = latents[0][0]
             ones = torch.ones(1, *first.shape[-2:])
             all_masks = torch.stack([ones if mask is None else mask for mask in masks])
-        return ImageBatch(
-            torch.stack([x for x, _, _ in latents]),
-            all_masks,
-            torch.stack([sizes for _, _, sizes in latents]),
-            torch.tensor([row.weight for row in rows]),
-            rows,
-            [torch.stack(each) for each in zip(*sources, strict=True)],
-        )
+        stacked, sizes = torch.stack([x for x, _, _ in latents]), torch.stack([sizes for _, _, sizes in latents])
+        weights = torch.tensor([row.weight for row in rows])
+        source_latents = [torch.stack(each) for each in zip(*sources, strict=True)]
+        return ImageBatch(stacked, all_masks, sizes, weights, rows, source_latents)
 
     def sent(self, device: torch.device) -> ImageBatch:
         """Return the batch with latents and masks copied asynchronously to a device."""
@@ -121,10 +117,8 @@ def plan_image_steps(
     parts = -(-len(instance_rows) // size)
 
     def of_epoch(epoch: int) -> list[Step]:
-        order, class_rows = (
-            _shuffled(instance_rows, config.seed, epoch),
-            _cycle_class_pictures(classes, config.seed, epoch * len(instance_rows)),
-        )
+        order = _shuffled(instance_rows, config.seed, epoch)
+        class_rows = _cycle_class_pictures(classes, config.seed, epoch * len(instance_rows))
         steps = []
         for i in range(parts):
             instances = order[i * size : (i + 1) * size]
@@ -186,17 +180,8 @@ def _micros(
         for i in range(0, len(group), limit):
             part = tuple(group[i : i + limit])
             names = tuple(row.picture.name for row in part)
-            out.append(
-                Micro(
-                    len(part),
-                    len(part),
-                    names,
-                    partial(make_batch, part),
-                    "pictures",
-                    len(part) * height * width,
-                    items=part,
-                )
-            )
+            pixels = len(part) * height * width
+            out.append(Micro(len(part), len(part), names, partial(make_batch, part), "pictures", pixels, items=part))
     return out
 
 

@@ -83,9 +83,8 @@ class _Store:
         entry = self._read(path, key) if path is not None and path.exists() else None
         if entry is None:
             entry = compute()
-            entry = CacheEntry(
-                {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}, dict(entry.texts)
-            )
+            tensors = {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}
+            entry = CacheEntry(tensors, dict(entry.texts))
             _refuse_not_finite(entry, label)
             if path is not None:
                 _write(path, key, entry)

@@ -134,10 +134,8 @@ def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iter
         fix = "crop both to one proportion if they show the same scene, so that positions match"
         yield Finding("warn", "pairs", text + first_few(summary.unlike, _NAMED), fix)
     unchanged = [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]
-    text, fix = (
-        "pictures are the same file before and after",
-        "remove them, unless the instruction is to change nothing",
-    )
+    text = "pictures are the same file before and after"
+    fix = "remove them, unless the instruction is to change nothing"
     yield from about_some("pairs", len(unchanged), len(pictures), text, unchanged, fix)
 
 

@@ -57,9 +57,7 @@ def contact_sheet(
         x = margin + number % columns * (wide_cell + margin)
         y = margin + number // columns * (height + margin)
         view, caption = sample_row(row, settings, seed=seed, epoch=epoch)
-        pairs = [(source_image, source_view(view, source_image)) for source_image in row.picture.sources] + [
-            (row.picture, view)
-        ]
+        pairs = [*((source, source_view(view, source)) for source in row.picture.sources), (row.picture, view)]
         for column, (source, part) in enumerate(pairs):
             picture = _fitted(shaded(prepare(source, part, settings)), cell)
             at = (x + (cell + _GAP) * column + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
@@ -70,9 +68,8 @@ def contact_sheet(
         name = row.picture.name
         name = name if len(name) <= characters else "…" + name[-characters + 1 :]  # the end tells more
         pen.text((x, y + cell + 4 + line), name, fill="#888888", font=font)
-        words = textwrap.wrap(caption, characters, max_lines=_LINES, placeholder=" …") or [
-            "(caption dropped)" if row.picture.caption else "(no caption)"
-        ]
+        absent = "(caption dropped)" if row.picture.caption else "(no caption)"
+        words = textwrap.wrap(caption, characters, max_lines=_LINES, placeholder=" …") or [absent]
         for n, words_of_line in enumerate(words):
             pen.text((x, y + cell + 4 + line * (n + 2)), words_of_line, fill="black", font=font)
     atomic_write(path, [picture_bytes(sheet)])

@@ -216,9 +216,8 @@ class ImageLoss:
 
     def __call__(self, batch: ImageBatch) -> Tensor:
         shape = batch.latents.shape[1:]
-        noise, times = sample_noise(
-            shape, [row.key for row in batch.rows], self.base.prediction, self.times, self.noise
-        )
+        keys = [row.key for row in batch.rows]
+        noise, times = sample_noise(shape, keys, self.base.prediction, self.times, self.noise)
         losses = self.row_errors(batch, noise, times)
         weights = batch.weights
         gamma = self.config.loss.snr_gamma

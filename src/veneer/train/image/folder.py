@@ -124,15 +124,11 @@ def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
     if fewer:
         example = next(file.name for file in files if len(file.sources) == most)
         missing = "no source image" if most == 1 else f"fewer than the {most} source images of {example}"
-        where = ", ".join(
-            folder for folder, files_of_folder in folders.items() if any(len(f.sources) < most for f in files_of_folder)
-        )
-        raise DataError(
-            f"{len(fewer)} of {len(files)} pictures have {missing}:\n{bullets(fewer)}",
-            where=where,
-            fix="give all the same number (NAME.before.png, or the same name in the before folder), or set "
-            "data.before: off to train on captions only",
-        )
+        uneven = [name for name, group in folders.items() if any(len(f.sources) < most for f in group)]
+        message = f"{len(fewer)} of {len(files)} pictures have {missing}:\n{bullets(fewer)}"
+        fix = "give all the same number (NAME.before.png, or the same name in the before folder), or set "
+        fix += "data.before: off to train on captions only"
+        raise DataError(message, where=", ".join(uneven), fix=fix)
     return most
 
 
@@ -171,9 +167,7 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
     other_folders = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
     other_folders += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
     other_folders += settings.source_folders or [str(root / "before")]
-    excluded = {
-        Path(excluded_folder).expanduser().resolve() for excluded_folder in other_folders if excluded_folder
-    } - {root.resolve()}
+    excluded = {Path(name).expanduser().resolve() for name in other_folders if name} - {root.resolve()}
     for directory, folders, names in os.walk(root, onerror=_unread):
         current = Path(directory)
         folders[:] = sorted(
@@ -246,11 +240,7 @@ def _source_images(folder: _Folder, settings: ImageDataSection) -> dict[Path, li
     if settings.before == "off":
         return {}
     auto = settings.before == "auto"
-    roots = (
-        [folder.root / "before"]
-        if auto
-        else [Path(folder_name).expanduser() for folder_name in settings.source_folders]
-    )
+    roots = [folder.root / "before"] if auto else [Path(name).expanduser() for name in settings.source_folders]
     files_of_root = [(root, _pictures_in(root)) for root in roots]
     if empty := [root for root, files in files_of_root if not files and not auto]:
         raise DataError("this folder of source images holds no picture", where=str(empty[0]), fix="correct data.before")

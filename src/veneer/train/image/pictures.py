@@ -147,12 +147,10 @@ def _read(
     trigger = None if is_class else settings.trigger
     if trigger is None and (missing := [file.name for file in files if file.caption is None]):
         key = "class_prompt" if is_class else "prompt"
-        raise DataError(
-            f"{len(missing)} of {len(files)} pictures have no caption:\n{bullets(missing)}",
-            where=folder,
-            fix=f"write NAME.txt for each, or a metadata.jsonl, or set data.{key} for all that have none; "
-            f"a vision-language model writes them: veneer data caption {shlex.quote(folder)} --model MODEL",
-        )
+        message = f"{len(missing)} of {len(files)} pictures have no caption:\n{bullets(missing)}"
+        fix = f"write NAME.txt for each, or a metadata.jsonl, or set data.{key} for all that have none; "
+        fix += f"a vision-language model writes them: veneer data caption {shlex.quote(folder)} --model MODEL"
+        raise DataError(message, where=folder, fix=fix)
     pictures, placeholders, broken = [], [], []
     for file in files:
         try:
@@ -211,9 +209,8 @@ def _open(
             sizes = f"{source.size[0]} x {source.size[1]} pixels, but {file.name} has {width} x {height}"
             summary.unlike.append(f"{name}: {sizes}")
         source_hash, transparent = perceptual_hash(source.colour), source.alpha is not None
-        sources.append(
-            TrainingPicture(path, name, "", source.size, source_digest, source_hash, transparent=transparent)
-        )
+        picture = TrainingPicture(path, name, "", source.size, source_digest, source_hash, transparent=transparent)
+        sources.append(picture)
     summary.notes.update(decoded.notes)
     return TrainingPicture(
         file.path,

@@ -246,7 +246,6 @@ def _usage(result: ImageResult, base: ImageBase, config: ImageTrainConfig) -> li
         )
         usage.append(("With diffusers", code))
     elif config.output.layout == "kohya":
-        usage.append(
-            ("In A1111, Forge or ComfyUI", f"copy {file.name} into models/Lora; in prompts <lora:{file.stem}:0.8>")
-        )
+        text = f"copy {file.name} into models/Lora; in prompts <lora:{file.stem}:0.8>"
+        usage.append(("In A1111, Forge or ComfyUI", text))
     return usage

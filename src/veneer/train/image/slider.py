@@ -95,12 +95,8 @@ def _same_prompts(image: ImageRun, data: ImageData) -> Iterator[Finding]:
         ends = [encoders.text([prompt]) for prompt in (plus, minus)]
         if ends[0].embeds.shape == ends[1].embeds.shape and torch.equal(ends[0].embeds, ends[1].embeds):
             text = f"`{plus}` and `{minus}` are the same to this base: there is no direction between them"
-            yield Finding(
-                "stop",
-                "slider",
-                text,
-                "use other words: the model might not know these, or truncate the prompt before them",
-            )
+            fix = "use other words: the model might not know these, or truncate the prompt before them"
+            yield Finding("stop", "slider", text, fix)
 
 
 SLIDER = ImageKind(

@@ -213,9 +213,7 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
         undo.enter_context(training_layers(base, True))
         if not config.memory.offload_blocks:  # fast paths hold references to weights
             run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-        if (
-            config.memory.offload_blocks
-        ):  # before free memory is measured, so that the run can use all of the freed memory
+        else:  # before free memory is measured, so that the run can use all of the freed memory
             moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
         loss = image.kind.loss(image, data, attachment)
@@ -323,24 +321,14 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
         bytes_per_picture = measure(True)
     checkpoint.rng_restore(rng_state)
     need = trained + bytes_per_picture * largest.tokens
-    report.numbers.update(
-        memory_needed=need,
-        memory_free=free,
-        activations_of_one_picture=bytes_per_picture,
-        predicted_peak_bytes=max(peak_memory_bytes(base.device), used_memory(base.device) + need),
-    )
+    report.numbers.update(memory_needed=need, memory_free=free, activations_of_one_picture=bytes_per_picture)
+    report.numbers["predicted_peak_bytes"] = max(peak_memory_bytes(base.device), used_memory(base.device) + need)
     count = counted(largest.tokens, "picture")
     how = "with activations recomputed" if recompute else "all activations kept"
     less = "" if recompute else "memory.activation_checkpointing=on, "
-    report.add(
-        memory_finding(
-            need,
-            free,
-            f"{how}, at most {count} at once",
-            fix=f"{less}batching.micro_rows=1, or a lower data.resolution",
-            force=image.run.force,
-        )
-    )
+    text = f"{how}, at most {count} at once"
+    fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
+    report.add(memory_finding(need, free, text, fix=fix, force=image.run.force))
     return replace(memory, recompute=recompute, because=because)
 
 
@@ -453,10 +441,8 @@ class ImageTask:
             return self.loss.score(self.data.scored, interrupted, self.run.devices)
 
     def result(self, outcome: Outcome, progress: Progress) -> ImageResult:
-        pictures_per_second = progress.tokens / progress.seconds if progress.seconds else 0.0
-        return ImageResult(
-            **vars(outcome), pictures=progress.tokens, sheet=self.sheet, pictures_per_second=pictures_per_second
-        )
+        speed = progress.tokens / progress.seconds if progress.seconds else 0.0
+        return ImageResult(**vars(outcome), pictures=progress.tokens, sheet=self.sheet, pictures_per_second=speed)
 
     def save(self, result: ImageResult, progress: Progress, emit: Listener) -> ImageResult:
         """Write the adapter's file, with the moving average if configured."""
@@ -469,9 +455,8 @@ class ImageTask:
         written = save_image_adapter(self._adapter(metrics), base, config, metadata, self.last_picture, data.tags)
         for note in written.notes:
             emit(Note(note))
-        short_hashes = (
-            {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
-        )
+        hashes = written.hashes
+        short_hashes = {"AutoV2": hashes.autov2, "AutoV3": hashes.autov3} if hashes is not None else {}
         samples = [str(p) for p in sorted((self.run.folder / "samples").glob("step-*.png"))]
         adapter = str(output_of(config))
         return replace(result, adapter=adapter, digest=written.digest, hashes=short_hashes, samples=samples)
