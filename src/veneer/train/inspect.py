@@ -219,12 +219,7 @@ def _bounded(config: TrainConfig, rows: int) -> Any:
     return data.model_copy(update=changes)
 
 
-def preview_rows(
-    config: TrainConfig,
-    *,
-    limit: int = 50,
-    verdicts: Sequence[RowVerdict] = (),
-) -> PreviewPage:
+def preview_rows(config: TrainConfig, *, limit: int = 50, verdicts: Sequence[RowVerdict] = ()) -> PreviewPage:
     """Return the first rows in file order, with a verdict on each.
 
     `verdicts`: only rows with one of these. Raises DataError for files that cannot be read, ConfigError and

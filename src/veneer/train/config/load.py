@@ -253,12 +253,7 @@ def _fill(raw: dict[str, Any], key_sources: dict[str, str]) -> None:
 
 
 def _override(
-    kind: _Kind,
-    raw: dict[str, Any],
-    key_sources: dict[str, str],
-    override: str,
-    problems: list[str],
-    folder: Path,
+    kind: _Kind, raw: dict[str, Any], key_sources: dict[str, str], override: str, problems: list[str], folder: Path
 ) -> None:
     name, equals, text = override.partition("=")
     name = name.strip()

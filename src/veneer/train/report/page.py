@@ -139,11 +139,7 @@ def render_page(page: Page) -> str:
     notes = [r["text"] for r in page.records if r.get("event") == "note"]
     charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores, page)]
     return env.get_template("report.html.j2").render(
-        page=page,
-        charts=charts,
-        scores=_score_table(scores),
-        notes=notes,
-        sections=_sections(page),
+        page=page, charts=charts, scores=_score_table(scores), notes=notes, sections=_sections(page)
     )
 
 

@@ -19,13 +19,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 
 from veneer.errors import ConfigError, DataError, MissingExtraError
-from veneer.train.config.rewards import (
-    ExactMatchReward,
-    JsonFieldsReward,
-    JsonSchemaReward,
-    LengthReward,
-    RegexReward,
-)
+from veneer.train.config.rewards import ExactMatchReward, JsonFieldsReward, JsonSchemaReward, LengthReward, RegexReward
 from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, each_answer
 from veneer.train.rewards.text_scores import as_json, same_field, same_text
 

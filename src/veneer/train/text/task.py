@@ -338,9 +338,7 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
         return
     if text.sampler is None:
         raise ConfigError(
-            f"{r.named} needs a sampler",
-            where=r.named,
-            fix="train by `veneer train` or veneer.train_text",
+            f"{r.named} needs a sampler", where=r.named, fix="train by `veneer train` or veneer.train_text"
         )
     judges = local_judge_models(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (text.data.train, text.data.held_out) for item in split.items)
