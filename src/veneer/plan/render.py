@@ -62,10 +62,9 @@ def _assumed(plan: Plan) -> Iterator[str]:
     if plan.device.kind != "cuda":
         return
     fit = FITS["cuda", "text"]
-    yield (
-        f"memory    counted; CUDA's own {gigabytes(fit.process)} and {fit.unplaced:.0%} that its allocator cannot "
-        "place are assumed"
-    )
+    text = f"memory    counted; CUDA's own {gigabytes(fit.process)} and {fit.unplaced:.0%} that its allocator cannot "
+    text += "place are assumed"
+    yield text
     if plan.memory.host or any(isinstance(c.load, ImageLoad) and c.load.offload for c in plan.changes):
         yield f"transfers {HOST_LINK / 1e9:g} GB/s to and from the CPU's memory, assumed"
 

@@ -269,11 +269,8 @@ def _built_shape(fields: str, where: str) -> TextShape:
     if not isinstance(family, str) or family not in text_families():
         suggestion = nearest(str(family), text_families(), 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
-        raise ConfigError(
-            f"veneer plan does not know the model family {quoted(str(family))}",
-            where=f"{where}: model_type",
-            fix=f"{hint}It knows the language models of transformers",
-        )
+        text = f"veneer plan does not know the model family {quoted(str(family))}"
+        raise ConfigError(text, where=f"{where}: model_type", fix=f"{hint}It knows the language models of transformers")
     fix = "take the base's own config.json again"
     with build_errors("transformers cannot build a model", where=where, fix=fix):
         return module_shape(meta_text(settings))

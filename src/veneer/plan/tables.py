@@ -89,10 +89,8 @@ def base_config(name: str) -> dict[str, Any]:
             raise ConfigError(message, where=str(path.absolute()), fix="the folder, config.json or GGUF file of a base")
         nearest_names = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)])
         hint = f"did you mean {' or '.join(nearest_names)}? " if nearest_names else ""
-        raise ConfigError(
-            f"no base {quoted(name)} is in the table",
-            fix=f"{hint}`veneer plan --list` names them; any other by its folder or config.json",
-        )
+        text = f"no base {quoted(name)} is in the table"
+        raise ConfigError(text, fix=f"{hint}`veneer plan --list` names them; any other by its folder or config.json")
     return dict(table[key]["config"])
 
 

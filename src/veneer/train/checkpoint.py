@@ -171,11 +171,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["version"] != _VERSION:
-            raise CheckpointError(
-                f"the checkpoint has version {state['version']}, this veneer reads {_VERSION}",
-                where=str(path),
-                fix="resume with the veneer that wrote it",
-            )
+            text = f"the checkpoint has version {state['version']}, this veneer reads {_VERSION}"
+            raise CheckpointError(text, where=str(path), fix="resume with the veneer that wrote it")
         for name, digest in state["files"].items():
             if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
                 raise CheckpointError(f"{name} is damaged: its digest is another", where=str(path), fix=fix)
@@ -209,11 +206,9 @@ def restore(
     Raises CheckpointError, with the differing keys, if `identity` differs."""
     state = read_checkpoint(path)
     if changes := differences(state["identity"], json.loads(json.dumps(dict(identity)))):
-        raise CheckpointError(
-            f"the checkpoint belongs to another run:\n{bullets(changes, None)}",
-            where=str(path),
-            fix="resume with the settings and data that the run began with, or choose a new output directory",
-        )
+        text = f"the checkpoint belongs to another run:\n{bullets(changes, None)}"
+        fix = "resume with the settings and data that the run began with, or choose a new output directory"
+        raise CheckpointError(text, where=str(path), fix=fix)
     tensors = _read_parameters(path, parameters)
     previous_rng = rng_state()
     try:
@@ -231,11 +226,9 @@ def restore(
         rng_restore(_load(path / "random.safetensors"))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         rng_restore(previous_rng)
-        raise CheckpointError(
-            f"the checkpoint cannot be restored: {type(error).__name__}: {error}",
-            where=str(path),
-            fix=f"delete {path} and resume from the previous checkpoint",
-        ) from error
+        text = f"the checkpoint cannot be restored: {type(error).__name__}: {error}"
+        fix = f"delete {path} and resume from the previous checkpoint"
+        raise CheckpointError(text, where=str(path), fix=fix) from error
     optimizer.load_state_dict(optimizer_state)
     _copy_into(tensors, parameters)
     return Restored(progress, notes, state.get("about", {}))
@@ -459,10 +452,9 @@ def _optimizer_state(
     by_id = {id(p): name for name, p in parameters.items()}
     current = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != current:
-        raise CheckpointError(
-            f"the checkpoint's optimizer is {scalars['kind']} over other groups of parameters, "
-            f"not this run's {type(optimizer).__name__}"
-        )
+        text = f"the checkpoint's optimizer is {scalars['kind']} over other groups of parameters, "
+        text += f"not this run's {type(optimizer).__name__}"
+        raise CheckpointError(text)
     position = {name: i for i, name in enumerate(name for names in current for name in names)}
     entries: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["scalars"].items()}
     for key, value in tensors.items():

@@ -116,11 +116,9 @@ class Devices:
         digests = self.gather(digest)
         if len(set(digests)) > 1:
             different = next(rank for rank, d in enumerate(digests) if d != digests[0])
-            raise TrainingError(
-                f"the processes of this run do not have the same {noun}",
-                where=f"process 0 has {digests[0][:12]}, process {different} has {digests[different][:12]}",
-                fix="give every machine the same files, versions and kind of device; no later state was saved",
-            )
+            where = f"process 0 has {digests[0][:12]}, process {different} has {digests[different][:12]}"
+            fix = "give every machine the same files, versions and kind of device; no later state was saved"
+            raise TrainingError(f"the processes of this run do not have the same {noun}", where=where, fix=fix)
 
 
 ALONE = Devices()
@@ -210,10 +208,8 @@ def own_device(device: str, local: int, count: int) -> str:
         raise ConfigError(text, where="base.device", fix="set it to auto, cuda or cpu")
     if local >= having:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
-        raise ConfigError(
-            f"{here} processes were started on a machine with {having} CUDA devices",
-            fix=f"start {having} (--devices, or torchrun's --nproc-per-node), or set base.device to cpu",
-        )
+        fix = f"start {having} (--devices, or torchrun's --nproc-per-node), or set base.device to cpu"
+        raise ConfigError(f"{here} processes were started on a machine with {having} CUDA devices", fix=fix)
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 

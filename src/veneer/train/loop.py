@@ -577,12 +577,10 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
     bad = [micro for nll, micro in zip(nlls, micros, strict=True) if not math.isfinite(nll)]
     if bad or not math.isfinite(norm):
         rows = tuple(row for micro in (bad or micros) for row in micro.rows)
-        raise TrainingError(
-            f"the {'loss' if bad else 'gradient'} of step {number} is not finite",
-            where=f"rows {first_few(rows, _SHOWN)}",
-            fix="look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
-            f"Steps 1 to {progress.step} were good; no later state was saved",
-        )
+        text = f"the {'loss' if bad else 'gradient'} of step {number} is not finite"
+        fix = "look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
+        fix += f"Steps 1 to {progress.step} were good; no later state was saved"
+        raise TrainingError(text, where=f"rows {first_few(rows, _SHOWN)}", fix=fix)
 
 
 def _evaluate_if_due(loop: Loop) -> bool:
@@ -604,10 +602,8 @@ def _evaluate_if_due(loop: Loop) -> bool:
         return False
     score = EvalResult.total(results)
     if not math.isfinite(score.loss):
-        raise TrainingError(
-            f"the validation loss after step {progress.step} is not finite",
-            fix="lower optimizer.learning_rate, or look at the validation rows; no later state was saved",
-        )
+        fix = "lower optimizer.learning_rate, or look at the validation rows; no later state was saved"
+        raise TrainingError(f"the validation loss after step {progress.step} is not finite", fix=fix)
     # The initial state counts too: an adapter that does not improve on it is not the best.
     if progress.step == 0:
         progress.first_loss = score.loss
@@ -679,20 +675,16 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
         with shared(), memory_errors(longest):
             value = learner.loss(longest.make())
             if not math.isfinite(value.item()):
-                raise PreflightError(
-                    f"the loss of the longest batch is {value.item()} before any training",
-                    where=f"rows {first_few(longest.rows, _SHOWN)}",
-                    fix="look at these rows, or load the base in float32 (base.dtype=float32)",
-                )
+                text = f"the loss of the longest batch is {value.item()} before any training"
+                fix = "look at these rows, or load the base in float32 (base.dtype=float32)"
+                raise PreflightError(text, where=f"rows {first_few(longest.rows, _SHOWN)}", fix=fix)
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
         reached = [p for p in learner.parameters.values() if p.grad is not None and bool((p.grad != 0).any())]
         if not reached:
-            raise PreflightError(
-                "no gradient reaches the adapter: training would change nothing",
-                where=f"{len(learner.parameters)} trained tensors",
-                fix="check adapter.targets and that the data has trained tokens",
-            )
+            text = "no gradient reaches the adapter: training would change nothing"
+            where = f"{len(learner.parameters)} trained tensors"
+            raise PreflightError(text, where=where, fix="check adapter.targets and that the data has trained tokens")
     finally:
         for parameter in learner.parameters.values():
             parameter.grad = None
@@ -710,11 +702,9 @@ def memory_errors(micro: Micro) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        raise ResourceError(
-            f"out of memory on a batch of {micro.tokens} {micro.unit}",
-            where=f"rows {first_few(micro.rows, _SHOWN)}",
-            fix=f"lower {_LENGTHS[micro.unit]} or batching.micro_rows, or set memory.activation_checkpointing=on",
-        ) from error
+        text = f"out of memory on a batch of {micro.tokens} {micro.unit}"
+        fix = f"lower {_LENGTHS[micro.unit]} or batching.micro_rows, or set memory.activation_checkpointing=on"
+        raise ResourceError(text, where=f"rows {first_few(micro.rows, _SHOWN)}", fix=fix) from error
 
 
 def peak_memory_bytes(device: torch.device) -> int:

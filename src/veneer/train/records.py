@@ -270,11 +270,9 @@ def _hub(name: str, limit: int | None) -> list[Record]:
         data = datasets.load_dataset(ident, subset or None, split=split or "train")
     except Exception as error:  # the library raises many types of errors, and each means that there are no rows
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"the hub data set `{ident}` cannot be loaded: {reason}",
-            where=f"hub:{name}",
-            fix="check the name and the network, or download it and give the files",
-        ) from None
+        text = f"the hub data set `{ident}` cannot be loaded: {reason}"
+        fix = "check the name and the network, or download it and give the files"
+        raise DataError(text, where=f"hub:{name}", fix=fix) from None
     rows = data.select(range(min(limit, len(data)))) if limit is not None else data
     return [Record(row, f"hub:{name} row {n}") for n, row in enumerate(rows, 1)]
 

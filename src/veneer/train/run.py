@@ -340,11 +340,9 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
             )
         run.devices.gather(None)
         if not run.folder.is_dir():
-            raise ConfigError(
-                "a process of this run does not see the output folder that the first one made",
-                where=str(run.folder),
-                fix="give an output.directory on a file system that all machines share",
-            )
+            text = "a process of this run does not see the output folder that the first one made"
+            fix = "give an output.directory on a file system that all machines share"
+            raise ConfigError(text, where=str(run.folder), fix=fix)
         yield fan_out(run.emit, log, trackers)
 
 
@@ -386,12 +384,10 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
         return progress.step, last
     if best is None and worse:
         rate = run.config.optimizer.learning_rate
-        raise NoGain(
-            f"training did not improve the validation {'reward' if task.rewarded else 'loss'}: {worse}",
-            where=str(run.folder),
-            fix=f"lower optimizer.learning_rate ({rate:g} here), or look at the data; to have the last adapter all the "
-            "same: --resume evaluation.keep=last",
-        )
+        text = f"training did not improve the validation {'reward' if task.rewarded else 'loss'}: {worse}"
+        fix = f"lower optimizer.learning_rate ({rate:g} here), or look at the data; to have the last adapter all the "
+        fix += "same: --resume evaluation.keep=last"
+        raise NoGain(text, where=str(run.folder), fix=fix)
     if best is None or best == progress.step:
         return progress.step, last
     checkpoint.read_parameters(checkpoint.at_step(run.folder / "checkpoints", best), task.tensors)

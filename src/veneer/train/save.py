@@ -98,12 +98,10 @@ def prove(
     difference = float((trained.float() - reloaded.float()).abs().max() / trained.float().abs().max().clamp_min(1e-12))
     if difference <= rounding:
         return f"{done} but for rounding ({difference:.1e} of the largest)"
-    raise AdapterError(
-        f"the saved adapter does not give the {noun} of the trained one "
-        f"(they differ by {difference:.1e} of the largest)",
-        where=str(path),
-        fix="do not use this file; the last checkpoint holds the trained state. This is a bug: please report it",
-    )
+    text = f"the saved adapter does not give the {noun} of the trained one "
+    text += f"(they differ by {difference:.1e} of the largest)"
+    fix = "do not use this file; the last checkpoint holds the trained state. This is a bug: please report it"
+    raise AdapterError(text, where=str(path), fix=fix)
 
 
 def write_report(folder: Path, result: Outcome, page: Page) -> Path:

@@ -49,10 +49,8 @@ def hold_out(
     if count == 0:
         return list(items), []
     if count >= len(items):
-        raise DataError(
-            f"data.split: {split} holds out {count} {noun} of {len(items)}: nothing is left to train on",
-            fix="hold out fewer, or give more data",
-        )
+        text = f"data.split: {split} holds out {count} {noun} of {len(items)}: nothing is left to train on"
+        raise DataError(text, fix="hold out fewer, or give more data")
     groups: dict[str, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault(item.key, []).append(i)

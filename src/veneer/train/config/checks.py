@@ -84,10 +84,8 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
             problems.append(f"output.directory: {folder} in {folders[folder]} and in {name}")
         folders[folder] = name
     if problems:
-        raise ConfigError(
-            f"these configurations cannot be trained in one pass:\n{bullets(problems, None)}",
-            fix="use one base and memory for all and a separate output for each, or train them one after another",
-        )
+        fix = "use one base and memory for all and a separate output for each, or train them one after another"
+        raise ConfigError(f"these configurations cannot be trained in one pass:\n{bullets(problems, None)}", fix=fix)
 
 
 def _held_out(config: TrainConfig | ImageTrainConfig, noun: str) -> Iterator[str]:
@@ -146,10 +144,9 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
     if not r.rewards:
         yield "`reinforcement.rewards` is empty: name at least one, as - {kind: exact_match}"
     if r.group == 1 and r.with_defaults().baseline in ("group", "others"):
-        yield (
-            f"`reinforcement.group: 1` leaves {r.loss} nothing to compare an answer with: give 2 or more, or "
-            "`reinforcement.baseline: batch`"
-        )
+        text = f"`reinforcement.group: 1` leaves {r.loss} nothing to compare an answer with: give 2 or more, or "
+        text += "`reinforcement.baseline: batch`"
+        yield text
     if len(r.grammar) > 1:
         yield f"`reinforcement.grammar` has {len(r.grammar)} kinds: an answer matches one"
     yield from _sampling(config)
@@ -166,10 +163,9 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
     if d.base is not None and d.teacher != BASE_MODEL:
         yield "`distillation.base` is a teacher without adapters: give `distillation.teacher: base`"
     if d.teacher == BASE_MODEL and d.base is None and not d.system and config.adapter.start is None:
-        yield (
-            "`distillation.teacher: base` equals a fresh adapter: set `distillation.system`, "
-            "`distillation.base`, or `adapter.start`"
-        )
+        text = "`distillation.teacher: base` equals a fresh adapter: set `distillation.system`, "
+        text += "`distillation.base`, or `adapter.start`"
+        yield text
     yield from _sampling(config)
 
 
@@ -206,10 +202,9 @@ def _pictures(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[
         yield "`data.pictures` is required: name at least one folder of pictures, or a slider's two prompts"
     yield from _held_out(config, "pictures")
     if data.class_count > 0 and data.class_prompt is None:
-        yield (
-            f"`data.class_count: {data.class_count}` needs `data.class_prompt`, what the class pictures show "
-            "(as: a photo of a dog)"
-        )
+        text = f"`data.class_count: {data.class_count}` needs `data.class_prompt`, what the class pictures show "
+        text += "(as: a photo of a dog)"
+        yield text
     if data.class_folder is None and not data.class_count:
         yield from _unused(config, "data", "class pictures (`data.class_folder` or `data.class_count`)", "class_prompt")
     for key in type(config.slider).model_fields:
@@ -225,10 +220,9 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
             yield f"`slider.{key}` is required with `slider.{opposite}`: a direction has two ends"
     ends = [" ".join((end or "").lower().split()) for end in (slider.positive, slider.negative)]
     if None not in (slider.positive, slider.negative) and ends[0] == ends[1]:
-        yield (
-            f"`slider.positive` and `slider.negative` say the same ({slider.positive!r}), so there is no direction "
-            "between them: say in one what more of it looks like, in the other what less of it does"
-        )
+        text = f"`slider.positive` and `slider.negative` say the same ({slider.positive!r}), so there is no direction "
+        text += "between them: say in one what more of it looks like, in the other what less of it does"
+        yield text
     if not slider.strengths:
         yield "`slider.strengths` is empty: give at least one, as [-1, 0, 1]"
     for strength in slider.strengths:

@@ -434,10 +434,7 @@ def _walk(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], i
             here = (*path, str(key_node.value))
             line = key_node.start_mark.line + 1
             if here in lines:
-                raise ConfigError(
-                    f"`{'.'.join(here)}` occurs twice, on lines {lines[here]} and {line}",
-                    where=f"{where}:{line}",
-                    fix="keep one of the two",
-                )
+                text = f"`{'.'.join(here)}` occurs twice, on lines {lines[here]} and {line}"
+                raise ConfigError(text, where=f"{where}:{line}", fix="keep one of the two")
             lines[here] = line
             _walk(value_node, here, lines, where)

@@ -159,10 +159,9 @@ class ConsoleView:
             case Note():
                 self._line(shown(event.text, lines=True))
             case Probed():
-                self._line(
-                    f"longest batch, {event.tokens:,} {self.unit}, run first: {event.seconds:.1f} s, "
-                    f"peak memory {size(event.peak_memory_bytes)}"
-                )
+                message = f"longest batch, {event.tokens:,} {self.unit}, run first: {event.seconds:.1f} s, "
+                message += f"peak memory {size(event.peak_memory_bytes)}"
+                self._line(message)
             case Stepped():
                 self._step(event)
             case Evaluated():

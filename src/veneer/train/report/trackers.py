@@ -45,10 +45,9 @@ def check_trackers(report: ReportSection) -> None:
     """Raise MissingExtraError, with all missing names, if packages of the trackers are not installed."""
     missing = [name for name in report.trackers if find_spec(name) is None]
     if missing:
-        raise MissingExtraError(
-            f"report.trackers names {', '.join(missing)}, but the required package is not installed",
-            fix=f"pip install 'veneer[{','.join(missing)}]', or take it out of report.trackers",
-        )
+        text = f"report.trackers names {', '.join(missing)}, but the required package is not installed"
+        fix = f"pip install 'veneer[{','.join(missing)}]', or take it out of report.trackers"
+        raise MissingExtraError(text, fix=fix)
 
 
 @contextmanager
@@ -86,11 +85,8 @@ def tracked(
                 with redirect_stdout(sys.stderr):  # trackers print greetings, but stdout is reserved for programs
                     running[name] = start(report, folder, settings.settings, resumed)
             except Exception as error:
-                raise ConfigError(
-                    f"{name} could not start: {error}",
-                    where="report.trackers",
-                    fix=f"correct this, or remove {name} from report.trackers",
-                ) from error
+                fix = f"correct this, or remove {name} from report.trackers"
+                raise ConfigError(f"{name} could not start: {error}", where="report.trackers", fix=fix) from error
         yield listener
         failed = False
     finally:

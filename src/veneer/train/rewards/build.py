@@ -103,9 +103,6 @@ def _model_of(section: AskedModelReward, ask: AskModel | None, opened: ExitStack
         settings = {key: getattr(section, key) for key in SERVER_KEYS}
         return opened.enter_context(ServerJudge(section.url, **settings))
     if ask is None:
-        raise ConfigError(
-            f"the reward {section.called} asks a model of this process, and no model is available",
-            where="reinforcement.rewards",
-            fix="give the `url` of a server",
-        )
+        text = f"the reward {section.called} asks a model of this process, and no model is available"
+        raise ConfigError(text, where="reinforcement.rewards", fix="give the `url` of a server")
     return ask

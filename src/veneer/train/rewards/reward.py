@@ -133,10 +133,8 @@ class Rewards:
         judged = JudgedAnswers(values, scores)
         if judged.failed > max(1, self.most_failed * len(answers)):
             failed = f"{judged.failed} of {counted(len(answers), 'answer')}"
-            raise TrainingError(
-                f"{failed} could not be judged:\n{bullets(judged.why(answers), 5)}",
-                fix="fix the reward, or raise reinforcement.most_failed",
-            )
+            text = f"{failed} could not be judged:\n{bullets(judged.why(answers), 5)}"
+            raise TrainingError(text, fix="fix the reward, or raise reinforcement.most_failed")
         return judged
 
 
@@ -144,10 +142,8 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
     """Return the scores of one reward, with a reason for those that are infinite, NaN or above `_LARGEST`."""
     scores = reward(answers)
     if len(scores) != len(answers):
-        raise TrainingError(
-            f"the reward {name} gave {counted(len(scores), 'score')} for {counted(len(answers), 'answer')}",
-            fix="it has to give one for each, in their order",
-        )
+        text = f"the reward {name} gave {counted(len(scores), 'score')} for {counted(len(answers), 'answer')}"
+        raise TrainingError(text, fix="it has to give one for each, in their order")
     return [_usable(score) for score in scores]
 
 

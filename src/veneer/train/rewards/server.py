@@ -171,11 +171,9 @@ class ServerJudge:
             since = self._away_since = now if self._away_since is None else self._away_since
         left = since + self._patience - now
         if left <= 0 or self._stopped.wait(min(wait, left)):
-            raise UnavailableError(
-                f"the judge has been away for {self._patience:g} s: {reason}",
-                where=self.url,
-                fix="start it, and resume the run; or let it wait longer with the reward's `patience`",
-            )
+            text = f"the judge has been away for {self._patience:g} s: {reason}"
+            fix = "start it, and resume the run; or let it wait longer with the reward's `patience`"
+            raise UnavailableError(text, where=self.url, fix=fix)
 
     def _reply(self, answer: Any) -> Reply:
         """Return the reply in a chat completion. Raise _Unanswered and ConfigError as in the table above."""

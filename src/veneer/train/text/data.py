@@ -59,11 +59,9 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
     else:
         rows, held_rows = split_rows(rows, config.data.split, seed=config.split_seed)
     if loss is None and (pairs := [row for row in (*rows, *held_rows) if row.rejected]):
-        raise DataError(
-            "these rows have a chosen and a rejected answer, and the run would train on the chosen answers only",
-            where=pairs[0].where,
-            fix="preference.loss=dpo uses both; otherwise provide rows with prompt and completion",
-        )
+        text = "these rows have a chosen and a rejected answer, and the run would train on the chosen answers only"
+        fix = "preference.loss=dpo uses both; otherwise provide rows with prompt and completion"
+        raise DataError(text, where=pairs[0].where, fix=fix)
     return TextData(encode_split(rows, config, base), encode_split(held_rows, config, base), metadata)
 
 

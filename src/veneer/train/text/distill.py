@@ -96,12 +96,10 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
     if ours == theirs:
         return
     apart = sorted(ours.keys() ^ theirs.keys()) or sorted(token for token in ours if ours[token] != theirs[token])
-    raise MismatchError(
-        f"the teacher has another tokenizer: {len(apart):,} tokens differ, as {apart[0]!r}",
-        where=f"distillation.base: {teacher.name}; student: {base.name}",
-        fix="take a teacher of the same family; any teacher's answers are rows for training on examples: "
-        "veneer data draw CONFIG.yaml rows.jsonl",
-    )
+    text = f"the teacher has another tokenizer: {len(apart):,} tokens differ, as {apart[0]!r}"
+    fix = "take a teacher of the same family; any teacher's answers are rows for training on examples: "
+    fix += "veneer data draw CONFIG.yaml rows.jsonl"
+    raise MismatchError(text, where=f"distillation.base: {teacher.name}; student: {base.name}", fix=fix)
 
 
 @dataclass(kw_only=True)

@@ -164,12 +164,8 @@ def encode_rows(
         counts.tokens += len(ids)
         counts.trained_tokens += sum(trained)
     if data.long_rows == "refuse" and refuse:
-        _refuse(
-            long,
-            len(rows),
-            f"are longer than data.max_length, {data.max_length} tokens",
-            f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut",
-        )
+        fix = f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut"
+        _refuse(long, len(rows), f"are longer than data.max_length, {data.max_length} tokens", fix)
     counts.used = len(examples)
     texts = list(rendered.values())
     chat = any(r.chat for r in texts)
@@ -186,10 +182,8 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendere
         for at in range(0, len(texts), _CHUNK):
             batch = tokenizer(texts[at : at + _CHUNK], add_special_tokens=not chat, verbose=False)
             if batch.encodings is None:
-                raise BaseError(
-                    "the base's tokenizer does not tell which characters a token covers",
-                    fix="give the base a fast tokenizer (tokenizer.json)",
-                )
+                text = "the base's tokenizer does not tell which characters a token covers"
+                raise BaseError(text, fix="give the base a fast tokenizer (tokenizer.json)")
             yield from batch.encodings
 
 

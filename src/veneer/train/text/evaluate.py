@@ -165,10 +165,8 @@ def score_mixes(
             scores.trained_tokens = score.trained
             if score.trained:
                 if not math.isfinite(score.loss):
-                    raise AdapterError(
-                        f"the loss is not finite under {mix_text(tuple(spec)) or 'the base'}",
-                        fix="lower strengths, or --dtype float32",
-                    )
+                    text = f"the loss is not finite under {mix_text(tuple(spec)) or 'the base'}"
+                    raise AdapterError(text, fix="lower strengths, or --dtype float32")
                 scores.loss, scores.perplexity = score.loss, score.perplexity
             if pairs:
                 margins = _margins(base, pairs) if spec else base_margins

@@ -74,11 +74,8 @@ def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
         rows, metadata = read_rows([str(path)])
         count = len(rows)
         if (format := "preference" if "chosen" in row else "messages") != metadata.format:
-            raise DataError(
-                f"this file has rows of {metadata.format}, and this is one of {format}",
-                where=str(path),
-                fix="another file",
-            )
+            text = f"this file has rows of {metadata.format}, and this is one of {format}"
+            raise DataError(text, where=str(path), fix="another file")
     lead = b"\n" if content and not content.endswith(b"\n") else b""
     with path.open("ab") as out:  # one write per row, so that concurrent writers do not interleave
         out.write(lead + line)

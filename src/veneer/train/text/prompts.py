@@ -127,11 +127,10 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     if bad:
         raise DataError(f"{len(bad)} of {len(rows)} rows are not prompts:\n{bullets(bad)}", fix="correct those rows")
     if long and data.long_rows == "refuse":
-        raise DataError(
-            f"{len(long)} of {len(rows)} prompts leave no space for a completion in {limit} tokens:\n{bullets(long)}",
-            fix=f"shorten the prompts, lower {section.named}.max_tokens, raise data.max_length, or drop them with "
-            "data.long_rows=drop",
-        )
+        text = f"{len(long)} of {len(rows)} prompts leave no space for a completion in {limit} tokens:\n{bullets(long)}"
+        fix = f"shorten the prompts, lower {section.named}.max_tokens, raise data.max_length, or drop them with "
+        fix += "data.long_rows=drop"
+        raise DataError(text, fix=fix)
     examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
     counts.used, counts.tokens = len(items), sum(len(item.ids) for item in items)
     counts.trained_tokens = section.max_tokens * len(items)

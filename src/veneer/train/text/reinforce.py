@@ -161,12 +161,10 @@ class Reinforcement(SampledTraining):
             if not (s.mask_cut and rollouts[i].cut)
         ]
         if not self.answers:
-            raise TrainingError(
-                f"none of the {len(rollouts)} completions of step {number} can be used: "
-                f"{metrics['cut_answers']:.0f} are cut at max_tokens, {judged.failed} have no reward",
-                where="reinforcement",
-                fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
-            )
+            text = f"none of the {len(rollouts)} completions of step {number} can be used: "
+            text += f"{metrics['cut_answers']:.0f} are cut at max_tokens, {judged.failed} have no reward"
+            fix = "raise reinforcement.max_tokens, or leave reinforcement.mask_cut out"
+            raise TrainingError(text, where="reinforcement", fix=fix)
         self.first, self.sample_metrics, self.failed = number, metrics, judged.why(answers)
         self.sample_metrics["idle"] = float(not gains.any())
         return True
@@ -282,11 +280,9 @@ class Reinforcement(SampledTraining):
         judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
         if not values:
-            raise TrainingError(
-                f"none of the {counted(len(answers), 'answer')} of held-out prompts could be scored:\n"
-                f"{bullets(judged.why(answers), 5)}",
-                fix="fix the reward, or hold out more prompts",
-            )
+            text = f"none of the {counted(len(answers), 'answer')} of held-out prompts could be scored:\n"
+            text += f"{bullets(judged.why(answers), 5)}"
+            raise TrainingError(text, fix="fix the reward, or hold out more prompts")
         metrics = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
         tokens = int(figures["drawn_tokens"])
         return EvalResult(-sum(values), tokens, len(rollouts), metrics, likelihood=False, units=len(values))

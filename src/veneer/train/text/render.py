@@ -114,13 +114,11 @@ class Renderer:
             return f"{system}\n\n{text}" if system else text
         if row.format == "prompt-completion":
             return str(row.messages[0]["content"])
-        raise BaseError(
-            f"rows in `{row.format}` format need a chat template, and "
-            + ("data.chat_template is none" if self.source == "none" else "this base has none"),
-            where=row.where,
-            fix="use the instruct variant of the base, set data.chat_template to a .jinja file, or give "
-            "prompt and completion columns",
-        )
+        why = "data.chat_template is none" if self.source == "none" else "this base has none"
+        message = f"rows in `{row.format}` format need a chat template, and {why}"
+        fix = "use the instruct variant of the base, set data.chat_template to a .jinja file, or give "
+        fix += "prompt and completion columns"
+        raise BaseError(message, where=row.where, fix=fix)
 
     def _chat(self, row: Row, train_on: str) -> Rendered:
         if row.tools and not re.search(r"\btools\b", self.template or ""):
@@ -211,10 +209,8 @@ class Renderer:
         try:
             return self._text(row.messages, row).rpartition(_MARK)[2]
         except ValueError as error:
-            raise BaseError(
-                f"{self.source} cannot render a plain question and answer: {error}",
-                fix="set data.chat_template to a .jinja file that can, or to none",
-            ) from None
+            text = f"{self.source} cannot render a plain question and answer: {error}"
+            raise BaseError(text, fix="set data.chat_template to a .jinja file that can, or to none") from None
 
 
 def _learned_turns(row: Row, train_on: str) -> list[int]:

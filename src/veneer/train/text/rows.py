@@ -143,10 +143,8 @@ def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], 
     parsed, metadata = parse_rows(sources, **options)
     rows = [row for row in parsed if isinstance(row, Row)]
     if bad := [f"{row.where}: {row.why}" for row in parsed if isinstance(row, UnusableRow)]:
-        raise DataError(
-            f"{len(bad)} of {len(parsed)} rows are not usable as `{metadata.format}`:\n{bullets(bad)}",
-            fix=f"correct or remove them; if they are not `{metadata.format}`, set data.format",
-        )
+        text = f"{len(bad)} of {len(parsed)} rows are not usable as `{metadata.format}`:\n{bullets(bad)}"
+        raise DataError(text, fix=f"correct or remove them; if they are not `{metadata.format}`, set data.format")
     return rows, metadata
 
 
@@ -250,16 +248,11 @@ def _choose(
     names = {c for name in _FORMATS for c in format_columns(name)}
     for ours, theirs in columns.items():
         if ours not in names:
-            raise DataError(
-                f"data.columns names `{ours}`, which no format has{_hint(ours, names)}",
-                fix=f"the names are {', '.join(sorted(names))}",
-            )
+            text = f"data.columns names `{ours}`, which no format has{_hint(ours, names)}"
+            raise DataError(text, fix=f"the names are {', '.join(sorted(names))}")
         if theirs not in present:
-            raise DataError(
-                f"data.columns says that `{ours}` is in column `{theirs}`, which the data does not have",
-                where=where,
-                fix=f"{have}{_hint(theirs, present)}",
-            )
+            text = f"data.columns says that `{ours}` is in column `{theirs}`, which the data does not have"
+            raise DataError(text, where=where, fix=f"{have}{_hint(theirs, present)}")
     for name in [each for each in _FORMATS if each in formats] if format == "auto" else [format]:
         needed = _FORMATS[name].needed
         mapping = {c: columns.get(c) or present_column(c, present, set(columns.values())) for c in needed}
@@ -271,11 +264,9 @@ def _choose(
     if format != "auto":
         needed = _FORMATS[format].needed
         missing = [c for c in needed if c not in columns and c not in present]
-        raise DataError(
-            f"data.format is `{format}`, but there is no column {' or '.join(f'`{c}`' for c in missing)}; {have}",
-            where=where,
-            fix=f"name yours: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}",
-        )
+        text = f"data.format is `{format}`, but there is no column {' or '.join(f'`{c}`' for c in missing)}; {have}"
+        advice = f"name yours: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}"
+        raise DataError(text, where=where, fix=advice)
     fix = "name the format and columns, as data.format: prompt-completion, "
     fix += "data.columns: {prompt: question, completion: label}"
     if "preference" in formats and "text" not in formats:

@@ -63,10 +63,9 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     swept = {key: options for key, options in values.items() if len(options) > 1}
     count = math.prod(len(options) for options in swept.values())
     if not swept or count > _MOST:
-        raise ConfigError(
-            f"{count} combinations are too many" if swept else "nothing is swept: no setting has several values",
-            fix=f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1",
-        )
+        message = f"{count} combinations are too many" if swept else "nothing is swept: no setting has several values"
+        advice = f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1"
+        raise ConfigError(message, fix=advice)
     given = Counter(key for key, *_ in parsed)
     given.update(f"{key}={value}" for key, options in swept.items() for value in options)
     if twice := [name for name, times in given.items() if times > 1]:
@@ -209,8 +208,7 @@ def _check_comparable(swept: Collection[str], config: RunConfig) -> None:
     if config.preference.needs_reference and "adapter.start" in swept:
         problems.append("adapter.start")
     if problems:
-        raise ConfigError(
-            f"a sweep compares held-out losses, which are not comparable with different {', '.join(problems)}",
-            fix="set data.validation to sweep data.train or data.limit; or train without a sweep (veneer train A.yaml "
-            "B.yaml) and compare the adapters with veneer eval",
-        )
+        text = f"a sweep compares held-out losses, which are not comparable with different {', '.join(problems)}"
+        fix = "set data.validation to sweep data.train or data.limit; or train without a sweep (veneer train A.yaml "
+        fix += "B.yaml) and compare the adapters with veneer eval"
+        raise ConfigError(text, fix=fix)

@@ -121,11 +121,8 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
     sharded = config.memory.shard and run.devices.count > 1
     if base is not None:
         if sharded:
-            raise ConfigError(
-                "sharding cannot be undone, and this base belongs to the caller",
-                where="memory.shard",
-                fix="let the run load it: leave base= out",
-            )
+            text = "sharding cannot be undone, and this base belongs to the caller"
+            raise ConfigError(text, where="memory.shard", fix="let the run load it: leave base= out")
         return base
     run.fetch(config.base.name)
     adapter = config.adapter
@@ -350,11 +347,9 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
     with ExitStack() as opened:
         sampler = opened.enter_context(text.sampler(text.base, attachment, settings))
         if problems := sampler.problems(text.name):
-            raise PreflightError(
-                f"completions cannot be sampled from this adapter:\n{bullets(problems)}",
-                where="adapter",
-                fix="train pairs of linear layers only, without adapter.modules_to_save, token_rows, kind",
-            )
+            message = f"completions cannot be sampled from this adapter:\n{bullets(problems)}"
+            fix = "train pairs of linear layers only, without adapter.modules_to_save, token_rows, kind"
+            raise PreflightError(message, where="adapter", fix=fix)
         shared: dict[str, Any] = {"config": text.config, "base": text.base, "name": text.name, "sampler": sampler}
         if isinstance(r, ReinforcementSection):
             ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None
@@ -382,20 +377,15 @@ def recompute_activations(model: Any, *, offload: bool = False) -> None:
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise ConfigError(
-            f"this base cannot recompute activations: {error}",
-            where="memory.activation_checkpointing",
-            fix="set it to off, and batching.micro_rows lower",
-        ) from error
+        text = f"this base cannot recompute activations: {error}"
+        where = "memory.activation_checkpointing"
+        raise ConfigError(text, where=where, fix="set it to off, and batching.micro_rows lower") from error
     if not offload:
         return
     layers = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
     if not layers:
-        raise ConfigError(
-            "inputs of this base's layers cannot be offloaded",
-            where="memory.offload_activations",
-            fix="set it to false",
-        )
+        text = "inputs of this base's layers cannot be offloaded"
+        raise ConfigError(text, where="memory.offload_activations", fix="set it to false")
     for layer in layers:
         layer._gradient_checkpointing_func = _offloaded_checkpoint
 

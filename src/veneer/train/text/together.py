@@ -86,10 +86,8 @@ def run_texts(
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
     texts = [config for config in configs if isinstance(config, TrainConfig)]  # true for all of them
     if started() > 1:
-        raise ConfigError(
-            "several configurations in one pass need a single process",
-            fix="leave --devices out, or train one configuration at a time",
-        )
+        text = "several configurations in one pass need a single process"
+        raise ConfigError(text, fix="leave --devices out, or train one configuration at a time")
     group: list[str] = []
     with ExitStack() as stack:
         runs = [
