@@ -186,17 +186,17 @@ def _plan(
     def step_seconds(load: AnyLoad, device: Device) -> float:
         return rates.seconds(run_work(counts_of(load, device), load, device), device.count)
 
+    def peak_of(load: AnyLoad, device: Device) -> int:
+        return bytes_per_device(memory_of(load, device), device)
+
+    def item_seconds(load: AnyLoad, device: Device) -> float:
+        return step_seconds(load, device) / max(1, load.size)
+
     counts = counts_of(load, device)
     memory = memory_of(load, device)
     peak, changes = bytes_per_device(memory, device), []
     if peak > limit:
-        changes = cheapest(
-            load,
-            device,
-            lambda part_load, where: bytes_per_device(memory_of(part_load, where), where),
-            lambda part_load, where: step_seconds(part_load, where) / max(1, part_load.size),
-            limit,
-        )
+        changes = cheapest(load, device, peak_of, item_seconds, limit)
     planned = (load, device) if peak <= limit else (changes[0].load, changes[0].device) if changes else None
     seconds = None
     if planned is not None:
@@ -294,18 +294,14 @@ def text_plan(
         capacity = serving(shape, device, plan.rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them trained on"
+    adapter = f"{_form(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
+    adapter += f"a file of {plan.adapter_bytes / 1e6:,.1f} MB"
+    rows = f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_activations(load)}"
     facts = (
         ("base", f"{base}: {shape.parameters:,} parameters, {load.quantize or load.dtype}"),
-        (
-            "adapter",
-            f"{_form(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
-            f"a file of {plan.adapter_bytes / 1e6:,.1f} MB",
-        ),
+        ("adapter", adapter),
         ("data", f"{times}: {job.tokens:,} tokens, {counted(job.total_steps, 'step')} of {counted(job.batch, 'row')}"),
-        (
-            "at once",
-            f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_activations(load)}",
-        ),
+        ("at once", rows),
         *((("host", f"{gigabytes(plan.memory.host)} in the CPU's memory"),) if plan.memory.host else ()),
         *(("note", note) for note in notes),
     )
@@ -331,13 +327,11 @@ def image_plan(
     plan = _plan(base, lambda load, device: image_counts(config, load), load, device, job, limit)
     words = load.targets if isinstance(load.targets, str) else ", ".join(load.targets)
     pairs = f", each with {load.before} before it" if load.before else ""
+    pictures = f"{counted(job.rows, 'picture')}, {_times(job.passes)}"
     facts = [
         ("base", f"{base}: a denoiser of {plan.parameters:,} parameters, {load.quantize or load.dtype}"),
         ("adapter", f"{_form(load.form)}rank {load.rank} on {words}: {plan.trainable:,} parameters"),
-        (
-            "data",
-            f"{counted(job.rows, 'picture')}, {_times(job.passes)}: {counted(job.total_steps, 'step')} of {job.batch}",
-        ),
+        ("data", f"{pictures}: {counted(job.total_steps, 'step')} of {job.batch}"),
         ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_activations(load)}"),
     ]
     if encoders := sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0):

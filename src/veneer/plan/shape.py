@@ -246,9 +246,8 @@ def text_shape(config: Mapping[str, Any], where: str = "config.json") -> TextSha
         named = fields.get("_class_name")  # diffusers' class
         unknown = f"veneer plan does not know the model {quoted(str(named))}"
         message = unknown if named else "this config.json names no model family"
-        raise ConfigError(
-            message, where=f"{where}: model_type", fix="give the config.json of the base's language model"
-        )
+        place = f"{where}: model_type"
+        raise ConfigError(message, where=place, fix="give the config.json of the base's language model")
     return _built_shape(json.dumps(fields, sort_keys=True, default=str), where)
 
 

@@ -113,9 +113,8 @@ def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
     sample_size = config.get("sample_size")
     sides = [side for side in (sample_size, vae.get("sample_size")) if side is not None]
     if not isinstance(levels, list) or not 0 < len(levels) < 10 or not all(type(n) is int and n > 0 for n in sides):
-        raise ConfigError(
-            "block_out_channels has to be a list of widths, and sample_size a number of pixels or null", where=str(file)
-        )
+        text = "block_out_channels has to be a list of widths, and sample_size a number of pixels or null"
+        raise ConfigError(text, where=str(file))
     scale = 2 ** (len(levels) - 1)
     return {
         "vae_scale": scale,

@@ -212,9 +212,8 @@ def restore(
     tensors = _read_parameters(path, parameters)
     previous_rng = rng_state()
     try:
-        optimizer_state = _optimizer_state(
-            optimizer, parameters, _load(path / "optimizer.safetensors"), state["optimizer"]
-        )
+        saved_optimizer = _load(path / "optimizer.safetensors")
+        optimizer_state = _optimizer_state(optimizer, parameters, saved_optimizer, state["optimizer"])
         saved = state["progress"]
         progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
         current = environment(devices) | dict(conditions or {})
@@ -308,9 +307,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             fix = "free some space, then run the same command with --resume; whole checkpoints are intact"
             raise ResourceError("the disk is full", where=str(where), fix=fix) from error
-        raise CheckpointError(
-            f"cannot write: {error}", where=str(where), fix="check the path and its rights"
-        ) from error
+        text = f"cannot write: {error}"
+        raise CheckpointError(text, where=str(where), fix="check the path and its rights") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -406,9 +404,8 @@ def _read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, 
         if name in tensors and (tensors[name].shape != p.shape or tensors[name].dtype != p.dtype)
     ]
     if wrong:
-        raise CheckpointError(
-            f"the checkpoint's parameters are not the run's:\n{bullets(wrong, None)}", where=str(path)
-        )
+        text = f"the checkpoint's parameters are not the run's:\n{bullets(wrong, None)}"
+        raise CheckpointError(text, where=str(path))
     return tensors
 
 

@@ -260,15 +260,9 @@ def launch(count: int, command: Sequence[str]) -> int:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    settings = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
+    settings = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    settings |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    settings |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     settings.setdefault("OMP_NUM_THREADS", str(max(1, processors.thread_count() // count)))
     processes: list[subprocess.Popen[bytes]] = []
 

@@ -150,9 +150,8 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     if not complete:
         read["rows"] = max(1, round((wanted or looked) * read["rows"] / looked))
         total_text = "all of them" if total is None else f"{total:,}"
-        report.guesses.append(
-            f"looked at the first {counted(looked, 'row')} of {total_text}, and the rest is taken to be like them"
-        )
+        text = f"looked at the first {counted(looked, 'row')} of {total_text}, and the rest is taken to be like them"
+        report.guesses.append(text)
     report.plan = plan = plan_of_config(config, device, **read)
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)

@@ -514,9 +514,8 @@ def _plan_next_step(loop: Loop) -> None:
         return
     loop.step, loop.rng = loop.plan.steps[progress.step], rng_state()
     if loop.step.trained == 0:
-        raise TrainingError(
-            f"step {loop.number} has no trained token", where=f"rows {first_few(loop.step.rows, _SHOWN)}"
-        )
+        text = f"step {loop.number} has no trained token"
+        raise TrainingError(text, where=f"rows {first_few(loop.step.rows, _SHOWN)}")
 
 
 def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
@@ -555,21 +554,20 @@ def _apply(loop: Loop, result: StepResult | None) -> None:
     progress.trained_tokens += step.trained
     progress.seconds += seconds
     progress.recent = [*progress.recent, (total, step.divisor)][-_RECENT:]
-    loop.emit(
-        Stepped(
-            step=number,
-            steps=len(loop.plan.steps),
-            epoch=step.epoch,
-            loss=total / step.divisor,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens=step.tokens,
-            learned_tokens=step.trained,
-            seconds=seconds,
-            memory_bytes=peak_memory_bytes(loop.learner.device),
-            extra=MetricMeans.total([share.means for share in done]).values(),
-        )
+    stepped = Stepped(
+        step=number,
+        steps=len(loop.plan.steps),
+        epoch=step.epoch,
+        loss=total / step.divisor,
+        learning_rate=rate,
+        gradient_norm=norm,
+        tokens=step.tokens,
+        learned_tokens=step.trained,
+        seconds=seconds,
+        memory_bytes=peak_memory_bytes(loop.learner.device),
+        extra=MetricMeans.total([share.means for share in done]).values(),
     )
+    loop.emit(stepped)
     loop.learner.end_step(number)
 
 
@@ -614,19 +612,18 @@ def _evaluate_if_due(loop: Loop) -> bool:
         progress.best_step, progress.best_loss, progress.waited = progress.step, score.loss, 0
     elif progress.step > 0:
         progress.waited += 1
-    loop.emit(
-        Evaluated(
-            step=progress.step,
-            loss=score.loss,
-            perplexity=score.perplexity if score.likelihood else None,
-            rows=score.rows,
-            learned_tokens=score.trained,
-            seconds=time.perf_counter() - began,
-            best=improved,
-            worse=progress.first_loss is not None and score.loss > progress.first_loss,
-            extra=score.measures,
-        )
+    evaluated = Evaluated(
+        step=progress.step,
+        loss=score.loss,
+        perplexity=score.perplexity if score.likelihood else None,
+        rows=score.rows,
+        learned_tokens=score.trained,
+        seconds=time.perf_counter() - began,
+        best=improved,
+        worse=progress.first_loss is not None and score.loss > progress.first_loss,
+        extra=score.measures,
     )
+    loop.emit(evaluated)
     return improved
 
 

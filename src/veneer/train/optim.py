@@ -52,32 +52,21 @@ def make_optimizer(
         options |= {"betas": tuple(betas), "eps": eps}
     if name != "adafactor":
         options["fused"] = True
-    groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
-    optimizer: torch.optim.Optimizer = _OPTIMIZERS[name](groups, **options)
-    return optimizer
-
-
-def _groups(
-    parameters: Mapping[str, nn.Parameter],
-    learning_rate: float,
-    weight_decay: float,
-    ratio: float,
-    rates: Mapping[str, float],
-) -> list[dict[str, Any]]:
     members: dict[tuple[float, bool, bool], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in parameters.items():
-        rate = next((values for start, values in rates.items() if name.startswith(start)), learning_rate)
-        faster = ratio != 1.0 and name.rsplit(".", 1)[-1] == "B"
+    for key, parameter in parameters.items():
+        rate = next((values for start, values in (rates or {}).items() if key.startswith(start)), learning_rate)
+        faster = loraplus_ratio != 1.0 and key.rsplit(".", 1)[-1] == "B"
         decays = weight_decay > 0 and parameter.ndim >= 2
         # The minus sorts the highest rate first, because the rate of the first group is displayed.
-        members.setdefault((-rate, faster, decays), []).append((name, parameter))
+        members.setdefault((-rate, faster, decays), []).append((key, parameter))
     groups = []
     for (rate, faster, decays), named in sorted(members.items(), key=lambda item: item[0]):
         names, params = map(list, zip(*named, strict=True))
-        lr = -rate * (ratio if faster else 1.0)
+        lr = -rate * (loraplus_ratio if faster else 1.0)
         decay = weight_decay if decays else 0.0
         groups.append({"params": params, "names": names, "lr": lr, "base_lr": lr, "weight_decay": decay})
-    return groups
+    optimizer: torch.optim.Optimizer = _OPTIMIZERS[name](groups, **options)
+    return optimizer
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,8 @@ def _file(path: Path, most: int | None = None) -> list[Record]:
     """Return the records of a file, at least `most` if the file has as many; None for all."""
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
-        raise DataError(
-            f"unknown kind of data file `{suffix or path.name}`", where=str(path), fix=f"known: {', '.join(_SUFFIXES)}"
-        )
+        message = f"unknown kind of data file `{suffix or path.name}`"
+        raise DataError(message, where=str(path), fix=f"known: {', '.join(_SUFFIXES)}")
     if suffix == ".parquet":
         return list(_parquet(path))
     try:

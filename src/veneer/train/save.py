@@ -152,24 +152,16 @@ def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list
     scores = {r["step"]: mean_rewards(r["extra"]) or {} for r in records if r.get("event") == "evaluated"}
     first, best = scores.get(0, {}), scores.get(result.kept_step, {})
     where = f" · saved from step {result.kept_step}" if result.kept_step != result.steps else ""
-    cards = [
-        (
-            "Validation reward" if name == "reward" else f"Validation, {name}",
-            f"{value:.3f}",
-            (f"{first[name]:.3f} before training" if name in first else "") + where * (name == "reward"),
-        )
-        for name, value in best.items()
-    ]
+    cards = []
+    for name, value in best.items():
+        head = "Validation reward" if name == "reward" else f"Validation, {name}"
+        note = (f"{first[name]:.3f} before training" if name in first else "") + where * (name == "reward")
+        cards.append((head, f"{value:.3f}", note))
     step_rewards = [mean_rewards(r["extra"]) for r in records if r.get("event") == "stepped"]
     values = [each["reward"] for each in step_rewards if each and "reward" in each][-20:]
     if values:
-        cards.append(
-            (
-                "Training reward",
-                f"{sum(values) / len(values):.3f}",
-                f"mean over the last {counted(len(values), 'step')}",
-            )
-        )
+        note = f"mean over the last {counted(len(values), 'step')}"
+        cards.append(("Training reward", f"{sum(values) / len(values):.3f}", note))
     return cards
 
 

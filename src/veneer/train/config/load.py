@@ -156,9 +156,8 @@ def _with_output(overrides: list[str]) -> list[str]:
     overridden = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     if overridden.keys() & {"output", "output.directory"}:
         return overrides
-    source = next(
-        (overridden[key] for key in ("data.train", "data.pictures", "slider.positive") if key in overridden), ""
-    )
+    named_after = ("data.train", "data.pictures", "slider.positive")
+    source = next((overridden[key] for key in named_after if key in overridden), "")
     first = str(source.strip("[] \"'").split(",")[0]).rstrip("/")
     name = re.sub(r"[^a-z0-9]+", "-", Path(first.rpartition(":")[2]).stem.lower()).strip("-")
     return [*overrides, f"output.directory=runs/{name or 'adapter'}"]
@@ -229,12 +228,6 @@ def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
     return _IMAGE if named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides) else _TEXT
 
 
-_PREFERENCE_RATE = (
-    2e-5,
-    "a preference run: about a tenth of a supervised run's rate (TRL's LoRA example for dpo has 5e-6)",
-)
-
-
 def _fill(raw: dict[str, Any], key_sources: dict[str, str]) -> None:
     """Set unset keys to the values of the preset, and the learning rate of a preference run."""
     name, preference = raw.get("preset"), raw.get("preference")
@@ -243,8 +236,8 @@ def _fill(raw: dict[str, Any], key_sources: dict[str, str]) -> None:
         settings = PRESETS[name].settings.items()
         values = {key: (value, f"from preset {name} ({because})") for key, (value, because) in settings}
     if isinstance(preference, dict) and preference.get("loss") is not None:
-        rate, because = _PREFERENCE_RATE
-        values["optimizer.learning_rate"] = rate, f"default ({because})"
+        because = "a preference run: about a tenth of a supervised run's rate (TRL's LoRA example for dpo has 5e-6)"
+        values["optimizer.learning_rate"] = 2e-5, f"default ({because})"
     for key, (value, source) in values.items():
         section, _, key_name = key.partition(".")
         given = raw[section] = {} if raw.get(section) is None else raw[section]

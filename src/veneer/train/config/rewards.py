@@ -67,11 +67,8 @@ class JsonSchemaReward(RewardSection):
     column: str | None = setting(None, "column of the row with its own schema")
 
     def problem(self) -> str:
-        return (
-            ""
-            if (self.json_schema is None) != (self.column is None)
-            else "set exactly one of `json_schema` and `column`"
-        )
+        is_one = (self.json_schema is None) != (self.column is None)
+        return "" if is_one else "set exactly one of `json_schema` and `column`"
 
 
 class JsonFieldsReward(_Compared):
@@ -179,18 +176,9 @@ class ReasoningGymReward(RewardSection):
     )
 
 
-AnyReward = Annotated[
-    ExactMatchReward
-    | JsonSchemaReward
-    | JsonFieldsReward
-    | RegexReward
-    | LengthReward
-    | JudgeReward
-    | PythonReward
-    | GraderReward
-    | ReasoningGymReward,
-    pydantic.Field(discriminator="kind"),
-]
+_Rule = ExactMatchReward | JsonSchemaReward | JsonFieldsReward | RegexReward | LengthReward
+_Program = JudgeReward | PythonReward | GraderReward | ReasoningGymReward
+AnyReward = Annotated[_Rule | _Program, pydantic.Field(discriminator="kind")]
 REWARD_KINDS: dict[str, type[RewardSection]] = {
     get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(get_args(AnyReward)[0])
 }

@@ -107,9 +107,8 @@ def _sampling_summary(event: Stepped) -> str:
     if metrics.get("policy_lag") and "drift" in metrics:
         parts.append(f"{counted(int(metrics['policy_lag']), 'step')} off-policy (drift {metrics['drift']:.2g})")
     if "gap_mean" in metrics:
-        parts.append(
-            f"gap {metrics['gap_mean']:.2g} (most {metrics['gap_max']:.2g}, {metrics['gap_share']:.1%} beyond 1%)"
-        )
+        text = f"gap {metrics['gap_mean']:.2g} (most {metrics['gap_max']:.2g}, {metrics['gap_share']:.1%} beyond 1%)"
+        parts.append(text)
     return "  ".join(parts)
 
 
@@ -169,13 +168,11 @@ class ConsoleView:
                 suffix = "  (worse than before training)" if event.worse else suffix
                 perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
                 rows = "pictures" if self.unit == "pictures" else "rows"
-                measured = "".join(
-                    f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _MEASURED if n in event.extra
-                )
-                self._line(
-                    f"step {event.step}: validation {measure_text(event.loss, event.extra)}{perplexity}{measured} "
-                    f"on {event.rows} {rows}{suffix}"
-                )
+                measures = {n.replace("_", " "): event.extra[n] for n in _MEASURED if n in event.extra}
+                measured = "".join(f", {name} {value:.3f}" for name, value in measures.items())
+                message = f"step {event.step}: validation {measure_text(event.loss, event.extra)}{perplexity}"
+                message += f"{measured} on {event.rows} {rows}{suffix}"
+                self._line(message)
             case Sampled():
                 self._line(f"step {event.step}: samples in {shown(event.path)}")
             case Stopped():
@@ -217,16 +214,16 @@ class ConsoleView:
         self._recent = [*self._recent, (event.tokens if counts is None else counts, event.seconds)][-20:]
         seconds = sum(s for _, s in self._recent)
         per_second = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
-        speed = self._speed(per_second, self.unit if counts is None else f"drawn {self.unit}")
+        unit = self.unit if counts is None else f"drawn {self.unit}"
+        speed = f"{per_second:,.{0 if per_second >= 10 else 2}f} {unit}/s"
         left = (event.steps - event.step) * seconds / len(self._recent)
         if self.name or not self.console.is_terminal:
             every = max(1, event.steps // 20)
             if event.step == 1 or event.step == event.steps or event.step - self._printed >= every:
                 self._printed = event.step
-                self._line(
-                    f"step {event.step}/{event.steps}  {measure_text(event.loss, event.extra)}  {speed}  "
-                    f"memory {size(event.memory_bytes)}  {duration(left)} left" + (f"  {sampling}" if sampling else "")
-                )
+                text = f"step {event.step}/{event.steps}  {measure_text(event.loss, event.extra)}  {speed}  "
+                text += f"memory {size(event.memory_bytes)}  {duration(left)} left"
+                self._line(text + (f"  {sampling}" if sampling else ""))
             return
         if self._bar is None:
             self._bar = _progress_bar(self.console)
@@ -236,9 +233,6 @@ class ConsoleView:
         below = "  ".join(filter(None, (parts, sampling)))
         text = f"{_headline(event)} {speed} {size(event.memory_bytes)} {duration(left)} left"
         self._bar.update(self._task, completed=event.step, description=text + (f"\n{below}" if below else ""))
-
-    def _speed(self, per_second: float, unit: str) -> str:
-        return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2f} {unit}/s"
 
 
 def _progress_bar(console: Console) -> Bar:

@@ -79,17 +79,9 @@ def write_sweep_page(
     series += [Series(best, curves[best], "dots")] if curves.get(best) else []
     heads = [*dict.fromkeys(key for row in rows for key in row if key != "name")]
     cells = [[_cell(row.get(head)) for head in heads] for row in rows]
-    page = (
-        escaping("veneer.train.report")
-        .get_template("sweep.html.j2")
-        .render(
-            title=title,
-            rows=rows,
-            chart=Markup(chart(series, label="validation loss")),
-            cells=cells,
-            heads=[head.replace("_", " ") for head in heads],
-        )
-    )
+    drawn, words = Markup(chart(series, label="validation loss")), [head.replace("_", " ") for head in heads]
+    template = escaping("veneer.train.report").get_template("sweep.html.j2")
+    page = template.render(title=title, rows=rows, chart=drawn, cells=cells, heads=words)
     write_atomically(path, page.encode())
 
 
@@ -180,10 +172,8 @@ def _curves(
     for name, title in main.items():
         training, validation = _points(name, steps), _points(name, scores)
         weights = [r["learned_tokens"] for r in steps] if name == "loss" else [1.0] * len(training)
-        lines = [
-            Series("training, each step", training, "faint"),
-            Series("training, smoothed", smooth(training, weights)),
-        ]
+        lines = [Series("training, each step", training, "faint")]
+        lines.append(Series("training, smoothed", smooth(training, weights)))
         lines += [Series("validation", validation, "dots", "b")] * bool(validation)
         best = _points(name, [r for r in scores if r.get("best")][-1:])
         yield title, lines, best[0] if best else None
@@ -274,10 +264,8 @@ def chart(
     x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
 
     def at(p: _Point) -> _Point:
-        return (
-            left + (p[0] - x0) / (x1 - x0) * (width - left - right),
-            top + (y1 - p[1]) / (y1 - y0) * (height - top - bottom),
-        )
+        x = left + (p[0] - x0) / (x1 - x0) * (width - left - right)
+        return x, top + (y1 - p[1]) / (y1 - y0) * (height - top - bottom)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">']
     for tick in ticks:

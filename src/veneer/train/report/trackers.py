@@ -159,9 +159,7 @@ def _wandb(report: ReportSection, folder: Path, settings: Mapping[str, Any], res
     )
     write_atomically(ids, json.dumps({"wandb": id}).encode())
     return Tracker(
-        lambda step, values: run.log(
-            values, step=step
-        ),  # W&B drops steps that it already has, which have the same values
+        lambda step, values: run.log(values, step=step),  # drops steps that W&B already has, with the same values
         lambda step, path: run.log({"samples": wandb.Image(path)}, step=step),
         lambda failed: run.finish(exit_code=int(failed)),
     )

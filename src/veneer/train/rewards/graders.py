@@ -220,16 +220,8 @@ _OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
-_FUNCTIONS: dict[str, Callable[..., float]] = {
-    "min": min,
-    "max": max,
-    "abs": abs,
-    "floor": math.floor,
-    "ceil": math.ceil,
-    "exp": math.exp,
-    "sqrt": math.sqrt,
-    "log": math.log,
-}
+_NUMBERS: tuple[Callable[..., float], ...] = (min, max, abs, math.floor, math.ceil, math.exp, math.sqrt, math.log)
+_FUNCTIONS = {function.__name__: function for function in _NUMBERS}
 
 
 def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str, float]], float]:

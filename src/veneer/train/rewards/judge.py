@@ -90,10 +90,8 @@ def asked_reward(
 
 def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
     """Return the instruction on the format of a judge's reply, and its JSON schema."""
-    instruction = (
-        'Answer with only a JSON object: {"steps": [what you considered, in short sentences], '
-        f'"result": a number from {low:g} to {high:g}}}.'
-    )
+    instruction = 'Answer with only a JSON object: {"steps": [what you considered, in short sentences], '
+    instruction += f'"result": a number from {low:g} to {high:g}}}.'
     schema = {
         "type": "object",
         "properties": {

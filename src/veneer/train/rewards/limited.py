@@ -92,9 +92,8 @@ class LimitedFunction:
         sandbox: Sandbox | None = None,
     ) -> None:
         if file is not None and not Path(file).is_file():
-            raise ConfigError(
-                f"the file of the function {function} does not exist", where=file, fix="give a Python file"
-            )
+            text = f"the file of the function {function} does not exist"
+            raise ConfigError(text, where=file, fix="give a Python file")
         self._first: dict[str, Any] = {"function": function, "memory": int(memory), "timeout": timeout}
         self._first |= {"file": os.path.abspath(file)} if file is not None else {"source": source}
         self._timeout, self._at_once, self._sandbox = timeout, at_once, sandbox

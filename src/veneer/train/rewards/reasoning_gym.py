@@ -32,9 +32,8 @@ def generated_rows(spec: str, limit: int | None = None) -> list[dict[str, Any]]:
     MissingExtraError."""
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise DataError(
-            "this source of rows cannot be read", where=spec, fix="reasoning-gym:TASK@ROWS?key=value&key=value"
-        )
+        message = "this source of rows cannot be read"
+        raise DataError(message, where=spec, fix="reasoning-gym:TASK@ROWS?key=value&key=value")
     task, rows = match["task"], min(int(match["rows"] or _ROWS), limit or int(match["rows"] or _ROWS))
     settings = {key: _parsed(text) for key, text in parse_qsl(match["settings"] or "", keep_blank_values=True)}
     factory = _factory(task)
@@ -67,9 +66,8 @@ def _factory(task: str) -> Any:
         import reasoning_gym  # noqa: F401
         from reasoning_gym import factory
     except ImportError as error:
-        raise MissingExtraError(
-            "tasks of reasoning-gym need it", where=task, fix="pip install 'veneer[reasoning-gym]'"
-        ) from error
+        text = "tasks of reasoning-gym need it"
+        raise MissingExtraError(text, where=task, fix="pip install 'veneer[reasoning-gym]'") from error
     if task not in factory.DATASETS:
         suggestions = nearest(task, factory.DATASETS, 1)
         hint = f"did you mean {suggestions[0]}?" if suggestions else "see reasoning_gym.factory.DATASETS"

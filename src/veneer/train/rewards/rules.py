@@ -39,9 +39,8 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         from referencing import Registry
         from referencing.exceptions import Unresolvable
     except ImportError as error:
-        raise MissingExtraError(
-            "a reward by JSON schema needs jsonschema", fix="pip install 'veneer[rewards]'"
-        ) from error
+        text = "a reward by JSON schema needs jsonschema"
+        raise MissingExtraError(text, fix="pip install 'veneer[rewards]'") from error
     validators: dict[str, Any] = {}
 
     def matched(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:

@@ -82,18 +82,8 @@ class Sandbox:
             inside = ["--user", str(secrets.choice(_USERS))]
         else:
             user, inside = ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"], []
-        arguments = [
-            "--unshare-ipc",
-            "--unshare-pid",
-            "--unshare-net",
-            "--unshare-uts",
-            "--unshare-cgroup-try",
-            *user,
-            "--die-with-parent",
-            "--new-session",
-            "--hostname",
-            "sandbox",
-        ]
+        arguments = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", *user]
+        arguments += ["--die-with-parent", "--new-session", "--hostname", "sandbox"]
         arguments += ["--perms", "1777", "--size", str(_TMP), "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/dev"]
         arguments += _mounts(self.paths, self.hidden)
         for device in ("null", "zero", "full", "random", "urandom"):
@@ -164,9 +154,7 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
     for path in sorted({*paths, *hidden}, key=lambda each: (each.count("/"), each)):
         if path in hidden:
             arguments += ["--perms", "0555", "--size", "4096", "--tmpfs", path]
-        elif (
-            os.path.islink(path) and path.count("/") == 1
-        ):  # for example /lib, which is a link to usr/lib on most systems
+        elif os.path.islink(path) and path.count("/") == 1:  # as /lib, a link to usr/lib on most systems
             arguments += ["--symlink", os.readlink(path), path]
         else:
             arguments += ["--ro-bind", path, path]
@@ -281,20 +269,15 @@ def _syscall_filter() -> bytes:
     def instruction(code: int, operand: int, true: int = 0, false: int = 0) -> bytes:
         return struct.pack("<HBBI", code, true, false, operand)
 
-    program = (
-        instruction(_LOAD, 4)
-        + instruction(_EQUAL, _MACHINES[machine], 1, 0)
-        + instruction(_RETURN, _KILL)
-        + instruction(_LOAD, 0)
-    )
+    program = instruction(_LOAD, 4) + instruction(_EQUAL, _MACHINES[machine], 1, 0) + instruction(_RETURN, _KILL)
+    program += instruction(_LOAD, 0)
     if machine == "x86_64":  # refuses the x32 numbers of the same calls
         program += instruction(_AT_LEAST, 0x40000000, 0, 1) + instruction(_RETURN, _ERROR | _ENOSYS)
     for numbers in _REFUSED.values():
         if numbers[column] >= 0:
             program += instruction(_EQUAL, numbers[column], 0, 1) + instruction(_RETURN, _ERROR | _EPERM)
-    program += instruction(_EQUAL, _CLONE3, 0, 1) + instruction(
-        _RETURN, _ERROR | _ENOSYS
-    )  # the filter cannot read the flags of clone3; libc falls back to clone
+    # The filter cannot read the flags of clone3; libc falls back to clone.
+    program += instruction(_EQUAL, _CLONE3, 0, 1) + instruction(_RETURN, _ERROR | _ENOSYS)
     program += instruction(_EQUAL, _CLONE[machine], 0, 3)
     program += instruction(_LOAD, 16) + instruction(_ANY_BIT, _NAMESPACES, 0, 1) + instruction(_RETURN, _ERROR | _EPERM)
     return program + instruction(_RETURN, _ALLOW)

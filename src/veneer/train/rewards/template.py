@@ -46,14 +46,12 @@ class NoValue(Exception):
 
 
 def template_sample(answer: Answer) -> dict[str, Any]:
-    input_content = answer.prompt[-1].get("content") if answer.prompt else ""
+    content = answer.prompt[-1].get("content") if answer.prompt else ""
     sample = {
         "output_text": answer.text,
         "output_tools": [],
         "choices": [{"index": 0, "message": {"role": "assistant", "content": answer.text}}],
-        "input_text": input_content
-        if isinstance(input_content, str)
-        else json.dumps(input_content, ensure_ascii=False),
+        "input_text": content if isinstance(content, str) else json.dumps(content, ensure_ascii=False),
     }
     with suppress(ValueError, RecursionError):
         sample["output_json"] = json.loads(answer.text)

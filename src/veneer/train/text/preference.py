@@ -333,10 +333,8 @@ class Preference:
         examples = mismatched_examples(items, self.config.data.max_length)
         policy = self._logps(examples)
         assert policy is not None
-        ratios = torch.tensor(policy, dtype=torch.float64) - torch.tensor(
-            self._reference_logps(examples), dtype=torch.float64
-        )
-        return float(formulas.kto_reference(ratios))
+        reference = torch.tensor(self._reference_logps(examples), dtype=torch.float64)
+        return float(formulas.kto_reference(torch.tensor(policy, dtype=torch.float64) - reference))
 
 
 def answer_logps(

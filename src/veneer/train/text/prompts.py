@@ -252,11 +252,10 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
         steps = []
         for k, prompts in enumerate(plan):
             answers = [items[i] for i in prompts for _ in range(r.group)]
-            groups = (
-                shared_groups([(item.ids, item.most) for item in answers], config)
-                if share_prompt
-                else answer_groups([item.tokens for item in answers], config)
-            )
+            if share_prompt:
+                groups = shared_groups([(item.ids, item.most) for item in answers], config)
+            else:
+                groups = answer_groups([item.tokens for item in answers], config)
             micros = tuple(micro([answers[i] for i in group]) for group in groups)
             steps += [Step(micros, epoch + (k + (u + 1) / r.updates) / len(plan)) for u in range(r.updates)]
         return steps

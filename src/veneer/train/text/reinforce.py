@@ -197,19 +197,16 @@ class Reinforcement(SampledTraining):
         weights = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
         moving = [i for i, a in enumerate(answers) if a.advantage or s.kl]
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # keep at least one completion
-        weights = weights * (
-            len(moving) / len(answers)
-        )  # the training loop divides by the number of completions it gets
+        # The training loop divides by the number of completions it gets.
+        weights = weights * (len(moving) / len(answers))
         micros = []
-        for group in shared_groups(
-            [(answers[i].rollout.prompt, len(answers[i].rollout.tokens)) for i in moving], self.config
-        ):
+        sizes = [(answers[i].rollout.prompt, len(answers[i].rollout.tokens)) for i in moving]
+        for group in shared_groups(sizes, self.config):
             group_answers = [answers[moving[k]] for k in group]
             f = weights[[moving[k] for k in group]]
             where = [rows[a.row].where for a in group_answers]
-            micros.append(
-                answers_micro([a.rollout for a in group_answers], where, partial(_batch, group_answers, f, fresh))
-            )
+            make = partial(_batch, group_answers, f, fresh)
+            micros.append(answers_micro([a.rollout for a in group_answers], where, make))
         return Step(tuple(micros), step.epoch)
 
     # -- the loss ------------------------------------------------------------------------------------------------------
@@ -355,15 +352,11 @@ def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapp
     if metrics["idle"]:
         mean = f" ({metrics['reward']:.3f} on average)" if "reward" in metrics else ""
         compared = "to each prompt" if settings.baseline in ("group", "others") else "of the step"
-        warnings["idle"] = (
-            f"warning: nothing is learned from the rewards of step {number}: all completions {compared} have the "
-            f"same reward{mean}; {_EASIER}"
-        )
+        text = f"warning: nothing is learned from the rewards of step {number}: all completions {compared} have the "
+        warnings["idle"] = text + f"same reward{mean}; {_EASIER}"
     if metrics["cut_share"] > _MOST:
-        warnings["cut"] = (
-            f"warning: {metrics['cut_share']:.0%} of the completions of step {number} are cut at "
-            f"{settings.max_tokens} tokens; {_LONGER}"
-        )
+        text = f"warning: {metrics['cut_share']:.0%} of the completions of step {number} are cut at "
+        warnings["cut"] = text + f"{settings.max_tokens} tokens; {_LONGER}"
     return warnings
 
 
@@ -381,9 +374,8 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
         name = names[model] = f"{model}, as a judge"
         attachment.add(name, load_adapter(base, model))
         if problems := sampler.problems(name):
-            raise AdapterError(
-                f"completions cannot be sampled from {model}:\n{bullets(problems)}", where="reinforcement.rewards"
-            )
+            message = f"completions cannot be sampled from {model}:\n{bullets(problems)}"
+            raise AdapterError(message, where="reinforcement.rewards")
 
     def request(question: Question) -> CompletionRequest | Reply:
         text = rendered(base, question.messages)

@@ -145,11 +145,11 @@ class Renderer:
         for k in turns:
             prefix = self._text(row.messages[:k], row, generate=True) if k else ""
             if k and not text.startswith(prefix):
-                raise ValueError(
+                why = (
                     f"the chat template renders what comes before message {k} differently once later turns follow, so "
-                    "training would show the model another prompt than inference does; use train_on: last, or end the "
-                    "row with that turn"
                 )
+                why += "training would show the model another prompt than inference does; use train_on: last, or end "
+                raise ValueError(why + "the row with that turn")
             start = len(prefix) if k else self._content(row, text, 0)[0]
             end = len(text)
             if k + 1 < len(row.messages):
@@ -161,15 +161,13 @@ class Renderer:
                     following = text[end:]
                     space = len(following) - len(following.lstrip())
                     if not self.end_marker or not following[space:].startswith(self.end_marker):
-                        raise ValueError(
-                            f"the chat template writes no end-of-turn after message {k}; use train_on: last"
-                        )
+                        message = f"the chat template writes no end-of-turn after message {k}; use train_on: last"
+                        raise ValueError(message)
                     end += space + len(self.end_marker)
                     out.changed_turns += upto[start:end] != text[start:end]
             if self._tail and text[start:end].endswith(self._tail):
-                end -= len(self._tail) - len(
-                    self.end_marker
-                )  # the model does not write the line break after the marker
+                # The model does not write the line break after the marker.
+                end -= len(self._tail) - len(self.end_marker)
             ranges.append((start, end))
         return ranges
 
@@ -237,9 +235,8 @@ def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[s
     try:
         return path.read_text(encoding="utf-8"), f"the chat template {path.name}"
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"data.chat_template cannot be read: {error}", where=chat_template, fix="give a .jinja file, auto or none"
-        ) from None
+        text = f"data.chat_template cannot be read: {error}"
+        raise ConfigError(text, where=chat_template, fix="give a .jinja file, auto or none") from None
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

@@ -443,9 +443,8 @@ def _message(m: Any, name: str) -> dict[str, Any]:
     if role not in ROLES:
         suggestions = nearest(str(role), ROLES, 1)
         hint = f" (did you mean `{suggestions[0]}`?)" if suggestions else ""
-        raise ValueError(
-            f"`{name}.role` is {role!r}{hint}; roles are {', '.join(ROLES)}" if role else f"`{name}` has no role"
-        )
+        text = f"`{name}.role` is {role!r}{hint}; roles are {', '.join(ROLES)}" if role else f"`{name}` has no role"
+        raise ValueError(text)
     fields = {k: v for k, v in m.items() if v is not None}  # Parquet fills missing keys with None
     if isinstance(content, list):
         content = "".join(_part(p, name) for p in content)

@@ -179,14 +179,10 @@ def run_sweep(
     sweep = Sweep(combinations, results)
     if not dry_run:
         report = folder / "sweep.html"
-        curves = {
-            run.name: [
-                (float(r["step"]), float(r["loss"]))
-                for r in read_log(folder / run.name / "log.jsonl")
-                if r.get("event") == "evaluated"
-            ]
-            for run in combinations
-        }
+        curves = {}
+        for run in combinations:
+            scores = [r for r in read_log(folder / run.name / "log.jsonl") if r.get("event") == "evaluated"]
+            curves[run.name] = [(float(r["step"]), float(r["loss"])) for r in scores]
         write_sweep_page(report, file.name, sweep.rows(), curves)
         sweep.report = str(report)
         write_atomically(folder / "sweep.json", (json.dumps(sweep.to_dict(), indent=1) + "\n").encode())

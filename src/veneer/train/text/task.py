@@ -334,9 +334,8 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
         yield None
         return
     if text.sampler is None:
-        raise ConfigError(
-            f"{r.named} needs a sampler", where=r.named, fix="train by `veneer train` or veneer.train_text"
-        )
+        message = f"{r.named} needs a sampler"
+        raise ConfigError(message, where=r.named, fix="train by `veneer train` or veneer.train_text")
     judges = local_judge_models(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (text.data.train, text.data.held_out) for item in split.items)
     context = 0 if judges else longest  # the length of the judges' prompts is not limited

@@ -90,21 +90,12 @@ def run_texts(
         raise ConfigError(text, fix="leave --devices out, or train one configuration at a time")
     group: list[str] = []
     with ExitStack() as stack:
-        runs = [
-            stack.enter_context(
-                opened(
-                    config,
-                    unit="tokens",
-                    on_event=None if listeners is None else listeners[i],
-                    sources=None if sources is None else sources[i],
-                    resume=resume,
-                    dry_run=dry_run,
-                    force=force,
-                    group=group,
-                )
-            )
-            for i, config in enumerate(texts)
-        ]
+        runs: list[Run] = []
+        options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force, "group": group}
+        for i, config in enumerate(texts):
+            listener, origins = listeners[i] if listeners else None, sources[i] if sources else None
+            run = opened(config, unit="tokens", on_event=listener, sources=origins, **options)
+            runs.append(stack.enter_context(run))
         base = loaded_base(texts[0], base, runs[0])
         for note in base.notes:
             runs[0].note(note)
@@ -364,13 +355,9 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
         elif newest is None or not companions & group or _has_ended(newest):
             out.append(newest)
         else:
-            out.append(
-                CheckpointError(
-                    f"this run ended early, after step {max(steps)}; the runs trained with it are at step {last}",
-                    where=str(run.folder),
-                    fix="check its data or settings, and resume it alone: veneer train CONFIG.yaml --resume",
-                )
-            )
+            text = f"this run ended early, after step {max(steps)}; the runs trained with it are at step {last}"
+            fix = "check its data or settings, and resume it alone: veneer train CONFIG.yaml --resume"
+            out.append(CheckpointError(text, where=str(run.folder), fix=fix))
     return out
 
 
