@@ -307,9 +307,8 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
         saved = float(tokens * layer.normed)
         for name, parts in layer.products.items():
             n, adapted = tokens if name == "qkv" else last_tokens, [part for part in parts if part.name in pairs]
-            values = sum(part.active * part.outputs for part in parts) + parts[0].active * parts[0].inputs * (
-                name != "down"
-            )
+            values = sum(part.active * part.outputs for part in parts)
+            values += parts[0].active * parts[0].inputs * (name != "down")
             saved += n * values * (1.5 if parts[0].times > 1 else 1)  # Experts gather their inputs.
             if dora and adapted and (name != "gate_up" or dropped):  # input of the DoRA scale
                 saved += n * sum(part.outputs for part in parts)
@@ -325,9 +324,8 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
                 counts.delta_values += pair.delta_values
                 counts.forward += uses * pair.forward
                 counts.backward += uses * (pair.operations - pair.forward)
-        attention = (
-            4.0 * layer.heads * layer.head_dim * sum(visible_keys(length, layer.window) for length in load.lengths)
-        )
+        visible = sum(visible_keys(length, layer.window) for length in load.lengths)
+        attention = 4.0 * layer.heads * layer.head_dim * visible
         counts.forward += attention
         counts.backward += 2 * attention
         counts.saved += saved

@@ -116,10 +116,8 @@ def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
         text = "block_out_channels has to be a list of widths, and sample_size a number of pixels or null"
         raise ConfigError(text, where=str(file))
     scale = 2 ** (len(levels) - 1)
-    return {
-        "vae_scale": scale,
-        "picture": scale * int(sample_size) if sample_size else int(vae.get("sample_size") or 1024),
-    }
+    picture = scale * int(sample_size) if sample_size else int(vae.get("sample_size") or 1024)
+    return {"vae_scale": scale, "picture": picture}
 
 
 @functools.cache

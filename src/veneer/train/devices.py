@@ -220,10 +220,9 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
     The result is the error that occurred first in any process."""
     mine = error
     if not isinstance(error, VeneerError) and _is_lost(error):
-        mine = TrainingError(
-            "another process of this run ended without reporting an error; it was killed, or its machine is gone",
-            fix="run the same command with --resume; it reports if there is no checkpoint to resume from",
-        )
+        text = "another process of this run ended without reporting an error; it was killed, or its machine is gone"
+        fix = "run the same command with --resume; it reports if there is no checkpoint to resume from"
+        mine = TrainingError(text, fix=fix)
     own_error = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
     if isinstance(mine, VeneerError):
         own_error |= {"what": mine.what, "where": mine.where, "fix": mine.fix}

@@ -331,9 +331,8 @@ def _pictures(
         pictures, held_out = split_pictures(pictures, settings.split, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
-    unit = (
-        scale if "down_block_types" in shape else 2 * scale
-    )  # U-Nets take single latents, other denoisers take patches of 2 × 2 latents
+    # U-Nets take single latents, other denoisers take patches of 2 × 2 latents.
+    unit = scale if "down_block_types" in shape else 2 * scale
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
     findings = check_pictures(pictures, summary, plan, settings)
     if held_out:

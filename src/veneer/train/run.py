@@ -335,9 +335,8 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
             for event in run.early:
                 log(event)
             settings = next(e for e in run.early if isinstance(e, Resolved))
-            trackers = open_now.enter_context(
-                tracked(run.config.report, run.folder, settings, resumed is not None, fan_out(run.emit, log))
-            )
+            tracking = tracked(run.config.report, run.folder, settings, resumed is not None, fan_out(run.emit, log))
+            trackers = open_now.enter_context(tracking)
         run.devices.gather(None)
         if not run.folder.is_dir():
             text = "a process of this run does not see the output folder that the first one made"

@@ -130,9 +130,9 @@ def render_page(page: Page) -> str:
     scores = [r for r in page.records if r.get("event") == "evaluated"]
     notes = [r["text"] for r in page.records if r.get("event") == "note"]
     charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores, page)]
-    return env.get_template("report.html.j2").render(
-        page=page, charts=charts, scores=_score_table(scores), notes=notes, sections=_sections(page)
-    )
+    table, sections = _score_table(scores), _sections(page)
+    template = env.get_template("report.html.j2")
+    return template.render(page=page, charts=charts, scores=table, notes=notes, sections=sections)
 
 
 def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Mapping[str, Any], list[str]]]]:

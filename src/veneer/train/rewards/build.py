@@ -85,7 +85,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
         )
         function = opened.enter_context(process)
         return lambda answers: function.score(
-            [(template_sample(answer) | {"messages": list(answer.prompt)}, answer.row) for answer in answers]
+            [(template_sample(a) | {"messages": list(a.prompt)}, a.row) for a in answers]
         )
     if isinstance(section, GraderReward):
         grader = _grader(section)

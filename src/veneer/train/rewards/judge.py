@@ -138,9 +138,8 @@ def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
             text = filled(section.prompt, template_sample(answer), answer.row)
         except (NoValue, TextTooLong) as error:
             return RewardScore(None, str(error))
-        return Question(
-            [{"role": "user", "content": f"{text}\n\n{instruction}"}], section.model, section.tokens, form=form
-        )
+        messages = [{"role": "user", "content": f"{text}\n\n{instruction}"}]
+        return Question(messages, section.model, section.tokens, form=form)
 
     in_range = asked_reward(ask, question, low, high)
 

@@ -201,9 +201,8 @@ class _Child:
                 raise NoAnswer(f"the process did not start: {error}") from None
             child_end.close()
             try:
-                self._receive(
-                    time.monotonic() + _LOADING
-                )  # sent by the child's script, before the function's code runs
+                # Sent by the child's script, before the function's code runs.
+                self._receive(time.monotonic() + _LOADING)
                 if sandbox is not None and self._sender is not None:
                     init = descendants(self._process.pid)[0]
                     self._pidfds = [os.pidfd_open(init), os.pidfd_open(self._sender)]

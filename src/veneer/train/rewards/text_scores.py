@@ -74,9 +74,8 @@ def rouge(answer: str, expected: str, measure: str = "rougeL") -> float:
         return float(_rouge_scorer(measure).score(expected, answer)[measure].fmeasure)
     words = _import_metric("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=False)
     a, b = words.tokenize(answer), words.tokenize(expected)
-    return (
-        2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
-    )  # avoids the table of len(a) * len(b) that rouge-score builds
+    # This avoids the table of len(a) * len(b) that rouge-score builds.
+    return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
 @functools.cache

@@ -170,9 +170,8 @@ class Distillation(SampledTraining):
             logps = ours.detach().log_softmax(-1).gather(1, targets[part, None])[:, 0]
             return torch.stack([kl, logps], 1)
 
-        kl, logps = compared_logits(
-            model, hidden_at(model, ids, batch.lengths, positions), teacher_logits, compare
-        ).unbind(1)
+        hidden = hidden_at(model, ids, batch.lengths, positions)
+        kl, logps = compared_logits(model, hidden, teacher_logits, compare).unbind(1)
         return kl, logps.detach()
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------

@@ -346,9 +346,8 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     if (start := s.data.start) is not None:
         pairs, full, size = sum(t.numel() for _, t in start.tensors()), 0, gigabytes(start.size_bytes())
         if wrong := {d.form for d in start.deltas.values()} - {"hadamard", "kronecker"}:
-            text = (
-                f"adapter.start holds deltas that are not pairs ({', '.join(sorted(wrong))}), which cannot be trained"
-            )
+            forms = ", ".join(sorted(wrong))
+            text = f"adapter.start holds deltas that are not pairs ({forms}), which cannot be trained"
             yield Finding("stop", "targets", text, "continue from a LoRA, LoHa or LoKr")
         matched = f"starts from {s.config.adapter.start}: {counted(len(start.pairs), 'pair')}"
     else:

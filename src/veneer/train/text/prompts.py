@@ -109,9 +109,8 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     for i, row in enumerate(rows):
         try:
             ids = _tokens(base, renderer, with_final_turn(row))
-            teacher_ids = _tokens(
-                base, renderer, _with_system(with_final_turn(row), config.distillation.system, renderer)
-            )
+            read = _with_system(with_final_turn(row), config.distillation.system, renderer)
+            teacher_ids = _tokens(base, renderer, read)
         except ValueError as error:
             bad.append(f"{row.where}: {error}")
             continue
@@ -342,9 +341,8 @@ class SampledTraining:
 
         Raises TrainingError if the sampler's model differs from the trained one."""
         mismatch = self.mismatch.checked(self.settings, self.mismatch_fix)
-        return MetricMeans.total(
-            [self.metric_means, MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1)), mismatch]
-        )
+        sampled = MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1))
+        return MetricMeans.total([self.metric_means, sampled, mismatch])
 
     def step_notes(self, number: int) -> Iterable[str]:
         """Return notes after step `number`."""

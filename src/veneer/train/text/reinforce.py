@@ -233,9 +233,8 @@ class Reinforcement(SampledTraining):
             self.metric_means.add(drift=(logps.detach() - old).abs())
         if s.clip_low is not None and s.clip_high is not None and batch.old is not None:
             r = ratios.detach()
-            self.metric_means.add(
-                clipped=((r < 1 - s.clip_low) & (advantage < 0)) | ((r > 1 + s.clip_high) & (advantage > 0))
-            )
+            below, above = (r < 1 - s.clip_low) & (advantage < 0), (r > 1 + s.clip_high) & (advantage > 0)
+            self.metric_means.add(clipped=below | above)
         return (per_token(batch.loss_weights.to(logps.device), batch.answers) * losses).sum()
 
     def _policy(self, batch: PolicyBatch) -> Tensor:

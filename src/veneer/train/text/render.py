@@ -37,9 +37,7 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_MARK = (
-    "\ue000\ue001\ue002"  # private-use characters occur in no text, so common prefixes and suffixes stop at the mark
-)
+_MARK = "\ue000\ue001\ue002"  # private-use characters, which occur in no text: common prefixes and suffixes stop here
 
 
 @dataclass
@@ -145,11 +143,9 @@ class Renderer:
         for k in turns:
             prefix = self._text(row.messages[:k], row, generate=True) if k else ""
             if k and not text.startswith(prefix):
-                why = (
-                    f"the chat template renders what comes before message {k} differently once later turns follow, so "
-                )
-                why += "training would show the model another prompt than inference does; use train_on: last, or end "
-                raise ValueError(why + "the row with that turn")
+                why = f"the chat template renders what comes before message {k} differently once later turns follow, "
+                why += "so training would show the model another prompt than inference does; use train_on: last, or "
+                raise ValueError(why + "end the row with that turn")
             start = len(prefix) if k else self._content(row, text, 0)[0]
             end = len(text)
             if k + 1 < len(row.messages):

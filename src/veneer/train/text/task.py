@@ -555,9 +555,8 @@ def _task_of(a: AttachedText, sampled: Reinforcement | Distillation | None) -> T
     if a.config.preference.loss is not None:
         return _preference_task(a)
     likelihood = a.likelihood
-    return a.make_task(
-        a.learner(likelihood.loss, likelihood.score, begin_step=likelihood.begin_step, metrics=likelihood.metrics)
-    )
+    begin, metrics = likelihood.begin_step, likelihood.metrics
+    return a.make_task(a.learner(likelihood.loss, likelihood.score, begin_step=begin, metrics=metrics))
 
 
 class Likelihood:
