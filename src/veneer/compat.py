@@ -68,10 +68,8 @@ class Internals:
                 have[package] = version(package)
             except PackageNotFoundError:
                 have[package] = "(version unknown)"
-        return MissingInternalError(
-            f"{self.library} {have[self.library]} has no {name}, on which veneer {have['veneer']} relies",
-            fix=f"pip install '{self.library}{self.versions}', or a newer veneer",
-        )
+        problem = f"{self.library} {have[self.library]} has no {name}, on which veneer {have['veneer']} relies"
+        return MissingInternalError(problem, fix=f"pip install '{self.library}{self.versions}', or a newer veneer")
 
 
 TORCH = Internals(

@@ -114,11 +114,8 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
     if card is not None and card.digest:
         digest = adapter.digest()
         matches = digest == card.digest
-        out.append(
-            AdapterCheck(
-                "digest", matches, digest if matches else f"the card says {card.digest}, the tensors give {digest}"
-            )
-        )
+        detail = digest if matches else f"the card says {card.digest}, the tensors give {digest}"
+        out.append(AdapterCheck("digest", matches, detail))
     out.append(_not_zero(adapter))
     return out if base is None else out + _against(base, name, adapter, card, how)
 
@@ -155,12 +152,8 @@ def _header_hashes(path: Path) -> list[AdapterCheck]:
         return []  # reading the adapter reports what is wrong with the file
     if not checks:
         return [AdapterCheck("header", None, "the header has no hashes of the tensors")]
-    wrong = [
-        f"{c.key}: stored {c.stored}, found {c.found}; the tensors were changed after it was written, or it was never "
-        "theirs"
-        for c in checks
-        if not c.holds
-    ]
+    why = "the tensors were changed after it was written, or it was never theirs"
+    wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {why}" for c in checks if not c.holds]
     message = "\n".join(wrong) or ", ".join(c.key for c in checks) + " hold"
     return [AdapterCheck("header", not wrong, message)]
 

@@ -161,10 +161,8 @@ def _target(base: TextBase, dtype: str | None) -> torch.dtype:
         raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
     target = base.dtype if dtype is None else DTYPES[dtype]
     if target != base.dtype and base.dtype != torch.float32:
-        raise ConfigError(
-            f"the base is loaded in {base.dtype}, so its weights would be rounded twice on the way to {target}",
-            fix="load it with dtype float32",
-        )
+        problem = f"the base is loaded in {base.dtype}, so its weights would be rounded twice on the way to {target}"
+        raise ConfigError(problem, fix="load it with dtype float32")
     return target
 
 
@@ -197,10 +195,8 @@ def merged_model(
             bad.append(name)
     if bad:
         under = mix_text(active_mix(model)) or "the mix"
-        raise AdapterError(
-            f"{len(bad)} merged weights do not fit into {dtype} under {under}: {first_few(bad, 3)}",
-            fix="use dtype bfloat16 or float32, or a smaller strength",
-        )
+        problem = f"{len(bad)} merged weights do not fit into {dtype} under {under}: {first_few(bad, 3)}"
+        raise AdapterError(problem, fix="use dtype bfloat16 or float32, or a smaller strength")
     state = {n: dequantized(t).to(dtype) if t.is_floating_point() else t for n, t in state_dict.items() if n not in new}
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in tied.values() for n in names[1:])
     report.tensors = len(new)
@@ -303,11 +299,8 @@ def merge_shards(
                 report.bytes += file.stat().st_size
         report.tensors = sum(map(len, plan.values()))
         report.count(rounding)
-        report.dtype = ", ".join(
-            sorted(
-                {str(parts[c].entries[n].dtype).removeprefix("torch.") for c, changes in plan.items() for n in changes}
-            )
-        )
+        dtypes = {str(parts[c].entries[n].dtype) for c, changes in plan.items() for n in changes}
+        report.dtype = ", ".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
         report.check(accept_loss, "--stochastic 0, --dtype float32 without --by-shard")
         report.write(temporary)
     return report
@@ -322,11 +315,8 @@ def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozen
     names = quantized_weights(text_without_weights(str(base)).model)
     if "" not in parts or (missing := [n for n in names if n not in parts[""].entries]):
         joined = f" ({missing[0]})" if "" in parts else ""
-        raise BaseError(
-            f"the files keep quantized weights in parts{joined}, which were joined first",
-            where=str(base),
-            fix="leave out --by-shard",
-        )
+        problem = f"the files keep quantized weights in parts{joined}, which were joined first"
+        raise BaseError(problem, where=str(base), fix="leave out --by-shard")
     return frozenset(names)
 
 

@@ -104,11 +104,8 @@ def mix_adapters(
     bound, kind, weights = _bound(rank, energy, error), _dtype(dtype), _weights(base)
     mixed = mix(parts, method, bound, density=density, dtype=kind, weights=weights)
     _check_finite(mixed, selected, dtype)
-    recipe: dict[str, Any] = {
-        "made": "mix",
-        "method": method,
-        **_set_options(rank=rank, energy=energy, error_bound=error),
-    }
+    bounds = _set_options(rank=rank, energy=energy, error_bound=error)
+    recipe: dict[str, Any] = {"made": "mix", "method": method, **bounds}
     recipe |= {"density": density} if method == "ties" else {}
     recipe |= {"blocks": blocks} if blocks else {}
     recipe["strengths"] = dict(selected)
@@ -152,10 +149,8 @@ def keep_mix(
 
 def _check_finite(mixed: Mixed, parts: Sequence[tuple[str, float]], dtype: str) -> None:
     if bad := [name for name, tensor in mixed.adapter.tensors() if not all_finite(tensor)]:
-        raise AdapterError(
-            f"the mix of {mix_text(tuple(parts))} does not fit into {dtype}: {first_few(bad, 3)}",
-            fix="smaller strengths, or a dtype that holds more",
-        )
+        problem = f"the mix of {mix_text(tuple(parts))} does not fit into {dtype}: {first_few(bad, 3)}"
+        raise AdapterError(problem, fix="smaller strengths, or a dtype that holds more")
 
 
 def resize(
@@ -218,12 +213,8 @@ def extract(
     if not set(base_weights.entries) & set(tuned_weights.entries):
         raise BaseError("the two models share no tensor's name", where=f"{base}, {tuned}")
     mixed = Mixed(Adapter())
-    skipped = [
-        f"{n}: only in {where}"
-        for where, a, b in (("base", base_weights, tuned_weights), ("tuned", tuned_weights, base_weights))
-        for n in a
-        if n not in b
-    ]
+    skipped = [f"{n}: only in base" for n in base_weights if n not in tuned_weights]
+    skipped += [f"{n}: only in tuned" for n in tuned_weights if n not in base_weights]
     for name in tuned_weights:
         if name not in base_weights:
             continue
@@ -274,11 +265,8 @@ def diff(a: str, b: str) -> dict[str, Any]:
         (using.read_adapter(name).adapter, strength) for name, strength in map(using.parse_spec, (a, b))
     )
     modules: dict[str, dict[str, float]] = {}
-    skipped = [
-        f"{n}: full copies and token rows have no change without a base"
-        for x in (first, second)
-        for n in [*x.modules, *x.token_rows]
-    ]
+    fixed = [n for x in (first, second) for n in [*x.modules, *x.token_rows]]
+    skipped = [f"{n}: full copies and token rows have no change without a base" for n in fixed]
     have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (first, second)]
     totals = [0.0, 0.0, 0.0]
     for name in sorted(have[0] | have[1]):
@@ -355,19 +343,11 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
         except AdapterError as error:
             skipped.append(f"{module}: {error.what}")
     total = sum(r["square"] for r in by_block.values())
-    report: dict[str, Any] = {
-        "adapter": name,
-        "blocks": {
-            block: {
-                "modules": r["modules"],
-                "strengths": sorted(r["strengths"]),
-                "norm": max(r["square"], 0.0) ** 0.5,
-                "share": r["square"] / total if total else 0.0,
-            }
-            for block, r in by_block.items()
-        },
-        "skipped": skipped,
-    }
+    blocks_out: dict[str, Any] = {}
+    for block, r in by_block.items():
+        norm, share = max(r["square"], 0.0) ** 0.5, r["square"] / total if total else 0.0
+        blocks_out[block] = {"modules": r["modules"], "strengths": sorted(r["strengths"]), "norm": norm, "share": share}
+    report: dict[str, Any] = {"adapter": name, "blocks": blocks_out, "skipped": skipped}
     if out is not None:
         if not blocks:
             raise ConfigError("there are no strengths to write", fix="give blocks, as in down_blocks.0=0.5")
@@ -437,10 +417,8 @@ def _write(
     bases = {(c.base, c.base_fingerprint) for c in cards if c.base_fingerprint or c.base}
     prints = {f for _, f in bases if f}
     if len(prints) > 1:
-        raise AdapterError(
-            "the adapters belong to different bases: " + "; ".join(sorted(f"{n or '?'} {f}" for n, f in bases)),
-            fix="mix adapters of one base",
-        )
+        problem = "the adapters belong to different bases: " + "; ".join(sorted(f"{n or '?'} {f}" for n, f in bases))
+        raise AdapterError(problem, fix="mix adapters of one base")
     worst = MixReport(parts={n: asdict(p) for n, p in mixed.parts.items()}).worst()
     card = Card(
         base=next(iter(sorted(bases)), ("", ""))[0],

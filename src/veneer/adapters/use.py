@@ -89,24 +89,18 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     if here.exists():
         return here  # reading the file gives the best error
     if here.is_symlink():
-        raise AdapterError(
-            f"{name!r} is a link that leads nowhere, or to itself",
-            where=f"{here.absolute()} -> {os.readlink(here)}",
-            fix="mend the link, or give the folder or file itself",
-        )
+        problem = f"{name!r} is a link that leads nowhere, or to itself"
+        advice = "mend the link, or give the folder or file itself"
+        raise AdapterError(problem, where=f"{here.absolute()} -> {os.readlink(here)}", fix=advice)
     head, factors = split_factors(name)
     if factors and "/" not in factors:
-        raise AdapterError(
-            f"there is no adapter {name!r}; the part after the @, {factors!r}, is for pictures on an image base",
-            where=str(here.absolute()),
-            fix=f"on a text base, give one strength: {split_strength(head)[0]}:0.8",
-        )
+        problem = f"there is no adapter {name!r}; the part after the @, {factors!r}, is for pictures on an image base"
+        advice = f"on a text base, give one strength: {split_strength(head)[0]}:0.8"
+        raise AdapterError(problem, where=str(here.absolute()), fix=advice)
     if behind := _no_strength(name):
-        raise AdapterError(
-            f"there is no adapter {name!r}, and {behind[1]!r} is not a strength",
-            where=str(here.absolute()),
-            fix=f"{behind[0]}:0.8, and behind an @ factors by block: {behind[0]}:0.8@text=0.5",
-        )
+        problem = f"there is no adapter {name!r}, and {behind[1]!r} is not a strength"
+        advice = f"{behind[0]}:0.8, and behind an @ factors by block: {behind[0]}:0.8@text=0.5"
+        raise AdapterError(problem, where=str(here.absolute()), fix=advice)
     hints = nearest(here.name, [f.name for f in here.parent.iterdir()], 1) if here.parent.is_dir() else []
     fix = (
         f"did you mean {hints[0]}?" if hints else "give its folder or file, or a name that `veneer library list` shows"
@@ -229,14 +223,13 @@ def _refuse_other_family(
         return
     label = family_label(its) if its else "text"
     base_label = family_label(base.family) if is_image_family(base.family) else f"a language model ({base.family})"
-    raise MismatchError(
+    problem = (
         f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {base_label}\n"
         f"  adapter: {name}\n"
         f"  base:    {base.name}\n"
-        f"  {why}",
-        where=str(path),
-        fix="use it on a base of its own family",
+        f"  {why}"
     )
+    raise MismatchError(problem, where=str(path), fix="use it on a base of its own family")
 
 
 def attach_adapters(

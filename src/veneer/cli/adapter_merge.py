@@ -101,10 +101,8 @@ def _trained_precision(adapters: list[str]) -> str:
         kinds.setdefault(str(kind or ""), []).append(spec)
     if len(kinds) > 1:
         summary = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
-        raise ConfigError(
-            f"these adapters were trained over one base in different precisions ({summary})",
-            fix="merge adapters of one precision together, or all adapters with --into original",
-        )
+        problem = f"these adapters were trained over one base in different precisions ({summary})"
+        raise ConfigError(problem, fix="merge adapters of one precision together, or all adapters with --into original")
     return next(iter(kinds))
 
 

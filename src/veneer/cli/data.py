@@ -115,11 +115,8 @@ def add(
     from veneer.train.text.feedback_rows import add_row, corrected_row, preference_row
 
     if bool(answer) == bool(chosen or rejected) or bool(chosen) != bool(rejected):
-        raise ConfigError(
-            "a row has --answer, or --chosen and --rejected",
-            where="--answer, --chosen, --rejected",
-            fix="one of the two",
-        )
+        problem = "a row has --answer, or --chosen and --rejected"
+        raise ConfigError(problem, where="--answer, --chosen, --rejected", fix="one of the two")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     row = corrected_row(messages, answer) if answer else preference_row(messages, chosen, rejected)
     count = add_row(rows, row)
@@ -179,21 +176,14 @@ def show(
         every = [entry for entry in preview_pictures(config) if not verdicts or entry.verdict in verdicts]
         pictures = every[:limit]
         if as_json:
-            print_json(
-                {"pictures": [asdict(entry) | {"path": str(entry.path)} for entry in pictures], "matching": len(every)}
-            )
+            listed = [asdict(entry) | {"path": str(entry.path)} for entry in pictures]
+            print_json({"pictures": listed, "matching": len(every)})
             return
-        cells = [
-            (
-                entry.name,
-                entry.verdict,
-                f"{entry.width} x {entry.height}",
-                f"{entry.size[0]} x {entry.size[1]}" if entry.size else "",
-                entry.why,
-                entry.caption[:80],
-            )
-            for entry in pictures
-        ]
+        cells = []
+        for entry in pictures:
+            learned = f"{entry.size[0]} x {entry.size[1]}" if entry.size else ""
+            size = f"{entry.width} x {entry.height}"
+            cells.append((entry.name, entry.verdict, size, learned, entry.why, entry.caption[:80]))
         print_table(("picture", "is", "size", "learned at", "why", "caption"), cells)
         return
     page = preview_rows(config, limit=limit, verdicts=verdicts)
@@ -260,11 +250,8 @@ def draw(
 
     loaded, _ = load_config(config, overrides or [])
     if not isinstance(loaded, TrainConfig) or loaded.distillation.teacher is None:
-        raise ConfigError(
-            "this configuration names no teacher",
-            where=str(config),
-            fix="give distillation.teacher: an adapter, or base",
-        )
+        problem = "this configuration names no teacher"
+        raise ConfigError(problem, where=str(config), fix="give distillation.teacher: an adapter, or base")
     distillation, data = loaded.distillation, loaded.data
     prompts, _ = read_rows(
         data.files("train"), limit=data.limit, format=data.format, columns=data.columns, formats=PROMPT_FORMATS

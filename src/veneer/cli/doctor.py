@@ -71,12 +71,8 @@ def _checks() -> Iterator[_Check]:
     fix = "" if free >= _LEAST_DISK else "a base and its runs need a few GB: free some disk space, or set VENEER_HOME"
     yield _Check("disk", free >= _LEAST_DISK, f"{gigabytes(free)} free", fix)
     compiled_kernels = compiled.kernels() is not None
-    fix = (
-        ""
-        if compiled_kernels
-        else "without a compiler, training on the CPU is several times slower: apt install gcc, or clang"
-    )
-    yield _Check("compiler", compiled_kernels, compiled.status(), fix)
+    fix = "without a compiler, training on the CPU is several times slower: apt install gcc, or clang"
+    yield _Check("compiler", compiled_kernels, compiled.status(), "" if compiled_kernels else fix)
     yield _Check("card", None, ", ".join(_cards()) or "none that torch can use; veneer uses the CPU")
     yield _extras()
     yield _hub()

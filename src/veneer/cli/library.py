@@ -296,11 +296,8 @@ def _verify_each(library: Library, references: list[str]) -> Result:
     checked = {library.find(r).reference: verify_stored(library, r) for r in references}
     good = {reference: all(c.ok is not False for c in checks) for reference, checks in checked.items()}
     each = {r: {"ok": good[r], "checks": [vars(c) for c in checks]} for r, checks in checked.items()}
-    lines = [
-        f"{reference}  {_MARKS[c.ok]:<9} {c.name:<10} {field(' '.join(c.detail.split()))}"
-        for reference, checks in checked.items()
-        for c in checks
-    ]
+    found = [(reference, c) for reference, checks in checked.items() for c in checks]
+    lines = [f"{r}  {_MARKS[c.ok]:<9} {c.name:<10} {field(' '.join(c.detail.split()))}" for r, c in found]
     ok = all(good.values())
     return Result({"ok": ok, "adapters": each}, "\n".join(lines), 0 if ok else 2)
 

@@ -86,7 +86,8 @@ def exit_on_error() -> Iterator[None]:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        _close_pipe()
+        # a closed pipe is no error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
         expected = error if isinstance(error, VeneerError) else _expected_error(error)
@@ -176,11 +177,6 @@ def _print_error(error: VeneerError) -> None:
     color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     print("\033[1;31merror:\033[0m" if color else "error:", end=" ", file=unwrapped(sys.stderr))
     print(error_text(error), file=sys.stderr)
-
-
-def _close_pipe() -> None:
-    """Redirect stdout to the null device, so that a closed pipe is no error at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -147,13 +147,8 @@ def _assumed_settings(base: str | None, rows: int | None, tokens: float | None) 
     if rows is None:
         raise ConfigError("a plan needs --rows", fix=example)
     if is_denoiser(fields):
-        return [
-            "data.pictures=pictures",
-            "adapter.targets=attention",
-            "batching.rows=16",
-            "batching.micro_rows=1",
-            "schedule.epochs=3",
-        ]
+        batching = ["batching.rows=16", "batching.micro_rows=1"]
+        return ["data.pictures=pictures", "adapter.targets=attention", *batching, "schedule.epochs=3"]
     if tokens is None:
         raise ConfigError("a plan of text needs --tokens-per-row", fix=example)
     return ["data.train=rows.jsonl", f"data.max_length={round(tokens)}"]

@@ -58,18 +58,9 @@ def train(
     from veneer.train.config.load import common_settings, load_config
 
     named, settings = files_and_settings(words)
-    settings = [
-        *common_settings(
-            base=base,
-            data=tuple(data or ()),
-            output=output,
-            rank=rank,
-            epochs=epochs,
-            steps=steps,
-            learning_rate=learning_rate,
-        ),
-        *settings,
-    ]
+    given: dict[str, Any] = {"base": base, "data": tuple(data or ()), "output": output, "rank": rank}
+    given |= {"epochs": epochs, "steps": steps, "learning_rate": learning_rate}
+    settings = [*common_settings(**given), *settings]
     files: list[Path | None] = [*named] or [None]
     several = len(files) > 1
     loaded = [load_config(file, settings) for file in files]
@@ -84,10 +75,8 @@ def train(
         raise ConfigError(message, where="--devices", fix="leave it out, or train one configuration at a time")
     if devices is not None and started() != devices:
         if started() > 1:
-            raise ConfigError(
-                f"--devices is {devices}, and {started()} processes were started already",
-                fix="omit --devices: the launcher of the processes sets their number",
-            )
+            problem = f"--devices is {devices}, and {started()} processes were started already"
+            raise ConfigError(problem, fix="omit --devices: the launcher of the processes sets their number")
         flags = {"--resume": resume, "--dry-run": dry_run}
         again += [flag for flag, on in flags.items() if on]
         raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
@@ -95,14 +84,10 @@ def train(
     from veneer.models.loading import errors_only
     from veneer.train.report.log import ConsoleView
 
-    listeners = [
-        ConsoleView(
-            unit="pictures" if isinstance(config, ImageTrainConfig) else "tokens",
-            verbose=verbose,
-            name=str(file) if several else "",
-        )
-        for file, (config, _) in zip(files, loaded, strict=True)
-    ]
+    listeners = []
+    for file, (config, _) in zip(files, loaded, strict=True):
+        unit = "pictures" if isinstance(config, ImageTrainConfig) else "tokens"
+        listeners.append(ConsoleView(unit=unit, verbose=verbose, name=str(file) if several else ""))
     options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force}
     try:
         with errors_only():

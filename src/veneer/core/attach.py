@@ -43,11 +43,8 @@ def attach(model: nn.Module) -> Attachment:
 
     Raises AdapterError if the model, or a part of the model, is already attached."""
     if any(m in _ATTACHED or isinstance(m, Layer) for m in model.modules()):
-        raise AdapterError(
-            "this model is attached already",
-            where=type(model).__name__,
-            fix="add to the attachment it has, or detach that one first",
-        )
+        fix = "add to the attachment it has, or detach that one first"
+        raise AdapterError("this model is attached already", where=type(model).__name__, fix=fix)
     attachment = Attachment(model)
     _ATTACHED[model] = weakref.ref(attachment)
     return attachment
@@ -184,10 +181,8 @@ class Attachment:
                     f"{name!r} cannot act on a part of the tokens: {why}", fix="use it without other adapters"
                 )
             if nonlinear := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]:
-                raise AdapterError(
-                    f"{name!r} cannot act on a part of the tokens: {nonlinear[0]} is not a linear layer",
-                    fix="use it without other adapters",
-                )
+                problem = f"{name!r} cannot act on a part of the tokens: {nonlinear[0]} is not a linear layer"
+                raise AdapterError(problem, fix="use it without other adapters")
         self.selection = Selection(spans=SpanAdapters(adapters, spans))
 
     @contextmanager
@@ -253,10 +248,8 @@ class Attachment:
                 continue
             if strength != 1.0:
                 examples = ", ".join(sorted(adapter.modules)[:3])
-                raise AdapterError(
-                    f"{name!r} replaces entire modules ({examples}): a copy has no strength",
-                    fix="use it at strength 1.0",
-                )
+                problem = f"{name!r} replaces entire modules ({examples}): a copy has no strength"
+                raise AdapterError(problem, fix="use it at strength 1.0")
             for rival_name, rival, _ in selected:
                 if rival is not adapter and (both := sorted(set(adapter.modules) & self._wrapped_for(rival))):
                     raise AdapterError(
@@ -334,12 +327,8 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
     ambiguous, and modules that one adapter changes in two ways."""
     replaced = {n for a in adapters for n in a.modules}
     names = {n for a in adapters for n in _changed_modules(a)}
-    out = [
-        f"{n} lies inside {w}, which is replaced entirely"
-        for n in sorted(names)
-        for w in replaced
-        if n.startswith(w + ".")
-    ]
+    inside = [(n, w) for n in sorted(names) for w in replaced if n.startswith(w + ".")]
+    out = [f"{n} lies inside {w}, which is replaced entirely" for n, w in inside]
     for a in adapters:
         twice = set(a.modules) & _changed_modules(replace(a, modules={}))
         twice |= set(a.pairs) & set(a.token_rows)
@@ -483,11 +472,8 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
         return [_missing(modules, name)]
     if not isinstance(module, nn.Embedding):
         return [f"{name}: token rows on a {type(module).__name__}, which is not an embedding"]
-    out = [
-        f"{name}: token id {i} is outside its {module.num_embeddings} rows"
-        for i in rows.indices
-        if not 0 <= i < module.num_embeddings
-    ]
+    count = module.num_embeddings
+    out = [f"{name}: token id {i} is outside its {count} rows" for i in rows.indices if not 0 <= i < count]
     if len(set(rows.indices)) != len(rows.indices):
         out.append(f"{name}: a token id is listed twice")
     if tuple(rows.rows.shape) != (len(rows.indices), module.embedding_dim):

@@ -128,10 +128,8 @@ def _pair(
     else:
         matrix = to_matrix(module, target.kind, dequantized(weight)).float()
     if spec.dora and target.kind == "experts":
-        raise TargetError(
-            f"DoRA is not defined for the fused experts {target.name}",
-            fix="exclude them (`exclude: ['*.experts']`) or train without DoRA",
-        )
+        problem = f"DoRA is not defined for the fused experts {target.name}"
+        raise TargetError(problem, fix="exclude them (`exclude: ['*.experts']`) or train without DoRA")
     if not is_random:
         if rank > min(matrix.shape[-2:]):
             raise TargetError(
@@ -165,10 +163,8 @@ def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.G
     assert spec.kind != "lora"
     if target.kind not in ("linear", "conv"):
         target_kind = "fused experts" if target.kind == "experts" else "embedding"
-        raise TargetError(
-            f"{spec.kind} is not defined for the {target_kind} {target.name}",
-            fix=f"exclude it (`exclude: ['*{target.name.rpartition('.')[2]}']`), or train with kind: lora",
-        )
+        fix = f"exclude it (`exclude: ['*{target.name.rpartition('.')[2]}']`), or train with kind: lora"
+        raise TargetError(f"{spec.kind} is not defined for the {target_kind} {target.name}", fix=fix)
     rank, alpha = _rank_and_alpha(spec, target.name)
     weight = weight_of(module)
     shape = tuple(weight.shape)
@@ -193,11 +189,9 @@ def _lost(
 ) -> Tensor:
     """Return W − W̃, the quantization error, as a matrix."""
     if not isinstance(weight, Quantized) or original is None:
-        raise ConfigError(
-            f"loftq starts from the error of quantization, and no error of {target.name} is known",
-            where="adapter.init",
-            fix="use a base quantized from 16 bits (base.quantize=nf4), quantized targets, or another init",
-        )
+        problem = f"loftq starts from the error of quantization, and no error of {target.name} is known"
+        fix = "use a base quantized from 16 bits (base.quantize=nf4), quantized targets, or another init"
+        raise ConfigError(problem, where="adapter.init", fix=fix)
     unquantized = original(f"{target.module_name}.{target.parameter or 'weight'}").to(matrix.device)
     return to_matrix(module, target.kind, unquantized).float() - matrix
 

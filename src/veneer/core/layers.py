@@ -461,11 +461,8 @@ class LoraLinear(_Lora):
     def _products_of(self, spans: SpanAdapters) -> tuple[LowRank, ...]:
         """Return one product per adapter that has a pair on this module."""
         pairs = (self.pairs([(adapter, 1.0)]) for adapter in spans.adapters)
-        return tuple(
-            replace(pair.low_rank(strength, dropout), span=span)
-            for span, span_pairs in enumerate(pairs)
-            for pair, strength, dropout in span_pairs
-        )
+        found = ((span, *each) for span, span_pairs in enumerate(pairs) for each in span_pairs)
+        return tuple(replace(pair.low_rank(strength, dropout), span=span) for span, pair, strength, dropout in found)
 
     def with_spans(self, *args: Any, **kwargs: Any) -> Any:
         spans, x, plain = self.owner.selection.spans, args[0], self.linear_map()
@@ -606,11 +603,9 @@ class LoraExperts(Layer):
             return self.under(segments[0].mix, *args, **kwargs)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if not tensors or {len(t) for t in tensors} != {rows.batch or len(rows.mixes)}:
-            raise AdapterError(
-                "fused experts see the tokens of all rows together: no mix for each row there",
-                where=self.name,
-                fix="run the rows one after another with use(), or leave out the adapters that change the experts",
-            )
+            problem = "fused experts see the tokens of all rows together: no mix for each row there"
+            fix = "run the rows one after another with use(), or leave out the adapters that change the experts"
+            raise AdapterError(problem, where=self.name, fix=fix)
         return run_segments(rows, segments, self.under, args, kwargs, self.name, all_rows=True)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:

@@ -97,11 +97,8 @@ class MixBatch:
         n = len(self.mixes)
         rows = n if self.batch is None else self.batch
         if rows % n or not 1 <= rows // n <= MAX_REPEATS:
-            raise AdapterError(
-                f"{n} mixes for a batch of {rows} rows",
-                where=where,
-                fix=f"a mix for each row: {n} rows, or that list 2 to {MAX_REPEATS} times over as guidance has it",
-            )
+            fix = f"a mix for each row: {n} rows, or that list 2 to {MAX_REPEATS} times over as guidance has it"
+            raise AdapterError(f"{n} mixes for a batch of {rows} rows", where=where, fix=fix)
         if batch != rows:
             raise AdapterError(
                 f"{n} mixes for a batch of {batch} in this module, where the model has {rows} rows",

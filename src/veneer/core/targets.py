@@ -207,11 +207,9 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
         out[pattern] = [n for n in hits if n in selectable]
         if not out[pattern]:
             hit_count = counted(len(hits), "module")
-            raise TargetError(
-                f"target {pattern!r} selects {hit_count}, and exclude, layers or modules_to_save drop them all",
-                where=", ".join(hits[:3]),
-                fix="drop the target, or widen `layers` or narrow `exclude`",
-            )
+            problem = f"target {pattern!r} selects {hit_count}, and exclude, layers or modules_to_save drop them all"
+            fix = "drop the target, or widen `layers` or narrow `exclude`"
+            raise TargetError(problem, where=", ".join(hits[:3]), fix=fix)
     selected = {n for hits in out.values() for n in hits}
     for label, keys in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for pattern in keys:
@@ -255,9 +253,7 @@ def token_embeddings(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, .
             raise _unmatched("token_rows", pattern, list(embeddings), model)
         for name in hits:
             if bad := [i for i in ids if not 0 <= i < embeddings[name].num_embeddings]:
-                raise TargetError(
-                    f"token ids {bad[:5]} are outside {name}'s {embeddings[name].num_embeddings} rows",
-                    fix="resize the base's embedding first, or correct the ids",
-                )
+                problem = f"token ids {bad[:5]} are outside {name}'s {embeddings[name].num_embeddings} rows"
+                raise TargetError(problem, fix="resize the base's embedding first, or correct the ids")
             out[name] = tuple(sorted(set(ids) | set(out.get(name, ()))))
     return out

@@ -220,7 +220,8 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
     else:
         gram = _gram(D)
         Q = torch.linalg.eigh(gram)[1].flip(-1)
-    caught = _double_product(D, Q)  # D·Q: (out, m), with Q orthonormal over n
+    # D·Q: (out, m), with Q orthonormal over n
+    caught = torch.cat([D[at : at + 4096].double() @ Q for at in range(0, len(D), 4096)])
     U, S, V = torch.linalg.svd(caught, full_matrices=False) if Q.shape[1] < n else _columns(caught)
     k = rank_for(S, bound)
     root = S[:k].sqrt()
@@ -251,10 +252,6 @@ def _gram(D: Tensor, rows: int = 4096) -> Tensor:
         block = D[at : at + rows].double()
         out.addmm_(block.mT, block)
     return out
-
-
-def _double_product(D: Tensor, Q: Tensor, rows: int = 4096) -> Tensor:
-    return torch.cat([D[at : at + rows].double() @ Q for at in range(0, len(D), rows)])
 
 
 def _subspace(D: Tensor, width: int, norm: float, most: int) -> Tensor:

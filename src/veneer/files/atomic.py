@@ -111,11 +111,8 @@ def as_veneer_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
-            raise ResourceError(
-                f"no room to write: {error.strerror}; nothing was changed",
-                where=str(path),
-                fix="free some space, or write elsewhere",
-            ) from error
+            problem = f"no room to write: {error.strerror}; nothing was changed"
+            raise ResourceError(problem, where=str(path), fix="free some space, or write elsewhere") from error
         raise AdapterError(f"cannot write: {error.strerror or error}; nothing was changed", where=str(path)) from error
 
 

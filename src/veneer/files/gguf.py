@@ -113,11 +113,9 @@ class _Cursor:
         return len(self.data) - self.at
 
     def fail(self, problem: str) -> UnsafeFileError:
-        return UnsafeFileError(
-            f"the GGUF header does not add up, the file is cut short or damaged: {problem} at byte {self.at:,}",
-            where=self.where,
-            fix="download or copy the file again; if that does not help, it was written wrongly",
-        )
+        message = f"the GGUF header does not add up, the file is cut short or damaged: {problem} at byte {self.at:,}"
+        fix = "download or copy the file again; if that does not help, it was written wrongly"
+        return UnsafeFileError(message, where=self.where, fix=fix)
 
     def read(self, code: str) -> Any:
         size = struct.calcsize("<" + code)
@@ -213,13 +211,10 @@ def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
     (version,) = struct.unpack("<I", start[4:])
     if version not in VERSIONS:
         swapped = struct.unpack(">I", start[4:])[0] in VERSIONS
-        raise AdapterError(
-            "the file is big endian"
-            if swapped
-            else f"GGUF version {version}: {', '.join(map(str, VERSIONS))} are read",
-            where=where,
-            fix="convert it again with today's llama.cpp",
+        problem = (
+            "the file is big endian" if swapped else f"GGUF version {version}: {', '.join(map(str, VERSIONS))} are read"
         )
+        raise AdapterError(problem, where=where, fix="convert it again with today's llama.cpp")
     cursor = _Cursor(data, where, 8, long_arrays)
     tensors = cursor.count(24, "tensors")
     fields: dict[str, Any] = {}

@@ -40,11 +40,8 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=where) from None
     if start != b"PK" and start[:1] != b"\x80":
-        raise AdapterError(
-            "the file is not a pickle of torch.save",
-            where=where,
-            fix="give it its right name: safetensors are read as such",
-        )
+        message = "the file is not a pickle of torch.save"
+        raise AdapterError(message, where=where, fix="give it its right name: safetensors are read as such")
     if start == b"PK":
         _check_archive(path, size)
     tensors: dict[str, Tensor] = {}
@@ -97,17 +94,11 @@ def _load(path: Path) -> Any:
         problem = (
             f"it names {named[1]}, which is not a tensor" if named else "torch.save writes no such file for tensors"
         )
-        raise UnsafeFileError(
-            f"the pickle is refused: {problem}. No code of the file was run",
-            where=str(path),
-            fix="ask for the safetensors file",
-        ) from None
+        message = f"the pickle is refused: {problem}. No code of the file was run"
+        raise UnsafeFileError(message, where=str(path), fix="ask for the safetensors file") from None
     except Exception as error:  # torch and pickle raise almost any exception type for a damaged file
-        raise AdapterError(
-            f"the pickle cannot be read: {type(error).__name__}: {str(error)[:200]}",
-            where=str(path),
-            fix="download or copy the file again",
-        ) from None
+        message = f"the pickle cannot be read: {type(error).__name__}: {str(error)[:200]}"
+        raise AdapterError(message, where=str(path), fix="download or copy the file again") from None
 
 
 def _unwrapped(value: Any) -> Any:

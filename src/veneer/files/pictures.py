@@ -37,11 +37,8 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
     except IsADirectoryError:
         raise DataError("this is a folder, not a picture", where=str(path)) from None
     except Image.DecompressionBombError:
-        raise DataError(
-            f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}",
-            where=str(path),
-            fix="make it smaller",
-        ) from None
+        problem = f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
+        raise DataError(problem, where=str(path), fix="make it smaller") from None
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         message = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"this is not a picture: {message}", where=str(path)) from error

@@ -143,21 +143,17 @@ def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
     """Return the checked header of an open file, as `read_header` does."""
     where = str(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise UnsafeFileError(
-            f"{path.suffix} files are pickles, and loading a pickle runs whatever code is in it",
-            where=where,
-            fix=PICKLE_FIX,
-        )
+        problem = f"{path.suffix} files are pickles, and loading a pickle runs whatever code is in it"
+        raise UnsafeFileError(problem, where=where, fix=PICKLE_FIX)
     size = os.fstat(fd).st_size
     start = os.pread(fd, 512, 0)
     _refuse_other_formats(start, size, where)
     (length,) = struct.unpack("<Q", start[:8])
     if length > size - 8:
-        raise UnsafeFileError(
-            f"the header claims {length:,} bytes, but only {size - 8:,} follow its length: a truncated or damaged file",
-            where=where,
-            fix="download or copy the file again",
+        problem = (
+            f"the header claims {length:,} bytes, but only {size - 8:,} follow its length: a truncated or damaged file"
         )
+        raise UnsafeFileError(problem, where=where, fix="download or copy the file again")
     if length > _MAX_HEADER_BYTES:
         raise UnsafeFileError(f"the header claims {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}", where=where)
     raw = os.pread(fd, length, 8)
@@ -179,17 +175,13 @@ def _check_counts(raw: bytes, where: str) -> None:
     keys = raw.count(b'":') - raw.count(b'\\":')
     tensors = raw.count(b'"data_offsets"')
     if tensors > MAX_TENSORS:
-        raise UnsafeFileError(
-            f"the header lists {tensors:,} tensors; at most {MAX_TENSORS:,} are read",
-            where=where,
-            fix="adapters have fewer; give the adapter's own file",
-        )
+        problem = f"the header lists {tensors:,} tensors; at most {MAX_TENSORS:,} are read"
+        raise UnsafeFileError(problem, where=where, fix="adapters have fewer; give the adapter's own file")
     if keys - 4 * tensors > MAX_METADATA + 1:
-        raise UnsafeFileError(
-            f"the header has {keys - 4 * tensors:,} entries that are not tensors; at most {MAX_METADATA:,} are read",
-            where=where,
-            fix="write the file again without them",
+        problem = (
+            f"the header has {keys - 4 * tensors:,} entries that are not tensors; at most {MAX_METADATA:,} are read"
         )
+        raise UnsafeFileError(problem, where=where, fix="write the file again without them")
     if len(raw) - tensors * _LONGEST_ENTRY > MAX_METADATA_BYTES:
         raise UnsafeFileError(
             f"the header has {len(raw):,} bytes for {tensors:,} tensors; at most {MAX_METADATA_BYTES:,} bytes of "
@@ -204,11 +196,8 @@ def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
         raise AdapterError("the file is empty", where=where, fix="download or copy the file again")
     head = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"version https://git-lfs"):
-        raise AdapterError(
-            "the file is a Git LFS pointer, not the tensors it points to",
-            where=where,
-            fix="run `git lfs install` and `git lfs pull` in the repository, or download the file itself",
-        )
+        fix = "run `git lfs install` and `git lfs pull` in the repository, or download the file itself"
+        raise AdapterError("the file is a Git LFS pointer, not the tensors it points to", where=where, fix=fix)
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
         raise AdapterError(
             "the file is a web page, not tensors: the page about the file, or a log-in page, was downloaded instead",
@@ -216,11 +205,8 @@ def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
             fix="download the raw file (on a hub: the `resolve` address, not `blob`) and check that you may access it",
         )
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        raise UnsafeFileError(
-            "the file is a zip archive, as torch.save writes pickles; loading one runs whatever code is in it",
-            where=where,
-            fix=PICKLE_FIX,
-        )
+        problem = "the file is a zip archive, as torch.save writes pickles; loading one runs whatever code is in it"
+        raise UnsafeFileError(problem, where=where, fix=PICKLE_FIX)
     if len(start) >= 2 and start[0] == 0x80 and start[1] in range(2, 6) and start[2:8] != b"\0" * 6:
         raise UnsafeFileError(
             "the file is a pickle, and loading a pickle runs whatever code is in it", where=where, fix=PICKLE_FIX
@@ -258,11 +244,9 @@ def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: 
             problems.append(f"{name[:80]!r}: {problem or entry}")
     problems += _coverage_problems(entries, size - data_start) if not problems else []
     if problems:
-        raise UnsafeFileError(
-            f"the header does not add up, so the file is not read:\n{bullets(problems)}",
-            where=where,
-            fix="download or copy the file again; if that does not help, it was written wrongly",
-        )
+        message = f"the header does not add up, so the file is not read:\n{bullets(problems)}"
+        fix = "download or copy the file again; if that does not help, it was written wrongly"
+        raise UnsafeFileError(message, where=where, fix=fix)
     return Header(entries, metadata, data_start, size)
 
 

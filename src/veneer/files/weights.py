@@ -80,11 +80,8 @@ def _shards_of(index: Path) -> list[Path]:
         raise BaseError("the index of the weight files cannot be read", where=str(index)) from error
     missing = [f.name for f in files if not f.exists()]
     if missing:
-        raise BaseError(
-            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:5])}",
-            where=str(index.parent),
-            fix="copy or download the base again; its index names them",
-        )
+        problem = f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:5])}"
+        raise BaseError(problem, where=str(index.parent), fix="copy or download the base again; its index names them")
     return files
 
 
@@ -233,11 +230,8 @@ class Checkpoint:
                     twice.append(f"{name}: in {self._place[name].name} and {file.name}")
                 self.entries[name], self._place[name] = entry, file
         if twice:
-            raise BaseError(
-                f"{len(twice)} tensors are in two files:\n{bullets(twice, 10)}",
-                where=str(path),
-                fix="give the file, or remove the copies that do not belong to the model",
-            )
+            fix = "give the file, or remove the copies that do not belong to the model"
+            raise BaseError(f"{len(twice)} tensors are in two files:\n{bullets(twice, 10)}", where=str(path), fix=fix)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries

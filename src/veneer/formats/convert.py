@@ -442,9 +442,5 @@ def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str,
 
     ΔW does not change; each part drops the rows of A that belong to other parts."""
     parts = {p.module for targets in family.originals.values() for p in targets if p.part is not None}
-    return {
-        module: replace(changes, pair=trimmed(changes.pair))
-        if module in parts and changes.pair is not None
-        else changes
-        for module, changes in leaves.items()
-    }
+    own = {m: changes.pair for m, changes in leaves.items() if m in parts and changes.pair is not None}
+    return {**leaves, **{m: replace(leaves[m], pair=trimmed(pair)) for m, pair in own.items()}}

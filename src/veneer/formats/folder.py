@@ -52,9 +52,7 @@ def _of_peft(folder: Path, from_pickle: bool) -> Path:
     if pickled.exists():
         if from_pickle:
             return pickled
-        raise UnsafeFileError(
-            "the adapter is stored as a pickle, and loading a pickle runs whatever code is in it",
-            where=str(pickled),
-            fix="--from-pickle (from_pickle=True) reads it through torch's weights-only loader, which runs nothing",
-        )
+        problem = "the adapter is stored as a pickle, and loading a pickle runs whatever code is in it"
+        fix = "--from-pickle (from_pickle=True) reads it through torch's weights-only loader, which runs nothing"
+        raise UnsafeFileError(problem, where=str(pickled), fix=fix)
     raise AdapterError(f"the folder has no {TENSOR_FILE}", where=str(folder))

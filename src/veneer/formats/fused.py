@@ -168,11 +168,9 @@ def join_parts(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> 
 
 
 def _not_joinable(items: Sequence[Pair | Delta], why: str) -> AdapterError:
-    return AdapterError(
-        f"these parts do not form one change of a fused projection: {why}",
-        where="; ".join(_describe(p) for p in items),
-        fix="use a format with split projections",
-    )
+    problem = f"these parts do not form one change of a fused projection: {why}"
+    where = "; ".join(_describe(p) for p in items)
+    return AdapterError(problem, where=where, fix="use a format with split projections")
 
 
 def _joined_magnitude(parts: Sequence[Pair | Delta | None]) -> Tensor | None:
@@ -260,12 +258,9 @@ def _join_deltas(
         if len(distinct) > 1 and any(len(d) > 1 for d in distinct):
             raise _not_joinable(have, "they are LoHa with different cores")
         at = iter(next(i for i, d in enumerate(distinct) if _all_same(r, d)) for r in rights)
-        blocks = [
-            None
-            if p is None
-            else (next(at), _folded(p.parts[f"a{n}"], p.scale if n == "1" else 1, scale if n == "1" else 1))
-            for p in parts
-        ]
+        scales = [(p.scale, scale) if p is not None and n == "1" else (1, 1) for p in parts]
+        pairs = zip(parts, scales, strict=True)
+        blocks = [None if p is None else (next(at), _folded(p.parts[f"a{n}"], *each)) for p, each in pairs]
         joined[f"a{n}"] = _blocks(blocks, [d[0].shape[0] for d in distinct], sizes)
         joined[f"b{n}"] = distinct[0][0] if len(distinct) == 1 else _cat([d[0] for d in distinct])
         if len(distinct[0]) > 1:

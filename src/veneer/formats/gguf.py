@@ -78,15 +78,6 @@ def _is_permuted(module: str) -> bool:
     return module.endswith((".self_attn.q_proj", ".self_attn.k_proj"))
 
 
-def _permuted(B: Tensor, head_dim: int) -> Tensor:
-    """Return B with its rows permuted from Hugging Face's order to llama.cpp's order."""
-    return B.reshape(-1, 2, head_dim // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
-
-
-def _unpermuted(B: Tensor, head_dim: int) -> Tensor:
-    return B.reshape(-1, head_dim // 2, 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
-
-
 def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     """Return the adapter in a GGUF file, under Hugging Face names.
 
@@ -103,11 +94,9 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
         raise AdapterError(f"the GGUF file is not a LoRA adapter: {kinds}", where=where)
     if architecture not in GGUF_ARCHITECTURES:
         similar = nearest(architecture, GGUF_ARCHITECTURES)
-        raise AdapterError(
-            f"adapters of the architecture {architecture!r} cannot be read from GGUF",
-            where=where,
-            fix=f"known: {', '.join(GGUF_ARCHITECTURES)}" + (f"; nearest: {similar[0]}" if similar else ""),
-        )
+        problem = f"adapters of the architecture {architecture!r} cannot be read from GGUF"
+        fix = f"known: {', '.join(GGUF_ARCHITECTURES)}" + (f"; nearest: {similar[0]}" if similar else "")
+        raise AdapterError(problem, where=where, fix=fix)
     problems: list[str] = []
     if "adapter.alora.invocation_tokens" in file.fields:
         problems.append("an activated LoRA, which acts from certain tokens on (adapter.alora.invocation_tokens)")
@@ -149,18 +138,15 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
             if head_dim % 2 or B.shape[0] % head_dim:
                 problems.append(f"{module}: {B.shape[0]:,} rows are no multiple of the head size {head_dim:,}")
                 continue
-            B = _unpermuted(B, head_dim)
+            B = B.reshape(-1, head_dim // 2, 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
         scale = scale_of(alpha, A.shape[0]) if alpha else 1.0
         pairs[module] = Pair(A, B, scale, "embedding" if embedding else "linear")
     if not pairs and not problems:
         problems.append("no pairs")
     if problems:
         heads = any("size of a head" in p for p in problems)
-        raise AdapterError(
-            f"the GGUF adapter cannot be read as it is ({len(problems)} problem(s)):\n{bullets(problems)}",
-            where=where,
-            fix="give the base it was made for" if heads else None,
-        )
+        problem = f"the GGUF adapter cannot be read as it is ({len(problems)} problem(s)):\n{bullets(problems)}"
+        raise AdapterError(problem, where=where, fix="give the base it was made for" if heads else None)
     extra = {"title": texts["general.name"]} if texts.get("general.name") else {}
     base_name = texts.get("general.base_model.0.repo_url") or texts.get("general.base_model.0.name", "")
     rank = Counter(p.rank for p in pairs.values()).most_common(1)[0][0]
@@ -197,11 +183,8 @@ def write_gguf(
     problems += [f"{m}: token rows" for m in sorted(adapter.token_rows)]
     problems += [f"{m}: a {d.form} change {tuple(d.shape)}" for m, d in sorted(adapter.deltas.items())]
     if problems or not pairs:
-        raise AdapterError(
-            f"llama.cpp's adapters have no place for:\n{bullets(problems or ['nothing at all'], None)}",
-            where=str(path),
-            fix="merge the adapter into the base, and convert that",
-        )
+        problem = f"llama.cpp's adapters have no place for:\n{bullets(problems or ['nothing at all'], None)}"
+        raise AdapterError(problem, where=str(path), fix="merge the adapter into the base, and convert that")
     alphas = {module: alpha_of(pair.scale, pair.rank) for module, pair in pairs.items()}
     common = Counter(a for a in alphas.values() if a).most_common(1)
     alpha = float(torch.tensor(common[0][0] if common else 1.0, dtype=torch.float32))
@@ -214,7 +197,8 @@ def write_gguf(
             notes.append(f"{module}: its alpha {alphas[module]:g} went into B, the file's is {alpha:g}")
         if permuted and _is_permuted(module):
             assert head_dim is not None
-            B = _permuted(B, head_dim)
+            # from Hugging Face's order of rows to llama.cpp's
+            B = B.reshape(-1, 2, head_dim // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
         gguf_name = _to_name(module, names)
         tensors[f"{gguf_name}.weight.lora_a"] = A.t() if pair.kind == "embedding" else A
         tensors[f"{gguf_name}.weight.lora_b"] = B

@@ -147,14 +147,11 @@ def _fused(parts: Sequence[ModuleChanges | None], targets: Sequence[ModuleTarget
 
 
 def _joined(items: Sequence[T | None], targets: Sequence[ModuleTarget]) -> T:
-    units = next(
-        (
-            row_count // (target.part[1] - target.part[0])
-            for item, target in zip(items, targets, strict=True)
-            if item is not None and target.part is not None and (row_count := _rows(item)) is not None
-        ),
-        None,
-    )
+    units = None
+    for item, target in zip(items, targets, strict=True):
+        if item is not None and target.part is not None and (row_count := _rows(item)) is not None:
+            units = row_count // (target.part[1] - target.part[0])
+            break
     items = [swap_halves(i) if i is not None and p.swap else i for i, p in zip(items, targets, strict=True)]
     if len(items) == 1 and items[0] is not None:
         return items[0]

@@ -159,14 +159,8 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
         if key.startswith("ss_") and key not in _BULKY and _text_unless_none(value)
     }
     if isinstance(card_values, dict):
-        card = replace(
-            card,
-            **{
-                f.name: card_values[f.name]
-                for f in fields(Card)
-                if card_values.get(f.name) and _alike(card, f.name, card_values)
-            },
-        )
+        names = [f.name for f in fields(Card) if card_values.get(f.name) and _alike(card, f.name, card_values)]
+        card = replace(card, **{name: card_values[name] for name in names})
     return card
 
 

@@ -299,13 +299,10 @@ class _Reader:
                 self.notes.append("VeLoRA's lora_velora_embed, which only the backward pass reads, is ignored")
         elif ".lora_" in path:
             after = path.rpartition(".lora_")[2].split(".")
-            named = len(after) > 1 and after[1] not in ("weight", "bias")
-            why = (
-                f"the adapter's name ({after[1]!r}) is still in the key; save it with `save_pretrained`"
-                if named
-                else ""
-            )
-            self.problems.append(f"{key} {shape}: {why or 'not a tensor of plain LoRA or DoRA'}")
+            why = "not a tensor of plain LoRA or DoRA"
+            if len(after) > 1 and after[1] not in ("weight", "bias"):
+                why = f"the adapter's name ({after[1]!r}) is still in the key; save it with `save_pretrained`"
+            self.problems.append(f"{key} {shape}: {why}")
         else:
             remaining[path] = tensor
 
@@ -474,11 +471,8 @@ class _Reader:
         parameters = {
             n for n in self.pairs if cfg.names_parameter(config, n) or cfg.names_parameter(config, f"{n}.weight")
         }
-        omitted = [
-            n
-            for n in set(plain) - self.packed
-            if n not in parameters and not cfg.selects(config, n) and not self._is_tied_pair(n)
-        ]
+        extra = set(plain) - self.packed - set(parameters)
+        omitted = [n for n in extra if not cfg.selects(config, n) and not self._is_tied_pair(n)]
         for name in sorted(omitted):
             pair = plain[name]
             self.problems.append(
@@ -675,11 +669,8 @@ class ExpertReader:
             return [p for p in in_base if p in adapted]
         # Without a base, an entry that is only a parameter's name matches every module. Prefer entries that
         # also name the module.
-        named = {
-            parameter
-            for parameter in adapted
-            if cfg.is_or_ends(f"{name}.{parameter}", [t for t in entries if "." in t])
-        }
+        dotted = [t for t in entries if "." in t]
+        named = {parameter for parameter in adapted if cfg.is_or_ends(f"{name}.{parameter}", dotted)}
         adapted = named if 0 < len(named) == count < len(adapted) else adapted
         ordered = [p for p in _EXPERT_ORDER if p in adapted]
         return ordered + sorted(adapted - set(ordered))
@@ -688,11 +679,8 @@ class ExpertReader:
         """Return the pairs of a module's parameters.
 
         depths: number of `.base_layer` in the key -> tensors by part."""
-        listing = ", ".join(
-            f"{'base_layer ' * d}{part} {tuple(t.shape)}"
-            for d, parts in sorted(depths.items())
-            for part, t in parts.items()
-        )
+        tensors = [(d, part, t) for d, parts in sorted(depths.items()) for part, t in parts.items()]
+        listing = ", ".join(f"{'base_layer ' * d}{part} {tuple(t.shape)}" for d, part, t in tensors)
         if sorted(depths) != list(range(len(parameters))):
             self.problems.append(
                 f"{name}: tensors for {len(depths)} parameter(s) ({listing}), "

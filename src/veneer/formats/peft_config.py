@@ -100,11 +100,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))[:5]
-        raise AdapterError(
-            f"the folder has no {CONFIG_FILE}",
-            where=str(folder),
-            fix=f"it has adapters inside: give one of {', '.join(inside)}" if inside else None,
-        )
+        fix = f"it has adapters inside: give one of {', '.join(inside)}" if inside else None
+        raise AdapterError(f"the folder has no {CONFIG_FILE}", where=str(folder), fix=fix)
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UnsafeFileError(f"{path.stat().st_size:,} bytes are too many for a configuration", where=str(path))
     config = strict_json(path.read_bytes(), where=str(path))

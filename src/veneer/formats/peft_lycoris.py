@@ -52,11 +52,9 @@ def read_lycoris(
 
     The configuration is converted to that of a LoRA. Tensors of full copies have keys without PEFT's prefix.
     Each problem is one line."""
-    problems = [
-        f"{key} = {str(value)[:60]!r} is not understood in a folder of {config['peft_type']}"
-        for key, value in sorted(config.items())
-        if key not in _COMMON | _NO_EFFECT and value
-    ]
+    where, known = f"in a folder of {config['peft_type']}", _COMMON | _NO_EFFECT
+    other = [(key, value) for key, value in sorted(config.items()) if key not in known and value]
+    problems = [f"{key} = {str(value)[:60]!r} is not understood {where}" for key, value in other]
     # Fields that LoRA's configuration has too are parsed and checked by the parser for LoRA.
     shared = {"lora_alpha" if key == "alpha" else key: value for key, value in config.items() if key in _COMMON}
     parsed, wrong = cfg.parse_config(shared | {"peft_type": "LORA"})

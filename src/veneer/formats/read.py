@@ -408,11 +408,8 @@ def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError
     if not problems:
         return AdapterError("no tensor of the file is an adapter's", where=where)
     partial = "`veneer adapter convert --allow-partial` (allow_partial=True) converts the rest and lists the others"
-    return AdapterError(
-        f"the adapter cannot be read completely ({len(problems)} problem(s)):\n{bullets(problems, None)}",
-        where=where,
-        fix=partial if some else None,
-    )
+    problem = f"the adapter cannot be read completely ({len(problems)} problem(s)):\n{bullets(problems, None)}"
+    return AdapterError(problem, where=where, fix=partial if some else None)
 
 
 def read_state_dict(
@@ -455,12 +452,11 @@ def read_state_dict(
             fix="give the PEFT folder that torchtune wrote next to it: adapter_config.json, adapter_model.safetensors",
         )
     if tensors and all(suffix in ("weight", "scale") for by_suffix in groups.values() for suffix in by_suffix):
-        raise AdapterError(
-            f"none of the {len(tensors):,} tensors is an adapter's: "
-            + ("full weights: a checkpoint or a part of one" if groups else "no layout known here"),
-            where=where,
-            fix="give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like",
+        problem = f"none of the {len(tensors):,} tensors is an adapter's: " + (
+            "full weights: a checkpoint or a part of one" if groups else "no layout known here"
         )
+        fix = "give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like"
+        raise AdapterError(problem, where=where, fix=fix)
     shapes = {text: _shape(tensors, by_suffix) for text, by_suffix in groups.items()}
     choice = choose_family(shapes, family_in_metadata(metadata), family)
     targets = {text: choice.lookup(text) for text in groups}

@@ -101,10 +101,8 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
             out[module] = _block_number(number)
     if problems:
         blocks = sorted({block_of(m) for m in modules})
-        raise ConfigError(
-            f"the strengths by block do not fit:\n{bullets(problems, None)}",
-            fix=f"the blocks are {', '.join(blocks[:40])}",
-        )
+        problem = f"the strengths by block do not fit:\n{bullets(problems, None)}"
+        raise ConfigError(problem, fix=f"the blocks are {', '.join(blocks[:40])}")
     return out
 
 
@@ -168,10 +166,8 @@ class Strength:
 
     def __post_init__(self) -> None:
         if self.campaign and _role(self.campaign) and (self.blocks or self.steps):
-            raise ConfigError(
-                f"campaign={self.campaign} sets blocks and steps; other factors cannot be added",
-                fix="remove campaign=, or everything else after the @",
-            )
+            problem = f"campaign={self.campaign} sets blocks and steps; other factors cannot be added"
+            raise ConfigError(problem, fix="remove campaign=, or everything else after the @")
         factors, step_factors = [f for _, f in self.blocks], [f for _, _, f in self.steps]
         for number in (self.strength, *factors, *step_factors):
             if not math.isfinite(number):
@@ -268,10 +264,8 @@ def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
     played: dict[str, str] = {}
     for name, strength in uses:
         if strength.campaign and strength.campaign in played:
-            raise ConfigError(
-                f"the campaign's {strength.campaign} occurs twice: {played[strength.campaign]}, {name}",
-                fix="give each role to one adapter; one without a role acts as it is",
-            )
+            problem = f"the campaign's {strength.campaign} occurs twice: {played[strength.campaign]}, {name}"
+            raise ConfigError(problem, fix="give each role to one adapter; one without a role acts as it is")
         played[strength.campaign] = name
 
 
@@ -325,12 +319,8 @@ def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, f
             names = {short for short, long in _SHORT.items() if any(f".{long}." in f".{m}." for m in modules)}
             names |= {"steps", *(["text"] if encoders else []), *(_short(block_of(m)) for m in modules)}
             similar = nearest(key, sorted(names - {key}))
-            raise ConfigError(
-                f"{key!r} names no block of this base",
-                fix=f"did you mean {' or '.join(similar)}?"
-                if similar
-                else f"its blocks: {', '.join(sorted(names)[:30])}",
-            )
+            fix = f"did you mean {' or '.join(similar)}?" if similar else f"its blocks: {', '.join(sorted(names)[:30])}"
+            raise ConfigError(f"{key!r} names no block of this base", fix=fix)
         factors += [f"{p}={factor!r}" for p in patterns]
     return parse_blocks(",".join(factors), modules)
 

@@ -41,8 +41,5 @@ def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> 
         count = int((~torch.isfinite(wide)).sum())
         bad.append(f"{name} {tuple(tensor.shape)}: {count:,} of {tensor.numel():,} values")
     if bad:
-        raise AdapterError(
-            f"{len(bad)} tensor(s) hold NaN or infinity:\n{bullets(bad, None)}",
-            where=where,
-            fix="the run that wrote them diverged; take an earlier checkpoint",
-        )
+        problem = f"{len(bad)} tensor(s) hold NaN or infinity:\n{bullets(bad, None)}"
+        raise AdapterError(problem, where=where, fix="the run that wrote them diverged; take an earlier checkpoint")

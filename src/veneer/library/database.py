@@ -63,11 +63,8 @@ def open_engine(where: str, label: str, patience: float = PATIENCE) -> Engine:
     except ImportError as error:
         if not url.startswith("postgresql"):
             raise ConfigError(f"this is not an address of {label}", where=shown_url(where), fix=URL_FIX) from None
-        raise MissingExtraError(
-            f"{label} needs {error.name or 'a database driver'}",
-            where=shown_url(where),
-            fix="pip install 'veneer[postgres]'",
-        ) from None
+        problem = f"{label} needs {error.name or 'a database driver'}"
+        raise MissingExtraError(problem, where=shown_url(where), fix="pip install 'veneer[postgres]'") from None
     except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(f"this is not an address of {label}: {error}", where=shown_url(where), fix=URL_FIX) from None
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
@@ -213,10 +210,8 @@ def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Conne
         except DBAPIError as error:
             if "locked" not in str(error.orig) and getattr(error.orig, "sqlstate", None) != _LOCK_TIMEOUT:
                 raise
-            raise ResourceError(
-                "another process has been writing to the database for too long",
-                fix="try again; with many writers, use PostgreSQL",
-            ) from error
+            problem = "another process has been writing to the database for too long"
+            raise ResourceError(problem, fix="try again; with many writers, use PostgreSQL") from error
         yield connection
         connection.commit()
 

@@ -202,11 +202,9 @@ class Library:
                 self._fetch(self.store, files)
             folder = local.folder(entry, files)
         except FileNotFoundError as error:
-            raise AdapterError(
-                f"files of {reference} are missing in the store: {error}",
-                where=self.location,
-                fix="`veneer library verify` lists what is missing; add the adapter again to restore it",
-            ) from error
+            problem = f"files of {reference} are missing in the store: {error}"
+            fix = "`veneer library verify` lists what is missing; add the adapter again to restore it"
+            raise AdapterError(problem, where=self.location, fix=fix) from error
         single = next(iter(files))
         return folder if len(files) > 1 or format == "peft" else folder / single
 
@@ -323,11 +321,8 @@ class Library:
         else:
             return
         ix.insert_rows(connection, ix.figures, [{"entry": entry, **description.figures()}])
-        ix.insert_rows(
-            connection,
-            ix.triggers,
-            [{"entry": entry, "word": w, "lower": w.lower()} for w in description.trigger_words],
-        )
+        words = [{"entry": entry, "word": w, "lower": w.lower()} for w in description.trigger_words]
+        ix.insert_rows(connection, ix.triggers, words)
         ix.insert_rows(connection, ix.parents, [{"entry": entry, "parent": p} for p in description.parents])
 
     def _number(

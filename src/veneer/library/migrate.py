@@ -125,10 +125,8 @@ def _migrate(connection: Connection, schema: Schema) -> None:
     elif number is None or number < revisions[0]:
         raise ConfigError(f"{schema.what} was written by an unreleased build of veneer", fix=schema.older)
     else:
-        raise ConfigError(
-            f"{schema.what} has version {number}; this veneer knows {revisions[0]} to {revisions[-1]}",
-            fix="update veneer: a later version wrote it",
-        )
+        problem = f"{schema.what} has version {number}; this veneer knows {revisions[0]} to {revisions[-1]}"
+        raise ConfigError(problem, fix="update veneer: a later version wrote it")
 
 
 def _run_scripts(connection: Connection, schema: Schema) -> None:

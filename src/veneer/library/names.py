@@ -156,20 +156,17 @@ def check_name(name: str, *, cased: bool = False) -> None:
     if not _is_part(last, _NAME) or (slash and not _is_namespace(namespace)):
         likely = likely_name(name)
         letters = "letters" if cased else "lower-case letters"
-        raise ConfigError(
-            f"{quoted(name)} cannot name an adapter" + ("" if cased else " in a library"),
-            fix=f"{letters}, digits and . _ - between them, at most 100; optionally with a namespace and / in front"
-            + (f"; for example {likely}" if _is_part(likely, _NAME) else ""),
+        fix = f"{letters}, digits and . _ - between them, at most 100; optionally with a namespace and / in front" + (
+            f"; for example {likely}" if _is_part(likely, _NAME) else ""
         )
+        raise ConfigError(f"{quoted(name)} cannot name an adapter" + ("" if cased else " in a library"), fix=fix)
 
 
 def check_namespace(namespace: str) -> None:
     """Raise ConfigError for an invalid namespace."""
     if not _is_namespace(namespace):
-        raise ConfigError(
-            f"{quoted(namespace)} cannot be a namespace",
-            fix="lower-case letters, digits and . _ - between them, at most 64",
-        )
+        problem = f"{quoted(namespace)} cannot be a namespace"
+        raise ConfigError(problem, fix="lower-case letters, digits and . _ - between them, at most 64")
 
 
 def _is_namespace(text: str) -> bool:
@@ -184,10 +181,8 @@ def _is_part(text: str, pattern: re.Pattern[str]) -> bool:
 def check_alias(alias: str) -> None:
     """Raise ConfigError for an invalid alias. An alias must not look like a version."""
     if not _ALIAS.fullmatch(alias) or alias in _RESERVED:
-        raise ConfigError(
-            f"{alias!r} cannot be an alias",
-            fix="a lower-case letter, then letters, digits and . _ - (at most 50), not `latest`; as in support@prod",
-        )
+        fix = "a lower-case letter, then letters, digits and . _ - (at most 50), not `latest`; as in support@prod"
+        raise ConfigError(f"{alias!r} cannot be an alias", fix=fix)
 
 
 def check_tag(tag: str) -> None:

@@ -243,11 +243,8 @@ def browse(
         "health": [_health() == health] if health else (),
         "tag": _tagged(tags),
     }
-    flags = [
-        case((and_(*conditions_of), 1), else_=0).label(f"is_{facet}")
-        for facet, conditions_of in filters.items()
-        if conditions_of
-    ]
+    used = [(facet, conditions_of) for facet, conditions_of in filters.items() if conditions_of]
+    flags = [case((and_(*each), 1), else_=0).label(f"is_{facet}") for facet, each in used]
     conditions = [*_fitting(text, **more), *([_accessible(connection, can_access)] if can_access is not None else [])]
     if without:
         other_tags = ix.tags.alias().c
@@ -291,12 +288,8 @@ def family_of(connection: Connection, version: Version) -> AdapterFamily:
     parents = select_versions(e.digest.in_(version.parents)) if version.parents else []
     children = select_versions(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
     found_digests = {each.digest for each in parents}
-    return AdapterFamily(
-        parents,
-        [d for d in version.parents if d not in found_digests],
-        children,
-        select_versions(v.name == version.name),
-    )
+    unknown = [d for d in version.parents if d not in found_digests]
+    return AdapterFamily(parents, unknown, children, select_versions(v.name == version.name))
 
 
 def size_of_prefix(connection: Connection, beginning: str) -> int:
@@ -412,21 +405,7 @@ def record(connection: Connection, name: str) -> dict[str, Any]:
     following = connection.scalar(select(n.next).where(n.name == name)) or 1
     pointers = connection.execute(select(a.alias, a.version).where(a.name == name)).all()
     versions = _full(connection, connection.execute(_versions().where(ix.versions.c.name == name)).all())
-    return {
-        "veneer-name": 1,
-        "name": name,
-        "next": following,
-        "aliases": {row.alias: row.version for row in pointers},
-        "versions": {
-            str(v.version): {
-                "entry": v.entry,
-                "added": v.added,
-                "source": v.source,
-                "tags": v.tags,
-                "digest": v.digest,
-                "format": v.format,
-                "card": v.card,
-            }
-            for v in versions
-        },
-    }
+    kept = ("entry", "added", "source", "tags", "digest", "format", "card")
+    by_number = {str(v.version): {field: getattr(v, field) for field in kept} for v in versions}
+    aliases = {row.alias: row.version for row in pointers}
+    return {"veneer-name": 1, "name": name, "next": following, "aliases": aliases, "versions": by_number}

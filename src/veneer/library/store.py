@@ -352,11 +352,8 @@ def _hashed(chunks: Iterator[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
 
 
 def _wrong_bytes(path: str, actual: str, expected: str) -> AdapterError:
-    return AdapterError(
-        f"the bytes have sha256 {actual}, not {expected}",
-        where=path,
-        fix="try again: the file changed, or the transfer damaged it",
-    )
+    problem = f"the bytes have sha256 {actual}, not {expected}"
+    return AdapterError(problem, where=path, fix="try again: the file changed, or the transfer damaged it")
 
 
 def _make_parents(target: Path) -> set[Path]:

@@ -145,11 +145,9 @@ def _from_place(location: str, into: Path) -> tuple[str, str]:
         if different := [
             n for n in {*names, *expected} if n not in names or expected.get(n, ("",))[0] != hash_file(into / n)
         ]:
-            raise AdapterError(
-                f"files differ from the manifest: {', '.join(sorted(different))}",
-                where=location,
-                fix="push again: a push was interrupted or is running, or the files were changed",
-            )
+            problem = f"files differ from the manifest: {', '.join(sorted(different))}"
+            fix = "push again: a push was interrupted or is running, or the files were changed"
+            raise AdapterError(problem, where=location, fix=fix)
     return location, root.rstrip("/").rpartition("/")[2]
 
 

@@ -138,11 +138,9 @@ def parse_overrides(text: str) -> dict[str, str]:
     names = dict(word.split("=", 1) for word in words if "=" in word)
     supported = {REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
     if unknown := [word for word in words if word not in supported]:
-        raise ConfigError(
-            f"VENEER_OPS has {', '.join(unknown)}, which is neither an op nor torch",
-            where="VENEER_OPS",
-            fix="name an op's implementation as op=name; docs/reference/ops.md lists the ops",
-        )
+        problem = f"VENEER_OPS has {', '.join(unknown)}, which is neither an op nor torch"
+        fix = "name an op's implementation as op=name; docs/reference/ops.md lists the ops"
+        raise ConfigError(problem, where="VENEER_OPS", fix=fix)
     every = {"*": REFERENCE} if REFERENCE in words else {}
     return names | every
 
@@ -196,21 +194,11 @@ def _override_of(op: str) -> str | None:
     if op not in _overrides:
         return _overrides.get("*")
     name, homes = _overrides[op], [implementations(device).get(op) for device in HOMES]
-    available = {
-        REFERENCE,
-        *(
-            candidate.name
-            for implementation in homes
-            if implementation is not None
-            for candidate in (implementation, *implementation.alternatives)
-        ),
-    }
+    known = [implementation for implementation in homes if implementation is not None]
+    available = {REFERENCE, *(candidate.name for each in known for candidate in (each, *each.alternatives))}
     if name not in available:
-        raise ConfigError(
-            f"VENEER_OPS sets {op} to {name!r}, and the op has no implementation of that name",
-            where="VENEER_OPS",
-            fix=f"it has: {', '.join(sorted(available))}",
-        )
+        problem = f"VENEER_OPS sets {op} to {name!r}, and the op has no implementation of that name"
+        raise ConfigError(problem, where="VENEER_OPS", fix=f"it has: {', '.join(sorted(available))}")
     return name
 
 

@@ -89,11 +89,9 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
 
     def rows(first: int, last: int) -> LinearMap:
         selected = slice(first, last)
-        products = tuple(
-            replace(p, B=p.B[max(first - p.first, 0) : last - p.first], first=max(p.first - first, 0))
-            for p in linear_map.products
-            if p.first < last and p.last > first
-        )
+        used = [p for p in linear_map.products if p.first < last and p.last > first]
+        parts = [(p, p.B[max(first - p.first, 0) : last - p.first]) for p in used]
+        products = tuple(replace(p, B=B, first=max(p.first - first, 0)) for p, B in parts)
         bias, dora_scale = (None if t is None else t[selected] for t in (linear_map.bias, linear_map.dora_scale))
         return LinearMap(linear_map.weight[selected], bias, products, dora_scale, spans=linear_map.spans)
 

@@ -185,14 +185,7 @@ def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu")
 
     Saves x, gate(x) and up(x) for backward, which recomputes act(gate(x)) ⊙ up(x). Reference: the same
     formula with `linear`."""
-    inputs = (
-        gate_up,
-        down,
-        act,
-        gate_up.dora_scale,
-        down.dora_scale,
-        *low_rank_tensors(gate_up),
-        *low_rank_tensors(down),
-    )
+    low_rank = (*low_rank_tensors(gate_up), *low_rank_tensors(down))
+    inputs = (gate_up, down, act, gate_up.dora_scale, down.dora_scale, *low_rank)
     y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *inputs)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -22,14 +22,7 @@ from torch import Tensor
 from veneer.compat import TORCH
 from veneer.errors import BaseError
 from veneer.ops.dispatch import dispatch
-from veneer.ops.quantization_formats import (
-    KINDS,
-    QuantizationFormat,
-    StackedRows,
-    row_count,
-    to_format,
-    with_tensors,
-)
+from veneer.ops.quantization_formats import KINDS, QuantizationFormat, StackedRows, row_count, to_format, with_tensors
 
 
 class Quantized(torch.Tensor):

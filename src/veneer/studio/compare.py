@@ -205,11 +205,8 @@ class TextBoard(Board):
     async def _vote(self, column: Column, i: int) -> None:
         """Record that an answer is better than answer number `i` of every other column."""
         answer = column.answers[i]
-        rejected_columns = [
-            other
-            for other in self.columns
-            if other is not column and i < len(other.answers) and other.answers[i].strip() != answer.strip()
-        ]
+        others = [other for other in self.columns if other is not column and i < len(other.answers)]
+        rejected_columns = [other for other in others if other.answers[i].strip() != answer.strip()]
         if not rejected_columns:
             raise VeneerError("all columns have the same answer", fix="another prompt, or a temperature")
         rejected = tuple((other.id, i) for other in rejected_columns)

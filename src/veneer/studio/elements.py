@@ -252,20 +252,9 @@ def form_field(
     field.value = value
     field.classes(f"field {classes}")
     properties = {
-        "label": _sanitize(label),
-        "value": value,
-        "kind": kind,
-        "hint": _sanitize(hint),
-        "wait": delay,
-        "most": max_length,
-        "options": _option_pairs(options),
-        "low": low,
-        "high": high,
-        "step": step,
-        "shortcut": key,
-        "hides": hidden_label,
-        "turn": 0,
-        "enters": on_enter is not None,
+        **{"label": _sanitize(label), "value": value, "kind": kind, "hint": _sanitize(hint), "hides": hidden_label},
+        **{"options": _option_pairs(options), "low": low, "high": high, "step": step, "most": max_length},
+        **{"wait": delay, "shortcut": key, "turn": 0, "enters": on_enter is not None},
     }
     for name, each in properties.items():
         field.props[name] = each

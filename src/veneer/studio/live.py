@@ -54,11 +54,9 @@ class _LiveView:
         self.content = box("div", "stack")
         opened = bool(page.query.get("ref")) or not self.store.settings.routes
         with details("New route", open=opened):
-            line(
-                "A route is a name that clients request as their model. You can change its versions without changing "
-                "clients. Start with a few users, then promote the version or roll back.",
-                "soft small",
-            )
+            text = "A route is a name that clients request as their model. You can change its versions without"
+            text += " changing clients. Start with a few users, then promote the version or roll back."
+            line(text, "soft small")
             self.new = RouteForm(page, self.store, self.refresh)
         heading("Shadows")
         self.shadows = Fragment("shadows.html.j2")

@@ -373,11 +373,8 @@ class Frame:
     def _draw_top(self) -> None:
         elements.link("veneer", f"{self.root}/", "brand")
         with box("nav", "views", aria_label="Views"):
-            self.links = {
-                view.path: elements.link(view.title, f"{self.root}/{view.path}", key=f"g {view.key}")
-                for view in self.studio.views
-                if view.key and self.visitor.principal.can(view.needs)
-            }
+            views = [view for view in self.studio.views if view.key and self.visitor.principal.can(view.needs)]
+            self.links = {v.path: elements.link(v.title, f"{self.root}/{v.path}", key=f"g {v.key}") for v in views}
         self.base = line("", "base", "span", title="The base that this server runs")
         self._show_base()
         with box("div", "row"):

@@ -124,7 +124,8 @@ class _RunEvents:
             elif "reward" in rewards:
                 out.append(("Reward", f"{rewards['reward']:.3f}", parts_text(rewards) or after))
         if scores := [each for each in self.scores if self.score_key in each]:
-            first, last = (_score_text(each[self.score_key], self.rewarded) for each in (scores[0], scores[-1]))
+            ends = (scores[0][self.score_key], scores[-1][self.score_key])
+            first, last = (f"{score:.3f}" if self.rewarded else loss_text(score) for score in ends)
             name = "Held-out reward" if self.rewarded else "Held-out loss"
             out.append((name, last, f"{first} before training" if scores[0]["step"] == 0 else ""))
         if self.steps and "memory_bytes" in self.steps[-1]:
@@ -149,10 +150,6 @@ class _RunEvents:
 
 def _points(events: _Events, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
     return [(float(each["step"]), scale * float(each[key])) for each in events if key in each]
-
-
-def _score_text(score: float, rewarded: bool) -> str:
-    return f"{score:.3f}" if rewarded else loss_text(score)
 
 
 async def run_view(page: ViewPage) -> None:

@@ -30,7 +30,6 @@ from veneer.train.config.load import RunConfig, common_settings, load_config, se
 from veneer.train.image.captions import write_caption
 from veneer.train.inspect import (
     VERDICTS,
-    PreviewPicture,
     RowVerdict,
     inspect_run,
     preview_picture,
@@ -107,11 +106,10 @@ class _ServerForm:
                     here=short_path(os.getcwd()),
                 )
                 with elements.box("div", "row foot"):
+                    data_texts = ("Image folder", "photos") if images else ("Data file", "tickets.jsonl")
                     self.fields = {
                         "base": field("base", "Base", default=page.base_argument),
-                        "data": field("data", "Image folder", "photos", key="/")
-                        if images
-                        else field("data", "Data file", "tickets.jsonl", key="/"),
+                        "data": field("data", *data_texts, key="/"),
                         "output": field("output", "Name", "default: the data file's name"),
                     }
                 with elements.box("div", "row foot"):
@@ -231,7 +229,8 @@ class _ServerForm:
         try:
             if isinstance(config, ImageTrainConfig):
                 all_images = await asyncio.to_thread(preview_pictures, config)
-                images = await asyncio.to_thread(lambda: [(each, _thumbnail(each)) for each in all_images[:_IMAGES]])
+                shown = all_images[:_IMAGES]
+                images = await asyncio.to_thread(lambda: [(e, _cached_thumbnail(e.path, e.id)) for e in shown])
                 if number == self.number:
                     self.images.show(pictures=images, more=len(all_images) - len(images))
             else:
@@ -330,11 +329,6 @@ def _plan_texts(plan: Plan) -> dict[str, str]:
         "steps": counted(plan.job.total_steps, "step"),
         "free": gigabytes(free_memory(torch.device(plan.device.kind))),
     }
-
-
-def _thumbnail(image: PreviewPicture) -> str:
-    """Return a thumbnail as a data: URL, so that the page contains no path."""
-    return _cached_thumbnail(image.path, image.id)
 
 
 @functools.lru_cache(maxsize=512)

@@ -262,15 +262,8 @@ class _Tiles:
     @staticmethod
     def _arguments(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings) -> list[Any]:
         per, starts = (qkv.shape[1] - 2 * kv) // kv, settings.layout.starts
-        sizes = (
-            len(starts) - 1,
-            kv,
-            per,
-            qkv.shape[2],
-            settings.scale,
-            settings.window or 0,
-            int(qkv.dtype == torch.bfloat16),
-        )
+        narrow = int(qkv.dtype == torch.bfloat16)
+        sizes = (len(starts) - 1, kv, per, qkv.shape[2], settings.scale, settings.window or 0, narrow)
         return [qkv.data_ptr(), qkv.stride(0), *_at(cos, sin, starts), *sizes]
 
 
@@ -425,17 +418,9 @@ def _dequantize_blocks4(
     doubly = absmax2 is not None and mean is not None
     constants = _at(absmax2, absmax, map8) if doubly else _at(absmax, None, None)
     _kernel("blocks4_dense")(
-        packed.data_ptr(),
-        *constants,
-        float(mean) if mean is not None else 0.0,
-        table.data_ptr(),
-        start,
-        count,
-        block,
-        nested,
-        out.data_ptr(),
-        int(out.dtype == torch.float32),
-        torch.get_num_threads(),
+        *(packed.data_ptr(), *constants, float(mean) if mean is not None else 0.0, table.data_ptr()),
+        *(start, count, block, nested),
+        *(out.data_ptr(), int(out.dtype == torch.float32), torch.get_num_threads()),
     )
 
 
