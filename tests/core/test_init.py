@@ -114,18 +114,18 @@ def test_copies_are_copies() -> None:
     assert model.model.embed_tokens.weight[[3, 5]].any(dim=1).all()
 
 
-@pytest.mark.parametrize(
-    ("spec", "error", "say"),
-    [
-        (LoraSpec(rank=0), ConfigError, "rank 0"),
-        (LoraSpec(rank_pattern={"0": 0}), ConfigError, "rank 0"),
-        (LoraSpec(alpha=-1.0), ConfigError, "alpha -1"),
-        (LoraSpec(dropout=1.0), ConfigError, "dropout 1.0"),
-        (LoraSpec(init="pisa"), ConfigError, "'pisa'"),  # type: ignore[arg-type]
-        (LoraSpec(targets=()), TargetError, "nothing to train"),
-        (LoraSpec(rank=31, targets=("0",), init="pissa"), TargetError, "rank 30 at most"),
-    ],
-)
+IMPOSSIBLE_SETTINGS = [
+    (LoraSpec(rank=0), ConfigError, "rank 0"),
+    (LoraSpec(rank_pattern={"0": 0}), ConfigError, "rank 0"),
+    (LoraSpec(alpha=-1.0), ConfigError, "alpha -1"),
+    (LoraSpec(dropout=1.0), ConfigError, "dropout 1.0"),
+    (LoraSpec(init="pisa"), ConfigError, "'pisa'"),  # type: ignore[arg-type]
+    (LoraSpec(targets=()), TargetError, "nothing to train"),
+    (LoraSpec(rank=31, targets=("0",), init="pissa"), TargetError, "rank 30 at most"),
+]
+
+
+@pytest.mark.parametrize(("spec", "error", "say"), IMPOSSIBLE_SETTINGS)
 def test_impossible_settings(spec: LoraSpec, error: type[Exception], say: str) -> None:
     with pytest.raises(error, match=say):
         create(zoo(), spec, seed=0)

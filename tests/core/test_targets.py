@@ -17,23 +17,23 @@ def names(spec: LoraSpec, family: str = "llama3") -> list[str]:
     return [t.name for t in resolve_targets(FAMILIES[family](), spec)]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "name", "hit"),
-    [
-        ("q_proj", "model.layers.0.self_attn.q_proj", True),
-        ("q_proj", "q_proj", True),
-        (".q_proj", "model.layers.0.self_attn.q_proj", True),
-        ("proj", "model.layers.0.self_attn.q_proj", False),
-        ("self_attn.q_proj", "model.layers.0.self_attn.q_proj", True),
-        ("*_proj", "model.layers.0.self_attn.q_proj", True),
-        ("layers.[01].*.?_proj", "model.layers.1.self_attn.q_proj", True),
-        ("layers.[01].*.?_proj", "model.layers.2.self_attn.q_proj", False),
-        ("layers.1.self_attn.*", "model.layers.1.self_attn.q_proj", True),
-        (r"re:.*\.layers\.\d+\..*q_proj", "model.layers.1.self_attn.q_proj", True),
-        ("re:q_proj", "model.layers.1.self_attn.q_proj", False),
-        ("Q_proj", "q_proj", False),
-    ],
-)
+PATTERNS = [
+    ("q_proj", "model.layers.0.self_attn.q_proj", True),
+    ("q_proj", "q_proj", True),
+    (".q_proj", "model.layers.0.self_attn.q_proj", True),
+    ("proj", "model.layers.0.self_attn.q_proj", False),
+    ("self_attn.q_proj", "model.layers.0.self_attn.q_proj", True),
+    ("*_proj", "model.layers.0.self_attn.q_proj", True),
+    ("layers.[01].*.?_proj", "model.layers.1.self_attn.q_proj", True),
+    ("layers.[01].*.?_proj", "model.layers.2.self_attn.q_proj", False),
+    ("layers.1.self_attn.*", "model.layers.1.self_attn.q_proj", True),
+    (r"re:.*\.layers\.\d+\..*q_proj", "model.layers.1.self_attn.q_proj", True),
+    ("re:q_proj", "model.layers.1.self_attn.q_proj", False),
+    ("Q_proj", "q_proj", False),
+]
+
+
+@pytest.mark.parametrize(("pattern", "name", "hit"), PATTERNS)
 def test_patterns(pattern: str, name: str, hit: bool) -> None:
     assert target_matches(pattern, name) is hit
 
@@ -73,25 +73,25 @@ def test_matches_per_pattern_counts_what_is_left() -> None:
     assert {p: len(n) for p, n in found.items()} == {"q_proj": 1, "mlp.*": 3}
 
 
-@pytest.mark.parametrize(
-    ("spec", "say"),
-    [
-        (LoraSpec(targets=("q_porj",)), "q_proj"),
-        (LoraSpec(targets=("q_proj", "wq")), "'wq' matches nothing"),
-        (LoraSpec(targets=("norm",)), "cannot carry a pair: model.norm"),
-        (LoraSpec(targets=("re:(",)), "not a regular expression"),
-        (LoraSpec(exclude=("q_porj",)), "q_proj"),
-        (LoraSpec(layers=(0, 7)), r"layers \[7\] do not exist"),
-        (LoraSpec(targets=("q_proj", "lm_head"), layers=(0,)), "'lm_head' selects 1 module,"),
-        (LoraSpec(targets=("q_proj",), exclude=("self_attn.*",)), "drop them all"),
-        (LoraSpec(targets=("q_proj",), rank_pattern={"v_proj": 4}), "rank_pattern 'v_proj' matches nothing"),
-        (LoraSpec(targets=("q_proj",), alpha_pattern={"v_proj": 4}), "alpha_pattern 'v_proj' matches nothing"),
-        (LoraSpec(modules_to_save=("lm_haed",)), "lm_head"),
-        (LoraSpec(targets=("lm_head",), modules_to_save=("lm_head",)), "drop them all"),
-        (LoraSpec(token_rows={"wte": (1,)}), "embed_tokens"),
-        (LoraSpec(token_rows={"embed_tokens": (1, 160)}), r"token ids \[160\]"),
-    ],
-)
+EMPTY_SELECTIONS = [
+    (LoraSpec(targets=("q_porj",)), "q_proj"),
+    (LoraSpec(targets=("q_proj", "wq")), "'wq' matches nothing"),
+    (LoraSpec(targets=("norm",)), "cannot carry a pair: model.norm"),
+    (LoraSpec(targets=("re:(",)), "not a regular expression"),
+    (LoraSpec(exclude=("q_porj",)), "q_proj"),
+    (LoraSpec(layers=(0, 7)), r"layers \[7\] do not exist"),
+    (LoraSpec(targets=("q_proj", "lm_head"), layers=(0,)), "'lm_head' selects 1 module,"),
+    (LoraSpec(targets=("q_proj",), exclude=("self_attn.*",)), "drop them all"),
+    (LoraSpec(targets=("q_proj",), rank_pattern={"v_proj": 4}), "rank_pattern 'v_proj' matches nothing"),
+    (LoraSpec(targets=("q_proj",), alpha_pattern={"v_proj": 4}), "alpha_pattern 'v_proj' matches nothing"),
+    (LoraSpec(modules_to_save=("lm_haed",)), "lm_head"),
+    (LoraSpec(targets=("lm_head",), modules_to_save=("lm_head",)), "drop them all"),
+    (LoraSpec(token_rows={"wte": (1,)}), "embed_tokens"),
+    (LoraSpec(token_rows={"embed_tokens": (1, 160)}), r"token ids \[160\]"),
+]
+
+
+@pytest.mark.parametrize(("spec", "say"), EMPTY_SELECTIONS)
 def test_nothing_selected_is_an_error(spec: LoraSpec, say: str) -> None:
     with pytest.raises(TargetError, match=say):
         create(FAMILIES["llama3"](), spec, seed=0)

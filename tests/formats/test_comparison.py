@@ -69,30 +69,24 @@ def but(**changes) -> Adapter:
     return Adapter(**(parts | changes))
 
 
-@pytest.mark.parametrize(
-    ("got", "line"),
-    [
-        (but(pairs={}), "m: lost"),
-        (but(pairs={"m": pair(), "x": pair()}), "x: an unexpected pair"),
-        (but(pairs={"m": pair(scale=0.6)}), "m: ΔW would come back 0.2 off"),
-        (but(pairs={"m": Pair(pair().A, pair().B, 0.5, magnitude=ONES)}), "m: the magnitude is not the same"),
-        (
-            but(pairs={"m": Pair(pair().A[:, :3], pair().B, 0.5)}),
-            "m: a delta of (8, 6) would come back as one of (8, 3)",
-        ),
-        (but(deltas={"g.weight": MEANT.deltas["g.weight"]}), "m.bias: lost"),
-        (but(deltas=MEANT.deltas | {"x.bias": dense(ONES)}), "x.bias: an unexpected change"),
-        (but(deltas=MEANT.deltas | {"m.bias": dense(ONES, 2.0)}), "m.bias: the scale is not the same"),
-        (but(deltas=MEANT.deltas | {"m.bias": dense(ONES * 2)}), "m.bias: the change would come back 1 off"),
-        (
-            but(deltas=MEANT.deltas | {"g.weight": dense(ONES)}),
-            "g.weight: a gain change would come back as a dense one",
-        ),
-        (but(modules={"n": {"weight": ONES * 2}}), "n.weight: the replacement is not the same"),
-        (but(modules={}), "n.weight: the replacement is not the same"),
-        (but(token_rows={}), "e, rows (1,): the replacement is not the same"),
-    ],
-)
+DIFFERENCES = [
+    (but(pairs={}), "m: lost"),
+    (but(pairs={"m": pair(), "x": pair()}), "x: an unexpected pair"),
+    (but(pairs={"m": pair(scale=0.6)}), "m: ΔW would come back 0.2 off"),
+    (but(pairs={"m": Pair(pair().A, pair().B, 0.5, magnitude=ONES)}), "m: the magnitude is not the same"),
+    (but(pairs={"m": Pair(pair().A[:, :3], pair().B, 0.5)}), "m: a delta of (8, 6) would come back as one of (8, 3)"),
+    (but(deltas={"g.weight": MEANT.deltas["g.weight"]}), "m.bias: lost"),
+    (but(deltas=MEANT.deltas | {"x.bias": dense(ONES)}), "x.bias: an unexpected change"),
+    (but(deltas=MEANT.deltas | {"m.bias": dense(ONES, 2.0)}), "m.bias: the scale is not the same"),
+    (but(deltas=MEANT.deltas | {"m.bias": dense(ONES * 2)}), "m.bias: the change would come back 1 off"),
+    (but(deltas=MEANT.deltas | {"g.weight": dense(ONES)}), "g.weight: a gain change would come back as a dense one"),
+    (but(modules={"n": {"weight": ONES * 2}}), "n.weight: the replacement is not the same"),
+    (but(modules={}), "n.weight: the replacement is not the same"),
+    (but(token_rows={}), "e, rows (1,): the replacement is not the same"),
+]
+
+
+@pytest.mark.parametrize(("got", "line"), DIFFERENCES)
 def test_every_difference_has_a_line(got, line):
     assert differences(MEANT, got) == [line]
 

@@ -179,14 +179,9 @@ def test_parts_of_unlike_forms_are_refused_together():
 
 
 def test_every_refused_module_is_listed():
-    adapter = Adapter(
-        {
-            TO_Q: pair_for(SDXL, TO_Q),
-            "unet.nowhere": pair_for(SDXL, TO_Q),
-            EMBEDDING: Pair(numbers((2, 5), "A"), numbers((IN, 2), "B"), 0.5, "embedding"),
-        },
-        modules={CONV: {"weight": numbers((ROWS, IN, 3, 3), "full")}},
-    )
+    embedding = Pair(numbers((2, 5), "A"), numbers((IN, 2), "B"), 0.5, "embedding")
+    pairs = {TO_Q: pair_for(SDXL, TO_Q), "unet.nowhere": pair_for(SDXL, TO_Q), EMBEDDING: embedding}
+    adapter = Adapter(pairs, modules={CONV: {"weight": numbers((ROWS, IN, 3, 3), "full")}})
     with pytest.raises(AdapterError, match=r"3 module\(s\) are in the way") as refusal:
         encode(adapter, "kohya", family="sdxl")
     for module in ("unet.nowhere", EMBEDDING, CONV):
@@ -194,15 +189,15 @@ def test_every_refused_module_is_listed():
     assert TO_Q not in refusal.value.what
 
 
-@pytest.mark.parametrize(
-    ("module", "family", "to", "why"),
-    [
-        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q", "flux1", "diffusers", "diffusers loads nothing"),
-        ("transformer.transformer_blocks.0.attn.to_q", "sdxl", "kohya", "Stable Diffusion XL has no such module"),
-        ("model.layers.0.self_attn.q_proj", None, "kohya", "is for adapters of image models"),
-        ("transformer.transformer_blocks.0.attn.to_q", "flux3", "kohya", "there is no family 'flux3'"),
-    ],
-)
+MODULES = [
+    ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q", "flux1", "diffusers", "diffusers loads nothing"),
+    ("transformer.transformer_blocks.0.attn.to_q", "sdxl", "kohya", "Stable Diffusion XL has no such module"),
+    ("model.layers.0.self_attn.q_proj", None, "kohya", "is for adapters of image models"),
+    ("transformer.transformer_blocks.0.attn.to_q", "flux3", "kohya", "there is no family 'flux3'"),
+]
+
+
+@pytest.mark.parametrize(("module", "family", "to", "why"), MODULES)
 def test_modules_without_a_name_are_refused(module, family, to, why):
     pair = Pair(numbers((2, IN), "A"), numbers((ROWS, 2), "B"), 1.0)
     with pytest.raises(AdapterError, match=why):

@@ -188,15 +188,15 @@ def test_diffusers_splits_our_fused_kohya_file_of_flux_the_same():
         assert (B @ (A @ x) - want).norm() < 1e-6 * want.norm(), name
 
 
-@pytest.mark.parametrize(
-    ("family", "mixin"),
-    [
-        ("sd15", "StableDiffusionLoraLoaderMixin"), ("sd2", "StableDiffusionLoraLoaderMixin"),
-        ("sdxl", "StableDiffusionXLLoraLoaderMixin"), ("flux1", "FluxLoraLoaderMixin"),
-        ("flux2", "Flux2LoraLoaderMixin"), ("qwen-image", "QwenImageLoraLoaderMixin"),
-        ("z-image", "ZImageLoraLoaderMixin"), ("sd3", "SD3LoraLoaderMixin"), ("sd3-large", "SD3LoraLoaderMixin"),
-    ],
-)  # fmt: skip
+LOADER_MIXINS = [
+    ("sd15", "StableDiffusionLoraLoaderMixin"), ("sd2", "StableDiffusionLoraLoaderMixin"),
+    ("sdxl", "StableDiffusionXLLoraLoaderMixin"), ("flux1", "FluxLoraLoaderMixin"),
+    ("flux2", "Flux2LoraLoaderMixin"), ("qwen-image", "QwenImageLoraLoaderMixin"),
+    ("z-image", "ZImageLoraLoaderMixin"), ("sd3", "SD3LoraLoaderMixin"), ("sd3-large", "SD3LoraLoaderMixin"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "mixin"), LOADER_MIXINS)
 def test_written_names_identify_their_family(family, mixin, tmp_path):
     """diffusers' converters change no key of the modules that veneer writes, and settings arrive."""
     loader = getattr(loaders.lora_pipeline, mixin)

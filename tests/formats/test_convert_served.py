@@ -72,21 +72,21 @@ def test_folding_changes_no_effect(pairs, dtype):
         assert (by_hand(pair) - want).norm() <= 6e-8 * want.norm() * before.rank
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (
-            {"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}},
-            "does not support DoRA",
-        ),
-        ({"pairs": {Q: Pair(numbers((2, 4, 3), "A"), numbers((6, 2, 1), "B"), 1, "conv")}}, "convolution"),
-        ({"pairs": {Q: Pair(numbers((3, 2, 4), "A"), numbers((3, 6, 2), "B"), 1, "experts")}}, "experts"),
-        ({"deltas": {f"{Q}.bias": Delta("dense", {"value": torch.ones(6)}, (6,))}}, "dense change of the bias"),
-        ({"modules": {Q: {"weight": torch.ones(6, 4)}}}, "no full copies"),
-        ({"token_rows": {EMBED: TokenRows((1,), torch.ones(1, 4))}}, "token rows"),
-        ({"pairs": {"unet.conv_in": Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)}}, "serves language models"),
-    ],
-)
+UNSERVED_CHANGES = [
+    (
+        {"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}},
+        "does not support DoRA",
+    ),
+    ({"pairs": {Q: Pair(numbers((2, 4, 3), "A"), numbers((6, 2, 1), "B"), 1, "conv")}}, "convolution"),
+    ({"pairs": {Q: Pair(numbers((3, 2, 4), "A"), numbers((3, 6, 2), "B"), 1, "experts")}}, "experts"),
+    ({"deltas": {f"{Q}.bias": Delta("dense", {"value": torch.ones(6)}, (6,))}}, "dense change of the bias"),
+    ({"modules": {Q: {"weight": torch.ones(6, 4)}}}, "no full copies"),
+    ({"token_rows": {EMBED: TokenRows((1,), torch.ones(1, 4))}}, "token rows"),
+    ({"pairs": {"unet.conv_in": Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)}}, "serves language models"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), UNSERVED_CHANGES)
 @pytest.mark.parametrize("to", ["vllm", "gguf"])
 def test_changes_that_need_a_merge_are_refused(to, change, why):
     name = next(iter(next(iter(change.values()))))
@@ -100,14 +100,14 @@ def test_changes_that_need_a_merge_are_refused(to, change, why):
     assert K not in refusal.value.what
 
 
-@pytest.mark.parametrize(
-    ("pair", "name", "why"),
-    [
-        (Pair(torch.ones(600, 4), torch.ones(6, 600), 1), Q, "ranks up to 512"),
-        (Pair(torch.ones(1, 5), torch.ones(6, 1), 1, "embedding"), "transformer_wte", "embed_tokens"),
-        (Pair(torch.ones(1, 5), torch.ones(258_049, 1), 1), HEAD, "at most 258,048 rows"),
-    ],
-)
+VLLM_LIMITS = [
+    (Pair(torch.ones(600, 4), torch.ones(6, 600), 1), Q, "ranks up to 512"),
+    (Pair(torch.ones(1, 5), torch.ones(6, 1), 1, "embedding"), "transformer_wte", "embed_tokens"),
+    (Pair(torch.ones(1, 5), torch.ones(258_049, 1), 1), HEAD, "at most 258,048 rows"),
+]
+
+
+@pytest.mark.parametrize(("pair", "name", "why"), VLLM_LIMITS)
 def test_vllms_own_limits(pair, name, why):
     with pytest.raises(AdapterError, match=why):
         encode(Adapter({name: pair}), "vllm")

@@ -208,26 +208,26 @@ def test_trimming_keeps_one_rank_and_what_is_used():
 INPUTS = Pair(rand(2, 6), rand(6, 2), 1.0, magnitude=rand(1, 6))
 
 
-@pytest.mark.parametrize(
-    ("action", "words"),
-    [
-        (lambda: split(INPUTS, QKV), "norm over all rows"),
-        (lambda: split(item_of("pair", 8, 1.0), QKV), "8 rows cannot be cut into 3"),
-        (lambda: split(Pair(rand(2, 6), rand(6, 2), 1.0, "embedding"), QKV), "embedding is not fused"),
-        (lambda: swap_halves(item_of("pair", 7, 1.0)), "no halves"),
-        (lambda: swap_halves(Delta("kronecker", {"w1": rand(3, 3), "w2": rand(2, 2)}, (6, 6))), "odd"),
-        (lambda: join_parts([item_of("pair", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
-        (lambda: join_parts([item_of("loha", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
-        (lambda: join_parts([INPUTS, INPUTS]), "of its own part"),
-        (lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 5), rand(4, 2), 1.0)]), "inputs differ"),
-        (
-            lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 6), rand(4, 2), 1.0, magnitude=rand(4))]),
-            "some have none",
-        ),
-        (lambda: join_parts([item_of("pair", 4, 1.0), None], rows=[3, 3]), "rows are not"),
-        (lambda: join_parts([item_of("loha", 4, 1, 0, (3, 3)), item_of("loha", 4, 1, 1, (3, 3))]), "different cores"),
-    ],
-)
+ITEMS = [
+    (lambda: split(INPUTS, QKV), "norm over all rows"),
+    (lambda: split(item_of("pair", 8, 1.0), QKV), "8 rows cannot be cut into 3"),
+    (lambda: split(Pair(rand(2, 6), rand(6, 2), 1.0, "embedding"), QKV), "embedding is not fused"),
+    (lambda: swap_halves(item_of("pair", 7, 1.0)), "no halves"),
+    (lambda: swap_halves(Delta("kronecker", {"w1": rand(3, 3), "w2": rand(2, 2)}, (6, 6))), "odd"),
+    (lambda: join_parts([item_of("pair", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
+    (lambda: join_parts([item_of("loha", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
+    (lambda: join_parts([INPUTS, INPUTS]), "of its own part"),
+    (lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 5), rand(4, 2), 1.0)]), "inputs differ"),
+    (
+        lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 6), rand(4, 2), 1.0, magnitude=rand(4))]),
+        "some have none",
+    ),
+    (lambda: join_parts([item_of("pair", 4, 1.0), None], rows=[3, 3]), "rows are not"),
+    (lambda: join_parts([item_of("loha", 4, 1, 0, (3, 3)), item_of("loha", 4, 1, 1, (3, 3))]), "different cores"),
+]
+
+
+@pytest.mark.parametrize(("action", "words"), ITEMS)
 def test_items_that_cannot_be_fused_are_refused(action, words):
     with pytest.raises(AdapterError, match=words):
         action()

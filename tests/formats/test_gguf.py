@@ -204,17 +204,17 @@ def test_files_that_are_not_adapters_are_refused(tmp_path):
     assert read_gguf(path, head_dim=6).adapter.pairs
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda a: a.pairs.update({"model.layers.0.other": a.pairs[V]}), "no name for it"),
-        (lambda a: setattr(a.pairs[V], "magnitude", torch.ones(8)), "magnitude"),
-        (lambda a: setattr(a.pairs[V], "kind", "conv"), "a pair of conv"),
-        (lambda a: a.modules.update({"lm_head": {"weight": torch.ones(2)}}), "a full module"),
-        (lambda a: a.deltas.update({"x.weight": Delta("dense", {"value": torch.ones(2)}, (2,))}), "a dense change"),
-        (lambda a: a.pairs.clear(), "nothing at all"),
-    ],
-)
+REFUSED_CHANGES = [
+    (lambda a: a.pairs.update({"model.layers.0.other": a.pairs[V]}), "no name for it"),
+    (lambda a: setattr(a.pairs[V], "magnitude", torch.ones(8)), "magnitude"),
+    (lambda a: setattr(a.pairs[V], "kind", "conv"), "a pair of conv"),
+    (lambda a: a.modules.update({"lm_head": {"weight": torch.ones(2)}}), "a full module"),
+    (lambda a: a.deltas.update({"x.weight": Delta("dense", {"value": torch.ones(2)}, (2,))}), "a dense change"),
+    (lambda a: a.pairs.clear(), "nothing at all"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), REFUSED_CHANGES)
 def test_gguf_refuses_changes_llama_cpp_ignores(tmp_path, spoil, words):
     ours = adapter()
     spoil(ours)

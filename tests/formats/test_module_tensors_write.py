@@ -21,17 +21,17 @@ def test_alpha_is_written_so_that_the_scale_survives():
     assert write_module(ModuleChanges(Pair(rand(16, 3), rand(4, 16), 0.5)))["alpha"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "leaf",
-    [
-        ModuleChanges(Pair(rand(1, 2, 3), rand(1, 3, 2), 1.0, "experts")),
-        ModuleChanges(
-            None, {"weight": Delta("kronecker", {"w1": rand(2, 2), "w2": rand(3, 3)}, (4, 6), 1, None, (0, 4), (6, 6))}
-        ),
-        ModuleChanges(Pair(rand(2, 3), rand(3, 2), 1.0), {"weight": Delta("dense", {"value": rand(3, 3)}, (3, 3))}),
-        ModuleChanges(None, {}, {"bias": rand(3)}),
-    ],
-)
+CHANGES_WITHOUT_KOHYA = [
+    ModuleChanges(Pair(rand(1, 2, 3), rand(1, 3, 2), 1.0, "experts")),
+    ModuleChanges(
+        None, {"weight": Delta("kronecker", {"w1": rand(2, 2), "w2": rand(3, 3)}, (4, 6), 1, None, (0, 4), (6, 6))}
+    ),
+    ModuleChanges(Pair(rand(2, 3), rand(3, 2), 1.0), {"weight": Delta("dense", {"value": rand(3, 3)}, (3, 3))}),
+    ModuleChanges(None, {}, {"bias": rand(3)}),
+]
+
+
+@pytest.mark.parametrize("leaf", CHANGES_WITHOUT_KOHYA)
 def test_changes_without_kohya_names_are_refused(leaf):
     with pytest.raises(AdapterError, match="has no tensors for"):
         write_module(leaf)

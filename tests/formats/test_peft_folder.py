@@ -201,23 +201,15 @@ def test_readme_is_replaced_only_if_ours(tmp_path):
 
 
 def test_the_readme_asks_with_the_system_message_of_the_rows(tmp_path):
-    messages = [
-        {"role": "system", "content": "Answer with\n```json\n"},
-        {"role": "user", "content": "It's open"},
-        {"role": "assistant", "content": "{}"},
-        {"role": "user", "content": "And now?"},
-    ]
+    turns = [("system", "Answer with\n```json\n"), ("user", "It's open"), ("assistant", "{}"), ("user", "And now?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     card = Card(base="org/base", kind="text", extra={"sample": {"messages": messages}})
     peft.write_folder(replace(linear_pairs(NAMES), card=card), tmp_path / "a")
     text = (tmp_path / "a" / README_FILE).read_text()
     command = text.partition("````bash\n")[2].partition("\n````")[0]
     given = {"--base": "org/base", "--adapter": "FOLDER", "--system": "Answer with\n```json\n"}
-    assert shlex.split(command) == [
-        "veneer",
-        "generate",
-        "It's open",
-        *(word for pair in given.items() for word in pair),
-    ]
+    options = [word for pair in given.items() for word in pair]
+    assert shlex.split(command) == ["veneer", "generate", "It's open", *options]
     assert "````\nAnswer with\n```json\n\n````" in text
 
 

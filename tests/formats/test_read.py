@@ -253,20 +253,20 @@ def test_gguf_by_its_ending(tmp_path) -> None:
         assert_same(changes(found.adapter), layout.want, 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("key", "fmt"),
-    [
-        ("double_blocks.0.processor.qkv_lora1.down.weight", "xlabs"),
-        ("single_blocks.0.norm.query_norm.scale", "bfl-control"),
-        ("double_blocks.0.img_attn.qkv.lora_B.bias", "bfl-control"), ("lycoris_x.lora_up.weight", "lycoris"),
-        ("lora_unet_x.hada_w1_a", "lycoris"), ("lora_unet_x.lokr_w2", "lycoris"), ("lora_unet_x.diff_b", "lycoris"),
-        ("lora_transformer_x.alpha", "onetrainer"), ("lora_te2_x.lora_mid.weight", "kohya"),
-        ("diffusion_model.x.lora_A.weight", "comfyui"), ("base_model.model.x.lora_A.weight", "peft"),
-        ("unet.x.processor.to_q_lora.up.weight", "diffusers-old"),
-        ("text_encoder.x.lora_linear_layer.up.weight", "diffusers-old"),
-        ("text_encoder_2.x.lora_A.weight", "diffusers"), ("x.lora_down.weight", "plain"), ("x.y", "unknown"),
-    ],
-)  # fmt: skip
+LAYOUT_NAMES = [
+    ("double_blocks.0.processor.qkv_lora1.down.weight", "xlabs"),
+    ("single_blocks.0.norm.query_norm.scale", "bfl-control"),
+    ("double_blocks.0.img_attn.qkv.lora_B.bias", "bfl-control"), ("lycoris_x.lora_up.weight", "lycoris"),
+    ("lora_unet_x.hada_w1_a", "lycoris"), ("lora_unet_x.lokr_w2", "lycoris"), ("lora_unet_x.diff_b", "lycoris"),
+    ("lora_transformer_x.alpha", "onetrainer"), ("lora_te2_x.lora_mid.weight", "kohya"),
+    ("diffusion_model.x.lora_A.weight", "comfyui"), ("base_model.model.x.lora_A.weight", "peft"),
+    ("unet.x.processor.to_q_lora.up.weight", "diffusers-old"),
+    ("text_encoder.x.lora_linear_layer.up.weight", "diffusers-old"),
+    ("text_encoder_2.x.lora_A.weight", "diffusers"), ("x.lora_down.weight", "plain"), ("x.y", "unknown"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "fmt"), LAYOUT_NAMES)
 def test_each_layout_has_its_name(key: str, fmt: str) -> None:
     name, reasons = detect_format([key], {})
     assert (name, len(reasons)) == (fmt, 1)

@@ -56,17 +56,17 @@ def test_all_faults_are_listed_and_partial_read_works() -> None:
     assert not used & {*part.unused, *part.unpaired}
 
 
-@pytest.mark.parametrize(
-    "second",
-    [
-        f"lora_unet_{flat('transformer_blocks.3.attn.to_out.0')}",
-        f"diffusion_model.{PROJ}",
-        f"transformer.{PROJ}",
-        TARGET,
-        "lora_transformer_transformer_blocks_3_attn_to_out_0",
-        "double_blocks.3.processor.proj_lora1",
-    ],
-)
+SECOND_NAMES = [
+    f"lora_unet_{flat('transformer_blocks.3.attn.to_out.0')}",
+    f"diffusion_model.{PROJ}",
+    f"transformer.{PROJ}",
+    TARGET,
+    "lora_transformer_transformer_blocks_3_attn_to_out_0",
+    "double_blocks.3.processor.proj_lora1",
+]
+
+
+@pytest.mark.parametrize("second", SECOND_NAMES)
 def test_two_names_for_one_module_are_refused(second: str) -> None:
     layout = small()
     naming = "plain" if "processor" in second else "kohya"
@@ -180,18 +180,18 @@ def test_denoiser_without_component_prefix_is_a_base(tmp_path) -> None:
         read_state_dict(further.tensors, {}, base=model)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "family"),
-    [
-        ("single_blocks.0.linear1", (7 * 32, 32), "flux1"),
-        ("single_blocks.0.linear1", (9 * 32, 32), "flux2"),
-        ("single_blocks.0.linear2", (32, 5 * 32), "flux1"),
-        ("single_blocks.0.linear2", (32, 4 * 32), "flux2"),
-        ("double_blocks.0.txt_mlp.2", (32, 3 * 32), "flux2"),
-        ("double_blocks.0.img_mlp.0", (4 * 32, 32), "flux1"),
-        ("double_blocks.0.img_attn.qkv", (3 * 6144, 6144), "flux2"),
-    ],
-)
+FLUX_SHAPES = [
+    ("single_blocks.0.linear1", (7 * 32, 32), "flux1"),
+    ("single_blocks.0.linear1", (9 * 32, 32), "flux2"),
+    ("single_blocks.0.linear2", (32, 5 * 32), "flux1"),
+    ("single_blocks.0.linear2", (32, 4 * 32), "flux2"),
+    ("double_blocks.0.txt_mlp.2", (32, 3 * 32), "flux2"),
+    ("double_blocks.0.img_mlp.0", (4 * 32, 32), "flux1"),
+    ("double_blocks.0.img_attn.qkv", (3 * 6144, 6144), "flux2"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "family"), FLUX_SHAPES)
 def test_flux_1_and_2_are_distinguished_by_proportions(name: str, shape: tuple[int, int], family: str) -> None:
     for text in (f"diffusion_model.{name}", f"lora_unet_{flat(name)}"):
         choice = choose_family({text: shape})

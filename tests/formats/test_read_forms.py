@@ -217,14 +217,14 @@ def test_diffusers_metadata_gives_alpha_by_component_and_pattern() -> None:
     check(layout, "diffusers", "flux1")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"r": 2}, r"r of lora_adapter_metadata says rank 2, A is \(4, 6\)"),
-        ({"use_dora": True}, "use_dora is set in lora_adapter_metadata, and there is no magnitude"),
-        ({"lora_alpha": "x"}, "lora_alpha = 'x'"),
-    ],
-)
+DIFFUSERS_METADATA = [
+    ({"r": 2}, r"r of lora_adapter_metadata says rank 2, A is \(4, 6\)"),
+    ({"use_dora": True}, "use_dora is set in lora_adapter_metadata, and there is no magnitude"),
+    ({"lora_alpha": "x"}, "lora_alpha = 'x'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DIFFUSERS_METADATA)
 def test_diffusers_metadata_that_contradicts_the_tensors(change: dict[str, object], message: str) -> None:
     layout = diffusers_layout()
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q"], **change}

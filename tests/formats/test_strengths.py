@@ -33,19 +33,19 @@ def test_a_full_spec_is_read_and_written_back() -> None:
     assert str(Strength()) == "1"
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "nothing follows"), ("down=x", "not a strength"), ("down=inf", "not a strength"), ("=1", "no key"),
-        ("down=1,down=2", "twice"), ("steps=0-2", "not a range"), ("steps=0.6-0.2", "not a range"),
-        ("steps=0-0.6+0.5-1", "overlap"), ("steps=half", "not a range"), ("steps=0-1,steps=0-1", "twice"),
-        ("1,2,3", "BLOCK=NUMBER"), ("down=1,2", "BLOCK=NUMBER"),
-        ("campaign=prodcut", "not a role of a campaign.*did you mean product"),
-        ("campaign=", "not a role of a campaign"),
-        ("campaign=brand,campaign=lens", "twice"), ("campaign=brand,steps=0-0.6", "sets blocks and steps"),
-        ("campaign=brand,down=1", "sets blocks and steps"),
-    ],
-)  # fmt: skip
+INVALID_FACTORS = [
+    ("", "nothing follows"), ("down=x", "not a strength"), ("down=inf", "not a strength"), ("=1", "no key"),
+    ("down=1,down=2", "twice"), ("steps=0-2", "not a range"), ("steps=0.6-0.2", "not a range"),
+    ("steps=0-0.6+0.5-1", "overlap"), ("steps=half", "not a range"), ("steps=0-1,steps=0-1", "twice"),
+    ("1,2,3", "BLOCK=NUMBER"), ("down=1,2", "BLOCK=NUMBER"),
+    ("campaign=prodcut", "not a role of a campaign.*did you mean product"),
+    ("campaign=", "not a role of a campaign"),
+    ("campaign=brand,campaign=lens", "twice"), ("campaign=brand,steps=0-0.6", "sets blocks and steps"),
+    ("campaign=brand,down=1", "sets blocks and steps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "says"), INVALID_FACTORS)
 def test_invalid_factors_are_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         parse_strength(text)
@@ -67,13 +67,13 @@ def test_strengths_of_blocks_are_within_the_bound() -> None:
         parse_blocks("down_blocks=1e300", ["unet.down_blocks.0.a"])
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("a", ("a", None)), ("a:0.5", ("a", 0.5)), ("a:b", ("a:b", None)), ("sha256:12", ("sha256:12", None)),
-        ("sha256:12:2", ("sha256:12", 2.0)), ("a@prod:-1", ("a@prod", -1.0)), ("a:", ("a:", None)),
-    ],
-)  # fmt: skip
+NAMES_AND_STRENGTHS = [
+    ("a", ("a", None)), ("a:0.5", ("a", 0.5)), ("a:b", ("a:b", None)), ("sha256:12", ("sha256:12", None)),
+    ("sha256:12:2", ("sha256:12", 2.0)), ("a@prod:-1", ("a@prod", -1.0)), ("a:", ("a:", None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "wanted"), NAMES_AND_STRENGTHS)
 def test_a_name_and_its_strength(text: str, wanted: tuple[str, float | None]) -> None:
     assert split_strength(text) == wanted
 

@@ -111,15 +111,15 @@ def test_mlx_lms_experts_land_on_fused_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(got, by_hand("qwen3_moe", pairs), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("change", "say"),
-    [
-        ({"fine_tune_type": "full"}, "full weights instead of an adapter's pairs"),
-        ({"lora_parameters": {"rank": R}}, "lora_parameters.scale = None: a number is expected"),
-        ({"lora_parameters": {"rank": "8", "scale": 1}}, "lora_parameters.rank = 8: an integer"),
-        ({"lora_layers": 16, "lora_parameters": {"rank": R, "scale": 10.0, "alpha": 16}}, "by scale·alpha/rank, later"),
-    ],
-)
+AMBIGUOUS_FOLDERS = [
+    ({"fine_tune_type": "full"}, "full weights instead of an adapter's pairs"),
+    ({"lora_parameters": {"rank": R}}, "lora_parameters.scale = None: a number is expected"),
+    ({"lora_parameters": {"rank": "8", "scale": 1}}, "lora_parameters.rank = 8: expected an integer"),
+    ({"lora_layers": 16, "lora_parameters": {"rank": R, "scale": 10.0, "alpha": 16}}, "by scale·alpha/rank, later"),
+]
+
+
+@pytest.mark.parametrize(("change", "say"), AMBIGUOUS_FOLDERS)
 def test_ambiguous_mlx_lm_settings_are_refused(tmp_path: Path, change: dict[str, Any], say: str) -> None:
     with pytest.raises(AdapterError, match=say):
         read(mlx(tmp_path / "a", pairs_of(LINEAR), **change))

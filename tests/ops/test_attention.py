@@ -314,13 +314,15 @@ tiled = pytest.mark.skipif(
 )
 
 
+TILES = [
+    (1, 1, 1, 1, 16), (2, 16, 20, 3, 40), (1, 47, 63, 2, 32), (1, 48, 64, 3, 6), (1, 49, 65, 2, 64),
+    (2, 130, 257, 1, 80), (1, 300, 513, 1, 128),
+]  # fmt: skip
+
+
 @tiled
 @pytest.mark.parametrize("together", [False, True], ids=["apart", "in one"])
-@pytest.mark.parametrize(
-    ("n", "S", "T", "heads", "d"),
-    [(1, 1, 1, 1, 16), (2, 16, 20, 3, 40), (1, 47, 63, 2, 32), (1, 48, 64, 3, 6), (1, 49, 65, 2, 64),
-     (2, 130, 257, 1, 80), (1, 300, 513, 1, 128)],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "S", "T", "heads", "d"), TILES)
 def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, together: bool) -> None:
     """Sizes at, below and above tiles of 48 queries and 256 keys in panels of 64, in steps of 4 and 16.
 

@@ -31,19 +31,11 @@ def test_each_span_equals_the_span_alone() -> None:
     x = torch.randn(sum(TOKENS) + 2, INPUTS, dtype=torch.float64, requires_grad=True)
     g = torch.randn(len(x), sum(OUTPUTS), dtype=torch.float64)
     spans = LoraSegments(TOKENS, (1, 1, 1), [generator(span) for span in range(3)], sizes=(len(x), 4))
-    maps = [
-        LinearMap(
-            weight,
-            None,
-            tuple(
-                LowRank(*own[span, at], 0.5 + span, DROPS[span], span=span)
-                for span, own in enumerate(pairs)
-                if (span, at) in own
-            ),
-            spans=spans,
-        )
-        for at, weight in enumerate(weights)
-    ]
+    maps = []
+    for at, weight in enumerate(weights):
+        used = [(span, own[span, at]) for span, own in enumerate(pairs) if (span, at) in own]
+        products = tuple(LowRank(*pair, 0.5 + span, DROPS[span], span=span) for span, pair in used)
+        maps.append(LinearMap(weight, None, products, spans=spans))
     leaves = [x, *(t for own in pairs for pair in own.values() for t in pair)]
     y = linear(x, join_maps(maps))
     found = torch.autograd.grad(y, leaves, g)
@@ -52,14 +44,11 @@ def test_each_span_equals_the_span_alone() -> None:
     first = 0
     for span, n in enumerate(TOKENS):
         torch.set_rng_state(generator(span).get_state())
-        own_maps = [
-            LinearMap(
-                w,
-                None,
-                tuple(LowRank(*pair, 0.5 + span, DROPS[span]) for (_, own), pair in pairs[span].items() if own == at),
-            )
-            for at, w in enumerate(weights)
-        ]
+        own_maps = []
+        for at, w in enumerate(weights):
+            used = [pair for (_, own), pair in pairs[span].items() if own == at]
+            products = tuple(LowRank(*pair, 0.5 + span, DROPS[span]) for pair in used)
+            own_maps.append(LinearMap(w, None, products))
         own_x = x[first : first + n].detach().requires_grad_()
         own_y = linear(own_x, join_maps(own_maps))
         own_leaves = [own_x, *(t for pair in pairs[span].values() for t in pair)]

@@ -126,11 +126,13 @@ def _optimise(W: nn.Parameter) -> None:
     W.requires_grad_(False)
 
 
-@pytest.mark.parametrize(
-    ("change", "joined"),
-    [(_write, False), (_load, False), (_move, False), (_there_and_back, False), (_optimise, False),
-     (_write, True), (_load, True), (_optimise, True)],
-)  # fmt: skip
+CHANGES = [
+    *((_write, False), (_load, False), (_move, False), (_there_and_back, False), (_optimise, False)),
+    *((_write, True), (_load, True), (_optimise, True)),
+]
+
+
+@pytest.mark.parametrize(("change", "joined"), CHANGES)
 def test_changed_weight_invalidates_its_copy(change: Callable[[nn.Parameter], None], joined: bool) -> None:
     """`joined`: the parameter is part of a fused weight; models/patching.py detects that it moved."""
     x, W = draw(5, IN, dtype=torch.float32), nn.Parameter(draw(OUT, IN, dtype=torch.float32), requires_grad=False)

@@ -24,18 +24,15 @@ def weight(rows: int = 48, n: int = 96) -> torch.Tensor:
 has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no kernels for products here")
 
 
+PACKS = [
+    Dense,
+    Reordered.from_weight,
+    *(pytest.param(from_weight, marks=has_panels) for from_weight in (Panels.from_weight, Panels.int8, Panels.int4)),
+]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 200])
-@pytest.mark.parametrize(
-    "pack",
-    [
-        Dense,
-        Reordered.from_weight,
-        *(
-            pytest.param(from_weight, marks=has_panels)
-            for from_weight in (Panels.from_weight, Panels.int8, Panels.int4)
-        ),
-    ],
-)
+@pytest.mark.parametrize("pack", PACKS)
 def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], rows: int) -> None:
     if pack == Reordered.from_weight and not reorders(torch.bfloat16):
         pytest.skip("this torch packs no weights")

@@ -174,26 +174,23 @@ _ROWS_OF_NONE = torch.tensor([0, 1])
 """Start and end of a row with one token."""
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("norm_silu", [*[None] * 5, 0, 1, 1, FAR, 1e-5, 2]),
-        ("norm_silu_backward", [*[None] * 6, 0, 1, 1, FAR, 1e-5, 2]),
-        ("causal_softmax", [None, 0, 0, 1, FAR, 0, 0, 0, 2]),
-        ("token_nll", [None, 1, None, None, None, 0, FAR, 0, 2]),
-        ("attend", [*[None] * 6, 0, 1, 1, FAR, 16, 1.0, 2]),
-        ("attend_backward", [*[None] * 10, 0, 1, 1, FAR, 16, 1.0, 2]),
-        (
-            "rope_varlen_attention",
-            [None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, None, 2],
-        ),
-        (
-            "rope_varlen_attention_backward",
-            [*[None] * 3, None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, 2],
-        ),
-        ("paged_attend", [None, 1, None, 2, 1, 16, *[None] * 2, 0, None, 1, *[None] * 2, 1.0, 0.0, 0, FAR, 2]),
-    ],
-)
+ALLOCATING_CALLS = [
+    ("norm_silu", [*[None] * 5, 0, 1, 1, FAR, 1e-5, 2]),
+    ("norm_silu_backward", [*[None] * 6, 0, 1, 1, FAR, 1e-5, 2]),
+    ("causal_softmax", [None, 0, 0, 1, FAR, 0, 0, 0, 2]),
+    ("token_nll", [None, 1, None, None, None, 0, FAR, 0, 2]),
+    ("attend", [*[None] * 6, 0, 1, 1, FAR, 16, 1.0, 2]),
+    ("attend_backward", [*[None] * 10, 0, 1, 1, FAR, 16, 1.0, 2]),
+    ("rope_varlen_attention", [None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, None, 2]),
+    (
+        "rope_varlen_attention_backward",
+        [*[None] * 3, None, 0, None, None, _ROWS_OF_NONE.data_ptr(), 1, FAR, 1, 16, 1.0, 0, 0, None, 2],
+    ),
+    ("paged_attend", [None, 1, None, 2, 1, 16, *[None] * 2, 0, None, 1, *[None] * 2, 1.0, 0.0, 0, FAR, 2]),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), ALLOCATING_CALLS)
 def test_out_of_memory_raises_memory_error(whole: Path, name: str, arguments: list[Any]) -> None:
     library = compiled.bound(whole)
     if not library.has(name):

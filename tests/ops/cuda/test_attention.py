@@ -66,16 +66,16 @@ def test_flex_has_caps_windows_and_sinks(window: int | None, cap: float, sunk: b
     assert list(settings.layout.masks) == [window]
 
 
+ATTENTIONS = [
+    (torch.bfloat16, 0.0, False, "varlen"),
+    (torch.float32, 0.0, False, "torch"),
+    (torch.bfloat16, 4.0, False, "flex"),
+    (torch.float32, 4.0, True, "flex"),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("dtype", "cap", "sunk", "name"),
-    [
-        (torch.bfloat16, 0.0, False, "varlen"),
-        (torch.float32, 0.0, False, "torch"),
-        (torch.bfloat16, 4.0, False, "flex"),
-        (torch.float32, 4.0, True, "flex"),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "cap", "sunk", "name"), ATTENTIONS)
 @pytest.mark.parametrize("window", [None, 20])
 def test_on_a_gpu_rows_attend_as_on_a_cpu(
     dtype: torch.dtype, cap: float, sunk: bool, name: str, window: int | None

@@ -38,14 +38,14 @@ def similar(metric: str) -> dict[str, Any]:
     return {**own, "reference": "{{ item.want }}"}
 
 
-@pytest.mark.parametrize(
-    ("operation", "text", "expected", "value"),
-    [
-        ("eq", "Cat", "Cat", 1), ("eq", "cat", "Cat", 0), ("ne", "cat", "Cat", 1), ("ne", "Cat", "Cat", 0),
-        ("like", "a Cat!", "Cat", 1), ("like", "a cat!", "Cat", 0), ("ilike", "a cat!", "Cat", 1),
-        ("ilike", "dog", "Cat", 0),
-    ],
-)  # fmt: skip
+STRING_CHECKS = [
+    ("eq", "Cat", "Cat", 1), ("eq", "cat", "Cat", 0), ("ne", "cat", "Cat", 1), ("ne", "Cat", "Cat", 0),
+    ("like", "a Cat!", "Cat", 1), ("like", "a cat!", "Cat", 0), ("ilike", "a cat!", "Cat", 1),
+    ("ilike", "dog", "Cat", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operation", "text", "expected", "value"), STRING_CHECKS)
 def test_string_check(operation: str, text: str, expected: str, value: float) -> None:
     assert grade(check(operation), text, {"want": expected}) == RewardScore(value)
 
@@ -89,13 +89,13 @@ SCORE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("reply", "value", "error"),
-    [
-        (Reply('{"steps": [], "result": 7.5}'), 7.5, ""), (Reply("It is 4"), 4, ""),
-        (Reply("11"), None, "outside 0 to 10"), (Reply(error="broken"), None, "broken"),
-    ],
-)  # fmt: skip
+SCORED_REPLIES = [
+    (Reply('{"steps": [], "result": 7.5}'), 7.5, ""), (Reply("It is 4"), 4, ""),
+    (Reply("11"), None, "outside 0 to 10"), (Reply(error="broken"), None, "broken"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "value", "error"), SCORED_REPLIES)
 def test_score_model(reply: Reply, value: float | None, error: str) -> None:
     asked: list[Question] = []
 
@@ -131,14 +131,14 @@ def multi(formula: str, **graders: Any) -> dict[str, Any]:
     return {"type": "multi", "graders": own, "calculate_output": formula}
 
 
-@pytest.mark.parametrize(
-    "formula",
-    [
-        "a + b", "0.25 * a - b / 2", "-(a + 1) ^ 2 + b", "2 ** 3 ^ 2", "max(a, b, 0.25)", "min(a, b)",
-        "sqrt(4 * b) + log(1)",
-        "abs(a - b) + floor(1.7) + ceil(0.2)", "exp(a)",
-    ],
-)  # fmt: skip
+FORMULAS = [
+    "a + b", "0.25 * a - b / 2", "-(a + 1) ^ 2 + b", "2 ** 3 ^ 2", "max(a, b, 0.25)", "min(a, b)",
+    "sqrt(4 * b) + log(1)",
+    "abs(a - b) + floor(1.7) + ceil(0.2)", "exp(a)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
 def test_multi_is_its_formula(formula: str) -> None:
     result = grade(multi(formula), "xy", {"want": "xz"})
     names = {name: getattr(math, name) for name in ("floor", "ceil", "exp", "sqrt", "log")}
@@ -166,21 +166,21 @@ def test_a_bad_answer_scores_zero_and_a_bad_row_stops() -> None:
         grade(own, '{"total": 3}', {})
 
 
-@pytest.mark.parametrize(
-    ("grader", "message"),
-    [
-        ({}, "a grader needs a type"), ({"type": "string_chek"}, "there are string_check"),
-        ({**check("eq"), "operation": "is"}, "'eq', 'ne', 'like' or 'ilike'"), (check("eq", extra=1), "grader.extra"),
-        (check("eq", input="{{ items.x }}"), "not a path"), ({"type": "python", "source": "x ="}, "line 1"),
-        ({"type": "python", "source": "def score(a, b): ..."}, "no function grade"),
-        (multi("a + c"), "no grader is called so"),
-        (multi("a +"), "not a formula"), (multi("a.real"), "allows only"), (multi("__import__('os')"), "allows only"),
-        (multi("a if b else 1"), "allows only"), (multi("log(a, b)"), "allows only"),
-        (multi("'a'"), "allows only"),
-        ({**SCORE, "range": [1, 0]}, "lowest number first"), (similar("cosine"), "fuzzy_match"),
-        (multi("a", a={"type": "label_model", "name": "a"}), "label_model"),
-    ],
-)  # fmt: skip
+INVALID_GRADERS = [
+    ({}, "a grader needs a type"), ({"type": "string_chek"}, "there are string_check"),
+    ({**check("eq"), "operation": "is"}, "'eq', 'ne', 'like' or 'ilike'"), (check("eq", extra=1), "grader.extra"),
+    (check("eq", input="{{ items.x }}"), "not a path"), ({"type": "python", "source": "x ="}, "line 1"),
+    ({"type": "python", "source": "def score(a, b): ..."}, "no function grade"),
+    (multi("a + c"), "no grader is called so"),
+    (multi("a +"), "not a formula"), (multi("a.real"), "allows only"), (multi("__import__('os')"), "allows only"),
+    (multi("a if b else 1"), "allows only"), (multi("log(a, b)"), "allows only"),
+    (multi("'a'"), "allows only"),
+    ({**SCORE, "range": [1, 0]}, "lowest number first"), (similar("cosine"), "fuzzy_match"),
+    (multi("a", a={"type": "label_model", "name": "a"}), "label_model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("grader", "message"), INVALID_GRADERS)
 def test_invalid_graders_are_refused_before_running(grader: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_grader({"name": "it", **grader} if grader else grader)

@@ -103,16 +103,16 @@ def test_json_scores_are_scaled_to_the_range() -> None:
         assert Draft202012Validator(form).is_valid({"steps": [], "result": result}) == allowed
 
 
-@pytest.mark.parametrize(
-    ("message", "value"),
-    [
-        ("7", 0.7), ("Score: **4**", 0.4), ("0", 0), ("7, that is 7.0", 0.7), ('{"score": 6}', 0.6),
-        ("I would say 3, no: 8.5.", None), ("2/10", None), ("80%", None), ("-1", None), ("\u22123", None),
-        ('{"result": 3} or {"result": 8}', None), ('{"steps": ["5 facts"], "result": null}', None),
-        ('{"result": NaN}', None), ('{"result": true}', None), ('{"result": 1' + "0" * 400 + "}", None),
-        ("1,5", None), ("fine", None),
-    ],
-)  # fmt: skip
+SCORED_MESSAGES = [
+    ("7", 0.7), ("Score: **4**", 0.4), ("0", 0), ("7, that is 7.0", 0.7), ('{"score": 6}', 0.6),
+    ("I would say 3, no: 8.5.", None), ("2/10", None), ("80%", None), ("-1", None), ("\u22123", None),
+    ('{"result": 3} or {"result": 8}', None), ('{"steps": ["5 facts"], "result": null}', None),
+    ('{"result": NaN}', None), ('{"result": true}', None), ('{"result": 1' + "0" * 400 + "}", None),
+    ("1,5", None), ("fine", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "value"), SCORED_MESSAGES)
 def test_exactly_one_number_is_a_score(message: str, value: float | None) -> None:
     (score,) = judged(None, "x", ask=lambda questions: [Reply(message)] * len(questions))
     assert score.value == value
@@ -157,15 +157,15 @@ def garbled(handler: Any) -> None:
     handler.wfile.write(b"no gzip")
 
 
-@pytest.mark.parametrize(
-    ("message", "error"),
-    [
-        (completion("fine"), "no number"), (completion("11"), "outside 0 to 10"), (completion("-1"), "outside 0 to 10"),
-        (completion(None, "I will not"), "I will not"), (completion(""), "is empty"), ((200, {"x": 1}), "no chat"),
-        ((200, garbled), "cannot be read"),
-        ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
-    ],
-)  # fmt: skip
+UNUSABLE_REPLIES = [
+    (completion("fine"), "no number"), (completion("11"), "outside 0 to 10"), (completion("-1"), "outside 0 to 10"),
+    (completion(None, "I will not"), "I will not"), (completion(""), "is empty"), ((200, {"x": 1}), "no chat"),
+    ((200, garbled), "cannot be read"),
+    ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "error"), UNUSABLE_REPLIES)
 def test_unusable_reply_has_no_score(message: tuple[int, Any], error: str) -> None:
     with serving(lambda body, n: message if "bad" in body["messages"][0]["content"] else completion("5")) as server:
         bad, fine = judged(server, "bad", "good")

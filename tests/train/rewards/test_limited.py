@@ -73,14 +73,14 @@ def test_scores_are_the_functions_numbers(function: LimitedFunction) -> None:
     assert [s.value for s in scores] == [4, 2]
 
 
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("raise", "line 13 of source: ValueError: no such thing"),
-        ("nothing", "gave None, no number"), ("text", "gave '1', no number"), ("mapping", "{'score': 1}, no number"),
-        ("end", "ended, with code 3"), ("memory", "MemoryError"),
-    ],
-)  # fmt: skip
+FAILURES = [
+    ("raise", "line 13 of source: ValueError: no such thing"),
+    ("nothing", "gave None, no number"), ("text", "gave '1', no number"), ("mapping", "{'score': 1}, no number"),
+    ("end", "ended, with code 3"), ("memory", "MemoryError"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "error"), FAILURES)
 def test_failure_has_a_reason_and_the_next_call_works(function: LimitedFunction, text: str, error: str) -> None:
     broken, fine = function.score(asked(text, "ok"))
     assert broken.value is None
@@ -126,13 +126,13 @@ def test_several_answers_are_scored_in_order() -> None:
         assert [s.value for s in made.score(asked("a", "bb", "ccc", "dddd"))] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("source", "error"),
-    [
-        ("def score(:", "SyntaxError"), ("x = 1", "no function 'score'"), ("import no_such_package", "no_such_package"),
-        ("raise SystemExit(1)", "SystemExit"),
-    ],
-)  # fmt: skip
+UNLOADABLE_SOURCES = [
+    ("def score(:", "SyntaxError"), ("x = 1", "no function 'score'"), ("import no_such_package", "no_such_package"),
+    ("raise SystemExit(1)", "SystemExit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "error"), UNLOADABLE_SOURCES)
 def test_unloadable_source_is_a_config_error(source: str, error: str) -> None:
     with LimitedFunction("score", source=source) as made, pytest.raises(ConfigError, match=error):
         made.score(asked("x"))

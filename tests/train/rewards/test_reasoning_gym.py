@@ -30,13 +30,8 @@ def test_reasoning_gym_scores_as_it_does(task: str) -> None:
     for record, entry in zip(records, made, strict=True):
         assert record.values["prompt"] == entry["question"]
         expected = str(entry["answer"])
-        message = [
-            "<answer>0</answer> no: <answer> " + expected + " </answer>",
-            expected,
-            "<answer>7</answer>",
-            "",
-            expected + "!",
-        ]
+        first = f"<answer>0</answer> no: <answer> {expected} </answer>"
+        message = [first, expected, "<answer>7</answer>", "", expected + "!"]
         final: list[Any] = [expected, expected, "7", "", expected + "!"]
         scores = judged(ReasoningGymReward(kind="reasoning_gym"), dict(record.values), *message)
         assert [s.value for s in scores] == [made.score_answer(text, entry) for text in final]

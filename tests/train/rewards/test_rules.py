@@ -23,16 +23,16 @@ def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, 
     return score
 
 
-@pytest.mark.parametrize(
-    ("text", "expected", "value"),
-    [
-        (" yes\n", "yes", 1), ("Yes", "yes", 0), ('{"b": 1, "a": 2}', '{"a":2,"b":1}', 1), ("[1]", [1], 1),
-        ("[true]", "[1]", 0), ("12", 12, 1), ("", "", 1), ('{"total": 12.0}', '{"total": 12}', 1),
-        ('{"total": [12, {"b": 1e2}]}', {"total": [12.0, {"b": 100}]}, 1), ('{"total": 12.5}', '{"total": 12}', 0),
-        ("12.0", 12, 1), ("12", 12.0, 1), ("1.10", "1.1", 0), ("true", 1, 0), ('{"a": 1}', '{"a": 1, "b": 1}', 0),
-        ("null", None, 1), ("what", None, 0), ("[" * 900 + "1.0" + "]" * 900, "[" * 900 + "1" + "]" * 900, 1),
-    ],
-)  # fmt: skip
+EXACT_MATCHES = [
+    (" yes\n", "yes", 1), ("Yes", "yes", 0), ('{"b": 1, "a": 2}', '{"a":2,"b":1}', 1), ("[1]", [1], 1),
+    ("[true]", "[1]", 0), ("12", 12, 1), ("", "", 1), ('{"total": 12.0}', '{"total": 12}', 1),
+    ('{"total": [12, {"b": 1e2}]}', {"total": [12.0, {"b": 100}]}, 1), ('{"total": 12.5}', '{"total": 12}', 0),
+    ("12.0", 12, 1), ("12", 12.0, 1), ("1.10", "1.1", 0), ("true", 1, 0), ('{"a": 1}', '{"a": 1, "b": 1}', 0),
+    ("null", None, 1), ("what", None, 0), ("[" * 900 + "1.0" + "]" * 900, "[" * 900 + "1" + "]" * 900, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected", "value"), EXACT_MATCHES)
 def test_exact_match(text: str, expected: Any, value: float) -> None:
     assert judged({"kind": "exact_match"}, text, {"answer": expected}).value == value
     assert judged({"kind": "exact_match", "column": "it"}, text, {"it": expected}).value == value
@@ -67,14 +67,14 @@ def test_invalid_schema_stops_the_run(schema: dict[str, Any]) -> None:
         judged({"kind": "json_schema", "column": "form"}, "{}", {"form": schema})
 
 
-@pytest.mark.parametrize(
-    ("schema", "text", "why"),
-    [
-        ({"$ref": "#"}, "1", "refers to itself"),
-        ({"items": {"$ref": "#"}}, "[" * 400 + "]" * 400, "refers to itself"),
-        ({"pattern": "^(a|aa)+$"}, '"' + "a" * 60 + 'b"', "took longer than 1 s"),
-    ],
-)
+ENDLESS_SCHEMAS = [
+    ({"$ref": "#"}, "1", "refers to itself"),
+    ({"items": {"$ref": "#"}}, "[" * 400 + "]" * 400, "refers to itself"),
+    ({"pattern": "^(a|aa)+$"}, '"' + "a" * 60 + 'b"', "took longer than 1 s"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text", "why"), ENDLESS_SCHEMAS)
 def test_endless_schema_has_no_score(schema: Any, text: str, why: str) -> None:
     score = judged({"kind": "json_schema", "json_schema": schema}, text)
     assert score.value is None
@@ -98,19 +98,19 @@ def test_the_share_of_fields() -> None:
         judged({"kind": "json_fields"}, "{}", {"answer": "[1]"})
 
 
-@pytest.mark.parametrize(
-    ("more", "text", "row", "value"),
-    [
-        ({"pattern": r"\d+"}, "it is 12", {}, 1), ({"pattern": r"\d+", "whole": True}, "it is 12", {}, 0),
-        ({"pattern": r"\d+", "whole": True}, " 12\n", {}, 1), ({"pattern": "a.b"}, "a\nb", {}, 1),
-        ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer> <answer> 2 </answer>",
-         {"answer": 2}, 1),
-        ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>2.0</answer>", {"answer": 2}, 1),
-        ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer>", {"answer": "2"}, 0),
-        ({"pattern": r"(a|b): (?P<answer>\d)", "column": "n"}, "b: 3", {"n": "3"}, 1),
-        ({"pattern": r"(x)?y", "column": "n"}, "y", {"n": ""}, 0),
-    ],
-)  # fmt: skip
+REGULAR_EXPRESSIONS = [
+    ({"pattern": r"\d+"}, "it is 12", {}, 1), ({"pattern": r"\d+", "whole": True}, "it is 12", {}, 0),
+    ({"pattern": r"\d+", "whole": True}, " 12\n", {}, 1), ({"pattern": "a.b"}, "a\nb", {}, 1),
+    ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer> <answer> 2 </answer>",
+     {"answer": 2}, 1),
+    ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>2.0</answer>", {"answer": 2}, 1),
+    ({"pattern": r"<answer>(.*?)</answer>", "column": "answer"}, "<answer>1</answer>", {"answer": "2"}, 0),
+    ({"pattern": r"(a|b): (?P<answer>\d)", "column": "n"}, "b: 3", {"n": "3"}, 1),
+    ({"pattern": r"(x)?y", "column": "n"}, "y", {"n": ""}, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "text", "row", "value"), REGULAR_EXPRESSIONS)
 def test_regular_expressions(more: dict[str, Any], text: str, row: dict[str, Any], value: float) -> None:
     assert judged({"kind": "regex", **more}, text, row).value == value
 

@@ -213,13 +213,13 @@ def item(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
 numbered = pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of system calls are x86_64's")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "listed", "reads", "linked", "proc", "variables", "connects", "gains", "raises_limits", "writes", "fills_tmp",
-        "kills", *(pytest.param(name, marks=numbered) for name in ("namespaces", "hidden_memory", "buffers")),
-    ],
-)  # fmt: skip
+ATTACKS_REACH_NOTHING = [
+    "listed", "reads", "linked", "proc", "variables", "connects", "gains", "raises_limits", "writes", "fills_tmp",
+    "kills", *(pytest.param(name, marks=numbered) for name in ("namespaces", "hidden_memory", "buffers")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTACKS_REACH_NOTHING)
 def test_attacks_reach_nothing(function: LimitedFunction, item: dict[str, object], name: str) -> None:
     assert attack(function, name, **item).value == 0
 

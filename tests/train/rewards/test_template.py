@@ -13,16 +13,16 @@ SAMPLE = template_sample(Answer([{"role": "user", "content": "how many?"}], '{"t
 ITEM = {"city": "Bern", "tags": ["a", "b"], "n": 2.5, "dash-ed": True, "trap": "{{ sample.output_text }}"}
 
 
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        ("{{ item.city }} {{item.n}}", "Bern 2.5"), ("{{ sample.output_json.total }}", "3"),
-        ("{{ sample.output_json.rows[0].a }}{{ item.tags.1 }}", "xb"), ("{{ item.tags }}", '["a", "b"]'),
-        ("{{ item.dash-ed }}", "true"), ("{{ item.trap }}", "{{ sample.output_text }}"),
-        ("{ } no {place}", "{ } no {place}"),
-        ("{{ sample.input_text }}", "how many?"), ("{{ sample.choices[0].message.role }}", "assistant"),
-    ],
-)  # fmt: skip
+TEMPLATES = [
+    ("{{ item.city }} {{item.n}}", "Bern 2.5"), ("{{ sample.output_json.total }}", "3"),
+    ("{{ sample.output_json.rows[0].a }}{{ item.tags.1 }}", "xb"), ("{{ item.tags }}", '["a", "b"]'),
+    ("{{ item.dash-ed }}", "true"), ("{{ item.trap }}", "{{ sample.output_text }}"),
+    ("{ } no {place}", "{ } no {place}"),
+    ("{{ sample.input_text }}", "how many?"), ("{{ sample.choices[0].message.role }}", "assistant"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "text"), TEMPLATES)
 def test_paths_are_replaced(template: str, text: str) -> None:
     assert template_problem(template) == ""
     assert filled(template, SAMPLE, ITEM) == text
@@ -43,14 +43,14 @@ def test_non_json_answer_has_no_output_json() -> None:
         filled("{{ sample.output_json }}", template_sample(Answer([], "well")), {})
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ items.x }}", "not a path"), ("{{ sample.output_txt }}", "sample has no 'output_txt'; it has output_text"),
-        ("{{ item }}", "not a path"), ("{{ item.x | upper }}", "not a path"), ("{{ 1 + 1 }}", "not a path"),
-        ("{{ item.x ", "no matching }}"),
-    ],
-)  # fmt: skip
+INVALID_TEMPLATES = [
+    ("{{ items.x }}", "not a path"), ("{{ sample.output_txt }}", "sample has no 'output_txt'; it has output_text"),
+    ("{{ item }}", "not a path"), ("{{ item.x | upper }}", "not a path"), ("{{ 1 + 1 }}", "not a path"),
+    ("{{ item.x ", "no matching }}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "message"), INVALID_TEMPLATES)
 def test_invalid_templates_are_described(template: str, message: str) -> None:
     assert message in template_problem(template)
 

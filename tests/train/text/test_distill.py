@@ -34,15 +34,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(shared: Path, base: TextBase) -> str:
     """Train and return the folder of a rank-8 adapter."""
+    data = {"train": str(shared / "prompts.jsonl"), "split": 0}
     values = {
         "base": str(shared / "tiny-base"),
-        "data": {"train": str(shared / "prompts.jsonl"), "split": 0},
+        "data": data,
         "output": str(shared / "teacher"),
         "adapter": {"rank": 8},
-        "optimizer": {"learning_rate": 2e-2},
-        "schedule": {"steps": 8},
-        "batching": {"rows": 4},
     }
+    values |= {"optimizer": {"learning_rate": 2e-2}, "schedule": {"steps": 8}, "batching": {"rows": 4}}
     return run_text(config_from(values)[0], base=base, on_event=lambda event: None).adapter
 
 
@@ -181,16 +180,10 @@ def test_another_base_with_the_same_tokenizer_can_teach(shared: Path, base: Text
 def test_teacher_completions_are_saved_as_rows(
     shared: Path, base: TextBase, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "c.yaml").write_text(
-        json.dumps(
-            {
-                "base": str(shared / "tiny-base"),
-                "data": {"train": str(shared / "prompts.jsonl")},
-                "output": str(tmp_path / "out"),
-                "distillation": {"teacher": teacher, "max_tokens": 60, "group": 2, "system": "Be brief."},
-            }
-        )
-    )
+    data, output = {"train": str(shared / "prompts.jsonl")}, str(tmp_path / "out")
+    distillation = {"teacher": teacher, "max_tokens": 60, "group": 2, "system": "Be brief."}
+    values = {"base": str(shared / "tiny-base"), "data": data, "output": output, "distillation": distillation}
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
     ran = run(capsys, "data", "draw", str(tmp_path / "c.yaml"), str(tmp_path / "rows.jsonl"), "--json")
     message = json.loads(ran.out)
     made = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

@@ -71,14 +71,14 @@ def one(row: Row, tokenizer: Any = TOKENIZER, **values: Any) -> Example:
 TALK = chat("Hello", "Hi there.", "How are you?", "Fine, thanks.")
 
 
-@pytest.mark.parametrize(
-    ("train_on", "expected"),
-    [
-        ("assistant", ["Hi there.<|im_end|>", "Fine, thanks.<|im_end|>"]),
-        ("last", ["Fine, thanks.<|im_end|>"]),
-        ("completion", ["Fine, thanks.<|im_end|>"]),
-    ],
-)
+TRAINED_ANSWERS = [
+    ("assistant", ["Hi there.<|im_end|>", "Fine, thanks.<|im_end|>"]),
+    ("last", ["Fine, thanks.<|im_end|>"]),
+    ("completion", ["Fine, thanks.<|im_end|>"]),
+]
+
+
+@pytest.mark.parametrize(("train_on", "expected"), TRAINED_ANSWERS)
 def test_answers_are_trained_with_their_end_of_turn(train_on: str, expected: list[str]) -> None:
     assert learned(one(TALK, train_on=train_on)) == expected
 
@@ -89,17 +89,9 @@ def test_all_learns_everything_but_the_first_token() -> None:
 
 
 def test_completion_is_every_answer_after_the_last_question() -> None:
-    row = Row(
-        "messages",
-        (
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "one"},
-            {"role": "user", "content": "b"},
-            {"role": "assistant", "content": "two"},
-            {"role": "tool", "content": "result"},
-            {"role": "assistant", "content": "three"},
-        ),
-    )
+    turns = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"), ("tool", "result")]
+    turns.append(("assistant", "three"))
+    row = Row("messages", tuple({"role": role, "content": content} for role, content in turns))
     assert learned(one(row, train_on="completion")) == ["two<|im_end|>", "three<|im_end|>"]
     assert learned(one(row, train_on="last")) == ["three<|im_end|>"]
 

@@ -155,14 +155,14 @@ def test_equal_prompts_are_answered_once_and_in_order(base: TextBase, monkeypatc
     assert events[-1] == (5, 5)
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected", "exact", "valid"),
-    [
-        ("yes", "yes", 1, 0), (" yes\n", "yes", 1, 0), ("Yes", "yes", 0, 0), ('{"a": 1}', '{"a":1}', 1, 1),
-        ('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', 1, 1), ('{"a": 1.0}', '{"a": true}', 0, 1), ("[1]", "[1]", 1, 1),
-        ('{"a": 1', '{"a": 1}', 0, 0), ("5", "5", 1, 0), ("5.0", "5", 0, 0), ("", "yes", 0, 0),
-    ],
-)  # fmt: skip
+JSON_ANSWERS = [
+    ("yes", "yes", 1, 0), (" yes\n", "yes", 1, 0), ("Yes", "yes", 0, 0), ('{"a": 1}', '{"a":1}', 1, 1),
+    ('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', 1, 1), ('{"a": 1.0}', '{"a": true}', 0, 1), ("[1]", "[1]", 1, 1),
+    ('{"a": 1', '{"a": 1}', 0, 0), ("5", "5", 1, 0), ("5.0", "5", 0, 0), ("", "yes", 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "expected", "exact", "valid"), JSON_ANSWERS)
 def test_json_answers_are_compared_by_value(answer: str, expected: str, exact: int, valid: int) -> None:
     scores = Scores(1, answers=[answer])
     score_answers(scores, [expected])

@@ -50,12 +50,8 @@ def test_base_and_adapters_judge_beside_the_trained_adapter(base: TextBase, tmp_
         with live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler:
             ask = sampled_judge(base, attachment, sampler, {"base", name})
             questions = [Question(messages, model, tokens=8) for model in ("base", name) for messages in MESSAGES]
-            form = {
-                "type": "object",
-                "properties": {"result": {"enum": [3]}},
-                "required": ["result"],
-                "additionalProperties": False,
-            }
+            properties = {"result": {"enum": [3]}}
+            form = {"type": "object", "properties": properties, "required": ["result"], "additionalProperties": False}
             formed = Question(MESSAGES[0], name, tokens=40, form=form)
             replies = ask([*questions, Question(MESSAGES[0], "base", tokens=10**6), formed, replace(formed, tokens=3)])
     assert [reply.text for reply in replies[:4]] == bare + other

@@ -147,17 +147,10 @@ def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tenso
 def test_loss_and_gradient_equal_the_formula_in_float64(loss: str, shared: Path) -> None:
     """From the file to the gradients of A and B, against a float64 model with s·B·A added to its weights."""
     base = load_text(str(shared / "tiny-base"))
-    config, _ = config_from(
-        {
-            "base": "x",
-            "data": {"train": str(shared / "pairs.jsonl"), "limit": 6},
-            "output": "x",
-            "preference": {"loss": loss},
-            "adapter": {"rank": 4},
-            "schedule": {"steps": 1},
-            "batching": {"rows": 12, "micro_rows": 2},
-        }
-    )
+    data = {"train": str(shared / "pairs.jsonl"), "limit": 6}
+    values = {"base": "x", "data": data, "output": "x", "preference": {"loss": loss}, "adapter": {"rank": 4}}
+    values |= {"schedule": {"steps": 1}, "batching": {"rows": 12, "micro_rows": 2}}
+    config, _ = config_from(values)
     rows, _ = read_rows(config.data.files("train"), limit=6)
     part = encode_split(rows, config, base)
     adapter = create(base.model, config.adapter.spec(), seed=0)
@@ -324,21 +317,20 @@ def test_pairs_without_a_partner_are_reported(shared: Path, base: TextBase, tmp_
     assert "rows.jsonl:4" in text
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"preference": {"loss": None, "beta": 0.2}}, "`preference.beta` needs `preference.loss`"),
-        ({"preference": {"loss": "dpo", "gamma": 1.0}}, "`preference.gamma` is not used by dpo"),
-        ({"preference": {"loss": "kto", "nll": 1.0}}, "`preference.nll` is not used by kto"),
-        ({"preference": {"loss": "orpo", "label_smoothing": 0.1}}, "not used by orpo"),
-        ({"data": {"train_on": "all"}}, "would compare the prompts"),
-        ({"data": {"format": "text"}}, "nothing that dpo can compare"),
-        ({"data": {"format": "unpaired-preference"}}, "nothing that dpo can compare"),
-        ({"preference": {"loss": "kto"}, "batching": {"rows": 1}}, "no other prompt"),
-        ({"adapter": {"start": "x"}}, "`adapter.rank` cannot be combined with `adapter.start`"),
-    ],
-    ids=str,
-)
+CONTRADICTORY_SETTINGS = [
+    ({"preference": {"loss": None, "beta": 0.2}}, "`preference.beta` needs `preference.loss`"),
+    ({"preference": {"loss": "dpo", "gamma": 1.0}}, "`preference.gamma` is not used by dpo"),
+    ({"preference": {"loss": "kto", "nll": 1.0}}, "`preference.nll` is not used by kto"),
+    ({"preference": {"loss": "orpo", "label_smoothing": 0.1}}, "not used by orpo"),
+    ({"data": {"train_on": "all"}}, "would compare the prompts"),
+    ({"data": {"format": "text"}}, "nothing that dpo can compare"),
+    ({"data": {"format": "unpaired-preference"}}, "nothing that dpo can compare"),
+    ({"preference": {"loss": "kto"}, "batching": {"rows": 1}}, "no other prompt"),
+    ({"adapter": {"start": "x"}}, "`adapter.rank` cannot be combined with `adapter.start`"),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), CONTRADICTORY_SETTINGS, ids=str)
 def test_contradictory_settings_are_refused(
     sections: dict[str, Any], message: str, shared: Path, tmp_path: Path
 ) -> None:

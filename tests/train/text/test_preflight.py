@@ -152,34 +152,34 @@ PLAIN = {"rows": [Row("prompt-completion", r.messages, where=r.where) for r in R
 OTHER_ANSWER = [talk("Question 1?", "Another answer", "held.jsonl:1")]
 
 
-@pytest.mark.parametrize(
-    ("level", "check", "overrides", "options", "text"),
-    [
-        ("stop", "targets", "adapter.targets=[q_porj]", {}, "target 'q_porj' matches nothing in this model"),
-        ("stop", "targets", "adapter.layers=[7]", {}, "layers [7] do not exist"),
-        ("stop", "schedule", "schedule.warmup=100", {}, "the learning rate never reaches its peak"),
-        ("warn", "schedule", "schedule.epochs=1", {}, "the whole run is 3 steps"),
-        ("warn", "learning rate", "optimizer.learning_rate=2e-6", {}, "is below the window"),
-        ("warn", "learning rate", "optimizer.learning_rate=0.1", {}, "is above the window"),
-        ("warn", "size", "adapter.modules_to_save=[embed_tokens,lm_head]", {}, "full copies take"),
-        ("stop", "disk", "", {"free_disk": 1000}, "checkpoints and adapter need"),
-        ("stop", "learned", "", {"rows": SILENT}, "left to train on: of 20 rows, 20 have nothing to learn"),
-        ("stop", "learned", "", {"rows": ROWS[:5] + EMPTY}, f"20 of 25 (80%) {UNTRAINED}: data.jsonl:0"),
-        ("warn", "learned", "", {"rows": long("q", 1, "")}, f"1 of 41 (2%) {UNTRAINED}: data.jsonl:41"),
-        ("warn", "long rows", f"{CUT}=cut", {"rows": long("word ", 100)}, "1 of 41 (2%) rows are cut to 80 tokens"),
-        ("warn", "long rows", f"{CUT}=drop", {"rows": long("word ", 100)}, "80 tokens and dropped: data.jsonl:41"),
-        ("stop", "memory", "", {"rows": long("word ", 400)}, "tokens and the base reads 256"),
-        ("warn", "control tokens", "", {"rows": long("a <|im_end|> b", 1)}, "tokens as text: data.jsonl:41"),
-        ("warn", "template", "data.chat_template=none", PLAIN, "base has a chat template and rows do not use it"),
-        ("warn", "held out", "", {"held": [*HELD, ROWS[3]]}, "1 of 6 (17%) held-out rows are also trained on"),
-        ("stop", "held out", "", {"held": ROWS[:5]}, "held-out rows are also trained on: data.jsonl:1 is data.jsonl:1"),
-        ("warn", "held out", "", {"held": OTHER_ANSWER}, "prompts also occur in training, with other answers"),
-        ("stop", "held out", "evaluation.patience=2", {"held": []}, "but no row is held out"),
-        ("warn", "held out", "", {"held": []}, "overfitting cannot be detected"),
-        ("warn", "columns", "", {"about": UNUSED}, "columns that nothing uses: label"),
-        ("warn", "duplicates", "", {"about": UNUSED}, "3 of 40 (8%) rows repeat an earlier one exactly"),
-    ],
-)
+FAULTS = [
+    ("stop", "targets", "adapter.targets=[q_porj]", {}, "target 'q_porj' matches nothing in this model"),
+    ("stop", "targets", "adapter.layers=[7]", {}, "layers [7] do not exist"),
+    ("stop", "schedule", "schedule.warmup=100", {}, "the learning rate never reaches its peak"),
+    ("warn", "schedule", "schedule.epochs=1", {}, "the whole run is 3 steps"),
+    ("warn", "learning rate", "optimizer.learning_rate=2e-6", {}, "is below the window"),
+    ("warn", "learning rate", "optimizer.learning_rate=0.1", {}, "is above the window"),
+    ("warn", "size", "adapter.modules_to_save=[embed_tokens,lm_head]", {}, "full copies take"),
+    ("stop", "disk", "", {"free_disk": 1000}, "checkpoints and adapter need"),
+    ("stop", "learned", "", {"rows": SILENT}, "left to train on: of 20 rows, 20 have nothing to learn"),
+    ("stop", "learned", "", {"rows": ROWS[:5] + EMPTY}, f"20 of 25 (80%) {UNTRAINED}: data.jsonl:0"),
+    ("warn", "learned", "", {"rows": long("q", 1, "")}, f"1 of 41 (2%) {UNTRAINED}: data.jsonl:41"),
+    ("warn", "long rows", f"{CUT}=cut", {"rows": long("word ", 100)}, "1 of 41 (2%) rows are cut to 80 tokens"),
+    ("warn", "long rows", f"{CUT}=drop", {"rows": long("word ", 100)}, "80 tokens and dropped: data.jsonl:41"),
+    ("stop", "memory", "", {"rows": long("word ", 400)}, "tokens and the base reads 256"),
+    ("warn", "control tokens", "", {"rows": long("a <|im_end|> b", 1)}, "tokens as text: data.jsonl:41"),
+    ("warn", "template", "data.chat_template=none", PLAIN, "base has a chat template and rows do not use it"),
+    ("warn", "held out", "", {"held": [*HELD, ROWS[3]]}, "1 of 6 (17%) held-out rows are also trained on"),
+    ("stop", "held out", "", {"held": ROWS[:5]}, "held-out rows are also trained on: data.jsonl:1 is data.jsonl:1"),
+    ("warn", "held out", "", {"held": OTHER_ANSWER}, "prompts also occur in training, with other answers"),
+    ("stop", "held out", "evaluation.patience=2", {"held": []}, "but no row is held out"),
+    ("warn", "held out", "", {"held": []}, "overfitting cannot be detected"),
+    ("warn", "columns", "", {"about": UNUSED}, "columns that nothing uses: label"),
+    ("warn", "duplicates", "", {"about": UNUSED}, "3 of 40 (8%) rows repeat an earlier one exactly"),
+]
+
+
+@pytest.mark.parametrize(("level", "check", "overrides", "options", "text"), FAULTS)
 def test_each_fault_is_named(
     run: Run, level: str, check: str, overrides: str, options: dict[str, Any], text: str
 ) -> None:
@@ -233,12 +233,9 @@ def test_prompts_tokenized_differently_in_training(run: Run) -> None:
 
 def test_turns_changed_by_the_template(run: Run) -> None:
     run.base.tokenizer.chat_template = templates.QWEN3
-    turns = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nfirst"},
-        {"role": "user", "content": "b"},
-        {"role": "assistant", "content": "<think>\nso\n</think>\n\nsecond"},
-    ]
+    answers = ["<think>\nhm\n</think>\n\nfirst", "<think>\nso\n</think>\n\nsecond"]
+    texts = [("user", "a"), ("assistant", answers[0]), ("user", "b"), ("assistant", answers[1])]
+    turns = [{"role": role, "content": content} for role, content in texts]
     rows = [Row("messages", tuple(turns), where=f"data.jsonl:{i}") for i in range(20)]
     assert "20 earlier turns are trained without what the template shows only in a last turn" in warned(
         run(rows=rows), "turns"

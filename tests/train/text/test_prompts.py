@@ -21,12 +21,8 @@ def answers(count: int = 40) -> list[Rollout]:
 
 @pytest.mark.parametrize(("most", "rows"), [(1000, None), (40, None), (40, 3), (1, None)])
 def test_micro_batches_keep_completions_of_a_prompt_together(most: int, rows: int | None) -> None:
-    values = {
-        "base": "b",
-        "data": {"train": "t"},
-        "output": "o",
-        "batching": {"micro_tokens": most, "micro_rows": rows},
-    }
+    batching = {"micro_tokens": most, "micro_rows": rows}
+    values = {"base": "b", "data": {"train": "t"}, "output": "o", "batching": batching}
     rollouts = answers()
     groups = shared_groups([(r.prompt, len(r.tokens)) for r in rollouts], config_from(values, [])[0])
     assert sorted(i for group in groups for i in group) == list(range(len(rollouts)))

@@ -50,13 +50,8 @@ def test_rewards_rise_and_sampler_matches_trainer(shared: Path, base: TextBase, 
         assert x["cut_answers"] <= 12
     assert {"reward", "reward_team", "cut_share"} <= result.measured.keys() & result.measured_before.keys()
     page = Path(result.report).read_text()
-    for title in (
-        "Reward: team",
-        "Sampler-trainer mismatch",
-        "Tokens of an answer",
-        "cut at the limit",
-        "equal rewards",
-    ):
+    titles = ["Reward: team", "Sampler-trainer mismatch", "Tokens of an answer", "cut at the limit", "equal rewards"]
+    for title in titles:
         assert title in page
     (checked,) = [e for e in events if isinstance(e, Checked)]
     assert "10 prompts; a step samples 2 of them, 6 completions for each, at most 8 tokens each" in checked.text
@@ -75,14 +70,13 @@ def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextB
     assert "to train on" not in checked(9, 8)
 
 
-@pytest.mark.parametrize(
-    "own",
-    [
-        {"loss": "dr-grpo"}, {"loss": "gspo", "updates": 2}, {"loss": "rloo", "kl": 0.1},
-        {"loss": "dapo", "kl": 0.1, "mask_cut": False, "temperature": 0.8}, {"loss": "reinforce", "exact": False},
-    ],
-    ids=lambda own: own["loss"],
-)  # fmt: skip
+LOSSES = [
+    {"loss": "dr-grpo"}, {"loss": "gspo", "updates": 2}, {"loss": "rloo", "kl": 0.1},
+    {"loss": "dapo", "kl": 0.1, "mask_cut": False, "temperature": 0.8}, {"loss": "reinforce", "exact": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", LOSSES, ids=lambda own: own["loss"])
 def test_every_loss_runs_and_reports(shared: Path, base: TextBase, tmp_path: Path, own: dict[str, Any]) -> None:
     train(shared, tmp_path, base, reinforcement=own, schedule={"steps": 2}, evaluation={"keep": "last"})
     first, second = measured(tmp_path)
@@ -162,13 +156,8 @@ def test_failing_graders_are_counted(shared: Path, base: TextBase, tmp_path: Pat
     stop."""
     graders = tmp_path / "graders.py"
     reward = {"kind": "python", "file": str(graders), "function": function, "timeout": 0.3}
-    own = {
-        "reinforcement": {"group": 2, "rewards": [reward]},
-        "batching": {"rows": 12},
-        "schedule": {"steps": 1},
-        "data": {"split": 0},
-        "evaluation": {"keep": "last"},
-    }
+    own = {"reinforcement": {"group": 2, "rewards": [reward]}, "batching": {"rows": 12}, "schedule": {"steps": 1}}
+    own |= {"data": {"split": 0}, "evaluation": {"keep": "last"}}
     graders.write_text(f"BAD = ('3',)\n{GRADERS}")
     train(shared, tmp_path / "one", base, **own)
     (metrics,) = measured(tmp_path / "one")

@@ -32,24 +32,24 @@ def wrong(source: str | list[str], **settings: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("row", "format", "messages"),
-    [
-        ({"messages": TURNS}, "messages", TURNS),
-        ({"conversations": TURNS}, "sharegpt", TURNS),
-        ({"conversations": SHAREGPT}, "sharegpt", TURNS),
-        ({"conversations": SHAREGPT, "system": "S"}, "sharegpt", [{"role": "system", "content": "S"}, *TURNS]),
-        ({"messages": json.dumps(TURNS)}, "messages", TURNS),
-        ({"messages": TURNS, "id": 3, "text": "x"}, "messages", TURNS),
-        ({"prompt": "Hi", "completion": "Hello"}, "prompt-completion", TURNS),
-        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt-completion", TURNS),
-        ({"prompt": "Hi", "response": "Hello"}, "prompt-completion", TURNS),
-        ({"question": "Hi", "answer": "Hello"}, "prompt-completion", TURNS),
-        ({"instruction": "Hi", "output": "Hello"}, "instruction", TURNS),
-        ({"instruction": "Hi", "input": "", "output": "Hello"}, "instruction", TURNS),
-        ({"text": "Once upon a time"}, "text", []),
-    ],
-)
+ROW_FORMATS = [
+    ({"messages": TURNS}, "messages", TURNS),
+    ({"conversations": TURNS}, "sharegpt", TURNS),
+    ({"conversations": SHAREGPT}, "sharegpt", TURNS),
+    ({"conversations": SHAREGPT, "system": "S"}, "sharegpt", [{"role": "system", "content": "S"}, *TURNS]),
+    ({"messages": json.dumps(TURNS)}, "messages", TURNS),
+    ({"messages": TURNS, "id": 3, "text": "x"}, "messages", TURNS),
+    ({"prompt": "Hi", "completion": "Hello"}, "prompt-completion", TURNS),
+    ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt-completion", TURNS),
+    ({"prompt": "Hi", "response": "Hello"}, "prompt-completion", TURNS),
+    ({"question": "Hi", "answer": "Hello"}, "prompt-completion", TURNS),
+    ({"instruction": "Hi", "output": "Hello"}, "instruction", TURNS),
+    ({"instruction": "Hi", "input": "", "output": "Hello"}, "instruction", TURNS),
+    ({"text": "Once upon a time"}, "text", []),
+]
+
+
+@pytest.mark.parametrize(("row", "format", "messages"), ROW_FORMATS)
 def test_formats_are_known_by_columns(tmp_path: Path, row: dict[str, Any], format: str, messages: list[Any]) -> None:
     rows, about = read_rows(jsonl(tmp_path, [row, row]))
     assert about.format == format
@@ -81,24 +81,24 @@ def test_parquet_conversations_and_their_missing_keys(tmp_path: Path) -> None:
     assert list(rows[0].messages) == [TURNS[0], {**TURNS[1], "weight": 1}]
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"messages": "Hi"}, "`messages` should be a list of messages, found text"),
-        ({"messages": []}, "`messages` is an empty list"),
-        ({"messages": ["Hi"]}, "`messages[0]` should be a mapping with role and content, found text"),
-        ({"messages": [{"role": "usr", "content": "x"}]}, "`messages[0].role` is 'usr' (did you mean `user`?)"),
-        ({"messages": [{"content": "x"}]}, "`messages[0]` has no role"),
-        ({"messages": [{"role": "user", "content": 3}]}, "`messages[0].content` should be text, found a number"),
-        ({"messages": [{"role": "user"}]}, "`messages[0].content` should be text, found nothing"),
-        ({"messages": [{**TURNS[1], "weight": 0.5}]}, "`messages[0].weight` is 0.5; it can be 0 (not learned) or 1"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "`messages[0].content` has a part that is not text (image_url)",
-        ),
-        ({"mesages": TURNS}, "no `messages`; there is `mesages`"),
-    ],
-)
+FAULTY_ROWS = [
+    ({"messages": "Hi"}, "`messages` should be a list of messages, found text"),
+    ({"messages": []}, "`messages` is an empty list"),
+    ({"messages": ["Hi"]}, "`messages[0]` should be a mapping with role and content, found text"),
+    ({"messages": [{"role": "usr", "content": "x"}]}, "`messages[0].role` is 'usr' (did you mean `user`?)"),
+    ({"messages": [{"content": "x"}]}, "`messages[0]` has no role"),
+    ({"messages": [{"role": "user", "content": 3}]}, "`messages[0].content` should be text, found a number"),
+    ({"messages": [{"role": "user"}]}, "`messages[0].content` should be text, found nothing"),
+    ({"messages": [{**TURNS[1], "weight": 0.5}]}, "`messages[0].weight` is 0.5; it can be 0 (not learned) or 1"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "`messages[0].content` has a part that is not text (image_url)",
+    ),
+    ({"mesages": TURNS}, "no `messages`; there is `mesages`"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), FAULTY_ROWS)
 def test_unusable_rows_say_why(tmp_path: Path, row: dict[str, Any], says: str) -> None:
     text = wrong(jsonl(tmp_path, [{"messages": TURNS}, row]))
     assert text.startswith("1 of 2 rows are not usable as `messages`")
@@ -106,20 +106,17 @@ def test_unusable_rows_say_why(tmp_path: Path, row: dict[str, Any], says: str) -
     assert says in text
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "`conversations[0].from` is 'alien'; known are human"),
-        (
-            {"conversations": [{"from": "human", "value": None}]},
-            "`conversations[0].value` should be text, found nothing",
-        ),
-        ({"prompt": "a", "completion": ["x"]}, "`completion` should be text, found a list"),
-        ({"prompt": "  ", "completion": "x"}, "`prompt` is empty"),
-        ({"text": ""}, "`text` is empty"),
-        ({"prompt": "a", "completion": math.nan}, "`completion` is nan, which means a missing value in tables"),
-    ],
-)
+UNUSABLE_ROWS = [
+    ({"conversations": [{"from": "alien", "value": "x"}]}, "`conversations[0].from` is 'alien'; known are human"),
+    ({"conversations": [{"from": "human", "value": None}]}, "`conversations[0].value` should be text, found nothing"),
+    ({"prompt": "a", "completion": ["x"]}, "`completion` should be text, found a list"),
+    ({"prompt": "  ", "completion": "x"}, "`prompt` is empty"),
+    ({"text": ""}, "`text` is empty"),
+    ({"prompt": "a", "completion": math.nan}, "`completion` is nan, which means a missing value in tables"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), UNUSABLE_ROWS)
 def test_unusable_rows_of_other_formats(tmp_path: Path, row: dict[str, Any], says: str) -> None:
     assert says in wrong(jsonl(tmp_path, [row]))
 
@@ -197,19 +194,18 @@ PREFERENCES = preference_formats("kto")
 BYE = {"role": "assistant", "content": "Bye"}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"},
-        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [BYE]},
-        {"prompt": TURNS[:1], "chosen": "Hello", "rejected": "Bye"},
-        {"prompt": "Hi", "chosen": TURNS[1:], "rejected": [BYE]},
-        {"chosen": TURNS, "rejected": [TURNS[0], BYE]},
-        {"prompt": "Hi", "chosen": TURNS, "rejected": [TURNS[0], BYE]},
-        {"prompt": json.dumps(TURNS[:1]), "chosen": json.dumps(TURNS[1:]), "rejected": json.dumps([BYE])},
-    ],
-    ids=str,
-)
+PAIRS = [
+    {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"},
+    {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [BYE]},
+    {"prompt": TURNS[:1], "chosen": "Hello", "rejected": "Bye"},
+    {"prompt": "Hi", "chosen": TURNS[1:], "rejected": [BYE]},
+    {"chosen": TURNS, "rejected": [TURNS[0], BYE]},
+    {"prompt": "Hi", "chosen": TURNS, "rejected": [TURNS[0], BYE]},
+    {"prompt": json.dumps(TURNS[:1]), "chosen": json.dumps(TURNS[1:]), "rejected": json.dumps([BYE])},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=str)
 def test_pairs_in_all_their_shapes(tmp_path: Path, row: dict[str, Any]) -> None:
     for formats in (None, PREFERENCES):
         (rows,), about = read_rows(jsonl(tmp_path, [row]), formats=formats)
@@ -231,19 +227,18 @@ def test_pairs_under_other_names_and_among_other_columns(tmp_path: Path) -> None
     assert about.unused == ["messages", "score"]
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "are the same"),
-        ({"chosen": "Hello", "rejected": "Bye"}, "`prompt` is required if `chosen` is text"),
-        ({"chosen": [BYE], "rejected": TURNS}, "do not begin with the same prompt"),
-        ({"chosen": TURNS, "rejected": [*TURNS, *TURNS]}, "is the beginning of the other"),
-        ({"prompt": "", "chosen": "Hello", "rejected": "Bye"}, "`prompt` is empty"),
-        ({"prompt": "Hi", "chosen": "Hello", "rejected": {"a": 1}}, "`rejected` should be text"),
-        ({"prompt": "Hi", "chosen": "Hello", "rejected": None}, "no `rejected`"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
+INVALID_PAIRS = [
+    ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "are the same"),
+    ({"chosen": "Hello", "rejected": "Bye"}, "`prompt` is required if `chosen` is text"),
+    ({"chosen": [BYE], "rejected": TURNS}, "do not begin with the same prompt"),
+    ({"chosen": TURNS, "rejected": [*TURNS, *TURNS]}, "is the beginning of the other"),
+    ({"prompt": "", "chosen": "Hello", "rejected": "Bye"}, "`prompt` is empty"),
+    ({"prompt": "Hi", "chosen": "Hello", "rejected": {"a": 1}}, "`rejected` should be text"),
+    ({"prompt": "Hi", "chosen": "Hello", "rejected": None}, "no `rejected`"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), INVALID_PAIRS, ids=lambda value: value if isinstance(value, str) else None)
 def test_invalid_pairs_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     good = {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"}
     text = wrong(jsonl(tmp_path, [good, row]), formats=PREFERENCES)
@@ -259,12 +254,8 @@ def test_judged_answers(tmp_path: Path) -> None:
     parsed, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
     assert about.format == "unpaired-preference"
     assert [r.label for r in parsed] == [True, False]
-    assert [m.get("weight") for m in parsed[1].messages] == [
-        None,
-        0,
-        None,
-        None,
-    ]  # turns before the answer are not trained
+    # turns before the answer are not trained
+    assert [m.get("weight") for m in parsed[1].messages] == [None, 0, None, None]
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nHi,Hello,TRUE\nHi,Bye,false\n")
     parsed, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
     assert [r.label for r in parsed] == [True, False]
@@ -306,35 +297,35 @@ def test_openai_pairs(tmp_path: Path) -> None:
         assert (rows.shared(), rows.tools) == (3, (TOOL,))
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"messages": [{**TURNS[0], "tool_calls": [CALL]}]}, "belongs to the assistant"),
-        ({"messages": [{**CALLS, "tool_calls": []}]}, "should be a list of calls, found an empty list"),
-        ({"messages": [{**CALLS, "tool_calls": [{"function": {}}]}]}, "`messages[0].tool_calls[0]` has no function"),
-        (
-            {"messages": [{**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{city"}}]}]},
-            "`messages[0].tool_calls[0].function.arguments` is not a JSON object: '{city'",
-        ),
-        ({"messages": [{**TURNS[1], "function_call": {"name": "f"}}]}, "the old form of tool_calls"),
-        ({"messages": TURNS, "tools": "weather"}, "`tools` is not a list"),
-    ],
-)
+INVALID_TOOL_CALLS = [
+    ({"messages": [{**TURNS[0], "tool_calls": [CALL]}]}, "belongs to the assistant"),
+    ({"messages": [{**CALLS, "tool_calls": []}]}, "should be a list of calls, found an empty list"),
+    ({"messages": [{**CALLS, "tool_calls": [{"function": {}}]}]}, "`messages[0].tool_calls[0]` has no function"),
+    (
+        {"messages": [{**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{city"}}]}]},
+        "`messages[0].tool_calls[0].function.arguments` is not a JSON object: '{city'",
+    ),
+    ({"messages": [{**TURNS[1], "function_call": {"name": "f"}}]}, "the old form of tool_calls"),
+    ({"messages": TURNS, "tools": "weather"}, "`tools` is not a list"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), INVALID_TOOL_CALLS)
 def test_invalid_tool_calls_are_refused(tmp_path: Path, row: dict[str, Any], says: str) -> None:
     text = wrong(jsonl(tmp_path, [{"messages": TURNS}, row]))
     assert "rows.jsonl:2: " in text
     assert says in text
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"input": TURNS}, "`input` should be a mapping"),
-        ({"input": {}}, "`input.messages` should be a list"),
-        ({"preferred_output": [BYE]}, "are the same"),
-        ({"non_preferred_output": "Bye"}, "`non_preferred_output` should be a list"),
-    ],
-)
+INVALID_OPENAI_PAIRS = [
+    ({"input": TURNS}, "`input` should be a mapping"),
+    ({"input": {}}, "`input.messages` should be a list"),
+    ({"preferred_output": [BYE]}, "are the same"),
+    ({"non_preferred_output": "Bye"}, "`non_preferred_output` should be a list"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), INVALID_OPENAI_PAIRS)
 def test_invalid_openai_pairs_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     good = {"input": {"messages": TURNS[:1]}, "preferred_output": [TURNS[1]], "non_preferred_output": [BYE]}
     text = wrong(jsonl(tmp_path, [good, good | change]), formats=PREFERENCES)

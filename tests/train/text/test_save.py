@@ -27,27 +27,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
 
 
 def trained(base: TextBase, folder: Path, **evaluation: Any) -> Path:
-    rows = [
-        {
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": f"What is {n}?"},
-                {"role": "assistant", "content": f"It is {n}."},
-            ]
-        }
-        for n in range(12)
-    ]
+    texts = [("Be brief.", f"What is {n}?", f"It is {n}.") for n in range(12)]
+    turns = [zip(("system", "user", "assistant"), each, strict=True) for each in texts]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config, _ = config_from(
-        {
-            "base": {"name": str(base.name)},
-            "data": {"train": str(folder / "rows.jsonl"), "split": 4},
-            "output": str(folder / "out"),
-            "schedule": {"steps": 2},
-            "optimizer": {"learning_rate": 1e-2},
-            "evaluation": {"keep": "last", **evaluation},
-        }
-    )
+    data = {"train": str(folder / "rows.jsonl"), "split": 4}
+    values = {"base": {"name": str(base.name)}, "data": data, "output": str(folder / "out"), "schedule": {"steps": 2}}
+    values |= {"optimizer": {"learning_rate": 1e-2}, "evaluation": {"keep": "last", **evaluation}}
+    config, _ = config_from(values)
     run_text(config, base=base, on_event=lambda event: None)
     return folder / "out"
 

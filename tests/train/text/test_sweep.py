@@ -20,35 +20,27 @@ def test_grid_has_every_combination() -> None:
     combinations = grid(
         ["adapter.rank=2,4", "schedule.steps=3", "adapter.targets=[q_proj,v_proj],all-linear", "seed=1"]
     )
-    assert [c.name for c in combinations] == [
-        "rank=2,targets=_q_proj_v_proj_",
-        "rank=2,targets=all-linear",
-        "rank=4,targets=_q_proj_v_proj_",
-        "rank=4,targets=all-linear",
-    ]
-    assert combinations[0].overrides == [
-        "schedule.steps=3",
-        "seed=1",
-        "adapter.rank=2",
-        "adapter.targets=[q_proj,v_proj]",
-    ]
+    targets = ("_q_proj_v_proj_", "all-linear")
+    assert [c.name for c in combinations] == [f"rank={rank},targets={t}" for rank in (2, 4) for t in targets]
+    expected = ["schedule.steps=3", "seed=1", "adapter.rank=2", "adapter.targets=[q_proj,v_proj]"]
+    assert combinations[0].overrides == expected
     assert grid(["data.limit=5,6", "evaluation.limit=1,2"])[0].name == "data.limit=5,evaluation.limit=1"
     alike = [c.name for c in grid([f"data.train=a/b,a_b,{'x' * 300},{'x' * 301}"])]
     assert len(set(alike)) == 4
     assert max(map(len, alike)) < 200  # folder names are bounded
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (["seed=1"], "nothing is swept"),
-        (["seed=" + "1," * 300], "301 comb"),
-        (["seed=1,2,1"], "seed=1 is given twice"),
-        (["seed=1,2", "seed=3,4"], "seed is given twice"),
-        (["output.directory=a,b"], "output cannot be swept"),
-        (["seed=1,2", "output=a,b"], "output cannot be swept"),
-    ],
-)
+INVALID_GRIDS = [
+    (["seed=1"], "nothing is swept"),
+    (["seed=" + "1," * 300], "301 comb"),
+    (["seed=1,2,1"], "seed=1 is given twice"),
+    (["seed=1,2", "seed=3,4"], "seed is given twice"),
+    (["output.directory=a,b"], "output cannot be swept"),
+    (["seed=1,2", "output=a,b"], "output cannot be swept"),
+]
+
+
+@pytest.mark.parametrize(("settings", "says"), INVALID_GRIDS)
 def test_invalid_grids_are_refused(settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         grid(settings)
@@ -59,10 +51,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     rows = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 3}."} for i in range(24)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    values = {
-        "base": str(tiny_base_dir(folder)),
-        "data": {"train": "rows.jsonl", "split": 4},
-        "output": "out",
+    values = {"base": str(tiny_base_dir(folder)), "data": {"train": "rows.jsonl", "split": 4}, "output": "out"}
+    values |= {
         "batching": {"rows": 2},
         "schedule": {"steps": 8},
         "evaluation": {"every": 2},
@@ -104,17 +94,18 @@ def test_seeds_share_their_held_out_rows(config: Path, base: TextBase, tmp_path:
     assert first.validation != second.validation
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (["preference.loss=dpo", "preference.beta=0.1,0.5"], "other preference.beta"),
-        (["preference.loss=dpo,simpo"], "other preference.loss"),
-        (["preference.loss=dpo", "adapter.start=a,b"], "other adapter.start"),
-        (["data.train_on=assistant,all"], "other data.train_on"), (["data.split_seed=0,1"], "other data.split_seed"),
-        (["data.max_length=64,128"], "other data.max_length"), (["evaluation.rows=2,4"], "other evaluation.rows"),
-        (["data.limit=20,24"], "set data.validation"), (["data.validation=a.jsonl,b.jsonl", "data.split=null"], "data"),
-    ],
-)  # fmt: skip
+INCOMPARABLE_SWEEPS = [
+    (["preference.loss=dpo", "preference.beta=0.1,0.5"], "different preference.beta"),
+    (["preference.loss=dpo,simpo"], "different preference.loss"),
+    (["preference.loss=dpo", "adapter.start=a,b"], "different adapter.start"),
+    (["data.train_on=assistant,all"], "different data.train_on"),
+    (["data.split_seed=0,1"], "different data.split_seed"),
+    (["data.max_length=64,128"], "different data.max_length"), (["evaluation.rows=2,4"], "different evaluation.rows"),
+    (["data.limit=20,24"], "set data.validation"), (["data.validation=a.jsonl,b.jsonl", "data.split=null"], "data"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "says"), INCOMPARABLE_SWEEPS)
 def test_incomparable_sweeps_are_refused(config: Path, settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match="not comparable") as caught:
         run_sweep(config, settings)

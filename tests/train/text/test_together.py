@@ -113,14 +113,10 @@ def test_each_run_equals_its_run_alone(name: str, group: Any, alone: Callable[[s
     root, results, _ = group
     assert isinstance(results[name], RunResult), results[name]
     assert_same(root / name, alone(name))
-    numbers = [
-        [
-            (r["step"], r["loss"], r["extra"]["token_accuracy"])
-            for r in read_log(folder / name / "log.jsonl")
-            if r["event"] in ("stepped", "evaluated")
-        ]
-        for folder in (root, alone(name).parent)
-    ]
+    numbers = []
+    for folder in (root, alone(name).parent):
+        events = [r for r in read_log(folder / name / "log.jsonl") if r["event"] in ("stepped", "evaluated")]
+        numbers.append([(r["step"], r["loss"], r["extra"]["token_accuracy"]) for r in events])
     (steps, losses, accuracies), expected = (list(zip(*actual, strict=True)) for actual in numbers)
     assert steps == expected[0]
     assert losses == pytest.approx(expected[1], rel=1e-5)
@@ -171,12 +167,8 @@ def test_recomputed_activations(shared: Path, base: TextBase, alone: Callable[[s
 
 
 def test_preferences_pass_alone(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
-    dpo = {
-        "data": {"train": str(shared / "pairs.jsonl"), "split": 0},
-        "preference": {"loss": "dpo"},
-        "schedule": {"steps": 3},
-        "optimizer": {"learning_rate": 1e-3},
-    }
+    data = {"train": str(shared / "pairs.jsonl"), "split": 0}
+    dpo = {"data": data, "preference": {"loss": "dpo"}, "schedule": {"steps": 3}, "optimizer": {"learning_rate": 1e-3}}
     results = train(shared, tmp_path, base, {"dpo": dpo, "b": CUSTOMERS["b"]})
     assert all(isinstance(result, RunResult) for result in results.values()), results
     run_text(config_of(shared, tmp_path / "alone", dpo), base=base, on_event=lambda event: None)
