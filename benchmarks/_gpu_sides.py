@@ -209,14 +209,14 @@ def _seconds(run: Callable[[], Any], device: str, times: int, warm: int = 1) -> 
 
 def _planned_for(task: Task) -> tuple[Any, Any, Any]:
     """Return (the plan's device, the plan's rates for the device, the probe's rates)."""
-    from veneer.plan.tables import Device, device_of_card
+    from veneer.plan.tables import Device, device_by_cuda_name
     from veneer.plan.time import Rates, rates_of
 
     device = Device("a dry run", "cpu", 64 << 30, 1e12, 20e9)
     if task.sizes.device == "cuda":
         import torch
 
-        device = device_of_card(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+        device = device_by_cuda_name(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
     probed = None if task.probe is None else Rates(**task.probe, source="the probe")
     return device, rates_of(device), probed
 

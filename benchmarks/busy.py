@@ -207,7 +207,7 @@ def obey(piece: Callable[[], float], told: Any) -> None:
     """For each line of stdin, a number of seconds, run work items for that time (at least two).
 
     Prints their rates and the processors that other processes used."""
-    from veneer.ops.cpu.sharing import worked
+    from veneer.ops.cpu.sharing import busy_seconds
 
     piece()
     print("{}", file=told, flush=True)
@@ -217,12 +217,12 @@ def obey(piece: Callable[[], float], told: Any) -> None:
         while time.perf_counter() - warm < WARM:
             piece()
         rates: list[float] = []
-        began, before, own = time.perf_counter(), sum(worked(processors)), time.process_time()
+        began, before, own = time.perf_counter(), sum(busy_seconds(processors)), time.process_time()
         while len(rates) < 2 or time.perf_counter() - began < float(line):
             start = time.perf_counter()
             done = piece()
             rates.append(done / (time.perf_counter() - start))
-        others = sum(worked(processors)) - before - (time.process_time() - own)
+        others = sum(busy_seconds(processors)) - before - (time.process_time() - own)
         print(json.dumps({"rates": rates, "others": others / (time.perf_counter() - began)}), file=told, flush=True)
 
 

@@ -102,14 +102,14 @@ def test_commands_of_the_page_run(terminal: Terminal) -> None:
     assert len(outputs) > 40
     assert "tenants.sqlite, so requests need a key" in (terminal.folder / "log").read_text()
 
-    def output_of(start: str) -> str:
+    def output_path(start: str) -> str:
         return next(out for line, out in outputs.items() if line.startswith(start))
 
     models = json.loads(next(out for line, out in outputs.items() if "/v1/models" in line))["data"]
     assert [m["id"] for m in models][1:] == ["acme/support"]
     answers = {json.loads(out)["model"] for line, out in outputs.items() if "/v1/completions" in line}
     assert answers == {"acme/support", "support@2", "chat"}
-    assert "VENEER_ADMIN_KEY=vnr-admin-" in output_of("export $(veneer tenant admin-key)")
+    assert "VENEER_ADMIN_KEY=vnr-admin-" in output_path("export $(veneer tenant admin-key)")
     usage = outputs["veneer tenant usage"]
     assert "acme/support@1" in usage or "acme/support" in usage
     assert "support@2" in usage

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.core.test_truncate import noise
-from veneer.adapters.mix import diff, extract, keep_mix, mix_adapters, resize, strength
+from veneer.adapters.mix import add_mix, diff, extract, mix_adapters, resize, strength
 from veneer.core.adapter import Adapter, Card, Pair
 from veneer.errors import AdapterError, BaseError, ConfigError
 from veneer.files.weights import Checkpoint
@@ -69,7 +69,7 @@ def test_kept_mix_names_the_versions_of_its_parts(two, tmp_path):
         library.add(fa, "support")
         library.add(fb, "billing")
         library.alias("billing@1", "prod")
-        added, made = keep_mix(library, ["support:0.8", ("billing@prod", -0.5)], "both", alias="best", tags=["tried"])
+        added, made = add_mix(library, ["support:0.8", ("billing@prod", -0.5)], "both", alias="best", tags=["tried"])
         assert (added.version.reference, added.version.aliases, added.version.tags) == ("both@1", ["best"], ["tried"])
         assert made.error < 1e-6
         out = peft.read_folder(library.resolve("both@best"))
@@ -80,13 +80,13 @@ def test_kept_mix_names_the_versions_of_its_parts(two, tmp_path):
         card = added.version.card
         assert card["recipe"]["strengths"] == {"support@1": 0.8, "billing@1": -0.5}
         assert {v.name for v in library.search(parent=library.find("support").digest)} == {"both"}
-        again, _ = keep_mix(library, ["support:0.8", "billing:-0.5"], "both")
+        again, _ = add_mix(library, ["support:0.8", "billing:-0.5"], "both")
         assert not again.new
         for specs, name, words in (([], "x", "nothing to mix"), (["support"], "no name", "cannot name")):
             with pytest.raises(ConfigError, match=words):
-                keep_mix(library, specs, name)
+                add_mix(library, specs, name)
         with pytest.raises(AdapterError, match="nowhere"):
-            keep_mix(library, ["nowhere"], "x")
+            add_mix(library, ["nowhere"], "x")
         assert [v.reference for v in library.search()] == ["billing@1", "both@1", "support@1"]
 
 

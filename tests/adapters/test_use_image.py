@@ -112,7 +112,8 @@ def test_metadata_family_is_used_if_it_fits(load: Any, tmp_path: Path) -> None:
     adapter.pairs = {n: p for n, p in adapter.pairs.items() if n.endswith("attn.to_q")}
     convert.write(adapter, tmp_path / "it.safetensors", "diffusers", family="sd3")
     with pytest.raises(
-        MismatchError, match=r"this is a Stable Diffusion 3 adapter, the base is Qwen-Image[\s\S]*names and shapes match"
+        MismatchError,
+        match=r"this is a Stable Diffusion 3 adapter, the base is Qwen-Image[\s\S]*names and shapes match",
     ):
         load_adapter(ours, str(tmp_path / "it.safetensors"))
     same_pairs(load_adapter(ours, str(tmp_path / "it.safetensors"), allow_other_base=True), adapter)

@@ -16,7 +16,7 @@ from torch import nn
 from tests.core.test_truncate import KINDS, dense, noise, pair_of
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
-from veneer.core.mix import mix, mix_pairs, strengthened
+from veneer.core.mix import mix, mix_pairs, scaled_by_module
 from veneer.core.truncate import Bound
 from veneer.errors import AdapterError
 
@@ -327,8 +327,8 @@ def test_mixing_leaves_its_inputs_alone():
 
 def test_scaling_an_adapter_changes_only_scales():
     a = Adapter({"x": linear(2, 0, 3.0), "y": linear(2, 1), "z": dora()[0]}, deltas={"x.weight": kronecker(0)})
-    out = strengthened(a, {"x": -0.5, "y": 0.0, "z": 1.0}.__getitem__)
+    out = scaled_by_module(a, {"x": -0.5, "y": 0.0, "z": 1.0}.__getitem__)
     assert (out.pairs["x"].scale, out.deltas["x.weight"].scale, sorted(out.pairs)) == (-1.5, -0.5, ["x", "z"])
     assert out.pairs["x"].A is a.pairs["x"].A
     with pytest.raises(AdapterError, match="z: a pair with a magnitude"):
-        strengthened(a, lambda name: 0.5)
+        scaled_by_module(a, lambda name: 0.5)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from veneer.errors import DataError
-from veneer.files.pictures import opened_picture, upright
+from veneer.files.pictures import open_image, upright
 from veneer.imaging.controls import hashed_picture
 from veneer.imaging.infotext import read_record
 
@@ -47,7 +47,7 @@ def test_a_file_that_is_no_picture(read: Callable[[Path], Any], name: str, says:
 
 def test_decoding_errors_in_the_block_are_reported(folder: Path) -> None:
     def read() -> None:
-        with opened_picture(folder / "fox.png") as (picture, data):
+        with open_image(folder / "fox.png") as (picture, data):
             assert picture.size == (32, 32)
             assert data == (folder / "fox.png").read_bytes()
             raise SyntaxError("bad Exif")

@@ -18,7 +18,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.errors import ConfigError
 from veneer.formats.card import read_card
 from veneer.formats.peft import write_folder
-from veneer.jobs.canary import place_job, promote_job, rollback_job
+from veneer.jobs.canary import promote_job, release_job, rollback_job
 from veneer.jobs.post_training import parse_after
 from veneer.jobs.process import run_job
 from veneer.jobs.store import Job, JobStore, WrongState
@@ -59,7 +59,7 @@ class Shop:
         results = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         compared = {"scores": results, "serving": None if serving is None else f"acme/support@{serving}"}
         for _ in range(2):  # the job is killed before it ends, then retried
-            place_job(self.jobs, lease, self.tenants, reference, scores and compared)
+            release_job(self.jobs, lease, self.tenants, reference, scores and compared)
         self.jobs.finish(lease, result={"reference": reference})
         return job
 

@@ -16,9 +16,9 @@ from tests.library.conftest import quick  # noqa: F401
 from tests.train.tiny_pictures import image_values
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError, UnavailableError
-from veneer.jobs.checkpoints import steps_name
+from veneer.jobs.checkpoints import checkpoint_name
 from veneer.jobs.process import run_job
-from veneer.jobs.step_actions import keep_step, sample_file
+from veneer.jobs.step_actions import sample_file, store_checkpoint
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import device_of, submit_job
 from veneer.library.library import open_library
@@ -74,7 +74,7 @@ def test_steps_are_published_during_training(store, device, tmp_path, monkeypatc
     metrics = next(event.data for event in events if event.kind == "metrics")
     assert metrics["memory_bytes"] > 0
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.01)
-    name = steps_name(job)
+    name = checkpoint_name(job)
     points = store.checkpoints(None, job.id)
     assert [(point.step, point.reference) for point in points] == [(n, f"{name}@{n}") for n in (3, 2, 1)]
     result = store.library.find("support")
@@ -91,12 +91,12 @@ def test_steps_are_published_during_training(store, device, tmp_path, monkeypatc
     assert f"published    {name}@3, {name}@2, {name}@1" in output
     ran = run(capsys, "jobs", "--library", store.library.location, "keep", job.id, "--step", "2", "--json")
     assert json.loads(ran.out) == {"reference": "support@2", "aliases": []}
-    version = keep_step(store, job.id, 1, alias="prod")
+    version = store_checkpoint(store, job.id, 1, alias="prod")
     assert (version.name, version.digest) == ("support", first.digest)
     assert store.library.find("support@prod").digest == first.digest
-    assert keep_step(store, job.id).digest == result.digest
+    assert store_checkpoint(store, job.id).digest == result.digest
     with pytest.raises(ConfigError, match=r"(?s)step 9 .*is not in the library.*has steps 1, 2, 3"):
-        keep_step(store, job.id, 9)
+        store_checkpoint(store, job.id, 9)
 
 
 def test_sample_images_are_available_during_training(store: JobStore, device: Device, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_sample_images_are_available_during_training(store: JobStore, device: De
             assert min(sheet.size) >= 32
     with pytest.raises(ConfigError, match="after steps 0, 2, 4"):
         sample_file(store, job, 3)
-    name = steps_name(job)
+    name = checkpoint_name(job)
     assert [point.reference for point in store.checkpoints(None, job.id)] == [f"{name}@4", f"{name}@2"]
     version = store.library.find(f"{name}@2")
     assert (version.kind, version.trigger_words) == ("image", ["sks"])

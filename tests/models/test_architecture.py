@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, Mistral3Config
 
-from veneer.models.architecture import usual_fields
+from veneer.models.architecture import default_fields
 from veneer.models.fingerprint import shaping_fields
 
 
@@ -27,14 +27,14 @@ def test_a_changed_default_changes_no_fingerprint() -> None:
 
 def test_unrecorded_fields_and_kinds_have_installed_defaults() -> None:
     later = {"latent_channels": 99, "later": 5}
-    assert usual_fields("AutoencoderKL", later)["latent_channels"] == 4
-    assert usual_fields("AutoencoderKL", later)["later"] == 5
-    assert usual_fields("a kind of tomorrow", later) == later
+    assert default_fields("AutoencoderKL", later)["latent_channels"] == 4
+    assert default_fields("AutoencoderKL", later)["later"] == 5
+    assert default_fields("a kind of tomorrow", later) == later
 
 
 def test_nested_config_keeps_explicit_defaults() -> None:
     installed = Mistral3Config().to_dict()
     text = installed["text_config"]
     changed = installed | {"text_config": text | {"hidden_size": text["hidden_size"] + 1, "later": 5}}
-    usual = usual_fields("mistral3", changed)["text_config"]
+    usual = default_fields("mistral3", changed)["text_config"]
     assert (usual["hidden_size"], usual["later"]) == (text["hidden_size"], 5)

@@ -110,10 +110,10 @@ def test_threads_are_limited_by_affinity() -> None:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
 @pytest.mark.parametrize(("said", "threads"), [("", 1), ("torch.set_num_threads(5);", 5)])
-def test_settle_threads_uses_the_quota(said: str, threads: int) -> None:
+def test_limit_threads_uses_the_quota(said: str, threads: int) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     program = f"import torch; from veneer.models import device; device.cpu_quota = lambda root: 0.5; {said}"
-    program += "device.settle_threads(); print(torch.get_num_threads())"
+    program += "device.limit_threads(); print(torch.get_num_threads())"
     ran = subprocess.run(
         [sys.executable, "-c", program], env=env | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
     )

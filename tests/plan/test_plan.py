@@ -16,7 +16,7 @@ from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.render import plan_text, rough_duration
 from veneer.plan.serving import Traffic, serving
 from veneer.plan.shape import pair_parameters, text_shape
-from veneer.plan.tables import base_config, cpu_device, device_named, device_of_card
+from veneer.plan.tables import base_config, cpu_device, device_by_cuda_name, device_named
 from veneer.plan.time import rates_of
 
 
@@ -136,7 +136,7 @@ def test_gpus_match_near_names() -> None:
     ],
 )
 def test_a_card_is_recognized_by_its_cuda_name(name: str, mib: int, found: str) -> None:
-    device = device_of_card(name, mib << 20)
+    device = device_by_cuda_name(name, mib << 20)
     assert device.name == found
     assert device.memory == pytest.approx(mib << 20, rel=0.01)
 

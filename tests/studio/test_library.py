@@ -9,7 +9,7 @@ import httpx
 from tests.serve.http.toy import wait_for
 from tests.studio.conftest import StudioServer
 from tests.studio.page_socket import page_html
-from veneer.adapters.mix import keep_mix
+from veneer.adapters.mix import add_mix
 from veneer.library.library import open_library
 
 
@@ -36,7 +36,7 @@ def test_link_filters_the_cards(studio: StudioServer) -> None:
 
 def test_parents_and_children_link_to_each_other(studio: StudioServer) -> None:
     with open_library(studio.library) as library:
-        keep_mix(library, ["support@1", "acme/tone:0.5"], "mixed")
+        add_mix(library, ["support@1", "acme/tone:0.5"], "mixed")
         child, parent = page_of(studio, "adapter?ref=mixed"), page_of(studio, "adapter?ref=support@1")
         library.remove("mixed")
     assert re.search(r"Derived from</dt><dd>.*ref=support%401", child)

@@ -1,6 +1,6 @@
 """Make adapters from adapters and models: mix, resize, extract, compare, scale.
 
-    keep_mix(library, ["style:0.8", "product:0.5"], "both", alias="prod")
+    add_mix(library, ["style:0.8", "product:0.5"], "both", alias="prod")
     mix_adapters(["style:0.8", "product:0.5"], "out")
                                          Σ strength·ΔW as one adapter, by a method of core.mix
     resize                               the best adapter within a rank, a share of energy, or an error
@@ -28,7 +28,7 @@ from torch import Tensor
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, Card, all_finite, mix_text
 from veneer.core.forms import BASED, product_of
-from veneer.core.mix import Mixed, MixedModule, Weights, mix, strengthened
+from veneer.core.mix import Mixed, MixedModule, Weights, mix, scaled_by_module
 from veneer.core.rounding import DTYPES
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError, first_few
@@ -112,7 +112,7 @@ def mix_adapters(
     return _write(mixed, out, read, recipe, to=to)
 
 
-def keep_mix(
+def add_mix(
     library: Library,
     specs: Sequence[str | tuple[str, float]],
     name: str,
@@ -351,7 +351,7 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
     if out is not None:
         if not blocks:
             raise ConfigError("there are no strengths to write", fix="give blocks, as in down_blocks.0=0.5")
-        scaled = strengthened(adapter, by.__getitem__)
+        scaled = scaled_by_module(adapter, by.__getitem__)
         written = _write(Mixed(scaled), out, [read], {"made": "strength", "blocks": blocks}, to=to)
         report["written"] = {"path": written.path, "digest": written.digest, "bytes": written.bytes}
     return report
@@ -363,7 +363,7 @@ def _modules(adapter: Adapter) -> list[str]:
 
 
 def _by_block(adapter: Adapter, blocks: str) -> Adapter:
-    return strengthened(adapter, parse_blocks(blocks, _modules(adapter)).__getitem__) if blocks else adapter
+    return scaled_by_module(adapter, parse_blocks(blocks, _modules(adapter)).__getitem__) if blocks else adapter
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

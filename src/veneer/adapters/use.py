@@ -97,7 +97,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         problem = f"there is no adapter {name!r}; the part after the @, {factors!r}, is for pictures on an image base"
         advice = f"on a text base, give one strength: {split_strength(head)[0]}:0.8"
         raise AdapterError(problem, where=str(here.absolute()), fix=advice)
-    if behind := _no_strength(name):
+    if behind := _invalid_strength(name):
         problem = f"there is no adapter {name!r}, and {behind[1]!r} is not a strength"
         advice = f"{behind[0]}:0.8, and behind an @ factors by block: {behind[0]}:0.8@text=0.5"
         raise AdapterError(problem, where=str(here.absolute()), fix=advice)
@@ -105,7 +105,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     fix = (
         f"did you mean {hints[0]}?" if hints else "give its folder or file, or a name that `veneer library list` shows"
     )
-    if not _may_be_kept(name):
+    if not _is_reference(name):
         raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
     from veneer.library.library import NotInLibrary, library_location, open_library
 
@@ -126,11 +126,11 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
             raise
 
 
-def _no_strength(name: str) -> tuple[str, str] | None:
+def _invalid_strength(name: str) -> tuple[str, str] | None:
     """Return (existing path, suffix) if `name` is a path with an invalid strength.
 
     Returns None otherwise. A library reference's version or alias is not such a suffix."""
-    if _may_be_kept(name):
+    if _is_reference(name):
         return None
     for separator in (":", "@"):
         head, separator_found, behind = name.partition(separator)
@@ -139,7 +139,7 @@ def _no_strength(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _may_be_kept(name: str) -> bool:
+def _is_reference(name: str) -> bool:
     """Return whether `name` can be a library reference; otherwise it must be a path."""
     from veneer.library.names import parse_reference
 

@@ -15,7 +15,7 @@ from veneer.cli import adapter_mix
 from veneer.cli.adapter_convert import convert_command
 from veneer.cli.adapter_merge import merge_command
 from veneer.cli.options import AdapterArgument, Alpha, AsJson, FromPickle, ShowAll
-from veneer.cli.output import cut_list, everything, field, print_json, print_table, say
+from veneer.cli.output import cut_list, field, print_json, print_table, say, set_show_all
 from veneer.errors import BaseError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, convert, mix and merge adapters.")
@@ -35,7 +35,7 @@ def inspect(
     exit code is 0 if veneer can use the adapter, else 2."""
     from veneer.adapters.inspect import inspect as inspected
 
-    everything(show_all)
+    set_show_all(show_all)
     inspection = inspected(name, from_pickle=from_pickle, alpha=alpha)
     if as_json:
         print_json(inspection)
@@ -139,7 +139,7 @@ def verify(
     from veneer.adapters.inspect import verify_adapter as check
     from veneer.adapters.use import adapter_path
 
-    everything(show_all)
+    set_show_all(show_all)
     adapter_path(name)  # fail on a wrong name before loading a base
     loaded = None
     if base is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from veneer.cli.options import Alpha, AsJson, FromPickle, ShowAll, WrittenDtype
-from veneer.cli.output import cut_list, everything, print_json, say
+from veneer.cli.output import cut_list, print_json, say, set_show_all
 
 if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
@@ -43,7 +43,7 @@ def convert_command(
     from veneer.adapters.convert import convert_adapter
     from veneer.adapters.use import adapter_path
 
-    everything(show_all)
+    set_show_all(show_all)
     converted = convert_adapter(
         adapter_path(name),
         output,

@@ -144,12 +144,12 @@ def _findings() -> dict[str, Any]:
     import torch
 
     from veneer import __version__
-    from veneer.models.device import settle_threads
+    from veneer.models.device import limit_threads
     from veneer.ops.cpu import compiled
     from veneer.ops.dispatch import choices
     from veneer.ops.profile import processor_name, profile
 
-    settle_threads()  # set the number of threads as training does, because the profile depends on it
+    limit_threads()  # set the number of threads as training does, because the profile depends on it
     cards = _cards()
     return {
         "veneer": __version__,

@@ -77,7 +77,7 @@ def generate(
         if chat:
             _chat(loaded, system, settings)
             return
-        framed = [_framed(loaded, text, system, raw) for text in texts]
+        framed = [_model_input(loaded, text, system, raw) for text in texts]
         if as_json:
             _print_json(loaded, attachment, specs, texts, framed, {**settings, "batch_size": batch_size})
         elif len(framed) == 1:
@@ -104,7 +104,7 @@ def _all_prompts(prompts: list[str]) -> list[str]:
     return texts
 
 
-def _framed(base: TextBase, prompt: str, system: str | None, raw: bool) -> Prompt:
+def _model_input(base: TextBase, prompt: str, system: str | None, raw: bool) -> Prompt:
     """Return the model's input: messages if the base has a chat template, else text.
 
     With `raw`, always text. Raises ConfigError if `raw` or `system` does not fit the prompt or the base."""

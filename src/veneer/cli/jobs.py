@@ -175,10 +175,10 @@ def keep(
     as_json: AsJson = False,
 ) -> None:
     """Store the adapter of a checkpoint as the newest version of the job's name."""
-    from veneer.jobs.step_actions import keep_step
+    from veneer.jobs.step_actions import store_checkpoint
 
     with _opened() as store:
-        version = keep_step(store, job, step, alias=alias, tenant=tenant)
+        version = store_checkpoint(store, job, step, alias=alias, tenant=tenant)
     print_json({"reference": version.reference, "aliases": version.aliases}) if as_json else print(version.reference)
 
 

@@ -89,9 +89,9 @@ def mix(
     """Store a mix as one adapter: the exact sum of strength·ΔW.
 
     The result becomes the next version of the name."""
-    from veneer.adapters.mix import keep_mix
+    from veneer.adapters.mix import add_mix
 
-    added, mixed = keep_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
+    added, mixed = add_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
     value = {"new": added.new, "version": added.version.to_dict(), "mix": mixed.to_dict()}
     return Result(value, f"{_added(added).text}\nrelative error {mixed.error:.3%} (‖ΔW‖ {mixed.norm:.4g})")
 

@@ -90,7 +90,7 @@ MOST = 20
 _list_settings: dict[str, bool] = {"everything": False}
 
 
-def everything(on: bool) -> None:
+def set_show_all(on: bool) -> None:
     """Set whether later lists are shown in full (`--all`)."""
     _list_settings["everything"] = on
 

@@ -49,7 +49,7 @@ def weight_of(module: nn.Module, parameter: str | None = None) -> Tensor:
         return (columns if bias is None else columns - bias.float()).t()
 
 
-def _flipped(module: nn.Module, kind: PairKind) -> bool:
+def _is_transposed(module: nn.Module, kind: PairKind) -> bool:
     """Return whether the stored weight is the transpose of the (out, in) matrix."""
     if kind == "experts":
         return bool(getattr(module, "is_transposed", False))
@@ -60,7 +60,7 @@ def to_matrix(module: nn.Module, kind: PairKind, weight: Tensor) -> Tensor:
     """Return a stored weight of `module` as (out, in) or (experts, out, in)."""
     if kind == "conv":
         return weight.flatten(1)
-    return weight.transpose(-1, -2) if _flipped(module, kind) else weight
+    return weight.transpose(-1, -2) if _is_transposed(module, kind) else weight
 
 
 def pair_matrix(pair: Pair) -> Tensor:
@@ -130,7 +130,7 @@ def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None)
             return product_of(change) if base_tensor is None else delta_of(base_tensor.detach(), change)
         weight = weight_of(module, parameter)
         kind = "linear" if isinstance(change, Delta) else change.kind
-        if kind == "embedding" or weight.ndim < 2 or not _flipped(module, kind):
+        if kind == "embedding" or weight.ndim < 2 or not _is_transposed(module, kind):
             return delta_of(weight, change)
         return delta_of(weight.transpose(-1, -2), change).transpose(-1, -2)
 
@@ -142,7 +142,7 @@ def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
     delta can add a bias to the output."""
     if key == "weight":
         weight = weight_of(module)
-        return tuple(weight.t().shape if _flipped(module, "linear") and weight.ndim == 2 else weight.shape)
+        return tuple(weight.t().shape if _is_transposed(module, "linear") and weight.ndim == 2 else weight.shape)
     if module._parameters[key] is None:
         return (len(to_matrix(module, "linear", weight_of(module))),)
     return tuple(module.get_parameter(key).shape)

@@ -161,10 +161,10 @@ def _orthogonal(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
     U = torch.cat([u for u, _, _ in parts], -1)
     S = torch.cat([s for _, s, _ in parts], -1)
     V = torch.cat([v for _, _, v in parts], -2)
-    return _whitened(V.mT, S).mT, _whitened(U, S) * S.unsqueeze(-2)
+    return _nearest_orthonormal(V.mT, S).mT, _nearest_orthonormal(U, S) * S.unsqueeze(-2)
 
 
-def _whitened(U: Tensor, S: Tensor) -> Tensor:
+def _nearest_orthonormal(U: Tensor, S: Tensor) -> Tensor:
     """Return U·(UᵀU)^(-1/2), the nearest matrix with orthonormal columns.
 
     If columns are dependent, the result stays within the span of U. Directions with a singular value of zero
@@ -452,7 +452,7 @@ def _dense_of(pair: Pair) -> Tensor:
     return B @ A
 
 
-def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
+def scaled_by_module(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
     """Return the adapter with each module's change multiplied by `by(module)`, exactly.
 
     Only scales change, not tensors. Modules with a factor of 0 are dropped. Raises AdapterError for a factor

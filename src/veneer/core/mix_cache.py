@@ -200,7 +200,7 @@ def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
     return [] if any(t.requires_grad for t in acting) else out
 
 
-def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
+def _stacked_product(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
     """Return all pairs as one product.
 
     A is (Σ rank, …) and includes strengths and scales; B is (out, Σ rank, …)."""
@@ -269,7 +269,7 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
     changes = [(d, s) for a, s in mix if (d := a.deltas.get(f"{name}.weight")) is not None]
     total = weight.to(_wide(weight)) if unstacked or changes else weight
     if plain:  # the product sums in float32 for every dtype, and rounds once
-        stack = _stack(plain, total.dtype)
+        stack = _stacked_product(plain, total.dtype)
         total = torch.addmm(total.flatten(1), stack.B.flatten(1), stack.A.flatten(1)).view(weight.shape)
     for pair, strength in unstacked:
         total = total + delta(base, pair) * strength
@@ -290,7 +290,7 @@ def _stacked(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cac
         return None
     if any(f"{name}.{key}" in a.deltas for a, _ in mix for key in ("weight", "bias")):
         return None
-    return _cached(mix, sources, product=_stack(pairs, base.weight.dtype))
+    return _cached(mix, sources, product=_stacked_product(pairs, base.weight.dtype))
 
 
 def _cached(

@@ -47,7 +47,7 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     problems: list[str] = []
-    for name, value in _walk(_unwrapped(_load(path)), path.name):
+    for name, value in _walk(_state_dict_of(_load(path)), path.name):
         if isinstance(value, Tensor):
             tensor = value.detach()
             if name in tensors:
@@ -101,7 +101,7 @@ def _load(path: Path) -> Any:
         raise AdapterError(message, where=str(path), fix="download or copy the file again") from None
 
 
-def _unwrapped(value: Any) -> Any:
+def _state_dict_of(value: Any) -> Any:
     """Return the state dict inside a wrapper such as {"state_dict": …}.
 
     Other values of the wrapper (epoch, step) become metadata."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
+def open_image(path: str | Path) -> Iterator[tuple[Image, bytes]]:
     """Yield the decoded image and the bytes of its file.
 
     Raises DataError if the file is not a valid image, including decoding errors raised inside the with-block.

@@ -46,7 +46,7 @@ def differences(source: Adapter, read_back: Adapter) -> list[str]:
                 out.append(f"{name}: {'lost' if d is None else 'an unexpected change'}")
         elif (problem := _delta_problem(c, d)) is not None:
             out.append(f"{name}: {problem}")
-    replaced, replaced_back = _replaced(source), _replaced(read_back)
+    replaced, replaced_back = _replacement_tensors(source), _replacement_tensors(read_back)
     for name in sorted({*replaced, *replaced_back}):
         mine, theirs = replaced.get(name), replaced_back.get(name)
         if mine is None or theirs is None or not torch.equal(mine.double(), theirs.double()):
@@ -54,7 +54,7 @@ def differences(source: Adapter, read_back: Adapter) -> list[str]:
     return out
 
 
-def _replaced(adapter: Adapter) -> dict[str, Tensor]:
+def _replacement_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return full copies and token rows by names that include everything to compare."""
     out = {f"{name}.{key}": t for name, tensors in adapter.modules.items() for key, t in tensors.items()}
     return out | {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}

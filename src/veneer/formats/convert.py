@@ -179,7 +179,7 @@ def _check_name(path: Path, to: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Done:
+class _EncodingResult:
     """The result of encoding an adapter.
 
     `written`: the adapter in the form in which it was written. `read_back`: the adapter read back. `pairs`:
@@ -192,7 +192,7 @@ class _Done:
     pairs: list[Pair]
 
 
-def _ranks(done: _Done) -> dict[int, int]:
+def _ranks(done: _EncodingResult) -> dict[int, int]:
     return dict(sorted(Counter(p.rank for p in done.pairs).items()))
 
 
@@ -209,7 +209,7 @@ def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, li
     return source, notes
 
 
-def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _Done]) -> _Done:
+def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _EncodingResult]) -> _EncodingResult:
     """Return the result of `build`.
 
     An AdapterError without a workaround is raised with the layouts that would work."""
@@ -242,7 +242,7 @@ def _other_layouts(source: Adapter, to: str, family: str | None) -> str:
 
 def _encoded(
     source: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str]
-) -> _Done:
+) -> _EncodingResult:
     if to in _PIPELINES:
         return _for_pipelines(source, to, _family(source, family, to), metadata, name, notes)
     if to == "peft":
@@ -256,12 +256,12 @@ def _encoded(
     read_back = peft.interpret(config, tensors).adapter
     _compare(written if to == "peft" else source, read_back, to)
     _check_reachable(source, tensors, to)
-    return _Done(
+    return _EncodingResult(
         EncodedAdapter(tensors, {"format": "pt"}, config, notes), written, read_back, None, list(written.pairs.values())
     )
 
 
-def _folder_digest(source: Adapter, done: _Done) -> str | None:
+def _folder_digest(source: Adapter, done: _EncodingResult) -> str | None:
     """Return the written folder's digest under canonical module names.
 
     None if a reader would keep the folder's own names."""
@@ -285,7 +285,7 @@ def _servable(source: Adapter, to: str) -> Adapter:
 
 def _gguf(
     source: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
-) -> _Done:
+) -> _EncodingResult:
     """Write a GGUF file at `path`, read it back and compare."""
     written = folded(_servable(source, "gguf"))
     if architecture is None:
@@ -299,7 +299,7 @@ def _gguf(
     tensors = {key: file.tensor(key) for key in sorted(file.entries)}
     fields = {key: str(value) for key, value in sorted(file.fields.items())}
     encoded = EncodedAdapter(tensors, fields, {}, notes)
-    return _Done(encoded, written, read_back, architecture, list(written.pairs.values()))
+    return _EncodingResult(encoded, written, read_back, architecture, list(written.pairs.values()))
 
 
 def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
@@ -401,7 +401,7 @@ def _shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
 
 def _for_pipelines(
     source: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
-) -> _Done:
+) -> _EncodingResult:
     """Return the encoding for kohya, comfyui or diffusers: one safetensors file.
 
     The file's metadata contains the card."""
@@ -434,7 +434,7 @@ def _for_pipelines(
     read_back = read_state_dict(tensors, described, where=to).adapter
     _compare(source, read_back, to)
     _check_reachable(source, tensors, to, family)
-    return _Done(EncodedAdapter(tensors, described, {}, notes), source, read_back, family.name, pairs)
+    return _EncodingResult(EncodedAdapter(tensors, described, {}, notes), source, read_back, family.name, pairs)
 
 
 def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str, ModuleChanges]:

@@ -71,7 +71,7 @@ def diffusers_tensors(
             parts[component][module] = changes
     configs: dict[str, dict[str, Any]] = {}
     for component, changes_in_part in parts.items():
-        if _are_sayable(changes_in_part, component, refused):
+        if _is_expressible(changes_in_part, component, refused):
             names = [m for m in family.modules if m.startswith(f"{component}.")]
             encoded, configs[component] = _component(changes_in_part, component, names)
             tensors |= encoded
@@ -83,7 +83,7 @@ def _is_norm(module: str, changes: ModuleChanges, family: Family) -> bool:
     return named_norm and set(changes.full) == {"weight"} and changes.pair is None and not changes.deltas
 
 
-def _are_sayable(by_module: Mapping[str, ModuleChanges], component: str, refused: Refusals) -> bool:
+def _is_expressible(by_module: Mapping[str, ModuleChanges], component: str, refused: Refusals) -> bool:
     """Return whether PEFT's settings can express the changes of a component.
 
     Adds reasons to `refused`."""

@@ -144,7 +144,7 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
         card.extra["software"] = metadata["software"]
     card.base = _text_unless_none(metadata.get("ss_sd_model_name", ""))
     card.licence = metadata.get("modelspec.license", "")
-    card.created = metadata.get("modelspec.date", "") or _moment(metadata.get("ss_training_finished_at", ""))
+    card.created = metadata.get("modelspec.date", "") or _iso_time(metadata.get("ss_training_finished_at", ""))
     card.parents = [p.strip() for p in metadata.get("modelspec.merged_from", "").split(",") if p.strip()]
     card.rank = int(_number(metadata.get("ss_network_dim", "")))
     card.alpha = _number(metadata.get("ss_network_alpha", ""))
@@ -186,7 +186,7 @@ def _number(text: str) -> float:
     return value if 0 < value < 1 << 31 else 0.0
 
 
-def _moment(text: str) -> str:
+def _iso_time(text: str) -> str:
     """Return seconds since 1970 as ISO 8601 in UTC."""
     seconds = int(_number(text))
     return datetime.fromtimestamp(seconds, tz=UTC).isoformat() if seconds else ""

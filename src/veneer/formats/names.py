@@ -53,12 +53,12 @@ def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
     for module in family.modules:
         component, _, local_name = module.partition(".")
         targets: tuple[ModuleTarget, ...] = (ModuleTarget(module),)
-        for text in (local_name, *_old(local_name)) if component == denoiser else ():
+        for text in (local_name, *_legacy_attention_names(local_name)) if component == denoiser else ():
             out[text] = out[f"{denoiser}.{text}"] = targets
             for prefix in _DENOISER_FLAT:
                 out[prefix + flat(text)] = targets
         if component != denoiser:
-            for text in (local_name, *_old(local_name)):
+            for text in (local_name, *_legacy_attention_names(local_name)):
                 out[f"{component}.{text}"] = targets
                 if local_name.startswith("text_model."):  # transformers 5 removed this prefix from the class
                     out[f"{component}.{text.removeprefix('text_model.')}"] = targets
@@ -79,7 +79,7 @@ def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
     return out
 
 
-def _old(name: str) -> Iterator[str]:
+def _legacy_attention_names(name: str) -> Iterator[str]:
     """Yield the names that diffusers used for an attention projection before PEFT."""
     parent, _, projection = name.removesuffix(".0").rpartition(".")
     if re.fullmatch(r"to_[qkv]|to_out|to_add_out|add_[qkv]_proj", projection):
@@ -333,7 +333,7 @@ def _fits(
     """Return whether the family has half of the names and its shapes and depth fit.
 
     wide: the subset of `shapes` to compare widths with."""
-    if 2 * len(matches) < len(shapes) or _deeper(name, matches, shapes):
+    if 2 * len(matches) < len(shapes) or _has_extra_block(name, matches, shapes):
         return False
     width_checks = [_width(name, targets[0].module, wide.get(text)) for text, targets in matches.items()]
     widths = [ok for ok in width_checks if ok is not None]
@@ -342,7 +342,7 @@ def _fits(
     return is_complete and all(widths) and (not ratios or any(ratios))
 
 
-def _deeper(name: str, matches: Mapping[str, tuple[ModuleTarget, ...]], shapes: Iterable[str]) -> bool:
+def _has_extra_block(name: str, matches: Mapping[str, tuple[ModuleTarget, ...]], shapes: Iterable[str]) -> bool:
     """Return whether the file has the block that would follow the family's last block."""
     family = _all()[name]
     return family.denoiser != "unet" and any(

@@ -250,7 +250,7 @@ class _Reader:
         self._check_targets()
         self.notes += [
             f"{key} {pattern!r} matches no module of the adapter: it has no effect"
-            for key, pattern in cfg.idle_patterns(self.config, [self._key(name) for name in self.pairs])
+            for key, pattern in cfg.unmatched_patterns(self.config, [self._key(name) for name in self.pairs])
         ]
         self.pairs, notes, wrong = moe.fuse(self.pairs, self.base)
         self.notes += notes
@@ -479,7 +479,7 @@ class _Reader:
                 f"{name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)} are in the file, but target_modules "
                 "omits this module, so PEFT would leave them out silently"
             )
-        idle, all_of_them = cfg.idle_targets(config, plain)
+        idle, all_of_them = cfg.unmatched_targets(config, plain)
         all_of_them = all_of_them and not parameters  # with target_parameters, PEFT accepts idle target_modules
         if idle and all_of_them:
             self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, and there are no tensors for any")

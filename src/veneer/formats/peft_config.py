@@ -398,7 +398,7 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
     return match is not None and int(match["idx"]) in config.layers
 
 
-def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
+def unmatched_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
     """Return the entries of target_modules that select none of `names`.
 
     Also returns whether these are all entries. A regular expression counts as one entry."""
@@ -417,7 +417,7 @@ def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], b
     return idle, len(idle) == len(entries)
 
 
-def idle_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str, str]]:
+def unmatched_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str, str]]:
     """Return (key, pattern) for each pattern that matches none of `names`.
 
     key: "rank_pattern" or "alpha_pattern"."""

@@ -153,7 +153,7 @@ class ImagePipeline:
         for name, strength in parsed:
             resolved.append((name, in_campaign(strength, self.base.prediction, self.modules)))
             if strength.campaign:
-                self.say(f"note: {campaign_note(label_of(name), strength, resolved[-1][1])}")
+                self.say(f"note: {role_note(label_of(name), strength, resolved[-1][1])}")
         return tuple(resolved)
 
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
@@ -226,7 +226,7 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
     return notes
 
 
-def campaign_note(label: str, requested: Strength, resolved: Strength) -> str:
+def role_note(label: str, requested: Strength, resolved: Strength) -> str:
     """Return a note about the blocks and steps that a role selects (`in_campaign`)."""
     part = str(resolved).partition("@")[2] or "all blocks and steps"
     return f"{label} is the campaign's {requested.campaign}: {part}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, DataError, MissingExtraError
-from veneer.files.pictures import opened_picture, upright
+from veneer.files.pictures import open_image, upright
 from veneer.models.builtin import PACKAGED
 from veneer.models.image.generate import fitted_picture
 
@@ -33,7 +33,7 @@ _FORM = re.compile(
     r"(?::(?P<weight>[^:@/\\]+))?(?:@(?P<begin>[0-9.]+)-(?P<end>[0-9.]+))?"
 )
 _EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
-OWN_KINDS = {"canny": "canny", "edges": "canny", "depth": "depth"}
+CONTROL_KINDS = {"canny": "canny", "edges": "canny", "depth": "depth"}
 """Kind of control image -> the kind that the ControlNet was trained on."""
 CANNY = (100, 200)
 """Gradient thresholds: values below the first are not edges, and values above the second are edges."""
@@ -43,7 +43,7 @@ CANNY = (100, 200)
 class ControlSpec:
     """A control image with its ControlNet and weight.
 
-    model: a ControlNet's name or folder; "" is the base's own ControlNet of a kind in OWN_KINDS."""
+    model: a ControlNet's name or folder; "" is the base's own ControlNet of a kind in CONTROL_KINDS."""
 
     kind: str
     path: str
@@ -70,8 +70,8 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
         weight = begin = end = math.nan
     if not math.isfinite(weight) or not 0 <= begin < end <= 1:
         raise ConfigError(f"{spec!r} has a weight or a range of steps that is not valid", fix=_EXAMPLE)
-    if parsed["kind"] not in OWN_KINDS and not parsed["model"]:
-        fix = f"name it, as in {parsed['kind']}@FOLDER={parsed['path']}; {', '.join(OWN_KINDS)} take the base's own"
+    if parsed["kind"] not in CONTROL_KINDS and not parsed["model"]:
+        fix = f"name it, as in {parsed['kind']}@FOLDER={parsed['path']}; {', '.join(CONTROL_KINDS)} take the base's own"
         raise ConfigError(f"control {parsed['kind']!r} needs a ControlNet", fix=fix)
     return ControlSpec(parsed["kind"], parsed["path"], weight, parsed["model"] or "", begin, end)
 
@@ -82,7 +82,7 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
     A built-in base's ControlNet, or one on the hub. Raises ConfigError if none is known."""
     if spec.model:
         return spec.model
-    kind = OWN_KINDS[spec.kind]
+    kind = CONTROL_KINDS[spec.kind]
     if not base.row.control:
         fix = "leave controls out" + ("; it takes pictures as references (--reference)" if base.references else "")
         raise ConfigError(f"diffusers has no ControlNet for {base.row.label}", where=base.name, fix=fix)
@@ -104,8 +104,8 @@ def _one_frame(picture: Image, where: str) -> Image:
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
     """Return the image, upright and opaque, and the sha256 of its file.
 
-    Raises the errors of `opened_picture`."""
-    with opened_picture(path) as (opened, data):
+    Raises the errors of `open_image`."""
+    with open_image(path) as (opened, data):
         return flattened(_one_frame(opened, str(path)), paper), hashlib.sha256(data).hexdigest()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
-from veneer.files.pictures import opened_picture
+from veneer.files.pictures import open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,7 +106,7 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     """Return the record of an image, or None if the image has none.
 
     Raises DataError for a file that is not an image, and for a record that is not JSON."""
-    with opened_picture(path) as (picture, _):
+    with open_image(path) as (picture, _):
         text = picture.info.get("veneer")
     if not isinstance(text, str):
         return None

@@ -1,7 +1,7 @@
 """Canary release: compare a job's adapter, move its route, roll back.
 
     compared = compare_job(store, lease, tenants, result, base)     scores of base, serving, new; on the card
-    place_job(store, lease, tenants, reference, compared)           moves the route, as the rule says
+    release_job(store, lease, tenants, reference, compared)           moves the route, as the rule says
 
     promote_job(store, tenants, "acme", job)                        manually: all users
     rollback_job(store, tenants, "acme", job)                       restores the targets from before the job
@@ -73,7 +73,7 @@ def compare_job(
     return data
 
 
-def place_job(
+def release_job(
     store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
 ) -> None:
     """Move the job's route once, for the adapter `reference`.

@@ -33,7 +33,7 @@ def job_of_tag(tag: str) -> str:
     return job if kind in ("job", "step-of", "steps-of") else ""
 
 
-def steps_name(job: Job) -> str:
+def checkpoint_name(job: Job) -> str:
     """Return the library name for a job's checkpoints during training.
 
     It differs from the job's name, so that an unfinished adapter is never the newest version of the job's
@@ -46,7 +46,7 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
 
     Only checkpoints with an adapter folder (`checkpoint.adapters`) are added. Existing versions do not
     change."""
-    name = steps_name(job)
+    name = checkpoint_name(job)
     published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     references: dict[int, str] = {}
     for step, folder in by_step(run / "checkpoints").items():

@@ -39,7 +39,7 @@ class ExitStatus:
     memory: bool = False
 
 
-_BEYOND, _BESIDE = 1.5, 512 << 20
+_MEMORY_FACTOR, _BESIDE = 1.5, 512 << 20
 """Memory limit of a process: a factor on the planned peak, plus bytes. Plans are off by about 10 %."""
 
 
@@ -49,7 +49,7 @@ def memory_of(job: Job) -> int:
     0 (no limit) if the plan is for a GPU."""
     plan = job.plan or {}
     planned = int(plan.get("peak_bytes") or 0) if plan.get("device", {}).get("name") == "cpu" else 0
-    return int(planned * _BEYOND) + _BESIDE if planned else 0
+    return int(planned * _MEMORY_FACTOR) + _BESIDE if planned else 0
 
 
 class LocalExecutor:

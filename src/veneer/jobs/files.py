@@ -106,7 +106,7 @@ class Files:
         id: the id of a file that the server itself creates; exempt from quotas. An existing file with this id
             is
             not replaced."""
-        sha256, size = _measure(source)
+        sha256, size = _hash_and_size(source)
         if not size:
             raise invalid("the file is empty", "file", "send a file with something in it")
         now = self.clock()
@@ -271,7 +271,7 @@ def _content(path: str) -> tuple[str, str]:
     return "" if tenant == "_" else tenant, sha256
 
 
-def _measure(source: IO[bytes]) -> tuple[str, int]:
+def _hash_and_size(source: IO[bytes]) -> tuple[str, int]:
     """Return (sha256, size in bytes) of a stream, read from its beginning."""
     digest, size = hashlib.sha256(), 0
     source.seek(0)

@@ -20,7 +20,7 @@ from veneer.files.rights import private_folder
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.store import UNFINISHED, JobStore, jobs_home
 from veneer.train.records import read_data_files
-from veneer.train.text.rows import About, Row, UnusableRow, parse_rows
+from veneer.train.text.rows import Row, RowsSummary, UnusableRow, parse_rows
 
 _GRACE = 3600.0
 """Seconds that a folder without a job is kept, because its job can still be created."""
@@ -42,7 +42,7 @@ class FilePreview:
     columns: tuple[str, ...] = ()
     rows: tuple[Row | UnusableRow, ...] = ()
     complete: bool = False
-    about: About | None = None
+    about: RowsSummary | None = None
     problem: str = ""
 
 

@@ -325,8 +325,8 @@ def error_to_openai(job: Job) -> dict[str, Any] | None:
         return None
     error = {key: str(value) for key, value in job.error.items() if value}
     kind = error.get("kind", "failed")
-    if kind in _OURS:
-        return {"code": _CODES[kind], "message": _OURS[kind], "param": None}
+    if kind in _OPERATOR_ERRORS:
+        return {"code": _CODES[kind], "message": _OPERATOR_ERRORS[kind], "param": None}
     text = ": ".join(error[key] for key in ("where", "message") if key in error)
     param = next((param for path, param in _paths(job).items() if path in text), None)
     param = param or ("training_file" if kind in ("data", "preflight") else None)
@@ -339,7 +339,7 @@ def error_to_openai(job: Job) -> dict[str, Any] | None:
 
 
 _CODES = {"overbudget": "budget_exceeded", "internal": "server_error", "died": "server_error", "lost": "server_error"}
-_OURS = {
+_OPERATOR_ERRORS = {
     "internal": "something went wrong here, by no fault of the job's; the operator of this server finds it in its log",
     "died": "its process died again and again; the operator of this server finds in its log why",
     "lost": "its worker was lost again and again; the operator of this server finds in its log why",
@@ -371,8 +371,8 @@ def _event_text(job: Job, event: JobEvent) -> str:
 
     Of a preflight event, only the findings about the rows."""
     kind = (job.error or {}).get("kind")
-    if kind in _OURS and event.data.get("state") == "failed":
-        return f"failed: {_OURS[kind]}"
+    if kind in _OPERATOR_ERRORS and event.data.get("state") == "failed":
+        return f"failed: {_OPERATOR_ERRORS[kind]}"
     if event.kind != "preflight":
         return _in_one_line(str(event.data.get("public", event.message)).removeprefix("warning: "))
     findings = event.data.get("findings") or ()
@@ -423,7 +423,7 @@ _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
 """Kind of event -> metric -> OpenAI's names for the metric.
 
 Every validation uses all held-out rows, so its metrics also count as `full_valid`."""
-MEASURED = tuple(_METRICS)
+METRIC_KINDS = tuple(_METRICS)
 """The kinds of events that have metrics."""
 
 
@@ -437,7 +437,7 @@ def event_to_openai(job: Job, event: JobEvent) -> dict[str, Any]:
         "level": event.level,
         "message": _plain_text(job, _event_text(job, event)),
         "data": json.loads(_plain_text(job, json.dumps(data))),
-        "type": "metrics" if event.kind in MEASURED else "message",
+        "type": "metrics" if event.kind in METRIC_KINDS else "message",
     }
 
 

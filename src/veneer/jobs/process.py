@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.files.rights import forbid_inspection
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.canary import compare_job, place_job
+from veneer.jobs.canary import compare_job, release_job
 from veneer.jobs.executors import JOB_VARIABLE
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
 from veneer.jobs.validate import error_json, has_evaluation, is_retryable, job_config, validate_job
@@ -92,7 +92,7 @@ def _train_and_publish(reporter: _JobReporter) -> int:
         raise
     except BaseException as error:
         print(error, file=sys.stderr, flush=True)
-        return _settle(reporter, error)
+        return _record_failure(reporter, error)
 
 
 def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: TextBase | None) -> str:
@@ -102,8 +102,8 @@ def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: 
     library, job = store.library, lease.job
     with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
         compared = compare_job(store, lease, tenants, result, base)
-        reference = _published(library, job, result)
-        place_job(store, lease, tenants, reference, compared)
+        reference = _add_adapter(library, job, result)
+        release_job(store, lease, tenants, reference, compared)
     if job.about.get("publish") == "checkpoints":
         from veneer.jobs.checkpoints import publish_checkpoints  # imported late: a worker needs no torch
 
@@ -114,7 +114,7 @@ def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: 
     return reference
 
 
-def _settle(reporter: _JobReporter, error: BaseException) -> int:
+def _record_failure(reporter: _JobReporter, error: BaseException) -> int:
     """Record the error that ended a run; return the exit code of `run_job`."""
     store, lease = reporter.store, reporter.lease
     with contextlib.suppress(LeaseLost):
@@ -169,7 +169,7 @@ def _folder(job: Job) -> Path:
     return folder
 
 
-def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
+def _add_adapter(library: Library, job: Job, result: Mapping[str, Any]) -> str:
     """Add the adapter to the library, and return its reference.
 
     If an earlier, killed process already added the adapter, returns that version. If checkpoints are

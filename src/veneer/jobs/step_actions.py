@@ -1,6 +1,6 @@
 """Actions on a job's checkpoints: store an adapter, find sample images.
 
-    keep_step(store, job, 300, alias="prod")       support@prod is the adapter of step 300
+    store_checkpoint(store, job, 300, alias="prod")       support@prod is the adapter of step 300
     sample_file(store, store.get(…), 300)          the image grid of step 300
 
 A checkpoint can be stored if its adapter is in the library: during training (with `checkpoint.adapters`), or
@@ -17,7 +17,7 @@ from veneer.library.names import check_alias
 from veneer.library.queries import Version
 
 
-def keep_step(
+def store_checkpoint(
     store: JobStore, job_id: str, step: int | None = None, *, alias: str = "", tenant: str | None = None
 ) -> Version:
     """Store a checkpoint's adapter as the newest version of the job's name.

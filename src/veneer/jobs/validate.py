@@ -65,12 +65,12 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
     """Return the device to plan jobs for: the named GPU, or this machine's."""
     import torch
 
-    from veneer.plan.tables import cpu_device, device_named, device_of_card
+    from veneer.plan.tables import cpu_device, device_by_cuda_name, device_named
 
     if gpu is not None:
         return device_named(gpu, count=count)
     if torch.cuda.is_available():
-        return device_of_card(torch.cuda.get_device_name(), int(torch.cuda.mem_get_info()[1]))
+        return device_by_cuda_name(torch.cuda.get_device_name(), int(torch.cuda.mem_get_info()[1]))
     return cpu_device()
 
 

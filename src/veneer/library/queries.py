@@ -39,7 +39,7 @@ _HEALTHS = ("sound", "faulty", "unknown")
 """Possible results of an adapter's last checks; unknown if no check has run."""
 
 _T = TypeVar("_T")
-_SOME = 500  # maximum number of values in an IN list
+_MAX_IN = 500  # maximum number of values in an IN list
 
 
 @dataclass
@@ -152,7 +152,7 @@ def find_versions(connection: Connection, reference: Reference) -> list[Version]
             .order_by(v.added.desc(), v.name, v.version.desc())
         ).all()
         firsts = {row.digest or row.entry: row for row in reversed(rows)}
-        return _full(connection, sorted(firsts.values(), key=lambda row: (row.name, row.version)))
+        return _load_versions(connection, sorted(firsts.values(), key=lambda row: (row.name, row.version)))
     query = _versions().where(v.name == reference.name)
     if reference.version is not None:
         query = query.where(v.version == reference.version)
@@ -161,7 +161,7 @@ def find_versions(connection: Connection, reference: Reference) -> list[Version]
         query = query.where(v.version == pointed.scalar_subquery())
     else:
         query = query.where(v.version == select(n.latest).where(n.name == reference.name).scalar_subquery())
-    return _full(connection, connection.execute(query).all())
+    return _load_versions(connection, connection.execute(query).all())
 
 
 def search(
@@ -184,7 +184,7 @@ def search(
     base: the base's full name, the last part of its name, or a prefix of its fingerprint.
     more: name (a prefix of the version's name), trigger (one of its trigger words, in any case), parent
         (the digest of a parent, or a prefix), all_versions."""
-    conditions = [*_fitting(text, **more), *_tagged(tags), *_of_base(base)]
+    conditions = [*_match_conditions(text, **more), *_tagged(tags), *_of_base(base)]
     return _page(connection, conditions, (), limit, offset)
 
 
@@ -204,7 +204,7 @@ def _page(
     versions: dict[Any, Version] = {}
     for keys_part in _parts(page):
         rows = connection.execute(_versions().where(tuple_(v.name, v.version).in_(keys_part))).all()
-        versions |= {(each.name, each.version): each for each in _full(connection, rows)}
+        versions |= {(each.name, each.version): each for each in _load_versions(connection, rows)}
     return [versions[key] for key in page]
 
 
@@ -245,7 +245,10 @@ def browse(
     }
     used = [(facet, conditions_of) for facet, conditions_of in filters.items() if conditions_of]
     flags = [case((and_(*each), 1), else_=0).label(f"is_{facet}") for facet, each in used]
-    conditions = [*_fitting(text, **more), *([_accessible(connection, can_access)] if can_access is not None else [])]
+    conditions = [
+        *_match_conditions(text, **more),
+        *([_accessible(connection, can_access)] if can_access is not None else []),
+    ]
     if without:
         other_tags = ix.tags.alias().c
         excluded = other_tags.tag.startswith(without, autoescape=True)
@@ -283,7 +286,7 @@ def family_of(connection: Connection, version: Version) -> AdapterFamily:
 
     def select_versions(condition: ColumnElement[bool]) -> list[Version]:
         rows = connection.execute(_versions().where(condition).order_by(v.added.desc(), v.name, v.version.desc()))
-        return _full(connection, rows.all())
+        return _load_versions(connection, rows.all())
 
     parents = select_versions(e.digest.in_(version.parents)) if version.parents else []
     children = select_versions(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
@@ -307,7 +310,7 @@ def checks_of(connection: Connection, entry: str) -> list[dict[str, Any]]:
     return [dict(row._mapping) for row in rows]
 
 
-def _fitting(
+def _match_conditions(
     text: str = "", *, name: str = "", trigger: str = "", parent: str = "", all_versions: bool = False
 ) -> list[ColumnElement[bool]]:
     v, e, n, t = ix.versions.c, ix.entries.c, ix.names.c, ix.tags.c
@@ -369,7 +372,7 @@ def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> Column
     return and_(column >= prefix, column < prefix + after)
 
 
-def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
+def _load_versions(connection: Connection, rows: Sequence[Any]) -> list[Version]:
     """Return rows as versions, with their tags, aliases, trigger words and parents."""
     t, a, w, p = ix.tags.c, ix.name_aliases.c, ix.triggers.c, ix.parents.c
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
@@ -396,7 +399,7 @@ def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
 
 
 def _parts(values: Sequence[_T]) -> Iterable[Sequence[_T]]:
-    return (values[i : i + _SOME] for i in range(0, len(values), _SOME))
+    return (values[i : i + _MAX_IN] for i in range(0, len(values), _MAX_IN))
 
 
 def record(connection: Connection, name: str) -> dict[str, Any]:
@@ -404,7 +407,7 @@ def record(connection: Connection, name: str) -> dict[str, Any]:
     n, a = ix.names.c, ix.name_aliases.c
     following = connection.scalar(select(n.next).where(n.name == name)) or 1
     pointers = connection.execute(select(a.alias, a.version).where(a.name == name)).all()
-    versions = _full(connection, connection.execute(_versions().where(ix.versions.c.name == name)).all())
+    versions = _load_versions(connection, connection.execute(_versions().where(ix.versions.c.name == name)).all())
     kept = ("entry", "added", "source", "tags", "digest", "format", "card")
     by_number = {str(v.version): {field: getattr(v, field) for field in kept} for v in versions}
     aliases = {row.alias: row.version for row in pointers}

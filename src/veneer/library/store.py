@@ -199,7 +199,7 @@ class LocalStore:
         The files are copies if the file system has no hard links. Raises FileNotFoundError if a blob is
         missing."""
         target = self.root / "folders" / entry
-        if _holds(target, files):
+        if _has_files(target, files):
             return target
         with self.temporary(folder=True) as (temporary, _):
             for name, (sha256, _size) in files.items():
@@ -211,14 +211,14 @@ class LocalStore:
                 except OSError:
                     shutil.copyfile(blob, temporary / name)
                     os.chmod(temporary / name, 0o444)
-            if not _holds(temporary, files):
+            if not _has_files(temporary, files):
                 raise FileNotFoundError(f"blobs of entry {entry} have other sizes than its manifest says")
             target.parent.mkdir(parents=True, exist_ok=True)
-            while not _holds(target, files):
+            while not _has_files(target, files):
                 try:
                     os.rename(temporary, target)
                 except OSError:  # another process created the folder, or a user removed files from it
-                    if target.exists() and not _holds(target, files):
+                    if target.exists() and not _has_files(target, files):
                         self.drop_folder(entry)
         return target
 
@@ -384,7 +384,7 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _holds(folder: Path, files: Mapping[str, tuple[str, int]]) -> bool:
+def _has_files(folder: Path, files: Mapping[str, tuple[str, int]]) -> bool:
     """Return whether a folder has exactly these files, with the right sizes."""
     try:
         return {e.name: e.stat().st_size for e in os.scandir(folder)} == {n: size for n, (_, size) in files.items()}

@@ -38,7 +38,7 @@ def _table() -> dict[str, dict[str, Any]]:
     return table
 
 
-def usual_fields(kind: str, installed: Mapping[str, Any]) -> dict[str, Any]:
+def default_fields(kind: str, installed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the default field values of a model type or a diffusers class.
 
     `installed`: the installed library's defaults, used for fields and types that the table does not

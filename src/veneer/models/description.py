@@ -23,7 +23,7 @@ from veneer.models.image.files import (
     parts_fingerprint,
     read_index,
     require_diffusers,
-    table_of,
+    stored_tensors,
     unreadable,
 )
 from veneer.models.loading import loading
@@ -93,7 +93,7 @@ def _image_directory(name: str, path: Path) -> dict[str, Any]:
             continue
         parts[part] = _on_meta(path / part, library, classname)
         if isinstance(parts[part], nn.Module):
-            tables[part], _ = table_of(path / part)
+            tables[part], _ = stored_tensors(path / part)
     denoiser, vae = parts[family.denoiser], parts["vae"]
     stored = stored_dtype(tables[family.denoiser])
     dtype, reason = choose_dtype("auto", choose_device("auto"), stored)

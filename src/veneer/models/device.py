@@ -177,7 +177,7 @@ def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path(
     return max(1, min(len(_allowed()), math.ceil(limit) if limit is not None else sys.maxsize))
 
 
-def settle_threads() -> None:
+def limit_threads() -> None:
     """Lower torch's number of threads to `thread_count()`, unless already changed.
 
     torch respects the affinity mask but ignores the quota. When a process exceeds its quota, the kernel stops

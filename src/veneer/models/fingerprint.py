@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.files.atomic import replace_file
 from veneer.files.weights import StoredTensor, digests, tensor_table
-from veneer.models.architecture import NOT_SHAPE, plain_value, usual_fields
+from veneer.models.architecture import NOT_SHAPE, default_fields, plain_value
 from veneer.models.home import veneer_home
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
         installed: Mapping[str, Any] = type(config)().to_dict()
     except Exception:  # Some config classes cannot be created without arguments, so they have no defaults.
         installed = {}
-    fields = _differing(mine, usual_fields(config.model_type, installed))
+    fields = _differing(mine, default_fields(config.model_type, installed))
     fields["model_type"] = config.model_type
     return fields
 

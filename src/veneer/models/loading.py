@@ -82,21 +82,21 @@ def errors_only() -> Iterator[None]:
                 _restore.close()
 
 
-def straight_to(device: torch.device | None) -> dict[str, torch.device] | None:
+def device_map_to(device: torch.device | None) -> dict[str, torch.device] | None:
     """Return the transformers device_map that loads weights directly to `device`.
 
     The host then holds only a few tensors at a time. Returns None for the CPU."""
     return None if device is None or device.type == "cpu" else {"": device}
 
 
-def _matters(record: logging.LogRecord) -> bool:
+def _keep_record(record: logging.LogRecord) -> bool:
     """Return False for bitsandbytes' warning about missing hub kernels.
 
     veneer does not use these kernels, but PEFT imports bitsandbytes whenever diffusers is imported."""
     return "gemm_4bit_forward" not in str(record.msg)
 
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_matters)
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_keep_record)
 
 
 def _switch_off(stack: ExitStack) -> None:

@@ -126,7 +126,7 @@ def projection_of(module: nn.Module) -> LinearMap | None:
     return LinearMap(module.weight, module.bias)
 
 
-def _start_of(tensor: Tensor) -> tuple[int, int]:
+def _storage_position(tensor: Tensor) -> tuple[int, int]:
     """Return a tensor's storage, and the offset of its first element.
 
     Equal results mean the same memory, also for meta tensors."""
@@ -135,10 +135,10 @@ def _start_of(tensor: Tensor) -> tuple[int, int]:
 
 def _as_consecutive_rows(weights: list[Tensor]) -> Tensor | None:
     """Return a view with these weights as consecutive rows, or None if impossible."""
-    storage, first = _start_of(weights[0])
+    storage, first = _storage_position(weights[0])
     columns, rows = weights[0].shape[1], 0
     for weight in weights:
-        if _start_of(weight) != (storage, first + rows * columns) or not weight.is_contiguous():
+        if _storage_position(weight) != (storage, first + rows * columns) or not weight.is_contiguous():
             return None
         rows += len(weight)
     return weights[0].detach().as_strided((rows, columns), (columns, 1), first)
@@ -164,7 +164,7 @@ class FusedProjection:
         if len(quantized) == len(parameters):
             self.weight = stacked_rows(quantized)
             return
-        if len(modules) < 2 or quantized or len({_start_of(p) for p in parameters}) != len(parameters):
+        if len(modules) < 2 or quantized or len({_storage_position(p) for p in parameters}) != len(parameters):
             return
         self.weight = _as_consecutive_rows(parameters)
         if self.weight is not None or not move:
@@ -196,8 +196,8 @@ class FusedProjection:
                 return None
             at = 0
             for p in maps:
-                storage, offset = _start_of(p.weight)
-                if storage != _start_of(self.weight)[0] or offset != at * self.weight.shape[1]:
+                storage, offset = _storage_position(p.weight)
+                if storage != _storage_position(self.weight)[0] or offset != at * self.weight.shape[1]:
                     return None
                 at += len(p.weight)
         joined = join_maps(maps, self.weight)

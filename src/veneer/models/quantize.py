@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
 from veneer.files.weights import StoredTensor, read_values
-from veneer.models.loading import loading, straight_to
+from veneer.models.loading import device_map_to, loading
 from veneer.ops.cpu import memory
 from veneer.ops.quantization_formats import (
     KINDS,
@@ -131,7 +131,7 @@ def load_state(
 
     Returns (model, transformers' loading info). `kind`: format for the `quantized_weights`, or "" to keep the
     tensors as they are. `device`: as in `load_quantized`."""
-    with loading(), memory.returned_memory():
+    with loading(), memory.return_freed_memory():
         model, info = cls.from_pretrained(
             None,
             config=config,
@@ -139,7 +139,7 @@ def load_state(
             dtype=dtype,
             quantization_config=_quantizer(kind),
             output_loading_info=True,
-            device_map=straight_to(device),
+            device_map=device_map_to(device),
         )
     forget_quantizer(model)
     loop_over_experts(model, device)
@@ -171,7 +171,7 @@ def load_part(
     wide = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
     names, targets = set(quantized_weights(model)), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     info: dict[str, Any] = {"missing_keys": set(model.state_dict()), "unexpected_keys": set(), "mismatched_keys": set()}
-    with memory.returned_memory():
+    with memory.return_freed_memory():
         for name, lazy in lazy_state(table).items():
             if name not in targets:
                 info["unexpected_keys"].add(name)

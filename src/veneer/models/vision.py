@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import BaseError, ConfigError, lacks_memory, quoted
 from veneer.files.weights import stored_dtype, tensor_table
 from veneer.models.config import read_config_json
-from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
-from veneer.models.loading import check_loaded, errors_only, loading, straight_to
+from veneer.models.device import check_memory, choose_device, choose_dtype, limit_threads
+from veneer.models.loading import check_loaded, device_map_to, errors_only, loading
 from veneer.models.sources import base_outline, find_base
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def load_vision(
     path = find_base(name, say=say)
     table = tensor_table(path)
     where = choose_device(device)
-    settle_threads()
+    limit_threads()
     kind, reason = choose_dtype(dtype, where, stored_dtype(table))
     check_memory(path, sum(t.elements * kind.itemsize for t in table), kind, where)
     with loading():
@@ -159,7 +159,7 @@ def load_vision(
                 dtype=kind,
                 use_safetensors=True,
                 output_loading_info=True,
-                device_map=straight_to(where),
+                device_map=device_map_to(where),
                 **_HERE,
             ),
         )

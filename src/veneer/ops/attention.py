@@ -230,7 +230,7 @@ def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: T
     assert shared is not None
 
     def attend_unshared(*stored: Tensor) -> Tensor:
-        out: Tensor = _Taken.apply(attend(*(_Taken.apply(x, shared.places) for x in stored)), shared.firsts)
+        out: Tensor = _IndexSelect.apply(attend(*(_IndexSelect.apply(x, shared.places) for x in stored)), shared.firsts)
         return out
 
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
@@ -242,7 +242,7 @@ def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: T
     return F.pad(result, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else result
 
 
-class _Taken(torch.autograd.Function):
+class _IndexSelect(torch.autograd.Function):
     """x[at], where rows can repeat; gradients are summed in float32."""
 
     @staticmethod
@@ -446,7 +446,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, S, heads, _ = q.shape
     keep = n * S * heads * k.shape[1] * q.element_size() <= KEPT_BYTES
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
-        return _over_all(q, k, v)
+        return _full_attention(q, k, v)
     out: Tensor = _Cross.apply(q, k, v, keep)
     return out
 
@@ -516,10 +516,10 @@ def joint_attention_reference(
             x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
         x = x if turn is None else _rotate_pairs(x.contiguous(), turn)
         q, k = x.to(qkv.dtype).transpose(2, 3).unbind(0)
-    return _over_all(q, k, v)
+    return _full_attention(q, k, v)
 
 
-def _over_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q·kᵀ/√d)·v by torch, in the given dtype.
 
     q, k, v: (n, tokens, heads, d) → (n, S, heads·d)."""

@@ -91,7 +91,7 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor |
         raise IndexError("token_nll: a target is not a token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
     if correct is not None:
-        correct.copy_(likeliest(wide, y[:, 0]) & ~ignored)
+        correct.copy_(is_top_token(wide, y[:, 0]) & ~ignored)
     if gradient:
         # Compute p − 1 of the target from the wide value: rounding p near 1 to 16 bits first would give 0.
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
@@ -99,7 +99,7 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor |
     return nll[:, 0].masked_fill_(ignored, 0)
 
 
-def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+def is_top_token(logits: Tensor, targets: Tensor) -> Tensor:
     """Return whether each target's logit is the largest: (M,) bool.
 
     logits: (M, vocabulary), targets: (M,)."""
@@ -122,7 +122,7 @@ def token_nll(
 
     chunk: positions per chunk; None: `logits_chunk` of the device.
     copies: the weight's prepacked copies.
-    correct: (M,) bool, overwritten with `likeliest` of the logits.
+    correct: (M,) bool, overwritten with `is_top_token` of the logits.
 
     Raises IndexError for any other invalid target (on a GPU, the device's error). Reference:
     F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""

@@ -472,14 +472,14 @@ class StackedRows:
         if into is None:  # write into one allocation: concatenating afterwards would hold the parts twice
             device = next(iter(self.tensors().values())).device
             into = torch.empty(last - first, self.shape[-1], dtype=dtype, device=device)
-        for part, low, high, rows in self.parts_of(first, last):
+        for part, low, high, rows in self.adapter_components(first, last):
             part.dense(dtype, low, high, into[rows])
         return into
 
     def groups(self, first: int, last: int) -> Groups | None:
-        return Groups.joined([part.groups(low, high) for part, low, high, _ in self.parts_of(first, last)])
+        return Groups.joined([part.groups(low, high) for part, low, high, _ in self.adapter_components(first, last)])
 
-    def parts_of(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
+    def adapter_components(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
         """Yield the parts that contain rows first … last.
 
         Each item is (part, its first row, its last row, slice of the output rows)."""

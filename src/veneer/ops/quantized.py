@@ -324,7 +324,7 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
     if None in runs.values():
         return None
     y = x.new_empty(len(x), weight.last - weight.first)
-    for part, low, high, columns in stored.parts_of(weight.first, weight.last):
+    for part, low, high, columns in stored.adapter_components(weight.first, weight.last):
         runs[id(part)](x, part, low, high, None if bias is None else bias[columns], y[:, columns])
     return y
 

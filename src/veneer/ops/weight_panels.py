@@ -67,16 +67,16 @@ class Panels:
 
     @classmethod
     def int8(cls, weight: Tensor) -> Panels:
-        """Return W ≈ scale ⊙ q in panels, see `rounded8`; raises the errors of `from_weight`."""
-        q, scale = rounded8(weight)
+        """Return W ≈ scale ⊙ q in panels, see `quantize_int8`; raises the errors of `from_weight`."""
+        q, scale = quantize_int8(weight)
         return cls.of_groups(Groups(q, scale.float()[:, None]))
 
     @classmethod
     def int4(cls, weight: Tensor) -> Panels:
-        """Return W ≈ scale·(q - 8) + zero in panels, see `rounded4`.
+        """Return W ≈ scale·(q - 8) + zero in panels, see `quantize_int4`.
 
-        Raises the errors of `rounded4`."""
-        q, scales = rounded4(weight)
+        Raises the errors of `quantize_int4`."""
+        q, scales = quantize_int4(weight)
         return cls.of_groups(Groups(q, scales[..., 0], scales[..., 1], torch.arange(-8.0, 8.0)))
 
     @classmethod
@@ -88,11 +88,11 @@ class Panels:
         by_row = groups.values is None and groups.zeros is None and groups.size == columns
         if by_row and int(groups.codes.min()) > -128:
             scales = _constants(groups.scales).flatten()
-            return cls(rows, _ROWS8, _fours(groups.codes), scales, table=_bytes_of_bf16(), kernel=_kernel(8))
+            return cls(rows, _ROWS8, _pack_rows8(groups.codes), scales, table=_bytes_of_bf16(), kernel=_kernel(8))
         if groups.size % 8:
             raise ValueError(f"{groups.size} inputs under one scale")
         groups = groups.split(next(size for size in _SIZES[::-1] if not groups.size % size))
-        kind, codes = (_EIGHT, _panels(groups.codes)) if groups.values is None else (_FOUR, _halves(groups.codes))
+        kind, codes = (_EIGHT, _panels(groups.codes)) if groups.values is None else (_FOUR, _pack_int4(groups.codes))
         scales, constants = _constants(groups.scales), _ONE
         if groups.zeros is not None:
             pair = groups.scales.dtype == torch.bfloat16 == groups.zeros.dtype
@@ -179,7 +179,7 @@ def _rows(panels: Tensor) -> Tensor:
     return panels.transpose(1, 2).reshape(-1, 2 * panels.shape[1])
 
 
-def _halves(codes: Tensor) -> Tensor:
+def _pack_int4(codes: Tensor) -> Tensor:
     """Return 4-bit codes (out, in) packed in decoder.c's FOUR layout."""
     out, n = codes.shape
     if out % 16 or n % 8:
@@ -190,12 +190,12 @@ def _halves(codes: Tensor) -> Tensor:
 
 
 def _of_halves(halves: Tensor) -> Tensor:
-    """Return the codes of packed halves, including the padding rows; the inverse of `_halves`."""
+    """Return the codes of packed halves, including the padding rows; the inverse of `_pack_int4`."""
     both: Tensor = torch.stack([halves & 15, halves >> 4], -1).unflatten(3, (8, 2))
     return both.permute(0, 2, 6, 3, 1, 5, 4).flatten(4).flatten(0, 3)
 
 
-def _fours(codes: Tensor) -> Tensor:
+def _pack_rows8(codes: Tensor) -> Tensor:
     """Return int8 codes (out, in) packed in decoder.c's ROWS8 layout."""
     out, n = codes.shape
     if out % 16 or n % 4:
@@ -205,7 +205,7 @@ def _fours(codes: Tensor) -> Tensor:
 
 
 def _of_fours(fours: Tensor) -> Tensor:
-    """Return the codes of packed fours, including the padding rows; the inverse of `_fours`."""
+    """Return the codes of packed fours, including the padding rows; the inverse of `_pack_rows8`."""
     split: Tensor = fours.unflatten(2, (4, 4, 2, 4, 2))
     return split.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(0, 3)
 
@@ -226,7 +226,7 @@ def _by_row(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(0, 1)
 
 
-def rounded8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return q (out, in) int8 and scale (out,), max|row| / 127, with W ≈ scale ⊙ q.
 
     `scale` has the weight's dtype."""
@@ -235,7 +235,7 @@ def rounded8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
-def rounded4(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return q (out, in), 0 … 15, and (scale, zero) (out, in / GROUP, 2).
 
     W ≈ scale·(q - 8) + zero, with one scale and zero per GROUP inputs of a row: scale = (max - min)/15,

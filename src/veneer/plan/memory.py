@@ -62,7 +62,7 @@ GB depending on card and driver. `process` and `unplaced` are assumptions, becau
 CPU_LATER = 130_000_000
 """The part of a CPU's `process` that the first steps add: oneDNN's compiled products, and their heap.
 """
-_ON_THEIR_WAY = 4
+_INPUTS_IN_FLIGHT = 4
 """Number of layer inputs on the device at once, if inputs are offloaded to CPU memory."""
 
 
@@ -246,7 +246,7 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
         saved, working = inputs + ends, working + block
         if load.inputs_on_host and device.kind == "cuda":
             host = round(inputs)
-            saved = min(inputs, inputs / max(1, len(counts.blocks)) * _ON_THEIR_WAY) + ends
+            saved = min(inputs, inputs / max(1, len(counts.blocks)) * _INPUTS_IN_FLIGHT) + ends
     if offloaded_blocks := offloaded(counts, load):
         host = e * sum(offloaded_blocks)
         weights -= host - e * max(offloaded_blocks)  # The block in use is on the device.

@@ -294,7 +294,7 @@ def text_plan(
         capacity = serving(shape, device, plan.rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them trained on"
-    adapter = f"{_form(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
+    adapter = f"{_form_text(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
     adapter += f"a file of {plan.adapter_bytes / 1e6:,.1f} MB"
     rows = f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_activations(load)}"
     facts = (
@@ -330,7 +330,7 @@ def image_plan(
     pictures = f"{counted(job.rows, 'picture')}, {_times(job.passes)}"
     facts = [
         ("base", f"{base}: a denoiser of {plan.parameters:,} parameters, {load.quantize or load.dtype}"),
-        ("adapter", f"{_form(load.form)}rank {load.rank} on {words}: {plan.trainable:,} parameters"),
+        ("adapter", f"{_form_text(load.form)}rank {load.rank} on {words}: {plan.trainable:,} parameters"),
         ("data", f"{pictures}: {counted(job.total_steps, 'step')} of {job.batch}"),
         ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_activations(load)}"),
     ]
@@ -349,7 +349,7 @@ def _times(passes: float) -> str:
     return f"{passes:,.0f} times" if passes >= 100 else f"{passes:.3g} times"
 
 
-def _form(form: PairForm) -> str:
+def _form_text(form: PairForm) -> str:
     """Return the text that precedes the rank: the form of the pairs, or "" for plain pairs."""
     return "" if form.kind == "lora" else f"{form.kind}, "
 

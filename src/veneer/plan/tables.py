@@ -154,7 +154,7 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
     )
 
 
-def device_of_card(name: str, memory: int) -> Device:
+def device_by_cuda_name(name: str, memory: int) -> Device:
     """Return the device for a card with this CUDA name and `memory` bytes.
 
     A card in the table has the table's name. For other cards, the device has 100 TFLOP/s and 800 GB/s as a
@@ -181,12 +181,12 @@ def cpu_device() -> Device:
     return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {counted(cores, 'thread')}")
 
 
-def device_here(where: torch.device) -> Device:
+def device_for(where: torch.device) -> Device:
     """Return the device for `where`: a GPU, or this machine's CPU."""
     import torch
 
     if where.type == "cuda":
-        return device_of_card(torch.cuda.get_device_name(where), int(torch.cuda.mem_get_info(where)[1]))
+        return device_by_cuda_name(torch.cuda.get_device_name(where), int(torch.cuda.mem_get_info(where)[1]))
     return cpu_device()
 
 

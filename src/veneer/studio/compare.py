@@ -30,7 +30,7 @@ from veneer.studio.page import ViewPage
 from veneer.studio.run import job_of
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig, preference_formats
-from veneer.train.text.feedback_rows import add_row, corrected_row, judged_file, preference_row
+from veneer.train.text.feedback_rows import add_row, corrected_row, feedback_file, preference_row
 from veneer.train.text.rows import read_rows, split_rows
 
 _PAUSE = 1 / 30
@@ -244,7 +244,7 @@ class TextBoard(Board):
         if not principal.can("operate"):
             fix = "the operator can change this: veneer tenant feedback keep"
             raise VeneerError("this tenant's answers are not stored, so feedback has no answer to refer to", fix=fix)
-        file = judged_file(self.studio.base, format)
+        file = feedback_file(self.studio.base, format)
         numbers = [await asyncio.to_thread(add_row, file, row) for row in rows]
         add = command("data", "add", str(file), str(self.prompt.value), system=self.system.value, **options)
         self.judgement.show(text=add)

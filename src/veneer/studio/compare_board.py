@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.adapters.mix import keep_mix
+from veneer.adapters.mix import add_mix
 from veneer.core.adapter import mix_text
 from veneer.errors import ConfigError
 from veneer.formats.strengths import split_strength
@@ -278,7 +278,7 @@ class Board:
             same = elements.Command(command("library", "mix", "NAME", *specs))
 
             def save() -> Any:
-                added, mix = keep_mix(self.studio.library, specs, str(name.value or "").strip())
+                added, mix = add_mix(self.studio.library, specs, str(name.value or "").strip())
                 audit_added(self.studio.service.tenancy, self.page.principal, added.version)
                 return added, mix
 

@@ -22,7 +22,7 @@ from veneer.serve.tenancy.store import ALL, Route, Store
 from veneer.studio import elements
 from veneer.studio.page import ViewPage
 
-WHO = "studio"
+ACTOR = "studio"
 """The actor that the audit log names for changes made in the Studio."""
 _CANARY = 0.1
 """Share of users that a newly added version gets."""
@@ -188,7 +188,7 @@ class RouteForm:
             if self.route is None:
                 with suppress(ConfigError), reading(self.store.engine) as c:  # continue a removed route's numbering
                     move = routes.route_history(c, planned.name, limit=1)[0]["move"]
-            options.update(actor=WHO, check=check, from_move=move)
+            options.update(actor=ACTOR, check=check, from_move=move)
             routes.set_route(self.store, planned.name, planned.targets, **options)
 
         await asyncio.to_thread(apply)
@@ -202,7 +202,7 @@ class RouteForm:
     async def confirm_rollback(self) -> None:
         route, check = self.route, self.page.studio.service.catalog.check
         assert route is not None
-        options: dict[str, Any] = {"tenant": route.tenant, "actor": WHO}
+        options: dict[str, Any] = {"tenant": route.tenant, "actor": ACTOR}
 
         def read() -> tuple[Route, Route]:
             with reading(self.store.engine) as c:
@@ -226,7 +226,7 @@ class RouteForm:
         assert route is not None
 
         async def do() -> None:
-            await asyncio.to_thread(routes.remove_route, self.store, route.name, tenant=route.tenant, actor=WHO)
+            await asyncio.to_thread(routes.remove_route, self.store, route.name, tenant=route.tenant, actor=ACTOR)
             await self.refresh()
 
         change = routes.route_change(route, replace(route, targets=(), runs=(), shadow=None))

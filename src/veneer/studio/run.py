@@ -11,8 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from veneer.jobs.openai import MEASURED, error_to_openai, event_to_openai
-from veneer.jobs.step_actions import keep_step
+from veneer.jobs.openai import METRIC_KINDS, error_to_openai, event_to_openai
+from veneer.jobs.step_actions import store_checkpoint
 from veneer.jobs.store import ENDS, Job, UnknownJob
 from veneer.library.queries import Version
 from veneer.serve.http.surfaces.adapters import audit_added
@@ -66,7 +66,7 @@ class _RunEvents:
             events, more = page.studio.jobs.events(page.principal.owner, job.id, after=self.last)
             for event in events:
                 self.last = event.number
-                if not page.principal.can("operate") and event.kind not in MEASURED:
+                if not page.principal.can("operate") and event.kind not in METRIC_KINDS:
                     visible = event_to_openai(job, event)
                     event = replace(event, message=visible["message"], data=visible["data"])
                 if event.kind == "metrics":
@@ -231,7 +231,7 @@ async def run_view(page: ViewPage) -> None:
 
     def ask_to_use(step: int) -> None:
         def keep() -> Version:
-            version = keep_step(jobs, job.id, step, tenant=page.principal.owner)
+            version = store_checkpoint(jobs, job.id, step, tenant=page.principal.owner)
             audit_added(page.studio.service.tenancy, page.principal, version)
             return version
 

@@ -17,7 +17,7 @@ from veneer.studio import elements
 from veneer.studio.page import ViewPage
 from veneer.train.config.load import config_from
 from veneer.train.report.log import size
-from veneer.train.text.rows import About, UnusableRow, question_and_answer
+from veneer.train.text.rows import RowsSummary, UnusableRow, question_and_answer
 
 _COLUMNS = {"prompt": "Question column", "completion": "Answer column"}
 _FILES, _ROWS, _SHOWN, _LETTERS = 100, 50, 8, 600
@@ -159,6 +159,6 @@ def _row_values(row: Any) -> tuple[str, str, str, str, str]:
     return number, question, answer, rejected, ""
 
 
-def _method(about: About | None) -> str:
+def _method(about: RowsSummary | None) -> str:
     """Return OpenAI's training method for rows of this format."""
     return "dpo" if about is not None and about.format in ("preference", "openai-preference") else "supervised"

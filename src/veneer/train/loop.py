@@ -45,7 +45,7 @@ from veneer.errors import (
     first_few,
     lacks_memory,
 )
-from veneer.ops.cpu.memory import forget_peak_resident, peak_resident
+from veneer.ops.cpu.memory import peak_resident, reset_peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import in_float64
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
@@ -716,7 +716,7 @@ def forget_peaks() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
-    forget_peak_resident()
+    reset_peak_resident()
 
 
 @contextmanager

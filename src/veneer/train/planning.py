@@ -23,7 +23,7 @@ from veneer.plan.memory import CPU_LATER, FITS, Load, weight_bytes
 from veneer.plan.plan import Plan, SamplingLoad, TrainingJob, image_plan, text_plan
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import PairForm, TextShape, model_shape, pair_parameters, text_shape
-from veneer.plan.tables import Device, base_config, device_here
+from veneer.plan.tables import Device, base_config, device_for
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import available_memory, computes_on, used_memory
 
@@ -81,7 +81,7 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
     if where.type != "cuda":
         return MICRO_TOKENS
     available, dtype = available_memory(config, where, free), str(base.dtype).removeprefix("torch.")
-    shape, device = model_shape(base.model), device_here(where)
+    shape, device = model_shape(base.model), device_for(where)
     return _micro_tokens(config, shape, device, available, dtype, base.quantized or None, loaded=True)
 
 
@@ -199,7 +199,7 @@ def plan_of_config(
     lengths: Sequence[int]
     if base is not None:
         shape, where = model_shape(base.model), computes_on(base)
-        device = device_here(where)
+        device = device_for(where)
         dtype = str(getattr(base, "dtype", next(base.model.parameters()).dtype)).removeprefix("torch.")
         lengths = [item.tokens for item in items]
         rows, mean = len(items), sum(lengths) / max(1, len(items))

@@ -19,10 +19,10 @@ def test_memory_settings_work_without_a_c_library(monkeypatch: pytest.MonkeyPatc
         raise TypeError("bad argument type for built-in operation")
 
     monkeypatch.setattr(ctypes, "CDLL", refused)
-    with memory.kept_memory(), memory.returned_memory():
+    with memory.keep_freed_memory(), memory.return_freed_memory():
         assert torch.ones(3).sum() == 3
     memory.page_out(torch.ones(1 << 16))
-    memory.give_back()
+    memory.trim_heap()
 
 
 @pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"])
@@ -34,9 +34,9 @@ def test_user_allocator_settings_are_kept(name: str, monkeypatch: pytest.MonkeyP
         malloc_trim: Callable[..., Any] = staticmethod(lambda pad: None)
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    with memory.kept_memory():
+    with memory.keep_freed_memory():
         assert called
     called.clear()
     monkeypatch.setenv(name, "glibc.malloc.arena_max=1")
-    with memory.kept_memory():
+    with memory.keep_freed_memory():
         assert not called

@@ -100,14 +100,14 @@ def mapped(size):
     libc.free(ctypes.c_void_p(block))
     return found
 
-with memory.kept_memory():
+with memory.keep_freed_memory():
     inside = [mapped(40 << 20)]
-    with memory.kept_memory():
+    with memory.keep_freed_memory():
         pass
     inside.append(mapped(80 << 20))  # each larger than what lies free
-    with memory.returned_memory():
+    with memory.return_freed_memory():
         inside.append(mapped(160 << 20))
-        with memory.kept_memory():
+        with memory.keep_freed_memory():
             inside.append(mapped(240 << 20))
         inside.append(mapped(320 << 20))
     inside.append(mapped(400 << 20))
@@ -120,7 +120,7 @@ print(libc.sbrk(0) > before)
 """
 
 
-def test_kept_memory_is_restored_after_the_last_block() -> None:
+def test_keep_freed_memory_is_restored_after_the_last_block() -> None:
     """Afterwards, blocks above 32 MB are mapped and 64 MB can stay free, the upper end of glibc's own
     rule."""
     if platform.libc_ver()[0] != "glibc":

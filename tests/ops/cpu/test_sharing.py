@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from veneer.ops.cpu import compiled
-from veneer.ops.cpu.sharing import Neighbours, worked
+from veneer.ops.cpu.sharing import OtherProcessLoad, busy_seconds
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "VENEER_SHARING")
@@ -26,7 +26,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.now, self.busy, self.own = 0.0, [0.0, 0.0], 0.0
-        self.neighbours = Neighbours(lambda: list(self.busy), lambda: self.own, lambda: self.now)
+        self.neighbours = OtherProcessLoad(lambda: list(self.busy), lambda: self.own, lambda: self.now)
 
     def passes(self, seconds: float, busy: tuple[float, float], own: float, threads: int = 2) -> bool:
         """Advance the clock.
@@ -77,7 +77,7 @@ def test_busy_time_covers_only_our_processors(tmp_path: Path) -> None:
         f"cpu2 {2 * tick} 0 0 500 500 0 0 0 0 0\n"
         "intr 5 6\n"
     )
-    assert worked([0, 2], stat) == [3.0, 2.0]
+    assert busy_seconds([0, 2], stat) == [3.0, 2.0]
 
 
 PRELUDE = """

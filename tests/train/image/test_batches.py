@@ -20,7 +20,7 @@ from veneer.models.image.schedulers import make_scheduler
 from veneer.train.config.load import config_from
 from veneer.train.image.augmentation import plan_rows
 from veneer.train.image.batches import PlannedRow, plan_image_steps, planned_rows, split_pictures, validation_rows
-from veneer.train.image.encode import Encoders, ImageLoss, times_of
+from veneer.train.image.encode import Encoders, ImageLoss, time_distribution
 from veneer.train.image.loss import generator, noised, sample_noise, shifted
 from veneer.train.image.pictures import read_pictures
 
@@ -209,7 +209,7 @@ def test_other_tokenizer_or_quantization_misses_the_text_cache(shared: Path, tmp
 @pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image", "z-image"])
 def test_shift_by_resolution_counts_denoiser_tokens(family: str, shared: Path) -> None:
     base = load_image(str(tiny_image_base(shared, family)))
-    times = times_of(base, _config(shared, loss={"shift": "resolution"}))
+    times = time_distribution(base, _config(shared, loss={"shift": "resolution"}))
     seen: list[int] = []
     counting = replace(times, shift=lambda tokens: float(seen.append(tokens) or 1.0))
     sample_noise(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting)
@@ -221,11 +221,11 @@ def test_times_are_shifted_as_diffusers_scripts_draw_them(family: str, shared: P
     """The scripts choose one of the scheduler's 1,000 timesteps after its fixed shift."""
     base = load_image(str(tiny_image_base(shared, family)))
     scheduler = make_scheduler(base)
-    times = times_of(base, _config(shared))
+    times = time_distribution(base, _config(shared))
     assert not callable(times.shift)
     even = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
     torch.testing.assert_close(shifted(even, times.shift).float(), scheduler.timesteps / 1000, rtol=1e-5, atol=1e-6)
-    assert times_of(base, _config(shared, loss={"shift": 1.5})).shift == 1.5
+    assert time_distribution(base, _config(shared, loss={"shift": 1.5})).shift == 1.5
 
 
 def test_held_out_pictures_have_equal_scores_in_every_run(shared: Path, base: ImageBase) -> None:

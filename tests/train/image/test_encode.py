@@ -35,7 +35,7 @@ from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_row
 from veneer.train.image.encode import Encoders, ImageLoss
 from veneer.train.image.loss import sample_noise
 from veneer.train.image.pictures import read_pictures
-from veneer.train.image.preflight import parts_of
+from veneer.train.image.preflight import adapter_components
 
 SIDE = 32
 
@@ -214,7 +214,7 @@ def test_loss_and_gradients_equal_diffusers_script_with_peft(family: str, shared
     base = load_image(str(tiny_image_base(shared, family)))
     config = config_of(shared, family, adapter={"targets": "all-linear", "rank": 2, "dropout": 0.0})
     loss, batch = loss_and_first_batch(base, config)
-    adapter = moved(create(*parts_of(base, config)["transformer"], seed=0))
+    adapter = moved(create(*adapter_components(base, config)["transformer"], seed=0))
     pipe = diffusers_pipeline(base.directory)
     twin = peft_twin(pipe.transformer, adapter)
     noise, sigma = sample_noise(

@@ -28,7 +28,7 @@ from veneer.train.events import Checked, Event, Note, Resolved
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.encode import Encoders
 from veneer.train.image.loss import noised, sample_noise
-from veneer.train.image.preflight import parts_of
+from veneer.train.image.preflight import adapter_components
 from veneer.train.image.run import run_images
 from veneer.train.image.save import ImageResult
 from veneer.train.image.slider import SignedBatch, SliderLoss
@@ -65,7 +65,7 @@ def run(folder: Path, output: Path, family: str, *, on_event: Any = None, **give
 def attached(base: ImageBase, config: ImageTrainConfig, attachment: Attachment, amount: float = 0.1) -> None:
     """Attach an adapter with nonzero B, as if trained."""
     name = base.row.denoiser
-    module, spec = parts_of(base, config)[name]
+    module, spec = adapter_components(base, config)[name]
     g = torch.Generator().manual_seed(5)
     made = create(module, spec, seed=0).mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
     attachment.add(NAME, made.renamed(lambda n: f"{name}.{n}"), trainable=True)

@@ -20,7 +20,7 @@ from veneer.formats.card import read_card
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
-from veneer.models.image.predict import cut_of
+from veneer.models.image.predict import truncated_end
 from veneer.ops.quantized import Quantized
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
@@ -214,7 +214,7 @@ def test_sd3_without_t5_reads_77_tokens(shared: Path, tmp_path: Path) -> None:
     assert result.validation != result.validation_before
     assert len(result.samples) == 1
     long = "a red house " * 40
-    assert cut_of(base, long)
+    assert truncated_end(base, long)
     with pytest.raises(PreflightError, match="it has: text_encoder, text_encoder_2"):
         run(shared, tmp_path / "no", "sd3", base=base, adapter={"text_encoders": ["text_encoder_3"]})
 

@@ -21,7 +21,7 @@ from veneer.train.rewards.build import build_rewards
 from veneer.train.rewards.judge import Question, Reply
 from veneer.train.rewards.reward import Answer, RewardScore
 from veneer.train.rewards.server import ServerJudge
-from veneer.train.rewards.template import FILLED
+from veneer.train.rewards.template import MAX_FILLED
 
 Says = Callable[[dict[str, Any], int], tuple[int, Any]]
 
@@ -293,6 +293,6 @@ def test_too_long_prompt_has_no_score() -> None:
     def ask(questions: Sequence[Question]) -> list[Reply]:
         return [Reply("3") for _ in questions]
 
-    long, short = judged(None, "x" * (FILLED + 1), "x", ask=ask)
+    long, short = judged(None, "x" * (MAX_FILLED + 1), "x", ask=ask)
     assert (long.value, short.value) == (None, 0.3)
     assert "characters" in long.error

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from veneer.train.rewards.reward import Answer
-from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem, template_sample
+from veneer.train.rewards.template import MAX_FILLED, NoValue, TextTooLong, filled, template_problem, template_sample
 
 SAMPLE = template_sample(Answer([{"role": "user", "content": "how many?"}], '{"total": 3, "rows": [{"a": "x"}]}'))
 ITEM = {"city": "Bern", "tags": ["a", "b"], "n": 2.5, "dash-ed": True, "trap": "{{ sample.output_text }}"}
@@ -68,6 +68,6 @@ def test_a_filled_template_has_a_length_limit() -> None:
     with pytest.raises(TextTooLong, match="more than 2,999 characters"):
         filled("{{ item.a }}" * 3, {}, item, 2999)
     with pytest.raises(TextTooLong):
-        filled("{{ item.a }}" * (FILLED // 1000 + 1), {}, item)
+        filled("{{ item.a }}" * (MAX_FILLED // 1000 + 1), {}, item)
     with pytest.raises(NoValue):
         filled(f"{{{{ item.b[{'9' * 5000}] }}}}", {}, item)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.run import run
 from veneer.errors import DataError
-from veneer.train.text.feedback_rows import add_row, corrected_row, judged_file, preference_row
+from veneer.train.text.feedback_rows import add_row, corrected_row, feedback_file, preference_row
 from veneer.train.text.rows import read_rows
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is my parcel?\n"}]
@@ -30,7 +30,7 @@ def test_votes_and_corrections_are_training_rows(tmp_path: Path) -> None:
 def test_each_base_has_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     bases = ("smollm2-135m", "org/Base", "../../etc", "..")
-    files = [judged_file(base, kind) for base in bases for kind in ("preference", "messages")]
+    files = [feedback_file(base, kind) for base in bases for kind in ("preference", "messages")]
     assert len(set(files)) == len(files)
     assert all(file.parent.parent == tmp_path / "judged" for file in files)
 

@@ -29,7 +29,7 @@ from veneer.jobs.http.files import openai_page
 from veneer.jobs.http.route import blocking, thread_route
 from veneer.jobs.input_files import LINE_FILES, copy_input, remove_inputs
 from veneer.jobs.openai import (
-    MEASURED,
+    METRIC_KINDS,
     ROWS_COUNTED,
     FormSettings,
     TuningBody,
@@ -85,7 +85,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         tenant = caller_of(request).tenant
         if any(key.startswith("metadata") for key in request.query_params):
             raise invalid("jobs are not filtered by metadata here", "metadata")
-        page_jobs, more = _some(jobs, tenant, after, limit)
+        page_jobs, more = _filtered_jobs(jobs, tenant, after, limit)
         data = [job_to_openai(job, organisation_of(tenant)) for job in page_jobs]
         return {"object": "list", "data": data, "has_more": more}
 
@@ -183,7 +183,7 @@ class TuningQueue:
     ) -> Job:
         tenant, jobs, files, grader = principal.tenant, self.jobs, self.files, None
         if body.reinforced is not None:
-            grader = _graded_here(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
+            grader = _resolve_grader(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
         if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
             message, fix = f"{most:,} jobs are not finished, which is the limit (jobs)", "wait for some, or cancel some"
             raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
@@ -194,7 +194,7 @@ class TuningQueue:
             raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
         held_out = [_file(files, tenant, each, "after.evaluate.data") for each in ids]
         size = sum(file.bytes for file in (training, validation, *held_out) if file)
-        _check_held(jobs, tenant, size, files.quotas.limits.disk)
+        _check_input_bytes(jobs, tenant, size, files.quotas.limits.disk)
         tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
         request = body.model_dump(
             mode="json", include={"model", "training_file", "validation_file", "suffix", "metadata"}
@@ -263,7 +263,7 @@ def _parse_grader(source: Any, sandbox: Sandbox | None) -> Any:
     return parse_grader(source, param)
 
 
-def _graded_here(service: Service, principal: Principal, grader: Any) -> dict[str, Any]:
+def _resolve_grader(service: Service, principal: Principal, grader: Any) -> dict[str, Any]:
     """Return a job's grader, in which each model has the name that a run uses for it.
 
     Raises Refused if the caller cannot use one of the models."""
@@ -280,7 +280,7 @@ def _graded_here(service: Service, principal: Principal, grader: Any) -> dict[st
     return values
 
 
-def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
+def _check_input_bytes(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
     """Check the total input bytes of a tenant's unfinished jobs. Raises Refused.
 
     A job's inputs stay even if the client deletes the uploaded files, and with a remote store each job has
@@ -342,12 +342,12 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
     if files.exists(job.tenant, id):
         return [id]
-    content = result_file(jobs.events_of(job.tenant, job.id, *MEASURED))
+    content = result_file(jobs.events_of(job.tenant, job.id, *METRIC_KINDS))
     files.add(job.tenant, f"{job.name.replace('/', '-')}.csv", "fine-tune-results", io.BytesIO(content), id=id)
     return [id]
 
 
-def _some(jobs: JobStore, tenant: str, after: str | None, limit: int) -> tuple[list[Job], bool]:
+def _filtered_jobs(jobs: JobStore, tenant: str, after: str | None, limit: int) -> tuple[list[Job], bool]:
     """Return (jobs that this API created, whether more exist)."""
     if after is not None:
         _job(jobs, tenant, after)

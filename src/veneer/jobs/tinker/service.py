@@ -55,7 +55,7 @@ from veneer.jobs.tinker.trainer import (
 from veneer.jobs.tinker.wire import forward_bytes, read_forward
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
-from veneer.ops.cpu.memory import give_back
+from veneer.ops.cpu.memory import trim_heap
 from veneer.serve.http.bodies import checked
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused
@@ -277,7 +277,7 @@ class TinkerService:
         lora, hold, base_name = Lora(**data["lora"]), self.quotas.take(tenant), data.get("base_name", "")
         run = TrainingRun(checkpoints.run, session, tenant, lora, checkpoints, data["metadata"], base_name, hold)
         run.used = (folder / "run.json").stat().st_mtime
-        self._measure(run)
+        self._hash_and_size(run)
         self.runs[run.id] = run
 
     def _checkpoints(self, tenant: str, session: str, number: str) -> Checkpoints:
@@ -434,7 +434,7 @@ class TinkerService:
     def remove(self, run: TrainingRun, saved: SavedWeights) -> None:
         """Remove a checkpoint of a run."""
         run.checkpoints.remove(saved)
-        self._measure(run)
+        self._hash_and_size(run)
 
     # -- training thread -----------------------------------------------------------------------------------------------
 
@@ -546,7 +546,7 @@ class TinkerService:
             run.applied += 1
             request = run.pending.pop(run.applied)
         if len(request.body) > _LARGE_BYTES:
-            give_back()
+            trim_heap()
         if not request.result.cancelled():
             request.result.set_result(result)
 
@@ -643,14 +643,14 @@ class TinkerService:
     def _storing(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
         """Hold quota for these amounts while a run's files are written. Raises Refused."""
         run.checkpoints.sweep()
-        self._measure(run)
+        self._hash_and_size(run)
         run.hold.add(**amounts)
         try:
             yield
         finally:
-            self._measure(run)
+            self._hash_and_size(run)
 
-    def _measure(self, run: TrainingRun) -> None:
+    def _hash_and_size(self, run: TrainingRun) -> None:
         """Set the quota hold to a run's checkpoints, states and unnamed weights."""
         saved, live, state = run.checkpoints.all(), run.session in self.sessions, self._state_bytes(run.lora)
         states = live + sum(each.id.startswith("weights/") for each in saved)
@@ -692,7 +692,7 @@ class TinkerService:
         for run in list(self.runs.values()):
             try:
                 run.checkpoints.sweep()
-                self._measure(run)
+                self._hash_and_size(run)
                 if run.session not in self.sessions and run.checkpoints.empty:
                     with self._changed:
                         del self.runs[run.id]

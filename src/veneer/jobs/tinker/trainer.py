@@ -59,7 +59,7 @@ ALPHA = 32.0
 _PASS, _PASS_ON_GPU = 2048, 8192
 """Maximum tokens per pass, on the CPU and on a GPU."""
 _GRADIENT = "@gradient"
-_WRAPS = "~"
+_WRAPPER = "~"
 """Name of an adapter that is attached only to wrap modules and is never active."""
 
 
@@ -259,7 +259,7 @@ class Trainer:
         self._undo = ExitStack()
         self.attachment = self._undo.enter_context(attach(model))
         # Fast paths keep references to modules, so every module that a client can train is wrapped first.
-        self.attachment.add(_WRAPS, create(model, Lora(1).spec(self.names), seed=0))
+        self.attachment.add(_WRAPPER, create(model, Lora(1).spec(self.names), seed=0))
         self.how = self._undo.enter_context(fast(model)).summary()
         self.all_separate_reason = reason_not_shared(model)
         self.most = _PASS if self.base.device.type == "cpu" else _PASS_ON_GPU

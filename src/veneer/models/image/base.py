@@ -24,7 +24,7 @@ from torch import nn
 
 from veneer.errors import BaseError, ConfigError
 from veneer.models.builtin import BUILTIN, PACKAGED
-from veneer.models.device import settle_threads
+from veneer.models.device import limit_threads
 from veneer.models.image.families import EDITING, FAMILIES, Editing, ImageFamily, topology_name
 from veneer.models.image.files import LoadedParts, control_of, read_directory, read_single_file, require_diffusers
 from veneer.models.loading import errors_only
@@ -177,7 +177,7 @@ def load_image(
     if name in BUILTIN:
         raise BaseError(f"{name} is a text base", fix=f"an image base: {', '.join(PACKAGED)}, a directory, a hub id, …")
     path = find_base(name, say=say)
-    settle_threads()
+    limit_threads()
     if path.is_file():
         read = read_single_file(path, config, dtype, device, quantize)
     elif config is not None:

@@ -28,7 +28,7 @@ class ImageFamily:
     """One image family.
 
     `pipelines` and `controlled`: kind -> diffusers pipeline class, without and with ControlNets. An `edit`
-    pipeline takes reference pictures; a base's index can add one (`OWN_PIPELINES`). `encoders`: the text
+    pipeline takes reference pictures; a base's index can add one (`INDEX_PIPELINES`). `encoders`: the text
     encoders that adapters of this family change. `readers`: tokenizer -> token limit, for the tokenizers
     whose tokens the denoiser attends to; `schnell`: the token limit of models distilled to few steps without
     guidance. `template`: the text around a prompt, from the pipeline or from the tokenizer's chat template
@@ -158,7 +158,7 @@ PLANNED_FAMILIES: Mapping[str, ImageFamily] = {
 }
 """Denoiser name in the plan's table -> family. All U-Nets map to SDXL."""
 
-OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
+INDEX_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "Flux2KleinPipeline": {
         "text": "Flux2KleinPipeline",
         "edit": "Flux2KleinPipeline",

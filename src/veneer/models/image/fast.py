@@ -60,7 +60,7 @@ def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
     """Replace modules by fast implementations inside the with-block."""
     report = DenoiserReport()
     with ExitStack() as undo:
-        undo.enter_context(memory.kept_memory())
+        undo.enter_context(memory.keep_freed_memory())
         with without_dropout(denoiser):
             _swap(denoiser, report, undo)
         yield report

@@ -30,11 +30,11 @@ from torch.overrides import TorchFunctionMode
 
 from veneer.errors import BaseError, MissingExtraError, first_few, lacks_memory
 from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
-from veneer.models.architecture import usual_fields
+from veneer.models.architecture import default_fields
 from veneer.models.config import LOADED_BYTES
 from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
-from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family
+from veneer.models.image.families import FAMILIES, INDEX_PIPELINES, ImageFamily, denoiser_family
 from veneer.models.image.processor import PROCESSORS, read_processor
 from veneer.models.loading import check_left_out, check_loaded, errors_only, loading
 from veneer.models.quantize import lazy_state, load_part, load_state, saved_kind, scaled_weights
@@ -102,7 +102,7 @@ def read_directory(
     tables, notes = {}, []
     for name, (_, classname) in classes.items():
         if _has_weights(classname):
-            tables[name], variant = table_of(path / name)
+            tables[name], variant = stored_tensors(path / name)
             if variant:
                 notes.append(f"{name}: only the {variant} weights exist; they are used")
     device_of_parts = choose_device(device)
@@ -182,7 +182,7 @@ def _own_pipelines(index: Mapping[str, Any]) -> dict[str, str]:
 
     The denoiser does not determine these pipelines: klein and dev share a denoiser class but not their
     pipelines, and Kontext has the same denoiser as FLUX.1 dev."""
-    return dict(OWN_PIPELINES.get(str(index.get("_class_name")), {}))
+    return dict(INDEX_PIPELINES.get(str(index.get("_class_name")), {}))
 
 
 def _flags_of(index: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _has_weights(classname: str) -> bool:
     return not any(word in classname for word in ("Tokenizer", "Scheduler", "Processor"))
 
 
-def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
+def stored_tensors(folder: Path) -> tuple[list[StoredTensor], str]:
     """Return a component's stored tensors, and its variant.
 
     The variant is "fp16" if the folder has only fp16 weights, else ""."""
@@ -252,7 +252,7 @@ def _load_component(
         try:
             if classname in PROCESSORS:
                 component = read_processor(folder)
-            elif saved or (weights and (quantize or scaled_weights(table_of(folder)[0]))):
+            elif saved or (weights and (quantize or scaled_weights(stored_tensors(folder)[0]))):
                 component = _load_quantized(cls, folder, library, quantize or "", dtype)
             else:
                 component = cls.from_pretrained(folder, **options)
@@ -261,14 +261,14 @@ def _load_component(
                 raise
             raise unreadable(folder, error) from error
     if not weights:
-        _read_small(component)
+        _apply_lowercase(component)
         return component, ()
     model, info = component
     notes = check_loaded(folder, info, _HARMLESS)
     return model.to(device), notes
 
 
-def _read_small(part: Any) -> None:
+def _apply_lowercase(part: Any) -> None:
     """Make a tokenizer lowercase its input if its config says so (`do_lower_case`).
 
     T5's class builds its backend from the vocabulary and ignores this setting."""
@@ -285,7 +285,7 @@ def _load_quantized(cls: Any, folder: Path, library: str, kind: str, dtype: torc
     The format is `kind`, or the format of the component's bitsandbytes checkpoint."""
     from transformers import AutoConfig
 
-    table, _ = table_of(folder)
+    table, _ = stored_tensors(folder)
     if library == "diffusers":
         return load_part(cls, folder, table, kind, dtype)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -315,7 +315,7 @@ def _fields_of(part: Any) -> dict[str, Any]:
         fields = shaping_fields(part.config)
     else:
         installed = {n: p.default for n, p in inspect.signature(type(part).__init__).parameters.items()}
-        usual = usual_fields(type(part).__name__, installed)
+        usual = default_fields(type(part).__name__, installed)
         fields = {n: v for n, v in part.config.items() if not n.startswith("_") and _plain(v) != _plain(usual.get(n))}
     fields = {n: v for n, v in fields.items() if n not in _NOT_SHAPE}
     return fields | {"class": type(part).__name__}
@@ -407,7 +407,7 @@ def read_single_file(
         library, classname = classes[name]
         if _has_weights(classname):
             try:
-                tables[name], _ = table_of(folder / name)
+                tables[name], _ = stored_tensors(folder / name)
             except BaseError as error:
                 message = f"the file holds no {name}, and the directory of configs has no weights of one"
                 fix = f"config= a directory with the weights of {name}"
@@ -542,7 +542,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
 # -- unused tensors of a file ------------------------------------------------------------------------------------------
 
 _CLIP = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
-_BARE = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
+_WITHOUT_PREFIX = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
 """Classes for which `_read_part` removes the prefix of tensor names."""
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 
@@ -619,7 +619,7 @@ def _converters(part: nn.Module) -> list[_Converter]:
     kind = type(part).__name__
     if kind in SINGLE_FILE_LOADABLE_CLASSES:
         convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
-        prefix = "model.diffusion_model." if kind in _BARE else ""
+        prefix = "model.diffusion_model." if kind in _WITHOUT_PREFIX else ""
 
         def converted(state: dict[str, Tensor]) -> Mapping[str, Any]:
             plain = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

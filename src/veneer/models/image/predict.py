@@ -91,7 +91,7 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
     row = base.row
     with errors_only():  # Copy the list, because Z-Image's pipeline writes its template into the list.
         encoded = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
-    cut = [cut_of(base, text) for text in texts]
+    cut = [truncated_end(base, text) for text in texts]
     if isinstance(encoded[0], list):  # Z-Image's embeddings have different lengths
         return replace(Conditioning.cat([Conditioning(embedding[None]) for embedding in encoded[0]]), cut=cut)
     pooled, mask = (None if at is None else encoded[at] for at in (row.pooled, row.mask))
@@ -132,7 +132,7 @@ def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
     return _qwen_size(base, (width, height), base.editing.encoded)
 
 
-def cut_of(base: ImageBase, prompt: str) -> str:
+def truncated_end(base: ImageBase, prompt: str) -> str:
     """Return the end of a prompt that no text encoder reads, or ""."""
     return min((_cut_end(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
 

@@ -20,9 +20,9 @@ import torch
 from veneer.errors import AdapterError, BaseError, ConfigError, lacks_memory
 from veneer.files.weights import StoredTensor, stored_dtype, tensor_table
 from veneer.models.config import check_config, read_config_json
-from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
+from veneer.models.device import check_memory, choose_device, choose_dtype, limit_threads
 from veneer.models.fingerprint import fingerprint
-from veneer.models.loading import check_loaded, errors_only, loading, straight_to
+from veneer.models.loading import check_loaded, device_map_to, errors_only, loading
 from veneer.models.quantize import check_kind, load_quantized, original_weight, quantized_bytes, saved_kind
 from veneer.models.sharded_weights import ShardReader
 from veneer.models.sources import find_base, is_image_base, short_name
@@ -111,7 +111,7 @@ def load_text(
     enough memory)."""
     path, table, config, tokenizer = _described(name, say)
     where = choose_device(device)
-    settle_threads()
+    limit_threads()
     quantized = _choose_quantization(quantize, path, config)
     kind, reason = choose_dtype(dtype, where, "BF16" if quantized else stored_dtype(table))
     unread: ShardReader | None = None
@@ -291,7 +291,7 @@ def _load_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                device_map=straight_to(device),
+                device_map=device_map_to(device),
             )
         except Exception as error:
             if lacks_memory(error):

@@ -45,12 +45,12 @@ from veneer.models.shard import CallWithWeights, Sharded, call_unsharded
 from veneer.models.text.loss import padded_nll, rows_nll
 from veneer.models.text.probe import (
     LENGTHS,
-    OtherKind,
     ReferenceForward,
+    UnknownFormula,
     gate_of,
     gate_parts,
-    norm_of,
     norm_parts,
+    rms_norm_weight_offset,
     short_windows,
 )
 from veneer.ops.attention import HeadNorms, RowLayout, VarlenSettings, rope_varlen_attention, varlen_attention
@@ -76,7 +76,7 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
         return
     report = FastReport(active=True)
     with ExitStack() as undo:
-        undo.enter_context(memory.kept_memory())
+        undo.enter_context(memory.keep_freed_memory())
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
@@ -146,9 +146,9 @@ def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStac
         if not kind.endswith("RMSNorm"):
             continue
         try:
-            plus = norm_of(module)
+            plus = rms_norm_weight_offset(module)
             parts = norm_parts(module, plus)
-        except OtherKind as why:
+        except UnknownFormula as why:
             report.skipped[kind] = str(why)
             continue
         if any(p.requires_grad for p in module.parameters()):
@@ -174,7 +174,7 @@ def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack
         kind, (parts, last) = type(module).__name__, matched
         try:
             act = gate_of(module)
-        except OtherKind as why:
+        except UnknownFormula as why:
             report.skipped[kind] = str(why)
             continue
         projection, down = FusedProjection(parts, undo, move=move), FusedProjection([last], undo)

@@ -219,7 +219,7 @@ def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
         ours: dict[str, Callable[..., Any]] = {
             "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
             "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # called for each module
-            **(_OF_A_VOCABULARY if vocabulary else dict[str, Callable[..., Any]]()),
+            **(_TOKENIZER_FUNCTIONS if vocabulary else dict[str, Callable[..., Any]]()),
         }
         for name, function in ours.items():
             module, _, last = name.rpartition(".")
@@ -236,13 +236,13 @@ def _for_this_thread(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Ca
     return lambda *args, **named: (ours if threading.get_ident() == me else theirs)(*args, **named)
 
 
-_OF_A_VOCABULARY: dict[str, Callable[..., Any]] = {
+_TOKENIZER_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "transformers.integrations.gguf.gguf_tokenizer_mapping.generate_merges": merges_of,
     "transformers.integrations.gguf.reader._mapped": _mapped,  # slices of a memmap are slow
 }
 
 
-_DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+_SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 """Names of byte-level tokenizers that first split numbers into digits.
 
 The names are those in a GGUF header. GPT-2's tokenizer does not split numbers."""
@@ -263,7 +263,7 @@ def read_gguf_tokenizer(file: Path) -> Any:
     fields = read_gguf_file(file).fields
     tokens = len(fields["tokenizer.ggml.tokens"])
     backend = tokenizer.backend_tokenizer
-    if fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in _DIGIT_BY_DIGIT:
+    if fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in _SPLITS_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if len(tokenizer) <= tokens:

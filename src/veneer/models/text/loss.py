@@ -27,7 +27,7 @@ from veneer.models.patching import fast_report, projection_of
 from veneer.ops.attention import RowLayout, SharedRows
 from veneer.ops.device_transfer import sent
 from veneer.ops.lora_segments import LoraSegments
-from veneer.ops.loss import likeliest, token_nll
+from veneer.ops.loss import is_top_token, token_nll
 from veneer.ops.step_sizes import HEAD_CHUNK, padded_tokens, rounded_sizes
 
 
@@ -79,7 +79,7 @@ def _text_nll(
     starts = starts if shared is None else shared.places.to(starts.device)[starts]
     if trained[starts.to(trained.device)].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
-    if fast_report(model).rows and not _beyond(model, lengths):
+    if fast_report(model).rows and not _exceeds_llama4_limits(model, lengths):
         return rows_nll(model, input_ids, lengths, trained, correct=correct, shared=shared)
     if shared is not None:
         input_ids, trained = (t[shared.places.to(t.device)] for t in (input_ids, trained))
@@ -120,7 +120,7 @@ def hidden_at(
 
     positions: M ascending indices into input_ids. Inside `fast`, the rows run without padding if the model
     supports it, and `segments` applies as in `rows_nll`."""
-    if fast_report(model).rows and not _beyond(model, lengths):
+    if fast_report(model).rows and not _exceeds_llama4_limits(model, lengths):
         return _rows_hidden(model, input_ids, lengths, positions + 1, None, None, segments)[0][: len(positions)]
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     mask = sent((torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]).long(), rows.device)
@@ -274,7 +274,7 @@ def padded_nll(
 
 def _logits_nll(logits: Tensor, targets: Tensor, correct: Tensor | None) -> Tensor:
     if correct is not None:
-        correct.copy_(likeliest(logits.detach(), targets))
+        correct.copy_(is_top_token(logits.detach(), targets))
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -299,7 +299,7 @@ def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
     return None if getattr(model.config, "final_logit_softcapping", None) else plain.weight
 
 
-def _beyond(model: Any, lengths: Sequence[int]) -> bool:
+def _exceeds_llama4_limits(model: Any, lengths: Sequence[int]) -> bool:
     """Return whether the rows are too long for Llama 4 to run packed.
 
     Llama 4's chunked attention equals causal attention only within one chunk. Its layers without position

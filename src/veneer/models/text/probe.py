@@ -3,7 +3,7 @@
     reference = ReferenceForward.compute(model)      before any module is replaced
     reference.nll_problem(nll)           "", or which token differs and by how much
     reference.logits_problem(logits)     the same for whole rows of logits
-    norm_of(module)                      0 or 1, for an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε)
+    rms_norm_weight_offset(module)       0 or 1, for an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε)
     gate_of(module)                      act, for a gated MLP     y = down(act(gate(x)) ⊙ up(x))
 
 The whole model runs its original forward on a few padded rows of random tokens. The forward under test can
@@ -163,7 +163,7 @@ def _perturbed_rounding(model: Any, first: int) -> Iterator[None]:
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
-class OtherKind(Exception):
+class UnknownFormula(Exception):
     """Raised if a module does not compute the tested formula. The message says why."""
 
 
@@ -171,25 +171,25 @@ def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
     """Return (w, ε) of an RMS norm.
 
     w is the weight, or `plus` + weight in at least float32, because 16 bits are too few for 1 + weight.
-    Raises OtherKind for a norm without a weight."""
+    Raises UnknownFormula for a norm without a weight."""
     weight = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor):
-        raise OtherKind("the norm has no weight or no ε")
+        raise UnknownFormula("the norm has no weight or no ε")
     values = weight.detach()
     return (values if not plus else values.to(torch.promote_types(values.dtype, torch.float32)) + plus), eps
 
 
-def norm_of(module: nn.Module) -> float:
+def rms_norm_weight_offset(module: nn.Module) -> float:
     """Return the number that an RMS norm adds to its weight, 0 or 1.
 
-    Raises OtherKind if the module is not such an RMS norm."""
+    Raises UnknownFormula if the module is not such an RMS norm."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
-        raise OtherKind("the norm has no weight or no ε")
+        raise UnknownFormula("the norm has no weight or no ε")
     if [name for name, _ in module.named_parameters()] != ["weight"]:
-        raise OtherKind("it has more than a weight")
+        raise UnknownFormula("it has more than a weight")
     generator = torch.Generator().manual_seed(0)
     n = len(weight)
     x, wild = torch.randn(4, n, generator=generator), torch.randn(n, generator=generator)
@@ -204,14 +204,14 @@ def norm_of(module: nn.Module) -> float:
             if all(_close(y, (w.double() + plus) * normed, 1e-5) for w, y in zip(tried, got, strict=True)):
                 break
         else:
-            raise OtherKind("its result differs from both conventions")
+            raise UnknownFormula("its result differs from both conventions")
         values = weight.detach()
         scale, _ = norm_parts(module, plus)
         x = x.to(values.device, values.dtype)
         y, wide = module(x), in_float64(x)
         normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
         if y.dtype != x.dtype or not _close(y, in_float64(scale) * normed, 4 * torch.finfo(values.dtype).eps):
-            raise OtherKind(f"in {values.dtype} its result differs")
+            raise UnknownFormula(f"in {values.dtype} its result differs")
     return plus
 
 
@@ -245,15 +245,15 @@ def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
 def gate_of(module: nn.Module) -> str:
     """Return the activation of a gated MLP: silu, gelu or gelu_tanh.
 
-    module: a module for which `gate_parts` found the projections. Raises OtherKind if the module computes
+    module: a module for which `gate_parts` found the projections. Raises UnknownFormula if the module computes
     something else."""
     act = _activation(module)
     if act is None:
-        raise OtherKind("its activation is not silu or gelu")
+        raise UnknownFormula("its activation is not silu or gelu")
     if "forward" in module.__dict__:
-        raise OtherKind("its forward was replaced")
+        raise UnknownFormula("its forward was replaced")
     if any(isinstance(m, nn.Dropout) and m.p for m in module.modules()):
-        raise OtherKind("it drops something")
+        raise UnknownFormula("it drops something")
     hidden, inner = 6, 10
     generator = torch.Generator().manual_seed(0)
 
@@ -277,14 +277,14 @@ def gate_of(module: nn.Module) -> str:
         try:
             got = small(x)
         except Exception as error:  # With these sizes, a module of another kind can raise any exception.
-            raise OtherKind(f"its formula could not be tried: {type(error).__name__}") from None
+            raise UnknownFormula(f"its formula could not be tried: {type(error).__name__}") from None
         if "gate_up_proj" in linears:
             gate, up = linears["gate_up_proj"](x).chunk(2, dim=-1)
         else:
             gate, up = linears["gate_proj"](x), linears["up_proj"](x)
         expected = linears["down_proj"](_ACTIVATIONS[act](gate) * up)
     if not isinstance(got, Tensor) or not _close(got, expected, 1e-6):
-        raise OtherKind("its result differs from a gated MLP's")
+        raise UnknownFormula("its result differs from a gated MLP's")
     return act
 
 

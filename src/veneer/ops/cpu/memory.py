@@ -37,7 +37,7 @@ def _c_function(name: str) -> Any:
         return None
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return freed memory to the operating system, if the C library supports this."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
@@ -76,7 +76,7 @@ def _allocator(setting: dict[int, int]) -> Iterator[None]:
             trim(0)
 
 
-def kept_memory() -> AbstractContextManager[None]:
+def keep_freed_memory() -> AbstractContextManager[None]:
     """Keep freed memory in the process inside a with-block, then return it to the system.
 
     By default glibc maps every block above 32 MB (and many above 128 kB) from the system and unmaps it when
@@ -85,10 +85,10 @@ def kept_memory() -> AbstractContextManager[None]:
     return _allocator(_KEPT)
 
 
-def returned_memory() -> AbstractContextManager[None]:
+def return_freed_memory() -> AbstractContextManager[None]:
     """Return freed memory to the system at once inside a with-block.
 
-    The opposite of `kept_memory`. After a large block was freed, glibc allocates blocks of this size from its
+    The opposite of `keep_freed_memory`. After a large block was freed, glibc allocates blocks of this size from its
     heap, and small allocations between them prevent the heap from shrinking. When weights were quantized one
     after another, a tenth of the model's size was lost to this fragmentation."""
     return _allocator(_RETURNED)
@@ -111,7 +111,7 @@ def peak_resident() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def forget_peak_resident() -> None:
+def reset_peak_resident() -> None:
     """Reset the peak to the current resident memory.
 
     Does nothing outside Linux, or without permission."""

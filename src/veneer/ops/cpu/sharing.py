@@ -51,13 +51,13 @@ _WINDOW = 0.25
 
 
 @dataclass
-class Neighbours:
+class OtherProcessLoad:
     """How busy other processes keep our processors, measured at most every quarter second.
 
     worked: function that returns the seconds that each processor has worked, for any process.
     cpu_seconds: function that returns the processor seconds of this process."""
 
-    worked: Callable[[], list[float]]
+    busy_seconds: Callable[[], list[float]]
     cpu_seconds: Callable[[], float] = time.process_time
     clock: Callable[[], float] = time.perf_counter
     present: bool = False
@@ -70,7 +70,7 @@ class Neighbours:
         now = self.clock()
         if self._last is not None and now - self._last[0] < _WINDOW:
             return self.present
-        then, self._last = self._last, (now, self.worked(), self.cpu_seconds())
+        then, self._last = self._last, (now, self.busy_seconds(), self.cpu_seconds())
         if then is None:
             return self.present
         seconds = now - then[0]
@@ -83,7 +83,7 @@ class Neighbours:
         return self.present
 
 
-def worked(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[float]:
+def busy_seconds(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[float]:
     """Return the seconds that each processor has worked, including time stolen by other VMs."""
     seconds: dict[str, float] = {}
     for line in stat.read_text(encoding="ascii").splitlines():
@@ -99,7 +99,7 @@ class Sharing:
 
     def __init__(self, native: Any) -> None:
         self.native, self.processors = native, sorted(os.sched_getaffinity(0))
-        self.neighbours = Neighbours(lambda: worked(self.processors))
+        self.neighbours = OtherProcessLoad(lambda: busy_seconds(self.processors))
         self.lock = threading.Lock()
         self.here = threading.local()  # `place`: the processor to which this thread's pool is bound
         self.leave: threading.Event | None = None

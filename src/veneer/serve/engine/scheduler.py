@@ -202,7 +202,7 @@ class Scheduler:
             tenant.owed += new
             sequence.charged = max(sequence.charged, sequence.cached) + new
         if chunk.last or tenant.owed > _CREDIT:
-            self._settle(tenant)
+            self._record_failure(tenant)
 
     def appended(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
@@ -216,7 +216,7 @@ class Scheduler:
         self._floor = min(at_work, default=self._floor)
         return self._floor
 
-    def _settle(self, tenant: _Tenant) -> None:
+    def _record_failure(self, tenant: _Tenant) -> None:
         tenant.counter += tenant.owed / tenant.weight
         tenant.owed = 0.0
 
@@ -319,4 +319,4 @@ class Scheduler:
         sequence.table, sequence.computed = None, 0
         self.running.remove(sequence)
         self._tenants[sequence.request.tenant].running -= 1
-        self._settle(self._tenants[sequence.request.tenant])
+        self._record_failure(self._tenants[sequence.request.tenant])

@@ -407,7 +407,7 @@ class Runner:
         if base.dtype != torch.bfloat16 or base.device.type != "cpu" or not panels_here(8):
             return False
         self.llama, any_laid = None, False
-        with memory.returned_memory():
+        with memory.return_freed_memory():
             for names, weight in self._weights.items():
                 if isinstance(weight, QuantizedWeights) and (laid := panels_of_codes(weight.parts)) is not None:
                     self._weights[names], any_laid = laid[0], True

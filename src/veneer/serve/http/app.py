@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
-from veneer.ops.cpu.memory import give_back
+from veneer.ops.cpu.memory import trim_heap
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
 from veneer.serve.http.bodies import BodyRoute, body_error, check_guarded, keys_of_bodies
@@ -169,7 +169,7 @@ class AuthMiddleware:
             self.service.inside -= working
             incoming.admitted.leave()
             if incoming.received >= _GIVEN_BACK:
-                asyncio.get_running_loop().run_in_executor(None, give_back)
+                asyncio.get_running_loop().run_in_executor(None, trim_heap)
 
     def _large(self, request: HttpRequest) -> int | None:
         """Return the size limit of a body that does not count against the memory limit, or None.

@@ -33,7 +33,7 @@ from starlette.requests import Request as HttpRequest
 
 from veneer.errors import ConfigError, VeneerError, quoted
 from veneer.formats.strengths import Strength, check_roles, parse_strength, split_factors
-from veneer.imaging.adapters import campaign_note
+from veneer.imaging.adapters import role_note
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.generate import fitted_reference, size_for
 from veneer.models.image.base import aspect_problem
@@ -383,7 +383,7 @@ def _planned(
             label = "role" if part.campaign else "blocks and steps"
             notes.append(f"{part.adapter} is the base: its {label} {'has' if part.campaign else 'have'} no effect")
     resolved = {digest: engine.in_campaign(factor) for digest, factor in factors.items()}
-    notes += [campaign_note(labels[d], factor, resolved[d]) for d, factor in factors.items() if factor.campaign]
+    notes += [role_note(labels[d], factor, resolved[d]) for d, factor in factors.items() if factor.campaign]
     if "<lora:" in body.prompt:
         notes.append("<lora:…> in a prompt is plain text; name adapters in mix")
     edit = body if isinstance(body, EditBody) else None

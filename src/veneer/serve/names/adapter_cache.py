@@ -320,11 +320,11 @@ class AdapterCache(Generic[T]):
 
     def _admit(self, key: tuple[str, ...], group: _Group[T], new: list[_Entry[T]]) -> None:
         for entry in new:
-            self._settle(entry)
+            self._record_failure(entry)
         self._calls += [partial(ready, self._lease(mix, group.entries)) for mix, ready in group.members]
         self._leave(key)
 
-    def _settle(self, entry: _Entry[T]) -> None:
+    def _record_failure(self, entry: _Entry[T]) -> None:
         entry.state, entry.since = "resident", self._clock()
         self._bytes += entry.size
 
@@ -364,7 +364,7 @@ class AdapterCache(Generic[T]):
             if entry.leases or entry.state == "loading" or self._is_wanted(entry):
                 continue
             if entry.state == "loaded" and not entry.dropped and self._bytes + entry.size <= self.limit:
-                self._settle(entry)
+                self._record_failure(entry)
             if entry.state != "resident" or entry.dropped:
                 self._free(entry)
 

@@ -24,7 +24,7 @@ from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, VeneerError
 from veneer.formats.strengths import Strength, factors_by_module, in_campaign
 from veneer.imaging.adapters import AdapterSource, add_divided, idle_ranges, mix_plan, without_effect
-from veneer.imaging.controls import OWN_KINDS, ControlSpec, control_model_of
+from veneer.imaging.controls import CONTROL_KINDS, ControlSpec, control_model_of
 from veneer.imaging.generate import ImageRequest, recorded_picture, shared_record, unread_notes
 from veneer.models.image.base import load_control, readers
 from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
@@ -70,7 +70,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """Generates images on one base until closed. A context manager.
 
     `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet;
-        OWN_KINDS
+        CONTROL_KINDS
     default to the base's own. `window`: seconds that a first image waits for others to batch with.
     `adapter_bytes`: memory for adapters. `stuck_seconds`: a longer step counts as stuck.
     """
@@ -192,11 +192,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
     def control_kinds(self) -> list[str]:
         """Return the kinds of control images that have a ControlNet."""
-        return [kind for kind in sorted({*OWN_KINDS, *self._control_names}) if self._control_name(kind)]
+        return [kind for kind in sorted({*CONTROL_KINDS, *self._control_names}) if self._control_name(kind)]
 
     def _control_name(self, kind: str) -> str | None:
         """Return the source of the ControlNet for a kind, or None."""
-        if kind in self._control_names or kind not in OWN_KINDS:
+        if kind in self._control_names or kind not in CONTROL_KINDS:
             return self._control_names.get(kind)
         try:
             return control_model_of(self.base, ControlSpec(kind, ""))

@@ -77,7 +77,7 @@ class StoredAnswers:
         self.store, self.writer, self.wall = store, writer, wall
         self.quotas = quotas or Quotas()
         self._logged, self._lock = -10.0, threading.Lock()
-        self._holds: dict[str, tuple[QuotaHold, float]] = {}
+        self._has_files: dict[str, tuple[QuotaHold, float]] = {}
         self._waiting: Counter[str] = Counter()  # tenant -> bytes of unwritten completions
 
     def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
@@ -147,13 +147,13 @@ class StoredAnswers:
         Database usage is measured again after a while, because other servers add and remove rows too.
         """
         tenant = row["tenant"]
-        hold, until = self._holds.get(tenant) or (self.quotas.take(tenant), 0.0)
+        hold, until = self._has_files.get(tenant) or (self.quotas.take(tenant), 0.0)
         if time.monotonic() >= until:
             a = answer_table.c
             taken = select(func.count(), func.coalesce(func.sum(func.length(a.asked) + func.length(a.choices)), 0))
             files, disk = c.execute(taken.where(a.tenant == tenant)).one()
             hold.set(files=int(files), disk=int(disk))
-            self._holds[tenant] = hold, time.monotonic() + _MEASURED
+            self._has_files[tenant] = hold, time.monotonic() + _MEASURED
         try:
             hold.add(files=1, disk=size)
         except Refused as error:
@@ -234,8 +234,8 @@ class StoredAnswers:
             self.flush()
         with write_transaction(self.store.engine, _LOCK) as c:
             count = delete_answers(c, tenant, target, self.wall())
-        if tenant in self._holds:
-            self._holds[tenant] = self._holds[tenant][0], 0.0
+        if tenant in self._has_files:
+            self._has_files[tenant] = self._has_files[tenant][0], 0.0
         return count
 
     def sweep(self) -> int:

@@ -20,7 +20,7 @@ from veneer.train.image.pictures import PictureSummary, TrainingPicture
 from veneer.train.preflight import Finding, about_some, share
 
 _NAMED = 5
-_MUCH = 0.25  # share of an image outside its bucket that causes a warning
+_CROP_WARNING = 0.25  # share of an image outside its bucket that causes a warning
 _BAD_NOTES = ("a color profile that cannot be used", "EXIF that cannot be read")
 
 
@@ -101,7 +101,7 @@ def _buckets(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: I
         text = f"pictures are smaller than the step of {plan.step} pixels and left out"
         yield from about_some("small", len(plan.dropped), total, text, plan.dropped)
     cuts = {row.picture.name: crop_view(row.picture.size, row.bucket).cut for row in plan.rows}
-    cropped = sorted((name for name, cut in cuts.items() if cut > _MUCH), key=lambda n: -cuts[n])
+    cropped = sorted((name for name, cut in cuts.items() if cut > _CROP_WARNING), key=lambda n: -cuts[n])
     names = [f"{name} ({cuts[name]:.0%})" for name in cropped]
     fix = "crop them by hand, or raise bucket_ratio" if settings.buckets else "data.buckets: true keeps more"
     yield from about_some("crops", len(names), len(cuts), "pictures lose more than a quarter to the crop", names, fix)

@@ -167,7 +167,7 @@ def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
     return replace(text, embeds=text.embeds.masked_fill(mask[:, None, None], 0), pooled=pooled)
 
 
-def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
+def time_distribution(base: ImageBase, config: ImageTrainConfig) -> Times:
     """Return the distribution of timesteps of the run.
 
     `auto` is logit-normal for flow, else uniform. The shift is the scheduler's constant shift. With
@@ -207,7 +207,7 @@ class ImageLoss:
     adapter_off: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        self.times, self.noise = times_of(self.base, self.config), self.config.loss.noise_offset
+        self.times, self.noise = time_distribution(self.base, self.config), self.config.loss.noise_offset
         # On the CPU, because times are sampled there, so that the host does not wait for the device.
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         distilled = self.base.denoiser.config.get("guidance_embeds")

@@ -74,7 +74,7 @@ class ImageSubject(RunSubject):
     data: ImageData
 
 
-def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
+def adapter_components(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
     """Return component -> (its module, spec of the adapter to create on it).
 
     The denoiser is first, then the configured text encoders. Raises TargetError for a text encoder that the
@@ -137,7 +137,7 @@ def _targets(s: ImageSubject) -> Iterator[Finding]:
     targets_of: dict[str, int] = {}
     name = s.base.row.denoiser
     try:
-        for name, (module, spec) in parts_of(s.base, s.config).items():
+        for name, (module, spec) in adapter_components(s.base, s.config).items():
             targets = resolve_targets(module, spec)
             pairs += trainable_parameters(module, targets, spec)[0]
             targets_of[name] = len(targets)
@@ -151,7 +151,7 @@ def _targets(s: ImageSubject) -> Iterator[Finding]:
     yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
 
 
-def _apart(s: ImageSubject) -> Iterator[Finding]:
+def _output_outside_data(s: ImageSubject) -> Iterator[Finding]:
     """Report an output folder inside an image folder.
 
     The next run, or a resumed run, would train on the sheets and samples in the output folder."""
@@ -262,7 +262,7 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
 
 
 _CHECKS: tuple[Callable[[ImageSubject], Iterator[Finding]], ...] = (_targets, learning_rate, check_devices, precision)
-_CHECKS += (_loss, _base, _apart, check_output, _pairs, _samples)
+_CHECKS += (_loss, _base, _output_outside_data, check_output, _pairs, _samples)
 
 
 def _short(text: str, most: int = 40) -> str:

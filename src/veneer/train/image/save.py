@@ -57,7 +57,7 @@ class ImageResult(Outcome):
     sheet: str = ""
 
 
-def output_of(config: ImageTrainConfig) -> Path:
+def output_path(config: ImageTrainConfig) -> Path:
     """Return the path of the adapter's file, or of its folder for peft."""
     folder = Path(config.output.directory)
     if config.output.layout == "peft":
@@ -102,7 +102,7 @@ def save_image_adapter(
         extra={**adapter.card.extra, **card_extra},
     )
     adapter = replace(adapter, card=card)
-    path = output_of(config)
+    path = output_path(config)
     metadata = training_metadata(training)
     dtype = None if output.dtype == "float32" else output.dtype
     written = convert.write(adapter, path, output.layout, family=base.family, metadata=metadata, dtype=dtype)
@@ -174,7 +174,7 @@ def prove_image_adapter(
     """Read the saved file and compare its prediction with the trained adapter's prediction.
 
     The prediction is for a batch of one image and the `text` of its caption; see `train.save.prove`."""
-    path = output_of(config)
+    path = output_path(config)
     again = read(path, base=base.model).adapter
     if config.output.layout == "peft":  # uses the denoiser's own names
         start = f"{base.row.denoiser}."

@@ -40,7 +40,7 @@ from veneer.ops.device_transfer import sent
 from veneer.train.image.batches import ImageBatch
 from veneer.train.image.encode import ImageLoss
 from veneer.train.image.loss import generator, noised, row_losses
-from veneer.train.image.preflight import ImageData, parts_of
+from veneer.train.image.preflight import ImageData, adapter_components
 from veneer.train.image.samples import generate_missing
 from veneer.train.image.task import ImageKind, ImageRun, image_prompts, read_image_data
 from veneer.train.loop import LazySteps, Micro, Step
@@ -75,7 +75,7 @@ def _read(image: ImageRun) -> ImageData:
     Their captions are not used as tags."""
     config = _with_scenes(image.base, image.config, image.run)
     data = read_image_data(replace(image, config=config))
-    return replace(data, steps=_signed(data.steps), tags={})
+    return replace(data, steps=_with_both_signs(data.steps), tags={})
 
 
 def _findings(image: ImageRun, data: ImageData) -> Iterator[Finding]:
@@ -134,7 +134,7 @@ class SignedBatch(ImageBatch):
     sign: float = 1.0
 
 
-def _signed(steps: LazySteps) -> LazySteps:
+def _with_both_signs(steps: LazySteps) -> LazySteps:
     """Return the steps with each micro-batch twice, at strengths +1 and −1."""
 
     def both(step: Step) -> Step:
@@ -205,7 +205,7 @@ def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTr
     if base.only_edits:
         message = f"{base.name} edits pictures, and a slider needs a base that generates from prompts"
         raise BaseError(message, where="base", fix="train on the base it was made from, as FLUX.1 dev or Qwen-Image")
-    for module, spec in parts_of(base, config).values():
+    for module, spec in adapter_components(base, config).values():
         resolve_targets(module, spec)  # raises for invalid targets before any scene is generated
     folder, count = Path(config.data.folders[0]), config.slider.scenes
     if run.dry_run:

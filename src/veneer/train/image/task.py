@@ -31,7 +31,7 @@ from veneer.errors import counted
 from veneer.models.image.base import ImageBase, release
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
-from veneer.models.image.predict import cut_of
+from veneer.models.image.predict import truncated_end
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
@@ -41,9 +41,9 @@ from veneer.train.image.batches import plan_image_steps, planned_rows, split_pic
 from veneer.train.image.checks import check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
-from veneer.train.image.encode import Encoders, ImageLoss, times_of
+from veneer.train.image.encode import Encoders, ImageLoss, time_distribution
 from veneer.train.image.pictures import pictures_digest, read_pictures
-from veneer.train.image.preflight import ImageData, parts_of
+from veneer.train.image.preflight import ImageData, adapter_components
 from veneer.train.image.samples import (
     class_folder,
     generate_class_pictures,
@@ -55,7 +55,7 @@ from veneer.train.image.save import (
     ImageResult,
     image_report,
     layout_findings,
-    output_of,
+    output_path,
     prove_image_adapter,
     save_image_adapter,
     tag_frequency,
@@ -175,7 +175,8 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
     if base.reads_references and data.summary.sources:  # prompts with source images are not truncated
         texts |= {"captions": [], "sample prompts": []}
     cut = {
-        w: {c: unread for c in dict.fromkeys(prompts) if (unread := cut_of(base, c))} for w, prompts in texts.items()
+        w: {c: unread for c in dict.fromkeys(prompts) if (unread := truncated_end(base, c))}
+        for w, prompts in texts.items()
     }
     data_findings = image.kind.findings(image, data)
     devices = run.devices.count
@@ -284,7 +285,7 @@ def _create_adapter(base: ImageBase, config: ImageTrainConfig) -> Adapter:
     combined = Adapter()
     targets: list[str] = []
     spec = config.adapter.spec()
-    for name, (module, part_spec) in parts_of(base, config).items():
+    for name, (module, part_spec) in adapter_components(base, config).items():
         part = create(module, part_spec, seed=config.seed)
         combined.pairs |= {f"{name}.{key}": pair for key, pair in part.pairs.items()}
         combined.deltas |= {f"{name}.{key}": delta for key, delta in part.deltas.items()}
@@ -343,7 +344,7 @@ def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Ite
         yield "data.resolution", base.size, "the base's size"
     if config.data.split is None and config.data.validation is None:
         yield "data.split", len(data.held_out), "a tenth from 20 pictures on, at most 50; none below"
-    times = times_of(base, config)
+    times = time_distribution(base, config)
     if config.loss.timesteps == "auto":
         yield "loss.timesteps", times.kind, f"the base predicts {base.prediction}"
     if config.loss.shift == "auto" and base.prediction == "flow":
@@ -458,7 +459,7 @@ class ImageTask:
         hashes = written.hashes
         short_hashes = {"AutoV2": hashes.autov2, "AutoV3": hashes.autov3} if hashes is not None else {}
         samples = [str(p) for p in sorted((self.run.folder / "samples").glob("step-*.png"))]
-        adapter = str(output_of(config))
+        adapter = str(output_path(config))
         return replace(result, adapter=adapter, digest=written.digest, hashes=short_hashes, samples=samples)
 
     def write(self, folder: Path, progress: Progress) -> None:

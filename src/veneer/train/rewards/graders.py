@@ -31,7 +31,7 @@ from veneer.train.rewards.judge import AskModel, Question, asked_reward, score_f
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer, Reward, RewardScore, each_answer
 from veneer.train.rewards.sandbox import Sandbox
-from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem, template_sample
+from veneer.train.rewards.template import MAX_FILLED, NoValue, TextTooLong, filled, template_problem, template_sample
 from veneer.train.rewards.text_scores import bleu, fuzzy, gleu, rouge
 
 _SOURCE = 64 << 10
@@ -313,7 +313,7 @@ def _filled_texts(templates: Sequence[str], answer: Answer) -> list[str] | Rewar
     sample, texts = template_sample(answer), list[str]()
     try:
         for template in templates:
-            texts.append(filled(template, sample, answer.row, FILLED - sum(map(len, texts))))
+            texts.append(filled(template, sample, answer.row, MAX_FILLED - sum(map(len, texts))))
     except TextTooLong as error:
         return RewardScore(None, str(error))
     except NoValue as error:

@@ -60,7 +60,7 @@ _LOADING = 120.0
 """Maximum seconds to load the file and its imports."""
 _ANSWER = 1 << 20
 """Maximum bytes of a result."""
-_GIVES_UP = 5
+_MAX_FAILURES = 5
 """Consecutive failures in one call after which the remaining questions are skipped."""
 _WATCH = 0.02
 """Seconds between memory checks of a running sandbox."""
@@ -122,8 +122,8 @@ class LimitedFunction:
 
         def score_of(pair: ScoreInput) -> RewardScore:
             nonlocal failed
-            if failed >= _GIVES_UP:
-                return RewardScore(None, f"skipped after {_GIVES_UP} consecutive failures")
+            if failed >= _MAX_FAILURES:
+                return RewardScore(None, f"skipped after {_MAX_FAILURES} consecutive failures")
             try:
                 score = _number_score(self._value(*pair))
                 failed = 0

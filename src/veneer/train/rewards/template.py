@@ -23,7 +23,7 @@ from typing import Any
 from veneer.errors import quoted
 from veneer.train.rewards.reward import Answer
 
-FILLED = 1 << 20
+MAX_FILLED = 1 << 20
 """Maximum characters of a filled template, because a template can repeat a long text."""
 _FIELD = re.compile(r"\{\{([^{}]*)\}\}")
 _PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
@@ -58,7 +58,7 @@ def template_sample(answer: Answer) -> dict[str, Any]:
     return sample
 
 
-def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], most: int = FILLED) -> str:
+def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], most: int = MAX_FILLED) -> str:
     """Return the template with each path replaced by its text.
 
     Raises NoValue. Raises TextTooLong for more than `most` characters, before building the text."""

@@ -19,7 +19,7 @@ from veneer.train.text.batches import Batch, collate, plan_steps
 from veneer.train.text.encode import EncodedRows, Example, encode_rows
 from veneer.train.text.preference import Item, answer_rows, collate_items, preference_items
 from veneer.train.text.prompts import PromptItem, planned_rollouts, prompt_split
-from veneer.train.text.rows import About, Row, read_rows, split_rows
+from veneer.train.text.rows import Row, RowsSummary, read_rows, split_rows
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -44,7 +44,7 @@ class TextData:
 
     train: DataSplit
     held_out: DataSplit
-    metadata: About | None
+    metadata: RowsSummary | None
     start: Adapter | None = None
 
 

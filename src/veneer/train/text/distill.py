@@ -40,7 +40,7 @@ from veneer.train.text.prompts import (
     PromptItem,
     SampledTraining,
     answer_groups,
-    answers_micro,
+    completions_micro_batch,
     prompt_split,
     rollout_example,
     with_final_turn,
@@ -133,7 +133,7 @@ class Distillation(SampledTraining):
         for group in self._groups(owners, rollouts):
             answers, prompts_of = [rollouts[i] for i in group], [owners[i] for i in group]
             where = [rows[item.row].where for item in prompts_of]
-            micros.append(answers_micro(answers, where, partial(_batch, answers, prompts_of, weights[group])))
+            micros.append(completions_micro_batch(answers, where, partial(_batch, answers, prompts_of, weights[group])))
         return Step(tuple(micros), step.epoch)
 
     def _groups(self, owners: Sequence[PromptItem], rollouts: Sequence[Rollout]) -> list[list[int]]:

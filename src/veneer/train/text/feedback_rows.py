@@ -50,7 +50,7 @@ def _answer(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def judged_file(base: str, kind: Literal["preference", "messages"]) -> Path:
+def feedback_file(base: str, kind: Literal["preference", "messages"]) -> Path:
     """Return the file in the veneer home for feedback rows of this kind and base.
 
     Used on a machine without tenants."""

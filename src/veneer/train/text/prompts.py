@@ -160,7 +160,9 @@ def rollout_example(rollout: Rollout) -> Example:
     return Example([*rollout.prompt, *rollout.tokens], trained, 0)
 
 
-def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make_batch: Callable[[], PolicyBatch]) -> Micro:
+def completions_micro_batch(
+    answers: Sequence[Rollout], where: Sequence[str], make_batch: Callable[[], PolicyBatch]
+) -> Micro:
     """Return a micro-batch of completions. `where`: the location of each completion's row."""
     return Micro(
         tokens=sum(len(r.prompt) + len(r.tokens) for r in answers),

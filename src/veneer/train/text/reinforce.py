@@ -62,8 +62,8 @@ from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
     SampledTraining,
-    answers_micro,
     collate_shared,
+    completions_micro_batch,
     shared_groups,
     with_final_turn,
 )
@@ -206,7 +206,7 @@ class Reinforcement(SampledTraining):
             f = weights[[moving[k] for k in group]]
             where = [rows[a.row].where for a in group_answers]
             make = partial(_batch, group_answers, f, fresh)
-            micros.append(answers_micro([a.rollout for a in group_answers], where, make))
+            micros.append(completions_micro_batch([a.rollout for a in group_answers], where, make))
         return Step(tuple(micros), step.epoch)
 
     # -- the loss ------------------------------------------------------------------------------------------------------

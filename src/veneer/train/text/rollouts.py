@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from veneer.train.config.distillation import DistillationSection
     from veneer.train.config.reinforcement import ReinforcementSection
 
-_BEYOND = 0.01
+_MEMORY_FACTOR = 0.01
 """Relative difference of probabilities above which `gap_share` counts a token."""
 
 
@@ -185,7 +185,7 @@ class SamplerMismatch:
         trainer_logps = in_float64(trainer.detach())
         difference = (trainer_logps - sampler.to(trainer_logps.device)).abs()
         self.worst = max(self.worst, float(difference.max()))
-        self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _BEYOND)
+        self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _MEMORY_FACTOR)
 
     def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
         """Return the metrics, if any. Raise TrainingError if the mean is above the bound."""

@@ -111,7 +111,7 @@ class UnusableRow:
 
 
 @dataclass
-class About:
+class RowsSummary:
     """A summary of the rows: the format, the reason for it, and unused columns."""
 
     format: str
@@ -133,7 +133,7 @@ class Leak:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], About]:
+def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], RowsSummary]:
     """Read rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
 
     options: see `parse_rows`.
@@ -156,7 +156,7 @@ def parse_rows(
     limit: int | None = None,
     formats: Collection[str] | None = None,
     values: bool = False,
-) -> tuple[list[Row | UnusableRow], About]:
+) -> tuple[list[Row | UnusableRow], RowsSummary]:
     """Read rows like `read_rows`, but return unusable rows among the others.
 
     Names within a glob are sorted.
@@ -178,7 +178,7 @@ def parse_rows(
     usable = [row for row in rows if isinstance(row, Row)]
     used = {mapping.get(c, c) for c in format_columns(name)}
     unused = [] if values else [c for c in data_columns if c not in used]
-    return rows, About(name, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
+    return rows, RowsSummary(name, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
 
 
 def format_columns(format: str) -> tuple[str, ...]:

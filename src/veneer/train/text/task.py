@@ -108,7 +108,9 @@ def run_text(
         base = loaded_base(config, base, run)
         for note in base.notes:
             run.note(note)
-        text = checked_text(run, cut_by_device(config, base, run), base, newest_checkpoint(run), sampler=sampler)
+        text = checked_text(
+            run, with_device_micro_tokens(config, base, run), base, newest_checkpoint(run), sampler=sampler
+        )
         with attached_texts([text]) as (attached,):
             return carry_out(run, attached.task, text.report, text.newest)
 
@@ -140,7 +142,7 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
     )
 
 
-def cut_by_device(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
+def with_device_micro_tokens(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
     """Return the configuration with `batching.micro_tokens` set, equal on every process."""
     if config.batching.micro_tokens is not None:
         return config
@@ -241,7 +243,7 @@ def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
     if base.quantized and config.memory.keep_dequantized_gb is None:
         because = "as much as the plan has memory for on a GPU; on a CPU dequantizing costs almost nothing"
         yield "memory.keep_dequantized_gb", int(report.numbers.get("kept_dequantized", 0)) / 1e9, because
-    if run.config.batching != config.batching:  # set by `cut_by_device`
+    if run.config.batching != config.batching:  # set by `with_device_micro_tokens`
         because = "weights that are faster on this device and fit"
         yield "batching.micro_tokens", config.batching.at_once, because
     if config.memory.keep_packed_gb is None:

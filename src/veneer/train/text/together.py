@@ -56,7 +56,14 @@ from veneer.train.run import Run, dry_outcome, finished, opened
 from veneer.train.run import started as started_run
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import AttachedText, TextRun, attached_texts, checked_text, cut_by_device, loaded_base
+from veneer.train.text.task import (
+    AttachedText,
+    TextRun,
+    attached_texts,
+    checked_text,
+    loaded_base,
+    with_device_micro_tokens,
+)
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -170,7 +177,7 @@ def _checked(runs: Sequence[Run], base: TextBase) -> tuple[dict[int, RunResult |
             if run.resume and point is None:
                 run.note(f"there is no checkpoint in {run.folder}: the run starts from its beginning")
             assert isinstance(run.config, TrainConfig)
-            config, name = cut_by_device(run.config, base, run), f"run {index + 1}"
+            config, name = with_device_micro_tokens(run.config, base, run), f"run {index + 1}"
             texts[index] = checked_text(run, config, base, point, name=name, taken=taken)
         except VeneerError as error:
             errors[index] = _failed(run, error)

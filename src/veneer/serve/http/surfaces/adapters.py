@@ -108,7 +108,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
     uploads, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
 
-    async def worked(principal: Principal, size: int, do: Callable[[], T]) -> T:
+    async def run_work(principal: Principal, size: int, do: Callable[[], T]) -> T:
         """Run work on `size` bytes in the adapters' thread pool."""
         return await in_thread(
             "the library", do, lambda work: working.run(principal.tenant, principal.weight, size, work), _KNOWN
@@ -124,7 +124,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
             try:
                 async for chunk in request.stream():
                     await in_thread("the disk", partial(incoming.write, chunk))
-                yield await worked(principal, incoming.size, lambda: stage.keep(incoming))
+                yield await run_work(principal, incoming.size, lambda: stage.keep(incoming))
             except BaseException:
                 await asyncio.to_thread(stage.drop, incoming)
                 raise
@@ -158,7 +158,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         _need_namespace(principal, name)
         async with posted(request, filename) as staged:
             try:
-                added = await worked(
+                added = await run_work(
                     principal,
                     staged.size,
                     lambda: add_staged(library, tenancy, quotas, principal, staged, name, tags=tag or (), alias=alias),
@@ -212,14 +212,14 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         version = await _read(lambda: _changeable_version(library, principal, reference))
         catalog = service_of(request).catalog
         stem = f"{version.name.rpartition('/')[2]}-{version.version}"
-        path = await worked(principal, version.size, lambda: library.resolve(version.reference))
+        path = await run_work(principal, version.size, lambda: library.resolve(version.reference))
         base = catalog.base if version.fingerprint == catalog.fingerprint else base
         return await file_of(request, path, version.size, stem, to, base)
 
     @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
     async def inspect(request: HttpRequest, filename: _Word = "adapter.safetensors") -> Response:
         async with posted(request, filename) as staged:
-            report = await worked(caller_of(request), staged.size, lambda: staged_report(staged))
+            report = await run_work(caller_of(request), staged.size, lambda: staged_report(staged))
         fields = {"id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.size}
         return Json({**fields, "expires_at": int(staged.until), "report": report})
 
@@ -244,7 +244,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
             base = catalog.sources.base.name  # the base's location, because the name can be just the last part of it
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
-            path = await worked(principal, 2 * size, lambda: _one_file(source, folder, stem, to, base))
+            path = await run_work(principal, 2 * size, lambda: _one_file(source, folder, stem, to, base))
             head, disposition = {"x-content-type-options": "nosniff"}, f'attachment; filename="{path.name}"'
             clean = partial(shutil.rmtree, folder, True)
             return file_response(path.open("rb"), path.stat().st_size, disposition, headers=head, after=clean)
