@@ -44,7 +44,7 @@ def test_process_over_its_plan_is_killed(library: Library, store: JobStore, monk
     holds["rss"] += 1
     status = wait_for_exit(executor, handle)
     assert status.memory
-    assert "are the most by its plan" in status.why
+    assert "the limit from its plan is" in status.why
 
 
 def test_process_arguments_have_no_lease(library: Library, store: JobStore) -> None:

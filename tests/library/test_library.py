@@ -245,7 +245,7 @@ def test_an_unusable_index_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be opened") as refused:
         open_library(tmp_path / "a")
     assert time.monotonic() - begin < 30
-    assert "room" in str(refused.value.fix)
+    assert "free space" in str(refused.value.fix)
 
 
 def test_an_index_of_another_library_is_refused(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_location_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_unsupported_locations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be kept on ftp://"):
+    with pytest.raises(ConfigError, match="cannot be stored on ftp://"):
         open_library("ftp://nowhere.invalid/x")
     with pytest.raises(ConfigError, match="this is not an address of an index"):
         open_library(tmp_path, "mysql://nowhere.invalid/x")

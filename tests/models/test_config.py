@@ -80,7 +80,7 @@ def test_configs_written_by_transformers_pass(family: str) -> None:
 WRONG = [
     ({"hidden_size": "big"}, 'hidden_size is "big", not an integer from 1 to'),
     ({"hidden_size": -1}, "hidden_size is -1, not an integer from 1 to"),
-    ({"hidden_size": True}, "hidden_size is true, not a whole number"),
+    ({"hidden_size": True}, "hidden_size is true, not an integer"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not an integer from 1 to 10,000"),
     ({"num_attention_heads": -4}, "num_attention_heads is -4"),
     ({"num_attention_heads": 7, "num_key_value_heads": 7}, "num_attention_heads is 7, not a number that divides"),
@@ -129,7 +129,7 @@ def test_non_object_config_is_named(text: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_unknown_unet_config_has_its_own_error(tmp_path: Path) -> None:
     other = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "addition_embed_type": "image"}
-    with pytest.raises(ConfigError, match=r"neither SD1\.5's nor SDXL's"):
+    with pytest.raises(ConfigError, match=r"only SD1\.5's and SDXL's U-Nets"):
         planned(other)
     with pytest.raises(ConfigError, match="does not know the model 'PixArtTransformer2DModel'"):
         planned({"_class_name": "PixArtTransformer2DModel"})

@@ -265,7 +265,7 @@ def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
     for name, strength in uses:
         if strength.campaign and strength.campaign in played:
             problem = f"the campaign's {strength.campaign} occurs twice: {played[strength.campaign]}, {name}"
-            raise ConfigError(problem, fix="give each role to one adapter; one without a role acts as it is")
+            raise ConfigError(problem, fix="give each role to one adapter; an adapter without a role acts unchanged")
         played[strength.campaign] = name
 
 

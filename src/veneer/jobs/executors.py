@@ -112,7 +112,7 @@ class LocalExecutor:
             child.kill()
             child.wait()
             self._forget(handle)
-            why = f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are its plan's maximum"
+            why = f"it used {resident / 1e9:.1f} GB of memory; the limit from its plan is {max_memory / 1e9:.1f} GB"
             return ExitStatus(why, memory=True)
         self._forget(handle)
         if code < 0:

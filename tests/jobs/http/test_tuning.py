@@ -269,7 +269,7 @@ INVALID: list[tuple[dict[str, Any], str | None, str]] = [
     ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters", "50"),
     ({"hyperparameters": {"epochs": 3}}, "hyperparameters", "epochs"),
     ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters", "n_epochs must be a number or 'auto'"),
-    ({"method": {"type": "dpo", "supervised": {}}}, "method", "supervised is given"),
+    ({"method": {"type": "dpo", "supervised": {}}}, "method", "supervised does not belong"),
     ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 2}}, None, "method.dpo"),
     ({"method": {"type": "reinforcement"}}, "method", "grader is required"),
     ({"method": {"type": "reinforced"}}, "method", "supervised"),

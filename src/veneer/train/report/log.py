@@ -214,7 +214,7 @@ class ConsoleView:
         self._recent = [*self._recent, (event.tokens if counts is None else counts, event.seconds)][-20:]
         seconds = sum(s for _, s in self._recent)
         per_second = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
-        unit = self.unit if counts is None else f"drawn {self.unit}"
+        unit = self.unit if counts is None else f"sampled {self.unit}"
         speed = f"{per_second:,.{0 if per_second >= 10 else 2}f} {unit}/s"
         left = (event.steps - event.step) * seconds / len(self._recent)
         if self.name or not self.console.is_terminal:

@@ -460,7 +460,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"mix": ["brand@double=0.5,steps=0.6-0.2"]}, 400, "invalid_request", "0.6-0.2 is not a range of steps"),
     ({"mix": ["brand@/etc/passwd=1"]}, 400, "invalid_request", "mix.0.blocks"),
     ({"mix": ["brand@double=0", "tiny:brand:0.5"]}, 400, "invalid_request", "named twice with different blocks, steps"),
-    ({"mix": ["brand@campaign=lens", "look@campaign=lens"]}, 400, "invalid_request", "given twice: brand, look"),
+    ({"mix": ["brand@campaign=lens", "look@campaign=lens"]}, 400, "invalid_request", "occurs twice: brand, look"),
     ({"mix": 7}, 400, "invalid_request", "mix must be a valid list"),
     ({"guidence_scale": 1}, 400, "invalid_request", "did you mean 'guidance_scale'"),
     ({"prompt": ""}, 400, "invalid_request", "prompt"),
