@@ -44,12 +44,9 @@ class Sizes:
     """Sizes of the measurements.
 
     `text`, `large`, `denoiser`: names in the plan's table, or configurations. `rows`, `length`: of a
-        micro-batch.
-    `large_row`, `large_tokens`: tokens of a row and of a micro-batch of the large base. `picture`: side in
-        pixels.
-    `square`, `copied`: rows and bytes of the probe. `requests`, `prompt`, `new`: served with 8 adapters and
-        with
-    `many`; `cache`: bytes of keys and values."""
+    micro-batch. `large_row`, `large_tokens`: tokens of a row and of a micro-batch of the large base.
+    `picture`: side in pixels. `square`, `copied`: rows and bytes of the probe. `requests`, `prompt`, `new`:
+    served with 8 adapters and with `many`; `cache`: bytes of keys and values."""
 
     device: str = "cuda"
     text: Any = "meta-llama/Meta-Llama-3-8B"
@@ -118,8 +115,7 @@ class Task:
     """Arguments of a side.
 
     `probe`: measured capabilities of the card, None if the probe failed. `work`: a folder of the run. `dry`:
-        use the
-    sizes of a dry run. `limit`: seconds after which the side is stopped; 0: none."""
+    use the sizes of a dry run. `limit`: seconds after which the side is stopped; 0: none."""
 
     work: str
     dry: bool = False
@@ -396,8 +392,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
     """Run AdamW steps on random tokens with the fast paths, all tokens trained.
 
     `others`: lengths of further micro-batches, which a run chooses among (ops/step_sizes.py); they use at
-        most half of
-    the time limit."""
+    most half of the time limit."""
     import torch
 
     import veneer

@@ -62,9 +62,8 @@ class Outcome:
     """The outcome of a side.
 
     `status`: ran, failed, timed out, stopped, not installed, left out or no time left; `why`: the details.
-        `figures`:
-    results, also those before a failure. `more`: results of the probe. `at`: time; `command`: of the whole
-    run."""
+    `figures`: results, also those before a failure. `more`: results of the probe. `at`: time; `command`: of
+    the whole run."""
 
     status: str
     seconds: float = 0.0

@@ -8,9 +8,9 @@ Each side is a process, one after another, in rounds, so that a drifting machine
 from the same adapter and use the same tokens. A side prints one JSON object.
 
 Speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, rows of 512 tokens in steps of 4, the last
-    quarter of
-each row trained, AdamW. The floor is arithmetic: 4 · parameters · tokens (forward 2, gradient of the input 2;
-frozen weights get none) at the median rate of bfloat16 products of the model's own shapes in the same round.
+quarter of each row trained, AdamW. The floor is arithmetic: 4 · parameters · tokens (forward 2, gradient of
+the input 2; frozen weights get none) at the median rate of bfloat16 products of the model's own shapes in the
+same round.
 """
 
 from __future__ import annotations

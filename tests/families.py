@@ -2,11 +2,9 @@
 
 Each builder is deterministic: float32, eval mode, two layers, vocabulary `VOCAB`, at most 64 wide. Weights
 have a wider range than in the families' own initialization, so that every module affects the output, and the
-statistics of real
-models: norms unlike one, a few channels of norms and embeddings far larger than the rest, tied embeddings if
-    the
-family ties them. `large_norms` goes as far as Gemma 3. Families with two kinds of layers have one layer of
-each.
+statistics of real models: norms unlike one, a few channels of norms and embeddings far larger than the rest,
+tied embeddings if the family ties them. `large_norms` goes as far as Gemma 3. Families with two kinds of
+layers have one layer of each.
 
 FAMILIES take every fast path; OTHERS take some fast paths or none."""
 

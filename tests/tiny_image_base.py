@@ -41,9 +41,8 @@ def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
     """Write `folder / "tiny-<family>"` (once).
 
     `family`: one of TINY_FAMILIES; sd3-large, which is always full; schnell (flux1 without guidance); klein
-        (flux2
-    without guidance); or one of EDITING: kontext (flux1), qwen-edit and qwen-edit-plus (qwen-image), which
-    edit pictures and resize them to a megapixel unless `small_references` is used."""
+    (flux2 without guidance); or one of EDITING: kontext (flux1), qwen-edit and qwen-edit-plus (qwen-image),
+    which edit pictures and resize them to a megapixel unless `small_references` is used."""
     place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
     if not (place / "model_index.json").exists():
         with _seeded(0):

@@ -248,8 +248,7 @@ def submit(
     config, overrides: as in `train_text`; a file can also have a section `after`.
     name: the name of the new adapter; by default the name of the output folder.
     tenants: the database with the tenants' limits and routes; by default the database in the veneer home, if
-        it
-        exists.
+        it exists.
 
     Raises ConfigError for an invalid configuration or name, or if the actions in `after` are impossible."""
     from veneer.jobs.post_training import load_job_config

@@ -41,8 +41,7 @@ class FakeExecutor(LocalExecutor):
     """An executor whose processes run until a test ends them.
 
     `stubborn`: only a kill ends a process; `refuse`: no process starts. `validating`: handle -> lease, for
-        each started
-    validation."""
+    each started validation."""
 
     def __init__(self) -> None:
         super().__init__()

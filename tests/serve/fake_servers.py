@@ -24,10 +24,9 @@ class FakeVLLM:
     """A server that responds as vLLM does.
 
     `resolve`: the plug-in, adapter name -> folder or None. `load_fails`: respond as vLLM does if it cannot
-        load
-    the resolved folder. `wrong`: (status, message) of the next responses, in order. `breaks_after`: tokens
-    before the stream breaks. `delay`: seconds before each token. `calls`: bodies of completion requests.
-    `left`: number of streams whose client disconnected."""
+    load the resolved folder. `wrong`: (status, message) of the next responses, in order. `breaks_after`:
+    tokens before the stream breaks. `delay`: seconds before each token. `calls`: bodies of completion
+    requests. `left`: number of streams whose client disconnected."""
 
     resolve: Callable[[str], Path | None] = lambda name: None
     load_fails: bool = False

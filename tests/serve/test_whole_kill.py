@@ -33,8 +33,7 @@ class Seen:
     """Records of the clients.
 
     `answered`: complete responses, id -> (prompt, completion) tokens. `begun`: streams with at least one
-        event.
-    `broken`: clients whose connection broke."""
+    event. `broken`: clients whose connection broke."""
 
     answered: dict[str, tuple[int, int]] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)

@@ -36,8 +36,7 @@ class Fitted:
     """Squared error with dropout.
 
     `ahead`: prefetch batches in a thread, with a copy that stands for the transfer to a device. `made`,
-        `sent`,
-    `used`: numbers of batches, in order. `most`: maximum number of batches alive at once."""
+    `sent`, `used`: numbers of batches, in order. `most`: maximum number of batches alive at once."""
 
     def __init__(self, ahead: bool, failing: Callable[[int], None] = lambda number: None) -> None:
         self.parameters = {"w.A": nn.Parameter(torch.ones(3, dtype=torch.float64))}

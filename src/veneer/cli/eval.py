@@ -45,8 +45,7 @@ def evaluate(
     """Score the base and each adapter on held-out rows.
 
     Metrics: exact match, valid JSON, loss and perplexity; for preference pairs, how often the chosen answer
-        is
-    preferred."""
+    is preferred."""
     specs = adapter or []
     mixes = {"base": [], **{spec: [spec] for spec in specs}}
 

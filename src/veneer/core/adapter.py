@@ -238,9 +238,8 @@ class Adapter:
 
     `pairs`: module name -> pair; for `experts` the key is the parameter's name (`…experts.gate_up_proj`).
     `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while
-        attached.
-    `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can have both
-        a pair and a delta. Each is relative to the base's weight, and the two are summed."""
+    attached. `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can
+    have both a pair and a delta. Each is relative to the base's weight, and the two are summed."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)

@@ -280,13 +280,12 @@ def read(
     `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their
     shapes.
     `family`: the base's, taken where the names are those of several families alike. A file in PEFT's names
-        with an
-    adapter_config.json beside it is read by that; without one, its scale is `alpha`'s. `alpha`: the trained
-    one, of modules whose alpha the file does not state. `assume_scale`: take alpha for the rank there and
-    list the modules in `Reading.assumed_scale`; for reports, never to use the adapter. Pickles are read only
-    with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not understood,
-    or lands where another has; one for a scale that is neither in the file nor given; UnsafeFileError for
-    pickles and headers that lie."""
+    with an adapter_config.json beside it is read by that; without one, its scale is `alpha`'s. `alpha`: the
+    trained one, of modules whose alpha the file does not state. `assume_scale`: take alpha for the rank there
+    and list the modules in `Reading.assumed_scale`; for reports, never to use the adapter. Pickles are read
+    only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
+    understood, or lands where another has; one for a scale that is neither in the file nor given;
+    UnsafeFileError for pickles and headers that lie."""
     location = Path(path)
     opened: peft.PeftFolder | None = None
     path = location if location.is_dir() and (location / CONFIG_FILE).is_file() else tensor_file(location, from_pickle)

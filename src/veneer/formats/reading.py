@@ -28,9 +28,8 @@ class Reading:
     """The result of reading an adapter.
 
     `used`: canonical module -> the file's keys for the module. `unused`: keys with an unknown module or
-        layout.
-    `unpaired`: keys of modules that could not be read, with reasons in `notes`. `assumed_scale`: modules for
-    which scale 1 was assumed, because the file does not state a scale (PEFT's names without a
+    layout. `unpaired`: keys of modules that could not be read, with reasons in `notes`. `assumed_scale`:
+    modules for which scale 1 was assumed, because the file does not state a scale (PEFT's names without a
     configuration)."""
 
     adapter: Adapter

@@ -104,8 +104,7 @@ class Files:
         source: a seekable stream; it is read from its beginning, more than once.
         ttl: seconds until the file expires.
         id: the id of a file that the server itself creates; exempt from quotas. An existing file with this id
-            is
-            not replaced."""
+            is not replaced."""
         sha256, size = _hash_and_size(source)
         if not size:
             raise invalid("the file is empty", "file", "send a file with something in it")

@@ -4,8 +4,7 @@
 
 The starting process (`executors`) holds and renews the lease; this process writes under the lease's token.
 `veneer_job`: see `executors.JOB_VARIABLE`. The process ends as soon as standard input ends, which happens
-    when
-the starting process ends.
+when the starting process ends.
 
 Each lease has its own folder, `attempt-N`. This process renames the previous lease's folder, with its
 checkpoints, so that a process that was wrongly considered dead never writes to its successor's folder. The

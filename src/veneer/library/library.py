@@ -11,8 +11,7 @@ of this order:
     1. hash the files; the manifest of their hashes is the entry, and the manifest's sha256 is the entry's id
     2. claim, one transaction: touch a row in `objects` for each file and remember the row's generation
     3. store the files that are not in the store
-    4. commit, one transaction: claim and store each file again that was collected in between (its row is gone
-        or
+    4. commit, one transaction: claim and store each file again that was collected in between (its row is gone or
        has another generation), while the write lock blocks collection. Then write entry, version and tags.
 
 A process killed before step 4 leaves unreferenced files, which `gc` removes. This module uses the store and

@@ -34,13 +34,12 @@ class ResolvedModel:
     """A model name, resolved when it was requested.
 
     `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, otherwise
-        `name`.
-    `shadow`: a mix that also completes the request, for the log only, or the reason why it cannot.
-        `adapters`: the
-    operator's name of each part of `mix`, in order (the loaded name, or the library reference with its
-    version), used by limits, prices and the ledger. `digests`: the digest of each name of a mix, in the
-    client's order, "" for the base. `trained`: used for training, which has its own price. `trial`: requested
-    in the Studio, not by a client; a trial has no shadow, and the operator's trials are booked on TRIALS.
+    `name`. `shadow`: a mix that also completes the request, for the log only, or the reason why it cannot.
+    `adapters`: the operator's name of each part of `mix`, in order (the loaded name, or the library reference
+    with its version), used by limits, prices and the ledger. `digests`: the digest of each name of a mix, in
+    the client's order, "" for the base. `trained`: used for training, which has its own price. `trial`:
+    requested in the Studio, not by a client; a trial has no shadow, and the operator's trials are booked on
+    TRIALS.
     """
 
     mix: DigestMix
@@ -74,8 +73,7 @@ class ModelCard:
     """An entry of /v1/models.
 
     `parent`: the base's name; None for the base. `root`: the operator's name of the source (a library
-        reference, never
-    a path). `digest`: the adapter's digest.
+    reference, never a path). `digest`: the adapter's digest.
     """
 
     id: str
@@ -145,8 +143,7 @@ class LedgerState:
     """How far the ledger is behind.
 
     `pending`: finished requests missing from the database. `lag`: age in seconds of the oldest.
-        `unavailable`: the
-    database does not answer, or is slow.
+    `unavailable`: the database does not answer, or is slow.
     """
 
     pending: int

@@ -61,8 +61,8 @@ class Extension:
     """Parts that a higher package adds to a server.
 
     `routers`: behind the same authentication. `large`, `unguarded`: see create_app. `start`, `stop`: see
-        Application;
-    they run inside the server's own. `mount`: adds parts that are no routers to the finished application.
+    Application; they run inside the server's own. `mount`: adds parts that are no routers to the finished
+    application.
     """
 
     routers: Sequence[APIRouter] = ()
@@ -83,8 +83,7 @@ def build(
     """Build everything but the base from `settings` (checked by checks.py).
 
     `opened`: the stores that the check opened. `extends`: extensions, which start in this order and stop in
-        reverse.
-    Raises ConfigError.
+    reverse. Raises ConfigError.
     """
     opened = opened or open_stores(settings)
     try:

@@ -75,8 +75,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     """Check the settings and return the opened stores.
 
     `page`: the server has the Studio. Raises ConfigError, BaseError or AdapterError for invalid settings, and
-        the
-    errors of `open_stores`.
+    the errors of `open_stores`.
     """
     if settings.quantize is not None:
         one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")

@@ -113,13 +113,11 @@ class Sampling:
     Order of application: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
 
     `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random seed. `logprobs`: None
-        for none,
-    otherwise the number of alternatives in addition to the sampled token, from the model's distribution
-    before any of the above. `sampled_logprob`: with logprobs, also the sampled token's log-probability in the
-    final distribution.
-    `prompt_logprobs`: also the prompt's tokens, which disables the prefix cache for the prompt. `stop`: texts
-        that end
-    the completion and are not part of it. `grammar`: constraint of the completion.
+    for none, otherwise the number of alternatives in addition to the sampled token, from the model's
+    distribution before any of the above. `sampled_logprob`: with logprobs, also the sampled token's
+    log-probability in the final distribution. `prompt_logprobs`: also the prompt's tokens, which disables the
+    prefix cache for the prompt. `stop`: texts that end the completion and are not part of it. `grammar`:
+    constraint of the completion.
     """
 
     max_tokens: int = 256
@@ -166,9 +164,8 @@ class Request:
     """A request for one completion of one prompt.
 
     `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
-        client's name
-    of the mix, for metrics and messages, never for a cache. `salt`: requests share cached prompt blocks only
-    if their salts are equal.
+    client's name of the mix, for metrics and messages, never for a cache. `salt`: requests share cached
+    prompt blocks only if their salts are equal.
     """
 
     prompt: tuple[int, ...]
@@ -193,11 +190,10 @@ class Token:
     """One token of the completion.
 
     `text`: the text that the token adds; all texts joined are the completion. Empty for an incomplete
-        character, for
-    text held back because a stop text can begin in it, and for the token that ended the completion. `logprob`
-    and `top` ((id, text, logprob), best first) are from the model's distribution, `sampled_logprob` from the
-    final one, if requested. `prompt`: on the first token, the prompt's tokens, if their log-probabilities
-    were requested; the first prompt token has none.
+    character, for text held back because a stop text can begin in it, and for the token that ended the
+    completion. `logprob` and `top` ((id, text, logprob), best first) are from the model's distribution,
+    `sampled_logprob` from the final one, if requested. `prompt`: on the first token, the prompt's tokens, if
+    their log-probabilities were requested; the first prompt token has none.
     """
 
     id: int
@@ -227,8 +223,7 @@ class Finished:
     """The last event of a completion.
 
     `reason`: stop (`stop`: the text or token id), length, cancelled, or error with `error`. `text`: text that
-        was held
-    back and belongs to the completion.
+    was held back and belongs to the completion.
     """
 
     reason: Literal["stop", "length", "cancelled", "error"]
@@ -246,8 +241,7 @@ class EngineStats:
     """Counters of an engine.
 
     `cache_used`: share of used key-value blocks. `adapters`, `adapter_bytes`: in memory now. `evictions`:
-        number of
-    adapters evicted for others.
+    number of adapters evicted for others.
     """
 
     running: int = 0
@@ -274,8 +268,7 @@ class Engine(Protocol[_Asked, _Happened]):
     Text engines are `Engine[Request, EngineEvent]`. Engines derive from this class for its defaults.
 
     `events`: yields the events of a request until it ends; closing the iterator (after a disconnect) cancels
-        the
-    request. Raises Refused before the first event for immediate errors: a prompt that does not fit
+    the request. Raises Refused before the first event for immediate errors: a prompt that does not fit
     (context_exceeded), a full queue (overloaded), shutting down. Later errors of a text request arrive as
     Finished with `error`.
     """

@@ -120,8 +120,7 @@ def serve(
     """Serve until a signal arrives.
 
     `extends`: add parts of higher packages; `page`: the web page among them. Raises errors in the settings
-        before it
-    listens, and build errors.
+    before it listens, and build errors.
     """
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make_app is None else None

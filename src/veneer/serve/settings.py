@@ -49,14 +49,13 @@ class HttpSettings:
     """HTTP limits of one server. Times are in seconds.
 
     `max_adapter`: bytes of an uploaded adapter. `max_tokens`: 0 for up to the context. `queue`: completions
-        that run or
-    wait, of all tenants. `head_time`, `body_time`: time for a request's head and body to arrive. `idle`: time
-    for which an idle connection stays open. `stall`: close a connection whose client has not read for this
-    long. `connections`: over this limit, the connection idle longest is closed. `max_pixels`: of an uploaded
-    image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with separate metric
-    series. `allowed_origins`: origins whose pages can use this server from a browser; "*" (any) requires
-    keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts. `quotas`:
-    limits for each owner.
+    that run or wait, of all tenants. `head_time`, `body_time`: time for a request's head and body to arrive.
+    `idle`: time for which an idle connection stays open. `stall`: close a connection whose client has not
+    read for this long. `connections`: over this limit, the connection idle longest is closed. `max_pixels`:
+    of an uploaded image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with
+    separate metric series. `allowed_origins`: origins whose pages can use this server from a browser; "*"
+    (any) requires keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys
+    accepts. `quotas`: limits for each owner.
     """
 
     max_body: int = 8 << 20
@@ -97,12 +96,9 @@ class EngineSettings:
     """Settings of the text engine.
 
     `rows`: sequences at once. `budget`: tokens per step. `cache_bytes`: for keys and values. `adapter_bytes`:
-        for
-    adapters in memory, the only limit on their number. `queue`: waiting requests. `batch_invariant`: see
-    Runner.
-    `stuck_seconds`: a longer step counts as stuck. `context`: tokens per sequence, 0 for as many as the base
-        and the
-    cache allow.
+    for adapters in memory, the only limit on their number. `queue`: waiting requests. `batch_invariant`: see
+    Runner. `stuck_seconds`: a longer step counts as stuck. `context`: tokens per sequence, 0 for as many as
+    the base and the cache allow.
     """
 
     rows: int = 32
@@ -135,8 +131,8 @@ class FleetSettings:
     """Settings of a server in front of vLLM.
 
     `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent
-        to the
-    upstream as a bearer token. `mixes`: weighted mixes per tenant. `mix_bytes`: size of all mixes on disk.
+    to the upstream as a bearer token. `mixes`: weighted mixes per tenant. `mix_bytes`: size of all mixes on
+    disk.
     """
 
     upstream: str | None = None
@@ -150,10 +146,9 @@ class ServeSettings:
     """All settings of a server.
 
     `folders`: folders that load requests can name. `tenants`: the tenants' database. Without it, `keys` are
-        all keys;
-    without both, tenants.sqlite in the veneer home if it exists; otherwise no key is needed. `open`: no key
-    is needed even if there are tenants; on localhost their routes, prices and ledger stay in use, on other
-    hosts not. With an upstream, only the base's names and tokenizer are read. `quantize`: see
+    all keys; without both, tenants.sqlite in the veneer home if it exists; otherwise no key is needed.
+    `open`: no key is needed even if there are tenants; on localhost their routes, prices and ledger stay in
+    use, on other hosts not. With an upstream, only the base's names and tokenizer are read. `quantize`: see
     models.text.base.load_text. `drain`: seconds.
     """
 

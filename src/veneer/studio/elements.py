@@ -345,9 +345,8 @@ def command(*words: str | int, **options: object) -> str:
 
     command("library", "search", "sql", tag=["a", "b"], all=True)   veneer library search sql --tag a --tag b --all
 
-    options: values are texts or numbers; a list repeats the option, True is a flag, and None, False, "" and
-        []
-        omit the option. Underscores in names become dashes."""
+    options: values are strings or numbers; a list repeats the option, True is a flag, and None, False, "" and
+        [] omit the option. Underscores in names become dashes."""
     parts = ["veneer", *map(str, words)]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"

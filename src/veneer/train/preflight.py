@@ -177,8 +177,7 @@ def about_some(
     """Yield a finding about `part` of `total` rows or pictures, unless there are none.
 
     `text`: what is wrong with them. `names`: theirs; the first are shown. `stops`: stop the run if they are
-        more
-    than half."""
+    more than half."""
     if part:
         level: Level = "stop" if stops and part > total / 2 else "warn"
         named = f": {first_few(names, _NAMED)}" if names else ""

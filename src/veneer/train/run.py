@@ -109,8 +109,7 @@ class Task(Generic[_R]):
     - extra_state(step), restore(state): further contents of a step's checkpoint, as JSON values
     - state: the tensors of a checkpoint, if more than the parameters (moving averages)
     - identity: values that a resumed run must have in common, in addition to the settings, which the
-    preflight
-      compares
+      preflight compares
     - environment: conditions of bit-for-bit equality, in addition to those of every run (`checkpoint`)
     - rates: prefix of parameter names -> a separate learning rate
     - rewarded: whether the held-out loss is minus a mean reward

@@ -10,10 +10,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.train.config.test_load import error
+from veneer.errors import ConfigError
 from veneer.train.config.image import PRESETS, TARGET_WORDS, ImageDataSection
 from veneer.train.config.load import ImageTrainConfig, TrainConfig, load_config
 from veneer.train.config.text import config_keys
+
+
+def error(tmp_path: Path, text: str, *overrides: str) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, overrides)
+    return str(caught.value)
+
 
 MINIMAL = "base: catalogue-flux\ndata:\n  pictures: drawings\noutput: out\n"
 

@@ -327,8 +327,7 @@ class TinkerService:
         """Create a run, or return the session's existing run of this number.
 
         `start`: a new adapter's configuration, or the path of a checkpoint to continue from; `optimizer`:
-            with
-        its optimizer state. Raises ConfigError for modules that the base lacks or an invalid path, and
+        with its optimizer state. Raises ConfigError for modules that the base lacks or an invalid path, and
         Refused: 404, 410, or over a quota."""
         lora = start if isinstance(start, Lora) else self.saved_state(tenant, start)[1].lora
         size = self._state_bytes(lora)

@@ -5,15 +5,13 @@
 
 Swapped modules:
 - attention of FLUX.1, FLUX.2 and Qwen-Image blocks (projections that share an input fused to one product;
-    norms,
-  rotation and attention in one function; not with masked texts of different lengths) and of the U-Nets'
-  transformers
+  norms, rotation and attention in one function; not with masked texts of different lengths) and of the
+  U-Nets' transformers
 - FLUX.2's gated MLPs; GEGLU; tanh-gelu
 - group norms in a U-Net's residual blocks, fused with silu and with the added time embedding
 - dropout with p = 0
 - the gradient of skip connections on a U-Net's up path that have no trained module before them, which torch
-    computes
-  and discards
+  computes and discards
 
 Before a module is swapped, both implementations run on a small random input and must give the same result.
 When the with-block ends, every module is restored exactly. All other modules keep diffusers' implementation.

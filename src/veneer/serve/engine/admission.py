@@ -151,8 +151,7 @@ class Admission:
     """Limits of one server.
 
     `bodies`: bytes of request bodies in memory. `answers`: completions that run or wait. `texts`: characters
-        that wait
-    to be tokenized.
+    that wait to be tokenized.
     """
 
     def __init__(self, *, bodies: int, answers: int, texts: int) -> None:

@@ -34,8 +34,7 @@ class AnswerText:
     """The text of one completion up to its end.
 
     `ends`: the base's stop ids, which end a completion unless the request ignores them. With a grammar they
-        always
-    apply, because nothing else can follow. The request's own `stop_ids` always apply.
+    always apply, because nothing else can follow. The request's own `stop_ids` always apply.
 
     Stop texts are matched after the first `min_tokens` tokens. The first complete one ends the completion; of
     several that complete together, the longest, however tokens divide the text.

@@ -90,9 +90,8 @@ def compile_grammar(
     """Compile the grammar of `text` into a start state; copy it for each completion. Blocking.
 
     `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number of logits, if not the
-        tokenizer's
-    length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused (400) with llguidance's message
-    if the grammar does not compile, MissingExtraError without llguidance.
+    tokenizer's length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused (400) with
+    llguidance's message if the grammar does not compile, MissingExtraError without llguidance.
     """
     if len(text) > MAX_TEXT:
         raise _refused(f"{len(text):,} characters; at most {MAX_TEXT:,}")

@@ -202,9 +202,8 @@ class _ReplayedRows:
     """The tokens that a replay computes.
 
     `rows`: (first position, end, blocks) of each row, as in the engine. `computed_indices`: index of each
-        computed
-    token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed ones;
-    `previous`: index of its predecessor.
+    computed token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed
+    ones; `previous`: index of its predecessor.
     """
 
     rows: list[tuple[int, int, list[int]]]

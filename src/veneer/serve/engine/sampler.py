@@ -59,9 +59,8 @@ class SampledRow:
     """The sampling state of one request: settings, seed, and tokens so far.
 
     `ends`: the base's stop ids, which must not come before `min_tokens`; the request's own are added. `seed`:
-        the seed
-    in use, also if the server chose it. `under`: the client's name of the mix that produces the scores.
-    Raises Refused for ids outside the vocabulary.
+    the seed in use, also if the server chose it. `under`: the client's name of the mix that produces the
+    scores. Raises Refused for ids outside the vocabulary.
     """
 
     def __init__(
@@ -150,8 +149,7 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     """Choose the next token of every row, and record it in the row.
 
     logits: (rows, vocabulary), any float type; not changed. A row with non-finite scores or a failing grammar
-        gets a
-    Refused; the other rows get their tokens.
+    gets a Refused; the other rows get their tokens.
     """
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")

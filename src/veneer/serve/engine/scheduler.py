@@ -8,20 +8,17 @@ received (1 per computed prompt token, 2 per generated token) divided by its wei
 lowest counter gets the next slot and the next prompt tokens. A tenant that returns after a pause is raised to
 the lowest counter of the active
 tenants: idle time earns no credit. A prompt of ordinary length is charged after its first token, so that a
-    tenant that
-arrives at a busy server is not delayed halfway through a prompt. Within a tenant, requests run first come,
-first served, except for sequences whose adapters are still loading. Other tenants' prompts can at most double
-a step that produces a first token.
+tenant that arrives at a busy server is not delayed halfway through a prompt. Within a tenant, requests run
+first come, first served, except for sequences whose adapters are still loading. Other tenants' prompts can at
+most double a step that produces a first token.
 
 Slots: if the tenant with the lowest counter has less than its share (by weight, among active tenants) of
-    slots and
-blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
+slots and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
 
 Memory: when no block is free, the scheduler preempts the youngest sequence of the tenant with the highest
-    counter. The
-preempted sequence loses its blocks, keeps its tokens, and is recomputed from the blocks that the cache still
-has. The caller of `add` must ensure that each request fits the cache when it runs without others. Plain
-numbers only: no tensors, no clock.
+counter. The preempted sequence loses its blocks, keeps its tokens, and is recomputed from the blocks that the
+cache still has. The caller of `add` must ensure that each request fits the cache when it runs without others.
+Plain numbers only: no tensors, no clock.
 """
 
 from __future__ import annotations
@@ -105,10 +102,8 @@ class Scheduler:
     """Schedules the sequences of all tenants.
 
     `rows`: sequences that run at once. `budget`: tokens per step, at least `rows`. `loaded(sequence)`:
-        whether the
-    sequence's adapters are in memory; called for the next sequences in line, so that it can start to load
-    them.
-    `shares`: whether sequences can share blocks.
+    whether the sequence's adapters are in memory; called for the next sequences in line, so that it can start
+    to load them. `shares`: whether sequences can share blocks.
     """
 
     def __init__(

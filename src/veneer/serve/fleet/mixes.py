@@ -119,9 +119,8 @@ class Mixes:
     """The folders of weighted mixes, within limits.
 
     `files`: adapter digest -> path of its files. `each`: maximum mixes per tenant. `limit_bytes`: maximum
-        size of all
-    folders. `grace`: seconds for which a folder stays after its last use, because vLLM could still be loading
-    it.
+    size of all folders. `grace`: seconds for which a folder stays after its last use, because vLLM could
+    still be loading it.
     """
 
     def __init__(

@@ -89,8 +89,7 @@ class Upstream(Engine[Request, EngineEvent]):
     """Engine that sends requests to one URL.
 
     `decode`: decodes with the base's tokenizer. `key`: sent as a bearer token. `timeout`: seconds without a
-        byte from
-    the upstream.
+    byte from the upstream.
     """
 
     def __init__(

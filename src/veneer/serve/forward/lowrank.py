@@ -112,10 +112,9 @@ class PackedAdapter:
     """An adapter prepared for batched products.
 
     `groups`: group -> (A, parts), laid out for the kernel, or for torch, which would otherwise transpose them
-        in every
-    step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank,
-    dim)).
-    `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks of a group.
+    in every step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ
+    (rank, dim)). `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks
+    of a group.
         `key`: the
     adapter's digest; a row sums its adapters in the order of their keys, so that the result does not depend
     on its batch.

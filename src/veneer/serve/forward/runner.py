@@ -6,9 +6,8 @@ logits of the base's own forward pass on a probe, token by token (models/text/pr
     fused   Llama-like families (Llama, Mistral, Qwen2, Qwen3 …): veneer's forward pass over the base's weights, with
             q, k, v and gate, up fused, all layers in one compiled call if possible, low-rank part by
             `lowrank`
-    packed  any family whose attention goes through transformers' interface: its own modules, every token a
-    row,
-            attention over pages; core's attachment gives each row its mix
+    packed  any family whose attention goes through transformers' interface: its own modules, every token
+            a row, attention over pages; core's attachment gives each row its mix
     alone   other families (recurrent layers, other caches): one sequence at a time with transformers' own cache
 
 On a fused base, adapters without a low-rank form (full copies, token rows, LoHa …) run packed in the same
@@ -91,12 +90,10 @@ class Runner:
     """A base prepared for serving.
 
     `cache_bytes`: memory for keys and values. `pack_bytes`: upper bound of a prepacked second copy of the
-        projections.
-    `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with chunked
-        attention run
-    packed only if a context fits one chunk. `batch_invariant`: a completion's bits do not depend on the other
-    rows of its steps or on how its prompt is chunked, at some cost in speed; requires a Llama-like base and
-    adapters with a low-rank form.
+    projections. `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with
+    chunked attention run packed only if a context fits one chunk. `batch_invariant`: a completion's bits do
+    not depend on the other rows of its steps or on how its prompt is chunked, at some cost in speed; requires
+    a Llama-like base and adapters with a low-rank form.
 
     For a quantized Llama-like base in bfloat16, the codes are moved into the compiled step's layout, and the
     model reads them from there. Other quantized weights do not change and are dequantized for each product.

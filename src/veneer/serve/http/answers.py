@@ -56,8 +56,7 @@ class TextJob:
     One answer for each (prompt, sampling), in order. `choices`: answers to each prompt; answer i belongs to
     prompt i // choices. `cache_salt`: the client's salt; only prompts with the same salt share cached blocks.
     `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's. `label`: the name in
-        metrics,
-    if not the model's.
+    metrics, if not the model's.
     """
 
     principal: Principal

@@ -66,10 +66,8 @@ def create_app(
     """Return the application with all routes; each route reads `request.app.state.service`.
 
     `routers`: additional routes behind the same middleware. `unguarded`: path prefixes that check their own
-        keys.
-    `large`: regular expressions of full paths -> maximum bytes, for routes that spool bodies to disk; those
-        routes
-    limit their own concurrency.
+    keys. `large`: regular expressions of full paths -> maximum bytes, for routes that spool bodies to disk;
+    those routes limit their own concurrency.
     """
     origins = service.settings.allowed_origins
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)

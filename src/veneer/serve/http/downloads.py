@@ -24,8 +24,7 @@ def file_response(
     """Return a response that sends a file.
 
     `size`: bytes in `source`. `disposition`: the Content-Disposition header with the file's name. After the
-        last byte
-    or a disconnect, a thread closes the source and calls `after`.
+    last byte or a disconnect, a thread closes the source and calls `after`.
     """
 
     async def chunks() -> AsyncIterator[bytes]:

@@ -142,8 +142,7 @@ def answering(resource: str, known_errors: KnownErrors = MappingProxyType({})) -
     """Convert exceptions into client errors.
 
     `resource`: the part of the server in use, named in outages and internal errors. `known_errors`:
-        exceptions that
-    the request caused; the first matching type applies.
+    exceptions that the request caused; the first matching type applies.
     """
     try:
         yield

@@ -7,8 +7,7 @@
 Requests come from an HTTP client or a Studio view, and run under the principal's limits and bill. No field is
 silently
 ignored: unsupported values are rejected with the reason. An image's size is read from its header before the
-    image is
-decoded, and no URL is ever fetched.
+image is decoded, and no URL is ever fetched.
 """
 
 from __future__ import annotations
@@ -96,8 +95,7 @@ class PictureMixPart(MixPart):
     The settings are those after an `@` in `veneer image`. `blocks`: block -> factor; a module uses the last
     match.
     `steps`: [from, to] or [from, to, factor], as fractions of the steps; the adapter is inactive outside
-        them.
-    `campaign`: the adapter's role in a stack, instead of `blocks` and `steps`.
+    them. `campaign`: the adapter's role in a stack, instead of `blocks` and `steps`.
     """
 
     blocks: Annotated[dict[_Block, _Factor] | None, at_most(64), BeforeValidator(_json)] = None
@@ -180,8 +178,7 @@ class EditBody(ImageBody):
 
     `image`, or `images` in OpenAI's JSON form; `pictures` contains both, `mask_data` the mask in either form.
     `denoise`: fraction of the steps that change the image. `input_fidelity`: OpenAI's effort to preserve the
-        input; an
-    editing base always uses the full input.
+    input; an editing base always uses the full input.
     """
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_as_list)] = Field(default_factory=list)

@@ -102,8 +102,7 @@ class Prompts:
         """Return a conversation's token ids, rendered by the chat template.
 
         `variables`: the client's variables for the template. Raises Refused (400) if the base has no chat
-            template or
-        rendering fails.
+        template or rendering fails.
         """
         from veneer.models.text.generate import (
             rendered,

@@ -33,10 +33,8 @@ class Service:
     """The parts of one server.
 
     `reader`: tokenizes prompts. `phase`: the server sets it to draining. `inside`: number of requests in
-        progress.
-    `loaded`: whether the base is loaded. Before that, `engine` and `reader` are placeholders (see
-        `use_base`), and
-    `step` describes the loading progress. `shared_quotas`: the tenancy's quotas.
+    progress. `loaded`: whether the base is loaded. Before that, `engine` and `reader` are placeholders (see
+    `use_base`), and `step` describes the loading progress. `shared_quotas`: the tenancy's quotas.
     """
 
     engine: Engine[Any, Any]

@@ -31,8 +31,7 @@ class EventStream(Response):
     """A stream of server-sent events.
 
     `lines`: bytes of the events, made from `source`. `format_error`: formats an error that occurs after the
-        status was
-    sent. `stall`: seconds for which the client can leave the stream unread.
+    status was sent. `stall`: seconds for which the client can leave the stream unread.
     """
 
     def __init__(

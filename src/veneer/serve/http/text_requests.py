@@ -75,8 +75,7 @@ class TextRequest:
     """A request from a Studio view.
 
     `mix`: (name, strength) of each part, empty for the base. `logprobs`: number of most likely tokens per
-        position in
-    addition to the sampled one, or None. `id`: the response's id, used by feedback.
+    position in addition to the sampled one, or None. `id`: the response's id, used by feedback.
     """
 
     messages: Sequence[dict[str, Any]]

@@ -87,8 +87,7 @@ class _Entry(Generic[T]):
     """The state of one adapter.
 
     `adapter`: already read, to be prepared. `prepared`: the prepared adapter, once loaded. `dropped`: no name
-        refers to
-    it. `used`: counter value of its last use. `since`: when it became resident.
+    refers to it. `used`: counter value of its last use. `since`: when it became resident.
     """
 
     digest: str
@@ -119,10 +118,8 @@ class AdapterCache(Generic[T]):
     """Loads and evicts adapters.
 
     `read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) ->
-        the object
-    that the runner needs. Both run on this object's threads. `freed`: called with each evicted object, from
-    any thread.
-    `submit`: runs jobs; by default on `threads` threads.
+    the object that the runner needs. Both run on this object's threads. `freed`: called with each evicted
+    object, from any thread. `submit`: runs jobs; by default on `threads` threads.
     """
 
     def __init__(

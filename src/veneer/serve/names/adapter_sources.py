@@ -61,8 +61,7 @@ class AdapterLocation:
     """The location of an adapter's files.
 
     `root`: the operator's name of the adapter; never a path. `reference`: its library reference by content,
-        with its
-    `entry` and `format` there; "" for a `path`.
+    with its `entry` and `format` there; "" for a `path`.
     """
 
     root: str
@@ -209,8 +208,7 @@ class AdapterSources:
         """Read an adapter, and check that this base serves it with full effect. Raises Refused.
 
         `digest`: the required digest. Tensors from an allowed folder are copied, because a change of a mapped
-            file
-        would reach running requests.
+        file would reach running requests.
         """
         if location.path is not None and not location.path.exists():
             raise unusable("not_found", f"{location.root} is no longer there", status=404)

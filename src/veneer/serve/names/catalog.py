@@ -47,8 +47,7 @@ class _Meaning:
     """A client's name, resolved.
 
     `target`: the adapter's name; for a route, the name that the route chose. `digest`, `operator_name`: the
-        adapter,
-    and the operator's name of the adapter; "" for the base.
+    adapter, and the operator's name of the adapter; "" for the base.
     """
 
     target: str
@@ -73,9 +72,8 @@ class Catalog:
     """Resolves names, and loads and unloads adapters.
 
     `problems`: returns reasons why an adapter cannot be served with full effect, one line each. `memory`:
-        storage of
-    loaded adapters. `name`: the base's served name; by default the last part of its own name. Thread-safe;
-    only `load` and `check` read files.
+    storage of loaded adapters. `name`: the base's served name; by default the last part of its own name.
+    Thread-safe; only `load` and `check` read files.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `AdapterSources`).
     """

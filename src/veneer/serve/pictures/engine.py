@@ -70,9 +70,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """Generates images on one base until closed. A context manager.
 
     `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet;
-        CONTROL_KINDS
-    default to the base's own. `window`: seconds that a first image waits for others to batch with.
-    `adapter_bytes`: memory for adapters. `stuck_seconds`: a longer step counts as stuck.
+    CONTROL_KINDS default to the base's own. `window`: seconds that a first image waits for others to batch
+    with. `adapter_bytes`: memory for adapters. `stuck_seconds`: a longer step counts as stuck.
     """
 
     makes = "pictures"

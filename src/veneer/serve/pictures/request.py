@@ -29,11 +29,10 @@ class PictureRequest:
     """A request for one image.
 
     `settings`: sizes and numbers, all set except the scheduler, and the request's `image`, `mask`,
-        `references` and
-    control images. `factors`: digest -> how an adapter's strength varies by block and step, at strength 1,
-    without roles (`PictureEngine.in_campaign`). `labels`: digest -> the client's name of the adapter, for the
-    infotext only.
-    `inputs`: description of the input images for the record. Other fields are as in `Request`.
+    `references` and control images. `factors`: digest -> how an adapter's strength varies by block and step,
+    at strength 1, without roles (`PictureEngine.in_campaign`). `labels`: digest -> the client's name of the
+    adapter, for the infotext only. `inputs`: description of the input images for the record. Other fields are
+    as in `Request`.
     """
 
     prompt: str
@@ -83,8 +82,7 @@ class FinishedPicture:
     """The finished image.
 
     `usage`: `prompt` counts the prompts' tokens, `completion` the latent positions that the denoiser
-        processes,
-    `decode` the seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
+    processes, `decode` the seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
     """
 
     picture: RecordedPicture

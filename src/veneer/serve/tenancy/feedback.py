@@ -291,8 +291,7 @@ class AnswerFeedback:
 
     `changed`: the fields to change: a value replaces the earlier one, None clears it. `up`: thumb up or down.
     `corrected`: the message that should have been the completion. `rejected`: (completion, choice) of each
-        completion
-    that this one was preferred to.
+    completion that this one was preferred to.
     """
 
     id: str

@@ -124,14 +124,11 @@ class SettingsChange(BaseModel):
     prompt_price, cached_price, completion_price: price per million tokens; an unset cached_price defaults to
         prompt_price
     training_price: per million trained tokens; training_budget: per calendar month in UTC; training_jobs:
-        maximum
-        running at once; for ALL: defaults for each tenant
+        maximum running at once; for ALL: defaults for each tenant
     feedback_days: days for which chats are stored; feedback_names: patterns of routes and adapters, [] for
-        all; for
-        ALL: of requests without a key
+        all; for ALL: of requests without a key
     shared_cache: only for ALL: patterns of adapters, or the base, whose prompt cache tenants share, which
-        lets tenants
-        probe which prompts others have sent
+        lets tenants probe which prompts others have sent
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -264,8 +264,7 @@ def set_route(
     """Point a route to its targets, (adapter, weight), from the next request on.
 
     `fraction`: share of requests that also go to `shadow`. `check`: raises for a name that cannot be served,
-        before
-    anything moves. `from_move`: the expected current move (0: none); otherwise raises RouteMoved.
+    before anything moves. `from_move`: the expected current move (0: none); otherwise raises RouteMoved.
     """
     planned = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
     _check([name for name, _ in planned.targets], shadow, check)

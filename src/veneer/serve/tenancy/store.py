@@ -340,8 +340,7 @@ class TrainingTerms:
     """Price and limits of a tenant's training; None for no limit.
 
     `price`: per million trained tokens; `budget`: per calendar month in UTC; both in millionths. `jobs`:
-        maximum
-    number of concurrent jobs.
+    maximum number of concurrent jobs.
     """
 
     price: int = 0
@@ -365,8 +364,7 @@ class Route:
     """A route with weighted targets.
 
     `targets`: (name, weight). `runs`: owners of buckets, as (name, number of consecutive buckets).
-        `fraction`: share of
-    requests that also go to `shadow`.
+    `fraction`: share of requests that also go to `shadow`.
     """
 
     tenant: str

@@ -68,9 +68,8 @@ class Tenants(Tenancy):
         """Open the database and start background work. Raises ConfigError, ResourceError.
 
         `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this object.
-            `admin_key`:
-        see `admin_hash`; None for no admin. `quotas`: limits of each tenant. `watch`: read other servers'
-        usage and settle dead servers, in a thread.
+        `admin_key`: see `admin_hash`; None for no admin. `quotas`: limits of each tenant. `watch`: read other
+        servers' usage and settle dead servers, in a thread.
         """
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)

@@ -46,9 +46,8 @@ class Page:
 
     `base`: its name. `weights`: the file of tensors. `cards`: headline numbers as (label, value, note).
     `records`: the run's log. `settings`: (section, [(key, value, source, is a default)]). `checks`: a
-        preflight
-    report as JSON values. `usage`: (title, commands). `unit`: what is counted, tokens or pictures. `loss`:
-    the loss in words. `sheets`: (title, picture as a data URL), in the order of the run."""
+    preflight report as JSON values. `usage`: (title, commands). `unit`: what is counted, tokens or pictures.
+    `loss`: the loss in words. `sheets`: (title, picture as a data URL), in the order of the run."""
 
     title: str = ""
     subtitle: str = ""

@@ -271,9 +271,8 @@ def grader_reward(
     """Return a grader as a reward. `opened` closes its processes.
 
     `ask`: asks the model of score_model. `sandbox`: where Python runs; if None, with this process's rights.
-        The
-    reward raises ConfigError if the source of a python grader cannot be loaded, and MissingExtraError if a
-    metric's package is missing."""
+    The reward raises ConfigError if the source of a python grader cannot be loaded, and MissingExtraError if
+    a metric's package is missing."""
     graders = grader.graders if isinstance(grader, MultiGrader) else {"": grader}
     memory = _MEMORY / max(1, sum(isinstance(each, PythonGrader) for each in graders.values()))
 

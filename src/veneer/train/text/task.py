@@ -168,10 +168,8 @@ class TextRun:
     """A text run with its data read and checked.
 
     `recompute`: whether activations are recomputed, and why. `newest`: the checkpoint to resume from. `name`:
-        its
-    adapter's name on the attachment.
-    `sampler`: makes the sampler of answers, if the run learns from sampled answers (`reinforcement.loss`,
-    `distillation.teacher`)."""
+    its adapter's name on the attachment. `sampler`: makes the sampler of answers, if the run learns from
+    sampled answers (`reinforcement.loss`, `distillation.teacher`)."""
 
     config: TrainConfig
     base: TextBase
