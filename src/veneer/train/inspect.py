@@ -319,16 +319,12 @@ def _pictures(
 ) -> tuple[Sequence[TrainingPicture], Sequence[TrainingPicture], Sequence[PictureRow], list[Finding]]:
     """Return images, held-out images, the rows of an epoch, and findings."""
     from veneer.train.image.augmentation import plan_rows
-    from veneer.train.image.batches import split_pictures
     from veneer.train.image.checks import check_held_out, check_pictures
-    from veneer.train.image.pictures import read_pictures
+    from veneer.train.image.pictures import read_split_pictures
 
     config = _config(ImageTrainConfig, key)
     settings = config.data
-    pictures, summary = read_pictures(settings)
-    held_out = read_pictures(settings, "validation")[0]
-    if settings.validation is None:
-        pictures, held_out = split_pictures(pictures, settings.split, config.seed)
+    pictures, held_out, summary = read_split_pictures(settings, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
     # U-Nets take single latents, other denoisers take patches of 2 × 2 latents.

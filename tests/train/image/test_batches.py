@@ -19,10 +19,10 @@ from veneer.models.image.base import ImageBase, load_image, pipeline
 from veneer.models.image.schedulers import make_scheduler
 from veneer.train.config.load import config_from
 from veneer.train.image.augmentation import plan_rows
-from veneer.train.image.batches import PlannedRow, plan_image_steps, planned_rows, split_pictures, validation_rows
+from veneer.train.image.batches import PlannedRow, plan_image_steps, planned_rows, validation_rows
 from veneer.train.image.encode import Encoders, ImageLoss, time_distribution
 from veneer.train.image.loss import generator, noised, sample_noise, shifted
-from veneer.train.image.pictures import read_pictures
+from veneer.train.image.pictures import read_pictures, split_pictures
 
 
 def _config(shared: Path, **sections: Any) -> Any:

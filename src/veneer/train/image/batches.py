@@ -29,7 +29,6 @@ from veneer.train.config.image import ImageDataSection, ImageTrainConfig
 from veneer.train.image.augmentation import PictureRow, View, crop_view, sample_row, shapes_of
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.loop import LazySteps, Micro, Step
-from veneer.train.validation_split import hold_out
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,6 @@ class ImageBatch:
         masks = None if self.masks is None else sent(self.masks, device)
         sources = [sent(x, device) for x in self.sources]
         return replace(self, latents=sent(self.latents, device), masks=masks, sources=sources)
-
-
-def split_pictures(
-    pictures: Sequence[TrainingPicture], split: int | float | None, seed: int
-) -> tuple[list[TrainingPicture], list[TrainingPicture]]:
-    """Return (training, held-out) images, selected by `hold_out`.
-
-    If `split` is None, a tenth of the images is held out, at most 50, and none if there are fewer than 20
-    images. Class images are never held out."""
-    candidates = [p for p in pictures if not p.is_class]
-    default = min(50, len(candidates) // 10) if len(candidates) >= 20 else 0
-    _, held_out = hold_out(candidates, split, seed=seed, default=default, noun="pictures", order=_digest)
-    held_ids = {id(p) for p in held_out}
-    return [p for p in pictures if id(p) not in held_ids], held_out
 
 
 def plan_image_steps(

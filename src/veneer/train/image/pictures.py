@@ -2,6 +2,7 @@
 
     pictures, summary = read_pictures(settings)                    training images and class images
     pictures, summary = read_pictures(settings, "validation")      the images of `settings.validation`
+    pictures, held_out, summary = read_split_pictures(settings, seed)
 
 Every file is decoded once, before step one, with its caption and trigger, mask, source images and weight, and
 all problems are reported. This module does not depend on buckets or tensors.
@@ -26,6 +27,7 @@ from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of, read_bytes
 from veneer.train.image.folder import PictureFile, list_pictures, sources_per_picture, with_trigger
 from veneer.train.image.near_duplicates import perceptual_hash
+from veneer.train.validation_split import hold_out
 
 _SAME_SHAPE = 0.01  # maximum relative difference of equal aspect ratios
 
@@ -131,6 +133,37 @@ def read_pictures(
     if folders and all(picture.is_class for picture in pictures):
         raise DataError("no picture is left to train on", where=", ".join(folders), fix=bullets(summary.broken))
     return pictures, summary
+
+
+def read_split_pictures(
+    settings: ImageDataSection, seed: int
+) -> tuple[list[TrainingPicture], list[TrainingPicture], PictureSummary]:
+    """Return the training images, the held-out images, and the summary of the training images.
+
+    Without `settings.validation`, the held-out images are selected by `split_pictures`. Raises the errors of
+    `read_pictures`."""
+    pictures, summary = read_pictures(settings)
+    if settings.validation is None:
+        return *split_pictures(pictures, settings.split, seed), summary
+    return pictures, read_pictures(settings, "validation")[0], summary
+
+
+def split_pictures(
+    pictures: Sequence[TrainingPicture], split: int | float | None, seed: int
+) -> tuple[list[TrainingPicture], list[TrainingPicture]]:
+    """Return (training, held-out) images, selected by `hold_out`.
+
+    If `split` is None, a tenth of the images is held out, at most 50, and none if there are fewer than 20
+    images. Class images are never held out."""
+    candidates = [p for p in pictures if not p.is_class]
+    default = min(50, len(candidates) // 10) if len(candidates) >= 20 else 0
+
+    def order(text: bytes) -> bytes:
+        return hashlib.blake2b(text, digest_size=8).digest()
+
+    _, held_out = hold_out(candidates, split, seed=seed, default=default, noun="pictures", order=order)
+    held_ids = {id(p) for p in held_out}
+    return [p for p in pictures if id(p) not in held_ids], held_out
 
 
 def count_pictures(settings: ImageDataSection) -> tuple[int, int]:

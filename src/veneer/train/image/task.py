@@ -37,12 +37,12 @@ from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import Listener, Note, Sampled
 from veneer.train.image.augmentation import plan_rows
-from veneer.train.image.batches import plan_image_steps, planned_rows, split_pictures, validation_rows
+from veneer.train.image.batches import plan_image_steps, planned_rows, validation_rows
 from veneer.train.image.checks import check_pictures
 from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, time_distribution
-from veneer.train.image.pictures import pictures_digest, read_pictures
+from veneer.train.image.pictures import pictures_digest, read_split_pictures
 from veneer.train.image.preflight import ImageData, adapter_components
 from veneer.train.image.samples import (
     class_folder,
@@ -153,10 +153,7 @@ def read_image_data(image: ImageRun) -> ImageData:
         class_files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")]
         missing = max(0, settings.class_count - len(class_files))
         settings = settings.model_copy(update={"class_folder": str(folder) if class_files else None})
-    pictures, summary = read_pictures(settings)
-    held_out = read_pictures(settings, "validation")[0]
-    if settings.validation is None:
-        pictures, held_out = split_pictures(pictures, settings.split, config.seed)
+    pictures, held_out, summary = read_split_pictures(settings, config.seed)
     plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)
     scored = []
     if held_out:
