@@ -242,8 +242,9 @@ class Journal:
         """Remove the oldest lines, which the database has."""
         with self._mutex:
             del self.lines[:count]
-            rest, end = b"".join(self.lines), self._end
-            if 2 * len(rest) <= end:  # the rest fits before itself, so a kill in between leaves it complete
+            end = self._end
+            if 2 * sum(map(len, self.lines)) <= end:  # the rest fits before itself: a kill leaves it complete
+                rest = b"".join(self.lines)
                 self._write_at(rest, 0)
                 self._write_at(bytes(end - len(rest)), len(rest))
                 self._end = len(rest)
