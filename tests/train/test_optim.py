@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from veneer.train.optim import SCHEDULES, Schedule, make_optimizer
+from veneer.train.config.text import ScheduleSection
+from veneer.train.optim import Schedule, make_optimizer
 
 
 def _pair(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -64,7 +66,7 @@ def test_adamw_equals_the_formula_in_float64() -> None:
 
 @settings(deadline=None)
 @given(
-    name=st.sampled_from(SCHEDULES),
+    name=st.sampled_from(get_args(ScheduleSection.model_fields["name"].annotation)),
     steps=st.integers(1, 300),
     warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 400)),
     floor=st.floats(0, 1),

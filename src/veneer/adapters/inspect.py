@@ -117,7 +117,7 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
         detail = digest if matches else f"the card says {card.digest}, the tensors give {digest}"
         out.append(AdapterCheck("digest", matches, detail))
     out.append(_not_zero(adapter))
-    return out if base is None else out + _against(base, name, adapter, card, how)
+    return out if base is None else out + _against(base, name, card, how)
 
 
 def verify_stored(library: Library, reference: str) -> list[AdapterCheck]:
@@ -184,9 +184,7 @@ def _not_zero(adapter: Adapter) -> AdapterCheck:
     return AdapterCheck("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{message}")
 
 
-def _against(
-    base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.ReadOptions
-) -> list[AdapterCheck]:
+def _against(base: TextBase, name: str, card: CardFile | None, how: reader.ReadOptions) -> list[AdapterCheck]:
     want = card.card.base_fingerprint if card else ""
     if card is None or not want:
         out = [AdapterCheck("base", None, "the card names no base's fingerprint")]

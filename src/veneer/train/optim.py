@@ -25,8 +25,6 @@ _OPTIMIZERS: dict[str, Any] = {
 }
 """Configured name -> torch class."""
 
-SCHEDULES = ("constant", "linear", "cosine")
-
 
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter],

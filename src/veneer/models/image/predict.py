@@ -104,7 +104,7 @@ def _embed_with_references(base: ImageBase, prompt: str, references: Sequence[Im
     Pictures are resized in the same way as in the pipeline. The prompt is never cut."""
     base.part("processor")
     pipe = pipeline(base, "edit")
-    sizes = [_qwen_size(base, picture.size, base.editing.read) for picture in references]
+    sizes = [_qwen_size(picture.size, base.editing.read) for picture in references]
     sized = [
         pipe.image_processor.resize(picture.convert("RGB"), height, width)
         for picture, (width, height) in zip(references, sizes, strict=True)
@@ -115,7 +115,7 @@ def _embed_with_references(base: ImageBase, prompt: str, references: Sequence[Im
     return Conditioning(encoded[0], None, encoded[1], [""])
 
 
-def _qwen_size(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
+def _qwen_size(size: tuple[int, int], area: int) -> tuple[int, int]:
     """Return a (width, height) of about `area` pixels for Qwen-Image-Edit."""
     with errors_only():  # Without torchvision, the import logs a warning.
         from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
@@ -129,7 +129,7 @@ def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
     The size is unchanged, except for Qwen-Image-Edit, which resizes references to about one megapixel."""
     if not base.reads_references:
         return width, height
-    return _qwen_size(base, (width, height), base.editing.encoded)
+    return _qwen_size((width, height), base.editing.encoded)
 
 
 def truncated_end(base: ImageBase, prompt: str) -> str:
