@@ -11,9 +11,10 @@ import pytest
 
 from tests.library.made import made, read_made
 from veneer.errors import ConfigError
+from veneer.library.database import reading
 from veneer.library.library import Library
 from veneer.library.maintenance import verify_library
-from veneer.library.queries import Version
+from veneer.library.queries import Version, search
 
 
 def fill(library: Library, folder: Path) -> list[Version]:
@@ -31,6 +32,15 @@ def fill(library: Library, folder: Path) -> list[Version]:
         tags = draw.sample(["a", "b", "c"], draw.randrange(3))
         out.append(library.add(file, f"{'acme/' * (n % 2)}n{n % 16}", tags=tags, describe=read_made).version)
     return out
+
+
+def test_queries_of_one_reading_see_the_same_state(library: Library, tmp_path: Path) -> None:
+    version = library.add(made(tmp_path / "a", 1), "style", describe=read_made).version
+    with reading(library.engine) as connection:
+        before = search(connection)
+        library.remove(version.reference)
+        assert search(connection) == before == [version]
+    assert library.search() == []
 
 
 def test_browse_agrees_with_filters_in_python(library: Library, tmp_path: Path) -> None:

@@ -190,8 +190,11 @@ def database_clock(engine: Engine) -> ColumnElement[float]:
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """Yield a connection for queries."""
-    with engine.connect() as connection:
+    """Yield a connection whose queries all see the same state of the database."""
+    connection = engine.connect()
+    if engine.dialect.name == "postgresql":  # in SQLite, every transaction reads one snapshot
+        connection = connection.execution_options(isolation_level="REPEATABLE READ")
+    with connection:
         yield connection
 
 

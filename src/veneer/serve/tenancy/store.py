@@ -475,10 +475,6 @@ class Store:
         with self.reading() as c:
             if int(c.scalar(_REVISION) or 0) == self._settings.revision:
                 return self._settings
-        connection = self.engine.connect()
-        if self.engine.dialect.name == "postgresql":  # SQLite's transactions see one state anyway
-            connection = connection.execution_options(isolation_level="REPEATABLE READ")
-        with connection as c:
             read = _read(c)
         if read.revision > self._settings.revision:  # another thread can already have read a later state
             self._settings = read
