@@ -75,10 +75,10 @@ def fill(library: Library, count: int, work: Path) -> float:
                 (work / "library" / at).write_bytes(content)
             ix.claim(c, {at: len(content) for at, content in contents.items()})
             library.upsert_entry(c, entry, files, told)
-            ix.many(c, ix.names, [{"name": name(n), "latest": 1, "next": 2}])
+            ix.insert_rows(c, ix.names, [{"name": name(n), "latest": 1, "next": 2}])
             row = {"name": name(n), "version": 1, "entry": entry, "added": "2026-01-01T00:00:00Z", "source": ""}
-            ix.many(c, ix.versions, [row])
-            ix.many(c, ix.tags, [{"name": name(n), "version": 1, "tag": t} for t in tags(n)])
+            ix.insert_rows(c, ix.versions, [row])
+            ix.insert_rows(c, ix.tags, [{"name": name(n), "version": 1, "tag": t} for t in tags(n)])
     with library.engine.begin() as c:  # a server does this itself a minute later
         c.exec_driver_sql("ANALYZE")
     return rate
