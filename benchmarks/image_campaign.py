@@ -50,7 +50,7 @@ from teach import arrays, guidance_of, learned, stacked, teach  # noqa: E402
 
 import veneer  # noqa: E402
 from veneer.adapters.mix import mix_adapters  # noqa: E402
-from veneer.models.image.sheet import sheet  # noqa: E402
+from veneer.imaging.sheet import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PARTS = (*campaign.ROLES, "stack", "composition", "consistency", "openmoji")

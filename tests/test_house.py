@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "veneer"
 LAYERS = {"errors": 0, "compat": 1, "files": 2, "ops": 3, "core": 4, "formats": 5, "models": 5, "library": 6, "plan": 6}
-LAYERS |= {"adapters": 7, "train": 8, "imaging": 8, "serve": 9, "jobs": 10, "api": 11, "studio": 12, "cli": 13}
+LAYERS |= {"adapters": 7, "imaging": 8, "train": 9, "serve": 10, "jobs": 11, "api": 12, "studio": 13, "cli": 14}
 """A module imports from its own package and from packages of lower layers only."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -34,7 +34,7 @@ from scenes import Scene
 import veneer
 from veneer.cli.main import exit_on_error
 from veneer.errors import ConfigError
-from veneer.models.image.sheet import sheet
+from veneer.imaging.sheet import sheet
 
 console = Console(highlight=False)
 

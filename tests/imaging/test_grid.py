@@ -12,8 +12,8 @@ from veneer.errors import ConfigError
 from veneer.imaging.adapters import ImagePipeline, parse_use
 from veneer.imaging.generate import Options, generate
 from veneer.imaging.grid import draw_grid, layout
+from veneer.imaging.sheet import sheet
 from veneer.models.image.base import ImageBase
-from veneer.models.image.sheet import sheet
 
 BRAND, LOOK = parse_use("brand.safetensors:0.8"), parse_use("look.safetensors")
 
@@ -66,7 +66,7 @@ def test_labels_break_at_separators_and_are_readable(machines: bool, monkeypatch
     from PIL import ImageDraw, ImageFont
 
     if not machines:
-        monkeypatch.setattr("veneer.models.image.sheet.WIDE_FONTS", ())
+        monkeypatch.setattr("veneer.imaging.sheet.WIDE_FONTS", ())
     drawn: list[str] = []
     real = ImageDraw.ImageDraw.text
 

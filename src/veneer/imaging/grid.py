@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from veneer.errors import ConfigError, nearest
 from veneer.imaging.adapters import ImagePipeline, Use, label_of
 from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, generate
-from veneer.models.image.sheet import sheet
+from veneer.imaging.sheet import sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,10 +19,10 @@ from veneer.core.layers import Layer
 from veneer.errors import DataError
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
+from veneer.imaging.sheet import sheet
 from veneer.models.image.base import size_in_units
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.predict import reference_size
-from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
 from veneer.train.image.augmentation import View, crop_resized, crop_view
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
