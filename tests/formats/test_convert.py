@@ -10,7 +10,7 @@ import torch
 
 from tests.formats.image_adapters import IN, UNIT, by_hand, pair_for, random_adapter, same_changes
 from veneer.core.adapter import Adapter, Card
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ConfigError
 from veneer.files.hashes import verify_hashes
 from veneer.files.safetensors import read_header, read_tensors
 from veneer.formats.convert import TARGETS, encode, write
@@ -185,7 +185,7 @@ def test_rounding_error_is_reported_and_matches_the_file(tmp_path):
     written = write(adapter, tmp_path / "it.safetensors", "kohya", family="sd15", dtype="bfloat16")
     assert re.search(r"rounded to bfloat16: ΔW moves by up to 0\.00\d+", written.notes[0])
     same_changes(read(written.path).adapter, adapter.mapped(lambda t: t.bfloat16()))
-    with pytest.raises(AdapterError, match="no dtype 'int8'"):
+    with pytest.raises(ConfigError, match="no dtype 'int8'"):
         encode(adapter, "kohya", dtype="int8")
     huge = adapter.mapped(lambda t: t * 1e6)
     with pytest.raises(AdapterError, match="infinity"):

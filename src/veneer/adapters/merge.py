@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from veneer.adapters import use as using
+from veneer.adapters.rounding import Rounding, seeded, stochastic
 from veneer.core.adapter import Adapter, mix_text
 from veneer.core.attach import active_mix
-from veneer.core.merge import change_problem, exact_weights, parameter_changes
-from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
+from veneer.core.merge import change_problem, dtype_of, exact_weights, parameter_changes
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, bullets, first_few, nearest
 from veneer.files.atomic import as_veneer_errors, atomic_write, new_folder
@@ -121,7 +121,7 @@ def merge(
         which an adapter trained over that base has seen.
     adapters: folders, files or names, each optionally with ":strength".
     dtype: float32, bfloat16 or float16; by default the dtype in which the base is loaded.
-    seed: round stochastically, without bias (core.rounding), with this seed.
+    seed: round stochastically, without bias (adapters.rounding), with this seed.
     accept_loss: if False, refuse a merge in which rounding loses half of the change or more.
 
     Raises ConfigError for no adapters, a folder that is not empty, or a base loaded in another 16-bit
@@ -157,9 +157,7 @@ def _check_request(adapters: Sequence[using.AdapterSpec], folder: Path) -> None:
 
 
 def _target(base: TextBase, dtype: str | None) -> torch.dtype:
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
-    target = base.dtype if dtype is None else DTYPES[dtype]
+    target = base.dtype if dtype is None else dtype_of(dtype)
     if target != base.dtype and base.dtype != torch.float32:
         problem = f"the base is loaded in {base.dtype}, so its weights would be rounded twice on the way to {target}"
         raise ConfigError(problem, fix="load it with dtype float32")
@@ -257,7 +255,7 @@ def merge_shards(
 
     base: a folder of transformers or diffusers. For diffusers, the first part of an adapter's module names is
         the component's folder.
-    seed: round stochastically, without bias (core.rounding), with this seed.
+    seed: round stochastically, without bias (adapters.rounding), with this seed.
     accept_loss: as in `merge`.
     seen: nf4, fp4 or int8 for adapters trained on weights quantized this way: every weight that is then
         quantized is written dequantized, with the mix merged in.

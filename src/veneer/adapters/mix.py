@@ -28,8 +28,8 @@ from torch import Tensor
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, Card, all_finite, mix_text
 from veneer.core.forms import BASED, product_of
+from veneer.core.merge import dtype_of
 from veneer.core.mix import Mixed, MixedModule, Weights, mix, scaled_by_module
-from veneer.core.rounding import DTYPES
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError, first_few
 from veneer.files.weights import Checkpoint, checkpoint_parts
@@ -101,7 +101,7 @@ def mix_adapters(
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
     read = [using.read_adapter(name) for name, _ in selected]
     parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, selected, strict=True)]
-    bound, kind, weights = _bound(rank, energy, error), _dtype(dtype), _weights(base)
+    bound, kind, weights = _bound(rank, energy, error), dtype_of(dtype), _weights(base)
     mixed = mix(parts, method, bound, density=density, dtype=kind, weights=weights)
     _check_finite(mixed, selected, dtype)
     bounds = _set_options(rank=rank, energy=energy, error_bound=error)
@@ -172,7 +172,7 @@ def resize(
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("a resize needs a size", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
-    mixed = mix([(read.adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
+    mixed = mix([(read.adapter, 1.0)], "sum", bound, dtype=dtype_of(dtype), weights=_weights(base))
     recipe = {"made": "resize", **_set_options(rank=rank, energy=energy, error_bound=error)}
     return _write(mixed, out, [read], recipe, to=to)
 
@@ -204,7 +204,7 @@ def extract(
     names."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("an extract needs a size", fix="give one of rank, energy and error")
-    kept_dtype = _dtype(dtype)
+    kept_dtype = dtype_of(dtype)
     try:
         pattern = re.compile(targets) if targets is not None else None
     except re.error as problem:
@@ -375,12 +375,6 @@ def _set_options(**settings: Any) -> dict[str, Any]:
 
 def _bound(rank: int | None, energy: float | None, error: float | None) -> Bound | None:
     return None if rank is energy is error is None else Bound(rank, energy, error)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ConfigError(f"there is no dtype {name!r}", fix=", ".join(DTYPES))
-    return DTYPES[name]
 
 
 def _weights(base: str | Path | None) -> Weights | None:

@@ -63,13 +63,13 @@ def merge_command(
         _print_report(report, as_json, fix)
         return
     from veneer.adapters.use import adapter_path, parse_spec
-    from veneer.core.rounding import DTYPES
+    from veneer.core.merge import dtype_of
     from veneer.files.weights import stored_dtype, tensor_table
     from veneer.models.sources import find_base, is_image_base
     from veneer.models.text.base import load_text
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
+    if dtype is not None:
+        dtype_of(dtype)
     for spec in adapters:
         adapter_path(parse_spec(spec)[0])
     folder = find_base(base, say=say)

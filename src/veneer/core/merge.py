@@ -23,8 +23,17 @@ from veneer.core.adapter import Adapter, Pair, PairKind, TokenRows
 from veneer.core.forms import Delta, change_of, product_of
 from veneer.core.forms import delta_of as form_delta
 from veneer.core.targets import base_modules
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ConfigError
 from veneer.ops.quantized import dequantized
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a result by its name. Raises ConfigError for an unknown name."""
+    if name not in _DTYPES:
+        raise ConfigError(f"there is no dtype {name!r}", fix=", ".join(_DTYPES))
+    return _DTYPES[name]
 
 
 def _wide(t: Tensor) -> Tensor:

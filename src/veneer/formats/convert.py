@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
-from veneer.core.rounding import DTYPES
+from veneer.core.merge import dtype_of
 from veneer.errors import AdapterError, bullets
 from veneer.files.atomic import Staged, as_veneer_errors
 from veneer.files.gguf import read_gguf_file
@@ -306,9 +306,8 @@ def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
     """Return the adapter in `dtype`, and a note with the rounding error."""
     if dtype is None:
         return adapter, []
-    if dtype not in DTYPES:
-        raise AdapterError(f"there is no dtype {dtype!r} here", fix=", ".join(DTYPES))
-    out = adapter.mapped(lambda t: t.to(DTYPES[dtype]) if t.is_floating_point() else t)
+    target = dtype_of(dtype)
+    out = adapter.mapped(lambda t: t.to(target) if t.is_floating_point() else t)
     worst = max((relative_error(p, out.pairs[n]) for n, p in adapter.pairs.items()), default=0.0)
     return out, [f"rounded to {dtype}: ΔW moves by up to {worst:.2g} of itself"] if worst else []
 

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Dtypes that a result can be rounded to, by their user-facing names."""
-
 
 def seeded(seed: int, name: str) -> torch.Generator:
     """Return a random generator seeded by (seed, name).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer.core.rounding import Rounding, seeded, stochastic
+from veneer.adapters.rounding import Rounding, seeded, stochastic
 
 DTYPES = [torch.bfloat16, torch.float16]
 VALUES = [0.1, -0.1, 1.003, -1.003, 3e-5, -3e-5, 1e-9, -1e-9, 300.7, -1.9999, 6.1e-5, 0.49999]
