@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.compat import TORCH
+from veneer.ops.grouped_mm import grouped_mm, has_native_grouped_mm
 from veneer.ops.lowrank import LowRank
 
 
@@ -94,9 +94,9 @@ def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, 
 
 
 def _add_by_expert(y: Tensor, x: Tensor, parts: Sequence[LowRank], offsets: Tensor) -> Tensor:
-    if has_grouped_product(x):  # as in ops.linear: products run in x's dtype, gradients in the parameter's dtype
+    if has_native_grouped_mm(x):  # as in ops.linear: products run in x's dtype, gradients in the parameter's dtype
         parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
-    return _add(y, x, parts, lambda u, v: _by_expert(u, v, offsets))
+    return _add(y, x, parts, lambda u, v: grouped_mm(u, v, offsets))
 
 
 def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -> Tensor:
@@ -104,48 +104,11 @@ def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -
 
     Rows before offsets[0] use weight[0], rows offsets[0] to offsets[1] use weight[1], and so on."""
     if isinstance(weight, AdaptedWeight):
-        return _add_by_expert(_by_expert(x, weight.weight, offsets), x, weight.parts, offsets)
-    return _by_expert(x, weight, offsets)
+        return _add_by_expert(grouped_mm(x, weight.weight, offsets), x, weight.parts, offsets)
+    return grouped_mm(x, weight, offsets)
 
 
 def _matmul_left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
     """Return W·v + Σ s·B·(A·v)."""
     parts = [replace(p, A=p.B, B=p.A) for p in weight.parts]
     return _add(product(weight.weight, v), v, parts, lambda u, factor: factor @ u)
-
-
-def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply the rows of x that end at offsets[e] by weight[e], for any rank and dtype.
-
-    Rows after the last offset belong to no expert and give zero."""
-    if has_grouped_product(x):
-        return _grouped(x, weight, offsets)
-    out, start = [], 0
-    for end, w in zip(offsets.tolist(), weight.unbind(0), strict=True):
-        if end > start:
-            out.append(x[start:end] @ w)
-        start = end
-    joined: Tensor = torch.cat([*out, x.new_zeros(len(x) - start, weight.shape[-1])])
-    return joined
-
-
-def has_grouped_product(x: Tensor) -> bool:
-    """Return whether x's device and dtype support a grouped product.
-
-    With a grouped product, the host does not need the number of rows per expert."""
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16
-
-
-def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Run `_by_expert` with the device's grouped product.
-
-    The grouped product requires rows that start at multiples of 16 bytes (8 values)."""
-    # For rows without an expert, the grouped product and its gradient contain uninitialized memory.
-    in_group = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
-    x = torch.where(in_group, x, 0)
-    short, narrow = -x.shape[-1] % 8, -weight.shape[-1] % 8
-    if short or narrow:
-        x, weight = F.pad(x, (0, short)), F.pad(weight, (0, narrow, 0, short))
-    product = getattr(F, "grouped_mm", None) or TORCH("torch._grouped_mm")
-    y: Tensor = product(x, weight, offs=offsets.to(torch.int32))
-    return torch.where(in_group, y[:, : y.shape[-1] - narrow], 0)
