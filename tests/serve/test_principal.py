@@ -16,6 +16,7 @@ from veneer.jobs.http.tinker import training_routes
 from veneer.jobs.http.tinker_samples import sampling_routes
 from veneer.jobs.http.tinker_weights import weights_routes
 from veneer.jobs.http.tuning import tuning_routes
+from veneer.library.upload_stage import UploadStage
 from veneer.serve.access import OpenAccess
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.guard import permissions_of
@@ -25,7 +26,6 @@ from veneer.serve.http.surfaces.images import images_routes
 from veneer.serve.principal import PERMISSIONS, STRANGER, Permission, Principal
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.admin import admin_router
-from veneer.serve.upload_stage import UploadStage
 from veneer.studio.access import key_routes
 
 KINDS = {

@@ -19,10 +19,10 @@ from veneer.jobs.validate import job_config
 from veneer.library.describe_files import card_prompt
 from veneer.serve.access import ResolvedModel
 from veneer.serve.http.errors import message_of
-from veneer.serve.http.text_requests import TextRequest, ask_texts
 from veneer.serve.request import Finished, Refused, Token
 from veneer.serve.tenancy.feedback import AnswerFeedback
 from veneer.serve.tenancy.tenants import Tenants
+from veneer.studio.ask import TextRequest, ask_texts
 from veneer.studio.compare_board import Board, Column
 from veneer.studio.components import Answers, TokenInfo
 from veneer.studio.elements import Command, box, button, command, details, line, permit

@@ -7,9 +7,8 @@ from typing import Any
 
 from veneer.errors import counted
 from veneer.formats.topology import families
+from veneer.library.upload_stage import StagedAdapter
 from veneer.serve.http.surfaces.adapters import add_staged, staged_report
-from veneer.serve.request import Refused
-from veneer.serve.upload_stage import StagedAdapter
 from veneer.studio import elements
 from veneer.studio.adapter import TARGETS
 from veneer.studio.page import NotFound, ViewPage
@@ -38,10 +37,8 @@ async def doctor_view(page: ViewPage) -> None:
             elements.button("Choose a file", elements.permit("read", page.pick_file), kind="filled", key="o")
         elements.Command(elements.command("adapter", "inspect", "FILE"))
         return
-    try:
-        staged = page.studio.service.staging.get(page.principal.tenant, id)
-    except Refused as error:
-        raise NotFound("This file is no longer available.", fix=error.fix) from None
+    if (staged := page.studio.service.staging.get(page.principal.tenant, id)) is None:
+        raise NotFound("This file is no longer available.", fix="upload it again; uploads expire after an hour")
     page.title(staged.name, f"{size(staged.size)} · deleted after an hour unless you save it")
     with elements.box("div", "row"):
         elements.button("Another file", elements.permit("read", page.pick_file), key="o")

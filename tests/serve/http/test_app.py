@@ -22,10 +22,10 @@ from tests.serve.http.toy import (
     wait_for,
 )
 from veneer.library.library import open_library
+from veneer.library.upload_stage import UploadStage
 from veneer.serve.access import ModelCard, OpenAccess
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.settings import HttpSettings
-from veneer.serve.upload_stage import UploadStage
 
 CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
+from veneer.library.upload_stage import UploadStage
 from veneer.serve.access import ResolvedModel, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.guard import principal_of
@@ -19,7 +20,6 @@ from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Engine, EngineEvent, Request, check_strengths, invalid, not_ready
 from veneer.serve.settings import HttpSettings
-from veneer.serve.upload_stage import UploadStage
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog

@@ -23,10 +23,10 @@ from veneer.formats import convert, peft
 from veneer.formats.read import read
 from veneer.formats.topology import families
 from veneer.library.library import Library, open_library
+from veneer.library.upload_stage import UploadStage
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
-from veneer.serve.upload_stage import UploadStage
 
 PICTURE = b"\xff\xd8\xff picture"
 

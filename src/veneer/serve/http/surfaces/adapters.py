@@ -41,6 +41,7 @@ from veneer.formats.convert import layout_ending
 from veneer.library.describe_files import card_picture, card_prompt, card_sample, gain_of
 from veneer.library.library import Added, Library, NotInLibrary
 from veneer.library.queries import Order, Version
+from veneer.library.upload_stage import StagedAdapter, UploadStage, UploadTooLarge
 from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, at_most
@@ -51,7 +52,6 @@ from veneer.serve.http.service import caller_of, service_of
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, invalid
-from veneer.serve.upload_stage import StagedAdapter, UploadStage
 
 T = TypeVar("T")
 Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm"]
@@ -120,10 +120,10 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         principal = caller_of(request)
         uploads.take(principal.tenant, principal.weight, 1)
         try:
-            incoming = await in_thread("the disk", lambda: stage.begin(principal.tenant, filename))
+            incoming = await in_thread("the disk", lambda: stage.begin(principal.tenant, filename), known_errors=_NAME)
             try:
                 async for chunk in request.stream():
-                    await in_thread("the disk", partial(incoming.write, chunk))
+                    await in_thread("the disk", partial(incoming.write, chunk), known_errors=_KNOWN)
                 yield await run_work(principal, incoming.size, lambda: stage.keep(incoming))
             except BaseException:
                 await asyncio.to_thread(stage.drop, incoming)
@@ -225,7 +225,9 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
 
     @router.get("/v1/adapter_inspections/{id}/file", summary="Download an inspected file, also in another layout.")
     async def inspected_file(request: HttpRequest, id: str, to: Layout | None = None, base: _Base = "") -> Response:
-        staged = stage.get(caller_of(request).tenant, id)
+        if (staged := stage.get(caller_of(request).tenant, id)) is None:
+            fix = "upload it again; uploads expire after an hour"
+            raise Refused("there is no such file", status=404, code="not_found", fix=fix)
         return await file_of(request, staged.path, staged.size, staged.name.rpartition(".")[0], to, base)
 
     async def file_of(
@@ -390,9 +392,11 @@ def _unusable(error: AdapterError) -> Refused:
 
 _KNOWN: KnownErrors = {
     NotInLibrary: lambda error: Refused(error.what, status=404, code="not_found"),
+    UploadTooLarge: lambda error: Refused(error.what, status=413, code="too_large"),
     ConfigError: lambda error: invalid(error.what, None, error.fix),
     AdapterError: _unusable,
 }
+_NAME: KnownErrors = {ConfigError: lambda error: invalid(error.what, "filename", error.fix)}
 
 
 async def _read(do: Callable[[], T]) -> T:

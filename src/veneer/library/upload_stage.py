@@ -2,9 +2,9 @@
 
     staging = UploadStage(most=2 << 30)
     incoming = staging.begin("acme", "style.safetensors")
-    incoming.write(chunk), …                     raises Refused (413) beyond `most`
+    incoming.write(chunk), …                     raises UploadTooLarge beyond `most`
     staged = staging.keep(incoming)              .path: the file, or the folder unpacked from an archive
-    staging.get("acme", staged.id)               raises Refused (404) once expired, and for other tenants
+    staging.get("acme", staged.id)               None once expired, and for other tenants
     staging.drop(staged), staging.close()
 
 Only the files of a PEFT folder are unpacked from an archive, each under a fixed name whatever its path, so
@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from veneer.errors import ConfigError
 from veneer.files.rights import private_folder
 from veneer.library.describe_files import PEFT_FILES
 from veneer.library.store import CHUNK
 from veneer.models.home import veneer_home
-from veneer.serve.request import Refused, invalid
 
 _ENDINGS = (".safetensors", ".gguf", ".zip")
 _LIFETIME = 3600.0
@@ -44,6 +44,13 @@ _INDEX_END = 22 + (1 << 16)
 """Bytes at the end of a zip that contain the end of its index, with the longest comment."""
 _STRAY = 86400.0
 """Seconds after which the folder of a killed process is deleted."""
+
+
+class UploadTooLarge(ConfigError):
+    """An uploaded adapter has more bytes than the limit."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"the adapter has more than {most:,} bytes")
 
 
 @dataclass
@@ -60,10 +67,10 @@ class StagedAdapter:
     until: float = 0.0
 
     def write(self, chunk: bytes) -> None:
-        """Append a chunk. Blocking. Raises Refused (413) beyond `most`."""
+        """Append a chunk. Blocking. Raises UploadTooLarge beyond `most`."""
         self.size += len(chunk)
         if self.size > self.most:
-            raise _too_large(self.most)
+            raise UploadTooLarge(self.most)
         self.file.write(chunk)
 
 
@@ -80,14 +87,14 @@ class UploadStage:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def begin(self, tenant: str, filename: str) -> StagedAdapter:
-        """Start an upload. Blocking. Raises Refused (400) for a file name that no adapter has."""
+        """Start an upload. Blocking. Raises ConfigError for a file name that no adapter has."""
         last = re.split(r"[/\\]", filename)[-1]
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("._-")
         name = stem[-100:].lstrip("._-") or "adapter"
         if not name.lower().endswith(_ENDINGS):
             pickle = re.search(r"\.(pt|pth|bin|ckpt|pkl)$", name)
             warning = "pickles run whatever code is in them; " if pickle else ""
-            raise invalid(f"{warning}{name} is not the name of an adapter's file", "filename", ", ".join(_ENDINGS))
+            raise ConfigError(f"{warning}{name} is not the name of an adapter's file", fix=", ".join(_ENDINGS))
         with self._lock:
             expired = [each for each in self._staged.values() if each.until < self.clock()]
         for each in expired:
@@ -100,11 +107,11 @@ class UploadStage:
     def keep(self, staged: StagedAdapter) -> StagedAdapter:
         """Finish an upload, dropping the tenant's oldest files if needed. Blocking.
 
-        Raises Refused (400) for an archive without an adapter.
+        Raises ConfigError for an archive without an adapter, UploadTooLarge.
         """
         staged.file.close()
         if not staged.size:
-            raise invalid("the body is empty", None, "send the file as the body")
+            raise ConfigError("the body is empty", fix="send the file as the body")
         if staged.name.lower().endswith(".zip"):
             archive, staged.path = staged.path, staged.path.parent / "adapter"
             staged.path.mkdir()
@@ -118,14 +125,12 @@ class UploadStage:
             self.drop(same_tenant.pop(0))
         return staged
 
-    def get(self, tenant: str, id: str) -> StagedAdapter:
-        """Return a tenant's staged file. Raises Refused (404)."""
+    def get(self, tenant: str, id: str) -> StagedAdapter | None:
+        """Return a tenant's staged file, or None if it does not exist or has expired."""
         with self._lock:
             staged = self._staged.get(id)
-        if staged is None or staged.tenant != tenant or staged.until < self.clock():
-            fix = "upload it again; uploads expire after an hour"
-            raise Refused("there is no such file", status=404, code="not_found", fix=fix)
-        return staged
+        valid = staged is not None and staged.tenant == tenant and staged.until >= self.clock()
+        return staged if valid else None
 
     def drop(self, upload: StagedAdapter) -> None:
         """Delete an upload. Blocking."""
@@ -158,31 +163,27 @@ class UploadStage:
             return self._folder
 
 
-def _too_large(most: int) -> Refused:
-    return Refused(f"the adapter has more than {most:,} bytes", status=413, code="too_large")
-
-
 # -- archives ----------------------------------------------------------------------------------------------------------
 
 
 def _unpack(archive: Path, folder: Path, most: int) -> int:
-    """Unpack a PEFT folder's files from an archive into `folder`; return their bytes. Raises Refused."""
+    """Unpack a PEFT folder's files from an archive into `folder`; return their bytes. Raises ConfigError."""
     size = 0
     try:
         for name, source in _members(archive):
             target = folder / name
             if target.exists():
-                raise invalid(f"the archive has several files called {name}", None, "send the adapter of one folder")
+                raise ConfigError(f"the archive has several files called {name}", fix="send the adapter of one folder")
             with source, target.open("wb") as out:
                 while chunk := source.read(CHUNK):
                     size += len(chunk)
                     if size > most:
-                        raise _too_large(most)
+                        raise UploadTooLarge(most)
                     out.write(chunk)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise invalid(f"the archive cannot be read: {error}") from None
+        raise ConfigError(f"the archive cannot be read: {error}") from None
     if not (folder / PEFT_FILES[0]).is_file():
-        raise invalid(f"the archive has no {PEFT_FILES[0]}", None, "an archive of the folder that training wrote")
+        raise ConfigError(f"the archive has no {PEFT_FILES[0]}", fix="an archive of the folder that training wrote")
     return size
 
 
@@ -198,11 +199,11 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     at = len(end) - 22 if ends_with_index else end.rfind(b"PK\x05\x06")
     size, long = int.from_bytes(end[at + 12 : at + 16], "little"), end[max(0, at - 20) :].startswith(b"PK\x06\x07")
     if at < 0 or size > _MOST_INDEX or long:
-        raise invalid("this is no zip archive of a few files", None, "a zip of the adapter's folder")
+        raise ConfigError("this is no zip archive of a few files", fix="a zip of the adapter's folder")
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
             name = info.filename.rpartition("/")[2]
             if name in PEFT_FILES and not info.is_dir():
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise invalid("the archive's compression is not supported", None, "store or deflate")
+                    raise ConfigError("the archive's compression is not supported", fix="store or deflate")
                 yield name, opened.open(info)
