@@ -113,7 +113,7 @@ def test_route_follows_the_promotion_rule(shop, before, route, rule, scores, lea
         routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     job = shop.finished_job("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
     assert shop.targets() == leads
-    assert (len(shop.events(job, "route")), len(shop.events(job, "alias"))) == (1, 1)
+    assert len(shop.events(job, "route")) == 1
     assert leads == (OLD if before else None) or shop.revision() == 1 + before
     promote_job(shop.jobs, shop.tenants, "acme", job.id)
     promote_job(shop.jobs, shop.tenants, "acme", job.id)

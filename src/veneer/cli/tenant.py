@@ -368,7 +368,7 @@ def economics(
     """Show each adapter's cost, revenue and break-even against a dedicated machine.
 
     The figures come from the ledger and the jobs' bills. Amounts of money in JSON are in millionths."""
-    from veneer.jobs.economics import economics as measure
+    from veneer.cli.economics import economics as measure
 
     if not hour:
         raise typer.BadParameter("give the cost of a machine-hour: --hour or VENEER_MACHINE_HOUR")

@@ -80,9 +80,6 @@ def release_job(
 
     Raises LeaseLost and transient errors."""
     after = after_section(lease.job)
-    if alias := (lease.job.about.get("after") or {}).get("alias"):  # of a job from an earlier version
-        text = f"the alias {alias} does not move after a job any more; veneer library alias {reference} {alias} sets it"
-        _do_once(store, lease, "alias", "", lambda: JobEvent("warn", "alias", text, {}))
     if after is None or after.route is None:
         return
     place = partial(_move_route, store.library, tenants, lease.job, after, after.route, reference, compared)

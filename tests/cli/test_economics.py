@@ -1,3 +1,4 @@
+# ruff: noqa: F811
 """Cost and revenue of adapters, against figures by hand."""
 
 from __future__ import annotations
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from tests.library.conftest import quick  # noqa: F401
+from tests.jobs.conftest import library, postgres, quick, store  # noqa: F401
+from veneer.cli.economics import economics
 from veneer.errors import ConfigError
-from veneer.jobs.economics import economics
 from veneer.jobs.store import JobStore
 from veneer.library.database import write_transaction
 from veneer.serve.request import Usage
