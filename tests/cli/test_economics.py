@@ -31,7 +31,7 @@ def owed_entry(tenant: str, adapter: str, number: int, prefill: float, decode: f
 
 
 @pytest.fixture
-def tenants(quick: Path) -> Store:  # noqa: F811
+def tenants(quick: Path) -> Store:
     """Four requests of acme's, 3 s and 27 s each (two versions), at 30; one of globex's, 40 s, at 20."""
     store = Store(str(quick / "tenants.sqlite"))
     owed = [owed_entry("acme", f"acme/support@{1 + n % 2}", n, 3.0, 27.0, 30) for n in range(4)]
