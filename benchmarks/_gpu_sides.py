@@ -1,9 +1,9 @@
-"""The sides of gpu.py: measurements in one process on a card, of veneer and its peers.
+"""The sides of gpu.py: each measures veneer or one of its peers, on a GPU and in its own process.
 
-A side takes a `Task` and returns {"figures": [...], "notes": [...]} or {"left_out": reason}. A side reports
-each result at once (`tell`), so that a later failure loses nothing. Weights are random and created on the
-device, tensor by tensor, from a configuration: nothing is read from disk or network. A dry run executes the
-same lines at sizes that a CPU handles in a moment.
+A side takes a `Task` and returns {"figures": [...], "notes": [...]} or {"left_out": reason}. Each side
+reports its results as soon as it has them (`tell`), so a later failure loses nothing. Weights are random and
+created on the device, tensor by tensor, from a configuration: nothing is read from disk or network. A dry run
+executes the same lines at sizes that take a CPU a moment.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK, ALPHA, RATE = 16, 32.0, 1e-4
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Every attention projection of FLUX.1, as `adapter.targets: attention` selects."""
+"""Every attention projection of FLUX.1, as selected by `adapter.targets: attention`."""
 MIX = (0.8, 0.6, 0.5)
 MARK = "RESULT "
-"""Prefix of an output line with a side's results so far."""
+"""Prefix of the output lines that contain a side's results so far."""
 _BEGAN = time.monotonic()
 LONG = 15.0
-"""Seconds after which no further step is timed."""
+"""Seconds of measuring after which no further step starts."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the measurements.
 
-    `text`, `large`, `denoiser`: names in the plan's table, or configurations. `rows`, `length`: of a
-    micro-batch. `large_row`, `large_tokens`: tokens of a row and of a micro-batch of the large base.
-    `picture`: side in pixels. `square`, `copied`: rows and bytes of the probe. `requests`, `prompt`, `new`:
-    served with 8 adapters and with `many`; `cache`: bytes of keys and values."""
+    `text`, `large`, `denoiser`: bases in the plan's table, or configurations. `rows`, `length`: a micro-batch
+    has so many rows of so many tokens. `large_row`, `large_tokens`: tokens in a row and in a micro-batch of
+    the large base. `picture`: width and height in pixels. `square`: rows and columns of the probe's matrices.
+    `copied`: bytes that the probe copies. `requests`, `prompt`, `new`: number of served requests, and tokens
+    in each prompt and completion. `many`: adapters of the largest serving test. `cache`: bytes of keys and
+    values."""
 
     device: str = "cuda"
     text: Any = "meta-llama/Meta-Llama-3-8B"
@@ -67,7 +69,7 @@ class Sizes:
     many: int = 1000
     cache: int = 8 << 30
     more: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the denoiser's class that the plan's table lacks."""
+    """Arguments of the denoiser's class that are not in the plan's table."""
 
 
 CARD = Sizes()
@@ -114,8 +116,8 @@ DRY = Sizes(
 class Task:
     """Arguments of a side.
 
-    `probe`: measured capabilities of the card, None if the probe failed. `work`: a folder of the run. `dry`:
-    use the sizes of a dry run. `limit`: seconds after which the side is stopped; 0: none."""
+    `probe`: measured speed and bandwidth of the GPU; None if the probe failed. `work`: a temporary folder.
+    `dry`: use the sizes of a dry run. `limit`: seconds after which the side is stopped; 0 for no limit."""
 
     work: str
     dry: bool = False
@@ -131,7 +133,7 @@ class Task:
 class Figure:
     """A measurement.
 
-    `roofline`: upper bound for the probed card; `planned`: `veneer plan`'s value; both in `unit`."""
+    `roofline`: upper bound on this GPU. `planned`: prediction of `veneer plan`. Both are in `unit`."""
 
     metric: str
     value: float
@@ -145,7 +147,7 @@ def _result(figures: Sequence[Figure], *notes: str) -> dict[str, Any]:
 
 
 def tell(result: Mapping[str, Any]) -> None:
-    """Print a side's results so far. The last such line counts, even if the side fails later."""
+    """Print a side's results so far. Only the last such line counts, even if the side fails later."""
     print(MARK + json.dumps(result), flush=True)
 
 
@@ -153,8 +155,9 @@ def tell(result: Mapping[str, Any]) -> None:
 
 
 def probe(task: Task) -> dict[str, Any]:
-    """Return the roofline: rate of one large bfloat16 product and bandwidth of one large copy, best of
-    ten."""
+    """Measure the limits of the GPU: the speed of a large bfloat16 product and the bandwidth of a large copy.
+
+    Each is the best of ten."""
     import torch
 
     s = task.sizes
@@ -186,7 +189,9 @@ def _driver() -> str:
 
 
 def _seconds(run: Callable[[], Any], device: str, times: int, warm: int = 1) -> list[float]:
-    """Return seconds of up to `times` runs after `warm` ones; at least one run, however long it takes."""
+    """Return the seconds of up to `times` runs, after `warm` runs that do not count.
+
+    At least one run counts, however long it takes."""
     import torch
 
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
@@ -204,7 +209,7 @@ def _seconds(run: Callable[[], Any], device: str, times: int, warm: int = 1) -> 
 
 
 def _planned_for(task: Task) -> tuple[Any, Any, Any]:
-    """Return (the plan's device, the plan's rates for the device, the probe's rates)."""
+    """Return (the plan's device, the rates that the plan assumes for it, the rates that the probe measured)."""
     from veneer.plan.tables import Device, device_by_cuda_name
     from veneer.plan.time import Rates, rates_of
 
@@ -218,7 +223,7 @@ def _planned_for(task: Task) -> tuple[Any, Any, Any]:
 
 
 def _at_most(work: Any, probed: Any) -> float | None:
-    """Return the maximum units of `work` per second on the probed card: limited by products or by bytes."""
+    """Return the maximum units of `work` per second on the probed GPU, limited by operations or by bytes."""
     if probed is None:
         return None
     return 1 / max(work.operations / probed.operations, work.bytes / probed.bandwidth)
@@ -229,7 +234,7 @@ def _scaled(by: float, value: float | None) -> float | None:
 
 
 def _peak(device: str, planned: Any) -> Figure:
-    """Return the peak allocation, and the plan's value without context and allocator fragmentation."""
+    """Return the peak of allocated memory, and the plan's value without CUDA context and fragmentation."""
     import torch
 
     if device == "cuda":
@@ -239,9 +244,9 @@ def _peak(device: str, planned: Any) -> Figure:
 
 
 def gpu_tests(task: Task) -> dict[str, Any]:
-    """Run the tests marked `gpu` in a pytest process; in a dry run, one test file of its own.
+    """Run the tests marked `gpu` in a pytest process; in a dry run, run one trivial test.
 
-    If the tests exceed the limit, the finished ones count."""
+    If the time limit is exceeded, the finished tests are reported."""
     report, said = Path(task.work) / "gpu-tests.xml", Path(task.work) / "gpu-tests.txt"
     env = dict(os.environ) | {"TRITON_INTERPRET": "0"}  # tests/conftest.py would otherwise select Triton's interpreter
     files = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
@@ -284,12 +289,12 @@ def gpu_tests(task: Task) -> dict[str, Any]:
 
 
 _LAST = 5.0
-"""Seconds before the limit at which tests are stopped, so that their results are reported."""
+"""Seconds before the limit at which the tests are stopped, to leave time for reporting."""
 _ENDED = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
 
 
 def ended_tests(said: str, limit: float) -> dict[str, Any]:
-    """Return the finished tests of an interrupted `pytest -v`, from its output."""
+    """Return the results of the finished tests, read from the output of an interrupted `pytest -v`."""
     ended = _ENDED.findall(said)
     count = Counter(word for _, word in ended)
     bad = [f"{name}: {word.lower()}" for name, word in ended if word in ("FAILED", "ERROR")]
@@ -319,7 +324,7 @@ def _bare_text(base: Any) -> Any:
 
     given = _config(base)
     config = AutoConfig.for_model(given.pop("model_type"), **given)
-    with init_empty_weights(include_buffers=False):  # buffers are computed, not loaded from a file
+    with init_empty_weights(include_buffers=False):  # real buffers: they are computed, not loaded
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
@@ -334,10 +339,11 @@ def _bare_denoiser(base: Any, more: Mapping[str, Any]) -> Any:
 
 
 def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda name, weight: weight) -> Any:
-    """Fill the model with random bfloat16 weights one by one: norms 1, biases 0, matrices normal with std
-    0.02.
+    """Fill the model with random bfloat16 weights, one at a time.
 
-    `kept_as`: (parameter name, weight) -> the stored value."""
+    Norms are 1, biases 0, and matrices normal with standard deviation 0.02.
+
+    `kept_as`: (parameter name, weight) -> the value to store."""
     import torch
 
     generator = torch.Generator(device).manual_seed(0)
@@ -359,7 +365,7 @@ def _filled(model: Any, device: str, kept_as: Callable[[str, Any], Any] = lambda
 
 
 def _quantizer(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
-    """Return the function by which `_filled` quantizes weights to 4 or 8 bits, or keeps them."""
+    """Return the `kept_as` function that quantizes weights to `kind`; without a kind, weights stay as is."""
     from veneer.models.quantize import quantized_weights
     from veneer.ops.quantized import quantize
 
@@ -371,7 +377,7 @@ def _quantizer(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
 
 
 def settled(plan: Any) -> tuple[Any, str]:
-    """Return (the plan's load for this one card, "") or (None, the reason why there is none)."""
+    """Return (the plan's load for one such GPU, ""), or (None, the reason why it does not fit)."""
     if plan.planned is None:
         return None, f"{plan.peak / 1e9:.1f} GB are needed, and {plan.available / 1e9:.1f} GB may be taken"
     load, device = plan.planned
@@ -389,10 +395,10 @@ def _described(plan: Any, load: Any) -> str:
 
 
 def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
-    """Run AdamW steps on random tokens with the fast paths, all tokens trained.
+    """Measure AdamW steps on random tokens with the fast paths; all tokens are trained.
 
-    `others`: lengths of further micro-batches, which a run chooses among (ops/step_sizes.py); they use at
-    most half of the time limit."""
+    `others`: row lengths of further micro-batches to measure, in the first half of the time limit. A real run
+    chooses among such sizes (ops/step_sizes.py)."""
     import torch
 
     import veneer
@@ -426,7 +432,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
         tokens = sum(lengths)
         ids = torch.randint(3, shape.vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).to(where)
         trained = torch.ones(len(lengths), lengths[0], dtype=torch.bool, device=where)
-        trained[:, 0] = False  # nothing predicts a row's first token
+        trained[:, 0] = False  # no token predicts the first one of a row
         trained, count = trained.flatten(), tokens - len(lengths)
 
         def step() -> None:
@@ -447,7 +453,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
 
     if where == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with fast(model, keep=8 * plan.dequantizable // 10) as how:  # the same budget as in a run
+    with fast(model, keep=8 * plan.dequantizable // 10) as how:  # the memory budget that a run would use
         one = took(load.lengths)
         work = run_work(text_counts(shape, load, device), load, device)
         memory = text_memory(shape, load, device)
@@ -501,7 +507,7 @@ def train(task: Task) -> dict[str, Any]:
 
 
 def _smaller(task: Task) -> list[tuple[int, ...]]:
-    """Return micro-batches of an eighth, a quarter and half of the measured one's tokens."""
+    """Return micro-batches with a quarter, an eighth and half of the tokens of the measured micro-batch."""
     return [(task.sizes.length // 4,) * rows for rows in (2, 1, 4)]
 
 
@@ -510,12 +516,12 @@ def qlora(task: Task) -> dict[str, Any]:
 
 
 def large(task: Task) -> dict[str, Any]:
-    """Measure one step after the first."""
+    """Measure one step, after one that does not count."""
     return _train(task, task.sizes.large, _load_70b(task), 1)
 
 
 def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
-    """Run the same steps with a transformers model that contains its own adapter."""
+    """Measure the same steps with a transformers model to which the peer has added an adapter."""
     import torch
 
     s = task.sizes
@@ -541,8 +547,9 @@ def _peer_steps(task: Task, model: Any, *notes: str) -> dict[str, Any]:
 
 
 def bitsandbytes_peft(task: Task) -> dict[str, Any]:
-    """Measure bitsandbytes' Linear4bit under PEFT's layers, with recomputed activations if they do not
-    fit."""
+    """Measure bitsandbytes' Linear4bit under PEFT's layers.
+
+    If the activations do not fit in memory, they are recomputed."""
     import bitsandbytes
     import torch
     from peft import LoraConfig, get_peft_model
@@ -579,8 +586,8 @@ def bitsandbytes_peft(task: Task) -> dict[str, Any]:
 
 
 def unsloth(task: Task) -> dict[str, Any]:
-    """Measure Unsloth with its own loader, from a checkpoint that is written first."""
-    from unsloth import FastLanguageModel  # before transformers, which Unsloth patches
+    """Measure Unsloth with its own loader, on a checkpoint written for it."""
+    from unsloth import FastLanguageModel  # must precede transformers, which Unsloth patches
 
     import torch  # isort: skip
     from tokenizers import Tokenizer, models
@@ -610,9 +617,9 @@ def unsloth(task: Task) -> dict[str, Any]:
 
 
 def products(task: Task) -> dict[str, Any]:
-    """Measure x·Wᵀ of a few rows by a block's widest weight, as in decoding, in bfloat16 and from codes.
+    """Measure x·Wᵀ with few rows, as in decoding, for the widest weight of a block in several formats.
 
-    Then measures single ops of a training step."""
+    Then measure single ops of a training step."""
     import torch
     import torch.nn.functional as F
 
@@ -622,7 +629,7 @@ def products(task: Task) -> dict[str, Any]:
     inputs, outputs = config["hidden_size"], config["intermediate_size"]
     generator = torch.Generator(s.device).manual_seed(0)
     weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=s.device).normal_(0, 0.02, generator=generator)
-    copies = 2 if task.dry else 8  # more than fits in the card's cache
+    copies = 2 if task.dry else 8  # more weights than fit in the GPU's cache
     figures: list[Figure] = []
     for kind, a_weight in (("bfloat16", 2.0), ("nf4", 0.52), ("int8", 1.0)):
         kept = [weight.clone() if kind == "bfloat16" else quantize(weight, kind) for _ in range(copies)]
@@ -647,7 +654,9 @@ def products(task: Task) -> dict[str, Any]:
 
 
 def _ops(task: Task, figures: list[Figure]) -> str:
-    """Add figures of a step's ops, forward and backward, by library and by torch; return a note."""
+    """Add figures for the ops of a training step, forward and backward; return a note.
+
+    Each op is measured with its library and with torch."""
     import torch
 
     from veneer.ops.attention import RowLayout, VarlenSettings, rope_varlen_attention
@@ -695,17 +704,17 @@ def _prompts(task: Task) -> list[tuple[int, ...]]:
 
 
 class _Numbers:
-    """The parts of a tokenizer that the engine needs."""
+    """Minimal tokenizer for the engine: decodes ids as numbers."""
 
     def decode(self, token_ids: Any, **settings: Any) -> str:
         return "".join(f" {int(i)}" for i in token_ids)
 
 
 def serve(task: Task) -> dict[str, Any]:
-    """Measure generated tokens per second, including prompts.
+    """Measure generated tokens per second; the time includes processing the prompts.
 
-    Covers the base, 8 adapters of rank 16 on all seven projections, and many of rank 8 on q and v under
-    Zipf's law."""
+    Covers the base, 8 adapters of rank 16 on all seven projections, and many adapters of rank 8 on q and v,
+    requested with frequencies that follow Zipf's law."""
     import torch
 
     import veneer
@@ -730,9 +739,9 @@ def serve(task: Task) -> dict[str, Any]:
             pair.B = torch.empty(pair.B.shape, device=where).normal_(0, 0.005, generator=generator)
         return made.mapped(lambda t: t.bfloat16())
 
-    # one card holds the base, keys and values, and each adapter twice: as loaded and as prepared for products
+    # the GPU holds the base, keys and values, and each adapter twice: as loaded and as prepared for products
     heads = shape.layers[0]
-    pairs = 2 * 8 * shape.hidden * len(shape.layers) * 4  # upper bound for rank 8 on q and v in bfloat16
+    pairs = 2 * 8 * shape.hidden * len(shape.layers) * 4  # upper bound for the bfloat16 bytes of rank 8 on q and v
     shelves = 2 * (s.many * pairs + 8 * 8 * pairs)
     needs = sum(weight_bytes(shape, "bfloat16", None)) + s.cache + shelves
     if needs > usable_memory(device):
@@ -757,7 +766,7 @@ def serve(task: Task) -> dict[str, Any]:
     sampling = Sampling(max_tokens=s.new, temperature=0.0, ignore_eos=True)
 
     def rate(engine: TextEngine, digests: Sequence[str | None], times: int = 2) -> float:
-        """Return the best of `times` runs with an empty cache."""
+        """Return tokens per second, the best of `times` runs; each run starts with an empty cache."""
 
         async def answer(prompt: tuple[int, ...], digest: str | None) -> None:
             mix = BASE if digest is None else ((digest, 1.0),)
@@ -806,7 +815,7 @@ def serve(task: Task) -> dict[str, Any]:
 
 
 def vllm(task: Task) -> dict[str, Any]:
-    """Measure vLLM with its defaults, its dummy weights, and adapters from files."""
+    """Measure vLLM with its default settings, dummy weights, and adapters loaded from files."""
     import json
 
     import torch
@@ -865,9 +874,10 @@ def vllm(task: Task) -> dict[str, Any]:
 
 
 def flux(task: Task) -> dict[str, Any]:
-    """Measure a training step of rank 16 on every attention projection, and denoiser calls during generation.
+    """Measure a training step and denoiser calls of FLUX.1.
 
-    The calls use the base, and three stacked adapters."""
+    The step trains rank 16 on every attention projection. The calls are measured for the base and for three
+    stacked adapters."""
     import torch
 
     from veneer.plan.image import ImageLoad, image_counts
@@ -950,7 +960,7 @@ def _draw_flux(task: Task, model: Any, call: Callable[[Any], Any], x: Any, count
     from veneer.plan.time import Work
 
     s, (_, rates, probed) = task.sizes, _planned_for(task)
-    # a forward pass is half of a step's products and a third of its attention, and reads each weight once
+    # A forward pass has half of a step's products and a third of its attention, and reads each weight once.
     forward = Work(counts.forward, 2.0 * counts.parameters)
     model.eval()
     with veneer.attach(model) as attachment, torch.no_grad():
@@ -973,7 +983,7 @@ def _draw_flux(task: Task, model: Any, call: Callable[[Any], Any], x: Any, count
 
 
 def _flux_inputs(config: Mapping[str, Any], picture: int, device: str) -> dict[str, Any]:
-    """Return FLUX.1's inputs for one picture, besides latents and time."""
+    """Return FLUX.1's inputs for one picture, except latents and time."""
     import torch
 
     side, text = picture // 16, config["text_tokens"]
@@ -998,7 +1008,9 @@ def _flux_inputs(config: Mapping[str, Any], picture: int, device: str) -> dict[s
 
 @dataclass(frozen=True)
 class Side:
-    """A side. `limit`: maximum seconds. `needs`: a peer's package, which can be in another environment."""
+    """A measurement by veneer or by a peer.
+
+    `limit`: maximum seconds. `needs`: the peer's package, which can be in another environment."""
 
     part: str
     name: str
@@ -1023,6 +1035,6 @@ SIDES = [
     Side("serve", "vLLM", 150, vllm, "vllm"),
     Side("qlora", "Unsloth", 120, unsloth, "unsloth"),
 ]
-"""All sides in order: veneer's own first, so that a slow peer does not cost any of them."""
+"""All sides in the order in which they run; veneer's come first, so that slow peers cost them no time."""
 PROBE = Side("probe", "the card", 30, probe)
 PARTS = list(dict.fromkeys(side.part for side in [PROBE, *SIDES]))

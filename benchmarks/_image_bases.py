@@ -1,11 +1,11 @@
-"""Denoisers for benchmarks: the catalogue bases' own, and random ones at real width; and their inputs."""
+"""Denoisers and their inputs for benchmarks: those of the built-in bases, and random ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-"""Default targets of diffusers' train_dreambooth_lora scripts."""
+"""The default targets of diffusers' train_dreambooth_lora scripts."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "catalogue-flux": {"joint": 128, "pooled": 96, "in": 64},
@@ -28,11 +28,11 @@ def is_flux(name: str) -> bool:
 
 
 def denoiser(name: str, seed: int = 0) -> Any:
-    """Return a frozen denoiser in float32 and eval mode. Tiny ones have SDXL's block layout or FLUX.1's
-    modules.
+    """Return a frozen denoiser in float32 and eval mode.
 
-    At width 640: SDXL's second level, down and up (residual blocks, two-layer transformers, heads of 64), at
-    64 × 64 positions as for pictures of 1024 × 1024; half as many blocks of each kind."""
+    The tiny ones have SDXL's block layout or FLUX.1's modules. "sdxl at width 640" has SDXL's second level on
+    the way down and up (residual blocks, two-layer transformers, heads of size 64) with half as many blocks,
+    on 64 × 64 positions, as for images of 1024 × 1024 pixels."""
     import diffusers
     import torch
 
@@ -81,7 +81,9 @@ def denoiser(name: str, seed: int = 0) -> Any:
 
 
 def inputs(name: str, rows: int, dtype: Any, seed: int = 1, side: int = 8) -> dict[str, Any]:
-    """Return a call's arguments, with latents as "x". FLUX: side² packed tokens; SDXL: 2·side squared."""
+    """Return the arguments of a call; "x" is the latents.
+
+    For FLUX, x has side² packed tokens. For SDXL, x is 2·side × 2·side."""
     import torch
 
     s, g = SHAPES[name], torch.Generator().manual_seed(seed)
@@ -120,8 +122,9 @@ def predict(name: str, model: Any, given: dict[str, Any], x: Any, t: Any) -> Any
 
 
 def adapter_tensors(name: str, seed: int, rank: int, targets: list[str]) -> dict[str, Any]:
-    """Return A and B of every targeted module under diffusers' names, scale 1, with nonzero B as if
-    trained."""
+    """Return A and B for every targeted module, under diffusers' names, with scale 1.
+
+    B is nonzero, as after training."""
     import torch
 
     g = torch.Generator().manual_seed(100 + seed)

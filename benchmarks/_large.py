@@ -1,4 +1,4 @@
-"""Llamas with random weights at real sizes, for benchmarks of memory and speed."""
+"""Llamas of real sizes with random weights, for benchmarks of memory and speed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LARGE: dict[str, dict[str, int | bool]] = {
         "num_key_value_heads": 8, "vocab_size": 32768, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-"""Shapes of Llama 3.2 (head tied to an embedding of 128,256 tokens) and Mistral 7B."""
+"""Shapes of Llama 3.2 (its head is tied to an embedding of 128,256 tokens) and of Mistral 7B."""
 
 LAYERS_A_SHARD = {"1B": 1, "3B": 1, "7B": 11}
-"""Mistral 7B has shards of five gigabytes; smaller shards would hide their cost."""
+"""The 7B checkpoint gets five-gigabyte shards like Mistral's; smaller shards would hide their cost."""
 
 
 def write_large(size: str, folder: Path) -> None:
-    """Write a Llama with random weights as a sharded checkpoint, without keeping all of it in memory."""
+    """Write a Llama with random weights as a sharded checkpoint, one shard at a time to save memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM

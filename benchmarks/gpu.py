@@ -1,25 +1,26 @@
-"""One command for a machine with a GPU: tests, then training, serving and pictures at real sizes, in ten
-minutes.
+"""One command to try a machine with a GPU, in ten minutes.
+
+Runs tests, then measures training, serving and image generation at real sizes.
 
     python benchmarks/gpu.py [--only PART,PART] [--minutes 10] [--out docs/gpu] [--python vllm=PATH] [--json]
     python benchmarks/gpu.py --dry          runs every line in a moment on a CPU; writes nothing without --out
 
-probe    one bfloat16 product and one copy: the card's limits, from which each figure's roofline follows
+probe    one bfloat16 product and one copy; these limits of the GPU give the roofline of every figure
 tests    the tests marked `gpu`
 train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,096 tokens, all trained
-qlora    the same over nf4; also bitsandbytes with PEFT, and Unsloth
-large    Llama 3.1 70B in nf4, a step at the settings of `veneer plan`
-serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000; also vLLM
-products few rows times one of its weights, in bfloat16, 4 and 8 bits; then norm,
-         rotary positions, attention and loss by their libraries and by torch
+qlora    the same on nf4 weights; also bitsandbytes with PEFT, and Unsloth
+large    Llama 3.1 70B in nf4, one step with the settings that `veneer plan` chooses
+serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000 adapters; also vLLM
+products one weight of Llama 3 8B times few rows, in bfloat16, 4 and 8 bits; then norm, rotary positions,
+         attention and loss, each with its library and with torch
 flux     FLUX.1 dev at 1,024²: a training step, and calls with three stacked adapters
 
-Weights are random and created on the card from a configuration. Sides run one after another, each in a
-process with its own time limit: a side that fails, is not installed or takes too long is reported with its
-results so far, and the next side starts. Peers come last. CARD.md and CARD.json are written after each side,
-so that a kill at any time costs only the running side; Ctrl-C, SIGTERM and SIGHUP stop that side and its
-child processes. A part that does not run keeps its earlier results. `--python` names the environment of a
-peer: vllm, unsloth, bitsandbytes.
+Weights are random and created on the GPU from a configuration. Sides run one after another, each in its own
+process with its own time limit. If a side fails, is not installed or exceeds its limit, its results so far
+are reported and the next side starts. Peers come last. CARD.md and CARD.json, named after the GPU, are
+written after each side, so a kill at any time loses only the running side. Ctrl-C, SIGTERM and SIGHUP stop
+that side and its child processes. Parts that do not run keep their earlier results. `--python` names the
+Python interpreter of a peer: vllm, unsloth or bitsandbytes.
 """
 
 from __future__ import annotations
@@ -46,24 +47,24 @@ from _gpu_sides import MARK, PARTS, PROBE, ROOT, SIDES, Side, Task, tell
 from _report import bar, lines_of, report, row
 
 PUBLISHED = (12_473, 402)
-"""Tokens and TFLOP per second of Llama 3 8B with LoRA, micro-batches of 2 × 4,096 tokens, on one H100.
+"""Tokens and TFLOP per second for Llama 3 8B with LoRA, micro-batches of 2 × 4,096 tokens, one H100.
 
 Published by NVIDIA for NeMo AutoModel, not measured by this project."""
 OVER_UNSLOTH = 1.2
 LEAST = 5.0
-"""Minimum remaining seconds for a side to start."""
+"""A side starts only if at least so many seconds remain."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOT_TRIED = ("no time left", "not installed", "stopped")
-"""Statuses of sides without results; an earlier run's results stay."""
+"""Statuses without results; a side with one of them keeps the results of an earlier run."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of a side.
 
-    `status`: ran, failed, timed out, stopped, not installed, left out or no time left; `why`: the details.
-    `figures`: results, also those before a failure. `more`: results of the probe. `at`: time; `command`: of
-    the whole run."""
+    `status`: ran, failed, timed out, stopped, not installed, left out or no time left. `why`: details of the
+    status. `figures`: all results, including those before a failure. `more`: results of the probe. `at`: when
+    the side ended. `command`: the command line of the run."""
 
     status: str
     seconds: float = 0.0
@@ -89,19 +90,18 @@ def outcome_of(result: Mapping[str, Any], seconds: float) -> Outcome:
     return Outcome("ran", seconds, "", list(result["figures"]), list(result["notes"]), more)
 
 
-# -- a side in a process of its own ------------------------------------------------------------------------------------
+# -- running a side in its own process ---------------------------------------------------------------------------------
 
 
 def watched(command: Sequence[str], limit: float, work: Path) -> Outcome:
-    """Run a side's command for at most `limit` seconds, then stop it and its children, as when this process
-    is stopped.
+    """Run the command of a side, and return its outcome with the results so far.
 
-    Returns the outcome with the side's results so far."""
+    After `limit` seconds, or if this process is interrupted, the command and its children are killed."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     out, err = (
         work / "out.txt",
         work / "err.txt",
-    )  # files, because a pipe would wait for every process that still has it open
+    )  # not pipes: these stay open until every child ends
     start = time.monotonic()
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
@@ -133,7 +133,7 @@ def watched(command: Sequence[str], limit: float, work: Path) -> Outcome:
 
 
 def _last_told(said: str) -> dict[str, Any] | None:
-    """Return the last complete result line; a side can be killed in the middle of one."""
+    """Return the last complete result line; if a side is killed, its last line can be incomplete."""
     for line in reversed(said.splitlines()):
         if line.startswith(MARK):
             with suppress(ValueError):
@@ -147,9 +147,9 @@ def _tail(text: str) -> str:
 
 
 def in_a_process(pythons: Mapping[str, str]) -> Callable[[Side, Task, float], Outcome]:
-    """Return the function that runs a side.
+    """Return a function that runs a side in its own process.
 
-    `pythons`: a peer's package -> the interpreter of its environment."""
+    `pythons`: package of a peer -> Python interpreter of its environment."""
 
     def launch(side: Side, task: Task, limit: float) -> Outcome:
         python = pythons.get(side.needs, sys.executable)
@@ -178,10 +178,10 @@ def run(
     say: Callable[[str], None],
     keep: Callable[[dict[str, Outcome]], None] = lambda done: None,
 ) -> dict[str, Outcome]:
-    """Run all sides, the probe first; return outcomes by key.
+    """Run the probe and then all sides; return the outcomes by key.
 
-    A failing side does not stop the others; a stopped run does. `keep` gets all outcomes so far after each
-    side."""
+    After a side that fails, the next one runs; after an interruption, none does. `keep` is called after each
+    side with all outcomes so far."""
     end = time.monotonic() + 60 * minutes
     done: dict[str, Outcome] = {}
     probe = None
@@ -211,8 +211,7 @@ def run(
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn signals that stop a process (a closed terminal, `kill`) into KeyboardInterrupt inside the
-    block."""
+    """Raise KeyboardInterrupt in the block for SIGINT, SIGTERM and SIGHUP."""
 
     from veneer.train.signals import signal_handler
 
@@ -227,8 +226,7 @@ def stoppable() -> Iterator[None]:
 
 
 def result_of(done: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the common report, with everything about each side under "sides" for the page and the next
-    run."""
+    """Return the common report; "sides" has the complete outcomes, for the page and for the next run."""
     rows = []
     for key, outcome in done.items():
         for f in outcome.figures:
@@ -241,7 +239,9 @@ def result_of(done: Mapping[str, Outcome], about: Mapping[str, Any]) -> dict[str
 
 
 def bars_of(done: Mapping[str, Outcome], card: str) -> list[dict[str, Any]]:
-    """Return the bars of the sides that ran. The published figure applies to an H100 only."""
+    """Return the targets for the sides that ran.
+
+    The published figure is a target on an H100 only."""
 
     def value(part: str, name: str, metric: str) -> float | None:
         return next((o.value(metric) for k, o in done.items() if k.startswith(f"{part}: {name}")), None)
@@ -264,7 +264,7 @@ def bars_of(done: Mapping[str, Outcome], card: str) -> list[dict[str, Any]]:
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """Return CARD.md: figures, rooflines, and the plan's values."""
+    """Return the text of CARD.md: figures with their rooflines and planned values."""
     machine, sides = result["machine"], {k: Outcome(**v) for k, v in result["sides"].items()}
     lines = [f"# {machine.get('card', 'a card')}", "", "[What this is, and how to read it](../how-to/gpu.md).", ""]
     lines += ["| part | what | measured | at most | of it | planned | measured over planned |"]
@@ -310,18 +310,18 @@ def _cell(text: str) -> str:
 
 
 def slug(card: str) -> str:
-    """NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3"""
+    """Return a GPU's name as a file name: NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") or "card"
 
 
 def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Write CARD.md and CARD.json atomically; return the page and the result, with earlier results of sides
-    not tried.
+    """Write CARD.md and CARD.json atomically; return the page's path and the result.
 
-    A file that is no earlier run's is kept with the suffix .unread."""
+    For sides that were not tried, the result has those of an earlier run. If the existing file is not from an
+    earlier run, it is renamed to end with .unread."""
     from veneer.files.atomic import (
         replace_file,
-    )  # imported late, here and above: a peer's Python, which runs its side, lacks veneer
+    )  # a late import, as above: the Python of a peer lacks veneer
 
     card = str(result["machine"].get("card", "card"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -343,7 +343,7 @@ def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]
 
 
 def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Return the card from the probe, the commit, and the versions of GPU packages."""
+    """Return the GPU as probed, the commit, and the versions of GPU packages."""
     from importlib.metadata import PackageNotFoundError, version
 
     commit, packages = "", {}
@@ -360,7 +360,7 @@ def about_of(done: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def _card_by_name() -> str:
-    """Return the card's name if the probe has no result."""
+    """Return the GPU's name from nvidia-smi, for a probe without a result."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()[0].strip()
@@ -383,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         side = next(s for s in [PROBE, *SIDES] if s.key == key)
         given = Task(**task)
         if given.limit and hasattr(signal, "alarm"):
-            signal.alarm(math.ceil(given.limit) + 5)  # in case the parent process is gone
+            signal.alarm(math.ceil(given.limit) + 5)  # ends this process if its parent is gone
         tell(side.run(given))
         return 0
     wanted = [part.strip() for part in args.only.split(",")]
@@ -428,9 +428,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pythons_of(given: Sequence[str]) -> dict[str, str]:
-    """Parse PEER=PATH arguments; return a peer's package -> its interpreter.
+    """Parse PEER=PATH arguments into a mapping of peers to Python interpreters.
 
-    Raises ValueError for a peer that no side needs, and for an interpreter that does not run."""
+    Raises ValueError if the peer is unknown or repeated, or the interpreter is not found."""
     peers = sorted({side.needs for side in SIDES if side.needs})
     found: dict[str, str] = {}
     for each in given:
@@ -446,9 +446,9 @@ def pythons_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def not_writable(folder: Path) -> str:
-    """Return the reason why no page can be written there, or "".
+    """Return the reason why no page can be written to `folder`, or "".
 
-    Checked before any work; creates no folder."""
+    Creates no folder."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
         return f"{there} is not a folder"
@@ -466,7 +466,7 @@ def _has_a_card() -> bool:
 
 
 def ended() -> int:
-    """Run `main`; Ctrl-C between sides, even a second one, prints no traceback."""
+    """Run `main` and return its exit code; on Ctrl-C between sides, print no traceback."""
     try:
         return main()
     except KeyboardInterrupt:

@@ -1,20 +1,21 @@
-"""A campaign with known true pictures: product, brand and lens, separately, stacked and under a ControlNet.
+"""A campaign whose true pictures are known: its adapters separately, stacked, and under a ControlNet.
 
     python benchmarks/image_campaign.py WORK [--base catalogue-sdxl] [--quick] [--json] [--sheets docs/images]
 
-WORK is the folder of `bases/catalogue/build.py` with its judge, which was trained on true renders only. Three
-adapters are trained as in `examples/campaign`. Measured over held-out scenes and three seeds:
+WORK is the folder of `bases/catalogue/build.py` with its judge, which was trained on true renders only. The
+three adapters are trained as in `examples/campaign`. A "true picture" is the rendered scene with the wanted
+effects. Measured over held-out scenes and three seeds:
 
-    likeness  cosine of the judge's features of a picture and of the true picture of the same scene
-    named     share of pictures for which the judge names the requested kind
-    brand     share of the distance to the brand's palette: 1 - d(picture, truth) / d(true picture without brand, truth)
+    likeness  cosine between the judge's features of a picture and of the true picture of the same scene
+    named     share of pictures for which the judge names the requested kind of object
+    brand     closeness to the brand's palette: 1 - d(picture, truth) / d(true picture without brand, truth)
     lens      the same for the lens: warmth of lights and shadows, dark corners, grain
     way       in a stack: share of the color change between the true pictures without and with the effect
-    found     share of OpenMoji's names whose true drawing is among the five nearest to the generated one, of all
-    edges     F1 of the picture's Canny edges against the true picture's, one pixel of tolerance
+    found     share of pictures whose true drawing (OpenMoji) is among the five nearest drawings
+    edges     F1 between the Canny edges of the picture and of the true picture, with a tolerance of one pixel
     spread    color differences between pictures of one campaign; bases/catalogue/measures.py has all measures
 
-The bars were fixed before the first run, except for the measure of brand and lens in a stack
+The targets were set before the first run, except for the measure of brand and lens in a stack
 (docs/notes/campaign.md).
 """
 
@@ -74,16 +75,16 @@ def lens_share(pictures: Array, truths: Array, plain: Array) -> float:
 
 
 SHARES = {"brand": brand_share, "lens": lens_share}
-"""Role -> amount of its effect in pictures, from the true pictures with (1) and without (0) the effect."""
+"""Role -> function that measures its effect; true pictures with the effect give 1, without it 0."""
 
 
 def said(scene: Scene) -> str:
-    """Return a column's title: the product's position, or the other object's name."""
+    """Return the title of a scene's column: the product's position, or the name of the other object."""
     return scene.surface if scene.kind == campaign.PRODUCT else scene.product()
 
 
 def repeated(truths: Array, pictures: Array) -> Array:
-    """Return the true pictures, repeated for each seed of the generated pictures."""
+    """Return the true pictures, repeated once for each seed of `pictures`."""
     return np.concatenate([truths] * (len(pictures) // len(truths)))
 
 
@@ -104,7 +105,7 @@ def main() -> None:
 
 
 class Proof:
-    """One base, its adapters, and their measurements."""
+    """All measurements of one base and its adapters."""
 
     def __init__(self, given: argparse.Namespace, runs: Path) -> None:
         self.given, self.runs, self.began = given, runs / Path(given.base).name, time.perf_counter()
@@ -165,7 +166,7 @@ class Proof:
         self.bar("product: likeness above another maker's", 0.0, found["the product"]["likeness"] - other)
         self.bar("product: named", 0.8, found["the product"]["named"])
         self.sheet("product", {**rows, "the truth": truths}, self.shots)
-        # Other objects keep their looks on the base while the adapter is on.
+        # With the product's adapter, other objects must look as they do on the base.
         prompts, kinds = [campaign.words(s) for s in self.others], [s.kind for s in self.others]
         without, with_it = (self.named(self.drawn(prompts, mix), kinds) for mix in ([], [self.adapters["product"]]))
         self.add("product: other things", {"named on the base": without, "named with the adapter": with_it})
@@ -178,7 +179,7 @@ class Proof:
         self.by_strength("lens")
 
     def by_strength(self, role: str) -> None:
-        """Measure an adapter's effect by strength, and whether objects are still recognized."""
+        """Measure an adapter's effect at each strength, and whether objects are still recognized."""
         truths, plain = self.truths(self.others, **{role: True}), self.truths(self.others)
         prompts = [campaign.words(s, **{role: True}) for s in self.others]
         kinds = [s.kind for s in self.others]
@@ -200,7 +201,7 @@ class Proof:
     # -- stacked adapters ----------------------------------------------------------------------------------------------
 
     def stack(self) -> None:
-        """Measure each adapter's remaining effect in a stack, as a share of its separate effect."""
+        """Measure how much of each adapter's separate effect remains in a stack."""
         alone = {}
         for role, place in self.adapters.items():
             asked = {role: True} if role in SHARES else {}
@@ -233,9 +234,10 @@ class Proof:
         return found | {RECIPE: stacked(self.adapters)}
 
     def effects(self, mix: Mix, **asked: bool) -> dict[str, float]:
-        """Measure the effects in pictures of the campaign's scenes.
+        """Measure the effects of `mix` in pictures of the campaign's scenes.
 
-        Product: the judge's confidence. Brand and lens: share of the color change to the true picture."""
+        For the product, the effect is the judge's confidence. For brand and lens, it is the share of the
+        color change toward the true picture."""
         made, truths = self.drawn(self.words(**asked), mix), self.truths(self.shots, **asked)
         found = {"product": self.product_figures(made, truths)["sure"]}
         for role in asked:
@@ -244,13 +246,14 @@ class Proof:
         return found
 
     def composition(self) -> None:
-        """Measure how edges or depth of the true picture control the composition of base and stack, one
-        seed."""
+        """Measure how well edges and depth of the true picture control the composition, with one seed.
+
+        Covers the base and the stack."""
         for label, scenes, mix, asked in (
             ("the base", self.others[: len(self.shots)], [], {}),
             ("the stack", self.shots, stacked(self.adapters), ALL),
         ):
-            # No caption states an object's position: only the control picture does.
+            # The prompts do not state positions, so only the control picture determines them.
             shots = [replace(s, place=0.12 if i % 2 else -0.12) for i, s in enumerate(scenes)]
             prompts = [campaign.words(s, **asked) for s in shots]
             truths = self.truths(shots, **asked)
@@ -276,7 +279,7 @@ class Proof:
             self.sheet(f"composition-{label.split()[-1]}", {**pictures, "the truth": truths}, shots)
 
     def consistency(self) -> None:
-        """Compare twelve pictures of one campaign with the base's pictures for the same words."""
+        """Compare twelve pictures of one campaign with the base's pictures for the same prompts."""
         truths = self.truths(self.shots, **ALL)
         found = {}
         stack = stacked(self.adapters)
@@ -303,10 +306,10 @@ class Proof:
                 at_least=False,
             )
 
-    # -- a style of other authors --------------------------------------------------------------------------------------
+    # -- a style by other authors --------------------------------------------------------------------------------------
 
     def openmoji(self) -> None:
-        """Train on a real set's drawings of objects that the base knows only in other styles."""
+        """Train on OpenMoji's drawings of objects that the base knows only in other styles."""
         place, (names, truths) = self.trained("openmoji"), openmoji("held out")
         shown = 8 if self.given.quick else len(names)
         names, truths = names[:shown], truths[:shown]
@@ -325,16 +328,16 @@ class Proof:
         self.sheet("openmoji", {**rows, "OpenMoji": truths}, names)
 
     def found(self, pictures: Array, truths: Array) -> float:
-        """Return the share of pictures whose true drawing is among the five nearest by the judge's features.
+        """Return the share of pictures whose true drawing is among the five nearest in the judge's features.
 
-        The judge was trained on the catalogue and has seen neither set."""
+        The judge was trained on the catalogue and has seen neither the pictures nor the drawings."""
         near = (judge(self.judge, pictures).features @ judge(self.judge, truths).features.T).topk(5, 1).indices
         return float(np.mean([i % len(truths) in row for i, row in enumerate(near.tolist())]))
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def drawn(self, prompts: Sequence[str], mix: Mix = (), *, seeds: Sequence[int] = ()) -> Array:
-        """Return (seeds · prompts, 128, 128, 3): all prompts with the first seed, then with the next.
+        """Return generated pictures, (seeds · prompts, 128, 128, 3): all prompts with the first seed first.
 
         Results are cached, because several parts use the same pictures."""
         key = (tuple(prompts), tuple(mix), tuple(seeds))
@@ -348,7 +351,9 @@ class Proof:
         return self.kept[key]
 
     def seeds_of(self, prompts: Sequence[str], seed: int) -> list[int]:
-        """Return seeds: different noise per scene, because prompts can be equal; the same under every mix."""
+        """Return one seed per prompt.
+
+        Seeds differ between scenes, whose prompts can be equal, and are the same for every mix."""
         return [1000 * seed + i for i in range(len(prompts))]
 
     def words(self, **asked: bool) -> list[str]:
@@ -382,7 +387,7 @@ class Proof:
         self.bars.append(bar(name, want, got, at_least))
 
     def sheet(self, name: str, rows: dict[str, Array], shown: Sequence[Scene] | Sequence[str]) -> None:
-        """Write a sheet. `shown`: the scenes, or the columns' titles."""
+        """Write a sheet of pictures. `shown`: the scenes, or the titles of the columns."""
         if not self.given.sheets:
             return
         columns = [s if isinstance(s, str) else s.view if name == "stack" else said(s) for s in shown[:8]]

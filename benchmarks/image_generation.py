@@ -1,14 +1,14 @@
-"""Pictures with three stacked adapters: cost relative to the base, and cost of switching.
+"""Image generation with three stacked adapters: cost relative to the base, and cost of switching.
 
     python benchmarks/image_generation.py [--quick] [--rounds 5] [--json]
 
-A picture means the denoiser's calls of a sampling run, eight Euler steps. Text encoders and VAE, which no
-adapter changes, are left out, so that the adapters' share is an upper bound. The built-in bases in bfloat16,
-one thread. Three rank-16 adapters on q, k, v and out of every attention, at 0.8, 0.6 and 0.5.
+Only the denoiser calls of a sampling run with eight Euler steps are measured. Adapters do not change the text
+encoders and the VAE, so the adapters' share of a complete run is lower. Uses the built-in bases in bfloat16
+with one thread, and three rank-16 adapters on q, k, v and out of every attention, at 0.8, 0.6 and 0.5.
 
-Each side is a process in which base and mix alternate. The shortest run of each counts, in processor time,
-because other load only adds to it. A call with guidance is a batch of two. Both sides' latents are compared
-with diffusers + PEFT in float32.
+Each side is a process that alternates between base and mix. The shortest run counts, in processor time,
+because other load can only make runs longer. A call with guidance is a batch of two. The latents of both
+sides are compared with those of diffusers + PEFT in float32.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from _report import bar, lines_of, peak_bytes, report, row
 ROOT = Path(__file__).resolve().parents[1]
 RANK, MIX, STEPS = 16, (0.8, 0.6, 0.5), 8
 KNOWN = (3, 60)
-"""Numbers of loaded adapters at which the switch to the mix of three is measured."""
+"""Numbers of loaded adapters for which switching to the mix is measured."""
 
 
 def sample(name: str, model: Any, given: dict[str, Any], steps: int = STEPS) -> Any:
-    """Return latents after Euler steps from noise along the predicted direction, in float32 between calls."""
+    """Return latents after Euler steps along the predicted direction; between calls, latents are float32."""
     import torch
 
     x = given["x"].float()
@@ -87,7 +87,7 @@ def side_veneer(work: Path, name: str, rows: int, rounds: int, targets: list[str
 
 
 def side_peft(work: Path, name: str, rows: int, rounds: int, targets: list[str], dtype: str) -> dict[str, Any]:
-    """Measure diffusers' load_lora_adapter and set_adapters, which insert PEFT's layers."""
+    """Measure diffusers' load_lora_adapter and set_adapters, which use PEFT's layers."""
     import torch
 
     kind = getattr(torch, dtype)
@@ -132,7 +132,7 @@ def run(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     bases = ["tiny flux"] if quick else ["catalogue-sdxl", "catalogue-flux"]
     rows, bars = [], []
     for name in bases:
-        batch = 1 if "flux" in name else 2  # FLUX takes guidance as an input
+        batch = 1 if "flux" in name else 2  # FLUX takes guidance as an input, so one row is enough
         results = {}
         with tempfile.TemporaryDirectory() as folder:
             for side in SIDES:

@@ -1,14 +1,14 @@
-"""Training an image adapter: veneer against diffusers + PEFT, equal latents, noise and timesteps, in one run.
+"""Training an image adapter: veneer against diffusers + PEFT on the same latents, noise and timesteps.
 
     python benchmarks/image_training.py [--quick] [--rounds 3] [--json] [--only NAME]
 
 The peer follows diffusers' train_dreambooth_lora scripts: a frozen denoiser, PEFT's layers on q, k, v and out
 of every attention, rank 16, AdamW (weight decay 1e-4), gradients clipped at 1, latents and text cached. Both
-of the script's modes run: float32 (its default), and mixed_precision="bf16" (base in bfloat16, adapter in
-float32, autocast); the faster one counts. Bases: _image_bases.py.
+modes of these scripts are measured, and the faster one counts: float32 (the default), and
+mixed_precision="bf16" (base in bfloat16, adapter in float32, autocast). For the bases, see _image_bases.py.
 
-Each side is a process with one thread, one after another, in rounds. The shortest step counts, in processor
-time, because other load only adds to it. Losses are compared with those of float32.
+Each side is a process with one thread; sides run one after another, in rounds. The shortest step counts, in
+processor time, because other load can only make steps longer. Losses are compared with those in float32.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ROWS = {
 
 
 def workload(name: str, steps: int, dtype: Any) -> list[tuple[Any, Any, Any]]:
-    """Return (inputs with noisy latents, timesteps, target) of every step, made in float32 and cast.
+    """Return (inputs with noisy latents, timesteps, target) for every step, computed in float32 and then cast.
 
-    Flow matching for FLUX, epsilon at ᾱ = cos²(πt/2) for SDXL."""
+    FLUX uses flow matching; SDXL predicts epsilon at ᾱ = cos²(πt/2)."""
     import torch
 
     g = torch.Generator().manual_seed(0)

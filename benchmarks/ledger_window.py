@@ -1,9 +1,9 @@
-"""Cost of the ledger's maintenance at ten million requests: windows of limits, usage, posting and pruning.
+"""Cost of the ledger with ten million requests: limit windows, usage, posting and pruning.
 
     python benchmarks/ledger_window.py [--rows 10000000] [--at postgresql://…]
 
-Inserts rows of one day, 100 tenants and 10 adapters by plain SQL, with the sums and slots that posting
-maintains; then runs a server's queries, and the same queries computed from the rows.
+Inserts the rows of one day, for 100 tenants and 10 adapters, in plain SQL, with the sums and slots that
+posting maintains. Then runs a server's queries, and computes the same results from the rows.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def timed(work: Callable[[], Any], times: int = 5) -> str:
 
 
 def from_lines(store: Store) -> list[Any]:
-    """Return the window of a day, summed from the rows."""
+    """Return the usage in a window of one day, summed from the rows."""
     slot = cast(line_table.c.opened / 1440, Integer)
     query = (
         select(

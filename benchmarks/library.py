@@ -1,12 +1,12 @@
-"""A library of 10,000 adapters: list, search and resolve, on SQLite and optionally PostgreSQL.
+"""Library with 10,000 adapters: list, search and resolve, on SQLite and optionally on PostgreSQL.
 
     python benchmarks/library.py [--quick] [--adapters 10000] [--postgresql URL] [--json]
 
-Adapters are small files with cards as in an image library; index and links are timed. Each query uses new
-words and names. Times are of one process on an open library: p50, p95, and mean processor time, which is more
-meaningful on a busy machine. The first 200 adapters are added one by one and timed; the rows of the others
-are inserted at once, then the tables are analyzed. --quick: 500 adapters. PostgreSQL's database (or schema)
-must be empty.
+Adapters are small files with cards like those of an image library; only index and links are timed. Each query
+uses different words and names. Times are for one process with an open library: p50, p95, and mean processor
+time, which is more meaningful on a busy machine. The first 200 adapters are added one by one and timed. The
+rows of the others are inserted in bulk, and then the tables are analyzed. --quick uses 500 adapters. The
+PostgreSQL database (or schema) must be empty.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def name(n: int) -> str:
 
 
 def fill(library: Library, count: int, work: Path) -> float:
-    """Fill the library; return adds per second of the first adapters, added as a user adds them."""
+    """Fill the library; return adapters per second for the first ones, which are added as a user would."""
     path, start = work / "a.safetensors", time.perf_counter()
     for n in range(ADDED):
         data, told = made(n)
@@ -79,7 +79,7 @@ def fill(library: Library, count: int, work: Path) -> float:
             row = {"name": name(n), "version": 1, "entry": entry, "added": "2026-01-01T00:00:00Z", "source": ""}
             ix.insert_rows(c, ix.versions, [row])
             ix.insert_rows(c, ix.tags, [{"name": name(n), "version": 1, "tag": t} for t in tags(n)])
-    with library.engine.begin() as c:  # a server does this itself a minute later
+    with library.engine.begin() as c:  # a server would do so within a minute
         c.exec_driver_sql("ANALYZE")
     return rate
 

@@ -1,14 +1,15 @@
-"""Predictions of `veneer plan` against real runs: peak memory and seconds per step, over a grid.
+"""Predictions of `veneer plan` compared with real runs: peak memory and seconds per step, for a grid of runs.
 
     python benchmarks/plan.py [--quick] [--json] [--only PART] [--memory]
 
-Each run is a process, one after another: random weights of real architectures, real training steps on the
-fast paths, AdamW. Measured: the process's peak resident memory, and the shortest step after the first.
-`--memory` leaves time out of the bars, for a machine with other load.
+Each run is a process; runs are executed one after another. A run has random weights of a real architecture
+and takes real training steps with AdamW on the fast paths. Measured are the process's peak resident memory
+and the shortest step after the first. With `--memory`, only memory has targets, for a machine with other
+load.
 
-The text bases are Llamas of several widths and depths and SmolLM2-135M's shape. `about` precedes the mean
-length of rows with different lengths, which change in each of sixteen steps. The image bases are
-catalogue-sdxl and catalogue-flux, at several batch and picture sizes.
+The text bases are Llamas of several widths and depths, and SmolLM2-135M's shape. In the names of runs,
+`about` precedes a mean length: rows have different lengths, which change in each of sixteen steps. The image
+bases are catalogue-sdxl and catalogue-flux, at several batch and image sizes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from _report import bar, lines_of, peak_bytes, report, row
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY, TIME = 0.10, 0.70
 SCALE = 8
-"""Pixels per side of a latent position, in the VAE of both catalogue bases."""
+"""Width in pixels of one latent position, for the VAE of both catalogue bases."""
 
 WIDTHS = {
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -47,9 +48,9 @@ WIDTHS = {
 
 
 def text(base: str, rows: int, length: int, rank: int = 16, trained: float = 0.25, **more: Any) -> dict[str, Any]:
-    """Return a run. `more`: dtype, checkpointing, quantize, dora, dropout, init.
+    """Return the settings of a text run. `more`: dtype, checkpointing, quantize, dora, dropout, init, unlike.
 
-    `unlike`: rows have different lengths with mean `length`, new ones in each step."""
+    `unlike`: rows have different lengths around the mean `length`, and new ones in each step."""
     return {"kind": "text", "base": base, "rows": rows, "length": length, "rank": rank, "trained": trained, **more}
 
 
@@ -95,9 +96,9 @@ def name_of(run: dict[str, Any]) -> str:
 
 
 def lengths_of(run: dict[str, Any], step: int = 0) -> list[int]:
-    """Return the tokens of each row.
+    """Return the number of tokens in each row.
 
-    Different lengths come in pairs of equal sum; the first step's differ most."""
+    Different lengths come in pairs with the same sum, and are furthest apart in the first step."""
     rows, length = run["rows"], run["length"]
     if not run.get("unlike"):
         return [length] * rows
@@ -152,7 +153,9 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantized(config: Any, kind: str) -> Any:
-    """Load from a checkpoint that another process wrote, so that this one never had the full weights."""
+    """Load a quantized model from a checkpoint written by another process.
+
+    So this process's peak memory does not include the full weights."""
     import torch
 
     from veneer.files.weights import tensor_table

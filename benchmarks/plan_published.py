@@ -1,10 +1,11 @@
-"""Published memory figures against `veneer plan` for a comparable veneer run.
+"""Published memory figures, compared with `veneer plan` for a comparable veneer run.
 
     python benchmarks/plan_published.py [--markdown] [--json]
 
-Nothing runs: each row is arithmetic, with stated assumptions if the source leaves them open. A plan describes
-veneer's own step: if a source keeps full logits, 16-bit adapters or 8-bit optimizer states, its figure
-differs by these, as the remark says. "Agrees" means within a fifth, or below a stated limit.
+Nothing is trained: each row is arithmetic. If the source leaves something open, the row states an assumption.
+A plan describes veneer's own training step. If a source keeps full logits, 16-bit adapters or 8-bit optimizer
+states, its figure differs for this reason, and the row says so. "Agrees" means within 20%, or below a stated
+limit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ CARD = device_named("a100-80gb")
 
 @dataclass(frozen=True)
 class Figure:
-    """Figures in GB (10^9). `limit`: the published figure is a memory size that the run fits in."""
+    """A published figure and the planned one, in GB (10^9 bytes).
+
+    `limit`: the published figure is the size of a memory in which the run fits."""
 
     source: str
     what: str

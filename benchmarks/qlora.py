@@ -1,12 +1,13 @@
-"""QLoRA: training over a 4-bit base, veneer against bitsandbytes with PEFT, in one run.
+"""QLoRA: training on a 4-bit base, veneer against bitsandbytes with PEFT, in one run.
 
     python benchmarks/qlora.py [--quick] [--rounds 3] [--json]       speed and memory on SmolLM2-135M, loss curves
-    python benchmarks/qlora.py --large [SIZE ...] [--json]           random-weight Llamas to 7B: peaks by part
+    python benchmarks/qlora.py --large [SIZE ...] [--json]           random Llamas of up to 7B: memory peaks by part
     python benchmarks/qlora.py --quality [--quick] [--json]          perplexity of nf4, fp4, int8 (QLoRA's table 2)
-    python benchmarks/qlora.py --banking77 DIR [--seeds 0] [--json]  adapters trained over nf4 against bf16
+    python benchmarks/qlora.py --banking77 DIR [--seeds 0] [--json]  adapters trained on nf4 and on bf16
 
-Each side is a process, one after another. Speed: rank 16 on all seven projections, rows of 512 tokens in
-steps of 4, the last quarter of each row trained, AdamW, random tokens, every side from the same adapter.
+Each side is a process; sides run one after another. For speed: rank 16 on all seven projections, steps of 4
+rows of 512 random tokens, the last quarter of each row trained, AdamW, the same initial adapter for every
+side.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ TOKENS = 512
 
 
 def side_large(folder: Path, quantize: str, checkpointing: bool) -> dict[str, Any]:
-    """Measure loading and one step of 512 tokens: peaks of both, and the sizes of all parts."""
+    """Measure loading and one step of 512 tokens: the peak memory of both, and the size of each part."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -124,7 +125,7 @@ def side_large(folder: Path, quantize: str, checkpointing: bool) -> dict[str, An
             optimizer.zero_grad()
             times.append(time.perf_counter() - start)
             loss = float(nll.detach())
-            del nll  # its graph refers to the fused weights
+            del nll  # its graph keeps the fused weights alive
         peak = peak_bytes()
     adapter = sum(p.nbytes for p in parameters)
     return {
@@ -145,7 +146,7 @@ def side_large(folder: Path, quantize: str, checkpointing: bool) -> dict[str, An
 
 
 def _parts(size: str, kind: str) -> Any:
-    """Return the parts that `veneer plan` predicts for this step."""
+    """Return the parts of memory that `veneer plan` predicts for this step."""
     from veneer.plan.memory import Load, text_memory
     from veneer.plan.shape import text_shape
     from veneer.plan.tables import Device
@@ -212,13 +213,13 @@ def large(sizes: list[str], say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def held_out_text() -> str:
-    """Return this project's own docs: English prose that SmolLM2, released earlier, has not seen."""
+    """Return the text of this project's docs; SmolLM2 is older, so it was not trained on them."""
     files = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
     return "\n\n".join(f.read_text(encoding="utf-8") for f in files)
 
 
 def side_quality(kind: str, tokens: int) -> dict[str, Any]:
-    """Measure perplexity in float32 arithmetic over the weights of `kind`, in windows of 1,024 tokens."""
+    """Measure perplexity with the weights of `kind`, in float32 and in windows of 1,024 tokens."""
     import torch
 
     import veneer

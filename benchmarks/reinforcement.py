@@ -1,12 +1,13 @@
-"""Reinforcement: veneer against TRL's GRPOTrainer, equal base, rewards, settings and seeds, in one run.
+"""Reinforcement: veneer against TRL's GRPOTrainer, with the same base, rewards, settings and seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/reinforcement.py [--steps 15] [--seeds 0,1,2] [--dtype bfloat16]
                                                          [--only veneer] [--json]
 
-Each side and seed is a process, one after another. A process prints one JSON object: mean reward per step,
-sampled tokens per second after the first step (wall clock and processor time, which other load changes less),
-and peak memory. The task needs no data, and at the start one completion in four has a reward: prompts ask for
-a question about a topic, and the reward is whether the completion contains one within MOST tokens.
+Each combination of side and seed is a process; processes run one after another. Each prints one JSON object:
+mean reward per step, sampled tokens per second after the first step (by wall clock and by processor time,
+which depends less on other load), and peak memory. The task needs no data: prompts ask for a question about a
+topic, and the reward is whether the completion contains a question within MOST tokens. At the start, one
+completion in four gets the reward.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def now() -> tuple[float, float]:
 
 
 def speeds(tokens: list[float], ends: list[tuple[float, float]]) -> dict[str, float]:
-    """Return rates of the steps after the first. tokens: sampled per step; ends: end times of the steps."""
+    """Return the rates of all steps after the first.
+
+    tokens: sampled in each step. ends: (wall clock, processor time) at the end of each step."""
     clock, processor = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
     drawn = sum(tokens[1:])
     return {

@@ -1,4 +1,4 @@
-"""Gains of reinforcement for SmolLM2-135M: the runs of examples/reinforcement, several seeds each.
+"""Gains of reinforcement for SmolLM2-135M: the runs of examples/reinforcement, with several seeds each.
 
     python benchmarks/reinforcement_tasks.py [TASK …] [--seeds 0,1,2] [--folder runs/reinforcement]
                                              [--charts docs/images] [--set KEY=VALUE …] [--json]
@@ -7,10 +7,11 @@
     tickets-format   JSON with exactly the three keys, from the base
     chain-sum, products two tasks of reasoning-gym, from the base (pip install 'veneer[reasoning-gym]')
 
-Prints mean rewards of greedy completions for held-out prompts, before the first step and at the last
-evaluation; for tickets also the share of test.jsonl with all three fields right, and the completions of the
-first seed's adapter for two held-out prompts by step. `--charts`: an SVG per task with rewards of each step's
-samples and of held-out prompts. Existing results in the folder are reused, and interrupted runs resume.
+Prints the mean rewards of greedy completions for held-out prompts, before the first step and at the last
+evaluation. For tickets, also prints the share of test.jsonl with all three fields right. For the first seed,
+prints the completions for two held-out prompts at each evaluated step. `--charts` writes an SVG per task: the
+rewards of each step's samples and of held-out prompts. Existing results in the folder are reused, and
+interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def _trained(task: str, seed: int, folder: Path, base: Any, settings: list[str]) -> Path:
-    """Train unless done; return the run's folder. Every evaluated checkpoint is kept, for `_answers`."""
+    """Train a run unless it is finished; return its folder. For `_answers`, all checkpoints are kept."""
     out = folder / f"{task}-{seed}"
     if not (out / "adapter_config.json").is_file():
         start = [f"adapter.start={place}" for place in _begins(task, folder)]
@@ -89,7 +90,7 @@ def _trained(task: str, seed: int, folder: Path, base: Any, settings: list[str])
 
 
 def _begins(task: str, folder: Path) -> list[str]:
-    """Return the adapter from which the task's runs start, if any."""
+    """Return the adapter from which a task's runs start, as a list with at most one path."""
     return [str(folder / "supervised")] if task == "tickets" else []
 
 
@@ -117,9 +118,10 @@ def _spread(name: str, metric: str, values: list[float]) -> Iterator[dict[str, A
 
 
 def _curves(task: str, runs: list[Path]) -> str:
-    """Draw rewards.
+    """Draw the rewards by step as an SVG.
 
-    Thin: each seed's samples per step. Thick: mean of the seeds. Dots: held-out prompts, greedily."""
+    Thin lines: samples of each seed. Thick line: mean of the seeds. Dots: greedy completions of held-out
+    prompts."""
     logs = [read_log(run / "log.jsonl") for run in runs]
     drawn = [{r["step"]: r["extra"]["reward"] for r in log if r["event"] == "stepped"} for log in logs]
     asked = [{r["step"]: r["extra"]["reward"] for r in log if r["event"] == "evaluated"} for log in logs]
@@ -137,8 +139,9 @@ def _mean(curves: list[dict[int, float]]) -> list[tuple[float, float]]:
 
 
 def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
-    """Yield table lines: completions of two prompts at each checkpoint; for reasoning-gym, prompts of another
-    seed."""
+    """Yield table lines with the completions of two prompts at each checkpoint.
+
+    For reasoning-gym, the prompts are generated with another seed."""
     source = json.loads((run / "log.jsonl").read_text(encoding="utf-8").partition("\n")[0])["settings"]["data.train"]
     own = str(FORM if task == "tickets-format" else TICKETS)
     data = f"{source}&seed=99" if source.startswith("reasoning-gym:") else own
@@ -152,7 +155,7 @@ def _answers(task: str, run: Path, base: Any) -> Iterator[str]:
 
 
 def _line(answer: str) -> str:
-    """Return the completion as text for a table cell."""
+    """Return a completion as the text of a table cell."""
     return answer.replace("\n", "↵").replace("|", "¦")
 
 

@@ -3,12 +3,12 @@
     python benchmarks/serving.py [--quick] [--rounds 2] [--peers vllm,peft,transformers] [--vllm-python PATH] [--json]
     python benchmarks/serving.py --large [--quick] [--rounds 2] [--json]      a 1B Llama with random weights, no peers
 
-smollm2-135m in bfloat16; 32 requests of 64 prompt and 64 generated tokens, greedy, end tokens ignored;
-adapters of rank 16 on all seven projections, request i with adapter i modulo their number. Each side is a
-process with all cores, one after another in each round; the best round counts. veneer's side is the embedded
-engine of `veneer serve`, without HTTP. For veneer also: a thousand rank-8 adapters on q and v under Zipf's
-law against eight of the same kind; sixteen active adapters with memory for eight; a single request; cold
-loads.
+Uses smollm2-135m in bfloat16 and 32 requests of 64 prompt tokens and 64 generated tokens, greedy, ignoring
+end tokens. Adapters have rank 16 on all seven projections; request i uses adapter i modulo their number. Each
+side is a process that uses all cores. Sides run one after another in each round, and the best round counts.
+veneer's side is the embedded engine of `veneer serve`, without HTTP. It is also measured with: a thousand
+rank-8 adapters on q and v whose frequencies follow Zipf's law, compared with eight such adapters; sixteen
+active adapters with memory for eight; a single request; cold loads.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def some_adapter(base: Any, seed: int, rank: int = 16, targets: Any = "all-linea
 
 
 def token_times(engine: Any, mixes: Sequence[Any], new: int) -> list[list[float]]:
-    """Run a request per mix concurrently with an empty cache; return the times of each token since the
-    start."""
+    """Run one request per mix, all at once and with an empty cache.
+
+    Returns the times of each request's tokens, in seconds since the start."""
     from veneer.serve.request import Finished, Request, Sampling, Token
 
     async def answer(prompt: tuple[int, ...], mix: Any) -> list[float]:
@@ -136,7 +137,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
         few = [((d, 1.0),) for d in dice.choices(thousand[:8], weights[:8], k=requests)]
         run(engine, few[:8], 4)
         out["8 of rank 8"] = best(engine, few)
-        for digest in thousand:  # load and prepare as many as memory allows
+        for digest in thousand:  # load and prepare as many as fit in memory
             engine.residents.load(digest, shelf[digest])
         out["1,000 of rank 8, Zipf"] = best(engine, zipf)
 
@@ -161,8 +162,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
 
 
 def side_large(work: Path, quick: bool) -> dict[str, Any]:
-    """Measure tokens per second of a 1B base, in which eight rank-16 adapters are a smaller share of the
-    bytes."""
+    """Measure tokens per second of a 1B base; eight rank-16 adapters are a smaller share of its bytes."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -183,7 +183,7 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
     n, new = (4, 4) if quick else (REQUESTS, 32)
 
     def speed(engine: TextEngine, mixes: Sequence[Any]) -> float:
-        """Return tokens per second from the moment at which all rows decode, without the prompts."""
+        """Return tokens per second while all rows decode, which excludes the prompts."""
         times = token_times(engine, mixes, new)
         start, end = max(t[0] for t in times), min(t[-1] for t in times)
         return sum(start < at <= end for t in times for at in t) / (end - start)
@@ -210,7 +210,7 @@ def thin_bytes(base: Any, adapter: Any) -> int:
 
 
 def floors(engine: Any) -> dict[str, float]:
-    """Return tokens per second of a step that consists of its plain products only, by number of rows."""
+    """Return the tokens per second that a step would reach with its matrix products only, by number of rows."""
     import torch
 
     weights = [w.detach() for g in engine.runner.layout.groups for w in map(g.weight, range(len(g.modules)))]
@@ -229,7 +229,7 @@ def floors(engine: Any) -> dict[str, float]:
 
 
 def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
-    """Return milliseconds from a request until its adapter is ready: with reading its file, and without."""
+    """Return the milliseconds that an adapter takes to become ready: from its file, and from memory."""
     from veneer.formats import peft
     from veneer.serve.forward.runner import Runner
 
@@ -259,7 +259,7 @@ def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
 
 
 def export(work: Path) -> None:
-    """Write the base and eight adapters as folders that all sides read."""
+    """Write the base and eight adapters as folders, for all sides."""
     from veneer.formats import peft
     from veneer.models.text.base import load_text
 
@@ -305,7 +305,7 @@ def side_peft(work: Path, quick: bool) -> dict[str, Any]:
 
 
 def side_continuous(work: Path, quick: bool) -> dict[str, Any]:
-    """Measure transformers' own continuous batching, without adapters."""
+    """Measure transformers' continuous batching, without adapters."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 

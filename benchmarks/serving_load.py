@@ -3,14 +3,15 @@
     python benchmarks/serving_load.py [--rates 1,2,4,8] [--requests 80] [--quick] [--json]
     python benchmarks/serving_load.py --url http://host:8000 [--key KEY] …
 
-Requests arrive as a Poisson process of each rate, from one seed: equal times, prompts and adapters in every
-run. Prompts have 16, 64 and 256 words, completions 16, 32 and 64 tokens, greedy, end tokens ignored; each
-request names one of eight rank-16 adapters or the base. Requests do not wait for earlier responses, so a slow
-server shows in its times. Reports completed requests and tokens per second from the first request to the last
-token, the times to the first token and between tokens at the client, and errors, which must be zero.
+Requests arrive as a Poisson process with the given rate and a fixed seed: times, prompts and adapters are the
+same in every run. Prompts have 16, 64 or 256 words, completions 16, 32 or 64 tokens, greedy, ignoring end
+tokens. Each request uses one of eight rank-16 adapters or the base. Requests do not wait for earlier
+responses, so a slow server gets longer times. Reports the completed requests and tokens per second from the
+first request to the last token, the times to the first token and between tokens as seen by the client, and
+the number of errors, which must be zero.
 
-Without --url it creates adapters and starts a server on smollm2-135m (--quick: a tiny base); with --url it
-uses that server's models in turn.
+Without --url, the script creates adapters and starts a server on smollm2-135m (with --quick, on a tiny base).
+With --url, it uses all models of that server in turn.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ TEXT = "the door lock of a hall does not open since noon and we wait for your an
 
 
 def make_base(work: Path, quick: bool) -> str:
-    """Return the base for `--base`.
+    """Return the value for `--base`.
 
-    A tiny one is a two-layer llama with random weights and one token per byte."""
+    With `quick`, it is a new two-layer Llama with random weights and one token per byte."""
     if not quick:
         return "smollm2-135m"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -140,7 +141,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: its time in seconds from the start, and its content."""
+    """A request: its content, and when to send it, in seconds since the start."""
 
     at: float
     body: dict[str, Any]
@@ -148,7 +149,7 @@ class Asked:
 
 @dataclass
 class Seen:
-    """A client's record. `times`: of the first token and of each later piece of text."""
+    """A response as seen by the client. `times`: when the first token and each later piece of text arrived."""
 
     start: float = 0.0
     times: list[float] = field(default_factory=list)
@@ -209,7 +210,7 @@ async def load(url: str, key: str, rate: float, n: int, models: Sequence[str], s
 
 
 def models_of(url: str, key: str) -> list[str]:
-    """Return the base and its adapters, as listed by the server."""
+    """Return the names of the base and its adapters, as listed by the server."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=60)
     answer.raise_for_status()
@@ -243,7 +244,7 @@ def rows_of(rate: float, seen: Sequence[Seen]) -> list[dict[str, Any]]:
 
 def run(url: str, key: str, rates: Sequence[float], n: int, seed: int) -> dict[str, Any]:
     models = models_of(url, key)
-    warm = asyncio.run(load(url, key, 50.0, len(models), models, seed + 1))  # every adapter once
+    warm = asyncio.run(load(url, key, 50.0, len(models), models, seed + 1))  # use every adapter once
     rows: list[dict[str, Any]] = []
     errors = [s.error for s in warm if s.error]
     for rate in rates:

@@ -1,10 +1,11 @@
-"""Screenshots of every view of the Studio, light and dark, wide and narrow, and a strip of a newcomer's path
-from an empty library to a canary.
+"""Screenshots of every view of the Studio, light and dark, wide and narrow.
+
+Also writes a strip of screenshots that follow a new user from an empty library to a canary route.
 
     python benchmarks/studio_pictures.py docs/images
 
-Takes about half an hour on two cores: trains the quickstart's tickets and an image style. Existing results in
-`--home` are reused, so that one more screenshot is quick: `--views live`. Writes
+Takes about half an hour on two cores, because it trains on the quickstart's tickets and on an image style. In
+`--home`, existing results are reused, so a repeated screenshot is quick: `--views live`. Writes
 studio/library-light-1280.webp and so on, and studio-strip.webp."""
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from PIL import Image, ImageOps
 from veneer.models.home import bases_home
 
 TEXTS, IMAGES = "smollm2-135m", "catalogue-flux"
-"""The bases."""
+"""The bases for text and for images."""
 PROMPT = "a {} on a white table, white wall, soft daylight, front view"
 THINGS = (
     "red apple", "yellow rubber duck", "blue rocket", "red umbrella", "white toy house", "brown boot", "red mushroom",
@@ -54,7 +55,7 @@ STYLE = (
     f"samples.prompts={json.dumps([PROMPT.format(thing) for thing in ('vase', 'camera')])}",
     "output=runs/ink",
 )
-"""Settings of the style's run, with the loss of docs/how-to/train-images.md."""
+"""Settings of the run that trains the style, with the loss settings of docs/how-to/train-images.md."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Home:
-    """A separate home and working directory, so that no screenshot shows a path of this machine."""
+    """A separate home and working directory, so that screenshots show no path of this machine."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.work = home, home / "veneer"
@@ -120,7 +121,7 @@ class Home:
         return os.environ | {"VENEER_HOME": str(own), "HOME": str(self.home)}
 
     def run(self, name: str, *words: str) -> str:
-        """Run a veneer command in the home `name`; return its output."""
+        """Run a veneer command with the home `name`, and return its output."""
         command, env = (
             [sys.executable, "-c", "from veneer.cli.main import main; main()", *words],
             self.environment(name),
@@ -128,13 +129,13 @@ class Home:
         return subprocess.run(command, cwd=self.work, env=env, check=True, text=True, stdout=subprocess.PIPE).stdout
 
     def jobs(self, name: str) -> list[dict[str, Any]]:
-        """Return the jobs, newest first."""
+        """Return the jobs of the home `name`, newest first."""
         found: list[dict[str, Any]] = json.loads(self.run(name, "jobs", "list", "--json"))["jobs"]
         return found
 
     @contextmanager
     def server(self, base: str, name: str) -> Iterator[str]:
-        """Run a server; yield its address once it answers."""
+        """Run a server with the home `name`; when it is ready, yield its address."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, "-c", "from veneer.cli.main import main; main()", "studio", "--base", base]
@@ -175,9 +176,9 @@ def post(address: str, path: str, body: Mapping[str, Any]) -> Any:
 
 
 def train_style(home: Home, address: str) -> None:
-    """Generate images with the base, print them in dark blue ink, and train an adapter on them.
+    """Train an adapter on generated images that are recolored as dark blue prints.
 
-    Captions name the things only, in the base's words."""
+    The captions are the base's prompts without the colors."""
     folder = home.work / "prints"
     folder.mkdir(exist_ok=True)
     for n, thing in enumerate(THINGS):
@@ -193,7 +194,7 @@ def train_style(home: Home, address: str) -> None:
 
 
 def first_stops(browser: Any, address: str) -> list[bytes]:
-    """Screenshots of a newcomer's path with the mouse, before a run."""
+    """Return the screenshots of a new user's path before the run."""
     page = open_page(browser.new_context(viewport=STRIP, color_scheme="light"), f"{address}/studio/")
     stops = [stop(page)]
     page.get_by_role("link", name="Train on").click()
@@ -204,7 +205,9 @@ def first_stops(browser: Any, address: str) -> list[bytes]:
 
 
 def later_stops(browser: Any, address: str, jobs: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The rest of the path, from the run that an earlier call started, if any."""
+    """Return the screenshots of a new user's path from the run on.
+
+    If an earlier call has started the run, it is used again."""
     page = open_page(browser.new_context(viewport=STRIP, color_scheme="light"), f"{address}/studio/")
     if jobs:
         page = open_page(page.context, f"{address}/studio/run?job={jobs[-1]['id']}")
@@ -238,7 +241,7 @@ def stop(page: Any) -> bytes:
 
 
 def write_strip(stops: Sequence[bytes], path: Path) -> None:
-    """Write three screenshots in a row, thinly framed."""
+    """Write the screenshots as an image with three per row, each in a thin frame."""
     wide, high, gap = STRIP["width"] * 3 // 5, STRIP["height"] * 3 // 5, 16
     rows = -(-len(stops) // 3)
     whole = Image.new("RGB", (3 * wide + 2 * gap, rows * high + (rows - 1) * gap), "white")
@@ -270,7 +273,7 @@ def add_use(home: Home, address: str) -> None:
 # -- screenshots -------------------------------------------------------------------------------------------------------
 
 View = tuple[str, Callable[[Any], None]]
-"""(path, action before the screenshot)."""
+"""Path of a page, and the action before its screenshot."""
 
 
 def nothing(page: Any) -> None:
@@ -329,7 +332,7 @@ def image_views(home: Home, address: str) -> dict[str, View]:
 
 
 class Screens:
-    """Takes screenshots. `only`: names of views; all if empty."""
+    """Takes screenshots. `only`: names of the views to take; if empty, all."""
 
     def __init__(self, browser: Any, folder: Path, only: set[str]) -> None:
         self.browser, self.folder, self.only = browser, folder, only
@@ -353,7 +356,7 @@ class Screens:
 
 
 def open_page(context: Any, url: str, page: Any = None) -> Any:
-    """Open a page, and wait until its scripts run."""
+    """Open a page, and wait until its scripts are running."""
     page = page or context.new_page()
     page.set_default_timeout(120_000)
     page.goto(url, wait_until="domcontentloaded")

@@ -1,16 +1,16 @@
-"""Training a text adapter: veneer against PEFT + transformers and TRL, the same data, in one run.
+"""Training a text adapter: veneer against PEFT + transformers and TRL, on the same data, in one run.
 
     python benchmarks/text_training.py [--quick] [--rounds 3] [--json]    speed, memory, loss curves, share of the floor
     python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA; real bases without peers
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
-Each side is a process, one after another, in rounds, so that a drifting machine affects all sides. All start
-from the same adapter and use the same tokens. A side prints one JSON object.
+Each side is a process. Sides run one after another, in rounds, so that changes of the machine's speed affect
+all of them. All start from the same adapter and use the same tokens. Each prints one JSON object.
 
-Speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, rows of 512 tokens in steps of 4, the last
-quarter of each row trained, AdamW. The floor is arithmetic: 4 · parameters · tokens (forward 2, gradient of
-the input 2; frozen weights get none) at the median rate of bfloat16 products of the model's own shapes in the
-same round.
+For speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, steps of 4 rows of 512 tokens, the last
+quarter of each row trained, AdamW. The floor is the time of the arithmetic alone: 4 · parameters · tokens (2
+for the forward pass, 2 for the gradient of the input; frozen weights get no gradient), at the median rate of
+bfloat16 products of the model's shapes in the same round.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def write_workload(work: Path, steps: int, kind: str = "plain") -> None:
-    """Write the base, an initial adapter in PEFT's format, and the steps' tokens, for all sides."""
+    """Write the base, an initial adapter in PEFT's format, and the tokens of each step, for all sides."""
     import torch
 
     import veneer
@@ -77,7 +77,7 @@ def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(step(rows))
         seconds.append(time.perf_counter() - start)
-    counted = seconds[1:]  # the first step also pays for first allocations
+    counted = seconds[1:]  # the first step includes memory allocation
     rate = ROWS * LENGTH / statistics.median(counted)
     return {"tokens_per_second": rate, "seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
 
@@ -86,7 +86,7 @@ def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
 
 
 def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[str, Any]:
-    """Measure veneer. `quantize`, `keep`: as in `load_text` and `fast`."""
+    """Measure veneer. `quantize` is passed to `load_text`, `keep` to `fast`."""
     import torch
 
     import veneer
@@ -116,8 +116,9 @@ def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[
 
 
 def side_peft(work: Path, mode: str) -> dict[str, Any]:
-    """Measure PEFT and transformers with a hand-written loop. mode: bf16, fp32-autocast, bf16-checkpointing,
-    nf4."""
+    """Measure PEFT and transformers with a hand-written training loop.
+
+    mode: bf16, fp32-autocast, bf16-checkpointing or nf4"""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -156,7 +157,7 @@ def side_peft(work: Path, mode: str) -> dict[str, Any]:
 
 
 def side_trl(work: Path) -> dict[str, Any]:
-    """Measure TRL's SFTTrainer with its defaults; only the recipe is set."""
+    """Measure TRL's SFTTrainer with its defaults, except for the training recipe."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -207,8 +208,9 @@ def side_trl(work: Path) -> dict[str, Any]:
 
 
 def side_floor(work: Path) -> dict[str, Any]:
-    """Measure bfloat16 products of the model's own shapes, forward and backward, over as many weights as it
-    has layers."""
+    """Measure the rate of bfloat16 products of the model's shapes, forward and backward.
+
+    As in the model, each layer has its own weights."""
     import torch
     from transformers import AutoConfig
 
@@ -302,8 +304,7 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
     ]
     if "trl as it comes" in timed:
         bars.append(bar("tokens/s over TRL as it comes", 3.0, mine / middle("trl as it comes", "tokens_per_second")))
-    # Two PEFT runs that differ by rounding only (bf16 base; fp32 base under autocast) bound the curves'
-    # difference.
+    # For comparison: these two PEFT runs (bf16 base; fp32 base under autocast) differ only by rounding.
     apart = max(abs(a - b) for a, b in zip(curves["veneer"], curves["peft bf16"], strict=True))
     spread = max(abs(a - b) for a, b in zip(curves["peft bf16"], curves["peft fp32 under bf16 autocast"], strict=True))
     bars.append(bar(f"furthest loss from PEFT bf16's (PEFT's own two modes: {spread:.4f})", 0.02, apart, False))
@@ -311,7 +312,7 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
 
 
 def kinds(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure adapters with more than one product: their cost relative to a plain one, in veneer and PEFT."""
+    """Measure training with each kind of adapter in KINDS, with veneer and with PEFT."""
     rows, bars = [], []
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
@@ -372,8 +373,7 @@ def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> 
 
 
 def banking_peft(folder: Path, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
-    """Train the same recipe with PEFT and transformers, tuned by hand: padded to the longest row of each
-    batch."""
+    """Train the same recipe with PEFT and transformers in a hand-tuned loop that pads to the longest row."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer

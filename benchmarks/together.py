@@ -1,11 +1,12 @@
-"""Many customers' adapters: trained in one pass of the base, against one run after another.
+"""Adapters of many customers: trained in one pass of the base, compared with one run after another.
 
     python benchmarks/together.py [--customers 8] [--rows 1] [--tokens 128] [--steps 12] [--rounds 3] [--json]
 
 Real runs of `run_texts` and `run_text` on SmolLM2-135M in bfloat16, each side in a process: rank 16 on all
-linear layers, AdamW, answers trained, prompts truncated to a row's length. A side's time is from the end of
-its first step to the end of its second-last step, summed over separate runs: loading, checks, files and
-verification are excluded. Peak memory is the process's; the figure of a single run is printed too.
+linear layers, AdamW, answers trained, prompts truncated to the length of a row. The time of a run is from the
+end of its first step to the end of its second-last step, which excludes loading, checks, files and
+verification; times of separate runs are added. Peak memory is that of the process. The figures of a single
+run are printed too.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ SIDES = ("together", "one after another", "one run")
 
 
 def write_rows(folder: Path, args: argparse.Namespace) -> None:
-    """Write a file per customer: example tickets preceded by others, so that prompts exceed a row and are
-    truncated."""
+    """Write a file for each customer.
+
+    Prompts consist of several tickets, so that they exceed a row and are truncated."""
     lines = (ROOT / "examples" / "tickets" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     asked, answers = zip(*([m["content"] for m in json.loads(line)["messages"][-2:]] for line in lines), strict=True)
     need = args.rows * args.steps
@@ -65,7 +67,7 @@ def config(folder: Path, customer: int, args: argparse.Namespace) -> Any:
 
 
 def side(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Return tokens per second over all of a side's runs, and the process's peak memory."""
+    """Return tokens per second over all runs of a side, and the peak memory of its process."""
     from veneer import load_base
     from veneer.errors import VeneerError
     from veneer.train.events import Event, Note, Stepped
@@ -81,7 +83,7 @@ def side(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     def heard(event: Event) -> None:
         nonlocal tokens
         if isinstance(event, Stepped):
-            ends[event.step] = time.perf_counter()  # of several runs, the last one's time
+            ends[event.step] = time.perf_counter()  # for several runs, the time of the last one
             tokens += event.tokens if 1 < event.step < args.steps else 0
         if isinstance(event, Note):
             notes.append(event.text)

@@ -6,9 +6,10 @@
     python examples/leave_openai.py --to http://127.0.0.1:8000/v1 --train smollm2-135m
 
 The script saves every training file in a folder (`--folder`), checks that veneer can read it, and uploads it
-once. `moved.json` in the folder maps old ids to new ids, so a second run resumes the first. With `--train
-BASE`, the script repeats each job on this base, with its method, epochs, batch size, beta, suffix, seed and
-metadata. It reports files that OpenAI no longer has, and skips their jobs. Nothing changes at OpenAI.
+once. `moved.json` in the folder maps OpenAI's ids to the server's ids, so the script can be interrupted and
+run again. With `--train BASE`, the script repeats each job on this base, with its method, epochs, batch size,
+beta, suffix, seed and metadata. It reports files that OpenAI no longer has, and skips their jobs. Nothing
+changes at OpenAI.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Unreadable(Exception):
-    """veneer cannot train on this file."""
+    """A training file that veneer cannot read."""
 
 
 def move(there: openai.OpenAI, here: openai.OpenAI, moved: _Moved, folder: Path, id: str) -> str:
@@ -91,11 +92,13 @@ def move(there: openai.OpenAI, here: openai.OpenAI, moved: _Moved, folder: Path,
 
 
 def look_through(path: Path) -> None:
-    """Check a file's rows. Raises Unreadable with the invalid lines."""
+    """Check the rows of a file.
+
+    Raises Unreadable, with the invalid lines."""
     try:
         from veneer.errors import DataError
         from veneer.train.text.rows import read_rows
-    except ImportError:  # without veneer installed, the server checks the rows
+    except ImportError:  # if veneer is not installed here, the server checks the rows
         return
     try:
         read_rows(str(path))
@@ -104,15 +107,15 @@ def look_through(path: Path) -> None:
 
 
 def suffix_of(job: Any) -> str | None:
-    """Return the job's suffix: the fourth part of its model's name."""
+    """Return the job's suffix, which is the fourth part of its model's name, or None."""
     parts = (job.fine_tuned_model or "").split(":")
     return parts[3] if len(parts) > 3 and parts[3] else None
 
 
 def method_of(job: Any) -> dict[str, Any]:
-    """Return the job's method and hyperparameters in the format of a request.
+    """Return the job's method and hyperparameters, as a request for a new job needs them.
 
-    Omits the learning rate multiplier, because OpenAI's default rate differs."""
+    The learning rate multiplier is omitted, because it refers to OpenAI's default rate."""
     kind = job.method.type if job.method is not None else "supervised"
     own = getattr(job.method, kind, None)
     numbers = own.hyperparameters if own is not None else job.hyperparameters
@@ -122,7 +125,7 @@ def method_of(job: Any) -> dict[str, Any]:
 
 
 class _Moved:
-    """Map of OpenAI's ids to the server's, written to disk after each change."""
+    """Mapping of OpenAI's ids to the server's ids, saved after each change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -2,8 +2,9 @@
 
     python examples/preferences.py [--output runs/preferences] [--base smollm2-135m] [--tickets 40]
 
-The model trains on pairs of replies (examples/tickets/preferences.yaml). The script evaluates it on other
-tickets with other sentences: which replies it prefers, and how long and polite its own replies are.
+The model trains on pairs of replies (examples/tickets/preferences.yaml). The script evaluates the model on
+other tickets and with replies made of other sentences: which reply of a pair the model prefers, and how long
+and polite its own replies are.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py [--output runs/quickstart] [--base smollm2-135m] [--tickets 200]
 
-`main` has all calls of veneer, through its public functions; the rest prints tables.
+All calls of veneer are in `main` and use its public functions. The other functions print the output.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def emptied(folder: Path) -> None:
-    """Remove the results of an earlier run. Raises ConfigError for other files."""
+    """Remove the results of an earlier run.
+
+    Raises ConfigError if the folder contains other files."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "log.jsonl").is_file():
         raise ConfigError(f"{folder} holds files that are not of an earlier run", fix="--output, a folder of its own")
     shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +93,7 @@ def line(text: str) -> None:
 
 
 class Watch:
-    """Shows progress: a bar on a terminal, otherwise a line per 10 %."""
+    """Shows progress: a bar on a terminal, otherwise one line per 10%."""
 
     def __init__(self) -> None:
         columns = [TextColumn("   {task.description}"), BarColumn(36), TextColumn("{task.percentage:3.0f}%")]
@@ -144,7 +146,9 @@ def table(scores: Mapping[str, Any]) -> Table:
 
 
 def samples(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], count: int = 3) -> Table:
-    """Return the first short ticket of each of `count` teams, with both answers."""
+    """Return a table of short tickets with the answers of base and adapter.
+
+    It has the first such ticket of each of `count` teams."""
     out = Table.grid(padding=(0, 2))
     out.title, out.title_justify, out.title_style = f"{count} of them\n", "left", "bold"
     out.add_column(justify="right", style="cyan", no_wrap=True)

@@ -1,6 +1,6 @@
 """`make studio`: open the Studio with the quickstart's adapter.
 
-Adds the adapter to the library, or offers to train it first.
+The script adds the adapter to the library, or offers to train it first.
 
 python examples/studio.py [--output runs/quickstart] [--base smollm2-135m] [--port 8000] [--no-browser]
 """
@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None, run: Callable[[list[str]], None] = v
 
 
 def keep_quickstart(output: Path) -> bool:
-    """Add the quickstart's adapter to the library if trained.
+    """Add the quickstart's adapter to the library, if it is trained.
 
-    Returns whether the library has the adapter."""
+    Returns whether the library contains the adapter."""
     with open_library() as library:
         if (output / "adapter").is_dir():
             added = library.add(output, NAME)

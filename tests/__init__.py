@@ -1,1 +1,1 @@
-"""Tests mirror the package. Helpers are imported as `tests.families`, `tests.tiny_base`."""
+"""The tests mirror the package. Import helpers as `tests.families`, `tests.tiny_base`."""

@@ -1,4 +1,4 @@
-"""A model with adapters attached for the length of a block."""
+"""Context managers that attach adapters to a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.core.attach import Attachment, attach
 
 @contextmanager
 def holding(model: nn.Module, *, trainable: bool = False, **adapters: Adapter) -> Iterator[Attachment]:
-    """Attach adapters by name; use none."""
+    """Attach adapters by name inside a with-block, without using any of them yet."""
     with attach(model) as attachment:
         for name, adapter in adapters.items():
             attachment.add(name, adapter, trainable=trainable)
@@ -24,7 +24,7 @@ def holding(model: nn.Module, *, trainable: bool = False, **adapters: Adapter) -
 def attached(
     model: nn.Module, adapter: Adapter, strength: float = 1.0, *, name: str = "a", trainable: bool = False
 ) -> Iterator[Attachment]:
-    """Attach an adapter and use it at a strength."""
+    """Attach an adapter inside a with-block, and use it with the given strength."""
     with holding(model, trainable=trainable, **{name: adapter}) as attachment:
         attachment.use((name, strength))
         yield attachment

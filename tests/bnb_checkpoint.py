@@ -1,4 +1,4 @@
-"""A state dict with 4-bit weights as bitsandbytes saves it."""
+"""The state dict of a base with 4-bit weights, in the format of bitsandbytes checkpoints."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CONFIG: dict[str, Any] = {
     "bnb_4bit_compute_dtype": "bfloat16",
     "bnb_4bit_quant_storage": "uint8",
 }
-"""The `quantization_config` of such a checkpoint."""
+"""The `quantization_config` that such a checkpoint has in config.json."""
 
 
 def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Doubly quantized 4-bit weights in parts; other tensors unchanged."""
+    """Return doubly quantized 4-bit weights as several tensors each, and other tensors unchanged."""
     out: dict[str, Tensor] = {}
     for name, weight in state.items():
         code = weight.stored if isinstance(weight, Quantized) else None

@@ -1,4 +1,4 @@
-"""For every test: no hub, a veneer home of its own, and the same examples of hypothesis in every run.
+"""Settings for every test: no access to the hub, a separate veneer home, the same hypothesis examples.
 
 `make test-random` uses new examples."""
 
@@ -17,17 +17,19 @@ from tests.homes import home_with_kernels
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("VENEER_PROFILE", str(Path(__file__).parent / "profile.json"))  # the same bits on every machine
+os.environ.setdefault(
+    "VENEER_PROFILE", str(Path(__file__).parent / "profile.json")
+)  # so that results are the same bits on every machine
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; 0 for tests marked gpu
-if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread per process
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest runs one process per core, so each process gets one thread
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
         os.environ.setdefault(name, "1")
 
-gc.disable()  # during collection of tests: full collections would walk all imported modules
+gc.disable()  # while tests are collected, because full collections would walk all imported modules
 
-# otherwise each process compiles the package's sources
+# must not be set, otherwise each process compiles the package's sources again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# fsync takes milliseconds, and a killed process loses nothing without it; tests of fsync set their own
+# fsync takes milliseconds and only matters if the machine crashes; tests of fsync set their own
 os.fsync = lambda fd: None
 
 settings.register_profile("same", max_examples=60, deadline=None, derandomize=True)
@@ -36,16 +38,16 @@ settings.register_profile("fresh", max_examples=60, deadline=None)
 
 _STARTING = ("subprocess", "Forked", "attack.harness")
 _PROCESSES = 40
-"""Number of tests that starting processes counts as, for the order of files."""
+"""For the order of files: the number of tests that a file counts as if it starts processes."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):  # otherwise pytest-xdist would order files by their number of tests
+    if hasattr(config.option, "loadscopereorder"):  # otherwise pytest-xdist would order files by their numbers of tests
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, run long files first, so that all processes end at about the same time."""
+    """In parallel runs, start with the longest files, so that all processes end at about the same time."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     length = Counter(item.path for item in items)
@@ -72,10 +74,10 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_home(_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give each file a veneer home, so that files do not affect each other.
+    """Give each test file its own veneer home, so that test files do not affect each other.
 
-    Freezes the objects that are alive when a file begins: a run collects at its end, which would walk
-    thousands of modules."""
+    Also freezes all live objects, because every training run ends with a garbage collection, which would
+    otherwise walk thousands of modules."""
     gc.collect()
     gc.freeze()
     home = home_with_kernels(tmp_path_factory.mktemp("veneer-home"))
@@ -85,4 +87,4 @@ def _own_home(_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # otherwise a library reports leaks at its end
+    gc.unfreeze()  # otherwise a library reports leaks when the process ends

@@ -1,4 +1,4 @@
-"""Changes of a JSON file on disk."""
+"""Helper that edits a JSON file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def edit_json(path: Path, *drop: str, **changes: Any) -> None:
-    """Remove the keys `drop` from the file's object and set others."""
+    """Remove the keys `drop` from the object in the file, and set the keys `changes`."""
     kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
     path.write_text(json.dumps(kept | changes))

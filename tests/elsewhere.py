@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class OnMps(Tensor):
-    """A tensor that refuses float64, like MPS. `cpu()` returns the plain tensor."""
+    """A tensor that claims to be on MPS and refuses float64. `cpu()` returns the plain tensor."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]

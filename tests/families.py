@@ -1,10 +1,10 @@
-"""A tiny random model of every supported family, from its real config class.
+"""A tiny random model of every supported family, built from the family's real config class.
 
-Each builder is deterministic: float32, eval mode, two layers, vocabulary `VOCAB`, at most 64 wide. Weights
-have a wider range than in the families' own initialization, so that every module affects the output, and the
-statistics of real models: norms unlike one, a few channels of norms and embeddings far larger than the rest,
-tied embeddings if the family ties them. `large_norms` goes as far as Gemma 3. Families with two kinds of
-layers have one layer of each.
+Each builder is deterministic: float32, eval mode, two layers, vocabulary `VOCAB`, width at most 64. Weights
+have a wider range than in the families' own initialization, so that every module affects the output. Other
+statistics are those of real models: norms differ from 1, a few channels of norms and embeddings are far
+larger than the rest, and embeddings are tied if the family ties them. `large_norms` makes norms as large as
+in Gemma 3. Families with two kinds of layers have one layer of each.
 
 FAMILIES take every fast path; OTHERS take some fast paths or none."""
 
@@ -54,8 +54,7 @@ COMMON: dict[str, Any] = {
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return the causal language model of a configuration with seeded weights; keep the global random
-    state."""
+    """Build a causal language model with seeded weights, without changing the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -63,7 +62,7 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             for name, parameter in model.named_parameters():
                 if "norm" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-                    if parameter.numel() >= 16:  # norms of queries and keys are small in real models too
+                    if parameter.numel() >= 16:  # not for the small norms of queries and keys
                         parameter[::9].mul_(2.0).add_(1.0)
                 elif "embed_tokens" in name:
                     parameter[:, ::11].mul_(2.0)
@@ -71,8 +70,9 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def large_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """Set every norm of a hidden state to Gemma 3 270M's range: w around 30, 450 in a few channels, -0.9 in
-    others."""
+    """Set every norm of a hidden state to values in Gemma 3 270M's range.
+
+    They are about 30, except for 450 in some channels and -0.9 in others."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -99,8 +99,9 @@ gemma3 = _family(Gemma3TextConfig, **_GEMMA)
 
 
 def gemma4(**changes: Any) -> PreTrainedModel:
-    """Two kinds of layers, heads of two sizes, and an embedding per layer; layers 2 and 3 reuse the keys and
-    values of layers 0 and 1."""
+    """Build a model with two kinds of layers, heads of two sizes, and an embedding per layer.
+
+    Layers 2 and 3 reuse the keys and values of layers 0 and 1."""
     own = {
         "num_hidden_layers": 4,
         "head_dim": 8,
@@ -144,7 +145,7 @@ OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
     "gemma4": gemma4,
     # attention sinks, biases, and experts with a clipped gate
     "gpt_oss": _family(GptOssConfig, **_TOP_2, **_SLIDING, head_dim=8),
-    # layer 0: a gated delta rule with a state along the row; layer 1: gated attention; norms 1 + w
+    # layer 0: gated delta rule, with a state that moves along the row; layer 1: gated attention; norms 1 + w
     "qwen3_next": _family(
         Qwen3NextConfig,
         **_EXPERTS,
@@ -155,9 +156,9 @@ OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
         linear_key_head_dim=8,
         linear_value_head_dim=8,
     ),
-    # layer norms with biases, rotary positions in half of each head, an MLP without a gate
+    # layer norms with biases, rotary positions in half of each head, an MLP with no gate
     "phi": _family(PhiConfig, partial_rotary_factor=0.5),
-    # heads wider than hidden / heads, queries scaled by their position from 16 tokens on
+    # head size above hidden / heads; queries are scaled according to their position, from 16 tokens on
     "ministral3": _family(
         Ministral3Config,
         head_dim=16,

@@ -1,7 +1,7 @@
-"""Processes forked from a program that has imported all modules they need.
+"""Fork processes from a program that has already imported the modules that they need.
 
-`fork` and `expect` are for such a program itself; `Forked` forks from a server that runs as long as the
-tests."""
+`fork` and `expect` are called by such a program; `Forked` forks from a server that runs until the tests
+end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from unittest import mock
 
 
 def fork(act: Callable[[], object]) -> int:
-    """Run `act` in a forked process, which ends with 0, or with 3 and a traceback."""
+    """Run `act` in a forked process, and return its process id.
+
+    The process exits with 0, or with 3 after printing a traceback."""
     pid = os.fork()
     if pid:
         return pid
@@ -38,7 +40,9 @@ def fork(act: Callable[[], object]) -> int:
 
 
 def expect(pid: int, killed: bool | None) -> bool:
-    """Wait for a process; return whether it ended by itself. A failed process ends the program."""
+    """Wait for a process, and return whether it exited with 0.
+
+    killed: whether the process must have been killed; None allows both. Any other end exits this program."""
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in ({-9} if killed else {0} if killed is False else {0, -9}):
@@ -57,7 +61,7 @@ _ENVIRONMENT = dict(os.environ)
 
 @functools.cache
 def _ready() -> ForkServerContext:
-    """Start the fork server in the environment of the session."""
+    """Start the fork server with the session's original environment, and return its context."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
@@ -66,13 +70,13 @@ def _ready() -> ForkServerContext:
 
 
 class Forked:
-    """A process of `python ARGUMENTS` that starts with veneer's modules imported, which saves five seconds.
+    """A process that runs `python ARGUMENTS`, but has already imported veneer's modules.
+
+    This saves five seconds. The modules were imported with the session's environment, and `atexit` handlers
+    do not run. The methods are those of subprocess.Popen.
 
     arguments: "-c" and a program, or "-m" and a module, and their arguments
-    log: file to append the output to
-
-    The modules were imported in the session's environment, and `atexit` handlers do not run. The methods are
-    those of subprocess.Popen."""
+    log: file to append the output to"""
 
     def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path | None = None) -> None:
         values = list(arguments), dict(env), str(cwd or Path.cwd()), str(log)
@@ -102,7 +106,7 @@ class Forked:
 
 
 def _python(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
-    gc.freeze()  # imported modules; each run collects at its end
+    gc.freeze()  # freeze imported modules, because each training run ends with a garbage collection
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -1,4 +1,4 @@
-"""Veneer homes with the kernels that this session compiled."""
+"""Folders for VENEER_HOME that contain the kernels compiled in this test session."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def home_with_kernels(folder: Path) -> Path:
-    """Create a folder for VENEER_HOME that shares this session's kernels; return the folder.
+    """Create `folder` for VENEER_HOME, linked to this session's kernels; return it.
 
-    A process without kernels compiles and tests them, which takes ten seconds."""
+    Without the link, each process would compile and test the kernels, which takes ten seconds."""
     folder.mkdir(exist_ok=True)
     if not (folder / "kernels").exists():
         (folder / "kernels").symlink_to(os.environ["VENEER_TEST_KERNELS"])  # tests/conftest.py

@@ -1,4 +1,4 @@
-"""Run the commands of a page of docs/how-to."""
+"""Run the commands of a page in docs/how-to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from tests.cli.run import run
 
 _BASE = "smollm2-135m"
-"""The base of the pages, which the tiny base replaces."""
+"""The base named on the pages; tests replace it with the tiny base."""
 
 
 def run_commands(capsys: pytest.CaptureFixture[str], lines: Iterable[str], base: str) -> list[str]:
-    """Run each `veneer` command, which must succeed; return their stderr.
+    """Run the `veneer` commands among `lines`; return the stderr of each.
 
-    Shortens the answers of `veneer eval`."""
+    Every command must succeed. `veneer eval` generates only 4 tokens per answer."""
     outputs = []
     for line in lines:
         words = shlex.split(line.replace(_BASE, base), comments=True)

@@ -1,7 +1,6 @@
-"""Adapters for tiny image bases, and diffusers pipelines with the same adapters folded into their weights by
-hand.
+"""Adapters for tiny image bases, and diffusers pipelines with the same adapters merged into the weights.
 
-Pictures are compared in levels of 255: sums in another order can round one level differently.
+Pictures are compared in steps of 1/255, because another order of summation can change a pixel by one step.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _SUFFIXES = (
 
 
 def random_adapter(model: nn.Module, seed: int = 0, size: float = 0.3, dora: bool = False) -> Adapter:
-    """Return an adapter with a pair on some modules of every block and component of a base."""
+    """Return an adapter with pairs on some modules of every block and component."""
     pairs = {}
     for name, module in base_modules(model):
         if not name.endswith(_SUFFIXES):
@@ -57,7 +56,7 @@ def random_adapter(model: nn.Module, seed: int = 0, size: float = 0.3, dora: boo
 
 
 def diffusers_pipeline(place: Path, kind: str = "") -> Any:
-    """Return diffusers' own pipeline, loaded from the files; it shares no tensor with veneer's base."""
+    """Return diffusers' pipeline, loaded from files; it shares no tensor with a base."""
     import diffusers
 
     with errors_only():
@@ -67,7 +66,7 @@ def diffusers_pipeline(place: Path, kind: str = "") -> Any:
 
 
 def parameter_of(pipe: Any, module: str) -> nn.Parameter:
-    """Return the weight with this canonical name in diffusers' components."""
+    """Return the weight with this canonical name from diffusers' components."""
     component, _, rest = module.partition(".")
     part = getattr(pipe, component)
     if not hasattr(part, "text_model"):
@@ -76,9 +75,9 @@ def parameter_of(pipe: Any, module: str) -> nn.Parameter:
 
 
 def fold(pipe: Any, mix: Iterable[tuple[Adapter, float | Callable[[str], float]]]) -> None:
-    """Add Σ strength·s·B·A to W in place, in float64; with a magnitude, apply DoRA's definition.
+    """Add Σ strength·s·B·A to the pipeline's weights, computed in float64.
 
-    `strength` can be a function of the module."""
+    With a magnitude, apply DoRA's definition. `strength` can be a function of the module's name."""
     changes: dict[str, Tensor] = {}
     for adapter, strength in mix:
         for name, pair in adapter.pairs.items():
@@ -96,8 +95,9 @@ def fold(pipe: Any, mix: Iterable[tuple[Adapter, float | Callable[[str], float]]
 
 
 def picture(pipe: Any, prompt: str, seed: int, **settings: Any) -> Image:
-    """Return the pipeline's picture; pass the tiny bases' size and token count if the pipeline accepts
-    them."""
+    """Return the pipeline's picture.
+
+    If the pipeline accepts a size and a token count, use those of the tiny bases."""
     takes = inspect.signature(type(pipe).__call__).parameters
     tiny = {"height": SIZE, "width": SIZE}
     tiny |= {"max_sequence_length": LENGTH} if hasattr(pipe, "tokenizer_2") else {}
@@ -107,7 +107,7 @@ def picture(pipe: Any, prompt: str, seed: int, **settings: Any) -> Image:
 
 
 def levels(a: Image, b: Image) -> int:
-    """Return the largest difference of a pixel, in levels of 255."""
+    """Return the largest difference between pixel values, in steps of 1/255."""
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
 
@@ -130,7 +130,9 @@ _OPEN_CLIP = {
 
 
 def open_clip(encoder: nn.Module, prefix: str = "conditioner.embedders.1.model.") -> Weights:
-    """Return SDXL's second text encoder under OpenCLIP's names: q, k, v fused, the projection transposed."""
+    """Return SDXL's second text encoder under OpenCLIP's names.
+
+    q, k and v are fused, and the projection is transposed."""
     out: Weights = {}
     joined: dict[str, Weights] = {}
     for name, tensor in encoder.state_dict().items():
@@ -146,7 +148,9 @@ def open_clip(encoder: nn.Module, prefix: str = "conditioner.embedders.1.model."
 
 
 def original_vae(vae: nn.Module, prefix: str = "first_stage_model.") -> Weights:
-    """Return an AutoencoderKL under the original names, with attention's linears as 1 × 1 convolutions."""
+    """Return an AutoencoderKL's weights under their original names.
+
+    The linear layers of attention become 1 × 1 convolutions."""
     out: Weights = {}
     levels = len(vae.config.block_out_channels)  # type: ignore[arg-type,union-attr]
     for name, tensor in vae.state_dict().items():
@@ -174,13 +178,13 @@ def original_vae(vae: nn.Module, prefix: str = "first_stage_model.") -> Weights:
 
 
 def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> Weights:
-    """Return the denoiser under its original names, from the table of names.
+    """Return the denoiser's weights under their original names.
 
-    Fused projections are joined, and the halves of the last modulation are in the original order.
+    Projections are fused, and the halves of the last modulation are swapped, as in the original.
     `encoder`: include SD 1's CLIP."""
     state = {f"{base.row.denoiser}.{n}": t for n, t in base.denoiser.state_dict().items()}
     out = {}
-    if base.family == "qwen-image":  # the original names are diffusers' own
+    if base.family == "qwen-image":  # Qwen-Image's original names are diffusers' names
         return {prefix + n.removeprefix("transformer."): t for n, t in state.items()}
     for name, places in families()[base.family].originals.items():
         modules = [p.module for p in places]
@@ -202,7 +206,7 @@ def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffus
 
 
 def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, int]:
-    """Return (c, h, w) of the latents of a picture of this size in pixels."""
+    """Return (c, h, w) of the latents of a picture with this size in pixels."""
     scale = base.vae_scale
     if base.family == "flux2":
         return int(base.denoiser.config.in_channels), height // scale // 2, width // scale // 2
@@ -210,7 +214,7 @@ def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, in
     if base.family in ("flux1", "qwen-image"):
         channels //= 4
     elif base.row.denoiser == "unet":
-        channels = base.denoiser.config.out_channels  # an inpainting U-Net also takes a mask and a picture
+        channels = base.denoiser.config.out_channels  # an inpainting U-Net has further input channels: mask and picture
     return int(channels), height // scale, width // scale
 
 
@@ -220,7 +224,9 @@ def infotext_of(path: str | Path) -> str:
 
 
 def parse_as_a1111(text: str) -> dict[str, str]:
-    """Parse an infotext as stable-diffusion-webui 1.10 does (modules/infotext_utils.py, in short)."""
+    """Parse an infotext as stable-diffusion-webui 1.10 does.
+
+    Abridged from its modules/infotext_utils.py."""
     parameter = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
     *lines, last = text.strip().split("\n")
     assert len(parameter.findall(last)) >= 3

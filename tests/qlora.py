@@ -1,4 +1,4 @@
-"""An adapter trained over the tiny base in 4 bits."""
+"""An adapter trained over the tiny base in 4-bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.train.text.task import run_text
 
 
 def qlora_run(folder: Path) -> tuple[Path, str, Path]:
-    """Train in a folder; return (base, adapter, training rows)."""
+    """Train in `folder`. Return (base folder, adapter folder, file of training rows)."""
     base = tiny_base_dir(folder)
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(24):

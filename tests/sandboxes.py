@@ -1,4 +1,4 @@
-"""The sandbox of this machine, for tests that need one."""
+"""The sandbox available on this machine, for tests that need one."""
 
 from __future__ import annotations
 

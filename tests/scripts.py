@@ -1,4 +1,4 @@
-"""Import examples and benchmarks, which are in no package, by path."""
+"""Import examples and benchmarks by path; they are not part of a package."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from types import ModuleType
 
 
 def script_module(path: Path, name: str = "") -> ModuleType:
-    """Import a script. `name`: of the module; default: the file's."""
+    """Import a script. `name`: the module's name; default: the file's name."""
     spec = importlib.util.spec_from_file_location(name or path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module by name
+    sys.modules[spec.name] = module  # dataclasses look up their module in sys.modules
     spec.loader.exec_module(module)
     return module

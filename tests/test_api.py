@@ -1,4 +1,4 @@
-"""Functions of `import veneer`."""
+"""Functions available with `import veneer`."""
 
 from __future__ import annotations
 

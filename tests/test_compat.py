@@ -1,4 +1,4 @@
-"""Internals of other libraries: present in the installed version, or named in an error."""
+"""Internals of other libraries: the installed version has them, or an error names the missing one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_unlisted_internal_is_a_key_error() -> None:
 
 
 def test_varlen_attention_needs_all_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.10's function lacks scale, window and grouped heads."""
+    """torch 2.10's function has no parameters for scale, window and grouped heads."""
 
     def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
         raise AssertionError("not to be called")

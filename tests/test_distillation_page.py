@@ -1,4 +1,4 @@
-"""docs/how-to/distillation.md: its commands, rows and configurations run on the tiny base."""
+"""The commands, rows and configurations of docs/how-to/distillation.md work with the tiny base."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def test_commands_of_the_page_train_an_adapter(
     told["distillation"]["max_tokens"] = 8
     Path("told.yaml").write_text(yaml.safe_dump(small | short | told | {"output": "runs/told"}))
     told_last = run_commands(capsys, (*commands.splitlines(), "veneer train told.yaml --dry-run"), base)[-1]
-    assert "tokens a request are saved" in told_last
+    assert "tokens per request are saved" in told_last
     assert Path("answers.jsonl").exists()

@@ -10,7 +10,7 @@ from veneer.errors import nearest
 @pytest.mark.parametrize(
     ("typed", "known", "meant"),
     [
-        ("rnak", ["rows", "rank"], ["rank"]),  # swapping two neighbors is one edit
+        ("rnak", ["rows", "rank"], ["rank"]),  # two swapped neighboring letters count as one edit
         ("suport@1", ["support@1", "support@2", "tone@1"], ["support@1", "support@2"]),
         ("Learning_Rte", ["learning_rate"], ["learning_rate"]),
         ("desk.jsonl", ["tests"], []),

@@ -1,4 +1,4 @@
-"""Rules of the package: imports run downward, core needs torch only, budgets of lines, a fast start."""
+"""Rules of the package: imports only from lower layers, torch alone for core, line budgets, a fast start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "veneer"
 LAYERS = {"errors": 0, "compat": 1, "files": 2, "ops": 3, "core": 4, "formats": 5, "models": 5, "library": 6, "plan": 6}
 LAYERS |= {"adapters": 7, "imaging": 8, "train": 9, "serve": 10, "jobs": 11, "api": 12, "studio": 13, "cli": 14}
-"""A module imports from its own package and from packages of lower layers only."""
+"""A module imports only from its own package and from packages in lower layers."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -33,8 +33,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 class Parsed(NamedTuple):
     """A file's imports, divisions and docstring.
 
-    imports: (line, dotted name), also inside functions and TYPE_CHECKING blocks
-    divisions: (line, numerator, denominator)"""
+    imports: (line, dotted name), including imports inside functions and TYPE_CHECKING blocks
+    divisions: (line, numerator, denominator)
+    """
 
     imports: tuple[tuple[int, str], ...]
     divisions: tuple[tuple[int, str, str], ...]
@@ -68,7 +69,7 @@ def imports(path: Path) -> tuple[tuple[int, str], ...]:
 
 
 def package_of(path: Path) -> str:
-    """Return the package, or the module, directly under veneer/."""
+    """Return the name of the package or module directly under veneer/ that contains a file."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -81,7 +82,7 @@ def test_imports_run_only_downward() -> None:
     wrong = []
     for path in MODULES:
         package = package_of(path)
-        if package == "__init__":  # imports all packages lazily; see test_import_veneer_is_immediate
+        if package == "__init__":  # imports packages lazily, which test_import_veneer_is_immediate checks
             continue
         assert package in LAYERS, f"{package} has no layer: add one in this test, in CONTRIBUTING.md and docs/README.md"
         for line, name in imports(path):
@@ -101,24 +102,24 @@ def module_of(path: Path) -> str:
 
 
 def test_imports_have_no_cycles() -> None:
-    """Includes imports inside functions and under TYPE_CHECKING."""
+    """Imports inside functions and under TYPE_CHECKING also count."""
     known = {module_of(path) for path in MODULES} - {"veneer"}
     needs: dict[str, set[str]] = {}
     for path in MODULES:
         named = {name if name in known else name.rpartition(".")[0] for _, name in imports(path)}
         needs[module_of(path)] = (named & known) - {module_of(path)}
-    del needs["veneer"]  # the package re-exports names of others, and no module imports it
+    del needs["veneer"]  # veneer/__init__.py re-exports names of other modules, and no module imports it
     while free := {m for m, others in needs.items() if not others & needs.keys()}:
         needs = {m: others for m, others in needs.items() if m not in free}
     assert not needs, {m: sorted(others & needs.keys()) for m, others in sorted(needs.items())}
 
 
 PUBLIC_ELSEWHERE = {"_version": "of a torch tensor", "_replace": "of a named tuple"}
-"""Private names in the package that are public names of other libraries."""
+"""Names that look private here but are public in other libraries."""
 
 
 def private_names() -> set[str]:
-    """Return all private functions, classes, variables and attributes of the package."""
+    """Return the names of all private functions, classes, variables and attributes of the package."""
     names = re.compile(r"(?:\b(?:def|class) |\b(?:self|cls)\.|^ *)(_[a-zA-Z]\w*)(?= *[:=(\[])", re.MULTILINE)
     return {name for path in MODULES for name in names.findall(text_of(path))} - PUBLIC_ELSEWHERE.keys()
 
@@ -133,10 +134,11 @@ USES = re.compile(
 
 
 def test_tests_use_no_private_names() -> None:
-    """Tests use public behavior only, so that internals can change.
+    """Tests use only public behavior, so that internals can change.
 
-    Checks imports, attributes, and names to patch, also inside strings, which can be code of another
-    process."""
+    Checks imports, attributes and names to patch, including those inside strings, because a string can be
+    code for another process.
+    """
     private, used = private_names(), []
     for path in sorted((ROOT / "tests").rglob("*.py")):
         text = text_of(path)
@@ -148,7 +150,7 @@ def test_tests_use_no_private_names() -> None:
 
 
 def test_heavy_packages_are_imported_where_allowed() -> None:
-    """Only some packages import transformers and others; peers are never imported."""
+    """Only the listed packages import transformers and other heavy libraries; no package imports a peer."""
     allowed = {
         "transformers": {"models", "train"},
         "datasets": {"train"},
@@ -165,14 +167,14 @@ def test_heavy_packages_are_imported_where_allowed() -> None:
     for path in MODULES:
         for line, name in imports(path):
             top = name.split(".")[0]
-            guest = top == "vllm" and path.name == "vllm_plugin.py"  # vLLM imports this file
+            guest = top == "vllm" and path.name == "vllm_plugin.py"  # this file runs inside vLLM
             assert guest or top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
             assert package_of(path) in allowed.get(top, {package_of(path)}), (
                 f"{path}:{line}: {top} does not belong in {package_of(path)}"
             )
 
 
-def test_core_needs_torch_alone() -> None:
+def test_core_needs_only_torch() -> None:
     names = [
         ".".join(("veneer", *p.relative_to(PACKAGE).with_suffix("").parts)) for p in MODULES if package_of(p) == "core"
     ]
@@ -203,7 +205,7 @@ def test_every_module_can_be_imported() -> None:
 
 
 def test_only_public_modules_have_all() -> None:
-    """`__all__` is in public modules; elsewhere an underscore marks private names."""
+    """Only public modules define `__all__`; other modules mark private names with an underscore."""
     modules = {str(p.relative_to(PACKAGE)) for p in MODULES if "__all__" in text_of(p)}
     assert modules == {"__init__.py", "api.py", "core/__init__.py"}
 
@@ -262,20 +264,21 @@ def test_help_is_fast_and_loads_no_torch(arguments: str) -> None:
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 1.5, f"{spent:.2f} s of processor time"  # about 0.3 s on an idle machine
+    assert spent < 1.5, f"{spent:.2f} s of processor time"  # takes about 0.3 s on an idle machine
 
 
 LINES = {
     "files": 1_050, "ops": 3_525, "core": 2_670, "formats": 5_210, "models": 5_745, "library": 2_170, "plan": 1_375,
     "adapters": 1_030, "train": 12_770, "imaging": 900, "serve": 11_640, "jobs": 4_900, "studio": 2_990, "cli": 3_260,
 }  # fmt: skip
-"""Budgets: lines of code of each package, without blank lines, comments and docstrings.
+"""Maximum lines of code per package, without blank lines, comments and docstrings.
 
-Only an issue raises one."""
+An increase needs an issue.
+"""
 
 
 def code_lines(path: Path) -> int:
-    """Return the number of a file's lines with code, by tokens."""
+    """Return the number of lines of code in a file: lines that contain tokens other than comments."""
     text, documented = text_of(path), set[int]()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -294,7 +297,7 @@ def code_lines(path: Path) -> int:
     return len(lines - documented)
 
 
-def test_each_package_keeps_its_budget_of_lines() -> None:
+def test_each_package_stays_within_its_line_budget() -> None:
     counted = Counter[str]()
     for path in MODULES:
         counted[package_of(path)] += code_lines(path)
@@ -307,7 +310,7 @@ def test_a_folder_has_at_most_forty_files() -> None:
     assert not {str(folder): count for folder, count in folders.items() if count > 40}
 
 
-def test_serve_keeps_its_budget_of_options() -> None:
+def test_serve_stays_within_its_option_budget() -> None:
     from veneer.cli import serve
 
     options = [name for name in inspect.signature(serve.serve).parameters if name != "ctx"]
@@ -334,7 +337,7 @@ def test_scale_is_computed_in_one_function() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """Every folder of tests mirrors a package, and every package has tests."""
+    """Every folder of tests corresponds to a package, and every package has tests."""
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
     assert packages <= folders, f"no tests for {sorted(packages - folders)}"
@@ -347,7 +350,7 @@ def test_every_module_has_a_docstring() -> None:
 
 
 def test_no_public_name_equals_a_package() -> None:
-    """Importing veneer.train makes `train` an attribute of veneer, which would hide a function of that
+    """Importing veneer.train makes `train` an attribute of veneer, which would hide a function with the same
     name."""
     import veneer
 

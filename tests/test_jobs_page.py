@@ -1,6 +1,7 @@
-"""docs/how-to/jobs.md: its commands and Python run, and its table of states is complete.
+"""The commands and Python code of docs/how-to/jobs.md run, and the page's table of states is complete.
 
-tests/cli/test_jobs.py runs `worker` and `watch`."""
+tests/cli/test_jobs.py runs `worker` and `watch`.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +47,7 @@ def test_commands_of_the_page_run(
 def test_example_of_the_page_reaches_a_canary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs the page's commands and configuration on the tiny base; the test does the work of a worker's
-    process."""
+    """Runs the page's commands and configuration on the tiny base. The test itself takes the worker's place."""
     monkeypatch.chdir(tmp_path)
     by_hand, by_rule = (yaml.safe_load(block) for block in blocks(PAGE, "yaml"))
     small = small_config(tmp_path)

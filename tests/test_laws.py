@@ -1,4 +1,4 @@
-"""Laws of the core, for any shapes, ranks, scales and strengths."""
+"""Laws of the core that hold for any shapes, ranks, scales and strengths."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ strengths = st.floats(-2, 2).filter(lambda s: abs(s) > 1e-3)
 
 
 class Case:
-    """A small float64 model of one module, an input, and adapters of the module.
+    """A small float64 model with one module, an input, and adapters for the module.
 
-    Laws of arithmetic hold to 1e-9, laws of identity bit for bit."""
+    Equations between results hold to 1e-9; results that must be identical are equal bit for bit.
+    """
 
     def __init__(self, draw: Any) -> None:
         self.kind = draw(st.sampled_from(["linear", "embedding", "conv1d", "conv2d", "experts"]))
@@ -65,8 +66,10 @@ class Case:
         return create(self.model, spec, seed=0, dtype=torch.float64)
 
     def trained(self) -> Adapter:
-        """Return an adapter with changed tensors, DoRA's norm by output or input, and a delta of some
-        form."""
+        """Return an adapter with changed tensors, as if trained.
+
+        If the case says so, the adapter has DoRA norms per output or per input, and deltas.
+        """
         g = self.generator
         out = self.fresh().mapped(lambda t: t + 0.5 * torch.randn(t.shape, generator=g, dtype=t.dtype))
         module = self.model["m"]
@@ -89,7 +92,7 @@ FORMS = ("dense", "hadamard", "kronecker", "gain", "gain by input", "rows")
 
 
 def random_delta(form: str, shape: tuple[int, ...], g: torch.Generator) -> Delta:
-    """Return a delta of a parameter of this shape; "rows" is a part of a Kronecker product."""
+    """Return a random delta for a parameter of the given shape; "rows" is a slice of a Kronecker product."""
 
     def make(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float64)
@@ -130,7 +133,7 @@ def near(a: Tensor, b: Tensor) -> None:
 
 @given(cases, strengths)
 def test_fresh_adapter_gives_the_base_s_output(case: Case, strength: float) -> None:
-    """Bit for bit if B (in an embedding, A) is zero; to float32 for DoRA and PiSSA."""
+    """Outputs are equal bit for bit if B (for an embedding: A) is zero and DoRA is off, otherwise to 1e-5."""
     base = case()
     before = copy.deepcopy(case.model.state_dict())
     with holding(case.model, trainable=True, a=case.fresh()) as attachment:
@@ -192,7 +195,7 @@ def test_collapsed_adapter_has_the_same_delta_and_digest(case: Case) -> None:
 
 @given(cases, strengths)
 def test_gradients_equal_those_of_the_merged_weight(case: Case, strength: float) -> None:
-    """dL/dA and dL/dB equal autograd through W + strength·s·(B·A − B₀·A₀), for pairs without a magnitude."""
+    """For pairs without a magnitude, dL/dA and dL/dB equal autograd through W + strength·s·(B·A − B₀·A₀)."""
     case.dora, case.by_input, case.form = False, False, None  # deltas are not trained
     adapter = case.trained()
     ((name, pair),) = adapter.pairs.items()

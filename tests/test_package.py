@@ -1,4 +1,4 @@
-"""The wheel builds, is complete, and runs in another environment."""
+"""The wheel can be built, is complete, and works in another environment."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_wheel_has_package_types_and_license(wheel: Path) -> None:
 
 @pytest.fixture(scope="module")
 def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with this wheel and this environment's dependencies, without the checkout."""
+    """Create an environment with the wheel and this environment's dependencies, but without the checkout."""
     folder = tmp_path_factory.mktemp("elsewhere") / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"

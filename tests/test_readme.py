@@ -1,4 +1,4 @@
-"""README and docs/: examples run, commands parse, links and paths exist."""
+"""README and docs/: the examples run, commands parse, and links and paths exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks(text: str, language: str | None = None) -> list[str]:
 
 
 def commands(program: str) -> list[tuple[str, str]]:
-    """Return (page, command line) of every `program …` in code, without comment and `&`."""
+    """Return (page, command line) for each `program …` in code, without comments and a final `&`."""
     out = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def program() -> Any:
 
 @cache
 def parse(line: str) -> list[str]:
-    """Parse a command line without running it; return the names of its commands."""
+    """Parse a command line without running it. Return the names of the command and its subcommands."""
     command, path = program(), []
     try:
         context = command.make_context("veneer", shlex.split(line)[1:])
@@ -70,14 +70,14 @@ def test_readme_starts_with_two_commands_and_a_short_example() -> None:
 
 
 def roomy(base: Path) -> Path:
-    """Give the tiny base positions for a whole ticket; rotary positions have no weights."""
+    """Make the tiny base's context long enough for a ticket. Rotary positions have no weights to change."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}), encoding="utf-8")
     return base
 
 
 def small_config() -> str:
-    """Return the tickets' configuration with 20 rows, for any folder."""
+    """Return the configuration of the tickets example with 20 rows, so that it works in any folder."""
     tickets = ROOT / "examples" / "tickets"
     config = (tickets / "config.yaml").read_text(encoding="utf-8")
     for old, new in (
@@ -116,7 +116,7 @@ def test_veneer_commands_in_the_docs_parse(capsys: pytest.CaptureFixture[str]) -
                 parse(line)
         except Exception as error:
             wrong.append(f"{page}: {line}: {error}")
-    capsys.readouterr()  # pages of help
+    capsys.readouterr()  # discard the printed help pages
     assert not wrong, "\n".join(wrong)
 
 

@@ -1,4 +1,4 @@
-"""docs/how-to/reinforcement.md: its commands, rows and configuration run on the tiny base."""
+"""The commands, rows and configuration of docs/how-to/reinforcement.md work with the tiny base."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_commands_of_the_page_train_an_adapter(
     given |= {"base": base, "schedule": given["schedule"] | {"steps": 2}, "evaluation": {"every": 1, "keep": "last"}}
     Path("tickets.yaml").write_text(yaml.safe_dump(given))
     told = run_commands(capsys, commands.splitlines(), base)
-    assert "gap 0 (most 0, 0.0% beyond 1%)" in told[0]
+    assert "gap 0 (maximum 0, 0.0% above 1%)" in told[0]
     assert "sampled tokens/s" in told[0]
-    assert "to train on" not in told[0]  # no warning about too few prompts
+    assert "to train on" not in told[0]  # no warning that there are too few prompts
     assert re.search(r"step 1/2  reward \d\.\d{3} \(exact_match \d\.\d{3}, length \d\.\d{3}\)", told[0])
     assert re.search(r"step 0: validation reward \d\.\d{3} \(exact_match", told[0])
     assert "loss" not in "".join(line for line in told[0].splitlines() if line.startswith("step "))

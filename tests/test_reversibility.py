@@ -1,7 +1,8 @@
-"""Any sequence of operations on adapters leaves the base bit for bit the same.
+"""Any sequence of operations on adapters leaves the base the same bit for bit.
 
-A state machine runs random sequences of attach, add, use, mix, merge, remove, failures during forward and
-add, and detach, over a small bfloat16 base with every kind of module."""
+The base is a small bfloat16 model with every kind of module. A state machine runs random sequences of these
+operations: attach, add, use, mix, merge, remove and detach, and forward passes and adds that fail.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ DTYPE = torch.bfloat16
 
 
 class Small(nn.Module):
-    """An embedding, a tied head, a convolution, linears, a norm and experts, each called once."""
+    """A model with an embedding, a tied head, a convolution, linear layers and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +135,10 @@ class Use(RuleBasedStateMachine):
         return tuple((n, data.draw(st.sampled_from([1.0, -0.5, 2.0, 0.0]))) for n in names)
 
     def _refused(self, mix: tuple[tuple[str, float], ...]) -> bool:
-        """Return whether a mix is invalid: a full copy needs strength 1 and a module of its own."""
+        """Return whether a mix is invalid.
+
+        A full copy of a module needs strength 1, and no other adapter in the mix can change the module.
+        """
         acting = [(self.attachment.adapters[n], s) for n, s in mix if s]
         whole = [s for a, s in acting if a.modules]
         norms = [a for a, _ in acting if a.modules or "norm.weight" in a.deltas]
@@ -159,7 +163,7 @@ class Use(RuleBasedStateMachine):
     @precondition(lambda self: self.attachment is not None and self.attachment.adapters)
     @rule(data=st.data())
     def merge(self, data: st.DataObject) -> None:
-        """The merged copy, in float32, gives the unmerged output to 1e-5 of its largest value."""
+        """The output of the merged copy, in float32, equals the unmerged output to 1e-5 of its largest value."""
         mix = self._mix(data)
         wide = copy.deepcopy(base().float())
         with attach(wide) as other:
@@ -192,7 +196,7 @@ class Use(RuleBasedStateMachine):
 
     @invariant()
     def base_is_unchanged(self) -> None:
-        """The same tensor objects with the same bits, attached or not."""
+        """The base keeps the same tensor objects with the same bits, attached or not."""
         now = self.model.state_dict(keep_vars=True)
         assert list(now) == list(self.tensors)
         for name, tensor in now.items():

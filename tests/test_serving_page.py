@@ -1,6 +1,7 @@
-"""docs/how-to/serve.md: its commands and programs run against a server on a tiny base.
+"""The commands and programs of docs/how-to/serve.md run against a server with a tiny base.
 
-Library commands run in this process."""
+Library commands run in this process.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="the page's
 
 
 class Session:
-    """A folder with the tiny base under the page's name, an adapter in runs/quickstart, and `veneer`."""
+    """A folder with what the page's commands need.
+
+    It contains the tiny base under the page's name, an adapter in runs/quickstart, and the program `veneer`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +81,7 @@ class Session:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    """Run the first block's commands, with the server."""
+    """Run the commands of the page's first block, and yield the session while the server runs."""
     made = Session(tmp_path_factory.mktemp("serve"))
     first = blocks(PAGE, "")[0].splitlines()
     assert len(first) == 5
@@ -125,7 +129,7 @@ def test_programs_of_the_page_run(session: Session) -> None:
     for program in programs:
         out = session.run(sys.executable, "-c", session.localize(program))
         assert out.strip()
-    # the tiny base can fill its 60 tokens with white space after the start of the object
+    # the tiny base can use up its 60 tokens on white space inside the object
     assert re.fullmatch(r'\{\s*("priority"\s*(:\s*(".*)?)?)?', out.rstrip(), re.S)
 
 

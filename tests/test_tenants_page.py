@@ -1,6 +1,7 @@
-"""docs/how-to/tenants.md: all commands run, against the server that the page starts.
+"""All commands of docs/how-to/tenants.md run against the server that the page starts.
 
-Commands run in this process, requests through curl; the server is a separate process."""
+Commands run in this process, requests run in curl, and the server is a separate process.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="the page's
 
 
 class Terminal:
-    """A terminal: exported variables apply to later lines."""
+    """A terminal in which exported variables apply to later lines."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
@@ -116,7 +117,7 @@ def test_commands_of_the_page_run(terminal: Terminal) -> None:
     put = next(out for line, out in outputs.items() if "-X PUT" in line and "/admin/routes" in line)
     assert json.loads(put)["targets"] == {"support@1": 70, "support@2": 30}
 
-    # the admin key works, its hash does not, and a tenant's key is not enough
+    # the admin key is accepted; its hash and a tenant's key are refused
     url = f"http://127.0.0.1:{terminal.port}"
     codes = "curl -s -o /dev/null -w '%{http_code}' "
     assert terminal.execute(f"{codes} {url}/v1/models") == "401"

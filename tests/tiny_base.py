@@ -34,7 +34,7 @@ _LINES = [
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer; eos and padding are <|im_end|>."""
+    """Return a byte-level BPE tokenizer. The end and padding token is <|im_end|>."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -58,10 +58,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(**more: Any) -> PreTrainedModel:
-    """Return a two-layer llama of the tiny tokenizer's vocabulary. `more`: values of its configuration."""
+    """Return a two-layer llama with the tiny tokenizer's vocabulary. `more`: values for its configuration."""
     from transformers import GenerationConfig
 
-    from tests.families import llama3  # imported late, because the tokenizer does not need torch
+    from tests.families import llama3  # a late import, because the tokenizer needs no torch
 
     model = llama3(
         vocab_size=VOCAB_SIZE,
@@ -76,9 +76,10 @@ def tiny_model(**more: Any) -> PreTrainedModel:
 
 
 def tiny_base_dir(tmp_path: Path, **more: Any) -> Path:
-    """Write the tiny base to `tmp_path / "tiny-base"` (once); return the folder.
+    """Write the tiny base to `tmp_path / "tiny-base"`, unless it exists. Return the folder.
 
-    `more`: as of `tiny_model`."""
+    `more`: values for the configuration, as in `tiny_model`.
+    """
     folder = tmp_path / "tiny-base"
     if not (folder / "model.safetensors").exists():
         tiny_model(**more).save_pretrained(folder)

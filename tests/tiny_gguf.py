@@ -1,4 +1,4 @@
-"""The tiny base as a GGUF file, written as llama.cpp's converter writes one."""
+"""The tiny base as a GGUF file, as llama.cpp's converter would write it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def _gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Return a weight in llama.cpp's order of rope rows: interleaved pairs instead of transformers' two
-    halves."""
+    """Return a query or key weight with its rows in llama.cpp's order for RoPE.
+
+    llama.cpp interleaves the pairs; transformers stores them as two halves.
+    """
     out, width = weight.shape
     return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
@@ -43,10 +45,11 @@ def tiny_gguf(
     model: PreTrainedModel | None = None,
     kind_of: Callable[[str], str | None] | None = None,
 ) -> PreTrainedModel:
-    """Write the tiny base to `file`, linears and embedding in float32 or Q8_0; return the model.
+    """Write the tiny base to `file` and return the model. Matrices are float32, or Q8_0 if `quantized`.
 
-    model: another Llama instead of the tiny base
-    kind_of: name in the file -> type of the matrix; None: float32; K-quants get random codes"""
+    model: a Llama model to write instead of the tiny base
+    kind_of: name in the file -> type of the matrix; None: float32; K-quants get random codes
+    """
     model, tokenizer = model or tiny_model(), tiny_tokenizer()
     config = model.config
     w = gguf.GGUFWriter(str(file), "llama")

@@ -1,9 +1,9 @@
 """Image bases on disk in diffusers' layout: real classes and module names, tiny widths, small tokenizers.
 
-`tiny_image_base(folder, family)` writes one (once) and returns its folder; `full=True` gives the family's
-official blocks and layers, otherwise as few as possible. `tiny_control(folder, family)` writes a ControlNet
-of minimal size. A picture has 32 × 32 pixels, a latent covers 4 × 4 pixels, a prompt has 24 tokens. Weights
-are random and deterministic.
+`tiny_image_base(folder, family)` writes a base, unless it exists, and returns the base's folder; `full=True`
+gives the family's official number of blocks and layers, otherwise there are as few as possible.
+`tiny_control(folder, family)` writes a ControlNet of minimal size. A picture has 32 × 32 pixels, one latent
+element covers 4 × 4 pixels, and a prompt has 24 tokens. Weights are random but deterministic.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ TINY_VAE = {
 
 
 def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
-    """Write `folder / "tiny-<family>"` (once).
+    """Write a base to `folder / "tiny-<family>"`, unless it exists. Return the base's folder.
 
     `family`: one of TINY_FAMILIES; sd3-large, which is always full; schnell (flux1 without guidance); klein
-    (flux2 without guidance); or one of EDITING: kontext (flux1), qwen-edit and qwen-edit-plus (qwen-image),
-    which edit pictures and resize them to a megapixel unless `small_references` is used."""
+    (flux2 without guidance); or one of EDITING: kontext (flux1), qwen-edit and qwen-edit-plus (qwen-image).
+    The EDITING bases edit pictures and resize them to a megapixel unless `small_references` is used.
+    """
     place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
     if not (place / "model_index.json").exists():
         with _seeded(0):
@@ -52,7 +53,7 @@ def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Fork the random state and silence warnings."""
+    """Use a fixed seed inside, restore the random state afterwards, and silence warnings."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -60,9 +61,10 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def tiny_control(folder: Path, family: str) -> Path:
-    """Write a ControlNet for `tiny_image_base(folder, family)` (once): sd15, sdxl, flux1 or sd3.
+    """Write a ControlNet for `tiny_image_base(folder, family)`, unless it exists. Return its folder.
 
-    Its zero-initialized outputs are changed to nonzero values."""
+    `family`: sd15, sdxl, flux1 or sd3. The ControlNet's zero-initialized outputs get nonzero values.
+    """
     place = Path(folder) / f"tiny-{family}-canny"
     if not (place / "config.json").exists():
         with _seeded(1), torch.no_grad():
@@ -78,7 +80,7 @@ def tiny_control(folder: Path, family: str) -> Path:
 
 
 def clip_tokenizer() -> Any:
-    """Return a tokenizer of bytes, plus a few words of one token each."""
+    """Return a byte-level tokenizer with additional tokens for a few whole words."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate([*letters, *(f"{a}</w>" for a in letters)])}
     merges = []
@@ -143,7 +145,7 @@ def vae(**changes: Any) -> Any:
 
 
 def unet(context: int, full: bool, extra: bool) -> Any:
-    """Return SD 1's blocks, or SDXL's with `extra`."""
+    """Return a U-Net with SD 1's blocks, or with SDXL's blocks if `extra`."""
     cross, plain = "CrossAttn", ""
     widths, kinds = (8, 16), [plain, cross] if extra else [cross, plain]
     if full:
@@ -264,9 +266,11 @@ def _sd3(full: bool, large: bool = False) -> Any:
 
 
 def _flux2(guidance: bool) -> Callable[[bool], Any]:
-    """Return FLUX.2's parts. dev reads Mistral's layers 10, 20 and 30; klein reads Qwen3's 9, 18 and 27.
+    """Return a function that builds FLUX.2: dev with guidance, klein without.
 
-    dev gets a tokenizer instead of its processor, whose images need torchvision."""
+    dev reads Mistral's layers 10, 20 and 30; klein reads Qwen3's layers 9, 18 and 27. dev gets a tokenizer
+    instead of its processor, because the processor needs torchvision for images.
+    """
 
     def make(full: bool) -> Any:
         tokens = chat_tokenizer()
@@ -346,7 +350,10 @@ def _qwen_image(full: bool, vision: bool = False) -> Any:
 
 
 class _QwenEdit:
-    """A pipeline whose processor, which needs torchvision, is saved by hand as transformers saves it."""
+    """A pipeline that can be saved without torchvision, which its processor needs.
+
+    The processor's files are written by hand, as transformers would write them.
+    """
 
     def __init__(self, full: bool, name: str) -> None:
         self.pipe, self.name = _qwen_image(full, vision=True), name
@@ -365,9 +372,10 @@ class _QwenEdit:
 
 
 def qwen_edit_pipeline(place: Path) -> Any:
-    """Return diffusers' pipeline of a folder.
+    """Return diffusers' pipeline for a folder.
 
-    The processor is transformers' class, built without its constructor, which requires torchvision."""
+    The processor has transformers' class but is built without the constructor, which needs torchvision.
+    """
     from transformers import AutoTokenizer, Qwen2VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -384,9 +392,10 @@ def qwen_edit_pipeline(place: Path) -> Any:
 
 
 def small_references(patch: Any) -> None:
-    """Resize references to 64 × 64 pixels instead of a megapixel in Qwen-Image-Edit's pipelines.
+    """Make Qwen-Image-Edit's pipelines resize references to 64 × 64 pixels instead of a megapixel.
 
-    `patch`: pytest's monkeypatch."""
+    `patch`: pytest's monkeypatch fixture.
+    """
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):

@@ -1,6 +1,7 @@
-"""Tiny vision-language models on disk, of the real classes with random weights.
+"""Tiny vision-language models on disk: the real classes with random weights.
 
-Tests pass `tiny_vision(folder, "llava")` as a user names a model."""
+Tests pass `tiny_vision(folder, "llava")` as a user names a model.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ VISION_FAMILIES = ("llava", "blip", "florence2")
 
 
 def tiny_vision(folder: Path, family: str = "llava") -> Path:
-    """Write the model to `folder / family` (once); return the folder."""
+    """Write the model to `folder / family`, unless it exists. Return the folder."""
     target = folder / family
     if not (target / "model.safetensors").exists():
         torch.manual_seed(0)
@@ -53,7 +54,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _llava() -> tuple[Any, Any]:
-    """Return a language model with image patches among its tokens, prompted by a chat."""
+    """Return a language model that reads image patches as tokens and is prompted with a chat."""
     tokenizer = _tokenizer()
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**_VISION),
@@ -75,7 +76,7 @@ def _llava() -> tuple[Any, Any]:
 
 
 def _blip() -> tuple[Any, Any]:
-    """Return a decoder with cross-attention to the image, without a prompt."""
+    """Return a decoder that attends to the image with cross-attention and needs no prompt."""
     tokenizer = _tokenizer()
     text = _TEXT | {"vocab_size": len(tokenizer), "encoder_hidden_size": 16, "projection_dim": 16, "sep_token_id": 2}
     config = transformers.BlipConfig(text_config=text, vision_config=_VISION)
@@ -85,7 +86,7 @@ def _blip() -> tuple[Any, Any]:
 
 
 def _florence() -> tuple[Any, Any]:
-    """Return an encoder-decoder, prompted by a task's name."""
+    """Return an encoder-decoder that is prompted with the name of a task."""
     tokenizer = _tokenizer()
     vision = {
         "embed_dim": [8, 8, 16, 16],

@@ -26,7 +26,7 @@ from scenes import SIDE, Array, Scene, any_scene, caption, picture
 from words import GUIDANCE, LENGTH
 
 from veneer.models.builtin import packaged_folder
-from veneer.models.image.sheet import sheet
+from veneer.imaging.sheet import sheet
 
 
 def main() -> None:

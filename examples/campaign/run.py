@@ -3,9 +3,9 @@
     python examples/campaign/run.py [--base catalogue-flux] [--output runs/campaign]
     python examples/campaign/run.py --small                  # only product and brand: `make image-quickstart`
 
-The world of the base (bases/catalogue) generates the training images. The base has never seen the product,
-the brand's colors or the lens's light. The world can also generate the ideal result, which is the last row of
-the sheet. `main`, `drawn` and teach.py have all calls of veneer, through its public functions.
+A renderer (bases/catalogue) creates the training images. The base has never seen the product, the brand's
+colors or the lens's light. The renderer can also create the ideal result, which is the last row of the sheet.
+All calls of veneer are in `main`, `drawn` and teach.py, and use its public functions.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def emptied(folder: Path) -> None:
-    """Remove the results of an earlier run. Raises ConfigError for other files."""
+    """Remove the results of an earlier run.
+
+    Raises ConfigError if the folder contains other files."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if others := sorted(found - {"data", "sheet.png", *campaign.ROLES}):
         raise ConfigError(f"{folder} holds {others[0]}, which is not from here", fix="--output, a folder of its own")
@@ -86,15 +88,15 @@ def emptied(folder: Path) -> None:
 
 
 def shown_of(folder: Path, count: int) -> list[Image.Image]:
-    """Return the first `count` training images of an adapter."""
+    """Return the first `count` training images in an adapter's folder."""
     return [Image.open(path) for path in sorted(folder.glob("*.png"))[:count]]
 
 
 def drawn(base: Any, scenes: Sequence[Scene], adapters: dict[str, str]) -> dict[str, list[Image.Image]]:
     """Return the rows of the sheet: base, each adapter, all adapters, ideal result.
 
-    Equal scenes start from equal noise. Rows without the product's adapter use an ordinary padlock, because
-    the base does not know the product."""
+    The images of a scene start from the same noise in every row. Rows without the product's adapter show an
+    ordinary padlock, because the base does not know the product."""
     ordinary = [replace(s, kind="padlock", colour="teal") for s in scenes]
 
     def row(*roles: str) -> list[Image.Image]:

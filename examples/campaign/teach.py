@@ -1,6 +1,4 @@
-"""Train and stack the campaign's adapters.
-
-Used by run.py and benchmarks/image_campaign.py."""
+"""Train and stack the campaign's adapters, for run.py and benchmarks/image_campaign.py."""
 
 from __future__ import annotations
 
@@ -20,15 +18,15 @@ from words import GUIDANCE  # noqa: E402
 import veneer  # noqa: E402
 
 OTHERS = 200
-"""Class images of prior preservation.
+"""Number of class images for prior preservation.
 
-With fewer images, the product's adapter degrades more of other objects (docs/notes/campaign.md)."""
+With fewer class images, the product's adapter changes other objects more (docs/notes/campaign.md)."""
 
 FOR_NOISE = ("adapter.targets=attention+ff+conv", "loss.noise_offset=0.5", "loss.shift=auto")
-"""Settings for a noise-prediction base; the configurations are for a flow base.
+"""Settings for a noise-prediction base, because the configurations are for a flow base.
 
-LoRA on the UNet's convolutions; offset noise, because otherwise the model hardly learns a brand's background
-and a lens's light; and no shift, which only flow bases have."""
+Trains LoRA on the UNet's convolutions. Uses offset noise, because otherwise the model hardly learns the
+brand's background and the lens's light. Sets `loss.shift` to auto, because only flow bases have a shift."""
 
 
 def distilled(base: Any) -> bool:
@@ -41,9 +39,9 @@ def guidance_of(base: Any) -> float:
 
 
 def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **options: Any) -> str:
-    """Generate a role's images in `data`, train its adapter and return its folder.
+    """Create a role's images in `data`, train its adapter and return the adapter's folder.
 
-    `settings`, `options`: passed to train_image."""
+    `settings` and `options` are passed to train_image."""
     campaign.write_pictures(data, [role])
     beside: list[str] = []
     if role == "product":
@@ -53,10 +51,10 @@ def teach(role: str, base: Any, data: Path, output: Path, *settings: str, **opti
 
 
 def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: str, **options: Any) -> str:
-    """Train an adapter on a folder of images and return its folder.
+    """Train an adapter on a folder of images and return the adapter's folder.
 
-    `config`: configuration for a flow base; a noise-prediction base adds FOR_NOISE. `settings` override
-    both."""
+    `config`: configuration for a flow base. For a noise-prediction base, FOR_NOISE overrides it; `settings`
+    override both."""
     given = [f"base={base.name}", f"data.pictures={pictures}", f"output={output}"]
     if base.prediction != "flow":
         given += FOR_NOISE
@@ -66,7 +64,7 @@ def learned(config: Path, base: Any, pictures: Path, output: Path, *settings: st
 def write_others(folder: Path, base: Any) -> None:
     """Generate class images of other objects with the base, for prior preservation.
 
-    A guidance-distilled base uses guidance 1, as in training."""
+    A guidance-distilled base gets guidance 1, as in training."""
     r = random.Random(60)
     captions = [campaign.words(campaign.plain_scene(r)) for _ in range(OTHERS)]
     guidance = 1.0 if distilled(base) else guidance_of(base)
@@ -75,7 +73,7 @@ def write_others(folder: Path, base: Any) -> None:
 
 
 def stacked(adapters: Mapping[str, str]) -> list[str]:
-    """Return adapter specs with roles, which formats/strengths.py stacks."""
+    """Return adapter specs with roles; formats/strengths.py chooses their blocks and steps by role."""
     return [f"{place}@campaign={role}" for role, place in adapters.items()]
 
 

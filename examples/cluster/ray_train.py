@@ -1,12 +1,12 @@
-"""Run one training on a Ray cluster.
+"""Train one run on a Ray cluster.
 
     python examples/cluster/ray_train.py CONFIG.yaml [section.key=value]...
 
-Ray starts `--workers` processes, each with one GPU, and creates the process group; veneer detects the group
+Ray starts `--workers` processes, each with one GPU, and creates the process group. veneer detects the group
 and distributes each step. Configuration, data, output and VENEER_HOME must be on a shared file system. If a
 worker is lost, Ray restarts all workers, and the run resumes from its newest checkpoint.
 
-Needs `pip install 'ray[train]'`.
+Requires `pip install 'ray[train]'`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def work(job: dict[str, Any]) -> None:
-    """Train in a worker."""
+    """Train the run in one worker process."""
     import veneer
 
     veneer.train_text(job["config"], *job["overrides"], resume=True)

@@ -2,10 +2,10 @@
 
     python examples/tickets/make_preferences.py [--check]
 
-The chosen reply is short and polite. Deterministic: same arguments, same bytes. Tickets come from train.jsonl
-and test.jsonl, and a reply's content follows from the ticket's routing. A rejected reply is long, curt, or
-both, so that neither length nor one polite word decides. No sentence of a reply is on both sides. `--check`
-compares the files and writes nothing.
+The chosen reply is short and polite. The rejected reply is long, curt, or both, so that neither the length
+nor one polite word is enough to tell them apart. Tickets come from train.jsonl and test.jsonl, and the
+content of a reply follows from the ticket's routing. No reply sentence occurs in both files. The output is
+deterministic. `--check` compares the files with the output and writes nothing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ RAMBLING = {
 
 
 def pairs(side: str) -> list[dict[str, Any]]:
-    """Return the rows of one side, in the order of its tickets."""
+    """Return the rows of "train" or "test", in the order of their tickets."""
     lines = (HERE / f"{side}.jsonl").read_text(encoding="utf-8").splitlines()
     rng = random.Random(f"preferences {side}")
     rows = []
@@ -106,7 +106,7 @@ def pairs(side: str) -> list[dict[str, Any]]:
 
 
 def replies(side: str, route: dict[str, str], rng: random.Random) -> tuple[str, str]:
-    """Return (short and polite reply, reply that is long, curt or both)."""
+    """Return (chosen reply, rejected reply) for a ticket with this routing."""
     product, when = route["product_area"].replace("_", " "), WHEN[route["priority"]]
     act = rng.choice(ACTS[side][route["team"]]).format(product=product, when=when)
     polite, curt = rng.choice(POLITE[side]), rng.choice(CURT[side])

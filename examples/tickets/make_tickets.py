@@ -1,12 +1,12 @@
-"""Write the support tickets: train.jsonl and test.jsonl next to this file.
+"""Write the support tickets: train.jsonl and test.jsonl, next to this file.
 
     python examples/tickets/make_tickets.py [--rows 1500] [--seed 7] [--output FOLDER]
 
-A ticket has an issue (team and product area), cues (priority) and filler sentences. All sentences come from
-templates.toml, on either the `train` or the `test` side, so held-out tickets share no sentence with training
-tickets. Same arguments, same bytes.
+A ticket consists of an issue (which determines team and product area), cues (which determine the priority)
+and filler sentences. All sentences come from templates.toml, where each belongs to either `train` or `test`,
+so held-out tickets share no sentence with training tickets. The same arguments give the same bytes.
 
-Python's standard library only.
+Requires only Python's standard library.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Ticket:
 
 
 def priority_of(level: str, cues: list[str]) -> str:
-    """Return the priority by the policy in README.md. Tone has no influence."""
+    """Return the priority according to the policy in README.md. Tone has no influence."""
     if "critical" in cues:
         return "urgent"
     if level == "high" or any(cue in RAISING for cue in cues):
@@ -62,7 +62,7 @@ def priority_of(level: str, cues: list[str]) -> str:
 
 
 class Writer:
-    """Writes tickets of one side ("train" or "test") with one source of randomness."""
+    """Writes tickets of one side ("train" or "test"), with its own random generator."""
 
     def __init__(self, spec: dict[str, Any], side: str, rng: random.Random) -> None:
         self.spec, self.side, self.rng = spec, side, rng
@@ -83,7 +83,7 @@ class Writer:
     # -- content
 
     def cues_for(self, issue: dict[str, Any], want: str) -> list[str]:
-        """Return names of cues that give an issue the wanted priority."""
+        """Return the names of cues that give an issue the priority `want`."""
         rng, level = self.rng, issue["level"]
         if want == "urgent":
             return ["critical"] + rng.choices([[], ["again"], ["many"]], [6, 1, 1])[0]
@@ -108,7 +108,7 @@ class Writer:
         return self.take(name, node)
 
     def take(self, name: str, node: dict[str, Any]) -> str:
-        """Return the next sentence of a list, in shuffled rounds for equal use."""
+        """Return the next sentence from the shuffled list `node`; each is used once before any is repeated."""
         sentences: list[str] = node[self.side]
         deck = self.decks.get(name) or self.rng.sample(range(len(sentences)), len(sentences))
         index, self.decks[name] = deck[0], deck[1:]
@@ -170,7 +170,7 @@ class Writer:
         return person if self.rng.random() < 0.4 else f"{person} {surname}"
 
     def mistype(self, text: str) -> str:
-        """Add a typo to every fourth ticket: swapped, doubled or omitted letters."""
+        """Misspell one to three words of about every fourth text: swap, double or omit a letter."""
         rng = self.rng
         if rng.random() > 0.25:
             return text
@@ -183,7 +183,7 @@ class Writer:
 
 
 def priorities_of(issue: dict[str, Any]) -> list[str]:
-    """Return a deck of priorities for an issue.
+    """Return the priorities for an issue, each repeated according to its weight.
 
     An invoice or a parcel is urgent only if it stops a whole site."""
     shares = dict(SHARES[issue["level"]])

@@ -1,10 +1,11 @@
 """Train, store, mix and serve low-rank adapters (LoRA).
 
     base = veneer.load_base("smollm2-135m")
-    run = veneer.train_text({"base": base.name, "data": {"train": "rows.jsonl"}, "output": "runs/first"},
-    base=base) print(veneer.generate(base, ["The door of the lab will not open."], adapters=[run.adapter]))
+    config = {"base": base.name, "data": {"train": "rows.jsonl"}, "output": "runs/first"}
+    run = veneer.train_text(config, base=base)
+    print(veneer.generate(base, ["The door of the lab will not open."], adapters=[run.adapter]))
 
-Names are imported when they are first used: `import veneer` loads neither torch nor transformers.
+Each name is imported on first use: `import veneer` loads neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     base = load_base("smollm2-135m")
     run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
-    train_together(["a.yaml", "b.yaml"], base=base)          shares each pass of the base; same results as separate runs
+    train_together(["a.yaml", "b.yaml"], base=base)          # the runs share each pass of the base
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
@@ -12,7 +12,7 @@
     with open_jobs() as jobs: submit(jobs, "support.yaml", name="support", tenant="acme")
     image(load_image_base("catalogue-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
-An adapter is given as its folder or as its name in the library, optionally with a strength: "runs/a:0.5".
+To name an adapter, give its folder or its name in the library, optionally with a strength: "runs/a:0.5".
 """
 
 from __future__ import annotations
@@ -82,12 +82,13 @@ def train_text(
 ) -> RunResult:
     """Train one text adapter, as `veneer train` does, and return the run's result.
 
-    `result.adapter` is the adapter's folder.
+    `result.adapter` is the path of the adapter's folder.
 
     config: a TrainConfig, a mapping with the same fields, or the path of a YAML file.
     overrides: settings as "section.key=value".
-    base: a base that is already loaded; by default the configuration's base is loaded.
-    on_event: called with each event of the run (train.events); by default the run is printed to the terminal.
+    base: a base that is already loaded; by default, the base that the configuration names is loaded.
+    on_event: called with each event of the run (train.events); by default the run's progress is printed to
+        the terminal.
 
     Raises ConfigError, DataError or PreflightError before the first step. On Ctrl-C, saves the state and
     raises Interrupted."""
@@ -120,13 +121,13 @@ def train_together(
     force: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
 ) -> list[RunResult | VeneerError]:
-    """Train one adapter per configuration, with one shared pass of the base per step.
+    """Train one adapter per configuration, sharing one pass of the base per step.
 
     Does the same as `veneer train a.yaml b.yaml`. Returns one result per configuration, equal to the result
-    of `train_text` for that configuration. If a run fails, its result is the error, and the other runs
-    continue.
+    of `train_text` for that configuration. If a run fails, the error is returned as its result, and the other
+    runs continue.
 
-    on_event: called with the run's index in `configs` and the event.
+    on_event: called as on_event(index, event), with the run's index in `configs`.
 
     The other parameters are those of `train_text`. Raises ConfigError if the configurations do not share a
     base. On Ctrl-C, saves the state of every run and raises Interrupted."""
@@ -166,9 +167,9 @@ def train_image(
 ) -> ImageResult:
     """Train one image adapter, as `veneer train` does, and return the run's result.
 
-    `result.adapter` is the adapter's file (a folder for the peft format). The parameters are those of
-    `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). Training
-    keeps the text encoders and VAE of a `base` that the caller passes."""
+    `result.adapter` is the path of the adapter's file (a folder for the peft format). The parameters are
+    those of `train_text`, but the configuration has `data.pictures` (docs/reference/image-config.md). If the
+    caller passes a `base`, training does not free its text encoders and VAE."""
     from veneer.errors import ConfigError
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.run import run_images
@@ -203,7 +204,7 @@ def evaluate(
 ) -> dict[str, Scores]:
     """Score the base and mixes of adapters on held-out rows, as `veneer eval` does.
 
-    data: files in a format of training data.
+    data: one or more files in a training data format.
     mixes: name -> the adapters of a mix; by default {"base": []}.
     limit: use only the first `limit` rows.
     settings: max_new_tokens, batch_size, generate and on_progress, as in `train.text.evaluate.score_mixes`.
@@ -221,9 +222,9 @@ def evaluate(
 
 @contextmanager
 def open_jobs(location: str | os.PathLike[str] | None = None, index: str | None = None) -> Iterator[JobStore]:
-    """Open a library's queue of training jobs for a `with` block.
+    """Open a library's queue of training jobs for the duration of a `with` block.
 
-    `veneer jobs` uses the same queue; `submit` adds a run. The methods `jobs`, `get`, `events`,
+    `veneer jobs` uses the same queue, and `submit` adds a run to it. The methods `jobs`, `get`, `events`,
     `checkpoints`, `pause`, `resume` and `cancel` take the tenant as the first argument (jobs.store).
 
     location, index: as in `open_library`; by default the library in the veneer home."""
@@ -243,14 +244,14 @@ def submit(
 ) -> Job:
     """Validate, plan and queue a run, as `veneer jobs submit` does; return the job.
 
-    The returned job is queued, or failed with an `error`.
+    The returned job is either queued, or failed with an `error`.
 
-    config, overrides: as in `train_text`; a file can also have a section `after`.
+    config, overrides: as in `train_text`; a configuration file can also have an `after` section.
     name: the name of the new adapter; by default the name of the output folder.
     tenants: the database with the tenants' limits and routes; by default the database in the veneer home, if
         it exists.
 
-    Raises ConfigError for an invalid configuration or name, or if the actions in `after` are impossible."""
+    Raises ConfigError for an invalid configuration or name, or if an action in `after` is impossible."""
     from veneer.jobs.post_training import load_job_config
     from veneer.jobs.validate import submit_job
     from veneer.serve.tenancy.store import tenants_at
@@ -267,7 +268,7 @@ def submit(
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
     """Write an adapter as a PEFT folder with a card that names `base`.
 
-    Returns the folder. The folder appears complete or not at all."""
+    Returns the folder's path. The folder appears complete or not at all."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
     peft.write_folder(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
     return Path(folder)
@@ -288,19 +289,19 @@ def generate(
     batch_size: int = 8,
     on_token: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Return the base's completions of `prompts`, with `adapters` mixed.
+    """Return the base's completions of `prompts`, with `adapters` active as one mix.
 
     prompts: a string is a user message, formatted with the base's chat template; with `raw`, or if the base
-        has no template, the base continues the string itself. A list of messages is used as it is.
-    system: a system message before each string.
-    temperature: 0 selects the most likely token; above 0, tokens are sampled, reproducibly for a given
-        `seed`.
+        has no template, the base continues the string itself. A list of messages is used unchanged.
+    system: a system message to put before each string prompt.
+    temperature: 0 selects the most likely token; above 0, tokens are sampled, and a given `seed` always gives
+        the same tokens.
     top_k, top_p: sample from the `top_k` most likely tokens (0: all) within a total probability of `top_p`.
     on_token: called as on_token(index, piece) with each new piece of text.
 
     Raises ConfigError for a value out of range."""
-    texts = [_messages(base, p, system, raw) for p in _several(prompts)]
-    with _acting(base, _several(adapters)):
+    texts = [_messages(base, p, system, raw) for p in _as_list(prompts)]
+    with _with_adapters(base, _as_list(adapters)):
         found = complete(
             base,
             texts,
@@ -334,24 +335,24 @@ def image(
 
     adapters: "brand:0.8@down=0.5,steps=0-0.6", "lock@campaign=product" or ("brand", Strength(…)); see
         formats.strengths.
-    controls: such as "canny=sketch.png:0.7".
+    controls: ControlNets, such as "canny=sketch.png:0.7".
     seed: one for all prompts, or one per prompt.
-    say: called with notes about inputs that were resized, cut or ignored, and about the meaning of a role.
+    say: called with notes on inputs that were resized, truncated or ignored, and on what a role means.
     options: width, height, steps, guidance, true_guidance, scheduler, batch_size, image, mask, denoise,
         references (imaging.generate.Options)."""
     from veneer.imaging.adapters import ImagePipeline, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.generate import Options, generate, image_requests
 
-    uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in _several(adapters)]
-    asks = image_requests(_several(prompts), uses, negative, seed, count)
-    options |= {"references": _several(options.get("references", ()))}
+    uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in _as_list(adapters)]
+    asks = image_requests(_as_list(prompts), uses, negative, seed, count)
+    options |= {"references": _as_list(options.get("references", ()))}
     with ImagePipeline(base, say=say) as mixer:
-        return generate(mixer, asks, Options(controls=tuple(parse_control(c) for c in _several(controls)), **options))
+        return generate(mixer, asks, Options(controls=tuple(parse_control(c) for c in _as_list(controls)), **options))
 
 
-def _several(given: Any) -> Any:
-    """Return a single value as a list, so that a string is not iterated by character."""
+def _as_list(given: Any) -> Any:
+    """Return a list: a single string or path becomes a list with one item."""
     return [given] if isinstance(given, str | os.PathLike) else given
 
 
@@ -365,7 +366,7 @@ def _messages(
 
 
 @contextmanager
-def _acting(base: TextBase, adapters: Sequence[AdapterSpec]) -> Iterator[None]:
+def _with_adapters(base: TextBase, adapters: Sequence[AdapterSpec]) -> Iterator[None]:
     if not adapters:
         yield
         return

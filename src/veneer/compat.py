@@ -1,7 +1,7 @@
-"""Undocumented names of other libraries that veneer relies on.
+"""Undocumented names in other libraries that veneer relies on.
 
-Looking a name up through its list gives an error that names both versions if the installed version lacks
-the name, instead of an AttributeError.
+Code looks these names up in the lists below. If the installed version of a library lacks a name, the lookup
+raises an error that states the versions of the library and of veneer, unlike a plain AttributeError.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class MissingInternalError(MissingExtraError, AttributeError):
 
 @dataclass(frozen=True)
 class Internals:
-    """The undocumented names that veneer uses from one library.
+    """The undocumented names in one library that veneer uses.
 
-    names: dotted, starting with the library's module.
-    versions: the versions known to have these names."""
+    names: full dotted names, such as "torch._grouped_mm".
+    versions: the versions of the library that are known to have these names."""
 
     library: str
     versions: str
@@ -35,19 +35,19 @@ class Internals:
     def __call__(self, name: str) -> Any:
         """Return the object with this dotted name.
 
-        Raises MissingInternalError if the library lacks the name, KeyError if the name is not in `names`."""
+        Raises MissingInternalError if the library lacks the name, KeyError if `names` does not list it."""
         if name not in self._found:
             if name not in self.names:
                 raise KeyError(f"{name} is not among the listed internals of {self.library}")
-            self._found[name] = self._looked_up(name)
+            self._found[name] = self._look_up(name)
         return self._found[name]
 
     def check(self) -> None:
-        """Look up every name. Raises MissingInternalError."""
+        """Look up every name. Raises MissingInternalError if the library lacks one."""
         for name in self.names:
             self(name)
 
-    def _looked_up(self, name: str) -> Any:
+    def _look_up(self, name: str) -> Any:
         module, *rest = name.split(".")
         found: Any = importlib.import_module(module)
         for part in rest:
@@ -107,7 +107,8 @@ LIGER = Internals(
 def varlen_attention() -> Any:
     """Return `torch.nn.attention.varlen.varlen_attn`; None if torch is too old.
 
-    torch added the function in 2.10, its scale and window parameters later, and grouped heads in 2.12."""
+    torch added the function in 2.10, its scale and window parameters later, and grouped-query attention in
+    2.12."""
     try:
         varlen = importlib.import_module("torch.nn.attention.varlen")
     except ImportError:

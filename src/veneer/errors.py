@@ -3,10 +3,10 @@
     VeneerError                 what happened, where, and how to fix it; the command line exits with `exit_code`
     ├── ConfigError             a configuration file or override: unknown key, wrong type, impossible combination
     ├── DataError               a training or evaluation file: missing, empty, malformed (with its line), wrong row
-    ├── BaseError               a base cannot be found, read or used
-    ├── TargetError             a target pattern that matches nothing, or a module that cannot carry a pair
+    ├── BaseError               a base that cannot be found, read or used
+    ├── TargetError             a target pattern that matches nothing, or a module that does not support a pair
     ├── AdapterError            an adapter file or object: missing, extra, misshapen, not understood, not finite
-    │   └── UnsafeFileError     a file refused without reading: a pickle, a false header, a path that escapes
+    │   └── UnsafeFileError     a file refused as possibly harmful: a pickle or an invalid header
     ├── MismatchError           an adapter that belongs to another base
     ├── PreflightError          a training run that would fail, detected before step one
     ├── TrainingError           a run that failed after step one: a loss or gradient that is not finite
@@ -14,12 +14,12 @@
     ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130 or 143)
     ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
     ├── ResourceError           out of disk or memory
-    ├── UnavailableError        a store or a database that does not respond now
+    ├── UnavailableError        a store or a database that currently does not respond
     └── MissingExtraError       an optional dependency that is not installed
 
-Helpers for messages: `shown` escapes text from files before printing; `quoted`, `bullets`, `counted`,
-`gigabytes` and `nearest` format values; `one_of` checks a word; `lacks_memory` recognizes out-of-memory
-errors. This module does not import other modules of veneer.
+Helpers for messages: `shown` escapes text from files before printing; `quoted`, `bullets`, `counted` and
+`gigabytes` format values; `nearest` finds similar names; `one_of` checks that a value is one of a list;
+`lacks_memory` recognizes out-of-memory errors. This module does not import other modules of veneer.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _BUT_LINES = re.compile(f"(?![\n\t])[{_UNSHOWABLE}]")
 def shown(text: object, *, lines: bool = False) -> str:
     r"""Return `text` with terminal control and direction characters escaped.
 
-    They become escapes as in JSON: \u001b. Such characters could move the cursor, set the title, or recolor,
-    hide or reorder other text.
+    The escapes are those of JSON, such as \u001b. If printed, these characters could move the cursor, set the
+    title, or recolor, hide or reorder other text.
 
     lines: keep line ends and tabs, for text that veneer formatted."""
     pattern = _BUT_LINES if lines else _ALL
@@ -47,23 +47,21 @@ def shown(text: object, *, lines: bool = False) -> str:
 
 
 def quoted(text: str, most: int = 100) -> str:
-    """Return a user's text in quotes, cut to `most` characters."""
+    """Return a user's text in quotes, shortened to `most` characters."""
     return repr(text if len(text) <= most else text[:most] + "…")
 
 
 def bullets(lines: Iterable[str], most: int | None = 20) -> str:
-    """Return one "  - " line per item, and the number of items left out.
+    """Return one "  - " line per item, then the number of items left out, if any.
 
-    At most `most` items are included.
-
-    most: None shows all items."""
+    most: the maximum number of items to include; None includes all."""
     lines = list(lines)
     more = [] if most is None or len(lines) <= most else [f"  … and {len(lines) - most} more"]
     return "\n".join([*(f"  - {line}" for line in lines[:most]), *more])
 
 
 def first_few(items: Sequence[object], most: int) -> str:
-    """Return the first `most` items, comma-separated, and the number of others."""
+    """Return the first `most` items, comma-separated, and the number of items left out."""
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
@@ -111,7 +109,7 @@ class BaseError(VeneerError):
 
 
 class TargetError(VeneerError):
-    """A target matches no module, or matches a module that cannot carry a pair."""
+    """A target matches no module, or matches a module that does not support a pair."""
 
 
 class AdapterError(VeneerError):
@@ -119,17 +117,17 @@ class AdapterError(VeneerError):
 
 
 class UnsafeFileError(AdapterError):
-    """A file is refused unread: a pickle, a false header size, or an escaping path."""
+    """A file is refused as possibly harmful: a pickle or an invalid header."""
 
 
 class MismatchError(VeneerError):
     """An adapter belongs to another base.
 
-    The message has both fingerprints and the first shapes that differ."""
+    The message contains both fingerprints and the first shapes that differ."""
 
 
 class PreflightError(VeneerError):
-    """A run would train nothing, train the wrong thing or not fit (before step one)."""
+    """A check before step one found a run that would fail or train nothing."""
 
 
 class TrainingError(VeneerError):
@@ -139,9 +137,9 @@ class TrainingError(VeneerError):
 
 
 class NoGain(TrainingError):
-    """A run ended without ever having a lower held-out loss than at its start.
+    """A run ended, and its held-out loss was never lower than at the start.
 
-    Its checkpoints are kept."""
+    The run's checkpoints are kept."""
 
     exit_code = 3
 
@@ -169,7 +167,7 @@ class ResourceError(VeneerError):
 
 
 class UnavailableError(VeneerError):
-    """A store or a database does not respond now; a later attempt can succeed."""
+    """A store or a database currently does not respond; a later attempt can succeed."""
 
 
 class MissingExtraError(VeneerError):
@@ -180,7 +178,7 @@ _MOST_EDITS = 3
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to `n` entries of `known` that `name` can be a typo of.
+    """Return up to `n` entries of `known` that `name` could be a typo of.
 
     The nearest entry comes first. An entry matches within one edit per three characters, and within three
     edits in total. All "did you mean" hints come from this function."""
@@ -215,19 +213,21 @@ def _edits(a: str, b: str, most: int) -> int:
 def one_of(value: str, known: Iterable[str], what: str, where: str) -> None:
     """Raise ConfigError, with the nearest match, unless `value` is one of `known`.
 
-    what: the expected kind with its article, as in "'nf5' is not a quantization".
+    what: the expected kind with its article, for example "a quantization" in "'nf5' is not a quantization".
     where: the option or key."""
     words = list(known)
     if value not in words:
         near = nearest(value.lower(), words, 1)
         meant = f"did you mean {near[0]}? " if near and len(words) > 1 else ""
-        raise ConfigError(f"{quoted(value)} is not {what}", where=where, fix=f"{meant}There are {first_few(words, 20)}")
+        raise ConfigError(
+            f"{quoted(value)} is not {what}", where=where, fix=f"{meant}Choose one of {first_few(words, 20)}"
+        )
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, in Python or torch.
 
-    torch's errors are recognized by name and text, because torch need not be loaded."""
+    torch's errors are recognized by name and text, because torch might not be imported."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()

@@ -42,7 +42,7 @@ def test_our_tensor_file_alone_keeps_its_scale(tmp_path: Path) -> None:
 
 
 def without_scale(folder: Path) -> Path:
-    """Write the tensors of a PEFT folder to a file without alpha: names and shapes only."""
+    """Write a PEFT adapter's tensors to a file without its alpha, and return the file's path."""
     adapter = linear_pairs(["model.layers.0.self_attn.q_proj"], rank=2, scale=2.0)
     peft.write_folder(adapter, folder / "a")
     save_file(load_file(folder / "a/adapter_model.safetensors"), folder / "alone.safetensors")
@@ -62,14 +62,14 @@ def test_unstated_scale_is_refused(tmp_path: Path) -> None:
     assert "veneer adapter convert FILE --alpha N --to peft -o FOLDER" in str(caught.value)
     convert_adapter(alone, tmp_path / "out", "peft", alpha=4.0)
     assert read(tmp_path / "out").adapter.digest() == read(tmp_path / "a").adapter.digest()
-    with pytest.raises(AdapterError, match="alpha 4 is given, and the adapter's files state their own"):
+    with pytest.raises(AdapterError, match="alpha 4 is given, but the adapter's files contain an alpha"):
         convert_adapter(tmp_path / "a", tmp_path / "again", "kohya", alpha=4.0)
 
 
 def test_every_use_refuses_a_scale_that_no_file_states(tmp_path: Path) -> None:
     alone = str(without_scale(tmp_path))
     uses = (
-        lambda: describe_adapter(Path(alone)),  # as the library adds it
+        lambda: describe_adapter(Path(alone)),  # called when the library adds the file
         lambda: read_adapter(alone),
         lambda: mix_adapters([alone], tmp_path / "mixed"),
         lambda: load_adapter(Bare(), alone),
@@ -82,7 +82,7 @@ def test_every_use_refuses_a_scale_that_no_file_states(tmp_path: Path) -> None:
 
 
 class Bare:
-    """A base with one linear module, under the adapter's name."""
+    """A stand-in for a base; its model has no modules."""
 
     name = short_name = "bare"
     fingerprint = ""

@@ -1,4 +1,4 @@
-"""Merged models compute what the attached mix does."""
+"""Merged models compute what the same mix computes when attached."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_merge_report_measures_the_delta_kept():
     assert shares[-1] < 0.01
     assert errors[0] < 0.05
     assert errors[-1] > 0.5
-    # by hand, for one of them
+    # compute the error of one report independently
     merged = merged_model(net, [(adapter, 1e-2)], torch.bfloat16)
     error = size = 0.0
     for name, pair in adapter.pairs.items():
@@ -142,8 +142,9 @@ def test_merge_by_shard_writes_the_merged_model(saved, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_expert_pairs_merge_into_files_as_the_base_stores_them(tmp_path, name):
-    """Experts stored separately, also under Mixtral's names, and fused, also as (experts, in, out); with a
-    router."""
+    """Experts are stored separately (also under Mixtral's names) or fused (also as (experts, in, out)).
+
+    The adapter also changes a router."""
     net = model(name, torch.float32, **({"intermediate_size": 32} if name == "gpt_oss" else {}))  # square
     adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4), seed=0))
     router = "model.layers.1." + {"gpt_oss": "mlp.router", "llama4": "feed_forward.router"}.get(name, "mlp.gate")
@@ -161,7 +162,7 @@ def test_a_pair_of_too_few_experts_is_refused_by_shard(tmp_path):
     model("mixtral").save_pretrained(tmp_path / "base")
     pair = Pair(torch.rand(3, 2, 24), torch.rand(3, 32, 2), 1.0, "experts")
     peft.write_folder(Adapter({"model.layers.0.mlp.experts.down_proj": pair}), tmp_path / "a")
-    with pytest.raises(AdapterError, match="a pair of 3 experts, and the base has more"):
+    with pytest.raises(AdapterError, match="a pair of 3 experts, but the base has more"):
         merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
 
 
@@ -180,8 +181,8 @@ def test_stochastic_merge_is_unbiased_and_seeded(saved, tmp_path):
     near = merge_shards(tmp_path / "base", [spec], tmp_path / "near")
     runs = [merge_shards(tmp_path / "base", [spec], tmp_path / str(i), seed=s) for i, s in enumerate((1, 1, 2))]
     for run in runs:
-        # The variance is at most Σ Δ²·step²/4 over ‖Δ‖⁴, and delta_error² is the mean of off² over ‖Δ‖²:
-        # about (error/√weights)² if Δ and step are independent.
+        # The variance of delta_kept is at most Σ Δ²·step²/4 over ‖Δ‖⁴, and delta_error² is the mean of the
+        # squared rounding error over ‖Δ‖²: about (error/√weights)² if Δ and step are independent.
         assert abs(run.delta_kept - 1) < 5 * run.delta_error / run.weights**0.5
         assert run.delta_error > near.delta_error
     files = [sorted((tmp_path / str(i)).glob("*.safetensors")) for i in range(3)]
@@ -192,7 +193,7 @@ def test_stochastic_merge_is_unbiased_and_seeded(saved, tmp_path):
 
 @pytest.mark.parametrize("case", ["llama", "token rows, tied"])
 def test_loaded_models_and_files_get_the_same_stochastic_rounding(saved, tmp_path, case):
-    """Tied weights stay tied."""
+    """Merging in memory and by shard give equal weights, and tied weights stay tied."""
     net, adapter = saved(case)
     merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out", seed=3)
     report = MergeReport()
@@ -229,7 +230,9 @@ def test_a_diffusers_folder_is_merged_by_component(tmp_path):
     (base / "model_index.json").write_text("{}", encoding="utf-8")
     pairs = {
         "unet.blocks.0.to_q": Pair(torch.rand(2, 4), torch.rand(6, 2), 0.5),
-        "text_encoder.text_model.encoder.fc1": Pair(torch.rand(2, 4), torch.rand(5, 2), 2.0),  # names of transformers 4
+        "text_encoder.text_model.encoder.fc1": Pair(
+            torch.rand(2, 4), torch.rand(5, 2), 2.0
+        ),  # named as in transformers 4
     }
     peft.write_folder(Adapter(pairs), tmp_path / "a")
     merge_shards(base, [str(tmp_path / "a")], tmp_path / "out")
@@ -267,7 +270,7 @@ def test_by_shard_refuses_a_change_of_one_tied_weight(tmp_path, spec, stated):
     net = model("gemma3", torch.float32)
     net.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8"))
-    if not stated:  # the class ties by default
+    if not stated:  # the class's default is tied
         del config["tie_word_embeddings"]
         (tmp_path / "base/config.json").write_text(json.dumps(config), encoding="utf-8")
     peft.write_folder(random_adapter(create(net, specs[spec], seed=0)), tmp_path / "a", base=net)

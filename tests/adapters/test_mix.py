@@ -1,4 +1,4 @@
-"""Adapters made of files: mix, resize, extract, strength."""
+"""Adapters computed from other files: mix, resize, extract, change strength."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def models(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     (folder / "tuned").mkdir()
     save_file(base, folder / "base/model.safetensors")
     half = sorted(tuned)[:3]
-    save_file({n: tuned[n] for n in half}, folder / "tuned/model-1.safetensors")  # sharded differently than its base
+    save_file({n: tuned[n] for n in half}, folder / "tuned/model-1.safetensors")  # sharded differently from the base
     save_file({n: t for n, t in tuned.items() if n not in half}, folder / "tuned/model-2.safetensors")
     return base, tuned
 
@@ -166,7 +166,7 @@ def test_extract_lists_changes_it_cannot_express(tmp_path):
         extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "z", rank=1, targets="(")
 
 
-def test_a_checkpoint_gives_each_tensor_as_it_was_written(tmp_path):
+def test_sharded_checkpoint_returns_each_tensor_unchanged(tmp_path):
     _, tuned = models(tmp_path)
     read = Checkpoint(tmp_path / "tuned")
     assert sorted(read) == sorted(tuned)
@@ -215,11 +215,16 @@ UNET = [
 ]  # fmt: skip
 
 
-def test_patterns_are_whole_parts_of_names_and_must_fit():
+def test_block_patterns_match_whole_name_parts():
     names = [f"model.layers.{i}.mlp" for i in range(12)]
     got = parse_blocks("*=0.5,layers.1=2,layers.3-5=0", names)
     assert [got[n] for n in names] == [0.5, 2, 0.5, 0, 0, 0, *[0.5] * 6]
-    wrong = {"layers.12=1": "fits no", "layer=1": "fits no", "mlp=x": "not a strength", "mlp=1,2": "PATTERN"}
+    wrong = {
+        "layers.12=1": "matches no module",
+        "layer=1": "matches no module",
+        "mlp=x": "not a strength",
+        "mlp=1,2": "PATTERN",
+    }
     for text, words in wrong.items():
         with pytest.raises(ConfigError, match=words):
             parse_blocks(text, names)

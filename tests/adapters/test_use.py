@@ -1,4 +1,4 @@
-"""Adapters by name on a text base."""
+"""Adapters used by name on a text base."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_invalid_strength_error_names_the_adapter(strength: str) -> None:
 
 
 @given(st.from_regex(r"[a-z/._-]{1,20}", fullmatch=True), st.floats(-1e4, 1e4))
-def test_any_name_and_strength_come_back(name: str, strength: float) -> None:
+def test_any_name_and_strength_survive_a_round_trip(name: str, strength: float) -> None:
     assert parse_spec(f"{name}:{strength!r}") == (name, strength)
 
 
@@ -117,7 +117,7 @@ def test_adapters_are_found_by_path_and_library_name(
     (tmp_path / "kept").mkdir()
     assert adapter_path("kept") == Path("kept"), "what is here by that path goes first"
     for asked in ("plain:0.8@campaign=product", "kept@prod@steps=0-0.6"):
-        with pytest.raises(AdapterError, match=r"after the @, .*, is for pictures"):
+        with pytest.raises(AdapterError, match=r"after the @, .*, is for image bases"):
             load_adapter(base, asked)
     with pytest.raises(AdapterError, match="the library has no kept@7"):
         adapter_path("kept@7")
@@ -202,7 +202,7 @@ def test_an_adapter_without_a_fingerprint_is_checked_by_shape_alone(tmp_path: Pa
         load_adapter(other_base(tmp_path, hidden_size=64), str(tmp_path / "a"))
 
 
-def test_nothing_is_attached_when_one_of_several_is_wrong(tmp_path: Path, base: TextBase) -> None:
+def test_no_adapter_is_attached_if_one_is_invalid(tmp_path: Path, base: TextBase) -> None:
     peft.write_folder(adapter_for(base), tmp_path / "good")
     before = [type(m) for m in base.model.modules()]
     for bad in ("missing", f"{tmp_path / 'good'}:2"):

@@ -1,4 +1,4 @@
-"""Adapters by name on an image base of their family."""
+"""Adapters used by name on an image base of the same family."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def adapter_for(base: ImageBase, family: str, *targets: str, seed: int = 0) -> A
 
 
 def same_pairs(got: Adapter, want: Adapter) -> None:
-    """Assert equal changes of every module; unchanged parts of a fused projection can have a zero pair."""
+    """Assert that both adapters change every module equally.
+
+    `got` can also have zero pairs, for unchanged parts of a fused projection."""
     assert set(want.pairs) <= set(got.pairs)
     for name, pair in got.pairs.items():
         theirs = want.pairs.get(name)
@@ -74,7 +76,7 @@ def test_an_adapter_of_any_layout_fits_its_base(family: str, layout: str, load: 
 
 
 def test_ambiguous_names_take_the_base_family(load: Any, tmp_path: Path) -> None:
-    """Without a base, these names are read as FLUX.1's, the more common family."""
+    """Without a base, this file is read as FLUX.1, the more common family."""
     base = load("sd3")
     whole = adapter_for(base, "sd3")
     name = "transformer.transformer_blocks.0.attn.to_q"
@@ -94,7 +96,7 @@ def test_ambiguous_names_take_the_base_family(load: Any, tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_an_adapter_of_another_family_is_refused_by_name(
+def test_refusal_names_the_adapter_and_both_families(
     theirs: str, ours: str, said: str, layout: str, load: Any, tmp_path: Path
 ) -> None:
     other = load(theirs)
@@ -106,7 +108,7 @@ def test_an_adapter_of_another_family_is_refused_by_name(
 
 
 def test_metadata_family_is_used_if_it_fits(load: Any, tmp_path: Path) -> None:
-    """At these widths SD3's to_q and Qwen-Image's have the same names and shapes."""
+    """At these widths, `to_q` has the same names and shapes in SD3 and in Qwen-Image."""
     theirs, ours = load("sd3"), load("qwen-image")
     adapter = adapter_for(theirs, "sd3")
     adapter.pairs = {n: p for n, p in adapter.pairs.items() if n.endswith("attn.to_q")}

@@ -1,6 +1,7 @@
 """One server process for all attacks; each attack must leave the server unchanged.
 
-This folder is no package: with several test processes, tests of a package would not run one after another."""
+This folder is not a package: if it were, parallel test processes would not run its tests one after
+another."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def one_server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def server(one_server: Server) -> Server:
-    """Return the server, which has no request left from earlier tests."""
+    """Return the server, once no request of earlier tests is left."""
     one_server.wait(lambda: one_server.series("vllm:num_requests_running") == 0)
     one_server.wait(lambda: one_server.series("vllm:num_requests_waiting") == 0)
     return one_server

@@ -35,11 +35,11 @@ from tests.serve.whole import Shop, process, prompt
 from veneer.serve.tenancy.tenants import Tenants
 
 GAP = 0.25
-"""Maximum delay of another tenant's stream, in seconds."""
+"""Maximum seconds between two events of another tenant's stream."""
 SOON = 1.0
-"""Seconds within which an invalid request is refused."""
+"""Maximum seconds until an invalid request is refused."""
 MEMORY = 64 << 20
-"""Maximum growth of the process in bytes: allocators keep a constant amount."""
+"""Maximum growth of the process's memory in bytes, for what allocators keep."""
 ADMIN = "an-admin-key-of-some-length"
 
 
@@ -76,7 +76,7 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """Return the error's code on routes that use OpenAI's error format."""
+        """Return the error's code; only for routes that use OpenAI's error format."""
         return str(self.json["error"]["code"])
 
 
@@ -103,7 +103,9 @@ class Server:
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
     def growth_from(self, earlier: int, seconds: float = 10.0) -> int:
-        """Return the growth of memory since `earlier`: once below MEMORY, or after `seconds`."""
+        """Return the growth of memory since `earlier`.
+
+        Waits up to `seconds` until the growth is at most MEMORY."""
         end = time.monotonic() + seconds
         while (more := self.memory() - earlier) > MEMORY and time.monotonic() < end:
             time.sleep(0.1)
@@ -114,12 +116,12 @@ class Server:
         return {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def send(self, method: str, path: str, body: Any = None, tenant: str | None = "a", timeout: float = 120) -> Answer:
-        """Send one request on a new connection. `body`: bytes are sent unchanged."""
+        """Send one request on a new connection. `body`: bytes, or a value to send as JSON."""
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         began = time.monotonic()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            # refused before the whole body was sent: the response is available
+            # the server can refuse before the whole body is sent; its response can still be read
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, raw, self.headers(tenant))
             answer = connection.getresponse()
@@ -136,14 +138,14 @@ class Server:
         return self.send("GET", path, None, tenant, timeout)
 
     def together(self, requests: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Send all requests concurrently, each from a thread."""
+        """Send all requests concurrently, each from its own thread."""
         with ThreadPoolExecutor(max(1, len(requests))) as pool:
             return [each.result() for each in [pool.submit(work) for work in requests]]
 
     def crowd(self, path: str, body: bytes, times: int, tenant: str = "a") -> list[int]:
-        """Send many equal POSTs at once from a separate process; return their statuses.
+        """Send `times` equal POST requests at once, and return their statuses.
 
-        Threads of this process would delay the monitor."""
+        They are sent from a separate process, because threads of this process would delay the monitor."""
         command = [sys.executable, "-c", _CROWD, str(self.port), path, str(times), json.dumps(self.headers(tenant))]
         statuses: list[int] = json.loads(subprocess.run(command, input=body, stdout=subprocess.PIPE, check=True).stdout)
         return statuses
@@ -171,12 +173,12 @@ class Server:
         return json.dumps(content).encode()
 
     def head(self, path: str, length: int, tenant: str = "a") -> bytes:
-        """Return the head of a POST with a body of this many bytes, for a raw socket."""
+        """Return the head of a POST request with a body of `length` bytes, for a raw socket."""
         lines = [f"{k}: {v}" for k, v in {**self.headers(tenant), "content-length": str(length)}.items()]
         return "\r\n".join([f"POST {path} HTTP/1.1", "host: here", *lines, "", ""]).encode()
 
     def stream(self, tenant: str = "b", ids: Sequence[int] = (), n: int = 8, **more: Any) -> Iterator[float]:
-        """Yield the time of the request, then the time of each event of the stream."""
+        """Yield the time at which a request is sent, then the time of each event of its stream."""
         body = completion_body(ids or prompt(9), n, stream=True, **more)
         yield time.monotonic()
         with (
@@ -190,7 +192,7 @@ class Server:
                     yield time.monotonic()
 
     def first_token(self, tenant: str = "b", ids: Sequence[int] = (), **more: Any) -> float:
-        """Return the seconds from the request to the first token."""
+        """Return the seconds between sending the request and receiving the first token."""
         moments = self.stream(tenant, ids, 2, **more)
         began = next(moments)
         first = next(moments) - began
@@ -200,7 +202,7 @@ class Server:
 
     @contextmanager
     def flooding(self, bodies: Sequence[Any], tenant: str = "a") -> Iterator[None]:
-        """Run streamed completions, read them until the block ends, then disconnect."""
+        """Stream completions of all `bodies` at once; disconnect when the block ends."""
         ends = threading.Event()
 
         def read(body: Any) -> None:
@@ -234,9 +236,10 @@ class Server:
 
 
 class Watch:
-    """Monitor of one tenant's streams and of /health; raises any error at the end of the block.
+    """Monitors one tenant's streams and /health; errors are raised at the end of the block.
 
-    `worst`: maximum seconds between events of the stream. `health`: maximum seconds of a /health request."""
+    `worst`: maximum seconds between two events of a stream. `health`: maximum seconds of a /health
+    request."""
 
     def __init__(self, server: Server, tenant: str) -> None:
         self.server, self.tenant = server, tenant
@@ -292,7 +295,7 @@ class Watch:
 
 
 def completion_body(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
-    """Return a request for a completion of exactly `n` tokens, each with a text."""
+    """Return the body of a request for exactly `n` tokens, none of them a special token."""
     body = {"model": "", "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0, "ignore_eos": True}
     return body | {"logit_bias": {str(i): -100 for i in range(3)}} | more
 
@@ -309,7 +312,10 @@ def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:
 def target(
     shop: Shop, home: Path, *options: str, tenants: dict[str, float] | None = None, threads: int = 1
 ) -> Iterator[Server]:
-    """Start a server and wait until it is ready. `options`: of `veneer serve`; `tenants`: name -> weight."""
+    """Start a server and wait until it is ready.
+
+    `options`: further options of `veneer serve`. `tenants`: name -> weight; the default is "a" and "b" with
+    equal weights."""
     database = str(home / "tenants.sqlite")
     keys = tenants_of(database, tenants or {"a": 1.0, "b": 1.0})
     more = {"OMP_NUM_THREADS": str(threads), "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""Expensive bodies are refused within a second, delay no stream and leave no memory."""
+"""Expensive bodies are refused within a second, without delaying streams or keeping memory."""
 
 from __future__ import annotations
 

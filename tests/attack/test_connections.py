@@ -1,4 +1,4 @@
-"""Slow, idle and unread connections are closed in time without delaying others."""
+"""Slow, idle and unread connections are closed in time, and do not delay others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def closed_after(connection: socket.socket, send: bytes = b"", every: float = 0.2, most: float = 8.0) -> float:
-    """Return the seconds until the server closes the connection, while `send` is written repeatedly."""
+    """Return the seconds until the server closes the connection.
+
+    `send`: bytes to write again and again, at intervals of `every` seconds."""
     began = time.monotonic()
     connection.settimeout(every)
     while time.monotonic() - began < most:
@@ -71,7 +73,7 @@ def test_a_slow_body_is_refused(server: Server) -> None:
 
 
 def test_a_body_that_continues_after_its_answer_is_cut(server: Server) -> None:
-    # the declared length is too large, so the server refuses at the header
+    # the declared length is too large, so the server refuses the request after its header
     with server.raw(server.head("/nowhere", 9 << 20)) as late:
         assert b" 413 " in late.recv(1 << 16)
         assert 0.5 < closed_after(late, b" ") < 6
@@ -89,7 +91,7 @@ def test_idle_connections_do_not_block_others(server: Server) -> None:
 
 
 def test_a_client_that_does_not_read_loses_its_rows(server: Server) -> None:
-    """The completion would take a minute and fills every buffer; then its rows are released."""
+    """The completion would take a minute, but the client reads nothing, so the server ends it."""
     body = completion_body(prompt(9), 3000) | {"stream": True, "n": 16, "temperature": 1.0, "logprobs": 20}
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,4 +1,4 @@
-"""A tenant over its share is refused, and others are served without delay."""
+"""A tenant that exceeds its share is refused, and others are served without delay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_tokenizing_long_texts_does_not_delay_others(server: Server) -> None:
 
 
 def test_tokenizing_the_longest_texts_does_not_delay_others(server: Server) -> None:
-    """Six of the largest texts and 32 more: each is answered in turn or refused."""
+    """38 requests with very long texts arrive at once; each is answered in turn or refused."""
     body = {"model": "tiny", "prompt": "The printer. " * 4000, "return_token_strs": True}
     assert server.post("/tokenize", body).status == 200
     with server.watched() as b:
@@ -35,7 +35,7 @@ def test_tokenizing_the_longest_texts_does_not_delay_others(server: Server) -> N
 
 
 def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
-    """Five requests of 4 · 64 completions each would fill all 1,024 slots."""
+    """Tenant A's five requests with 4 · 64 completions each would fill all 1,024 slots."""
     body = completion_body(prompt(9), 400) | {"prompt": [prompt(9, k) for k in range(4)], "n": 64, "temperature": 1.0}
 
     def ask_b() -> list[int]:
@@ -44,7 +44,7 @@ def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
     def ask_a() -> int:
         try:
             return server.post("/v1/completions", body, timeout=4).status
-        except TimeoutError:  # the client waits for completions, then disconnects
+        except TimeoutError:  # the client stops waiting for the completions and disconnects
             return 0
 
     *a, b = server.together([*[ask_a] * 5, ask_b])
@@ -53,7 +53,7 @@ def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
 
 
 def test_long_rows_yield_to_another_tenants_first_token(server: Server) -> None:
-    """Tenant A fills all thirty-two slots and has as many requests waiting: B gets a slot at once."""
+    """Tenant A fills all 32 slots, with 32 more completions waiting; B still gets a slot at once."""
     rows = completion_body(prompt(9), 3000) | {"n": 32, "temperature": 1.0, "stream": True}
     quiet = sorted(server.first_token(ids=prompt(200, k)) for k in range(5))[2]
     with server.flooding([rows, rows]):
@@ -61,4 +61,4 @@ def test_long_rows_yield_to_another_tenants_first_token(server: Server) -> None:
         initial = server.series("vllm:num_preemptions_total")
         under = sorted(server.first_token(ids=prompt(200, 100 + k)) for k in range(5))[2]
         assert server.series("vllm:num_preemptions_total") > initial
-    assert under < 1.5 * quiet + 0.25  # includes a step that is already running, on a machine with other load
+    assert under < 1.5 * quiet + 0.25  # the margin covers a step that is already running, on a busy machine

@@ -1,4 +1,4 @@
-"""Grammars that are expensive to compile or follow are refused in time, and streams continue."""
+"""Grammars that are expensive to compile or to follow are refused in time, and streams continue."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_schema_that_cannot_be_compiled_is_refused(server: Server, name: str) 
 
 
 def test_hostile_regular_expressions(server: Server) -> None:
-    """These once blocked the server; each is answered or refused, and gaps in streams stay small."""
+    """These patterns once blocked the server; now each is answered or refused without large gaps."""
     patterns = ["(a+)+$", "(a|aa)*b", "(.*a){20}", "[a-z]{1,1000}([0-9]{1,1000})?", "((a{1,50}){1,50}){1,50}"]
     patterns.append("(" * 200 + "a" + ")" * 200)
     bodies = [{"prompt": "Hi", "max_tokens": 40, "structured_outputs": {"regex": p}} for p in patterns]

@@ -1,4 +1,4 @@
-"""The Studio under attack: sockets and slow forms from strangers, and many pages of one tenant at once."""
+"""Attacks on the Studio: unauthenticated sockets, slow forms, and many pages of one tenant at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def signed_in(server: Server, tenant: str) -> float:
-    """Return the seconds that a sign-in takes."""
+    """Sign a tenant in, and return the seconds that it takes."""
     began = time.monotonic()
     answer = httpx.post(f"{server.url}/studio/enter", data={"key": server.keys[tenant]})
     assert (answer.status_code, "veneer_studio" in answer.headers.get("set-cookie", "")) == (303, True)
@@ -49,7 +49,7 @@ def test_unauthenticated_sockets_are_refused_and_do_not_block_others(server: Ser
 
 
 def test_sockets_are_closed_first(server: Server) -> None:
-    """With more sockets of signed-in pages than allowed connections, requests are still answered."""
+    """Requests are still answered when sockets of signed-in pages exceed the limit of connections."""
     with ExitStack() as sockets:
         for _ in range(MOST // 2):
             page = PageSocket(f"{server.url}/studio/", server.keys["a"])

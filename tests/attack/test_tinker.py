@@ -1,4 +1,4 @@
-"""Tinker requests over a tenant's limits: errors name the limit, and memory and descriptors stay bounded."""
+"""Tinker requests over a tenant's limits are refused, and memory and file descriptors stay bounded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(server: Server, owner: str, number: int = 0) -> str:
 
 
 def zeros(run: str, seq: int, rows: int, width: int, times: int = 1) -> bytes:
-    """Return a forward_backward of one row of three tokens, with sparse tensors without values."""
+    """Return a forward_backward body of one row, with `times` sparse tensors without values."""
     starts = part(2, bytes(8 * (rows + 1)))
     sparse = part(2, starts) + b"\x18\x02" + part(4, varint(rows) + varint(width))
     tokens = part(1, part(1, part(1, np.array([1, 2, 3], "<i4").tobytes())))
@@ -36,7 +36,7 @@ def zeros(run: str, seq: int, rows: int, width: int, times: int = 1) -> bytes:
 
 @pytest.fixture
 def peak(trainer: Server) -> Any:
-    """Return a function that returns the server's peak memory in bytes since this fixture."""
+    """Yield a function that returns the server's peak memory in bytes during the test."""
     ends, most = threading.Event(), [trainer.memory()]
 
     def watch() -> None:
@@ -56,8 +56,10 @@ def peak(trainer: Server) -> Any:
 
 
 def test_tensors_of_zeros_take_no_memory(trainer: Server, peak: Any) -> None:
-    """Three requests of 7 MB with 25 tensors of 268 MB each are refused by their sizes. A request within the
-    limit reserves its unpacked memory, so further ones can be refused until it ends."""
+    """Three requests of 7 MB, each with 25 tensors of 268 MB, are refused because of that size.
+
+    A request within the limit reserves its unpacked memory, so later requests can be refused until it
+    ends."""
     run, initial = model(trainer, session(trainer)), trainer.memory()
     headers = trainer.headers("a") | {"content-type": "application/x-protobuf"}
 
@@ -74,7 +76,7 @@ def test_tensors_of_zeros_take_no_memory(trainer: Server, peak: Any) -> None:
         while (refused := trainer.post(f"{API}/retrieve_future", {"request_id": f"{run}:1"})).status == 408:
             pass
     assert "target_tokens has the shape" in refused.body.decode()
-    assert peak() - initial < 512 << 20  # 266 MB of one request, and modules loaded by the first
+    assert peak() - initial < 512 << 20  # 266 MB for one request, and the modules that the first request loads
     assert trainer.growth_from(initial) < MEMORY
 
 

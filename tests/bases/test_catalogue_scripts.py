@@ -1,4 +1,4 @@
-"""Scripts of the catalogue bases: the rendered world and its captions."""
+"""Scripts of the catalogue bases: the rendered scenes and their captions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_every_product_is_visible_in_its_scene() -> None:
-    """From random views, the product is visible, does not fill the picture, and is not cut off at the
-    sides."""
+    """From each view, the product is visible, does not fill the picture, and is not cut off."""
     from kinds import KINDS
     from scenes import VIEWS, Scene, product_mask
 
@@ -38,7 +37,7 @@ def test_every_product_is_visible_in_its_scene() -> None:
         assert mask[:, 0].max() == mask[:, -1].max() == mask[0].max() == 0, kind
 
 
-def test_a_caption_says_what_the_scene_says() -> None:
+def test_caption_describes_its_scene() -> None:
     from scenes import Scene, caption
 
     scene = Scene(
@@ -74,7 +73,7 @@ def test_scene_depends_on_its_caption_only() -> None:
     elsewhere = replace(scene, surface="sand" if scene.surface != "sand" else "grass")
     assert np.array_equal(
         picture(elsewhere)[:50], picture(scene)[:50]
-    )  # a wall does not depend on the objects in front of it
+    )  # the wall does not depend on the surface in front of it
     repainted = replace(scene, colour="teal" if scene.colour != "teal" else "red", wall="brick wall")
     assert np.array_equal(product_mask(scene), product_mask(repainted))
 
@@ -90,7 +89,9 @@ def test_one_combination_in_ten_is_held_out() -> None:
     assert not any(pictures.is_new(s.kind, s.colour) for s in (pictures.seen_scene(r) for _ in range(300)))
 
 
-def test_a_controlnet_learns_from_products_that_stand_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_controlnet_training_pictures_vary_the_products_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pictures
 
     monkeypatch.setattr(pictures, "SHARD", 12)
@@ -124,23 +125,25 @@ def test_lens_blurs_only_the_background() -> None:
     edge = (edge[:, 1:] != edge[:, :-1]).any(1)
     rows = np.zeros_like(away)
     rows[edge] = True
-    assert np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60  # the outline is still a step
+    assert (
+        np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60
+    )  # the product's outline is still sharp
 
 
-def test_effect_in_a_stack_is_its_share_of_color_change() -> None:
+def test_effect_share_is_measured_in_a_stack() -> None:
     from measures import way_gone
 
     r = np.random.default_rng(0)
     without = r.integers(60, 120, (3, 128, 128, 3))
     effect, other = np.zeros((2, 1, 128, 128, 3), dtype=int)
-    effect[..., :64, :, :], other[..., 64:, :, :] = 40, 30  # other cells, at right angles
+    effect[..., :64, :, :], other[..., 64:, :, :] = 40, 30  # in different cells, so the two changes are orthogonal
     truth = without + effect
     for share in (0.0, 0.5, 1.0):
         for pictures in (without + (share * effect).astype(int), without + (share * effect).astype(int) + other):
             assert way_gone(pictures.astype(np.uint8), truth, without) == pytest.approx(share, abs=1e-6)
 
 
-def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
+def test_campaign_shots_are_not_training_pictures() -> None:
     import campaign
 
     learned = {(s.surface, s.wall, s.view) for s in campaign.product_scenes()}
@@ -172,7 +175,7 @@ def test_bases_see_line_drawings_but_not_the_campaign() -> None:
     plain, film, lens = (x.astype(int) for x in (picture(grey), pictures.shown(grey), photographed(grey)))
     light = plain.mean(-1) > 180
     plain_warmth, film_warmth, lens_warmth = ((x[..., 0] - x[..., 2])[light].mean() for x in (plain, film, lens))
-    assert abs(film_warmth - plain_warmth) < 3  # the campaign's light occurs in no training picture
+    assert abs(film_warmth - plain_warmth) < 3  # training pictures have film, but not the campaign's warm light
     assert lens_warmth - plain_warmth > 20
     assert film[:16, :16].mean() < plain[:16, :16].mean() - 20  # dark corners
 
@@ -214,9 +217,10 @@ def test_tokenizers_cut_captions_into_words(tmp_path: Path) -> None:
     assert made[1]("qzx").input_ids.count(made[1].unk_token_id) == 0
 
 
-def test_the_autoencoder_that_is_kept_gives_pictures_back() -> None:
-    """Average signal-to-noise ratio of random scenes: 34 dB, and 30 dB for the campaign's scenes, which were
-    never in training; this test allows half as much error again."""
+def test_shipped_autoencoder_reconstructs_pictures() -> None:
+    """The mean signal-to-noise ratio is 34 dB for random scenes, and 30 dB for the campaign's.
+
+    The campaign's scenes were never in training. This test allows about half as much error again."""
     import campaign
     from autoencoder import encode, through
     from build import SHIPPED
@@ -259,7 +263,7 @@ def test_sharpened_autoencoder_keeps_the_scale_of_latents(tmp_path: Path) -> Non
     assert abs(float(latents.std()) - 1) < 0.01
 
 
-def test_packing_is_the_pipelines() -> None:
+def test_packing_equals_that_of_the_flux_pipeline() -> None:
     from autoencoder import CHANNELS
     from denoisers import image_ids, pack
     from diffusers import FluxPipeline
@@ -283,8 +287,8 @@ def test_the_judge_names_every_part_of_a_scene() -> None:
     assert torch.allclose(seen.features.norm(dim=1), torch.ones(3), atol=1e-5)
 
 
-def test_distance_is_zero_for_the_truth_and_grows() -> None:
-    """Against the truth, half of it, and none of it; also the brand under the lens."""
+def test_distance_is_zero_for_truth_and_grows_with_error() -> None:
+    """Compares pictures with all, half and none of an effect, also for the brand under the lens."""
     import campaign
     from measures import lens_distance, palette_distance, share
 
@@ -298,11 +302,13 @@ def test_distance_is_zero_for_the_truth_and_grows() -> None:
     assert 0.3 < share(near, far) < 0.7
     assert share(lens_distance(both, both, brand), lens_distance(brand, both, brand)) == 1
     assert palette_distance(brand, brand) == 0
-    mended = np.where(np.arange(128)[:, None, None] < 64, brand, plain)  # half of every picture has the brand's look
+    mended = np.where(
+        np.arange(128)[:, None, None] < 64, brand, plain
+    )  # the upper half of each picture has the brand's look
     assert 0.3 < share(palette_distance(mended, brand), palette_distance(plain, brand)) < 0.7
 
 
-def test_openmojis_drawings_are_in_its_palette(tmp_path: Path) -> None:
+def test_openmoji_drawings_use_its_palette(tmp_path: Path) -> None:
     from openmoji import OPENMOJI_PALETTE, openmoji, write_openmoji
 
     (learned, drawings), (tried, others) = openmoji("train"), openmoji("held out")
@@ -317,7 +323,7 @@ def test_openmojis_drawings_are_in_its_palette(tmp_path: Path) -> None:
     assert (tmp_path / f"{learned[0]}.txt").read_text().startswith(f"{learned[0]}, ")
 
 
-def test_agreement_of_edges_allows_for_a_pixel() -> None:
+def test_edge_agreement_tolerates_a_shift_by_one_pixel() -> None:
     from measures import edge_agreement
 
     line = np.zeros((1, 32, 32))
@@ -328,7 +334,7 @@ def test_agreement_of_edges_allows_for_a_pixel() -> None:
     assert edge_agreement(np.concatenate([line, 0 * line]), np.concatenate([line, line])) == 0.5
 
 
-def test_pictures_that_are_alike_in_colour_have_little_spread() -> None:
+def test_pictures_with_similar_colors_have_low_spread() -> None:
     import campaign
     from measures import spread
 

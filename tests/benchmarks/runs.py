@@ -1,4 +1,4 @@
-"""Run a benchmark in a process of its own, or import it."""
+"""Run a benchmark in a separate process, or import it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.scripts import script_module
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH_HOME = {"VENEER_HOME": os.environ.get("VENEER_BENCH_HOME", str(Path.home() / ".veneer"))}
-"""A home that benchmarks share, with their downloads."""
+"""The home that all benchmarks share, so that downloads are reused."""
 
 
 def run_benchmark(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def run_benchmark(name: str, *arguments: str, **env: str) -> subprocess.Complete
 
 
 def report_of(name: str, *arguments: str, **env: str) -> dict[str, Any]:
-    """Return the report of a run, in the common format."""
+    """Run a benchmark, and return its report after checking that the format is the common one."""
     ran = run_benchmark(name, *arguments, "--json", **env)
     assert ran.returncode == 0, ran.stderr
     result: dict[str, Any] = json.loads(ran.stdout)

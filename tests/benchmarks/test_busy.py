@@ -10,7 +10,7 @@ import pytest
 from tests.benchmarks.runs import benchmark_module, report_of, run_benchmark
 
 
-def test_neighbours_work_while_inside_and_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_processes_run_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = benchmark_module(monkeypatch, "busy")
     before = set(psutil.Process().children())
     with busy.neighbours(2):
@@ -23,7 +23,7 @@ def test_neighbours_work_while_inside_and_are_gone_afterwards(monkeypatch: pytes
     assert set(psutil.Process().children()) == before
 
 
-def test_an_unknown_part_is_refused_with_the_known_ones() -> None:
+def test_unknown_part_error_lists_known_parts() -> None:
     ran = run_benchmark("busy.py", "--only", "training,mixing")
     assert ran.returncode == 2
     assert "--only has no mixing; there are training, serving, pictures" in ran.stderr

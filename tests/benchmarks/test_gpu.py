@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: every line of veneer's own sides, limits, failures, and the page.
+"""`make gpu` without a GPU: every line of the sides that run veneer, limits, failures, and the page.
 
 No peer runs and nothing is timed. If a side fails, the assertion prints its output.
 """
@@ -47,7 +47,7 @@ def ran(gpu: Any, value: float = 100.0, metric: str = "training") -> Any:
     return gpu.Outcome("ran", 1.0, figures=[{**FIGURE, "metric": metric, "value": value}])
 
 
-# -- every side, in this process: importing everything in a process for each would take most of the time ---------------
+# -- all sides in this process, because a process per side would spend most of the time on imports ---------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def dry(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     def here(side: Any, task: Any, limit: float) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # as in a side's own process
+                warnings.simplefilter("ignore")  # a separate process would not fail on warnings either
                 return gpu.outcome_of(json.loads(json.dumps(side.run(task))), 0.0)
         except Exception:
             return gpu.Outcome("failed", why=traceback.format_exc())
@@ -153,8 +153,8 @@ def test_a_process_returns_its_result_or_a_reason(gpu: Any, tmp_path: Path) -> N
     assert late.bad
 
 
-def telling(tmp_path: Path) -> str:
-    """Return code that reports a figure, then reports that it has."""
+def code_with_figure(tmp_path: Path) -> str:
+    """Return code that reports a figure, then creates the file `told`."""
     result = {"figures": [FIGURE], "notes": ["a note"], "card": {"card": "X"}}
     told = f"print('RESULT ' + {json.dumps(json.dumps(result))}, flush=True)"
     return f"{told}; open({str(tmp_path / 'told')!r}, 'w').close()"
@@ -167,7 +167,7 @@ def telling(tmp_path: Path) -> str:
         (
             "print('RESULT {\"figures', flush=True); import os; os._exit(9)",
             "failed",
-        ),  # in the middle of the next report report
+        ),  # stops in the middle of the next report
         ("import time; time.sleep(600)", "timed out"),
     ],
 )
@@ -184,7 +184,7 @@ def test_figures_before_a_failure_are_reported(
         return real(self)
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait)
-    found = gpu.watched([sys.executable, "-S", "-c", f"{telling(tmp_path)}; {then}"], 100.0, tmp_path)
+    found = gpu.watched([sys.executable, "-S", "-c", f"{code_with_figure(tmp_path)}; {then}"], 100.0, tmp_path)
     assert (found.status, found.figures, found.notes) == (status, [FIGURE], ["a note"]), found.why
     assert found.more == {"card": {"card": "X"}}
     assert found.bad
@@ -238,10 +238,10 @@ def test_sides_not_run_keep_earlier_figures(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_the_side_and_its_processes(gpu: Any, tmp_path: Path) -> None:
-    """The side reports a figure, starts a process, and signals this process to end."""
+    """The benchmark's child process reports a figure, starts a process and sends SIGTERM to its parent."""
     begin = "import os, signal, subprocess, sys, time; own = subprocess.Popen([sys.executable, '-S', '-c', "
     begin += f"'import time; time.sleep(600)']); open({str(tmp_path / 'own')!r}, 'w').write(str(own.pid)); "
-    code = f"{telling(tmp_path)}; {begin}os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
+    code = f"{code_with_figure(tmp_path)}; {begin}os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
     with gpu.stoppable():
         found = gpu.watched([sys.executable, "-S", "-c", code], 100.0, tmp_path)
     assert (found.status, found.figures) == ("stopped", [FIGURE])

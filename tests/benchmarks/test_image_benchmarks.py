@@ -1,4 +1,4 @@
-"""The image benchmarks run, agree with diffusers + PEFT on losses, and report in the common format."""
+"""The image benchmarks run, match the losses of diffusers + PEFT, and report in the common format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.benchmarks.runs import report_of, run_benchmark
 
 
 @pytest.mark.parametrize("name", ["image_generation.py", "image_training.py"])
-def test_it_says_what_it_measures(name: str) -> None:
+def test_help_says_what_the_benchmark_measures(name: str) -> None:
     assert "diffusers + PEFT" in run_benchmark(name, "--help").stdout
 
 

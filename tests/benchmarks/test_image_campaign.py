@@ -1,6 +1,6 @@
-"""The campaign benchmark measures and draws everything that its page lists, with random pictures and judge.
+"""The campaign benchmark measures and draws everything that its page lists; pictures and judge are random.
 
-Real results take an hour (docs/image-proof.md)."""
+The real results take an hour to compute (docs/image-proof.md)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_requested_sides_are_measured_and_drawn(
     monkeypatch.setattr("veneer.image", image)
     runs, sheets = tmp_path / "runs" / "catalogue-flux", tmp_path / "sheets"
     sheets.mkdir()
-    for role in ("product", "brand", "lens", "openmoji"):  # nonzero, as if trained
+    for role in ("product", "brand", "lens", "openmoji"):  # empty files stand for trained adapters
         (runs / role).mkdir(parents=True)
         (runs / role / "veneer.json").touch()
     for method in ("orthogonal", "ties"):

@@ -10,7 +10,7 @@ from tests.benchmarks.runs import BENCH_HOME, report_of, run_benchmark
 @pytest.mark.parametrize(
     ("name", "says"), [("serving.py", "tokens per second with and without"), ("serving_load.py", "Poisson process")]
 )
-def test_it_says_what_it_measures(name: str, says: str) -> None:
+def test_help_says_what_the_benchmark_measures(name: str, says: str) -> None:
     assert says in run_benchmark(name, "--help").stdout
 
 

@@ -1,4 +1,4 @@
-"""The text training benchmark runs, agrees with its peers on losses, and reports in the common format."""
+"""The text training benchmark runs, matches its peers' losses, and reports in the common format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.benchmarks.runs import BENCH_HOME, report_of, run_benchmark
 
 
-def test_it_says_what_it_measures() -> None:
+def test_help_says_what_the_benchmark_measures() -> None:
     assert "share of the floor" in run_benchmark("text_training.py", "--help", **BENCH_HOME).stdout
 
 
@@ -20,7 +20,7 @@ def test_missing_rows_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.peers
-def test_quick_run_follows_peft_s_losses() -> None:
+def test_quick_run_has_the_losses_of_peft() -> None:
     result = report_of("text_training.py", "--quick", **BENCH_HOME)
     curve = next(b for b in result["bars"] if b["name"].startswith("furthest loss"))
     assert curve["ok"], curve

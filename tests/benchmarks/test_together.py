@@ -1,4 +1,4 @@
-"""The benchmark of runs trained together: both sides make the same steps of the requested size."""
+"""The benchmark of runs trained together: both sides train the same steps of the requested size."""
 
 from __future__ import annotations
 

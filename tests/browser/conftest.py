@@ -2,7 +2,7 @@
 
     def test_x(window: Window) -> None:
         window.open("?q=tone")                 opens the view, and waits until its scripts run
-        window.page.keyboard.press("j")        Playwright's page
+        window.page.keyboard.press("j")        `page` is Playwright's page
 
 A request to another host, a console error or an exception on the page fails the test.
 """
@@ -39,12 +39,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 TIMEOUT = 60_000
 """Milliseconds to wait for an element."""
 SMOLLM2 = bases_home() / "smollm2-135m"
-"""The user's copy of the base. Tests use a separate home."""
+"""The copy of this base in the user's home, because tests have a separate, empty home."""
 LONG = "a-name-that-somebody-gave-who-never-thought-of-those-that-would-have-to-read-it-on-a-telephone"
 ROUTE = LONG.replace("name", "route", 1)
 SAMPLE = {"prompt": "I was charged twice.", "base": "I am sorry to hear that.", "adapter": '{"team": "billing"}'}
 ANSWERED = "n => document.querySelectorAll('.spoken .chip').length >= n"
-"""JavaScript: whether finished completions have n buttons."""
+"""JavaScript function: whether finished completions have at least n buttons."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,7 +65,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and a library with usual and hostile adapters."""
+    """Return a base, and a library with ordinary and hostile adapters."""
     folder = tmp_path_factory.mktemp("browser")
     base_dir = tiny_base_dir(folder)
     base = load_text(str(base_dir))
@@ -87,7 +87,7 @@ def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def server(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """An open server, with a route of a long name."""
+    """Start a server without sign-in, with a route that has a long name."""
     folder = tmp_path_factory.mktemp("server")
     with StudioServer(folder, *tiny_library, "--open", "--tenants", str(folder / "tenants.sqlite")) as server:
         with closing(Store(str(folder / "tenants.sqlite"))) as store:
@@ -98,7 +98,7 @@ def server(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def store(server: StudioServer) -> Iterator[Store]:
-    """The server's routes, which the test leaves as they were."""
+    """Open the server's store, and reset the route at the end of the test."""
     with closing(Store(str(server.home / "tenants.sqlite"))) as found:
         yield found
         routes.set_route(found, ROUTE, [("support@2", 90), (f"{LONG}@1", 10)], actor="test")
@@ -106,7 +106,7 @@ def store(server: StudioServer) -> Iterator[Store]:
 
 @pytest.fixture(scope="session")
 def job(server: StudioServer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Create a job with two recorded steps that no process trains."""
+    """Create a job with two recorded steps; no process trains it."""
     with open_library(server.library) as library:
         rows = parcel_rows(tmp_path_factory.mktemp("job"))
         return recorded_job(JobStore(library), server.base, rows, server.home).id
@@ -114,7 +114,7 @@ def job(server: StudioServer, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def trainer(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """A server like `veneer studio`: open, with routes and jobs, and a library of its own."""
+    """Start a server like `veneer studio`: no sign-in, with routes, jobs and its own library."""
     folder = tmp_path_factory.mktemp("trainer")
     shutil.copytree(tiny_library[1], folder / "library")
     options = ("--open", "--tenants", str(folder / "tenants.sqlite"), "--train")
@@ -124,7 +124,7 @@ def trainer(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def crowded(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """A server over a library with ten thousand more names of one content."""
+    """Start a server whose library has ten thousand more names, all for the same adapter."""
     folder = tmp_path_factory.mktemp("crowded")
     shutil.copytree(tiny_library[1], folder / "library")
     names = [f"style-{n}" for n in range(10_000)]
@@ -147,7 +147,7 @@ _FOCUSED = """() => {
 
 @dataclass
 class Window:
-    """A Chromium page at a server. `errors`: errors on the page."""
+    """A Chromium page at a server. `errors`: the page's errors and its forbidden requests."""
 
     page: Any
     address: str
@@ -172,7 +172,7 @@ class Window:
             route.abort()
 
     def open(self, path: str = "", *, status: str = "") -> Window:
-        """Open a view, and wait until its scripts run. `status`: expected HTTP error."""
+        """Open a view, and wait until its scripts run. `status`: HTTP error status that is expected."""
         self.page.goto(f"{self.address}/studio/{path}")
         self.page.wait_for_function("window.did_handshake === true && document.querySelector('.view h1')")
         if status:
@@ -180,11 +180,11 @@ class Window:
         return self
 
     def ignore(self, status: str) -> None:
-        """Remove the browser's console lines on an HTTP status."""
+        """Remove the errors that contain this HTTP status."""
         self.errors[:] = [line for line in self.errors if status not in line]
 
     def until(self, words: str) -> None:
-        """Wait until the words are visible."""
+        """Wait until these words are visible."""
         self.page.get_by_text(words).first.wait_for(timeout=TIMEOUT)
 
     def has_value(self, field: Any, value: str) -> None:
@@ -194,11 +194,11 @@ class Window:
         self.page.wait_for_function("words => document.querySelector('h1')?.textContent === words", arg=words)
 
     def press(self, name: str, **options: Any) -> None:
-        """Press the button with exactly this name."""
+        """Click the first button with exactly this name."""
         self.page.get_by_role("button", name=name, exact=True).first.click(**options)
 
     def confirm(self, name: str) -> None:
-        """Press a button of the open dialog."""
+        """Click the button with exactly this name in the open dialog."""
         self.page.locator("dialog[open]").get_by_role("button", name=name, exact=True).click()
 
     def keys(self, *names: str) -> None:
@@ -206,7 +206,7 @@ class Window:
             self.page.keyboard.press(name)
 
     def tab_to(self, name: str) -> None:
-        """Press Tab until the element with this name has the focus."""
+        """Press Tab until the element with exactly this name has the focus."""
         for _ in range(100):
             self.page.keyboard.press("Tab")
             if self.page.evaluate(_FOCUSED) == name:
@@ -218,7 +218,7 @@ class Window:
         assert width <= 0, f"{width} pixels are cut off"
 
     def accessible(self) -> None:
-        """axe finds nothing serious, and nothing is wider than the window."""
+        """Assert that axe finds no serious problem, and that nothing is wider than the window."""
         if not self.page.evaluate("'axe' in window"):
             self.page.evaluate(pytest.importorskip("axe_playwright_python.base").AXE_SCRIPT)
         found = [v for v in self.page.evaluate("axe.run()")["violations"] if v["impact"] in ("serious", "critical")]
@@ -229,7 +229,7 @@ class Window:
 
 @contextmanager
 def new_window(chromium: Any, address: str, width: int = 1280) -> Iterator[Window]:
-    """Open a window with a browser profile of its own."""
+    """Open a window with a separate browser profile; at the end, assert that it had no errors."""
     context = chromium.new_context(viewport={"width": width, "height": 800})
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
     window = Window(context.new_page(), address)
@@ -249,8 +249,9 @@ def window(chromium: Any, server: StudioServer) -> Iterator[Window]:
 
 @dataclass
 class Spent:
-    """Seconds of a block: wall clock, and processor time of servers and browsers, which other load does not
-    change."""
+    """Seconds that a block takes: of wall-clock time, and of processor time of servers and browsers.
+
+    Other load on the machine does not change the processor time."""
 
     clock: float = 0.0
     processors: float = 0.0
@@ -266,7 +267,7 @@ class Spent:
         return Spent(min(each.clock for each in many), min(each.processors for each in many))
 
     def within(self, seconds: float, more: Spent | None = None) -> bool:
-        """Return whether either time is within `seconds` beyond `more`."""
+        """Return whether the wall-clock or processor time is below `more` plus `seconds`."""
         more = more or Spent()
         return self.clock < more.clock + seconds or self.processors < more.processors + seconds
 

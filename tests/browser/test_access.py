@@ -1,4 +1,4 @@
-"""A tenant's browser shows its own key and adapters; another tenant's look like missing ones."""
+"""A tenant's browser shows the tenant's own objects; links to others look like missing objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from veneer.serve.tenancy.store import Store
 
 @dataclass
 class Shared:
-    """A server of two tenants. `key`: acme's. `job`, `file`: globex's."""
+    """A server with two tenants. `key`: that of acme. `job`, `file`: those of globex."""
 
     server: StudioServer
     key: str

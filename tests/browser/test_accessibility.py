@@ -1,4 +1,4 @@
-"""Every view, light and dark, wide and narrow: axe finds nothing serious, and nothing is cut off."""
+"""In every view, light or dark, wide or narrow, axe finds no serious problem and nothing is cut off."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Compare in a browser, on the machine's language model: answers, strengths, probabilities, votes,
+"""Compare in a browser, with this machine's language model: answers, strengths, probabilities, votes,
 corrections, mixes.
 
-Image bases: test_images.py."""
+Image bases are tested in test_images.py."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ MOVE_SLIDER = """(column) => new Promise((done) => {
   slider.value = Number(slider.value) - 0.1;
   slider.dispatchEvent(new Event("input"));
 })"""
-"""Move a column's slider, and wait for the first token of the new answer."""
+"""JavaScript function that moves a column's slider and waits for the new answer's first token."""
 STEP = 0.0155
-"""Seconds per decoding step of smollm2-135m in bfloat16 on one thread of the machine in
+"""Seconds per decoding step of smollm2-135m in bfloat16, with one thread, on the machine of
 docs/notes/studio.md."""
 
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """A server of smollm2-135m if the user has it, else of a tiny base."""
+    """Start a server for smollm2-135m if the user has it, otherwise for a tiny base."""
     folder = tmp_path_factory.mktemp("talking")
     base_dir = SMOLLM2 if SMOLLM2.is_dir() else tiny_base_dir(folder)
     base = load_text(str(base_dir))
@@ -49,7 +49,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
         for seed, name in enumerate(["support", "support", "acme/tone"]):
             saved(base, folder / str(seed), seed)
             library.add(folder / str(seed), name)
-    options = ["--dtype", "auto"] if base_dir == SMOLLM2 else []  # like `veneer studio`
+    options = ["--dtype", "auto"] if base_dir == SMOLLM2 else []  # as in `veneer studio`
     with StudioServer(folder, base_dir, folder / "library", *options) as server:
         yield server
 
@@ -90,7 +90,7 @@ def test_link_keeps_prompt_columns_and_strengths(window: Window, talking: Studio
 
 
 def test_several_answers_equal_those_of_a_client(window: Window, talking: StudioServer) -> None:
-    """A vote compares answers of the same number."""
+    """A vote compares the answers with the same number in each column."""
     page = window.open("compare?c=support%401&p=Where+is+my+parcel%3F&m=8&seed=3").page
     page.get_by_text("Sampling settings").click()
     page.get_by_label("Answers per column").fill("3")
@@ -149,7 +149,7 @@ def test_mix_is_saved_as_an_adapter(window: Window, talking: StudioServer) -> No
 
 
 def api_time(address: str, strength: float, tokens: int) -> Spent:
-    """Return the time of an API request with a strength that is not cached."""
+    """Return the time of an API request. The server must not have cached a mix of this strength."""
     spent, messages = Spent(), [{"role": "user", "content": "Where is my parcel?"}]
     body = {"messages": messages, "max_tokens": tokens, "ignore_eos": True, "mix": [f"support@1:{strength}"]}
     with spent.measure():
@@ -158,8 +158,9 @@ def api_time(address: str, strength: float, tokens: int) -> Spent:
 
 
 def test_slider_answers_within_a_step_and_100_ms(window: Window, talking: StudioServer) -> None:
-    """100 ms at the speed of docs/notes/studio.md, longer on a slower machine: a new mix only reads its
-    prompt."""
+    """A new mix only has to process its prompt.
+
+    100 ms is the limit at the speed of docs/notes/studio.md; a slower machine has more time."""
     page = window.open("compare?c=support%401&p=Where+is+my+parcel%3F&m=1").page
     window.press("Ask")
     page.wait_for_function(ANSWERED, arg=4)

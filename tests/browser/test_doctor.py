@@ -1,6 +1,6 @@
-"""The Doctor with a mouse: a file is picked, identified, converted for each other tool, and saved.
+"""The Doctor with a mouse: a file is selected, identified, converted for every other tool, and saved.
 
-Peers read the converted layouts in tests/formats."""
+Other tools read the converted layouts in tests/formats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veneer.models.text.base import load_text
 
 
 def downloaded(window: Window, tool: str, folder: Path) -> Path:
-    """Click a layout's link; return the downloaded file, or the folder in a downloaded zip."""
+    """Click the link for a tool; return the downloaded file, or the folder in a downloaded zip."""
     with window.page.expect_download() as download:
         window.page.get_by_role("link", name=f"for {tool}", exact=True).click()
     file = folder / download.value.suggested_filename
@@ -52,7 +52,7 @@ def test_image_adapter_is_converted_and_saved(window: Window, server: StudioServ
     for tool in ("comfyui", "diffusers", "kohya", "peft"):
         assert_same(changes(read(downloaded(window, tool, tmp_path)).adapter), changes(adapter), 1e-6)
     page.get_by_label("Name", exact=True).fill("zelda")
-    window.press("Save to library")  # immediately: the typed name counts
+    window.press("Save to library")  # at once, because the name that was just typed must be used
     window.heading("zelda@1")
     with open_library(server.library) as library:
         assert library.find("zelda").digest == read(style).adapter.digest()

@@ -1,4 +1,4 @@
-"""Hostile and very long names and prompts in every view: shown as text, and not cut off."""
+"""Hostile and very long names and prompts are shown as text in every view, and not cut off."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Image bases in a browser: images compared at several strengths; a training run's samples; a card's
-image."""
+"""Image bases in a browser: images at several strengths, a run's samples, and a card's image."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ GENERATED = "n => document.querySelectorAll('.drawn img').length === n"
 
 @pytest.fixture(scope="module", params=["tiny", PACKAGED])
 def drawing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """A server that generates and trains, with one adapter."""
+    """Start a server that generates images and trains, with one adapter."""
     folder = tmp_path_factory.mktemp("drawing")
     base_dir = tiny_image_base(folder, "flux1") if request.param == "tiny" else Path(request.param)
     base = load_image(str(base_dir))

@@ -1,4 +1,4 @@
-"""Every view's main path by keys only; the Library's is in test_library.py."""
+"""The main path of every view, with the keyboard only; the Library's is in test_library.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Library with a mouse, with keys only, with two users, and over a server that restarts."""
+"""The Library with a mouse, with the keyboard only, with two users, and while the server restarts."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_page_reconnects_to_a_restarted_server(chromium: Any, tiny_library: Any,
 
 
 def test_first_screen_appears_within_a_second(chromium: Any, server: StudioServer) -> None:
-    """In a new browser profile; the best of three, because of other load."""
+    """Uses a new browser profile and takes the best of three times, because of other load."""
     times = [Spent() for _ in range(3)]
     for spent in times:
         with new_window(chromium, server.address) as window:

@@ -1,5 +1,6 @@
-"""Live in two browsers: a route is created, changed, promoted and rolled back; a shadow's answers are
-compared."""
+"""Live in two browsers: a route is created, changed, promoted and rolled back.
+
+Also compares answers of a shadow."""
 
 from __future__ import annotations
 
@@ -38,13 +39,13 @@ def route(window: Window, name: str) -> Any:
 
 
 def weights(window: Window, **values: str) -> None:
-    """Wait until the route's form has these weights."""
+    """Wait until the form of the route `parcels` has these weights."""
     for name, value in values.items():
         window.has_value(route(window, "parcels").get_by_label(f"Weight of {name}"), value)
 
 
 def create(window: Window, name: str) -> None:
-    """Create a route to FIRST."""
+    """Create a route whose only target is FIRST."""
     page = window.page
     if not page.locator("details", has_text="New route").first.evaluate("at => at.open"):
         page.get_by_text("New route", exact=True).click()

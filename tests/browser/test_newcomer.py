@@ -1,4 +1,4 @@
-"""A newcomer with a mouse: from an empty library to a canary that answers."""
+"""A new user with a mouse, from an empty library to a canary that answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_an_empty_library_becomes_a_canary_release(
         page.get_by_text("Train on parcels.jsonl").click()
         window.press("Start")
         window.heading("parcels")
-        page.get_by_role("link", name="Open parcels@1").wait_for(timeout=600_000)  # two processes start, and train
+        page.get_by_role("link", name="Open parcels@1").wait_for(
+            timeout=600_000
+        )  # waits until two processes have started and trained
         window.press("Use this step")
         window.confirm("Use this step")
         window.until("is step")

@@ -1,4 +1,4 @@
-"""A view that is redrawn after another user's change loses no click and no input."""
+"""Redrawing a view after another user's change loses no click and no input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS = [("support@2", 90), (f"{LONG}@1", 10)]
 
 @contextmanager
 def mouse_down(page: Any, button: Any) -> Iterator[None]:
-    """Run the block between pressing and releasing the mouse on a button."""
+    """Press the mouse on a button, run the block, and release the mouse."""
 
     def hover() -> None:
         at = button.bounding_box()
@@ -100,7 +100,7 @@ def test_live_keeps_a_click_and_changes_of_other_routes(window: Window, store: S
 
 
 def test_key_acts_right_after_a_dialog_closes(window: Window) -> None:
-    """The closed dialog's field keeps the focus until the next frame."""
+    """A closed dialog's field keeps the focus until the next frame."""
     page = window.open("live").page
     window.keys("Control+k")
     page.locator("dialog[open]").wait_for()

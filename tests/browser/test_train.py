@@ -1,4 +1,4 @@
-"""From settings to a kept checkpoint with the mouse: planned while typed, started, watched, and compared."""
+"""From settings to a kept checkpoint, with the mouse: a run is planned, started, watched and compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.jobs.store import Job, JobStore
 from veneer.library.library import open_library
 
 TIMEOUT = 300_000
-"""Milliseconds. A run is a process of low priority."""
+"""Milliseconds to wait for an element; long, because runs have low priority."""
 CHART = "document.querySelector('.chart svg')?.outerHTML"
 
 
@@ -40,7 +40,9 @@ def newest(jobs: JobStore) -> Job:
     return jobs.jobs(None, limit=1)[0][0]
 
 
-def test_settings_to_a_kept_step(window: Window, trainer: StudioServer, tmp_path: Path, jobs: JobStore) -> None:
+def test_run_is_started_watched_and_a_step_kept(
+    window: Window, trainer: StudioServer, tmp_path: Path, jobs: JobStore
+) -> None:
     page = window.open("train").page
     other = page.get_by_label("Other settings")
     page.get_by_label("Data file").fill(str(parcel_rows(tmp_path)))

@@ -1,4 +1,4 @@
-"""Run the command line in the test's process."""
+"""Run the command line in the test process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Ran(NamedTuple):
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int | None = 0) -> Ran:
-    """Run a command that exits with `code`, or with any code if that is None."""
+    """Run a command and assert that it exits with `code`; None accepts any exit code."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(arguments)

@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the base's adapter `a`, and the untrained adapter `zero`."""
+    """Create a folder with two adapters of the base: `a`, and `zero`, which is untrained."""
     folder = tmp_path_factory.mktemp("adapters")
     text = load_text(str(base))
     untrained = create(text.model, LoraSpec(rank=4, alpha=8, targets=("q_proj", "down_proj"), rslora=True), seed=0)
@@ -42,7 +42,7 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
-    """Return the command's output, or its stderr if it fails."""
+    """Run `veneer adapter` and return its output, or its stderr if it fails."""
     with pytest.raises(SystemExit) as caught:
         main(["adapter", *map(str, argv)])
     out = capsys.readouterr()
@@ -57,7 +57,7 @@ def failures(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, str]:
     return {c["check"]: c["detail"] for c in found["checks"] if c["ok"] is False}
 
 
-def test_inspect_needs_no_base_and_says_what_is_in_it(capsys, made):
+def test_inspect_describes_an_adapter_without_its_base(capsys, made):
     found = json.loads(run(capsys, "inspect", made / "a", "--json"))
     assert (found["pairs"], found["ranks"], found["rslora"], found["dora"]) == (4, {"4": 4}, True, False)
     assert found["scales"] == {"4": 4}  # 8/√4
@@ -89,7 +89,7 @@ def test_an_image_base_error_names_the_right_command(capsys, made, tmp_path):
     assert "image bases need --by-shard" in said
 
 
-def test_verify_without_a_card_says_that_it_cannot_compare(capsys, made, tmp_path):
+def test_verify_without_a_card_skips_the_comparison(capsys, made, tmp_path):
     copied = copy(made / "a", tmp_path)
     (copied / "veneer.json").unlink()
     found = json.loads(run(capsys, "verify", copied, "--json"))
@@ -116,7 +116,7 @@ def test_verify_sees_changed_tensors_and_changed_scales(capsys, made, tmp_path):
     assert "adapter_config.json" in failures(capsys, str(copied))["hashes"]
 
 
-def test_verify_sees_what_does_not_hang_together(capsys, made, tmp_path):
+def test_verify_reports_a_missing_tensor(capsys, made, tmp_path):
     copied = copy(made / "a", tmp_path)
     tensors = load_file(copied / "adapter_model.safetensors")
     gone = next(k for k in tensors if "lora_B" in k)
@@ -190,14 +190,14 @@ def test_merge_writes_a_model_that_computes_what_the_mix_does(capsys, made, base
     assert load_text(str(out)).tokenizer("hello")["input_ids"] == text.tokenizer("hello")["input_ids"]
 
 
-def test_merge_into_sixteen_bits_says_what_rounding_took(capsys, made, base, tmp_path):
+def test_merge_into_16_bits_reports_the_rounding_error(capsys, made, base, tmp_path):
     text = run(capsys, "merge", made / "a", "--base", base, "-o", tmp_path / "m", "--dtype", "bfloat16")
     assert "rounding to bfloat16" in text
     assert "% of" in text
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
 
 
-def test_merge_warns_of_rounding_and_asks_where_it_takes_half(capsys, made, base, tmp_path):
+def test_merge_with_large_rounding_error_needs_accept_loss(capsys, made, base, tmp_path):
     def merge(to: str, strength: str, *more: str, code: int = 0) -> str:
         argv = ("merge", f"{made / 'a'}:{strength}", "--base", base, "-o", tmp_path / to, "--dtype", "bfloat16", *more)
         ran = cli.run(capsys, "adapter", *map(str, argv), code=code)
@@ -227,13 +227,13 @@ def test_merge_warns_of_rounding_and_asks_where_it_takes_half(capsys, made, base
         (["merge", "--base", "BASE", "-o", "OUT"], "Missing argument"),
     ],
 )
-def test_mistakes_end_with_2_and_leave_nothing(capsys, made, base, tmp_path, argv, words):
+def test_errors_exit_with_2_and_write_nothing(capsys, made, base, tmp_path, argv, words):
     names = {"A": str(made / "a"), "BASE": str(base), "OUT": str(tmp_path / "out")}
     assert words in run(capsys, *(names.get(a, a) for a in argv), code=2)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_merge_refuses_the_adapter_of_another_base_unless_told(capsys, base, made, tmp_path):
+def test_merge_of_another_bases_adapter_needs_an_option(capsys, base, made, tmp_path):
     text = load_text(str(base))
     adapter = replace(peft.read_folder(made / "a"), card=Card(base="org/other", base_fingerprint="sha256:other"))
     peft.write_folder(adapter, tmp_path / "a", base=text.model)
@@ -253,11 +253,13 @@ def test_a_full_disk_during_a_merge_leaves_no_files(capsys, base, made, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    assert "no room" in run(capsys, "merge", made / "a", "--base", base, "-o", tmp_path / "m", code=2)
+    assert "no space left on the device" in run(
+        capsys, "merge", made / "a", "--base", base, "-o", tmp_path / "m", code=2
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_of_everything_is_described(capsys, tmp_path):
+def test_adapter_with_every_kind_of_change_is_described(capsys, tmp_path):
     adapter = Adapter(linear_pairs(["a.q_proj"]).pairs, {"norm": {"weight": torch.ones(4)}}, card=Card(licence="mit"))
     peft.write_folder(adapter, tmp_path / "a")
     edit_json(tmp_path / "a" / "veneer.json", mood="good")

@@ -35,7 +35,7 @@ def test_convert_prints_what_was_written(tmp_path, capsys):
     same_changes(read(out).adapter, read(source).adapter)
 
 
-def test_the_adapter_itself_is_not_written_over(tmp_path, capsys):
+def test_convert_does_not_overwrite_its_input(tmp_path, capsys):
     source = kohya(tmp_path)
     before = source.read_bytes()
     for out in (str(source), str(source.parent / "." / source.name)):
@@ -65,7 +65,7 @@ def test_an_inexpressible_conversion_exits_with_2_and_writes_nothing(tmp_path, c
     run(capsys, "adapter", "convert", str(source), "--to", "onnx", "-o", str(out), code=2)
 
 
-def test_partial_files_are_refused_unless_asked_for(tmp_path, capsys):
+def test_partial_files_need_an_option(tmp_path, capsys):
     source, out = kohya(tmp_path), tmp_path / "more.safetensors"
     tensors, metadata = read_tensors(source)
     write_tensors(source, {**tensors, "lora_unet_nowhere.lora_up.weight": torch.ones(2, 1)}, metadata)
@@ -76,7 +76,7 @@ def test_partial_files_are_refused_unless_asked_for(tmp_path, capsys):
     assert "lora_unet_nowhere.lora_up.weight" in ran.err
 
 
-def test_gguf_takes_what_it_needs_from_the_base(tmp_path, capsys):
+def test_gguf_conversion_of_q_needs_the_base(tmp_path, capsys):
     base = tiny_base_dir(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     heads = config["num_attention_heads"]
@@ -87,5 +87,5 @@ def test_gguf_takes_what_it_needs_from_the_base(tmp_path, capsys):
     arguments = ("adapter", "convert", str(tmp_path / "it"), "--to", "gguf", "-o", str(out))
     assert "--base" in run(capsys, *arguments, code=2).err
     assert json.loads(run(capsys, *arguments, "--base", str(base), "--json").out)["family"] == "llama"
-    assert heads > 1  # with one head, every order of q's rows would be the same
+    assert heads > 1  # with a single head, the order of q's rows could not be wrong
     same_changes(read(out).adapter, read(tmp_path / "it").adapter)

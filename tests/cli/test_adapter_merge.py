@@ -1,4 +1,4 @@
-"""`veneer adapter merge` for adapters trained over a base in 4 bits."""
+"""`veneer adapter merge` for adapters that were trained over a 4-bit base."""
 
 from __future__ import annotations
 

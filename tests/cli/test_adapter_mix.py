@@ -1,5 +1,5 @@
-"""`veneer adapter mix|resize|extract|diff|strength`: output, `--json`, exit codes, and the docs page's
-commands."""
+"""`veneer adapter mix|resize|extract|diff|strength`: output, `--json`, exit codes, and all commands on the
+docs page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ["model.layers.0.q", "model.layers.1.q"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Create a folder with the adapters and models that the docs page names."""
+    """Create the adapters and models that the docs page names, and work in their folder."""
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("style", "product")):
         peft.write_folder(linear_pairs(NAMES, rank=2, width=8, seed=i), tmp_path / "runs" / name)
@@ -59,7 +59,7 @@ def test_errors_are_reported_without_a_traceback(here, capsys):
         (["mix", "runs/style", "runs/product", "-o", "m", "--method", "ties"], "give a rank"),
         (["mix", "runs/style", "-o", "m", "--method", "mean"], "there is no method"),
         (["resize", "runs/style", "-o", "m"], "a resize needs a size"),
-        (["strength", "runs/style", "--blocks", "down=1"], "fits no module"),
+        (["strength", "runs/style", "--blocks", "down=1"], "matches no module"),
     ):
         ran = run(capsys, "adapter", *arguments, code=2)
         assert words in ran.err

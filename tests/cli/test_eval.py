@@ -18,7 +18,7 @@ from veneer.models.text.base import load_text
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a base, an adapter of the base, and a few held-out rows."""
+    """Create a folder with a base, an adapter for the base, and a few held-out rows."""
     folder = tmp_path_factory.mktemp("eval")
     base = load_text(str(tiny_base_dir(folder)))
     adapter = create(base.model, LoraSpec(rank=2), seed=0)
@@ -43,7 +43,7 @@ def test_json_has_base_and_each_mix(folder: Path, capsys: pytest.CaptureFixture[
     assert len({s["loss"] for s in result.values()}) == 3
 
 
-def test_the_base_defaults_to_the_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_defaults_to_the_adapters_base(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(
         capsys, "eval", "--adapter", str(folder / "mine"), "--data", str(folder / "held.jsonl"), "--loss-only"
     ).out

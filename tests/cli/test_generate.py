@@ -1,4 +1,4 @@
-"""`veneer generate`: one prompt, several, a pipe, a conversation; with adapters; as JSON."""
+"""`veneer generate`: one prompt, several prompts, piped input, conversations, adapters, JSON."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_several_prompts_and_a_pipe_in_order(
         assert f"> {r['prompt']}\n{r['text']}\n" in plain
 
 
-def test_a_pipe_alone_is_one_prompt(capsys: Any, folder: Path, base: TextBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_piped_text_is_one_prompt(capsys: Any, folder: Path, base: TextBase, monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, "line one\nline two\n")
     ran = run(capsys, "generate", "--base", str(folder), "-n", "5")
     assert ran.out == texts(base, [chat_of("line one\nline two")], max_new_tokens=5)[0] + "\n"
@@ -93,7 +93,7 @@ def test_a_pipe_alone_is_one_prompt(capsys: Any, folder: Path, base: TextBase, m
     assert "no prompt" in run(capsys, "generate", "--base", str(folder), code=2).err
 
 
-def test_adapters_act_by_strength_and_bring_their_base(
+def test_adapters_apply_strengths_and_select_their_base(
     capsys: Any, folder: Path, base: TextBase, tmp_path: Path
 ) -> None:
     from veneer.adapters.use import attach_adapters

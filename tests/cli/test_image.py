@@ -70,7 +70,7 @@ def test_command_equals_the_python_call(capsys: Any, place: Path, base: ImageBas
     assert "CFG scale: 2" in record["infotext"]
 
 
-def test_roles_of_a_campaign_mean_their_strengths(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
+def test_campaign_roles_set_strengths(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
     roles = ["-a", "brand.safetensors:0.8@campaign=brand", "-a", "look.safetensors@campaign=lens"]
     ran = image(capsys, place, "a cat", *roles, "--steps", "2", "--seed", "5", "--json", "-o", "a.png")
     record = read_record("a.png")
@@ -96,10 +96,12 @@ def test_several_pictures_are_numbered(capsys: Any, place: Path, folder: Path) -
         assert t["infotext"].startswith("a cat" if t["file"] < "x-3" else "a dog")
 
 
-def test_a_batch_holds_a_mix_for_each_picture(
+def test_each_picture_of_a_batch_has_its_mix(
     capsys: Any, place: Path, base: ImageBase, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batched pictures equal separate ones; each PNG records its own mix, which reproduces the picture."""
+    """Pictures of a batch equal pictures generated separately.
+
+    Each PNG records its own mix, from which the picture can be reproduced."""
     from veneer.imaging import generate as making
 
     rows: list[dict[str, Any]] = [
@@ -138,7 +140,7 @@ def test_input_image_control_and_long_prompt_are_reported(capsys: Any, place: Pa
     options = ["-i", "in.png", "--denoise", "0.5", "--steps", "4", "-c", f"canny@{control}=in.png:0.6", "-o", "a.png"]
     ran = image(capsys, place, "a cat in the house " * 9, *options)
     assert "picture was resized from 64×64 to 32×32" in ran.err
-    assert "edges were found" in ran.err
+    assert "edges detected" in ran.err
     assert "does not read the end of the prompt" in ran.err
     record = read_record("a.png")
     assert record["settings"]["denoise"] == 0.5
@@ -225,7 +227,7 @@ def test_invalid_sheets_are_refused(capsys: Any, place: Path, folder: Path) -> N
         assert says in run(capsys, "image", "grid", *options, "--base", str(place), code=2).err
 
 
-def test_base_defaults_to_the_first_adapters(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
+def test_base_defaults_to_the_first_adapters_base(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
     adapter = random_adapter(base.model, 1)
     adapter.pairs = {n: p for n, p in adapter.pairs.items() if n.startswith("unet.")}
     adapter.card.base, adapter.card.kind = str(place), "image"

@@ -32,8 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A background worker, like that of `veneer serve --train`, and its job's process, which finds the
-    tenants' routes."""
+    """A background worker, like that of `veneer serve --train`, runs the job in a separate process.
+
+    That process finds the tenants' routes."""
     at, tenants = ("--library", str(folder / "library")), str(folder / "tenants.sqlite")
     with tenants_at(tenants) as known:
         manage.add_tenant(known, "acme", actor="test")
@@ -85,7 +86,7 @@ def test_submit_reports_why_a_job_fails(folder: Path, capsys: pytest.CaptureFixt
     assert ("failed" in out, "broken.jsonl:1" in out) == (True, True)
     assert "did you mean `adapter.rank`?" in run(capsys, "jobs", *at, "submit", config, "adapter.rang=3", code=2).err
     assert "cannot name an adapter" in run(capsys, "jobs", *at, "submit", config, "--name", "No Name", code=2).err
-    run(capsys, "worker", "--until-idle", "--library", str(folder / "other"))  # nothing to do
+    run(capsys, "worker", "--until-idle", "--library", str(folder / "other"))  # finds no job to run
 
 
 def test_training_server_starts_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:

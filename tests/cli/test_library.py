@@ -1,4 +1,4 @@
-"""`veneer library …` as a user types it, and the commands of its docs page."""
+"""`veneer library …` as a user types it, and the commands on its docs page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Create two PEFT folders in a separate veneer home."""
+    """Create two adapters in PEFT's format, and a separate veneer home."""
     import torch
 
     from veneer.core.adapter import Adapter, Card, Pair
@@ -139,13 +139,13 @@ def test_an_empty_list_explains_why(capsys: Any, adapters: list[Path]) -> None:
     run(capsys, "library", "add", "runs/1", "support", "--tag", "x")
     run(capsys, "library", "add", "runs/2", "support")
     assert run(capsys, "library", "search", "--tag", "x").out.strip() == (
-        "no latest version matches; older ones: 1 (--all-versions)"
+        "no latest version matches; matching older versions: 1 (--all-versions)"
     )
     assert run(capsys, "library", "search", "nowhere").out.strip() == "no matches"
 
 
 def test_layouts_of_other_tools_have_equal_digests(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
-    """The same adapter in three layouts has one digest; trigger words come from the file's metadata."""
+    """The same adapter in three layouts has one digest, and keeps the trigger words of its metadata."""
     import torch
 
     from veneer.core.adapter import Adapter, Card, Pair

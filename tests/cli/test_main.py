@@ -1,4 +1,4 @@
-"""The command line itself: lazy imports, and an exit code and a message for every outcome."""
+"""The command line in general: lazy imports, and the exit code and message of every outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.errors import Interrupted, VeneerError
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Add `veneer probe`, which raises or returns what the test sets on the fixture."""
+    """Add the command `veneer probe`, which raises `error` if the test sets it on the fixture."""
     probe: Any = ModuleType("probe")
     probe.error = None
 
@@ -36,7 +36,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class OutOfMemoryError(RuntimeError):
-    """An error with the name of torch's own."""
+    """An error with the same class name as torch's."""
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,11 @@ class OutOfMemoryError(RuntimeError):
         (OSError(errno.ENOSPC, "No space left on device", "/big/file"), 2, "the disk is full|/big/file"),
         (RuntimeError("IoError: No space left on device (os error 28)"), 2, "the disk is full"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000), 2, "name is too long|" + "x" * 100 + "…"),
-        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), 2, "not valid Unicode|type it again"),
+        (
+            UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
+            2,
+            "not valid Unicode|type the text again",
+        ),
         (RuntimeError("Could not determine home directory."), 2, "begins with ~|write out the path"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "no permission|/root/x"),
         (MemoryError(), 2, "memory is exhausted"),
@@ -57,7 +61,9 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 2, "GPU's memory"),
     ],
 )
-def test_every_end_has_its_exit_code_and_message(capsys: Any, command: Any, error: Any, code: int, words: str) -> None:
+def test_every_outcome_has_an_exit_code_and_message(
+    capsys: Any, command: Any, error: Any, code: int, words: str
+) -> None:
     command.error = error
     ran = run(capsys, "probe", code=code)
     assert ran.out == ("" if error else "done\n")
@@ -70,7 +76,7 @@ def test_unexpected_error_is_reported_as_a_bug(capsys: Any, command: Any) -> Non
     command.error = ZeroDivisionError("oh \x1b[2J")
     ran = run(capsys, "probe", code=70)
     assert "ZeroDivisionError: oh \\u001b[2J" in ran.err
-    assert "in act" in ran.err  # the innermost frame
+    assert "in act" in ran.err  # the message names the innermost frame
     assert "a bug in veneer" in ran.err
 
 
@@ -96,7 +102,7 @@ def test_version_is_printed(capsys: Any) -> None:
 
 
 def leaves(words: tuple[str, ...], command: Any) -> Iterator[tuple[str, ...]]:
-    """The words of every command below `command`, which can run without one of them."""
+    """Yield the words of `command` if it runs without a subcommand, and of all its subcommands."""
     below = getattr(command, "commands", {})
     if not below or command.invoke_without_command:
         yield words
@@ -110,7 +116,7 @@ def test_help_of_every_command_has_an_example(capsys: Any) -> None:
     every = [words for name in group.commands for words in leaves((name,), group.resolve_command(context, [name])[1])]
     assert len(every) > 50
     without = [w for w in every if f"Example: veneer {' '.join(w)}" not in run(capsys, *w, "--help").out]
-    assert without == [("image", "make")]  # written `veneer image`
+    assert without == [("image", "make")]  # its help shows `veneer image` instead
 
 
 def test_closed_pipe_ends_quietly() -> None:

@@ -1,4 +1,4 @@
-"""Texts from files are printed to a terminal or page as plain text."""
+"""Texts from files are escaped before they are printed to a terminal or page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TO_Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> list[Path]:
-    """Create a readable file, a refused file and a folder, all with escape sequences in their texts."""
+    """Create a valid file, an invalid file and a folder, all with escape sequences in their metadata."""
     metadata = {
         "modelspec.title": EVIL,
         "modelspec.trigger_phrase": EVIL,
@@ -37,7 +37,7 @@ def hostile(tmp_path: Path) -> list[Path]:
         "veneer.card": json.dumps({"base": EVIL, "trigger_words": [EVIL], "licence": EVIL, "created": EVIL}),
     }
     pair = {f"{TO_Q}.lora_down.weight": torch.ones(2, 6), f"{TO_Q}.lora_up.weight": torch.ones(4, 2)}
-    most = {  # a family needs at least half of the names
+    most = {  # a family is recognized by at least half of the names
         f"lora_unet_{block}_1_transformer_blocks_0_attn1_{to}.lora_{side}.weight": torch.ones(*shape)
         for block in [*(f"input_blocks_{n}" for n in (1, 2, 4, 5, 7, 8)), *(f"output_blocks_{n}" for n in range(3, 12))]
         for to in ("to_q", "to_k", "to_v")

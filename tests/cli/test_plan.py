@@ -55,7 +55,7 @@ def test_a_configuration_is_planned_from_its_data(capsys: pytest.CaptureFixture[
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     found = json.loads(run(capsys, "plan", str(tmp_path / "c.yaml"), "schedule.epochs=2", "--json").out)
     assert found["steps"] == 6
-    assert "guessed from characters" in found["facts"]["note"]
+    assert "estimated as one per 4 characters" in found["facts"]["note"]
     exact = run(capsys, "plan", str(tmp_path / "c.yaml"), "--rows", "100", "--tokens-per-row", "50", "--json").out
     assert json.loads(exact)["tokens"] == 3 * 100 * 50
 
@@ -93,7 +93,7 @@ def test_missing_and_unknown_options_are_refused(
 @pytest.mark.parametrize(
     ("option", "setting"), [("--rank=64", "adapter.rank=64"), ("--dtype=float32", "base.dtype=float32")]
 )
-def test_options_are_short_for_settings(capsys: pytest.CaptureFixture[str], option: str, setting: str) -> None:
+def test_options_equal_their_settings(capsys: pytest.CaptureFixture[str], option: str, setting: str) -> None:
     gpu = ["--gpu", "h100-80gb"]
     assert (
         run(capsys, *SMALL, *gpu, option).out == run(capsys, *SMALL, *gpu, setting).out != run(capsys, *SMALL, *gpu).out

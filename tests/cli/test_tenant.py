@@ -1,4 +1,4 @@
-"""`veneer tenant …` as a user types it; the page of the docs is in tests/test_tenants_page.py."""
+"""`veneer tenant …` as a user types it; tests/test_tenants_page.py tests its docs page."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_text_output_lists_the_locations(config: Path, tmp_path: Path, capsys: p
 def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", "--dry-run", "--json")
     assert json.loads(out)["preflight"]["ok"]
-    assert "Checked before step one" in err
+    assert "Checks before step one" in err
     assert "longest batch" in err
     assert not (tmp_path / "out").exists()
 
@@ -133,7 +133,7 @@ def test_processes_of_another_launcher_are_not_restarted(
 def test_several_configurations_are_trained_in_one_pass(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each run follows its file; overrides apply to all.
+    """Each run follows its own file; overrides apply to all runs.
 
     A run that cannot start is reported and sets the exit code."""
     files = []

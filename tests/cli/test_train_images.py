@@ -1,4 +1,4 @@
-"""`veneer train` on pictures, selected by data.pictures: the JSON object, the dry run, and the package's
+"""`veneer train` on pictures, selected by data.pictures: the JSON object, the dry run, and the Python
 functions."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-def test_json_on_stdout_the_rest_elsewhere(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_has_only_the_json(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = run(capsys, "train", str(config), f"output={tmp_path / 'out'}", "--json")
     result = json.loads(out)
     assert result["adapter"] == str(tmp_path / "out" / "out.safetensors")

@@ -1,4 +1,4 @@
-"""Helpers of float64 tests: dtypes with tolerances, seeded random tensors, and the comparison."""
+"""Helpers for comparisons with float64: tolerances by dtype, seeded random tensors, assertions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
-"""Relative to the norm of the float64 result; bfloat16 keeps 8 bits of each intermediate."""
+"""Maximum error relative to the norm of the float64 result; bfloat16 rounds intermediates to 8 bits."""
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -36,7 +36,9 @@ def same(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> N
 def same_with_gradients(
     y: Tensor, inputs: Sequence[Tensor], wanted: Tensor, wide_inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Assert that a result and its gradients equal the float64 ones to its dtype's tolerance; return them."""
+    """Assert that a result and its gradients equal those in float64, within the dtype's tolerance.
+
+    Returns the result and its gradients."""
     g = draw(*y.shape, dtype=y.dtype)
     got = [y, *torch.autograd.grad(y, inputs, g)]
     same(got, [wanted, *torch.autograd.grad(wanted, wide_inputs, g.double())], TOLERANCE[y.dtype])

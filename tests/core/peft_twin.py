@@ -1,5 +1,4 @@
-"""The same adapter in PEFT: a PEFT model on a copy of the base, with veneer's tensors; returns PEFT's
-gradients."""
+"""The same adapter in PEFT, on a copy of the base and with veneer's tensors; and its gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ PREFIX = "base_model.model."
 def twin(model: nn.Module, adapter: Adapter, **config: Any) -> nn.Module:
     """Return a copy of `model` with `adapter` applied by PEFT.
 
-    `config`: more LoraConfig fields (use_dora, …)."""
+    `config`: further fields of LoraConfig (use_dora, …)."""
     linear = [n for n, p in adapter.pairs.items() if p.kind != "experts"]
     experts = [n for n, p in adapter.pairs.items() if p.kind == "experts"]
     ranks = {n: p.rank for n, p in adapter.pairs.items()}
@@ -34,9 +33,9 @@ def twin(model: nn.Module, adapter: Adapter, **config: Any) -> nn.Module:
     } | config
     base = copy.deepcopy(model)
     if getattr(base, "config", None) is not None:
-        # PEFT takes gate_proj and up_proj of a mixture of experts for names of transformers 4 and moves them
-        # to the experts, which leaves dense layers with these names without a pair (Qwen3-MoE's
-        # mlp_only_layers).
+        # For a known mixture of experts, PEFT treats the names gate_proj and up_proj as those of transformers
+        # 4 and moves their pairs to the experts. Dense layers with these names (Qwen3-MoE's mlp_only_layers)
+        # would then have no pair.
         base.config.model_type = "as it is"
     out = peft.get_peft_model(base, peft.LoraConfig(**config))
     out.train(model.training)
@@ -50,7 +49,7 @@ def twin(model: nn.Module, adapter: Adapter, **config: Any) -> nn.Module:
 
 
 def gradients(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """Return PEFT's gradients under veneer's names and in veneer's shapes."""
+    """Return PEFT's gradients with veneer's names and shapes."""
     out = {}
     for name, mine, theirs in _tensors(model, adapter):
         grad = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)

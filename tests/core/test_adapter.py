@@ -79,7 +79,7 @@ def test_mapped_copies_every_tensor() -> None:
     assert doubled.pairs["b"].scale == adapter.pairs["b"].scale
 
 
-def test_component_has_the_names_of_its_model() -> None:
+def test_component_uses_the_names_of_its_model() -> None:
     one, two = Pair(torch.ones(2, 3), torch.ones(4, 2), 0.5), Pair(torch.ones(1, 3), torch.ones(4, 1), 2.0)
     norm = Delta("dense", {"value": torch.ones(4)}, (4,))
     whole = Adapter(

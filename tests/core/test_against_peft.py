@@ -1,4 +1,4 @@
-"""For every family and kind of module, outputs and gradients equal PEFT's on the same tensors, in float32."""
+"""For every family and kind of module, outputs and gradients equal those of PEFT in float32."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def noisy(adapter: Adapter, seed: int = 0, amount: float = 0.1) -> Adapter:
 
 
 def close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
-    """Assert equality to RTOL of the largest entry: sums of both signs lose more than their own last
-    digits."""
+    """Assert equality within RTOL, relative to the largest entry.
+
+    A sum of positive and negative terms can lose more than the last digits of its own value."""
     torch.testing.assert_close(
         ours, theirs, rtol=RTOL, atol=RTOL * theirs.abs().max().item(), msg=lambda m: f"{what}: {m}"
     )
 
 
 def compare(model: nn.Module, adapter: Adapter, run: Callable[[nn.Module], Tensor], **config: object) -> None:
-    """Compare outputs, and gradients of every tensor of the adapter, of veneer and PEFT on `model`."""
+    """Assert that outputs, and gradients of all the adapter's tensors, are equal in veneer and PEFT."""
     model.requires_grad_(False)
     theirs = twin(model, adapter, **config)
     with attached(model, adapter, trainable=True) as attachment:
@@ -71,9 +72,9 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "q_proj")
 CASES: list[tuple[str, dict[str, Any], bool]] = [
     *((family, {"alpha": 7.0}, True) for family in FAMILIES),
     *((family, {"dora": True}, True) for family in ("llama3", "gemma3", "qwen3")),
-    # Gemma scales its embeddings, and the pair must apply the same scale
+    # Gemma scales its embeddings, so the pair's output must be scaled too
     *((f, {"targets": EMBEDDINGS, "dora": dora}, False) for f in ("mistral", "gemma3") for dora in (False, True)),
-    ("mistral", {"dropout": 0.9}, True),  # none outside training
+    ("mistral", {"dropout": 0.9}, True),  # without effect outside training
     *(
         ("mistral", {"targets": ("q_proj",), "modules_to_save": modules}, True)
         for modules in (("lm_head",), ("norm",), ("lm_head", "embed_tokens"), ("layers.1.mlp",))
@@ -89,19 +90,19 @@ def test_outputs_and_gradients(family: str, spec: dict[str, Any], tied: bool) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_reaches_what_peft_reaches(family: str) -> None:
+def test_all_linear_selects_the_modules_that_peft_selects(family: str) -> None:
     model = FAMILIES[family]()
     ours = resolve_targets(model, LoraSpec())
     config = peft.LoraConfig(target_modules="all-linear")
     theirs = peft.tuners.tuners_utils._maybe_include_all_linear_layers(config, copy.deepcopy(model)).target_modules
-    # PEFT fails with a pair on Llama 4's router, which returns two tensors
+    # PEFT cannot apply a pair to Llama 4's router, which returns two tensors
     assert {t.name for t in ours if t.kind == "linear"} == {n for n in theirs if not n.endswith("router")}
     experts = {n for n, p in model.named_parameters() if ".experts." in n}
     assert {t.name for t in ours if t.kind == "experts"} == experts
 
 
 class TorchDropout:
-    """Dropout of core.dropout with the mask of F.dropout."""
+    """Replaces core.dropout's Dropout, with the same mask as F.dropout."""
 
     def __init__(self, p: float) -> None:
         self.p, self.mask = p, torch.empty(0)
@@ -116,8 +117,9 @@ class TorchDropout:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_while_training(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both use torch's mask, so the same entries are dropped; DoRA's norm part uses the dropped input, as in
-    PEFT."""
+    """veneer and PEFT both use torch's mask, so they drop the same entries.
+
+    As in PEFT, DoRA's norm part uses the input after dropout."""
     monkeypatch.setattr(linear, "Dropout", TorchDropout)
     model = FAMILIES["mistral"]().train()
     adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.3, dora=dora), seed=0))
@@ -147,15 +149,15 @@ def test_linears_and_convolutions(make: Callable[[], nn.Module], dora: bool) -> 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3", "mistral"])
 def test_token_rows(family: str) -> None:
-    """The first three are tied: replaced rows act in the head too."""
+    """Three of these families tie the head to the embedding, so replaced rows change it too."""
     model = FAMILIES[family]()
     hit = tuple(sorted({int(i) for i in ids().flatten()[:3]} | {159}))
     adapter = noisy(create(model, LoraSpec(rank=3, targets=("q_proj",), token_rows={"embed_tokens": hit}), seed=0))
     compare(model, adapter, logits)
 
 
-def test_token_rows_reach_every_module_tied_to_them() -> None:
-    """T5 ties three embeddings and the head; PEFT names the first embedding."""
+def test_token_rows_change_every_tied_module() -> None:
+    """T5 ties three embeddings and the head; PEFT's adapter names only the first embedding."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
@@ -176,7 +178,7 @@ def test_token_rows_reach_every_module_tied_to_them() -> None:
 
 
 def test_rank_alpha_patterns_and_rslora() -> None:
-    """Compares with the scale that PEFT derives from the same settings."""
+    """Ranks and scales equal those that PEFT derives from the same settings."""
     model = FAMILIES["mistral"]()
     targets = ("q_proj", "v_proj", "down_proj")
     patterns = {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 3}, "alpha_pattern": {"down_proj": 5.0}}
@@ -192,9 +194,9 @@ def test_rank_alpha_patterns_and_rslora() -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pissa_and_olora_train_like_peft_on_unchanged_base(init: str) -> None:
-    """PEFT subtracts s·B·A from W in place; veneer subtracts an origin.
+    """PEFT subtracts s·B·A from W in place; veneer subtracts an origin and leaves W unchanged.
 
-    Outputs agree before and after an equal update."""
+    Outputs agree before and after equal updates."""
     model = FAMILIES["mistral"]()
     model.requires_grad_(False)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -222,12 +224,12 @@ def test_pissa_and_olora_train_like_peft_on_unchanged_base(init: str) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
 def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
-    """The reference writes W + s·B·A into a float64 model; veneer uses low-rank products in float32.
+    """The reference adds s·B·A to the weights of a float64 model; veneer uses low-rank products in float32.
 
-    Holds for every experts implementation of transformers. (PEFT materializes all experts' sums at each
-    step.)"""
+    This is checked for every experts implementation of transformers. (PEFT materializes the changed weights
+    of all experts in each step.)"""
     model = FAMILIES[family]()
-    if family != "llama4":  # Llama 4 has a single implementation
+    if family != "llama4":  # Llama 4 has no choice of implementations
         model.set_experts_implementation(implementation)
     elif implementation != "eager":
         pytest.skip("Llama 4 has one implementation")
@@ -246,9 +248,10 @@ def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
         close(logits(model).double(), logits(exact), family)
 
 
-def test_dilation_is_kept_where_peft_forgets_it() -> None:
-    """PEFT's down convolution ignores dilation and padding mode; veneer's equals the merged float64
-    convolution."""
+def test_dilation_is_kept_although_peft_ignores_it() -> None:
+    """PEFT's down convolution ignores dilation and padding mode.
+
+    veneer's output equals that of the merged convolution in float64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding=1, padding_mode="reflect"))
     adapter = noisy(create(model, LoraSpec(rank=3, targets=("0",)), seed=0), amount=0.5)

@@ -1,4 +1,4 @@
-"""Attach and detach restore the base; errors list every problem."""
+"""Detaching restores the base, and errors list every problem."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 class Witness:
-    """Snapshot of a model: module objects, tensors by identity and bits, state-dict keys, and outputs."""
+    """Snapshot of a model: module objects, tensors (identity and bits), state-dict keys, and outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -122,7 +122,7 @@ def test_layers_are_wrapped_only_while_needed(model: PreTrainedModel, attachment
     assert wrapped() == set()
 
 
-def test_switching_adapters_and_using(model: PreTrainedModel, attachment: Attachment) -> None:
+def test_adapters_are_switched_by_use_and_using(model: PreTrainedModel, attachment: Attachment) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         attachment.add(name, trained(model, LoraSpec(rank=2), seed))
     attachment.use("a")
@@ -165,8 +165,8 @@ def test_one_error_lists_every_problem(model: PreTrainedModel, attachment: Attac
         f"{q0}: A is (2, 31), the base needs (2, 32)",
         f"{q1}.B: not finite",
         "q_porj: no such module in the base; nearest: model.layers.0.self_attn.q_proj",
-        "model.norm: a pair of kind linear on a LlamaRMSNorm",
-        "lm_head: a pair of kind conv on a Linear",
+        "model.norm: a pair of kind linear does not fit a LlamaRMSNorm",
+        "lm_head: a pair of kind conv does not fit a Linear",
         "model.layers.0.mlp.experts: no such module",
         "input_layernorm.bias: no such tensor",
         "input_layernorm.weight is (7,), the base needs (32,)",
@@ -180,7 +180,7 @@ def test_one_error_lists_every_problem(model: PreTrainedModel, attachment: Attac
     assert not any(isinstance(m, Layer) for m in model.modules())
 
 
-def test_mistakes_of_use(model: PreTrainedModel, attachment: Attachment) -> None:
+def test_invalid_arguments_of_use_are_refused(model: PreTrainedModel, attachment: Attachment) -> None:
     attachment.add("pairs", trained(model, LoraSpec(rank=2, targets=("q_proj", "lm_head"))))
     attachment.add("whole", trained(model, LoraSpec(rank=2, targets=("q_proj",), modules_to_save=("lm_head",))))
     attachment.add("norm", trained(model, LoraSpec(targets=(), modules_to_save=("model.norm",))))
@@ -221,7 +221,7 @@ def test_attaching_twice_is_an_error(model: PreTrainedModel, attachment: Attachm
     attach(model).detach()
 
 
-def test_parameters_are_own_and_snapshots_are_copies(model: PreTrainedModel, attachment: Attachment) -> None:
+def test_parameters_and_snapshots_are_independent_copies(model: PreTrainedModel, attachment: Attachment) -> None:
     adapter = trained(model, EVERYTHING)
     digest = adapter.digest()
     attachment.add("a", adapter, trainable=True)
@@ -245,7 +245,7 @@ def test_parameters_are_own_and_snapshots_are_copies(model: PreTrainedModel, att
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama3", "mixtral", "llama4"])
 def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
-    """Gradients, dropout included, are equal if the backward pass recomputes activations."""
+    """Gradients stay equal if the backward pass recomputes activations, also with dropout."""
     grads = []
     for checkpointing in (False, True):
         model = FAMILIES[family]().train()
@@ -271,7 +271,7 @@ def test_modules_shared_by_two_parents_are_wrapped_in_both() -> None:
     assert model["a"][0] is model["b"][0] is shared
 
 
-def test_attributes_of_the_base_are_still_there(model: PreTrainedModel, attachment: Attachment) -> None:
+def test_attributes_of_the_base_stay_accessible(model: PreTrainedModel, attachment: Attachment) -> None:
     attachment.add("a", trained(model, LoraSpec(rank=2, targets=("lm_head", "embed_tokens"))))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.get_input_embeddings().padding_idx == 0
@@ -280,7 +280,7 @@ def test_attributes_of_the_base_are_still_there(model: PreTrainedModel, attachme
 
 
 def test_a_router_takes_a_linear_pair() -> None:
-    """The pair acts, merges, trains and detaches; it cannot act on only some tokens."""
+    """The pair changes outputs, merges, trains and detaches, but cannot apply to some tokens only."""
     model = FAMILIES["mixtral"]()
     witness = Witness(model)
     g = torch.Generator().manual_seed(2)

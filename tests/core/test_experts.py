@@ -1,4 +1,4 @@
-"""AdaptedWeight computes every product like the dense sum."""
+"""AdaptedWeight computes every product as if its weights were dense sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.ops.lowrank import LowRank
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
+def test_adapted_weights_support_torchs_products(flipped: bool) -> None:
     torch.manual_seed(0)
     E, out, rows = 3, 4, 5
     W = torch.randn(E, rows, out) if flipped else torch.randn(E, out, rows)
@@ -38,7 +38,7 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
         (right.mT @ x.mT, dense.mT @ x.mT),
         (torch.bmm(right.transpose(-1, -2)[index], x.mT), dense.mT[index] @ x.mT),
         (nn.functional.linear(x[0], right[1].mT, torch.ones(out)), x[0] @ dense[1] + 1),
-        (torch.einsum("eni,eio->eno", x, right), x @ dense),  # an unknown product uses the dense sum
+        (torch.einsum("eni,eio->eno", x, right), x @ dense),  # a product that is not supported uses the dense sum
         (right.sum(), dense.sum()),
     ]:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -50,7 +50,7 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
 
 
 def test_rows_of_no_expert_are_zero_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's product leaves uninitialized memory in rows after the last offset, and in their gradients."""
+    """On a GPU, grouped_mm leaves rows after the last offset, and their gradients, uninitialized."""
 
     def product(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
         x, weight, ends = x.as_subclass(Tensor), weight.as_subclass(Tensor), offs.as_subclass(Tensor).tolist()
@@ -58,7 +58,7 @@ def test_rows_of_no_expert_are_zero_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch
         return torch.cat([*parts, x[ends[-1] :] @ weight[0] * float("nan")])
 
     arange = torch.arange
-    monkeypatch.setattr("torch.arange", lambda n, device=None: arange(n))  # this machine lacks the device
+    monkeypatch.setattr("torch.arange", lambda n, device=None: arange(n))  # ignore the device, which this machine lacks
     monkeypatch.setattr("torch.nn.functional.grouped_mm", product, raising=False)
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(6, 16, generator=g).bfloat16(), torch.randn(2, 16, 8, generator=g).bfloat16()

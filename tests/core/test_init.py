@@ -1,4 +1,4 @@
-"""Initialization: zero delta, determinism, distributions of the papers."""
+"""Initialization: zero delta, determinism, and the distributions given in the papers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_every_init_starts_at_zero_delta(init: str, dora: bool) -> None:
     for name, pair in adapter.pairs.items():
         change = delta(model[int(name)], pair)
         assert change.shape == model[int(name)].weight.shape
-        # DoRA divides by the norm and multiplies by it again
+        # DoRA divides by the norm and multiplies by it, which rounds twice
         assert change.abs().max() <= (1e-6 if dora else 0.0)
         assert pair.A.dtype == pair.B.dtype == torch.float32
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_same_seed_same_adapter_whatever_the_global_state() -> None:
+def test_adapter_depends_on_seed_not_global_random_state() -> None:
     model = zoo()
     digests = set()
     for _ in range(2):
@@ -65,7 +65,7 @@ def test_factors_have_the_stated_distributions() -> None:
     assert gauss["2"].A.std().item() == pytest.approx(1 / 16, rel=0.05)
 
 
-def test_pissa_holds_the_best_approximation_of_its_rank() -> None:
+def test_pissa_is_the_best_approximation_of_its_rank() -> None:
     model = nn.Sequential(nn.Linear(12, 9, bias=False))
     pair = create(model, LoraSpec(rank=3, alpha=5.0, targets=("0",), init="pissa"), seed=0).pairs["0"]
     W = model[0].weight.detach()
@@ -98,7 +98,7 @@ def test_dora_starts_with_the_norm_of_each_output() -> None:
     torch.testing.assert_close(pairs["2"].magnitude, model[2].weight.detach().flatten(1).norm(dim=1))
 
 
-def test_copies_are_copies() -> None:
+def test_full_copies_do_not_share_memory_with_the_base() -> None:
     model = FAMILIES["mistral"]().to(torch.bfloat16)
     spec = LoraSpec(targets=(), modules_to_save=("lm_head",), token_rows={"embed_tokens": (5, 3)})
     adapter = create(model, spec, seed=0)
@@ -121,12 +121,12 @@ IMPOSSIBLE_SETTINGS = [
     (LoraSpec(dropout=1.0), ConfigError, "dropout 1.0"),
     (LoraSpec(init="pisa"), ConfigError, "'pisa'"),  # type: ignore[arg-type]
     (LoraSpec(targets=()), TargetError, "nothing to train"),
-    (LoraSpec(rank=31, targets=("0",), init="pissa"), TargetError, "rank 30 at most"),
+    (LoraSpec(rank=31, targets=("0",), init="pissa"), TargetError, "rank 31 on 0: at most 30"),
 ]
 
 
 @pytest.mark.parametrize(("spec", "error", "say"), IMPOSSIBLE_SETTINGS)
-def test_impossible_settings(spec: LoraSpec, error: type[Exception], say: str) -> None:
+def test_impossible_settings_are_refused(spec: LoraSpec, error: type[Exception], say: str) -> None:
     with pytest.raises(error, match=say):
         create(zoo(), spec, seed=0)
 

@@ -41,7 +41,7 @@ def test_the_fast_path_equals_the_reference(
             if not fast:
                 monkeypatch.setattr(LoraLinear, "linear_map", lambda self: None)
             y = model(x)
-            y.mul_(torch.linspace(1, 2, 4))  # as some models do with a module's output
+            y.mul_(torch.linspace(1, 2, 4))  # in place, as some models do with a module's output
             grads = torch.autograd.grad(y.square().sum(), [x, *attachment.parameters("a").values()])
             results.append([y, *grads])
     for fast_value, reference in zip(*results, strict=True):
@@ -68,7 +68,7 @@ def test_a_base_that_trains_keeps_its_gradient() -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mixtral"])
 def test_a_bf16_base_under_a_float32_adapter(family: str) -> None:
-    """Outputs stay bf16 and close to the float32 model's; gradients are float32."""
+    """Outputs are bf16 and close to those of the float32 model; gradients are float32."""
     exact = FAMILIES[family]().requires_grad_(False)
     adapter = trained(exact, LoraSpec(rank=3, targets=("all-linear", "embed_tokens", "lm_head")))
     outs = []
@@ -82,7 +82,7 @@ def test_a_bf16_base_under_a_float32_adapter(family: str) -> None:
             outs.append(y)
     assert outs[1].dtype == torch.bfloat16
     error = (outs[1].float() - outs[0]).norm() / outs[0].norm()
-    assert error < 0.1  # 8 bits of mantissa through two layers; a token's routing can differ
+    assert error < 0.1  # two layers with 8 bits of mantissa; the routing of a token can differ
 
 
 def test_autocast() -> None:
@@ -112,8 +112,10 @@ def test_transposed_linear_of_gpt2() -> None:
 
 
 def test_linear_with_a_packed_weight_is_read_by_identity() -> None:
-    """A quantized base: the layer calls the module; DoRA and merging read the weight as its output for the
-    identity."""
+    """A layer whose stored weight is packed, as in a quantized base.
+
+    The adapted layer calls the packed module. DoRA and merging compute the dense weight as the module's
+    output for an identity matrix."""
 
     class LinearPacked(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:
@@ -165,7 +167,7 @@ def test_token_rows_mix_by_strength_in_embedding_and_tied_head() -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
-def test_experts_never_make_the_dense_sum(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_never_build_dense_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: AdaptedWeight) -> Tensor:
         raise AssertionError("an expert weight was made dense")
 
@@ -179,8 +181,7 @@ def test_experts_never_make_the_dense_sum(family: str, monkeypatch: pytest.Monke
 
 
 def test_expert_dropout_has_the_right_mean() -> None:
-    """Averaged over many samples, the output equals the one without dropout; outside training there is no
-    dropout."""
+    """Averaged over many samples, the output equals the output without dropout."""
     model = FAMILIES["mixtral"]()
     experts = model.model.layers[0].mlp.experts
     adapter = trained(model, LoraSpec(rank=2, targets=("experts.down_proj",), dropout=0.5))

@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Sums(nn.Module):
-    """A linear, and convolutions of two kinds."""
+    """A linear layer and two convolutions with different kernel sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def learned(model: nn.Module, dtype: torch.dtype = torch.float64, **spec: Any) -
 
 
 def peft_twin(model: nn.Module, adapter: Adapter, spec: dict[str, Any]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Return PEFT's model with the same values, and its parameters under veneer's names."""
+    """Return PEFT's model with the same values, and its parameters by veneer's names."""
     rank, both, factor = spec["rank"], spec.get("decompose_both", False), spec.get("factor") or -1
     common: dict[str, Any] = {"r": rank, "alpha": 2 * rank, "target_modules": list(NAMES)}
     config = (
@@ -82,7 +82,7 @@ def peft_twin(model: nn.Module, adapter: Adapter, spec: dict[str, Any]) -> tuple
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_forward_and_gradients_are_pefts(way: str) -> None:
+def test_outputs_and_gradients_equal_pefts(way: str) -> None:
     torch.manual_seed(0)
     model, spec, given = Sums().double(), WAYS[way], inputs()
     adapter = learned(model, **spec)
@@ -100,7 +100,7 @@ def test_forward_and_gradients_are_pefts(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_trained_lycoris_equals_its_merge(way: str) -> None:
-    """At strength −0.7, y equals y of weights merged at −0.7."""
+    """At strength −0.7, the output equals that of weights merged with strength −0.7."""
     torch.manual_seed(0)
     model, given = Sums().double(), inputs()
     adapter = learned(model, **WAYS[way])

@@ -1,4 +1,4 @@
-"""Merged weights act like the attached mix."""
+"""Models with merged weights compute what the attached mix computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.ops.quantized import quantize
 
 
 def loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Return a copy of the model with new weights; tied weights that differ are untied."""
+    """Return a copy of the model with new weights; a weight in `state` is no longer tied."""
     out = copy.deepcopy(model)
     for name, tensor in state.items():
         owner, _, key = name.rpartition(".")
@@ -40,7 +40,9 @@ SPECS = {
 @pytest.mark.parametrize("what", SPECS)
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mixtral", "llama4"])
 def test_merged_equals_attached(family: str, what: str) -> None:
-    """To 2e-5 of the largest logit in float32: W + ΔW is rounded before the product, W·x + ΔW·x after it."""
+    """Outputs agree within 2e-5 of the largest logit in float32.
+
+    They differ because W + ΔW is rounded before the product, and W·x + ΔW·x after it."""
     model = FAMILIES[family]()
     spec = SPECS[what]
     if family == "llama3" and what == "dora":
@@ -84,8 +86,8 @@ BESIDE_ROWS = {
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("beside", BESIDE_ROWS)
-def test_token_rows_add_up_with_what_else_changes_their_weight(beside: str, strength: float) -> None:
-    """W + s·(rows − W) + ΔW: attached for all rows, attached per row, and merged."""
+def test_token_rows_add_to_other_changes_of_their_weight(beside: str, strength: float) -> None:
+    """Attached for all rows, attached per row, and merged, it is W + s·(rows − W) + ΔW."""
     model = FAMILIES["llama3"]()
     ids = IDS.clone()
     ids[:, :4] = torch.tensor([5, 77, 9, 3])
@@ -103,7 +105,7 @@ def test_token_rows_add_up_with_what_else_changes_their_weight(beside: str, stre
     torch.testing.assert_close(y, z, rtol=0, atol=2e-5 * y.abs().max().item())
 
 
-def test_rows_alone_are_their_own_values_bit_for_bit() -> None:
+def test_token_rows_without_other_changes_are_exact() -> None:
     model = FAMILIES["llama3"]()
     adapter = trained(model, ROWS, 1)
     rows = adapter.token_rows["model.embed_tokens"]
@@ -146,7 +148,7 @@ def test_rounded_once_to_the_bases_dtype(dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
     else:
-        # differs from the nearest number of the dtype by at most one float32 sum
+        # the float32 sum can round to a neighbor of the nearest number, but rarely does
         assert (got != exact.to(dtype)).float().mean() < 0.01
 
 
@@ -169,7 +171,7 @@ def test_delta_of_each_kind_by_hand() -> None:
 
 @pytest.mark.parametrize(("kind", "within"), [(None, 1e-4), ("nf4", 1e-4), ("float64", 1e-12)])
 def test_low_rank_norm_equals_adapted_norm(kind: str | None, within: float) -> None:
-    """For a float32 pair on a 16-bit W, also quantized; exact if nothing is rounded."""
+    """Holds for a float32 pair on a 16-bit or quantized W; exact if nothing is rounded."""
     g = torch.Generator().manual_seed(0)
     dtype = torch.float64 if kind == "float64" else torch.float32
     W = (0.05 * torch.randn(96, 256, generator=g)).to(torch.float64 if kind == "float64" else torch.bfloat16)

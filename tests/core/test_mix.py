@@ -1,4 +1,4 @@
-"""Mixing against dense float64 and PEFT."""
+"""Mixes equal those computed densely in float64, and those of PEFT."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_mixing_unlike_shapes_lists_every_module():
         mix([])
 
 
-# -- TIES, by its definition in numpy --------------------------------------------------------------
+# -- TIES, compared with its definition in numpy ---------------------------------------------------
 
 
 def keep(t: np.ndarray, density: float) -> np.ndarray:
@@ -111,7 +111,7 @@ def elected(parts: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_trimming_acts_on_the_entries_of_the_true_change(density):
+def test_trimming_applies_to_entries_of_the_dense_change(density):
     pairs = [(linear(3, 0, 2.0), 1.0), (linear(2, 1), -0.7), (linear(4, 2, 0.5), 1.3)]
     tau = [w * dense(p)[0] for p, w in pairs]
     answer = elected([keep(t, density) for t in tau])
@@ -139,7 +139,7 @@ def thin(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return u[:, : pair.rank], s[: pair.rank], v[: pair.rank]
 
 
-def test_orthogonal_is_the_procrustes_answer_of_the_paper():
+def test_orthogonal_is_the_papers_procrustes_solution():
     a, b = linear(3, 0), linear(2, 1, 0.5)
     (ua, sa, va), (ub, sb, vb) = thin(a), thin(b)
     pu, _, qu = np.linalg.svd(np.hstack([ua, ub]), full_matrices=False)
@@ -165,7 +165,7 @@ def test_orthogonal_of_disjoint_and_equal_adapters():
 
 
 def peft_mix(pairs: list[Pair], weights: list[float], kind: str, **how: Any) -> np.ndarray:
-    """Return ΔW of PEFT's add_weighted_adapter."""
+    """Return the ΔW that PEFT's add_weighted_adapter computes."""
     from peft import LoraConfig, get_peft_model
 
     class Net(nn.Module):
@@ -186,12 +186,14 @@ def peft_mix(pairs: list[Pair], weights: list[float], kind: str, **how: Any) -> 
         return layer.get_delta_weight("mix").detach().double().numpy()
 
 
-def test_peft_s_cat_and_svd_are_ours():
+def test_sum_and_svd_equal_pefts_cat_and_svd():
     pairs, weights = [linear(4, 0, 2.0), linear(2, 1, 0.5)], [0.7, 0.4]
     given_ = list(zip(pairs, weights, strict=True))
     close(dense(mix_pairs(given_)[0])[0], peft_mix(pairs, weights, "cat"), 1e-5)
     close(dense(mix_pairs(given_, "svd", Bound(rank=3))[0])[0], peft_mix(pairs, weights, "svd", svd_rank=3), 1e-5)
-    close(dense(mix_pairs(given_, "svd")[0])[0], peft_mix(pairs, weights, "svd"), 1e-5)  # PEFT uses the largest rank
+    close(
+        dense(mix_pairs(given_, "svd")[0])[0], peft_mix(pairs, weights, "svd"), 1e-5
+    )  # without a rank, PEFT uses the largest of the pairs
 
 
 def test_trimming_matches_peft_svd_variants():
@@ -213,7 +215,7 @@ def test_single_adapter_modules_are_copied_exactly():
         assert sorted(out.parts) == ["x", "y", "z"]
 
 
-def test_the_error_over_all_modules_is_that_of_all_entries():
+def test_total_error_is_the_norm_over_all_entries():
     a, b = (Adapter({n: linear(3, i + 7 * j) for i, n in enumerate("xyz")}) for j in range(2))
     out = mix([(a, 1.0), (b, 1.0)], "svd", Bound(rank=1))
     truth = {n: dense(a.pairs[n])[0] + dense(b.pairs[n])[0] for n in "xyz"}
@@ -318,7 +320,7 @@ def test_full_copies_and_token_rows_mix_as_deltas():
     close(full.rows, torch.stack([x[0], y[1], x[1] + y[0] - W[3]]))
 
 
-def test_mixing_leaves_its_inputs_alone():
+def test_mixing_does_not_change_its_inputs():
     adapter = Adapter({"m": linear(2, 0)}, deltas={"m.bias": Delta("dense", {"value": noise(OUT)}, (OUT,))})
     before = copy.deepcopy(adapter).digest()
     mix([(adapter, 2.0), (one(linear(1, 1)), 1.0)], "ties", Bound(rank=2))

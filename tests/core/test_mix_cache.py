@@ -1,4 +1,4 @@
-"""Cached weights of mixes: exact, current, bounded."""
+"""Cached weights of mixes are exact and up to date, and their memory is bounded."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def test_bf16_cache_is_as_exact_as_the_reference(wide: bool) -> None:
 def test_grouped_copies_equal_single_copies(
     strengths: list[float], dtype: torch.dtype, order: torch.memory_format
 ) -> None:
-    """Modules of one shape with different scales and ranks, with and without biases, one or two adapters, one
-    with DoRA."""
+    """The modules have equal shapes but different scales and ranks, with and without biases.
+
+    Each has one or two adapters; one module has DoRA."""
     torch.manual_seed(0)
     parts: dict[str, nn.Module] = {f"l{i}": nn.Linear(24, 20, bias=i % 2 == 0) for i in range(5)}
     parts |= {f"c{i}": nn.Conv2d(3, 7, 3) for i in range(5)}
@@ -122,7 +123,7 @@ def test_grouped_copies_equal_single_copies(
         for name in model:
             base, own = attachment.cache.modules[name], {}
             if any(name in adapter.pairs for adapter, _ in mix):
-                alone = MixCache({name: base}, 1 << 30).get(name, mix)  # no other module to group with
+                alone = MixCache({name: base}, 1 << 30).get(name, mix)  # a cache without other modules to group with
                 assert alone.weight is not None
                 own = {"weight": alone.weight} | ({} if alone.bias is None else {"bias": alone.bias})
             apart.append(functional_call(base, own, x[name[0]]))
@@ -131,7 +132,7 @@ def test_grouped_copies_equal_single_copies(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
-def test_the_base_is_not_written_to(net: Attachment) -> None:
+def test_base_weights_are_not_changed(net: Attachment) -> None:
     before = copy.deepcopy(net.model.state_dict())
     net.use("everything", ("forms", 0.5), "dora")
     outputs(net, 1 << 20, IDS)
@@ -155,7 +156,7 @@ X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
 def fresh(attachment: Attachment) -> Tensor:
-    """Return the reference's current result."""
+    """Return the output without the cache."""
     with torch.enable_grad():
         out: Tensor = attachment.model(X)
     return out.detach()

@@ -1,4 +1,4 @@
-"""A mix per row equals each row computed separately."""
+"""A batch with one mix per row equals its rows computed separately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mix = tuple[tuple[str, float], ...]
 
 
 class Gate(nn.Module):
-    """A module with two input tensors that can have a trained full copy."""
+    """A module with two input tensors; an adapter can have a full copy of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +32,7 @@ class Gate(nn.Module):
 
 
 class Net(nn.Module):
-    """Every kind of layer in sequence: embedding (tied head), linear, convolutions, norms, a two-input
-    gate."""
+    """All kinds of layers: embedding with tied head, linear, norm, two-input gate, convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +84,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    """Assert equality within the rounding of float32 over a few layers."""
+    """Assert equality within the float32 rounding of a few layers."""
     assert got.shape == want.shape
     assert (got - want).norm() <= 1e-5 * want.norm()
 
@@ -110,7 +109,7 @@ def test_a_batch_equals_its_rows_one_by_one(net: Attachment, mixes: list[Mix], r
     net.use_rows(mixes)
     want = alone(net, mixes, ids)
     close(net.model(ids), want)
-    with torch.no_grad():  # prepared copies are used, see core.ready
+    with torch.no_grad():  # uses prepared copies, see core.ready
         close(net.model(ids), want)
 
 
@@ -190,7 +189,7 @@ def test_a_bf16_base_under_a_float32_adapter() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 3 * (MAX_REPEATS + 1)])
-def test_a_batch_that_does_not_fit_the_mixes(net: Attachment, batch: int) -> None:
+def test_batch_that_is_no_multiple_of_the_mixes_is_refused(net: Attachment, batch: int) -> None:
     net.use_rows([["linears"], [], ["everything"]])
     with pytest.raises(AdapterError, match=rf"3 mixes for a batch of {batch} rows"):
         net.model(torch.zeros(batch, 4, dtype=torch.long))
@@ -202,9 +201,9 @@ def test_module_without_batch_rows_is_an_error() -> None:
     with holding(model, a=create(model, LoraSpec(targets=("linear", "conv")), seed=0), n=loud) as attachment:
         attachment.use_rows([["a", "n"], []])
         for name, x in [
-            ("linear", torch.ones(6)),  # a vector: its first dimension is the features
-            ("conv", torch.ones(6, 4, 4)),  # a picture without a batch dimension dimension
-            ("linear", torch.ones(2 * 77, 6)),  # tokens of all rows, flattened
+            ("linear", torch.ones(6)),  # a vector, whose first dimension is the features
+            ("conv", torch.ones(6, 4, 4)),  # a picture without a batch dimension
+            ("linear", torch.ones(2 * 77, 6)),  # the tokens of all rows, flattened
             ("norm", torch.ones(2 * 77, 6)),
             ("norm", torch.ones(3, 6)),
         ]:
@@ -216,7 +215,9 @@ def test_module_without_batch_rows_is_an_error() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_shared_expert_with_flattened_rows(tokens: int) -> None:
-    """The shared expert gets (rows · tokens, dim): as many entries as repeated rows, in another order."""
+    """The shared expert's input is (rows · tokens, dim).
+
+    Its first dimension could be mistaken for that of a batch with repeated rows, which has another order."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(0)
@@ -246,8 +247,8 @@ def test_shared_expert_with_flattened_rows(tokens: int) -> None:
     assert not model._forward_pre_hooks
 
 
-def test_rows_of_a_pipeline_are_those_of_the_called_part() -> None:
-    """An image base's parts are children of a module that is never called."""
+def test_row_mixes_use_the_batch_of_the_called_part() -> None:
+    """An image base's parts are called one by one; the module that contains them is never called."""
     torch.manual_seed(0)
     parts = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(6, 6)), "text": nn.Sequential(nn.Linear(6, 6))})
     parts.requires_grad_(False)
@@ -280,7 +281,7 @@ def test_fused_experts_refuse_row_mixes() -> None:
     model = FAMILIES["mixtral"]()
     with holding(model, a=create(model, LoraSpec(rank=2, targets=("experts.down_proj",)), seed=0)) as attachment:
         attachment.use_rows([["a"], []])
-        with pytest.raises(AdapterError, match="no mix for each row there"):
+        with pytest.raises(AdapterError, match="each row cannot have its own mix"):
             model(torch.ones(2, 5, dtype=torch.long))
         attachment.use_rows([["a"], ["a"]])
         model(torch.ones(2, 5, dtype=torch.long))
@@ -302,7 +303,7 @@ def test_invalid_row_mixes_are_refused(net: Attachment) -> None:
     assert net.selection is before
 
 
-def test_removing_an_adapter_takes_it_out_of_the_rows() -> None:
+def test_removed_adapter_leaves_all_row_mixes() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     with attach(model) as attachment:
         for name, seed in (("a", 1), ("b", 2)):

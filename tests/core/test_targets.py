@@ -38,14 +38,14 @@ def test_patterns(pattern: str, name: str, hit: bool) -> None:
     assert target_matches(pattern, name) is hit
 
 
-def test_a_string_is_one_pattern_and_order_is_the_models() -> None:
+def test_string_is_one_pattern_and_matches_have_model_order() -> None:
     assert names(LoraSpec(targets="v_proj")) == [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
     assert names(LoraSpec(targets=("v_proj", "q_proj", "q_proj"))) == [
         f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"
     ]
 
 
-def test_all_linear_leaves_the_head_out_unless_named() -> None:
+def test_all_linear_excludes_the_head_unless_named() -> None:
     assert len(names(LoraSpec())) == 14
     assert names(LoraSpec(targets=("all-linear", "lm_head")))[-1] == "lm_head"
 
@@ -67,7 +67,7 @@ def test_experts_are_named_by_parameter_and_excluded_by_module() -> None:
     assert all(t.kind == "linear" for t in resolve_targets(FAMILIES["mixtral"](), LoraSpec(exclude=("experts",))))
 
 
-def test_matches_per_pattern_counts_what_is_left() -> None:
+def test_matches_per_pattern_are_counted_after_exclusions() -> None:
     spec = LoraSpec(targets=("q_proj", "mlp.*"), layers=(0,))
     found = matches_per_pattern(FAMILIES["llama3"](), spec)
     assert {p: len(n) for p, n in found.items()} == {"q_proj": 1, "mlp.*": 3}
@@ -76,7 +76,7 @@ def test_matches_per_pattern_counts_what_is_left() -> None:
 EMPTY_SELECTIONS = [
     (LoraSpec(targets=("q_porj",)), "q_proj"),
     (LoraSpec(targets=("q_proj", "wq")), "'wq' matches nothing"),
-    (LoraSpec(targets=("norm",)), "cannot carry a pair: model.norm"),
+    (LoraSpec(targets=("norm",)), "do not support a pair: model.norm"),
     (LoraSpec(targets=("re:(",)), "not a regular expression"),
     (LoraSpec(exclude=("q_porj",)), "q_proj"),
     (LoraSpec(layers=(0, 7)), r"layers \[7\] do not exist"),

@@ -33,7 +33,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 
 
 def pair_of(kind: str, rank: int = 5, seed: int = 0) -> Pair:
-    """Return a pair with decreasing singular values, so that every rank truncates a different part."""
+    """Return a pair with decreasing singular values, so that the cut differs for each rank."""
     fall = 0.5 ** torch.arange(rank, dtype=torch.float32)
     if kind == "conv":
         A, B = noise(rank, 4, 3, 3, seed=seed), noise(9, rank, 1, 1, seed=seed + 1)
@@ -45,7 +45,7 @@ def pair_of(kind: str, rank: int = 5, seed: int = 0) -> Pair:
 
 
 def dense(pair: Pair) -> np.ndarray:
-    """By einsum: not the code under test."""
+    """Return ΔW computed with numpy, independently of the code under test."""
     A, B = pair.A.double().numpy(), pair.B.double().numpy()
     if pair.kind == "experts":
         return pair.scale * np.einsum("eor,eri->eoi", B, A)
@@ -78,7 +78,7 @@ def test_truncation_is_optimal_and_reports_its_error(kind, rank):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
-def test_thin_svd_is_numpys_of_the_dense_matrix(rank, out, n, seed):
+def test_thin_svd_equals_numpys_of_the_dense_matrix(rank, out, n, seed):
     A, B = noise(rank, n, seed=seed), noise(out, rank, seed=seed + 1)
     U, S, V = thin_svd(A, B)
     whole = B.double() @ A.double()
@@ -93,7 +93,7 @@ def test_thin_svd_is_numpys_of_the_dense_matrix(rank, out, n, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 8), st.floats(0.01, 1), st.booleans())
-def test_rank_for_is_the_smallest_that_meets_the_bound(length, share, by_energy):
+def test_rank_for_returns_the_smallest_rank_within_the_bound(length, share, by_energy):
     S = torch.linspace(1, 0.1, length, dtype=torch.float64)
     bound = Bound(energy=share) if by_energy else Bound(error=share * 0.99)
     k = rank_for(S, bound)
@@ -161,7 +161,7 @@ def test_low_rank_of_dense_matrix_is_optimal(shape, fall):
     U, V = (torch.linalg.qr(noise(n, 200, seed=n, dtype=torch.float64))[0] for n in shape)
     S = fall ** torch.arange(200, dtype=torch.float64)
     matrix = ((U * S) @ V.mT).float()
-    for rank in (8, 150):  # by subspace iteration, and by the Gram matrix
+    for rank in (8, 150):  # the first uses subspace iteration, the second the Gram matrix
         A, B, cut = low_rank(matrix, Bound(rank=rank))
         best = float(S[rank:].square().sum().sqrt())
         true = float(torch.linalg.vector_norm(matrix.double() - B @ A))
@@ -181,7 +181,7 @@ def test_low_rank_finds_exact_rank_of_dense_matrix():
 
 
 @pytest.mark.parametrize(("shape", "kind"), [((4, 6), "linear"), ((4, 6, 3), "conv"), ((4, 6, 3, 1), "conv")])
-def test_a_weight_shape_says_what_its_pair_looks_like(shape, kind):
+def test_weight_shape_determines_pair_kind(shape, kind):
     matrix = noise(shape[0], math.prod(shape[1:]), dtype=torch.float64)
     A, B, _ = low_rank(matrix, Bound(error=0.0))
     pair = rebuilt(like(shape), A, B, torch.float64)

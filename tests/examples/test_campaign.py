@@ -30,7 +30,7 @@ def campaign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_only_files_of_an_earlier_run_are_removed(campaign: ModuleType, tmp_path: Path) -> None:
-    """Holds for each script that restarts in a folder."""
+    """Holds for every example that empties its output folder before a new run."""
     campaign.emptied(tmp_path / "none")
     own, others = tmp_path / "own", tmp_path / "others"
     for folder, name in ((own, "brand/log.jsonl"), (others, "data/log.jsonl")):

@@ -1,4 +1,4 @@
-"""Cluster files are valid for their readers, and torchrun lines run if two processes suffice."""
+"""Cluster files are valid for their readers; torchrun commands run if two processes are enough."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "how-to" / "several-devices.md"
 
 
 def torchrun_lines() -> list[tuple[str, str]]:
-    """Return (file, line) of every torchrun command in the files and on the page."""
+    """Return (file, line) for each torchrun command in the example files and on the docs page."""
     job = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))[1]
     pod = job["spec"]["template"]["spec"]["containers"][0]["args"][0].replace("$([", "$(test").replace("] &&", "&&")
     sources = {"slurm.sbatch": (FOLDER / "slurm.sbatch").read_text(), "kubernetes.yaml": pod}

@@ -1,4 +1,7 @@
-"""The editing example runs from its file, on a tiny Kontext and a few pairs; its adapter edits a picture."""
+"""The editing example runs from its configuration file, on a tiny Kontext and a few pairs.
+
+Its adapter then edits a picture.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def test_the_edits_example_trains_edits_and_reproduces(tmp_path: Path, capsys: p
     )
     with Image.open(out) as made:
         made.load()
-        assert made.width > made.height  # in the proportions of the edited picture
+        assert made.width > made.height  # has the proportions of the picture that is edited
         base = load_image(str(place))
         by_python = veneer.image(base, "invert it", adapters=[result.adapter], references=[start], steps=2)[0]
         assert np.array_equal(np.asarray(made), np.asarray(by_python.image))
@@ -66,5 +69,5 @@ def test_the_edits_example_trains_edits_and_reproduces(tmp_path: Path, capsys: p
             again = reproduce(mixer, read_recipe(out))
             assert np.array_equal(np.asarray(made), np.asarray(again.image))
             Image.open(start).rotate(180).save(start)
-            with pytest.raises(MismatchError, match="not the picture that was used then"):
+            with pytest.raises(MismatchError, match="not the picture that was used originally"):
                 reproduce(mixer, read_recipe(out))

@@ -1,4 +1,4 @@
-"""The image example runs from its file, on a tiny base and a few drawings."""
+"""The image example runs from its configuration file, on a tiny base and a few drawings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The migration from OpenAI between two servers with OpenAI's routes, one of which acts as OpenAI."""
+"""The migration from OpenAI, between two servers with OpenAI's routes; one stands in for OpenAI."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[J
         yield theirs, ours
 
 
-def test_the_pages_script_runs(servers: tuple[Jobs, Jobs], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_on_the_docs_page_runs(
+    servers: tuple[Jobs, Jobs], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (ROOT / "docs" / "how-to" / "leave-openai.md").read_text(encoding="utf-8")
     code, more = re.findall(r"```python\n(.*?)```", page, re.S)
     for name in ("tickets.jsonl", "held-out.jsonl"):
@@ -77,7 +79,7 @@ def test_files_and_jobs_are_moved_once(
         gone = finished(theirs, there, training_file=sent(there, name="gone.jsonl"))
         there.files.delete(gone.training_file)
         broken = finished(theirs, there, training_file=sent(there, [ROW, {"messages": "Hi"}], "broken.jsonl"))
-        created(there)  # this job has not succeeded and is skipped
+        created(there)  # a job that has not succeeded is skipped
 
         assert run("--to", to, "--list") == 0
         listed = capsys.readouterr().out

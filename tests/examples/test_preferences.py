@@ -1,4 +1,4 @@
-"""Preference pairs: their documented properties, and the example on a tiny base."""
+"""Preference pairs have their documented properties, and the example runs on a tiny base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pairs() -> dict[str, list[dict[str, Any]]]:
     return {side: [json.loads(line) for line in file.read_text().splitlines()] for side, file in files.items()}
 
 
-def test_the_script_gives_the_committed_bytes() -> None:
+def test_script_reproduces_the_committed_files() -> None:
     script(EXAMPLES / "tickets" / "make_preferences.py").main(["--check"])
 
 
@@ -41,7 +41,7 @@ def test_chosen_replies_are_short_and_polite(pairs: dict[str, list[dict[str, Any
             long, curt = len(row["rejected"].split()) > 60, not polite.search(row["rejected"].split(".")[0])
             assert long or curt
             kinds.add((long, curt))
-        assert len(kinds) == 3  # neither length nor a single polite word identifies the chosen reply
+        assert len(kinds) == 3  # so neither length nor politeness alone identifies the chosen reply
 
 
 def test_train_and_test_share_no_sentence_or_ticket(pairs: dict[str, list[dict[str, Any]]]) -> None:

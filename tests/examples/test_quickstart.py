@@ -1,4 +1,4 @@
-"""The quickstart on a tiny base: its output, and that the commands it names exist."""
+"""The quickstart runs on a tiny base, and the commands that it suggests exist."""
 
 from __future__ import annotations
 

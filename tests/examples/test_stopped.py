@@ -1,7 +1,7 @@
-"""Both quickstarts and `veneer train`, stopped by Ctrl-C or SIGTERM: one message, and a shell's exit code.
+"""Ctrl-C or SIGTERM stops both quickstarts and `veneer train` with one message and a shell's exit code.
 
-Uses real processes and signals. Of the six cases, two run by default: a quickstart under SIGTERM here, and
-`veneer train` under Ctrl-C in tests/cli/test_train.py."""
+Uses real processes and signals. Two of the six cases run by default: a quickstart with SIGTERM here, and
+`veneer train` with Ctrl-C in tests/cli/test_train.py."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def endless() -> str:
-    """Return a configuration of about ten seconds of steps, of which the signal drops all but the first."""
+    """Return a configuration with about ten seconds of steps, so that the signal comes early."""
     config = small_config()
     assert "epochs: 1 " in config
     return config.replace("epochs: 1 ", "epochs: 600 ")
 
 
 def stopped_after(command: list[str], first: Path, number: int, folder: Path) -> tuple[int, str]:
-    """Send the signal when `first` has a step; return the command's (exit code, stderr)."""
+    """Run a command, send it a signal once the log `first` has a step; return (exit code, stderr)."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *command], env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -52,7 +52,9 @@ def check(code: int, said: str, number: int) -> None:
     assert "the state is saved" in said
     assert "--resume" in said
     assert "Traceback" not in said
-    assert len(said.partition("error: ")[2].splitlines()) == 3, said  # what, where, fix, and nothing after them
+    assert len(said.partition("error: ")[2].splitlines()) == 3, (
+        said
+    )  # the lines are what, where and fix; nothing follows
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`make studio`, before the page opens."""
+"""`make studio`, up to the opening of the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_studio_example_registers_the_quickstart_adapter(
     monkeypatch.setattr("sys.stdin.isatty", lambda: False)
     ran: list[list[str]] = []
     given = ["--output", str(tmp_path / "run"), "--no-browser", "--port", "8123"]
-    studio.main(given, ran.append)  # without a terminal there is no question
+    studio.main(given, ran.append)  # asks no question, because stdin is not a terminal
     assert ran == [["studio", "--base", "smollm2-135m", "--port", "8123", "--no-browser"]]
     saved(load_text(str(tiny_base_dir(tmp_path))), tmp_path / "run" / "adapter")
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""The tickets: their counts, schema and policy; held-out tickets share no sentence with training tickets."""
+"""The tickets have the documented counts, schema and policy.
+
+Held-out tickets and training tickets share no sentence."""
 
 from __future__ import annotations
 
@@ -67,13 +69,12 @@ def test_labels_are_balanced(name: str, field: str, values: set[str], least: flo
 
 
 def test_the_prompt_does_not_list_the_labels() -> None:
-    """No label's value occurs in the system prompt, so an untrained base cannot answer correctly by
-    copying."""
+    """No label value occurs in the system prompt, so an untrained base cannot copy the labels."""
     (system,) = {row["messages"][0]["content"] for row in rows("train") + rows("test")}
     assert not (TEAMS | PRIORITIES | AREAS) & set(system.lower().replace(".", " ").replace(",", " ").split())
 
 
-def test_no_ticket_is_there_twice() -> None:
+def test_tickets_are_unique() -> None:
     texts = [row["messages"][1]["content"].lower() for row in rows("train") + rows("test")]
     assert len(set(texts)) == len(texts)
 
@@ -85,7 +86,7 @@ def test_tickets_have_three_lengths() -> None:
     assert sum("\n\n" in row["messages"][1]["content"] for row in rows("train")) > 150
 
 
-def test_the_same_arguments_give_the_committed_bytes(script: ModuleType) -> None:
+def test_script_reproduces_the_committed_files(script: ModuleType) -> None:
     train, test, system = script.make()
     assert script.jsonl(train, system).encode() == (FOLDER / "train.jsonl").read_bytes()
     assert script.jsonl(test, system).encode() == (FOLDER / "test.jsonl").read_bytes()
@@ -95,8 +96,8 @@ def test_another_seed_gives_other_tickets(script: ModuleType) -> None:
     assert {t.text for t in script.make(rows=50, seed=1)[0]} != {t.text for t in script.make(rows=50, seed=2)[0]}
 
 
-def test_the_two_sides_share_no_template(script: ModuleType) -> None:
-    """By each sentence's id and by its text, because one text under two ids would be a leak too."""
+def test_training_and_test_tickets_share_no_template(script: ModuleType) -> None:
+    """Compares ids and texts of sentences, because one text with two ids would be a leak too."""
     train, test, _ = script.make()
     used = [{name for ticket in side for name in ticket.templates} for side in (train, test)]
     assert all(used)
@@ -126,7 +127,7 @@ def test_the_two_sides_share_no_template(script: ModuleType) -> None:
 
 
 def test_no_test_ticket_resembles_a_training_ticket() -> None:
-    """Measures the share of a held-out ticket's word 4-grams in any one training ticket; names can repeat."""
+    """Less than 20% of a test ticket's word 4-grams occur in any single training ticket; names can repeat."""
     train = [grams(row["messages"][1]["content"]) for row in rows("train")]
     for row in rows("test"):
         own = grams(row["messages"][1]["content"])

@@ -1,4 +1,4 @@
-"""Files appear complete or not at all."""
+"""Files appear completely or not at all."""
 
 from __future__ import annotations
 

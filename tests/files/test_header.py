@@ -1,4 +1,4 @@
-"""safetensors headers, written byte by byte; runs without torch."""
+"""safetensors headers, tested with files written byte by byte; needs no torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_header_gives_names_shapes_and_metadata(tmp_path: Path) -> None:
     [
         ({"a": entry([2, 3], 0, 20)}, 24),  # the shape needs 24 bytes
         ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12),  # they overlap
-        ({"a": entry([2], 8, 16)}, 16),  # a hole before the first tensor tensor
+        ({"a": entry([2], 8, 16)}, 16),  # a gap before the first tensor
         ({"a": entry([2], 0, 8)}, 4),  # truncated
         ({"a": entry([-1], 0, 8)}, 8),
         ({"../a": entry([2], 0, 8)}, 8),

@@ -1,4 +1,4 @@
-"""Pickles give tensors and run nothing."""
+"""Reading a pickle returns its tensors and runs no code."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_views_and_tied_tensors_are_read(tmp_path):
 
 
 class Hostile:
-    """Creates a file if pickle itself unpickles it."""
+    """An object that creates a file when pickle loads it."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -76,11 +76,11 @@ def test_a_hostile_pickle_is_refused_without_running_it(tmp_path, zipped):
         read_pickle(path)
     assert "No code of the file was run" in str(caught.value)
     assert not target.exists()
-    torch.load(path, weights_only=False)  # shows that the file is hostile
+    torch.load(path, weights_only=False)  # proves that this file runs code
     assert target.exists()
 
 
-def test_a_hostile_pickle_alone_is_refused(tmp_path):
+def test_hostile_pickle_without_archive_is_refused(tmp_path):
     target = tmp_path / "made"
     (tmp_path / "x.bin").write_bytes(pickle.dumps(Hostile(target)))
     with pytest.raises(AdapterError):

@@ -1,4 +1,4 @@
-"""Errors of image files."""
+"""Errors when reading image files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
         ("cut.png", "this is not a picture: .*truncated"),
     ],
 )
-def test_a_file_that_is_no_picture(read: Callable[[Path], Any], name: str, says: str, folder: Path) -> None:
+def test_file_that_is_not_a_picture_is_refused(read: Callable[[Path], Any], name: str, says: str, folder: Path) -> None:
     with pytest.raises(DataError, match=says):
         read(folder / name)
 
@@ -56,8 +56,8 @@ def test_decoding_errors_in_the_block_are_reported(folder: Path) -> None:
         read()
 
 
-def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
-    """20,000 x 20,000 pixels in one color make a small file; only the header states the size."""
+def test_error_of_a_huge_picture_states_the_pixel_limit(tmp_path: Path) -> None:
+    """A file of 20,000 x 20,000 pixels in one color is small; only its header reveals the size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -75,7 +75,9 @@ def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("first", "size"), [(b"", (4, 8)), (struct.pack("<HHI4s", 256, 2, 4, b"Mak"), (8, 4))])
 def test_damaged_exif_is_ignored(first: bytes, size: tuple[int, int]) -> None:
-    """A quarter turn, next to a width that is text, which Pillow reads but cannot write."""
+    """The Exif data contain a quarter turn.
+
+    In the second case, they also contain a width that is text, which Pillow reads but cannot write."""
     turn = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + bool(first)) + first + turn + bytes(4)
     file = io.BytesIO()

@@ -35,7 +35,7 @@ def test_make_private_removes_access_of_others(tmp_path: Path, before: int, afte
 
 
 @pytest.mark.parametrize(("umask", "wanted"), [(0o022, 0o700), (0o002, 0o770), (0, 0o770)])
-def test_a_new_folder_whatever_the_umask(tmp_path: Path, umask: int, wanted: int) -> None:
+def test_new_folder_is_private_with_any_umask(tmp_path: Path, umask: int, wanted: int) -> None:
     before = os.umask(umask)
     try:
         assert rights(private_folder(tmp_path / "a" / "b")) == wanted

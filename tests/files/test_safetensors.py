@@ -1,4 +1,4 @@
-"""safetensors: invalid files are refused unread, writes are atomic."""
+"""safetensors: invalid files are refused before tensors are read, and writes are atomic."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def refuse(path: Path, content: bytes, kind: type[AdapterError], *words: str) ->
 ALL_DTYPES = sorted((getattr(torch, name) for name in container.STORED_DTYPES.values()), key=str)
 
 
-def test_reads_what_safetensors_writes_and_writes_what_it_reads(tmp_path):
+def test_files_are_interchangeable_with_safetensors(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"t.{str(d).removeprefix('torch.')}": (torch.randn(3, 5, generator=generator) * 3).abs().to(d)
@@ -68,7 +68,7 @@ def test_reads_what_safetensors_writes_and_writes_what_it_reads(tmp_path):
             assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
-def test_views_cannot_reach_the_file(tmp_path):
+def test_writing_to_a_tensor_does_not_change_the_file(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"a": torch.ones(4)})
     before = path.read_bytes()
@@ -85,7 +85,7 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path):
     assert torch.equal(read_tensors(tmp_path / "a.safetensors")[0]["b"], value)
 
 
-def test_non_contiguous_and_order_make_no_difference():
+def test_bytes_do_not_depend_on_strides_or_order():
     a, b = torch.randn(4, 6), torch.randn(3)
     one = b"".join(encode_tensors({"a": a.T, "b": b}))
     two = b"".join(encode_tensors({"b": b, "a": a.T.contiguous()}))
@@ -117,7 +117,7 @@ def test_non_contiguous_and_order_make_no_difference():
     ],
 )
 def test_other_file_formats_are_named_and_refused(tmp_path, content, kind, words):
-    """tests/formats/test_hostile.py refuses many more headers, with a bound on memory."""
+    """tests/formats/test_hostile.py tests many more headers, with a limit on memory."""
     refuse(tmp_path / "adapter_model.safetensors", content, kind, *words)
 
 
@@ -235,12 +235,12 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_is_not_there_is_an_adapter_error(tmp_path):
+def test_missing_folder_is_an_adapter_error(tmp_path):
     with pytest.raises(AdapterError, match="cannot write"):
         write_tensors(tmp_path / "no" / "x", {"a": torch.ones(1)})
 
 
-def test_names_a_reader_would_refuse_are_not_written(tmp_path):
+def test_unreadable_names_are_not_written(tmp_path):
     for tensors in ({"../x": torch.ones(1)}, {"": torch.ones(1)}, {"q": torch.ones(1, dtype=torch.complex128)}):
         with pytest.raises(AdapterError, match="cannot hold"):
             write_tensors(tmp_path / "x", tensors)
@@ -276,7 +276,7 @@ def test_excessive_counts_are_refused_before_parsing(tmp_path, header, says):
 
 
 def test_quotes_in_metadata_are_not_counted_as_keys(tmp_path):
-    """sd-scripts' tag counts are JSON inside a text, with a key per tag."""
+    """sd-scripts stores its tag counts as JSON text with a key per tag."""
     tags = json.dumps({f"tag {i}": i for i in range(50_000)})
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": torch.ones(2)}, {"ss_tag_frequency": tags})

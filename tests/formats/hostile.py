@@ -1,6 +1,6 @@
-"""A folder of hostile files, each with the words that its error must contain.
+"""A folder of hostile files; for each file, FILES has the words that its error must contain.
 
-The files are harmless unless a reader runs them: the pickles then create a file `made-by-a-pickle`.
+The files are harmless unless a reader executes them: the pickles then create a file `made-by-a-pickle`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
 
 
 def kohya(down: list[int], up: list[int], dtype: str = "F8_E4M3", value: bytes = b"\x01") -> bytes:
-    """Return a valid container of a pair with problematic shapes."""
+    """Return a valid file with a pair of the given shapes, which a reader must refuse."""
     sizes = [down[0] * down[1], up[0] * up[1]]
     width = {"F8_E4M3": 1, "F32": 4}[dtype]
     at = [sizes[0] * width, (sizes[0] + sizes[1]) * width]
@@ -49,7 +49,7 @@ def saved(value: object, **how: Any) -> bytes:
 
 
 def packed(raw: bytes) -> bytes:
-    """Return the archive with compressed members, as in a zip bomb."""
+    """Return a zip archive with the same members, but compressed, as in a zip bomb."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -75,7 +75,7 @@ ONE = {"a": entry([2], 0, 8)}
 DATA = b"\0" * 8
 
 FILES: dict[str, tuple[bytes, str]] = {
-    # not safetensors files
+    # files that are not safetensors
     "empty.safetensors": (b"", "the file is empty"),
     "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
     "page.safetensors": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
@@ -89,7 +89,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     # false headers
     "huge-header.safetensors": (safetensors(ONE, DATA, length=1 << 62), "the header claims 4,611,686,018,427,387,904"),
     "half.safetensors": (safetensors(ONE, DATA)[:-3], "truncated"),
-    "cut-header.safetensors": (safetensors(ONE)[:30], "a truncated or damaged file"),
+    "cut-header.safetensors": (safetensors(ONE)[:30], "only 22 follow: the file is truncated or damaged"),
     "not-json.safetensors": (safetensors(b"{" + b"\xff" * 40), "not valid JSON"),
     "deep.safetensors": (safetensors(b'{"a":' * 9_000), "not valid JSON"),
     "deeper.safetensors": (safetensors(b'{"a":' * 60_000), "60,000 entries that are not tensors"),
@@ -115,10 +115,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "path.safetensors": (safetensors({"../../.ssh/authorized_keys": entry([2], 0, 8)}, DATA), "looks like a path"),
     "nul.safetensors": (safetensors({"a\0b": entry([2], 0, 8)}, DATA), "control characters"),
     "long-name.safetensors": (safetensors({"n" * 5000: entry([2], 0, 8)}, DATA), "1 to 1024 characters"),
-    # invalid values and adapters
+    # invalid values and invalid adapters
     "nan.safetensors": (safetensors({"x.diff": entry([2], 0, 8)}, NAN * 2), "NaN or infinity"),
-    "rank.safetensors": (kohya([70_000, 1], [1, 70_000]), "a rank of 70,000"),
-    "rank-zero.safetensors": (kohya([0, 4], [4, 0]), "a rank of 0"),
+    "rank.safetensors": (kohya([70_000, 1], [1, 70_000]), "rank 70,000: only ranks"),
+    "rank-zero.safetensors": (kohya([0, 4], [4, 0]), "rank 0: only ranks"),
     "unpaired.safetensors": (safetensors({"x.lora_down.weight": entry([1, 2], 0, 8)}, DATA), "without its partner"),
     "misfit.safetensors": (kohya([2, 4], [4, 3]), "are not (rank, in…) and (out, rank)"),
     # pickles

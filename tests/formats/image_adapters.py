@@ -1,4 +1,4 @@
-"""Random tiny adapters for any image family's modules, and a pair's effect computed by hand."""
+"""Tiny random adapters for the modules of any image family, and helpers that compare ΔW."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def numbers(shape: Iterable[int], seed: str, dtype: torch.dtype = torch.float32)
 
 
 def shard_rows(family: Family) -> dict[str, int]:
-    """Return canonical module -> rows of its weight, so that parts of one fused projection fit together."""
+    """Return canonical module -> rows of its weight; parts of the same fused projection fit together."""
     out = dict.fromkeys(family.modules, 2 * UNIT)
     for places in family.originals.values():
         for place in places:
@@ -31,10 +31,9 @@ def shard_rows(family: Family) -> dict[str, int]:
 
 
 def one_of_each_kind(family: Family, kinds: tuple[str, ...] = ("linear", "conv")) -> list[str]:
-    """Return one module of each kind: the last of each name without its numbers, because last blocks can
-    differ.
+    """Return one module per name, where names are compared without their numbers.
 
-    Parts of the same fused projection come with their first module."""
+    This is the last module with the name, because last blocks can differ from the others."""
     found: dict[str, str] = {}
     for module, kind in family.modules.items():
         if kind in kinds:
@@ -43,7 +42,7 @@ def one_of_each_kind(family: Family, kinds: tuple[str, ...] = ("linear", "conv")
 
 
 def pair_for(family: Family, module: str, rank: int = 2, scale: float = 1.0, shared: str = "") -> Pair:
-    """Return a random pair. `shared`: pairs with the same text share their A."""
+    """Return a random pair for a module. `shared`: pairs with the same text have the same A."""
     kernel = ()
     if family.modules[module] == "conv":
         kernel = (1, 1) if re.search(r"proj_in|proj_out|conv_shortcut", module) else (3, 3)
@@ -53,19 +52,19 @@ def pair_for(family: Family, module: str, rank: int = 2, scale: float = 1.0, sha
 
 
 def random_adapter(family: Family, choose: Callable[[str], bool] = lambda _: True) -> Adapter:
-    """Return a pair on one module of each kind, with ranks 1 to 3 and varied scales."""
+    """Return pairs with ranks 1 to 3 and varied scales, on one module of each kind."""
     scales = (1.0, 0.5, 1 / 3, 2.0, 0.123)
     modules = [m for m in one_of_each_kind(family) if choose(m)]
     return Adapter({m: pair_for(family, m, 1 + i % 3, scales[i % 5]) for i, m in enumerate(modules)})
 
 
 def by_hand(pair: Pair) -> Tensor:
-    """Return s·B·A, (out, in·k…), float64."""
+    """Return ΔW = s·B·A in float64, with shape (out, in·k…)."""
     return pair.scale * (pair.B.double().flatten(1) @ pair.A.double().flatten(1))
 
 
 def same_changes(got: Adapter, want: Adapter, tolerance: float = 1e-6) -> None:
-    """Assert that ΔW of every module are equal, and zero for modules that only `got` has."""
+    """Assert that ΔW is equal for every module, and zero for modules that only `got` has."""
     assert set(want.pairs) <= set(got.pairs)
     for name, pair in got.pairs.items():
         if name not in want.pairs:

@@ -1,7 +1,7 @@
-"""Adapter files in every layout, written from the format's rules, with each ΔW computed by hand in float64.
+"""Adapter files in every layout, written according to the format's rules; each ΔW is computed in float64.
 
-Module names are real, widths tiny. `want` contains ΔW of each canonical parameter, computed from the written
-tensors, never through the reader."""
+Module names are real, widths tiny. `want` contains ΔW of each canonical parameter. It is computed from the
+written tensors, without the reader that is tested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.core.forms import product_of
 from veneer.formats.topology import Family, ModuleTarget, families, flat
 
 UNIT = 4
-"""Rows of one unit of a fused projection; a plain module has half as many."""
+"""Rows of a plain weight, and of each unit of a fused projection's weight."""
 INTO = 6
 PAIRS = {
     "kohya": ("{}.lora_down.weight", "{}.lora_up.weight"),
@@ -41,7 +41,7 @@ class Layout:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed)).to(dtype)
 
     def expect(self, places: Iterable[ModuleTarget], change: Tensor, parameter: str = "weight") -> None:
-        """Record the expected ΔW of each target's rows, from ΔW of the written module."""
+        """Record each target's expected ΔW: its rows of `change`, which is ΔW of the written module."""
         for place in places:
             assert f"{place.module}.{parameter}" not in self.want
             self.want[f"{place.module}.{parameter}"] = rows(change.double(), place)
@@ -57,7 +57,7 @@ class Layout:
         alpha: float | None = None,
         scale: float | None = None,
     ) -> None:
-        """Add a pair. `scale`: only if it is not alpha/rank, or 1 without alpha."""
+        """Add a pair. `scale`: the expected scale, if it is not alpha/rank (without alpha, 1)."""
         down, up = self.random(rank, *shape[1:]), self.random(shape[0], rank, *[1] * (len(shape) - 2))
         for key, tensor in zip(PAIRS[naming], (down, up), strict=True):
             self.tensors[key.format(text)] = tensor
@@ -80,7 +80,7 @@ def rows(change: Tensor, place: ModuleTarget) -> Tensor:
 
 
 def shape_of(family: Family, places: tuple[ModuleTarget, ...]) -> tuple[int, ...]:
-    """Return a tiny weight's shape for an original module: every unit of a fused one has the same rows."""
+    """Return a tiny shape for an original module; all units of a fused module have equally many rows."""
     units = places[0].part[2] if places[0].part else 1
     module = places[0].module
     if family.modules[module] != "conv":
@@ -90,8 +90,9 @@ def shape_of(family: Family, places: tuple[ModuleTarget, ...]) -> tuple[int, ...
 
 
 def denoiser(family: Family, *, original: bool) -> list[tuple[str, tuple[ModuleTarget, ...]]]:
-    """Return (name, targets) of every linear and convolution of the denoiser, in original or diffusers'
-    names."""
+    """Return (name, targets) of every linear and convolution of the denoiser.
+
+    original: return original names, not those of diffusers."""
     if original:
         found = [(name, places) for name, places in family.originals.items()]
     else:
@@ -101,7 +102,7 @@ def denoiser(family: Family, *, original: bool) -> list[tuple[str, tuple[ModuleT
 
 
 def encoders(family: Family) -> list[tuple[str, str, tuple[ModuleTarget, ...]]]:
-    """Return (component, name, targets) of every linear of the text encoders."""
+    """Return (component, name, targets) of every linear layer of the text encoders."""
     found = []
     for module, kind in family.modules.items():
         component, _, name = module.partition(".")
@@ -113,9 +114,9 @@ def encoders(family: Family) -> list[tuple[str, str, tuple[ModuleTarget, ...]]]:
 def kohya(
     name: str, *, original: bool, alpha: float | None = 1.0, only: str = "", te: dict[str, str] | None = None
 ) -> Layout:
-    """Return a file with flat names.
+    """Return a kohya file, which has flat names.
 
-    `te`: component -> its prefix. `only`: include only denoiser names that contain this text."""
+    `te`: component -> prefix of its names. `only`: include only denoiser names that contain this text."""
     layout, family = Layout(), families()[name]
     for text, places in denoiser(family, original=original):
         if only in text:
@@ -137,7 +138,7 @@ def dotted(
 
 
 def changes(adapter: Adapter) -> dict[str, Tensor]:
-    """Return ΔW of every parameter in float64, from the adapter as read; full tensors under `=`."""
+    """Return parameter -> ΔW of its pair and delta, in float64; without gains."""
     out = {}
     for name, pair in adapter.pairs.items():
         A, B = pair.A.double(), pair.B.double()
@@ -154,7 +155,7 @@ def changes(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    """Assert equal names, and equal ΔW to float64's accuracy."""
+    """Assert that names are equal, and that ΔW is equal within `tolerance` of its largest entry."""
     assert sorted(got) == sorted(want)
     for name, change in want.items():
         assert tuple(got[name].shape) == tuple(change.shape), name

@@ -1,4 +1,4 @@
-"""Reasons and advice of `adapter inspect` and `adapter convert`."""
+"""The reasons and advice that `adapter inspect` and `adapter convert` print."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_inspect_and_convert_report_the_same(tmp_path, capsys, tensors, why):
         ran = run(capsys, "adapter", *command, str(tmp_path / "x.safetensors"), code=2)
         told.append(ran.err or ran.out)
     assert all(why in text for text in told), told
-    assert "no tensor of the file is an adapter's" not in told[0]
+    assert "the file contains no adapter tensors" not in told[0]
 
 
 def test_inspect_verdict_sets_the_exit_code(tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_swapped_factors_of_a_peft_folder_are_named(tmp_path):
         "base_model.model.a.q_proj.lora_B.weight": torch.ones(2, 6),
     }
     write_tensors(tmp_path / "a" / peft.TENSOR_FILE, swapped)
-    with pytest.raises(AdapterError, match=r"says rank 2, the tensors have 6 .*: A and B have changed places"):
+    with pytest.raises(AdapterError, match=r"says rank 2, the tensors have 6 .*: A and B are swapped"):
         read(tmp_path / "a")
 
 
@@ -98,7 +98,7 @@ def gain(adapter: Adapter) -> Adapter:
     ids=["one model", "two models", "a gain", "a gain and two models", "text"],
 )  # fmt: skip
 def test_advised_layout_can_hold_the_adapter(adapter, to):
-    """Every `--to` that an error suggests can write the adapter; if the error suggests none, none can."""
+    """Every layout that an error suggests can express the adapter; if it suggests none, no layout can."""
     try:
         encode(adapter, to)
         return

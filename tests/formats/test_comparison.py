@@ -1,4 +1,4 @@
-"""Comparison of a written adapter with the one read back, by ΔW."""
+"""Comparison of a written adapter with the adapter read back, by their ΔW."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def pair(seed: str = "", rank: int = 2, scale: float = 0.5) -> Pair:
 
 SCALES = st.floats(-3, 3).filter(
     lambda s: s == 0 or abs(s) > 1e-100
-)  # the square of a smaller scale underflows float64
+)  # for smaller scales, the square underflows float64
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), SCALES, SCALES)
-def test_the_error_is_that_of_the_dense_difference(r1, r2, s1, s2):
+def test_error_equals_that_of_the_dense_difference(r1, r2, s1, s2):
     a, b = pair("a", r1, s1), pair("b", r2, s2)
     whole, off = by_hand(a).norm(), (by_hand(a) - by_hand(b)).norm()
     want = float(off / whole) if whole else float(off)
@@ -72,13 +72,16 @@ def but(**changes) -> Adapter:
 DIFFERENCES = [
     (but(pairs={}), "m: lost"),
     (but(pairs={"m": pair(), "x": pair()}), "x: an unexpected pair"),
-    (but(pairs={"m": pair(scale=0.6)}), "m: ΔW would come back 0.2 off"),
+    (but(pairs={"m": pair(scale=0.6)}), "m: ΔW would come back with a relative error of 0.2"),
     (but(pairs={"m": Pair(pair().A, pair().B, 0.5, magnitude=ONES)}), "m: the magnitude is not the same"),
     (but(pairs={"m": Pair(pair().A[:, :3], pair().B, 0.5)}), "m: a delta of (8, 6) would come back as one of (8, 3)"),
     (but(deltas={"g.weight": MEANT.deltas["g.weight"]}), "m.bias: lost"),
     (but(deltas=MEANT.deltas | {"x.bias": dense(ONES)}), "x.bias: an unexpected change"),
     (but(deltas=MEANT.deltas | {"m.bias": dense(ONES, 2.0)}), "m.bias: the scale is not the same"),
-    (but(deltas=MEANT.deltas | {"m.bias": dense(ONES * 2)}), "m.bias: the change would come back 1 off"),
+    (
+        but(deltas=MEANT.deltas | {"m.bias": dense(ONES * 2)}),
+        "m.bias: the change would come back with a relative error of 1",
+    ),
     (but(deltas=MEANT.deltas | {"g.weight": dense(ONES)}), "g.weight: a gain change would come back as a dense one"),
     (but(modules={"n": {"weight": ONES * 2}}), "n.weight: the replacement is not the same"),
     (but(modules={}), "n.weight: the replacement is not the same"),

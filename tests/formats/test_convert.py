@@ -1,4 +1,4 @@
-"""Written names, fused rows, scales, refusals and bytes."""
+"""Converted files: names, fused rows, scales, refusals and bytes."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ def test_parts_sharing_A_join_at_the_same_rank():
     assert not encode(adapter, "kohya").notes
 
 
-def test_parts_of_their_own_are_block_diagonal():
-    """linear1 fuses q, k, v and the feed-forward, which is 4 times as wide; ranks add up, scales are applied
-    to B."""
+def test_parts_with_separate_a_join_block_diagonally():
+    """linear1 fuses q, k, v and the feed-forward, which is 4 times as wide.
+
+    The ranks of the parts add up, and their different scales are applied to B."""
     scales = dict(zip(LINEAR1, (0.5, 1.0, 2.0, 0.25), strict=True))
     adapter = Adapter({m: pair_for(FLUX, m, 1 + i, scales[m]) for i, m in enumerate(LINEAR1)})
     encoded = encode(adapter, "kohya")
@@ -101,14 +102,13 @@ def test_parts_of_their_own_are_block_diagonal():
     for module, own in zip(LINEAR1, rows, strict=True):
         torch.testing.assert_close(whole[own], by_hand(adapter.pairs[module]), rtol=1e-7, atol=1e-7)
     assert torch.count_nonzero(up) == UNIT * (1 + 2 + 3) + 4 * UNIT * 4
-    assert encoded.notes == [
-        "1 fused projections join parts with an A of their own: their ranks add up, and the file grows"
-    ]
+    assert encoded.notes == ["1 fused projections join parts with separate A: the ranks add up, and the file grows"]
 
 
-def test_our_joined_blocks_are_not_read_as_split_qkv(tmp_path):
-    """sd-scripts' split_qkv would write alpha 4 of rank 12 next to alpha 4 of rank 4, at three times the
-    scale."""
+def test_joined_qkv_is_not_read_as_split_qkv(tmp_path):
+    """Here, q, k and v have rank 4 and scale 1/3, and are joined to rank 12 with alpha 4.
+
+    With split_qkv, sd-scripts would write the same tensors for q, k and v with scale 1."""
     adapter = Adapter({m: pair_for(FLUX, m, 4, 1 / 3) for m in QKV})
     adapter.pairs["transformer.x_embedder"] = pair_for(FLUX, "transformer.x_embedder", 4, 1.0)
     out = tmp_path / "it.safetensors"
@@ -129,7 +129,7 @@ def test_unchanged_part_is_written_as_zero_rows():
     assert not up[2 * UNIT :].any()
 
 
-def test_the_halves_of_the_final_layer_change_places():
+def test_final_layer_swaps_its_halves():
     module = "transformer.norm_out.linear"
     pair = pair_for(FLUX, module)
     up = encode(Adapter({module: pair}), "kohya", family="flux1").tensors[
@@ -142,7 +142,7 @@ def test_the_halves_of_the_final_layer_change_places():
 
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers"])
-def test_bytes_are_the_same_each_time_and_hashes_hold(to, tmp_path):
+def test_bytes_are_reproducible_and_hashes_valid(to, tmp_path):
     adapter = random_adapter(SDXL, lambda m: m.startswith("unet."))
     adapter.card = Card(trigger_words=["sks dog"], licence="MIT")
     one, two = (write(adapter, tmp_path / d / "it.safetensors", to) for d in "ab" if (tmp_path / d).mkdir() is None)
@@ -161,9 +161,11 @@ def test_bytes_are_the_same_each_time_and_hashes_hold(to, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "count"), [(SDXL, 722 + 72 + 192), (FLUX, 494 + 72)])
-def test_a_whole_file_there_and_back_is_the_same_bytes(family, count, tmp_path):
-    """kohya -> diffusers -> kohya: all attention modules of SDXL and both text encoders; all linears in
-    FLUX.1's blocks and its CLIP, with parts of a fused projection that share one A, as in a fused file."""
+def test_round_trip_through_diffusers_restores_the_bytes(family, count, tmp_path):
+    """Converts kohya -> diffusers -> kohya.
+
+    Covers all attention modules of SDXL and its text encoders, and all linears in FLUX.1's blocks and its
+    CLIP. Parts of a fused projection share one A, as in a file that was fused from the start."""
     shared = {p.module: name for name, places in family.originals.items() if len(places) > 1 for p in places}
     where = r"attentions|self_attn|mlp|transformer_blocks"
     modules = [m for m, k in family.modules.items() if k == "linear" and re.search(where, m)]
@@ -192,7 +194,7 @@ def test_rounding_error_is_reported_and_matches_the_file(tmp_path):
         encode(huge, "kohya", family="sd15", dtype="float16")
 
 
-def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch):
+def test_failed_conversion_leaves_no_files(tmp_path, monkeypatch):
     adapter = random_adapter(SD15, lambda m: m.startswith("unet."))
     monkeypatch.setattr("veneer.formats.convert.differences", lambda *_: ["unet.conv_in: lost"])
     for to in TARGETS[:4]:
@@ -223,7 +225,7 @@ def test_split_and_rejoin_restores_ranks_and_bytes(tmp_path):
     write(adapter, first, "kohya", family="flux1")
     assert {p.rank for p in read(first).adapter.pairs.values()} == {8, 4}
     written = write(read(first).adapter, between, "diffusers")
-    assert written.ranks == {1: 1, 2: 6}  # to_v is unchanged, so it is a pair of zeros
+    assert written.ranks == {1: 1, 2: 6}  # the pair of rank 1 is that of to_v: unchanged, so zero
     same_changes(read(between).adapter, adapter)
     write(read(between).adapter, last, "kohya")
     ours, theirs = read_tensors(first)[0], read_tensors(last)[0]

@@ -1,4 +1,4 @@
-"""Changes other than plain pairs: what each layout can express or refuses."""
+"""Changes other than plain pairs: what each layout can express, and what it refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def core_of(*shape: int) -> dict[str, torch.Tensor]:
 
 
 def loha_core() -> Delta:
-    """Return a LoHa delta of a 3 × 3 convolution."""
+    """Return a LoHa delta with cores, for a 3 × 3 convolution."""
     return Delta("hadamard", loha().parts | core_of(2, 2), (ROWS, IN, 3, 3), 1 / 3)
 
 
@@ -98,7 +98,7 @@ HELD: dict[str, tuple[Adapter, set[str]]] = {
 
 
 def effects(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return the effect on weights of ones and twos, by parameter, in float64 if possible."""
+    """Return the change of each parameter in float64, for fixed random base weights."""
     out = {}
     for name, pair in adapter.pairs.items():
         product = pair.scale * (pair.B.double().flatten(1) @ pair.A.double().flatten(1))
@@ -124,8 +124,10 @@ def effects(adapter: Adapter) -> dict[str, torch.Tensor]:
     return out
 
 
-def comes_back(adapter: Adapter, path, to: str, family: str) -> dict[str, torch.Tensor]:
-    """Write the adapter, compare each effect with the one read back, and return the effects."""
+def effects_added_by_round_trip(adapter: Adapter, path, to: str, family: str) -> dict[str, torch.Tensor]:
+    """Write the adapter, read it back, and assert that every effect of the original is unchanged.
+
+    Returns the effects that only the adapter read back has."""
     write(adapter, path, to, family=family)
     got = effects(read(path).adapter)
     for name, change in effects(adapter).items():
@@ -147,7 +149,7 @@ def test_form_round_trips_or_is_refused_by_name(form, to, tmp_path):
         assert re.search(r"merge it|--to \w+|make pairs|token ids", str(refusal.value)), str(refusal.value)
         assert not out.exists()
         return
-    assert comes_back(adapter, out, to, "sdxl") == {}
+    assert effects_added_by_round_trip(adapter, out, to, "sdxl") == {}
 
 
 def _items(adapter: Adapter):
@@ -168,10 +170,12 @@ def test_fused_loha_bias_and_whole_weights(to, tmp_path):
         with pytest.raises(AdapterError, match="only some of its parts have a full replacement weight"):
             encode(adapter, to, family="flux1")
         adapter.modules = {m.replace("blocks.0", "blocks.1"): {"weight": numbers((UNIT, IN), m)} for m in QKV}
-    assert not any(t.any() for t in comes_back(adapter, tmp_path / "it.safetensors", to, "flux1").values())
+    assert not any(
+        t.any() for t in effects_added_by_round_trip(adapter, tmp_path / "it.safetensors", to, "flux1").values()
+    )
 
 
-def test_parts_of_unlike_forms_are_refused_together():
+def test_fused_parts_with_different_forms_are_refused():
     adapter = Adapter({QKV[0]: pair_for(FLUX, QKV[0])}, deltas={f"{QKV[2]}.weight": lokr(UNIT)})
     with pytest.raises(AdapterError, match=r"double_blocks\.0\.img_attn\.qkv") as refusal:
         encode(adapter, "kohya", family="flux1")
@@ -204,19 +208,19 @@ def test_modules_without_a_name_are_refused(module, family, to, why):
         encode(Adapter({module: pair}), to, family=family)
 
 
-def test_norms_of_flux_are_out_of_comfyuis_reach():
+def test_comfyui_layout_refuses_norms_of_flux():
     adapter = Adapter(deltas={"transformer.transformer_blocks.0.attn.norm_q.weight": dense(UNIT)})
     assert set(encode(adapter, "kohya", family="flux1").tensors) == {
         "lora_unet_double_blocks_0_img_attn_norm_query_norm.w_norm"
     }
-    with pytest.raises(AdapterError, match="called scale"):
+    with pytest.raises(AdapterError, match="this one is named scale"):
         encode(adapter, "comfyui", family="flux1")
 
 
-def test_several_components_are_no_peft_folder():
+def test_several_components_do_not_fit_a_peft_folder():
     modules = (TO_Q, "text_encoder.text_model.encoder.layers.0.mlp.fc1")
     adapter = Adapter({m: pair_for(SDXL, m) for m in modules})
-    with pytest.raises(AdapterError, match=r"(?s)a PEFT folder is of one model.*--to kohya or comfyui"):
+    with pytest.raises(AdapterError, match=r"(?s)a PEFT folder holds an adapter for one model.*--to kohya or comfyui"):
         encode(adapter, "peft")
 
 
@@ -225,7 +229,9 @@ def test_dora_is_noted_where_readers_differ():
 
 
 def test_lone_vector_is_a_new_norm_only():
-    """`….norm_q.weight` next to pairs, as in diffusers; on a linear it would be an (IA)³ without on_input."""
+    """`….norm_q.weight` next to pairs is read as a new norm, as in diffusers.
+
+    A vector for a linear layer is refused, because it would be an (IA)³ without on_input."""
     norm, linear, other = (f"transformer.transformer_blocks.0.attn.{n}" for n in ("norm_q", "to_q", "to_k"))
     pair = {f"{other}.lora_A.weight": torch.ones(2, UNIT), f"{other}.lora_B.weight": torch.ones(UNIT, 2)}
     found = read_state_dict({f"{norm}.weight": torch.ones(UNIT), **pair}, {}).adapter
@@ -235,8 +241,9 @@ def test_lone_vector_is_a_new_norm_only():
 
 
 def test_fused_changes_with_a_part_missing_and_fused_dora(tmp_path):
-    """A part without a change is zero rows of a LoHa or a difference; DoRA of all parts is DoRA of the fused
-    weight."""
+    """A part with no change becomes zero rows of the fused LoHa or dense change.
+
+    If all parts have DoRA, the fused weight has DoRA."""
     single = [f"transformer.single_transformer_blocks.0.attn.to_{p}" for p in "qkv"]
     adapter = Adapter(
         {m: pair_for(FLUX, m, 2, 0.5, shared="A") for m in QKV},
@@ -246,7 +253,7 @@ def test_fused_changes_with_a_part_missing_and_fused_dora(tmp_path):
         adapter.pairs[module].magnitude = numbers((UNIT,), module).abs()
     context = [m.replace("to_", "add_") + "_proj" for m in QKV]
     adapter.deltas |= {f"{context[1]}.weight": dense(UNIT, IN)}
-    got = comes_back(adapter, tmp_path / "it.safetensors", "kohya", "flux1")
+    got = effects_added_by_round_trip(adapter, tmp_path / "it.safetensors", "kohya", "flux1")
     assert got
     assert not any(t.any() for t in got.values())
     del adapter.pairs[QKV[1]]

@@ -1,4 +1,4 @@
-"""diffusers' pipelines load written files with the outputs of the attached adapter."""
+"""With written files, diffusers' pipelines have the outputs of the attached adapter."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FLUX = [
 
 
 class Pipeline:
-    """The parts of a pipeline that diffusers' loaders use."""
+    """The attributes of a pipeline that diffusers' loaders use."""
 
     hf_device_map = None
 
@@ -91,11 +91,11 @@ def random_adapter(pipeline: Pipeline, dora: bool) -> Adapter:
 
 
 def agrees(pipeline: Pipeline, adapter: Adapter, folder: Path) -> None:
-    """Assert that diffusers' loaded adapter equals the attached adapter, and differs from the base."""
+    """Assert that diffusers gives the outputs of the attached adapter, not those of the base."""
     convert.write(adapter, folder / "it.safetensors", "diffusers")
     base = outputs(pipeline)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # keys that diffusers could not assign
+        warnings.simplefilter("error", UserWarning)  # raised for keys that diffusers cannot assign
         pipeline.load_lora_weights(str(folder), weight_name="it.safetensors", adapter_name="it")
     theirs = outputs(pipeline)
     pipeline.unload_lora_weights()
@@ -134,7 +134,7 @@ def test_diffusers_loads_new_norms_of_flux(flux, tmp_path):
 
 
 def test_diffusers_fails_on_a_text_encoder_without_attention(xl, tmp_path):
-    """Shows why such an adapter is refused."""
+    """Shows why veneer refuses to write such an adapter."""
     pairs = tiny.random_pairs(xl.text_encoder, "text_encoder", ["text_model.encoder.layers.1.mlp.fc1"])
     with pytest.raises(AdapterError, match=r"without pairs in its attention.*\n.*layers\.1\.mlp\.fc1"):
         convert.encode(Adapter(pairs), "diffusers", family="sdxl")
@@ -144,9 +144,11 @@ def test_diffusers_fails_on_a_text_encoder_without_attention(xl, tmp_path):
         xl.load_lora_weights({f"{key}A.weight": pair.A, f"{key}B.weight": pair.B})
 
 
-def test_diffusers_reads_our_kohya_file_of_sdxl_the_same(xl, tmp_path):
-    """The file has one alpha for all modules. With different alphas, diffusers finds no attention module for
-    them (it looks for `to_q_lora` among module names) and uses the most common one."""
+def test_diffusers_reads_written_kohya_files_of_sdxl(xl, tmp_path):
+    """All modules of the file have the same alpha.
+
+    With different alphas, diffusers cannot assign them to attention modules, because it looks for `to_q_lora`
+    among module names. It then uses the most common alpha."""
     names = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
     pairs: dict[str, Pair] = {}
     for component, model in xl.components.items():
@@ -163,8 +165,10 @@ def test_diffusers_reads_our_kohya_file_of_sdxl_the_same(xl, tmp_path):
         torch.testing.assert_close(theirs[component], want, rtol=1e-7, atol=1e-7)
 
 
-def test_diffusers_splits_our_fused_kohya_file_of_flux_the_same():
-    """The converter knows only the official widths. Covers q, k, v with one A, and linear1 of four pairs."""
+def test_diffusers_splits_written_kohya_files_of_flux():
+    """diffusers' converter supports only the official widths.
+
+    Covers q, k and v that share one A, and a linear1 joined from four pairs."""
     wide = 3072
     block, single = "transformer.transformer_blocks.0", "transformer.single_transformer_blocks.0"
     g = torch.Generator().manual_seed(0)
@@ -198,7 +202,7 @@ LOADER_MIXINS = [
 
 @pytest.mark.parametrize(("family", "mixin"), LOADER_MIXINS)
 def test_written_names_identify_their_family(family, mixin, tmp_path):
-    """diffusers' converters change no key of the modules that veneer writes, and settings arrive."""
+    """diffusers' converters change none of the keys that veneer writes, and read the settings."""
     loader = getattr(loaders.lora_pipeline, mixin)
     assert loader._lora_loadable_modules == list(LOADABLE.get(family, ("transformer",)))
     own = families()[family]

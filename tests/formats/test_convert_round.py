@@ -28,8 +28,8 @@ def through(adapter: Adapter, layouts: tuple[str, ...], family: str, folder) -> 
 
 @pytest.mark.parametrize(("there", "back"), list(combinations((*LAYOUTS, "peft"), 2)))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_denoisers_adapter_comes_back(name, there, back, tmp_path):
-    """Converts there, back, and there again, for each pair of layouts in both orders."""
+def test_denoiser_adapters_survive_round_trips(name, there, back, tmp_path):
+    """For each pair of layouts, converts to the first, to the second, and to the first again."""
     family = families()[name]
     adapter = random_adapter(family, lambda m: m.startswith(family.denoiser))
     assert len(adapter.pairs) > 10
@@ -38,7 +38,7 @@ def test_a_denoisers_adapter_comes_back(name, there, back, tmp_path):
 
 @pytest.mark.parametrize(("there", "back"), [("kohya", "comfyui"), ("comfyui", "kohya")])
 @pytest.mark.parametrize("name", [n for n in FAMILIES if len(families()[n].components) > 1])
-def test_text_encoders_come_back_too(name, there, back, tmp_path):
+def test_text_encoder_adapters_survive_round_trips(name, there, back, tmp_path):
     adapter = random_adapter(families()[name])
     assert {m.partition(".")[0] for m in adapter.pairs} == set(families()[name].components)
     same_changes(through(adapter, (there, back, there), name, tmp_path), adapter)
@@ -46,7 +46,7 @@ def test_text_encoders_come_back_too(name, there, back, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_is_found_from_one_module(name, tmp_path):
-    """Several families use the same names with different orders of the row halves."""
+    """Several families share names, but differ in the order of the halves of a weight's rows."""
     family = families()[name]
     for i, module in enumerate(m for m in one_of_each_kind(family) if m.startswith(family.denoiser)):
         written = write(

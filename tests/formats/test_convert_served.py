@@ -1,4 +1,4 @@
-"""Exports for vLLM, TGI and llama.cpp: one rank, scale 1, the same effect."""
+"""Exports for vLLM, TGI and llama.cpp have a single rank, scale 1 and an unchanged effect."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_folding_changes_no_effect(pairs, dtype):
     for name, pair in out.pairs.items():
         before = adapter.pairs[name]
         assert (pair.scale, pair.kind) == (1.0, before.kind)
-        if before.kind == "embedding":  # a power of two, which is exact
+        if before.kind == "embedding":  # the scale is a power of two, so B keeps its dtype
             assert pair.B.dtype == dtype
         want = by_hand(before)
         assert (by_hand(pair) - want).norm() <= 6e-8 * want.norm() * before.rank
@@ -80,7 +80,7 @@ UNSERVED_CHANGES = [
     ({"pairs": {Q: Pair(numbers((2, 4, 3), "A"), numbers((6, 2, 1), "B"), 1, "conv")}}, "convolution"),
     ({"pairs": {Q: Pair(numbers((3, 2, 4), "A"), numbers((3, 6, 2), "B"), 1, "experts")}}, "experts"),
     ({"deltas": {f"{Q}.bias": Delta("dense", {"value": torch.ones(6)}, (6,))}}, "dense change of the bias"),
-    ({"modules": {Q: {"weight": torch.ones(6, 4)}}}, "no full copies"),
+    ({"modules": {Q: {"weight": torch.ones(6, 4)}}}, "does not load full copies"),
     ({"token_rows": {EMBED: TokenRows((1,), torch.ones(1, 4))}}, "token rows"),
     ({"pairs": {"unet.conv_in": Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)}}, "serves language models"),
 ]
@@ -113,7 +113,7 @@ def test_vllms_own_limits(pair, name, why):
         encode(Adapter({name: pair}), "vllm")
 
 
-def test_gguf_is_of_one_rank_and_comes_back(tmp_path):
+def test_gguf_has_one_rank_and_survives_a_round_trip(tmp_path):
     net = model("llama3", torch.float32)
     adapter = mixed_rank_adapter(net)
     adapter.pairs[EMBED] = Pair(numbers((3, 160), "A"), numbers((32, 3), "B"), 0.75, "embedding")

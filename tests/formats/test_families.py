@@ -23,7 +23,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def pairs(shapes: dict[str, tuple[int, int]], kind: str = "peft") -> dict[str, Tensor]:
-    """Return pairs of zeros: only names and shapes matter."""
+    """Return pairs of zeros, because only names and shapes matter here."""
     a, b = {"peft": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[kind]
     out = {}
     for name, (rows, into) in shapes.items():
@@ -43,13 +43,13 @@ def look(tensors: dict[str, Tensor], **metadata: str) -> Reading:
 
 def unknown(found: Reading, *near: str) -> None:
     assert found.family is None
-    told = next(r for r in found.reasons if r.startswith("unknown family, of these shapes"))
+    told = next(r for r in found.reasons if r.startswith("unknown family; shapes: "))
     assert all(n in told for n in near)
     assert found.adapter.card.kind == "image"
 
 
 def test_hunyuan_video_is_not_qwen_image() -> None:
-    """20 blocks of width 3,072: FLUX.1's and Qwen-Image's width, but no known family's depth."""
+    """The width 3,072 is that of FLUX.1 and Qwen-Image, but neither has 20 such blocks."""
     shapes = attention(range(20), 3072)
     for i in range(20):
         shapes |= {f"transformer.transformer_blocks.{i}.attn.add_{p}_proj": (3072, 3072) for p in "qkv"}
@@ -62,8 +62,8 @@ def test_other_widths_and_depths_are_not_sd3_large() -> None:
     assert look(pairs(attention(range(38), 2432))).family == "sd3-large"
 
 
-def test_wan_and_ltx_in_diffusers_names_are_no_text_adapters() -> None:
-    """They are read under their own names without a family, and not as text adapters."""
+def test_wan_and_ltx_are_not_read_as_text_adapters() -> None:
+    """Both are read as image adapters of an unknown family, and keep their names."""
     wan = {f"transformer.blocks.{i}.attn{k}.{p}": (1536, 1536) for i in range(30) for k in "12" for p in ATTENTION}
     ltx = {f"transformer.transformer_blocks.{i}.attn1.{p}": (2048, 2048) for i in range(28) for p in ATTENTION}
     for shapes in (wan, ltx):
@@ -91,11 +91,11 @@ def test_unet_peft_folder_is_recognized_by_context_width(tmp_path, context, fami
 def test_indistinguishable_families_are_read_without_a_choice(tmp_path) -> None:
     shapes = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (640, 640)}
     found = read(folder(tmp_path / "a", shapes))
-    told = next(r for r in found.reasons if r.startswith("unknown family, of these shapes"))
+    told = next(r for r in found.reasons if r.startswith("unknown family; shapes: "))
     assert "sd15" in told
     assert "sd2" in told
     assert set(found.adapter.pairs) == {f"unet.{n}" for n in shapes}
-    assert read(tmp_path / "a", family="sd2").family == "sd2"  # given by the base
+    assert read(tmp_path / "a", family="sd2").family == "sd2"  # the base determines the family
 
 
 LUMINA = {"attention.qkv": (2304 + 768 + 768, 2304), "attention.out": (2304, 2304), "feed_forward.w1": (9216, 2304)}
@@ -146,12 +146,14 @@ OFFICIAL = {
     "SD 2": ("sd2", "UNet2DConditionModel", {"cross_attention_dim": 1024, "use_linear_projection": True}),
     "SDXL": ("sdxl", "UNet2DConditionModel", SDXL),
 }
-"""Official configurations of diffusers' classes; their defaults are official unless overridden."""
+"""Official models: family, class in diffusers, and settings that differ from the class's defaults."""
 
 
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_official_widths_fit_every_block_group(case: str) -> None:
-    """All linears at once, and each group of blocks alone, in diffusers' and original names."""
+    """Tests all linear layers at once, and each group of blocks separately.
+
+    Both are tested with diffusers' names and with original names."""
     diffusers = pytest.importorskip("diffusers")
     name, kind, settings = OFFICIAL[case]
     family = families()[name]
@@ -198,8 +200,8 @@ def by_hand(tensors: dict[str, Tensor], name: str) -> Tensor:
     return float(tensors[f"{name}.alpha"]) / len(down) * up @ down
 
 
-def test_onetrainers_split_of_bfls_projections() -> None:
-    """transformer.double_blocks.0.img_attn.qkv.0 is q only."""
+def test_onetrainer_splits_of_fused_projections_are_read() -> None:
+    """For example, `transformer.double_blocks.0.img_attn.qkv.0` is a pair for q only."""
     places = {}
     for i in range(19):
         for side, names in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
@@ -253,7 +255,7 @@ OTHER_MODELS = {
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("case", OTHER_MODELS)
 def test_unknown_diffusers_models_keep_their_names(case: str, some: bool) -> None:
-    """All linears of diffusers' class, or only its attention's."""
+    """Tests all linear layers of a model, or only q, k and v of its attention (`some`)."""
     diffusers = pytest.importorskip("diffusers")
     kind, settings = OTHER_MODELS[case]
     with torch.device("meta"):

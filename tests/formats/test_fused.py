@@ -26,7 +26,7 @@ def product(item: Pair | Delta) -> Tensor:
 
 
 def item_of(form: str, rows: int, scale: float, seed: int = 0, kernel: tuple[int, ...] = ()) -> Pair | Delta:
-    """Return a pair or delta for a weight (rows, 6, kernel…)."""
+    """Return a pair or delta for a weight of shape (rows, 6, kernel…), or (rows,) for a bias."""
     if form == "pair":
         A, B = rand(2, 6, *kernel, seed=seed), rand(rows, 2, *[1] * len(kernel), seed=seed)
         return Pair(A, B, scale, "conv" if kernel else "linear")
@@ -58,7 +58,7 @@ kernels = st.sampled_from([(), (3, 3)])
     kernels,
     st.booleans(),
 )
-def test_parts_are_the_rows_and_join_again(form, parts, unit, scale, kernel, magnitude):
+def test_split_returns_rows_and_join_restores_the_whole(form, parts, unit, scale, kernel, magnitude):
     total = parts[0][2]
     whole = item_of(form, 2 * unit * total, scale, kernel=kernel)
     if magnitude and form != "bias":
@@ -100,7 +100,7 @@ def test_parts_are_the_rows_and_join_again(form, parts, unit, scale, kernel, mag
     st.booleans(),
 )
 def test_join_and_split_round_trip(form, drawn, magnitude):
-    """`seed` 0 or 1: parts with a shared A, and parts with separate ones."""
+    """`drawn`: (rows, scale, seed) of each part; pairs with equal seeds share their A."""
     parts = []
     for i, (rows, scale, seed) in enumerate(drawn):
         part = item_of(form, rows, scale, seed)
@@ -143,7 +143,7 @@ def test_equal_a_factors_are_shared_when_joining():
 
 
 @pytest.mark.parametrize("form", ["pair", "dense", "loha"])
-def test_a_part_without_an_adapter_joins_as_zero_rows(form):
+def test_missing_part_becomes_zero_rows(form):
     part = item_of(form, 4, 0.5)
     whole = join_parts([None, part, None], rows=[2, 4, 6])
     want = torch.zeros(12, 6, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_swap_halves_rolls_outputs_by_half(form, half, kernel, magnitude):
     assert torch.equal(product(swap_halves(swapped)), product(whole))
 
 
-def test_an_origin_is_cut_too():
+def test_split_and_join_keep_an_origin():
     A, B, A0, B0 = rand(2, 6), rand(6, 2), rand(2, 6, seed=1), rand(6, 2, seed=1)
     pair = Pair(A, B, 0.5, origin=(A0, B0))
     cut = split(pair, QKV)
@@ -185,18 +185,18 @@ def test_an_origin_is_cut_too():
     close(product(join_parts(cut)), product(pair))
 
 
-def test_neighbouring_rows_of_a_lokr_join_parts():
+def test_consecutive_parts_of_a_lokr_are_joined():
     whole = item_of("lokr", 12, 0.5)
     q, k, v = split(whole, QKV)
     close(product(join_parts([k, v])), product(whole)[4:])
     close(product(split(join_parts([k, v]), [(1, 2, 2)])[0]), product(v))
-    with pytest.raises(AdapterError, match="neighbouring"):
+    with pytest.raises(AdapterError, match="adjacent"):
         join_parts([q, v])
-    with pytest.raises(AdapterError, match="neighbouring"):
+    with pytest.raises(AdapterError, match="adjacent"):
         join_parts([q, item_of("lokr", 4, 0.5)])
 
 
-def test_trimming_keeps_one_rank_and_what_is_used():
+def test_trimming_removes_unused_ranks_except_one():
     A, B = rand(3, 6), rand(4, 3)
     assert trimmed(Pair(A, B, 1.0)).A is A
     B[:, 1] = 0

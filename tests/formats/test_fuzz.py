@@ -1,4 +1,4 @@
-"""Fuzzed files end in an adapter or a VeneerError, for every reader."""
+"""Every reader turns a fuzzed file into an adapter, or raises a VeneerError."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ fuzzing = settings(max_examples=40 * LONG, deadline=None, suppress_health_check=
 
 
 def few(layout: layouts.Layout, n: int = 8) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return n modules of a layout."""
+    """Return the first n modules of a layout, and its metadata."""
     return dict(list(layout.tensors.items())[: 3 * n]), layout.metadata
 
 
@@ -98,7 +98,7 @@ CHANGES = st.lists(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast to another dtype; complex numbers get an imaginary part."""
+    """Cast to another dtype; values become imaginary if that dtype is complex."""
     out = (tensor.real if tensor.is_complex() else tensor).to(dtype)
     return out * 1j if dtype.is_complex else out
 
@@ -128,8 +128,7 @@ def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict
 
 
 def exercise(path: Path, **how: Any) -> None:
-    """Inspect, verify and read the file; write the result in every single-file layout and as a PEFT
-    folder."""
+    """Inspect, verify and read the file, then encode the result in all layouts that are tested."""
     for action in (inspect, verify_adapter):
         with contextlib.suppress(VeneerError):
             action(str(path))
@@ -148,7 +147,7 @@ def test_a_file(tmp_path, made, how, metadata):
     tensors, own = MADE[made]()
     try:
         chunks = encode_tensors(changed(tensors, how), own | metadata)
-    except (VeneerError, UnicodeEncodeError):  # names that no file can contain
+    except (VeneerError, UnicodeEncodeError):  # for names that no file can contain
         return
     (tmp_path / "x.safetensors").write_bytes(b"".join(chunks))
     exercise(tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""GGUF adapters against llama.cpp's converter, both ways."""
+"""GGUF adapters are compatible with llama.cpp's converter, in both directions."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def adapter(dtype: torch.dtype = torch.float32, scale: float = 0.5, embedding: b
 
 
 def llama_cpp(path: Path, pairs: dict[str, Pair], alpha: float = 1.0, arch: str = "llama", **more: Any) -> Path:
-    """Write a file as convert_lora_to_gguf does, with the gguf package's writer and table; permute Llama's q
-    and k."""
+    """Write a file as llama.cpp's convert_lora_to_gguf does.
+
+    Uses the gguf package's writer and name table. For the architecture llama, permutes the rows of q and
+    k."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 12)
     tensors = {}
     for name, pair in pairs.items():
@@ -48,7 +50,7 @@ def llama_cpp(path: Path, pairs: dict[str, Pair], alpha: float = 1.0, arch: str 
 
 
 def written(path: Path, tensors: dict[str, Any], alpha: float = 1.0, arch: str = "qwen2", **more: Any) -> Path:
-    """Write a file with the gguf package. `tensors`: arrays, or codes and their type."""
+    """Write a file with the gguf package. `tensors`: arrays, or (quantized codes, their type)."""
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -74,10 +76,10 @@ def same(one: Adapter, two: Adapter) -> None:
 
 
 @pytest.mark.parametrize("arch", GGUF_ARCHITECTURES)
-def test_reads_what_llama_cpp_writes(tmp_path, arch):
+def test_files_in_the_format_of_llama_cpp_are_read(tmp_path, arch):
     ours = adapter()
     if arch in ("gemma", "gemma2"):
-        del ours.pairs["lm_head"]  # always tied to the embedding
+        del ours.pairs["lm_head"]  # these architectures tie the head to the embedding
     path = llama_cpp(tmp_path / "x.gguf", ours.pairs, arch=arch, general__name="dog")
     read = read_gguf(path, head_dim=HEAD)
     same(ours, read.adapter)
@@ -87,8 +89,8 @@ def test_reads_what_llama_cpp_writes(tmp_path, arch):
     assert (read.adapter.card.rank, read.adapter.card.alpha, read.adapter.card.extra) == (2, 1.0, {"title": "dog"})
 
 
-def test_the_turned_rows_are_those_of_the_base(tmp_path):
-    """Permuting W + ΔW as llama.cpp permutes W gives the permuted W plus the file's ΔW."""
+def test_delta_rows_are_permuted_like_the_base(tmp_path):
+    """Permute W + ΔW as llama.cpp permutes W: the result is the permuted W plus the file's ΔW."""
     ours = adapter()
     write_gguf(ours, tmp_path / "x.gguf", architecture="llama", head_dim=HEAD)
     file = read_gguf_file(tmp_path / "x.gguf")
@@ -123,7 +125,7 @@ def test_the_gguf_package_reads_what_is_written(tmp_path):
     assert theirs.fields["general.type"].contents() == "adapter"
     assert theirs.fields["adapter.lora.alpha"].contents() == 1.0
     tensors = {t.name: t for t in theirs.tensors}
-    assert tensors["token_embd.weight.lora_a"].shape.tolist() == [2, 100]  # ggml's order: rank, rows
+    assert tensors["token_embd.weight.lora_a"].shape.tolist() == [2, 100]  # in ggml's order: rank, rows
     assert tensors["token_embd.weight.lora_b"].shape.tolist() == [2, 32]
     A = torch.from_numpy(np.array(tensors["blk.0.ffn_down.weight.lora_a"].data))
     assert torch.equal(A, ours.pairs["model.layers.0.mlp.down_proj"].A)
@@ -133,10 +135,12 @@ def test_the_gguf_package_reads_what_is_written(tmp_path):
     }
 
 
-def test_scales_that_differ_go_into_b(tmp_path):
+def test_different_scales_are_applied_to_b(tmp_path):
     ours = adapter()
     ours.pairs[V].scale = 0.3
-    ours.pairs[Q] = Pair(rand(4, 32).float(), rand(16, 4).float(), 0.5)  # rank 4: its alpha is 2, the others' is 1
+    ours.pairs[Q] = Pair(
+        rand(4, 32).float(), rand(16, 4).float(), 0.5
+    )  # alpha is 2 because of rank 4; the other pairs have alpha 1
     notes = write_gguf(ours, tmp_path / "x.gguf", architecture="llama", head_dim=HEAD)
     assert len(notes) == 2
     same(ours, read_gguf(tmp_path / "x.gguf").adapter)
@@ -200,17 +204,17 @@ def test_files_that_are_not_adapters_are_refused(tmp_path):
     fails(small(path, a | {"blk.0.attn_v.weight.lora_b": torch.full((4, 2), float("inf"))}), "infinity")
     q = {f"blk.0.attn_q.weight.lora_{h}": t for h, t in (("a", torch.ones(2, 4)), ("b", torch.ones(6, 2)))}
     fails(small(path, q, general__architecture="llama"), "lacks the size of a head")
-    fails(path, "no multiple of the head size 4", head_dim=4)
+    fails(path, "not a multiple of the head size 4", head_dim=4)
     assert read_gguf(path, head_dim=6).adapter.pairs
 
 
 REFUSED_CHANGES = [
-    (lambda a: a.pairs.update({"model.layers.0.other": a.pairs[V]}), "no name for it"),
+    (lambda a: a.pairs.update({"model.layers.0.other": a.pairs[V]}), "no name for this module"),
     (lambda a: setattr(a.pairs[V], "magnitude", torch.ones(8)), "magnitude"),
-    (lambda a: setattr(a.pairs[V], "kind", "conv"), "a pair of conv"),
+    (lambda a: setattr(a.pairs[V], "kind", "conv"), "a pair of kind conv"),
     (lambda a: a.modules.update({"lm_head": {"weight": torch.ones(2)}}), "a full module"),
     (lambda a: a.deltas.update({"x.weight": Delta("dense", {"value": torch.ones(2)}, (2,))}), "a dense change"),
-    (lambda a: a.pairs.clear(), "nothing at all"),
+    (lambda a: a.pairs.clear(), "an adapter without pairs"),
 ]
 
 

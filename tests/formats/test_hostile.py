@@ -1,4 +1,4 @@
-"""Hostile files are refused at once, with their name, and without running code."""
+"""Hostile files are refused quickly, by name, and without running their code."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from veneer.formats.module_tensors import read_module
 from veneer.formats.tensors import read_adapter_tensors
 
 MUCH = 16 << 20
-"""More bytes than any test header needs."""
+"""Limit of the peak memory in bytes while a file is read."""
 
 
 def read(path: Path) -> None:
-    """Read a file as an adapter is read: the container by its suffix, then every module."""
+    """Read a whole adapter file: its container, selected by the suffix, then every module."""
     if path.suffix == ".gguf":
         read_gguf(path)
         return
@@ -45,7 +45,7 @@ def read(path: Path) -> None:
         leaves[module][suffix] = value
     for module, parts in leaves.items():
         leaf = read_module(parts, where=module)
-        if sum(value.numel() for value in parts.values()) < 1000:  # what was read can be used
+        if sum(value.numel() for value in parts.values()) < 1000:  # unless it is large, compute ΔW too
             if leaf.pair is not None:
                 pair_matrix(leaf.pair)
             for delta in leaf.deltas.values():
@@ -54,8 +54,8 @@ def read(path: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _torch_is_whole() -> None:
-    """Load torch's lazy parts first: about 70 MB at the first use of a meta tensor."""
+def _load_lazy_torch_modules() -> None:
+    """Make torch import its lazy parts first; the first meta tensor takes about 70 MB."""
     read_module({"diff": torch.ones(2)}, where="x")
 
 
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_error_gives_its_reason(folder, name, monkeypatch):
+def test_hostile_file_is_refused_with_its_reason(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
     started = time.monotonic()
     tracemalloc.start()
@@ -124,7 +124,7 @@ changes = st.lists(
 
 
 def mutated(good: bytes, how: list[tuple[str, int, int]], header: int) -> bytes:
-    """Return the bytes with changes within the first `header` bytes, and truncations anywhere."""
+    """Return `good` with bytes replaced, deleted and inserted in its first `header` bytes."""
     raw = bytearray(good)
     for kind, at, value in how:
         place = at % max(1, min(header, len(raw)))
@@ -157,7 +157,7 @@ fuzzing = settings(max_examples=200, deadline=None, suppress_health_check=[Healt
 
 @fuzzing
 @given(changes)
-def test_no_changed_header_costs_memory_or_another_error(tmp_path, how):
+def test_mutated_header_is_read_or_refused_within_memory_limit(tmp_path, how):
     reads_or_refuses(tmp_path / "x.safetensors", mutated(GOOD, how, 8 + int.from_bytes(GOOD[:8], "little")))
 
 
@@ -172,7 +172,7 @@ def test_no_changed_header_costs_memory_or_another_error(tmp_path, how):
     ),
     st.integers(0, 64),
 )
-def test_no_made_up_header_costs_memory_or_another_error(tmp_path, entries, size):
+def test_random_header_is_read_or_refused_within_memory_limit(tmp_path, entries, size):
     table = {n: {"dtype": "F32", "shape": s, "data_offsets": [b, e]} for n, (s, b, e) in entries.items()}
     text = json.dumps(table).encode()
     reads_or_refuses(tmp_path / "x.safetensors", struct.pack("<Q", len(text)) + text + bytes(size))
@@ -180,12 +180,12 @@ def test_no_made_up_header_costs_memory_or_another_error(tmp_path, entries, size
 
 @fuzzing
 @given(changes)
-def test_no_changed_gguf_costs_memory_or_another_error(tmp_path, good_gguf, how):
+def test_mutated_gguf_is_read_or_refused_within_memory_limit(tmp_path, good_gguf, how):
     reads_or_refuses(tmp_path / "x.gguf", mutated(good_gguf, how, len(good_gguf)))
 
 
 @settings(fuzzing, max_examples=100)
 @given(changes)
-def test_no_changed_pickle_costs_memory_or_another_error(tmp_path, how):
+def test_mutated_pickle_is_read_or_refused_within_memory_limit(tmp_path, how):
     good = saved()
     reads_or_refuses(tmp_path / "x.pt", mutated(good, how, len(good)))

@@ -1,4 +1,4 @@
-"""Written names are those that the target's loader requests."""
+"""Written files use the names that the target's loader looks for."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_language_models_are_not_image_models(tmp_path, to):
 
 
 def test_lost_name_level_is_refused_before_writing(tmp_path, monkeypatch):
-    """veneer's reader accepts both spellings, so only the loader's rule distinguishes them."""
+    """veneer's reader accepts both spellings, so only the check of the loader's rule finds this."""
     adapter = linear_pairs(["transformer.h.0.attn.c_attn"])
-    monkeypatch.setattr(convert, "component_of", lambda name: "transformer")  # as if the component were a denoiser
-    with pytest.raises(AdapterError, match=r"transformer\.h\.0\.attn\.c_attn: PEFT would find nothing for it"):
+    monkeypatch.setattr(convert, "component_of", lambda name: "transformer")  # pretend that the component is a denoiser
+    with pytest.raises(AdapterError, match=r"transformer\.h\.0\.attn\.c_attn: PEFT would find no tensors for it"):
         convert.write(adapter, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
 
@@ -88,5 +88,5 @@ def test_image_names_are_checked_against_loaders(family, to):
     pairs: dict[str, Pair] = {m: pair_for(known, m, rank=2) for m in modules}
     keys = list(convert.encode(Adapter(pairs), to, family=family).tensors)
     assert unreachable(modules, keys, to, known) == []
-    assert any("would find nothing" in p for p in unreachable(modules, map(LEVELS[to], keys), to, known))
+    assert any("would find no tensors for it" in p for p in unreachable(modules, map(LEVELS[to], keys), to, known))
     assert any("reads no such module" in p for p in unreachable(modules, map(LEVELS[to], keys), to, known))

@@ -31,7 +31,9 @@ CARD.extra = {"title": "A dog", "author": "Ann", "description": "a “dog”", "
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, torch.Tensor]:
-    """Above 1 MiB, so that the legacy hash is of something; dtypes whose order in a file is not by name."""
+    """Return more than 1 MiB of tensors, because the legacy hash covers only bytes after the first MiB.
+
+    Because of the dtypes, a file does not store the tensors in the order of their names."""
     generator = torch.Generator().manual_seed(0)
     return {
         "a": torch.randn(300, 500, generator=generator).half(),
@@ -62,8 +64,7 @@ def test_a_file_that_is_not_safetensors_has_no_autov3(tmp_path):
 
 @pytest.mark.parametrize("ss", [True, False])
 def test_the_stored_hashes_are_those_of_sd_scripts(tmp_path, tensors, ss):
-    """Recompute the hash as sd-scripts does with safetensors' writer: a file with ss_ keys only, in
-    memory."""
+    """Compares with sd-scripts, which hashes a file with only ss_ keys, written in memory."""
     metadata = metadata_of(CARD, family="sdxl", name="dog") if ss else {"modelspec.title": "x"}
     done = sealed(tensors, metadata)
     theirs = safetensors.torch.save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
@@ -81,7 +82,7 @@ def test_the_stored_hashes_are_those_of_sd_scripts(tmp_path, tensors, ss):
 
 
 def test_hashes_of_others_are_verified(tmp_path, tensors):
-    """A file as sd-scripts saves it."""
+    """The file is written as sd-scripts writes it."""
     path = tmp_path / "x.safetensors"
     ss = {"ss_output_name": "x", "ss_training_comment": "é", "ss_network_dim": "16"}
     theirs = safetensors.torch.save(tensors, ss)
@@ -96,10 +97,10 @@ def test_hashes_of_others_are_verified(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("stated", ["ab" * 32, "ab" * 6, "", "AB" * 32, "red, blue: 1", "ab" * 5])
-def test_short_hash_is_the_one_that_the_header_states(stated, tmp_path, tensors):
-    """NetworkOnDisk uses `metadata.get("sshs_model_hash") or` AutoV3, and their first 12 digits.
+def test_short_hash_is_that_stated_in_the_header(stated, tmp_path, tensors):
+    """A1111's NetworkOnDisk uses the first 12 digits of `metadata.get("sshs_model_hash") or` AutoV3.
 
-    A text that is no hash must not be used, because it would break the list."""
+    A text that is not a hash must not be used, because it would break the list of hashes."""
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(tensors, path, metadata={"sshs_model_hash": stated} if stated else None)
     theirs = path.read_bytes()
@@ -109,7 +110,7 @@ def test_short_hash_is_the_one_that_the_header_states(stated, tmp_path, tensors)
     assert short_hash(tmp_path / "x.gguf", hashes(tmp_path / "x.gguf")) == hashlib.sha256(b"GGUF").hexdigest()[:12]
 
 
-def test_equal_cards_give_equal_bytes_and_come_back():
+def test_equal_cards_give_equal_metadata_and_survive():
     one, two = metadata_of(CARD, family="sdxl", name="dog"), metadata_of(CARD, family="sdxl", name="dog")
     assert json.dumps(one) == json.dumps(two)
     card = card_from_metadata(one)
@@ -123,9 +124,10 @@ def test_equal_cards_give_equal_bytes_and_come_back():
     assert card.recipe["network_module"] == "networks.lora"
 
 
-def test_metadata_has_the_keys_readers_use():
-    """A1111 and Forge read ss_output_name, ss_base_model_version, ss_v2, modelspec.architecture; managers the
-    rest."""
+def test_metadata_has_the_keys_that_readers_use():
+    """A1111 and Forge read ss_output_name, ss_base_model_version, ss_v2 and modelspec.architecture.
+
+    Model managers read the other keys."""
     m = metadata_of(CARD, family="sdxl", name="dog")
     assert m["ss_output_name"] == "dog"
     assert m["ss_base_model_version"].startswith("sdxl_")
@@ -145,7 +147,7 @@ def test_metadata_has_the_keys_readers_use():
 
 
 @pytest.mark.parametrize("family", MODELSPEC_ARCHITECTURES)
-def test_our_own_family_is_recognised(family):
+def test_family_written_by_veneer_is_recognized(family):
     m = metadata_of(Card(kind="image"), family=family)
     assert family_in_metadata(m) == family
     assert family_in_metadata({"ss_base_model_version": m["ss_base_model_version"]}) == family
@@ -203,7 +205,9 @@ def test_trigger_words_are_found_in_metadata(metadata, words):
 
 
 def test_captions_in_our_files_are_not_trigger_words() -> None:
-    """A trainer states whether there is a trigger word; a word that was added later as such also counts."""
+    """veneer's trainer states whether there is a trigger word, so words of captions do not count.
+
+    A word that another tool added later (`activation text`) does count."""
     tags = {"1_prints": {"a vase": 1, "white wall": 2}}
     ours = metadata_of(Card(kind="image", extra={"tag_frequency": tags}), family="flux1")
     ours["ss_dataset_dirs"] = json.dumps({"1_prints": {"n_repeats": 1, "img_count": 2}})
@@ -217,7 +221,7 @@ def test_captions_in_our_files_are_not_trigger_words() -> None:
     ["", "null", "[", "[" * 100_000, "7", '"x"', '[{"subsets": 3}]', '{"a": {"b": "c"}}', '{"a": [1]}', '{"a": NaN}'],
 )
 @pytest.mark.parametrize("key", ["ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "veneer.card"])
-def test_metadata_of_any_shape_is_survived(key, text):
+def test_malformed_metadata_raises_no_error(key, text):
     card_from_metadata({key: text})
 
 
@@ -240,7 +244,7 @@ def test_times_and_numbers_of_sd_scripts():
     assert "text_encoder_lr" not in card.recipe
 
 
-def test_diffusers_settings_go_out_and_come_in():
+def test_diffusers_settings_survive_a_round_trip():
     configs = {"unet": {"r": 4, "rank_pattern": {"a.b": 8}}, "text_encoder": {"lora_alpha": 2.0}}
     assert unpack_configs({"lora_adapter_metadata": pack_configs(configs)}) == configs
     assert unpack_configs({}) == {}
@@ -249,6 +253,6 @@ def test_diffusers_settings_go_out_and_come_in():
             unpack_configs({"lora_adapter_metadata": text})
 
 
-def test_a_card_that_json_cannot_hold_is_refused():
+def test_card_that_json_cannot_represent_is_refused():
     with pytest.raises(AdapterError, match="JSON cannot"):
         metadata_of(Card(metrics={"a": float("nan")}))

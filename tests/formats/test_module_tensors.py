@@ -1,4 +1,4 @@
-"""Each algorithm's tensors give the ΔW of its definition, in float64."""
+"""The tensors of each algorithm give the ΔW that its definition gives, in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def product(leaf: ModuleChanges, shape: tuple[int, ...]) -> Tensor:
-    """Return s·P of weight, pair and delta together."""
+    """Return s·P, summed over the pair and the delta of the weight."""
     total = torch.zeros(shape, dtype=torch.float64)
     if leaf.pair is not None:
         total = total + pair_matrix(leaf.pair).reshape(shape)
@@ -57,7 +57,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
         ("x.reshape_weight", "x", "reshape_weight"),
     ],
 )
-def test_a_key_is_cut_before_its_suffix(key, module, suffix):
+def test_key_is_split_before_its_suffix(key, module, suffix):
     assert split_key(key) == (module, suffix)
 
 
@@ -80,7 +80,7 @@ def test_a_linear_pair(down, up):
     assert (leaf.pair.kind, leaf.pair.rank, leaf.pair.scale) == ("linear", 4, 0.5)
     assert leaf.pair.A is A
     close(product(leaf, (10, 6)), 0.5 * B @ A)
-    assert read_module({down: A, up: B}, where="x").pair.scale == 1.0  # without alpha, alpha equals the rank
+    assert read_module({down: A, up: B}, where="x").pair.scale == 1.0  # a missing alpha means that alpha is the rank
     assert read_module({down: A, up: B, "alpha": torch.tensor(2.0)}, alpha=8, where="x").pair.scale == 2.0
     assert read_module({down: A, up: B}, alpha=8, rslora=True, where="x").pair.scale == 4.0
     assert read_module({down: A, up: B, "scalar": torch.tensor(0.25)}, alpha=8, where="x").pair.scale == 0.5
@@ -109,7 +109,7 @@ def test_tucker_convolution_reads_as_a_plain_pair(dtype):
     close(product(leaf, (5, 3, 3, 2)), want, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_a_bias_beside_b_has_the_scale_of_the_pair():
+def test_bias_of_b_has_the_scale_of_the_pair():
     bias = rand(10)
     leaf = read_module(
         {"lora_A.weight": rand(4, 6), "lora_B.weight": rand(10, 4), "lora_B.bias": bias}, alpha=2, where="x"
@@ -118,7 +118,7 @@ def test_a_bias_beside_b_has_the_scale_of_the_pair():
 
 
 def sparse_parts(matrix: Tensor) -> dict[str, Tensor]:
-    """Return a matrix as LyCORIS stores it sparsely."""
+    """Return a sparse matrix as the tensors in which LyCORIS stores it."""
     whole = {"bias_indices": matrix.indices(), "bias_size": torch.tensor(matrix.shape)}
     return {name: t.to(torch.int16) for name, t in whole.items()} | {"bias_values": matrix.values()}
 
@@ -188,7 +188,7 @@ def kron(one: Tensor, two: Tensor) -> Tensor:
 @pytest.mark.parametrize("first", ["whole", "factors"])
 @pytest.mark.parametrize("second", ["whole", "factors", "core"])
 def test_lokr(first, second, kernel):
-    """alpha counts only if a factor is decomposed (as in LyCORIS and ComfyUI)."""
+    """As in LyCORIS and ComfyUI, alpha has an effect only if a factor is decomposed."""
     if second == "core" and not kernel:
         return
     a, c, b, d, r, alpha = 2, 3, 4, 5, 2, 3.0
@@ -246,7 +246,7 @@ def test_a_full_weight_replaces_the_base_weight(suffix):
 
 
 def dora(W: Tensor, P: Tensor, m: Tensor, axis: int) -> Tensor:
-    """Return m/‖W + P‖·(W + P) − W, with one norm per index along `axis`, by loops."""
+    """Return m/‖W + P‖·(W + P) − W, with one norm per index along `axis`, computed in a loop."""
     new = W + P
     out = torch.empty_like(W)
     for i in range(W.shape[axis]):
@@ -259,7 +259,7 @@ def dora(W: Tensor, P: Tensor, m: Tensor, axis: int) -> Tensor:
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 @pytest.mark.parametrize("algorithm", ["pair", "loha", "lokr", "flat loha"])
 def test_dora_on_either_axis(algorithm, kernel, axis):
-    shape = (6, 6, *kernel)  # square: the sizes do not reveal the axis
+    shape = (6, 6, *kernel)  # square, so that the axis cannot be inferred from the sizes
     if algorithm == "pair":
         p = {"lora_down.weight": rand(2, 6, *kernel), "lora_up.weight": rand(6, 2, *[1] * len(kernel))}
     elif algorithm == "loha":
@@ -300,24 +300,24 @@ PAIR = {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2)}
         ({"lora_down.weight": rand(2, 3)}, r"lora_down.weight \(2, 3\): without its partner"),
         ({"lora_up.weight": rand(3, 2), "alpha": torch.tensor(1.0)}, r"lora_up.weight \(3, 2\): without"),
         ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 3)}, r"A \(2, 3\) and B \(4, 3\)"),
-        (PAIR | {"lora_A.weight": rand(2, 3)}, "a second one"),
+        (PAIR | {"lora_A.weight": rand(2, 3)}, "a second tensor with the same role"),
         ({"lora_down.weight": rand(2), "lora_up.weight": rand(4, 2)}, r"A \(2,\)"),
-        ({"lora_down.weight": rand(0, 3), "lora_up.weight": rand(4, 0)}, "rank of 0"),
+        ({"lora_down.weight": rand(0, 3), "lora_up.weight": rand(4, 0)}, "rank 0: only ranks"),
         (PAIR | {"alpha": rand(2)}, r"alpha \(2,\)"),
-        (PAIR | {"alpha": torch.tensor(0.0)}, "take it for the"),
+        (PAIR | {"alpha": torch.tensor(0.0)}, "read 0 as the rank"),
         (PAIR | {"alpha": torch.tensor(math.inf)}, "not finite"),
         (PAIR | {"lora_down.weight": torch.ones(2, 3, dtype=torch.int8)}, "not a floating-point"),
         ({"oft_blocks": rand(2, 3, 3), "alpha": torch.tensor(1.0)}, "OFT"),
         ({"boft_s": rand(2)}, "BOFT"),
         ({"a1.weight": rand(2, 3), "bm.weight": rand(2, 2)}, "GLoRA"),
         ({"lambda_layer": rand(1, 2)}, "T-LoRA"),
-        ({"weight": rand(3, 3)}, "not a tensor of any adapter"),
+        ({"weight": rand(3, 3)}, "not a tensor of any known adapter type"),
         ({"lokr_w1": rand(3, 3)}, "one factor only"),
         ({"lokr_w1": rand(3, 3), "lokr_w2_a": rand(3, 3)}, "lokr_w2_a"),
         ({"hada_w1_a": rand(3, 3), "hada_w1_b": rand(3, 3)}, "hada_w1_a"),
         (loha(3, 3, 2) | {"lokr_w1": rand(1, 1), "lokr_w2": rand(3, 3)}, "two changes of the same weight"),
         (loha(3, 3, 2) | {"hada_w2_b": rand(2, 4)}, "do not fit"),
-        ({"diff": rand(3, 3), "set_weight": rand(3, 3)}, "a change of the old one"),
+        ({"diff": rand(3, 3), "set_weight": rand(3, 3)}, "a change of the original"),
         ({"diff": rand(3, 3), "dora_scale": rand(3, 1)}, "dora_scale"),
         ({"dora_scale": rand(3, 1)}, "dora_scale"),
         (PAIR | {"dora_scale": torch.tensor(1.0)}, "neither"),
@@ -340,9 +340,9 @@ def test_every_problem_is_in_one_error():
     assert all(word in str(caught.value) for word in ("lora_down.weight", "oft_blocks", "dora_scale"))
 
 
-def test_absurd_ranks_and_products_are_refused_without_memory():
+def test_absurd_sizes_are_refused_before_allocation():
     A, B = torch.zeros(1).expand(MAX_RANK + 1, 2), torch.zeros(1).expand(2, MAX_RANK + 1)
-    with pytest.raises(AdapterError, match="rank of 65,537"):
+    with pytest.raises(AdapterError, match="rank 65,537: only ranks"):
         read_module({"lora_down.weight": A, "lora_up.weight": B}, where="x")
     wide = torch.zeros(1).expand(1, 1_000_000)
     p = {"lora_down.weight": wide, "lora_up.weight": wide.t()}
@@ -353,7 +353,7 @@ def test_absurd_ranks_and_products_are_refused_without_memory():
         read_module(p | {k: v.long() if k != "bias_values" else v for k, v in sparse.items()}, where="x")
 
 
-def test_module_changes_are_fitted_to_the_weight():
+def test_module_changes_are_reshaped_to_the_weight():
     pair = {"lora_down.weight": rand(2, 6), "lora_up.weight": rand(5, 2)}
     conv = fitted(read_module(pair, where="x"), (5, 6, 1, 1))
     assert (conv.pair.kind, conv.pair.A.shape, conv.pair.B.shape) == ("conv", (2, 6, 1, 1), (5, 2, 1, 1))

@@ -1,4 +1,4 @@
-"""Tensors written for module changes, against LyCORIS' own modules."""
+"""The tensors that are written for module changes agree with LyCORIS' own modules."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def applied(base: torch.nn.Module, leaf: ModuleChanges, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("extra", [{}, {"use_tucker": True}, {"decompose_both": True}, {"rs_lora": True}])
 @pytest.mark.parametrize("algorithm", ["LoConModule", "LohaModule", "LokrModule"])
 def test_lycoris_agrees(algorithm, extra, wd, layer):
-    """ΔW of its forward pass, from its own state dict. (Its get_diff_weight applies the scale of LoHa and
-    LoKr twice.)"""
+    """Compares outputs with those of LyCORIS' forward pass, and the written tensors with its state dict.
+
+    (Its get_diff_weight cannot be used, because it applies the scale of LoHa and LoKr twice.)"""
     modules = pytest.importorskip("lycoris.modules")
     torch.manual_seed(0)
     make, shape = BASES[layer]

@@ -1,4 +1,4 @@
-"""Trained biases (`bias = "lora_only"`, `"all"`): read, mixed, merged, written."""
+"""Trained biases (`bias = "lora_only"` or `"all"`) are read, mixed, merged and written."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def qwen2() -> torch.nn.Module:
 
 
 def gpt2() -> torch.nn.Module:
-    """Return a model with biases on norms and transposed linears too."""
+    """Return a model that also has biases on norms and on transposed linear layers."""
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     return _moved(build(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32, **ids)).double())
 
 
 def _moved(net: torch.nn.Module) -> torch.nn.Module:
-    """Return the model with nonzero biases, as in trained models."""
+    """Return the model with random values added to its biases, as if trained."""
     g = torch.Generator().manual_seed(4)
     for name, p in sorted(net.named_parameters()):
         if name.endswith("bias"):
@@ -76,8 +76,10 @@ def test_trained_biases_match_peft_logits(tmp_path, case):
     torch.testing.assert_close(outputs(merged), want, rtol=1e-6, atol=1e-6)
 
 
-def test_a_strength_moves_the_bias_by_its_share(tmp_path):
-    """W + s·(value − W), as for every other change. PEFT has no such strength, so by hand."""
+def test_strength_interpolates_a_trained_bias(tmp_path):
+    """The bias becomes W + s·(value − W), as for every other change.
+
+    PEFT has no such strength, so the expected bias is computed here."""
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj", "v_proj"], bias="lora_only")
     adapter, net = peft.read_folder(tmp_path / "in"), qwen2()
     assert len(adapter.deltas) == 4
@@ -110,7 +112,7 @@ def test_a_mix_is_exact_without_the_base(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["vllm", "gguf"])
-def test_a_target_that_cannot_hold_them_is_refused(tmp_path, to):
+def test_target_layout_without_biases_is_refused(tmp_path, to):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
     given = {"family": "qwen2"} if to == "gguf" else {}
     with pytest.raises(AdapterError, match="does not support a replacement change of the bias; merge it into the base"):

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, config: dict[str, Any] | None = None, drop: str = "", **tensors: Tensor) -> None:
-    """Change the configuration and tensors. `drop`: prefix of keys to remove."""
+    """Change a folder's configuration and tensors. `drop`: prefix of tensor keys to remove."""
     edit_json(folder / CONFIG_FILE, **(config or {}))
     have = safetensors.torch.load_file(folder / TENSOR_FILE)
     have = {k: v for k, v in have.items() if not drop or not k.startswith(drop)} | tensors
@@ -64,7 +64,7 @@ FAULTS: list[tuple[str, dict[str, Tensor], list[str]]] = [
     ("", {"layers.0.k_proj.lora_A.weight": torch.ones(2, 4)}, ["1 of 9 tensors have the wrong prefix", "(2, 4)"]),
     ("", OTHER, ["model.layers.0.self_attn.o_proj: A (2, 4), B (4, 2)", "target_modules omits"]),
     (KEY + "lora_B", {}, ["model.layers.0.self_attn.q_proj: B missing, only A (2, 4)"]),
-    ("", {B: torch.ones(4, 3)}, ["A and B do not fit each other", "A (2, 4), B (4, 3)"]),
+    ("", {B: torch.ones(4, 3)}, ["A and B do not fit together", "A (2, 4), B (4, 3)"]),
     ("", {"base_model.model.model.norm.base_layer.weight": torch.ones(4)}, ["the file has no pair"]),
     ("", {A: torch.ones(2, 4, dtype=torch.int8)}, ["dtype torch.int8"]),
     ("", {A: torch.full((2, 4), float("nan"))}, ["NaN or infinity", KEY]),
@@ -87,9 +87,9 @@ def test_tensors_that_do_not_fit_the_config_are_refused(folder, drop, tensors, w
 @pytest.mark.parametrize(
     ("config", "tensors", "words"),
     [
-        ({}, {KEY + "base_layer.weight": torch.ones(4, 4)}, "ignored"),  # a copy of a targeted head
-        # PEFT keeps target names that matched nothing in training if another name matched
-        ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, {}, "'c_attn', and there are no tensors"),
+        ({}, {KEY + "base_layer.weight": torch.ones(4, 4)}, "ignored"),  # a copy of the base weight of a target
+        # PEFT saves a target name that matched no module, provided that another name matched
+        ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, {}, "'c_attn', but the file has no tensors for it"),
         ({"rank_pattern": {"k_proj": 3}}, {}, "'k_proj' matches no module"),
     ],
 )
@@ -100,7 +100,7 @@ def test_options_without_effect_are_noted(folder, config, tensors, words):
 
 def test_targets_without_any_tensors(folder):
     edit(folder, {"target_modules": ["query_key_value", "c_attn"]})
-    refused(folder, "target_modules names 'c_attn', 'query_key_value', and there are no tensors for any")
+    refused(folder, "target_modules names 'c_attn', 'query_key_value', but there are no tensors for any")
 
 
 def test_a_missing_layer_is_seen_with_the_base(tmp_path):
@@ -111,7 +111,7 @@ def test_a_missing_layer_is_seen_with_the_base(tmp_path):
     refused(tmp_path / "a", "model.layers.1.self_attn.q_proj: target_modules selects this linear", base=model("llama3"))
 
 
-def test_the_rank_in_the_shape_against_the_config(folder):
+def test_rank_that_contradicts_the_config_is_refused(folder):
     edit(folder, {"rank_pattern": {"layers.1.self_attn.v_proj": 3}})
     refused(folder, "rank_pattern['layers.1.self_attn.v_proj'] says rank 3, the tensors have 2")
     edit(folder, {"rank_pattern": {}, "r": 5})
@@ -172,7 +172,7 @@ def test_unsupported_settings_are_refused_with_advice(folder, key, value, words)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("velora_config", {"num_groups": 4}),  # changes only the backward pass
+        ("velora_config", {"num_groups": 4}),  # affects only the backward pass
         ("eva_config", {"rho": 2.0}),
         ("loftq_config", {}),
         ("init_lora_weights", False),
@@ -196,7 +196,7 @@ def test_many_faults_are_one_error(folder):
         drop=KEY + "lora_B",
         **{"stray": torch.ones(1), KEY.replace("q_proj", "v_proj") + "lora_B.weight": torch.ones(3, 3)},
     )
-    message = refused(folder, "mystery", "stray", "B missing", "do not fit each other")
+    message = refused(folder, "mystery", "stray", "B missing", "do not fit together")
     assert re.search(r"\((\d+) problem", message)[1] == str(message.count("\n  - "))
 
 
@@ -214,7 +214,7 @@ def test_many_faults_are_one_error(folder):
         (lambda f: (f / "veneer.json").write_text("{"), AdapterError, "not valid JSON"),
     ],
 )
-def test_folders_that_are_no_adapter(folder, make: Callable[[Path], Any], kind, words):
+def test_folders_that_are_not_adapters_are_refused(folder, make: Callable[[Path], Any], kind, words):
     make(folder)
     refused(folder, words, str(folder), kind=kind)
 
@@ -234,7 +234,7 @@ def test_a_hostile_pattern_does_not_hang(folder, monkeypatch):
     refused(folder, "takes longer than")
 
 
-def test_names_that_a_base_does_not_have(folder):
+def test_names_missing_in_the_base_are_refused(folder):
     refused(
         folder, "model.layers.1.self_attn.q_proj: no such module", base=[n for n in NAMES if "1.self_attn.q" not in n]
     )
@@ -243,7 +243,7 @@ def test_names_that_a_base_does_not_have(folder):
 
 def test_a_pair_on_a_module_of_another_kind(tmp_path):
     peft.write_folder(linear_pairs(["model.embed_tokens"]), tmp_path / "a")
-    refused(tmp_path / "a", "a pair of kind linear on a Embedding", base=model("llama3"))
+    refused(tmp_path / "a", "a pair of kind linear does not fit a Embedding", base=model("llama3"))
 
 
 # -- copies of embeddings ----------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def test_embedding_copy_equal_to_the_base_is_ignored(tmp_path):
     peft_folder(model("mistral"), tmp_path / "a", target_modules=["embed_tokens", "lm_head"])
     keys = safetensors.torch.load_file(tmp_path / "a" / TENSOR_FILE)
     assert sum("base_layer.weight" in k for k in keys) == 2
-    assert sum("equal to it" in n for n in peft.load_folder(tmp_path / "a", model("mistral")).notes) == 2
-    assert sum("not compared" in n for n in peft.load_folder(tmp_path / "a").notes) == 2
+    assert sum("an exact copy" in n for n in peft.load_folder(tmp_path / "a", model("mistral")).notes) == 2
+    assert sum("no base to compare it with" in n for n in peft.load_folder(tmp_path / "a").notes) == 2
 
 
 def test_an_embedding_copy_that_differs_is_refused(tmp_path):
@@ -265,9 +265,10 @@ def test_an_embedding_copy_that_differs_is_refused(tmp_path):
     refused(tmp_path / "a", "resize", base=model("mistral", vocab_size=128))
 
 
-def test_whole_saved_embedding_acts(tmp_path):
-    """PEFT writes this with save_embedding_layers=True if the tokenizer grew, and loads it over the base's
-    embedding."""
+def test_saved_whole_embedding_replaces_the_bases(tmp_path):
+    """With save_embedding_layers=True, PEFT writes whole embeddings, for example of a larger vocabulary.
+
+    When loading, it uses them instead of the base's embeddings."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
@@ -287,10 +288,10 @@ def test_whole_saved_embedding_acts(tmp_path):
 # -- layouts of experts ------------------------------------------------------------------------------------------------
 
 
-def as_before_0_19_1(folder: Path, version: str | None) -> None:
-    """Rewrite the adapter as PEFT before 0.19.1 stored it: with A and B of every expert exchanged.
+def rewrite_as_before_0_19_1(folder: Path, version: str | None) -> None:
+    """Rewrite the adapter in the layout of PEFT before 0.19.1, with A and B of every expert exchanged.
 
-    Those versions took the first of the two dimensions as the input."""
+    Those versions treated the first of an expert's two dimensions as the input."""
     tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
     rank = json.loads((folder / CONFIG_FILE).read_text())["r"]
     for key in [k for k in tensors if "experts" in k and "lora_A" in k]:
@@ -308,10 +309,10 @@ def as_before_0_19_1(folder: Path, version: str | None) -> None:
 def test_old_expert_layout_is_recognized_by_base_shapes(tmp_path, name, version):
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     want = peft_folder(model(name), tmp_path / "a", target_modules=[], target_parameters=parameters, r=3)
-    as_before_0_19_1(tmp_path / "a", version)
+    rewrite_as_before_0_19_1(tmp_path / "a", version)
     net = model(name)
     torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "a", net)), want, rtol=1e-9, atol=1e-9)
-    refused(tmp_path / "a", "laid out expert weights differently", "give the base")
+    refused(tmp_path / "a", "laid out expert weights differently", "pass the base")
 
 
 @pytest.mark.parametrize(("version", "flipped"), [("0.21.2", False), ("0.19.1", False), ("0.18.0", True), (None, None)])
@@ -321,7 +322,7 @@ def test_square_experts_are_read_by_peft_version(tmp_path, version, flipped):
         model("mixtral", **square), tmp_path / "a", target_modules=[], target_parameters=["experts.down_proj"], r=3
     )
     if flipped or flipped is None:
-        as_before_0_19_1(tmp_path / "a", version)
+        rewrite_as_before_0_19_1(tmp_path / "a", version)
     else:
         edit(tmp_path / "a", {"peft_version": version})
     net = model("mixtral", **square)
@@ -331,38 +332,38 @@ def test_square_experts_are_read_by_peft_version(tmp_path, version, flipped):
         torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "a", net)), want, rtol=1e-9, atol=1e-9)
 
 
-def test_experts_that_fit_no_layout(tmp_path):
+def test_experts_that_fit_no_layout_are_refused(tmp_path):
     net = model("mixtral")
     peft_folder(net, tmp_path / "a", target_modules=["q_proj"], target_parameters=["experts.down_proj"], r=3)
     key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
     edit(tmp_path / "a", **{key: torch.ones(12, 25)})
-    refused(tmp_path / "a", "A (12, 25), B (32, 12) fit the base's", base=model("mixtral"))
+    refused(tmp_path / "a", "A (12, 25), B (32, 12) do not fit the base's", base=model("mixtral"))
     edit(tmp_path / "a", **{key: torch.ones(11, 24)})
     refused(tmp_path / "a", "do not fit rank 3", base=model("mixtral"))
 
 
-def test_experts_with_one_parameter_too_few(tmp_path):
+def test_config_with_too_few_expert_parameters_is_refused(tmp_path):
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     peft_folder(model("mixtral"), tmp_path / "a", target_modules=["q_proj"], target_parameters=parameters)
     edit(tmp_path / "a", {"target_parameters": ["experts.down_proj"]})
     refused(tmp_path / "a", "tensors for 2 parameter(s)", "names 1 of this module: down_proj")
 
 
-def test_stamps_are_kept_and_shown(folder):
+def test_version_and_date_stamps_are_kept_and_shown(folder):
     edit(folder, {"unsloth_version": "2026.9.6", "created_at": "2026-09-20", "astra_config": None})
     found = peft.load_folder(folder)
     assert found.adapter.card.extra["adapter_config"] == {"unsloth_version": "2026.9.6", "created_at": "2026-09-20"}
     assert any("unsloth_version = 2026.9.6: a stamp, stored unchanged" in note for note in found.notes)
 
 
-def test_velora_as_peft_saves_it_has_pefts_outputs(tmp_path):
-    """Only the backward pass reads the groups' means, which are saved with the pairs."""
+def test_velora_adapter_has_the_outputs_of_peft(tmp_path):
+    """PEFT saves the groups' means with the pairs, but only the backward pass uses them."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.config import VeloraConfig
 
     ids = torch.randint(0, 160, (2, 8), generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # warnings of PEFT and transformers
+        warnings.simplefilter("ignore")  # from PEFT and transformers
         config = LoraConfig(r=4, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4))
         wrapped = get_peft_model(model("llama3"), config).train()
         wrapped(ids, labels=ids).loss.backward()
@@ -387,10 +388,10 @@ def pair(kind: str = "linear", **changes: Any) -> Pair:
     ("adapter", "words"),
     [
         (Adapter(), "it is empty"),
-        (Adapter({"a": pair(), "b": pair(magnitude=torch.ones(4))}), "one switch for all pairs"),
+        (Adapter({"a": pair(), "b": pair(magnitude=torch.ones(4))}), "use_dora applies to all pairs"),
         (Adapter({"m.p": pair("experts", magnitude=torch.ones(4))}), "DoRA on expert parameters"),
         (Adapter({"a": pair(scale=float("nan"))}), "the scale is nan"),
-        (Adapter({"a": pair(B=torch.ones(4, 3))}), "A and B do not fit each other (A (2, 4), B (4, 3))"),
+        (Adapter({"a": pair(B=torch.ones(4, 3))}), "A and B do not fit together (A (2, 4), B (4, 3))"),
         (Adapter({"a": pair(A=torch.full((2, 4), float("inf")))}), "NaN or infinity"),
         (Adapter({"a": pair(magnitude=torch.ones(5))}), "lora_magnitude_vector is (5,), expected (4,)"),
         (Adapter({"a.b": pair()}, modules={"a": {"b.weight": torch.ones(1)}}), "a pair inside a, which is a full copy"),
@@ -399,7 +400,7 @@ def pair(kind: str = "linear", **changes: Any) -> Pair:
         (Adapter(modules={"a": {}}), "a full copy without tensors"),
         (Adapter({"a.base_layer": pair()}), "could not read the folder back"),
         (Adapter({"../a": pair()}), "cannot hold"),
-        (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "depends on the base; give it"),
+        (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "depends on the base; pass it"),
     ],
 )
 def test_unwritable_adapter_leaves_no_files(tmp_path, adapter, words):
@@ -416,11 +417,10 @@ OTHERS = ["layers.9.attn.q_proj", "x.layers.0.attn.k_proj", "q_proj"]
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=names, data=st.data(), rslora=st.booleans())
-def test_any_ranks_and_scales_survive(names, data, rslora):
-    """For any names, ranks and scales, the configuration gives each module its own values and selects no
-    other module.
+def test_any_ranks_and_scales_survive_a_round_trip(names, data, rslora):
+    """For any names, ranks and scales, the configuration gives each module its own values.
 
-    Scales are exact, or to the last bit that alpha/r can represent."""
+    It selects no other module. Scales are exact, up to the last bit that alpha/r can represent."""
     pairs = {}
     for name in names:
         rank = data.draw(st.integers(1, 5))

@@ -1,4 +1,4 @@
-"""PEFT folders as files: reproducible bytes, atomic writes, the card."""
+"""PEFT folders as files: reproducible bytes, atomic writes, and the card."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_write_the_same_bytes(tmp_path):
-    """This process and another one, in which sets have another order."""
+    """Compares this process with another one, whose sets have a different order."""
     ours, theirs = tmp_path / "ours" / "a", tmp_path / "theirs" / "a"
     ours.parent.mkdir()
     theirs.parent.mkdir()
@@ -68,7 +68,7 @@ def test_write_report_matches_the_files(tmp_path):
     assert (card.card.base, card.card.rank, card.card.alpha) == ("org/base", 2, 4.0)
 
 
-def test_the_config_is_short_with_a_base_and_exact_without(tmp_path):
+def test_config_is_shorter_if_the_base_is_given(tmp_path):
     net = model("llama3")
     adapter = create(net, LoraSpec(rank=4, alpha=8, targets=("q_proj", "layers.1.mlp.up_proj")), seed=0)
     config, _ = peft.encode_folder(random_adapter(adapter), base=net)
@@ -77,7 +77,7 @@ def test_the_config_is_short_with_a_base_and_exact_without(tmp_path):
     assert config["target_modules"] == sorted(adapter.pairs)
 
 
-def test_ranks_are_named_once_where_all_of_a_name_agree():
+def test_equal_ranks_share_one_pattern():
     pairs = linear_pairs(NAMES).pairs
     pairs["lm_head"] = linear_pairs(["lm_head"], rank=3).pairs["lm_head"]
     one = NAMES[0]
@@ -176,7 +176,7 @@ def test_every_field_of_the_wrong_type_is_listed(tmp_path):
     assert "../x" in str(caught.value)
 
 
-def test_a_card_that_json_cannot_hold_is_not_written():
+def test_card_that_json_cannot_represent_is_not_written():
     for value in (float("nan"), {1, 2}):
         with pytest.raises(AdapterError, match="JSON cannot"):
             card_bytes(Card(metrics={"x": value}))
@@ -200,7 +200,7 @@ def test_readme_is_replaced_only_if_ours(tmp_path):
     assert (tmp_path / "a" / README_FILE).read_text() == "my own words"
 
 
-def test_the_readme_asks_with_the_system_message_of_the_rows(tmp_path):
+def test_readme_command_uses_the_samples_system_message(tmp_path):
     turns = [("system", "Answer with\n```json\n"), ("user", "It's open"), ("assistant", "{}"), ("user", "And now?")]
     messages = [{"role": role, "content": content} for role, content in turns]
     card = Card(base="org/base", kind="text", extra={"sample": {"messages": messages}})
@@ -213,7 +213,7 @@ def test_the_readme_asks_with_the_system_message_of_the_rows(tmp_path):
     assert "````\nAnswer with\n```json\n\n````" in text
 
 
-def test_other_tools_get_a_built_in_bases_hub_id(tmp_path):
+def test_files_for_other_tools_name_the_bases_hub_id(tmp_path):
     card = Card(base="smollm2-135m", kind="text")
     peft.write_folder(replace(linear_pairs(NAMES), card=card), tmp_path / "a", base_name="smollm2-135m")
     config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
@@ -226,7 +226,7 @@ def test_other_tools_get_a_built_in_bases_hub_id(tmp_path):
     assert read_card(tmp_path / "a").card.base == "smollm2-135m"
 
 
-def test_a_path_of_this_machine_stays_out_of_the_readme(tmp_path):
+def test_readme_contains_no_local_path(tmp_path):
     peft.write_folder(linear_pairs(NAMES), tmp_path / "a", base_name="/home/me/bases/small")
     text = (tmp_path / "a" / README_FILE).read_text()
     assert "/home/me" not in text

@@ -1,4 +1,4 @@
-"""LOHA and LOKR folders against PEFT, both ways."""
+"""LoHa and LoKr folders: PEFT loads veneer's folders, and veneer loads PEFT's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LYCORIS_SPECS = [
 
 
 @pytest.mark.parametrize("spec", LYCORIS_SPECS)
-def test_peft_loads_what_is_written_to_the_same_effect(spec: LoraSpec, tmp_path: Path) -> None:
+def test_peft_loads_written_folders_with_equal_outputs(spec: LoraSpec, tmp_path: Path) -> None:
     model = llama3().eval()
     adapter = drawn(model, spec)
     report = write_folder(adapter, tmp_path, base=model)
@@ -89,7 +89,7 @@ def test_peft_folders_read_with_the_same_outputs(way: str, cores: bool, tmp_path
     assert config_of["peft_type"] == spec["kind"].upper()
 
 
-def test_lycoris_that_peft_cannot_express_is_refused(tmp_path: Path) -> None:
+def test_adapters_that_peft_cannot_express_are_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"line": nn.Conv1d(8, 12, 3), "lin": nn.Linear(24, 36)})
     adapter = drawn(model, LoraSpec(rank=2, kind="lokr", targets=("line",)))
     with pytest.raises(AdapterError, match="a full second factor of a 1-d convolution"):
@@ -116,7 +116,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("change", "say"), DAMAGES)
-def test_a_damaged_configuration_is_named(change: dict[str, Any], say: str, tmp_path: Path) -> None:
+def test_error_names_the_damaged_setting(change: dict[str, Any], say: str, tmp_path: Path) -> None:
     model = llama3()
     write_folder(drawn(model, LoraSpec(rank=2, kind="loha")), tmp_path, base=model)
     edit_json(tmp_path / "adapter_config.json", **change)
@@ -125,10 +125,10 @@ def test_a_damaged_configuration_is_named(change: dict[str, Any], say: str, tmp_
 
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
-def test_lokr_parts_keep_split_names(to: str) -> None:
-    """kohya's files fuse FLUX's q, k and v.
+def test_lokr_of_fused_projections_keep_separate_names(to: str) -> None:
+    """kohya's layout fuses FLUX's q, k and v, but three LoKr cannot be fused.
 
-    Three LoKr are no LoKr of the fused matrix, so LyCORIS' names keep them."""
+    So the three are written separately, under LyCORIS's names."""
     g = torch.Generator().manual_seed(0)
     names = [f"transformer.transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
     model = nn.Module()
@@ -146,7 +146,7 @@ def test_lokr_parts_keep_split_names(to: str) -> None:
     assert "lycoris_transformer_blocks_0_attn_to_q.lokr_w1" in written.tensors
     assert any(
         key.endswith("proj.lokr_w1") for key in written.tensors
-    )  # a module that is not fused in the original keeps its name
+    )  # to_out.0 is not fused in the original, so it gets the original's name, img_attn.proj
     back = read_state_dict(written.tensors, written.metadata).adapter
     for name, delta in adapter.deltas.items():
         torch.testing.assert_close(product_of(back.deltas[name]), product_of(delta))
@@ -154,8 +154,8 @@ def test_lokr_parts_keep_split_names(to: str) -> None:
 
 @pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
-def test_full_copies_beside_loha_and_lokr_have_pefts_outputs(kind: str, task: str, tmp_path: Path) -> None:
-    """`modules_to_save`, named by the user or by the task."""
+def test_full_copies_with_loha_and_lokr_match_peft(kind: str, task: str, tmp_path: Path) -> None:
+    """`modules_to_save` is set by the user, or extended by PEFT for the task."""
     torch.manual_seed(0)
     model = llama3(tie_word_embeddings=False)
     if task == "SEQ_CLS":
@@ -179,7 +179,7 @@ def test_full_copies_beside_loha_and_lokr_have_pefts_outputs(kind: str, task: st
         torch.testing.assert_close(again(input_ids=TOKENS).logits, want)
 
 
-def test_tensors_that_no_full_copy_accounts_for_are_named(tmp_path: Path) -> None:
+def test_unexplained_tensors_are_named_in_the_error(tmp_path: Path) -> None:
     model = llama3()
     write_folder(drawn(model, LoraSpec(rank=2, kind="loha")), tmp_path, base=model)
     file = tmp_path / "adapter_model.safetensors"

@@ -1,7 +1,7 @@
-"""Mixture-of-experts adapters in other tools' layouts, read onto fused expert weights.
+"""Mixture-of-experts adapters in other tools' layouts become changes of fused expert weights.
 
-The reference is transformers' forward pass of a base whose fused weights were changed by hand, in float64,
-and PEFT's if PEFT loads the file.
+The reference is a transformers model in float64 whose fused weights the test changes itself; if PEFT can load
+the file, PEFT's outputs are a second reference.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ TARGETS = r".*\.experts\.(\d+\.)?(gate_proj|up_proj|down_proj)"
 
 
 def model(name: str) -> nn.Module:
-    """Return `twins.model`; gpt_oss interleaves gate and up, transposed."""
+    """Return `twins.model(name)`, or a tiny gpt_oss.
+
+    gpt_oss stores fused weights transposed, and interleaves gate and up."""
     if name != "gpt_oss":
         return twins.model(name)
     own = {"intermediate_size": 24, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -45,7 +47,9 @@ def model(name: str) -> nn.Module:
 
 
 def single_pairs(net: nn.Module, name: str, *, share: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B of every expert's projections, in `net`'s widths. `share`: gate and up have one A."""
+    """Return A and B for every projection of every expert of `net`.
+
+    `share`: an expert's gate and up projections use the same A."""
     g = torch.Generator().manual_seed(3)
     hidden, inner = net.config.hidden_size, net.config.intermediate_size
     inner = getattr(net.config, "moe_intermediate_size", inner) if name == "qwen3_moe" else inner
@@ -69,7 +73,7 @@ def single_pairs(net: nn.Module, name: str, *, share: bool = False) -> dict[str,
 
 
 def by_hand(name: str, pairs: dict[str, tuple[Tensor, Tensor]], scale: float = SCALE) -> Tensor:
-    """Return the outputs of a base with s·B·A of each expert's projection added to the fused weights."""
+    """Return a base's outputs after adding each s·B·A to its fused expert weights."""
     net = model(name)
     weights = dict(net.named_parameters())
     with torch.no_grad():
@@ -103,8 +107,8 @@ def flat(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", EXPERTS)
-def test_a_pair_for_each_expert_acts_on_fused_experts(tmp_path, name, share):
-    """transformers 4, Megatron and Tinker: experts.N.gate_proj."""
+def test_per_expert_pairs_change_fused_experts(tmp_path, name, share):
+    """transformers 4, Megatron and Tinker use names such as experts.N.gate_proj."""
     net = model(name)
     pairs = single_pairs(net, name, share=share)
     got = peft.load_folder(folder(tmp_path / "a", flat(pairs)), net)
@@ -117,7 +121,7 @@ def test_a_pair_for_each_expert_acts_on_fused_experts(tmp_path, name, share):
     )
 
 
-def test_peft_loads_the_same_file_to_the_same_outputs(tmp_path):
+def test_peft_loads_the_same_file_with_equal_outputs(tmp_path):
     net = model("qwen3_moe")
     pairs = single_pairs(net, "qwen3_moe")
     path = folder(tmp_path / "a", flat(pairs), target_modules=TARGETS)
@@ -127,8 +131,9 @@ def test_peft_loads_the_same_file_to_the_same_outputs(tmp_path):
 
 
 def packed(pairs: dict[str, tuple[Tensor, Tensor]], layout: str) -> dict[str, Tensor]:
-    """Return the pairs under another tool's names; "shared" requires one A for gate and up, and one B for
-    down."""
+    """Return the pairs under another tool's names.
+
+    Layout "shared": the pairs must have one A for gate and up, and one B for down, common to all experts."""
     out: dict[str, Tensor] = {}
     for module in dict.fromkeys(n.rsplit(".", 2)[0] for n in pairs):
         own = {
@@ -148,8 +153,10 @@ def packed(pairs: dict[str, tuple[Tensor, Tensor]], layout: str) -> dict[str, Te
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("layout", ["packed", "shared"])
-def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
-    """Megatron Bridge's tensors: three-dimensional, and with one shared outer half."""
+def test_packed_layouts_become_one_pair_per_expert(tmp_path, name, layout):
+    """Covers both layouts of Megatron Bridge.
+
+    "packed": the tensors of all experts are stacked; "shared": all experts also share one factor per pair."""
     net = model(name)
     pairs = single_pairs(net, name)
     if layout == "shared":
@@ -163,17 +170,17 @@ def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
     path = folder(tmp_path / "a", packed(pairs, layout))
     got = peft.load_folder(path, net)
     torch.testing.assert_close(our_outputs(net, got.adapter), by_hand(name, pairs), rtol=1e-9, atol=1e-9)
-    assert any("read as a pair for each expert" in note for note in got.notes)
+    assert any("read as one pair per expert" in note for note in got.notes)
 
 
-def test_some_experts_and_unlike_scales_are_exact_too(tmp_path):
-    """Experts without a pair do not change; a rank_pattern gives some experts another rank and scale."""
+def test_missing_experts_and_unequal_scales_are_exact(tmp_path):
+    """Some experts have no pair, and one pair has another rank and scale."""
     net = model("mixtral")
     pairs = {n: p for n, p in single_pairs(net, "mixtral").items() if ".2." not in n and not n.endswith("3.gate_proj")}
     odd = "model.layers.0.mlp.experts.1.up_proj"
     pairs[odd] = pairs[odd][0][:1], pairs[odd][1][:, :1]
     path = folder(tmp_path / "a", flat(pairs), rank_pattern={odd: 1})
-    # scale is alpha/rank; the odd expert's is 6, as is its B
+    # The odd pair has rank 1, so its scale is 6 instead of 2: multiply its B by 3.
     by = {n: (A, B * 3 if n == odd else B) for n, (A, B) in pairs.items()}
     got = our_outputs(net, peft.read_folder(path, net))
     torch.testing.assert_close(got, by_hand("mixtral", by), rtol=1e-9, atol=1e-9)
@@ -183,7 +190,7 @@ def test_experts_that_cannot_be_fused_are_refused(tmp_path):
     net = model("mixtral")
     pairs = single_pairs(net, "mixtral")
     at = "model.layers.0.mlp.experts"
-    with pytest.raises(AdapterError, match="pairs of experts 0 to 9, and there are 4"):
+    with pytest.raises(AdapterError, match="pairs of experts 0 to 9, but there are 4"):
         peft.read_folder(folder(tmp_path / "a", flat({**pairs, f"{at}.9.up_proj": pairs[f"{at}.0.up_proj"]})), net)
     dora = flat(pairs) | {f"{n}.lora_magnitude_vector": torch.ones(len(B)) for n, (_, B) in pairs.items()}
     with pytest.raises(AdapterError, match="DoRA on single experts"):
@@ -194,11 +201,11 @@ def test_experts_that_cannot_be_fused_are_refused(tmp_path):
         peft.read_folder(folder(tmp_path / "c", tensors), net)
 
 
-def test_single_experts_stay_without_a_base(tmp_path):
+def test_experts_stay_separate_without_a_base(tmp_path):
     pairs = single_pairs(model("mixtral"), "mixtral")
     found = peft.load_folder(folder(tmp_path / "a", flat(pairs)))
     assert set(found.adapter.pairs) == set(pairs)
-    assert any("on a base that fuses its experts they are fused" in note for note in found.notes)
+    assert any("they are fused if the base fuses its experts" in note for note in found.notes)
 
 
 # -- Unsloth -----------------------------------------------------------------------------------------------------------
@@ -210,7 +217,9 @@ MARKS = {
 
 
 def grouped(path: Path, **config: object) -> Path:
-    """Write a PEFT folder as Unsloth before 2026-09-17 did: B's columns grouped by expert."""
+    """Regroup B's columns by expert, as Unsloth did before 2026-09-17.
+
+    Also adds `config` to the folder's configuration."""
     tensors = load_file(path / "adapter_model.safetensors")
     for key in [k for k in tensors if ".experts." in k and k.endswith("lora_B.weight")]:
         tensors[key] = tensors[key].unflatten(1, (R, 4)).transpose(1, 2).flatten(1).contiguous()
@@ -254,7 +263,7 @@ def test_unsloth_file_without_layout_is_refused(made, tmp_path, marks):
     torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "b", net)), made[1], rtol=1e-9, atol=1e-9)
     config = tmp_path / "b" / "adapter_config.json"
     assert json.loads(config.read_text()).get("lora_B_layout") == ("rank_major" if marks == "base" else None)
-    edit_json(config, "lora_B_layout")  # PEFT warns about an unknown key
+    edit_json(config, "lora_B_layout")  # remove the key, because PEFT warns about unknown keys
     torch.testing.assert_close(peft_outputs(model("mixtral"), tmp_path / "b"), made[1], rtol=1e-9, atol=1e-9)
 
 
@@ -263,15 +272,15 @@ def test_unsloth_file_without_layout_is_refused(made, tmp_path, marks):
 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_all_linear_on_experts_reads_with_its_router(tmp_path, name, with_base):
-    """PEFT creates target_parameters: gate.weight, gate_up_proj, down_proj."""
+def test_all_linear_on_experts_includes_the_router(tmp_path, name, with_base):
+    """PEFT expands "all-linear" to target_parameters that include the router's weight."""
     want = peft_folder(model(name), tmp_path / "a", target_modules="all-linear", r=R)
     assert "gate.weight" in json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_parameters"]
     net = model(name)
     base = net if with_base else None
     got = peft.read_folder(tmp_path / "a", base)
     torch.testing.assert_close(our_outputs(net, got), want, rtol=1e-9, atol=1e-9)
-    for pair in [p for n, p in got.pairs.items() if n.endswith(".gate")]:  # the router has its own scale and rank
+    for pair in [p for n, p in got.pairs.items() if n.endswith(".gate")]:  # give the router another scale and rank
         pair.scale, pair.A, pair.B = 0.25, pair.A[:1], pair.B[:, :1]
     want = our_outputs(net, got)
     peft.write_folder(got, tmp_path / "b", base=base)
@@ -279,7 +288,7 @@ def test_all_linear_on_experts_reads_with_its_router(tmp_path, name, with_base):
     assert not any("no effect" in note for note in peft.load_folder(tmp_path / "b", base).notes)
 
 
-def test_a_router_alone_is_written_as_a_parameter(tmp_path):
+def test_router_without_experts_is_written_as_a_parameter(tmp_path):
     want = peft_folder(model("gpt_oss"), tmp_path / "a", target_modules=["q_proj"], target_parameters=["router.weight"])
     got = peft.read_folder(tmp_path / "a")
     torch.testing.assert_close(our_outputs(model("gpt_oss"), got), want, rtol=1e-9, atol=1e-9)
@@ -287,7 +296,7 @@ def test_a_router_alone_is_written_as_a_parameter(tmp_path):
     torch.testing.assert_close(peft_outputs(model("gpt_oss"), tmp_path / "b"), want, rtol=1e-9, atol=1e-9)
 
 
-def test_transformers_4_mixtral_files_read_with_their_router(tmp_path):
+def test_transformers_4_mixtral_files_include_the_router(tmp_path):
     g = torch.Generator().manual_seed(4)
     to = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     pairs = single_pairs(model("mixtral"), "mixtral")
@@ -304,8 +313,8 @@ def test_transformers_4_mixtral_files_read_with_their_router(tmp_path):
     torch.testing.assert_close(got, peft_outputs(model("mixtral"), path), rtol=1e-9, atol=1e-9)
 
 
-def test_target_modules_may_be_idle_with_target_parameters(tmp_path):
-    """PEFT trains and saves such an adapter with a warning."""
+def test_unmatched_target_modules_are_only_noted(tmp_path):
+    """With target_parameters, PEFT only warns if target_modules matches nothing."""
     settings = {"target_modules": ["no_such"], "target_parameters": ["experts.down_proj"]}
     want = peft_folder(model("gpt_oss"), tmp_path / "a", **settings)
     net = model("gpt_oss")

@@ -1,6 +1,6 @@
 """PEFT and veneer read each other's folders with equal outputs, for every variant.
 
-Compared in float64, so that rounding cannot hide a wrong scale, order or sign."""
+Outputs are compared in float64, so that rounding cannot hide a wrong scale, order or sign."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FROM_PEFT = {
 
 @pytest.mark.parametrize("case", FROM_PEFT)
 def test_peft_folders_round_trip_with_equal_outputs(tmp_path, case):
-    """A base is not needed to read."""
+    """Reading gives the same adapter with and without a base."""
     name, config = FROM_PEFT[case]
     want = peft_folder(model(name), tmp_path / "a", **config)
     net = model(name)
@@ -155,8 +155,8 @@ def test_written_folders_have_equal_outputs_in_peft(tmp_path, case, with_base):
     )
 
 
-def test_float32_pairs_on_a_bfloat16_base_match_too(tmp_path):
-    """The usual case. Compares the pairs, which must be restored bit for bit."""
+def test_float32_pairs_on_a_bfloat16_base_round_trip(tmp_path):
+    """This is the usual combination; the pairs must be restored bit for bit."""
     peft_folder(model("llama3", torch.bfloat16), tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
     adapter = peft.read_folder(tmp_path / "a", model("llama3", torch.bfloat16))
     assert {t.dtype for _, t in adapter.tensors()} == {torch.float32}
@@ -165,7 +165,7 @@ def test_float32_pairs_on_a_bfloat16_base_match_too(tmp_path):
     peft_outputs(model("llama3", torch.bfloat16), tmp_path / "b")
 
 
-def test_peft_converts_its_pissa_on_saving_and_that_is_read(tmp_path):
+def test_pissa_converted_by_peft_on_saving_is_read(tmp_path):
     import warnings
 
     from peft import LoraConfig, PeftModel, get_peft_model

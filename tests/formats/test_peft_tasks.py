@@ -1,4 +1,6 @@
-"""Adapters of every PEFT task type, created by PEFT on tiny models of the task's class: equal outputs."""
+"""Adapters that PEFT creates for each task type have the same outputs in veneer.
+
+The models are tiny instances of the task's class."""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ def outputs(net: nn.Module) -> Tensor:
 
 
 def made(case: str, path: Path, **config: object) -> Tensor:
-    """Write a folder with PEFT, with PEFT's default targets and heads; return its outputs."""
+    """Write a folder with PEFT's default targets and heads; return PEFT's outputs."""
     return peft_folder(build(case), path, outputs, **{"task_type": TASKS[case][0], "r": 4, **config})
 
 
@@ -72,22 +74,21 @@ def ours(case: str, path: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("case", TASKS)
-def test_every_task_has_pefts_outputs(tmp_path, case):
-    """The targets are PEFT's defaults for the architecture; the heads are those that PEFT adds for the
-    task."""
+def test_every_task_type_matches_pefts_outputs(tmp_path, case):
+    """PEFT chooses its default targets for the architecture, and adds the task's head."""
     want = made(case, tmp_path / "a")
     torch.testing.assert_close(ours(case, tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
-    peft.read_folder(tmp_path / "a")  # also without the base
+    peft.read_folder(tmp_path / "a")  # reading also works without the base
 
 
 @pytest.mark.parametrize("case", ["SEQ_CLS Llama", "SEQ_CLS GPT-2"])
-def test_all_linear_leaves_the_head_out(tmp_path, case):
+def test_all_linear_excludes_the_head(tmp_path, case):
     want = made(case, tmp_path / "a", target_modules="all-linear")
     torch.testing.assert_close(ours(case, tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
 
 
-def test_unmatched_names_are_allowed_on_this_base(tmp_path):
-    """Scripts often use one list for several architectures."""
+def test_unmatched_target_names_are_only_noted(tmp_path):
+    """Scripts often use one list of target modules for several architectures."""
     targets = ["q_proj", "v_proj", "query", "value", "c_attn"]
     want = made("SEQ_CLS Llama", tmp_path / "a", target_modules=targets)
     torch.testing.assert_close(ours("SEQ_CLS Llama", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
@@ -95,7 +96,7 @@ def test_unmatched_names_are_allowed_on_this_base(tmp_path):
     assert sum("it has no effect" in note for note in notes) == 3
 
 
-def test_selected_modules_need_tensors(tmp_path):
+def test_targeted_module_without_tensors_is_refused(tmp_path):
     made("SEQ_CLS Llama", tmp_path / "a", target_modules=["q_proj", "v_proj"])
     path = tmp_path / "a" / "adapter_model.safetensors"
     save_file({k: t for k, t in load_file(path).items() if "v_proj" not in k}, path)
@@ -103,14 +104,14 @@ def test_selected_modules_need_tensors(tmp_path):
         peft.read_folder(tmp_path / "a", build("SEQ_CLS Llama"))
 
 
-def test_a_configuration_without_targets_is_pefts_default_for_the_architecture(tmp_path):
+def test_missing_targets_mean_pefts_defaults(tmp_path):
     want = made("CAUSAL_LM GPT-2", tmp_path / "a")
     edit_json(tmp_path / "a" / "adapter_config.json", "target_modules")
     torch.testing.assert_close(ours("CAUSAL_LM GPT-2", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", TASKS)
-def test_a_converted_folder_loads_in_peft_as_the_same_task(tmp_path, case):
+def test_converted_folder_keeps_its_task_in_peft(tmp_path, case):
     from peft import PeftModel
 
     want = made(case, tmp_path / "a")

@@ -1,4 +1,4 @@
-"""Every layout is read as the ΔW of its tensors."""
+"""Files of every layout are read as the ΔW that their tensors define."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ALL_FLAT: dict[str, tuple[str, bool, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", ALL_FLAT)
-def test_flat_names_of_the_whole_topology(case: str) -> None:
+def test_flat_names_of_every_module_are_read(case: str) -> None:
     name, original, te = ALL_FLAT[case]
     layout = kohya(name, original=original, te=te)
     found = check(layout, "kohya", name)
@@ -68,15 +68,15 @@ def test_sd2_is_distinguished_from_sd1() -> None:
         layout.lora(f"lora_unet_{flat(name.removeprefix('unet.'))}", (ModuleTarget(name),), (8, 1024), alpha=1.0)
     check(layout, "kohya", "sd2")
     narrow = kohya("sd2", original=False, only="attn1", te={"text_encoder": "lora_te"})
-    check(narrow, "kohya", "sd2")  # the text encoder has 23 layers
+    check(narrow, "kohya", "sd2")  # the 23 layers of the text encoder identify SD 2
     plain = kohya("sd2", original=False, only="attn1")
     assert reading(plain).family == "sd15"
     plain.metadata["ss_v2"] = "True"
     assert reading(plain).family == "sd2"
 
 
-def test_sdxl_in_both_styles_mixed_in_one_file() -> None:
-    """diffusers silently reads only 522 of 722 such modules."""
+def test_sdxl_file_can_mix_both_naming_styles() -> None:
+    """diffusers silently reads only 522 of 722 modules of such a file."""
     family = families()["sdxl"]
     layout = Layout()
     for i, (original, places) in enumerate(denoiser(family, original=True)):
@@ -86,8 +86,9 @@ def test_sdxl_in_both_styles_mixed_in_one_file() -> None:
 
 
 def test_family_tie_is_reported_with_the_reason() -> None:
-    """q, k, v and out of 24 joint blocks have the same names in FLUX.1, SD3 and Qwen-Image; the depth is
-    SD3's."""
+    """Attention in joint blocks has equal names in FLUX.1, SD3 and Qwen-Image.
+
+    The shapes and the depth, 24 blocks, identify SD3."""
     layout = dotted("sd3", "transformer.", original=False, naming="peft", only=("attn.to_q", "attn.to_out"))
     found = check(layout, "diffusers", "sd3")
     assert any("sd3-large" in r and "qwen-image" in r for r in found.reasons)
@@ -96,7 +97,7 @@ def test_family_tie_is_reported_with_the_reason() -> None:
 
 # -- dotted names ----------------------------------------------------------------------------------------------------
 
-DOTTED = {  # prefix, original names, naming, alpha: format, family
+DOTTED = {  # prefix, whether names are the original's, naming, alpha, expected format, expected family
     "diffusers FLUX.1": ("transformer.", False, "peft", None, "diffusers", "flux1"),
     "TheLastBen": ("transformer.", False, "peft", 4.0, "diffusers", "flux1"),
     "ai-toolkit": ("diffusion_model.", True, "peft", None, "comfyui", "flux1"),
@@ -132,7 +133,7 @@ def test_comfyui_text_encoders() -> None:
 
 @pytest.mark.parametrize("style", ["2023", "2023 with unet.", "without .processor"])
 def test_old_diffusers_attention_processors(style: str) -> None:
-    """diffusers' load_lora_weights finds 0 modules in the first style."""
+    """diffusers' load_lora_weights finds no modules in a file of the first style."""
     family, layout = families()["sd15"], Layout()
     prefix = "" if style == "2023" else "unet."
     middle = "" if style == "without .processor" else ".processor"
@@ -174,7 +175,7 @@ def test_onetrainer_flux() -> None:
 # -- shared A, views, files ------------------------------------------------------------------------------------------
 
 
-def test_a_fused_pair_becomes_views_with_one_A() -> None:
+def test_fused_pair_becomes_views_that_share_one_A() -> None:
     adapter = reading(kohya("flux1", original=True, only="single_blocks.0.linear1")).adapter
     block = "transformer.single_transformer_blocks.0"
     pairs = [adapter.pairs[f"{block}.{n}"] for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
@@ -192,7 +193,7 @@ def test_a_file_and_a_folder_read_the_same(tmp_path) -> None:
         assert found.metadata == {"ss_output_name": "a"}
         assert found.adapter.card.extra["title"] == "a"
     save_file(layout.tensors, tmp_path / "other.safetensors")
-    read(tmp_path)  # the file name that diffusers writes is tried first
+    read(tmp_path)  # the file with diffusers' usual name takes precedence
     (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "third.safetensors")
     with pytest.raises(AdapterError, match=r"2 adapter files: other\.safetensors, third\.safetensors"):
         read(tmp_path)
@@ -232,7 +233,7 @@ def test_a_peft_folder_of_a_language_model_keeps_its_names(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", list(families()))
 def test_each_original_name_means_one_module(name: str) -> None:
-    """Both kinds of names of a denoiser share a table: a text in both means the same module."""
+    """Original and canonical names share one lookup table without conflicts."""
     family = families()[name]
     for original, places in family.originals.items():
         for text in (original, f"diffusion_model.{original}", f"lora_unet_{flat(original)}"):
@@ -241,8 +242,8 @@ def test_each_original_name_means_one_module(name: str) -> None:
         assert lookup(family, module) in ((ModuleTarget(module),), *family.originals.values())
 
 
-def test_gguf_by_its_ending(tmp_path) -> None:
-    """test_gguf tests the format; this test checks that the file is found and described."""
+def test_gguf_is_recognized_by_its_extension(tmp_path) -> None:
+    """test_gguf tests the format; this test checks that a .gguf file is recognized."""
     layout, name = Layout(), "model.layers.0.mlp.up_proj"
     layout.lora(name, (ModuleTarget(name),), (4, 6), naming="peft")
     adapter = reading(layout).adapter

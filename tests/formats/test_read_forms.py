@@ -1,4 +1,4 @@
-"""Other changes under canonical names, split_qkv, and diffusers' metadata."""
+"""Reading LyCORIS changes, DoRA, split_qkv files and diffusers' metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ QKV, LINEAR1, LAST = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", 
 
 
 def flux(*originals: str, prefix: str = "lora_unet_") -> list[tuple[str, tuple[ModuleTarget, ...], int, int]]:
-    """Return (text, targets, rows, columns); single_blocks.37 identifies FLUX.1."""
+    """Return (name in the file, targets, rows, columns) for each original name.
+
+    A file with single_blocks.37 is identified as FLUX.1."""
     out = []
     for original in originals:
         places = FLUX.originals[original]
@@ -41,7 +43,7 @@ def test_loha_on_plain_fused_and_swapped_modules(prefix: str) -> None:
 
 
 def test_lokr_on_plain_and_fused_modules() -> None:
-    """With two undecomposed factors, alpha is ignored."""
+    """LyCORIS ignores alpha if neither factor is decomposed."""
     layout = Layout()
     for i, (text, places, out, into) in enumerate(flux(QKV, LINEAR1, "single_blocks.37.modulation.lin")):
         w1, a, b = layout.random(out // 2, 2), layout.random(2, 1), layout.random(1, into // 2)
@@ -63,12 +65,12 @@ def test_tucker_and_plain_convolutions() -> None:
         o, m, i = up.double().flatten(1), mid.double(), down.double().flatten(1)
         layout.want[f"{name}.weight"] = 0.5 * torch.einsum("op,pqhw,qi->oihw", o, m, i)
     found = reading(layout)
-    assert_same(changes(found.adapter), layout.want, tolerance=1e-6)  # a Tucker pair is stored in float32
+    assert_same(changes(found.adapter), layout.want, tolerance=1e-6)  # Tucker pairs are stored in float32
 
 
 @pytest.mark.parametrize("stored", [2, 4])
 def test_pointwise_convolution_and_linear_shapes_are_interchangeable(stored: int) -> None:
-    """proj_in is a convolution in SD 1 and a linear in SDXL; files contain either for either."""
+    """SD 1's proj_in is a convolution, SDXL's is linear; files use either shape."""
     for family, name, ndim in (("sd15", "unet.mid_block.attentions.0.proj_in", 4), ("sdxl", None, 2)):
         layout = Layout()
         name = name or "unet.down_blocks.2.attentions.1.proj_in"
@@ -82,7 +84,7 @@ def test_pointwise_convolution_and_linear_shapes_are_interchangeable(stored: int
         assert_same(changes(found.adapter), want)
 
 
-def test_full_differences_norms_and_gains() -> None:
+def test_full_differences_norms_and_gains_are_read() -> None:
     layout, texts = Layout(), flux(QKV, LAST, "single_blocks.37.modulation.lin")
     for text, places, out, into in texts:
         diff, bias = layout.random(out, into), layout.random(out)
@@ -104,7 +106,7 @@ def test_full_differences_norms_and_gains() -> None:
         assert torch.equal(found[f"{place.module}.weight"].parts["value"], rows(value, place))
 
 
-def test_dora_on_a_fused_module_splits_by_outputs_only() -> None:
+def test_dora_on_a_fused_module_needs_output_magnitudes() -> None:
     layout, (text, places, out, into) = Layout(), flux(QKV)[0]
     layout.lora(text, places, (out, into), alpha=1.0)
     layout.tensors[f"{text}.dora_scale"] = m = layout.random(out, 1)
@@ -118,7 +120,7 @@ def test_dora_on_a_fused_module_splits_by_outputs_only() -> None:
 
 
 def test_a_pair_on_an_embedding_is_transposed() -> None:
-    """ComfyUI stores up·down of the weight (rows, dim), as for a linear."""
+    """ComfyUI stores the pair as for a linear layer: up·down has shape (rows, dim)."""
     layout, name = Layout(), "text_encoder.text_model.embeddings.position_embedding"
     layout.lora(
         "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding", (ModuleTarget(name),), (7, 5)
@@ -134,7 +136,7 @@ def test_a_pair_on_an_embedding_is_transposed() -> None:
 def blocks(
     text: str, places: tuple[ModuleTarget, ...], layout: Layout, *, rank: int, alpha: float, scale: float
 ) -> None:
-    """Write sd-scripts' split_qkv: A = [A₀; …], B = diag(B₀, …)."""
+    """Add a pair in sd-scripts' split_qkv form: A = [A₀; …], B = diag(B₀, …)."""
     downs = [layout.random(rank, INTO) for _ in places]
     sizes = [UNIT * (p.part[1] - p.part[0]) for p in places if p.part]
     ups = [layout.random(n, rank) for n in sizes]
@@ -148,9 +150,11 @@ def blocks(
 
 
 @pytest.mark.parametrize("told", ["by the metadata", "by the modules that are not fused", "converted", "not"])
-def test_split_qkv_files_have_their_right_strength(told: str) -> None:
-    """Trained parts have rank 2 and alpha 1: scale 1/2. Divided by the stored ranks 6 and 8, the scale would
-    be a third and a quarter of that. A converter that wrote alpha := the new rank means scale 1."""
+def test_split_qkv_files_have_the_correct_scale(told: str) -> None:
+    """Each part was trained with rank 2 and alpha 1, so its scale is 1/2.
+
+    Dividing alpha by the stored ranks, 6 and 8, would make the scale three and four times too small. A
+    converter that sets alpha to the stored rank means scale 1."""
     layout = Layout()
     converted = told == "converted"
     for text, places, _, _ in flux(QKV, LINEAR1):
@@ -167,16 +171,18 @@ def test_split_qkv_files_have_their_right_strength(told: str) -> None:
     ranks = {found.adapter.pairs[p.module].rank for _, places, _, _ in flux(QKV, LINEAR1) for p in places}
     assert ranks == ({6, 8} if told in ("not", "converted") else {2})
     assert any("split_qkv" in n for n in found.notes) is (told.startswith("by"))
-    assert any("nothing says" in n for n in found.notes) is (told == "not")
+    assert any("not known to be for one part" in n for n in found.notes) is (told == "not")
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_split_qkv_alpha_of_the_stored_rank_is_left_alone(plain: bool) -> None:
-    """A converter multiplied alpha by the number of parts; the file does not contain the trained alpha."""
+def test_converted_split_qkv_alpha_is_unchanged(plain: bool) -> None:
+    """A converter has already multiplied alpha by the number of parts.
+
+    The file does not contain the alpha used in training."""
     layout = Layout(metadata={"ss_network_args": json.dumps({"split_qkv": "True"})})
     trained = (
         1.0 if plain else 2.0
-    )  # without other modules for comparison, alpha equal to the rank identifies the converter
+    )  # without other modules to compare with, only an alpha equal to the rank reveals the converter
     for text, places, _, _ in flux(QKV, LINEAR1):
         blocks(text, places, layout, rank=2, alpha=trained * len(places), scale=trained / 2)
     if plain:
@@ -218,14 +224,14 @@ def test_diffusers_metadata_gives_alpha_by_component_and_pattern() -> None:
 
 
 DIFFUSERS_METADATA = [
-    ({"r": 2}, r"r of lora_adapter_metadata says rank 2, A is \(4, 6\)"),
-    ({"use_dora": True}, "use_dora is set in lora_adapter_metadata, and there is no magnitude"),
+    ({"r": 2}, r"r of lora_adapter_metadata says rank 2, but A is \(4, 6\)"),
+    ({"use_dora": True}, "use_dora is set in lora_adapter_metadata, but there is no magnitude"),
     ({"lora_alpha": "x"}, "lora_alpha = 'x'"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), DIFFUSERS_METADATA)
-def test_diffusers_metadata_that_contradicts_the_tensors(change: dict[str, object], message: str) -> None:
+def test_diffusers_metadata_contradicting_the_tensors_is_refused(change: dict[str, object], message: str) -> None:
     layout = diffusers_layout()
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q"], **change}
     layout.metadata["lora_adapter_metadata"] = pack_configs({"transformer": config})

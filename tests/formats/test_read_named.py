@@ -1,4 +1,4 @@
-"""Several adapters in one file, pickles, and files with a configuration."""
+"""Files with several adapters, pickles, and tensor files next to a configuration."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_two_adapters_in_one_file_are_refused_with_both_names(tmp_path, case, ki
     assert "holds 2 adapters: a (" in str(caught.value)
 
 
-def test_a_named_adapter_beside_one_without_a_name_is_two(tmp_path):
+def test_named_and_unnamed_adapters_count_as_two(tmp_path):
     path = tmp_path / "both.safetensors"
     save_file({**pair(0), **pair(1, "b")}, path)
     with pytest.raises(AdapterError, match=r"\(no name\) \(2 tensors\), b \(2 tensors\)"):
@@ -68,7 +68,7 @@ def test_a_named_adapter_beside_one_without_a_name_is_two(tmp_path):
 
 
 def test_pickled_peft_folder_is_read_on_request(tmp_path):
-    """r 8 and alpha 32 give scale 4."""
+    """Rank 8 and alpha 32 in the configuration give scale 4."""
     path = folder(tmp_path / "a", pair(0), "adapter_model.bin")
     with pytest.raises(UnsafeFileError) as caught:
         read(path)
@@ -76,7 +76,7 @@ def test_pickled_peft_folder_is_read_on_request(tmp_path):
     for given in (path, path / "adapter_model.bin"):
         found = read(given, from_pickle=True)
         assert [p.scale for p in found.adapter.pairs.values()] == [ALPHA / R]
-        assert not any("alpha is taken for the rank" in note for note in found.notes)
+        assert not any("the rank is used as alpha" in note for note in found.notes)
 
 
 def test_renamed_tensor_file_uses_its_configuration(tmp_path):
@@ -86,7 +86,7 @@ def test_renamed_tensor_file_uses_its_configuration(tmp_path):
     assert any("next to adapter_config.json" in reason for reason in found.reasons)
     wrong = path.with_name("other.safetensors")
     save_file({k: t[:4] if "lora_A" in k else t[:, :4].contiguous() for k, t in pair(0).items()}, wrong)
-    with pytest.raises(AdapterError, match="r says rank 8, the tensors have 4"):  # another file's configuration
+    with pytest.raises(AdapterError, match="r says rank 8, the tensors have 4"):  # the config of another file
         read(wrong)
 
 
@@ -97,7 +97,7 @@ def test_torchtune_checkpoint_is_refused_with_a_fix(tmp_path):
         read(path)
 
 
-def test_the_options_reach_the_reader_from_the_command_line(tmp_path, capsys):
+def test_command_line_options_reach_the_reader(tmp_path, capsys):
     from tests.cli.run import run
 
     path = tmp_path / "alone.safetensors"

@@ -1,6 +1,6 @@
-"""diffusers' own readers, as far as they are correct, read the same modules and changes.
+"""veneer reads the same modules and changes as diffusers' readers, where those are correct.
 
-Each case states what it leaves out and why. Widths are FLUX.1's if diffusers hard-codes them."""
+Each case states what it omits and why. Widths are FLUX.1's real ones if diffusers hard-codes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ to_peft = pytest.importorskip("diffusers.utils.state_dict_utils")
 
 
 def peer(mixin: str, tensors: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Return ΔW by canonical name, from diffusers' reading of a state dict."""
+    """Read a state dict with diffusers; return ΔW by canonical name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = getattr(loaders, mixin).lora_state_dict({k: t.clone() for k, t in tensors.items()}, **options)
@@ -43,7 +43,9 @@ def peer(mixin: str, tensors: dict[str, Tensor], **options: Any) -> dict[str, Te
 
 
 def renamed(component: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a component's part of a state dict or of alphas, under PEFT's names, renamed by diffusers."""
+    """Return a component's entries, renamed by diffusers to PEFT's names.
+
+    `state`: tensors or alphas by key."""
     own = {k.partition(".")[2]: t for k, t in state.items() if k.startswith(f"{component}.")}
     if own and component.startswith("text_encoder"):
         return to_peft.convert_state_dict_to_peft(to_peft.convert_state_dict_to_diffusers(own))
@@ -56,8 +58,10 @@ def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("original", [True, False])
 def test_sdxl_by_kohya(original: bool) -> None:
-    """All 794 modules and both text encoders in sgm's names. Under diffusers' names all but add_embedding:
-    diffusers replaces underscores by dots and merges its two modules into one, add.embedding.linear."""
+    """Original names: all 794 modules and both text encoders.
+
+    diffusers' names: all except add_embedding, because diffusers replaces underscores by dots and merges the
+    two modules of add_embedding into one, add.embedding.linear."""
     layout = kohya("sdxl", original=original, te=CLIP)
     if not original:
         layout.tensors = {k: t for k, t in layout.tensors.items() if "add_embedding" not in k}
@@ -72,7 +76,7 @@ def test_sd15_by_kohya() -> None:
 
 
 def real_flux(*originals: str, text: Callable[[str], str], naming: str = "kohya", alpha: float | None = 1.0) -> Layout:
-    """Return pairs of rank 2 with FLUX.1's number of rows."""
+    """Return a layout of rank-2 pairs with FLUX.1's real row counts."""
     family, layout = families()["flux1"], Layout()
     shapes = {f"transformer.{n}": tuple(p.shape) for n, p in real_denoiser("flux1").named_parameters()}
     for original in originals:
@@ -88,8 +92,10 @@ def block_names(name: str, *blocks: str) -> list[str]:
 
 @pytest.mark.parametrize("text", [lambda o: f"lora_unet_{flat(o)}", lambda o: f"diffusion_model.{o}"])
 def test_flux_by_kohya_and_comfyui(text: Callable[[str], str]) -> None:
-    """The blocks only: diffusers drops img_in to final_layer. It converts dotted diffusion_model names to
-    lora_unet_ names only by flattening them, so both are one case here."""
+    """Compares blocks only, because diffusers drops the modules outside the blocks.
+
+    For diffusion_model names, diffusers only flattens the names to lora_unet_ names, so the reference always
+    uses flattened names."""
     names = block_names("flux1", "double_blocks.0.", "double_blocks.18.", "single_blocks.37.")
     layout = real_flux(*names, text=text)
     flattened = real_flux(*names, text=lambda o: f"lora_unet_{flat(o)}")
@@ -99,7 +105,7 @@ def test_flux_by_kohya_and_comfyui(text: Callable[[str], str]) -> None:
 
 
 def test_flux_by_onetrainer() -> None:
-    """The attention of the transformer and of CLIP; diffusers fails an assertion on te2, which is T5."""
+    """Omits te2, which is T5, because diffusers fails an assertion for te2."""
     family, layout = families()["flux1"], Layout()
     for text, places in denoiser(family, original=False):
         if ".attn." in text or "embedder" in text or text in ("proj_out", "norm_out.linear"):
@@ -125,8 +131,10 @@ def test_xlabs() -> None:
 
 
 def test_bfl_control_lora() -> None:
-    """The full file in its own widths, which diffusers requires. For the last modulation diffusers also swaps
-    the halves of A, although those are ranks, not rows, so its ΔW of that module differs."""
+    """Reads the complete file with real widths, which diffusers requires.
+
+    For the last modulation, diffusers also swaps the halves of A, although A's rows are ranks. The test
+    undoes that swap before it compares."""
     family, layout = families()["flux1"], Layout()
     shapes = {f"transformer.{n}": tuple(p.shape) for n, p in real_denoiser("flux1").named_parameters()}
     biases: dict[str, Tensor] = {}
@@ -158,8 +166,10 @@ def test_bfl_control_lora() -> None:
 
 
 def test_flux2_by_ai_toolkit() -> None:
-    """All but final_layer.adaLN: diffusers' LoRA reader keeps its halves, diffusers' checkpoint reader swaps
-    them (see test_topology_peer), and only one can be right."""
+    """Compares final_layer.adaLN separately, because diffusers contradicts itself.
+
+    diffusers' LoRA reader keeps the order of the weight's halves, but diffusers' checkpoint reader swaps them
+    (see test_topology_peer)."""
     layout = dotted("flux2", "diffusion_model.", original=True, naming="peft")
     want = peer("Flux2LoraLoaderMixin", layout.tensors)
     got = ours(layout.tensors)
@@ -185,8 +195,9 @@ def test_qwen_image(prefix: str) -> None:
 
 @pytest.mark.parametrize("written", ["musubi-tuner", "kohya, original attention", "ai-toolkit"])
 def test_z_image(written: str) -> None:
-    """Layers, both refiners and the modules outside them; diffusers reads the original's fused qkv under flat
-    names."""
+    """Covers the layers, both refiners, and the modules outside them.
+
+    diffusers also reads the original's fused qkv, if names are flat."""
     if written == "ai-toolkit":
         layout = dotted("z-image", "diffusion_model.", original=False, naming="peft")
     elif written == "musubi-tuner":

@@ -1,4 +1,4 @@
-"""Strengths by block, component and step."""
+"""Adapter strengths per block, component and step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_full_spec_is_read_and_written_back() -> None:
 
 
 INVALID_FACTORS = [
-    ("", "nothing follows"), ("down=x", "not a strength"), ("down=inf", "not a strength"), ("=1", "no key"),
+    ("", "nothing follows"), ("down=x", "not a strength"), ("down=inf", "not a strength"), ("=1", "the key is missing"),
     ("down=1,down=2", "twice"), ("steps=0-2", "not a range"), ("steps=0.6-0.2", "not a range"),
     ("steps=0-0.6+0.5-1", "overlap"), ("steps=half", "not a range"), ("steps=0-1,steps=0-1", "twice"),
     ("1,2,3", "BLOCK=NUMBER"), ("down=1,2", "BLOCK=NUMBER"),
@@ -55,13 +55,13 @@ def test_invalid_factors_are_refused(text: str, says: str) -> None:
     ("text", "strength"),
     [("down=20000", 1), ("down=1000,text=0", 100), ("steps=0-1:1e6", 1), ("down=30,steps=0-1:-4", 100)],
 )
-def test_a_part_that_acts_too_strongly_is_refused(text: str, strength: float) -> None:
+def test_strength_beyond_the_limit_is_refused(text: str, strength: float) -> None:
     with pytest.raises(ConfigError, match=r"the strength of .* is .*\n.*from -10000 to 10000"):
         parse_strength(text, strength)
     assert parse_strength(text, strength / 1e3)
 
 
-def test_strengths_of_blocks_are_within_the_bound() -> None:
+def test_block_strength_beyond_the_limit_is_refused() -> None:
     assert parse_blocks("down_blocks=1e4", ["unet.down_blocks.0.a"]) == {"unet.down_blocks.0.a": 1e4}
     with pytest.raises(ConfigError, match="the strength of a block is 1e\\+300"):
         parse_blocks("down_blocks=1e300", ["unet.down_blocks.0.a"])
@@ -74,7 +74,7 @@ NAMES_AND_STRENGTHS = [
 
 
 @pytest.mark.parametrize(("text", "wanted"), NAMES_AND_STRENGTHS)
-def test_a_name_and_its_strength(text: str, wanted: tuple[str, float | None]) -> None:
+def test_name_and_strength_are_split(text: str, wanted: tuple[str, float | None]) -> None:
     assert split_strength(text) == wanted
 
 
@@ -86,14 +86,14 @@ def test_steps_act_within_their_ranges() -> None:
     assert Strength().edges == (0.0,)
 
 
-def test_a_range_between_two_steps_is_idle() -> None:
+def test_range_without_a_step_has_no_effect() -> None:
     some = parse_strength("steps=0-0.2+0.4-0.45:2+0.7-1")
     assert some.idle(3) == ["0.4-0.45", "0.7-1"]
     assert some.idle(4) == ["0.4-0.45"]
     assert some.idle(20) == Strength().idle(1) == []
 
 
-def test_blocks_become_modules() -> None:
+def test_block_strengths_become_module_strengths() -> None:
     found = factors_by_module(parse_strength("down=0.5,down.1=0.3,mid=2,text=0,text_encoder_2=0.1"), SDXL)
     for module, factor in found.items():
         want = 1.0
@@ -130,7 +130,7 @@ def test_an_unknown_block_names_the_nearest(key: str, near: str) -> None:
     [("flow", "flux1"), ("flow", "flux2"), ("epsilon", "sdxl"), ("v", "sd2"), ("epsilon", "sd15")],
 )
 @pytest.mark.parametrize("role", CAMPAIGN_ROLES)
-def test_a_role_is_what_the_table_says_for_the_base(prediction: str, family: str, role: str) -> None:
+def test_role_strengths_come_from_the_bases_table(prediction: str, family: str, role: str) -> None:
     modules = list(families()[family].modules)
     text = CAMPAIGN["flow" if prediction == "flow" else "noise"][role]
     asked = parse_strength(f"campaign={role}", 0.8)
@@ -156,7 +156,7 @@ def test_role_without_matching_blocks_is_a_plain_sum(monkeypatch: pytest.MonkeyP
         assert str(in_campaign(asked, "flow", list(families()["sd3"].modules))) == meant
 
 
-def test_a_role_is_played_once() -> None:
+def test_role_of_two_adapters_is_refused() -> None:
     check_roles([("a", Strength()), ("b", Strength()), ("c", Strength(campaign="lens"))])
     with pytest.raises(ConfigError, match="product occurs twice: lock, mug"):
         check_roles([("lock", Strength(campaign="product")), ("mug", Strength(0.5, campaign="product"))])

@@ -1,4 +1,4 @@
-"""Adapters of every file format are checked for NaN and infinity."""
+"""Adapters in every file format are checked for NaN and infinity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of module names against the real classes, on the meta device."""
+"""The tables of module names match the real classes, built on the meta device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TRANSFORMERS = {
 
 
 def kinds(model: nn.Module, component: str) -> dict[str, str]:
-    """Return every module that has its own parameters."""
+    """Return the kind of every module that has its own parameters, by name."""
     out = {}
     for name, module in model.named_modules():
         own = {key for key, _ in module.named_parameters(recurse=False)}
@@ -72,12 +72,12 @@ def table(rows: list[ModuleRow]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", list(families()))
-def test_the_denoiser_is_the_real_class_module_for_module(name: str) -> None:
+def test_denoiser_tables_match_the_real_classes(name: str) -> None:
     family = families()[name]
     assert of(family, family.denoiser) == kinds(denoiser(name), family.denoiser)
 
 
-def test_variants_are_the_same_tables_with_other_counts() -> None:
+def test_variants_differ_only_in_their_counts() -> None:
     with torch.device("meta"):
         schnell = diffusers.FluxTransformer2DModel(guidance_embeds=False)
         klein = diffusers.Flux2Transformer2DModel(
@@ -92,7 +92,7 @@ def test_variants_are_the_same_tables_with_other_counts() -> None:
     assert kinds(medium, "transformer").items() <= table(list(sd3(24, ()))).items()
 
 
-def test_text_encoders_are_the_real_classes() -> None:
+def test_text_encoder_tables_match_the_real_classes() -> None:
     with torch.device("meta"):
         plain = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
         projected = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=32))
@@ -105,8 +105,9 @@ def test_text_encoders_are_the_real_classes() -> None:
 
 @pytest.mark.parametrize("name", list(families()))
 def test_each_row_of_a_weight_has_one_original(name: str) -> None:
-    """Every module of the denoiser is part of one original module; its rows tile it, in order, without
-    overlap."""
+    """Each denoiser module is part of exactly one original module.
+
+    The parts cover the original's rows in order, without overlap."""
     family = families()[name]
     homes = Counter(place.module for places in family.originals.values() for place in places)
     homes = Counter({n: c for n, c in homes.items() if n.startswith(f"{family.denoiser}.")})
@@ -122,8 +123,8 @@ def test_each_row_of_a_weight_has_one_original(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(families()))
-def test_fused_units_are_those_of_the_real_shapes(name: str) -> None:
-    """The row counts of the parts have the ratio of the units, in the official widths."""
+def test_fused_units_match_the_real_shapes(name: str) -> None:
+    """At official widths, the row counts of the parts are proportional to their units."""
     family = families()[name]
     shapes = {f"{family.denoiser}.{n}": tuple(p.shape) for n, p in denoiser(name).named_parameters()}
     for places in family.originals.values():
@@ -137,13 +138,13 @@ def test_fused_units_are_those_of_the_real_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(families()))
-def test_flattened_names_stay_apart(name: str) -> None:
+def test_flattened_names_stay_unique(name: str) -> None:
     family = families()[name]
     assert len({flat(m) for m in family.modules}) == len(family.modules)
     assert len({flat(o) for o in family.originals}) == len(family.originals)
 
 
-def test_sdxl_counts_as_trainers_have_them() -> None:
+def test_sdxl_module_counts_match_trainers() -> None:
     modules = of(families()["sdxl"], "unet")
     weights = {n for n, k in modules.items() if k != "norm"}
     attention = {n for n in weights if ".attentions." in n}
@@ -154,7 +155,7 @@ def test_sdxl_counts_as_trainers_have_them() -> None:
         assert len(linears) == layers * 6
 
 
-def test_flux_counts_as_trainers_have_them() -> None:
+def test_flux_module_counts_match_trainers() -> None:
     family = families()["flux1"]
     fused = {
         o: p

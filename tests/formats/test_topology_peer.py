@@ -1,7 +1,7 @@
-"""Original modules map to the same places as in diffusers' own checkpoint converters.
+"""Original modules map to the same modules and rows as in diffusers' checkpoint converters.
 
-Every original tensor contains its own number and its rows' numbers, so that a wrong place, part or order is
-visible."""
+Every value encodes the number of its tensor and of its row, so that a wrong module, part or order is visible.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ CONVERTERS = {
     "flux2": peer.convert_flux2_transformer_checkpoint_to_diffusers,
     "z-image": peer.convert_z_image_transformer_checkpoint_to_diffusers,
 }
-"""Original checkpoints' converters. Qwen-Image has none, because diffusers is the original."""
+"""diffusers' converters of original checkpoints.
+
+Qwen-Image has no converter, because its original names are diffusers' names."""
 
 
 def marked(rows: int, number: int) -> Tensor:
@@ -29,7 +31,9 @@ def marked(rows: int, number: int) -> Tensor:
 
 
 def checkpoint(family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return an original checkpoint with one column, and the weights that diffusers' model should get."""
+    """Return an original checkpoint, and the weights it must become in diffusers.
+
+    Each weight has one column."""
     shapes = {f"{family.denoiser}.{n}": tuple(p.shape) for n, p in denoiser(family.name).named_parameters()}
     original: dict[str, Tensor] = {}
     want: dict[str, Tensor] = {}

@@ -1,5 +1,6 @@
-"""Folders of mlx-lm and Tinker against their formulas in float64, and against PEFT's load of the same
-adapter."""
+"""mlx-lm and Tinker folders have the outputs of their formulas in float64.
+
+Their outputs in PEFT are compared as well."""
 
 from __future__ import annotations
 
@@ -22,16 +23,18 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def pairs_of(shapes: dict[str, tuple[int, ...]]) -> Pairs:
-    """Return A (…, r, in) and B (…, out, r) by module, for shapes (out, in) or (experts, out, in)."""
+    """Return random pairs by module, for weights (out, in) or (experts, out, in).
+
+    A: (…, r, in), B: (…, out, r)"""
     g = torch.Generator().manual_seed(6)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64) / 4  # noqa: E731
     return {n: (draw(*s[:-2], R, s[-1]), draw(*s[:-1], R)) for n, s in shapes.items()}
 
 
 def by_hand(name: str, pairs: Pairs, scale: float = SCALE) -> Tensor:
-    """Return the outputs of a base whose weights were changed by hand.
+    """Return a base's outputs after adding s·B·A to its weights.
 
-    Experts have transformers' unfused names."""
+    Names of experts' projections are transformers' names before fusing."""
     net = model(name)
     weights = dict(net.named_parameters())
     with torch.no_grad():
@@ -79,7 +82,7 @@ EXPERTS: dict[str, tuple[int, ...]] = {
 }
 
 
-def test_mlx_lms_folder_is_read_and_named(tmp_path: Path) -> None:
+def test_mlx_lm_folder_is_recognized_and_read(tmp_path: Path) -> None:
     pairs, net = pairs_of(LINEAR), model("llama3")
     found = read(mlx(tmp_path / "a", pairs), base=net)
     assert found.format == "mlx"
@@ -90,7 +93,7 @@ def test_mlx_lms_folder_is_read_and_named(tmp_path: Path) -> None:
     torch.testing.assert_close(peft_outputs(model("llama3"), tmp_path / "b"), want, rtol=1e-9, atol=1e-9)
 
 
-def test_mlx_lms_dora_is_pefts(tmp_path: Path) -> None:
+def test_mlx_lm_dora_equals_pefts(tmp_path: Path) -> None:
     pairs, net = pairs_of(LINEAR), model("llama3")
     m = {n: net.get_parameter(f"{n}.weight").norm(dim=1).detach() * 1.2 for n in pairs}
     path = mlx(tmp_path / "a", pairs, {f"{n}.m": t for n, t in m.items()}, fine_tune_type="dora")
@@ -104,7 +107,7 @@ def test_mlx_lms_dora_is_pefts(tmp_path: Path) -> None:
     torch.testing.assert_close(got, outputs(hand), rtol=1e-9, atol=1e-9)
 
 
-def test_mlx_lms_experts_land_on_fused_weights(tmp_path: Path) -> None:
+def test_mlx_lm_experts_change_fused_weights(tmp_path: Path) -> None:
     pairs, net = pairs_of(EXPERTS), model("qwen3_moe")
     path = mlx(tmp_path / "a", pairs)
     got = our_outputs(net, peft.read_folder(path, net))
@@ -123,11 +126,11 @@ AMBIGUOUS_FOLDERS = [
 def test_ambiguous_mlx_lm_settings_are_refused(tmp_path: Path, change: dict[str, Any], say: str) -> None:
     with pytest.raises(AdapterError, match=say):
         read(mlx(tmp_path / "a", pairs_of(LINEAR), **change))
-    with pytest.raises(AdapterError, match="gives to a tied head too"):
+    with pytest.raises(AdapterError, match="also applies it to a tied head"):
         read(mlx(tmp_path / "b", pairs_of({"model.embed_tokens": (32, 160)})))
 
 
-def test_alpha_ignored_by_mlx_lm_is_ignored(tmp_path: Path) -> None:
+def test_alpha_is_ignored_as_in_mlx_lm(tmp_path: Path) -> None:
     path = mlx(tmp_path / "a", pairs_of(LINEAR), lora_parameters={"rank": R, "scale": SCALE, "alpha": 16})
     assert {p.scale for p in read(path).adapter.pairs.values()} == {SCALE}
 
@@ -148,23 +151,25 @@ def tinker(path: Path, pairs: Pairs, **config: Any) -> Path:
 
 
 @pytest.mark.parametrize("config", [{}, {"peft_type": "LORA", "target_modules": "all-linear", "bias": "none"}])
-def test_tinkers_archive_is_read_and_named(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_tinker_archive_is_recognized_and_read(tmp_path: Path, config: dict[str, Any]) -> None:
     pairs, net = pairs_of({**EXPERTS, "lm_head": (160, 32)}), model("qwen3_moe")
     found = read(tinker(tmp_path / "a", pairs, **config), base=net)
     assert found.format == "tinker"
     torch.testing.assert_close(our_outputs(net, found.adapter), by_hand("qwen3_moe", pairs), rtol=1e-9, atol=1e-9)
-    assert read(tmp_path / "a").format == "tinker"  # also without the base
+    assert read(tmp_path / "a").format == "tinker"  # the base is not needed to detect the format
 
 
-def test_tinkers_names_of_gpt_oss_attention_are_transformers(tmp_path: Path) -> None:
+def test_tinker_gpt_oss_attention_gets_transformers_names(tmp_path: Path) -> None:
     pairs = pairs_of({"model.layers.0.attn.q_proj": (32, 32), "model.layers.0.attn.o_proj": (32, 32)})
     got = read(tinker(tmp_path / "a", pairs), base=model("gpt_oss")).adapter
     assert set(got.pairs) == {n.replace("attn", "self_attn") for n in pairs}
     settings = {"peft_type": "LORA", "target_modules": ["q_proj", "o_proj"]}
-    assert set(read(tinker(tmp_path / "b", pairs, **settings)).adapter.pairs) == set(pairs)  # PEFT's own names
+    assert set(read(tinker(tmp_path / "b", pairs, **settings)).adapter.pairs) == set(
+        pairs
+    )  # PEFT's names do not change
 
 
-def test_tinkers_cut_projection_of_qwen_3_5_is_joined(tmp_path: Path) -> None:
+def test_tinker_split_qwen_3_5_projection_is_fused(tmp_path: Path) -> None:
     at = "model.layers.0.linear_attn.in_proj_"
     pairs = pairs_of({f"{at}q": (16, 32), f"{at}k": (16, 32), f"{at}v": (24, 32), f"{at}z": (24, 32)})
     got = read(tinker(tmp_path / "a", pairs)).adapter
@@ -173,5 +178,5 @@ def test_tinkers_cut_projection_of_qwen_3_5_is_joined(tmp_path: Path) -> None:
     torch.testing.assert_close(pair.scale * pair.B @ pair.A, joined, rtol=1e-12, atol=1e-12)
     assert got.pairs[f"{at}z"].scale == pytest.approx(SCALE)
     del pairs[f"{at}k"]
-    with pytest.raises(AdapterError, match="one projection of the base, and the file has"):
+    with pytest.raises(AdapterError, match="one projection of the base, but the file has"):
         read(tinker(tmp_path / "b", pairs))

@@ -1,7 +1,7 @@
-"""A language model and its vision-language wrapper name the same modules differently.
+"""A language model and its vision-language wrapper use different module names.
 
-Adapters are read onto the base's real names both ways, as PEFT does for names from before transformers
-4.52."""
+An adapter of either model can be read for the other, under the base's real names. PEFT does the same for
+names from before transformers 4.52."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WRAPPERS: dict[str, tuple[str, str | None, dict[str, Any], dict[str, Any], dict[
     "qwen3.5": ("Qwen3_5", "Qwen3_5", {**FULL, **ROPE}, {**QWEN, "num_position_embeddings": 16}, {}),
     "llama4": ("Llama4", "Llama4", LLAMA_4, {**VISION, "vision_output_dim": 16}, {}),
 }  # fmt: skip
-"""The wrapper's class, the text model's class, their text and vision configurations, and other arguments."""
+"""Wrapper class, text model class, text and vision configurations, other arguments."""
 BOTH = [name for name, (_, text, *_) in WRAPPERS.items() if text]
 
 
@@ -63,7 +63,7 @@ def whole(name: str) -> nn.Module:
 
 
 def text(name: str) -> nn.Module:
-    """Return the separate text model with the weights that it has inside the wrapper."""
+    """Return the text model as a separate model, with its weights from the wrapper."""
     outer = whole(name)
     net = getattr(transformers, f"{WRAPPERS[name][1]}ForCausalLM")(outer.config.get_text_config()).double().eval()
     inner = dict(outer.named_parameters())
@@ -81,7 +81,7 @@ def outputs(net: nn.Module) -> torch.Tensor:
     ids = torch.randint(1, 50, (1, 7), generator=torch.Generator().manual_seed(5))
     if type(inner := getattr(net, "base_model", net)).__name__ == "LoraModel":
         inner = inner.model
-    if "Llama4ForConditional" in type(inner).__name__:  # this model's forward pass needs images
+    if "Llama4ForConditional" in type(inner).__name__:  # the wrapper's forward pass needs images
         net = inner.language_model
     with torch.no_grad():
         return net(input_ids=ids).logits

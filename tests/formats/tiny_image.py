@@ -1,4 +1,4 @@
-"""Image models of tiny width and real topology, and adapters for any of their parts, with canonical names."""
+"""Tiny image models with real topology, and adapters for any component, with canonical names."""
 
 from __future__ import annotations
 
@@ -81,8 +81,9 @@ def clip_output(model: nn.Module) -> Tensor:
 
 
 def own_name(canonical: str, model: nn.Module) -> str:
-    """Return the name in the class: transformers 5 dropped CLIP's `text_model.` from one of its two
-    classes."""
+    """Return the module's name in its class.
+
+    transformers 5 dropped CLIP's `text_model.` prefix from one of its two classes."""
     name = canonical.partition(".")[2]
     return name if hasattr(model, "text_model") else name.removeprefix("text_model.")
 
@@ -96,7 +97,7 @@ def random_pairs(
     ranks: tuple[int, ...] = (2, 3, 4),
     scales: tuple[float, ...] = (0.5, 1, 3),
 ) -> dict[str, Pair]:
-    """Return a pair for each name, under its canonical name, cycling through ranks and scales."""
+    """Return a pair for each name, by canonical name; ranks and scales alternate."""
     modules = dict(model.named_modules())
     out = {}
     for i, name in enumerate(names):
@@ -112,7 +113,7 @@ def random_pairs(
 
 
 def attached(model: nn.Module, component: str, adapter: Adapter) -> Attachment:
-    """Attach the part of an adapter that is for `component` to its model."""
+    """Attach to `model` the part of `adapter` that belongs to `component`."""
 
     def own(items: Mapping) -> dict:
         return {own_name(n, model): v for n, v in items.items() if n.startswith(f"{component}.")}

@@ -1,4 +1,4 @@
-"""Models, PEFT variants and random adapters for tests of PEFT's format, and the comparison both ways."""
+"""Models and random adapters for tests of PEFT's format, and their outputs in PEFT and in veneer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from veneer.core.adapter import Adapter, Pair
 
 
 class Conv(nn.Module):
-    """Convolutions, one and two dimensions, strided and padded, with an embedding and a linear at the
-    ends."""
+    """One- and two-dimensional convolutions, strided and padded.
+
+    An embedding precedes the convolutions, and a linear layer follows them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Conv(nn.Module):
 
 
 def model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
-    """Return the same model on every call, in eval mode."""
+    """Return a small model in eval mode; equal arguments give equal weights."""
     if name == "conv":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
@@ -42,7 +43,7 @@ def model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.M
     from tests.families import FAMILIES, OTHERS
 
     net = {**FAMILIES, **OTHERS}[name](**changes).to(dtype).eval()
-    net.config._experts_implementation = "eager"  # the grouped product has no float64
+    net.config._experts_implementation = "eager"  # the grouped kernel does not support float64
     return net
 
 
@@ -55,7 +56,7 @@ def outputs(net: nn.Module) -> Tensor:
 
 
 def randomise(net: nn.Module, seed: int = 7) -> None:
-    """Move every trainable tensor off its initial value, so that each has an effect."""
+    """Change the value of every trainable tensor, so that each has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(net.named_parameters()):
         if p.requires_grad and "magnitude" in name:
@@ -65,7 +66,7 @@ def randomise(net: nn.Module, seed: int = 7) -> None:
 
 
 def random_adapter(adapter: Adapter, seed: int = 7) -> Adapter:
-    """Return `adapter` with every tensor moved off its initial value."""
+    """Return a copy of `adapter` in which every tensor has another value."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(t: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def random_adapter(adapter: Adapter, seed: int = 7) -> Adapter:
 def peft_folder(
     net: nn.Module, folder: Path, compute: Callable[[nn.Module], Tensor] = outputs, **config: Any
 ) -> Tensor:
-    """Wrap `net` in PEFT, randomize as if trained, save to `folder`, and return the outputs."""
+    """Wrap `net` in PEFT, randomize the adapter, save it, and return the outputs."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -100,10 +101,10 @@ def peft_folder(
 
 
 def peft_outputs(net: nn.Module, folder: Path) -> Tensor:
-    """Return the outputs of `net` under the adapter as PEFT loads it.
+    """Return the outputs of `net` with the adapter loaded by PEFT.
 
-    PEFT's warnings about unmatched keys and modules are errors, except one that every rank_pattern on a
-    parameter causes."""
+    PEFT's warnings about unmatched keys and modules become errors, except the one that PEFT emits for every
+    rank_pattern on a parameter."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -120,7 +121,7 @@ def our_outputs(net: nn.Module, adapter: Adapter, compute: Callable[[nn.Module],
 
 
 def linear_pairs(names: list[str], rank: int = 2, width: int = 4, scale: float = 2.0, seed: int = 0) -> Adapter:
-    """Return an adapter of square linear pairs that belongs to no model."""
+    """Return an adapter of square linear pairs for modules with these names."""
     g = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     return Adapter({n: Pair(make(rank, width), make(width, rank), scale) for n in names})

@@ -35,7 +35,7 @@ def look(base: ImageBase) -> Adapter:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory, brand: Adapter, look: Adapter) -> Path:
-    """Write brand.safetensors in kohya's layout and look.safetensors in diffusers'."""
+    """Write brand.safetensors and look.safetensors in kohya's layout."""
     folder = tmp_path_factory.mktemp("adapters")
     write(brand, folder / "brand.safetensors", to="kohya", family="sdxl")
     write(look, folder / "look.safetensors", to="kohya", family="sdxl")
@@ -44,5 +44,5 @@ def files(tmp_path_factory: pytest.TempPathFactory, brand: Adapter, look: Adapte
 
 @pytest.fixture(autouse=True)
 def _here(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to the adapters' folder, so that tests name adapters as a user would."""
+    """Change to the adapters' folder, so that tests can name adapters as a user would."""
     monkeypatch.chdir(files)

@@ -1,4 +1,6 @@
-"""Adapters by name on an image base: specs, plans, and block strengths, against weights merged by hand."""
+"""Named adapters on an image base: specs, plans, and block strengths.
+
+Pictures are compared with those of weights merged by the test."""
 
 from __future__ import annotations
 
@@ -33,13 +35,13 @@ from veneer.models.image.base import ImageBase
         ("brand@2:0.8@campaign=lens", "brand@2", "0.8@campaign=lens"),
     ],
 )
-def test_a_spec_is_a_name_and_a_strength(spec: Any, name: str, text: str) -> None:
+def test_adapter_spec_is_parsed(spec: Any, name: str, text: str) -> None:
     found, strength = parse_use(spec)
     assert (found, str(strength)) == (name, text)
     assert parse_use(f"{found}:{strength}") == (found, strength), "and comes back to the last bit"
 
 
-def test_a_path_with_an_at_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_can_contain_an_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a@b=1").mkdir()
     assert parse_use("a@b=1:0.5") == ("a@b=1", Strength(0.5))
@@ -61,7 +63,7 @@ def one(base: ImageBase, *uses: Any, say: Any = None, **options: Any) -> Any:
 def test_block_strengths_equal_weights_merged_by_hand(
     name: str, base: ImageBase, place: Path, request: pytest.FixtureRequest
 ) -> None:
-    """`look` is DoRA: a strength multiplies its change of W, not its factors."""
+    """`look` is a DoRA: a strength multiplies its ΔW, not A and B."""
     adapter: Adapter = request.getfixturevalue(name)
 
     def by(module: str) -> float:
@@ -94,10 +96,10 @@ def test_a_plan_has_a_phase_for_each_range(base: ImageBase) -> None:
         assert mixer.plan(["brand.safetensors:0"]).phases == ((0.0, ()),)
 
 
-def test_roles_equal_their_strengths_typed_out(base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PNGs are equal byte for byte: the metadata contains the resolved roles.
+def test_roles_equal_the_same_strengths_typed_out(base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PNGs are equal byte for byte: the metadata contains the resolved strengths.
 
-    Uses a table other than a plain sum."""
+    The test replaces the table of roles, so that the roles differ from a plain sum."""
     row = {"product": "", "brand": "down=0.5,mid=0.7,up=1", "lens": "down=0.3,steps=0.4-1"}
     monkeypatch.setitem(CAMPAIGN, "noise", row)
     roles = {"brand.safetensors": "brand", "look.safetensors": "lens"}
@@ -124,7 +126,7 @@ def test_role_of_two_adapters_is_refused() -> None:
         ImageRequest("a cat", uses=(parse_use("a@campaign=brand"), parse_use("b@campaign=brand")))
 
 
-def test_a_source_has_the_hashes_of_its_file(base: ImageBase, files: Path) -> None:
+def test_added_adapter_has_the_hashes_of_its_file(base: ImageBase, files: Path) -> None:
     with ImagePipeline(base) as mixer:
         source = mixer.add("brand.safetensors")
         assert source is mixer.add("brand.safetensors")
@@ -144,7 +146,7 @@ def test_adapters_without_effect_are_noted(base: ImageBase, files: Path, brand: 
         mixer.plan(["brand.safetensors@steps=0-0.5"])
     assert len(said) == 2
     assert "changes nothing in 'text'" in said[0]
-    assert "acts throughout" in said[1]
+    assert "acts in all steps" in said[1]
     said.clear()
     plain, late = one(base), one(base, "alone.safetensors@steps=0.9-1", say=said.append)
     assert levels(plain, late) == 0
@@ -171,7 +173,7 @@ def test_unknown_adapters_blocks_and_families_are_refused(base: ImageBase, files
     assert not any(hasattr(m, "is_veneer_layer") for m in base.model.modules()), "and after it nothing is attached"
 
 
-def test_switching_is_one_assignment_however_many_are_known(base: ImageBase, brand: Adapter) -> None:
+def test_switching_changes_no_module_or_weight(base: ImageBase, brand: Adapter) -> None:
     with ImagePipeline(base) as mixer:
         mixer.plan(["brand.safetensors", "look.safetensors"])
         for i in range(60):
@@ -201,7 +203,7 @@ def test_label_is_short_and_without_separators(name: str, label: str) -> None:
     assert label_of(name) == label
 
 
-def test_one_adapter_under_two_names_is_said(base: ImageBase, files: Path, tmp_path: Path) -> None:
+def test_one_adapter_under_two_names_is_noted(base: ImageBase, files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "brand.safetensors", tmp_path / "copy.safetensors")
     said: list[str] = []
     with ImagePipeline(base, say=said.append) as mixer:

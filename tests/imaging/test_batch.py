@@ -1,4 +1,6 @@
-"""A batch file has a mix per picture; missing keys take the caller's values; invalid lines are listed."""
+"""Each line of a batch file can set its own mix; missing keys take the caller's values.
+
+Invalid lines are listed in the error."""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def test_missing_keys_take_the_callers_values(tmp_path: Path) -> None:
         ({"prompt": "a", "negative": None}, "the negative prompt is None"),
         ({"prompt": "a", "seed": "5"}, "seed '5'"),
         ({"prompt": "a", "seed": -1}, "seed -1"),
-        ({"prompt": "a", "adapters": "brand"}, "adapters is 'brand'; it must be a list of texts"),
+        ({"prompt": "a", "adapters": "brand"}, "adapters is 'brand'; it must be a list of strings"),
         ({"prompt": "a", "adapters": ["brand@steps=2-3"]}, "not a range of steps"),
         ('{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
         (r'{"prompt": "a \ud83d fox"}', r"the prompt is 'a \ud83d fox'"),

@@ -1,4 +1,4 @@
-"""Control pictures: specs, edges, sizes."""
+"""Control pictures: specs, edge detection and sizes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_invalid_control_spec_is_refused(text: str) -> None:
         parse_control(text)
 
 
-def test_controlnet_is_the_bases_own_or_the_hubs(tmp_path: Path) -> None:
+def test_default_controlnet_depends_on_the_base(tmp_path: Path) -> None:
     base = veneer.load_image_base(str(tiny_image_base(tmp_path, "sdxl")))
     depth = parse_control("depth=d.png")
     assert control_model_of(base, depth) == "diffusers/controlnet-depth-sdxl-1.0"
@@ -66,7 +66,7 @@ def test_controlnet_is_the_bases_own_or_the_hubs(tmp_path: Path) -> None:
         control_model_of(klein, depth)
 
 
-def test_edges_are_opencvs_after_resizing() -> None:
+def test_edges_equal_opencvs_after_resizing() -> None:
     cv2 = pytest.importorskip("cv2")
     drawn = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(drawn).rectangle((16, 16, 48, 48), fill="black")
@@ -74,25 +74,25 @@ def test_edges_are_opencvs_after_resizing() -> None:
     small = drawn.resize((32, 32), Image.Resampling.LANCZOS).convert("L")
     assert np.array_equal(np.asarray(made)[..., 0], cv2.Canny(np.asarray(small), 100, 200))
     assert "64×64 to 32×32" in notes[0]
-    assert "edges were found" in notes[1]
+    assert "edges detected" in notes[1]
     same, notes = control_picture(ControlSpec("edges", "a.png"), made, 32, 32)
     assert same.tobytes() == made.tobytes()
-    assert "taken as it is" in notes[0]
+    assert "used unchanged" in notes[0]
     with pytest.raises(DataError, match="no edges"):
         control_picture(ControlSpec("canny", "a.png"), Image.new("RGB", (32, 32)), 32, 32)
-    with pytest.raises(ConfigError, match="another proportion"):
+    with pytest.raises(ConfigError, match="another aspect ratio"):
         control_picture(ControlSpec("edges", "a.png"), drawn, 64, 32)
 
 
-def test_without_opencv_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_opencv_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
     with pytest.raises(MissingExtraError, match="OpenCV"):
         canny(Image.new("L", (8, 8)))
 
 
-def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
+def test_pictures_are_opened_upright_without_transparency(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by a quarter turn
+    exif[0x0112] = 6  # EXIF orientation: rotated by a quarter turn
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=exif)
     assert hashed_picture(tmp_path / "a.jpg")[0].size == (4, 8)
     assert flattened(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)

@@ -1,4 +1,4 @@
-"""Pictures with metadata: A1111's parser reads it, masks act as shown, names stay distinct."""
+"""Generated pictures with metadata: A1111 can parse it, and adapters with equal names stay distinct."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def one(base: ImageBase, ask: ImageRequest, say: Any = None, **options: Any) -> 
 
 
 def their_adapters(found: dict[str, str]) -> dict[str, str]:
-    """Return the hash of each <lora:NAME:…> in the prompt (extensions-builtin/Lora: infotext_pasted,
-    parse_prompt)."""
+    """Return the hash of each adapter that the prompt names as <lora:NAME:…>.
+
+    Follows infotext_pasted and parse_prompt of A1111's extensions-builtin/Lora."""
     listed = [part.strip().split(":", 1) for part in found["Lora hashes"].split(",")]
     hashes = {name.strip(): digest.strip() for name, digest in listed}
     return {name: hashes[name] for name in re.findall(r"<lora:([^:]+):", found["Prompt"])}
 
 
-def test_a1111_reads_it_and_finds_every_adapter(
+def test_a1111_reads_metadata_and_finds_every_adapter(
     base: ImageBase, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -166,7 +167,7 @@ def test_edit_base_without_a_reference_is_noted_once(tmp_path_factory: pytest.Te
         for seed in range(2):
             generate(mixer, [ImageRequest("a fox", seed=seed)], Options(steps=1))
         assert len(told) == 1
-        assert "is an edit base, and gets only a prompt here" in told[0]
+        assert "is an edit base, but got only a prompt" in told[0]
         assert "--reference photo.png" in told[0]
         generate(mixer, [ImageRequest("a fox")], Options(steps=1, references=[Image.new("RGB", (SIZE, SIZE))]))
     assert len(told) == 1

@@ -1,4 +1,4 @@
-"""Grids: positions of pictures; each cell equals a separately generated picture."""
+"""Grids: positions of the pictures; each cell equals the same picture generated separately."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_invalid_sheet_is_refused(kind: str, uses: list, says: str) -> None:
         layout(kind, ["a"], uses)
 
 
-def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
+def test_cells_equal_separately_generated_pictures(base: ImageBase) -> None:
     options = Options(steps=3)
     with ImagePipeline(base) as pipeline:
         plan = layout("strength", ["a cat"], [BRAND], seeds=[1, 2], strengths=[0, 1])
@@ -52,7 +52,7 @@ def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
         alone = [generate(pipeline, [request], options)[0] for request in plan.requests]
     assert max(levels(a.image, b.image) for a, b in zip(pictures, alone, strict=True)) <= 1
     assert pictures[3].record["rows"][3]["adapters"] == [["brand.safetensors", "0.8"]]
-    times = 4  # 32 pixels, shown at 128
+    times = 4  # a picture of 32 pixels is enlarged to 128
     for i, made in enumerate(pictures):
         shown = made.image.resize((32 * times, 32 * times), Image.Resampling.NEAREST)
         right, bottom = image.size

@@ -1,4 +1,4 @@
-"""A PNG carries A1111's infotext, which A1111's own rules read back, and veneer's record."""
+"""A PNG contains veneer's record, and an infotext that A1111's rules can parse."""
 
 from __future__ import annotations
 

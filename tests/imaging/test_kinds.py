@@ -1,5 +1,4 @@
-"""A stack of adapters of every kind, each in its tool's own layout, equals the sum of their ΔW by
-definition."""
+"""A mix of every kind of adapter, each in its tool's layout, equals the sum of the defined ΔW."""
 
 from __future__ import annotations
 
@@ -23,7 +22,9 @@ TEXT = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
 RANK = 2
 
 Made = tuple[dict[str, Tensor], Tensor]
-"""A module's tensors by suffix, and ΔW as its tool defines it (float64, shape of the weight)."""
+"""Tensors of a module by suffix, and ΔW by the tool's definition.
+
+ΔW is float64 and has the weight's shape."""
 
 
 def rand(*shape: int, seed: int, size: float = 0.3) -> Tensor:
@@ -67,7 +68,7 @@ def loha(W: Tensor) -> Made:
 
 
 def lokr(W: Tensor) -> Made:
-    """LoKr with two full factors, for which LyCORIS ignores alpha."""
+    """Return a LoKr with two full factors, for which LyCORIS ignores alpha."""
     w1, w2 = rand(2, 2, seed=10), rand(len(W) // 2, W.shape[1] // 2, *W.shape[2:], seed=11)
     left = w1.double().reshape(2, 2, *[1] * (W.ndim - 2))
     return {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(0.5)}, torch.kron(left, w2.double())
@@ -103,7 +104,7 @@ def flat(module: str) -> str:
     return f"{prefix}_{rest.replace('.', '_')}"
 
 
-def test_stack_of_kinds_is_the_sum_of_their_definitions(
+def test_mix_of_all_kinds_equals_their_defined_sum(
     base: ImageBase, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Files, strengths and block strengths equal diffusers' and PEFT's: load_lora_weights and set_adapters."""
+"""Mixes and block strengths equal those of diffusers and PEFT (load_lora_weights, set_adapters)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.peers
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux1", "sd3"])
-def test_a_mix_is_what_set_adapters_makes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mix_equals_set_adapters(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place = tiny_image_base(tmp_path, family)
     base, pipe = load_image(str(place)), diffusers_pipeline(place)
     for i, name in enumerate(("brand", "look")):
         held = random_adapter(base.model, i + 1)
-        # diffusers loads no LoRA into this text encoder
+        # diffusers loads no LoRA for this text encoder
         second = {"flux1": "text_encoder_2.", "sd3": "text_encoder_3."}.get(family, "no")
         own = Adapter({n: p for n, p in held.pairs.items() if not n.startswith(second)})
         write(own, f"{name}.safetensors", to="diffusers", family=family)
@@ -41,7 +41,7 @@ def test_a_mix_is_what_set_adapters_makes(family: str, tmp_path: Path, monkeypat
 
 
 def test_block_strengths_equal_set_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention layers only: diffusers does not apply block strengths to others."""
+    """Covers attention only, because diffusers ignores block strengths elsewhere."""
     monkeypatch.chdir(tmp_path)
     place = tiny_image_base(tmp_path, "sdxl")
     base, pipe = load_image(str(place)), diffusers_pipeline(place)

@@ -1,4 +1,4 @@
-"""A PNG's record reproduces the picture bit for bit with the same inputs, and refuses different ones."""
+"""A PNG's record reproduces the picture bit for bit; changed inputs are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def uses(*specs: str) -> tuple[Any, ...]:
     return tuple(parse_use(spec) for spec in specs)
 
 
-def test_infotext_is_the_one_that_a1111_reads(base: ImageBase, tmp_path: Path) -> None:
+def test_infotext_can_be_parsed_by_a1111(base: ImageBase, tmp_path: Path) -> None:
     request = ImageRequest("a cat, red", "blue", 5, uses("brand.safetensors:0.8", "look.safetensors:0.5@text=0"))
     (made,) = pictures(base, [request], guidance=4.5, scheduler="dpm++2m-karras")
     made.save(tmp_path / "a.png")
@@ -58,7 +58,9 @@ def test_infotext_is_the_one_that_a1111_reads(base: ImageBase, tmp_path: Path) -
     assert "Model hash" not in found, "a directory has none that A1111 or a hub could look up"
 
 
-def test_model_hash_of_a_checkpoint_file_is_a1111s(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_model_hash_of_a_checkpoint_file_matches_a1111(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
     folder = tiny_image_base(tmp_path_factory.getbasetemp(), "sdxl", full=True)
     file = tmp_path / "my.safetensors"
     save_file(original(load_image(str(folder))), file)
@@ -69,7 +71,7 @@ def test_model_hash_of_a_checkpoint_file_is_a1111s(tmp_path_factory: pytest.Temp
     assert "Base fingerprint" not in fields
 
 
-def test_picture_of_a_mixed_batch_is_reproduced_to_the_bit(base: ImageBase, tmp_path: Path) -> None:
+def test_picture_of_a_mixed_batch_is_reproduced_exactly(base: ImageBase, tmp_path: Path) -> None:
     requests = [
         ImageRequest("a cat", seed=1),
         ImageRequest("a dog", "blue", seed=9, uses=uses("brand.safetensors:0.8@down=0.3,steps=0-0.5")),
@@ -91,11 +93,11 @@ def test_input_pictures_must_be_the_same(base: ImageBase, tmp_path: Path) -> Non
     assert made.infotext.fields["ControlNet 0"].startswith("Module: none, Model: tiny-sdxl-canny, Weight: 0.7")
     assert again(base, tmp_path / "a.png").png() == made.png()
     Image.new("RGB", (SIZE, SIZE)).save(given)
-    with pytest.raises(MismatchError, match="not the picture that was used then"):
+    with pytest.raises(MismatchError, match="not the picture that was used originally"):
         again(base, tmp_path / "a.png")
 
 
-def test_an_image_of_a_batch_is_reproduced_alone_with_a_change(base: ImageBase, tmp_path: Path) -> None:
+def test_one_picture_of_a_batch_can_be_reproduced_with_changes(base: ImageBase, tmp_path: Path) -> None:
     made = pictures(base, image_requests(["a cat"], uses("brand.safetensors"), seed=4, count=2))
     made[1].save(tmp_path / "a.png")
     changed = again(base, tmp_path / "a.png", changes=lambda request, options: (replace(request, seed=4), options))
@@ -118,7 +120,7 @@ def test_a_changed_adapter_is_refused_and_a_moved_one_is_found(
     assert levels(found.image, made.image) == 0
     assert next(iter(found.record["adapters"])).startswith("sha256:")
     write(random_adapter(base.model, 7), "mine.safetensors", to="kohya", family="sdxl")
-    with pytest.raises(MismatchError, match="differs from the one used then"):
+    with pytest.raises(MismatchError, match="differs from the adapter used originally"):
         again(base, Path("a.png"))
     Path("mine.safetensors").unlink()
     shutil.rmtree(tmp_path / "home")
@@ -137,7 +139,7 @@ def test_other_base_is_refused(base: ImageBase, tmp_path: Path) -> None:
 def test_missing_or_damaged_record_is_refused(base: ImageBase, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(path)
-    with pytest.raises(DataError, match="does not say"):
+    with pytest.raises(DataError, match="no record of how it was made"):
         read_recipe(path)
     (made,) = pictures(base, [ImageRequest("a cat")])
     assert json.loads(json.dumps(made.record)) == made.record

@@ -1,4 +1,4 @@
-"""A queue in a database of each kind."""
+"""Fixtures: a library and its job queue, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 

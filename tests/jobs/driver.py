@@ -1,8 +1,8 @@
-"""Kill a job's machine at every STRIDE-th commit: `python -m tests.jobs.driver FOLDER STRIDE`.
+"""Kill a job's worker at every STRIDE-th commit: `python -m tests.jobs.driver FOLDER STRIDE`.
 
-Each machine is a forked process that runs a worker and its job, and is killed at the K-th commit; then
-another machine continues. Prints the commits of the kills as JSON. Fails unless every job ends once, with one
-bill, one version and the same bytes.
+Each run forks a worker process, kills it at the K-th commit, and lets a second process continue. Prints the
+commits as a JSON list. Fails unless every job ends exactly once, with one bill, one copy of each version and
+unchanged bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TERMS = {"price": 4_000_000, "budget": 10**9}
 
 
 class Here(LocalExecutor):
-    """An executor that validates and trains jobs in the worker's process and waits for them."""
+    """An executor that validates and trains jobs inside the worker's process."""
 
     def __init__(self, store: JobStore) -> None:
         super().__init__()
@@ -67,7 +67,9 @@ class Here(LocalExecutor):
 
 
 def machine(folder: Path, kill_at: int | None) -> None:
-    """Run a worker until no job is left."""
+    """Run a worker until all jobs have ended.
+
+    `kill_at`: the commit at which the process kills itself."""
     from sqlalchemy import Connection
 
     left = [kill_at]
@@ -91,7 +93,7 @@ def machine(folder: Path, kill_at: int | None) -> None:
 
 
 def forked(folder: Path, kill_at: int | None) -> bool:
-    """Return whether the machine finished; otherwise it was killed."""
+    """Run `machine` in a fork; return whether it finished before it was killed."""
 
     def work() -> None:
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -105,7 +107,7 @@ def forked(folder: Path, kill_at: int | None) -> bool:
 
 
 def outcome(folder: Path) -> list[bytes]:
-    """Check everything that must hold, and return the adapters' files."""
+    """Check the invariants of a finished job; return the bytes of its adapters."""
     with open_library(folder / "library") as library:
         store = JobStore(library)
         (job,), _ = store.jobs("acme")
@@ -123,7 +125,7 @@ def outcome(folder: Path) -> list[bytes]:
         assert bill.cost == 4 * bill.tokens == sum(each.cost for each in store.bills())
         name = "acme/support"
         versions = library.search(name=name, all_versions=True)
-        assert [version.version for version in versions] == [1, 2, 3, 4]  # the three checkpoints, and the result
+        assert [version.version for version in versions] == [1, 2, 3, 4]  # three checkpoints and the result
         assert job.result["reference"] == f"{name}@4"
         assert [point.reference for point in points] == [f"{name}@3", f"{name}@2", f"{name}@1"]
         with tenants_at(None) as database, reading(database.engine) as c:
@@ -137,7 +139,7 @@ def outcome(folder: Path) -> list[bytes]:
 
 def submit_job(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir()
-    (folder / "kernels").symlink_to(KERNELS)  # compile once instead of on each machine
+    (folder / "kernels").symlink_to(KERNELS)  # share compiled kernels, so that no process compiles them again
     os.environ["VENEER_HOME"] = str(folder)
 
     def work() -> None:
@@ -166,7 +168,7 @@ def checked(folder: Path) -> list[bytes]:
 
 
 def kills(folder: Path, stride: int) -> list[int]:
-    """Return the commits at which a machine was killed."""
+    """Kill a job at every `stride`-th commit; return the commits."""
     config = small_config(folder, checkpoint={"every": 1, "keep": STEPS})
     undisturbed = folder / "whole"
     submit_job(undisturbed, config)
@@ -187,5 +189,5 @@ def kills(folder: Path, stride: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # each run collects garbage at its end; skip torch's modules
+    gc.freeze()  # processes collect garbage at exit; exclude torch's modules, which are slow to scan
     print(json.dumps(kills(Path(sys.argv[1]), int(sys.argv[2]))))

@@ -1,4 +1,4 @@
-"""Jobs with a fake plan, and an executor without processes."""
+"""Jobs with a fake plan, and an executor that starts no processes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def taken(store: JobStore, seconds: float = 60, worker: str = "w", **how: Any) -
 
 
 def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: Any = None, **terms: Any) -> Job:
-    """Create and queue a job with a fake plan. `terms`: price and the tenant's budget."""
+    """Create and queue a job with a fake plan.
+
+    `terms`: the price, and the tenant's budget."""
     job = store.create(tenant, CONFIG, name="support", about=about)
     return store.queue(taken(store, state="validating", only=job.id), PLAN | (plan or {}), **terms)
 
 
 class FixedTerms(TrainingAccount):
-    """An account with the same terms for every tenant."""
+    """A training account with the same terms for every tenant."""
 
     def __init__(self, store: JobStore, tenants: Store | None = None, **terms: Any) -> None:
         super().__init__(store, tenants)
@@ -38,10 +40,10 @@ class FixedTerms(TrainingAccount):
 
 
 class FakeExecutor(LocalExecutor):
-    """An executor whose processes run until a test ends them.
+    """An executor whose pretended processes run until a test ends them.
 
-    `stubborn`: only a kill ends a process; `refuse`: no process starts. `validating`: handle -> lease, for
-    each started validation."""
+    `stubborn`: only a hard stop ends a process; `refuse`: processes fail to start. `validating`: handle ->
+    lease of each validation."""
 
     def __init__(self) -> None:
         super().__init__()

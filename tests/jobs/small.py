@@ -1,4 +1,4 @@
-"""A job that trains in a moment: the tiny base, twelve rows, three steps."""
+"""A job that trains in seconds: the tiny base, twelve rows, three steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = 3
 
 
 def small_config(folder: Path, steps: int = STEPS, **sections: Any) -> dict[str, Any]:
-    """Create the base and the rows in `folder`, once; return a job's config."""
+    """Return a job's config; create its base and rows in `folder` if missing."""
     rows = folder / "rows.jsonl"
     if not rows.exists():
         questions = [f"The printer number {i} {'still ' * (i % 3)}does not work." for i in range(12)]

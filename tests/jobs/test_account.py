@@ -1,4 +1,4 @@
-"""Training budgets that jobs and Tinker clients share, against sums by hand."""
+"""Jobs and Tinker clients share one training budget."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tenants(quick: Path) -> Store:  # noqa: F811
 
 
 def billed(tenants: Store, adapter: str, units: int, tenant: str = "acme", ago: float = 0.0) -> None:
-    """Return a request in the ledger with this cost."""
+    """Add a request with this cost to the ledger."""
     at = time.time() - ago
     line = LedgerLine("digest", adapter, 1.0, Price(UNIT, 0, 0))
     entry = LedgerEntry(f"{tenant}{adapter}{units}{ago}", tenant, "word", at, units * UNIT, 0, (line,))
@@ -42,8 +42,9 @@ def billed(tenants: Store, adapter: str, units: int, tenant: str = "acme", ago: 
 
 @in_sqlite
 def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_path: Path) -> None:
-    """Budget 9, clients spent 4: a job of 6 is refused, a job of 5 is accepted. Inference, other tenants and
-    earlier months do not count."""
+    """A job's cost and the spending of clients must fit the budget together.
+
+    Inference, other tenants and earlier months do not count."""
     for adapter, units, tenant, ago in (
         (trained_name("acme/tinker-a-0"), 3, "acme", 0.0),
         (trained_name("acme/tinker-b-0"), 1, "acme", 0.0),
@@ -66,14 +67,15 @@ def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_p
     assert (store.jobs("acme")[0][1].error or {})["kind"] == "overbudget"
     store.create("acme", config, name="support")
     lease = taken(store, state="validating")
-    with pytest.raises(OverBudget, match=r"of this month's budget of 9\.00 3\.00 are left"):
+    with pytest.raises(OverBudget, match=r"of this month's budget of 9\.00, only 3\.00 is left"):
         store.queue(lease, PLAN, price=5 * UNIT, budget=9 * UNIT, spent=6 * UNIT)
 
 
 @in_sqlite
 def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenants: Store) -> None:
-    """Budget 9, jobs plan 3, the ledger has 2: of many concurrent requests of 1, four are accepted, and one
-    more for each that fails. Amounts that the ledger records later do not count twice."""
+    """Of a budget of 9, jobs plan 3 and the ledger records 2, so 4 requests of 1 fit.
+
+    Each failed request returns its 1. Amounts that the ledger records later do not count twice."""
     queued(store, price=3 * UNIT)
     billed(tenants, trained_name("acme/tinker-a-0"), 2)
     account = FixedTerms(store, tenants, price=UNIT, budget=9 * UNIT)
@@ -93,22 +95,23 @@ def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenan
     billed(tenants, trained_name("acme/tinker-b-0"), 3)
     account.release_budget("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
-    billed(tenants, trained_name("acme/tinker-c-0"), 2)  # another server's bill
+    billed(tenants, trained_name("acme/tinker-c-0"), 2)  # a bill from another server
     assert not took(0)
     assert TrainingAccount(store, None).reserve("", UNIT) == 0
 
 
 @in_sqlite
 def test_jobs_count_reservations_that_the_ledger_lacks(store: JobStore, tenants: Store) -> None:
-    """Clients on two servers take 6 of 9 before the ledger records anything: a job costing 4 is refused, a
-    job costing 3 is accepted, and then clients have nothing left."""
+    """Clients on two servers reserve 6 of 9 before the ledger records anything.
+
+    A job that costs 4 is refused; a job that costs 3 is accepted, and leaves nothing for clients."""
     terms = {"price": UNIT, "budget": 9 * UNIT}
     for account in (FixedTerms(store, tenants, **terms), FixedTerms(JobStore(store.library), tenants, **terms)):
         account.reserve("acme", 3 * UNIT)
     store.create("acme", {}, name="support")
     lease = taken(store, state="validating")
     plan = {**PLAN, "tokens": UNIT}
-    with pytest.raises(OverBudget, match=r"of this month's budget of 9\.00 3\.00 are left"):
+    with pytest.raises(OverBudget, match=r"of this month's budget of 9\.00, only 3\.00 is left"):
         store.queue(lease, plan, price=4 * UNIT, budget=9 * UNIT, spent=0)
     assert store.queue(lease, plan, price=3 * UNIT, budget=9 * UNIT, spent=0).state == "queued"
     with pytest.raises(Refused, match="budget"):
@@ -118,7 +121,7 @@ def test_jobs_count_reservations_that_the_ledger_lacks(store: JobStore, tenants:
 
 
 @in_sqlite
-def test_terms_are_current(store: JobStore, tenants: Store) -> None:
+def test_terms_follow_changed_settings(store: JobStore, tenants: Store) -> None:
     manage.add_tenant(tenants, "acme", actor="test")
     terms = TrainingAccount(store, tenants).terms
     assert terms("acme") == TrainingTerms()

@@ -1,4 +1,4 @@
-"""A finished job: comparison on held-out rows, promotion and rollback."""
+"""After a job: evaluation on held-out rows, promotion and rollback."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ class Shop:
     def finished_job(
         self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
     ) -> Job:
-        """Return a finished job whose result is `reference`, with these scores for it and the serving
-        version."""
-        after = {"alias": "prod", **parse_after(after, self.folder).model_dump()}  # alias: of an earlier version
+        """Return a finished job with result `reference` and these evaluation scores.
+
+        `serving`: the version with which the result was compared."""
+        after = {"alias": "prod", **parse_after(after, self.folder).model_dump()}  # earlier builds also stored an alias
         job = queued(self.jobs, about={"after": after})
         lease = taken(self.jobs)
         results = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         compared = {"scores": results, "serving": None if serving is None else f"acme/support@{serving}"}
-        for _ in range(2):  # the job is killed before it ends, then retried
+        for _ in range(2):  # the second time, as if the job was killed before it ended
             release_job(self.jobs, lease, self.tenants, reference, scores and compared)
         self.jobs.finish(lease, result={"reference": reference})
         return job
@@ -103,12 +104,12 @@ NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
         (True, {"weight": 0, "shadow": True}, {}, None, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
         (True, {}, RULE, BETTER, NEW), (True, {}, RULE, WORSE, OLD),
         (True, {"shadow": True}, RULE, WORSE, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
-        (True, {"shadow": True}, RULE, None, OLD), (True, {}, {"evaluate": {}}, None, OLD),  # the comparison failed
+        (True, {"shadow": True}, RULE, None, OLD), (True, {}, {"evaluate": {}}, None, OLD),  # the evaluation failed
         (False, {}, {}, None, NEW), (False, {}, RULE, BETTER, NEW), (False, {}, RULE, WORSE, None),
     ],
 )  # fmt: skip
 def test_route_follows_the_promotion_rule(shop, before, route, rule, scores, leads):
-    """A job that resumes after a kill moves nothing twice; then a person promotes and rolls back."""
+    """A resumed job moves the route only once; then a user promotes and rolls back."""
     if before:
         routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     job = shop.finished_job("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
@@ -125,7 +126,7 @@ def test_route_follows_the_promotion_rule(shop, before, route, rule, scores, lea
     assert refused.value.fix == "veneer tenant route history support --tenant acme"
 
 
-def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
+def test_route_moved_by_someone_else_is_unchanged(shop: Shop) -> None:
     routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     after = {"route": {"name": "support"}}
     job = shop.finished_job("acme/new@1", None, after)
@@ -139,12 +140,14 @@ def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
     with pytest.raises(ConfigError, match="is not where job"):
         rollback_job(shop.jobs, shop.tenants, "acme", job.id)
     promote_job(shop.jobs, shop.tenants, "acme", job.id)
-    rollback_job(shop.jobs, shop.tenants, "acme", job.id)  # moves to the operator's target, not to the previous one
+    rollback_job(shop.jobs, shop.tenants, "acme", job.id)  # restores the operator's target, not an earlier one
     assert shop.targets() == {"targets": {"acme/old@1": 5}, "shadow": None}
 
 
 def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores equal separate evaluations, and are on the card and in the events; the base is loaded once."""
+    """Scores equal those of separate evaluations, and the base is loaded only once.
+
+    The scores are also on the card and in the events."""
     from veneer.models.text.base import load_text
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows

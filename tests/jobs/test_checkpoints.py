@@ -1,4 +1,4 @@
-"""Checkpoints of a job in the library: each is added, or a warning gives the reason."""
+"""A job's checkpoints are added to the library, or a warning gives the reason."""
 
 from __future__ import annotations
 

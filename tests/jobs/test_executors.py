@@ -1,4 +1,4 @@
-"""Processes of this machine are stopped, killed and limited, with real signals."""
+"""The executor stops, kills and limits this machine's processes with real signals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_process_is_terminated_or_killed(library: Library, store: JobStore, hard
     executor.stop(handle, hard=hard)
     assert wait_for_exit(executor, handle) == ExitStatus(f"ended by {signal}")
     assert executor.poll(handle) == ExitStatus("it is not a process of this worker")
-    executor.stop(handle)  # the process has ended: nothing to do
+    executor.stop(handle)  # does nothing, because the process has ended
 
 
 def test_process_over_its_plan_is_killed(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_process_arguments_have_no_lease(library: Library, store: JobStore) -> N
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     handle = executor.start(JobLease(job, "token-of-the-lease"), {"VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"})
     process = psutil.Process(int(handle.split()[-1]))
-    wait_for(lambda: "veneer.jobs.process" in process.cmdline())  # until exec, the child is a fork of this process
+    wait_for(lambda: "veneer.jobs.process" in process.cmdline())  # until exec, the child has this process's arguments
     arguments = " ".join(process.cmdline())
     executor.stop(handle, hard=True)
     wait_for_exit(executor, handle)

@@ -28,7 +28,7 @@ HOUR = 3600.0
 
 @pytest.fixture
 def files(library: Library) -> Files:
-    """Files whose clock stands still until a test sets another."""
+    """A file store whose clock stands still until a test moves it."""
     opened = open_files(library, Quotas(QuotaLimits(disk=2000, files=8)))
     now = opened.clock()
     opened.clock = lambda: now
@@ -41,7 +41,7 @@ def later(files: Files, seconds: float) -> None:
 
 
 def stored_hashes(files: Files) -> set[str]:
-    """Return the sha256 of all stored bytes."""
+    """Return the SHA-256 hash of each stored blob."""
     return {path.rpartition("/")[2] for path, _, _ in files.store.walk("tenants")}
 
 
@@ -77,7 +77,7 @@ def test_files_work_in_a_remote_store(quick: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
 def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Databases and folders of tenants, jobs and files; new ones, and existing ones with open permissions."""
+    """Covers new databases and folders, and existing ones with open permissions."""
     monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
     umask = os.umask(0o022)
     try:
@@ -88,7 +88,7 @@ def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPa
                 jobs.create("acme", {}, name="x").make_folder()
                 manage.add_tenant(tenants, f"t{again}", actor="test")
                 databases = [*quick.glob("*.sqlite*"), *(quick / "library").glob("index.sqlite*")]
-                assert len(databases) == 6  # including SQLite's own files
+                assert len(databases) == 6  # including SQLite's -wal and -shm files
                 assert [stat.S_IMODE(path.stat().st_mode) for path in databases] == [0o600] * 6
                 for folder in (quick / "library" / "uploads", quick / "home" / "jobs"):
                     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -100,7 +100,7 @@ def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_files_are_private_to_the_tenant(files: Files) -> None:
-    """Every method with an id; equal bytes of two tenants are stored for each."""
+    """Covers every method that takes an id. Tenants never share stored bytes."""
     id = add(files, "acme")
     for attack in (files.get, files.delete, lambda tenant, id: files.list(tenant, after=id)):
         with pytest.raises(Refused) as refused:
@@ -124,7 +124,7 @@ def test_bytes_are_deleted_with_their_last_file(files: Files) -> None:
 
 
 def test_concurrent_delete_keeps_bytes_of_a_new_file(files: Files) -> None:
-    """The only file with these bytes is deleted between the check for the bytes and the new row."""
+    """Another file with equal bytes is deleted after `add` has found the bytes."""
     first = add(files, "acme")
     begin, done = files.store.size, []
 
@@ -167,7 +167,7 @@ def test_file_expires_on_time(files: Files) -> None:
 
 
 def test_many_files_expire_in_few_transactions(files: Files) -> None:
-    """There are more files, each with its own bytes, than a statement can have values."""
+    """There are more files with distinct bytes than one statement can have values."""
     files.quotas, now, count = Quotas(), files.clock(), 1200
     content = b"".join(b"%04d" % n for n in range(count))
     rows: list[dict[str, object]] = []
@@ -199,7 +199,7 @@ def test_many_files_expire_in_few_transactions(files: Files) -> None:
 
 
 def test_sweep_removes_only_leftovers_of_a_kill(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kill comes after the bytes were written, and before the row."""
+    """The process is killed after it wrote the bytes, before it inserts the row."""
 
     class Killed(BaseException):
         pass
@@ -214,7 +214,7 @@ def test_sweep_removes_only_leftovers_of_a_kill(files: Files, monkeypatch: pytes
         with pytest.raises(Killed):
             add(files, "acme", b"never said to be there")
     assert stored_hashes(files) == {sha(ROWS), sha(b"never said to be there")}
-    files.sweep()  # the file's row could be about to arrive
+    files.sweep()  # keeps new bytes, because an upload could still insert their row
     assert len(stored_hashes(files)) == 2
     files.clock = lambda: clock() + 2 * HOUR
     assert files.sweep() == 1
@@ -229,7 +229,7 @@ def test_file_quotas_and_names_are_checked(files: Files) -> None:
     assert (refused.value.status, refused.value.code) == (400, "storage_full")
     assert stored_hashes(files) == {sha(bytes(1900))}
     made_here = files.add("acme", "a.csv", "fine-tune-results", io.BytesIO(bytes(150)), id="file-own")
-    assert files.get("acme", made_here.id) == made_here  # otherwise a job could not be inspected any more
+    assert files.get("acme", made_here.id) == made_here  # results can exceed quotas, so that jobs can be inspected
     for _ in range(8):
         add(files, "globex", bytes(150))
     with pytest.raises(Refused, match="8 files") as refused:

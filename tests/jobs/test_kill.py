@@ -1,4 +1,4 @@
-"""SIGKILL at every commit: nothing is lost, trained twice or billed twice."""
+"""If a process is killed at any commit, no job is lost, trained twice or billed twice."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None:  # noqa: F811
-    """From validation to route and bill: one machine dies at a commit, and another continues. By default at
-    every twelfth commit, in the slow test at each."""
+    """A worker is killed at a commit, and another continues, up to the route and bill.
+
+    Covers every twelfth commit; the slow test covers every commit."""
     log = quick / "said"
     command = ["-m", "tests.jobs.driver", str(quick), str(stride)]
     code = Forked(command, env=os.environ, log=log, cwd=ROOT).wait()
@@ -37,7 +38,9 @@ def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None: 
 
 @pytest.mark.slow
 def test_second_worker_continues_a_killed_workers_job(quick: Path) -> None:  # noqa: F811
-    """Real processes: the job's process ends with its worker, and another worker resumes the job."""
+    """Uses real processes: the job's process ends with its worker.
+
+    Another worker resumes the job."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     with open_library(quick / "library") as library:
         store = JobStore(library)

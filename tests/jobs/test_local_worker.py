@@ -1,4 +1,4 @@
-"""A worker next to a server: what other users of the machine can see."""
+"""A server's background worker hides secrets from other users of the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_worker_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_
     earlier, tenants = psutil.Process().children(), "postgresql://u:secret@h/d"
     with background_worker(library=str(tmp_path / "library"), tenants=tenants, log=lambda text: None):
         (child,) = wait_for(lambda: [each for each in psutil.Process().children() if each not in earlier])
-        wait_for(lambda: "veneer.cli.main" in child.cmdline())  # until exec, the child is a fork of this process
+        wait_for(lambda: "veneer.cli.main" in child.cmdline())  # until exec, the child has this process's arguments
         arguments, variables = child.cmdline(), child.environ()
     assert "secret" not in " ".join(arguments)
     assert variables["VENEER_TENANTS"] == tenants

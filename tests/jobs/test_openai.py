@@ -1,4 +1,4 @@
-"""A job as its tenant sees it: without paths of the server."""
+"""Jobs as tenants see them, without the server's paths."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ASKED = {
 
 
 def failed_job(store: JobStore, method: str = "supervised", **error: str) -> Job:
-    """Return a job with `/secret/data.jsonl` that failed with an error."""
+    """Return a job on `/secret/data.jsonl` that failed with this error."""
     config = {"base": {"name": "smollm2-135m"}, "data": {"train": "/secret/data.jsonl"}, "seed": 1}
     request: dict[str, Any] = {**ASKED, "kind": method}
     if method != "supervised":
@@ -52,7 +52,7 @@ def failed_job(store: JobStore, method: str = "supervised", **error: str) -> Job
 
 
 def test_error_is_one_line_without_settings(store: JobStore) -> None:
-    """The error names the wrong rows, without advice about a configuration that the client does not have."""
+    """The error names the wrong rows, but no settings that the client cannot change."""
     problems = "".join(f"\n  - /secret/data.jsonl:{n}: 9000 tokens" for n in range(1, 21))
     message = f"20 of 40 rows are longer than data.max_length, 256 tokens:{problems}"
     fix = "set data.max_length=9000 (more memory), or data.long_rows=drop or cut"

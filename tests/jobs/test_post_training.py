@@ -1,4 +1,4 @@
-"""The section `after` of a job's file, and the rule in it."""
+"""The section `after` of a job file, and its promotion rule."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from veneer.train.config.load import config_from
     metric=st.sampled_from(["valid_json", "loss"]),
 )
 def test_rule_compares_in_the_metrics_direction(new: int, serving: int, by: int, metric: str) -> None:
-    """In hundredths, where arithmetic is exact: a float difference of 0.01 counts as 0.01."""
+    """The expected result is calculated in integers, without rounding errors.
+
+    So a difference of 0.01 must count as 0.01 in floating point too."""
     rule = PromotionRule(metric=metric, by=by / 100)
     holds = rule.holds({"new": {metric: new / 100}, "serving": {metric: serving / 100}})
     assert holds == ((serving - new if metric == "loss" else new - serving) >= by)
@@ -71,12 +73,12 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": {"name": "x", "weight": True}}, "`after.route.weight`"), ([1], "cannot be read"),
         ({"evaluate": {"metrics": ["exact_mach"]}}, "did you mean exact_match"), ({}, "nothing to do"),
         ({"route": None}, "`after.route.name`"),
-        ({**HELD, "promote": {"metric": "loss"}}, "no route"), ({"route": {"name": "No Route"}}, "cannot name a route"),
-        ({"route": {"name": "globex/x"}}, "the namespace of another tenant"),
-        ({"route": {"name": "everybodys"}}, "everybody's route"),
-        ({"route": {"name": "split"}}, "shared out already"),
+        ({**HELD, "promote": {"metric": "loss"}}, "needs a route"), ({"route": {"name": "No Route"}}, "cannot name"),
+        ({"route": {"name": "globex/x"}}, "not in the namespace of tenant acme"),
+        ({"route": {"name": "everybodys"}}, "belongs to all tenants"),
+        ({"route": {"name": "split"}}, "already has several targets"),
         ({"route": {"name": "moving"}}, "the newest version"),
-        ({"route": {"name": "x"}, "promote": {"metric": "loss"}}, "loss decides and is not measured"),
+        ({"route": {"name": "x"}, "promote": {"metric": "loss"}}, "loss is used in `promote`"),
         ({**HELD, "route": {"name": "x"}, "promote": {"metric": "valid_json"}}, "[exact_match, loss, valid_json]"),
         ({"promote": {"metric": "exact_mach"}, "route": {"name": "x"}}, "did you mean exact_match"),
         ({"promote": {"metric": "loss", "against": "servin"}}, "`after.promote.against`"),
@@ -95,7 +97,7 @@ def test_comparison_needs_held_out_rows_and_tenants(tenants: Store, tmp_path: Pa
     after = parse_after({**HELD, "route": {"name": "x"}}, tmp_path)
     config, _ = config_from(settings)
     check_after(after, config, "acme/support", "acme", tenants)
-    with pytest.raises(ConfigError, match="no tenants' database"):
+    with pytest.raises(ConfigError, match="need a tenants' database"):
         check_after(after, config, "acme/support", "acme", None)
     config, _ = config_from(settings | {"data": {"train": str(tmp_path / "rows.jsonl"), "split": 0}})
     with pytest.raises(ConfigError, match="no rows are held out"):

@@ -1,4 +1,4 @@
-"""Steps of a job: published during training, stored; and its sample images."""
+"""A job's checkpoints and sample images are available during training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:  
 
 @pytest.fixture(scope="module")
 def device() -> Device:
-    return device_of("h100-80gb")  # a fixed device, so that nothing is measured
+    return device_of("h100-80gb")  # a fixed device: nothing is benchmarked
 
 
 def submitted(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
@@ -68,7 +68,7 @@ def test_steps_are_published_during_training(store, device, tmp_path, monkeypatc
     job = trained(store)
     events, _ = store.events(None, job.id)
     steps = [(event.kind, event.data["step"]) for event in events if event.kind in ("metrics", "checkpoint")]
-    # the first checkpoint could not be added at once; no checkpoint waits for the end
+    # adding the first checkpoint failed once; no checkpoint waits for the end
     assert [step for kind, step in steps if kind == "checkpoint"] == [1, 2, 3]
     assert steps.index(("checkpoint", 2)) < steps.index(("metrics", 3))
     metrics = next(event.data for event in events if event.kind == "metrics")
@@ -78,7 +78,7 @@ def test_steps_are_published_during_training(store, device, tmp_path, monkeypatc
     points = store.checkpoints(None, job.id)
     assert [(point.step, point.reference) for point in points] == [(n, f"{name}@{n}") for n in (3, 2, 1)]
     result = store.library.find("support")
-    assert store.library.find(f"{name}@{STEPS}").digest == result.digest  # the result equals the last state
+    assert store.library.find(f"{name}@{STEPS}").digest == result.digest  # the result equals the last checkpoint
     assert store.library.find(f"{name}@1").digest != result.digest
     first = store.library.find(f"{name}@1")
     assert first.card["metrics"]["steps"] == 1

@@ -1,4 +1,4 @@
-"""The queue: transitions, tenants, and that nothing counts twice."""
+"""The job queue: transitions and tenants; nothing is counted twice."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_job_from_creation_to_bill(store: JobStore) -> None:
     lease = taken(store)
     loaded = JobEvent("info", "note", "loaded\x00")
     store.record(lease, [loaded, step(1), step(2)], [JobCheckpoint(2, {"loss": 0.5})], trained=trained(2))
-    store.record(lease, [step(1)], trained=trained(1))  # repeated after a kill
+    store.record(lease, [step(1)], trained=trained(1))  # a resumed job repeats the step
     store.record(lease, [step(2), step(3)], [JobCheckpoint(2), JobCheckpoint(3)], trained=trained(3), place="here")
     done = store.finish(lease, result={"reference": "acme/support@1"})
     assert (done.state, done.step, done.tokens, done.place) == ("succeeded", 3, 300_000, "here")
@@ -127,7 +127,7 @@ def test_failed_jobs_are_free_and_cancelled_jobs_billed(store: JobStore) -> None
 
 
 def test_lost_lease_changes_nothing(store: JobStore) -> None:
-    """After a pause, a cancellation or a takeover, every call with the old token fails."""
+    """After a pause, a cancel or a takeover, every call with the old lease fails."""
     for lose in ("pause", "cancel", "expire"):
         queued(store)
         lease = taken(store, 0.05 if lose == "expire" else 60)
@@ -230,7 +230,7 @@ def test_budget_counts_bills_and_planned_jobs(store: JobStore) -> None:
     queued(store, price=2_000_000, budget=5_000_000)
     store.create("acme", CONFIG, name="support")
     lease = taken(store, state="validating")
-    with pytest.raises(OverBudget, match=r"planned to cost 3\.00, and of this month's budget of 5\.00 2\.00 are left"):
+    with pytest.raises(OverBudget, match=r"would cost 3\.00, but of this month's budget of 5\.00, only 2\.00 is left"):
         store.queue(lease, PLAN, price=3_000_000, budget=5_000_000)
     assert store.get("acme", lease.job.id).state == "validating"
     assert store.queue(lease, PLAN, price=2_000_000, budget=5_000_000).state == "queued"

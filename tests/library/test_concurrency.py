@@ -1,4 +1,6 @@
-"""Several processes and SIGKILL at any point: commits are complete, and leftovers are collected."""
+"""Several processes use a library, and are killed at any point.
+
+Commits stay complete, and leftovers are collected."""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def drive(*arguments: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_processes_that_add_move_collect_and_die(place: str, index: str | None, seed: int) -> None:
+def test_library_survives_killed_processes(place: str, index: str | None, seed: int) -> None:
     done = drive("random", place, index or "", "4" if place.startswith("s3:") else "1.1", str(seed))
     assert done["kills"] >= 3
     assert done["operations"] > 0
@@ -47,7 +49,7 @@ def test_a_kill_at_each_step_with_postgresql(quick: Path, postgres: Callable[[],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_a_longer_soak(place: str, index: str | None, seed: int) -> None:
+def test_library_survives_a_longer_run_of_kills(place: str, index: str | None, seed: int) -> None:
     done = drive("random", place, index or "", "25", str(seed))
     assert done["kills"] > 10
     assert done["operations"] > done["gc"] > 0

@@ -1,4 +1,4 @@
-"""Gains, thumbnails and samples of cards, and cards with other content."""
+"""Reading cards: gains, previews, samples and prompts; unexpected content is tolerated."""
 
 from __future__ import annotations
 

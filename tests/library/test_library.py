@@ -30,7 +30,7 @@ def test_adding_equal_content_creates_no_version(library: Library, tmp_path: Pat
     assert (back.version.reference, back.version.entry) == ("support@3", a.version.entry)
 
 
-def test_resolve_gives_the_bytes_under_their_name_read_only(library: Library, tmp_path: Path) -> None:
+def test_resolve_returns_a_read_only_file_with_its_name(library: Library, tmp_path: Path) -> None:
     source = made(tmp_path / "in", 1, name="Style v2.safetensors")
     library.add(source, "style", describe=read_made)
     source.unlink()
@@ -65,7 +65,7 @@ def test_only_an_adapters_own_files_are_stored(library: Library, tmp_path: Path)
     assert sorted(p.name for p in path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_an_alias_moves_and_each_version_knows_its_own(library: Library, tmp_path: Path) -> None:
+def test_alias_moves_between_versions(library: Library, tmp_path: Path) -> None:
     for n in (1, 2):
         library.add(made(tmp_path / str(n), n), "support", describe=read_made)
     library.alias("support@1", "prod")
@@ -122,7 +122,7 @@ def test_removal_keeps_content_that_other_names_use(library: Library, tmp_path: 
     assert library.search() == []
 
 
-def test_a_removed_number_does_not_come_back(library: Library, tmp_path: Path) -> None:
+def test_removed_version_number_is_not_reused(library: Library, tmp_path: Path) -> None:
     for n in (1, 2):
         library.add(made(tmp_path / str(n), n), "support", describe=read_made)
     library.remove("support@2")
@@ -144,7 +144,7 @@ def test_tags_are_added_and_removed(library: Library, tmp_path: Path) -> None:
         library.tag("support", "two words")
 
 
-def test_search_by_everything_that_is_known(library: Library, tmp_path: Path) -> None:
+def test_search_covers_every_recorded_property(library: Library, tmp_path: Path) -> None:
     parent = "sha256:" + "9" * 64
     cards = {
         "cats": {"base": "stabilityai/SDXL-base", "trigger_words": ["Cat Girl", "purr"], "licence": "mit"},
@@ -193,7 +193,7 @@ def test_an_unknown_reference_names_the_nearest(library: Library, tmp_path: Path
         library.alias("support@prod", "next")
 
 
-def test_files_that_are_no_adapter_are_not_stored(library: Library, tmp_path: Path) -> None:
+def test_files_that_are_not_adapters_are_not_stored(library: Library, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no card")
     with pytest.raises(AdapterError, match="no card"):
         library.add(tmp_path / "x.safetensors", "x", describe=read_made)
@@ -202,7 +202,7 @@ def test_files_that_are_no_adapter_are_not_stored(library: Library, tmp_path: Pa
         library.add(tmp_path / "gone", "x")
 
 
-def test_a_file_that_changes_meanwhile_is_refused(library: Library, tmp_path: Path) -> None:
+def test_file_that_changes_during_an_add_is_refused(library: Library, tmp_path: Path) -> None:
     path = made(tmp_path, 1)
 
     def describe(place: Path) -> object:
@@ -236,7 +236,7 @@ def test_a_missing_blob_is_an_error_and_can_be_restored(library: Library, tmp_pa
 
 
 def test_an_unusable_index_is_an_error_at_once(tmp_path: Path) -> None:
-    """As on a full or read-only disk; only a locked index is retried."""
+    """Covers errors such as a full or read-only disk; only a locked index is retried."""
     open_library(tmp_path / "a").close()
     wal = tmp_path / "a" / "index.sqlite-wal"
     wal.unlink(missing_ok=True)
@@ -251,10 +251,10 @@ def test_an_unusable_index_is_an_error_at_once(tmp_path: Path) -> None:
 def test_an_index_of_another_library_is_refused(tmp_path: Path) -> None:
     open_library(tmp_path / "a").close()
     open_library(tmp_path / "b").close()
-    with pytest.raises(ConfigError, match=r"another library[\s\S]*--rebuild"):
+    with pytest.raises(ConfigError, match=r"does not belong to these files[\s\S]*--rebuild"):
         open_library(tmp_path / "a", str(tmp_path / "b" / "index.sqlite"))
     (tmp_path / "a" / "index.sqlite").unlink()
-    with pytest.raises(ConfigError, match="new, or belongs"):
+    with pytest.raises(ConfigError, match="new, or does not belong"):
         open_library(tmp_path / "a")
 
 
@@ -270,7 +270,7 @@ def test_errors_of_the_index_hide_its_password(tmp_path: Path, index: str, says:
     assert "secret" not in str(error.value)
 
 
-def test_the_default_place_is_the_veneer_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_location_is_in_the_veneer_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     with open_library() as library:
         assert library.location == str(tmp_path / "library")

@@ -1,4 +1,4 @@
-"""Collection during adds, verification, and rebuilding the index."""
+"""Garbage collection during adds; verification; rebuilding the index."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from veneer.library.store import LocalStore
 
 
 def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str) -> list[upkeep.GcReport]:
-    """Run `gc(grace=0)` inside an add: before its first file is stored, or between its last file and its
-    commit."""
+    """Run `gc(grace=0)` during the next add.
+
+    `when`: "before" the first file is stored, or "after" the last file and before the commit."""
     own, done = library.store.put, []
 
     def put(path: str, source: Any, sha256: str) -> None:
@@ -50,7 +51,7 @@ def test_collection_during_an_add_loses_nothing(
 def test_a_killed_collection_does_not_break_later_adds(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The collection is killed between deleting files and its commit."""
+    """The collection is killed after it has deleted files, before it commits."""
     source = made(tmp_path, 1)
     library.add(source, "old", describe=read_made)
     library.remove("old")

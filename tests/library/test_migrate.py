@@ -1,5 +1,6 @@
-"""Databases of every revision since 0010 are migrated once; those of unreleased and of later builds are
-refused."""
+"""Databases of every revision since 0010 are migrated once.
+
+Databases of unreleased builds and of later builds are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def where(request: pytest.FixtureRequest, quick: Path) -> str:
 
 
 def differences(engine: Engine, schema: Schema) -> list[Any]:
-    """Differences between a database and the tables of this build, as Alembic finds them."""
+    """Return how a database differs from this build's tables, as Alembic reports it."""
     with reading(engine) as c:
         options = {"include_name": lambda name, kind, _: kind != "table" or name != schema.table}
         return list(compare_metadata(MigrationContext.configure(c, opts=options), schema.tables))
@@ -83,7 +84,7 @@ def test_processes_that_start_together_migrate_once(where: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ("UPDATE tenant_version SET version_num = '0999'", r"has version 0999; this veneer knows 0010 to .*update"),
+        ("UPDATE tenant_version SET version_num = '0999'", r"has version 0999; this veneer supports 0010 to .*update"),
         ("UPDATE tenant_version SET version_num = '0005'", r"unreleased build.*start a new one"),
         ("DROP TABLE tenant_version", r"unreleased build.*start a new one"),
     ],
@@ -111,7 +112,7 @@ def test_an_index_of_an_unreleased_build_can_be_rebuilt(tmp_path: Path) -> None:
         assert library.search() == []
 
 
-def test_a_script_that_fails_leaves_the_database_as_it_was(where: str, tmp_path: Path) -> None:
+def test_failed_migration_leaves_the_database_unchanged(where: str, tmp_path: Path) -> None:
     for number, before, work in ((10, None, "pass"), (11, "0010", "op.execute('CREATE TABLE x (y INTEGER)'); 1 / 0")):
         text = f"from alembic import op\nrevision = '{number:04}'\ndown_revision = {before!r}\n"
         (tmp_path / f"v{number:04}.py").write_text(f"{text}def upgrade(): {work}\n")
@@ -125,7 +126,7 @@ def test_a_script_that_fails_leaves_the_database_as_it_was(where: str, tmp_path:
     engine.dispose()
 
 
-def test_alembic_is_imported_only_where_a_script_runs(tmp_path: Path) -> None:
+def test_alembic_is_imported_only_to_run_a_script(tmp_path: Path) -> None:
     code = f"""
 import sys
 from veneer.library.library import open_library

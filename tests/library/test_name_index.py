@@ -1,4 +1,4 @@
-"""A library's names in memory: current, and available during a database outage."""
+"""The in-memory index of names is current, and available during a database outage."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_name_index_agrees_with_queries(library: Library, tmp_path: Path) ->
 def test_changes_of_other_processes_are_seen_without_queries(
     library: Library, tmp_path: Path, index: str | None
 ) -> None:
-    """In SQLite at the next check, in PostgreSQL with the next notification."""
+    """SQLite shows changes at the next check, PostgreSQL with its next notification."""
     for number in (1, 2):
         library.add(made(tmp_path, number), "a", describe=read_made)
 
@@ -91,7 +91,7 @@ def test_changes_of_other_processes_are_seen_without_queries(
 
 @contextmanager
 def stopped(url: str) -> Iterator[None]:
-    """Suspend all PostgreSQL processes: connections are accepted and never answered."""
+    """Suspend all PostgreSQL processes, so that connections get no response."""
     folder = re.search(r"host=([^&]+)", url)
     first = int((Path(folder[1]) / "data" / "postmaster.pid").read_text().split()[0])
     parents = {}

@@ -84,7 +84,9 @@ def test_an_invalid_name_stores_nothing_and_suggests_another(tmp_path: Path) -> 
 
 
 def test_names_in_namespaces_are_separate_names(library: Library, tmp_path: Path) -> None:
-    """Adds, aliases, exports, rebuilds and removes a name next to the same name without a namespace."""
+    """A name in a namespace does not affect the same name without a namespace.
+
+    Covers adding, aliases, search, rebuilding the index, and removal."""
     for number, name in enumerate(("support", "acme/support", "acme/support", "globex/support")):
         library.add(made(tmp_path, number), name, describe=read_made)
     library.alias("acme/support@1", "prod")

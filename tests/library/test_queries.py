@@ -1,4 +1,4 @@
-"""Browsing: filters, orders and facets; families; stored checks."""
+"""Queries: filters, sort orders and facets; families; stored verification results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.library.queries import Version, search
 
 
 def fill(library: Library, folder: Path) -> list[Version]:
-    """Add names with one or two versions each, of few bases, kinds, ranks, gains and tags."""
+    """Add 24 versions under 16 names, with random cards and tags; return them."""
     draw, out = random.Random(7), []
     for n in range(24):
         metrics = {"validation_loss_before": 2.0, "validation_loss": draw.choice([1.0, 1.5, 2.5])} if n % 3 else {}
@@ -44,7 +44,7 @@ def test_queries_of_one_reading_see_the_same_state(library: Library, tmp_path: P
 
 
 def test_browse_agrees_with_filters_in_python(library: Library, tmp_path: Path) -> None:
-    """Filters, orders and counts, compared with Python over a list of all versions."""
+    """The reference filters, sorts and counts a list of all versions in Python."""
     fill(library, tmp_path)
     every = library.search(all_versions=True)
     latest = {v.name: v for v in every}.values()

@@ -16,7 +16,7 @@ from veneer.library.library import open_library
 
 @pytest.fixture
 def silent_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An S3 server that accepts connections and never responds."""
+    """Start an S3 server that accepts connections and never responds."""
     pytest.importorskip("s3fs", reason="pip install s3fs")
     server = socket.create_server(("127.0.0.1", 0), backlog=128)
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -29,7 +29,7 @@ def silent_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_an_unresponsive_s3_is_unavailable(silent_s3: None, tmp_path: Path) -> None:
-    """By default, the S3 client waits for 25 minutes."""
+    """By default, the S3 client would wait for 25 minutes."""
     begun = time.monotonic()
     with pytest.raises(UnavailableError, match="cannot be used now"):
         store.open_store("s3://bucket/library").size("library.json")

@@ -1,4 +1,4 @@
-"""Push and pull. The hub is a fake in place of huggingface_hub's HfApi: folders, one commit id each."""
+"""Push and pull, with a fake of huggingface_hub's HfApi that keeps repositories in folders."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read_folder(path: Path) -> AdapterDescription:
     return read_made(path / "adapter_model.safetensors" if path.is_dir() else path)
 
 
-def test_push_and_pull_by_the_hub(own: Library, other: Library, tmp_path: Path, hub: type[Hub]) -> None:
+def test_push_and_pull_with_the_hub(own: Library, other: Library, tmp_path: Path, hub: type[Hub]) -> None:
     own.add(peft_like(tmp_path / "in"), "support", describe=read_folder)
     assert transfer.push(own, "support@1", "hf:me/support") == "hf:me/support@c0ffee"
     assert hub.private == {"me/support": True}, "nothing becomes public by itself"
@@ -128,7 +128,7 @@ def test_an_interrupted_push_is_refused(own: Library, other: Library, tmp_path: 
     made(tmp_path / "there", 77, name="adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"files differ from the manifest: adapter_model\.safetensors"):
         transfer.pull(other, str(tmp_path / "there"), describe=read_folder)
-    with pytest.raises(AdapterError, match="there is no file or folder"):
+    with pytest.raises(AdapterError, match="there is not a file or folder"):
         transfer.pull(other, str(tmp_path / "nowhere"))
 
 

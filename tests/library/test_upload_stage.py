@@ -1,5 +1,7 @@
-"""Uploads are visible to their tenant for an hour; only an adapter's files are unpacked, and paths stay
-inside."""
+"""Uploads stay visible to their tenant for an hour.
+
+Only an adapter's files are unpacked, and no path leaves the upload's folder.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def test_file_names_are_sanitized(staging: UploadStage, name: str, plain: str) -
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt", "adapter", "a.exe", ""])
-def test_other_file_suffixes_are_refused(staging: UploadStage, name: str) -> None:
+def test_unsupported_file_suffixes_are_refused(staging: UploadStage, name: str) -> None:
     with pytest.raises(ConfigError, match="not the name of") as caught:
         staging.begin("acme", name)
     assert ("pickles run whatever code" in caught.value.what) == (name.rpartition(".")[2] in ("pt", "bin", "ckpt"))
@@ -102,7 +104,7 @@ def test_an_archive_is_unpacked_only_into_its_folder(staging: UploadStage) -> No
     assert {p.parent for p in on_disk()} == {staged.path}
 
 
-def test_other_archives_are_refused_and_leave_nothing(staging: UploadStage) -> None:
+def test_invalid_archives_are_refused_and_leave_no_files(staging: UploadStage) -> None:
     config = ("a/adapter_config.json", b"{}")
     comment = packed(config)[:-2] + (5).to_bytes(2, "little") + b"PK\5\6!"
     long = packed(*((f"f{n}", b"") for n in range(9)))
@@ -113,10 +115,10 @@ def test_other_archives_are_refused_and_leave_nothing(staging: UploadStage) -> N
         (packed(config, ("b/adapter_config.json", b"{}")), "several files called"),
         (packed(config, ("a/README.md", b"x" * 5000)), "more than 1,000 bytes"),
         (packed(config, how=zipfile.ZIP_LZMA), "compression is not supported"),
-        (packed(config)[:60], "no zip archive"),
-        (b"not a zip", "no zip archive"),
-        (lies, "no zip archive of a few files"),
-        (comment[:-30], "no zip archive"),
+        (packed(config)[:60], "not a zip archive"),
+        (b"not a zip", "not a zip archive"),
+        (lies, "not a zip archive"),
+        (comment[:-30], "not a zip archive"),
     ):
         with pytest.raises(ConfigError, match=why):
             sent(staging, "a.zip", data)

@@ -9,7 +9,7 @@ from veneer.models.fingerprint import shaping_fields
 
 
 class LaterLlama(LlamaConfig):
-    """A config class of a later transformers: one default changed, one field added."""
+    """A config class of a later transformers, with a changed default and a new field."""
 
     rms_norm_eps: float = 1e-5
     head_gain: float = 2.0
@@ -25,7 +25,7 @@ def test_a_changed_default_changes_no_fingerprint() -> None:
     assert shaping_fields(LaterLlama(**said, head_gain=3.0))["head_gain"] == 3
 
 
-def test_unrecorded_fields_and_kinds_have_installed_defaults() -> None:
+def test_unrecorded_fields_and_models_have_installed_defaults() -> None:
     later = {"latent_channels": 99, "later": 5}
     assert default_fields("AutoencoderKL", later)["latent_channels"] == 4
     assert default_fields("AutoencoderKL", later)["later"] == 5

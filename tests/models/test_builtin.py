@@ -26,7 +26,7 @@ USERS_HOME = os.environ.get("VENEER_HOME") or "~/.veneer"  # read before a test 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Path]:
-    """Return a built-in base like the real one, in a wheel with a tiny GGUF."""
+    """Return a small built-in base, and a wheel that contains its GGUF file."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     data = (tmp_path / "tiny.gguf").read_bytes()
@@ -41,7 +41,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Pat
 
 
 def _left(tiny: Builtin) -> list[str]:
-    """Return the files in the folder of bases, except the lock file."""
+    """Return the names in the folder of bases, except lock files."""
     home = builtin_folder(tiny).parent
     return sorted(p.name for p in home.iterdir() if not p.name.endswith(".lock")) if home.exists() else []
 
@@ -75,7 +75,7 @@ def test_a_built_in_base_is_downloaded_once(wheel: tuple[Builtin, Path], monkeyp
     assert said == []
 
 
-def test_the_wheel_comes_through_pip(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_is_downloaded_with_pip(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, file = wheel
 
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -126,7 +126,7 @@ def test_concurrent_downloads_convert_a_base_once(wheel: tuple[Builtin, Path], m
         (PermissionError(13, "Permission denied"), ResourceError),
     ],
 )
-def test_an_interruption_or_a_full_or_closed_disk_leaves_nothing(
+def test_failed_conversion_leaves_no_files(
     wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch, error: BaseException, said: type[BaseException]
 ) -> None:
     tiny, file = wheel
@@ -172,7 +172,7 @@ def test_a_wrong_file_is_refused(wheel: tuple[Builtin, Path], tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real base, from the user's home or the package index."""
+    """Uses the real base, from the user's home or from the package index."""
     real = Path(USERS_HOME).expanduser()
     if (real / "bases" / "smollm2-135m" / "base.json").exists():
         monkeypatch.setenv("VENEER_HOME", str(real))

@@ -1,4 +1,4 @@
-"""The packaged image bases: complete, small, loaded by diffusers."""
+"""The packaged image bases are complete and small, and diffusers can load them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTROLS = tuple(f"{name}-control" for name in BASES)
 SCENE = "a {} on a white table, blue wall, soft daylight, front view"
 
 
-def test_everything_together_is_at_most_45_megabytes() -> None:
+def test_packaged_bases_take_at_most_45_megabytes() -> None:
     files = [f for name in (*BASES, *CONTROLS) for f in (packaged_folder() / name).rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 45e6
     assert not [f for f in files if f.suffix not in {".safetensors", ".json", ".md", ".txt"}]
@@ -29,7 +29,7 @@ def test_configs_contain_no_local_paths(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*BASES, *CONTROLS])
-def test_the_card_names_the_drawings_their_licence_and_the_recipe(name: str) -> None:
+def test_card_names_sources_license_and_recipe(name: str) -> None:
     card = (packaged_folder() / name / "README.md").read_text(encoding="utf-8")
     for word in ("CC BY 4.0", "## Recipe", "held out", *(("Twemoji", "CC-BY-4.0") if name in BASES else ())):
         assert word in card, word
@@ -37,7 +37,7 @@ def test_the_card_names_the_drawings_their_licence_and_the_recipe(name: str) -> 
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, Any]:
-    """Load diffusers' own pipelines, from the folder only."""
+    """Load diffusers' pipelines from the packaged folders."""
     from diffusers import DiffusionPipeline
 
     made = {n: DiffusionPipeline.from_pretrained(packaged_folder() / n).to(torch.float32) for n in BASES}
@@ -47,7 +47,7 @@ def pipelines() -> dict[str, Any]:
 
 
 def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tensor:
-    """Return the picture, (3, 128, 128) in 0 … 1."""
+    """Return the picture, (3, 128, 128), with values in 0 … 1."""
     if "Flux" in type(pipeline).__name__:
         more["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
     more |= {"height": 128, "width": 128, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(3)}
@@ -56,7 +56,7 @@ def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tens
 
 @pytest.mark.parametrize("name", BASES)
 def test_diffusers_draws_what_the_prompt_names(pipelines: dict[str, Any], name: str) -> None:
-    """One thing in two colors in front of one wall: the thing changes its color, the wall keeps its own."""
+    """The vase has the color in the prompt, and the wall behind it stays blue."""
     for colour, channel in (("red", 0), ("blue", 2)):
         picture = draw(pipelines[name], SCENE.format(f"{colour} vase"))
         assert picture.isfinite().all()
@@ -83,9 +83,10 @@ def test_uppercase_names_are_read_as_lowercase(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_the_controlnet_holds_to_lines_and_to_distances(name: str) -> None:
-    """No caption can describe where the bottle stands: its edges reappear only with the ControlNet, given
-    lines or depth."""
+def test_controlnets_follow_lines_and_depth(name: str) -> None:
+    """No prompt describes where the bottle stands.
+
+    So the bottle's edges reappear only with the ControlNet, given lines or depth."""
     cv2 = pytest.importorskip("cv2")
     import numpy as np
     from PIL import Image, ImageDraw
@@ -95,7 +96,7 @@ def test_the_controlnet_holds_to_lines_and_to_distances(name: str) -> None:
     ImageDraw.Draw(lines).polygon(outline, outline="white")
     depth = Image.new(
         "L", (128, 128), 24
-    )  # a far wall, ground that approaches the viewer, and the bottle in front of both
+    )  # a far wall, ground that comes closer to the viewer, and the bottle in front
     depth.paste(Image.linear_gradient("L").resize((128, 33)).point(lambda x: 32 + x * 144 // 255), (0, 95))
     ImageDraw.Draw(depth).polygon(outline, fill=200)
     base = image_models.load_image(name, dtype="float32", device="cpu")

@@ -1,4 +1,4 @@
-"""config.json checks name the invalid value."""
+"""Errors about a config.json name the invalid value."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_fuzzed_config_gives_a_plan_or_an_error(base: dict[str, Any], changes: d
 
 
 @pytest.mark.parametrize("name", base_names())
-def test_every_base_of_the_table_passes(name: str) -> None:
+def test_every_known_base_passes(name: str) -> None:
     assert "memory of one device" in planned(base_config(name))
 
 

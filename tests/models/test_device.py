@@ -1,4 +1,4 @@
-"""Choice of dtype and number of threads."""
+"""Choosing the dtype and the number of threads."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_auto_dtype_uses_bf16_hardware(
     assert dtype == chosen
     assert ("bfloat16" in reason) or ("float32" in reason)
     assert dtype == torch.float32 or hardware in reason
-    assert choose_dtype("float16", CPU, stored) == (torch.float16, "as asked for")
+    assert choose_dtype("float16", CPU, stored) == (torch.float16, "as requested")
 
 
-def test_a_cuda_device_has_the_number_its_tensors_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_device_has_the_index_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == [torch.device("cuda", n) for n in (0, 0, 1)]
@@ -62,7 +62,7 @@ def test_torch_cache_counts_as_free_gpu_memory(monkeypatch: pytest.MonkeyPatch) 
 
 
 def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
-    """Create a file tree like /proc and /sys."""
+    """Create a file tree that imitates a machine's /proc and /sys."""
     for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{n}": t for n, t in files.items()}}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The fingerprint changes only with what the model computes."""
+"""The fingerprint changes only if the model's computation changes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_fingerprint_ignores_sharding_order_and_metadata(tmp_path: Path) -> None
     assert print_of(relabelled) == first
 
 
-def test_a_tied_head_that_is_stored_too_leaves_it_alone(tmp_path: Path) -> None:
+def test_stored_tied_head_does_not_change_the_fingerprint(tmp_path: Path) -> None:
     base = tiny_base_dir(tmp_path)
     twice = _copy(base, "twice")
     tensors = load_file(twice / "model.safetensors")
@@ -110,7 +110,7 @@ def test_digests_are_cached_until_weights_change(tmp_path: Path, monkeypatch: py
     assert len(reads) == 2
 
 
-def test_a_damaged_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_cache_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     base = tiny_base_dir(tmp_path)
     first = print_of(base)
@@ -138,7 +138,7 @@ def test_default_fields_do_not_change_the_fingerprint() -> None:
 
 
 def test_file_hash_is_cached_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the size stays the same: the modification time reveals the change."""
+    """If the size stays the same, the modification time reveals the change."""
     file, reads, real = tmp_path / "one.safetensors", [], hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *given: reads.append(1) or real(*given))
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))

@@ -49,7 +49,7 @@ def test_quantized_weights_are_plain_tensors_near_the_original(tmp_path: Path) -
         largest = theirs[name].abs().max()
         bound = (
             largest / 127 / 2 + largest / 2048
-        )  # Q8_0: steps of 1/127 of the largest of 32 values, with a float16 scale
+        )  # Q8_0 rounds to 1/127 of the largest of 32 values; the scale is rounded to float16
         assert (tensor - theirs[name]).abs().max() <= bound, name
 
 
@@ -69,7 +69,7 @@ def test_gguf_base_generates_adapts_and_saves(tmp_path: Path) -> None:
     assert torch.equal(plain(IDS).logits, base.model(IDS).logits)
 
 
-def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+def test_fingerprint_depends_only_on_content(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     tiny_gguf(tmp_path / "tiny.gguf")
     tiny_gguf(tmp_path / "a" / "other-name.gguf")
@@ -78,13 +78,13 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert plain.fingerprint == moved.fingerprint != q8.fingerprint
 
 
-def test_a_directory_with_one_gguf_file_is_that_file(tmp_path: Path) -> None:
+def test_directory_with_one_gguf_file_loads_that_file(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     tiny_gguf(tmp_path / "d" / "x.gguf")
     assert load_text(str(tmp_path / "d")).directory == tmp_path / "d" / "x.gguf"
 
 
-def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file)
     whole = file.read_bytes()
@@ -92,8 +92,8 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
         file.write_bytes(whole[:keep])
         with pytest.raises(BaseError, match="cut short"):
             load_text(str(file))
-        if keep <= 200:  # a plan reads no tensor
-            with pytest.raises(BaseError, match="cut short"):
+        if keep <= 200:  # a plan reads only the header
+            with pytest.raises(BaseError, match="truncated or damaged"):
                 read_base_config(file)
 
 
@@ -105,7 +105,7 @@ def test_directory_and_gguf_share_shaping_fields(tmp_path: Path) -> None:
     assert shaping_fields(one) == shaping_fields(other)
 
 
-def test_the_tokenizer_has_the_file_s_tokens_and_no_more(tmp_path: Path) -> None:
+def test_tokenizer_has_exactly_the_files_tokens(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "tiny.gguf")
     tokenizer, original = read_tokenizer(tmp_path / "tiny.gguf"), tiny_tokenizer()
     assert len(tokenizer) == len(original)
@@ -128,7 +128,7 @@ def test_headers_equal_those_of_the_gguf_reader(tmp_path: Path) -> None:
 
 
 def test_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
-    """A vocabulary as large as Gemma's: gguf's own reader takes 12 seconds."""
+    """For a vocabulary as large as Gemma's, gguf's own reader takes 12 seconds."""
     writer = gguf.GGUFWriter(str(tmp_path / "large.gguf"), "llama")
     writer.add_token_list([f"token {i}" for i in range(262_144)])
     writer.add_token_scores([0.0] * 262_144)
@@ -142,7 +142,7 @@ def test_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
     assert time.process_time() - start < 4
 
 
-def test_a_plan_needs_the_file_alone(tmp_path: Path) -> None:
+def test_plan_needs_only_the_file(tmp_path: Path) -> None:
     model = tiny_gguf(tmp_path / "tiny.gguf")
     for name in (tmp_path / "tiny.gguf", tmp_path):
         shape = text_shape(base_config(str(name)))
@@ -150,7 +150,7 @@ def test_a_plan_needs_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_gguf_tokenizer_adds_no_foreign_tokens(tmp_path: Path) -> None:
-    """GPT-2's end-of-text token is not in this file: adding it would exceed the model's rows."""
+    """GPT-2's end-of-text token, if added, would exceed the embedding's rows."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file)
     written = file.read_bytes()
@@ -165,7 +165,7 @@ def test_gguf_tokenizer_adds_no_foreign_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_merges_equal_those_of_transformers(ties: bool) -> None:
-    """Merges of a vocabulary without a merge list, whose order determines every token."""
+    """Derives the merges of a vocabulary without a merge list, in the same order."""
     g = random.Random(0)
     tokens = [*"abc▁", *{"".join(g.choices("abc▁", k=g.randint(2, 7))) for _ in range(2000)}]
     vocab = {t: i for i, t in enumerate(tokens)}
@@ -176,7 +176,7 @@ def test_merges_equal_those_of_transformers(ties: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "Q3_K", "IQ4_NL", "F16", "BF16", "F32"])
-def test_blocks_have_the_values_that_gguf_finds(kind: str) -> None:
+def test_dequantized_blocks_equal_those_of_gguf(kind: str) -> None:
     of = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[of]
     raw = np.random.default_rng(0).integers(0, 60, (3, 4, max(256 // block, 1) * size), dtype=np.uint8)

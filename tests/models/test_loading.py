@@ -1,4 +1,4 @@
-"""Settings changed while loading are restored by the last thread."""
+"""Settings changed while loading are restored when the last thread has finished."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_settings_are_restored_after_the_last_context_exits() -> None:
     assert logging.get_verbosity() == before[0]
 
 
-def test_only_the_libraries_own_lines_are_left_out() -> None:
-    """Other messages during that time are shown, and other changes persist."""
+def test_only_warnings_of_the_libraries_are_hidden() -> None:
+    """Other warnings inside the block are shown, and other changed settings persist."""
     mine = ("ignore", None, ResourceWarning, None, 0)
     before = list(warnings.filters)
     try:
@@ -56,7 +56,7 @@ def test_only_the_libraries_own_lines_are_left_out() -> None:
 
 
 def test_bitsandbytes_warning_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
-    """The line that bitsandbytes 0.49 logs on import on processors with AVX512-BF16."""
+    """bitsandbytes 0.49 logs this line on import on processors with AVX512-BF16."""
     theirs = getLogger("bitsandbytes.backends.cpu.ops")
     theirs.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure …", "no hub")
     theirs.warning("another thing")

@@ -33,7 +33,7 @@ IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 def dequantized_twin(model: Any) -> Any:
-    """Return the same model with plain weights of equal values."""
+    """Return the same model with dequantized weights."""
     twin = type(model)(model.config)
     state = {n: t.dense().clone() if isinstance(t, Quantized) else t for n, t in model.state_dict().items()}
     twin.load_state_dict(state, assign=True)
@@ -55,7 +55,7 @@ def quantized(model: Any, folder: Path, kind: str, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize(
     ("family", "kind"), [*((f, k) for f in FAMILIES for k in ("nf4", "int8")), *(("llama3", k) for k in KINDS[1:4])]
 )
-def test_every_family_computes_what_its_dequantized_weights_do(family: str, kind: str, tmp_path: Path) -> None:
+def test_every_family_equals_its_dequantized_weights(family: str, kind: str, tmp_path: Path) -> None:
     source = FAMILIES[family]()
     model = quantized(source, tmp_path / "m", kind)
     names = quantized_weights(source)
@@ -139,8 +139,8 @@ print(json.dumps({"took": peak_memory_bytes(cpu) - before, "weights": weights}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_loading_takes_the_quantized_model_and_one_weight(tmp_path: Path, folder: Path) -> None:
-    """Loads 135 MB of bfloat16 in shards of one layer."""
+def test_loading_needs_little_more_than_the_quantized_model(tmp_path: Path, folder: Path) -> None:
+    """Loads 135 MB of bfloat16 weights from files of one layer each."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -171,7 +171,7 @@ def test_loading_takes_the_quantized_model_and_one_weight(tmp_path: Path, folder
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a base whose rows are multiples of a block.
+    """Return a base in which each row of a weight is a whole number of blocks.
 
     bitsandbytes 0.50 dequantizes narrower rows wrongly on a CPU (see tests/ops/test_quantized.py)."""
     folder = tmp_path_factory.mktemp("wide")
@@ -182,7 +182,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_checkpoint_that_bitsandbytes_saved_is_the_same_model(
+def test_checkpoint_of_bitsandbytes_loads_as_the_same_model(
     wide: Path, tmp_path: Path, kind: str, double: bool
 ) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_bitsandbytes_saved_is_the_same_model(
         if getattr(parameter, "quant_state", None) is not None:
             weight = own[name]
             assert torch.equal(weight.dense(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
-    theirs.train()  # in eval mode its linears can round to bfloat16
+    theirs.train()  # in eval mode, its linear layers can round to bfloat16
     torch.testing.assert_close(base.model(IDS).logits, theirs(IDS).logits)
     with pytest.raises(ConfigError, match="quantized already"):
         load_text(str(tmp_path / "m"), quantize="nf4")
@@ -247,7 +247,7 @@ def test_saved_weights_load_in_bitsandbytes(wide: Path, tmp_path: Path) -> None:
             assert torch.equal(weight.dense(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
 
 
-def test_a_quantization_that_is_not_read_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_error_names_an_unsupported_quantization(folder: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(folder, tmp_path / "m"))
     edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(BaseError, match="gptq"):
@@ -267,7 +267,7 @@ def test_kept_gguf_blocks_equal_dequantized_weights(tmp_path: Path) -> None:
     assert len(weights) == len(
         [n for n in quantized_weights(full.model) if full.model.get_parameter(n).shape[1] % 32 == 0]
     )
-    assert all(8 * p.bytes == 8.5 * p.numel() for p in weights)  # 32 weights: 32 bytes and a float16
+    assert all(8 * p.bytes == 8.5 * p.numel() for p in weights)  # 32 weights take 32 bytes and a float16
     with torch.no_grad():
         assert torch.equal(kept.model(IDS).logits, full.model(IDS).logits)
     assert kept.fingerprint == full.fingerprint
@@ -276,8 +276,9 @@ def test_kept_gguf_blocks_equal_dequantized_weights(tmp_path: Path) -> None:
 
 
 def test_concurrent_quantized_loads_do_not_mix(tmp_path: Path) -> None:
-    """transformers' registry of quantizers is global: concurrent loads must neither use nor remove each
-    other's entry."""
+    """transformers' registry of quantizers is global.
+
+    Concurrent loads must neither use nor remove each other's entries."""
     source = FAMILIES["llama3"]()
     source.save_pretrained(tmp_path / "m")
     config, tensors = read_base_config(tmp_path / "m"), tensor_table(tmp_path / "m")
@@ -292,4 +293,4 @@ def test_concurrent_quantized_loads_do_not_mix(tmp_path: Path) -> None:
     tie = PreTrainedModel.tie_weights
     with ThreadPoolExecutor(len(kinds)) as pool:
         assert list(pool.map(load, kinds)) == [{kind} for kind in kinds]
-    assert PreTrainedModel.tie_weights is tie  # transformers removes this function while it loads
+    assert PreTrainedModel.tie_weights is tie  # transformers removes this method during a load, and must restore it

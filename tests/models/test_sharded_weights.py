@@ -1,4 +1,4 @@
-"""Shards read from files equal the split weight, bit for bit."""
+"""Shards read from files equal the shards of the full weight, bit for bit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shard_rows_match_torch_chunk(n: int, count: int) -> None:
 
 
 def test_changed_file_is_refused(tmp_path: Path) -> None:
-    """Covers a replaced file of the same shapes and size, and a file changed in place."""
+    """Covers a replaced file of the same size and shapes, and a file changed in place."""
     file = tmp_path / "model.safetensors"
     values = {"weight": torch.zeros(4, 4), "other": torch.zeros(4, 4)}
     write_tensors(file, values)
@@ -60,7 +60,7 @@ def test_changed_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", ""])
 @pytest.mark.parametrize(("rows", "columns"), [(3, 5), (7, 64), (130, 129), (1, 1), (64, 300)])
 def test_weight_shards_are_bit_equal_to_the_whole(kind: str, rows: int, columns: int, tmp_path: Path) -> None:
-    """Blocks of 64 that two neighbors share, one row for several, none for some."""
+    """Covers blocks that two shards share, and more shards than rows."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     write_tensors(tmp_path / "model.safetensors", {"weight": weight})
     (stored,) = tensor_table(tmp_path)
@@ -89,7 +89,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def main(folder: Path) -> None:
-    """Compare, in each process, shards read from files with shards of a fully read base."""
+    """In each process, compare shards read from files with shards of the full base."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -139,7 +139,7 @@ def test_renamed_families_are_read_whole_with_a_note(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "nf4"])
-def test_rows_and_whole_weights_are_those_of_the_files(kind: str, tmp_path: Path) -> None:
+def test_rows_and_full_weights_equal_those_in_files(kind: str, tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     base = load_text(str(folder), dtype="float32", device="cpu", quantize=kind or None, parts=2)
     assert base.unread is not None
@@ -153,7 +153,7 @@ def test_rows_and_whole_weights_are_those_of_the_files(kind: str, tmp_path: Path
     assert quantized == [n for n, p in model.named_parameters() if isinstance(p, Quantized)]
 
 
-def test_a_model_with_weights_kept_in_float32_is_read_whole(tmp_path: Path) -> None:
+def test_model_with_float32_weights_is_read_whole(tmp_path: Path) -> None:
     model = nn.Linear(2, 2, device="meta")
     model._keep_in_fp32_modules = ["weight"]  # type: ignore[assignment]
     file = tmp_path / "model.safetensors"

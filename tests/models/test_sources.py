@@ -1,4 +1,4 @@
-"""Finding a base by name, and the errors."""
+"""Finding a base by its name, and errors if there is none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.models.home import bases_home, veneer_home
 from veneer.models.sources import find_base, known_bases, short_name
 from veneer.models.text.base import load_text
 
-WAYS = ("smollm2-135m", "directory", ".gguf")  # the options without a hub, which every error about a missing base lists
+WAYS = ("smollm2-135m", "directory", ".gguf")  # alternatives to the hub; every error about a missing base lists them
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_the_home_is_from_the_environment_or_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_is_set_by_the_environment_or_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     assert veneer_home() == tmp_path
     monkeypatch.setenv("VENEER_HOME", "")
@@ -55,7 +55,7 @@ def test_missing_path_is_not_requested_from_the_hub(home: Path, name: str, monke
     assert all(way in (caught.value.fix or "") for way in WAYS)
 
 
-def test_the_nearest_name_is_offered(home: Path) -> None:
+def test_error_suggests_the_nearest_name(home: Path) -> None:
     tiny_base_dir(home.parent)
     with pytest.raises(BaseError, match=r"did you mean tiny-base\?"):
         find_base("./tiny-bse")
@@ -116,7 +116,7 @@ def test_a_base_in_the_hubs_cache_needs_no_hub(home: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("variants", [False, True])
 def test_image_base_download_skips_unused_files(home: Path, monkeypatch: pytest.MonkeyPatch, variants: bool) -> None:
-    """Does not download duplicate weights at the top level, half-precision copies, or a safety checker."""
+    """Skips duplicate top-level weights, half-precision copies and a safety checker."""
     v = ".fp16" if variants else ""
     remote = ["model_index.json", "unet/config.json", f"unet/diffusion_pytorch_model{v}.safetensors", "all.safetensors"]
     remote += [
@@ -138,7 +138,7 @@ def test_image_base_download_skips_unused_files(home: Path, monkeypatch: pytest.
     assert got == {"model_index.json", "unet/config.json", "tokenizer/vocab.json", remote[2]}
 
 
-def test_a_download_says_its_size(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_of_a_download_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(repo: str, *, dry_run: bool = False, **_: object) -> object:
         if dry_run:
             sizes = {"config.json": (2000, False), "model.safetensors": (2_500_000_000, True)}

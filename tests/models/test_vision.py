@@ -1,4 +1,4 @@
-"""Vision-language models against transformers' `generate`."""
+"""Vision-language models give the same texts as transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def line(text: str) -> str:
 
 
 def same(own: Description, text: str) -> bool:
-    """Return whether a description equals the text, up to its last full sentence if it was cut."""
+    """Return whether a description equals the text.
+
+    If the description was cut, it must be the text's beginning, up to the end of a sentence."""
     whole = line(text)
     return own.text == whole != "" or (own.cut and whole.startswith(own.text) and own.text[-1] in ".!?")
 
 
-def test_a_chat_model_says_what_transformers_says(place: Path) -> None:
+def test_chat_model_gives_the_text_of_transformers(place: Path) -> None:
     folder = tiny_vision(place)
     found = load_vision(str(folder))
     with errors_only():
@@ -78,7 +80,7 @@ def test_large_pictures_are_scaled_down_first(place: Path) -> None:
 
 
 class Says:
-    """A model and processor that always output one text, in as many tokens as allowed."""
+    """A fake model and processor that always output one text of `length` tokens."""
 
     def __init__(self, text: str, length: int) -> None:
         self.text, self.length = text, length

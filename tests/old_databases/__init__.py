@@ -1,6 +1,6 @@
-"""Databases of each released revision: the SQL of their tables, by revision and kind of database.
+"""SQL dumps of each released revision's databases, by revision and kind of database.
 
-A dump is never changed and never removed: every later build has to read it."""
+Dumps are never changed or removed, because every later build must be able to read these databases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["create_database"]
 
 
 def create_database(where: str, name: str) -> Engine:
-    """Create the tables of a dump, such as `tenants-0010`, at an empty address."""
+    """Create the tables of a dump, such as `tenants-0010`, in an empty database."""
     engine = open_engine(where, name)
     text = (Path(__file__).parent / f"{name}.{engine.dialect.name}.sql").read_text(encoding="utf-8")
     with write_transaction(engine) as c:

@@ -1,5 +1,4 @@
-"""Random inputs for tests of fused products: adapter factors, quantized weights, and the next dropout
-mask."""
+"""Random inputs for tests of fused products: adapter factors, dropout masks, quantized weights."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from veneer.ops.quantized import Quantized, quantize
 
 
 def factors(dtype: torch.dtype, *shapes: tuple[int, int]) -> list[Tensor]:
-    """Return A and B in training's dtypes: float32 for a 16-bit base."""
+    """Return random factors in training's dtype, which is float32 for a 16-bit base."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     return [draw(*s, dtype=kept, scale=0.3).requires_grad_() for s in shapes]
 
@@ -28,7 +27,9 @@ def with_dropout(products: tuple[LowRank, ...], dropout: float) -> tuple[LowRank
 
 
 def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Return the multiplier of the next dropout of this shape, without advancing torch's generator."""
+    """Return the mask by which the next dropout of this shape will multiply.
+
+    torch's generator does not advance."""
     state = torch.random.get_rng_state()
     drop = Dropout.sample(p)
     torch.random.set_rng_state(state)
@@ -36,8 +37,9 @@ def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def coded(weight: Tensor, kind: str) -> Quantized:
-    """Return a quantized weight. ggml's package cannot write K-quants, so these get random codes and suitable
-    scales."""
+    """Return a quantized weight.
+
+    ggml's package cannot write K-quants, so K-quants get random codes and suitable scales."""
     if kind in KINDS:
         return quantize(weight, kind)
     rows, columns = weight.reshape(-1, weight.shape[-1]).shape

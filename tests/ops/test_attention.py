@@ -1,4 +1,4 @@
-"""Varlen and joint attention against torch, in float64."""
+"""Varlen and joint attention, compared with torch's attention in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from veneer.ops.attention import (
 from veneer.ops.dispatch import dispatch, override_ops
 
 BLOCK = 64
-"""Close to the tiles' sizes."""
+"""A row length close to the sizes of the tiles."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
 
@@ -49,7 +49,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
 
 @pytest.mark.parametrize("name", ["torch", "tiles", "tiles32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_idle_tokens_get_nothing_and_give_nothing(name: str, dtype: torch.dtype) -> None:
+def test_padding_tokens_have_no_effect_or_output(name: str, dtype: torch.dtype) -> None:
     lengths, idle, gen = [5, 3], 4, torch.Generator().manual_seed(0)
     n = sum(lengths) + idle
     x, cos, sin, g = (torch.randn(n, *shape, generator=gen).to(dtype) for shape in ((4, 16), (8,), (8,), (2, 16)))
@@ -104,13 +104,15 @@ def test_rows_attend_to_themselves(dtype: torch.dtype, lengths: list[int], windo
     dim=st.sampled_from([2, 8, 34]),
     window=st.none() | st.integers(1, 50),
 )
-def test_any_rows_heads_and_windows(lengths: list[int], heads: tuple[int, int], dim: int, window: int | None) -> None:
+def test_attention_of_random_rows_heads_and_windows(
+    lengths: list[int], heads: tuple[int, int], dim: int, window: int | None
+) -> None:
     check(torch.float32, lengths, *heads, dim, window)
-    # with two dimensions, rounding of the scores alone moves a softmax by several percent
+    # with a head dimension of 2, rounding the scores alone changes a softmax by several percent
     check(torch.bfloat16, lengths, *heads, dim, window, slack=5.0)
 
 
-def test_no_row_sees_another_and_no_token_a_later_one() -> None:
+def test_attention_is_causal_and_separate_per_row() -> None:
     """The Jacobian is exactly zero outside each row's lower triangle."""
     lengths, n = [4, 3, 6], 13
     gen = torch.Generator().manual_seed(0)
@@ -130,8 +132,9 @@ def test_no_row_sees_another_and_no_token_a_later_one() -> None:
 
 @pytest.mark.parametrize("name", ["tiles", "tiles32"])
 def test_large_scores_and_non_finite_values(name: str) -> None:
-    """One dominant key takes all weight, first or last in the row; NaN and infinity propagate to rows that
-    see them."""
+    """A dominant key gets all the weight, wherever it is in the row.
+
+    NaN and infinity reach exactly those tokens that see them."""
     q, k = torch.full((300, 1, 16), 8.0).bfloat16(), torch.full((300, 1, 16), -8.0).bfloat16()
     v = torch.arange(300.0).bfloat16()[:, None, None].expand(300, 1, 16).contiguous()
     with override_ops(rope_varlen_attention=name):
@@ -200,8 +203,8 @@ def test_head_norms_before_rope_match_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
-def test_caps_and_sinks_are_those_of_transformers(family: str, window: int | None) -> None:
-    """Its eager attention, row by row: values and all gradients."""
+def test_caps_and_sinks_match_transformers(family: str, window: int | None) -> None:
+    """Values and gradients equal those of transformers' eager attention per row."""
     eager = importlib.import_module(f"transformers.models.{family}.modeling_{family}").eager_attention_forward
     heads, kv, dim, lengths, gen = 4, 2, 8, [5, 9, 1], torch.Generator().manual_seed(0)
     shapes = (15, heads, dim), (15, kv, dim), (15, kv, dim), (heads,), (15, heads, dim)
@@ -221,7 +224,7 @@ def test_caps_and_sinks_are_those_of_transformers(family: str, window: int | Non
     pairs = [(got, wanted)]
     pairs += zip(torch.autograd.grad(got, given, g), torch.autograd.grad(wanted, given, g), strict=True)
     for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # Gemma's softmax is in float32
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # Gemma computes the softmax in float32
 
 
 # -- denoisers ---------------------------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def near(got: Tensor, want: Tensor, tolerance: float) -> bool:
 
 
 def assert_joint(qkv: Tensor, weight: Tensor | None, turn: Tensor | None, out: Tensor, tolerance: float) -> None:
-    """Assert that values and gradients equal the reference's."""
+    """Assert that values and gradients equal those of the reference."""
     results = []
     for function in (joint_attention, joint_attention_reference):
         x = qkv.clone().requires_grad_(True)
@@ -265,7 +268,7 @@ def test_recomputed_probabilities_give_equal_gradients(chunk: int, monkeypatch: 
     assert near(torch.autograd.grad(joint_attention(qkv, turn=turn), qkv, out)[0], kept, 1e-5)
 
 
-def test_the_reference_is_what_flux_does() -> None:
+def test_reference_matches_flux() -> None:
     """q̂ = rope(rms_norm(q)) as in diffusers' FluxAttention, with torch's own norm."""
     from diffusers.models.embeddings import apply_rotary_emb
 
@@ -281,7 +284,7 @@ def test_the_reference_is_what_flux_does() -> None:
 
 
 @pytest.mark.parametrize("most", [0, 1 << 20])
-def test_attention_over_other_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_attention_gradients_match_torch(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "KEPT_BYTES", most)
     g = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, n, 3, 8, generator=g, requires_grad=True) for n in (6, 4, 4))
@@ -324,9 +327,10 @@ TILES = [
 @pytest.mark.parametrize("together", [False, True], ids=["apart", "in one"])
 @pytest.mark.parametrize(("n", "S", "T", "heads", "d"), TILES)
 def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, together: bool) -> None:
-    """Sizes at, below and above tiles of 48 queries and 256 keys in panels of 64, in steps of 4 and 16.
+    """Covers sizes at, below and above the sizes of tiles.
 
-    Heads are separate or adjacent in one projection's output. As accurate as torch's own attention."""
+    A tile has 48 queries and 256 keys, in panels of 64 and steps of 4 and 16. `together`: k and v are views
+    of one tensor. The tolerance is the accuracy of torch's own attention."""
     g = torch.Generator().manual_seed(S)
     q, out_gradient = (torch.randn(n, S, heads, d, generator=g).bfloat16() for _ in range(2))
     k, v = torch.randn(n, T, 2, heads, d, generator=g).bfloat16().unbind(2)
@@ -345,8 +349,8 @@ def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, toget
 
 
 @tiled
-def test_tiles_bear_scores_of_any_size() -> None:
-    """One dominant key that comes late, so that earlier sums vanish; and equal scores."""
+def test_tiles_handle_scores_of_any_size() -> None:
+    """Covers equal scores, and a late dominant key that makes earlier sums vanish."""
     q, k = torch.full((1, 50, 1, 16), 8.0).bfloat16(), torch.full((1, 600, 1, 16), -8.0).bfloat16()
     k[0, 500] = 8.0
     v = torch.arange(600.0).bfloat16()[None, :, None, None].expand(1, 600, 1, 16).contiguous()
@@ -361,7 +365,7 @@ def test_tiles_bear_scores_of_any_size() -> None:
 @pytest.mark.parametrize("norms", [False, True])
 def test_joint_attention_of_many_tokens_in_tiles(norms: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "KEPT_TOKENS", 0)
-    monkeypatch.setattr(torch, "bmm", None)  # used by the implementation without a kernel
+    monkeypatch.setattr(torch, "bmm", None)  # only the implementation without a kernel uses bmm
     monkeypatch.setattr(attention, "CHUNK_BYTES", 0)
     g = torch.Generator().manual_seed(5)
     qkv = torch.randn(rows, 70, 3, 3, 16, generator=g).bfloat16()

@@ -21,7 +21,7 @@ from veneer.ops.profile import Profile
 BF16 = torch.bfloat16
 
 
-def test_every_op_has_an_answer_on_every_device() -> None:
+def test_every_op_has_a_choice_on_every_device() -> None:
     assert set(IMPLEMENTATIONS) <= set(OPS)
     assert set(RULES) <= set(OPS)
     for device in (*HOMES, "mps"):
@@ -35,7 +35,7 @@ def test_a_device_without_implementations_runs_the_reference() -> None:
     assert {one.name for one in choices("meta").values()} == {"torch"}
 
 
-def test_input_that_no_kernel_takes_runs_the_reference() -> None:
+def test_unsupported_input_runs_the_reference() -> None:
     x, w = torch.ones(3, 16, dtype=BF16), torch.ones(16, dtype=BF16)
     there = compiled.has("rms_norm")
     assert (dispatch("rms_norm", x, w) is not None) == there
@@ -47,7 +47,7 @@ def test_input_that_no_kernel_takes_runs_the_reference() -> None:
 def test_torch_runs_without_kernels_and_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
     found = choices("cpu")
-    by_compiled = set(IMPLEMENTATIONS) - {"prepacked_linear", "weight_layout"}  # oneDNN takes part in these
+    by_compiled = set(IMPLEMENTATIONS) - {"prepacked_linear", "weight_layout"}  # these also use oneDNN
     assert all(found[op].reason.startswith("no compiled kernels: ") for op in by_compiled)
     assert dispatch("rms_norm", torch.ones(3, 16, dtype=BF16), torch.ones(16, dtype=BF16)) is None
 
@@ -59,16 +59,16 @@ def _implementation(name: str, *others: Implementation, here: bool = True) -> Im
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Implementation]:
-    """Return the CPU's implementations."""
+    """Replace the CPU's implementations with two fakes of one op; return the table."""
     made = {"gelu_tanh": _implementation("first", _implementation("second"))}
     monkeypatch.setattr(module, "implementations", lambda device: made if device == "cpu" else {})
     return made
 
 
-def test_the_first_that_takes_the_input_runs(table: dict[str, Implementation]) -> None:
+def test_first_implementation_that_supports_the_input_runs(table: dict[str, Implementation]) -> None:
     assert dispatch("gelu_tanh", torch.empty(2, 2)) == "first"
     assert dispatch("gelu_tanh", torch.empty(2)) is None
-    assert choices("cpu")["gelu_tanh"] == ("first, second", "the first that takes the input", "matrices")
+    assert choices("cpu")["gelu_tanh"] == ("first, second", "the first that supports the input", "matrices")
     table["gelu_tanh"] = _implementation("first", _implementation("second"), here=False)
     assert dispatch("gelu_tanh", torch.empty(2, 2)) == "second"
     assert choices("cpu")["gelu_tanh"].name == "second"
@@ -100,7 +100,7 @@ def _profile(**gflops: float) -> Profile:
 
 
 @pytest.mark.parametrize(("bfloat16", "kernel"), [(400.0, "panel_product"), (1600.0, "amx_panel_product")])
-def test_the_profile_decides_what_multiplies_panels(
+def test_profile_decides_which_kernel_multiplies_panels(
     monkeypatch: pytest.MonkeyPatch, bfloat16: float, kernel: str
 ) -> None:
     both = Implementation("panel_product", lambda *_: True, "", lambda: "", "compiled")
@@ -128,7 +128,7 @@ def test_unknown_words_of_veneer_ops_are_refused(words: str) -> None:
         parse_overrides(f"torch,{words}")
 
 
-def test_veneer_ops_is_read_when_a_process_begins() -> None:
+def test_veneer_ops_is_read_at_process_start() -> None:
     code = "import json; from veneer.ops import dispatch as d; print(json.dumps(d.choices('cpu')['dropout']))"
     environment = {"VENEER_OPS": "torch", "PYTHONPATH": ":".join(sys.path), "VENEER_NATIVE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

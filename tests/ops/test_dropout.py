@@ -1,4 +1,4 @@
-"""Seeded dropout: share, scale, independence of seeds."""
+"""Seeded dropout: the fraction dropped, the scale, and independence of seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from veneer.ops.dropout import Dropout
 
 
 def seed_of(generator: int) -> int:
-    """Sample a seed as a run does. (torch's generators with seeds 0, 1, 2 … give similar sequences.)"""
+    """Sample a seed from torch's generator, as a run does.
+
+    torch's generators with seeds 0, 1, 2 … give similar sequences."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator)
         return Dropout.sample(0.1).seed
@@ -22,7 +24,7 @@ def seed_of(generator: int) -> int:
 SEEDS = st.integers(0, 2**62 - 1).map(seed_of)
 N = 200_000
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-"""The dtypes of the compiled kernel, if there is one, and of torch's own dropout."""
+"""The compiled kernel's dtype, if there is a kernel, and a dtype of torch's dropout."""
 
 
 def mask(p: float, seed: int, dtype: torch.dtype, n: int = N) -> torch.Tensor:
@@ -30,13 +32,13 @@ def mask(p: float, seed: int, dtype: torch.dtype, n: int = N) -> torch.Tensor:
 
 
 def near(share: float, wanted: float, n: int) -> bool:
-    """Return whether a share is within six standard deviations of n samples."""
+    """Return whether `share` is within six standard deviations of `wanted`."""
     return abs(share - wanted) <= 6 * math.sqrt(wanted * (1 - wanted) / n)
 
 
 @DTYPES
 @given(p=st.floats(0.01, 0.9), seed=SEEDS)
-def test_offload_moves_the_requested_share(dtype: torch.dtype, p: float, seed: int) -> None:
+def test_dropout_drops_the_requested_fraction(dtype: torch.dtype, p: float, seed: int) -> None:
     x = torch.linspace(1, 2, N).to(dtype)
     y = Dropout(p, seed)(x)
     kept = y != 0
@@ -47,8 +49,8 @@ def test_offload_moves_the_requested_share(dtype: torch.dtype, p: float, seed: i
 
 @DTYPES
 @given(seed=SEEDS, other=SEEDS, shift=st.integers(0, 1000))
-def test_masks_of_two_seeds_agree_by_chance_alone(dtype: torch.dtype, seed: int, other: int, shift: int) -> None:
-    """Also for masks shifted against each other, and a mask against itself shifted."""
+def test_masks_of_two_seeds_agree_only_by_chance(dtype: torch.dtype, seed: int, other: int, shift: int) -> None:
+    """Also covers a mask that is shifted against another mask or against itself."""
     p, n = 0.3, N - shift
     a, b = mask(p, seed, dtype), mask(p, other, dtype)
     if seed != other:
@@ -65,7 +67,7 @@ def test_dropout_seeds_come_from_torchs_generator() -> None:
         assert Dropout.sample(0.1) == one != two
 
 
-def test_not_contiguous_and_contiguous_drop_the_same_places() -> None:
+def test_mask_does_not_depend_on_contiguity() -> None:
     x = torch.ones(40, 24, dtype=torch.bfloat16)
     drop = Dropout(0.5, 7)
     assert torch.equal(drop(x), drop(torch.ones(24, 40, dtype=torch.bfloat16).t()))

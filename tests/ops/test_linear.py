@@ -1,5 +1,6 @@
-"""Linear maps with low-rank products against the same formula in plain torch, in float64 if possible: values
-and every gradient."""
+"""Linear maps with low-rank products, compared with the same formula in plain torch.
+
+Values and every gradient are compared, in float64 if possible."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from veneer.ops.lowrank import LowRank
 
 @DTYPES
 @pytest.mark.parametrize("bias", [False, True])
-def test_joined_projections_are_the_projections_one_by_one(dtype: torch.dtype, bias: bool) -> None:
+def test_fused_projections_equal_separate_projections(dtype: torch.dtype, bias: bool) -> None:
     x = draw(3, 5, 32, dtype=dtype).requires_grad_()
     W, b = draw(24 + 8 + 16, 32, dtype=dtype), draw(48, dtype=dtype) if bias else None
     A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
@@ -41,7 +42,7 @@ def test_dropout_acts_on_pairs_only(dtype: torch.dtype) -> None:
     pairs = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.3, first=24))
     mask = mask_of_next(0.4, 3, 5, 32, dtype=dtype)
     y = linear(x, LinearMap(W, None, with_dropout(pairs, 0.4)))
-    torch.randint(9, ())  # other uses of the generator must not matter
+    torch.randint(9, ())  # other uses of the generator must not change the masks
 
     xd, (A1, B1, A2, B2) = wide(x), (abd := [wide(t) for t in ab])
     left = xd * mask
@@ -51,7 +52,7 @@ def test_dropout_acts_on_pairs_only(dtype: torch.dtype) -> None:
         assert not torch.equal(linear(x, LinearMap(W, None, with_dropout(pairs, 0.4))), y), "each call draws anew"
 
 
-def test_recomputing_drops_what_was_dropped() -> None:
+def test_recomputation_repeats_the_dropout_mask() -> None:
     x = draw(6, 32, dtype=torch.bfloat16).requires_grad_()
     W, (A, B) = draw(16, 32, dtype=torch.bfloat16), factors(torch.bfloat16, (4, 32), (16, 4))
 
@@ -67,7 +68,7 @@ def test_recomputing_drops_what_was_dropped() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_pairs_with_different_dropouts_are_no_one_product() -> None:
+def test_pairs_with_different_dropouts_cannot_be_fused() -> None:
     one, other = (
         LinearMap(torch.ones(2, 3), None, (LowRank(torch.ones(1, 3), torch.ones(2, 1), 0.5, p),)) for p in (0.1, 0.2)
     )
@@ -80,9 +81,9 @@ def test_pairs_with_different_dropouts_are_no_one_product() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_gain_multiplies_all_but_the_bias(dtype: torch.dtype, bias: bool, dropout: float) -> None:
-    """DoRA's m/‖W + s·B·A‖ on the first of two projections; the second has none.
+    """The first of two projections has DoRA's gain, m/‖W + s·B·A‖.
 
-    Dropout as in PEFT: x·Wᵀ uses all of x, the additions of scale and pair use the dropped x."""
+    Dropout is as in PEFT: x·Wᵀ uses all of x; the terms of the gain and the pair use x after dropout."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     x = draw(7, 32, dtype=dtype).requires_grad_()
     A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
@@ -104,7 +105,7 @@ def test_a_gain_multiplies_all_but_the_bias(dtype: torch.dtype, bias: bool, drop
     same_with_gradients(y, [x, *ab, m], yd, [xd, *abd, md])
 
 
-def test_joined_lays_parts_below_one_another() -> None:
+def test_fused_map_stacks_the_rows_of_its_parts() -> None:
     a = LinearMap(torch.ones(2, 3), None, (LowRank(torch.ones(1, 3), torch.ones(2, 1), 0.5),))
     b = LinearMap(torch.zeros(4, 3), torch.ones(4))
     both = join_maps([b, a])
@@ -113,7 +114,7 @@ def test_joined_lays_parts_below_one_another() -> None:
     assert [(p.first, p.last, p.scale) for p in both.products] == [(4, 6, 0.5)]
 
 
-def test_a_frozen_input_gets_no_gradient_and_costs_no_product() -> None:
+def test_frozen_input_needs_no_gradient_product() -> None:
     x = draw(4, 8, dtype=torch.float32)
     A, B = factors(torch.float32, (2, 8), (6, 2))
     y = linear(x, LinearMap(draw(6, 8, dtype=torch.float32), None, (LowRank(A, B, 1.0),)))
@@ -141,7 +142,9 @@ def test_linear_output_is_writable() -> None:
 
 @pytest.mark.parametrize("rows", [1, 47, 50, 130])
 def test_low_rank_products_in_compiled_calls(rows: int) -> None:
-    """Tiles of 48 rows in steps of 4, ranks in steps of 16, panels of 64 and 256 columns, against torch."""
+    """Covers sizes that do not fill the kernels' tiles, compared with torch.
+
+    Tiles have 48 rows, in steps of 4; ranks have steps of 16; panels have 64 and 256 columns."""
     x, g = draw(rows, 96, dtype=torch.bfloat16), draw(rows, 400, dtype=torch.bfloat16)
     ab = [t.detach() for t in factors(torch.bfloat16, (4, 96), (304, 4), (20, 96), (80, 20))]
     pairs = (LowRank(ab[0], ab[1], 2.0), LowRank(ab[2], ab[3], 0.5, first=320))
@@ -159,8 +162,9 @@ def test_low_rank_products_in_compiled_calls(rows: int) -> None:
 
 @pytest.mark.parametrize("at", [8, 24, 30])
 def test_a_linear_map_split_in_two_equals_the_whole(at: int) -> None:
-    """A cut through the first product, between two products, and through the second; values and all
-    gradients."""
+    """The cut is inside the first product, between the products, or inside the second.
+
+    Values and all gradients are compared."""
     dtype = torch.float64
     x = draw(3, 5, 32, dtype=dtype).requires_grad_()
     W, b = draw(40, 32, dtype=dtype), draw(40, dtype=dtype)
@@ -176,7 +180,7 @@ def test_a_linear_map_split_in_two_equals_the_whole(at: int) -> None:
         same([y, *grads[0]], [wanted, *grads[1]], 1e-6)
 
 
-def test_products_with_shared_dropout_stay_together() -> None:
+def test_products_with_dropout_cannot_be_split() -> None:
     x, B = draw(2, 8, dtype=torch.float32), draw(6, 2, dtype=torch.float32)
     with pytest.raises(ValueError, match="dropout"):
         split_map(LinearMap(draw(6, 8, dtype=torch.float32), None, (LowRank(x, B, dropout=0.1),)), 3)

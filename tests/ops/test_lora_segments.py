@@ -1,4 +1,4 @@
-"""Products of several adapters, each on its own rows."""
+"""Low-rank products of several adapters, each on its own rows."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def generator(span: int) -> torch.Generator:
     return torch.Generator().manual_seed(100 + span)
 
 
-def test_each_span_equals_the_span_alone() -> None:
-    """Values and gradients of two fused projections, the second adapter on one of them only, with padding
-    after the rows; dropout masks equal those of a separate run."""
+def test_each_segment_equals_a_separate_run() -> None:
+    """Values, gradients and dropout masks equal those of separate runs.
+
+    Two projections are fused, and the second adapter changes only one of them. Padding follows the rows."""
     torch.manual_seed(0)
     weights = [torch.randn(n, INPUTS, dtype=torch.float64) for n in OUTPUTS]
     pairs = [{(span, at): factors(span, n) for at, n in enumerate(OUTPUTS) if span != 1 or at} for span in range(3)]
@@ -62,8 +63,8 @@ def test_each_span_equals_the_span_alone() -> None:
     torch.testing.assert_close(list(found[1:]), expected)
 
 
-def test_non_finite_values_are_preserved() -> None:
-    """NaN and infinities in one adapter's rows do not reach the other's."""
+def test_non_finite_values_stay_in_their_rows() -> None:
+    """NaN in one adapter's rows does not reach the other adapter's rows."""
     torch.manual_seed(0)
     pairs = [factors(span, 4) for span in range(2)]
     spans = LoraSegments((3, 3), (1, 1), [generator(0), generator(1)], sizes=(6, 2))
@@ -77,7 +78,7 @@ def test_non_finite_values_are_preserved() -> None:
     assert not any(t.isfinite().all() for t in (y[:3], *found[:2]))
 
 
-def test_rows_that_are_not_the_batch_s_tokens_are_refused() -> None:
+def test_wrong_number_of_rows_is_refused() -> None:
     spans = LoraSegments((3, 2), (1, 1), [generator(0), generator(1)], sizes=(5, 2))
     assert spans.bounds(5) == [slice(0, 3), slice(3, 5)]
     assert spans.bounds(2) == [slice(0, 1), slice(1, 2)]

@@ -1,4 +1,4 @@
-"""Preference and token losses against their formulas and TRL."""
+"""Preference and token losses match their formulas and TRL."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ LOSSES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_finite_differences(name: str) -> None:
+def test_gradients_match_finite_differences(name: str) -> None:
     w = torch.tensor([-0.5, -2.0, -0.1], dtype=torch.float64, requires_grad=True)
     l = torch.tensor([-1.5, -0.4, -0.11], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(LOSSES[name], (w, l))
 
 
 @pytest.mark.parametrize("name", ["orpo", "dpo", "simpo"])
-def test_certain_and_hopeless_answers_have_finite_losses_and_gradients(name: str) -> None:
+def test_extreme_likelihoods_have_finite_losses_and_gradients(name: str) -> None:
     w, l = torch.tensor([0.0, -1e-9, -300.0], requires_grad=True), torch.tensor([-300.0, 0.0, 0.0], requires_grad=True)
     LOSSES[name](w, l).sum().backward()
     assert torch.isfinite(LOSSES[name](w, l)).all()
@@ -148,9 +148,9 @@ def test_token_nll(dtype: torch.dtype, chunk: int) -> None:
 @DTYPES
 @pytest.mark.parametrize("chunk", [4, 100])
 def test_token_nll_marks_most_likely_targets(dtype: torch.dtype, chunk: int) -> None:
-    """Agrees with argmax of the logits; a tied target counts, an ignored one does not.
+    """`correct` agrees with argmax of the logits; ties count, ignored targets do not.
 
-    Loss and gradient are unchanged."""
+    The loss and the gradient do not change."""
     h, W = draw(40, 32, dtype=dtype).requires_grad_(), draw(300, 32, dtype=dtype)
     logits = (h @ W.T).detach()
     y = torch.where(torch.arange(40) % 2 == 0, logits.argmax(1), torch.randint(0, 300, (40,)))
@@ -170,8 +170,7 @@ def test_token_nll_marks_most_likely_targets(dtype: torch.dtype, chunk: int) -> 
 
 
 def test_token_nll_gradient_of_near_certain_token() -> None:
-    """p = 1 − 1.2e-4: rounding p to bfloat16 before subtracting it from 1 would lose the target's
-    gradient."""
+    """Rounding p = 1 − 1.2e-4 to bfloat16 before 1 − p would lose the gradient."""
     h = torch.tensor([[9.0]], dtype=torch.bfloat16, requires_grad=True)
     W = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
     token_nll(h, W, torch.tensor([0])).sum().backward()
@@ -180,7 +179,7 @@ def test_token_nll_gradient_of_near_certain_token() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ignored_and_invalid_targets(dtype: torch.dtype) -> None:
-    """With the compiled kernel and torch's own operations; int32 targets are valid too."""
+    """Covers the compiled kernel and torch's operations; int32 targets are valid too."""
     hidden = torch.randn(6, 16).to(dtype).requires_grad_()
     weight = torch.randn(40, 16).to(dtype)
     targets = torch.tensor([3, -100, 0, 39, -100, 7], dtype=torch.int32)
@@ -196,7 +195,7 @@ def test_ignored_and_invalid_targets(dtype: torch.dtype) -> None:
             token_nll(hidden, weight, torch.tensor([1, wrong, 2, 3, 4, 5]))
 
 
-def test_no_gradient_is_made_where_none_is_asked_for() -> None:
+def test_no_gradient_is_computed_under_no_grad() -> None:
     with torch.no_grad():
         out = token_nll(draw(4, 8, dtype=torch.float32), draw(20, 8, dtype=torch.float32), torch.arange(4))
     assert not out.requires_grad

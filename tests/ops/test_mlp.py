@@ -1,5 +1,6 @@
-"""Gated MLPs and activations against the same formula in plain torch, in float64 if possible: values and
-every gradient."""
+"""Gated MLPs and activations, compared with the same formula in plain torch.
+
+Values and every gradient are compared, in float64 if possible."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from veneer.ops.mlp import gated_mlp
 
 
 def next_masks(dropout: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the multipliers of the next two dropouts, before the first products and before the last."""
+    """Return the masks of the next two dropouts: before the first and last products."""
     state = torch.random.get_rng_state()
     mask = mask_of_next(dropout, 9, 32, dtype=dtype)
     torch.randint(1 << 62, ())
@@ -28,7 +29,7 @@ def next_masks(dropout: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @DTYPES
-def test_gated_mlp_with_dropout_before_each_of_its_products(dtype: torch.dtype) -> None:
+def test_gated_mlp_with_dropout_before_each_product(dtype: torch.dtype) -> None:
     x = draw(9, 32, dtype=dtype).requires_grad_()
     W, D = draw(96, 32, dtype=dtype, scale=0.2), draw(32, 48, dtype=dtype, scale=0.2)
     A1, B1, A3, B3 = ab = factors(dtype, (4, 32), (48, 4), (3, 48), (32, 3))
@@ -86,7 +87,7 @@ def test_gated_mlp(dtype: torch.dtype, act: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("name", ["geglu", "gelu_tanh"])
 def test_activations_against_float64(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Over the whole range in which gelu bends, and far outside."""
+    """Covers the whole range in which gelu is curved, and values far outside it."""
     gate = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4])]).to(dtype)
     up = torch.randn(len(gate), generator=torch.Generator().manual_seed(0)).to(dtype)
     g = torch.randn(1, len(gate), generator=torch.Generator().manual_seed(1)).to(dtype)

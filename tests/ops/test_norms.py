@@ -1,4 +1,6 @@
-"""Each norm against the same formula in plain torch, in float64 if possible: values and every gradient."""
+"""Each norm, compared with the same formula in plain torch.
+
+Values and every gradient are compared, in float64 if possible."""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from veneer.ops.norms import norm_silu, rms_norm
 @DTYPES
 @pytest.mark.parametrize("wider", [False, True])
 def test_rms_norm(dtype: torch.dtype, wider: bool) -> None:
-    """Rounds once, also under a weight with more bits than x: 16 bits cannot represent 1 + w of Gemma's norms."""
+    """Results are rounded once, even if the weight has more bits than x.
+
+    16 bits cannot represent the factor 1 + w of Gemma's norms."""
     x = draw(2, 7, 72, dtype=dtype).requires_grad_()
     w = 1 + draw(72, dtype=torch.promote_types(dtype, torch.float32)) if wider else draw(72, dtype=dtype)
     y, xd = rms_norm(x, w, 1e-5), wide(x)
@@ -47,9 +51,10 @@ def test_norm_silu(dtype: torch.dtype, shifted: bool, places: tuple[int, ...]) -
     same_with_gradients(norm_silu(x, shift, w, b, 4, 1e-5), [x], yd, [xd])
 
 
-def test_norm_silu_of_far_values_and_of_a_trained_norm() -> None:
-    """Covers values for which e^-z overflows float32, and gradients of the norm's weight, which the kernel
-    lacks."""
+def test_norm_silu_with_extreme_values_or_a_trained_norm() -> None:
+    """Covers values for which e^-z overflows float32, and a trained norm.
+
+    The kernel does not compute gradients of a norm's weight."""
     x = torch.linspace(-1, 1, 128).view(1, 2, 64).bfloat16().requires_grad_()
     w, b = torch.tensor([400.0, -400.0]).bfloat16().requires_grad_(), torch.zeros(2).bfloat16()
     want = F.silu(F.group_norm(x.double(), 1, w.double(), b.double(), 1e-5))

@@ -1,4 +1,4 @@
-"""Prepacked products against float64; changed weights invalidate prepacked copies."""
+"""Prepacked products match float64; changed weights invalidate prepacked copies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from veneer.ops.prepacked import ByteBudget, PrepackedWeights
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 """Dtypes that can be prepacked."""
 OUT, IN = 326, 262
-"""Large enough to be prepacked, and no multiple of a block."""
+"""Sizes that are large enough to be prepacked, but not multiples of a block."""
 
 
 @pytest.fixture(autouse=True)
 def copies() -> Iterator[None]:
-    """Prepack every weight that can be, regardless of the profile."""
+    """Prepack every weight that can be prepacked, regardless of the profile."""
     with override_ops(prepacked_linear="onednn"):
         yield
 
@@ -71,7 +71,7 @@ def test_prepacked_mlp_matches_float64(dtype: torch.dtype) -> None:
 
 
 @DTYPES
-def test_the_loss_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
+def test_loss_with_prepacked_copies_matches_float64(dtype: torch.dtype) -> None:
     hidden, W = draw(37, IN, dtype=dtype).requires_grad_(), draw(OUT, IN, dtype=dtype, scale=0.1)
     targets = torch.randint(0, OUT, (37,))
     targets[3] = -100
@@ -114,7 +114,9 @@ def _move(W: nn.Parameter) -> None:
 
 
 def _there_and_back(W: nn.Parameter) -> None:
-    """Move a parameter away and back as nn.Module.to does; the new values can reuse the freed memory."""
+    """Convert a parameter to float64 and back, as nn.Module.to does.
+
+    The new values can reuse the freed memory."""
     W.data = W.data.to(torch.float64) * 2
     W.data = W.data.to(torch.float32)
 
@@ -134,7 +136,9 @@ CHANGES = [
 
 @pytest.mark.parametrize(("change", "joined"), CHANGES)
 def test_changed_weight_invalidates_its_copy(change: Callable[[nn.Parameter], None], joined: bool) -> None:
-    """`joined`: the parameter is part of a fused weight; models/patching.py detects that it moved."""
+    """`joined`: the parameter is part of a fused weight.
+
+    models/patching.py detects that such a parameter has moved."""
     x, W = draw(5, IN, dtype=torch.float32), nn.Parameter(draw(OUT, IN, dtype=torch.float32), requires_grad=False)
     whole: Tensor = W
     if joined:
@@ -150,10 +154,10 @@ def test_changed_weight_invalidates_its_copy(change: Callable[[nn.Parameter], No
     assert room.taken == 0  # the copies' memory is released too
 
 
-def test_a_change_between_forward_and_backward_is_seen() -> None:
+def test_weight_change_between_forward_and_backward_takes_effect() -> None:
     x, W = draw(5, IN, dtype=torch.float32).requires_grad_(), draw(OUT, IN, dtype=torch.float32)
     y = linear(x, LinearMap(W, copies=PrepackedWeights(W, ByteBudget(2 * W.nbytes))))
-    torch.autograd.grad(y.sum(), x, retain_graph=True)  # both copies exist
+    torch.autograd.grad(y.sum(), x, retain_graph=True)  # creates both copies
     W.mul_(3)
     (dx,) = torch.autograd.grad(y.sum(), x)
     same([dx], [W.double().sum(0).expand(5, -1)], TOLERANCE[torch.float32])

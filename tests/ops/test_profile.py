@@ -16,7 +16,7 @@ from veneer.ops.profile import SHAPES, profile
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The kernels' folder of a new home without a profile."""
+    """Yield the kernels' folder in a new home without a profile."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VENEER_PROFILE")
@@ -26,7 +26,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     module.profile_for.cache_clear()
 
 
-def test_a_measured_profile_has_rates_and_is_kept(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_profile_is_stored(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = profile()
     assert (found.threads, found.torch) == (torch.get_num_threads(), torch.__version__)
     assert set(found.gflops["float32"]) == {"x".join(map(str, shape)) for shape in SHAPES}
@@ -45,7 +45,7 @@ FOREIGN = [{"key": "another machine"}, {"bandwidth": "fast"}, {"gflops": {"float
 
 
 @pytest.mark.parametrize("content", [*BROKEN, *FOREIGN])
-def test_a_broken_or_foreign_file_is_measured_again(kernels: Path, content: str | dict[str, object]) -> None:
+def test_broken_or_foreign_profile_is_measured_again(kernels: Path, content: str | dict[str, object]) -> None:
     found = profile()
     (file,) = kernels.glob("profile-*.json")
     file.write_text(content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content))

@@ -32,7 +32,7 @@ def blocks(kind: str, rows: int, columns: int) -> np.ndarray:
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind", HALVES)
-def test_values_are_ggufs(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_equal_those_of_gguf(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
         monkeypatch.setattr(compiled, "kernels", lambda: None)
     raw = blocks(kind, 6, 512)
@@ -46,7 +46,9 @@ def test_values_are_ggufs(kind: str, native: bool, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q4_0"])
-def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_stacked_weights_equal_the_separate_rows(
+    kind: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not native:
         monkeypatch.setattr(compiled, "kernels", lambda: None)
 
@@ -67,8 +69,8 @@ def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monk
 
 
 @pytest.mark.parametrize("kind", [*(k for k in HALVES if k not in ("Q2_K", "Q3_K", "IQ4_NL")), "nf4", "fp4", "int8"])
-def test_groups_equal_the_dequantized_weight(kind: str) -> None:
-    """For int8 up to the last bit: the reference multiplies by one scale, veneer by two in turn."""
+def test_integer_groups_equal_the_dequantized_weight(kind: str) -> None:
+    """int8 can differ in the last bit: the reference applies one scale, veneer two."""
     for columns in (512,) if kind in HALVES else (512, 96, 40):
         if kind in HALVES:
             code: QuantizationFormat = GgmlBlocks(kind, (7, columns), torch.from_numpy(blocks(kind, 7, columns)))
@@ -81,7 +83,7 @@ def test_groups_equal_the_dequantized_weight(kind: str) -> None:
             assert torch.equal(groups.split(8).dense(), groups.dense())
 
 
-def test_integer_codes_of_several_types_are_joined() -> None:
+def test_groups_of_several_types_can_be_fused() -> None:
     whole = [GgmlBlocks(k, (4, 256), torch.from_numpy(blocks(k, 4, 256))) for k in ("Q4_K", "Q6_K", "Q8_0", "Q4_0")]
     joined = StackedRows(tuple(whole)).groups(1, 15)
     assert joined.size == 16

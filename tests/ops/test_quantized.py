@@ -35,7 +35,9 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nf4_table_has_normal_quantiles() -> None:
-    """QLoRA, appendix E: eight quantiles above zero and seven below, plus zero, normalized by the largest."""
+    """The values follow QLoRA, appendix E.
+
+    These are eight quantiles above zero, seven below, and zero, divided by the largest."""
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     offset = 0.9677083
     above = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
@@ -80,7 +82,7 @@ def test_dynamic_map_covers_seven_decades() -> None:
     columns=st.integers(1, 200),
     seed=st.integers(0, 9),
 )
-def test_each_weight_gets_the_nearest_value_of_its_block(
+def test_each_weight_is_rounded_to_the_nearest_value(
     kind: str, dtype: torch.dtype, rows: int, columns: int, seed: int
 ) -> None:
     w = weight(rows, columns, dtype=dtype, seed=seed)
@@ -98,7 +100,7 @@ def test_each_weight_gets_the_nearest_value_of_its_block(
     kind=st.sampled_from(KINDS), dtype=st.sampled_from((torch.float32, torch.bfloat16)), rows=st.integers(1, 50),
     columns=st.sampled_from((2, 64, 100, 192, 256)), double=st.booleans(),
 )  # fmt: skip
-def test_the_compiled_kernels_give_the_bits_of_the_reference(
+def test_compiled_kernels_equal_the_reference_bit_for_bit(
     kind: str, dtype: torch.dtype, rows: int, columns: int, double: bool
 ) -> None:
     if compiled.kernels() is None:
@@ -115,16 +117,18 @@ def test_the_compiled_kernels_give_the_bits_of_the_reference(
     assert torch.equal(mine.part(rows // 2, rows, (rows - rows // 2, columns)).dense(), dense[rows // 2 :])
 
 
-def test_bits_a_weight_are_accounted_for() -> None:
-    """4 + 8/64 + 32/(64·256) = 4.127 bits with double quantization, 4.5 without; int8: 8, plus one scale per
-    row."""
+def test_bits_per_weight_include_the_scales() -> None:
+    """Covers nf4 with and without double quantization, and int8.
+
+    nf4: 4 + 8/64 + 32/(64·256) = 4.127 bits with double quantization, 4.5 without. int8: 8 bits, plus one
+    scale per row."""
     w = weight(1024, 1024, dtype=torch.bfloat16)
     assert 8 * quantize(w, "nf4").bytes / w.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert 8 * quantize(w, "nf4", double=False).bytes / w.numel() == 4.5
     assert 8 * quantize(w, "int8").bytes / w.numel() == pytest.approx(8 + 32 / 1024)
 
 
-def test_int8_rounds_each_row_over_its_largest() -> None:
+def test_int8_scales_each_row_by_its_largest_value() -> None:
     w = weight(37, 100)
     q = quantize(w, "int8")
     step = w.double().abs().amax(1, keepdim=True) / 127
@@ -152,7 +156,7 @@ def _bnb() -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -> None:
+def test_codes_and_values_equal_bitsandbytes(kind: str, dtype: torch.dtype) -> None:
     bnb = _bnb()
     assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
     assert torch.equal(four_bit_values(kind), bnb.get_4bit_type(kind, device="cpu"))
@@ -172,7 +176,7 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
         assert torch.equal(code.absmax2, state.state2.absmax)
 
 
-def test_int8_codes_are_bitsandbytes_bits() -> None:
+def test_int8_codes_equal_bitsandbytes() -> None:
     bnb = _bnb()
     for dtype in (torch.float32, torch.float16):
         w = weight(96, 200, dtype=dtype)
@@ -189,7 +193,7 @@ def test_int8_codes_are_bitsandbytes_bits() -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_product_is_the_product_with_the_dequantized_weight(
+def test_product_equals_that_with_the_dequantized_weight(
     kind: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
@@ -259,7 +263,7 @@ def test_row_views_stay_quantized(kind: str) -> None:
         assert torch.equal(got, want)
 
 
-def test_rows_of_a_table_are_looked_up_one_by_one() -> None:
+def test_embedding_lookup_equals_the_dequantized_table() -> None:
     q = quantize(weight(40, 64), "nf4")
     ids = torch.tensor([[3, 39, 3], [0, 1, 3]])
     assert torch.equal(F.embedding(ids, q), F.embedding(ids, q.dense()))
@@ -299,7 +303,7 @@ def test_stacked_rows_multiply_as_one_weight() -> None:
     assert stacked_rows(parts[:1]) is parts[0]
 
 
-def test_a_kept_weight_is_the_same_weight() -> None:
+def test_keeping_a_dense_copy_changes_no_values() -> None:
     q = quantize(weight(16, 64), "nf4")
     want = q.dense()
     q.keep()
@@ -311,9 +315,10 @@ def test_a_kept_weight_is_the_same_weight() -> None:
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
-    """An in-place operation would change a temporary and be lost, or change a prepacked copy and thus the
-    base."""
+def test_writing_to_a_quantized_weight_is_refused(kind: str, kept: bool) -> None:
+    """An in-place operation would change a temporary tensor and be lost.
+
+    If a dense copy is kept, the operation would change the copy, and thus the base."""
     q = quantize(weight(4, 32, 64, dtype=torch.bfloat16), kind)
     if kept:
         q.keep()
@@ -339,7 +344,7 @@ def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
             with pytest.raises(BaseError, match=f"write to a weight in {kind}"):
                 write()
         for view in (q.view(-1), q.flatten(), q[:, :, :5], q.unsqueeze(0), q.permute(2, 1, 0)):
-            view.add_(1)  # a separate tensor
+            view.add_(1)  # changes a separate tensor
     assert torch.equal(q.dense(), want)
     other.copy_(q)
     assert torch.equal(other, want), "it is read by operations that write elsewhere"
@@ -358,8 +363,8 @@ def test_loading_over_a_quantized_weight_raises() -> None:
     assert torch.equal(layer.weight, state["weight"])
 
 
-def test_only_what_bitsandbytes_has_is_left_to_its_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """dequantize_4bit on CUDA treats every kind except fp4 as nf4."""
+def test_bitsandbytes_kernels_run_only_for_supported_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' dequantize_4bit on CUDA treats every kind except fp4 as nf4."""
     monkeypatch.setattr(blocks, "bitsandbytes_operators", lambda: "bitsandbytes")
     asked = {kind: blocks.gpu_library(kind, 64, "cuda") for kind in KINDS}
     assert asked == {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": None}

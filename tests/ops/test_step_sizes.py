@@ -13,7 +13,7 @@ from veneer.plan.tables import device_named
 
 
 @given(st.integers(1, 1 << 20))
-def test_sizes_are_few_and_little_above_what_is_needed(n: int) -> None:
+def test_rounded_sizes_are_close_and_monotonic(n: int) -> None:
     size = rounded_sizes(n)
     assert n <= size <= max(n + ROW_STEP - 1, n * 17 / 16 + 1)
     assert rounded_sizes(size) == size
@@ -29,7 +29,7 @@ CARDS = ("a100-80gb", "h100-80gb", "l40s-48gb", "rtx-4090-24gb")
 
 @given(st.sampled_from(CARDS), st.integers(6, 15), st.sampled_from([None, 0.5, 1.0]))
 def test_gpu_micro_batch_reaches_the_roofline_corner(card: str, power: int, code: float | None) -> None:
-    """For one square weight: operations per byte at the roofline's corner, and the cost of dequantizing."""
+    """Checks one square weight: operations per byte, and the cost of dequantizing."""
     device, d = device_named(card), 1 << power
     corner = device.flops / device.bandwidth
     n = micro_tokens("cuda", corner, weights=d * d, operations=d * d, values=2 * d, code_bytes=code)

@@ -10,7 +10,7 @@ from veneer.ops.table import ops_page
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "ops.md"
 
 
-def test_the_page_is_what_the_registry_has() -> None:
+def test_page_matches_the_registry() -> None:
     assert PAGE.read_text(encoding="utf-8") == ops_page(), "run: python -m veneer.ops.table > docs/reference/ops.md"
 
 

@@ -1,4 +1,4 @@
-"""Choice of a weight's layout for serving."""
+"""Which layout a weight gets for serving."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACKS = [
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 200])
 @pytest.mark.parametrize("pack", PACKS)
-def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], rows: int) -> None:
+def test_products_equal_those_with_the_dense_weight(pack: Callable[[Tensor], Any], rows: int) -> None:
     if pack == Reordered.from_weight and not reorders(torch.bfloat16):
         pytest.skip("this torch packs no weights")
     w = weight()
@@ -51,13 +51,13 @@ def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], r
 
 
 def test_weights_without_panels_use_other_layouts() -> None:
-    with pytest.raises(ValueError, match="no panels"):
+    with pytest.raises(ValueError, match="cannot be stored in panels"):
         Panels.from_weight(weight(41, 96))
     w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
     assert (prepack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
 
 
-def test_rounding_is_as_fine_as_the_bits_allow() -> None:
+def test_rounding_errors_are_at_most_about_half_a_step() -> None:
     w = weight()
     eight = (Panels.int8(w).dense().float() - w.float()).abs()
     assert (eight <= 0.55 * w.float().abs().amax(1, keepdim=True) / 127 + 0.005 * w.float().abs()).all()

@@ -1,4 +1,4 @@
-"""Weight panels in bfloat16 and codes."""
+"""Weight panels: bfloat16 and quantized codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no ke
 @pytest.mark.parametrize(("out", "n"), [(16, 32), (80, 4224), (208, 2080)])
 @pytest.mark.parametrize("pack", [Panels.from_weight, Panels.int8, Panels.int4])
 def test_panels_of_any_size(pack: Callable[[Tensor], Panels], out: int, n: int) -> None:
-    """Partial last panels, sums longer than a block, rows in several blocks; and each row separately."""
+    """Covers partial last panels, sums longer than a block, and rows in several blocks.
+
+    Each row computed separately must equal the same row in the batch.
+    """
     g = torch.Generator().manual_seed(0)
     w, x, bias = torch.randn(out, n, generator=g), torch.randn(131, n, generator=g), torch.randn(out, generator=g)
     w, x, bias = w.bfloat16(), x.bfloat16(), bias.bfloat16()
@@ -38,10 +41,11 @@ KINDS = ("nf4", "fp4", "int8", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "
 
 
 def rounding(x: Tensor, w: Tensor, kind: str) -> Tensor:
-    """Return the error bound of x·wᵀ: float32 sums, one rounding of the result to bfloat16, and one of each
-    weight.
+    """Return the error bound of x·wᵀ.
 
-    The kernel rounds scale and zero point together, so its weights can differ by one rounding."""
+    Sums are float32; the result and each weight are rounded once to bfloat16. The kernel rounds scale and
+    zero point together, so its weights can differ by one rounding.
+    """
     size, otherwise = x.abs() @ w.abs().t(), kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
     return 2**-8 * (x @ w.t()).abs() + (2**-8 if otherwise else 2**-16) * size
 
@@ -49,10 +53,11 @@ def rounding(x: Tensor, w: Tensor, kind: str) -> Tensor:
 @has_panels
 @pytest.mark.parametrize(("out", "n"), [(16, 256), (80, 512), (208, 1280)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_by_codes_are_those_of_the_dequantized_weight(kind: str, out: int, n: int) -> None:
-    """Against float64, for one row and forty, in int8 before rounding to bfloat16.
+def test_products_with_codes_equal_those_with_dequantized_weights(kind: str, out: int, n: int) -> None:
+    """Compares one to forty rows with float64. For int8, the reference weights are not rounded to bfloat16.
 
-    A single row has the same bits as in a batch, and the codes are unchanged."""
+    A single row has the same bits as in a batch, and the codes are unchanged.
+    """
     g = torch.Generator().manual_seed(1)
     first, second = (coded(torch.randn(k, n, generator=g).bfloat16() / 8, kind) for k in (out, 32))
     dense = torch.cat([first.dense(), second.dense()])
@@ -77,7 +82,7 @@ BITS = {
 
 
 @has_panels
-def test_panels_join_compatible_types_only() -> None:
+def test_only_compatible_types_share_panels() -> None:
     g = torch.Generator().manual_seed(1)
     w = [torch.randn(16, 256, generator=g).bfloat16() for _ in range(3)]
     for kinds in (("Q4_K", "Q6_K", "Q8_0"), ("int8", "Q4_0", "Q4_1"), ("nf4", "nf4", "nf4")):
@@ -88,6 +93,6 @@ def test_panels_join_compatible_types_only() -> None:
     assert panels_of_codes([coded(w[0][:15], "nf4")]) is None
     assert panels_of_codes([coded(w[0][:, :100], "nf4")]) is None
     laid = panels_of_codes([coded(w[0], "int8")])
-    again = panels_of_codes(laid[1])  # a second engine over the same base
+    again = panels_of_codes(laid[1])  # as a second engine over the same base does
     assert isinstance(again[1][0].stored, PanelRows)
     assert torch.equal(again[1][0].dense(), laid[1][0].dense())

@@ -1,4 +1,4 @@
-"""Tokens of a micro-batch: as many as products need and memory allows."""
+"""Tokens per micro-batch: as many as the matrix products need and memory allows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from veneer.plan.tables import base_config, device_named
 @pytest.mark.parametrize(
     ("base", "quantize", "rank", "tokens"),
     [
-        ("meta-llama/Llama-3.1-8B", None, 16, 2048),  # products need 1,233
-        ("meta-llama/Llama-3.1-8B", "nf4", 16, 8192),  # products need 7,375
+        ("meta-llama/Llama-3.1-8B", None, 16, 2048),  # the matrix products need 1,233
+        ("meta-llama/Llama-3.1-8B", "nf4", 16, 8192),  # the matrix products need 7,375
         (
             "meta-llama/Llama-3.1-70B",
             "nf4",
             16,
             2048,
-        ),  # products need 8,192, but neither 8,192 nor 4,096 fits in memory
+        ),  # the matrix products need 8,192, but neither 8,192 nor 4,096 fits in memory
     ],
 )
 def test_micro_tokens_fit_products_and_memory(base: str, quantize: str | None, rank: int, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""A denoiser's saved activations equal the plan's count, on the built-in bases."""
+"""The activations that a denoiser saves equal the plan's count, for the built-in bases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PICTURES = 2
 
 
 def given(name: str, size: int) -> dict[str, Any]:
-    """Return inputs of a forward pass, with the widths of the base's text encoders."""
+    """Return inputs for a forward pass, with the widths of the base's text encoders."""
     n = PICTURES
     if name == "catalogue-sdxl":
         cond = {"text_embeds": torch.randn(n, 96).bfloat16(), "time_ids": torch.zeros(n, 6).bfloat16()}
@@ -55,7 +55,7 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def check_activations(model: Any, config: dict[str, Any], load: ImageLoad, forward: Callable[[], torch.Tensor]) -> None:
-    """Compare what autograd keeps and what is trained with the counts of the plan."""
+    """Compare autograd's saved bytes and the number of trained parameters with the plan's counts."""
     spec = LoraSpec(rank=16, targets=(TARGET_WORDS[str(load.targets)],))
     with attach(model) as attachment:
         attachment.add("a", create(model, spec, seed=0), trainable=True)
@@ -130,7 +130,7 @@ def test_kept_activations_of_diffusers_attention_equal_the_count(kind: str, word
     check_activations(model, {**config, "_class_name": kind}, load, forward)
 
 
-def test_other_denoisers_and_targets_are_refused() -> None:
+def test_unknown_denoisers_and_targets_are_refused() -> None:
     assert not is_denoiser({"_class_name": "SanaTransformer2DModel"})
     with pytest.raises(ConfigError, match="does not know the denoiser 'SanaTransformer2DModel'"):
         image_counts({"_class_name": "SanaTransformer2DModel"}, ImageLoad())
@@ -141,12 +141,12 @@ def test_other_denoisers_and_targets_are_refused() -> None:
 @pytest.mark.parametrize(
     ("base", "before", "error"),
     [
-        ("flux.1-dev", 3, "takes at most 1 picture before each, and the plan is of 3"),
+        ("flux.1-dev", 3, "takes at most 1 picture per edit, but the plan has 3"),
         ("flux.1-schnell", 1, "this base edits no pictures"),
-        ("black-forest-labs/FLUX.2-klein-4B", 5, "at most 4 pictures before each"),
+        ("black-forest-labs/FLUX.2-klein-4B", 5, "at most 4 pictures per edit"),
         ("sdxl", 1, "this base edits no pictures"),
     ],
 )
-def test_edits_beyond_a_base_are_refused(base: str, before: int, error: str) -> None:
+def test_too_many_source_pictures_are_refused(base: str, before: int, error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         image_counts(base_config(base), ImageLoad(before=before))

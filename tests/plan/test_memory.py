@@ -1,4 +1,4 @@
-"""Memory by part: monotonicity, the published bits of NF4, and autograd's real saved tensors."""
+"""Memory per part: monotonicity, NF4's published sizes, and the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_parts_are_never_negative_and_add_up(load: Load) -> None:
 def test_larger_loads_never_take_less_memory(load: Load) -> None:
     before = text_memory(LLAMA, load, CPU).peak
     for more in (
-        replace(load, lengths=(*load.lengths, load.lengths[-1])),  # another length could reduce padding
+        replace(load, lengths=(*load.lengths, load.lengths[-1])),  # a different length could reduce padding
         replace(load, rank=2 * load.rank),
         replace(load, lengths=tuple(2 * n for n in load.lengths)),
     ):
@@ -82,7 +82,7 @@ def test_larger_loads_never_take_less_memory(load: Load) -> None:
 
 
 def test_nf4_constants_take_the_published_bits() -> None:
-    """arXiv 2305.14314: constants take 0.127 bits per parameter with double quantization, 0.5 without."""
+    """arXiv 2305.14314: constants take 0.127 bits per parameter with double quantization, 0.5 without it."""
     for double, bits in ((True, 0.127), (False, 0.5)):
         _, constants = weight_bytes(LLAMA, "bfloat16", "nf4", double)
         assert 8 * constants / LLAMA.matrices == pytest.approx(bits, abs=5e-4)
@@ -92,7 +92,7 @@ def test_nf4_constants_take_the_published_bits() -> None:
 
 def test_a_quantized_base_dequantizes_one_joined_weight_at_a_time() -> None:
     load = Load((512,), quantize="nf4")
-    assert text_memory(LLAMA, load, CPU).dequantized == 2 * 4096 * 2 * 14336  # gate and up
+    assert text_memory(LLAMA, load, CPU).dequantized == 2 * 4096 * 2 * 14336  # gate and up projections
     assert text_memory(LLAMA, replace(load, quantize=None), CPU).dequantized == 0
 
 
@@ -104,7 +104,7 @@ def test_dequantized_bytes_are_whole_layers_within_the_limit() -> None:
     assert kept_dequantized(LLAMA, memory, memory.peak + 1000 * layer) == 32 * layer
 
 
-def test_packed_weights_are_two_copies_except_without_gradient() -> None:
+def test_packed_weights_are_two_copies_if_gradients_are_needed() -> None:
     plain = LLAMA.matrices + LLAMA.vocabulary * LLAMA.hidden
     first = sum(linear.parameters for linear in LLAMA.layers[0].products["qkv"])
     assert packed_weights(LLAMA, "bfloat16", lambda *product: True) == 2 * (2 * plain - first)
@@ -113,8 +113,8 @@ def test_packed_weights_are_two_copies_except_without_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_weights_equal_a_step_and_keep_gradients(dtype: torch.dtype) -> None:
-    """On a model large enough for prepacked copies, which are released after the block."""
+def test_packed_bytes_match_a_step_with_equal_gradients(dtype: torch.dtype) -> None:
+    """The model is large enough for prepacked copies, which are released after the block."""
     config = LlamaConfig(
         **{**SMALL, "hidden_size": 256, "intermediate_size": 288, "vocab_size": 300}, bos_token_id=1, eos_token_id=2
     )
@@ -143,7 +143,10 @@ def test_packed_weights_equal_a_step_and_keep_gradients(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("more", [{}, {"dora": True}, {"dora": True, "dropout": 0.1}])
 @pytest.mark.parametrize(("lengths", "share"), [([128, 128], 0.25), ([200], 1.0)])
 def test_activations_equal_what_autograd_saves(more: dict[str, Any], lengths: list[int], share: float) -> None:
-    """After the forward pass of a small Llama on the fast paths, without the base's weights and the pairs."""
+    """Covers the forward pass of a small Llama on the fast paths.
+
+    The base's weights and the trained pairs are not counted.
+    """
     torch.manual_seed(0)
     spec = LoraSpec(rank=8, **more)
     config = LlamaConfig(**SMALL, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
@@ -174,7 +177,7 @@ def test_activations_equal_what_autograd_saves(more: dict[str, Any], lengths: li
 
 
 class _Held(TorchDispatchMode):
-    """Measures the peak bytes of tensors created inside."""
+    """Measures the peak size in bytes of the tensors created while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +201,7 @@ class _Held(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_compared_logits_take_the_measured_bytes(dtype: str, direction: Literal["reverse", "forward"]) -> None:
+def test_bytes_of_compared_logits_equal_the_measured_peak(dtype: str, direction: Literal["reverse", "forward"]) -> None:
     hidden, kind, config = SMALL["hidden_size"], getattr(torch, dtype), {**SMALL, "vocab_size": 8000}
     model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=kind).requires_grad_(False)
     ours, theirs = torch.randn(300, hidden, dtype=kind, requires_grad=True), torch.randn(300, hidden, dtype=kind)
@@ -221,14 +224,14 @@ def test_recomputing_keeps_a_tenth_of_the_activations() -> None:
     assert again.peak < plain.peak
 
 
-def test_several_micro_batches_add_gradients() -> None:
+def test_several_micro_batches_need_memory_for_gradients() -> None:
     one, four = (text_memory(LLAMA, Load((512,), micros=n), CPU) for n in (1, 4))
     assert one.gradients == 0
     assert four.gradients == 4 * pair_parameters(LLAMA)
 
 
 def test_offloading_moves_all_blocks_but_one_to_the_host() -> None:
-    """Each of FLUX.1's single blocks has 141,607,936 parameters: 3,072² · 15 in products, plus biases and two
+    """Each of FLUX.1's single blocks has 141,607,936 parameters: 3,072² · 15 in matrices, plus biases and two
     norms."""
     load = ImageLoad(1, 512, 512, checkpointing=True)
     card, counts = device_named("h100-80gb"), image_counts(base_config("flux.1-dev"), load)
@@ -241,7 +244,7 @@ def test_offloading_moves_all_blocks_but_one_to_the_host() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux.1-dev", "black-forest-labs/FLUX.2-klein-4B", "qwen-image"])
-def test_image_activations_grow_with_number_and_area(name: str) -> None:
+def test_image_activations_grow_with_picture_count_and_area(name: str) -> None:
     card, config = device_named("h100-80gb"), base_config(name)
 
     def memory(load: ImageLoad) -> Memory:

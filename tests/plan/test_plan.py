@@ -1,4 +1,4 @@
-"""Plans: whether a run fits, settings that make it fit, and its cost; GPUs; serving."""
+"""Plans: whether a run fits, which settings make it fit, and its cost; GPUs; serving."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_8b_model_fits_without_changed_settings() -> None:
     assert plan_text(found).startswith("It fits: ")
 
 
-def test_every_change_fits_and_has_its_own_kind() -> None:
+def test_every_proposed_change_fits_and_is_different() -> None:
     found = plan("meta-llama/Llama-3.1-8B", "rtx-4090", Load((600,) * 6))
     assert not found.fits
     kinds = [change.names for change in found.changes]
@@ -88,8 +88,7 @@ def test_flux_fits_24_gb_with_recomputing_and_nf4() -> None:
 
 
 def test_each_pass_takes_two_operations_per_weight_and_token() -> None:
-    """Frozen weights get no gradient; pairs get theirs, and DoRA multiplies the dropped input by the weight
-    too."""
+    """Frozen weights need no gradient, but pairs do. With DoRA and dropout, each weight is multiplied twice."""
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
     counts = text_counts(shape, Load((1,) * 64), device)
     pairs = 2 * 64 * pair_parameters(shape)
@@ -101,7 +100,7 @@ def test_each_pass_takes_two_operations_per_weight_and_token() -> None:
         assert found.forward - pairs == pytest.approx(times * (counts.forward - pairs), rel=0.01)
 
 
-def test_experts_count_only_for_tokens_that_choose_them() -> None:
+def test_experts_count_only_for_tokens_routed_to_them() -> None:
     shape, device = text_shape(base_config("Qwen/Qwen3-30B-A3B")), device_named("h100-80gb")
     assert text_counts(shape, Load((64,)), device).forward < 2 * 64 * 3.4e9
 
@@ -118,7 +117,7 @@ def test_time_grows_with_rows_and_with_recomputing() -> None:
     assert seconds(Load((512,), checkpointing=True)) > 1.2 * seconds(Load((512,)))
 
 
-def test_gpus_match_near_names() -> None:
+def test_gpus_are_found_by_similar_names() -> None:
     assert device_named("RTX 4090").name == device_named("rtx4090").name == "rtx-4090-24gb"
     assert device_named("h100-80gb", price=1.0).price == 1.0
     with pytest.raises(ConfigError, match="no GPU 'h900'"):
@@ -147,7 +146,7 @@ def test_a_plan_for_a_card_names_its_assumptions() -> None:
     text = plan_text(made)
     assert "both assumed" in text
     assert "its allocator cannot place are assumed" in text
-    assert "from the CPU's memory, assumed" not in text
+    assert "from CPU memory, assumed" not in text
     pictures = image_plan(
         "flux.1-dev",
         base_config("flux.1-dev"),
@@ -157,11 +156,11 @@ def test_a_plan_for_a_card_names_its_assumptions() -> None:
         available=20 * 10**9,
     )
     assert any("memory.offload_blocks=" in change.text for change in pictures.changes)
-    assert "from the CPU's memory, assumed" in plan_text(pictures)
+    assert "from CPU memory, assumed" in plan_text(pictures)
     small = text_plan("b", shape, Load((600,), quantize="nf4"), device, TrainingJob(5000, 600.0))
-    assert "from the CPU's memory, assumed" not in plan_text(small)
+    assert "from CPU memory, assumed" not in plan_text(small)
     away = Load((600,), quantize="nf4", checkpointing=True, inputs_on_host=True)
-    assert "from the CPU's memory, assumed" in plan_text(text_plan("b", shape, away, device, TrainingJob(5000, 600.0)))
+    assert "from CPU memory, assumed" in plan_text(text_plan("b", shape, away, device, TrainingJob(5000, 600.0)))
 
 
 def test_a_cpu_is_as_fast_as_its_profile() -> None:
@@ -178,7 +177,7 @@ def test_adapters_fill_the_memory_that_the_base_leaves() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb", price=2.5)
     found = serving(shape, device, rates_of(device), Traffic())
     assert found.adapter_bytes == dtype_bytes("bfloat16") * pair_parameters(shape)
-    assert found.cache_bytes == 2 * 32 * 8 * 128 * 2 * 700 * 32  # keys and values of every layer, context and request
+    assert found.cache_bytes == 2 * 32 * 8 * 128 * 2 * 700 * 32  # keys and values of every layer, position and request
     held = 2 * shape.parameters + found.cache_bytes + found.adapters * found.adapter_bytes
     assert held <= device.memory < held + 0.1 * device.memory
     quantized = serving(shape, device, rates_of(device), Traffic(), quantize="nf4")
@@ -189,7 +188,7 @@ def test_one_request_is_bound_by_bandwidth_many_by_operations() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
     rates = rates_of(device)
     alone = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=1))
-    weights = 2 * (shape.parameters - 128256 * 4096)  # the embedding reads one row only
+    weights = 2 * (shape.parameters - 128256 * 4096)  # the lookup reads only one row of the embedding
     assert alone.tokens_per_second == pytest.approx(rates.bandwidth / weights, rel=0.1)
     many = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=64))
     assert 10 * alone.tokens_per_second < many.tokens_per_second < 64 * alone.tokens_per_second

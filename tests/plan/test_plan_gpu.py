@@ -1,4 +1,4 @@
-"""The plan on CUDA: torch's peak allocation against the predicted peak."""
+"""The plan on CUDA: the predicted peak against the peak that torch allocates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base's shape from its config equals what transformers and diffusers build from that config."""
+"""The shape read from a base's config equals the model that transformers or diffusers builds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684, "black-forest-labs/FLUX.1-dev": 11_901_408_320,
     "Qwen/Qwen-Image": 20_430_401_088,
 }  # fmt: skip
-"""Parameter counts as shown on the hub."""
+"""Parameter counts shown on the Hugging Face Hub."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -68,11 +68,11 @@ def test_built_in_image_bases_match_their_files(name: str) -> None:
     folder = packaged_folder() / name
     size = next(folder.glob("*.safetensors")).stat().st_size
     counts = image_counts(base_config(str(folder)), ImageLoad(1, 64, 64))
-    assert 2 * counts.parameters <= size <= 2 * counts.parameters + 300_000  # bfloat16 plus the file's header
+    assert 2 * counts.parameters <= size <= 2 * counts.parameters + 300_000  # bfloat16 values plus the file's header
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama4", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma3", "phi3"])
-def test_a_model_has_its_own_parameters_and_pairs(family: str) -> None:
+def test_shape_counts_equal_the_models_parameters_and_pairs(family: str) -> None:
     model, spec = {**families.FAMILIES, **families.OTHERS}[family](), LoraSpec(rank=4)
     shape = module_shape(model)
     assert shape.parameters == sum(p.numel() for p in model.parameters())

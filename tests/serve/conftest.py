@@ -1,4 +1,4 @@
-"""Fixtures: a tiny base, a library, a folder that the operator allows, and a catalog of both."""
+"""Fixtures: a tiny base, a library, a folder that the operator allows, and a catalog of adapters in both."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A fake vLLM server without a model: real HTTP, in a thread.
+"""A fake vLLM server that speaks real HTTP in a thread but has no model.
 
-The first word of a completion is the adapter's folder, which shows which adapter was used.
+The first word of a completion is the name of the adapter's folder, which shows which adapter was used.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from tests.serve.http.toy import served
 class FakeVLLM:
     """A server that responds as vLLM does.
 
-    `resolve`: the plug-in, adapter name -> folder or None. `load_fails`: respond as vLLM does if it cannot
-    load the resolved folder. `wrong`: (status, message) of the next responses, in order. `breaks_after`:
-    tokens before the stream breaks. `delay`: seconds before each token. `calls`: bodies of completion
-    requests. `left`: number of streams whose client disconnected."""
+    `resolve`: stands in for the plug-in: adapter name -> folder or None. `load_fails`: respond as vLLM does
+    if it cannot load the resolved folder. `wrong`: (status, message) of the next error responses, in order.
+    `breaks_after`: number of tokens before the stream breaks. `delay`: seconds before each token. `calls`:
+    bodies of the completion requests received. `left`: number of streams whose client disconnected.
+    """
 
     resolve: Callable[[str], Path | None] = lambda name: None
     load_fails: bool = False
@@ -95,6 +96,6 @@ def _error(status: int, message: str) -> JSONResponse:
 
 @contextmanager
 def running(fake: FakeVLLM) -> Iterator[str]:
-    """Yield the server's URL while the server runs."""
+    """Yield the URL of `fake`, which runs until the context ends."""
     with served(fake.app()) as url:
         yield url

@@ -1,4 +1,4 @@
-"""Helpers: a picture engine on a tiny base, adapters by digest and by name, and a server."""
+"""Helpers: a picture engine on a tiny base, a source of adapters, a catalog, and a server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from veneer.serve.settings import HttpSettings
 
 
 class Shelf:
-    """Adapters by digest; counts reads per adapter."""
+    """Provides adapters by digest and records each read."""
 
     def __init__(self, **adapters: Adapter) -> None:
         self.adapters = {adapter.digest(): adapter for adapter in adapters.values()}
@@ -61,7 +61,7 @@ def ask(seed: int = 0, *mix: tuple[str, float], prompt: str = "a red cat", **mor
 async def collect(
     engine: PictureEngine, *requests: PictureRequest, on_event: Callable[[int, PictureEvent], None] | None = None
 ) -> list[FinishedPicture]:
-    """Return the pictures in the order of the requests."""
+    """Return the finished pictures in the order of the requests."""
     found: dict[int, FinishedPicture] = {}
     async for i, event in engine.events(requests):
         if on_event is not None:
@@ -72,7 +72,10 @@ async def collect(
 
 
 def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[FinishedPicture]:
-    """Run all requests concurrently, each as a separate client. A single request does not wait for others."""
+    """Return the pictures of requests that run concurrently, each as a separate client.
+
+    A single request does not wait for others to batch with.
+    """
 
     async def all_of() -> Sequence[list[FinishedPicture]]:
         return await asyncio.gather(*(collect(engine, request) for request in requests))
@@ -86,7 +89,7 @@ def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[FinishedPict
 
 
 class Names:
-    """A catalog of the shelf's adapters and of files that are resolved when requested."""
+    """A catalog of the shelf's adapters, and of adapter files that are checked when requested."""
 
     base = "tiny"
 
@@ -94,7 +97,7 @@ class Names:
         self.of, self.shelf, self.files = base, shelf, files or {}
 
     async def fresh(self) -> None:
-        """Do nothing: names are fixed."""
+        """Do nothing, because the names never change."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         name = model.removeprefix("tiny:")

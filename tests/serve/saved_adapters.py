@@ -1,4 +1,4 @@
-"""Helpers for tests of names and sources: adapters on disk and texts of errors."""
+"""Helpers for tests of names and sources: saved adapters, and the reasons of refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Make = Callable[..., Catalog]
 
 
 def saved(base: TextBase, folder: Path, seed: int = 0, **card: Any) -> str:
-    """Write an adapter in PEFT's layout; return its digest."""
+    """Write an adapter in PEFT's layout. Return its digest."""
     adapter = adapter_for(base, seed, **card)
     peft.write_folder(adapter, folder)
     return peft.load_folder(folder).adapter.digest()

@@ -1,4 +1,4 @@
-"""Helpers for tests of the adapter cache: adapters by digest, with loads that run when a test chooses."""
+"""Helpers for tests of the adapter cache: adapters by digest, whose loads run only when a test says so."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNIT = 64
 
 @dataclass(eq=False)
 class Thing:
-    """A prepared adapter: its tensors' size times `factor`."""
+    """A prepared adapter. `bytes`: the size of the adapter's tensors times the shop's `factor`."""
 
     name: str
     bytes: int
@@ -24,7 +24,7 @@ class Thing:
 
 @dataclass
 class Shop:
-    """Adapters by digest, with `sizes` in units. `held`: loads that the test runs later."""
+    """Adapters by digest. `sizes`: in units of 64 bytes. `jobs`: loads that have not run yet."""
 
     sizes: dict[str, int]
     factor: int = 1
@@ -63,7 +63,7 @@ class Shop:
 
 
 class Asked:
-    """A request: acquires a lease and records what `ready` returns."""
+    """A request: acquires a lease and records the results."""
 
     def __init__(self, residents: AdapterCache[Thing], *digests: str) -> None:
         self.mix: DigestMix = make_mix((d, 1.0) for d in digests)

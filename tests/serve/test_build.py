@@ -1,4 +1,4 @@
-"""A server has the parts that its settings need; settings without effect are refused."""
+"""A server is built from the parts that its settings need; settings without effect are refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_server_with_tenants_asks_for_keys(tmp_path: Path, monkeypatch: pytest
     where = str(tmp_path / "tenants.sqlite")
     (store := Store(where)).close()
     assert kind() == "OpenTenants", "an empty database does not close a local server"
-    assert said.pop() == f"open to this machine, without a key; routes and ledger: {where}"
+    assert said.pop() == f"this machine needs no key; routes and ledger: {where}"
     assert kind(host="0.0.0.0") == kind(tenants=where) == "Tenants"
     assert "no tenants yet" in said.pop()
     assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
@@ -103,7 +103,7 @@ def test_extensions_stop_in_reverse_order(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_computing_options_are_refused_with_upstreams(option: str, more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"^{option} applies to .* the server of --upstream computes") as caught:
+    with pytest.raises(ConfigError, match=f"^{option} applies to .* the upstream server runs the model") as caught:
         load(ServeSettings("anything", fleet=FLEET, **more))
     assert caught.value.where == option
 

@@ -32,7 +32,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], base: str, *options: str) -> str:
-    """Return the error of `veneer serve`, which ends before it listens."""
+    """Return the error output of `veneer serve`, which exits before it listens."""
     ran = run(capsys, "serve", "--base", base, *options, code=2)
     assert "listening" not in ran.err
     return ran.err
@@ -41,14 +41,14 @@ def refusal(capsys: pytest.CaptureFixture[str], base: str, *options: str) -> str
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--quantize", "nf5"], "'nf5' is not a quantization | --quantize | did you mean nf4? There are nf4, fp4"),
+        (["--quantize", "nf5"], "'nf5' is not a quantization | --quantize | did you mean nf4? Choose one of nf4, fp4"),
         (["--quantize", "NF4"], "'NF4' is not a quantization | did you mean nf4?"),
         (["--quantize", ""], "'' is not a quantization"),
         (["--dtype", "bfloat61"], "'bfloat61' is not a dtype | --dtype | did you mean bfloat16?"),
         (["--device", "cudda"], "'cudda' is not a device | --device | did you mean cuda?"),
         (["--device", "cuda:99"], "there is no CUDA device cuda:99"),
         (["--upstream", "there"], "'there' is not the URL of a server"),
-        (["--upstream", "http://there"] * 2, "there can be one --upstream"),
+        (["--upstream", "http://there"] * 2, "there can be only one --upstream"),
         (["--cache-memory", "lots"], "'lots' is not a size | --cache-memory"),
         (["--cache-memory", "0"], "'0' is too small | --cache-memory"),
         (["--adapter-memory", "-1G"], "'-1G' is not a size | --adapter-memory"),
@@ -57,8 +57,8 @@ def refusal(capsys: pytest.CaptureFixture[str], base: str, *options: str) -> str
         (["--library", "a-file/inside"], "a-file"),
         (["--tenants", "nonsense://x"], "this is not an address of the tenants' database"),
         (["--tenants", "."], "the tenants' database cannot be opened"),
-        (["--allowed-origin", "app.example.com"], "'app.example.com' is not an origin of pages"),
-        (["--allowed-origin", "https://*.example.com"], "'https://*.example.com' is not an origin of pages"),
+        (["--allowed-origin", "app.example.com"], "'app.example.com' is not a valid origin"),
+        (["--allowed-origin", "https://*.example.com"], "'https://*.example.com' is not a valid origin"),
         (["--allowed-origin", "*"], "any web page could use this server | --api-keys"),
         (["--studio", "--host", "0.0.0.0"], "it needs a key | --api-keys or --tenants"),
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
@@ -99,7 +99,7 @@ def test_bad_file_values_are_refused_before_listening(text, words, home, capsys)
         ("./nowhere", "there is no base './nowhere'"),
         ("an-adapter", "this directory has no config.json"),
         ("what is this?", "there is no base 'what is this?'"),
-        ("", "the base has no name"),
+        ("", "the name of the base is empty"),
         ("somebody/no-such-base", "there is no base 'somebody/no-such-base' on this machine, and the hub cannot"),
         ("smolm2-135m", "did you mean smollm2-135m?"),
     ],
@@ -144,7 +144,7 @@ def test_valid_and_unknown_settings_pass(home: Path) -> None:
     base = str(tiny_base_dir(home))
     for each in (
         ServeSettings(base),
-        ServeSettings("smollm2-135m", quantize="keep"),  # not built yet
+        ServeSettings("smollm2-135m", quantize="keep"),  # a built-in base that must be created first
         ServeSettings(base, dtype="bf16", device="cpu"),
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
         ServeSettings(

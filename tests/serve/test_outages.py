@@ -1,4 +1,4 @@
-"""An unavailable database, store or disk is a 503 without details."""
+"""If a database, a store or a disk is unavailable, the client gets a 503 without details."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ ADMIN = "an-admin-key-of-some-length"
 OPERATOR = Principal("operator")
 
 
-def kept_back(refused: Refused, log: str) -> None:
-    """Assert that the client gets a generic message and an id under which the log has the driver's error."""
+def assert_details_withheld(refused: Refused, log: str) -> None:
+    """Assert that the client's error is generic and contains the id of the driver's error in the log."""
     assert (refused.status, refused.code) == (503, "unavailable")
     assert refused.retry_after
     assert "secret-host" not in str(refused)
@@ -44,7 +44,7 @@ def kept_back(refused: Refused, log: str) -> None:
 
 @pytest.fixture
 def elsewhere(base: TextBase, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A library with one adapter in a remote store that is accessed through a client."""
+    """Yield a library in a remote store, and the digest of its one adapter."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     digest = saved(base, folder / "a")
     with open_library(f"memory://{tmp_path.name}", str(tmp_path / "index.sqlite")) as library:
@@ -56,7 +56,7 @@ def elsewhere(base: TextBase, folder: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "error", [OSError(SECRET), RuntimeError(SECRET), PermissionError(SECRET), TimeoutError(SECRET)]
 )
-def test_a_failed_first_read_of_an_adapter_is_repeated(make, elsewhere, error, caplog, monkeypatch):
+def test_a_failed_first_read_of_an_adapter_is_retried(make, elsewhere, error, caplog, monkeypatch):
     library, digest = elsewhere
     catalog = make(library=library)
     assert catalog.resolve("support", OPERATOR).mix == of(digest)
@@ -66,8 +66,8 @@ def test_a_failed_first_read_of_an_adapter_is_repeated(make, elsewhere, error, c
 
     with monkeypatch.context() as patch:
         patch.setattr(library.store.fs, "open", fails)
-        kept_back(refused(lambda: catalog.sources.read(digest, catalog.problems)), caplog.text)
-        kept_back(refused(lambda: catalog.load("mine", "support")), caplog.text)
+        assert_details_withheld(refused(lambda: catalog.sources.read(digest, catalog.problems)), caplog.text)
+        assert_details_withheld(refused(lambda: catalog.load("mine", "support")), caplog.text)
     assert catalog.sources.read(digest, catalog.problems).digest() == digest
     assert catalog.load("mine", "support").digest == digest
 
@@ -88,8 +88,8 @@ def test_lost_or_changed_files_are_server_errors(make: Make, elsewhere: Any, cap
         assert "blobs" not in str(error)
 
 
-def test_a_removed_adapter_is_404_and_no_outage(make: Make, elsewhere: Any) -> None:
-    """A running request keeps its resolved adapter while the files exist; new requests cannot name it."""
+def test_a_removed_adapter_is_404_and_not_an_outage(make: Make, elsewhere: Any) -> None:
+    """A running request can still read its adapter while the files exist; new requests cannot name it."""
     library, digest = elsewhere
     catalog = make(library=library)
     catalog.resolve("support", OPERATOR)
@@ -109,11 +109,11 @@ def test_a_failing_disk_is_not_the_adapters_error(make, base, folder, number, ca
     def fails(*a: Any, **k: Any) -> Any:
         try:
             raise OSError(number, SECRET)
-        except OSError as error:  # the error that readers raise for an unreadable file
+        except OSError as error:  # readers wrap the error of an unreadable file in this way
             raise AdapterError(f"cannot be read: {error}") from error
 
     monkeypatch.setattr("veneer.serve.names.adapter_sources.load_adapter", fails)
-    kept_back(refused(lambda: catalog.load("x", "a")), caplog.text)
+    assert_details_withheld(refused(lambda: catalog.load("x", "a")), caplog.text)
 
 
 def test_errors_that_count_as_outages() -> None:
@@ -140,7 +140,7 @@ def test_a_damaged_database_is_an_outage(tmp_path: Path) -> None:
         connection.execute(text("CREATE TABLE kept (a TEXT UNIQUE)"))
         connection.execute(text("INSERT INTO kept VALUES ('x')"))
     engine.dispose()
-    cut.write_bytes(whole.read_bytes()[:4096] + b"\xff" * 8192)  # destroy all pages of the database but the first
+    cut.write_bytes(whole.read_bytes()[:4096] + b"\xff" * 8192)  # overwrite all pages except the first
     for file in (garbage, cut):
         error = failed(file, "SELECT * FROM kept")
         assert is_transient(error), error
@@ -186,7 +186,7 @@ def test_unauthenticated_requests_learn_nothing_of_an_outage(tenants, monkeypatc
     assert ask(app, "/v1/models").status_code == 401
     monkeypatch.setattr(tenants.store, "refresh", away)
     for path in ("/v1/models", "/metrics"):
-        answer = ask(app, path, key="vnr-aaaaaaaaaa-never-seen-before")  # the cached settings apply
+        answer = ask(app, path, key="vnr-aaaaaaaaaa-never-seen-before")  # the cached settings are used
         assert answer.status_code == 401
         assert not any(word in answer.text for word in ("secret-host", "PGSQL", "SELECT", "tenant_meta"))
     assert "secret-host" in caplog.text
@@ -200,7 +200,7 @@ def test_operator_routes_are_503_during_an_outage(tenants, error, monkeypatch, c
     app = served(tenants)
     monkeypatch.setattr(tenants.store, "refresh", error or locked)
     told(ask(app, "/admin/tenants", ADMIN), caplog.text)
-    # uses cached settings, if those permit the request
+    # cached settings are used if reading failed because of a database error
     assert ask(app, "/admin/tenants", "no key").status_code == (401 if error else 503)
 
 

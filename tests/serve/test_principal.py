@@ -1,4 +1,4 @@
-"""Permissions: every route, called by every kind of principal."""
+"""Permissions: every kind of principal calls every route."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TRAIN = ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/jobs/", "/api/v1/"
 
 
 def permission_of(method: str, path: str) -> Permission:
-    """Return the permission that the documentation states for a route."""
+    """Return the permission that the documentation gives for a route."""
     if path in PUBLIC or "{signature}" in path:
         return "public"
     if path == "/metrics":
@@ -61,7 +61,7 @@ def permission_of(method: str, path: str) -> Permission:
 
 
 class ByName(OpenAccess):
-    """A tenancy in which a key is the name of its principal."""
+    """A tenancy in which each principal's name is also its key."""
 
     keyless = False
 
@@ -73,7 +73,7 @@ class ByName(OpenAccess):
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[FastAPI]:
-    staging, nothing = UploadStage(1 << 20), MagicMock()  # denied requests never use these objects
+    staging, nothing = UploadStage(1 << 20), MagicMock()  # placeholders: denied requests never reach these objects
     makers = (feedback_routes, file_routes, tuning_routes, sample_routes, training_routes, sampling_routes)
     routers = [images_routes, key_routes(ByName()), *(each(nothing) for each in (*makers, weights_routes))]
     routers += [adapter_routes(nothing, staging, ByName()), admin_router(nothing, ToyCatalog())]
@@ -103,8 +103,10 @@ def test_every_route_names_the_documented_permission(app: FastAPI) -> None:
 
 @pytest.mark.parametrize("name", [*KINDS, None])
 def test_a_route_is_refused_without_its_permission(app: FastAPI, name: str | None) -> None:
-    """The permission is checked before the body is read: a denied request with invalid JSON gets no error
-    about it."""
+    """The permission is checked before the body is read.
+
+    So a denied request with invalid JSON gets 401 or 403, not an error about its body.
+    """
     principal = STRANGER if name is None else KINDS[name]
 
     headers = {"content-type": "application/json"} | ({} if name is None else {"authorization": f"Bearer {name}"})
@@ -133,7 +135,7 @@ def test_a_route_without_a_named_permission_is_an_error() -> None:
         async def forgotten() -> dict[str, int]:
             return {"secret": 1}
 
-        with pytest.raises(ValueError, match="/forgotten names no permission"):
+        with pytest.raises(ValueError, match="/forgotten declares no permission"):
             toy_app(ToyEngine(ToyText()), ToyCatalog(), routers=[each])
     app = FastAPI()
     app.include_router(router)

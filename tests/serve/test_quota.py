@@ -1,4 +1,4 @@
-"""Quotas of owners: taking and releasing amounts, and errors that name the limit."""
+"""Quotas per owner: amounts are taken and released, and errors name the limit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_refused_hold_takes_nothing() -> None:
     assert quotas.used("a", "memory") == 0
 
 
-def test_threads_never_pass_a_limit_together() -> None:
+def test_concurrent_threads_never_exceed_a_limit() -> None:
     quotas = Quotas(QuotaLimits(requests=50))
 
     def take(_: int) -> bool:
@@ -63,7 +63,7 @@ def test_threads_never_pass_a_limit_together() -> None:
         assert sum(pool.map(take, range(200))) == 50
 
 
-def test_a_hold_changes_to_an_amount_or_stays() -> None:
+def test_a_refused_change_leaves_a_hold_unchanged() -> None:
     quotas = Quotas(SMALL)
     hold, other = quotas.take("a", memory=60), quotas.take("a", memory=30)
     hold.change(memory=70)

@@ -1,4 +1,4 @@
-"""States of a server: loading, ready, draining, stopped."""
+"""The states of a server: loading, ready, draining, stopped."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
                     assert ready.json() == {"status": "draining"}
                     refused = other.post("/v1/completions", json={"prompt": "Hi"})
                     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-                assert [line for line in lines if line][-1] == "data: [DONE]"  # running requests finish
+                assert [line for line in lines if line][-1] == "data: [DONE]"  # the running request finishes
         assert process.wait(60) == 0
         assert process.stdout.read().strip().endswith("ended")
         assert "INFO veneer.serve: draining: 1 requests" in process.stderr.read()

@@ -1,4 +1,4 @@
-"""Settings of `veneer serve`, as users write them."""
+"""Settings of `veneer serve`, in the spelling that users write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real vLLM: names from the library, behind a veneer server, and vLLM's own loader on an exported folder.
+"""The real vLLM: library names, vLLM behind a veneer server, and vLLM's own loader on an exported folder.
 
 `make test-peers` installs vLLM into .venv-vllm; VENEER_VLLM_PYTHON names another interpreter with vLLM.
 """
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.peers
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("VENEER_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
 TOKENS = 6
-TOLERANCE = 2e-3  # of log-probabilities, both in float32
+TOLERANCE = 2e-3  # maximum difference of log-probabilities; both are computed in float32
 PROMPT = "The capital of France is the city of"
 SPECS = {
     "plain": LoraSpec(rank=8, alpha=8, targets=("q_proj", "v_proj")),
@@ -49,7 +49,7 @@ SPECS = {
 
 @dataclass
 class Shop:
-    """The base, a library of its adapters, and two vLLM replicas; the second replica has no plug-in."""
+    """The base, a library of adapters for it, and two vLLM replicas, of which only the first has the plug-in."""
 
     base: TextBase
     place: Path
@@ -68,7 +68,7 @@ class Shop:
         return list(self.base.tokenizer(PROMPT)["input_ids"])
 
     def expected(self, answer: list[int], **strengths: float) -> tuple[list[int], torch.Tensor]:
-        """Return veneer's (greedy token per position, log-probability of each given token)."""
+        """Return (veneer's greedy token at each position, log-probability of each token of `answer`)."""
         attachment = attach(self.base.model)
         try:
             for name in strengths:
@@ -85,12 +85,12 @@ class Shop:
         greedy, expected = self.expected(answer, **strengths)
         assert answer == greedy
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=TOLERANCE)
-        # the adapters have an effect: the base alone has other tokens or probabilities
+        # the adapters have an effect: without them, some log-probability differs clearly
         _, alone = self.expected(answer)
         assert not strengths or (alone - expected).abs().max() > 20 * TOLERANCE
 
     def ask(self, model: str, which: int = 0) -> tuple[list[int], list[float], str]:
-        """Complete greedily; return (token ids, log-probabilities, vLLM's name for the model)."""
+        """Complete greedily. Return (token ids, log-probabilities, the model name in vLLM's response)."""
         body = {"model": model, "prompt": self.prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 0}
         answer = post(f"{self.urls[which]}/v1/completions", body | {"return_token_ids": True, "ignore_eos": True})
         assert answer.status_code == 200, answer.text
@@ -112,7 +112,10 @@ def made(base: TextBase, spec: LoraSpec, seed: int) -> Adapter:
 
 
 def start(model: Path, port: int, core: int, log: Path, **more: str) -> subprocess.Popen[bytes]:
-    """Start vLLM on one core. Two threads that spin for each other are slower than one on a busy machine."""
+    """Start vLLM on one core.
+
+    On a busy machine, two threads that spin while they wait for each other are slower than one.
+    """
     settings = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     for name in ("ALLOW_RUNTIME_LORA_UPDATING", "CPU_KVCACHE_SPACE", "NO_USAGE_STATS"):
         settings[f"VLLM_{name}"] = "1"
@@ -177,10 +180,10 @@ def wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "called", "name"),
     [
-        ("plain@1", "plain@1", "plain"),  # files of the library
+        ("plain@1", "plain@1", "plain"),  # served from the library's own folder
         ("plain@prod", "plain@prod=plain@1", "plain"),
         ("stable", "stable=stable@1", "stable"),
-        ("patterns", "patterns=patterns@1", "patterns"),  # converted into the cache
+        ("patterns", "patterns=patterns@1", "patterns"),  # served from the folder of converted copies
     ],
 )
 def test_vllm_serves_library_adapters_by_name_with_full_effect(shop, asked, called, name):
@@ -207,7 +210,7 @@ def test_a_moved_alias_takes_effect_after_an_unload(shop):
         library.add(shop.place / "stable", "plain")
         library.alias("plain@2", "prod")
     try:
-        shop.check(*shop.ask("plain@prod")[:2], plain=1.0)  # vLLM keeps the adapter that the name first meant
+        shop.check(*shop.ask("plain@prod")[:2], plain=1.0)  # vLLM keeps the adapter that the name first resolved to
         answer = post(f"{shop.urls[0]}/v1/unload_lora_adapter", {"lora_name": "plain@prod"})
         assert answer.status_code == 200
         ids, logprobs, model = shop.ask("plain@prod")
@@ -246,7 +249,7 @@ async def answer(door: Upstream, shop: Shop, mix: DigestMix) -> tuple[list[int],
     return [t.id for t in tokens], [t.logprob for t in tokens if t.logprob is not None]
 
 
-def test_vllm_answers_as_veneer_does_behind_a_front_door(shop):
+def test_vllm_behind_a_veneer_server_answers_like_veneer(shop):
     async def work(door: Upstream) -> None:
         shop.check(*await answer(door, shop, ()))
         mixes: list[dict[str, float]] = [{"plain": 1.0}, {"stable": 1.0}, {"patterns": 1.0}, {"patterns": 0.5}]

@@ -1,5 +1,4 @@
-"""Completions of a whole server equal single-request ones and PEFT's, under the current meaning of each
-name."""
+"""Completions of a whole server equal those of single requests and of PEFT."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ def test_mixes_equal_core_and_peft(whole: Whole, shop: Shop) -> None:
     whole.idle()
 
 
-def test_the_engines_queue_is_the_servers(shop: Shop) -> None:
-    """The engine never refuses a request that the server admitted."""
+def test_the_engine_queue_equals_the_servers_queue(shop: Shop) -> None:
+    """The engine's queue is as long as the server's, so it never refuses a request that the server admitted."""
     with served(shop, http=HttpSettings(queue=3000)) as whole:
         assert whole.engine.settings.queue == whole.built.service.admission.shares["answers"].total == 3000

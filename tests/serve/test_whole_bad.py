@@ -1,5 +1,4 @@
-"""More than 50 invalid loads during traffic: each is refused with a reason and has no effect on other
-requests."""
+"""More than 50 invalid loads during traffic are refused with a reason and affect no other request."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ TENSORS, CONFIG = peft.TENSOR_FILE, peft.CONFIG_FILE
 
 
 def spoiled(shop: Shop) -> list[str]:
-    """Return sources of invalid loads: every hostile file as a folder and as an adapter's tensors, and
-    damaged folders."""
+    """Return sources of invalid loads: hostile files, damaged folders, and names outside the allowed folder."""
     folder = shop.adapters
     sources = [str(path.relative_to(folder)) for path in hostile.write(folder / "hostile")]
 
@@ -71,7 +69,7 @@ def spoiled(shop: Shop) -> list[str]:
 
 
 def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # an executed pickle would write its marker here
+    monkeypatch.chdir(tmp_path)  # if a pickle were executed, it would write its marker here
     bad = spoiled(shop)
     assert len(bad) > 50
     good = [("tiny", prompt(9)), *((name, prompt(15, k)) for k, name in enumerate(KINDS))]
@@ -95,7 +93,7 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
             clients = [pool.submit(traffic) for _ in range(2)]
             try:
                 answers = list(map(load, bad))
-                with ThreadPoolExecutor(8) as many:  # repeat, several at once
+                with ThreadPoolExecutor(8) as many:  # repeat some loads concurrently
                     answers += many.map(load, bad[::4])
             finally:
                 done.set()
@@ -103,8 +101,8 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
         for source, status, body in answers:
             assert 400 <= status < 500, (source, status, body)
             assert body["error"]["type"], (source, body)
-            told = json.dumps(body).replace(source, "")  # without the request's own text
-            assert str(shop.folder) not in told, source  # clients see no paths
+            told = json.dumps(body).replace(source, "")  # exclude the client's own text
+            assert str(shop.folder) not in told, source  # clients must not see the server's paths
         assert [card.id for card in whole.client.models.list()] == ["tiny", *sorted(KINDS)]
         whole.idle()
         resident = set(whole.engine.residents.resident())
@@ -114,7 +112,7 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
 
 
 def test_invalid_requests_fail_alone(shop: Shop) -> None:
-    """Names in the library whose files are damaged."""
+    """The library has an adapter with a damaged file; requests for other adapters succeed."""
     broken = shop.make("soon-broken", 80)
     shop.library.add(shop.adapters / "soon-broken", "soon-broken")
     file = shop.library.resolve("soon-broken") / TENSORS
@@ -126,7 +124,7 @@ def test_invalid_requests_fail_alone(shop: Shop) -> None:
         for _ in range(3):
             for words in ({"model": "soon-broken"}, {"mix": ["plain", "soon-broken:0.5"]}):
                 answer = whole.http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 3, **words})
-                assert answer.status_code == 503, answer.text  # the library is at fault, not the client
+                assert answer.status_code == 503, answer.text  # 503: the library is at fault, not the client
                 assert answer.json()["error"]["code"] == "adapter_unusable"
                 assert answer.json()["error"]["message"].startswith("damaged: ")
                 assert str(shop.folder) not in answer.text

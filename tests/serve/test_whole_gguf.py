@@ -1,5 +1,7 @@
-"""A GGUF file of mixed quantization types, served without requantizing: `veneer serve --quantize keep` over
-HTTP."""
+"""A GGUF file with several quantization types, served over HTTP without requantizing.
+
+The server runs as with `veneer serve --quantize keep`.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,18 @@ from veneer.core.attach import attach
 from veneer.formats import peft
 
 LONG = 150
-"""Prompt tokens: more than nine cache blocks, and more than two row chunks of a product."""
+"""Length of the long prompts in tokens: more than nine cache blocks, and more rows than two chunks of a
+matrix product."""
 
 
 def q4_k_m(name: str) -> str:
-    """Return the type of each tensor in llama.cpp's Q4_K_M files."""
+    """Return the quantization type of a tensor in llama.cpp's Q4_K_M files."""
     six = ("token_embd.weight", "output.weight", "blk.0.attn_v.weight", "blk.1.ffn_down.weight")
     return "Q6_K" if name in six else "Q4_K"
 
 
 def odd(name: str) -> str:
-    """Return types that put differently quantized matrices, and one without codes, into one batch."""
+    """Return a tensor's type. Some fused groups mix quantization types, and some matrices are F16."""
     own = {"blk.0.attn_output.weight": "F16", "blk.1.attn_q.weight": "F16", "blk.1.ffn_up.weight": "Q8_0"}
     return own.get(name, q4_k_m(name))
 
@@ -71,7 +74,7 @@ def server(shop: Shop) -> Iterator[Whole]:
 
 @torch.no_grad()
 def wanted(shop: Shop, mix: Mix, ids: list[int]) -> Tensor:
-    """Return log-probabilities of a prompt's own tokens, from dequantized float32 weights."""
+    """Return the log-probabilities of a prompt's tokens, computed with dequantized float32 weights."""
     model: Any = shop.base.model
     with attach(model) as attachment:
         for name, _ in mix:
@@ -87,7 +90,7 @@ MIXES: list[dict[str, float]] = [
 
 
 def test_concurrent_mixes_equal_the_dequantized_weights(shop: Shop, server: Whole) -> None:
-    """The prompts' log-probabilities agree within bfloat16 rounding; long prompts share steps with other
+    """The prompts' log-probabilities agree within bfloat16 rounding. Long prompts share steps with other
     requests."""
     work = [(MIXES[i % len(MIXES)], prompt((LONG, 17, 64, 131)[i % 4], i)) for i in range(32)]
     asked = [

@@ -1,5 +1,4 @@
-"""`veneer serve` as a process with tenants: after a kill under load it starts again with a balanced
-ledger."""
+"""`veneer serve` as a process with tenants: after a kill under load, it restarts with a balanced ledger."""
 
 from __future__ import annotations
 
@@ -30,10 +29,11 @@ CLIENTS = 6
 
 @dataclass
 class Seen:
-    """Records of the clients.
+    """What the clients received.
 
-    `answered`: complete responses, id -> (prompt, completion) tokens. `begun`: streams with at least one
-    event. `broken`: clients whose connection broke."""
+    `answered`: complete responses, request id -> (prompt, completion) tokens. `begun`: ids of streams with at
+    least one event. `broken`: number of clients whose connection broke.
+    """
 
     answered: dict[str, tuple[int, int]] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)
@@ -41,7 +41,7 @@ class Seen:
 
 
 def tenants_of(folder: Path) -> tuple[str, str]:
-    """Create a tenant; return (database URL, key)."""
+    """Create a database with one tenant. Return (database URL, tenant's key)."""
     url = str(folder / "tenants.sqlite")
     tenants = Tenants(url, watch=False)
     key = new_tenant(tenants.store, "acme", ["*"])
@@ -51,7 +51,7 @@ def tenants_of(folder: Path) -> tuple[str, str]:
 
 
 def client(address: str, key: str, seed: int, seen: Seen) -> None:
-    """Send requests one after another, streamed or not, until the server is gone."""
+    """Send requests one after another, some of them streamed, until the server is gone."""
     pick = random.Random(seed)
     with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60) as api:
         while True:
@@ -74,7 +74,7 @@ def client(address: str, key: str, seed: int, seen: Seen) -> None:
 
 
 def under_load(address: str, key: str, seen: Seen, seed: int, server: Forked, seconds: float) -> None:
-    """Kill the server `seconds` after each client has received about one response."""
+    """Put load on the server, then kill it `seconds` after each client has had about one response."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         before = len(seen.answered)
         running = [pool.submit(client, address, key, seed + n, seen) for n in range(CLIENTS)]
@@ -89,11 +89,11 @@ def under_load(address: str, key: str, seen: Seen, seed: int, server: Forked, se
 
 
 def balance(url: str, seen: Seen) -> dict[str, int]:
-    """Compare the ledger with the clients' responses; return the number of rows per state."""
+    """Compare the ledger with the clients' responses. Return the number of rows per state."""
     tenants = Tenants(url, watch=False)
     rows: list[Any] = []
 
-    def settled() -> bool:  # a running server updates its database within moments
+    def settled() -> bool:  # the server writes to its database with a short delay
         with reading(tenants.store.engine) as c:
             rows[:] = c.execute(select(line_table)).all()
         done = {row.request for row in rows if row.state == "done"}
@@ -108,10 +108,10 @@ def balance(url: str, seen: Seen) -> dict[str, int]:
     for request, took in seen.answered.items():
         assert found[request].state == "done", request
         assert (found[request].prompt, found[request].completion) == took
-    assert seen.begun <= set(found)  # no token is sent before the request has a row
+    assert seen.begun <= set(found)  # a request has a row before its first token is sent
     states = {"done": 0, "interrupted": 0}
     for row in rows:
-        states[row.state] += 1  # raises KeyError for an open request
+        states[row.state] += 1  # raises KeyError if the request is still open
         if row.state == "interrupted":
             assert row.request not in seen.answered
             assert (row.prompt, row.completion, row.cost) == (0, 0, 0)

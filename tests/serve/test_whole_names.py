@@ -1,4 +1,4 @@
-"""Names change while the server runs: requests get the current adapter, and unused adapters leave memory."""
+"""Names change while the server runs: requests get the current adapter, and unused adapters are released."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONG = 80
 
 
 class Running:
-    """A running stream that has received its first event."""
+    """A running stream that has already received tokens."""
 
     def __init__(self, whole: Whole, model: str, ids: list[int]) -> None:
         self.texts: list[str] = []
@@ -58,7 +58,7 @@ def test_reloading_a_name_keeps_running_requests(whole: Whole, shop: Shop) -> No
         assert not running.ended
         assert running.whole_answer().same(before)
     assert whole.ask("live", ids, LONG).same(after)
-    for _ in range(3):  # and overwrite the file with other weights
+    for _ in range(3):  # load the name from a file that is overwritten with other weights
         for seed in (70, 71):
             shop.make("changing", seed)
             shop.kept.clear()
@@ -70,7 +70,7 @@ def test_reloading_a_name_keeps_running_requests(whole: Whole, shop: Shop) -> No
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "rows"])
 def test_unloading_waits_for_requests_and_frees_memory(whole: Whole, shop: Shop, kind: str) -> None:
-    """New requests cannot use the name at once; running requests finish; then the memory is released."""
+    """New requests cannot use the name any more, but running requests finish. Then the memory is released."""
     ids = prompt(20, 7)
     digest = shop.make(
         "leaving", 50, **({"token_rows": {"model.embed_tokens": (9,)}} if kind == "rows" else {}), dora=kind == "dora"
@@ -91,13 +91,13 @@ def test_unloading_waits_for_requests_and_frees_memory(whole: Whole, shop: Shop,
     whole.idle()
     assert digest not in whole.engine.residents.resident()
     assert whole.engine.residents.stats().bytes == bytes_before
-    runner = whole.engine.runner  # this runner's adapters share memory with the test's
+    runner = whole.engine.runner  # the runner must not keep the adapter attached
     wait_for(lambda: not alive(watched) and digest not in runner.attached, 5)
 
 
 def test_changing_names_never_serve_another_adapter(whole: Whole, shop: Shop) -> None:
-    """While a name is replaced, unloaded and loaded, a completion comes from one of its adapters or is a
-    404."""
+    """While a name is replaced, unloaded and loaded, a response is either the completion of one of the name's
+    adapters or a 404."""
     ids, kinds = prompt(18, 8), ("plain", "rs", "dora")
     right = {kind: shop.wanted([(kind, 1.0)], ids, 8) for kind in kinds}
     stop = threading.Event()

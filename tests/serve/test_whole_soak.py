@@ -1,4 +1,7 @@
-"""Mixed load for some minutes leaves nothing behind. VENEER_SOAK_SECONDS sets the time (default 180)."""
+"""After some minutes of mixed load, nothing is left behind.
+
+VENEER_SOAK_SECONDS sets the duration (default 180).
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,15 @@ SECONDS = float(os.environ.get("VENEER_SOAK_SECONDS", "180"))
 WARM_UP = 30.0
 CLIENTS = 12
 GROWTH = 24 << 20
-"""Maximum growth in bytes after the warm-up: allocators keep a constant amount, leaks grow."""
+"""Maximum growth in bytes after the warm-up. Allocators keep a constant amount, but leaks grow."""
 TENSORS = 500
-"""About two adapters: which adapters are cached at the end is random."""
+"""Maximum growth in tensors: about two adapters, because the adapters cached at the end are random."""
 PARTS = 3
 SWAPPED = ("one", "two", "three")
 
 
 class Soak:
-    """Clients with random behavior. Each completion is checked as far as it is determined."""
+    """Clients that behave randomly. Completions are checked if the expected result is known."""
 
     def __init__(self, whole: Whole, right: dict[tuple[str, int], Said]) -> None:
         self.whole, self.right = whole, right
@@ -48,7 +51,7 @@ class Soak:
             await asyncio.gather(*(self._client(random.Random(f"{seed}-{n}"), end) for n in range(CLIENTS)))
 
     async def burst(self) -> None:
-        """Fill every pool of threads and connections; pools never shrink."""
+        """Fill all pools of threads and connections, because pools never shrink."""
         async with self.api:
             for thing in (self.bad_load, self.load):
                 await asyncio.gather(*(thing(random.Random(n)) for n in range(80)))
@@ -66,8 +69,10 @@ class Soak:
         assert said(await self.api.completions.create(**asking(name, prompt(9 + 20 * k, k)))).same(self.right[name, k])
 
     async def swapped(self, pick: random.Random) -> None:
-        """Use a name that other clients load, replace and unload: the response is one adapter's completion or
-        a 404."""
+        """Use a name that other clients load, replace and unload.
+
+        The response must be one adapter's completion or a 404.
+        """
         with suppress(openai.NotFoundError):
             got = said(await self.api.completions.create(**asking(pick.choice(SWAPPED), prompt(9, 0))))
             assert any(got.same(self.right[name, 0]) for name in KINDS)
@@ -108,7 +113,7 @@ class Soak:
             await asked
 
     async def stop_reading(self, pick: random.Random) -> None:
-        """Connect, read nothing for a while, then disconnect."""
+        """Open a stream, read nothing for a while, then disconnect."""
         asked = self._long(pick)
         body = {**{k: v for k, v in asked.items() if k != "extra_body"}, **asked["extra_body"], "stream": True}
         async with self.http.stream("POST", f"{self.whole.url}/v1/completions", json=body) as answer:
@@ -134,7 +139,7 @@ class Soak:
 
 
 def left_over(whole: Whole) -> dict[str, int]:
-    """Return the resources that the idle process holds."""
+    """Return how many resources the idle process still holds."""
     for name in SWAPPED:
         assert whole.unload(name).status_code in (200, 404)
     whole.idle()
@@ -145,7 +150,7 @@ def left_over(whole: Whole) -> dict[str, int]:
     used = sum(each.bytes for each in engine.residents.resident_adapters())
     assert engine.residents.stats().bytes == used <= engine.residents.limit
     process = psutil.Process()
-    time.sleep(2)  # for closed connections and pool threads
+    time.sleep(2)  # give connections and pool threads time to close
     gc.collect()
     tensors = sum(type(each).__name__ in ("Tensor", "Parameter") for each in gc.get_objects())
     # AnyIO's pool has a maximum size and ends idle threads only when a later call finds them
@@ -155,7 +160,7 @@ def left_over(whole: Whole) -> dict[str, int]:
 
 
 @pytest.mark.slow
-# httpx warns about disconnected clients if the collecting thread finds them in use
+# httpx warns about disconnected clients if they are still in use when the garbage collector finds them
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <async_generator object Response.aiter_raw:pytest.PytestUnraisableExceptionWarning"
 )
@@ -180,7 +185,7 @@ def test_soak(tmp_path_factory: pytest.TempPathFactory) -> None:
             seen.append(left_over(whole))
         stats, residents = whole.engine.stats(), whole.engine.residents.stats()
         print(dict(did), *seen, stats, residents, sep="\n")
-        assert len(did) == 10  # every behavior occurred
+        assert len(did) == 10  # every behavior has occurred
         assert stats.preemptions > 0
         assert residents.evictions > 0
         before, after = seen[0], seen[-1]

@@ -1,4 +1,4 @@
-"""A server with tenants over the real engine: tenants learn nothing about each other."""
+"""A server with tenants and the real engine: tenants learn nothing about each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.serve.tenancy.store import Store
 
 
 def asked(whole: Whole, key: str, model: str, ids: list[int], **more: Any) -> tuple[int, int]:
-    """Return (status, cached tokens) of a short completion."""
+    """Request a short completion. Return (status, number of cached prompt tokens)."""
     body = {"model": model, "prompt": ids, "max_tokens": 2, **more}
     answer = httpx.post(
         f"{whole.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
@@ -23,8 +23,8 @@ def asked(whole: Whole, key: str, model: str, ids: list[int], **more: Any) -> tu
 
 
 def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -> None:
-    """The operator can let tenants share prefixes per adapter; `cache_salt` also separates requests of one
-    tenant."""
+    """The operator can let tenants share cached prefixes per adapter. `cache_salt` also separates requests of the
+    same tenant."""
     place = str(tmp_path / "tenants.sqlite")
     store = Store(place)
     keys = {name: new_tenant(store, name, ["*"]) for name in ("acme", "globex")}

@@ -31,9 +31,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @torch.no_grad()
 def wanted(shop: Shop, ids: list[int], values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return log-probabilities of the prompt's tokens under the base and the adapter, in float64.
+    """Return the log-probabilities of the prompt's tokens, with the base and with the adapter, in float64.
 
-    `values`: weights by name that replace the base's.
+    `values`: name -> weight that replaces the base's weight.
     """
     model: Any = load_text(str(shop.base_dir), dtype="float32").model.double()
     model.load_state_dict(values or {}, strict=False)
@@ -51,7 +51,7 @@ def wanted(shop: Shop, ids: list[int], values: dict[str, Tensor] | None = None) 
 
 
 def scored(shop: Shop, ids: list[int], **settings: Any) -> dict[str, Tensor]:
-    """Return the server's log-probabilities of the prompt, for the base and the adapter."""
+    """Return the server's log-probabilities of the prompt's tokens, with the base and with the adapter."""
     with served(shop, **({"dtype": "bfloat16"} | settings)) as server:
         asked = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 0}
         answers = {name: server.client.completions.create(model=name, **asked) for name in ("tiny", "plain")}
@@ -60,7 +60,7 @@ def scored(shop: Shop, ids: list[int], **settings: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantized_server_answers_like_the_library(shop: Shop, kind: str) -> None:
-    """Compare with `load_text(quantize=…)`, which quantizes as QLoRA does; both compute in float32."""
+    """The reference is `load_text(quantize=…)`, which quantizes as QLoRA does; both compute in float32."""
     ids = prompt(40)
     quantized = load_text(str(shop.base_dir), dtype="float32", quantize=kind).model
     values = {name: dequantized(quantized.get_parameter(name)) for name in quantized_weights(quantized)}
@@ -86,7 +86,7 @@ def test_metrics_count_loads_and_evictions(shop: Shop) -> None:
         first = series()
         assert first["veneer:adapters_resident"] == 1
         one = first["veneer:adapters_resident_bytes"]
-        # stored in bfloat16
+        # half of the file's size, because the server stores adapters in bfloat16
         assert one >= sum(t.nbytes for _, t in peft.read_folder(shop.adapters / "plain").tensors()) / 2
         server.engine.residents.limit = int(one * 2)
         for name in ("more2", "more3"):

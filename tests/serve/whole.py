@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 """Maximum difference of float32 log-probabilities between the server and PEFT."""
 CONTEXT = 4096
 NO_SPECIAL = {str(i): -100 for i in range(3)}
-"""A logit bias that excludes special tokens, so that the text contains the whole completion."""
+"""A logit bias that excludes special tokens, so that no token is missing from a completion's text."""
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rs": {"rank": 5, "rslora": True},
@@ -57,14 +57,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"dora": True},
     "rows": {"targets": ("q_proj", "up_proj"), "token_rows": {"model.embed_tokens": (40, 41, 42)}},
 }
-"""Adapters of a shop. `rows` has no low-rank form, so it exercises the runner's other implementation."""
+"""The kinds of adapters in a shop. `rows` has no low-rank form, so it tests the runner's other path."""
 
 Mix = Sequence[tuple[str, float]]
 
 
 @dataclass
 class Said:
-    """A completion: its tokens' log-probabilities, and its text."""
+    """A completion: the log-probabilities of its tokens, and its text."""
 
     logprobs: list[float]
     text: str
@@ -80,7 +80,7 @@ class Said:
 
 @dataclass
 class Shop:
-    """A folder with `base`, `library`, and a folder of `adapters` for each kind."""
+    """A folder that contains a base, a library, and `adapters` with one folder per adapter."""
 
     folder: Path
     kept: dict[Any, Said] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Shop:
         return open_library(self.folder / "library")
 
     def make(self, name: str, seed: int, **spec: Any) -> str:
-        """Write an adapter under `adapters`; return its digest."""
+        """Write an adapter to the folder `adapters`. Return its digest."""
         adapter = trained(self.base.model, seed, **spec)
         for rows in adapter.token_rows.values():
             rows.rows = rows.rows + 0.1 * torch.randn(rows.rows.shape, generator=torch.Generator().manual_seed(seed))
@@ -111,7 +111,7 @@ class Shop:
         return peft.load_folder(self.adapters / name, self.base.model).adapter.digest()
 
     def wanted(self, mix: Mix, ids: Sequence[int], n: int) -> Said:
-        """Return the greedy completion by core's attachment. The names in `mix` are folders of `adapters`."""
+        """Return the greedy completion computed with veneer.core. `mix` names folders inside `adapters`."""
         key = (tuple(mix), tuple(ids), n)
         if key not in self.kept:
             with attach(self.base.model) as attachment:
@@ -122,7 +122,7 @@ class Shop:
         return self.kept[key]
 
     def by_peft(self, mix: Mix, ids: Sequence[int], n: int) -> Said:
-        """Return the greedy completion by PEFT: one adapter, or several combined exactly."""
+        """Return the greedy completion computed with PEFT: one adapter, or several combined exactly."""
         from peft import PeftModel
 
         fresh = load_text(str(self.base_dir))
@@ -188,7 +188,7 @@ class Whole:
         return said(self.client.completions.create(**asking(model, ids, n, **more)))
 
     def together(self, asked: Iterable[dict[str, Any]]) -> list[Said]:
-        """Send all requests concurrently."""
+        """Send all requests concurrently. Return their completions."""
 
         async def all_of_them() -> list[Said]:
             async with openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
@@ -203,7 +203,7 @@ class Whole:
         return self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
     def idle(self) -> None:
-        """Wait until nothing runs; assert that no request, block or reference remains."""
+        """Wait until nothing runs. Assert that no request, cache block or lease remains."""
         engine = self.engine
         wait_for(lambda: not engine.here)
         wait_for(lambda: not any(each.leases for each in engine.residents.resident_adapters()))
@@ -228,9 +228,10 @@ def said(answer: Any) -> Said:
 
 @contextmanager
 def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
-    """Serve the shop's base and library; the load route may read `adapters`.
+    """Serve the shop's base and library; clients can load adapters from the folder `adapters`.
 
-    `extend`: adds parts of a higher package."""
+    `extend`: adds parts from a package of a higher layer.
+    """
     extend = settings.pop("extend", None)
     small = {"folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu", "library": shop.library.location}
     mine = {key: settings.pop(key) for key in list(settings) if key in EngineSettings.__dataclass_fields__}
@@ -256,7 +257,10 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
 
 @contextmanager
 def process(shop: Shop, home: Path, tenants: str, *options: str, **env: str) -> Iterator[tuple[Forked, str]]:
-    """`veneer serve` over the shop with this tenants' database as a ready process, and its address."""
+    """Run `veneer serve` as a process with the shop's base and library. Yield (process, address) when ready.
+
+    `tenants`: URL of the tenants' database.
+    """
     port = free_port()
     settings = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)), "OMP_NUM_THREADS": "1"}
     command = ["-c", "from veneer.cli.main import main; main()", "serve", "--base", str(shop.base_dir)]
@@ -282,7 +286,7 @@ def is_ready(address: str) -> bool:
 
 @contextmanager
 def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
-    """Slow down each step, so that concurrent work runs during a completion."""
+    """Slow down each step, so that other work can happen during a completion."""
     own: Callable[..., Any] = engine.runner.run
     waits = threading.Event()
 
@@ -298,7 +302,7 @@ def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
 
 
 def held(engine: TextEngine, digest: str) -> list[weakref.ref[Any]]:
-    """Return weak references to everything that the server keeps in memory for an adapter."""
+    """Return weak references to all objects that the server keeps in memory for an adapter."""
     lease = engine.residents.acquire(((digest, 1.0),), lambda result: None)
     thing = lease.parts[0][0]
     lease.release()

@@ -1,5 +1,7 @@
-"""A server with a Studio over a tiny base and a library with hostile names: one process for all tests of this
-folder, because NiceGUI has one application per process."""
+"""A server with a Studio, a tiny base, and a library with hostile names.
+
+All tests in this folder share one server process, because NiceGUI allows one application per process.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,13 @@ base.load_text = load_later
 
 
 class StudioServer:
-    """A server in a process of its own.
+    """A server in a separate process.
 
-    base: its folder, or a built-in name
+    base: folder of the base, or a built-in name
     library: folder of the library
-    loads_after: a file that loading the base waits for; with a text in the file, loading fails with the
-        text"""
+    loads_after: loading the base waits until this file exists; if the file contains text, loading fails with
+        the text
+    """
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class StudioServer:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and a library of adapters of the base."""
+    """Create a base, and a library of adapters for the base. Return both folders."""
     folder = tmp_path_factory.mktemp("studio")
     base_dir = tiny_base_dir(folder)
     base = load_text(str(base_dir))
@@ -110,16 +113,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def studio(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """An open server with a tenants' database."""
+    """Yield a server with a tenants' database that accepts requests without a key."""
     folder = tmp_path_factory.mktemp("open")
     with StudioServer(folder, *tiny, "--open", "--tenants", str(folder / "tenants.sqlite")) as server:
         yield server
 
 
 def tenant_keys(database: Path, **more: list[str]) -> dict[str, str]:
-    """Add the tenants acme and globex to a database; return their keys and the operator's.
+    """Add the tenants acme and globex to a database. Return their keys and the operator's.
 
-    `more`: tenant -> adapters of others that the tenant sees."""
+    `more`: tenant -> additional adapters that the tenant sees.
+    """
     tenants, keys = Tenants(str(database), watch=False), {"operator": OPERATOR}
     for name in ("acme", "globex"):
         keys[name] = new_tenant(tenants.store, name, [f"{name}/*", *more.get(name, [])])

@@ -1,4 +1,4 @@
-"""A page of the Studio without a browser: the page's elements, and its Socket.IO socket.
+"""A Studio page without a browser: the page's elements and the page's Socket.IO connection.
 
 with open_page(f"{address}/studio/") as page:
     page.type("tone")
@@ -22,7 +22,7 @@ Matcher = Callable[[dict[str, Any]], bool]
 
 
 def page_html(response: httpx.Response) -> str:
-    """Return the texts of a page's elements and its fragments as HTML; all of a static page."""
+    """Return the HTML of a page's texts and fragments; for a static page, the whole response."""
     match = re.search(r"String\.raw`(.*?)`", response.text, re.DOTALL)
     if match is None:
         return response.text
@@ -35,7 +35,7 @@ def has_label(label: str) -> Matcher:
 
 
 class PageSocket:
-    """A page at `url` of a visitor with this key. `socket_url`: of its socket."""
+    """The page at `url`, opened by a visitor with the given key. `socket_url`: address of the page's socket."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.cookies = {} if key is None else {"cookie": f"veneer_studio={key}"}
@@ -49,7 +49,7 @@ class PageSocket:
         self.socket: ClientConnection
 
     def emit(self, matches: Matcher, event: str, *args: Any) -> None:
-        """Send an event of the first matching element."""
+        """Send an event to the first matching element."""
         self._send(*next((i, e) for i, e in self.elements.items() if matches(e)), event, *args)
 
     def type(self, text: str) -> None:
@@ -57,7 +57,7 @@ class PageSocket:
         self.emit(lambda e: e.get("props", {}).get("kind") == "search", "changed", text)
 
     def fill(self, label: str, value: Any) -> None:
-        """Change a field's value, also to a value that the browser does not offer."""
+        """Change a field's value. The value can be one that the browser does not offer."""
         self.emit(has_label(label), "changed", value)
 
     def enter(self, label: str, text: str) -> None:
@@ -65,15 +65,15 @@ class PageSocket:
         self.emit(has_label(label), "entered", text)
 
     def press(self, text: str) -> None:
-        """Press the button with this text."""
+        """Press the button that has this text."""
         self.emit(lambda e: e["tag"] == "button" and e.get("text") == text, "click")
 
     def act(self, name: str, **data: str) -> None:
-        """Click on a part of a fragment that has `data-act=name`."""
+        """Click on the part of a fragment that has `data-act=name`."""
         self.emit(lambda e: f'data-act="{name}"' in e.get("props", {}).get("html", ""), "click", {"act": name, **data})
 
     def act_unoffered(self, name: str, **data: str) -> None:
-        """Like `act`, on every fragment, whether or not it shows such a part."""
+        """Send the click of `act` to every fragment, whether or not the fragment has such a part."""
         for id, each in self.elements.items():
             if "html" in each.get("props", {}) and any(e["type"] == "click" for e in each.get("events", [])):
                 self._send(id, each, "click", {"act": name, **data})
@@ -84,11 +84,11 @@ class PageSocket:
         self.socket.send("42" + json.dumps(["event", event | {"args": [json.dumps(each) for each in args]}]))
 
     def values(self, name: str) -> list[str]:
-        """Return a property of all elements: fields' value, fragments' html."""
+        """Return one property of all elements, such as `value` of fields or `html` of fragments."""
         return [str(each["props"][name]) for each in self.elements.values() if name in each.get("props", {})]
 
     def until(self, *words: str) -> str:
-        """Receive messages until they contain all words; update the elements."""
+        """Receive messages until they contain all words, and update the elements. Return the messages."""
         received = ""
         while not all(word in received for word in words):
             message = str(self.socket.recv(timeout=20))

@@ -1,4 +1,4 @@
-"""Jobs as they are in a library while they run, without a process that trains."""
+"""Running jobs as a library records them, without a process that trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobStore
 
 
 def parcel_rows(folder: Path) -> Path:
-    """Write a file of thirty hostile rows."""
+    """Write a file of thirty hostile rows. Return its path."""
     file = folder / "rows.jsonl"
     lines = [{"prompt": f"Where is parcel {i}? {HOSTILE}", "completion": f"Shelf {i % 7}."} for i in range(30)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -29,10 +29,11 @@ def recorded_job(
     published: str = "support@1",
     rewards: dict[str, float] | None = None,
 ) -> Job:
-    """Record a running job with two steps and a sample image in its server's home.
+    """Record a running job with two steps, and a sample image in the server's home folder.
 
-    published: reference of the second step's adapter
-    rewards: measurements of the steps and evaluations besides the loss"""
+    published: reference of the adapter that the second step published
+    rewards: additional metrics of the steps and evaluations
+    """
     config = {"base": {"name": str(base)}, "data": {"train": str(rows)}}
     config |= {"checkpoint": {"adapters": True}, "schedule": {"steps": 4}}
     job = store.create(tenant, config, name="lesson")

@@ -1,4 +1,4 @@
-"""Access to the Studio: from this machine only, or with a key, which sees nothing beyond its permissions."""
+"""Access to the Studio: without a key only from this machine; with a key, only what the key permits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _POLLING = "_nicegui_ws/socket.io/?EIO=4&transport=polling"
 
 @pytest.fixture(scope="module")
 def shared(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    """A server with tenants, and the keys of two of them and of the operator."""
+    """Yield a server with tenants, and the keys of two tenants and the operator."""
     folder = tmp_path_factory.mktemp("tenants")
     keys = tenant_keys(folder / "tenants.sqlite", acme=["support"])
     options = ("--tenants", str(folder / "tenants.sqlite"), "--admin-key", OPERATOR)
@@ -47,7 +47,7 @@ def shared(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def keyed(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    """A server that trains, without tenants, and its keys."""
+    """Yield a server that trains but has no tenants, and the server's keys."""
     folder, key = tmp_path_factory.mktemp("keys"), "a-plain-key-of-the-test"
     (folder / "keys").write_text(f"{key}\n")
     options = ("--train", "--api-keys", str(folder / "keys"), "--admin-key", OPERATOR)
@@ -133,7 +133,7 @@ def test_tenant_cannot_tell_hidden_adapters_from_missing_ones(shared: Shared) ->
 
 
 def texts(page: str) -> list[str]:
-    """Return a page's texts, without the numbers of this visit."""
+    """Return a page's texts, sorted. Ids that differ per visit are left out."""
     return sorted(re.findall(r"&quot;text&quot;:&quot;(.*?)&quot;", page.split("String.raw`")[1]))
 
 
@@ -266,7 +266,7 @@ def test_page_messages_write_nothing_to_the_log(shared: Shared) -> None:
 
 
 def test_pages_per_key_are_limited() -> None:
-    """The limit of one key does not affect another key."""
+    """Reaching the limit of one key does not affect another key."""
     pages = []
 
     class Page:
@@ -292,7 +292,7 @@ def test_pages_per_key_are_limited() -> None:
     app = StudioMiddleware(draw, Access(), HttpSettings())
     assert statuses("acme", 250) == [200] * 200 + [429] * 50
     assert statuses("globex", 1) == [200]
-    assert statuses("", 300) == [200] * 300  # the sign-in form
+    assert statuses("", 300) == [200] * 300  # without a key, the sign-in form is returned, which has no limit
     assert len(pages) == 201
 
 
@@ -334,7 +334,7 @@ _FORBIDDEN |= {"upload"}
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_views_create_no_markup_and_no_code(path: Path) -> None:
-    """Only elements.py turns texts into markup or attributes; no template marks a text as safe."""
+    """Only elements.py turns text into markup or attributes, and no template marks text as safe."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
             of_ui = isinstance(node.value, ast.Name) and node.value.id == "ui"

@@ -1,4 +1,4 @@
-"""The Studio's requests equal those over HTTP: tokens, limits, cost and stored completions."""
+"""The Studio's requests equal those over HTTP in tokens, limits, cost and stored completions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ask(whole: Whole, caller: Principal = OPERATOR, **asked: Any) -> list[TextAn
         async with aclosing(ask_texts(whole.built.service, caller, TextRequest(MESSAGES, **asked))) as events:
             async for i, event in events:
                 answers[i].add(event)
-        behind = asyncio.all_tasks() - {asyncio.current_task()}  # a shadow, which runs on after the response
+        behind = asyncio.all_tasks() - {asyncio.current_task()}  # the shadow's task, which continues after the response
         await asyncio.gather(*behind)
         return answers
 

@@ -42,18 +42,18 @@ def commands_of(url: str) -> list[str]:
 
 
 class Shell:
-    """A terminal on the server's machine. `ran`: commands that ran."""
+    """A terminal on the server's machine. `ran`: commands that have run."""
 
     def __init__(self, capsys: Any) -> None:
         self.capsys, self.ran = capsys, set[str]()
 
     def run(self, command: str, code: int = 0) -> str:
-        """Run a command that ends with `code`; return its output."""
+        """Run a command that must exit with `code`. Return its output."""
         self.ran.add(command)
         return run(self.capsys, *shlex.split(command)[1:], code=code).out
 
     def run_new(self, page: PageSocket, count: int = 1) -> list[str]:
-        """Run the page's commands that have not run, once there are `count` of them."""
+        """Wait until the page shows at least `count` new commands, then run and return them."""
         while len(commands := [c for c in commands_in("".join(page.values("html"))) if c not in self.ran]) < count:
             page.until("update")
         for each in commands:
@@ -61,7 +61,7 @@ class Shell:
         return commands
 
     def skip(self, page: PageSocket) -> None:
-        """Count the page's current commands as run."""
+        """Mark the commands on the page as run, without running them."""
         self.ran |= {*commands_in("".join(page.values("html")))}
 
 
@@ -78,7 +78,7 @@ def shell(
 
 @pytest.fixture
 def prompted(studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path) -> Iterator[str]:
-    """An adapter whose card has a prompt."""
+    """Yield the reference of an adapter whose card has a prompt."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It's where?"}]
     saved(load_text(str(tiny[0])), tmp_path / "prompted", 7, extra={"sample": {"messages": messages}})
     with open_library(tiny[1]) as library:
@@ -117,7 +117,7 @@ def test_compare_commands_run(studio: StudioServer, prompted: str, shell: Shell)
         assert [each.split()[1] for each in shell.run_new(page)] == ["data"]
         page.press("Save mix as adapter")
         page.until("veneer library mix")
-        shell.skip(page)  # the mix has no name
+        shell.skip(page)  # do not run this command: the mix still has no name
         page.emit(has_label("Name"), "changed", "softer")
         (mix,) = shell.run_new(page)
     shell.run(f"veneer library remove {shlex.split(mix)[3]}@1")
@@ -133,7 +133,7 @@ def test_run_commands_run(studio: StudioServer, tiny: tuple[Path, Path], tmp_pat
             page.until("veneer jobs cancel")
             commands = {each.split()[2]: each for each in commands_in("".join(page.values("html")))}
     assert commands.keys() == {"keep", "cancel", "watch"}
-    for action, code in (("keep", 0), ("cancel", 0), ("watch", 2)):  # watching a cancelled job fails
+    for action, code in (("keep", 0), ("cancel", 0), ("watch", 2)):  # `watch` fails because the job was cancelled
         shell.run(commands[action], code)
 
 

@@ -1,4 +1,4 @@
-"""The Compare view: each column's answer equals the API's, and feedback becomes rows."""
+"""The Compare view: each column's answer equals the API's answer, and corrections become rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def api_answer(studio: StudioServer, mix: dict[str, float]) -> str:
 
 
 def column_answers(page: PageSocket, columns: int) -> list[str]:
-    """Receive the answers of all columns; return them from the left."""
+    """Receive the answers of all columns. Return the answers from left to right."""
     texts: dict[int, str] = {}
     count = 0
     while count < columns:
@@ -57,7 +57,7 @@ def test_columns_answer_like_the_api_and_corrections_become_rows(studio: StudioS
         page.fill("Strength", -0.5)
         assert column_answers(page, 1) == [api_answer(studio, {"support@1": -0.5})], "only this column answers again"
         page.emit(lambda e: e.get("props", {}).get("position") == 2, "corrected", [0, "By noon."])
-        page.until("Corrected: row ")  # the file can contain rows of other tests
+        page.until("Corrected: row ")  # no row number, because the file can contain rows of other tests
     (file,) = studio.home.glob("judged/*/corrections.jsonl")
     assert json.loads(file.read_text().splitlines()[-1]) == corrected_row(PROMPT, "By noon.")
     assert read_rows([str(file)])[1].format == "messages"
@@ -87,7 +87,7 @@ def test_adapter_suggests_the_prompt_of_its_card(studio: StudioServer, tiny: tup
         assert command in page_html(httpx.get(f"{url}?c=doors"))
         assert command not in page_html(httpx.get(f"{url}?c=doors&p=Where%3F"))
         with open_page(url) as page:
-            if "data-ref" not in str(page.elements):  # the adapters can be in the page already
+            if "data-ref" not in str(page.elements):  # the page can already contain the adapters
                 page.until("data-ref")
             page.act("add", ref="doors@1")
             page.until("Read door 5.", "Answer in JSON.")
@@ -105,7 +105,7 @@ def test_run_checkpoints_open_as_columns_with_a_training_prompt(studio, tiny, tm
     assert re.search(rf'href="/studio/compare\?job={job.id}">Compare checkpoints', run)
     with open_page(f"{studio.address}/studio/compare?job={job.id}") as page:
         assert {"Read door 5.", "Answer in JSON."} <= {*page.values("value")}
-        if "--adapter acme/tone@1:1 --system" not in str(page.elements):  # the command can be in the page already
+        if "--adapter acme/tone@1:1 --system" not in str(page.elements):  # the page can already contain the command
             page.until("--adapter acme/tone@1:1 --system")
         page.press("Ask")
         page.until("acme/tone@1 ·")

@@ -1,4 +1,4 @@
-"""The Doctor view: an uploaded file is identified and shown as text, to its owner only."""
+"""The Doctor view: an uploaded file is identified and shown as text, and only to its owner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BINARY = {"content-type": "application/octet-stream"}
 
 @pytest.fixture(scope="module")
 def kohya(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of kohya's with hostile metadata."""
+    """Write a kohya file with hostile metadata."""
     path = tmp_path_factory.mktemp("doctor") / "style.safetensors"
     adapter = random_adapter(families()["sdxl"], lambda m: m.startswith("unet."))
     card = Card(kind="image", trigger_words=[HOSTILE], licence=HOSTILE)
@@ -44,7 +44,7 @@ def upload(client: httpx.Client, path: Path, name: str) -> httpx.Response:
 
 
 def inspected(client: httpx.Client, path: Path, name: str) -> httpx.Response:
-    """Upload a file; return its page, which a busy machine can draw after the response."""
+    """Upload a file. Return the file's page once it is complete, which takes a moment on a busy machine."""
     id = upload(client, path, name).json()["id"]
     pages = (client.get(f"/studio/doctor?file={id}") for _ in range(20))
     return next(page for page in pages if "Other tools" in page_html(page))
@@ -87,7 +87,7 @@ def test_unknown_file_is_not_found_and_a_pickle_is_refused(client: httpx.Client,
 
 
 def test_adapter_is_converted_for_a_base_in_its_own_folder(client, studio, tmp_path):
-    """The server names the base by the folder's last name, which alone would not be found."""
+    """The base's name on the server is the last part of its folder, which does not suffice to find the base."""
     gguf = pytest.importorskip("gguf")
     params = {"to": "gguf", "base": studio.base.name}
     answer = client.get("/studio/api/v1/adapter_files/support@1", params=params)

@@ -1,5 +1,7 @@
-"""The Live view in two browsers: changes of a route are described, applied, shown to both, and rolled
-back."""
+"""The Live view in two browsers.
+
+Changes of a route are described, applied, shown in both browsers, and rolled back.
+"""
 
 from __future__ import annotations
 

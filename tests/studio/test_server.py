@@ -1,4 +1,4 @@
-"""The Studio page on a real server: socket, non-API paths, errors, loading."""
+"""The Studio page on a real server: the socket, paths outside the API, errors, loading."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_pages_work_while_the_base_loads(tiny: tuple[Path, Path], tmp_path: Path
             job = api.post("/v1/fine_tuning/jobs", json={"model": "tiny-base", "training_file": "x"})
             assert job.status_code == 503
 
-            assert "support@2" not in httpx.get(f"{studio}/").text  # the sign-in form
+            assert "support@2" not in httpx.get(f"{studio}/").text  # without a key, the page is the sign-in form
             assert httpx.get(f"{site}/v1/adapters").status_code == 401
             assert api.get("/v1/adapters", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
             compare = httpx.get(f"{studio}/compare", headers={"cookie": f"veneer_studio={KEY}"}).text
             assert "tiny-base is still loading" in compare
-            assert "waiting for the test" not in compare  # steps of loading can name paths of the server
+            assert "waiting for the test" not in compare  # loading steps can name paths on the server
 
             files = {"file": ("rows.jsonl", ROWS)}
             uploaded = page.post("/studio/api/v1/files", files=files, data={"purpose": "fine-tune"})

@@ -1,4 +1,4 @@
-"""Templates and styles: clickable elements keep their identity, and a class means one thing."""
+"""Templates and styles: clickable elements keep their identity, and each class name has one meaning."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import veneer
 
 FOLDER = Path(veneer.__file__).parent / "studio"
 SHARED = ("the top", "texts", "layout", "things")
-"""Sections of studio.css for all views; each other section belongs to a view."""
+"""Sections of studio.css that apply to all views; each other section belongs to one view."""
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "templates").glob("*.j2")), ids=lambda path: path.stem)
 def test_clickable_elements_have_an_id(path: Path) -> None:
-    """Without an id, a redraw would lose a click or move it to a neighbor (fragment.js)."""
+    """Without an id, a redraw would lose a click or move the click to a neighboring element (fragment.js)."""
     for tag in re.findall(r"<(?:button|a)\b(?:\{[{%].*?[%}]\}|[^>])*>", path.read_text(encoding="utf-8")):
         assert "data-act=" not in tag or "data-id=" in tag, tag
 
 
 def classes_by_section(css: str) -> dict[str, set[str]]:
-    """Return section -> the classes that its rules begin with, except for narrow windows."""
+    """Return section -> the classes that start the section's selectors. @media rules are left out."""
     sections: dict[str, set[str]] = {}
     rules_text = css[css.index("*/") :].partition("@media")[0]
     for title, rules in re.findall(r"/\*\s*(.*?)\s*\*/(.*?)(?=/\*|\Z)", rules_text, re.DOTALL):

@@ -1,5 +1,7 @@
-"""A run on the page: settings are planned as they are typed, jobs are queued, and a run's events are
-drawn."""
+"""Training on the page.
+
+Settings are planned while the user types, jobs are queued, and a run is drawn from its events.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ def test_queued_run_publishes_checkpoints(studio: StudioServer, tmp_path: Path, 
 
 @pytest.mark.parametrize("by", ["click", "key"])
 def test_start_uses_the_settings_typed_last(studio: StudioServer, tmp_path: Path, store: JobStore, by: str) -> None:
-    """Also before their preview is complete."""
+    """Holds even if the preview of these settings is not complete yet."""
     with open_page(f"{studio.address}/studio/train") as page:
         page.fill("Data file", str(parcel_rows(tmp_path)))
         page.fill("Name", by)
@@ -121,7 +123,7 @@ def test_run_is_drawn_from_its_events_and_paused(studio: StudioServer, job: Job,
         for words in ("2 of 4", "500 MB", "tokens per second", ">40<", "<svg", "Held-out loss", "step 2", ESCAPED):
             assert words in text
         table = text.partition("<h2>Checkpoints")[2]
-        words = ("lowest", "1.5000", "support@1", "2.5000", "not published")  # the newest step first
+        words = ("lowest", "1.5000", "support@1", "2.5000", "not published")  # the newest step comes first
         assert sorted(words, key=table.index) == [*words]
         assert page.values("html")
         assert not any("<img src=x onerror" in each for each in page.values("html"))

@@ -1,4 +1,4 @@
-"""The form for uploaded rows: a tenant previews and trains on its own uploads, and on nothing else."""
+"""The form for uploaded rows: a tenant previews and trains on its own uploads and nothing else."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PAIRS = "".join(
 
 
 class Shop:
-    """A server that trains, with two tenants and their keys."""
+    """A server that trains, with the keys of two tenants."""
 
     def __init__(self, server: StudioServer, keys: dict[str, str], jobs: JobStore) -> None:
         self.server, self.keys, self.jobs = server, keys, jobs
 
     def upload(self, tenant: str, name: str, text: str) -> str:
-        """Upload a file as the page does; return its id."""
+        """Upload a file as the page does. Return the file's id."""
         cookies = {"cookie": f"veneer_studio={self.keys[tenant]}"}
         files, data = {"file": (name, text)}, {"purpose": "fine-tune"}
         url = f"{self.server.address}/studio/api/v1/files"
@@ -39,7 +39,7 @@ class Shop:
         return open_page(f"{self.server.address}/studio/train?file={file}", self.keys[key])
 
     def newest(self) -> Job:
-        """Return acme's newest job, cancelled."""
+        """Cancel acme's newest job. Return the record from before the cancellation."""
         (job,) = self.jobs.jobs("acme", limit=1)[0]
         self.jobs.cancel("acme", job.id)
         return job
@@ -61,7 +61,7 @@ def train(page: PageSocket, *words: str) -> str:
 
 def test_tenant_trains_on_columns_it_mapped(shop: Shop) -> None:
     with shop.form(shop.upload("acme", "parcels.csv", ROWS)) as page:
-        assert "Choose the columns of question and answer." in str(page.elements)
+        assert "Choose the question and answer columns." in str(page.elements)
         page.fill("Answer column", "label")
         received = page.until("40 rows, read as prompt-completion", "Where is parcel 3?", "<mark>Shelf 3.</mark>")
         assert "/" not in received.partition("40 rows")[2].partition("prompt-completion")[0]
@@ -108,7 +108,7 @@ def test_tenant_trains_on_its_own_uploads_only(shop: Shop, tiny: tuple[Path, Pat
             page.fill("Uploaded file", file)
             assert "-secret" not in train(page, "No such File object")
     with shop.form(own_file) as page:
-        page.fill("Uploaded file", foreign_file)  # after the preview of the tenant's own file
+        page.fill("Uploaded file", foreign_file)  # replace the file after the preview of the tenant's own file
         train(page, "No such File object")
     with shop.form(own_file) as page:
         train(page, "is queued")

@@ -1,4 +1,4 @@
-"""Pictures for tests: folders of drawings, and color profiles written byte by byte."""
+"""Test pictures: folders of drawings, and color profiles written byte by byte."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from veneer.errors import DataError
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.pictures import read_pictures
 
-ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))  # chromaticities of red, green and blue; the white point is D65
+ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))  # chromaticities of red, green and blue, for white point D65
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 D65 = np.array([0.3127 / 0.3290, 1.0, (1 - 0.3127 - 0.3290) / 0.3290])
 D50 = np.array([0.9642, 1.0, 0.8249])
 
 
 def scene(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
-    """Return a smooth picture that is unique to its seed."""
+    """Return a smooth picture that is different for each seed."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def corners(width: int, height: int) -> Image.Image:
-    """Return a picture: red top left, green top right, blue bottom left, white bottom right."""
+    """Return a picture with red top left, green top right, blue bottom left, and white bottom right."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[: height // 2, : width // 2] = (255, 0, 0)
     pixels[: height // 2, width // 2 :] = (0, 255, 0)
@@ -53,14 +53,14 @@ def settings(folder: Path | str | tuple[str, ...] = "pictures", **keys: object) 
 
 
 def read_error(folder: Path | str, **keys: Any) -> str:
-    """Return the error of a folder that cannot be read."""
+    """Return the error message for a folder that cannot be read."""
     with pytest.raises(DataError) as caught:
         read_pictures(settings(folder, **keys))
     return str(caught.value)
 
 
 def to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """Return the matrix from linear RGB to XYZ under D65, from chromaticities (Lindbloom)."""
+    """Return the matrix from linear RGB to XYZ under D65, calculated from chromaticities (Lindbloom)."""
     columns = np.array([[x / y, 1.0, (1 - x - y) / y] for x, y in primaries]).T
     return columns * np.linalg.solve(columns, D65)
 
@@ -80,7 +80,7 @@ def _curve(gamma: float) -> bytes:
 
 
 def profile(primaries: tuple[tuple[float, float], ...], gamma: float) -> bytes:
-    """Return an ICC version 2 matrix profile: primaries under D50, and one exponent for all channels."""
+    """Return an ICC version 2 matrix profile with primaries under D50 and the same gamma for all channels."""
     matrix = bradford() @ to_xyz(primaries)
     tags = {name: _curve(gamma) for name in (b"rTRC", b"gTRC", b"bTRC")}
     tags |= {name: _xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)}
@@ -111,6 +111,6 @@ def _icc(space: bytes, own: dict[bytes, bytes]) -> bytes:
 
 
 def srgb_of(linear: np.ndarray) -> np.ndarray:
-    """Encode by the curve of IEC 61966-2-1, to 0..255."""
+    """Encode linear values as sRGB (IEC 61966-2-1), scaled to 0..255."""
     linear = np.clip(linear, 0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -1,9 +1,9 @@
-"""Runs of two processes for test_devices: `python -m tests.train.shared_runs FOLDER` in each, as torchrun
-starts them.
+"""Two-process runs for test_devices: each process is `python -m tests.train.shared_runs FOLDER`, started as
+torchrun would start it.
 
-FOLDER contains the tiny base, its rows, and a run `one` by one process. Each process writes its events to
-FOLDER/seen-RANK.json. The process group is created here, as Ray creates one, and shared by all runs. The last
-run is `veneer train FOLDER/killed.json` with its own group, whose second process is killed.
+FOLDER contains the tiny base, its rows, and the run `one`, which a single process trained. Each process
+writes its events to FOLDER/seen-RANK.json. As with Ray, the process group exists before the runs, which share
+it. Only the last run, `veneer train FOLDER/killed.json`, creates its own group; its second process is killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from veneer.train.events import Evaluated, Event, Note, Stepped
 from veneer.train.text import task as run
 
 ONE_ROW = {"batching": {"rows": 4, "micro_rows": 1}}
-"""Micro-batches of one row are the same on any number of devices, and so are their dropout masks."""
+"""Micro-batches of one row, and their dropout masks, are the same for any number of devices."""
 NO_DROPOUT = {"adapter": {"rank": 4, "dropout": 0.0}}
 SHARDED: dict[str, dict[str, Any]] = {
     "shard": {**NO_DROPOUT, "schedule": {"steps": 5}, "memory": {"shard": True}},
@@ -53,7 +53,7 @@ SHARDED: dict[str, dict[str, Any]] = {
 
 
 def preferences(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return preference runs, replicated and sharded; kto's reference point covers the whole step."""
+    """Return the preference runs, replicated and sharded. KTO's reference point covers the whole step."""
     common = {
         **NO_DROPOUT,
         "data": {"train": str(folder / "pairs.jsonl"), "split": 6},
@@ -62,7 +62,7 @@ def preferences(folder: Path) -> dict[str, dict[str, Any]]:
     }
     return {
         "dpo": {**common, "preference": {"loss": "dpo", "nll": 0.5}},
-        # three micro-batches on two processes: one is computed twice and must not count twice
+        # three micro-batches on two processes: one is computed twice but must be counted once
         "dpo-shard": {
             **common,
             "preference": {"loss": "dpo"},
@@ -79,7 +79,7 @@ PICTURES: dict[str, Any] = {"ema": {"decay": 0.6}, "samples": {"prompts": ["a ca
 
 
 def numbers(events: list[Event]) -> dict[str, Any]:
-    """Return the comparable values of a run's events."""
+    """Return the values of a run's events that should be equal in equal runs."""
     return {
         "losses": [e.loss for e in events if isinstance(e, Stepped)],
         "norms": [e.gradient_norm for e in events if isinstance(e, Stepped)],
@@ -91,12 +91,12 @@ def numbers(events: list[Event]) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    gc.freeze()  # each run collects garbage at its end; skip torch's modules
+    gc.freeze()  # each run collects garbage at its end; exclude torch's modules
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(
         address, port, is_master=False, wait_for_workers=False
-    )  # the launcher's store, used by the last run
+    )  # the launcher's store, which the last run uses
     dist.init_process_group("gloo", store=dist.PrefixStore("shared", store), rank=rank, world_size=count)  # begins anew
     seen: dict[str, Any] = {}
     held: list[int] = []
@@ -116,8 +116,8 @@ def main(folder: Path) -> None:
         seen[name] = {**numbers(events), "digest": result.digest, "heard": len(events)}
         dist.barrier()
 
-    def going_on(name: str, origin: str) -> None:
-        """Copy a run as it was after its step 6."""
+    def copy_after_step_6(name: str, origin: str) -> None:
+        """Copy the run `origin` in its state after step 6."""
         if rank == 0:
             shutil.copytree(folder / origin, folder / name)
             for path in (folder / name / "checkpoints").iterdir():
@@ -128,7 +128,7 @@ def main(folder: Path) -> None:
     keep = {"checkpoint": {"every": 3, "keep": 9}}
     one("two", train, **ONE_ROW, **keep)
     for name, origin in (("one-then-two", "one"), ("two-then-two", "two")):
-        going_on(name, origin)
+        copy_after_step_6(name, origin)
         one(name, train, resume=True, **ONE_ROW, **keep)
     one("idle", train, batching={"rows": 1}, schedule={"steps": 4})
     for name, sections in SHARDED.items():
@@ -138,11 +138,11 @@ def main(folder: Path) -> None:
     for name, sections in preferences(folder).items():
         one(name, train, **sections)
     one("pictures", train_pictures, **PICTURES)
-    seen["not-finite"] = broken(rank, folder, float("nan"))
+    seen["not-finite"] = run_with_failure(rank, folder, float("nan"))
     dist.barrier()
     dist.distributed_c10d._get_default_store().delete_key("veneer/error")
     dist.barrier()
-    seen["stopped"] = broken(rank, folder, None)
+    seen["stopped"] = run_with_failure(rank, folder, None)
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
     print(FAILS, file=sys.stderr, flush=True)
@@ -150,9 +150,9 @@ def main(folder: Path) -> None:
 
 
 def failing(how: str, command: Sequence[str]) -> None:
-    """Run a `veneer` command whose second process fails in its tenth micro-batch.
+    """Run a `veneer` command; its second process fails in its tenth micro-batch.
 
-    how: "kill" for SIGKILL, otherwise an exception"""
+    how: "kill" for SIGKILL; any other value raises an exception"""
     real, calls = run.text_loss, 0
 
     def loss(*args: Any) -> Any:
@@ -168,8 +168,10 @@ def failing(how: str, command: Sequence[str]) -> None:
     veneer(list(command))
 
 
-def broken(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:
-    """Run with a failure in the second process only: a non-finite loss, or a signal."""
+def run_with_failure(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:
+    """Train a run in which only the second process fails: with a non-finite loss, or by a signal.
+
+    factor: multiplies the loss; None sends the signal"""
     real, calls = run.text_loss, 0
 
     def loss(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stops runs at a step, for tests of resuming."""
+"""Interruption of runs at a given step, for tests of resuming."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The families' chat templates, shortened to what matters for masks: starts and ends of turns, and moved
-parts."""
+"""Chat templates of model families, reduced to what affects masks: where turns start and end, and which
+parts are moved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Qwen 3: earlier turns lose their thinking; the last turn always has a thinking block
+# Qwen 3: the thinking of earlier turns is removed; the last turn always has a thinking block
 QWEN3 = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -19,12 +19,12 @@ QWEN3 = (
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Phi 3: end-of-text after the whole conversation, but not after a prompt
+# Phi 3: end-of-text follows a whole conversation, but not a prompt
 PHI3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-# Mistral: no generation prompt; the system message moves into the last user turn; answers keep a leading
+# Mistral: no generation prompt; the system message is moved into the last user turn; answers start with a
 #     space
 MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set sys = messages[0]['content'] %}"
@@ -36,17 +36,17 @@ MISTRAL = (
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}"
     "{% else %}{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
-# no end-of-turn token: a model trained on this template never stops
+# no end-of-turn token: a model trained with this template never stops
 ENDLESS = (
     "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
-# the generation prompt contains text that training text lacks
+# the generation prompt contains text that is absent from training text
 DISAGREES = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nSure: ' }}{% endif %}"
 )
-# Qwen 2.5: tools come first, calls are JSON between marks
+# Qwen 2.5: tools come first; calls are JSON between tags
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"

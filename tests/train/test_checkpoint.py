@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent; a resumed run equals an uninterrupted one."""
+"""Checkpoints are complete or absent, and a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_a_different_ops_setting_is_reported(tmp_path: Path, monkeypatch: pytest
     assert "VENEER_OPS was" in notes[0]
 
 
-def test_random_generators_come_back() -> None:
+def test_random_generators_are_restored() -> None:
     def draw() -> tuple[Any, ...]:
         return (torch.rand(3).tolist(), random.random(), random.gauss(0, 1))
 
-    random.gauss(0, 1)  # generates two values and stores the second
+    random.gauss(0, 1)  # gauss generates two values and caches the second
     state = checkpoint.rng_state()
     first = draw()
     checkpoint.rng_restore(state)
@@ -106,7 +106,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         _save(tmp_path, step, keep=2, best_step=1)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "2", "3"]
     _save(tmp_path, 4, keep=2, best_step=4)
-    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "3", "4"]  # resuming from 3 can need 1
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "3", "4"]  # step 1 was best until step 3
     _save(tmp_path, 5, keep=2, best_step=4)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["4", "5"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000005"
@@ -146,8 +146,8 @@ def test_a_damaged_checkpoint_is_refused_and_named(file: str, damage: str, tmp_p
 
 
 @pytest.mark.parametrize("part", ["optimizer", "progress", "random"])
-def test_a_checkpoint_that_is_refused_changes_nothing(part: str, tmp_path: Path) -> None:
-    """Holds for every invalid part, however late the error is found."""
+def test_refused_checkpoint_leaves_state_unchanged(part: str, tmp_path: Path) -> None:
+    """The parameters, the optimizer and the random state stay unchanged, whichever part is invalid."""
     a = _parameters()
     optimizer = make_optimizer(a, learning_rate=0.1)
     _move(a, optimizer, 1)
@@ -180,7 +180,7 @@ def test_other_parameters_are_listed(tmp_path: Path) -> None:
         assert part in error.value.what
 
 
-def test_there_is_no_pickle_in_a_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint_contains_no_pickle(tmp_path: Path) -> None:
     path = _save(tmp_path, 1)
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
     assert json.loads((path / "state.json").read_text())["progress"]["step"] == 1

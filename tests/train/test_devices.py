@@ -1,8 +1,8 @@
-"""Several processes train one run: losses, adapter and outcome equal those of one process, replicated or
-sharded.
+"""One run trained by several processes: losses, adapter and result equal those of one process, replicated
+or sharded.
 
-Two gloo processes on the CPU. Sums over processes are added in another order than in one process: in float32,
-losses agree within 1e-5 relative and adapters within 1e-5 of their largest entry after ten steps of AdamW.
+Uses two gloo processes on the CPU. They add in a different order than one process does: in float32, losses
+agree to 1e-5 relative, and adapters to 1e-5 of their largest entry after ten steps of AdamW.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SIZES = st.lists(st.integers(1, 500), max_size=40)
 
 
 @given(SIZES, st.integers(1, 9))
-def test_shares_are_complete_and_balanced(sizes: list[int], count: int) -> None:
+def test_work_is_distributed_completely_and_evenly(sizes: list[int], count: int) -> None:
     hands = balance(sizes, count)
     assert sorted(index for hand in hands for index in hand) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in hand) for hand in hands]
@@ -51,7 +51,7 @@ def test_shares_are_complete_and_balanced(sizes: list[int], count: int) -> None:
 
 
 @given(SIZES, st.integers(1, 9))
-def test_lockstep_deals_equal_numbers_and_counts_each_once(sizes: list[int], count: int) -> None:
+def test_lockstep_gives_equal_numbers_and_counts_each_item_once(sizes: list[int], count: int) -> None:
     dealt = [Devices(rank, count, lockstep=True).deal(sizes) for rank in range(count)]
     assert len({len(hand) for hand in dealt}) == 1
     assert sorted(i for hand in dealt for i, counts in hand if counts) == list(range(len(sizes)))
@@ -68,7 +68,7 @@ def test_one_process_needs_no_distributed_torch(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_a_digest_knows_names_bits_and_shapes() -> None:
+def test_digest_depends_on_names_bits_and_shapes() -> None:
     a = {"x": torch.zeros(2, 3), "y": torch.ones(2)}
     seen = {digest_of(a), digest_of({**a, "x": torch.zeros(3, 2)}), digest_of({**a, "y": torch.ones(2).double()})}
     seen |= {digest_of({**a, "x": -torch.zeros(2, 3)}), digest_of({"x": a["x"], "z": a["y"]}), digest_of(a, 1)}
@@ -80,13 +80,15 @@ def test_a_digest_knows_names_bits_and_shapes() -> None:
     ("count", "micros", "shard", "level", "said"),
     [
         (2, [2, 3, 4], False, "ok", "2 devices share each step, at most 2 micro-batches per device"),
-        (2, [2, 2], True, "ok", "each holds a part of the frozen weights"),
+        (2, [2, 2], True, "ok", "each device holds a part of the frozen weights"),
         (4, [4] * 20 + [1], False, "ok", "4 devices share"),
         (4, [2, 2, 4], False, "warn", "2 of 3 steps have fewer micro-batches than the 4 devices"),
         (1, [2], True, "warn", "this run has one"),
     ],
 )
-def test_the_preflight_reports_the_sharing(count: int, micros: list[int], shard: bool, level: str, said: str) -> None:
+def test_preflight_reports_distribution_over_devices(
+    count: int, micros: list[int], shard: bool, level: str, said: str
+) -> None:
     values = {"base": "b", "data": {"train": "t"}, "output": "o", "memory": {"shard": shard}}
     found = list(check_devices(RunSubject(base=None, config=config_from(values)[0], devices=count, micros=micros)))
     assert any(said in finding.text and finding.level == level for finding in found)
@@ -96,9 +98,10 @@ def test_the_preflight_reports_the_sharing(count: int, micros: list[int], shard:
 
 
 class Runs:
-    """Results by run: `one` of a single process, `two` of each of two processes.
+    """Results by name of the run.
 
-    `ended`: exit codes of the two processes, of which the second was killed; `said`: their output."""
+    `one`: from a single process. `two`: from each of two processes. `ended`: exit code of the last run, whose
+    second process is killed. `said`: output of that run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,7 +143,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @contextmanager
 def printed_to(path: Path) -> Iterator[None]:
-    """Redirect stderr of this process and its children to a file."""
+    """Redirect stderr of this process and of its children to a file."""
     with path.open("a") as file, redirect_stderr(file):
         own = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -170,8 +173,9 @@ def same_adapter(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("name", ["two", "idle", *SHARDED, "dpo", "dpo-shard", "kto-shard", "pictures"])
-def test_two_processes_lose_and_learn_what_one_does(name: str, runs: Runs) -> None:
-    """With dropout, an idle process, sharding, recomputed DoRA, full copies, preferences, and pictures."""
+def test_two_processes_train_like_one(name: str, runs: Runs) -> None:
+    """The runs cover dropout, an idle process, sharding, recomputed DoRA, full copies, preferences, and
+    pictures."""
     one, two = runs.one[name], runs.two[0][name]
     for mine, other in zip(one["extra"], two["extra"], strict=True):
         assert other == pytest.approx(mine, rel=1e-4, abs=1e-5)
@@ -207,7 +211,7 @@ def test_resuming_on_other_devices_differs_only_by_rounding(runs: Runs, tmp_path
     assert any("resuming after step 6" in note for note in notes)
     result = train(
         runs.folder, runs.folder / "stopped", resume=True, **ONE_ROW
-    )  # started by two processes, finished by one
+    )  # two processes started this run, one finishes it
     assert result.steps == 10
     same_adapter(runs.tensors("one"), runs.tensors("stopped"))
 
@@ -218,9 +222,9 @@ def test_each_process_stores_its_shard_of_the_weights(runs: Runs) -> None:
         assert part == pytest.approx(whole / 2, rel=0.02)
     notes = runs.two[0]
     for name in ("shard", "shard-nf4", "shard-int8", "dpo-shard"):
-        assert any("and read" in note for note in notes[name]["notes"])
+        assert any("after reading" in note for note in notes[name]["notes"])
     for name in ("shard-dora", "shard-whole"):
-        assert any("each process reads all of the weights" in note for note in notes[name]["notes"])
+        assert any("each process reads all weights, because" in note for note in notes[name]["notes"])
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -243,10 +247,10 @@ def test_a_non_finite_loss_ends_both_processes_once(runs: Runs) -> None:
     assert not (runs.folder / "not-finite" / TENSORS).exists()
 
 
-def test_a_signal_to_one_process_stops_both_saved(runs: Runs) -> None:
+def test_signal_to_one_process_stops_and_saves_both(runs: Runs) -> None:
     found = [seen["stopped"] for seen in runs.two]
     assert {f["kind"] for f in found} == {"Interrupted"}
-    assert {f["code"] for f in found} == {143}  # both processes report the signal, whichever received it
+    assert {f["code"] for f in found} == {143}  # both report the signal, no matter which received it
     assert found[0]["what"] == found[1]["what"]
     assert sorted(f["told"] for f in found) == [False, True]
     assert checkpoint.latest(runs.folder / "stopped" / "checkpoints") is not None
@@ -279,7 +283,7 @@ def test_launch_returns_the_first_failure(capfd: pytest.CaptureFixture[str]) -> 
     assert launch(2, [sys.executable, "-c", CHILD, "7"]) == 7
 
 
-def test_a_signal_to_the_launcher_reaches_each_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_signal_to_launcher_reaches_each_process_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(2, [sys.executable, "-c", CHILD, "wait"]) == 130
     said = capfd.readouterr().out
     assert (said.count("0 was asked"), said.count("1 was asked")) == (1, 1)
@@ -292,7 +296,7 @@ def test_hanging_processes_are_ended(monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert "process 0 of 2 was ended by SIGTERM" in capfd.readouterr().err
 
 
-def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_devices_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.own_device("cpu", 5, 6) == "cpu"
     with pytest.raises(ConfigError, match="needs its own device"):
         devices.own_device("cuda:1", 0, 2)

@@ -1,19 +1,19 @@
-"""The text of a step or an evaluation: its loss, or the rewards of its completions."""
+"""Text for a step or an evaluation: its loss, or the rewards of its completions."""
 
 from __future__ import annotations
 
 from veneer.train.events import measure_text, validation_text
 
 
-def test_a_loss_is_shown_without_rewards() -> None:
+def test_loss_is_shown_if_there_are_no_rewards() -> None:
     assert measure_text(-1e-9, {}) == "loss 0.0000"
     assert (
         measure_text(1.25, {"reward_accuracy": 0.5, "reward_margin": 1.0}) == "loss 1.2500"
-    )  # rewards of preference runs
+    )  # preference runs have such metrics
     assert validation_text(1.25, False) == "validation loss 1.2500"
 
 
-def test_rewards_are_said_in_place_of_their_loss() -> None:
+def test_rewards_are_shown_instead_of_the_loss() -> None:
     judged = {"reward_failed": 1.0, "cut_share": 0.0}
     parts = {"reward_fields": 0.5, "reward_fields_team": 1.0}
     assert measure_text(0.0, {"reward": 0.25, **parts, **judged}) == "reward 0.250 (fields 0.500, fields_team 1.000)"

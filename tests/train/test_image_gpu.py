@@ -22,7 +22,7 @@ def _run(folder: Path, name: str, **sections: Any) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_run_on_a_quantized_base(kind: str, tmp_path: Path) -> None:
+def test_quantized_base_trains(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from tests.tiny_image_base import tiny_image_base
 
@@ -33,7 +33,8 @@ def test_a_run_on_a_quantized_base(kind: str, tmp_path: Path) -> None:
 
 
 def test_offloading_changes_no_result(tmp_path: Path) -> None:
-    """Sheets use encoders and VAE fetched from the CPU; the adapter equals that of a run without sheets."""
+    """Generating sheets fetches the encoders and the VAE from the CPU. The adapter equals that of a run without
+    sheets."""
     samples = {"prompts": ["sks, a red house"], "every": 1, "steps": 1}
     first, said = _run(tmp_path, "sheets", samples=samples)
     assert "wait on the CPU between sheets" in said

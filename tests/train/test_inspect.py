@@ -1,4 +1,4 @@
-"""`inspect_run` and previews agree with the run; each row is shown with its use."""
+"""`inspect_run` and the row previews agree with the run; each row is shown with how it is used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def row(text: str, answer: str = ANSWER) -> dict[str, str]:
     return {"prompt": text, "completion": answer}
 
 
-def test_few_rows_are_counted_as_in_the_run(base: Path, tmp_path: Path) -> None:
+def test_counts_for_few_rows_equal_the_runs(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i}?") for i in range(30)], tmp_path)
     look = inspect_run(chosen, device=device_of())
     data = read_data(chosen, load_text(str(base)))
@@ -61,11 +61,11 @@ def test_few_rows_are_counted_as_in_the_run(base: Path, tmp_path: Path) -> None:
     assert "It fits" in inspection_text(look) or "fits" in inspection_text(look)
 
 
-def test_many_rows_are_sampled_and_a_new_file_reread(base: Path, tmp_path: Path) -> None:
+def test_many_rows_are_sampled_and_changed_files_reread(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i:04}?") for i in range(400)], tmp_path, split=200)
     look = inspect_run(chosen, rows=40, device=device_of())
     assert (look.rows, look.looked) == (400, 40)
-    assert "looked at the first 40 rows of 400" in look.guesses[0]
+    assert "only the first 40 rows of 400" in look.guesses[0]
     assert look.plan.job.rows == pytest.approx(200, abs=20)
     config(base, [row("")], tmp_path)
     broken = inspect_run(chosen, rows=40, device=device_of())
@@ -122,7 +122,7 @@ def test_images_are_shown_with_crops_and_changed_captions(tmp_path: Path) -> Non
     assert [one.verdict for one in seen].count("held out") == 1
     wide = next(one for one in seen if (one.width, one.height) == (48, 32) and one.crop is not None)
     left, top, width, height = wide.crop
-    assert (top, height, wide.verdict) == (0, 1, "cut")  # a square of 32 in the center of 48 by 32
+    assert (top, height, wide.verdict) == (0, 1, "cut")  # the 32 × 32 square in the center of 48 × 32
     assert (left, width) == (pytest.approx(8 / 48), pytest.approx(32 / 48))
     look = inspect_run(made, device=device_of())
     assert look.plan is not None

@@ -1,4 +1,4 @@
-"""LoHa and LoKr runs on text and pictures, read back by PEFT and by veneer."""
+"""LoHa and LoKr runs on text and pictures; PEFT and veneer read the saved files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "loha"}, {"kind": "lokr", "factor": 4}])
-def test_text_is_learned(adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_text_run_learns_and_is_read_back(
+    adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {"adapter": {"rank": 4, "dropout": 0.0, **adapter}, "schedule": {"steps": 5}}
     settings["optimizer"] = {"learning_rate": 3e-3}
     whole = train(shared, tmp_path / "whole", base, **settings)
@@ -49,7 +51,9 @@ def test_text_is_learned(adapter: dict[str, Any], shared: Path, base: TextBase, 
         ("sdxl", "attention+ff+conv", "peft", {"kind": "lokr", "factor": 4}),
     ],
 )
-def test_pictures_are_learned(family: str, targets: str, layout: str, adapter: dict[str, Any], tmp_path: Path) -> None:
+def test_image_run_learns_and_is_read_back(
+    family: str, targets: str, layout: str, adapter: dict[str, Any], tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {
         "adapter": {"rank": 2, "dropout": 0.0, "targets": targets, **adapter},
         "schedule": {"steps": 2},

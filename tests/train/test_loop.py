@@ -1,4 +1,4 @@
-"""The training loop: accumulation equals one large batch; stopping; events. Uses a linear model."""
+"""The training loop on a linear model: micro-batches, stopping, evaluation, events."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ ROWS, WIDTH = 24, 3
 
 
 class Problem:
-    """Squared error of a linear model on rows with different token counts, summed over tokens as an NLL
-    is."""
+    """Squared error of a linear model, summed over tokens as an NLL is; rows have different token counts."""
 
     def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -60,7 +59,7 @@ class Problem:
 
 
 class Other(Problem):
-    """The same problem with another loss or other scores."""
+    """The same problem, with another loss or another score."""
 
     def __init__(self, loss: Callable[[list[int]], Tensor] | None = None, score: Any = None) -> None:
         super().__init__()
@@ -74,8 +73,8 @@ class Other(Problem):
         return found
 
 
-class _OnABusyDevice(torch.Tensor):
-    """A value that is available 0.2 s after it is requested, like one that a GPU still computes."""
+class _DelayedTensor(torch.Tensor):
+    """A tensor whose values arrive 0.2 s after they are requested, as if a GPU were still computing them."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,14 +128,14 @@ def test_a_step_is_the_token_weighted_gradient() -> None:
 
 
 def test_seconds_of_a_step_include_waiting_for_its_losses() -> None:
-    problem = Other(lambda rows: Problem.loss(problem, rows).as_subclass(_OnABusyDevice))
+    problem = Other(lambda rows: Problem.loss(problem, rows).as_subclass(_DelayedTensor))
     seen: list[Event] = []
     progress = _train(problem, [problem.step([[0], [1]])] * 2, on_event=seen.append)
     assert all(event.seconds >= 0.2 for event in seen if isinstance(event, Stepped))
     assert progress.seconds >= 0.4
 
 
-def test_clipping_bounds_the_norm_and_reports_it_unclipped() -> None:
+def test_clipping_bounds_the_norm_and_reports_the_unclipped_norm() -> None:
     free, bound = Problem(), Problem()
     seen: list[Event] = []
     steps = [free.step([list(range(ROWS))])]
@@ -155,7 +154,7 @@ def test_a_non_finite_step_stops_before_the_optimizer(where: str, tmp_path: Path
     def loss(rows: list[int]) -> Tensor:
         value = Problem.loss(problem, rows)
         if 7 in rows and len(saved) >= 2:
-            # sqrt has infinite slope at zero: the loss is finite, its gradient is not
+            # sqrt has infinite slope at zero, so the loss is finite but its gradient is not
             bad = torch.tensor(math.nan) if where == "loss" else (problem.parameters["w.A"] * 0).sum().sqrt()
             return value + bad
         return value
@@ -230,8 +229,8 @@ def test_evaluation_that_is_not_finite_stops() -> None:
 
 
 def test_ctrl_c_drops_the_unfinished_step_and_saves(tmp_path: Path) -> None:
-    """The saved state, including random state, is that of step 2, although step 3 already sampled dropout
-    masks."""
+    """The saved state, including the random state, is that of step 2, although step 3 has already sampled
+    dropout masks."""
     after: dict[int, tuple[Tensor, Tensor]] = {}
     calls = 0
 
@@ -304,7 +303,7 @@ def test_probe_runs_the_longest_and_leaves_no_trace() -> None:
     assert (problem.parameters["w.A"] == 0).all()
 
 
-def test_probe_finds_what_would_train_nothing() -> None:
+def test_probe_detects_losses_that_cannot_train() -> None:
     elsewhere = torch.zeros(1, requires_grad=True)
     micros = [Problem().micro([0])]
     with pytest.raises(PreflightError, match="no gradient"):
@@ -336,7 +335,7 @@ def test_out_of_memory_names_the_rows_and_a_fix(error: Exception) -> None:
 def test_steps_are_planned_an_epoch_at_a_time(length: dict[str, int], count: int, ends: list[int]) -> None:
     planned: list[int] = []
 
-    def plan(epoch: int) -> list[Step]:  # packed rows: the number of steps differs between epochs
+    def plan(epoch: int) -> list[Step]:  # as with packed rows, the number of steps differs between epochs
         planned.append(epoch)
         return [Step((), epoch + (i + 1) / (epoch + 2)) for i in range(epoch + 2)]
 

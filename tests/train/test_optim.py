@@ -1,4 +1,4 @@
-"""Optimizers by name, LoRA+ groups, and schedules as functions of the step."""
+"""Optimizers by name, LoRA+ parameter groups, and schedules as functions of the step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _step(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter])
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
-def test_every_name_moves_every_parameter(name: str) -> None:
+def test_every_optimizer_updates_every_parameter(name: str) -> None:
     parameters = _pair()
     optimizer = make_optimizer(parameters, name=name, learning_rate=0.1)
     _step(optimizer, parameters)
     assert all((p != 1).all() and p.isfinite().all() for p in parameters.values())
 
 
-def test_lora_plus_moves_b_ratio_times_as_far() -> None:
+def test_lora_plus_multiplies_updates_of_b_by_the_ratio() -> None:
     parameters = _pair()
     optimizer = make_optimizer(parameters, name="sgd", learning_rate=0.01, loraplus_ratio=16.0)
     _step(optimizer, parameters)
@@ -48,7 +48,7 @@ def test_lora_plus_moves_b_ratio_times_as_far() -> None:
 
 
 def test_adamw_equals_the_formula_in_float64() -> None:
-    """Loshchilov & Hutter, by hand: decay on matrices, none on magnitudes."""
+    """Compares with the formula of Loshchilov & Hutter; matrices decay, magnitudes do not."""
     parameters = _pair(torch.float64)
     lr, b1, b2, decay, eps = 0.01, 0.9, 0.95, 0.1, 1e-8
     optimizer = make_optimizer(parameters, learning_rate=lr, betas=(b1, b2), weight_decay=decay, eps=eps)
@@ -85,7 +85,7 @@ def test_schedules_rise_then_never_rise_again(name: str, steps: int, warmup: flo
     assert all(f >= floor - 1e-9 for f in after)
 
 
-def test_shapes_by_hand() -> None:
+def test_schedule_factors_equal_calculations_by_hand() -> None:
     assert [Schedule.create("linear", 4).factor(s) for s in (1, 2, 3, 4)] == pytest.approx([1, 0.75, 0.5, 0.25])
     assert [Schedule.create("cosine", 4).factor(s) for s in (1, 3)] == pytest.approx([1, 0.5])
     assert [Schedule.create("constant", 4, 2).factor(s) for s in (1, 2, 3, 4)] == pytest.approx([0.5, 1, 1, 1])
@@ -93,7 +93,7 @@ def test_shapes_by_hand() -> None:
     assert Schedule.create("linear", 10, 0.03).warmup == 1
 
 
-def test_apply_scales_each_group_from_its_own_rate() -> None:
+def test_schedule_scales_each_group_by_the_same_factor() -> None:
     optimizer = make_optimizer(_pair(), learning_rate=0.1, loraplus_ratio=4.0)
     assert Schedule.create("linear", 2).apply(optimizer, 2) == pytest.approx(0.05)
     assert sorted({round(g["lr"], 9) for g in optimizer.param_groups}) == pytest.approx([0.05, 0.2])

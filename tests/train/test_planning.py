@@ -1,4 +1,4 @@
-"""From a configuration to a plan: the decisive micro-batch, and the texts for the user."""
+"""Plans from a configuration: the micro-batch that needs the most memory, and the texts for the user."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def config(*overrides: str) -> TrainConfig:
     return made
 
 
-def test_the_largest_micro_batch_counts() -> None:
+def test_plan_uses_the_largest_micro_batch() -> None:
     lengths = [100] * 30 + [900, 1000]
     load = load_of(config("batching.rows=32"), lengths, trained=0.5, dtype="bfloat16", checkpointing=False)
     assert load.tokens == max(load.tokens, 1900)
     assert load.tokens <= 2048
     assert load.longest == 1000
-    assert load.micros == 3  # a step of 4,900 tokens in micro-batches of at most 2,048
+    assert load.micros == 3  # 4,900 tokens in micro-batches of at most 2,048
     alone = load_of(config("batching.micro_rows=1"), lengths, trained=0.5, dtype="bfloat16", checkpointing=False)
     assert alone.lengths == (1000,)
     assert alone.micros == 16
@@ -93,8 +93,9 @@ def test_a_configuration_without_data_is_planned_from_options(tmp_path: Path) ->
 
 
 def test_sampling_adds_its_kv_cache_and_time() -> None:
-    """By hand: SmolLM2-135M on a card, 64 prompts of 100 tokens, 4 completions of at most 64 tokens each, 32
-    at once."""
+    """The numbers are calculated by hand.
+
+    SmolLM2-135M on a GPU, 64 prompts of 100 tokens, 4 completions each of at most 64 tokens, 32 at once."""
     card, own = device_named("h100-80gb"), ["reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]"]
     own += ["reinforcement.group=4", "reinforcement.max_tokens=64", "reinforcement.rows=32", "batching.rows=16"]
 
@@ -104,35 +105,35 @@ def test_sampling_adds_its_kv_cache_and_time() -> None:
     found = planned("schedule.epochs=1")
     assert (found.job.rows, found.job.batch, found.job.total_steps) == (64 * 4, 16 * 4, 4)
     assert found.job.tokens_per_row == 100 + 64
-    # config.json: 30 layers, 3 key heads of 64, two bytes per number; 32 contexts of 100 + 64 tokens
+    # config.json: 30 layers, 3 key heads of size 64; 2 bytes per number; 32 contexts of 100 + 64 tokens
     kept = 2 * 30 * 3 * 64 * 2
     assert found.memory.cache == 32 * kept * (100 + 64)
-    # A step of 32 completions reads the weights (tied head), the rank-16 adapter, and the keys and values of
-    # contexts that are half full on average; a group's prompt is computed once for its four completions.
+    # A step of 32 completions reads the weights (with a tied head), the rank-16 adapter, and the keys and
+    # values of contexts that are half full on average. Four completions share the computation of a prompt.
     parameters, pairs = 134_515_008, 16 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
     read = 2 * parameters + 2 * pairs + 32 * kept * (100 / 4 + 64 / 2)
     prompt = 2 * (parameters + pairs) * 100 / 4 / found.rates.operations
     drawing = 64 * 4 * (64 * read / found.rates.bandwidth / 32 + prompt)
-    assert f"256 drawn, 32 at once: {32 * kept * 164 / 1e6:.1f} MB" in dict(found.facts)["answers"]
-    # supervised training on the same rows accounts for the remaining time and memory
+    assert f"256 sampled, 32 at once: {32 * kept * 164 / 1e6:.1f} MB" in dict(found.facts)["answers"]
+    # the remaining time and memory are those of supervised training on the same rows
     values = {**VALUES, "batching": {"rows": 64, "micro_tokens": 2048}, "schedule": {"epochs": 1}}
     rows, _ = config_from(values)
     learned = plan_of_config(rows, card, rows=256, tokens_per_row=164)
     again = planned("schedule.epochs=1", "batching.micro_tokens=2048")
     assert again.peak - learned.peak == found.memory.cache
     assert again.seconds - learned.seconds == pytest.approx(drawing, rel=0.02)
-    # if completions leave too little memory for training, the plan says so and its suggestions include them
+    # if the cache leaves too little memory for training, the suggested changes leave space for the cache
     small = replace(card, memory=round((found.peak - found.memory.cache / 2) * card.memory / found.available))
     tight = plan_of_config(config(*own, "schedule.epochs=1"), small, rows=64, tokens_per_row=100)
     assert tight.available < tight.peak == found.peak < tight.available + found.memory.cache
     assert tight.changes
     assert all(change.peak + tight.memory.cache <= tight.available for change in tight.changes)
-    # two updates per rollout: half as many completions for as many steps
-    assert dict(planned("schedule.steps=8", "reinforcement.updates=2").facts)["answers"].startswith("256 drawn")
-    assert dict(planned("schedule.steps=8").facts)["answers"].startswith("512 drawn")
+    # with two updates per rollout, the same number of steps needs half as many completions
+    assert dict(planned("schedule.steps=8", "reinforcement.updates=2").facts)["answers"].startswith("256 sampled")
+    assert dict(planned("schedule.steps=8").facts)["answers"].startswith("512 sampled")
 
 
-def test_samples_at_once_are_a_step_or_the_validation_rows() -> None:
+def test_concurrent_samples_cover_a_step_or_the_validation_rows() -> None:
     own = ("distillation.teacher=base", "distillation.system=Be brief", "distillation.group=3", "batching.rows=4")
     assert [sampled_at_once(config(*own), held_out) for held_out in (0, 12, 20, 100)] == [12, 12, 20, 64]
     assert sampled_at_once(config(*own, "distillation.rows=5"), 20) == 5
@@ -153,7 +154,9 @@ def test_images_are_counted_in_their_folder(tmp_path: Path) -> None:
 
 
 def test_a_second_base_adds_weights_and_one_forward_per_answer() -> None:
-    """By hand: teacher SmolLM2-1.7B, student SmolLM2-135M on a card, 32 prompts of 100 and completions of 20
+    """The numbers are calculated by hand.
+
+    Teacher SmolLM2-1.7B, student SmolLM2-135M on a GPU, 32 prompts of 100 tokens, completions of 20
     tokens."""
     card, many = device_named("h100-80gb"), ["distillation.max_tokens=20", "data.split=0", "schedule.steps=2"]
 
@@ -165,8 +168,8 @@ def test_a_second_base_adds_weights_and_one_forward_per_answer() -> None:
     one_each = ("reinforcement.loss=reinforce", "reinforcement.group=1", "reinforcement.exact=false")
     rewarded = ("reinforcement.rewards=[{kind: exact_match}]", "reinforcement.max_tokens=20", *many[1:])
     away = plan_of_config(config(*one_each, *rewarded), card, rows=32, tokens_per_row=100)
-    # config.json: 24 layers of width 2048, 32 heads of 64 and as many key heads, MLP 8192, 49152 tokens, tied
-    # head
+    # config.json: 24 layers of width 2048, 32 heads of size 64 and as many key heads, MLP of width 8192,
+    # vocabulary of 49152 tokens, tied head
     d, inner, vocabulary, layers = 2048, 8192, 49152, 24
     matrices = layers * (4 * d * d + 3 * d * inner)
     weights = 2 * (matrices + layers * 2 * d + d + vocabulary * d)
@@ -174,8 +177,7 @@ def test_a_second_base_adds_weights_and_one_forward_per_answer() -> None:
     told = planned("distillation.teacher=base", "distillation.system=Be brief")
     assert beside.peak - told.peak == weights
     assert beside.available == told.available == away.available
-    # 2 steps of 16 completions of 120 tokens; each token is multiplied by all matrices and attends to earlier
-    # tokens
+    # 2 steps of 16 rows of 120 tokens; each token is multiplied by all matrices and attends to earlier tokens
     load = beside.planned[0]
     assert isinstance(load, Load)
     operations = 2.0 * load.tokens * matrices + 2.0 * load.trained_tokens * vocabulary * d
@@ -184,10 +186,10 @@ def test_a_second_base_adds_weights_and_one_forward_per_answer() -> None:
     assert beside.seconds - away.seconds == pytest.approx(32 * 120 / load.tokens * one, rel=0.02)
     assert "1,711,376,384 parameters" in dict(beside.facts)["teacher"]
 
-    # a teacher that is an adapter, or the same base with more context, adds no weights
+    # a teacher adds no weights if it is an adapter, or the same base with a system message
     assert told.memory.teacher == 0
     assert away.seconds < told.seconds < beside.seconds  # type: ignore[operator]
-    # if the teacher leaves too little memory, the plan says so and its suggestions include the teacher
+    # if the teacher leaves too little memory, the suggested changes leave space for the teacher
     small = device_named("rtx-4090")
     alone, both = (
         planned("base.name=meta-llama/Llama-3.1-8B", "batching.rows=8", "distillation.teacher=base", more, device=small)

@@ -1,4 +1,4 @@
-"""Policy losses against TRL's GRPOTrainer: value and gradient for the same numbers."""
+"""Policy losses, compared with TRL's GRPOTrainer: value and gradient for the same numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.peers
 
 LENGTHS = [5, 2, 7, 3, 4, 6]
 LIMIT = 9
-CASES: dict[str, tuple[str, str]] = {  # veneer's loss -> TRL's loss_type and importance_sampling_level
+CASES: dict[str, tuple[str, str]] = {  # veneer's loss -> TRL's (loss_type, importance_sampling_level)
     "grpo": ("grpo", "token"), "dr-grpo": ("dr_grpo", "token"), "dapo": ("dapo", "token"), "gspo": ("grpo", "sequence"),
 }  # fmt: skip
 
@@ -33,7 +33,7 @@ def theirs(
     worth: Tensor,
     beta: float,
 ) -> Tensor:
-    """Return TRL's loss for these log-probabilities, passed in place of a model's."""
+    """Return TRL's loss for these log-probabilities, which replace those of a model."""
     from trl import GRPOTrainer
 
     def padded(values: Tensor) -> Tensor:

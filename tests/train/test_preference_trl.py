@@ -1,4 +1,4 @@
-"""From rows to gradients against TRL's own trainers, on the same tiny base with the same adapter."""
+"""Preference training from rows to gradients, compared with TRL's trainers on the same base and adapter."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def trainer_of(name: str, folder: Path, rows: list[dict[str, Any]], settings: di
     model = AutoModelForCausalLM.from_pretrained(folder / "tiny-base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny-base")
     if name in ("orpo", "simpo"):
-        tokenizer.bos_token = None  # these two trainers add a BOS token even if the tokenizer does not
+        tokenizer.bos_token = None  # both trainers add a BOS token, even if the tokenizer does not
     return Trainer(
         model=model,
         args=Config(**common),
@@ -126,10 +126,10 @@ def test_loss_and_gradient_equal_trls(case: str, tmp_path: Path, monkeypatch: py
 
     trainer = trainer_of(name, tmp_path, rows, theirs)
     set_peft_model_state_dict(trainer.model, load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    trainer.model.eval()  # no dropout: the test compares one loss and its gradient
+    trainer.model.eval()  # disables dropout, so that the losses and gradients are comparable
     batch = next(iter(trainer.get_train_dataloader()))
     wanted = trainer.compute_loss(trainer.model, batch)
-    if name == "orpo":  # TRL averages its likelihood term over prompts and batch, so compare the odds ratio only
+    if name == "orpo":  # TRL averages the likelihood term over prompts and batch; compare only the odds ratio
         wanted = -trainer.odds_ratio_loss(*trainer.concatenated_forward(trainer.model, batch)[:2])[0].mean()
     wanted.backward()
     assert float(torch.as_tensor(loss).detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Batches prefetched by a thread: same order and bits, at most two in memory, errors raised in the run."""
+"""Batches prefetched in a thread: equal order and bits, at most two in memory, errors raised in order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS, MICROS = 4, 3
 
 
 class Rows:
-    """A batch of rows that a test can watch by weak reference."""
+    """A batch of rows that tests can track with weak references."""
 
     def __init__(self, number: int) -> None:
         self.x = torch.randn(2, 3, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
@@ -35,8 +35,8 @@ class Rows:
 class Fitted:
     """Squared error with dropout.
 
-    `ahead`: prefetch batches in a thread, with a copy that stands for the transfer to a device. `made`,
-    `sent`, `used`: numbers of batches, in order. `most`: maximum number of batches alive at once."""
+    `ahead`: prefetch batches in a thread; a copy stands for the transfer to a device. `made`, `used`: the
+    batches in order. `most`: maximum number of batches that were alive at once."""
 
     def __init__(self, ahead: bool, failing: Callable[[int], None] = lambda number: None) -> None:
         self.parameters = {"w.A": nn.Parameter(torch.ones(3, dtype=torch.float64))}
@@ -74,7 +74,7 @@ class Fitted:
         return value
 
     def steps(self, epochs: int = 2) -> LazySteps:
-        """Return epochs of two steps."""
+        """Return steps in epochs of two."""
 
         def plan(epoch: int) -> list[Step]:
             first = epoch * 2 * MICROS
@@ -115,7 +115,7 @@ def test_prefetching_keeps_order_and_bits() -> None:
 
 @pytest.mark.parametrize("number", [0, 1, MICROS, 3 * MICROS - 1])
 def test_an_error_while_prefetching_is_raised_in_order(number: int) -> None:
-    """All earlier batches are delivered first."""
+    """All batches before the error are used first."""
 
     def failing(made: int) -> None:
         if made == number:
@@ -183,7 +183,7 @@ def test_a_sent_batch_has_its_tokens_on_the_device() -> None:
 
 @pytest.mark.gpu
 def test_a_busy_gpu_computes_on_the_right_batch() -> None:
-    """A busy card keeps copies waiting behind products, while batches are released."""
+    """While the GPU is busy with matrix products, copies wait in its queue and their batches are released."""
     device, n = torch.device("cuda"), 4096
     makers = [lambda i=i: collate([Example([i] * n, [False] + [True] * (n - 1), 0)]) for i in range(30)]
     busy, sums = torch.randn(4096, 4096, device=device), []

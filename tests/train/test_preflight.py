@@ -1,4 +1,4 @@
-"""Preflight parts that all runs share: the report, counts on a base, and memory limits."""
+"""Parts of preflight that all runs share: the report, parameter counts of a base, and memory limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_run_that_does_not_fit_stops_unless_forced() -> None:
     assert memory_finding(100, 100, "so", fix="less", force=False).level == "ok"
     found = memory_finding(2_000_000_000, 1_000_000_000, "so", fix="less", force=False)
     assert (found.level, found.fix) == ("stop", "less")
-    assert found.text == "this run does not fit: it needs about 2.0 GB beyond the base, and 1.0 GB are free; so"
+    assert found.text == "this run does not fit: it needs about 2.0 GB in addition to the base, but 1.0 GB are free; so"
     assert memory_finding(101, 100, "so", fix="less", force=True).level == "warn"
 
 
@@ -55,7 +55,7 @@ def test_a_memory_limit_bounds_free_memory() -> None:
 @pytest.mark.parametrize(
     "extra", [[], ["adapter.dora=true"], ["adapter.targets=[q_proj, embed_tokens]"], ["adapter.kind=lokr"]]
 )
-def test_trainable_parameters_are_those_that_core_creates(family: str, extra: list[str]) -> None:
+def test_trainable_parameter_count_equals_created_adapter(family: str, extra: list[str]) -> None:
     model = FAMILIES[family]()
     if family == "phi3":
         extra = [e.replace("q_proj", "qkv_proj") for e in extra]
@@ -68,5 +68,5 @@ def test_trainable_parameters_are_those_that_core_creates(family: str, extra: li
     assert pairs + whole == sum(t.numel() for _, t in adapter.tensors())
 
 
-def test_free_memory_is_at_most_the_machines() -> None:
+def test_free_memory_is_at_most_total_memory() -> None:
     assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total

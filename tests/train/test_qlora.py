@@ -1,4 +1,4 @@
-"""QLoRA: a run on a 4-bit base equals the run on its dequantized weights; resuming; messages."""
+"""QLoRA: a run on a quantized base equals the run on its dequantized weights; resuming; messages."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_quantized_training_equals_training_on_dequantized_weights(shared: Path,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", ["none", "some", "all"])
-def test_the_fast_paths_take_quantized_weights(shared: Path, dtype: torch.dtype, kept: str) -> None:
+def test_fast_paths_support_quantized_weights(shared: Path, dtype: torch.dtype, kept: str) -> None:
     base = load_text(str(shared / "tiny-base"), dtype=dtype, quantize="nf4")
     reference = dequantized_twin(base.model)
     ids = torch.randint(3, 384, (30,), generator=torch.Generator().manual_seed(0))
@@ -110,9 +110,9 @@ def test_activations_can_be_recomputed_over_codes(shared: Path, tmp_path: Path) 
     assert _losses(seen) == pytest.approx(_losses(again), rel=1e-6)
 
 
-def test_loftq_starts_where_quantizing_left_off(shared: Path, tmp_path: Path) -> None:
-    """The best rank-r approximation of W − W̃ (Eckart-Young), so the adapted base is closer to the 16-bit
-    base."""
+def test_loftq_approximates_the_quantization_error(shared: Path, tmp_path: Path) -> None:
+    """LoftQ starts from the best rank-r approximation of W − W̃ (Eckart-Young), so that the adapted base is
+    closer to the 16-bit base."""
     base = load_text(str(shared / "tiny-base"), dtype="float32", quantize="nf4")
     adapter = create(base.model, LoraSpec(rank=4, init="loftq"), seed=0, original=base.original)
     for name, pair in adapter.pairs.items():

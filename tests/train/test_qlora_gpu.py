@@ -1,4 +1,4 @@
-"""QLoRA on a CUDA device: the CPU's values, and a run over them."""
+"""QLoRA on a CUDA device: the same weights as on the CPU, and a training run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_codes_stand_for_the_same_weights(kind: str, dtype: torch.dtype) -> None:
+def test_codes_dequantize_to_the_cpus_weights(kind: str, dtype: torch.dtype) -> None:
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     here, there = quantize(weight, kind), quantize(weight.cuda(), kind)
     assert torch.equal(here.to("cuda").dense().cpu(), here.dense())
     assert torch.equal(here.to("cuda")[30:70].dense().cpu(), here.dense()[30:70])
     apart = (here.dense().float() - there.dense().cpu().float()).abs()
-    assert float(apart.max()) <= 2e-2 * float(weight.abs().max())  # means of absmax are summed in another order
+    assert float(apart.max()) <= 2e-2 * float(weight.abs().max())  # CUDA sums the means of absmax in another order
 
 
 def test_a_run_in_4_bits_learns(tmp_path: Path) -> None:

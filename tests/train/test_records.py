@@ -1,4 +1,4 @@
-"""Reading text runs' files of every kind, and errors for invalid files."""
+"""Reading data files of every kind for text runs, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.train.records import count_lines, count_records, data_stamp
 from veneer.train.text.rows import data_digest, read_rows
 
 
-def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
+def test_every_file_kind_gives_the_same_rows(tmp_path: Path) -> None:
     rows = [{"prompt": f"What, is {i}?\nNow", "completion": f'a "{i}" é'} for i in range(5)]
     lines = jsonl(tmp_path, rows)
     array = tmp_path / "rows.json"
@@ -48,7 +48,7 @@ def test_globs_folders_several_files_and_a_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_marks_line_ends_and_blank_lines_are_fine(tmp_path: Path, ending: str) -> None:
+def test_byte_order_marks_line_ends_and_blank_lines_are_accepted(tmp_path: Path, ending: str) -> None:
     file = tmp_path / "rows.jsonl"
     lines = ['{"text": "a\u2028b"}', "", '{"text": "c"}', "   ", ""]
     file.write_bytes(b"\xef\xbb\xbf" + ending.join(lines).encode())
@@ -77,13 +77,13 @@ def test_bad_lines_are_listed_with_their_numbers(tmp_path: Path) -> None:
     [
         (r'{"text": "so \ud83d"}', "half of a surrogate pair"),
         (r'{"messages": [{"role": "user", "\uDe00": 1}]}', "half of a surrogate pair"),
-        ('{"weight": ' + "9" * 5000 + "}", "a number of too many digits"),
+        ('{"weight": ' + "9" * 5000 + "}", "a number with too many digits"),
         ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
     ],
     ids=["half a text", "half a key", "digits", "depth"],
 )
 def test_unusable_json_values_are_named(tmp_path: Path, row: str, what: str) -> None:
-    """JavaScript can split an emoji into lone surrogates; complete pairs and U+FFFD are valid text."""
+    """JavaScript can split an emoji into lone surrogates. Complete surrogate pairs and U+FFFD are valid."""
     good = r'{"text": "\ud83d\ude00 😀 \\ud83d"}'
     lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
     lines.write_text(f"{good}\n{row}\n{good}\n", encoding="utf-8")
@@ -98,8 +98,8 @@ def test_unusable_json_values_are_named(tmp_path: Path, row: str, what: str) -> 
     ("name", "content", "what"),
     [
         ("empty.jsonl", b"\n\n", "the data file is empty"),
-        ("header.csv", b"prompt,completion\n", "there are no rows in this file"),
-        ("array.json", b"[]", "there are no rows in this file"),
+        ("header.csv", b"prompt,completion\n", "this file has no rows"),
+        ("array.json", b"[]", "this file has no rows"),
         ("x.txt", b"a", "unknown kind of data file `.txt`"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl:2"),
         ("utf16.jsonl", '{"text": "Gr\u00fc\u00dfe"}\n'.encode("utf-16"), "not UTF-8 text"),
@@ -129,7 +129,7 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", [";", "\t", ","])
 def test_csv_delimiters_are_detected(tmp_path: Path, mark: str) -> None:
-    """Spreadsheets write semicolons in locales with a decimal comma."""
+    """In locales with a decimal comma, spreadsheets separate cells with semicolons."""
     table = tmp_path / "rows.csv"
     price = "2.5 EUR" if mark == "," else "2,5 EUR"
     table.write_text(f'prompt{mark}completion\n"1{mark}5 kg"{mark}{price}\n')
@@ -173,7 +173,7 @@ def test_lines_are_counted_across_chunks(tmp_path: Path) -> None:
         assert count_lines(file, 2, chunk=5) == min(wanted, 2)
 
 
-def test_files_are_counted_and_stamped_without_being_read(tmp_path: Path) -> None:
+def test_rows_are_counted_and_file_changes_detected(tmp_path: Path) -> None:
     jsonl(tmp_path, [{"text": f"row {i}"} for i in range(7)])
     (tmp_path / "more.csv").write_text("text\na\nb\n")
     names = [str(tmp_path / "*.jsonl"), str(tmp_path / "more.csv")]

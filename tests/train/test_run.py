@@ -1,4 +1,5 @@
-"""A task of a few lines makes a full run: checked, trained, resumed, scored, saved, verified and reported.
+"""A task defined in a few lines gets a complete run: checks, training, resuming, evaluation, saving,
+verification and reports.
 
 The tests of text and image runs cover their own tasks.
 """
@@ -78,7 +79,7 @@ def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 
         return carry_out(run, lines(folder, slope), report, newest)
 
 
-def test_another_training_task_runs_completely(tmp_path: Path) -> None:
+def test_custom_task_gets_a_complete_run(tmp_path: Path) -> None:
     seen: list[Event] = []
     result = go(tmp_path / "out", seen.append)
     assert (result.steps, result.stopped, result.kept_step) == (12, "finished", 12)
@@ -93,7 +94,7 @@ def test_another_training_task_runs_completely(tmp_path: Path) -> None:
 
 
 def test_the_peak_covers_this_run_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.ones(75_000_000)  # 300 MB, used only before the run
+    torch.ones(75_000_000)  # 300 MB that only the process used, before the run
     before = peak_resident()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
@@ -109,7 +110,7 @@ def test_the_peak_covers_this_run_and_device(tmp_path: Path, monkeypatch: pytest
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    """A second process, new or resuming, changes nothing while the first one runs."""
+    """A second run in the same folder, new or resumed, changes nothing while the first one is running."""
     refused: list[str] = []
 
     def again(event: Event) -> None:
@@ -126,6 +127,6 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
     assert [r["step"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["event"] == "stepped"] == [*range(1, 13)]
 
 
-def test_steps_after_which_something_is_due() -> None:
+def test_due_returns_steps_with_an_evaluation() -> None:
     assert due(5, [4, 8, 12], 12, start=True) == {0, 5, 10}
     assert due("epoch", [4, 8, 12], 12, start=False) == {4, 8, 12}

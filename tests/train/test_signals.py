@@ -1,4 +1,4 @@
-"""Signals inside the block, and their previous handlers afterwards."""
+"""Signals inside the `signal_handler` block, and the previous handlers after the block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.train.signals import signal_handler
 
 
 class Pressed(Exception):
-    """Raised by the previous handler."""
+    """Raised by the previous signal handler."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_signals_are_handled_inside_and_restored_afterwards(before: object) -> N
 
 
 def test_second_signal_runs_previous_handler_unless_immediate() -> None:
-    """`timeout` sends its signal to the process and to its group."""
+    """The `timeout` command sends its signal twice: to the process and to the process group."""
     found: list[int] = []
     with signal_handler(found.append, signal.SIGTERM, once=True):
         signal.raise_signal(signal.SIGTERM)

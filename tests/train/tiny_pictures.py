@@ -1,4 +1,4 @@
-"""A folder of drawings and a configuration on a tiny base, for runs of about a second."""
+"""Image runs that take about a second, on a tiny base and a folder of drawings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.train.image.save import ImageResult
 
 
 def drawings(folder: Path, count: int = 6) -> Path:
-    """Write `count` pictures of two shapes with captions, once."""
+    """Write `count` captioned pictures of two shapes, unless they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         path = folder / f"{i}.png"
@@ -31,7 +31,7 @@ def drawings(folder: Path, count: int = 6) -> Path:
 
 
 def image_values(folder: Path, output: Path, family: str = "flux1", /, **sections: Any) -> dict[str, Any]:
-    """Return a configuration of six steps, with `sections` merged section by section."""
+    """Return a configuration for six steps; `sections` are merged into it."""
     values: dict[str, Any] = {
         "base": str(tiny_image_base(folder, family)),
         "data": {"pictures": str(drawings(folder / "drawings")), "trigger": "sks", "split": 2},
@@ -44,7 +44,7 @@ def image_values(folder: Path, output: Path, family: str = "flux1", /, **section
         "checkpoint": {"every": 2},
     }
     values["data"]["cache"] = str(folder / "cache")
-    if family.startswith("qwen"):  # its files do not state the size of their pictures
+    if family.startswith("qwen"):  # the files of qwen bases do not state the image size
         values["data"]["resolution"] = 32
     return merged(values, sections)
 

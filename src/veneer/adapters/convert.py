@@ -1,6 +1,6 @@
-"""Convert an adapter from any layout to another tool's layout.
+"""Convert an adapter from any supported layout to another tool's layout.
 
-The command, server downloads and the Studio use this module, which reads and writes through `formats`. Some
+Used by the command line, the server's downloads and the Studio. Reads and writes with `formats`. Some
 layouts need a few numbers from the base's configuration; no layout needs the base's weights.
 """
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from veneer.formats.reading import Reading
 
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
-"""transformers' model_type -> llama.cpp's architecture, where the names differ."""
+"""transformers' model_type -> llama.cpp's architecture, if the two names differ."""
 
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
-    """The result of a conversion: the adapter as read, and a report of the output."""
+    """The result of a conversion: the input adapter, and a report of the output."""
 
     reading: Reading
     written: WriteReport
@@ -46,19 +46,19 @@ def convert_adapter(
     """Write the adapter at `path` to `output` in layout `to`, exactly or not at all.
 
     to: one of formats.convert.TARGETS.
-    family: the image model's family, or gguf's architecture, if it cannot be detected.
-    base: for gguf, the name of the base, whose architecture and head size it needs.
-    allow_partial: convert only what can be read.
+    family: the image model's family or the GGUF architecture, if it cannot be detected.
+    base: for gguf, the name of the base; the conversion reads the base's architecture and head size.
+    allow_partial: convert the readable part of the adapter.
 
-    Raises AdapterError, and ConfigError if the output is the adapter itself."""
+    Raises AdapterError if the conversion fails, and ConfigError if `output` is the input adapter."""
     if Path(output).exists() and Path(output).samefile(path):
         raise ConfigError(
-            "the output is the adapter itself, which is not written over", where=str(output), fix="another -o"
+            "the output is the adapter itself, which is never overwritten", where=str(output), fix="another -o"
         )
     reading = read(path, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
     head_dim = None
     if to == "gguf" and base is not None:
-        architecture, head_dim = _of_base(base, log)
+        architecture, head_dim = _base_architecture(base, log)
         family = family or architecture
     if to != "gguf":
         family = family or reading.family
@@ -66,8 +66,10 @@ def convert_adapter(
     return ConvertedAdapter(reading, written)
 
 
-def _of_base(name: str, log: Callable[[str], None] | None) -> tuple[str, int | None]:
-    """Return a base's llama.cpp architecture and rows per head; None if layers differ."""
+def _base_architecture(name: str, log: Callable[[str], None] | None) -> tuple[str, int | None]:
+    """Return a base's llama.cpp architecture and head size.
+
+    The head size is None if the layers have different head sizes."""
     from veneer.models.config import layer_heads
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config

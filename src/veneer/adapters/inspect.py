@@ -32,7 +32,7 @@ class AdapterCheck:
     """The result of one check.
 
     ok: None if the check could not run.
-    detail: the result or the reason."""
+    detail: what the check found, or why it could not run."""
 
     name: str
     ok: bool | None
@@ -40,26 +40,26 @@ class AdapterCheck:
 
 
 def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
-    """Return the content of the adapter `name`, ready for JSON.
+    """Return a description of the adapter `name`, ready for JSON.
 
     name: a folder, a file or a name in the library.
     how: options of `formats.read.read`.
 
-    Keys of the result:
-        verdict: whether the adapter can be read for use; if not, why and what to do. A refused adapter is
-        shown as far as it can be read.
+    The main keys of the result are:
+        verdict: whether veneer can use the adapter; if not, why and how to fix it. The other keys then
+            describe the readable part.
         format, reasons: the detected format and why.
-        coverage: counts of the file's tensors that are used, not understood, or without their partner. Any
-        of the last two means that reading for use is refused.
-        assumed_scale: number of modules whose scale the file does not state. Alpha is taken to be the rank
-        everywhere in the result, and reading for use is refused.
-        targets: per last part of a module's name the count, ranks, alphas, scales, shapes and total ‖ΔW‖
-        (Frobenius; without DoRA's magnitude, which needs the base).
-        deltas: changes that are not pairs, by form, with their bytes and the bytes of their ΔW, of which
-        one at a time is made in use.
-        hashes: of the file with the tensors.
+        coverage: the number of tensors used, and the tensors that are not understood or lack their partner.
+            An adapter with such tensors is refused.
+        assumed_scale: the number of modules whose scale the file does not state. The result assumes an alpha
+            equal to the rank for these modules, and the adapter is refused.
+        targets: for each last part of a module name, such as "q_proj": count, ranks, alphas, scales, shapes
+            and total ‖ΔW‖ (Frobenius; without DoRA's magnitude, which needs the base).
+        deltas: for each form of change that is not a pair: the count, the size in bytes, and the size of the
+            dense ΔW, which are computed one at a time during use.
+        hashes: the hashes of the tensor file.
 
-    Raises what reading raises for a file that is not an adapter."""
+    Raises the error of `formats.read.read` if the file is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
     return summary(path, reading, refusal)
@@ -68,7 +68,7 @@ def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:
     """Return the readable part of an adapter, and the error that prevents its use.
 
-    The error is None if veneer can use the adapter. Raises the error if nothing can be read."""
+    The error is None if veneer can use the adapter. If nothing can be read, raises the error instead."""
     how = {**how, "assume_scale": True}
     try:
         reading = reader.read(path, **how)
@@ -85,10 +85,10 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
 def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.ReadOptions]) -> list[AdapterCheck]:
     """Check the adapter `name` and return one result per check.
 
-    Compares the files' hashes and the digest with the card, and hashes in the header with the tensors. Checks
-    that every tensor is used and paired and that all values are finite. With a base, also checks the
-    fingerprint, every name and shape, and that the adapter changes the base's output. A failed check has `ok`
-    False. Raises AdapterError only if the adapter does not exist."""
+    Compares the files' hashes and the adapter's digest with the card, and the hashes in the file header with
+    the tensors. Checks that every tensor is used and paired and that all values are finite. With a base, also
+    checks the base's fingerprint, every name and shape, and that the adapter changes the base's output. A
+    failed check has `ok` False. Raises AdapterError only if the adapter does not exist."""
     path = using.adapter_path(name)
     out: list[AdapterCheck] = []
     card: CardFile | None = None
@@ -99,7 +99,7 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
         except VeneerError as error:
             out.append(AdapterCheck("card", False, str(error)))
     elif path.is_dir():
-        out.append(AdapterCheck("card", None, f"there is no {CARD_FILE}: hashes and digest cannot be compared"))
+        out.append(AdapterCheck("card", None, f"there is no {CARD_FILE} to compare the hashes and the digest with"))
     out += _hashes(path, card) + _header_hashes(path)
     try:
         reading = reader.read(path, **how)
@@ -117,13 +117,13 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
         detail = digest if matches else f"the card says {card.digest}, the tensors give {digest}"
         out.append(AdapterCheck("digest", matches, detail))
     out.append(_not_zero(adapter))
-    return out if base is None else out + _against(base, name, card, how)
+    return out if base is None else out + _base_checks(base, name, card, how)
 
 
 def verify_stored(library: Library, reference: str) -> list[AdapterCheck]:
     """Run `verify_adapter` on an adapter in the library, and check its files' hashes.
 
-    The library records the results, which determine the adapter's health. Raises NotInLibrary."""
+    Records the results in the library, which derives the adapter's health from them. Raises NotInLibrary."""
     from veneer.library.maintenance import FILES_CHECK
     from veneer.library.store import hash_file
 
@@ -134,7 +134,7 @@ def verify_stored(library: Library, reference: str) -> list[AdapterCheck]:
         out = verify_adapter(str(path))
         folder = path if path.is_dir() else path.parent
         wrong = [name for name, (sha256, _) in stored.items() if hash_file(folder / name) != sha256]
-        message = f"not the bytes that were added: {', '.join(wrong)}" if wrong else "every file has its sha256"
+        message = f"changed since they were added: {', '.join(wrong)}" if wrong else "every file has its sha256"
         out.insert(0, AdapterCheck(FILES_CHECK, not wrong, message))
     except AdapterError as error:
         out = [AdapterCheck(FILES_CHECK, False, str(error))]
@@ -143,16 +143,16 @@ def verify_stored(library: Library, reference: str) -> list[AdapterCheck]:
 
 
 def _header_hashes(path: Path) -> list[AdapterCheck]:
-    """Check the hashes that model managers and hubs read from a single file's header."""
+    """Check the hashes in a single file's header, which model managers and hubs read."""
     if path.is_dir() or path.suffix != ".safetensors":
         return []
     try:
         checks = verify_hashes(path)
     except VeneerError:
-        return []  # reading the adapter reports what is wrong with the file
+        return []  # the error is reported when the adapter is read
     if not checks:
         return [AdapterCheck("header", None, "the header has no hashes of the tensors")]
-    why = "the tensors were changed after it was written, or it was never theirs"
+    why = "the tensors were changed after the hash was written, or the hash is from other tensors"
     wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {why}" for c in checks if not c.holds]
     message = "\n".join(wrong) or ", ".join(c.key for c in checks) + " hold"
     return [AdapterCheck("header", not wrong, message)]
@@ -167,7 +167,7 @@ def _hashes(folder: Path, card: CardFile | None) -> list[AdapterCheck]:
         got = file_digest(path) if path.is_file() else "missing"
         if got != want:
             wrong.append(f"{file}: the card says {want}, the file is {got}")
-    return [AdapterCheck("hashes", not wrong, "\n".join(wrong) or f"{len(card.files)} files are as the card says")]
+    return [AdapterCheck("hashes", not wrong, "\n".join(wrong) or f"{len(card.files)} files match the card")]
 
 
 def _not_zero(adapter: Adapter) -> AdapterCheck:
@@ -178,13 +178,13 @@ def _not_zero(adapter: Adapter) -> AdapterCheck:
     alive = [n for n, norm in norms.items() if norm > 0 or n in scaled]
     has_others = adapter.modules or adapter.token_rows or len(additive) < len(adapter.deltas)
     if norms and not alive and not has_others:
-        return AdapterCheck("not zero", False, "every ΔW is zero: an adapter that was never trained")
+        return AdapterCheck("not zero", False, "every ΔW is zero: the adapter was never trained")
     zero = sorted(set(norms) - set(alive))
-    message = f"; {len(zero)} of {len(norms)} changes are zero, {zero[0]} among them" if zero else ""
+    message = f"; {len(zero)} of {len(norms)} changes are zero, including {zero[0]}" if zero else ""
     return AdapterCheck("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{message}")
 
 
-def _against(base: TextBase, name: str, card: CardFile | None, how: reader.ReadOptions) -> list[AdapterCheck]:
+def _base_checks(base: TextBase, name: str, card: CardFile | None, how: reader.ReadOptions) -> list[AdapterCheck]:
     want = card.card.base_fingerprint if card else ""
     if card is None or not want:
         out = [AdapterCheck("base", None, "the card names no base's fingerprint")]
@@ -197,7 +197,7 @@ def _against(base: TextBase, name: str, card: CardFile | None, how: reader.ReadO
         fitted = using.load_adapter(base, name, allow_other_base=True, **how)
     except VeneerError as error:
         return [*out, AdapterCheck("fits", False, str(error))]
-    out.append(AdapterCheck("fits", True, "every name, kind and shape is the base's"))
+    out.append(AdapterCheck("fits", True, "every name, kind and shape matches the base"))
     ids = torch.arange(min(64, base.model.config.get_text_config().vocab_size), device=base.device)[None]
     if rows := [i for r in fitted.token_rows.values() for i in r.indices]:
         ids = torch.cat([ids, torch.tensor([rows[:64]], device=base.device)], dim=1)
@@ -207,7 +207,7 @@ def _against(base: TextBase, name: str, card: CardFile | None, how: reader.ReadO
         attachment.use("verified")
         after = base.model(ids).logits.float()
     if not torch.isfinite(after).all():
-        return [*out, AdapterCheck("effect", False, "the base's logits under the adapter are not finite")]
+        return [*out, AdapterCheck("effect", False, "with the adapter, the base's logits are not finite")]
     moved = float((after - without).abs().max())
     detail = f"logits move by up to {moved:.4g}" if moved else "no logit moves: the adapter has no effect on this base"
     return [*out, AdapterCheck("effect", moved > 0, detail)]

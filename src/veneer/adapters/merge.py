@@ -2,9 +2,9 @@
 
     W' = round(W + Σ strengthᵢ·ΔWᵢ)          summed in float32, rounded once to the written dtype
 
-The base is not changed. A 16-bit weight has about three digits, so rounding loses part of a small delta; the
-report says how much of the delta remains. `merge` loads the model; `merge_shards` rewrites the model's files
-one weight at a time.
+The base is not changed. A 16-bit weight has about three significant digits, so rounding loses part of a small
+delta; the report says how much of the delta remains. `merge` loads the model; `merge_shards` rewrites the
+model's files one weight at a time.
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ if TYPE_CHECKING:
 
 _MERGE_FILE = "merge.json"
 _WARN, _ASK = 0.05, 0.5
-"""When rounding to nearest: the `delta_error` from which the report warns, and from which
-`accept_loss` is required."""
+"""Values of `delta_error` at or above which a merge that rounds to nearest warns (`_WARN`) and needs
+`accept_loss` (`_ASK`)."""
 
 
 @dataclass
 class MergeReport:
     """The result of a merge.
 
-    changed: share of the weights with a nonzero exact delta that differ from the base after rounding.
-    delta_error: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W rounded to `dtype`: 0 means the delta is
-        intact, 1 that it is about as wrong as no delta.
-    delta_kept: ⟨W'−W, Δ⟩/‖Δ‖²; 1 means all of the delta, on average.
+    changed: of the weights with a nonzero exact delta, the share that still differ from the base after
+        rounding.
+    delta_error: ‖(W'−W) − Δ‖/‖Δ‖ over these weights, with W' and W rounded to `dtype`. 0 means that the
+        delta is intact; 1 means that the result is about as wrong as without the delta.
+    delta_kept: ⟨W'−W, Δ⟩/‖Δ‖² over these weights; 1 means that on average all of the delta is kept.
     untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
     rounding: the rounding method.
-    seen: nf4, … if the base's weights are dequantized."""
+    seen: the base's quantization, such as nf4, if the merge used dequantized weights; else ""."""
 
     folder: str = ""
     base: str = ""
@@ -77,13 +78,13 @@ class MergeReport:
         return asdict(self)
 
     def count(self, rounding: Rounding) -> None:
-        """Copy the rounding statistics into the report."""
+        """Copy the rounding statistics into this report."""
         self.weights, self.changed = rounding.weights, rounding.changed
         self.delta_error, self.delta_kept = rounding.error, rounding.kept
 
     @property
     def warning(self) -> str:
-        """Return a warning if rounding gave the change a large relative error, else ""."""
+        """A warning if rounding gave the merged change a large relative error, else ""."""
         if self.rounding != "nearest" or self.delta_error < _WARN:
             return ""
         return f"rounding to {self.dtype} gives the merged change a relative error of {self.delta_error:.0%}"
@@ -91,7 +92,7 @@ class MergeReport:
     def check(self, accept_loss: bool, fix: str) -> None:
         """Raise AdapterError if rounding loses half of the change or more.
 
-        Does nothing with `accept_loss`."""
+        Does nothing if `accept_loss` is true."""
         if not accept_loss and self.warning and self.delta_error >= _ASK:
             raise AdapterError(
                 f"{self.warning}; nothing was written", fix=f"{fix}, or --accept-loss (accept_loss=True) to write it"
@@ -114,11 +115,12 @@ def merge(
 ) -> MergeReport:
     """Write a model folder: `base` with `adapters` merged in, and merge.json.
 
-    The folder includes the tokenizer, and appears complete or not at all. Computed in float32 and rounded
-    once; the result says how much of the adapters' effect rounding lost. The base does not change.
+    The folder includes the tokenizer, and appears complete or not at all. The sum is
+    computed in float32 and rounded once. The report states the share of the change that was lost to rounding.
+    The base does not change.
 
-    base: can be quantized. The written weight is then W' = W̃ + ΔW in full, W̃ the dequantized weight,
-        which an adapter trained over that base has seen.
+    base: can be quantized. The written weight is then W' = W̃ + ΔW, where W̃ is the dequantized weight that the
+        adapter was trained with.
     adapters: folders, files or names, each optionally with ":strength".
     dtype: float32, bfloat16 or float16; by default the dtype in which the base is loaded.
     seed: round stochastically, without bias (adapters.rounding), with this seed.
@@ -143,8 +145,8 @@ def merge(
             report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
             report.write(temporary)
     except Exception as error:
-        if "No space left" in str(error):  # safetensors raises its own error class
-            raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
+        if "No space left" in str(error):  # safetensors raises its own exception
+            raise ResourceError("no space left on the device; nothing was written", where=str(folder)) from error
         raise
     return report
 
@@ -153,7 +155,7 @@ def _check_request(adapters: Sequence[using.AdapterSpec], folder: Path) -> None:
     if not adapters:
         raise ConfigError("there is nothing to merge", fix="name at least one adapter")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("the folder exists and is not empty", where=str(folder), fix="give a new one with -o")
+        raise ConfigError("the output folder exists and is not empty", where=str(folder), fix="give a new one with -o")
 
 
 def _target(base: TextBase, dtype: str | None) -> torch.dtype:
@@ -173,16 +175,16 @@ def merged_model(
 ) -> Any:
     """Return a new model of `model`'s class in `dtype` with the mix merged in.
 
-    The new model shares unchanged tensors with `model`, whose own weights do not change.
+    The new model shares unchanged tensors with `model`, whose weights are not modified.
 
-    report: filled in with the counts and the rounding error.
+    report: receives the counts and the rounding error.
     seed: as in `merge`.
 
     Raises AdapterError if a merged weight is outside `dtype`'s range."""
     report = report or MergeReport()
     report.rounding = _rounding_name(seed)
     state_dict = model.state_dict()
-    tied: dict[Any, list[str]] = {}  # memory address -> its names; tied weights are rounded alike
+    tied: dict[Any, list[str]] = {}  # address -> names; tied weights are rounded identically
     rounding, new, bad = Rounding(), {}, []
     for name, weight, exact in exact_weights(model, mix):
         stored = state_dict[name]  # a tied weight is never quantized
@@ -235,7 +237,7 @@ def _rounding_name(seed: int | None) -> str:
 # -- shard by shard ----------------------------------------------------------------------------------------------------
 
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-"""Model types with linear weights stored as (in, out); a square shape does not show this."""
+"""Model types that store linear weights as (in, out). A square shape does not show this."""
 
 
 def merge_shards(
@@ -271,7 +273,7 @@ def merge_shards(
     mix = [(using.read_adapter(name).adapter, strength) for name, strength in selected]
     parts = checkpoint_parts(base)
     plan = _plan(parts, _as_stored(parts, mix))
-    quantized = _seen_weights(base, parts, seen) if seen else frozenset()
+    quantized = _quantized_names(base, parts, seen) if seen else frozenset()
     report = MergeReport(str(folder), str(base), seen=seen)
     report.rounding = _rounding_name(seed)
     report.adapters = [
@@ -290,7 +292,7 @@ def merge_shards(
                 shutil.copyfile(file, target)
         for component, part in parts.items():
             for file in part.files:
-                chunks = _folded(
+                chunks = _merged_shard(
                     part, file, plan[component], rounding, seed, component, (seen, quantized), mix_text(tuple(selected))
                 )
                 atomic_write(temporary / file.relative_to(base), chunks)
@@ -304,16 +306,16 @@ def merge_shards(
     return report
 
 
-def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
+def _quantized_names(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
     """Return the names of the tensors that a quantized load of this base quantizes."""
     from veneer.models.text.base import text_without_weights
 
     if kind not in KINDS:
-        raise ConfigError(f"adapters trained over {kind} weights are not merged by shard", fix="leave out --by-shard")
+        raise ConfigError(f"adapters trained on {kind} weights cannot be merged by shard", fix="leave out --by-shard")
     names = quantized_weights(text_without_weights(str(base)).model)
     if "" not in parts or (missing := [n for n in names if n not in parts[""].entries]):
         joined = f" ({missing[0]})" if "" in parts else ""
-        problem = f"the files keep quantized weights in parts{joined}, which were joined first"
+        problem = f"the files store weights in parts{joined}, which are joined before they are quantized"
         raise BaseError(problem, where=str(base), fix="leave out --by-shard")
     return frozenset(names)
 
@@ -333,11 +335,11 @@ def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -
 
 
 def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Plan:
-    """Return the tensors that each change of the mix applies to.
+    """Return, for each tensor of the files, the changes that apply to it.
 
-    All changes are first checked on the meta device, before anything is written. If two modules share a
-    weight, an attached adapter changes only the module it names, but token rows change both. The files store
-    a shared weight once, so any other change of a shared weight is a problem."""
+    Before anything is written, all changes are checked on the meta device. If two modules share a weight, an
+    attached adapter changes only the module it names, except that token rows change both. The files store a
+    shared weight once, so only token rows can be merged into a shared weight."""
     plan: Plan = {component: {} for component in parts}
     problems: list[str] = []
     configs = {component: _config(part.path) for component, part in parts.items()}
@@ -360,7 +362,7 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Pla
             if shared and not rows:
                 other_names = ", ".join(other_name for other_name in shared if other_name != weight)
                 problems.append(
-                    f"{name}: {other_names} shares this weight, but the change is for only one; merge the loaded base"
+                    f"{name}: {other_names} shares this weight, but the change is for only one; omit --by-shard"
                 )
                 continue
             if tensor is None:
@@ -369,13 +371,13 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Pla
                 continue
             entry = part.entries[tensor]
             if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
-                problems.append(f"{name}: stored as {entry.dtype}, a merged weight does not fit its grid")
+                problems.append(f"{name}: stored as {entry.dtype}, which cannot hold a merged weight")
             elif config.get("model_type") in _TRANSPOSED and len(entry.shape) == 2:
-                problems.append(f"{name}: weights of {config['model_type']} are stored transposed; load it and merge")
+                problems.append(f"{name}: weights of {config['model_type']} are stored transposed; omit --by-shard")
             elif problem := change_problem(shape_only, entry.shape):
                 problems.append(f"{name}: {problem}")
             else:
-                for each in {tensor, *filter(None, shared.values())}:  # token rows also change a tied, separate head
+                for each in {tensor, *filter(None, shared.values())}:  # token rows change both of two tied tensors
                     plan[component].setdefault(each, []).append((change, strength))
     if problems:
         raise AdapterError(
@@ -390,7 +392,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _folded(
+def _merged_shard(
     part: Checkpoint,
     file: Path,
     plan: dict[str, list[tuple[Callable[[Tensor], Tensor], float]]],
@@ -400,10 +402,10 @@ def _folded(
     seen: tuple[str, frozenset[str]],
     under: str,
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a shard with the changes applied, in the order of the file.
+    """Yield the bytes of a shard with the changes applied, in file order.
 
     seen: (kind of quantization, names of the quantized tensors).
-    under: the mix as text, for errors."""
+    under: the mix as text, for error messages."""
     header = part.files[file]
     with file.open("rb") as source:
         yield source.read(header.data_start)

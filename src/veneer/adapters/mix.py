@@ -2,15 +2,16 @@
 
     add_mix(library, ["style:0.8", "product:0.5"], "both", alias="prod")
     mix_adapters(["style:0.8", "product:0.5"], "out")
-                                         Σ strength·ΔW as one adapter, by a method of core.mix
-    resize                               the best adapter within a rank, a share of energy, or an error
-    extract                              an adapter from two full models, ΔW = W' − W, a tensor at a time
-    diff                                 cosine and norms of two adapters' changes, module by module
-    strength                             scale each block's change by a number, exactly
+                                         Σ strength·ΔW as one adapter, with a method of core.mix
+    resize                               the best approximation within a rank, share of energy or error
+    extract                              an adapter from two full models, ΔW = W' − W, one tensor at a time
+    diff                                 cosine and norms of two adapters' changes, per module
+    strength                             multiply each block's change by a number, exactly
 
-Written adapters have a card with the digests of their parents, the recipe and the errors. Every error is
-‖result − exact‖/‖exact‖ (Frobenius), computed from the factors. Inputs can have any format. Outputs have the
-layout `to` (formats.convert), by default the layout for the output's extension (`target_of`).
+Each adapter that this module writes has a card with the digests of its parents, the recipe and the errors.
+Every error is ‖result − exact‖/‖exact‖ (Frobenius), computed from the factors. Inputs can have any supported
+format. Outputs have the layout `to` (formats.convert); by default, the output's extension determines the
+layout (`target_of`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class MixReport:
 
     error: relative error over all modules.
     parts: each module's rank, norm, error and cut (core.mix.MixedModule).
-    left: parts of the inputs that the result does not contain, with reasons."""
+    left: the parts of the inputs that were left out of the result, with reasons."""
 
     path: str = ""
     layout: str = ""
@@ -67,7 +68,7 @@ class MixReport:
         return asdict(self)
 
     def worst(self, count: int = 3) -> list[tuple[str, float]]:
-        """Return (module, relative error), the largest absolute errors first."""
+        """Return (module, relative error) tuples, largest absolute error first."""
         order = sorted(self.parts.items(), key=lambda item: -item[1]["error"])[:count]
         return [(name, p["error"] / p["norm"] if p["norm"] else 0.0) for name, p in order if p["error"]]
 
@@ -91,11 +92,12 @@ def mix_adapters(
     specs: each "NAME_OR_PATH[:strength]".
     method: a method of core.mix.
     rank, energy, error: at most one of these bounds (core.truncate.Bound).
-    blocks: additional strengths by block, for all adapters (`parse_blocks`).
-    base: a folder of safetensors, for changes that need its weights (DoRA, full copies).
-    dtype: computed tensors are rounded to this dtype; copied tensors keep their dtype.
+    blocks: additional strengths per block, for all adapters (`parse_blocks`).
+    base: a folder of safetensors files, for changes that need the base's weights (DoRA, full copies).
+    dtype: the dtype of computed tensors; copied tensors keep their dtype.
 
-    Raises ConfigError for an invalid request, AdapterError with a list of everything that cannot be mixed."""
+    Raises ConfigError for an invalid request, and AdapterError with a list of everything that cannot be
+    mixed."""
     selected = [using.parse_spec(s) for s in specs]
     if not selected:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
@@ -123,11 +125,11 @@ def add_mix(
 ) -> tuple[Added, MixReport]:
     """Add the exact sum of adapters in the library as the next version of `name`.
 
-    specs: each "support@2[:strength]". The card records the version that each reference means now.
+    specs: each "support@2[:strength]". The card records the version that each reference currently means.
     alias: an alias to point to the new version.
     base: as in `mix_adapters`.
 
-    Raises the errors of `mix_adapters` and Library.add; nothing is added then."""
+    Raises the errors of `mix_adapters` and Library.add. If the mix fails, nothing is added."""
     selected = [using.parse_spec(s) for s in specs]
     if not selected:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
@@ -150,7 +152,7 @@ def add_mix(
 def _check_finite(mixed: Mixed, parts: Sequence[tuple[str, float]], dtype: str) -> None:
     if bad := [name for name, tensor in mixed.adapter.tensors() if not all_finite(tensor)]:
         problem = f"the mix of {mix_text(tuple(parts))} does not fit into {dtype}: {first_few(bad, 3)}"
-        raise AdapterError(problem, fix="smaller strengths, or a dtype that holds more")
+        raise AdapterError(problem, fix="use smaller strengths, or a dtype with a larger range")
 
 
 def resize(
@@ -164,11 +166,11 @@ def resize(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write each module's best approximation within a rank, energy share or error.
+    """Write an adapter approximated within a rank, a share of energy or an error.
 
-    Give exactly one of `rank`, `energy` and `error`. An error bound holds for every module, and so for all
-    modules together. A module whose rank is already small enough stays exact. DoRA needs `base`, because only
-    with the base's weights is its change low-rank."""
+    Each module gets its best approximation. Give exactly one of `rank`, `energy` and `error`. An error bound
+    holds for each module, and therefore for all modules together. A module whose rank is already small enough
+    stays exact. DoRA needs `base`, because its change is low-rank only together with the base's weights."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("a resize needs a size", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
@@ -192,15 +194,14 @@ def extract(
 ) -> MixReport:
     """Write an adapter that approximates the difference `tuned` − `base`.
 
-    Both are full models.
-
-    base, tuned: safetensors files or folders. One weight of each is in memory at a time.
-    targets: a regular expression to search for in module names; by default all weights of two or more
+    base, tuned: full models, as safetensors files or folders. Only one weight of each is in memory at a
+        time.
+    targets: a regular expression to search for in module names; by default all weights with two or more
         dimensions except embeddings.
-    prefix: placed before every module name, such as "unet.".
+    prefix: text to put before every module name, such as "unet.".
 
-    `left` in the result lists differences that the adapter does not contain (other shapes, vectors, modules
-    outside the targets) with their size. Raises BaseError if no target differs or the models share no
+    `left` in the result lists each difference that the adapter leaves out (other shapes, vectors, modules
+    outside the targets) and its size. Raises BaseError if no target differs or if the models share no tensor
     names."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("an extract needs a size", fix="give one of rank, energy and error")
@@ -211,7 +212,7 @@ def extract(
         raise ConfigError(f"{targets!r} is not a regular expression: {problem}") from None
     base_weights, tuned_weights = Checkpoint(base), Checkpoint(tuned)
     if not set(base_weights.entries) & set(tuned_weights.entries):
-        raise BaseError("the two models share no tensor's name", where=f"{base}, {tuned}")
+        raise BaseError("the two models have no tensor names in common", where=f"{base}, {tuned}")
     mixed = Mixed(Adapter())
     skipped = [f"{n}: only in base" for n in base_weights if n not in tuned_weights]
     skipped += [f"{n}: only in tuned" for n in tuned_weights if n not in base_weights]
@@ -245,7 +246,7 @@ def extract(
 def _difference(first: Tensor, second: Tensor) -> Tensor | None:
     """Return W' − W, exact in float32 for 16-bit weights.
 
-    None if the difference is zero, or if a tensor is not a floating-point tensor."""
+    Returns None if the difference is zero, or if either tensor is not a floating-point tensor."""
     if not (first.is_floating_point() and second.is_floating_point()) or (
         first.dtype == second.dtype and torch.equal(first, second)
     ):
@@ -256,17 +257,17 @@ def _difference(first: Tensor, second: Tensor) -> Tensor | None:
 
 
 def diff(a: str, b: str) -> dict[str, Any]:
-    """Compare the changes of two adapters; the result is ready for JSON.
+    """Compare the changes of two adapters and return the comparison, ready for JSON.
 
     Per module, and over all comparable modules: ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and ‖ΔW_a −
-    ΔW_b‖/‖ΔW_a‖. `only`: modules that the other adapter lacks. `skipped`: changes that cannot be compared
-    without a base, with reasons. "a:0.5" compares half of adapter a."""
+    ΔW_b‖/‖ΔW_a‖. `only`: modules that the other adapter does not change. `skipped`: changes that cannot be
+    compared without a base, with reasons. The spec "a:0.5" compares adapter a at half strength."""
     (first, s1), (second, s2) = (
         (using.read_adapter(name).adapter, strength) for name, strength in map(using.parse_spec, (a, b))
     )
     modules: dict[str, dict[str, float]] = {}
     fixed = [n for x in (first, second) for n in [*x.modules, *x.token_rows]]
-    skipped = [f"{n}: full copies and token rows have no change without a base" for n in fixed]
+    skipped = [f"{n}: full copies and token rows cannot be compared without a base" for n in fixed]
     have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (first, second)]
     totals = [0.0, 0.0, 0.0]
     for name in sorted(have[0] | have[1]):
@@ -285,9 +286,9 @@ Change = tuple[Tensor, Tensor] | None
 
 
 def _change_of(adapter: Adapter, name: str) -> Change:
-    """Return a module's change as factors (A, B); None if there is no change.
+    """Return a module's change as factors (A, B), or None if there is no change.
 
-    For a delta, B is the dense product and A the identity."""
+    For a delta, B is the dense product and A is the identity."""
     out: list[tuple[Tensor, Tensor]] = []
     if (pair := adapter.pairs.get(name)) is not None:
         if pair.magnitude is not None:
@@ -297,7 +298,7 @@ def _change_of(adapter: Adapter, name: str) -> Change:
         if key.rpartition(".")[0] != name:
             continue
         if delta.form in BASED or delta.magnitude is not None or not key.endswith(".weight") or out:
-            raise AdapterError(f"a {delta.form} delta that is not compared without the base")
+            raise AdapterError(f"a {delta.form} delta cannot be compared without the base")
         dense = product_of(delta).double()
         dense = dense.flatten(1) if dense.ndim > 1 else dense[:, None]
         out.append((torch.eye(dense.shape[1], dtype=torch.float64), dense))
@@ -324,10 +325,11 @@ def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
 
 
 def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: str | None = None) -> dict[str, Any]:
-    """Return each block's ‖ΔW‖, share and strengths; optionally write the result.
+    """Return each block's ‖ΔW‖, share and strengths; optionally write the adapter.
 
-    blocks: strengths by block. With `out`, the adapter is written there with these strengths, exactly: scales
-        change, tensors do not."""
+    blocks: strengths per block.
+    out: where to write the adapter with these strengths. The result is exact, because only scales change and
+        not tensors."""
     read = using.read_adapter(name)
     adapter = read.adapter
     modules = _modules(adapter)
@@ -350,7 +352,7 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
     report: dict[str, Any] = {"adapter": name, "blocks": blocks_out, "skipped": skipped}
     if out is not None:
         if not blocks:
-            raise ConfigError("there are no strengths to write", fix="give blocks, as in down_blocks.0=0.5")
+            raise ConfigError("there are no strengths to write", fix="give blocks, such as down_blocks.0=0.5")
         scaled = scaled_by_module(adapter, by.__getitem__)
         written = _write(Mixed(scaled), out, [read], {"made": "strength", "blocks": blocks}, to=to)
         report["written"] = {"path": written.path, "digest": written.digest, "bytes": written.bytes}
@@ -380,7 +382,7 @@ def _bound(rank: int | None, energy: float | None, error: float | None) -> Bound
 def _weights(base: str | Path | None) -> Weights | None:
     """Return a function from module name to the base's weight; None without a base.
 
-    In a pipeline folder, module names start with the component."""
+    For a pipeline folder, module names start with the component."""
     if base is None:
         return None
     parts = checkpoint_parts(Path(base))

@@ -1,8 +1,9 @@
-"""Rounding to 16 bits, to nearest or stochastic, and how much of a delta survives.
+"""Round to 16 bits, and measure how much of a delta survives.
 
-    to nearest         a delta below half a step vanishes or doubles; the error per weight is at most half a step
-    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so sums keep what single
-                       weights lose; the error per weight is below one step (arXiv 1502.02551)
+    to nearest         a delta below half a step vanishes, a larger one can double; the error per weight is at
+                       most half a step
+    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so sums over many
+                       weights keep the delta; the error per weight is below one step (arXiv 1502.02551)
 
 This module depends only on tensors.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 def seeded(seed: int, name: str) -> torch.Generator:
     """Return a random generator seeded by (seed, name).
 
-    A generator per name makes results independent of the order of work."""
+    With one generator per name, results do not depend on the order in which names are processed."""
     word = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
 
@@ -27,8 +28,8 @@ def seeded(seed: int, name: str) -> torch.Generator:
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round `x` to `dtype` stochastically: to one of the two neighbors of x, with mean x.
 
-    Values that `dtype` represents exactly are unchanged. Values beyond its largest number round to
-    nearest."""
+    Values that `dtype` represents exactly are unchanged. Values beyond the largest number of `dtype` are
+    rounded to nearest."""
     nearest = x.to(dtype)
     if dtype == x.dtype:
         return nearest
@@ -46,11 +47,11 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
 
 @dataclass
 class Rounding:
-    """How much of the deltas survives rounding, over all tensors added.
+    """How much of the deltas survives rounding, over all tensors passed to `add`.
 
     Computed in float64.
 
-    changed: share of the weights with a nonzero exact delta that changed after rounding.
+    changed: the share of weights that change after rounding, among those with a nonzero exact delta.
     error: ‖(W'−W) − Δ‖/‖Δ‖.
     kept: ⟨W'−W, Δ⟩/‖Δ‖², the share of the delta in the rounded weights; 1 means all of it, on average."""
 

@@ -1,13 +1,13 @@
 """Find adapters by name, load them and attach them to a base.
 
-`formats` and `models` do not import each other, so code that needs both is here: it finds an adapter, reads
-it, checks that it belongs to the base and attaches it with its strength.
+`formats` and `models` do not import each other, so the code that needs both is here. This module finds an
+adapter, reads it, checks that it belongs to the base and attaches it with its strength.
 
     support:0.8            an adapter at strength 0.8; without `:number` the strength is 1
     runs/first             a folder with adapter_config.json, or a run's folder with a PEFT folder `adapter/`
     style.safetensors      a file in any format that `formats` reads
-    support, support@2,    if no such path exists, an adapter in the library: the latest version, version 2, or the
-    acme/support@prod        version that an alias points to, with or without a namespace
+    support, support@2,    if no such path exists, an adapter in the library: latest version, version 2, or
+    acme/support@prod        the version that an alias points to, with or without a namespace
     sha256:3fa9c1          the adapter whose digest starts with these digits
 """
 
@@ -41,7 +41,7 @@ AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class AnyBase(Protocol):
-    """The attributes of a TextBase or an ImageBase that adapters need.
+    """The attributes of a TextBase or an ImageBase that this module needs.
 
     Adapters attach to `model`."""
 
@@ -59,10 +59,10 @@ class AnyBase(Protocol):
 
 
 def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
-    """Return (name or path, strength) of "NAME_OR_PATH[:strength]".
+    """Split "NAME_OR_PATH[:strength]" into the name or path and the strength.
 
-    If the whole text is an existing path, it has no strength. Raises ConfigError for an empty name or an
-    invalid strength."""
+    The default strength is 1. If the whole text is an existing path, no strength is split off. Raises
+    ConfigError for an empty name or an invalid strength."""
     strength: float | None
     if isinstance(spec, tuple):
         name, strength = os.fspath(spec[0]), check_strength(quoted(os.fspath(spec[0])), spec[1])
@@ -79,38 +79,36 @@ def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
 def adapter_path(name: str | os.PathLike[str]) -> Path:
     """Return the path of an adapter's files: a PEFT folder, or one file.
 
-    An existing path has precedence over a name in the library. Raises AdapterError with the places searched.
-    """
+    An existing path has precedence over a name in the library. If neither exists, raises AdapterError with
+    the places searched."""
     name = os.fspath(name)
     here = Path(name).expanduser()
     for folder in (here, here / "adapter"):
         if (folder / CONFIG_FILE).is_file():
             return folder
     if here.exists():
-        return here  # reading the file gives the best error
+        return here  # reading this path gives a better error
     if here.is_symlink():
-        problem = f"{name!r} is a link that leads nowhere, or to itself"
-        advice = "mend the link, or give the folder or file itself"
+        problem = f"{name!r} is a broken or circular symlink"
+        advice = "fix the link, or give the path of the folder or file"
         raise AdapterError(problem, where=f"{here.absolute()} -> {os.readlink(here)}", fix=advice)
     head, factors = split_factors(name)
     if factors and "/" not in factors:
-        problem = f"there is no adapter {name!r}; the part after the @, {factors!r}, is for pictures on an image base"
-        advice = f"on a text base, give one strength: {split_strength(head)[0]}:0.8"
+        problem = f"there is no adapter {name!r}; the part after the @, {factors!r}, is for image bases only"
+        advice = f"for a text base, give one strength: {split_strength(head)[0]}:0.8"
         raise AdapterError(problem, where=str(here.absolute()), fix=advice)
     if behind := _invalid_strength(name):
         problem = f"there is no adapter {name!r}, and {behind[1]!r} is not a strength"
-        advice = f"{behind[0]}:0.8, and behind an @ factors by block: {behind[0]}:0.8@text=0.5"
+        advice = f"{behind[0]}:0.8; for factors per block, add an @: {behind[0]}:0.8@text=0.5"
         raise AdapterError(problem, where=str(here.absolute()), fix=advice)
     hints = nearest(here.name, [f.name for f in here.parent.iterdir()], 1) if here.parent.is_dir() else []
-    fix = (
-        f"did you mean {hints[0]}?" if hints else "give its folder or file, or a name that `veneer library list` shows"
-    )
+    fix = f"did you mean {hints[0]}?" if hints else "give a folder, a file, or a name that `veneer library list` shows"
     if not _is_reference(name):
         raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
     from veneer.library.library import NotInLibrary, library_location, open_library
 
     library_path = library_location()
-    if "://" not in library_path and not Path(library_path).is_dir():  # opening would create the library
+    if "://" not in library_path and not Path(library_path).is_dir():  # opening would create a library
         raise AdapterError(
             f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {library_path}", fix=fix
         )
@@ -118,7 +116,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         try:
             return library.resolve(name)
         except AdapterError as error:
-            if isinstance(error, NotInLibrary) and "/" in name:  # more likely a path than a namespace
+            if isinstance(error, NotInLibrary) and "/" in name:  # the name is more likely a path
                 where = f"{here.absolute()}, {error.where}"
                 raise AdapterError(f"there is no adapter {name!r}", where=where, fix=error.fix) from error
             if hints:
@@ -129,7 +127,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
 def _invalid_strength(name: str) -> tuple[str, str] | None:
     """Return (existing path, suffix) if `name` is a path with an invalid strength.
 
-    Returns None otherwise. A library reference's version or alias is not such a suffix."""
+    Otherwise returns None. The version or alias in a library reference is not an invalid strength."""
     if _is_reference(name):
         return None
     for separator in (":", "@"):
@@ -158,7 +156,7 @@ def read_adapter(name: str | os.PathLike[str]) -> Reading:
 
 
 def stated_base(name: str) -> str:
-    """Return the base that an adapter's card or PEFT configuration names; "" if none."""
+    """Return the base that an adapter's card or PEFT configuration names, or ""."""
     folder = adapter_path(name)
     if (folder / CARD_FILE).is_file():
         card = read_card(folder).card
@@ -182,8 +180,9 @@ def load_adapter(
     how: options of `formats.read.read`.
     allow_other_base: accept an adapter of another base if every name and shape fits.
 
-    Raises MismatchError if the adapter is for another family or its card names another base (the error has
-    both fingerprints and the first names and shapes that do not fit); AdapterError for any other problem."""
+    Raises MismatchError if the adapter is for another family, or if its card names another base. The error
+    then lists both fingerprints and the first names and shapes that do not fit. Raises AdapterError for any
+    other problem."""
     name = os.fspath(name)
     path = adapter_path(name)
     try:
@@ -191,7 +190,7 @@ def load_adapter(
     except UnsafeFileError:
         raise
     except AdapterError as error:
-        with contextlib.suppress(AdapterError):  # read the adapter without the base, to find its family
+        with contextlib.suppress(AdapterError):  # read without the base, to find the family
             _refuse_other_family(base, name, path, reader.read(path, assume_scale=True), _first_lines(error.what, 3))
         card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
@@ -208,17 +207,17 @@ def load_adapter(
 
 def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> Reading:
     if path.is_dir() and not is_image_family(base.family) and not (path / CONFIG_FILE).is_file():
-        peft.load_folder(path)  # gives the best error for an incomplete adapter folder of a language model
+        peft.load_folder(path)  # raises a clearer error for an incomplete text adapter
     return reader.read(path, base=base.model, family=base.family, **how)
 
 
 def _refuse_other_family(
     base: AnyBase, name: str, path: Path, reading: Reading, why: str = "but its module names and shapes match the base"
 ) -> None:
-    """Raise MismatchError if the adapter is for another family than the base."""
+    """Raise MismatchError if the adapter and the base belong to different families."""
     its = reading.family
     if its is None and (not is_image_family(base.family) or reading.adapter.card.kind == "image"):
-        return  # language models share module names, so the error about names and shapes is better
+        return  # language models share module names, so the caller's error is more useful
     if its is not None and same_family(its, base.family):
         return
     label = family_label(its) if its else "text"
@@ -229,7 +228,7 @@ def _refuse_other_family(
         f"  base:    {base.name}\n"
         f"  {why}"
     )
-    raise MismatchError(problem, where=str(path), fix="use it on a base of its own family")
+    raise MismatchError(problem, where=str(path), fix="use the adapter with a base of its own family")
 
 
 def attach_adapters(
@@ -237,8 +236,8 @@ def attach_adapters(
 ) -> Attachment:
     """Attach adapters to a base and select them as one mix.
 
-    All adapters are read and checked before any is attached. Without specs, the base is used without
-    adapters.
+    All adapters are read and checked before any of them is attached. If `specs` is empty, the base without
+    adapters is selected.
 
     attachment: the base's attachment, if it already has one.
 
@@ -271,7 +270,7 @@ def _mismatch(name: str, their_base: str, theirs: str, base: AnyBase, detail: st
         f"  this base: {base.fingerprint} ({base.name})\n"
         f"  {detail}",
         where=str(adapter_path(name)),
-        fix="use its own base" + (", or --allow-other-base if you know that this one will do" if fits else ""),
+        fix="use its own base" + (", or --allow-other-base if you know that this base is compatible" if fits else ""),
     )
 
 

@@ -1,7 +1,7 @@
 """`veneer adapter inspect|verify`.
 
-adapter_convert.py has `convert`, adapter_merge.py has `merge`, and adapter_mix.py has
-`mix|resize|extract|diff|strength`.
+The other `veneer adapter` commands are in adapter_convert.py (`convert`), adapter_merge.py (`merge`) and
+adapter_mix.py (`mix|resize|extract|diff|strength`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def inspect(
     """Show an adapter's format, ranks, scales, hashes and trigger words.
 
     Reads every supported format, and shows whether veneer can use the adapter and why. No base is needed. The
-    exit code is 0 if veneer can use the adapter, else 2."""
+    exit code is 0 if veneer can use the adapter, otherwise 2."""
     from veneer.adapters.inspect import inspect as inspected
 
     set_show_all(show_all)
@@ -67,10 +67,10 @@ def _show(inspection: dict[str, Any]) -> None:
         "base": inspection["base"] or "not stated",
         "fingerprint": inspection["base_fingerprint"],
         "holds": f"{inspection['pairs']} pairs, {inspection['parameters']:,} parameters, {inspection['bytes']:,} bytes",
-        "components": _several(inspection["components"], skip=""),
+        "components": _counts_text(inspection["components"], skip=""),
         "dtypes": ", ".join(inspection["dtypes"]),
-        "ranks": _several(inspection["ranks"]),
-        "alphas": _several(inspection["alphas"]),
+        "ranks": _counts_text(inspection["ranks"]),
+        "alphas": _counts_text(inspection["alphas"]),
         "variant": ", ".join(inspection["variants"]),
         "dropout": f"{inspection['dropout']:g}" if inspection["dropout"] else "",
         "full copies": ", ".join(cut_list(list(inspection["full_copies"]))),
@@ -90,7 +90,7 @@ def _show(inspection: dict[str, Any]) -> None:
         if card[title]:
             print(f"{title:<12} {json.dumps(card[title], sort_keys=True)}")
     for form, row in inspection["deltas"].items():
-        dense = f"; each ΔW is made when it is used, {row['dense_bytes']:,} bytes in all" if row["dense_bytes"] else ""
+        dense = f"; each ΔW is computed during use, {row['dense_bytes']:,} bytes in all" if row["dense_bytes"] else ""
         print(f"{form:<12} {row['count']} other changes, {row['bytes']:,} bytes{dense}")
     if inspection["targets"]:
         print()
@@ -104,8 +104,10 @@ def _show(inspection: dict[str, Any]) -> None:
         print(f"note: {note}")
 
 
-def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:
-    """Return value counts as text: "16 (264), 32 (8)"; a single value has no count."""
+def _counts_text(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:
+    """Return values and their counts as text: "16 (264), 32 (8)".
+
+    A single value is shown without its count."""
     entries = [(k, n) for k, n in counts.items() if k != skip]
     if len(entries) == 1:
         return entries[0][0]
@@ -135,20 +137,20 @@ def verify(
 ) -> None:
     """Check an adapter's files, card, configuration, tensors and fit to a base.
 
-    The exit code is 0 if every check that could run passes, else 2."""
+    The exit code is 0 if no check fails, otherwise 2. Checks that cannot run do not fail."""
     from veneer.adapters.inspect import verify_adapter as check
     from veneer.adapters.use import adapter_path
 
     set_show_all(show_all)
-    adapter_path(name)  # fail on a wrong name before loading a base
+    adapter_path(name)  # report a wrong name before loading the base
     loaded = None
     if base is not None:
         from veneer.models.sources import find_base, is_image_base
         from veneer.models.text.base import load_text
 
         if is_image_base(folder := find_base(base, say=say)):
-            fix = f"omit --base; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
-            raise BaseError("this is an image base, and effects are measured on texts", where=str(folder), fix=fix)
+            fix = f"omit --base; `veneer image --base {base} --adapter {name}` checks the fit before it generates"
+            raise BaseError("this is an image base; only text bases can be checked", where=str(folder), fix=fix)
         loaded = load_text(base, say=say)
     checks = check(name, loaded, from_pickle=from_pickle, alpha=alpha)
     good = all(c.ok is not False for c in checks)

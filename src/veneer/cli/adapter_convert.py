@@ -38,8 +38,8 @@ def convert_command(
 ) -> None:
     """Write an adapter in another tool's layout, exactly or not at all.
 
-    If the layout cannot express the adapter, the error lists every such module, the reason and the closest
-    alternative. The result is read back and compared before it is written to disk."""
+    If the layout cannot express some modules of the adapter, the error lists each of them with the reason and
+    the closest alternative. The result is read back and compared before it is written to disk."""
     from veneer.adapters.convert import convert_adapter
     from veneer.adapters.use import adapter_path
 

@@ -25,21 +25,21 @@ def merge_command(
         str,
         typer.Option(
             "--into",
-            help="For adapters trained on a quantized base: `seen` merges into the dequantized weights of training, "
+            help="For adapters trained on a quantized base: `seen` merges into the dequantized weights from training, "
             "`original` into the weights before quantization.",
         ),
     ] = "seen",
     accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Write a merge in which rounding loses half of the change or more.")
+        bool, typer.Option("--accept-loss", help="Write the merge even if rounding loses half of the change or more.")
     ] = False,
     allow_other_base: Annotated[
         bool,
-        typer.Option("--allow-other-base", help="Merge even if a card names another base, if every shape matches."),
+        typer.Option("--allow-other-base", help="Ignore a card that names another base, if every shape matches."),
     ] = False,
     by_shard: Annotated[
         bool,
         typer.Option(
-            "--by-shard", help="Merge a model folder (also diffusers) one weight at a time, without loading the model."
+            "--by-shard", help="Merge a transformers/diffusers folder one weight at a time, without loading the model."
         ),
     ] = False,
     seed: Annotated[
@@ -48,18 +48,18 @@ def merge_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Merge adapters into a new full model: summed in float32, rounded once."""
+    """Merge adapters into a new full model, summed in float32 and rounded once."""
     if into not in ("seen", "original"):
-        raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
+        raise ConfigError(f"--into {into!r} is not a valid value", fix="seen or original")
     from veneer.adapters.merge import merge, merge_shards
 
     seen = _trained_precision(adapters) if into == "seen" else ""
     if by_shard:
         if dtype is not None:
             fix = "leave out --dtype, or leave out --by-shard"
-            raise ConfigError("--by-shard keeps the dtype that is stored", fix=fix)
+            raise ConfigError("--by-shard keeps each weight's stored dtype", fix=fix)
         report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
-        fix = "--stochastic 0 keeps it on average; --dtype float32 without --by-shard keeps it exactly"
+        fix = "--stochastic 0 keeps the change on average; --dtype float32 without --by-shard keeps it exactly"
         _print_report(report, as_json, fix)
         return
     from veneer.adapters.use import adapter_path, parse_spec
@@ -78,7 +78,7 @@ def merge_command(
         raise BaseError("image bases need --by-shard", where=str(folder), fix=fix)
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored_dtype(tensor_table(folder)), "float16")
     want = dtype or stored
-    # load in the stored dtype if it is also the output's dtype, else in float32, which is exact
+    # load in the stored dtype if the output has the same dtype; otherwise in float32, which is exact
     exact = want if want == stored else "float32"
     loaded = load_text(base, dtype=exact, quantize=seen or None, say=say)
     how: dict[str, Any] = {"dtype": want, "allow_other_base": allow_other_base, "seed": seed}
@@ -86,9 +86,9 @@ def merge_command(
 
 
 def _trained_precision(adapters: list[str]) -> str:
-    """Return the base's quantization during training; "" for none.
+    """Return the quantization of the base during training; "" for none.
 
-    The adapters' cards record the quantization. Raises ConfigError if the cards differ."""
+    Each adapter's card records the quantization. Raises ConfigError if the cards differ."""
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.formats.card import CARD_FILE, read_card
 
@@ -97,11 +97,11 @@ def _trained_precision(adapters: list[str]) -> str:
         folder = adapter_path(parse_spec(spec)[0])
         recipe: Any = read_card(folder).card.recipe if (folder / CARD_FILE).is_file() else {}
         base = recipe.get("base") if isinstance(recipe, dict) else None
-        kind = base.get("quantize", base.get("quantise")) if isinstance(base, dict) else None  # older cards: quantise
+        kind = base.get("quantize", base.get("quantise")) if isinstance(base, dict) else None  # quantise: old cards
         kinds.setdefault(str(kind or ""), []).append(spec)
     if len(kinds) > 1:
         summary = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
-        problem = f"these adapters were trained over one base in different precisions ({summary})"
+        problem = f"these adapters were trained on one base in different precisions ({summary})"
         raise ConfigError(problem, fix="merge adapters of one precision together, or all adapters with --into original")
     return next(iter(kinds))
 
@@ -112,12 +112,12 @@ def _print_report(report: MergeReport, as_json: bool, fix: str = "") -> None:
     if as_json:
         print_json(report.to_dict())
         return
-    print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights, {report.tensors} of them changed")
+    print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights; {report.tensors} tensors changed")
     print(
-        f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights moved, "
+        f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights changed, "
         f"the change has a relative error of {report.delta_error:.2%} and keeps {report.delta_kept:.2%} of its size"
     )
     if report.seen:
-        print(f"merged into the dequantized {report.seen} weights of its training")
+        print(f"merged into the dequantized {report.seen} weights used in training")
     if report.untied:
         print("note: the head no longer shares the embedding's weight, so the model is larger than its base")

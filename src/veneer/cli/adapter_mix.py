@@ -17,7 +17,7 @@ _Output = Annotated[
 ]
 _To = Annotated[
     str | None,
-    typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf or vllm; default: by the output's suffix."),
+    typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf or vllm; default: from the output's suffix."),
 ]
 _Rank = Annotated[int | None, typer.Option("--rank", help="Keep at most this rank.")]
 _Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of ‖ΔW‖², such as 0.95.")]
@@ -47,7 +47,7 @@ def mix(
     rank: _Rank = None,
     energy: _Energy = None,
     error: _Error = None,
-    density: Annotated[float, typer.Option("--density", help="Share of entries that ties keeps.")] = 0.5,
+    density: Annotated[float, typer.Option("--density", help="For ties: share of entries to keep.")] = 0.5,
     blocks: _Blocks = "",
     base: _Base = None,
     dtype: _Dtype = "float32",
@@ -56,7 +56,7 @@ def mix(
 ) -> None:
     """Mix adapters into one adapter: the exact sum of strength·ΔW, or another method.
 
-    Reports the result's relative distance from the exact sum."""
+    Reports the relative distance between the result and the exact sum."""
     from veneer.adapters import mix as mixing
 
     report = mixing.mix_adapters(
@@ -86,7 +86,7 @@ def resize(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the best approximation within a rank, a share of energy or an error."""
+    """Approximate an adapter within a rank, a share of energy or an error."""
     from veneer.adapters import mix as mixing
 
     report = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
@@ -120,7 +120,7 @@ def extract(
 
 
 def diff(a: AdapterArgument, b: AdapterArgument, as_json: AsJson = False) -> None:
-    """Compare two adapters by module: ‖ΔW‖ of each, and the cosine between them."""
+    """Compare two adapters per module: the ‖ΔW‖ of each, and the cosine between them."""
     from veneer.adapters import mix as mixing
 
     difference = mixing.diff(a, b)
@@ -147,7 +147,7 @@ def strength(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show ‖ΔW‖ per block; optionally write the adapter with other strengths."""
+    """Show ‖ΔW‖ per block, and optionally write the adapter with new strengths."""
     from veneer.adapters import mix as mixing
 
     report: dict[str, Any] = mixing.strength(name, output, blocks=blocks, to=to)

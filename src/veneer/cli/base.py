@@ -50,7 +50,7 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: veneer base show smollm2-135m")
 def show(name: BaseArgument, as_json: AsJson = False) -> None:
-    """Show a base's shape, fingerprint, dtype and the modules that LoRA can target."""
+    """Show a base's dimensions, fingerprint, dtype and possible LoRA targets."""
     from veneer.models.description import describe_base
     from veneer.models.sources import find_base
 

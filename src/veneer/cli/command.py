@@ -7,7 +7,7 @@
         gone = library.remove(reference)
         return Result({"removed": gone}, f"removed {', '.join(gone)}")
 
-`veneer library remove support@1` prints the Result's text; with `--json`, the Result's value.
+`veneer library remove support@1` prints the Result's `text`; with `--json`, it prints the `value`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from veneer.cli.output import print_json
 class Result:
     """The output of a command.
 
-    value: printed as JSON with --json.
-    text: printed otherwise.
+    value: the output with --json.
+    text: the output without --json.
     code: the exit code."""
 
     value: Any
@@ -41,7 +41,7 @@ class Result:
 def command(
     app: typer.Typer, opened: Callable[[], AbstractContextManager[Any]], name: str, example: str
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Return a decorator that registers a function as a command of `app`.
+    """Return a decorator that registers a function as the command `name` of `app`.
 
     The function's first argument is the resource that `opened` yields. Its other arguments become the
     command's arguments and options, and the command also gets a `--json` option."""
@@ -62,7 +62,7 @@ def command(
         names = {
             **function.__globals__,
             str(first.annotation): object,
-        }  # the first argument's type is imported only under TYPE_CHECKING
+        }  # not imported at run time
         hints = get_type_hints(function, names, include_extras=True)
         json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
         options = [*(p.replace(annotation=hints[p.name]) for p in rest), json_option]

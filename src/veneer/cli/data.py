@@ -50,11 +50,11 @@ def caption(
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Caption images that have no caption, in the form that `veneer train` reads.
+    """Write captions for images that have none, as files that `veneer train` reads.
 
-    Each caption is saved immediately, so the next call continues after an interruption. The same model always
-    writes the same captions. To set one caption: veneer data caption drawings/cat.png "sks, a cat on a
-    wall"."""
+    Each caption is saved immediately, so an interrupted call can be repeated and continues where it stopped.
+    The same model always writes the same captions. To set one caption: veneer data caption drawings/cat.png
+    "sks, a cat on a wall"."""
     from veneer.models.device import check_device_name, check_dtype_name
     from veneer.train.image.captions import WrittenCaption, write_caption, write_captions
 
@@ -66,7 +66,7 @@ def caption(
         print(json.dumps(asdict(done) | {"file": str(done.file)}) if as_json else f"{done.file}: {done.caption}")
         return
     if model is None:
-        fix = "give --model (as HuggingFaceTB/SmolVLM-500M-Instruct), or a caption after one image"
+        fix = "give --model (such as HuggingFaceTB/SmolVLM-500M-Instruct), or one image and its caption"
         raise ConfigError("no captioning model selected", where="--model", fix=fix)
     model_name = model
 
@@ -74,7 +74,7 @@ def caption(
     check_device_name(device, "--device")
 
     @functools.cache
-    def seeing() -> VisionModel:  # loaded when the first image needs it
+    def vision_model() -> VisionModel:  # loads the model when the first image needs it
         from veneer.models.vision import load_vision
 
         model = load_vision(model_name, dtype=dtype, device=device, say=say)
@@ -82,7 +82,7 @@ def caption(
         return model
 
     def describe(picture: Image) -> tuple[str, bool]:
-        result = seeing().describe(picture, instruction, max_tokens=max_tokens)
+        result = vision_model().describe(picture, instruction, max_tokens=max_tokens)
         return result.text, result.cut
 
     def report_caption(item: WrittenCaption) -> None:
@@ -111,11 +111,11 @@ def add(
     system: Annotated[str, typer.Option("--system", help="The system message before the prompt.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Append a training row: a preference between two answers, or one correct answer."""
+    """Append a training row: a correct answer, or a preferred and a rejected one."""
     from veneer.train.text.feedback_rows import add_row, corrected_row, preference_row
 
     if bool(answer) == bool(chosen or rejected) or bool(chosen) != bool(rejected):
-        problem = "a row has --answer, or --chosen and --rejected"
+        problem = "a row needs either --answer, or both --chosen and --rejected"
         raise ConfigError(problem, where="--answer, --chosen, --rejected", fix="one of the two")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     row = corrected_row(messages, answer) if answer else preference_row(messages, chosen, rejected)
@@ -127,7 +127,7 @@ _Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A configuration, settings (section.key=value), or rows or a folder with --base.",
+        help="A configuration file or setting (section.key=value); with --base, a file of rows or a folder.",
         show_default=False,
     ),
 ]
@@ -164,7 +164,7 @@ def show(
     limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Maximum rows to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a run would use each row or image: whole, cut, held out or left out."""
+    """Show how a run would use each row or image: in full, cut, held out or left out."""
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.inspect import VERDICTS, preview_pictures, preview_rows
 
@@ -197,7 +197,7 @@ def show(
     print_table(("row", "is", "tokens", "learned", "why", "begins"), rows)
     total = "" if page.total in (None, page.looked) else f" of {page.total:,}"
     parts = ", ".join(f"{count:,} {verdict}" for verdict, count in page.counts.items())
-    say(f"{counted(page.looked, 'row')} looked at{total}, as {page.format}: {parts}")
+    say(f"{counted(page.looked, 'row')}{total} examined, in {page.format} format: {parts}")
 
 
 @app.command(epilog="Example: veneer data preview tickets.jsonl --base smollm2-135m adapter.rank=16")
@@ -208,10 +208,10 @@ def preview(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Number of rows to read, from the first.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate within a second whether a run fits, its duration and what it learns.
+    """Estimate whether a run fits into memory, how long it takes and what it learns.
 
-    Reads only the first rows and marks estimates as such. `veneer train --dry-run` reads all data and runs
-    the longest batch. The exit code is 2 if the run would fail."""
+    Takes about a second: reads only the first rows, and marks estimates as such. `veneer train --dry-run`
+    reads all data and runs the longest batch. The exit code is 2 if the run would fail."""
     from veneer.jobs.validate import device_of
     from veneer.train.inspect import inspect_run, inspection_text
 
@@ -230,10 +230,10 @@ def draw(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a teacher's answers to a configuration's prompts as training rows.
+    """Write training rows with a teacher's answers to the prompts of a configuration.
 
-    The rows can train any base. They leave out the teacher's system prompt (distillation.system) and answers
-    that were cut off."""
+    The rows can train any base. The rows do not contain the teacher's system prompt (distillation.system),
+    and truncated answers are left out."""
     from veneer.adapters.use import load_adapter
     from veneer.core.attach import attach
     from veneer.files.atomic import atomic_write

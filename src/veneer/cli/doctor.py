@@ -25,17 +25,17 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check home, disk, compiler, extras and Hub. Exit code 1 on a problem.
+    """Check the home folder, disk, compiler, extras and Hub.
 
     With --ops: show the processor's FLOP/s and memory bandwidth, and which implementation of each op runs and
-    why."""
+    why. The exit code is 1 if there is a problem, otherwise 0."""
     checks = list(_checks())
     bad = [check for check in checks if check.ok is False]
     report: dict[str, Any] = {"checks": [asdict(check) for check in checks]}
     lines = _check_lines(checks, bad)
     if ops:
-        report |= _findings()
-        lines += ["", *_lines(report)]
+        report |= _ops_report()
+        lines += ["", *_ops_lines(report)]
     print(json.dumps({"well": not bad, **report}, indent=1) if as_json else "\n".join(lines))
     raise SystemExit(1 if bad else 0)
 
@@ -44,8 +44,8 @@ def command(
 class _Check:
     """The result of one check.
 
-    ok: None if the check is only informative.
-    fix: how to solve the problem."""
+    ok: None for a check that only gives information.
+    fix: how to solve the problem; "" without a problem."""
 
     name: str
     ok: bool | None
@@ -85,7 +85,7 @@ def _cards() -> list[str]:
 
 
 def _extras() -> _Check:
-    """Report the installed extras. An installed extra has all its packages."""
+    """Report which extras are installed, that is, with all their packages."""
     try:
         package = metadata.metadata("veneer")
     except metadata.PackageNotFoundError:
@@ -112,7 +112,7 @@ def _installed(package: str) -> bool:
 def _hub() -> _Check:
     """Report whether the Hub can be reached within two seconds.
 
-    Built-in and cached bases work without the Hub."""
+    An unreachable Hub is not a problem, because built-in and cached bases work without it."""
     if util.find_spec("huggingface_hub") is None:
         return _Check("hub", None, "huggingface_hub is not installed")
     from urllib.parse import urlsplit
@@ -140,7 +140,7 @@ def _check_lines(checks: list[_Check], bad: list[_Check]) -> list[str]:
     return [_wrapped(line) for line in lines]
 
 
-def _findings() -> dict[str, Any]:
+def _ops_report() -> dict[str, Any]:
     import torch
 
     from veneer import __version__
@@ -149,7 +149,7 @@ def _findings() -> dict[str, Any]:
     from veneer.ops.dispatch import choices
     from veneer.ops.profile import processor_name, profile
 
-    limit_threads()  # set the number of threads as training does, because the profile depends on it
+    limit_threads()  # use the same number of threads as training, because the profile depends on it
     cards = _cards()
     return {
         "veneer": __version__,
@@ -171,12 +171,12 @@ _WIDEST, _INDENT = 100, 12
 
 
 def _wrapped(line: str) -> str:
-    """Wrap a line to the terminal's width (at most _WIDEST), with a hanging indent."""
+    """Wrap a line at the terminal's width (at most _WIDEST), with a hanging indent."""
     width = max(2 * _INDENT, min(_WIDEST, shutil.get_terminal_size().columns))
     return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
+def _ops_lines(report: dict[str, Any]) -> list[str]:
     from veneer.errors import counted
 
     profile = report["profile"]

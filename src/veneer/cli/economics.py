@@ -2,13 +2,14 @@
 
     for row in economics(store, jobs, 2_500_000)["rows"]: …
 
-One row per tenant and adapter, over all versions; the base has rows of its own. Money is in millionths. P is
-the given price of a machine-hour, H the hours of the period; s is the row's seconds of prefill and decoding,
-n its answered requests; S = Σ s over all rows of all tenants.
+There is one row per tenant and adapter, for all versions together; the base has rows of its own. Amounts of
+money are in millionths. P is the given price of a machine-hour, and H is the number of hours in the period.
+For each row, s is the seconds of prefill and decoding, and n is the number of answered requests. S = Σ s over
+all rows of all tenants.
 
-    training            machine-hours of the adapter's jobs, in every end state × P of training
+    training            machine-hours of the adapter's jobs (in any final state) × P of training
     training_billed     the tenant's bills for these jobs, at each job's token price
-    serving             H · P · s/S: the whole cost of the shared machine, including idle hours, by use
+    serving             H · P · s/S: share of the whole cost of the shared machine, including idle hours
     billed              the ledger's charges for the adapter's requests
     dedicated           H · P of a dedicated machine, with the adapter merged into its base
     serving_thousand    1000 · serving/n; dedicated_thousand likewise
@@ -16,9 +17,9 @@ n its answered requests; S = Σ s over all rows of all tenants.
     paid_back_after     (training − training_billed) / (billed/n − serving/n): requests that pay for training
 
 The last two assume the period's average cost and revenue per request. They ignore requests that a dedicated
-machine could not answer or that arrive when the shared machine is full. They are None without answered
-requests, or if a request brings no more than it costs. A request of a mix counts for each adapter of the mix,
-with all its seconds and with the adapter's own charge.
+machine could not answer or that arrive when the shared machine is full. Both are None if there are no answered
+requests; `paid_back_after` is also None if a request earns no more than it costs. A request for a mix counts
+for each adapter of the mix: with all of the request's seconds, but only with that adapter's charge.
 """
 
 from __future__ import annotations
@@ -50,16 +51,17 @@ def economics(
     hours: float | None = None,
     now: float | None = None,
 ) -> dict[str, Any]:
-    """Return cost and revenue of each tenant's adapters: since, until, hours and rows.
+    """Return the cost and revenue of each tenant's adapters.
 
-    hours of the result: paid hours of the shared machine. rows: see the module; seconds are machine time
+    Returns {since, until, hours, rows}: `hours` is the paid hours of the shared machine; for `rows`, see the
+    module (seconds are machine time).
 
     jobs: None if nothing is trained
     hour: hourly price of all serving machines together, in millionths
     dedicated: hourly price of a machine for one adapter; default: `hour`
     training: hourly price of a training machine; default: `hour`
     tenant: report only this tenant's rows; other tenants' requests still count as use of the machine
-    since, until: days in UTC, both included; default: from the first day with a request or a bill to now
+    since, until: first and last day, in UTC; default: from the first day with a request or a bill to now
     hours: paid hours of the serving machines; default: the whole period
 
     Raises ConfigError."""
@@ -129,12 +131,12 @@ def _row(
 
 
 def _ceil(number: float) -> int:
-    """Round up, but ignore an excess of up to 1e-9 of the number."""
+    """Round up, but first subtract a relative 1e-9, to tolerate rounding errors."""
     return math.ceil(number - 1e-9 * abs(number))
 
 
 def _hours(since: str, until: str, now: float) -> float:
-    """Return the hours from the start of `since` to the end of `until`, or to `now`.
+    """Return the hours from the start of `since` to the end of `until`, at most to `now`.
 
     Raises ConfigError for an invalid day."""
     if not since:

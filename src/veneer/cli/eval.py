@@ -44,8 +44,8 @@ def evaluate(
 ) -> None:
     """Score the base and each adapter on held-out rows.
 
-    Metrics: exact match, valid JSON, loss and perplexity; for preference pairs, how often the chosen answer
-    is preferred."""
+    The metrics are exact match, valid JSON, loss and perplexity. For preference pairs, they are how often and
+    by how much the chosen answer is preferred to the rejected one."""
     specs = adapter or []
     mixes = {"base": [], **{spec: [spec] for spec in specs}}
 
@@ -87,7 +87,7 @@ def _progress(mix: str, done: int, rows: int) -> None:
 
 
 def _table(results: dict[str, Scores]) -> None:
-    """Print one column per mix and one row per metric that has values."""
+    """Print a table with one column per mix and one row per metric that has values."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 _FALLBACK = "smollm2-135m"
-_CHAT_HELP = "/reset starts anew, /undo takes the last turn back, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+_CHAT_HELP = "/reset starts over, /undo removes the last turn, /quit or Ctrl-D ends the chat, Ctrl-C stops an answer"
 
 
 @app.command(epilog='Example: veneer generate "Where is my parcel?" --adapter runs/support --adapter runs/polite:0.5')
@@ -40,8 +40,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy decoding.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling: cumulative probability of candidate tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Random seed of sampling.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
     dtype: LoadedDtype = "auto",
     quantize: Quantize = None,
@@ -49,7 +49,7 @@ def generate(
     allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, without streaming.")] = False,
 ) -> None:
-    """Generate text with a base and any number of adapters, mixed by strength."""
+    """Generate text with a base and any number of adapters, each with its strength."""
     specs = adapter or []
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -59,7 +59,7 @@ def generate(
         "seed": seed,
     }
     if chat and (prompts or as_json or raw):
-        raise ConfigError("--chat takes no prompts, --raw or --json", fix="start it and type")
+        raise ConfigError("--chat cannot be combined with prompts, --raw or --json", fix="type the prompts in the chat")
     texts = [] if chat else _all_prompts(prompts or [])
 
     from veneer.adapters.use import attach_adapters, parse_spec
@@ -94,7 +94,7 @@ def generate(
 
 
 def _all_prompts(prompts: list[str]) -> list[str]:
-    """Return the prompts of the command line, then of stdin."""
+    """Return the prompts from the command line, followed by the prompt from stdin."""
     texts = [p for p in prompts if p != "-"]
     if "-" in prompts or (not texts and not sys.stdin.isatty()):
         piped = sys.stdin.read().strip()
@@ -107,11 +107,11 @@ def _all_prompts(prompts: list[str]) -> list[str]:
 def _model_input(base: TextBase, prompt: str, system: str | None, raw: bool) -> Prompt:
     """Return the model's input: messages if the base has a chat template, else text.
 
-    With `raw`, always text. Raises ConfigError if `raw` or `system` does not fit the prompt or the base."""
+    With `raw`, the input is always text. Raises ConfigError if `system` is given and the input is text."""
     if raw or not base.has_chat_template:
         if system is not None:
             why = "with --raw" if raw else f"because {base.name} has no chat template"
-            raise ConfigError(f"--system cannot be used {why}", fix="write it into the prompt")
+            raise ConfigError(f"--system cannot be used {why}", fix="put the text into the prompt")
         return prompt
     opening = [] if system is None else [{"role": "system", "content": system}]
     return [*opening, {"role": "user", "content": prompt}]
@@ -124,7 +124,7 @@ def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) ->
     """Generate one answer and print each token as it arrives."""
     from veneer.models.text.generate import complete
 
-    out = sys.stdout if sys.stdout.isatty() else unwrapped(sys.stdout)  # a pipe gets the text unchanged
+    out = sys.stdout if sys.stdout.isatty() else unwrapped(sys.stdout)  # in a pipe, do not wrap the text
     done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True, file=out), **settings)[0]
     print(flush=True)
     _report_cut(done)
@@ -167,7 +167,7 @@ def _print_json(
 
 
 def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
-    """Run a conversation until end of input. Ctrl-C discards the current answer."""
+    """Run a conversation until the user ends it. Ctrl-C discards the current answer."""
     opening = [] if system is None else [{"role": "system", "content": system}]
     turns: list[dict[str, str]] = []
     say(_CHAT_HELP)
@@ -192,9 +192,9 @@ def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
 def _answer(
     base: TextBase, opening: list[dict[str, str]], turns: list[dict[str, str]], text: str, settings: dict[str, Any]
 ) -> None:
-    """Generate an answer to `text` and add both to `turns`.
+    """Generate an answer to the message `text`, and add both messages to `turns`.
 
-    If the context would overflow, drops the oldest exchanges and prints their number."""
+    If the context would overflow, drops the oldest exchanges and prints how many were dropped."""
     from veneer.models.text.generate import encode_prompt
 
     question = {"role": "user", "content": text}

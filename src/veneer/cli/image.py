@@ -25,7 +25,7 @@ _MOST_SEEDS = 1000
 
 
 class _Group(TyperGroup):
-    """Typer group in which only the first word `grid` selects a subcommand.
+    """Typer group that treats `grid` as a subcommand only if it is the first word.
 
     All other words are arguments of image generation. `veneer image -- grid` uses "grid" as the prompt."""
 
@@ -49,7 +49,7 @@ AdapterOption = Annotated[
         "--adapter",
         "-a",
         help="NAME_OR_PATH[:strength][@block=strength,steps=FROM-TO], such as brand:0.8@down=0.5,steps=0-0.6; or a "
-        "role in a stack: lock@campaign=product (brand, lens).",
+        "role in a stack (product, brand or lens): lock@campaign=product.",
     ),
 ]
 ControlOption = Annotated[
@@ -57,17 +57,17 @@ ControlOption = Annotated[
     typer.Option("--control", "-c", help="canny=IMAGE:weight, edges=, depth=, or pose@MODEL= for any ControlNet."),
 ]
 NegativeOption = Annotated[str | None, typer.Option("--negative", "-n", help="Negative prompt.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: the family's.")]
-GuidanceOption = Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance. Default: the family's.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: family-specific.")]
+GuidanceOption = Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance. Default: family-specific.")]
 TrueOption = Annotated[
     float | None, typer.Option("--true-guidance", help="FLUX: classifier-free guidance, for negative prompts.")
 ]
 SchedulerOption = Annotated[
     str | None, typer.Option("--scheduler", "-s", help="euler, euler-a, dpm++2m-karras, ddim, unipc, flow-euler, …")
 ]
-SizeOption = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels. Default: the base's.")]
+SizeOption = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels. Default: the base's own size.")]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch-size", help="Images per batch; adapter mixes can differ. Default: 4.")
+    int | None, typer.Option("--batch-size", help="Images per batch, even with different mixes. Default: 4.")
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 OutOption = Annotated[
@@ -102,7 +102,7 @@ def make_pictures(
         Path | None, typer.Option("--mask", help="Inpainting mask for --image: white is repainted, black is kept.")
     ] = None,
     reference: Annotated[
-        list[Path] | None, typer.Option("--reference", "-r", help="Source image to edit, on an editing base.")
+        list[Path] | None, typer.Option("--reference", "-r", help="Source image to edit; needs an editing base.")
     ] = None,
     batch_size: BatchOption = None,
     batch: Annotated[
@@ -118,8 +118,8 @@ def make_pictures(
 ) -> None:
     """Generate images with a base, adapters and ControlNets.
 
-    Each PNG stores its settings, and `--from` generates the image again. For labeled grids, see `veneer image
-    grid`."""
+    Each PNG stores its settings, from which `--from` generates the same image again. For labeled grids, see
+    `veneer image grid`."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.batch import read_batch
     from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options, generate
@@ -137,7 +137,7 @@ def make_pictures(
     began = time.perf_counter()
     if from_picture is not None:
         if len(prompts or []) > 1 or count != 1 or batch_size is not None or batch is not None:
-            fix = "leave --count, --batch, --batch-size and further prompts out"
+            fix = "omit --count, --batch, --batch-size and further prompts"
             raise ConfigError("--from makes one picture", fix=fix)
         changes = {"prompt": prompts[0] if prompts else None, "negative": negative, "seed": seed, "uses": uses or None}
         changes = {key: value for key, value in changes.items() if value is not None}
@@ -152,7 +152,7 @@ def make_pictures(
         fix = 'veneer image "a fox" -o fox.png, --batch FILE, or --from PICTURE'
         raise ConfigError("there is no prompt", fix=fix)
     if prompts and prompts[0] == "grid" and prompts[1:2] in (["strength"], ["adapters"]):
-        raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
+        raise ConfigError("`grid` must be the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"--count {count}", fix=f"at least 1, at most {MOST_COUNT:,}")
     shared = ImageRequest("", negative or "", seed or 0, uses)
@@ -179,7 +179,7 @@ def grid(
     out: OutOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds: 1,2,3 or FROM-TO.")] = "0",
     strengths: Annotated[
-        str | None, typer.Option("--strengths", help="Factors on the mix's strengths. Default: 0,0.25,0.5,0.75,1.")
+        str | None, typer.Option("--strengths", help="Factors that multiply the strengths. Default: 0,0.25,0.5,0.75,1.")
     ] = None,
     negative: NegativeOption = None,
     steps: StepsOption = None,
@@ -192,7 +192,7 @@ def grid(
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Generate a labeled grid with a row per prompt and seed.
+    """Generate a labeled grid with one row for each prompt and seed.
 
     The columns are strengths or adapters. Images with the same seed start from the same noise."""
     from veneer.files.atomic import atomic_write
@@ -203,7 +203,7 @@ def grid(
 
     uses = tuple(parse_use(spec) for spec in adapter or [])
     if strengths is not None and sheet != "strength":
-        raise ConfigError(f"--strengths is for a strength sheet, this is {sheet!r}", fix="leave it out")
+        raise ConfigError(f"--strengths is only for a strength sheet, but this is {sheet!r}", fix="leave it out")
     strength_values = STRENGTHS if strengths is None else _numbers(strengths)
     plan = layout(sheet, prompts, uses, seeds=_whole_numbers(seeds), strengths=strength_values, negative=negative or "")
     options = Options(**_option_values(size, steps, guidance, true_guidance, scheduler, control, batch_size))
@@ -230,7 +230,7 @@ def _option_values(
     control: list[str] | None,
     batch_size: int | None,
 ) -> dict[str, Any]:
-    """Return keyword arguments for `Options`, only those that were given."""
+    """Return the keyword arguments for `Options`, for the given options only."""
     from veneer.imaging.controls import parse_control
 
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "true_guidance": true_guidance}
@@ -257,7 +257,7 @@ def _whole_numbers(text: str) -> list[int]:
     first, dash, last = text.partition("-")
     if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
         if int(last) - int(first) >= _MOST_SEEDS:
-            raise ConfigError(f"--seeds {text} are {int(last) - int(first) + 1} rows", fix=f"at most {_MOST_SEEDS}")
+            raise ConfigError(f"--seeds {text} makes {int(last) - int(first) + 1} rows", fix=f"at most {_MOST_SEEDS}")
         return list(range(int(first), int(last) + 1))
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise ConfigError(f"--seeds {text!r} is not a list of seeds", fix="--seeds 1,2,3 or --seeds 1-8")
@@ -265,24 +265,24 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _files(out: Path, number: int) -> list[Path]:
-    """Return `out`, or `number` numbered files next to it.
+    """Return `out`, or `number` numbered files in the same folder.
 
-    Raises ConfigError for an invalid path, before a base is loaded."""
+    Called before a base is loaded. Raises ConfigError for an invalid path."""
     if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out} is not a .png file", fix="PNG stores the settings")
+        raise ConfigError(f"{out} is not a .png file", fix="use a .png file, which can store the settings")
     if out.is_dir():
-        raise ConfigError(f"{out} is a folder", fix="write elsewhere, or move it away")
+        raise ConfigError(f"{out} is a folder", fix="choose another file name, or move the folder")
     if not out.parent.is_dir():
-        raise ConfigError(f"there is no folder {out.parent}", fix="make it, or write elsewhere")
+        raise ConfigError(f"there is no folder {out.parent}", fix="create the folder, or choose another path")
     if number == 1:
         return [out]
     return [out.with_name(f"{out.stem}-{i:0{len(str(number))}d}{out.suffix}") for i in range(1, number + 1)]
 
 
 def _check_files(uses: tuple[Use, ...], options: Options) -> None:
-    """Check that adapters and input images exist, before a base is loaded.
+    """Check that all adapters and input images exist.
 
-    Raises AdapterError or DataError."""
+    Called before a base is loaded. Raises AdapterError or DataError."""
     from veneer.adapters.use import adapter_path
     from veneer.imaging.controls import hashed_picture
 
@@ -339,7 +339,7 @@ def _reproduce(
     dtype: str | None,
     device: str,
 ) -> tuple[RecordedPicture, Path]:
-    """Generate the image in `source` again, with changes to its request and options."""
+    """Reproduce the image in `source`, with changes to its request and options."""
     from veneer.imaging.reproduce import read_recipe, reproduce
 
     recipe = read_recipe(source)

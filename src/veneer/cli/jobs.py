@@ -31,7 +31,7 @@ _location: dict[str, str | None] = {"location": None, "index": None}
 def _set_location(library: JobsLibrary = None, index: LibraryIndex = None) -> None:
     """Manage the training jobs of a library.
 
-    `veneer worker` or `veneer serve --train` runs the jobs."""
+    Jobs are run by `veneer worker` or `veneer serve --train`."""
     _location.update(location=library, index=index)
 
 
@@ -123,7 +123,7 @@ def watch(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     with _opened() as store:
         number = 0
         while True:
-            state = store.get(tenant, job).state  # read the state before the events, so that no event is missed
+            state = store.get(tenant, job).state  # read the state first, so that no event is missed
             events, more = store.events(tenant, job, after=number)
             for event in events:
                 number = event.number
@@ -149,7 +149,7 @@ def cancel(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: veneer jobs pause ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def pause(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
-    """Pause a job: its worker saves the job's state and takes another job."""
+    """Pause a job: the job's worker saves the training state and takes another job."""
     with _opened() as store:
         _print_job(store.pause(tenant, job), as_json)
 
@@ -174,7 +174,7 @@ def keep(
     tenant: _Tenant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store the adapter of a checkpoint as the newest version of the job's name."""
+    """Store a checkpoint's adapter as the newest version of the job's adapter name."""
     from veneer.jobs.step_actions import store_checkpoint
 
     with _opened() as store:
@@ -184,21 +184,23 @@ def keep(
 
 @app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def promote(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """Point the job's route to the job's adapter, for all users."""
+    """Point the job's route to the job's adapter for all users."""
     from veneer.jobs.canary import promote_job
 
-    _moved(job, tenant, tenants, as_json, promote_job)
+    _move_route(job, tenant, tenants, as_json, promote_job)
 
 
 @app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def rollback(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """Restore the previous targets of the job's route, for the same users."""
+    """Restore the targets of the job's route from before the job, for the same users."""
     from veneer.jobs.canary import rollback_job
 
-    _moved(job, tenant, tenants, as_json, rollback_job)
+    _move_route(job, tenant, tenants, as_json, rollback_job)
 
 
-def _moved(job: str, tenant: str | None, tenants: str | None, as_json: bool, move: Callable[..., Placement]) -> None:
+def _move_route(
+    job: str, tenant: str | None, tenants: str | None, as_json: bool, move: Callable[..., Placement]
+) -> None:
     from veneer.serve.tenancy.store import tenants_at
 
     with _opened() as store, tenants_at(tenants) as tenant_store:
@@ -230,7 +232,7 @@ def _print_job(job: Job, as_json: bool) -> None:
 
         cost = f", {money(job.planned)}" if job.planned else ""
         seconds = job.plan.get("seconds")
-        approximately = "about " if seconds and seconds >= 1 else ""  # the text "under 1 s" needs no "about"
+        approximately = "about " if seconds and seconds >= 1 else ""  # "under 1 s" needs no "about"
         took = f"{approximately}{rough_duration(seconds)}" if seconds else "for some time"
         print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
     if job.result is not None:

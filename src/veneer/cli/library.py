@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from veneer.library.library import Added, Library
     from veneer.library.queries import Version
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Store adapters under names, in one place.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Store, share and verify named adapters.")
 
 Reference = Annotated[
     str,
@@ -28,7 +28,7 @@ Reference = Annotated[
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="A tag; repeatable.")]
 Alias = Annotated[str | None, typer.Option(help="Point this alias to the new version.")]
 Name = Annotated[
-    str, typer.Argument(help="Name to store the adapter under: support, acme/support.", show_default=False)
+    str, typer.Argument(help="Name to store the adapter under, such as support or acme/support.", show_default=False)
 ]
 _location: dict[str, str | None] = {"location": None, "index": None}
 
@@ -43,7 +43,7 @@ def _set_location(
     ] = None,
     index: LibraryIndex = None,
 ) -> None:
-    """Store adapters with versions, aliases and tags; share and verify them."""
+    """Store adapters with versions, aliases and tags, and share and verify them."""
     _location.update(location=location, index=index)
 
 
@@ -66,7 +66,7 @@ def add(
 ) -> Result:
     """Store an adapter as the next version of a name.
 
-    Identical content is stored once."""
+    If the name already has the same content, no version is added."""
     added = library.add(path, name, tags=tag or ())
     if alias is not None:
         added.version = library.alias(added.version.reference, alias)
@@ -86,7 +86,7 @@ def mix(
         str | None, typer.Option(help="The base's safetensors folder; needed for DoRA and full copies.")
     ] = None,
 ) -> Result:
-    """Store a mix as one adapter: the exact sum of strength·ΔW.
+    """Store a mix of adapters, the exact sum of strength·ΔW, as one adapter.
 
     The result becomes the next version of the name."""
     from veneer.adapters.mix import add_mix
@@ -100,9 +100,9 @@ def _added(added: Added) -> Result:
     v = added.version
     lines = [f"{v.reference}  {v.digest or 'sha256:' + v.entry}  {v.size:,} bytes"]
     if not added.new:
-        lines.append("note: the name had this content already; there is no new version")
+        lines.append("note: the name already has this content; no new version was added")
     if added.left_out:
-        lines.append(f"note: not part of the adapter, left out: {', '.join(cut_list(added.left_out))}")
+        lines.append(f"note: left out, because not part of the adapter: {', '.join(cut_list(added.left_out))}")
     value = {"new": added.new, "left_out": added.left_out, "version": v.to_dict()}
     return Result(value, "\n".join(lines))
 
@@ -119,20 +119,18 @@ def search(
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="Rank; 0: adapters with several ranks.")] = None,
     health: Annotated[str, typer.Option("--health", help="Result of verify: sound, faulty or unknown.")] = "",
     without: Annotated[
-        str, typer.Option("--without", help="Exclude adapters with a tag of this prefix: `steps-of:`.")
+        str, typer.Option("--without", help="Exclude adapters with a tag that starts with this, such as `steps-of:`.")
     ] = "",
     all_versions: Annotated[
         bool, typer.Option("--all-versions", help="List every version, not only the latest of each name.")
     ] = False,
-    sort: Annotated[
-        str, typer.Option(help="name, added (newest first), gain (most first), size or rank (largest first).")
-    ] = "name",
+    sort: Annotated[str, typer.Option(help="name, added (newest first), gain, size or rank (largest first).")] = "name",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of results.")] = 50,
     skip: Annotated[int, typer.Option("--skip", min=0, help="Number of results to skip.")] = 0,
 ) -> Result:
-    """List the adapters that match every given filter.
+    """List the adapters that match all of the given filters.
 
-    The JSON output also has counts by base, kind, rank, tag and health."""
+    The JSON output also has counts per base, kind, rank, tag and health."""
     filters: dict[str, Any] = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank}
     filters |= {"health": health, "without": without}
     page = library.browse(text, order=sort, all_versions=all_versions, limit=limit, offset=skip, **filters)
@@ -142,7 +140,7 @@ def search(
     if not page.versions:
         older = 0 if all_versions else library.browse(text, all_versions=True, limit=0, **filters).total
         if older:
-            return Result(value, f"no latest version matches; older ones: {older} (--all-versions)")
+            return Result(value, f"no latest version matches; matching older versions: {older} (--all-versions)")
         empty = not skip and all(v in ("", (), None) for v in (text, *filters.values()))
         return Result(value, "the library is empty: veneer library add PATH NAME" if empty else "no matches")
     rows = [
@@ -159,7 +157,7 @@ def search(
 
 @library_command("show", "veneer library show support@prod")
 def show(library: Library, reference: Reference) -> Result:
-    """Show an adapter's metadata, parents and children, last checks and files."""
+    """Show an adapter's metadata, parents, children, most recent checks and files."""
     from veneer.formats.card import opening
     from veneer.library.describe_files import card_prompt, card_sample, gain_of
 
@@ -168,8 +166,8 @@ def show(library: Library, reference: Reference) -> Result:
     path: str | Path
     try:
         path = library.resolve(version.reference)
-    except AdapterError as error:  # show the metadata even if the files are missing
-        path = f"not here: {error.what}"
+    except AdapterError as error:  # the metadata can be shown without the files
+        path = f"unavailable: {error.what}"
     family, checks = library.family(version.reference), library.checks(version.reference)
     file_rows = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
     value = {**version.to_dict(), "path": str(path), "files": file_rows, "family": family.names(), "checks": checks}
@@ -227,9 +225,9 @@ def untag(
 def alias(
     library: Library,
     reference: Reference,
-    alias: Annotated[str, typer.Argument(help="The alias, as in support@prod.", show_default=False)],
+    alias: Annotated[str, typer.Argument(help="The alias, such as prod in support@prod.", show_default=False)],
 ) -> Result:
-    """Point name@alias to a version.
+    """Point the alias name@alias to a version.
 
     To remove an alias: veneer library remove name@alias."""
     return _changed(library.alias(reference, alias))
@@ -249,32 +247,32 @@ def remove(
         bool, typer.Option("--with-aliases", help="Also remove aliases of the removed versions.")
     ] = False,
 ) -> Result:
-    """Remove a name with all its versions, one version, or an alias.
+    """Remove a version, an alias, or a name with all its versions.
 
-    `veneer library gc` later frees the disk space."""
+    To free the disk space, run `veneer library gc` later."""
     removed = library.remove(reference, with_aliases=with_aliases)
     return Result({"removed": removed}, f"removed {', '.join(removed)}")
 
 
 @command(app, nullcontext, "verify", "veneer library verify support@prod")
 def verify(
-    _: None,  # a library without its index cannot be opened, and --rebuild creates the index
+    _: None,  # not opened: a library without an index cannot be opened, and --rebuild creates the index
     references: Annotated[
         list[str] | None, typer.Argument(help="Adapters to verify; default: every file.", show_default=False)
     ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Remove corrupt files and rewrite the records.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="First rebuild the index from the files.")] = False,
 ) -> Result:
-    """Verify the library's files and records, or only the given adapters.
+    """Verify the whole library, or only the given adapters.
 
-    Compares every file with its sha256, and the records of names with the index. For given adapters, also
-    checks their contents. `list` and `show` report each adapter's last result. The exit code is 0 if
-    everything is valid, else 2."""
+    For the whole library, compares every file with its sha256, and the records of names with the index. For
+    given adapters, also checks their contents; `list` and `show` report the most recent result. The exit code
+    is 0 if everything is valid, otherwise 2."""
     from veneer.library import maintenance as upkeep
 
     if references:
         if repair or rebuild:
-            raise ConfigError("--repair and --rebuild are for the whole library", fix="give no adapter")
+            raise ConfigError("--repair and --rebuild apply to the whole library", fix="omit the adapters")
         with _open() as library:
             return _verify_each(library, references)
     rebuilt = upkeep.rebuild(_location["location"], _location["index"]) if rebuild else None
@@ -328,7 +326,7 @@ def pull(
     name: Annotated[str, typer.Argument(help="Name to store the adapter under; default: the last part of PLACE.")] = "",
     tag: Tags = None,
 ) -> Result:
-    """Add an adapter from the Hugging Face Hub, a path, or a URL like s3://bucket/x."""
+    """Add an adapter from the Hugging Face Hub, a path, or a URL (s3://bucket/x)."""
     from veneer.library import transfer
 
     return _added(transfer.pull(library, place, name, tags=tag or ()))
@@ -343,7 +341,7 @@ def push(
         bool, typer.Option("--public", help="Create a new Hub repository as public, not private.")
     ] = False,
 ) -> Result:
-    """Copy an adapter to the Hugging Face Hub, a path, or a URL like s3://bucket/x."""
+    """Copy an adapter to the Hugging Face Hub, a path, or a URL (s3://bucket/x)."""
     from veneer.library import transfer
 
     where = transfer.push(library, reference, place, public=public)

@@ -1,6 +1,6 @@
-"""The `veneer` command: a table of subcommands, and the handler of their errors.
+"""The `veneer` command: the table of subcommands and the handling of errors.
 
-A command NAME lives in its own file, `cli/NAME.py`, which defines either
+The subcommand NAME is in the file `cli/NAME.py`, which defines either
 
     app: typer.Typer        a command with subcommands (veneer base get …), or
     command: Callable       a single command as typer expects it: annotated parameters and a docstring
@@ -8,15 +8,15 @@ A command NAME lives in its own file, `cli/NAME.py`, which defines either
 and imports torch, transformers and the rest of veneer inside its functions, so that `--help` is fast.
 The file is imported when its command runs.
 
-| what ends a command             | on stderr                                   | exit code |
-| a VeneerError                   | error, where, fix                           | its own, 2 (Interrupted: 130, 143) |
-| a wrong option or argument      | typer's usage message                       | 2 |
-| Ctrl-C                          | "stopped"                                   | 130 |
-| a full disk, no memory, no rights | the cause and a fix                     | 2 |
-| a closed pipe                   | nothing                                     | 141 |
-| anything else: an internal error | the traceback                               | 70 |
+| a command ends with               | on stderr                       | exit code                   |
+| a VeneerError                     | the error's what, where and fix | 2 (Interrupted: 130 or 143) |
+| an invalid option or argument     | typer's usage message           | 2                           |
+| Ctrl-C                            | "stopped"                       | 130                         |
+| a full disk, no memory, no rights | the cause and a fix             | 2                           |
+| a closed pipe                     | nothing                         | 141                         |
+| any other error (a bug in veneer) | the traceback                   | 70                          |
 
-`cli/output.py` wraps stdout and stderr: text from files never reaches the terminal as an escape sequence.
+`cli/output.py` wraps stdout and stderr, so that text from files cannot send escape sequences to the terminal.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("veneer.cli.serve", "Serve a base and its adapters over HTTP."),
     "studio": ("veneer.cli.studio", "Open a web page to browse, compare, train and release adapters."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
-    "library": ("veneer.cli.library", "Store adapters under names, share and verify them."),
+    "library": ("veneer.cli.library", "Store, share and verify named adapters."),
     "jobs": ("veneer.cli.jobs", "Submit, watch and stop training jobs."),
     "worker": ("veneer.cli.worker", "Run training jobs, here or on a cluster."),
     "tenant": ("veneer.cli.tenant", "Manage a server's tenants: keys, limits, prices, routes, usage."),
     "doctor": ("veneer.cli.doctor", "Report this machine's hardware, libraries and active code paths."),
 }
-"""Command -> (module, line in `veneer --help`)."""
+"""Command -> (module, description in `veneer --help`)."""
 
 
 class LazyGroup(TyperGroup):
-    """Typer group that lists COMMANDS and imports a command when it is used."""
+    """Typer group that lists COMMANDS and imports a command's module on first use."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -79,14 +79,14 @@ class LazyGroup(TyperGroup):
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn expected errors into a message and SystemExit; other errors propagate."""
+    """Turn expected errors into a message and SystemExit; let other errors propagate."""
     try:
         yield
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # a closed pipe is no error at exit
+        # do not fail again when stdout is flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
@@ -101,7 +101,7 @@ def exit_on_error() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and raise SystemExit.
 
-    argv: the arguments after the program's name; by default those of `sys.argv`."""
+    argv: the arguments after the program's name; by default the arguments in `sys.argv`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     with guard():
         try:
@@ -109,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         except Exception:
             traceback.print_exc()
             print("This is a bug in veneer, not a mistake of yours. Please report the lines above.", file=sys.stderr)
-            raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
+            raise SystemExit(70) from None  # EX_SOFTWARE in sysexits.h
 
 
 def program() -> Any:
-    """Return the click command of the program; subcommands are imported when used."""
+    """Return the program, a click command that imports subcommands on first use."""
     app = typer.Typer(
         cls=LazyGroup,
         no_args_is_help=True,
@@ -145,14 +145,14 @@ def _imported(name: str) -> Any:
     if app is None:
         app = typer.Typer(add_completion=False)
         app.command(name)(module.command)
-    app.pretty_exceptions_enable = False  # plain text in help and errors, as for the main command
+    app.pretty_exceptions_enable = False  # plain text, as in the main command
     command = typer.main.get_command(app)
     command.name = name
     return command
 
 
 def _expected_error(error: Exception) -> VeneerError | None:
-    """Return a VeneerError for a full disk, missing memory or the like, else None."""
+    """Return a VeneerError for an expected error, such as a full disk, else None."""
     text, code = str(error), error.errno if isinstance(error, OSError) else None
     path = error.filename if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
@@ -164,12 +164,12 @@ def _expected_error(error: Exception) -> VeneerError | None:
     if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib raises this for `~unknown/…`
         return ConfigError("a path begins with ~ and an unknown user name", fix="write out the path")
     if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
-        return ConfigError("a text is not valid Unicode", fix="type it again, in the terminal's encoding")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's error, matched by name because torch need not be loaded
-        fix = "fewer rows at once, or activation checkpointing"
+        return ConfigError("the text is not valid Unicode", fix="type the text again in the terminal's encoding")
+    if type(error).__name__ == "OutOfMemoryError":  # matched by name, because torch may not be loaded
+        fix = "use smaller batches, or activation checkpointing"
         return ResourceError("the GPU's memory is exhausted", where=text.split(". ")[0], fix=fix)
     if lacks_memory(error):
-        return ResourceError("the memory is exhausted", fix="fewer rows at once, a smaller base, or dtype bfloat16")
+        return ResourceError("the memory is exhausted", fix="use smaller batches, a smaller base, or dtype bfloat16")
     return None
 
 

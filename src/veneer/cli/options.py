@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-ShowAll = Annotated[bool, typer.Option("--all", help="Show full lists, however long.")]
+ShowAll = Annotated[bool, typer.Option("--all", help="Show complete lists.")]
 
 AdapterArgument = Annotated[
     str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
@@ -28,10 +28,10 @@ FromPickle = Annotated[
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option("--alpha", help="Alpha of training, if the file does not state it; for rsLoRA alpha × √rank."),
+    typer.Option("--alpha", help="Alpha used in training, if the file does not state it; for rsLoRA, alpha × √rank."),
 ]
 AllowOtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape matches.")
+    bool, typer.Option("--allow-other-base", help="Accept an adapter of another base if every shape matches.")
 ]
 
 BaseArgument = Annotated[
@@ -62,15 +62,15 @@ TenantsDatabase = Annotated[
     typer.Option(
         "--tenants",
         envvar="VENEER_TENANTS",
-        help="Database of tenants and their training terms; default: the veneer home's, if it exists.",
+        help="Database of tenants and their training limits; default: the veneer home's, if it exists.",
     ),
 ]
 
 
 def chosen_base(base: str | None, adapters: list[str], fallback: str = "") -> str:
-    """Return the base to load: `base`, the first adapter's base, or `fallback`.
+    """Return `base`, or else the first adapter's base, or else `fallback`.
 
-    Raises AdapterError if an adapter does not exist, before a base is loaded."""
+    Raises AdapterError if an adapter does not exist, even if the adapters are not needed to find the base."""
     from veneer.adapters.use import adapter_path, stated_base
 
     for name in adapters:
@@ -81,12 +81,12 @@ def chosen_base(base: str | None, adapters: list[str], fallback: str = "") -> st
         say(f"base {stated}: the adapter's own")
         return stated
     if fallback:
-        say(f"base {fallback}: none was named")
+        say(f"base {fallback}: the default base")
     return fallback
 
 
 def say_loaded(base: TextBase | ImageBase) -> None:
-    """Print the base's dtype, device, the reason for the dtype, and notes."""
+    """Print the base's dtype and device, the reason for this dtype, and any notes."""
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")
@@ -103,21 +103,21 @@ Settings = Annotated[
 
 
 def is_config(word: str) -> bool:
-    """Return whether a command line word is a configuration file, not a setting."""
+    """Return whether a command-line word is a configuration file, not a setting."""
     return "=" not in word and (word.endswith((".yaml", ".yml")) or Path(word).is_file())
 
 
 def files_and_settings(words: list[str] | None) -> tuple[list[Path], list[str]]:
-    """Split words into configuration files and settings (`section.key=value`)."""
+    """Split command-line words into files and settings (`section.key=value`)."""
     files = [word for word in words or [] if "=" not in word or Path(word).is_file()]
     return [Path(file) for file in files], [word for word in words or [] if word not in files]
 
 
 def file_and_settings(words: list[str] | None) -> tuple[Path | None, list[str]]:
-    """Split words into at most one configuration file and settings.
+    """Split command-line words into at most one configuration file and settings.
 
-    Raises ConfigError if there is a second file."""
+    Raises ConfigError if there is more than one file."""
     files, settings = files_and_settings(words)
     if len(files) > 1:
-        raise ConfigError(f"{files[1]} is a second configuration, and this command takes one", fix="leave it out")
+        raise ConfigError(f"{files[1]} is a second configuration, but this command takes only one", fix="leave it out")
     return (files[0] if files else None), settings

@@ -1,9 +1,10 @@
 """Terminal output of commands: escaping, JSON, tables, long lists and errors.
 
-Names, metadata and errors can come from untrusted files, and an escape sequence can set the terminal's title,
-overwrite earlier lines or fill the clipboard. `guard` wraps stdout and stderr in a stream that escapes
-control characters with `errors.shown`, except line ends, tabs and the carriage return of a progress line. A
-library such as rich, which escapes text itself and emits its own sequences, writes to `unwrapped(stream)`.
+Names, metadata and errors can come from untrusted files. An escape sequence in such a text could set the
+terminal's title, overwrite earlier lines or fill the clipboard. `guard` therefore wraps stdout and stderr in
+a stream that escapes control characters with `errors.shown`, except line ends, tabs and the carriage return
+of a progress line. Libraries that escape text themselves and write their own escape sequences, such as rich,
+use `unwrapped(stream)`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from veneer.errors import VeneerError, shown
 
 
 class Guarded:
-    """A text stream that escapes text with `shown` for another stream.
+    """A text stream that escapes text with `shown` and writes to another stream.
 
-    All other attributes are those of the wrapped stream."""
+    All other attributes are those of the other stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.rich_proxied_file = stream
-        """The wrapped stream. rich looks for this name and writes its escape sequences to the stream."""
+        """The wrapped stream. rich looks for this name and writes escape sequences there."""
 
     def write(self, text: str) -> int:
         parts = text.split("\r")
@@ -40,13 +41,13 @@ class Guarded:
 
 
 def unwrapped(stream: TextIO) -> TextIO:
-    """Return the stream under a `Guarded`, for code that escapes text itself."""
+    """Return the stream inside a `Guarded`, for code that escapes text itself."""
     return stream.rich_proxied_file if isinstance(stream, Guarded) else stream
 
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Wrap stdout and stderr in `Guarded`; restore both at the end."""
+    """Wrap stdout and stderr in `Guarded`, and restore both on exit."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, s if isinstance(s, Guarded) else Guarded(s)) for s in streams)
     try:
@@ -56,9 +57,9 @@ def guard() -> Iterator[None]:
 
 
 def field(value: object) -> str:
-    """Return a text from a file, escaped for use within a line.
+    """Return a text from a file, escaped for use within a line of output.
 
-    Line ends are escaped too, so that the text cannot imitate a line of veneer's output."""
+    Line ends are escaped too, so that the text cannot imitate a line of veneer's own output."""
     return shown(value)
 
 
@@ -68,12 +69,12 @@ def say(line: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a result as indented JSON."""
+    """Print a value as indented JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return `rows` as text in aligned columns under `head`."""
+    """Return `rows` as text, in aligned columns with the headings `head`."""
     cells = [list(head), *([field(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join(
@@ -86,17 +87,17 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 MOST = 20
-"""Number of list items that are shown without `--all`."""
+"""Number of list items to show without `--all`."""
 _list_settings: dict[str, bool] = {"everything": False}
 
 
 def set_show_all(on: bool) -> None:
-    """Set whether later lists are shown in full (`--all`)."""
+    """Set whether `cut_list` returns all items, as with `--all`."""
     _list_settings["everything"] = on
 
 
 def cut_list(items: Sequence[str], most: int = MOST) -> list[str]:
-    """Return the first `most` items, escaped, and the number of further items.
+    """Return the first `most` items, escaped, and a note that counts the rest.
 
     With `--all`, returns all items."""
     few = items if _list_settings["everything"] or len(items) <= most + 1 else items[:most]
@@ -105,7 +106,7 @@ def cut_list(items: Sequence[str], most: int = MOST) -> list[str]:
 
 
 def error_text(error: VeneerError) -> str:
-    """Return an error as text: what, where and fix; a long list is shortened."""
+    """Return an error's `what`, `where` and `fix` as text; long lists are shortened."""
     first, *lines = error.what.splitlines() or [""]
     out = [first, *cut_list(lines, 2 * MOST)]
     out += [f"  {name}: {text}" for name, text in (("where", error.where), ("fix", error.fix)) if text]

@@ -27,9 +27,9 @@ _KEYS = {
     "micro_pictures": "batching.micro_rows",
     "size": "data.resolution",
 }
-"""Option -> the configuration setting that the option sets."""
+"""Option -> the configuration key that the option sets."""
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
-"""Upper bounds of options. Larger values are typing errors, and a plan for them takes hours."""
+"""Upper bounds of options. Larger values are typing errors, and planning for them would take hours."""
 
 
 @app.command(epilog=_EXAMPLE)
@@ -81,8 +81,8 @@ def plan(
 ) -> None:
     """Estimate a run's memory, time and cost, and whether the run fits.
 
-    Suggests settings with which the run fits. Reads only the base's configuration, never its weights. Options
-    about the run override the configuration's settings."""
+    If the run does not fit, suggests settings with which it does. Reads only the base's configuration, never
+    its weights. Options override the settings of the configuration file."""
     if list_:
         _list(as_json)
         return
@@ -96,7 +96,7 @@ def plan(
     if gpu is None or gpu == "cpu":
         if flags := [f"--{name}" for name in ("gpus", "price") if _is_given(context, name)]:
             raise ConfigError(
-                f"{', '.join(flags)}: the plan is for this machine's processor", fix="name a card with --gpu"
+                f"{', '.join(flags)}: the plan is for this machine's processor", fix="select a GPU with --gpu"
             )
         device = cpu_device()
     else:
@@ -114,7 +114,7 @@ def plan(
     unused = [*(["tokens_per_row"] if of_images else []), *([] if of_images and rows is not None else ["before"])]
     if flags := [f"--{name.replace('_', '-')}" for name in unused if _is_given(context, name)]:
         message = f"{', '.join(flags)}: no effect on {'an image' if of_images else 'a text'} plan"
-        counted = of_images and flags == ["--before"]  # without --rows, source images are counted
+        counted = of_images and flags == ["--before"]  # --before has an effect only with --rows
         raise ConfigError(message, fix="give --rows too" if counted else "leave the options out")
     result = plan_of_config(
         run, device, rows=rows, tokens_per_row=tokens_per_row, source_images=before, traffic=traffic
@@ -136,7 +136,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _assumed_settings(base: str | None, rows: int | None, tokens: float | None) -> list[str]:
-    """Return default settings for a plan without a configuration file."""
+    """Return the default settings of a plan without a configuration file."""
     from veneer.plan.image import is_denoiser
     from veneer.train.planning import base_fields
 
@@ -150,7 +150,7 @@ def _assumed_settings(base: str | None, rows: int | None, tokens: float | None) 
         batching = ["batching.rows=16", "batching.micro_rows=1"]
         return ["data.pictures=pictures", "adapter.targets=attention", *batching, "schedule.epochs=3"]
     if tokens is None:
-        raise ConfigError("a plan of text needs --tokens-per-row", fix=example)
+        raise ConfigError("a plan for a text base needs --tokens-per-row", fix=example)
     return ["data.train=rows.jsonl", f"data.max_length={round(tokens)}"]
 
 
@@ -160,12 +160,12 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps({"bases": base_names(), "gpus": gpu_names()}))
         return
-    print("for --gpu: memory, bandwidth, products in bfloat16, price as assumed (--price replaces it)")
+    print("for --gpu: memory, bandwidth, speed of bfloat16 matrix products, assumed price (--price overrides it)")
     for name in gpu_names():
         d = device_named(name)
         cost = "" if d.price is None else f"${d.price:.2f}/h"
         rates = f"{d.bandwidth / 1e9:>6,.0f} GB/s {d.flops / 1e12:>6,.0f} TFLOP/s"
         print(f"{name:<18} {d.memory / 1e9:>6.1f} GB {rates} {cost:>8}")
-    print("\nfor --base; others by their folder or config.json")
+    print("\nfor --base; for other bases, give the folder or config.json")
     for name in base_names():
         print(name)

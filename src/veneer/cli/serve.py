@@ -1,4 +1,4 @@
-"""`veneer serve`: serve a base and its adapters with OpenAI, vLLM and TGI routes."""
+"""`veneer serve`: serve a base and its adapters with OpenAI, vLLM and TGI APIs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def serve(
         typer.Option(
             "--admin-key",
             envvar=["VENEER_ADMIN_KEY_HASH", "VENEER_ADMIN_KEY"],
-            help="Admin key, or sha256: and its hash; loads and unloads adapters. See `veneer tenant admin-key`.",
+            help="Admin key, or sha256:HASH; needed to load adapters. See `veneer tenant admin-key`.",
         ),
     ] = None,
     tenants: Annotated[
@@ -74,7 +74,7 @@ def serve(
     open_to_all: Annotated[
         bool,
         typer.Option(
-            "--open", help="Accept requests without a key even if tenants exist (routes of tenants: localhost only)."
+            "--open", help="Accept requests without a key even if tenants exist (tenants' routes: localhost only)."
         ),
     ] = False,
     upstream: Annotated[
@@ -102,7 +102,7 @@ def serve(
     allowed_origin: Annotated[
         list[str] | None,
         typer.Option(
-            "--allowed-origin", help="CORS origin with web pages that can use this server; repeatable; * needs keys."
+            "--allowed-origin", help="CORS origin whose web pages can use this server; repeatable; * requires API keys."
         ),
     ] = None,
     train: Annotated[
@@ -123,14 +123,14 @@ def serve(
     ] = False,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="YAML file of rarely changed settings: timeouts, queues, the ledger."),
+        typer.Option("--config", help="YAML file with rarely changed settings: timeouts, queues, the ledger."),
     ] = None,
 ) -> None:
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
         raise ConfigError("--tenants and --api-keys cannot be combined", fix="keep one")
     if upstream and len(upstream) > 1:
-        raise ConfigError("there can be one --upstream", fix="the URL of a router in front of these servers")
+        raise ConfigError("there can be only one --upstream", fix="the URL of a router in front of these servers")
     if open_to_all and api_keys is not None:
         raise ConfigError("--open and --api-keys cannot be combined", fix="keep one")
     for folder in allow_folder or []:
@@ -196,13 +196,13 @@ def serve(
     if python_graders:
         from veneer.train.rewards.limited import working_sandbox
 
-        working_sandbox()  # fail before the base is loaded if no sandbox works
+        working_sandbox()  # fail now, not after loading the base
     serve_with(settings, train=train, python_graders=python_graders, session_days=more.session_days, studio=studio)
 
 
 def _read_config(file: Path | None) -> ServerConfig:
-    """Read a server's configuration file. Raises ConfigError."""
-    from veneer.serve.config import ServerConfig, server_config  # imported late, because it imports pydantic
+    """Return the server configuration in `file`, or the default. Raises ConfigError."""
+    from veneer.serve.config import ServerConfig, server_config  # imports pydantic
     from veneer.train.config.load import read_sections
 
     return ServerConfig.model_validate({}) if file is None else server_config(read_sections(file)[0], file)
@@ -217,9 +217,9 @@ def serve_with(
     session_days: float = 30.0,
     show: Callable[[str], object] = lambda address: None,
 ) -> None:
-    """Run a server, optionally with the routes for training and for the Studio.
+    """Run a server, optionally with the routes of training and of the Studio.
 
-    show: called with the Studio's address once the server listens."""
+    show: called with the Studio's address once the server is listening."""
     from veneer.serve import server
 
     extends: list[Extend] = []

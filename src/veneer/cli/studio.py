@@ -33,8 +33,8 @@ def studio(
 ) -> None:
     """Browse, compare, mix, train and release adapters in the browser.
 
-    The page is at http://127.0.0.1:8000/studio/. Commands and HTTP routes offer the same functions. To give
-    remote users access, run `veneer serve --studio` with keys."""
-    tenants = default_database()  # created if missing; stores routes, votes and costs
+    The page is at http://127.0.0.1:8000/studio/. All its functions are also available as commands and HTTP
+    routes. To give remote users access, run `veneer serve --studio` with keys."""
+    tenants = default_database()  # stores routes, votes and costs; created if missing
     settings = ServeSettings(base, port=port, library=library, tenants=tenants, open=True, dtype=dtype, device=device)
     serve_with(settings, train=train, studio=True, show=webbrowser.open if browser else lambda address: None)

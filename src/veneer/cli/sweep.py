@@ -1,4 +1,4 @@
-"""`veneer sweep`: train all combinations of settings together and report on them."""
+"""`veneer sweep`: train all combinations of settings and compare the results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sweep(
 ) -> None:
     """Train an adapter for every combination of settings, and compare the results.
 
-    All combinations share each forward pass of the base."""
+    The runs of all combinations share each forward pass of the base."""
     from veneer.models.loading import errors_only
     from veneer.train.report.log import ConsoleView
     from veneer.train.text.sweep import run_sweep

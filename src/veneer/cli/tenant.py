@@ -1,7 +1,7 @@
-"""`veneer tenant …`: tenants, keys, settings, routes, usage, audit log.
+"""`veneer tenant …`: manage tenants, keys, routes, usage and the audit log.
 
-The commands write to the server's database; the server need not run. A change takes effect with the next
-request.
+The commands write to the server's database, and do not need a running server. A running server uses a change
+from the next request on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ route_app = typer.Typer(**_PLAIN, help="Routes: weighted versions, shadows, roll
 app.add_typer(route_app, name="route")
 
 _database: dict[str, str | None] = {"at": None}
-"""The value of `--at`: a SQLite file or a database URL."""
+"""The value of `--at`: a SQLite file or a database URL; None for the default."""
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def _store() -> Iterator[Store]:
 
 
 def _user() -> str:
-    """Return the current user's name, as the audit log records it."""
+    """Return the current user's name, in the form that the audit log records."""
     import getpass
     import os
 
@@ -66,7 +66,9 @@ route_command = partial(command, route_app, _store)
 
 
 def _rows(value: Any, head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> Result:
-    """Return a Result: `value` as JSON; a table, or `empty` without rows, as text."""
+    """Return a Result with `value` for JSON, and with a table of `rows` as text.
+
+    The text is `empty` if there are no rows."""
     return Result(value, table(head, rows) if rows else empty)
 
 
@@ -79,7 +81,7 @@ Scope = Annotated[
     str,
     typer.Argument(
         metavar="TENANT",
-        help="A tenant; all: all tenants together; '*': limits of each tenant without its own.",
+        help="A tenant; `all`: all tenants together; `*`: each tenant without limits of its own.",
         show_default=False,
     ),
 ]
@@ -128,7 +130,7 @@ def list_(store: Store) -> Result:
 
 @tenant_command("show", "veneer tenant show acme")
 def show(store: Store, tenant: Scope) -> Result:
-    """Show a tenant's settings. Amounts of money in JSON are in millionths."""
+    """Show a tenant's settings. The JSON output gives amounts of money in millionths."""
     from veneer.serve.tenancy import manage
 
     name = "" if tenant == "all" else tenant
@@ -155,9 +157,9 @@ def add(
     see: Annotated[
         list[str] | None, typer.Option(help="Pattern of visible adapters, such as 'acme/*'; repeatable.")
     ] = None,
-    weight: Annotated[float, typer.Option(help="Share of the server while requests queue.")] = 1.0,
+    weight: Annotated[float, typer.Option(help="Relative share of the server while requests are queued.")] = 1.0,
 ) -> Result:
-    """Add a tenant, who can see shared adapters and adapters that match its patterns."""
+    """Add a tenant, which sees shared adapters and adapters that match its patterns."""
     from veneer.serve.tenancy import manage
 
     row = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), actor=_user())
@@ -169,7 +171,7 @@ def set_(
     store: Store,
     tenant: Scope,
     values: Annotated[
-        list[str], typer.Argument(metavar="KEY=VALUE …", help="Settings; `none` removes one.", show_default=False)
+        list[str], typer.Argument(metavar="KEY=VALUE …", help="KEY=none removes a setting.", show_default=False)
     ],
     adapter: Annotated[str, typer.Option(help="Set limits and prices of this adapter only.")] = "",
 ) -> Result:
@@ -183,7 +185,7 @@ def set_(
 
     pairs = [text.partition("=") for text in values]
     if any(not equals for _, equals, _ in pairs):
-        raise typer.BadParameter("give key=value, as in weight=2")
+        raise typer.BadParameter("give key=value, such as weight=2")
     changes = {key: _value(key, text) for key, _, text in pairs}
     name = "" if tenant == "all" else tenant
     settings = manage.change_settings(store, name, changes, adapter=adapter, actor=_user())
@@ -191,7 +193,7 @@ def set_(
 
 
 def _value(key: str, text: str) -> Any:
-    """Return a setting's value: None, a list, an amount in millionths, or a text."""
+    """Parse a setting's value: None, a list, text, or money in millionths."""
     if key in ("adapters", "feedback_names", "shared_cache"):
         return [] if text == "none" else [part for part in text.split(",") if part]
     if text == "none":
@@ -217,14 +219,15 @@ def remove(store: Store, tenant: Tenant) -> Result:
 @tenant_command("feedback", "veneer tenant feedback acme --kind preference --adapter acme/support -o rows.jsonl")
 def feedback(
     store: Store,
-    tenant: Annotated[str, typer.Argument(help="A tenant; all: requests without a key.", show_default=False)],
+    tenant: Annotated[str, typer.Argument(help="A tenant, or `all` for requests without a key.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON Lines file to write.", show_default=False)],
     kind: Annotated[str, typer.Option(help="Kind of rows: supervised, preference or unpaired.")] = "supervised",
-    adapter: Annotated[str | None, typer.Option(help="Only this adapter or route, all versions.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Only this adapter or route, with all versions.")] = None,
 ) -> Result:
-    """Write feedback as rows for `veneer train`.
+    """Write users' feedback as training rows for `veneer train`.
 
-    supervised: corrections, and answers with a thumbs up; preference: pairs; unpaired: rated answers."""
+    The rows are corrections and answers rated thumbs up (supervised), pairs of answers (preference), or rated
+    answers (unpaired)."""
     from veneer.files.atomic import atomic_write
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.feedback import feedback_rows
@@ -246,7 +249,7 @@ def feedback(
 def admin_key(as_json: AsJson = False) -> None:
     """Create an admin key for routes under /admin, and print the key and its hash.
 
-    The server needs only the hash."""
+    The hash is enough to configure a server."""
     from veneer.serve.tenancy.keys import hash_key, make_admin_key
 
     key = make_admin_key()
@@ -276,7 +279,7 @@ def key_add(
 
 @key_command("list", "veneer tenant key list acme")
 def key_list(store: Store, tenant: AnyTenant = None) -> Result:
-    """List keys by id, without secrets."""
+    """List keys by id, without their secrets."""
     from veneer.serve.tenancy import manage
 
     now = time.time()
@@ -324,12 +327,12 @@ def usage_(
     by: Annotated[
         str, typer.Option(help="Group by any of tenant, adapter, day; '' for one row.")
     ] = "tenant,adapter,day",
-    adapter: Annotated[str | None, typer.Option(help="Only this adapter, all its versions.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Only this adapter, with all its versions.")] = None,
     since: Since = "",
     until: Until = "",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> Result:
-    """Show requests, tokens, seconds and cost from the ledger.
+    """Show requests, tokens, seconds and cost as recorded in the ledger.
 
     In JSON and CSV, `cost` is in millionths."""
     from veneer.serve.tenancy import ledger
@@ -367,7 +370,8 @@ def economics(
 ) -> Result:
     """Show each adapter's cost, revenue and break-even against a dedicated machine.
 
-    The figures come from the ledger and the jobs' bills. Amounts of money in JSON are in millionths."""
+    The figures come from the ledger and from the bills of training jobs. The JSON output gives amounts of
+    money in millionths."""
     from veneer.cli.economics import economics as measure
 
     if not hour:
@@ -393,7 +397,7 @@ def economics(
 
 @contextmanager
 def _jobs(location: str | None, index: str | None) -> Iterator[JobStore | None]:
-    """Yield the library's JobStore, or None if there is no library to open."""
+    """Yield the library's JobStore, or None if the library does not exist."""
     from veneer.jobs.store import JobStore
     from veneer.library.library import library_location, open_library
 
@@ -426,7 +430,7 @@ def audit_(
 ) -> Result:
     """Show who changed what, newest first.
 
-    With --verify, the exit code is 0 if no line is missing or altered, else 2."""
+    With --verify, check the log instead; the exit code is 2 if a line is missing or altered, otherwise 0."""
     from veneer.serve.tenancy import manage
 
     with store.reading() as c:
@@ -453,52 +457,52 @@ def route_set(
     targets: Annotated[list[str], typer.Argument(help="adapter=weight pairs, or one adapter.", show_default=False)],
     tenant: RouteTenant = "",
     shadow: Annotated[
-        str | None, typer.Option(help="Adapter that also answers; its responses are compared in the log, never sent.")
+        str | None, typer.Option(help="Adapter that also answers, only to compare its responses in the log.")
     ] = None,
     fraction: Annotated[float, typer.Option(help="Fraction of requests sent to the shadow.")] = 1.0,
     library: Library = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> Result:
-    """Point a route to adapters by weight.
+    """Point a route to one or more adapters, with weights.
 
-    Each user stays with one adapter, and new weights move as few users as possible."""
+    Each user stays with one adapter, and new weights move as few users as possible to another adapter."""
     from veneer.serve.tenancy import routes
 
     split = [target.partition("=") for target in targets]
     pairs = [(name, int(weight) if weight.isdigit() else 0 if weight else 1) for name, _, weight in split]
     if any(not weight for _, weight in pairs):
-        raise typer.BadParameter("weights are integers, 1 or more: support@1=90")
+        raise typer.BadParameter("weights are positive integers, as in support@1=90")
     more: dict[str, Any] = {"tenant": tenant, "shadow": shadow, "fraction": fraction}
     now = store.settings.routes.get((tenant, route))
     planned = routes.planned_route(now, route, pairs, **more)
     if not dry_run:
         planned = routes.set_route(store, route, pairs, actor=_user(), check=_check(library, force), **more)
-    return _moved(routes.route_fields(planned), routes.route_change(now, planned))
+    return _route_result(routes.route_fields(planned), routes.route_change(now, planned))
 
 
-def _moved(fields: dict[str, Any], change: str) -> Result:
-    return Result({**fields, "change": change}, f"{_line(fields)}\n{change}")
+def _route_result(fields: dict[str, Any], change: str) -> Result:
+    return Result({**fields, "change": change}, f"{_route_line(fields)}\n{change}")
 
 
 def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
     """Return a function that checks a route's target; None with `force`.
 
-    The check needs no server. The target must be a readable adapter in the library, a built-in base, or the
-    base of an adapter in the library. The function raises AdapterError."""
+    The target must be a readable adapter in the library, a built-in base, or the base of an adapter in the
+    library; otherwise the function raises AdapterError. The check does not need a running server."""
     from veneer.errors import AdapterError, ConfigError
     from veneer.library.library import library_location, open_library
     from veneer.models.builtin import BUILTIN, PACKAGED
 
     def check(name: str) -> None:
         folder = location or library_location()
-        fix = "add it with `veneer library add PATH NAME`, set --library, or use --force"
-        if "://" not in folder and not Path(folder).expanduser().is_dir():  # opening would create the library
+        fix = "add the adapter with `veneer library add PATH NAME`, set --library, or use --force"
+        if "://" not in folder and not Path(folder).expanduser().is_dir():  # opening would create a library
             raise AdapterError(f"there is no library at {folder}", fix=fix)
         with open_library(folder) as library:
             try:
                 version = library.find(name)
-            except (AdapterError, ConfigError) as error:  # find refuses some bases' names
+            except (AdapterError, ConfigError) as error:  # the names of some bases are not valid references
                 if name in BUILTIN or name in PACKAGED or library.knows_base(name):
                     return
                 raise AdapterError(error.what, fix=f"{error.fix}; {fix}") from error
@@ -508,7 +512,7 @@ def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
     return None if force else check
 
 
-def _line(fields: dict[str, Any]) -> str:
+def _route_line(fields: dict[str, Any]) -> str:
     total = sum(fields["targets"].values())
     parts = ", ".join(f"{name} {100 * weight / total:.3g}%" for name, weight in fields["targets"].items())
     shadow = f"; shadow {fields['shadow']} for {100 * fields['fraction']:.3g}%" if fields["shadow"] else ""
@@ -522,7 +526,7 @@ def route_list(store: Store) -> Result:
     from veneer.serve.tenancy import routes
 
     shown_routes = [routes.route_fields(route) for route in store.settings.routes.values()]
-    return Result({"routes": shown_routes}, "\n".join(map(_line, shown_routes)) or "no routes")
+    return Result({"routes": shown_routes}, "\n".join(map(_route_line, shown_routes)) or "no routes")
 
 
 @route_command("rollback", "veneer tenant route rollback support")
@@ -534,19 +538,19 @@ def route_rollback(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> Result:
-    """Restore a route's previous targets for the same users."""
+    """Restore a route's previous targets, for the same users."""
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
         now, earlier = routes.earlier_route(c, route, tenant=tenant)
     if not dry_run:
         earlier = routes.rollback_route(store, route, tenant=tenant, actor=_user(), check=_check(library, force))
-    return _moved(routes.route_fields(earlier), routes.route_change(now, earlier))
+    return _route_result(routes.route_fields(earlier), routes.route_change(now, earlier))
 
 
 @route_command("remove", "veneer tenant route remove support")
 def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
-    """Remove a route. `rollback` restores the route."""
+    """Remove a route. `veneer tenant route rollback` restores a removed route."""
     from veneer.serve.tenancy import routes
 
     routes.remove_route(store, route, tenant=tenant, actor=_user())
@@ -555,13 +559,13 @@ def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result
 
 @route_command("history", "veneer tenant route history support")
 def route_history(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
-    """List a route's revisions, newest first. The current revision is marked with *."""
+    """List a route's revisions, newest first; * marks the current revision."""
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
         revisions = routes.route_history(c, route, tenant=tenant)
     lines = [
-        f"{'*' if m['current'] else ' '} {m['move']}  {_day(m['at'])}  {m['who']}  {_line({'route': route, **m})}"
+        f"{'*' if m['current'] else ' '} {m['move']}  {_day(m['at'])}  {m['who']}  {_route_line({'route': route, **m})}"
         for m in revisions
     ]
     return Result({"moves": revisions}, "\n".join(lines))

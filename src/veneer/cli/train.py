@@ -1,4 +1,4 @@
-"""`veneer train`: train an adapter, or several adapters together in one pass."""
+"""`veneer train`: train one adapter, or several adapters together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train(
         list[str] | None, typer.Option("--data", help="data.train or data.pictures: rows or images; repeatable.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="output.directory. Default: runs/NAME, after the data's name.")
+        str | None, typer.Option("--output", "-o", help="output.directory. Default: runs/NAME, named after the data.")
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="adapter.rank.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="schedule.epochs.")] = None,
@@ -51,9 +51,9 @@ def train(
     """Train an adapter: check the data, train, save checkpoints and write a report.
 
     Settings come from options, from section.key=value (docs/reference/config.md; image-config.md for images),
-    and from a YAML file. data.train is for text, data.pictures for images. Several text configurations with
-    the same base train together in one forward pass, with the same results as separate runs: veneer train
-    a.yaml b.yaml."""
+    and from a YAML file. data.train is for text, data.pictures for images. With several text configurations
+    that have the same base (veneer train a.yaml b.yaml), the runs share each forward pass, and their results
+    are the same as those of separate runs."""
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.config.load import common_settings, load_config
 
@@ -68,15 +68,15 @@ def train(
     flags[f"--devices={devices}"] = devices is not None
     again = [*map(str, named), *settings, *(flag for flag, on in flags.items() if on)]
 
-    from veneer.train.devices import launch, leads, started
+    from veneer.train.devices import is_leader, launch, process_count
 
     if several and devices not in (None, 1):
-        message = "several configurations are trained in one pass by one process"
-        raise ConfigError(message, where="--devices", fix="leave it out, or train one configuration at a time")
-    if devices is not None and started() != devices:
-        if started() > 1:
-            problem = f"--devices is {devices}, and {started()} processes were started already"
-            raise ConfigError(problem, fix="omit --devices: the launcher of the processes sets their number")
+        message = "several configurations train together in one process"
+        raise ConfigError(message, where="--devices", fix="omit --devices, or train one configuration at a time")
+    if devices is not None and process_count() != devices:
+        if process_count() > 1:
+            problem = f"--devices is {devices}, and {process_count()} processes were started already"
+            raise ConfigError(problem, fix="omit --devices: the launcher sets the number of processes")
         flags = {"--resume": resume, "--dry-run": dry_run}
         again += [flag for flag, on in flags.items() if on]
         raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
@@ -100,7 +100,7 @@ def train(
     finally:
         for listener in listeners:
             listener.close()
-    if not leads():  # with several processes, only the first process prints
+    if not is_leader():  # only the first of several processes prints
         return
     failed = {file: result for file, result in zip(files, results, strict=True) if isinstance(result, VeneerError)}
     if as_json:
@@ -118,7 +118,7 @@ def train(
 
 
 def _results(files: list[Path | None], loaded: list[Any], listeners: list[Any], options: dict[str, Any]) -> list[Any]:
-    """Return each run's result. Of several runs, a failed run's result is its error."""
+    """Return each run's result; if one of several runs fails, the error instead."""
     from veneer.train.config.image import ImageTrainConfig
 
     if len(files) == 1:
@@ -146,7 +146,7 @@ def _json_of(result: Any) -> dict[str, Any]:
 
 
 def _print_result(result: Any, config: Any) -> None:
-    """Print the output paths and a command to try next to stderr."""
+    """Print to stderr the output paths and a command to try."""
     pictures = hasattr(result, "pictures")
     if result.dry_run:
         amount = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "

@@ -29,8 +29,9 @@ def worker(
 ) -> None:
     """Take jobs from the queue and train them until Ctrl-C or SIGTERM.
 
-    On exit, the worker saves its running jobs and returns them to the queue. Any number of workers can share
-    a queue. If a worker is killed, another worker continues its jobs from the last checkpoint."""
+    On exit, the worker saves the state of its running jobs and returns them to the queue. Any number of
+    workers can share a queue. If a worker is killed, another worker continues its jobs from their last
+    checkpoints."""
     from veneer.files.rights import forbid_inspection
     from veneer.jobs.executors import LocalExecutor
     from veneer.jobs.process import end_with_input

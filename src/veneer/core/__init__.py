@@ -1,7 +1,7 @@
-"""Low-rank adapter math, on torch only: pairs, layers, targets, attaching, merging.
+"""Low-rank adapter math on torch: pairs, layers, targets, attaching, merging.
 
 Start with adapter.py, layers.py and attach.py. Names are imported lazily. adapter.py and forms.py import
-torch only inside functions that compute, so code that reads only a file's header does not need torch.
+torch only inside functions that compute, so code that only reads a file's header does not need torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = [
 
 
 class _Core(ModuleType):
-    """Module class that keeps `core.attach` bound to the function, not the submodule.
+    """Module class in which `core.attach` is the function, not the submodule.
 
-    Importing the submodule `core.attach` assigns the submodule to this attribute; the setter ignores the
+    Importing the submodule `core.attach` makes Python assign it to this attribute; the setter ignores that
     assignment."""
 
     @property

@@ -23,38 +23,38 @@ if TYPE_CHECKING:
 
 PairKind = Literal["linear", "embedding", "conv", "experts"]
 NamedMix = tuple[tuple[str, float], ...]
-"""Adapters applied together, as (adapter name, strength) tuples."""
+"""Adapters that are active together, as (adapter name, strength) tuples."""
 _TABLES = ("pairs", "modules", "token_rows", "deltas")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
     """Return the scale s of s·B·A.
 
-    alpha/rank for LoRA (arXiv 2106.09685), or alpha/√rank for rsLoRA (arXiv 2312.03732). All code that turns
-    alpha and rank into a scale calls this function."""
+    The scale is alpha/rank for LoRA (arXiv 2106.09685) and alpha/√rank for rsLoRA (arXiv 2312.03732). All
+    code that converts alpha and rank to a scale calls this function."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
     """Return the alpha that gives `scale`; the inverse of `scale_of`.
 
-    Used to write file formats that store alpha instead of the scale."""
+    Used to write file formats that store alpha rather than the scale."""
     return scale * math.sqrt(rank) if rslora else scale * rank
 
 
 _MOST_STRENGTH = 1e4
-"""Largest accepted |strength|, far above any practical value. The product of the strength and an adapter's
-own scale still fits in float16 (at most 65,504), float32 and bfloat16. Code that multiplies by the strength
-reports an overflow of its own dtype."""
+"""Largest accepted |strength|, far above any practical value. Multiplied by this strength, the scale of an
+ordinary adapter still fits in float16 (at most 65,504), float32 and bfloat16. Code that multiplies by a
+strength must itself report an overflow in its dtype."""
 
 
 def check_strength(label: str, strength: float) -> float:
     """Return `strength` as a float, or raise ConfigError if the strength is invalid.
 
-    NaN, and values beyond ±`_MOST_STRENGTH`, are invalid. All code that validates a strength calls this
+    NaN and values beyond ±`_MOST_STRENGTH` are invalid. All code that validates a strength calls this
     function.
 
-    label: what the strength applies to, for the error message."""
+    label: what the strength belongs to, for the error message."""
     number = float(strength)
     if not abs(number) <= _MOST_STRENGTH:
         raise ConfigError(
@@ -64,15 +64,15 @@ def check_strength(label: str, strength: float) -> float:
 
 
 def mix_text(mix: NamedMix) -> str:
-    """Return a mix as text for messages: "brand:0.8 + product:1"."""
+    """Return a mix as text for messages, such as "brand:0.8 + product:1"."""
     return " + ".join(f"{name}:{strength:g}" for name, strength in mix)
 
 
 def all_finite(t: Tensor) -> bool:
-    """Return whether every entry is finite (no NaN, no infinity).
+    """Return whether every entry is finite (neither NaN nor infinite).
 
-    Checks only the minimum and the maximum, which any NaN or infinity affects: one pass, no temporary
-    tensor."""
+    Computes only the minimum and the maximum, in one pass without a temporary tensor: any NaN or infinity
+    makes one of the two non-finite."""
     import torch
 
     if not t.numel() or t.is_complex() or t.dtype.itemsize == 1:
@@ -92,16 +92,16 @@ class Pair:
     | experts   | (experts, rank, in)    | (experts, out, rank) | 3-d parameter, one delta per expert   |
 
     A fused expert parameter has the shape (experts, out, in), or (experts, in, out) if its module sets
-    `is_transposed`. PEFT uses the same convention, so the shapes alone tell how to read PEFT's files. Llama 4
-    stores the transpose without setting `is_transposed`. There, A is (experts, rank, last dimension), and
-    s·B·A still has the parameter's shape.
+    `is_transposed`. PEFT uses the same convention, so the shapes alone determine how to read PEFT's files.
+    Llama 4 stores the transposed parameter without setting `is_transposed`. For Llama 4, A is therefore
+    (experts, rank, last dimension), and s·B·A still has the parameter's shape.
 
     `magnitude`: DoRA's m (arXiv 2402.09353). The shape is (out,), one norm per output, as in the paper's code
-        and PEFT; or (1, in, 1…), one norm per input, as in files of LyCORIS and OneTrainer (core.forms).
+        and PEFT; or (1, in, 1…), one norm per input, as in files from LyCORIS and OneTrainer (core.forms).
 
-    `origin`: frozen factors (A₀, B₀), whose product is subtracted: ΔW = s·(B·A − B₀·A₀). An initialization
-        from W (PiSSA, OLoRA) therefore starts at a delta of zero on an unchanged base. `collapsed()` returns
-        the same delta as one pair of twice the rank."""
+    `origin`: frozen factors (A₀, B₀), whose product is subtracted: ΔW = s·(B·A − B₀·A₀). With an origin, an
+        initialization from W (PiSSA, OLoRA) starts with a zero delta and leaves the base unchanged.
+        `collapsed()` returns the same delta as one pair with twice the rank."""
 
     A: Tensor
     B: Tensor
@@ -121,13 +121,13 @@ class Pair:
     def module(self, name: str) -> str:
         """Return the name of the module that this pair changes.
 
-        name: the pair's name in the adapter."""
+        name: the name of the pair in the adapter."""
         return name.rpartition(".")[0] if self.kind == "experts" else name
 
     def low_rank(self, strength: float = 1.0, dropout: float = 0.0) -> LowRank:
-        """Return s·strength·B·A as one product, with `origin` and without the magnitude.
+        """Return s·strength·B·A as one product, with `origin`, without the magnitude.
 
-        With one product, the common parts of A₀·B₀ and A·B cancel before rounding."""
+        In one product, the parts that B·A and B₀·A₀ have in common cancel before rounding."""
         collapsed = self.collapsed()
         return LowRank(collapsed.A, collapsed.B, self.scale * strength, dropout)
 
@@ -158,8 +158,8 @@ class TokenRows:
 
     rows: (len(indices), dim).
 
-    In a mix with other changes of the same weight, token rows count as the change rows − W[indices], and
-    all changes are summed."""
+    In a mix that also has other changes of the same weight, token rows are treated as the
+    change (rows − W[indices]), and all changes are summed."""
 
     indices: tuple[int, ...]
     rows: Tensor
@@ -169,7 +169,7 @@ class TokenRows:
 class Card:
     """Metadata of an adapter, stored as JSON next to the adapter.
 
-    Every field can be empty; adapters from other tools fill in few fields."""
+    Every field can be empty, and most fields are empty for adapters from other tools."""
 
     base: str = ""
     base_fingerprint: str = ""
@@ -194,9 +194,9 @@ _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def hub_id(base: str) -> str:
-    """Return the Hugging Face Hub ID of a base.
+    """Return the Hugging Face Hub id of a base.
 
-    For a built-in base, the hub ID of its weights; otherwise `base` itself."""
+    For a built-in base, this is the Hub id of its weights; otherwise it is `base` itself."""
     return _HUB_IDS.get(base, base)
 
 
@@ -205,14 +205,14 @@ class LoraSpec:
     """The target modules, ranks and initialization of a new adapter.
 
     `targets`, `exclude`: see core.targets.
-    `layers`: indices of the repeated blocks, or None for all blocks.
+    `layers`: indices of the repeated blocks to train, or None for all blocks.
     `rank_pattern`, `alpha_pattern`: target pattern -> value; the first match wins.
     `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa",
         "olora", or "loftq" (from the quantization error of the base).
-    `kind`: "lora" creates pairs; "loha" and "lokr" create deltas of these forms (core.forms) with LyCORIS'
-        initialization. `factor` and `decompose_both` apply to these forms (see `forms.trained_shapes`).
-    `modules_to_save`: modules trained in full, as copies.
-    `token_rows`: embedding name -> ids of the tokens to train; other tokens stay frozen."""
+    `kind`: "lora" creates pairs; "loha" and "lokr" create deltas of these forms (core.forms), initialized as
+        in LyCORIS. `factor` and `decompose_both` apply only to these forms (see `forms.trained_shapes`).
+    `modules_to_save`: modules to train in full, as copies.
+    `token_rows`: embedding name -> ids of the tokens to train; the rows of other tokens stay frozen."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -234,12 +234,13 @@ class LoraSpec:
 
 @dataclass
 class Adapter:
-    """All changes of one fine-tune by module name, plus the card.
+    """All changes of one fine-tune by name, plus the card.
 
-    `pairs`: module name -> pair; for `experts` the key is the parameter's name (`…experts.gate_up_proj`).
-    `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while
-    attached. `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can
-    have both a pair and a delta. Each is relative to the base's weight, and the two are summed."""
+    `pairs`: module name -> pair; for `experts`, the key is the parameter's name (`…experts.gate_up_proj`).
+    `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while the
+        adapter is active.
+    `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. If a module has a pair and
+        a delta, each is relative to the base's weight, and the two are summed."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -258,7 +259,7 @@ class Adapter:
         return f"Adapter({', '.join(parts)})"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor under a stable name, sorted."""
+        """Yield (name, tensor) for every tensor, in a fixed order and with stable names."""
         for name in sorted(self.pairs):
             for part, tensor in self.pairs[name].tensors():
                 yield f"{name}.{part}", tensor
@@ -272,9 +273,12 @@ class Adapter:
                 yield f"{name}~{part}", tensor
 
     def component(self, name: str) -> Adapter:
-        """Return the part for one model of a pipeline, under the model's own module names.
+        """Return the part of the adapter that changes one model of a pipeline.
 
-        name: `unet`, `text_encoder`, …. The result is empty if the adapter has nothing for this model."""
+        Module names in the result are those of the model itself. The result is empty if the adapter does not
+        change the model.
+
+        name: the model's name in the pipeline, such as `unet` or `text_encoder`."""
         start, tables = f"{name}.", dict[str, Any]()
         for kind in _TABLES:
             table = getattr(self, kind)
@@ -282,15 +286,19 @@ class Adapter:
         return replace(self, **tables)
 
     def renamed(self, change: Callable[[str], str]) -> Adapter:
-        """Return the same adapter with module names mapped by `change`, a one-to-one function."""
+        """Return the same adapter with `change` applied to every module name.
+
+        change: must not map two names to the same name."""
         named = {kind: {change(n): item for n, item in getattr(self, kind).items()} for kind in _TABLES}
         return replace(self, **named)  # type: ignore[arg-type]
 
     def divided(self, by: Callable[[str], float]) -> dict[float, Adapter]:
-        """Split the adapter by the strength that `by` gives for each module's name.
+        """Split the adapter by strength; return strength -> part of the adapter.
 
-        Modules of strength 0 are dropped. Σ strength·part equals the adapter with a strength per module,
-        exactly and in every form: the parts share the tensors, and scales do not change."""
+        by: returns the strength for a module's name. Modules with strength 0 are left out.
+
+        Σ strength·part is exactly the adapter with each module at its own strength, for every form of change:
+        the parts share the adapter's tensors, and scales stay the same."""
         out: dict[float, Adapter] = {}
         for kind in _TABLES:
             for name, item in getattr(self, kind).items():
@@ -306,13 +314,13 @@ class Adapter:
     def collapsed(self) -> Adapter:
         """Return the same adapter with every `origin` collapsed into its pair.
 
-        Files store this form, and `digest` hashes this form."""
+        Files store the adapter in this form, and `digest` hashes the adapter in this form."""
         return replace(self, pairs={name: pair.collapsed() for name, pair in self.pairs.items()})
 
     def move(self, device: torch.device) -> None:
         """Move every tensor to `device` in place.
 
-        Parameters stay the same objects, so an optimizer that holds them stays valid."""
+        Parameters remain the same objects, so an optimizer that refers to them remains valid."""
 
         def moved(t: Tensor) -> Tensor:
             t.data = t.data.to(device)
@@ -325,7 +333,7 @@ class Adapter:
         return self.mapped_by_module(lambda module, t: change(t))
 
     def mapped_by_module(self, change: Callable[[str, Tensor], Tensor]) -> Adapter:
-        """Return a copy with change(module name, tensor) applied to every tensor."""
+        """Return a copy with every tensor replaced by `change(module name, tensor)`."""
 
         def every(named: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
             return {key: change(module, t) for key, t in named.items()}
@@ -348,9 +356,9 @@ class Adapter:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
     def digest(self) -> str:
-        """Return the SHA-256 of names, shapes, dtypes, values and scales.
+        """Return the SHA-256 of the adapter's names, shapes, dtypes, values and scales.
 
-        Equal digests mean equal effects on equal bases. The digest is computed on the collapsed adapter, so
+        Adapters with equal digests have equal effects on the same base. The collapsed adapter is hashed, so
         an adapter with an `origin` has the same digest as its file."""
         h = hashlib.sha256()
         for name, tensor in self.collapsed().tensors():
@@ -367,7 +375,7 @@ class Adapter:
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
-    """Return the bytes of the tensor's values, as stored in a file."""
+    """Return the bytes of the tensor's values, in the order that files store them."""
     if not tensor.numel():
         return b""
     import torch

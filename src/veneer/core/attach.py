@@ -1,10 +1,10 @@
 """Attach adapters to a base, select the active ones, and detach them.
 
-Each model has one Attachment, which owns the adapters and the current selection. `add` wraps a module when
-the first adapter that changes the module is added; `remove` restores the module with the last one. Changing
-the selection is one assignment, whatever the number of adapters and modules. The base's tensors are never
-written to, and `detach` restores every module. This module does not depend on files, training or particular
-models.
+Each model has one Attachment, which owns the adapters and the current selection. `add` wraps every module
+that the adapter changes, unless the module is already wrapped; `remove` restores every module that no
+remaining adapter changes. A change of the selection is a single assignment, regardless of the number of
+adapters and modules. The base's tensors are never written to, and `detach` restores every module. This
+module does not depend on files, training or particular models.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from veneer.ops.lora_segments import LoraSegments
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _SPARE_BYTES = 256 << 20
-"""Minimum byte limit of the mix cache. For larger bases the limit is 1/32 of the base's size."""
+"""Minimum value of the mix cache's byte limit. For large bases, the limit is 1/32 of the base's size."""
 _BATCHES = ("input_ids", "inputs_embeds", "hidden_states", "sample", "pixel_values")
-"""Argument names that models use for their batch. Other tensor arguments can lack a batch dimension, such as
-positions or masks."""
+"""Argument names in which models receive a batch. Other tensor arguments, such as positions or masks, can
+lack a batch dimension."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
 def attach(model: nn.Module) -> Attachment:
-    """Return an Attachment for `model`; the model does not change until an adapter is added.
+    """Return an Attachment for `model`.
 
-    Raises AdapterError if the model, or a part of the model, is already attached."""
+    The model does not change until an adapter is added. Raises AdapterError if the model, or a module
+    inside it, is already attached."""
     if any(m in _ATTACHED or isinstance(m, Layer) for m in model.modules()):
-        fix = "add to the attachment it has, or detach that one first"
+        fix = "use the existing attachment, or detach it first"
         raise AdapterError("this model is attached already", where=type(model).__name__, fix=fix)
     attachment = Attachment(model)
     _ATTACHED[model] = weakref.ref(attachment)
@@ -51,7 +52,7 @@ def attach(model: nn.Module) -> Attachment:
 
 
 def active_mix(model: nn.Module) -> NamedMix:
-    """Return the mix that is active on every row of an attached model; () for the base."""
+    """Return the mix active on all rows of an attached model; () for the base."""
     reference = _ATTACHED.get(model)
     attachment = None if reference is None else reference()
     if attachment is None:
@@ -61,14 +62,14 @@ def active_mix(model: nn.Module) -> NamedMix:
 
 
 class Attachment:
-    """The adapters of one base, and the current selection.
+    """The adapters attached to one base, and the current selection.
 
     adapters: name -> adapter.
     selection: the active adapters; empty at first.
-    cache.limit: byte limit for cached weights of mixes used without gradients (core.mix_cache); 0 disables
-        the cache.
+    cache.limit: byte limit of the cache of weights for mixes used without gradients (core.mix_cache); 0
+        disables the cache.
 
-    As a context manager, detaches on exit."""
+    As a context manager, the attachment detaches itself on exit."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -85,16 +86,16 @@ class Attachment:
     # -- adapters ----------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Adapter, trainable: bool = False, *, finite: bool = False) -> None:
-        """Add `adapter` to the base as `name`, without selecting the adapter.
+        """Add `adapter` to the base as `name`, without selecting it.
 
         Each tensor moves to the device of its module.
 
-        trainable: copy the tensors as new parameters; otherwise the tensors are used as given, without
-            gradient.
+        trainable: copy the tensors as new parameters; otherwise the tensors are used as they are, without
+            gradients.
         finite: set if all tensors are known to be finite, to skip a check that synchronizes with the device.
 
-        Raises one AdapterError that lists every missing module and every shape that does not fit; the base
-        and the attachment are then unchanged."""
+        If the adapter does not fit, raises one AdapterError that lists all problems, such as missing modules
+        and wrong shapes; the base and the attachment are then unchanged."""
         if not self._open:
             raise AdapterError("this attachment is detached", fix="call attach(model) again")
         if name in self.adapters:
@@ -114,9 +115,9 @@ class Attachment:
             self._prune()
 
     def remove(self, name: str) -> None:
-        """Remove an adapter, and restore modules that no other adapter changes.
+        """Remove an adapter, also from the selection.
 
-        The adapter is also removed from the selection."""
+        Restores the modules that no other adapter changes."""
         adapter = self._adapter(name)
         self.selection = self.selection.without(adapter)
         self.cache.clear(adapter)
@@ -124,43 +125,43 @@ class Attachment:
         self._prune()
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return the trainable tensors of an adapter under stable names.
+        """Return the trainable tensors of an adapter by stable names.
 
-        `module.A`, `module.B`, `module.magnitude`; `module.weight~a1` and so on for a LoHa or LoKr;
-        `module=parameter` for full copies; `embedding#rows` for token rows. Raises AdapterError if the
-        adapter was not added with trainable=True."""
+        The names are `module.A`, `module.B` and `module.magnitude`; `module.weight~a1` and so on for a LoHa
+        or LoKr; `module=parameter` for full copies; `embedding#rows` for token rows. Raises AdapterError if
+        the adapter was not added with trainable=True."""
         out = {key: t for key, t in self._adapter(name).tensors() if isinstance(t, nn.Parameter)}
         if not out:
             raise AdapterError(f"adapter {name!r} is not trainable", fix="add it with trainable=True")
         return out
 
     def adapter(self, name: str) -> Adapter:
-        """Return a detached, contiguous copy of an adapter with `origin` collapsed."""
+        """Return a detached, contiguous copy of an adapter with collapsed origins."""
         return self._adapter(name).collapsed().mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
     def use(self, *mix: str | tuple[str, float]) -> None:
-        """Select one mix for every row; without arguments, select the base.
+        """Select one mix for all rows; without arguments, select the base.
 
-        mix: adapter names, or (name, strength).
+        mix: adapter names, or (name, strength) tuples.
 
-        The cost does not depend on the number of adapters or modules. With activation checkpointing, do
-        not change the selection between a forward and its backward: the recomputation would use the new
-        selection. Raises AdapterError for an unknown name or a mix of full copies, ConfigError for an
-        invalid strength (`check_strength`)."""
+        The cost does not depend on the number of adapters or modules. With activation checkpointing, do not
+        change the selection between a forward pass and its backward pass: the recomputation would use the new
+        selection. Raises AdapterError for an unknown name, or for full copies that cannot be mixed as
+        requested. Raises ConfigError for an invalid strength (`check_strength`)."""
         self.selection = self._selection(mix)
 
     def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
-        """Select one mix per row of a batch; () is the base.
+        """Select one mix for each row of a batch; () selects the base.
 
-        Row i (first dimension) gets mixes[i]. With n mixes, a batch of k·n rows repeats the list, as
-        classifier-free guidance does: [negative…, positive…]. The rows are the first dimension of the model's
-        input; a module called directly must get n rows. Calling a module raises AdapterError if an adapter
-        changes the module and the module's input has another number of rows, or if an adapter changes fused
-        experts. Otherwise as `use`. Reference: `use` on each row separately."""
+        The rows are the first dimension of the model's input, and row i gets mixes[i]. With n mixes, a batch
+        of k·n rows repeats the list k times, as classifier-free guidance does: [negative…, positive…]. A
+        module that is called directly must get n rows. Calling a module that an adapter changes raises
+        AdapterError if the module's input has another number of rows, or if the adapter changes fused
+        experts. For everything else, see `use`. Reference: `use` on each row separately."""
         if not mixes:
-            raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
+            raise AdapterError("no rows", fix="give one mix for each row of the batch; () selects the base")
         if not self._watched:
             self._watched = [
                 m.register_forward_pre_hook(self._record_rows, with_kwargs=True) for m in _batch_modules(self.model)
@@ -168,12 +169,12 @@ class Attachment:
         self.selection = Selection(rows=MixBatch(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     def use_spans(self, names: Sequence[str], spans: LoraSegments) -> None:
-        """Select one adapter per segment of the tokens that linear layers receive, at strength 1.
+        """Select one adapter, at strength 1, for each segment of tokens.
 
-        Segments are independent of the rows of the batch. As with `use`, do not change the selection between
-        a forward and its backward. Raises AdapterError for an unknown name, and for an adapter with more than
-        plain pairs on linear layers (`span_problem`). Reference: `use` on each segment's tokens
-        separately."""
+        Segments index the tokens that linear layers receive, regardless of the rows of the batch. As with
+        `use`, do not change the selection between a forward pass and its backward pass. Raises AdapterError
+        for an unknown name, and for an adapter that has anything other than plain pairs on linear layers
+        (`span_problem`). Reference: `use` on the tokens of each segment separately."""
         adapters = tuple(self._adapter(name) for name in names)
         for name, adapter in zip(names, adapters, strict=True):
             if why := span_problem(adapter):
@@ -187,7 +188,7 @@ class Attachment:
 
     @contextmanager
     def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:
-        """Select `mix` inside a with-block, then restore the previous selection."""
+        """Select `mix` within a `with` block, then restore the previous selection."""
         previous, self.selection = self.selection, self._selection(mix)
         try:
             yield
@@ -195,11 +196,11 @@ class Attachment:
             self.selection = previous
 
     def off(self) -> AbstractContextManager[None]:
-        """Select the base without adapters inside a with-block."""
+        """Select the base, without adapters, within a `with` block."""
         return self.using()
 
     def merged(self, *mix: str | tuple[str, float]) -> dict[str, Tensor]:
-        """Return new weights with `mix` merged in; the base is unchanged.
+        """Return new weights with `mix` merged in; the base's weights are unchanged.
 
         See `merge.merged_state`."""
         return merged_state(self.model, self._selection(mix).mix)
@@ -207,9 +208,9 @@ class Attachment:
     # -- detaching ---------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Restore every module and drop the adapters.
+        """Restore every module and remove all adapters.
 
-        Can be called at any time, any number of times."""
+        Can be called at any time, and more than once."""
         self.selection = Selection()
         self.cache.clear()
         self.adapters.clear()
@@ -228,7 +229,9 @@ class Attachment:
     # -- internals ---------------------------------------------------------------------------------------------------
 
     def _record_rows(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Record the batch size in the selection; a forward pre-hook of the model."""
+        """Record the batch size in the selection.
+
+        Registered as a forward pre-hook of the model."""
         if self.selection.rows is not None:
             named = [kwargs[key] for key in _BATCHES if isinstance(kwargs.get(key), Tensor)]
             tensors = (t for t in (*args, *named, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
@@ -248,7 +251,7 @@ class Attachment:
                 continue
             if strength != 1.0:
                 examples = ", ".join(sorted(adapter.modules)[:3])
-                problem = f"{name!r} replaces entire modules ({examples}): a copy has no strength"
+                problem = f"{name!r} replaces entire modules ({examples}), which cannot be scaled by a strength"
                 raise AdapterError(problem, fix="use it at strength 1.0")
             for rival_name, rival, _ in selected:
                 if rival is not adapter and (both := sorted(set(adapter.modules) & self._wrapped_for(rival))):
@@ -259,9 +262,9 @@ class Attachment:
         return Selection(tuple((adapter, s) for _, adapter, s in selected))
 
     def _wrapped_for(self, adapter: Adapter) -> set[str]:
-        """Return the names of the modules that need a wrapper for `adapter`.
+        """Return the names of the modules that must be wrapped for `adapter`.
 
-        Includes heads that are tied to an embedding with token rows."""
+        These include heads that are tied to an embedding with token rows."""
         shared = {id(self._base_modules[n].weight) for n in adapter.token_rows}
         heads = {n for n, m in self._base_modules.items() if id(m._parameters.get("weight")) in shared}
         return _changed_modules(adapter) | heads
@@ -284,7 +287,7 @@ class Attachment:
                 parent._modules[key] = layer
 
     def _prune(self) -> None:
-        """Restore every module that no adapter needs."""
+        """Restore every wrapped module that no adapter changes."""
         needed: set[str] = set().union(*(self._wrapped_for(a) for a in self.adapters.values()))
         if not (unneeded := set(self._layers) - needed):
             return
@@ -297,16 +300,18 @@ class Attachment:
 
 
 def _batch_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that receive a batch: the model, or its parts if it has no forward."""
+    """Return the modules that receive a batch.
+
+    These are the model itself, or its parts if the model has no forward method."""
     if type(model).forward is not nn.Module.forward:
         return [model] if model._modules else []
     return [entrance for part in model.children() for entrance in _batch_modules(part)]
 
 
 def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return the id of each module -> every (parent, key) that holds the module.
+    """Map the id of each module to every (parent, key) that holds the module.
 
-    A layer's reference to its own base is not included."""
+    A wrapper's reference to the module that it wraps is not included."""
     out: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -321,10 +326,11 @@ def _changed_modules(adapter: Adapter) -> set[str]:
 
 
 def _overlaps(adapters: list[Adapter]) -> list[str]:
-    """Return an error for each conflict between full copies and other changes.
+    """Return an error for each conflict between changes of the adapters.
 
-    Covers changed modules inside a module that an adapter replaces in full, because nested wrappers are
-    ambiguous, and modules that one adapter changes in two ways."""
+    It is a conflict if an adapter replaces a module in full and there is a change to a module inside it,
+    because nested wrappers are ambiguous. It is also a conflict if one adapter both replaces and changes a
+    module, or has both a pair and token rows for the module."""
     replaced = {n for a in adapters for n in a.modules}
     names = {n for a in adapters for n in _changed_modules(a)}
     inside = [(n, w) for n in sorted(names) for w in replaced if n.startswith(w + ".")]
@@ -337,14 +343,14 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
 
 
 def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Return every reason why `adapter` does not fit `model`, one line each.
+    """Return all reasons why `adapter` does not fit `model`, as one line each.
 
-    Does not change `model`. `model` can already be attached."""
+    `model` can already be attached, and is not changed."""
     return _problems(dict(base_modules(model)), adapter)
 
 
 def _problems(modules: Mapping[str, nn.Module], adapter: Adapter, finite: bool = False) -> list[str]:
-    """Return every reason why `adapter` does not fit these modules, one line each.
+    """Return all reasons why `adapter` does not fit these modules, as one line each.
 
     finite: set if all tensors of the adapter are known to be finite."""
     out: list[str] = []
@@ -375,7 +381,7 @@ def _pair_problems(modules: Mapping[str, nn.Module], name: str, pair: Pair) -> l
         return [f"{name}: {type(module).__name__} has no 3-d expert parameter {parameter!r}"]
     is_bare = pair.kind == "linear" and has_bare_weight(module)
     if parameter is None and kind_of(module) != pair.kind and not is_bare:
-        return [f"{name}: a pair of kind {pair.kind} on a {type(module).__name__}"]
+        return [f"{name}: a pair of kind {pair.kind} does not fit a {type(module).__name__}"]
     if pair.kind == "experts" and pair.magnitude is not None:
         return [f"{name}: DoRA is not defined for fused experts"]
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -424,7 +430,7 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
         return [_missing(modules, owner or name)]
     module = modules[owner]
     if expert_parameters(module):
-        return [f"{name}: a {delta.form} delta on fused experts"]
+        return [f"{name}: a {delta.form} delta cannot change fused experts"]
     if key not in module._parameters:
         return [f"{name}: {type(module).__name__} has no {key!r}"]
     if delta.form == "replacement" and module._parameters[key] is None:
@@ -436,7 +442,7 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
         value = delta.parts["value"]
         by_output = value.ndim == 1 and len(value) == shape[0]
         by_input = value.ndim > 1 and len(value) == 1 and len(shape) > 1 and value.numel() == shape[1]
-        return [] if by_output or by_input else [f"{name}: a gain of {tuple(value.shape)}, the base has {shape}"]
+        return [] if by_output or by_input else [f"{name}: a gain of {tuple(value.shape)} does not fit {shape}"]
     out = [] if tuple(delta.shape) == shape else [f"{name} is {tuple(delta.shape)}, the base needs {shape}"]
     return out + _magnitude_problems(name, delta.magnitude, shape)
 
@@ -444,7 +450,7 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
 def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
     """Return an error for each delta that cannot be trained.
 
-    Only a LoHa or LoKr of a whole parameter, without DoRA, can be trained."""
+    A delta can be trained only if it is a LoHa or LoKr of a whole parameter, without DoRA."""
     out = []
     for name, delta in adapter.deltas.items():
         owner, _, key = name.rpartition(".")
@@ -457,7 +463,7 @@ def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str
 def _magnitude_problems(name: str, magnitude: Tensor | None, shape: tuple[int, ...]) -> list[str]:
     """Return the errors in the shape of DoRA's m for a weight of shape (out, in, k…).
 
-    Valid are one norm per output, (out,), and one norm per input, (1, in, 1…)."""
+    The valid shapes are (out,), one norm per output, and (1, in, 1…), one norm per input."""
     if magnitude is None or magnitude.shape == shape[:1]:
         return []
     by_input = (1, *shape[1:2], *[1] * (len(shape) - 2))
@@ -471,9 +477,9 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
     if module is None:
         return [_missing(modules, name)]
     if not isinstance(module, nn.Embedding):
-        return [f"{name}: token rows on a {type(module).__name__}, which is not an embedding"]
+        return [f"{name}: token rows do not fit a {type(module).__name__}, which is not an embedding"]
     count = module.num_embeddings
-    out = [f"{name}: token id {i} is outside its {count} rows" for i in rows.indices if not 0 <= i < count]
+    out = [f"{name}: token id {i} is outside the embedding's {count} rows" for i in rows.indices if not 0 <= i < count]
     if len(set(rows.indices)) != len(rows.indices):
         out.append(f"{name}: a token id is listed twice")
     if tuple(rows.rows.shape) != (len(rows.indices), module.embedding_dim):
@@ -483,9 +489,9 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
 
 
 def _on_module_devices(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
-    """Return a copy of an adapter for the attachment, on the devices of the base's modules.
+    """Return a copy of the adapter with each tensor on the device of its module.
 
-    If the base has no values yet (meta), the tensors stay on their device.
+    If a module has no values yet (meta device), its tensors stay on their device.
 
     trainable: copy the tensors as new parameters."""
 

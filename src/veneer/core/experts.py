@@ -2,9 +2,10 @@
 
     x·(W + Σ s·B·A) = x·W + Σ s·(x·B)·A        W: (…, m, n) frozen    B: (…, m, r)    A: (…, r, n)
 
-Expert implementations differ in how the module's forward multiplies the weights: a loop of linears, batched
-products, or grouped products. An AdaptedWeight replaces the weight and overrides these torch operations, so
-the model's own forward runs unchanged. This module does not depend on pairs, modules or models.
+Implementations of experts multiply the weights in different ways: with one linear per expert, with batched
+matrix products, or with grouped matrix products. An AdaptedWeight replaces the weight and overrides all of
+these torch operations, so the model's own forward runs unchanged. This module does not depend on pairs,
+modules or models.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from veneer.ops.lowrank import LowRank
 class AdaptedWeight:
     """The weight W + Σ s·B·A, multiplied as x·W + Σ s·(x·B)·A and never materialized.
 
-    Overrides linear, matmul, bmm, and the grouped products that transformers calls with tokens sorted by
+    Overrides linear, matmul and bmm, and the grouped products that transformers calls for tokens sorted by
     expert. Any other operation receives the sum as a dense tensor, which is correct but needs more memory."""
 
     def __init__(self, weight: Tensor, parts: Sequence[LowRank]) -> None:
@@ -33,12 +34,14 @@ class AdaptedWeight:
         self.is_cuda, self.requires_grad = weight.is_cuda, weight.requires_grad
 
     def __getitem__(self, index: Any) -> AdaptedWeight:
-        """Select experts by number, mask or list; indexes the first dimension only."""
+        """Return the experts at `index`: a number, a mask or a list.
+
+        Only the first dimension can be indexed."""
         return AdaptedWeight(self.weight[index], [replace(p, A=p.A[index], B=p.B[index]) for p in self.parts])
 
     def transpose(self, first: int, second: int) -> AdaptedWeight:
         if {first % self.ndim, second % self.ndim} != {self.ndim - 1, self.ndim - 2}:
-            raise NotImplementedError("expert weights are transposed in their last two dimensions only")
+            raise NotImplementedError("only the last two dimensions of expert weights can be transposed")
         return AdaptedWeight(self.weight.transpose(-1, -2), [p.transposed() for p in self.parts])
 
     @property
@@ -94,15 +97,18 @@ def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, 
 
 
 def _add_by_expert(y: Tensor, x: Tensor, parts: Sequence[LowRank], offsets: Tensor) -> Tensor:
-    if has_native_grouped_mm(x):  # as in ops.linear: products run in x's dtype, gradients in the parameter's dtype
+    if has_native_grouped_mm(x):  # as in ops.linear, products use x's dtype and gradients use the parameter's
         parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
     return _add(y, x, parts, lambda u, v: grouped_mm(u, v, offsets))
 
 
 def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -> Tensor:
-    """Multiply rows of x, sorted by expert, by their expert's weight (experts, in, out).
+    """Multiply each row of x by the weight of the row's expert.
 
-    Rows before offsets[0] use weight[0], rows offsets[0] to offsets[1] use weight[1], and so on."""
+    x: rows sorted by expert.
+    weight: (experts, in, out).
+    offsets: end of each expert's rows; rows before offsets[0] use weight[0], the next rows up to offsets[1]
+        use weight[1], and so on."""
     if isinstance(weight, AdaptedWeight):
         return _add_by_expert(grouped_mm(x, weight.weight, offsets), x, weight.parts, offsets)
     return grouped_mm(x, weight, offsets)

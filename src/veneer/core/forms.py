@@ -1,4 +1,4 @@
-"""Deltas: changes of one parameter that are not pairs, in their original form.
+"""Deltas: changes to one parameter other than pairs, in their original form.
 
 | form        | parts                                                        | product P                              |
 | dense       | value                                                        | value                                  |
@@ -10,10 +10,10 @@
 
     ΔW = s·P        with a magnitude m:  ΔW = m/‖W + s·P‖ · (W + s·P) − W
 
-A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,), one norm per output
-over all other dimensions, or (1, in, …), one norm per input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv
-2108.06098), LoKr (arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). This module works on
-tensors, and does not depend on modules or files.
+For a convolution, the factors a and b with a core t (p, q, k…) stand for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. The
+magnitude m has the shape (out,), with one norm per output over all other dimensions, or (1, in, …), with one
+norm per input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv 2108.06098), LoKr (arXiv 2212.10650), (IA)³
+(arXiv 2205.05638), DoRA (arXiv 2402.09353). This module works on tensors, not on modules or files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _Form = Literal["dense", "hadamard", "kronecker", "gain", "replacement"]
 BASED: frozenset[_Form] = frozenset({"gain", "replacement"})
-"""Forms whose product needs W."""
+"""The forms whose product P is computed from W."""
 
 _PARTS: Mapping[_Form, list[set[str]]] = {
     "dense": [{"value"}],
@@ -41,12 +41,12 @@ _PARTS: Mapping[_Form, list[set[str]]] = {
 
 @dataclass
 class Delta:
-    """A change of one parameter.
+    """A change to one parameter.
 
     shape: the parameter's shape; () for a gain, which fits any shape.
-    rows: use only rows [begin, end) of the product. Set for one part of a fused projection if the form cannot
-        be split.
-    whole: the shape before `rows` was applied; () without `rows`."""
+    rows: the range [begin, end) of the product's rows to use. Set for one part of a fused projection if the
+        form cannot be split.
+    whole: the shape of the full product if `rows` is set; otherwise ()."""
 
     form: _Form
     parts: dict[str, Tensor]
@@ -72,7 +72,7 @@ def tucker(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
 def product_of(delta: Delta) -> Tensor:
     """Return s·P in the shape `delta.shape`, as float32 (float64 for float64 parts).
 
-    Raises ValueError for the `BASED` forms, which have no product without W."""
+    Raises ValueError for the forms in `BASED`, which have no product without W."""
     import torch
 
     p = {name: t if t.dtype == torch.float64 else t.float() for name, t in delta.parts.items()}
@@ -107,14 +107,14 @@ def trained_shapes(
 
     shape: the weight's shape, (out, in, k…).
 
-    The rule is that of PEFT and LyCORIS. The kernel dimensions are flattened in b1 and b2, as in both tools
-    when their core options are off.
+    The shapes are those of PEFT and LyCORIS. The kernel dimensions are flattened in b1 and b2, as in both
+    tools if their options for cores are off.
 
         loha    a1, a2 (out, r)    b1, b2 (r, in·k…)
-        lokr    out = l·k, in = m·n. l is `factor` if `factor` divides out, m is `factor` if `factor` divides in;
-                otherwise the largest divisor that is at most `factor` and at most the square root
-                w1 (l, m), with `both` and r < max(l, m)/2 a1 (l, r) and b1 (r, m)
-                w2 (k, n, k…), or if r < max(k, n)/2 a2 (k, r) and b2 (r, n·k…)"""
+        lokr    out = l·k, in = m·n. If `factor` divides out, l is `factor`; otherwise, l is the largest
+                divisor of out that is at most `factor` and at most √out. The same rule gives m for in.
+                w1 (l, m); with `both`, a1 (l, r) and b1 (r, m) instead if r < max(l, m)/2
+                w2 (k, n, k…); a2 (k, r) and b2 (r, n·k…) instead if r < max(k, n)/2"""
     rows, columns, kernel = shape[0], shape[1], shape[2:]
     if kind == "loha":
         a, b = (rows, rank), (rank, math.prod(shape[1:]))
@@ -127,7 +127,7 @@ def trained_shapes(
 
 
 def _two_factors(size: int, factor: int | None) -> tuple[int, int]:
-    """Return two integers whose product is `size` (PEFT's `factorization`)."""
+    """Return two integers whose product is `size`, as PEFT's `factorization` does."""
     if factor is not None and size % factor == 0:
         return factor, size // factor
     most = min(math.isqrt(size), factor or size)
@@ -141,12 +141,12 @@ def is_trained(delta: Delta) -> bool:
 
 
 def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """Return a LoHa as A (r·r', in·k…) and B (out, r·r'): B·A = (a1·b1) ⊙ (a2·b2).
+    """Return a LoHa as A (r·r', in·k…) and B (out, r·r'), or None.
 
-        Σ_pq (a1_p ⊙ a2_q)·(b1_p ⊙ b2_q)
+        B·A = (a1·b1) ⊙ (a2·b2) = Σ_pq (a1_p ⊙ a2_q)·(b1_p ⊙ b2_q)
 
-    Return None for other deltas, and if A and B have more entries than the weight: materializing the weight
-    is then cheaper."""
+    Return None for other deltas. Also return None if A and B have more entries than the weight, because
+    materializing the product is then cheaper."""
     if delta.form != "hadamard" or set(delta.parts) != {"a1", "b1", "a2", "b2"} or delta.rows or delta.whole:
         return None
     a1, b1, a2, b2 = (delta.parts[name] for name in ("a1", "b1", "a2", "b2"))
@@ -157,7 +157,9 @@ def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
 
 
 def kronecker_factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """Return w1 and w2 of a LoKr of a whole parameter without DoRA; None for other deltas."""
+    """Return the factors w1 and w2 of a LoKr, or None.
+
+    Return None for other deltas, for a LoKr with DoRA, and for a LoKr on only part of a parameter."""
     if delta.form != "kronecker" or delta.magnitude is not None or delta.rows or delta.whole:
         return None
     return _factor(delta.parts, "1"), _factor(delta.parts, "2")
@@ -204,13 +206,13 @@ def delta_of(weight: Tensor, delta: Delta) -> Tensor:
 
 
 def part_problems(delta: Delta) -> list[str]:
-    """Return the errors in the parts of a delta, one line each."""
+    """Return the problems with the parts of a delta, one line each."""
     have = set(delta.parts)
     if have not in _PARTS[delta.form]:
         want = " or ".join(", ".join(sorted(p)) for p in _PARTS[delta.form])
-        return [f"{delta.form} of {', '.join(sorted(have)) or 'nothing'}, expected {want}"]
+        return [f"{delta.form} has parts: {', '.join(sorted(have)) or 'none'}; expected {want}"]
     if delta.form in BASED and (delta.rows or delta.magnitude is not None):
-        return [f"a {delta.form} with rows or a magnitude"]
+        return [f"a {delta.form} cannot have rows or a magnitude"]
     if delta.form == "gain":
         return []
     try:
@@ -219,11 +221,15 @@ def part_problems(delta: Delta) -> list[str]:
         return [
             f"parts {', '.join(f'{n} {tuple(t.shape)}' for n, t in sorted(delta.parts.items()))} do not fit: {error}"
         ]
-    return [] if shape == tuple(delta.shape) else [f"the parts give {shape}, the delta says {tuple(delta.shape)}"]
+    return (
+        []
+        if shape == tuple(delta.shape)
+        else [f"the parts give the shape {shape}, but the delta's shape is {tuple(delta.shape)}"]
+    )
 
 
 def _shape_of(delta: Delta) -> tuple[int, ...]:
-    """Return the shape of `product_of` by arithmetic.
+    """Return the shape of `product_of`, computed from the shapes of the parts.
 
     Meta tensors would give the same shape, but torch takes two seconds to load them on first use."""
     p = {name: tuple(t.shape) for name, t in delta.parts.items()}
@@ -235,12 +241,12 @@ def _shape_of(delta: Delta) -> tuple[int, ...]:
     else:
         first, second = _factor_shape(p, "1"), _factor_shape(p, "2")
         if len(first) > len(second):
-            raise ValueError(f"a first factor {first} of more dimensions than the second, {second}")
+            raise ValueError(f"the first factor {first} has more dimensions than the second, {second}")
         first += (1,) * (len(second) - len(first))
         shapes = [tuple(m * n for m, n in zip(first, second, strict=True))]
     for shape in shapes:
         if math.prod(shape) != math.prod(full_shape):
-            raise ValueError(f"{shape} is not {full_shape}")
+            raise ValueError(f"the shape {shape} does not match {full_shape}")
     return (
         full_shape if delta.rows is None else (len(range(*slice(*delta.rows).indices(full_shape[0]))), *full_shape[1:])
     )

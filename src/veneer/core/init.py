@@ -2,7 +2,7 @@
 
 All initializations except loftq start with a delta of zero.
 
-    zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as in the first LoRA code)
+    zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as in the original LoRA)
     gaussian    A ~ N(0, 1/rank²), B = 0              (embedding: as above)
     pissa       W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), origin = (A, B)         arXiv 2404.02948
     olora       W = Q·R: A = R_r, B = Q_r, origin = (A, B)                               arXiv 2406.01775
@@ -10,13 +10,14 @@ All initializations except loftq start with a delta of zero.
                                                                                          arXiv 2310.08659
     DoRA        magnitude = ‖W + s·B·A‖, which is ‖W‖ at delta zero                      arXiv 2402.09353
     LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv 2309.14859
-    LoKr        w2 or b2 = 0; w1, a1, b1, a2 ~ U(−1/√n, 1/√n), n their columns           LyCORIS (PEFT: "lycoris")
+    LoKr        w2 or b2 = 0; each other factor ~ U(−1/√n, 1/√n), n its columns          LyCORIS (PEFT: "lycoris")
 
-The published PiSSA and OLoRA subtract s·B·A from the base. Here `origin` subtracts s·B·A, so the base stays
-unchanged. The published LoftQ alternates between quantizing W − s·B·A and fitting A and B. Here the base
-stays unchanged and only the first fit is used, which is the best fit for this quantized base. The delta of a
-loftq adapter is the quantization error, so the adapter works only on this quantized base. This module does
-not depend on how adapters are attached, trained or written.
+PiSSA and OLoRA, as published, subtract the initial s·B·A from the base. Here, `origin` holds the initial A
+and B and is subtracted from the delta, so the base stays unchanged. LoftQ, as published, alternates between
+quantizing W − s·B·A and fitting A and B. Here, only A and B are fitted, once, which is the best fit for the
+given quantized base. The delta of a loftq adapter is the base's quantization error, so the adapter works only
+with the quantized base that it was created on. This module does not depend on how adapters are attached,
+trained or written.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ def create(
     dtype: torch.dtype = torch.float32,
     original: Callable[[str], Tensor] | None = None,
 ) -> Adapter:
-    """Return the untrained adapter that `spec` describes; deterministic in `seed`.
+    """Return the untrained adapter that `spec` describes, deterministic in `seed`.
 
     Tensors are created on the modules' devices, or on the CPU if the modules have no values yet (meta). Full
-    copies and token rows start with the base's values in `dtype`.
+    copies and token rows start with the base's values, converted to `dtype`.
 
-    original: parameter name -> the weight before quantization; required by loftq.
+    original: function from a parameter name to the weight before quantization; required for loftq.
 
-    Raises ConfigError for impossible numbers; TargetError for patterns without a match, or modules that
-    the chosen initialization does not support."""
+    Raises ConfigError for numbers out of range. Raises TargetError for patterns without a match, and for
+    modules that the chosen initialization does not support."""
     _check(spec)
     targets = resolve_targets(model, spec) if spec.targets else []
     modules = dict(base_modules(model))
@@ -88,16 +89,18 @@ def _check(spec: LoraSpec) -> None:
         if not (math.isfinite(alpha) and alpha > 0):
             raise ConfigError(f"alpha {alpha} is not possible", fix="give a positive alpha")
     if not 0.0 <= spec.dropout < 1.0:
-        raise ConfigError(f"dropout {spec.dropout} is not possible", fix="give a share from 0 up to, not including, 1")
+        raise ConfigError(f"dropout {spec.dropout} is not possible", fix="give a fraction of at least 0 and below 1")
     if spec.init not in (initializers := ("zero-b", "gaussian", "pissa", "olora", "loftq")):
-        raise ConfigError(f"no initialisation named {spec.init!r}", fix=f"choose one of {', '.join(initializers)}")
+        raise ConfigError(f"no initialization named {spec.init!r}", fix=f"choose one of {', '.join(initializers)}")
     if spec.kind not in (kinds := ("lora", "loha", "lokr")):
         raise ConfigError(f"no kind of adapter named {spec.kind!r}", fix=f"choose one of {', '.join(kinds)}")
     if spec.factor is not None and spec.factor < 1:
         raise ConfigError(f"factor {spec.factor} is not possible", fix="give 1 or more, or leave it out")
     of_pairs = {"dora": spec.dora, "dropout": spec.dropout, f"init {spec.init!r}": spec.init != "zero-b"}
     if spec.kind != "lora" and (set_options := [name for name, set_ in of_pairs.items() if set_]):
-        raise ConfigError(f"{' and '.join(set_options)}: only for pairs, and this is {spec.kind}", fix="leave it out")
+        raise ConfigError(
+            f"{' and '.join(set_options)}: supported only with kind lora, not {spec.kind}", fix="leave it out"
+        )
     if not (spec.targets or spec.modules_to_save or spec.token_rows):
         raise TargetError("nothing to train: no targets, no modules_to_save, no token_rows", fix="try all-linear")
 
@@ -107,7 +110,7 @@ def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
 
 
 def _rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
-    """Return the rank and alpha of a target: from the first matching pattern, or the spec."""
+    """Return a target's rank and alpha, from the first matching pattern or the spec."""
     return _first(spec.rank_pattern, name, spec.rank), float(_first(spec.alpha_pattern, name, spec.alpha))
 
 
@@ -123,7 +126,7 @@ def _pair(
     scale = scale_of(alpha, rank, spec.rslora)
     weight = weight_of(module, target.parameter)
     is_random = spec.init not in ("pissa", "olora", "loftq")
-    if is_random and not spec.dora:  # only the shape is needed
+    if is_random and not spec.dora:  # only the weight's shape is needed
         matrix = to_matrix(module, target.kind, torch.empty(weight.shape, device="meta"))
     else:
         matrix = to_matrix(module, target.kind, dequantized(weight)).float()
@@ -133,11 +136,11 @@ def _pair(
     if not is_random:
         if rank > min(matrix.shape[-2:]):
             raise TargetError(
-                f"{spec.init} of rank {rank} on {target.name}, whose weight has rank {min(matrix.shape[-2:])} at most",
-                fix="lower the rank there with rank_pattern, or exclude it",
+                f"{spec.init} cannot have rank {rank} on {target.name}: at most {min(matrix.shape[-2:])}",
+                fix="lower the module's rank with rank_pattern, or exclude the module",
             )
         if spec.init == "loftq":
-            lost = _lost(module, target, weight, matrix, original)
+            lost = _quantization_error(module, target, weight, matrix, original)
             A, B = _pissa(lost, rank, scale)
         else:
             A, B = (_pissa if spec.init == "pissa" else _olora)(matrix, rank, scale)
@@ -184,12 +187,12 @@ def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.G
     return Delta("hadamard" if spec.kind == "loha" else "kronecker", parts, shape, scale)
 
 
-def _lost(
+def _quantization_error(
     module: nn.Module, target: Target, weight: Tensor, matrix: Tensor, original: Callable[[str], Tensor] | None
 ) -> Tensor:
     """Return W − W̃, the quantization error, as a matrix."""
     if not isinstance(weight, Quantized) or original is None:
-        problem = f"loftq starts from the error of quantization, and no error of {target.name} is known"
+        problem = f"loftq starts from the quantization error, which is not known for {target.name}"
         fix = "use a base quantized from 16 bits (base.quantize=nf4), quantized targets, or another init"
         raise ConfigError(problem, where="adapter.init", fix=fix)
     unquantized = original(f"{target.module_name}.{target.parameter or 'weight'}").to(matrix.device)

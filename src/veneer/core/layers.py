@@ -1,4 +1,4 @@
-"""Layers: a module of the base, plus what the selection adds to its output.
+"""Layers that wrap the base's modules and add the selected adapters' output.
 
     y = base(x) + Σ strengthᵢ·ΔWᵢ·x                       ΔW: core.merge
 
@@ -7,14 +7,15 @@
 | LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
 | LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d                                                  |
 | LoraExperts   | the base's own forward with weights that multiply as W + s·B·A, never materialized   |
-| FullModule    | none: full copies, which every layer supports, and changes of its parameters         |
+| FullModule    | none: only full copies, which every layer supports, and changes to its parameters    |
 
-A layer holds the base's module, its name and the attachment; with an empty selection its forward is the
-base's. Products with A and B run in A's dtype and the sum is cast back once, as in PEFT; one plain pair on
-a plain nn.Linear takes the fast path. A delta (LoHa, LoKr, …) is materialized at each call and multiplied
-separately from W, so that a 16-bit base does not round it away; this costs memory for one ΔW at a time. A
-trainable delta is multiplied by its parts if that is cheaper: a LoHa of rank r as a pair of rank r², a
-LoKr factor by factor. Layers do not know which adapters exist.
+A layer holds the base's module, the module's name and the attachment. With an empty selection, the layer
+calls the base's module unchanged. Products with A and B run in A's dtype, and the sum is cast back once, as
+in PEFT; a single plain pair on a plain nn.Linear uses the faster `ops.linear`. A delta (LoHa, LoKr, …) is
+materialized at each call and multiplied separately from W, because adding the delta to a 16-bit W could round
+the delta away; this costs memory for one ΔW at a time. A trainable delta is not materialized if multiplying
+by its parts is cheaper: a LoHa of rank r runs as a pair of rank r², a LoKr one factor at a time. Layers do
+not know which adapters exist.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Layer(nn.Module):
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one mix per row.
 
-        Reference: `under` on each row separately."""
+        The result equals that of `under` on each row separately."""
         segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
@@ -101,7 +102,7 @@ class Layer(nn.Module):
     def with_spans(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one adapter per segment of the tokens.
 
-        Only linear layers have pairs in this mode."""
+        Only linear layers apply pairs in this mode."""
         return self.base(*args, **kwargs)
 
     def is_changed_by(self, adapter: Adapter) -> bool:
@@ -158,16 +159,16 @@ def _selected(layer: Layer, *args: Any, **kwargs: Any) -> Any:
     return layer.selected(*args, **kwargs)
 
 
-# Layers run uncompiled inside a compiled model: a compiled-in selection would force a recompile at each
-# change of the selection. (torch.compiler.disable is the public name, but imports the compiler at once.)
+# Layers run uncompiled inside a compiled model, because a compiled selection would force a recompile at each
+# change of the selection. (torch.compiler.disable is the public name, but loads the compiler immediately.)
 _uncompiled = TORCH("torch._disable_dynamo")(_selected)
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
     """Return a copy of `module` with some tensors replaced; other tensors are shared.
 
-    The base is never written to, not even during a call. Replacements are cast to the dtype of the tensors
-    they replace."""
+    The base is never written to, not even during a call. Each replacement is cast to the dtype of the tensor
+    that it replaces."""
     out = copy.copy(module)
     # A forward set on the instance is bound to `module` and would use the original tensors.
     out.__dict__.pop("forward", None)
@@ -188,7 +189,7 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "
 class FullModule(Layer):
     """A module that no other layer class supports, usually a norm or a router.
 
-    Deltas of its parameters, and pairs on its `weight`, are summed in float32 and rounded once."""
+    Deltas of the module's parameters, and pairs on its `weight`, are summed in float32 and rounded once."""
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         sums: dict[str, Tensor] = {}
@@ -197,7 +198,7 @@ class FullModule(Layer):
         return _with_tensors(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
 
     def _changes(self, mix: Sequence[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, float]]:
-        """Yield (parameter, ΔW, strength) for each change of this module's parameters."""
+        """Yield (parameter, ΔW, strength) for each change to this module's parameters."""
         for key, delta, strength in self.deltas(mix):
             yield key, module_delta(self.base, delta, key), strength
         for pair, strength, _ in self.pairs(mix):
@@ -205,14 +206,14 @@ class FullModule(Layer):
 
 
 def _wide(t: Tensor) -> Tensor:
-    """Return `t` in the dtype used for sums."""
+    """Return `t` in the dtype used for sums: float64 for float64, otherwise float32."""
     return t if t.dtype == torch.float64 else t.float()
 
 
 class _Lora(Layer):
-    """The reference implementation, y = base(x) + Σ strength·ΔW·x.
+    """Base class of the layers with a single input.
 
-    Base class of the layers with a single input."""
+    Contains the reference implementation, y = base(x) + Σ strength·ΔW·x."""
 
     def under(self, mix: ActiveMix, *args: Any, **kwargs: Any) -> Any:
         if mix and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
@@ -238,7 +239,7 @@ class _Lora(Layer):
     def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
         """Return the output from a cached copy or stack.
 
-        Reference: `adapted`."""
+        The reference implementation is `adapted`."""
         raise NotImplementedError
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -312,7 +313,7 @@ class _Lora(Layer):
         return self.replaced(x, y, out, self.rows(mix)).to(y.dtype)
 
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
-        """Run the base once for all rows, and each adapter once on the rows that use the adapter.
+        """Run the base once for all rows, and each adapter once on the rows that use it.
 
         Rows without an adapter add no cost."""
         if any(self.name in share.adapter.modules for share in rows.rows_by_adapter) or not args:
@@ -332,7 +333,7 @@ class _Lora(Layer):
             if self.is_changed_by(share.adapter):
                 at = rows.index(share.rows, len(x), x.device)
                 for change in self.changes(x.index_select(0, at), y.index_select(0, at), share.adapter):
-                    out = _added(out, at, change * rows.strengths(share, change), may_write=out is not y)
+                    out = _add_to_rows(out, at, change * rows.strengths(share, change), may_write=out is not y)
         for mix, segment_rows in rows.segments(lambda adapter: self.adapter_rows(adapter) is not None):
             if mix:
                 at = rows.index(segment_rows, len(x), x.device)
@@ -349,7 +350,7 @@ class _Lora(Layer):
             yield delta_output.expand_as(y) if key == "bias" else delta_output
 
     def delta_output(self, x: Tensor, key: str, delta: Delta) -> Tensor:
-        """Return the output of a delta of the parameter `key`, at strength 1."""
+        """Return what a delta of the parameter `key` adds to the output, at strength 1."""
         if is_trained(delta):
             return self.trained_output(x, delta) * delta.scale
         weight_delta = module_delta(self.base, delta, key)
@@ -358,10 +359,10 @@ class _Lora(Layer):
         return self.product(x.to(weight_delta.dtype) if x.is_floating_point() else x, weight_delta)
 
     def trained_output(self, x: Tensor, delta: Delta) -> Tensor:
-        """Return P·x of a trainable LoHa or LoKr, without its scale.
+        """Return P·x for a trainable LoHa or LoKr, without the scale s.
 
-        Intermediate matrices are not saved for backward; the backward pass recomputes them, at the cost of
-        one more product."""
+        Intermediate matrices are not saved for the backward pass, which recomputes them at the cost of one
+        more product."""
         delta_dtype = next(iter(delta.parts.values())).dtype
         dtype = x.dtype if x.dtype.itemsize == 2 else delta_dtype
         x, kernel = x.to(dtype), delta.shape[2:]
@@ -379,25 +380,25 @@ class _Lora(Layer):
         return out
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """Return (w1 ⊗ w2)·x without that matrix."""
+        """Return (w1 ⊗ w2)·x without materializing w1 ⊗ w2."""
         raise NotImplementedError
 
     def min_dims(self) -> int:
-        """Return the minimum number of dimensions of an input that has rows."""
+        """Return the minimum number of dimensions of an input with rows."""
         return 2
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """Return out + Σ strength·(new − y), the change of y = base(x) by token rows.
+        """Apply token rows: return out + Σ strength·(new − y), in out's dtype.
 
-        Only the replaced rows change. The sum is in out's dtype. Other changes of the same weight are added
-        to this change, as in a merge."""
+        y is base(x); new is the output with the replaced rows. Only the outputs of replaced rows change.
+        Other changes to the same weight, already in `out`, are kept, as in a merge."""
         return out
 
 
-def _added(y: Tensor, at: Tensor, change: Tensor, may_write: bool) -> Tensor:
+def _add_to_rows(y: Tensor, at: Tensor, change: Tensor, may_write: bool) -> Tensor:
     """Return y with `change` added to its rows `at`, in the wider of the two dtypes.
 
-    may_write: y can be changed in place."""
+    may_write: whether y can be changed in place."""
     wide = torch.promote_types(y.dtype, change.dtype)
     change = change.to(wide)
     if may_write and y.dtype == wide and not (y.requires_grad or change.requires_grad):
@@ -415,9 +416,10 @@ def _replaced_rows(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Te
 
 class LoraLinear(_Lora):
     def linear_map(self) -> LinearMap | None:
-        """Return this layer as a frozen weight with at most one product, or None if unsupported.
+        """Return this layer as a LinearMap, or None if that is not possible.
 
-        A trainable LoHa counts as a product if it is small enough (`as_low_rank`). Unsupported are: several
+        A LinearMap has a frozen weight and at most one low-rank product, or one product per segment. A
+        trainable LoHa counts as a product if it is small enough (`as_low_rank`). Unsupported are: several
         products, other deltas, a mix per row, DoRA with an origin or at a strength other than 1, an origin
         with dropout, a full copy, replaced rows, and a base with hooks or trainable parameters."""
         base, selection = self.base, self.owner.selection
@@ -447,11 +449,11 @@ class LoraLinear(_Lora):
             return LinearMap(base.weight, base.bias)
         pair, strength, dropout = pairs[0]
         if pair.origin is not None and (dropout or pair.magnitude is not None):
-            return None  # the product of the origin uses all of x; only the pair's input is dropped
+            return None  # dropout applies to the pair's input, but not to the origin's
         products = (pair.low_rank(strength, dropout),)
         if pair.magnitude is None:
             return LinearMap(base.weight, base.bias, products)
-        # y = x·Wᵀ + strength·ΔW·x: at a strength other than 1, y is not a DoRA scale times one product
+        # At a strength other than 1, x·Wᵀ + strength·ΔW·x is not a DoRA scale times one product.
         if strength != 1.0 or pair.magnitude.ndim > 1:
             return None
         norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else low_rank_norm
@@ -459,7 +461,7 @@ class LoraLinear(_Lora):
         return LinearMap(base.weight, base.bias, products, dora_scale)
 
     def _products_of(self, spans: SpanAdapters) -> tuple[LowRank, ...]:
-        """Return one product per adapter that has a pair on this module."""
+        """Return the low-rank products of all adapters that have a pair on this module."""
         pairs = (self.pairs([(adapter, 1.0)]) for adapter in spans.adapters)
         found = ((span, *each) for span, span_pairs in enumerate(pairs) for each in span_pairs)
         return tuple(replace(pair.low_rank(strength, dropout), span=span) for span, pair, strength, dropout in found)
@@ -496,14 +498,16 @@ class LoraLinear(_Lora):
         return F.linear(x, to_matrix(self.base, "linear", stored).to(x.dtype))
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """Multiply by one factor at a time: with x as a matrix X (m, n), w1·X·w2ᵀ (l, k).
+        """Return w1·X·w2ᵀ (l, k), where X (m, n) is x as a matrix.
 
-        Takes about 1/l of the operations of ΔW·x."""
+        Needs about 1/l of the operations of ΔW·x."""
         parts = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
         return torch.matmul(w1, F.linear(parts, w2)).flatten(-2)
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """Add the changed logits of replaced rows, out[…, i] += strength·x·(row_i − W_i)."""
+        """Add the change in the replaced rows' logits.
+
+        out[…, i] += strength·x·(row_i − W_i)"""
         for token_rows, strength in rows:
             index = torch.tensor(token_rows.indices, device=y.device)
             bias = getattr(self.base, "bias", None)
@@ -547,7 +551,7 @@ class LoraEmbedding(_Lora):
 
 
 class LoraConv(_Lora):
-    """A convolution, without groups, with low-rank pairs."""
+    """A convolution with groups = 1, with low-rank pairs."""
 
     def min_dims(self) -> int:
         return weight_of(self.base).ndim
@@ -568,8 +572,8 @@ class LoraConv(_Lora):
         return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """Convolve each of the m channel parts by w2, then mix by w1."""
-        if w2.ndim < weight_of(self.base).ndim:  # the kernel's dimensions are flattened in w2
+        """Convolve each of the m channel groups with w2, then combine the groups with w1."""
+        if w2.ndim < weight_of(self.base).ndim:  # w2 has the kernel's dimensions flattened
             w2 = w2.unflatten(1, (-1, *weight_of(self.base).shape[2:]))
         parts = x.unflatten(1, (w1.shape[1], w2.shape[1])).flatten(0, 1)
         each = self.base._conv_forward(parts, w2, None)
@@ -587,7 +591,7 @@ class LoraConv(_Lora):
 
 
 class LoraExperts(Layer):
-    """Fused experts; runs the base's forward with each changed weight as an `AdaptedWeight`."""
+    """Fused experts: the base's forward, with changed weights as `AdaptedWeight`s."""
 
     def is_changed_by(self, adapter: Adapter) -> bool:
         return super().is_changed_by(adapter) or any(
@@ -597,13 +601,13 @@ class LoraExperts(Layer):
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Run the tokens of each mix through the experts separately.
 
-        Requires that every row is one token; raises AdapterError otherwise."""
+        Every row must be one token; otherwise raises AdapterError."""
         segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if not tensors or {len(t) for t in tensors} != {rows.batch or len(rows.mixes)}:
-            problem = "fused experts see the tokens of all rows together: no mix for each row there"
+            problem = "fused experts receive the tokens of all rows together, so each row cannot have its own mix"
             fix = "run the rows one after another with use(), or leave out the adapters that change the experts"
             raise AdapterError(problem, where=self.name, fix=fix)
         return run_segments(rows, segments, self.under, args, kwargs, self.name, all_rows=True)
@@ -614,8 +618,9 @@ class LoraExperts(Layer):
     def weights(self, tokens: int) -> list[tuple[Tensor | None, dict[str, Any]]] | None:
         """Return the base's parameters under the current selection, for `tokens` tokens.
 
-        A list of (token indices, or None for all tokens; parameters). With a mix per row, every token is a
-        row. None if the selection changes the module by full copies or deltas."""
+        Each item is (token indices, parameters), with None as the indices if the parameters apply to all
+        tokens. With a mix per row, every token is a row. Return None if the selection has full copies or
+        deltas of this module."""
         selection = self.owner.selection
         segments = None if selection.rows is None else selection.rows.segments(self.is_changed_by)
         mixes = [selection.mix] if segments is None else [mix for mix, _ in segments]
@@ -640,7 +645,7 @@ class LoraExperts(Layer):
 
 
 def _parts(pair: Pair, strength: float, dropout: float) -> list[LowRank]:
-    """Return the products of a pair of fused experts.
+    """Return the low-rank products of one pair on fused experts.
 
     The origin is a separate product because dropout does not apply to the origin."""
     s = pair.scale * strength

@@ -100,16 +100,17 @@ def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
 def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
     """Return `adapted_norm` without materializing W + s·B·A.
 
-    For a linear pair without an origin.
+    Supports linear pairs without an origin.
 
         √( ‖W‖² + Σ_r (2s·(W·Aᵀ) + s²·B·(A·Aᵀ)) ⊙ B )
 
-    Takes a tenth of the time for a 16-bit W. The error is about 10⁻⁵, from rounding W·Aᵀ to 16 bits.
-    With B = 0 the result equals `adapted_norm`, so the scales of an untrained DoRA are exactly 1."""
+    For a 16-bit W, this takes a tenth of the time of `adapted_norm`. The error is about 10⁻⁵, from rounding
+    W·Aᵀ to 16 bits. With B = 0 the result equals `adapted_norm`, so the scales of an untrained DoRA are
+    exactly 1."""
     with torch.no_grad():
         W, A, B = dequantized(matrix), pair.A, pair.B * pair.scale
         cross = F.linear(W, A.to(W.dtype)).to(A.dtype)
-        # Dequantized values are more precise than their 16-bit form.
+        # Use the full-precision values of a quantized W, not the values rounded to 16 bits.
         exact = W if W is matrix else matrix.to(A.dtype)
         exact_squared = torch.linalg.vector_norm(exact, dim=-1, dtype=A.dtype).square()
         squared: Tensor = exact_squared + ((2 * cross + B @ (A @ A.t())) * B).sum(-1)
@@ -132,7 +133,9 @@ def delta_of(weight: Tensor, change: Pair | Delta) -> Tensor:
 
 
 def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None) -> Tensor:
-    """Return ΔW of `change` on a parameter of `module` (default: weight), as stored."""
+    """Return ΔW of `change` in the layout in which `module` stores the parameter.
+
+    parameter: defaults to the weight."""
     with torch.no_grad():
         if isinstance(change, Delta) and parameter not in (None, "weight"):
             base_tensor = module._parameters[str(parameter)]
@@ -145,10 +148,10 @@ def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None)
 
 
 def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
-    """Return the shape of a delta of this parameter.
+    """Return the shape that a delta of this parameter has.
 
-    A linear's weight counts as (out, in). For a missing bias, returns the shape a bias would have, because a
-    delta can add a bias to the output."""
+    The weight of a linear is (out, in), however it is stored. For a missing bias, returns the shape that a
+    bias would have, because a delta can add a bias to the output."""
     if key == "weight":
         weight = weight_of(module)
         return tuple(weight.t().shape if _is_transposed(module, "linear") and weight.ndim == 2 else weight.shape)
@@ -184,7 +187,9 @@ def _changes(
     for name, change in adapter.deltas.items():
         owner, _, key = name.rpartition(".")
         if name not in stored:
-            raise AdapterError(f"{name}: the base has no such bias to merge into", fix="use the adapter attached")
+            raise AdapterError(
+                f"{name}: the base has no such bias to merge into", fix="attach the adapter instead of merging it"
+            )
         yield name, partial(delta, modules[owner], change, key)
     for name, rows in adapter.token_rows.items():
         for tied in [f"{name}.weight", *_tied_names(stored, f"{name}.weight")]:
@@ -193,10 +198,10 @@ def _changes(
 
 
 def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Yield (parameter name, function W -> ΔW) for every change of an adapter.
+    """Yield (parameter name, function from W to ΔW) for every change of an adapter.
 
-    Does not need the base's modules. W is (out, in) for a linear, (rows, dim) for an embedding, (E, out, in)
-    for experts. ΔW has W's dtype, and W's shape if the change fits."""
+    The base's modules are not needed. W is (out, in) for a linear, (rows, dim) for an embedding, (E, out, in)
+    for experts. ΔW has W's dtype and, if the change fits, W's shape."""
     for name, pair in adapter.pairs.items():
         yield (name if pair.kind == "experts" else f"{name}.weight"), partial(_change_in, pair)
     for name, delta in adapter.deltas.items():
@@ -218,7 +223,7 @@ def _copy_change(tensor: Tensor, weight: Tensor) -> Tensor:
 
 def _token_change(rows: TokenRows, weight: Tensor) -> Tensor:
     if max(rows.indices, default=0) >= len(weight):
-        raise IndexError(f"token {max(rows.indices)} of {len(weight)}")
+        raise IndexError(f"token {max(rows.indices)} is outside the weight's {len(weight)} rows")
     index = torch.tensor(rows.indices, device=weight.device)
     return torch.zeros_like(weight).index_copy_(0, index, rows.rows.detach().to(weight.dtype) - weight[index])
 
@@ -232,22 +237,22 @@ def change_problem(change: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -
         with torch.no_grad():
             got = tuple(change(weight).shape)
     except (RuntimeError, IndexError, ValueError) as error:
-        return f"it does not fit a weight {tuple(shape)}: {str(error).splitlines()[0]}"
-    return "" if got == tuple(shape) else f"it changes {got}, the weight is {tuple(shape)}"
+        return f"the change does not fit a weight of shape {tuple(shape)}: {str(error).splitlines()[0]}"
+    return "" if got == tuple(shape) else f"it changes {got}, but the weight is {tuple(shape)}"
 
 
 def _tied_names(stored: Mapping[str, Tensor], name: str) -> list[str]:
-    """Return the other names of a tied weight."""
+    """Return the other names of the weight `name` if it is tied."""
     return [n for n, t in stored.items() if n != name and t is stored.get(name)]
 
 
 def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield (name, W, W') for every weight that the mix changes, one at a time.
 
-    W is as stored, W' = W + Σ strength·ΔW in float32. `model` can be attached; its weights do not change.
-    Weights tied to a changed weight are included, each with its own value. If token rows change the
-    embedding, the tied head changes too; if a LoRA pair changes the embedding, the head keeps the base's
-    values. A caller that loads the result must untie the two weights if they differ."""
+    W is the weight as stored, and W' = W + Σ strength·ΔW in float32. `model` can be attached; its weights do
+    not change. Weights tied to a changed weight are included, each with its own value. If token rows change
+    the embedding, the tied head changes too; if a LoRA pair changes the embedding, the head keeps the base's
+    values. A caller that loads the result must untie the two weights if their values differ."""
     modules = dict(base_modules(model))
     stored: dict[str, Tensor] = {}
     for name, module in modules.items():

@@ -1,22 +1,22 @@
 """Mix several adapters into one: Σ strengthᵢ·ΔWᵢ, exactly or approximately.
 
 | method     | result, with τᵢ = strengthᵢ·ΔWᵢ                                                  | source           |
-| sum        | Σ τᵢ: ranks concatenated, then the bound if one is given                         | exact            |
-| svd        | the same, at the largest rank among the adapters unless a bound is given         | Eckart-Young     |
-| ties       | keep the share `density` of largest |entries|; elect each entry's sign by their  | arXiv 2306.01708 |
-|            | sum; mean of the kept entries with that sign                                     |                  |
+| sum        | Σ τᵢ: ranks concatenated, then truncated to the bound if one is given            | exact            |
+| svd        | as sum; the default bound is the largest rank among the adapters                 | Eckart-Young     |
+| ties       | keep the largest |entries|, a fraction `density`; for each entry, take the sign  | arXiv 2306.01708 |
+|            | of the sum, and the mean of the kept entries with this sign                      |                  |
 | orthogonal | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ concatenated, made orthogonal      | arXiv 2412.00081 |
 
-The entries of TIES are those of the true ΔW, one module at a time; `low_rank` turns the result back into a
-pair. Trimming A and B instead, as is common, trims neither. `orthogonal` is for image adapters that compete
-for the same directions, the aim of ZipLoRA (2311.13600), but needs no data: it replaces [U₁ U₂ …] by the
-nearest matrix with orthonormal columns, U·(UᵀU)^(-1/2), and V likewise. Adapters without common directions
-stay unchanged; two equal adapters give their mean.
+TIES works on the entries of the true ΔW, one module at a time; `low_rank` turns the result back into a pair.
+Other tools often trim A and B instead, which does not trim ΔW. `orthogonal` is for image adapters that
+compete for the same directions. ZipLoRA (2311.13600) has the same aim, but `orthogonal` needs no data: it
+replaces [U₁ U₂ …] by the nearest matrix with orthonormal columns, U·(UᵀU)^(-1/2), and V likewise. Adapters
+without common directions stay unchanged; two equal adapters give their mean.
 
-A change that only one adapter has, at strength 1, is copied as it is, whatever its form. Every mixed
-module reports its distance from the true sum. This module knows tensors; it does not know about files or
-bases. Changes that need a weight of the base (DoRA, gains mixed with other deltas, full copies whose
-strengths do not add up to 1) request it.
+A change that only one adapter has, at strength 1, is copied unchanged, whatever its form. Every mixed module
+reports its distance from the true sum. Changes that need a weight of the base (DoRA, gains mixed with other
+deltas, full copies whose strengths do not add up to 1) request this weight. This module works on tensors, and
+does not depend on files or bases.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ the weight is not available."""
 
 @dataclass(frozen=True)
 class MixedModule:
-    """One module of a mix, with its norm and errors.
+    """The norm and errors of one module of a mix.
 
     rank: 0 if the result is not a pair.
     norm: ‖Σ strength·ΔW‖.
     error: ‖result − Σ strength·ΔW‖ after rounding.
     cut: the part of `error` caused by the bound and by rounding, ‖result − exact result of the method‖.
 
-    Without the base, the norm of some changes is unknown: gains count as 0, a copied DoRA as ‖s·B·A‖."""
+    Without the base, some norms are unknown: a gain counts as 0, a copied DoRA as ‖s·B·A‖."""
 
     rank: int
     norm: float
@@ -101,13 +101,13 @@ def mix_pairs(
     name: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Pair, MixedModule]:
-    """Return the pairs of one module as one pair of scale 1.
+    """Mix the pairs of one module into one pair of scale 1.
 
-    method: see the table above.
+    method: see the table at the top of this module.
+    density: the fraction of entries that TIES keeps.
+    name: the module's name, for error messages.
 
-    density: the share of entries that TIES keeps. name: of the module, for errors.
-
-    Raises AdapterError for unlike shapes, a magnitude, or TIES without a bound."""
+    Raises AdapterError for pairs of different shapes, a pair with a magnitude, or TIES without a bound."""
     if any(p.magnitude is not None for p, _ in pairs):
         raise AdapterError("a pair with a magnitude (DoRA) is not low rank without its base", where=name or None)
     model = pairs[0][0]
@@ -120,7 +120,7 @@ def mix_pairs(
         product = _orthogonal(pairs)
     else:
         dense = _ties([_dense(*stacked([pair])) for pair in pairs], density)
-        approximations = [low_rank(m, _needed(bound, name)) for m in dense.reshape(-1, *dense.shape[-2:])]
+        approximations = [low_rank(m, _require_bound(bound, name)) for m in dense.reshape(-1, *dense.shape[-2:])]
         A, B = _padded([f[0] for f in approximations], -2), _padded([f[1] for f in approximations], -1)
         lead = truth[0].shape[:-2]
         out = rebuilt(model, A.reshape(*lead, *A.shape[1:]), B.reshape(*lead, *B.shape[1:]), dtype)
@@ -137,16 +137,16 @@ def mix_pairs(
     return out, MixedModule(out.rank, distance(truth), distance(factors(out), truth), cut)
 
 
-def _needed(bound: Bound | None, name: str) -> Bound:
+def _require_bound(bound: Bound | None, name: str) -> Bound:
     if bound is None:
         raise AdapterError(
-            "the result has full rank", where=name or None, fix="give a rank, an energy or an error to keep"
+            "the result has full rank", where=name or None, fix="limit the result: give a rank, an energy or an error"
         )
     return bound
 
 
 def _padded(parts: list[Tensor], dim: int) -> Tensor:
-    """Stack matrices, padding those of lower rank with zeros."""
+    """Stack matrices along a new dimension, padding those of lower rank with zeros."""
     most = max(t.shape[dim] for t in parts)
     out = []
     for t in parts:
@@ -167,8 +167,8 @@ def _orthogonal(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
 def _nearest_orthonormal(U: Tensor, S: Tensor) -> Tensor:
     """Return U·(UᵀU)^(-1/2), the nearest matrix with orthonormal columns.
 
-    If columns are dependent, the result stays within the span of U. Directions with a singular value of zero
-    are ignored."""
+    If the columns are linearly dependent, the result stays within the span of U. Directions with a singular
+    value of zero are ignored."""
     U = U * (1e-12 * S.amax(-1, keepdim=True) < S).unsqueeze(-2)
     values, E = torch.linalg.eigh(U.mT @ U)
     inverse = torch.where(values > 1e-10, values.clamp_min(1e-10).rsqrt(), 0.0)
@@ -224,11 +224,11 @@ def mix(
 ) -> Mixed:
     """Mix adapters of one base into one adapter.
 
-    Ranks, scales and targets can differ. Pairs of one module become one pair. A delta that only one
-    adapter has keeps its form; several deltas of one parameter add up, gains of one axis to a gain and all
-    others to a dense delta. With a bound, or TIES, every delta of a weight is folded into
-    its module's pair. Full copies and token rows are mixed as W + Σ strength·(copy − W), which needs no W
-    if the strengths add up to 1. Learned words are copied, at strength 1 only.
+    Ranks, scales and targets can differ. The pairs of one module become one pair. A delta that only one
+    adapter has keeps its form. If several adapters have a delta of the same parameter, the deltas are summed:
+    gains along the same axis give a gain, replacements a replacement, and other combinations a dense delta.
+    With a bound, or with TIES, every delta of a weight is folded into its module's pair. Full copies and
+    token rows are mixed as W + Σ strength·(copy − W), which does not need W if the strengths add up to 1.
 
     Raises one AdapterError that lists everything that cannot be mixed, and everything that would need
     `weights`."""
@@ -327,7 +327,7 @@ class _Mix:
             if terms:
                 parts.append(strength * _total(terms))
         if len({p.shape for p in parts}) > 1:
-            raise AdapterError(f"changes of unlike shapes do not add up: {[tuple(p.shape) for p in parts]}")
+            raise AdapterError(f"changes of unlike shapes cannot be added: {[tuple(p.shape) for p in parts]}")
         truth = _total(parts)
         if self.method == "orthogonal" and len(parts) > 1:
             raise AdapterError("the method orthogonal takes low-rank changes only", fix="use sum with a bound, or ties")
@@ -337,7 +337,7 @@ class _Mix:
         if self.bound is None and len(pairs) == 1 and self.method == "svd":
             bound = Bound(rank=pairs[0][0].rank)
         else:
-            bound = _needed(self.bound, "")
+            bound = _require_bound(self.bound, "")
         A, B, cut = low_rank(answer, bound)
         model = pairs[0][0] if pairs else like(shape)
         out = rebuilt(model, A, B, self.dtype)
@@ -351,7 +351,7 @@ class _Mix:
         if pair.magnitude is None:
             return product
         if pair.kind == "experts":
-            raise AdapterError("DoRA on experts has no low-rank form here")
+            raise AdapterError("a DoRA on fused experts cannot be converted to low rank")
         weight = self._weight(f"{name}.weight", "a pair with a magnitude (DoRA)")
         weight = weight.mT if pair.kind == "embedding" else weight
         if weight.flatten(1).shape != product.shape:
@@ -402,7 +402,7 @@ class _Mix:
     def _replacements(self, name: str, deltas: list[tuple[Delta, float]]) -> None:
         """Mix replacements: Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ.
 
-        If s = 0, the sum is Σ sᵢ·vᵢ."""
+        If s = 0, the result is the dense delta Σ sᵢ·vᵢ."""
         strength_sum = sum(s for _, s in deltas)
         exact = torch.stack([d.parts["value"].double() * s for d, s in deltas]).sum(0)
         out = Delta("dense" if abs(strength_sum) < 1e-12 else "replacement", {}, deltas[0][0].shape)
@@ -418,7 +418,7 @@ class _Mix:
             self.out.adapter.modules[name] = dict(copies[0][0])
             return
         if len({frozenset(c) for c, _ in copies}) > 1:
-            raise AdapterError("full copies of different parameters")
+            raise AdapterError("the full copies have different parameters")
         mixed = {}
         for key in copies[0][0]:
             exact = self._blend(f"{name}.{key}", [(c[key], s) for c, s in copies], "a mix of full copies")
@@ -455,8 +455,8 @@ def _dense_of(pair: Pair) -> Tensor:
 def scaled_by_module(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
     """Return the adapter with each module's change multiplied by `by(module)`, exactly.
 
-    Only scales change, not tensors. Modules with a factor of 0 are dropped. Raises AdapterError for a factor
-    other than 0 or 1 on changes that cannot be scaled without the base: a magnitude (DoRA), full copies,
+    Only scales change; tensors are reused. Modules with a factor of 0 are dropped. Raises AdapterError if the
+    factor is not 0 or 1 for a change that cannot be scaled without the base: a magnitude (DoRA), full copies,
     token rows."""
     problems = []
     out = replace(adapter, pairs={}, deltas={}, modules={}, token_rows={})
@@ -481,6 +481,7 @@ def scaled_by_module(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
                 getattr(out, kind)[name] = item
     if problems:
         raise AdapterError(
-            f"these have no exact multiple without the base:\n{bullets(problems, None)}", fix="use 0 or 1 there"
+            f"these changes cannot be scaled exactly without the base:\n{bullets(problems, None)}",
+            fix="use a factor of 0 or 1 for these modules",
         )
     return out

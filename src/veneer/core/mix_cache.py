@@ -1,18 +1,18 @@
-"""Cached weights of mixes that are used without training, one entry per module.
+"""A cache of mixed weights for use without training, one entry per module and mix.
 
-    copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and forms too
+    copy      W' = W + Σ strength·ΔW            one product, as in the base; supports every kind of change
     stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two low-rank products for any mix
 
 The cache uses copies if the copies of all modules fit in `limit` bytes, stacks if only the stacks fit, and
-nothing otherwise. A small base therefore runs a mix at the base's own cost, and a large base never holds a
-second set of weights. W' is summed in float32 from the base's W, which is never written to, and rounded once;
-low-rank products round the base's output a second time instead. Both are equally far from exact
+nothing otherwise. A mix on a small base therefore costs as much as the base itself, and a large base never
+holds a second set of weights. W' is summed in float32 and rounded once; the base's own W is never written to.
+Low-rank products instead round the base's output a second time. Both are equally far from exact
 (docs/notes/image-speed.md).
 
-An entry is created at the first call after a switch, not at the switch. Entries are keyed by the mix's
-content; the oldest are dropped first. An entry is used only while its source tensors are unchanged. Mixes
-with tensors in training are not cached, because these tensors change at every step. This module depends on
-bases and adapters, not on layers.
+An entry is created when a module is first called with a mix, not when the mix is selected. Entries are keyed
+by the mix's content; the oldest are dropped first. An entry is used only while its source tensors are
+unchanged. Mixes with tensors in training are not cached, because these tensors change at every step. This
+module depends on bases and adapters, not on layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _VERSION = attrgetter("_version")
 class CachedModule:
     """One module under one mix: a copy (`weight`, `bias`), or a stack (`product`).
 
-    drops: an adapter has dropout, so the entry cannot be used in training mode."""
+    drops: whether an adapter has dropout; if so, the entry cannot be used in training mode."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -68,8 +68,8 @@ class _Table:
     """The cache entries of one mix.
 
     kind: "copy", "stack", or "" for no cache.
-    needs: bytes of all entries.
-    modules: module -> entry, None if the module cannot be cached."""
+    needs: bytes that the entries of all modules need.
+    modules: module name -> entry, or None if the module cannot be cached."""
 
     mix: ActiveMix
     kind: str
@@ -81,8 +81,8 @@ class _Table:
 class MixCache:
     """The cache tables of one attachment, one per mix.
 
-    modules: name -> base of each wrapped module.
-    limit: byte limit for all tables together."""
+    modules: layer name -> the base's module in the layer.
+    limit: maximum bytes of all tables together."""
 
     def __init__(self, modules: dict[str, nn.Module], limit: int) -> None:
         self.modules, self._limit = modules, limit
@@ -116,7 +116,7 @@ class MixCache:
     def get(self, name: str, mix: ActiveMix) -> CachedModule | None:
         """Return the entry of module `name` under `mix`, creating the entry if possible.
 
-        None if the mix must run without the cache."""
+        Return None if the module must run without the cache."""
         seen_entry = self._seen.get(id(mix))
         table = seen_entry[1] if seen_entry is not None else self._table(mix)
         cached = table.modules.get(name, self)
@@ -147,7 +147,9 @@ class MixCache:
         return table
 
     def _choose_kind(self, mix: ActiveMix) -> tuple[str, int]:
-        """Return "copy", "stack" or "" for a mix, and the bytes that its entries need."""
+        """Return the kind of table for a mix, and the bytes that its entries need.
+
+        The kind is "copy", "stack" or ""."""
         copies = stacks = 0
         for name, base in self.modules.items():
             ranks = [a.pairs[name].rank for a, _ in mix if name in a.pairs]
@@ -180,8 +182,8 @@ class MixCache:
 def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
     """Return the tensors that W' depends on, the base's weight first.
 
-    Empty if the module cannot be cached: the base is not a plain linear or convolution, a full copy is
-    active, a tensor is being trained, or a tensor has no version counter (inference tensors)."""
+    Empty if the module cannot be cached: the base is not a plain linear or convolution, the mix has a full
+    copy, a tensor is being trained, or a tensor has no version counter (inference tensors)."""
     if type(base) not in _PLAIN:
         return []
     base_tensors = [t for t in (base._parameters["weight"], base._parameters["bias"]) if t is not None]
@@ -214,7 +216,7 @@ def _stacked_product(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) ->
 
 @lru_cache(maxsize=64)
 def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a vector with each scale repeated once per row of its rank."""
+    """Return a vector that repeats each scale once per rank of its pair."""
     return sent(torch.tensor([s for s, rank in scales for _ in range(rank)], dtype=dtype), device)
 
 
@@ -223,10 +225,10 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str, CachedModule]:
-    """Create copies of modules with equal shapes and only plain pairs, by grouped products.
+    """Compute the copies of similar modules together, with grouped matrix products.
 
-    A small base has hundreds of modules; with one product per module, call overhead would exceed
-    arithmetic."""
+    Modules are grouped if they have equal shapes and only plain pairs. A small base has hundreds of modules;
+    with one product per module, call overhead would exceed arithmetic."""
     if any(adapter.deltas for adapter, _ in mix):
         return {}
     alike: dict[Any, list[tuple[str, Any, list[tuple[Pair, float]], list[Tensor]]]] = {}
@@ -252,8 +254,8 @@ def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str,
         B = torch.cat([torch.stack([pairs[k][0].B for _, _, pairs, _ in group]) for k in each], dim=2).flatten(2)
         scales = [[p.scale * s for p, s in pairs for _ in range(p.rank)] for _, _, pairs, _ in group]
         A = A * sent(torch.tensor(scales, dtype=precise), A.device)[:, :, None]
-        # As in `_copied`, the product sums in float32 and rounds once. The product runs in place to avoid a
-        # second copy of the weights.
+        # As in `_copied`, the product is summed in float32 and rounded once. The product runs in place to
+        # avoid a second copy of the weights.
         weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):
             bias = None if base.bias is None else base.bias.detach()
@@ -268,7 +270,7 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
     unstacked = [(p, s) for p, s in pairs if all(p is not q for q, _ in plain)]
     changes = [(d, s) for a, s in mix if (d := a.deltas.get(f"{name}.weight")) is not None]
     total = weight.to(_wide(weight)) if unstacked or changes else weight
-    if plain:  # the product sums in float32 for every dtype, and rounds once
+    if plain:  # the product is summed in float32 for every dtype, and rounded once
         stack = _stacked_product(plain, total.dtype)
         total = torch.addmm(total.flatten(1), stack.B.flatten(1), stack.A.flatten(1)).view(weight.shape)
     for pair, strength in unstacked:

@@ -2,8 +2,9 @@
 
 Rows are the first dimension of a module's input. A batch of k·n rows under n mixes repeats the mixes k times,
 in the order of classifier-free guidance: [negative…, positive…]. The number of rows of a batch is recorded
-when the model is called. An inner module whose input has another first dimension has no rows, for example a
-shared expert that gets the tokens of all rows together. This module depends on adapters, not on modules.
+when the model is called. An inner module has no rows if the first dimension of its input differs from the
+batch, as in a shared expert that receives the tokens of all rows together. This module depends on adapters,
+not on modules.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ guidance triple the batch."""
 
 
 class Segment(NamedTuple):
-    """Rows under the same mix; their repeats in a repeated batch are included implicitly."""
+    """Rows with the same mix.
+
+    In a repeated batch, the repeats of these rows belong to the segment too."""
 
     mix: ActiveMix
     rows: tuple[int, ...]
@@ -59,7 +62,7 @@ class MixBatch:
 
     @cached_property
     def rows_by_adapter(self) -> tuple[AdapterRows, ...]:
-        """Each adapter once, with all of its rows, so that its products are computed once."""
+        """One entry per adapter with all of its rows, so that each adapter runs once."""
         by_adapter: dict[int, tuple[Adapter, dict[int, float]]] = {}
         for row, mix in enumerate(self.mixes):
             for adapter, strength in mix:
@@ -73,7 +76,7 @@ class MixBatch:
     def segments(self, acts: Callable[[Adapter], bool]) -> list[Segment]:
         """Return groups of rows with equal mixes, ordered by the first row of each group.
 
-        acts: whether an adapter is taken into account; other adapters are ignored."""
+        acts: function that returns whether to take an adapter into account; other adapters are ignored."""
         acting = frozenset(id(share.adapter) for share in self.rows_by_adapter if acts(share.adapter))
         if acting not in self._segments:
             self._segments[acting] = self._segments_of(acting)
@@ -92,12 +95,12 @@ class MixBatch:
     def repeats(self, batch: int, where: str) -> int:
         """Return k for a batch of k·n rows.
 
-        Raises AdapterError for any other number of rows, and for a number that differs from the model's
-        own batch size: flattened tokens can number k·n too."""
+        Raises AdapterError for any other number of rows. Also raises AdapterError if the number differs from
+        the model's own batch size, because a number of flattened tokens can also be k·n."""
         n = len(self.mixes)
         rows = n if self.batch is None else self.batch
         if rows % n or not 1 <= rows // n <= MAX_REPEATS:
-            fix = f"a mix for each row: {n} rows, or that list 2 to {MAX_REPEATS} times over as guidance has it"
+            fix = f"use {n} rows, one per mix, or repeat them 2 to {MAX_REPEATS} times as guidance does"
             raise AdapterError(f"{n} mixes for a batch of {rows} rows", where=where, fix=fix)
         if batch != rows:
             raise AdapterError(
@@ -118,7 +121,7 @@ class MixBatch:
         return self._indices[key]
 
     def strengths(self, share: AdapterRows, change: Tensor) -> float | Tensor:
-        """Return the factors that multiply the change of an adapter's rows.
+        """Return the strengths by which to multiply the change of an adapter's rows.
 
         A single number if all strengths are equal."""
         if len(set(share.strengths)) == 1:
@@ -133,7 +136,7 @@ class MixBatch:
 
 @dataclass(frozen=True, eq=False)
 class SpanAdapters:
-    """One adapter per segment of the tokens that linear layers receive, trained in one pass."""
+    """Adapters that train in one pass, one per segment of tokens."""
 
     adapters: tuple[Adapter, ...]
     spans: LoraSegments
@@ -144,10 +147,10 @@ def span_problem(adapter: Adapter) -> str:
     if adapter.modules or adapter.token_rows:
         return "it has full copies or rows of an embedding"
     if adapter.deltas:
-        return "it is more than pairs"
+        return "it has more than pairs"
     for name, pair in adapter.pairs.items():
         if pair.kind != "linear":
-            return f"{name} is no linear layer"
+            return f"{name} is not a linear layer"
         if pair.magnitude is not None:
             return "it is a DoRA"
         if pair.origin is not None and adapter.dropout:
@@ -159,7 +162,7 @@ def span_problem(adapter: Adapter) -> str:
 class Selection:
     """The active adapters: `spans` or `rows` if not None, else `mix` on every row.
 
-    An empty mix selects the base, at the base's cost."""
+    An empty mix selects the base, without extra cost."""
 
     mix: ActiveMix = ()
     rows: MixBatch | None = None
@@ -184,9 +187,9 @@ def run_segments(
 ) -> Any:
     """Run each segment's rows separately and restore the batch's order.
 
-    Calls run(mix, *args, **kwargs). If the inputs contain several tensors and `all_rows` is false, it is
-    unknown which tensors have rows. Each segment then runs on all rows, and the segment's rows are selected
-    from the result. Raises AdapterError if there are no rows."""
+    Calls run(mix, *args, **kwargs). If the inputs contain several tensors and `all_rows` is false, the
+    function cannot know which tensors have rows. Each segment then runs on all rows, and the segment's rows
+    are selected from the result. Raises AdapterError if there are no rows."""
     tensors = list(_tensors((args, kwargs)))
     if not tensors or not tensors[0].ndim:
         raise AdapterError("this module is called without a batch, so no row can have its own mix", where=where)
@@ -210,7 +213,8 @@ def run_segments(
 def _with_rows(batch: int, where: str, t: Tensor) -> Tensor:
     if not t.ndim or len(t) != batch:
         raise AdapterError(
-            f"called with {batch} rows, this returns {tuple(t.shape)}, which has another number of rows", where=where
+            f"called with {batch} rows, this module returns {tuple(t.shape)}, which has a different number of rows",
+            where=where,
         )
     return t
 

@@ -2,14 +2,14 @@
 
 | pattern      | selects                                                                                              |
 | name, .name  | the module of exactly that name, or every module whose name ends in `.name` (as PEFT's lists do)     |
-| glob `*?[`   | every name that matches it, whole or after a dot; `*` crosses dots                                   |
-| `re:REGEX`   | every name that the expression matches in full                                                       |
+| glob `*?[`   | every name that the glob matches, in full or after any dot; `*` also matches dots                    |
+| `re:REGEX`   | every name that the regular expression matches in full                                               |
 | `all-linear` | every linear module, quantized ones too, and every fused expert parameter, but not the output head   |
 
 A fused expert parameter is named `module.parameter`. No pattern selects a router: transformers' routers are
-bare parameters or return two tensors, and a pair on a router changes which expert is chosen. A file can still
-contain a pair for a router (`has_bare_weight`). This module identifies modules by class and attributes, and
-does not depend on tensors of pairs, adapters or transformers.
+bare parameters or return two tensors, and a pair on a router changes which expert is chosen. An adapter file
+can still contain a pair for a router (`has_bare_weight`). This module identifies modules by class and
+attributes, and does not depend on tensors of pairs, adapters or transformers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the same names and modules as `model.named_modules()` before attaching.
+    """Yield the names and modules that `model.named_modules()` gives before attaching.
 
     Each attached layer is replaced by its base module."""
     visited: set[int] = set()
@@ -68,8 +68,8 @@ def _is_linear(module: nn.Module) -> bool:
     """Return whether a module is linear.
 
     nn.Linear, transformers' Conv1D and quantized linears are linear. A subclass of nn.Linear with its own
-    forward (a router that returns scores) is not, unless its class name contains Linear, as the names of the
-    quantized classes do."""
+    forward, such as a router that returns scores, is linear only if its class name contains Linear, as the
+    names of the quantized classes do."""
     cls = type(module)
     if (
         cls.__name__ == "NonDynamicallyQuantizableLinear"
@@ -96,7 +96,7 @@ def kind_of(module: nn.Module) -> PairKind | None:
 def has_bare_weight(module: nn.Module) -> bool:
     """Return whether `module` is not linear but has a 2-d `weight`, as routers have.
 
-    An adapter file can contain a linear pair for this weight; no target pattern selects the module."""
+    An adapter file can contain a linear pair for this weight, but no target pattern selects the module."""
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or kind_of(module) is not None:
         return False
@@ -104,9 +104,9 @@ def has_bare_weight(module: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Return the names of a module's 3-d parameters, which are fused experts' weights.
+    """Return the names of a module's 3-d parameters, the weights of fused experts.
 
-    Empty for linears, convolutions and embeddings."""
+    The list is empty for linears, convolutions and embeddings."""
     if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
         return []
     return [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
@@ -134,7 +134,9 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
 
 
 def target_matches(pattern: str, name: str) -> bool:
-    """Return whether a pattern of the table above, other than `all-linear`, selects `name`."""
+    """Return whether `pattern` selects `name`.
+
+    `all-linear` is not supported; the table at the top of this module describes all other patterns."""
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
@@ -146,7 +148,7 @@ def target_matches(pattern: str, name: str) -> bool:
 
 
 def _block(name: str) -> int | None:
-    """Return the index of the repeated block in a module's name: the first numeric part."""
+    """Return the index of the repeated block: the first numeric part of `name`."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -155,7 +157,7 @@ def _unmatched(label: str, pattern: str, names: Sequence[str], model: nn.Module)
     if unsupported and label == "target":
         listing = ", ".join(f"{n} ({cls})" for n, cls in unsupported[:3])
         return TargetError(
-            f"target {pattern!r} selects only modules that cannot carry a pair: {listing}",
+            f"target {pattern!r} selects only modules that do not support a pair: {listing}",
             fix="name linear, embedding or convolution modules or 3-d expert parameters, "
             "or list these under modules_to_save",
         )
@@ -175,8 +177,8 @@ def _patterns(spec: LoraSpec) -> tuple[str, ...]:
 def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]]:
     """Return the names that each target pattern selects.
 
-    `exclude`, `layers` and `modules_to_save` are already applied. Raises TargetError for any pattern,
-    exclude, layer index, rank pattern or alpha pattern that selects nothing."""
+    Names that `exclude`, `layers` or `modules_to_save` remove are left out. Raises TargetError for any
+    target, exclude, rank or alpha pattern, and any layer index, that selects nothing."""
     candidates = list(_candidates(model))
     names = [t.name for t, _ in candidates]
     for pattern in spec.exclude:
@@ -207,7 +209,7 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
         out[pattern] = [n for n in hits if n in selectable]
         if not out[pattern]:
             hit_count = counted(len(hits), "module")
-            problem = f"target {pattern!r} selects {hit_count}, and exclude, layers or modules_to_save drop them all"
+            problem = f"target {pattern!r} selects {hit_count}, but exclude, layers or modules_to_save drop them all"
             fix = "drop the target, or widen `layers` or narrow `exclude`"
             raise TargetError(problem, where=", ".join(hits[:3]), fix=fix)
     selected = {n for hits in out.values() for n in hits}
@@ -227,22 +229,22 @@ def resolve_targets(model: nn.Module, spec: LoraSpec) -> list[Target]:
 
 
 def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
-    """Return the modules that `modules_to_save` selects, without their submodules.
+    """Return the names of the modules that `modules_to_save` selects.
 
-    Raises TargetError for a pattern without a match."""
+    Submodules of a selected module are left out. Raises TargetError for a pattern without a match."""
     names = [n for n, m in base_modules(model) if n and any(True for _ in m.parameters())]
     for pattern in spec.modules_to_save:
         if not any(target_matches(pattern, n) for n in names):
             raise _unmatched("modules_to_save", pattern, names, model)
     hits: list[str] = []
-    for name in names:  # a module comes before its submodules
+    for name in names:  # names are in the model's order, so a module comes before its submodules
         if any(target_matches(p, name) for p in spec.modules_to_save) and not _inside(name, hits):
             hits.append(name)
     return hits
 
 
 def token_embeddings(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """Return embedding name -> sorted token ids, from the spec's `token_rows`.
+    """Return the sorted token ids of each embedding that `token_rows` selects.
 
     Raises TargetError for a pattern without a match or an id out of range."""
     embeddings = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}

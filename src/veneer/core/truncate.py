@@ -2,11 +2,11 @@
 
     s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ        B = Q_B·R_B, Aᵀ = Q_A·R_A (thin QR);  the core is rank × rank
           = U·diag(S)·V                  its singular value decomposition, exact, in O((out + in)·rank²)
-    ‖s·B·A − best of rank k‖ = √(Σ_{i>k} Sᵢ²)                        Eckart and Young, Psychometrika 1936
+    ‖s·B·A − best approximation of rank k‖ = √(Σ_{i>k} Sᵢ²)          Eckart and Young, Psychometrika 1936
 
-All computations run in float64: a truncation error is a small difference of large sums, and the terms of a
-mix can cancel. The rank is low, so float64 costs little. Results are rounded once, to the requested dtype.
-This module works on pairs and matrices, and does not depend on adapters, modules or files.
+All computations run in float64, because a truncation error is a small difference of large sums, and the terms
+of a mix can cancel. The rank is low, so float64 costs little. Results are rounded once, to the requested
+dtype. This module works on pairs and matrices, and does not depend on adapters, modules or files.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from veneer.errors import AdapterError
 
 @dataclass(frozen=True)
 class Bound:
-    """A limit on the rank or error of a truncation; exactly one field must be set.
+    """A limit on the rank or error of a truncation.
 
     rank: at most this rank.
     energy: the smallest rank that keeps this share of ‖Δ‖².
-    error: the smallest rank with ‖Δ − kept‖/‖Δ‖ at most this value.
+    error: the smallest rank with ‖Δ − truncated Δ‖/‖Δ‖ at most this value.
 
     Raises AdapterError unless exactly one field is set, within its range."""
 
@@ -48,7 +48,7 @@ class Bound:
             )
         if self.error is not None and not 0 <= self.error < 1:
             raise AdapterError(
-                f"the error is {self.error:g}, and has to be from 0 to below 1", fix="give a relative error, as 0.05"
+                f"error {self.error:g} must be at least 0 and below 1", fix="give a relative error, for example 0.05"
             )
 
 
@@ -71,9 +71,10 @@ class Cut:
 
 
 def factors(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Return (A, B) in float64 with s·B·A the change without a magnitude.
+    """Return float64 factors (A, B) of the pair's change.
 
-    A (…, rank, n), B (…, out, rank), with the scale in B. The leading dimension counts experts."""
+    B·A is the change without the magnitude. A is (…, rank, n), and B is (…, out, rank) and includes the
+    scale. For experts, there is a leading dimension."""
     collapsed = pair.collapsed()
     A, B = collapsed.A.detach().double(), collapsed.B.detach().double()
     if collapsed.kind == "conv":
@@ -82,9 +83,9 @@ def factors(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float32) -> Pair:
-    """Return a pair of scale 1 from factors, in `model`'s kind and shapes.
+    """Return a pair of scale 1 from factors, with the kind and the shapes of `model`.
 
-    A, B: factors as returned by `factors(model)`."""
+    A, B: factors in the form that `factors(model)` returns."""
     if model.kind == "conv":
         A = A.reshape(-1, *model.A.shape[1:])
         B = B.reshape(*B.shape, *[1] * (model.A.ndim - 2))
@@ -103,14 +104,14 @@ def like(shape: tuple[int, ...], embedding: bool = False) -> Pair:
 
 
 def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
-    """Return the factors (A, B) of Σ strength·ΔW, with ranks concatenated.
+    """Return factors (A, B) of Σ strength·ΔW, with all ranks concatenated.
 
     Raises AdapterError if the shapes of the changes differ."""
     parts = [(*factors(pair), strength) for pair, strength in pairs]
     shapes = {(p.kind, A.shape[:-2], A.shape[-1], B.shape[-2]) for (p, _), (A, B, _) in zip(pairs, parts, strict=True)}
     if len(shapes) > 1:
         listing = "; ".join(f"{kind} {(*lead, out, n)}" for kind, lead, n, out in sorted(shapes, key=str))
-        raise AdapterError(f"changes of unlike shapes do not add up: {listing}")
+        raise AdapterError(f"changes of unlike shapes cannot be added: {listing}")
     return torch.cat([A for A, _, _ in parts], -2), torch.cat([B * w for _, B, w in parts], -1)
 
 
@@ -123,8 +124,8 @@ def inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
 def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> float:
     """Return ‖B₁·A₁ − B₂·A₂‖ (Frobenius) of factors (A, B), or ‖B₁·A₁‖ without `second`.
 
-    Computed from Gram matrices, which are accurate down to 1e-6 of the larger norm. A smaller distance is
-    computed from the singular values of the difference, because the Gram sums cancel."""
+    Computed from Gram matrices, which are accurate down to 1e-6 of the larger norm. Below that, the Gram sums
+    cancel, and the distance is computed from the singular values of the difference."""
     square = inner(first, first)
     if second is None:
         return math.sqrt(max(square, 0.0))
@@ -137,7 +138,7 @@ def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None 
 
 
 def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
-    """Return ‖B'·A' − B·A‖ for factors (A, B) and the pair rounded from them.
+    """Return ‖B'·A' − B·A‖ for exact factors (A, B) and the rounded `pair`.
 
     Computed as (B'−B)·A' + B·(A'−A), in which no large sums cancel."""
     (A, B), (A1, B1) = exact, factors(pair)
@@ -169,7 +170,7 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
 def rank_for(S: Tensor, bound: Bound) -> int:
     """Return the rank that `bound` allows for singular values S (…, k), at least 1.
 
-    For a batch, the largest rank that any matrix needs."""
+    For a batch, return the largest rank that any matrix needs."""
     if bound.rank is not None:
         return min(bound.rank, S.shape[-1])
     square = S.double().square()
@@ -185,8 +186,8 @@ def rank_for(S: Tensor, bound: Bound) -> int:
 def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtype) -> tuple[Pair, Cut]:
     """Return the best pair for B·A within `bound`, and the truncation error.
 
-    The pair has scale 1 and the kind of `model`, with balanced factors U·√S and √S·V. `Cut.error` covers the
-    dropped singular values; rounding to `dtype` is reported separately as `Cut.rounding`."""
+    The pair has scale 1, the kind of `model`, and the balanced factors U·√S and √S·V. `Cut.error` covers the
+    dropped singular values; the error from rounding to `dtype` is reported separately as `Cut.rounding`."""
     U, S, V = thin_svd(A, B)
     k = rank_for(S, bound)
     root = S[..., :k].sqrt()
@@ -203,16 +204,17 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
     """Return (A, B, Cut) with B·A close to a dense `matrix` (out, n), within `bound`.
 
     The factors are float64 and balanced. If the rank is far below both dimensions, the method is subspace
-    iteration from a fixed random start (Halko, Martinsson and Tropp, arXiv 0909.4061), in the matrix's dtype,
-    until the captured part of ‖Δ‖² grows by less than 1e-4 of the remainder, and then an exact decomposition
-    inside the subspace. Otherwise the method is an eigendecomposition of the smaller Gram matrix in float64,
-    which gives the best approximation for singular values above 1e-8 of the largest. In both cases
-    `Cut.error` is the true distance, because the result is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖².
+    iteration from a fixed random start (Halko, Martinsson and Tropp, arXiv 0909.4061), in the matrix's dtype.
+    Once the captured part of ‖Δ‖² grows by less than 1e-4 of the remainder, the iteration stops, and an exact
+    decomposition inside the subspace follows. Otherwise the method is an eigendecomposition of the smaller
+    Gram matrix in float64, which gives the best approximation for singular values above 1e-8 of the largest.
+    In both cases `Cut.error` is the true distance, because the result is a projection:
+    ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖².
 
     most: maximum number of iterations."""
     D = matrix if matrix.dtype == torch.float64 else matrix.float()
     flip = D.shape[0] < D.shape[1]
-    D = D.mT if flip else D  # tall: out ≥ n
+    D = D.mT if flip else D  # now tall: out ≥ n
     n = D.shape[1]
     norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
     if bound.rank is not None and 4 * (bound.rank + oversample) < n:

@@ -55,18 +55,19 @@ class Staged:
 
 
 def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write `path` atomically: a temporary file, flushed to disk, then renamed.
+    """Write `path` atomically, through a temporary file.
 
-    After a failure, the old file is unchanged and the temporary file is removed. Raises ResourceError if the
-    disk is full, AdapterError for any other error."""
+    The temporary file is flushed to disk and then renamed to `path`. After a failure, the old file is
+    unchanged and the temporary file is removed. Raises ResourceError if the disk is full, AdapterError for
+    any other error."""
     with as_veneer_errors(Path(path)):
         replace_file(path, chunks)
 
 
 def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
-    """Write `path` as `atomic_write` does, raising the system's OSError.
+    """Write `path` as `atomic_write` does, but raise the system's OSError.
 
-    mode: permissions before the umask."""
+    mode: permissions, before the umask is applied."""
     staged = Staged.next_to(Path(path))
     _fill(staged.temporary, chunks, mode)
     staged.commit()
@@ -136,11 +137,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *, last: str = "") -> None:
-    """Write files by name into a folder.
+    """Write files into a folder.
 
-    A new folder is created by one rename. In an existing folder, every file is first written under a
-    temporary name, so that the space for all files is allocated. Each then replaces its old version; `last`,
-    the file that describes the others, is replaced at the end. Raises the errors of `atomic_write`."""
+    contents: file name -> chunks of the file.
+    last: name of the file that describes the others; this file is replaced last.
+
+    A new folder is created with one rename. In an existing folder, all files are first written under
+    temporary names, which allocates the space for all of them; each file then replaces its old version.
+    Raises the errors of `atomic_write`."""
     if folder.exists() and not folder.is_dir():
         raise AdapterError("a file is in the way of the folder", where=str(folder))
     if not folder.is_dir():

@@ -1,14 +1,13 @@
-"""GGUF files: untrusted input is checked, output is written atomically.
+"""Read untrusted GGUF files with checks, and write GGUF files atomically.
 
     file   = "GGUF" | version u32 | tensors u64 | fields u64 | fields | tensor entries | padding | data
     field  = key | type u32 | value       array = type u32 | count u64 | values       text = length u64 | UTF-8
-    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data,
-    aligned
+    entry  = name | dimensions u32 | sizes u64… (innermost first) | type u32 | offset u64 (aligned, in the data)
 
-Little endian, versions 2 and 3. The gguf package's reader does not check counts: with a wrong count, it reads
-past the end of a file for hours without an error. This module checks every count against the remaining bytes
-first. torch is imported only to read or write a tensor. This module works on bytes and tensors, and does not
-depend on adapters or models. Source: ggml's specification.
+All numbers are little endian; versions 2 and 3 are supported. The gguf package's reader does not check
+counts: with a wrong count, it reads past the end of a file for hours without an error. This module first
+checks every count against the remaining bytes. torch is imported only to read or write a tensor. This module
+works on bytes and tensors, and does not depend on adapters or models. Source: ggml's specification.
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ _NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
 class GgufEntry:
     """One tensor of a header.
 
-    type, kind: ggml's number and name of the type.
+    type: ggml's number of the type.
+    kind: ggml's name of the type.
     shape: outermost dimension first.
     begin, end: the tensor's bytes are [begin, end), from the start of the file."""
 
@@ -58,7 +58,7 @@ class GgufEntry:
 
 @dataclass(frozen=True)
 class SkippedArray:
-    """A tokenizer's array that was skipped; only its length was read."""
+    """An array of a tokenizer that was skipped; only its length was read."""
 
     count: int
 
@@ -67,7 +67,7 @@ class SkippedArray:
 class GgufFile:
     """A checked header and the memory-mapped file.
 
-    types: for each field, (type,), or (9, type of the elements) for an array."""
+    types: field name -> (type,), or (9, element type) for an array."""
 
     version: int
     fields: dict[str, Any]
@@ -104,7 +104,7 @@ class GgufFile:
 
 
 class _Cursor:
-    """Reads a file sequentially, never past its end."""
+    """A sequential reader that never reads past the end of the file."""
 
     def __init__(self, data: mmap.mmap, where: str, at: int, long_arrays: bool) -> None:
         self.data, self.where, self.at, self.long_arrays = data, where, at, long_arrays
@@ -113,8 +113,8 @@ class _Cursor:
         return len(self.data) - self.at
 
     def fail(self, problem: str) -> UnsafeFileError:
-        message = f"the GGUF header does not add up, the file is cut short or damaged: {problem} at byte {self.at:,}"
-        fix = "download or copy the file again; if that does not help, it was written wrongly"
+        message = f"the GGUF header is inconsistent; the file is cut short or damaged: {problem} at byte {self.at:,}"
+        fix = "download or copy the file again; if that does not help, the file was written incorrectly"
         return UnsafeFileError(message, where=self.where, fix=fix)
 
     def read(self, code: str) -> Any:
@@ -131,7 +131,7 @@ class _Cursor:
         each: minimum bytes per item."""
         n: int = self.read("Q")
         if n * each > self.bytes_left():
-            raise self.fail(f"{n:,} {items} are claimed, and {self.bytes_left():,} bytes are left")
+            raise self.fail(f"{n:,} {items} are claimed, but only {self.bytes_left():,} bytes are left")
         return n
 
     def text(self) -> str:
@@ -146,10 +146,10 @@ class _Cursor:
             raise self.fail("a text that is not UTF-8") from None
 
     def value(self, kind: int) -> tuple[Any, tuple[int, ...]]:
-        """Read a value, and return it with its types.
+        """Return the next value, of type `kind`, and its types as in `GgufFile.types`.
 
-        The value is a text, a number, a numpy array of numbers, or a list of texts. Arrays of arrays are not
-        supported."""
+        The value is a text, a number, a numpy array of numbers, or a list of texts. An array of arrays is an
+        error."""
         if kind == TEXT:
             return self.text(), (kind,)
         if kind in SCALARS:
@@ -165,7 +165,7 @@ class _Cursor:
             return (values if self._reads_all(n) else SkippedArray(n)), (kind, inner)
         if inner == TEXT and (n := self.count(8, "texts")) <= MAX_TEXTS:
             return self._texts(n), (kind, inner)
-        raise self.fail(f"an array of {'absurdly many texts' if inner == TEXT else f'type {inner}'}")
+        raise self.fail(f"an array of {'too many texts' if inner == TEXT else f'type {inner}'}")
 
     def _reads_all(self, n: int) -> bool:
         return self.long_arrays or n <= _LONG_ARRAY
@@ -178,7 +178,7 @@ class _Cursor:
             length = int.from_bytes(data[at : at + 8], "little")
             if length > MAX_TEXT or at + 8 + length > end:
                 self.at = at
-                raise self.fail(f"a text of {length:,} bytes, and {max(end - at - 8, 0):,} are left: truncated")
+                raise self.fail(f"a text of {length:,} bytes, but only {max(end - at - 8, 0):,} are left: truncated")
             if reads_all:
                 try:
                     out.append(str(data[at + 8 : at + 8 + length], "utf-8"))
@@ -193,10 +193,10 @@ class _Cursor:
 def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
     """Return the checked header of a GGUF file, from which tensors can be read.
 
-    long_arrays: if False, a tokenizer's arrays are skipped and returned as `SkippedArray`.
+    long_arrays: if False, long arrays of a tokenizer are skipped and returned as `SkippedArray`.
 
-    Raises AdapterError for a file of another kind or version; UnsafeFileError for a header with invalid
-    counts, texts, names, shapes, types or offsets, or overlapping tensors."""
+    Raises AdapterError for a file of another kind or version. Raises UnsafeFileError for a header with
+    invalid counts, texts, names, shapes, types or offsets, or with overlapping tensors."""
     where = str(path)
     try:
         with Path(path).open("rb") as file:
@@ -212,9 +212,11 @@ def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
     if version not in VERSIONS:
         swapped = struct.unpack(">I", start[4:])[0] in VERSIONS
         problem = (
-            "the file is big endian" if swapped else f"GGUF version {version}: {', '.join(map(str, VERSIONS))} are read"
+            "the file is big endian"
+            if swapped
+            else f"GGUF version {version} is not supported; use {' or '.join(map(str, VERSIONS))}"
         )
-        raise AdapterError(problem, where=where, fix="convert it again with today's llama.cpp")
+        raise AdapterError(problem, where=where, fix="convert it again with a current llama.cpp")
     cursor = _Cursor(data, where, 8, long_arrays)
     tensors = cursor.count(24, "tensors")
     fields: dict[str, Any] = {}
@@ -231,7 +233,7 @@ def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
         raise cursor.fail(f"general.alignment = {alignment!r}, which is not a power of two")
     raw = [_entry(cursor) for _ in range(tensors)]
     start_of_data = -(-cursor.at // alignment) * alignment
-    entries = _placed(raw, start_of_data, alignment, cursor)
+    entries = _located_entries(raw, start_of_data, alignment, cursor)
     return GgufFile(version, fields, types, entries, data, where)
 
 
@@ -248,7 +250,7 @@ def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
     return name, cursor.read("I"), shape, cursor.read("Q")
 
 
-def _placed(
+def _located_entries(
     raw: list[tuple[str, int, tuple[int, ...], int]], start: int, alignment: int, cursor: _Cursor
 ) -> dict[str, GgufEntry]:
     import gguf
@@ -262,7 +264,9 @@ def _placed(
             raise cursor.fail(f"{name!r} is of the unknown type {kind}")
         block, width = sizes[kind]
         if shape[-1] % block or offset % alignment:
-            raise cursor.fail(f"{name!r} {shape} at {offset:,} is not whole blocks of {block}, or not aligned")
+            raise cursor.fail(
+                f"{name!r} {shape} at {offset:,} does not consist of whole blocks of {block}, or is not aligned"
+            )
         begin = start + offset
         out[name] = GgufEntry(
             kind, gguf.GGMLQuantizationType(kind).name, shape, begin, begin + math.prod(shape) * width // block
@@ -272,7 +276,7 @@ def _placed(
         if entry.begin < at:
             raise cursor.fail(f"{name!r} begins inside {last!r}")
         if entry.end > len(cursor.data):
-            raise cursor.fail(f"{name!r} ends at {entry.end:,}, the file at {len(cursor.data):,}: truncated")
+            raise cursor.fail(f"{name!r} ends at {entry.end:,}, but the file ends at {len(cursor.data):,}: truncated")
         at, last = entry.end, name
     return out
 

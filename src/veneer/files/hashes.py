@@ -1,17 +1,17 @@
-"""Hashes by which managers and hubs identify an adapter file, and checks of them.
+"""Compute and verify the hashes that identify an adapter file in managers and hubs.
 
-| name    | of                                                       | kept as        | stored in the header as       |
+| name    | hash of                                                  | length         | stored in the header as       |
 | sha256  | the whole file                                           | 64 hex digits  |                               |
-| AutoV2  | the same                                                 | the first 10   |                               |
+| AutoV2  | the whole file                                           | the first 10   |                               |
 | AutoV3  | the bytes after the header: the tensors                  | the first 12   | sshs_model_hash, all 64       |
 |         |                                                          |                | modelspec.hash_sha256, `0x…`  |
-| legacy  | 64 KiB from 1 MiB on, of the file with ss_ keys only     |                | sshs_legacy_hash, 8 digits    |
-| short   | the stated sshs_model_hash, unverified, else AutoV3,     | the first 12   |                               |
-|         | else sha256: A1111's and Forge's name of an adapter      |                |                               |
+| legacy  | the 64 KiB after the first MiB, with metadata reduced to |                | sshs_legacy_hash, 8 digits    |
+|         | the ss_ keys                                             |                |                               |
+| short   | in A1111 and Forge: the header's sshs_model_hash,        | the first 12   |                               |
+|         | unverified, else AutoV3, else sha256                     |                |                               |
 
-Editing the metadata changes sha256 and AutoV2; the stored hashes stay valid. Sources: sd-scripts'
-train_util, Stability's ModelSpec 1.0.1, CivitAI's open source. This module knows bytes; it does not know
-about adapters.
+Editing the metadata changes sha256 and AutoV2; the stored hashes stay valid. Sources: sd-scripts' train_util,
+Stability's ModelSpec 1.0.1, CivitAI's open source. This module works on bytes, not on adapters.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Hashes:
 
 @dataclass(frozen=True)
 class HashCheck:
-    """A hash stored in a header, and the computed hash."""
+    """A hash stored in a header, and the hash computed from the file."""
 
     key: str
     stored: str
@@ -81,7 +81,7 @@ def hashes(path: str | Path) -> Hashes:
 
 
 def short_hash(path: str | Path, file_hashes: Hashes) -> str:
-    """Return the hash of an adapter file in A1111's and Forge's `Lora hashes`.
+    """Return the hash by which A1111 and Forge list an adapter file in `Lora hashes`.
 
     Both tools also find files by this hash (extensions-builtin/Lora, NetworkOnDisk).
 
@@ -101,10 +101,10 @@ def _between(chunk: bytes | memoryview, at: int, begin: int, end: int) -> bytes 
 
 
 def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata with all header hashes, for a file of these tensors.
+    """Return the metadata with all hashes that belong in the header added.
 
-    Assumes that `write_tensors` stores the tensors. Call this function last before writing, because a later
-    change of an `ss_` key invalidates the legacy hash."""
+    The hashes are valid for a file that `write_tensors` writes with these tensors. Call this function last
+    before writing, because a later change of an `ss_` key invalidates the legacy hash."""
     data = encode_tensors(tensors)[2:]
     model = hashlib.sha256()
     for chunk in data:
@@ -138,9 +138,9 @@ def _legacy(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def verify_hashes(path: str | Path) -> list[HashCheck]:
-    """Recompute the hashes of the tensors in a safetensors header. Errors as `read_header`.
+    """Recompute the tensor hashes that a safetensors header contains.
 
-    A mismatch is not an error: the caller decides."""
+    A mismatch is not an error; the caller decides. Raises the errors of `read_header`."""
     path = Path(path)
     header = read_header(path)
     keys = ("modelspec.hash_sha256", "sshs_model_hash")

@@ -1,9 +1,9 @@
 """Read tensors from pickle files (.bin, .pt, .pth, .ckpt), on explicit request.
 
-torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses all other names: no
-code in the file runs. The result is checked by the rules for safetensors files: valid names, and sizes that
-match the file's bytes. Supported layouts: a state dict, a state dict under `state_dict`, and nested dicts
-(joined by dots). This module works on pickles and tensors, and does not depend on adapters.
+torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses everything else, so
+no code in the file runs. The result is checked with the rules for safetensors files: names must be valid, and
+sizes must match the file's bytes. Supported layouts: a state dict, a state dict under `state_dict`, and
+nested dicts (joined by dots). This module works on pickles and tensors, and does not depend on adapters.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors of a pickle, sorted by name, and its texts and numbers as metadata.
 
     The result has the form of `read_tensors`. Raises UnsafeFileError for a pickle that refers to anything
-    except tensors and plain values, and for an archive that unpacks to more bytes than it contains; one
-    AdapterError that lists every unsupported value and every invalid name."""
+    except tensors and plain values, and for an archive that unpacks to more bytes than it contains. Raises
+    one AdapterError that lists every unsupported value and every invalid name."""
     path, where = Path(path), str(path)
     try:
         size = path.stat().st_size
@@ -41,7 +41,7 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=where) from None
     if start != b"PK" and start[:1] != b"\x80":
         message = "the file is not a pickle of torch.save"
-        raise AdapterError(message, where=where, fix="give it its right name: safetensors are read as such")
+        raise AdapterError(message, where=where, fix="if the file is a safetensors file, rename it to .safetensors")
     if start == b"PK":
         _check_archive(path, size)
     tensors: dict[str, Tensor] = {}
@@ -92,7 +92,9 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = (
-            f"it names {named[1]}, which is not a tensor" if named else "torch.save writes no such file for tensors"
+            f"it names {named[1]}, which is not a tensor"
+            if named
+            else "torch.save does not write such files for tensors"
         )
         message = f"the pickle is refused: {problem}. No code of the file was run"
         raise UnsafeFileError(message, where=str(path), fix="ask for the safetensors file") from None

@@ -1,4 +1,4 @@
-"""Access rights: restrict files and the memory of this process to their owner."""
+"""Access rights: keep files and this process's memory private."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pathlib import Path
 def make_private(path: Path) -> None:
     """Remove other users' access to a file or folder.
 
-    The group keeps its access only if it can write, because the owner then shares the path on purpose.
-    Missing paths and paths of other users are left unchanged."""
+    A group with write access keeps its access, because the owner then shares the path on purpose. Missing
+    paths and paths that belong to other users are left unchanged."""
     with contextlib.suppress(OSError):
         mode = stat.S_IMODE(path.stat().st_mode)
         path.chmod(mode & ~(stat.S_IRWXO if mode & stat.S_IWGRP else stat.S_IRWXO | stat.S_IRWXG))
 
 
 def private_folder(path: Path) -> Path:
-    """Return the folder after creating it if missing and making it private. Raises OSError."""
+    """Create a folder if it is missing, make it private, and return its path.
+
+    Raises OSError."""
     path.mkdir(parents=True, exist_ok=True)
     make_private(path)
     return path
@@ -29,8 +31,8 @@ def private_folder(path: Path) -> Path:
 def forbid_inspection() -> None:
     """Hide this process's memory, environment and descriptors from the user's other processes.
 
-    Linux only; root keeps access. Also disables core dumps. Child processes must call this function
-    themselves."""
+    Works only on Linux; root keeps access. Also disables core dumps. Each child process must call this
+    function itself."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 

@@ -1,12 +1,13 @@
-"""safetensors files: checked headers of untrusted files, reproducible output.
+"""Read untrusted safetensors files with checks, and write reproducible files.
 
-    file = header length (u64, little endian) | header (JSON, UTF-8) | data header = {"__metadata__": {str:
-    str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
+    file   = header length (u64, little endian) | header (JSON, UTF-8) | data
+    header = {"__metadata__": {str: str},
+              name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
 
-The whole header is checked against the file's size before any tensor data is read, so that a hostile file
-costs no more than reading its header, which has a size limit. torch is imported only to create tensors, so
-that a header can be read without torch. This module works on bytes and tensors, and does not depend on
-adapters or models.
+The whole header is checked against the file's size before any tensor data is read. A hostile file therefore
+costs no more than reading its header, and the size of a header is limited. torch is imported only to create
+tensors, so that a header can be read without torch. This module works on bytes and tensors, and does not
+depend on adapters or models.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 
 _MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 500_000
-"""Maximum tensors in a file: twice the number for a pair on every expert of the largest mixture-of-experts
-models (384 experts, 61 layers, alphas)."""
+"""Maximum tensors in a file: twice the number that pairs on every expert of the largest mixture-of-experts
+models need (384 experts, 61 layers, alphas)."""
 MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
-"""Maximum metadata entries, and bytes of JSON. Training statistics and a thumbnail take a few MB."""
+"""Maximum number of metadata entries, and maximum bytes of their JSON. Training statistics and a thumbnail
+take a few MB."""
 _MAX_NAME_LENGTH = 1024
 _MAX_DIMENSIONS = 16
 _LONGEST_ENTRY = _MAX_NAME_LENGTH + 512
@@ -64,7 +66,7 @@ PICKLE_FIX = (
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """One tensor of a header, with bytes [begin, end) from the start of the data."""
+    """The header's entry for one tensor, whose bytes are [begin, end) of the data."""
 
     kind: str
     shape: tuple[int, ...]
@@ -150,9 +152,7 @@ def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
     _refuse_other_formats(start, size, where)
     (length,) = struct.unpack("<Q", start[:8])
     if length > size - 8:
-        problem = (
-            f"the header claims {length:,} bytes, but only {size - 8:,} follow its length: a truncated or damaged file"
-        )
+        problem = f"the header claims {length:,} bytes, but only {size - 8:,} follow: the file is truncated or damaged"
         raise UnsafeFileError(problem, where=where, fix="download or copy the file again")
     if length > _MAX_HEADER_BYTES:
         raise UnsafeFileError(f"the header claims {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}", where=where)
@@ -191,7 +191,7 @@ def _check_counts(raw: bytes, where: str) -> None:
 
 
 def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
-    """Raise an error that names the file's format if another known format is recognized."""
+    """Raise an error that names the format of a file in another known format."""
     if size == 0:
         raise AdapterError("the file is empty", where=where, fix="download or copy the file again")
     head = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -212,7 +212,7 @@ def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
             "the file is a pickle, and loading a pickle runs whatever code is in it", where=where, fix=PICKLE_FIX
         )
     if start.startswith(b"GGUF"):
-        raise AdapterError("the file is GGUF, not safetensors", where=where, fix="give it its right name, with .gguf")
+        raise AdapterError("the file is GGUF, not safetensors", where=where, fix="rename the file to end in .gguf")
     if other_format := next((label for magic, label in _OTHER_MAGIC.items() if start.startswith(magic)), None):
         raise AdapterError(
             f"the file is {other_format}, not tensors", where=where, fix="give the file of the adapter itself"
@@ -244,8 +244,8 @@ def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: 
             problems.append(f"{name[:80]!r}: {problem or entry}")
     problems += _coverage_problems(entries, size - data_start) if not problems else []
     if problems:
-        message = f"the header does not add up, so the file is not read:\n{bullets(problems)}"
-        fix = "download or copy the file again; if that does not help, it was written wrongly"
+        message = f"the header is inconsistent, so the file was not read:\n{bullets(problems)}"
+        fix = "download or copy the file again; if that does not help, the file was written incorrectly"
         raise UnsafeFileError(message, where=where, fix=fix)
     return Header(entries, metadata, data_start, size)
 
@@ -281,7 +281,9 @@ def _entry(value: Any, bits: Mapping[str, int]) -> HeaderEntry | str:
         return f"shape {str(shape)[:60]} is absurd"
     want = math.prod(shape) * bits[kind] // 8
     if want != offsets[1] - offsets[0]:
-        return f"shape {shape} of {value['dtype']} needs {want:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+        return (
+            f"shape {shape} of {value['dtype']} needs {want:,} bytes, but data_offsets give {offsets[1] - offsets[0]:,}"
+        )
     return HeaderEntry(kind, tuple(shape), offsets[0], offsets[1])
 
 
@@ -299,7 +301,7 @@ def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[st
             return [f"a hole of {entry.begin - at:,} bytes before {name!r}"]
         at, last = entry.end, name
     if at > size:
-        return [f"the tensors need {at:,} bytes of data, the file has {size:,}: truncated"]
+        return [f"the tensors need {at:,} bytes of data, but the file has only {size:,}: truncated"]
     if at < size:
         return [f"{size - at:,} bytes after the last tensor that no tensor owns"]
     return []
@@ -368,7 +370,9 @@ def encode_tensors(
 
 
 def packed_header(table: Mapping[str, Any]) -> bytes:
-    """Return a header's JSON without the length, padded with spaces to a multiple of 8 bytes."""
+    """Return a header's JSON, padded with spaces to a multiple of 8 bytes.
+
+    The length field is not included."""
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
 

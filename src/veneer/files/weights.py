@@ -1,9 +1,9 @@
-"""A model's weights on disk: the files of a folder, and tensors read one at a time.
+"""A model's weights on disk: find weight files, and read tensors one at a time.
 
-Headers are read and checked when a file is opened, so that a truncated or foreign file gives one clear error
-instead of a crash inside a loader. Tensors are read on demand into their own memory, so two large models can
-be compared with memory for two tensors. torch is imported only to read a tensor. This module works on names,
-shapes and bytes, and does not depend on models.
+Headers are read and checked when a file is opened, so that a truncated file, or a file in another format,
+gives one clear error instead of a crash inside a loader. Each tensor is read on demand into its own memory,
+so comparing two large models needs memory for only two tensors. torch is imported only to read a tensor. This
+module works on names, shapes and bytes, and does not depend on models.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BITS = {**BITS, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-"""Bits per value of all safetensors dtypes. The loader reports dtypes that torch cannot compute with."""
+"""Bits per value of all safetensors dtypes, including dtypes that torch does not support."""
 COMPONENT_STEMS = ("diffusion_pytorch_model", "model")
 """File name stems of a component's weights, as diffusers and transformers save them."""
 _AGAIN = "copy or download the base again"
@@ -70,7 +70,7 @@ def weight_files(base: Path) -> list[Path]:
 
 
 def _shards_of(index: Path) -> list[Path]:
-    """Return the files that a shard index names, all in the index's folder.
+    """Return the files that a shard index lists, all in the index's folder.
 
     Raises BaseError if the index cannot be read or a file is missing."""
     try:
@@ -86,10 +86,11 @@ def _shards_of(index: Path) -> list[Path]:
 
 
 def component_files(folder: Path) -> tuple[list[Path], str]:
-    """Return a component's weight files, and the variant: "fp16" if only fp16 exists, else "".
+    """Return a component's weight files and their variant.
 
-    Looks for the files that diffusers or transformers save for a component, by the index if one exists.
-    Raises the errors of `weight_files`."""
+    The variant is "fp16" if the component has only fp16 files, else "". Looks for the names that diffusers
+    and transformers use when they save a component, and uses an index if one exists. Raises the errors of
+    `weight_files`."""
     for variant in ("", ".fp16"):
         for stem in COMPONENT_STEMS:
             index = folder / f"{stem}.safetensors.index{variant}.json"
@@ -107,7 +108,7 @@ def _pickles_refused(folder: Path) -> BaseError:
         return BaseError(
             f"the weights are pickles ({pickles[0].name}), which can run code when opened; veneer does not open them",
             where=str(folder),
-            fix="use a safetensors copy of this base, or convert it yourself where you trust it: "
+            fix="use a safetensors copy of this base, or convert it yourself if you trust it: "
             "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
         )
     return BaseError("this directory has no weights (*.safetensors)", where=str(folder))
@@ -131,7 +132,7 @@ def file_table(files: Iterable[Path]) -> list[StoredTensor]:
 
 
 def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Return a safetensors tensor in its shape, or its values first … last as a flat tensor.
+    """Return a safetensors tensor, or only its values [first, last) as a flat tensor.
 
     Only the requested bytes are read. The file is not memory-mapped, because mapped pages count as memory of
     the process while the file is open. Raises BaseError for a dtype that torch does not support, and for a
@@ -139,7 +140,10 @@ def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -
     import torch
 
     if stored.dtype not in STORED_DTYPES:
-        raise BaseError(f"the weights are stored in {stored.dtype}", where=f"{stored.file}: {stored.name}")
+        raise BaseError(
+            f"the weights are stored in {stored.dtype}, which torch does not support",
+            where=f"{stored.file}: {stored.name}",
+        )
     dtype: torch.dtype = getattr(torch, STORED_DTYPES[stored.dtype])
     end = stored.elements if last is None else last
     out = torch.empty((end - first) * dtype.itemsize, dtype=torch.uint8)
@@ -153,7 +157,7 @@ def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -
 
 
 def stored_dtype(table: Iterable[StoredTensor]) -> str:
-    """Return the dtype of most weights, by its name in the file: "BF16", "F32", "Q4_1", …"""
+    """Return the dtype of most weights, as named in the file: "BF16", "F32", "Q4_1", …"""
     sizes: Counter[str] = Counter()
     for tensor in table:
         sizes[tensor.dtype] += tensor.elements
@@ -239,14 +243,14 @@ class Checkpoint:
     def find(self, name: str) -> str | None:
         """Return `name` if a tensor has this name, else the only name that differs by a prefix.
 
-        Example of a prefix: `model.`. None if there is no such name, or more than one."""
+        A prefix is, for example, `model.`. Return None if no name, or more than one name, matches."""
         if name in self.entries:
             return name
         ends = [n for n in self.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
         return ends[0] if len(ends) == 1 else None
 
     def __iter__(self) -> Iterator[str]:
-        """Yield tensor names in the order of the files and their data, the fastest order to read."""
+        """Yield tensor names in the order in which files and data are read fastest."""
         for header in self.files.values():
             yield from sorted(header.entries, key=lambda n: header.entries[n].begin)
 
@@ -258,7 +262,7 @@ class Checkpoint:
 
 
 def checkpoint_parts(base: Path) -> dict[str, Checkpoint]:
-    """Return component -> weights of a diffusers pipeline.
+    """Return the weights of each component of a diffusers pipeline, by component name.
 
     For a single model, return {"": weights}."""
     if not (base / "model_index.json").is_file():

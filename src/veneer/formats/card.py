@@ -2,9 +2,9 @@
 
     veneer.json = {"veneer": 1, "digest": "sha256:…", "files": {name: "sha256:…"}, …every field of core.Card}
 
-Unknown keys are kept in the card's `extra` and reported, so that no data of a newer card version is lost.
-Equal cards give equal bytes in both files. This module handles JSON and Markdown, and does not depend on
-tensors.
+Unknown keys are reported and kept in the card's `extra`, so that data from a newer version of the card is not
+lost. Equal cards give equal bytes in both files. This module handles JSON and Markdown, and does not depend
+on tensors.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None 
 def read_card(folder: str | Path) -> CardFile:
     """Return the card in a folder.
 
-    Raises AdapterError if the card cannot be read; one error lists every field of the wrong type."""
+    Raises AdapterError if the card cannot be read. One error lists all fields that have the wrong type."""
     path = Path(folder) / CARD_FILE
     where = str(path)
     try:
@@ -215,11 +215,13 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
 def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the lines of the usage section for a text adapter.
 
-    messages: a prompt in the form of the training rows."""
+    messages: a sample prompt, in the form of the training rows."""
     system, _ = opening(messages)
     command = generate_command(base, "FOLDER", messages)
     system_note = (
-        [f"Its rows had this system message: give it with every prompt.\n\n{_fenced(system)}\n"] if system else []
+        [f"The training rows had this system message; include it in every prompt.\n\n{_fenced(system)}\n"]
+        if system
+        else []
     )
     return [
         *("## Use", "", *system_note, _fenced(command, "bash"), ""),
@@ -233,14 +235,14 @@ def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _quantized_copy_lines(base: str) -> list[str]:
     """Return lines on how to get the exact weights that the adapter was trained on."""
-    copy = f"It was trained on veneer's copy of `{hub_id(base)}`, called `{base}`; its weights were quantized once."
-    return ["", f"{copy} `veneer base get {base}` prints the folder of the copy, which `from_pretrained` takes too."]
+    copy = f"The adapter was trained on veneer's copy of `{hub_id(base)}`, `{base}`, whose weights were quantized once."
+    return ["", f"{copy} `veneer base get {base}` prints the folder of the copy, which `from_pretrained` also accepts."]
 
 
 def generate_command(base: str, adapter: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return a `veneer generate` command that prompts an adapter like its training rows.
+    """Return a `veneer generate` command with a prompt in the form of the training rows.
 
-    Includes the system message of `messages`."""
+    The command includes the system message of `messages`."""
     system, text = opening(messages)
     command = f"veneer generate {shlex.quote(text or '…')} --base {shlex.quote(base)} --adapter {shlex.quote(adapter)}"
     return f"{command} --system {shlex.quote(system)}" if system else command

@@ -1,4 +1,4 @@
-"""Compare a written adapter with the adapter read back, module by module, by ΔW.
+"""Compare an adapter before and after writing and reading back, module by module.
 
     ‖s·B·A − s'·B'·A'‖ / ‖s·B·A‖     from the Gram matrices of the factors [s·B, −s'·B'] and [A; A'], in float64
 
@@ -24,7 +24,7 @@ Refusals = defaultdict[str, list[str]]
 
 
 def differences(source: Adapter, read_back: Adapter) -> list[str]:
-    """Return one line for each module that has another effect after reading back.
+    """Return one line for each module whose effect differs after reading back.
 
     A zero change that only `read_back` has is not a difference: fused projections are written whole, so their
     unchanged parts are read back as zero changes."""
@@ -55,7 +55,7 @@ def differences(source: Adapter, read_back: Adapter) -> list[str]:
 
 
 def _replacement_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Return full copies and token rows by names that include everything to compare."""
+    """Return full copies and token rows by name; the latter names include token ids."""
     out = {f"{name}.{key}": t for name, tensors in adapter.modules.items() for key, t in tensors.items()}
     return out | {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
 
@@ -66,7 +66,7 @@ def _pair_problem(a: Pair, b: Pair) -> str | None:
     if (a.kind == "experts") != (b.kind == "experts") or _shape(a) != _shape(b):
         return f"a delta of {_shape(a)} would come back as one of {_shape(b)}"
     error = relative_error(a, b)
-    return None if error <= TOLERANCE else f"ΔW would come back {error:.2g} off"
+    return None if error <= TOLERANCE else f"ΔW would come back with a relative error of {error:.2g}"
 
 
 def _same_magnitude(a: Tensor | None, b: Tensor | None) -> bool:
@@ -84,7 +84,7 @@ def _shape(pair: Pair) -> tuple[int, ...]:
 
 
 def relative_error(a: Pair, b: Pair) -> float:
-    """Return ‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); ‖ΔW_b‖ if ΔW_a is zero."""
+    """Return ‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius), or ‖ΔW_b‖ if ΔW_a is zero."""
     if _equal(a, b):
         return 0.0
     (A, B), (C, D) = factors(a), factors(b)
@@ -119,7 +119,7 @@ def _delta_problem(a: Delta, b: Delta) -> str | None:
         return f"a change of {tuple(x.shape)} would come back as one of {tuple(y.shape)}"
     norm, off = float(x.norm()), float((x - y).norm())
     error = off / norm if norm else off
-    return None if error <= TOLERANCE else f"the change would come back {error:.2g} off"
+    return None if error <= TOLERANCE else f"the change would come back with a relative error of {error:.2g}"
 
 
 def _same_parts(a: Delta, b: Delta) -> bool:

@@ -7,12 +7,13 @@
 | comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/kohya.py        | gains, DoRA of the outputs    |
 | diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/diffusers.py          |
 | vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
-| gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
+| gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same as vllm              |
 
-Fused projections are joined at the same rank if their parts share A, otherwise block-diagonally, with zero
-rows for an unchanged part. Before writing, the result is read back and compared by ΔW
-(formats/comparison.py), and its names are looked up by the rules of the target's loader (formats/loaders.py).
-One AdapterError lists every module that the layout cannot express, why, and the closest alternative.
+The parts of a fused projection are joined at the same rank if they share A, otherwise block-diagonally; an
+unchanged part becomes zero rows. Before the file is written, the encoded adapter is read back and compared
+with the source by ΔW (formats/comparison.py), and its names are looked up with the rules of the target's
+loader (formats/loaders.py). One AdapterError lists every module that the layout cannot express, with the
+reason and the closest alternative.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ _PIPELINES = ("kohya", "diffusers", "comfyui")
 def target_of(out: str | Path, like: str = "") -> str:
     """Return the layout for a new file or folder.
 
-    A folder: peft. A .safetensors file: the layout of the source adapter (`like`) if it is a file layout,
-    else kohya, which most tools can read. A .gguf file: gguf."""
+    A folder gets peft, and a .gguf file gets gguf. A .safetensors file gets the layout of the source adapter
+    (`like`) if that is a file layout, else kohya, which most tools can read."""
     ending = Path(out).suffix
     if ending == ".safetensors":
         return like if like in _PIPELINES else "kohya"
@@ -69,7 +70,7 @@ def target_of(out: str | Path, like: str = "") -> str:
 class EncodedAdapter:
     """An adapter encoded in a layout, in memory.
 
-    `config`: PEFT's configuration, {} for other layouts. `notes`: messages for the user."""
+    `config`: PEFT's configuration; {} for other layouts. `notes`: messages for the user."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -103,14 +104,17 @@ def encode(
     dtype: str | None = None,
     head_dim: int | None = None,
 ) -> EncodedAdapter:
-    """Encode `adapter` in layout `to`, and check it by reading back.
+    """Encode `adapter` in the layout `to`, and check the result by reading it back.
 
-    Returns tensors, metadata and config. `to`: one of TARGETS. `family`: of the image model, a name in
-    `topology.families()`, by default found from modules, widths and card; for gguf llama.cpp's name of the
-    architecture. `metadata`: overrides metadata from the card, in the three layouts with metadata. `dtype`:
-    every tensor is rounded to it first. `head_dim`: the base's rows per head, needed by gguf for Llama's q
-    and k. Raises one AdapterError listing every module that `to` cannot express, with the reason and the
-    closest alternative."""
+    to: one of TARGETS.
+    family: the image model's family, a name in `topology.families()`; by default, found from modules, widths
+        and card. For gguf, llama.cpp's name of the architecture.
+    metadata: overrides metadata from the card, in the three layouts with metadata.
+    dtype: all tensors are first rounded to this dtype.
+    head_dim: the base's rows per head, needed by gguf for Llama's q and k.
+
+    Raises one AdapterError that lists every module that `to` cannot express, with the reason and the closest
+    alternative."""
     source, notes = _prepared(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
@@ -129,10 +133,11 @@ def write(
     dtype: str | None = None,
     head_dim: int | None = None,
 ) -> WriteReport:
-    """Write `adapter` to `out` in layout `to`.
+    """Write `adapter` to `out` in the layout `to`.
 
-    A folder for peft and vllm, one file for the others. Arguments: as in `encode`. Writes atomically;
-    equal adapters give equal bytes. Raises the errors of `encode`, and ResourceError for a full disk."""
+    `out` is a folder for peft and vllm, and a file for other layouts. See `encode` for the other arguments.
+    Writes atomically; equal adapters give equal bytes. Raises the errors of `encode`, and ResourceError for a
+    full disk."""
     path = Path(out)
     source, notes = _prepared(adapter, to, dtype)
     _check_name(path, to)
@@ -173,16 +178,16 @@ def _check_name(path: Path, to: str) -> None:
     if ending and path.suffix != ending:
         raise AdapterError(f"{to} is one file, called …{ending}", where=str(path), fix=f"{path.name}{ending}")
     if ending and path.is_dir():
-        raise AdapterError(f"{to} is one file, and there is a folder of this name", where=str(path))
+        raise AdapterError(f"{to} is one file, but there is a folder of this name", where=str(path))
     if not ending and path.suffix in (".gguf", ".safetensors"):
-        raise AdapterError(f"{to} is a folder, and this is a file's name", where=str(path), fix=path.stem)
+        raise AdapterError(f"{to} is a folder, but this is a file's name", where=str(path), fix=path.stem)
 
 
 @dataclass(frozen=True)
 class _EncodingResult:
     """The result of encoding an adapter.
 
-    `written`: the adapter in the form in which it was written. `read_back`: the adapter read back. `pairs`:
+    `written`: the adapter in the form that was written. `read_back`: the adapter after reading back. `pairs`:
     the pairs as the layout stores them."""
 
     encoded: EncodedAdapter
@@ -212,7 +217,7 @@ def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, li
 def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _EncodingResult]) -> _EncodingResult:
     """Return the result of `build`.
 
-    An AdapterError without a workaround is raised with the layouts that would work."""
+    If `build` raises an AdapterError without a workaround, this function adds the layouts that would work."""
     try:
         return build()
     except AdapterError as error:
@@ -248,7 +253,7 @@ def _encoded(
     if to == "peft":
         refused: Refusals = defaultdict(list)
         written = _as_one_model(source, refused)
-        _raise(refused, to, source)
+        _raise_refused(refused, to, source)
     else:
         written = folded(_servable(source, to))
         notes = [*notes, *vllm_notes(written)]
@@ -264,7 +269,7 @@ def _encoded(
 def _folder_digest(source: Adapter, done: _EncodingResult) -> str | None:
     """Return the written folder's digest under canonical module names.
 
-    None if a reader would keep the folder's own names."""
+    Return None if a reader would keep the folder's own names."""
     part = component_of(next(iter(changes_by_module(source)), ""))
     names = dict.fromkeys(changes_by_module(done.read_back))
     choice = choose_family(names)
@@ -274,19 +279,19 @@ def _folder_digest(source: Adapter, done: _EncodingResult) -> str | None:
 
 
 def _servable(source: Adapter, to: str) -> Adapter:
-    """Return the adapter unchanged if the server can hold it.
+    """Return the adapter unchanged if the server of layout `to` supports all of it.
 
-    Otherwise raise one AdapterError listing what the server cannot hold."""
+    Otherwise, raise one AdapterError that lists everything the server does not support."""
     refused: Refusals = defaultdict(list)
     refuse_unservable(source, changes_by_module(source), {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
-    _raise(refused, to, source)
+    _raise_refused(refused, to, source)
     return source
 
 
 def _gguf(
     source: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
 ) -> _EncodingResult:
-    """Write a GGUF file at `path`, read it back and compare."""
+    """Write a GGUF file at `path`, read it back, and compare it with the source."""
     written = folded(_servable(source, "gguf"))
     if architecture is None:
         raise AdapterError(
@@ -303,19 +308,19 @@ def _gguf(
 
 
 def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
-    """Return the adapter in `dtype`, and a note with the rounding error."""
+    """Return the adapter rounded to `dtype`, and a note with the rounding error."""
     if dtype is None:
         return adapter, []
     target = dtype_of(dtype)
     out = adapter.mapped(lambda t: t.to(target) if t.is_floating_point() else t)
     worst = max((relative_error(p, out.pairs[n]) for n, p in adapter.pairs.items()), default=0.0)
-    return out, [f"rounded to {dtype}: ΔW moves by up to {worst:.2g} of itself"] if worst else []
+    return out, [f"rounded to {dtype}: ΔW moves by up to {worst:.2g} of its norm"] if worst else []
 
 
-def _raise(refused: Refusals, to: str, source: Adapter) -> None:
+def _raise_refused(refused: Refusals, to: str, source: Adapter) -> None:
     """Raise one AdapterError with every refused module, grouped by reason.
 
-    If a reason applies to all modules, their names are left out."""
+    The names of the modules are left out if a reason applies to all modules."""
     if not refused:
         return
     lines = []
@@ -344,7 +349,7 @@ def _check_reachable(source: Adapter, tensors: Mapping[str, Tensor], to: str, fa
     owners = {n.rpartition(".")[0] if n in source.pairs and source.pairs[n].kind == "experts" else n for n in modules}
     if problems := unreachable(owners, tensors, to, family):
         raise AdapterError(
-            f"written as {to}, it would not be loaded completely; nothing was written:\n{bullets(problems, None)}"
+            f"as {to}, the adapter would not be loaded completely; nothing was written:\n{bullets(problems, None)}"
         )
 
 
@@ -360,15 +365,15 @@ def _as_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
     parts = {component_of(m) for m in modules}
     for module in modules:
         if len(parts) > 1:
-            refused["a PEFT folder is of one model, and this has several"].append(module)
+            refused["a PEFT folder holds an adapter for one model, but this adapter changes several"].append(module)
         elif component_of(module).startswith("text_encoder"):
-            refused["a PEFT folder does not say which text encoder it is of"].append(module)
+            refused["a PEFT folder does not say which text encoder it is for"].append(module)
     part = parts.pop()
     return adapter.renamed(lambda name: name.removeprefix(f"{part}.")) if part else adapter
 
 
 def _family(adapter: Adapter, name: str | None, to: str) -> Family:
-    """Return the family `name`, by default found from modules, widths and card."""
+    """Return the family `name`, or find the family from modules, widths and card."""
     supported = families()
     if name is not None:
         if name not in supported:
@@ -384,7 +389,7 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
     )
     choice = choose_family({m: _shape(adapter, m) for m in modules}, claim)
     if choice.family is None and choice.nearest:
-        raise AdapterError(choice.reasons[-1], fix=f"--family {choice.nearest[0]}, if it is that one")
+        raise AdapterError(choice.reasons[-1], fix=f"--family {choice.nearest[0]}, if the base is of this family")
     if choice.family is None:
         raise AdapterError("no known image model has any of these modules", where=", ".join(modules[:3]))
     return choice.family
@@ -421,7 +426,7 @@ def _for_pipelines(
         # Joined parts look like sd-scripts' split_qkv, where alpha refers to the rank of one part. Here alpha
         # refers to the whole rank.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
-    _raise(refused, to, source)
+    _raise_refused(refused, to, source)
     card = replace(source.card, kind=source.card.kind or "image")
     ranks = {p.rank for p in pairs}
     alphas = {alpha_of(p.scale, p.rank) for p in pairs}
@@ -437,9 +442,9 @@ def _for_pipelines(
 
 
 def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str, ModuleChanges]:
-    """Return the changes with each part of a block-diagonal fused pair at its own rank.
+    """Return the changes, with parts of fused pairs at their original ranks.
 
-    ΔW does not change; each part drops the rows of A that belong to other parts."""
+    ΔW does not change; each part of a block-diagonal pair drops the rows of A that belong to other parts."""
     parts = {p.module for targets in family.originals.values() for p in targets if p.part is not None}
     own = {m: changes.pair for m, changes in leaves.items() if m in parts and changes.pair is not None}
     return {**leaves, **{m: replace(leaves[m], pair=trimmed(pair)) for m, pair in own.items()}}

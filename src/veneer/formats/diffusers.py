@@ -1,18 +1,19 @@
-"""Write an adapter in diffusers' LoRA format, if diffusers' loader applies it correctly.
+"""Write an adapter in diffusers' LoRA format, if diffusers loads it correctly.
 
     key = component.name_in_its_class.lora_A.weight, .lora_B.weight, .lora_magnitude_vector, .lora_B.bias
     metadata["lora_adapter_metadata"] = {"unet.r": 16, "unet.lora_alpha": 8, "unet.alpha_pattern": {…}, …}
 
-The JSON holds ranks and scales, as PEFT's LoraConfig of each component, and is read by diffusers 0.34 and
-later. Older versions read only the tensors and use scale 1. What diffusers 0.42 does with other contents:
+The JSON contains ranks and scales in the form of PEFT's LoraConfig, for each component. diffusers 0.34 and
+later read this JSON; older versions read only the tensors and use scale 1. diffusers 0.42 treats other
+contents as follows:
 
 | content                                  | diffusers                                                                |
 | dora_scale, LoHa, LoKr, diff, diff_b, …  | dropped, with at most a warning; or an error                             |
-| DoRA of the outputs                      | right, if every module of the component has it (one switch: use_dora)    |
-| a change of the bias, with its pair's s  | right, if every module of the component has one (one switch: lora_bias)  |
+| DoRA of the outputs                      | correct if every module of the component has it (one switch: use_dora)   |
+| a change of the bias, with its pair's s  | correct if every module of the component has one (one switch: lora_bias) |
 | text_encoder_2 of FLUX.1, any T5         | dropped                                                                  |
 | a text encoder without attention pairs   | an error                                                                 |
-| FLUX.1's norm_q, norm_k, norm_added_…    | a whole new weight, by name                                              |
+| FLUX.1's norm_q, norm_k, norm_added_…    | loaded as full replacement weights, by name                              |
 
 Module names are diffusers' names, which are the canonical names.
 """
@@ -41,7 +42,7 @@ LOADABLE: dict[str, tuple[str, ...]] = {
     "sd3-large": ("transformer", "text_encoder", "text_encoder_2"),
     "flux1": ("transformer", "text_encoder"),
 }
-"""Family -> components into which its pipeline loads an adapter. For other families, only the transformer."""
+"""Family -> components into which its pipeline loads an adapter. All other families: only the transformer."""
 
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -52,9 +53,9 @@ _ELSEWHERE = "merge it into the base"
 def diffusers_tensors(
     by_module: Mapping[str, ModuleChanges], family: Family, refused: Refusals
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Return the tensors, and the PEFT settings by component.
+    """Return the tensors, and the PEFT settings of each component.
 
-    Changes that the format cannot hold are added to `refused`; the result is then partial."""
+    Changes that the format cannot hold are added to `refused`; the result is then incomplete."""
     parts: dict[str, dict[str, ModuleChanges]] = defaultdict(dict)
     tensors: dict[str, Tensor] = {}
     for module, changes in by_module.items():
@@ -95,9 +96,11 @@ def _is_expressible(by_module: Mapping[str, ModuleChanges], component: str, refu
         if changes.full:
             refused["diffusers drops full replacement weights; merge the adapter into the base"].append(module)
         if changes.pair is not None and changes.pair.kind not in ("linear", "conv"):
-            refused[f"diffusers loads no pair of {changes.pair.kind}; merge it into the base"].append(module)
+            refused[f"diffusers loads no pair of kind {changes.pair.kind}; merge it into the base"].append(module)
         if changes.pair is not None and changes.pair.magnitude is not None and changes.pair.magnitude.ndim > 1:
-            refused[f"PEFT and so diffusers know no magnitude of the inputs; {_ELSEWHERE}"].append(module)
+            refused[f"PEFT, and therefore diffusers, does not support a magnitude of the inputs; {_ELSEWHERE}"].append(
+                module
+            )
     pairs = {m: changes for m, changes in by_module.items() if changes.pair is not None}
     with_dora = {m for m, changes in pairs.items() if changes.pair is not None and changes.pair.magnitude is not None}
     if with_dora and with_dora != set(pairs):
@@ -128,9 +131,9 @@ def _component(
     names: all modules of the component, so that target_modules matches exactly the adapter's modules.
 
     transformers' CLIP text models no longer have the prefix `text_model.`, which adapter files still use;
-    diffusers removes the prefix if necessary. Unanchored settings without the prefix match both. A text
-    encoder's magnitude must be stored under its name in memory, with `.weight`; otherwise transformers
-    ignores it without a warning."""
+    diffusers removes the prefix if necessary. Rank and alpha patterns without the prefix, and without a
+    leading `^`, match both forms. A text encoder's magnitude must be stored with `.weight`, like the
+    parameter in the model; otherwise transformers ignores the magnitude without a warning."""
     lead = f"{component}.text_model." if component.startswith("text_encoder") else f"{component}."
     pairs: dict[str, Pair] = {}
     deltas: dict[str, Delta] = {}

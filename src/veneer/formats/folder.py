@@ -1,6 +1,6 @@
-"""An adapter's folder: file names of PEFT and mlx-lm, and the tensor file.
+"""Find the tensor file in an adapter's folder, by PEFT's and mlx-lm's file names.
 
-Does not import torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from veneer.files.safetensors import PICKLE_SUFFIXES
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_KEY = "veneer.adapter_config"
-"""Metadata key of the configuration in veneer's tensor files. With the configuration, the scale is known from
-the file alone."""
+"""Metadata key of PEFT's configuration in veneer's tensor files. With this key, the scale is known from the
+tensor file alone."""
 MLX_FILE = "adapters.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")
@@ -22,9 +22,10 @@ _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")
 def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
     """Return the path of a folder's tensor file; a file's path is returned unchanged.
 
-    With PEFT's configuration, the file has PEFT's or mlx-lm's name. Otherwise it is the only tensor file, or
-    the file with diffusers' or PEFT's name. Raises AdapterError if no tensor file exists, or if several exist
-    and none has such a name; UnsafeFileError for a pickle without `from_pickle`."""
+    If the folder contains PEFT's configuration, the tensor file is the one with PEFT's or mlx-lm's name.
+    Otherwise, it is the only tensor file, or the one with diffusers' or PEFT's name. Raises AdapterError if
+    no tensor file exists, or if several exist and none has such a name. Raises UnsafeFileError for a pickle
+    without `from_pickle`."""
     if not folder.is_dir():
         return folder
     if (folder / CONFIG_FILE).is_file():
@@ -39,7 +40,7 @@ def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
     raise AdapterError(
         f"the folder has {len(candidates)} adapter files: {names}" if candidates else "no adapter file in the folder",
         where=str(folder),
-        fix="give the file" if candidates else "a folder that training wrote, or a .safetensors file",
+        fix="give the file" if candidates else "give a folder that training wrote, or a .safetensors file",
     )
 
 

@@ -1,16 +1,16 @@
-"""Split a fused projection's change into row parts, and join parts, without changing ΔW.
+"""Split a fused projection's change into row parts, and join parts, keeping ΔW.
 
-    W = [W₀; W₁; …]      ΔW = s·B·A  ⇒  ΔWᵢ = s·Bᵢ·A          Bᵢ: rows of B, A the same tensor
-    back, A the same:    B = [B₀; B₁; …], the same rank
-    back, A different:   A = [A₀; A₁; …], B = diag(B₀, B₁, …), the ranks add up; an A of several parts counts once
+    split:              W = [W₀; W₁; …]      ΔW = s·B·A  ⇒  ΔWᵢ = s·Bᵢ·A      Bᵢ: rows of B, A the same tensor
+    join, A equal:      B = [B₀; B₁; …], the same rank
+    join, A different:  A = [A₀; A₁; …], B = diag(B₀, B₁, …), the ranks add up; an A that parts share counts once
 
 If the scales differ, s is the largest and Bᵢ becomes (sᵢ/s)·Bᵢ, computed in float64 and stored as float32, or
 as float64 if Bᵢ is float64. For 16-bit factors this is exact if sᵢ/s has at most 13 significant bits, like
 quotients of small powers of two; otherwise the result is correct to half a unit in the last place of float32.
 
-A LoHa is split and joined at its left factors in the same way. A LoKr is split by selecting rows of its
-product. A magnitude of the outputs is split with its rows; a magnitude of the inputs is a norm over all rows
-and cannot be split. This module works on pairs and deltas, and does not depend on module names.
+A LoHa is split and joined in the same way, at its left factors. A LoKr is split by selecting rows of its
+product. A magnitude of the outputs is split along with the rows. A magnitude of the inputs is a norm over all
+rows and cannot be split. This module works on pairs and deltas, and does not depend on module names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ T = TypeVar("T", bound=Pair | Delta)
 def split(item: T, parts: Sequence[RowRange]) -> list[T]:
     """Return the change of each part of the rows.
 
-    Every tensor is a view; A, and any other tensor that spans all rows, is shared.
+    Every tensor is a view. A, and any other tensor that applies to all rows, is shared by the parts.
 
     parts: (begin, end, total), in units of 1/total of the rows.
 
@@ -66,7 +66,7 @@ def swap_halves(item: T) -> T:
 
 
 def _swap_kronecker(delta: Delta) -> Delta:
-    """Return w1 ⊗ w2 with the halves of w1's rows swapped."""
+    """Return the LoKr w1 ⊗ w2 with the two halves of w1's rows swapped."""
     first = "w1" if "w1" in delta.parts else "a1"
     if delta.rows is not None or delta.parts[first].shape[0] % 2:
         raise AdapterError(
@@ -113,9 +113,9 @@ def _on_rows(item: Pair | Delta, select: Callable[[Tensor], Tensor]) -> Pair | D
 
 
 def _rows(item: Pair | Delta) -> int | None:
-    """Return the number of rows of the weight.
+    """Return the number of rows of the weight that `item` changes.
 
-    None for a gain on the inputs, which fits any number of rows."""
+    Return None for a gain on the inputs, which fits any number of rows."""
     if isinstance(item, Delta):
         value = item.parts.get("value")
         return item.shape[0] if item.form != "gain" else len(value) if value is not None and value.ndim == 1 else None
@@ -131,10 +131,10 @@ def _describe(item: Pair | Delta) -> str:
 
 
 def trimmed(pair: Pair) -> Pair:
-    """Return the pair without the ranks that B multiplies by zero, at least one rank.
+    """Return the pair without the ranks that B multiplies by zero.
 
-    ΔW and scale do not change. Restores the original rank of a part of a block-diagonal B (from `join_parts`,
-    or from sd-scripts' `split_qkv`)."""
+    At least one rank is kept. ΔW and scale do not change. If `pair` is one part of a block-diagonal pair
+    (from `join_parts`, or from sd-scripts' `split_qkv`), this restores the part's original rank."""
     if pair.kind not in ("linear", "conv") or pair.origin is not None:
         return pair
     used = pair.B.flatten(1).ne(0).any(0).nonzero().reshape(-1)
@@ -147,11 +147,11 @@ def trimmed(pair: Pair) -> Pair:
 def join_parts(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
     """Return one change of the fused projection, ΔW = [ΔW₀; ΔW₁; …].
 
-    parts: None is an unchanged part.
+    parts: the change of each part; None for an unchanged part.
     rows: the number of rows of each part, required if a part is None.
 
-    Raises AdapterError if no pair or delta can express the result: different forms, a magnitude on only some
-    parts or of the inputs, LoKr parts of different products."""
+    Raises AdapterError if no single pair or delta can express the result: different forms, a magnitude on
+    only some parts, a magnitude of the inputs, or LoKr parts of different products."""
     items = [p for p in parts if p is not None]
     if not items:
         raise ValueError("nothing to join")
@@ -160,7 +160,7 @@ def join_parts(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> 
         raise _not_joinable(items, "they are of different forms")
     sizes = [rows[i] if rows is not None else _rows(p) if p is not None else None for i, p in enumerate(parts)]
     if any(p is not None and _rows(p) not in (None, n) for p, n in zip(parts, sizes, strict=True)):
-        raise _not_joinable(items, f"their rows are not {sizes}")
+        raise _not_joinable(items, f"their numbers of rows are not {sizes}")
     magnitude = _joined_magnitude(parts)
     if isinstance(first, Delta):
         return cast(T, _join_deltas(first, cast("Sequence[Delta | None]", parts), sizes, magnitude))
@@ -200,7 +200,7 @@ def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magni
 def _blocks(blocks: Sequence[tuple[int, Tensor] | None], ranks: Sequence[int], sizes: Sequence[int | None]) -> Tensor:
     """Return the block-diagonal matrix (Σ sizes, Σ ranks, 1…).
 
-    Part i's block is in the part's rows and in the columns of its A; other entries are zero."""
+    The block of a part is in the rows of this part and in the columns of its A; other entries are zero."""
     some = [b[1] for b in blocks if b is not None]
     dtype = some[0].dtype
     for t in some:
@@ -268,17 +268,17 @@ def _join_deltas(
     return Delta("hadamard", joined, (total, *first.shape[1:]), scale, magnitude)
 
 
-def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None) -> Delta:
-    """Return adjacent row ranges of one LoKr product as one range.
+def _join_rows(have: Sequence[Delta], covers_all: bool, magnitude: Tensor | None) -> Delta:
+    """Return one LoKr delta for adjacent row ranges of the same product.
 
-    If the range covers all rows, the result has `rows=None`."""
+    If the ranges together cover all rows, the result has `rows=None`."""
     first = have[0]
     alike = all(
         p.scale == first.scale and p.whole == first.whole and p.parts.keys() == first.parts.keys() for p in have
     ) and all(_equal(p.parts[k], t) for p in have for k, t in first.parts.items())
     ranges = [p.rows or (0, p.shape[0]) for p in have]
-    if not alike or not all_there or any(a[1] != b[0] for a, b in pairwise(ranges)):
-        raise _not_joinable(have, "they are not neighbouring rows of one LoKr")
+    if not alike or not covers_all or any(a[1] != b[0] for a, b in pairwise(ranges)):
+        raise _not_joinable(have, "they are not adjacent rows of one LoKr")
     full_shape = first.whole or first.shape
     rows = (ranges[0][0], ranges[-1][1])
     if rows == (0, full_shape[0]):

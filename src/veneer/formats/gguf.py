@@ -1,14 +1,14 @@
 """Read and write llama.cpp's LoRA files: GGUF files of type `adapter`.
 
-    blk.0.attn_q.weight.lora_a (rank, in), .lora_b (out, rank)      scale = adapter.lora.alpha / rank; alpha 0: 1
-    token_embd.weight.lora_a (rows, rank), .lora_b (dim, rank)      an embedding's pair, its A transposed
+    blk.0.attn_q.weight.lora_a (rank, in), .lora_b (out, rank)      scale = adapter.lora.alpha / rank; 1 if alpha is 0
+    token_embd.weight.lora_a (rows, rank), .lora_b (dim, rank)      for embeddings, A is transposed
 
 For its rotary embedding, llama.cpp permutes the rows of Llama's q and k within each head of d rows: row 2i+s
 of the file is row s·d/2+i of Hugging Face's weight, s in {0, 1}. The rows of B are permuted too, and this
 module reverses the permutation. This requires the head size, which llama.cpp's converter does not write
-(veneer writes it as `<arch>.rope.dimension_count`). A file has a single alpha: if the pairs' alphas differ, B
-is scaled to compensate. The Llama (and Mistral), Qwen 2 and 3, and Gemma families are supported. Magnitudes,
-deltas and full weights are not supported, because llama.cpp does not apply them.
+(veneer writes it as `<arch>.rope.dimension_count`). A file has a single alpha: if the alphas of the pairs
+differ, B is scaled to compensate. The Llama (and Mistral), Qwen 2 and 3, and Gemma families are supported.
+Magnitudes, deltas and full weights are not supported, because llama.cpp does not apply them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MODULES = ["model.embed_tokens", "lm_head"] + [
 class GgufAdapter:
     """The contents of a GGUF adapter file.
 
-    `unused`: norms, which llama.cpp ignores. `fields`: the header's fields."""
+    `unused`: names of norm tensors, which llama.cpp ignores. `fields`: the fields of the header."""
 
     adapter: Adapter
     architecture: str
@@ -52,7 +52,7 @@ class GgufAdapter:
 
 
 def _names(architecture: str) -> dict[str, str]:
-    """Return module -> GGUF name for block 0, from the gguf package's table."""
+    """Return {module: GGUF name} for block 0, from the gguf package's table."""
     import gguf
 
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -81,7 +81,7 @@ def _is_permuted(module: str) -> bool:
 def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     """Return the adapter in a GGUF file, under Hugging Face names.
 
-    head_dim: the base's rows per head, for Llama's q and k if the file does not contain the head size.
+    head_dim: the base's head size, needed for Llama's q and k if the file does not contain the head size.
 
     Raises one AdapterError listing unpaired, misshapen or unknown tensors, another AdapterError for NaN or
     infinity, and all errors of `read_gguf_file`."""
@@ -117,7 +117,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
         elif key.endswith("_norm.weight"):
             unused.append(key)
         else:
-            problems.append(f"{key} {entry.shape}: not a matrix lora_a or lora_b of a module known here")
+            problems.append(f"{key} {entry.shape}: not a lora_a or lora_b matrix of a known module")
     check_finite({f"{m}.lora_{half}": t for m, two in halves.items() for half, t in two.items()}, where=where)
     pairs = {}
     for module, two in sorted(halves.items()):
@@ -136,7 +136,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
                 problems.append(f"{module}: its rows are in llama.cpp's order, and the file lacks the size of a head")
                 continue
             if head_dim % 2 or B.shape[0] % head_dim:
-                problems.append(f"{module}: {B.shape[0]:,} rows are no multiple of the head size {head_dim:,}")
+                problems.append(f"{module}: {B.shape[0]:,} rows are not a multiple of the head size {head_dim:,}")
                 continue
             B = B.reshape(-1, head_dim // 2, 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
         scale = scale_of(alpha, A.shape[0]) if alpha else 1.0
@@ -146,7 +146,7 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     if problems:
         heads = any("size of a head" in p for p in problems)
         problem = f"the GGUF adapter cannot be read as it is ({len(problems)} problem(s)):\n{bullets(problems)}"
-        raise AdapterError(problem, where=where, fix="give the base it was made for" if heads else None)
+        raise AdapterError(problem, where=where, fix="pass the base that the adapter was made for" if heads else None)
     extra = {"title": texts["general.name"]} if texts.get("general.name") else {}
     base_name = texts.get("general.base_model.0.repo_url") or texts.get("general.base_model.0.name", "")
     rank = Counter(p.rank for p in pairs.values()).most_common(1)[0][0]
@@ -159,12 +159,13 @@ def write_gguf(
 ) -> list[str]:
     """Write an adapter as a llama.cpp LoRA file, and return notes on changes.
 
-    The format is that of llama.cpp's convert_lora_to_gguf. Tensors keep float32, float16 and bfloat16; other
-    dtypes become float32. Raises one AdapterError listing everything that the format cannot hold: magnitudes,
-    deltas, full modules, token rows, other kinds of pairs, and modules without a GGUF name."""
+    The format is that of llama.cpp's convert_lora_to_gguf. float32, float16 and bfloat16 tensors keep their
+    dtype; other tensors are converted to float32. Raises one AdapterError listing everything that the format
+    cannot hold: magnitudes, deltas, full modules, token rows, other kinds of pairs, and modules without a
+    GGUF name."""
     if architecture not in GGUF_ARCHITECTURES:
         raise AdapterError(
-            f"no GGUF adapter for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"
+            f"cannot write GGUF for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"
         )
     names = _names(architecture)
     permuted, problems = GGUF_ARCHITECTURES[architecture], []
@@ -172,9 +173,9 @@ def write_gguf(
     for module, pair in pairs.items():
         want = "embedding" if module == "model.embed_tokens" else "linear"
         if _to_name(module, names) is None:
-            problems.append(f"{module}: GGUF has no name for it in {architecture}")
+            problems.append(f"{module}: GGUF has no name for this module in {architecture}")
         if pair.kind != want:
-            problems.append(f"{module}: a pair of {pair.kind}, A {tuple(pair.A.shape)}")
+            problems.append(f"{module}: a pair of kind {pair.kind}, A {tuple(pair.A.shape)}")
         elif pair.magnitude is not None:
             problems.append(f"{module}: DoRA's magnitude {tuple(pair.magnitude.shape)}")
         elif permuted and _is_permuted(module) and (not head_dim or head_dim % 2 or pair.B.shape[0] % head_dim):
@@ -183,8 +184,8 @@ def write_gguf(
     problems += [f"{m}: token rows" for m in sorted(adapter.token_rows)]
     problems += [f"{m}: a {d.form} change {tuple(d.shape)}" for m, d in sorted(adapter.deltas.items())]
     if problems or not pairs:
-        problem = f"llama.cpp's adapters have no place for:\n{bullets(problems or ['nothing at all'], None)}"
-        raise AdapterError(problem, where=str(path), fix="merge the adapter into the base, and convert that")
+        problem = f"llama.cpp's adapter format cannot hold:\n{bullets(problems or ['an adapter without pairs'], None)}"
+        raise AdapterError(problem, where=str(path), fix="merge the adapter into the base and convert the result")
     alphas = {module: alpha_of(pair.scale, pair.rank) for module, pair in pairs.items()}
     common = Counter(a for a in alphas.values() if a).most_common(1)
     alpha = float(torch.tensor(common[0][0] if common else 1.0, dtype=torch.float32))
@@ -194,10 +195,10 @@ def write_gguf(
         A, B = _storable(pair.A), _storable(pair.B)
         if alphas[module] != alpha:
             B = (B.double() * (alphas[module] / alpha)).float()
-            notes.append(f"{module}: its alpha {alphas[module]:g} went into B, the file's is {alpha:g}")
+            notes.append(f"{module}: alpha {alphas[module]:g} is folded into B, because the file's alpha is {alpha:g}")
         if permuted and _is_permuted(module):
             assert head_dim is not None
-            # from Hugging Face's order of rows to llama.cpp's
+            # Convert Hugging Face's row order to llama.cpp's.
             B = B.reshape(-1, 2, head_dim // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
         gguf_name = _to_name(module, names)
         tensors[f"{gguf_name}.weight.lora_a"] = A.t() if pair.kind == "embedding" else A

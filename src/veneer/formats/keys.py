@@ -1,10 +1,12 @@
-"""Parse tensor names: module and suffix, adapter name, and the tool's layout.
+"""Parse tensor names, and detect which tool wrote a file.
 
-    key = module text + suffix    `split_key`: all tools' suffixes, by role; leaves.py has their meaning
-    lora_A.NAME.weight            `check_one_adapter`: before saving, PEFT's keys have the adapter's name; a state
-                                  dict taken from a model has such keys, and can hold several adapters
-    layout                        `detect_format`: the tool, and why. For information only: a file with
-                                  names of several tools is read all the same
+    key = module text + suffix    `split_key`: the suffixes of all tools are listed in ROLES; module_tensors.py
+                                  documents them
+    lora_A.NAME.weight            `check_one_adapter`: PEFT removes the adapter's name from the keys when it
+                                  saves an adapter. A state dict taken from a model still has such keys and
+                                  can hold several adapters
+    layout                        `detect_format`: the tool, and the reasons for choosing it. For information
+                                  only: a file with names of several tools can be read too
 
 | format        | names                                                                                        |
 | xlabs         | ….processor.qkv_lora1.down.weight                                                            |
@@ -18,7 +20,7 @@
 | diffusers     | unet.… transformer.… text_encoder.… with lora_A; also without a prefix                       |
 | plain         | module names without a prefix, with lora_down                                                |
 
-Uses names only; needs no torch.
+Uses names only; does not need torch.
 """
 
 from __future__ import annotations
@@ -49,15 +51,15 @@ ROLES: dict[str, str] = {
     },
 }
 REFUSED: dict[str, str] = {
-    r"oft_blocks|oft_diag|oft_R(?:\.[^.]+)?(?:\.weight)?|rescale": "OFT (or BOFT), which turns the weight",
-    r"boft_R(?:\.[^.]+)?|boft_s(?:\.[^.]+)?": "BOFT, which turns the weight",
+    r"oft_blocks|oft_diag|oft_R(?:\.[^.]+)?(?:\.weight)?|rescale": "OFT (or BOFT), which rotates the weight",
+    r"boft_R(?:\.[^.]+)?|boft_s(?:\.[^.]+)?": "BOFT, which rotates the weight",
     r"[ab][12]\.weight|bm\.weight": "GLoRA: its change depends on the weight",
     r"[qp]_layer\.weight|lambda_layer": "T-LoRA: its rank depends on the timestep",
     r"ia3_l(?:\.[^.]+)?": "PEFT's (IA)³, which scales the bias too",
     r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
 }
 _ANY = "|".join(f"(?:{p})" for p in (*ROLES.values(), *REFUSED, "weight|scale"))
-# Matches the shortest module text before a complete suffix. One faulty converter joins module and suffix by
+# Matches the shortest module text before a complete suffix. One faulty converter joins module and suffix with
 # `_`, as in `_lora_down`.
 _KEY = re.compile(rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$))(?P<suffix>{_ANY})")
 
@@ -65,9 +67,9 @@ _KEY = re.compile(rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$))(?P
 def split_key(key: str) -> tuple[str, str] | None:
     """Return (module text, suffix) of a tensor's name, or None if the suffix is unknown.
 
-    The module text is returned as it is in the file: `x.processor.to_q_lora.down.weight` gives
-    `x.processor.to_q_lora` and `down.weight`; XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` gives
-    the text up to `qkv_lora1`."""
+    The module text is returned exactly as in the file: `x.processor.to_q_lora.down.weight` gives
+    `x.processor.to_q_lora` and `down.weight`; for XLabs' `double_blocks.0.processor.qkv_lora1.up.weight`, the
+    module text ends with `qkv_lora1`."""
     match = _KEY.fullmatch(key)
     return None if match is None else (match["module"], match["suffix"])
 
@@ -79,7 +81,7 @@ _NAMED = re.compile(
 
 
 def check_one_adapter(keys: Iterable[str], *, where: str = "") -> None:
-    """Raise AdapterError with all adapter names if the keys are those of several adapters."""
+    """Raise AdapterError, naming every adapter, if the keys belong to several adapters."""
     counts = Counter(match["name"] or "" for key in keys if (match := _NAMED.fullmatch(key)))
     if len(counts) > 1:
         listing = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(counts.items()))
@@ -101,24 +103,24 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     (
         "bfl-control",
         r"(double|single)_blocks\..*(lora_B\.bias|_norm\.scale)",
-        "BFL's names without a prefix, biases of B or scales of norms",
+        "BFL's names without a prefix, with biases of B or scales of norms",
     ),
     (
         "diffusers-old",
         r".*(\.processor\.|_lora\.(down|up)\.|\.lora\.(down|up)\.|\.lora_linear_layer\.).*",
-        "diffusers' names of before PEFT",
+        "diffusers' names from before PEFT",
     ),
     ("diffusers", r"(unet|transformer|text_encoder(_[23])?)\..*|.*\.lora_(A|B|magnitude_vector).*", "diffusers' names"),
     ("plain", r".*\.(lora_(down|up|mid)\.weight|alpha|dora_scale)", "module names without a prefix, with lora_down"),
 )
 _COMPILED = [(name, re.compile(pattern), why) for name, pattern, why in _RULES]
 FORMATS = (*(name for name, _, _ in _RULES), "gguf", "mlx", "tinker")
-# A file with any of these names has this format; its other names are plain names of another format.
+# A single name of one of these formats decides the format, even if most names match another format.
 _MARKS = {"bfl-control", "xlabs", "lycoris", "onetrainer"}
 
 
 def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Return the format, and the names with their counts that led to it.
+    """Return the detected format, and the reasons: each kind of name with its count.
 
     The format is "unknown" if no name matches."""
     keys = list(keys)
@@ -137,5 +139,5 @@ def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str
     if name in ("diffusers", "peft", "comfyui") and any(key.endswith(".alpha") for key in keys):
         reasons.append("an alpha for each module")
     if counts["unknown"]:
-        reasons.append(f"{counts['unknown']} of {len(keys)} tensors: no layout known here")
+        reasons.append(f"{counts['unknown']} of {len(keys)} tensors: unknown layout")
     return name, reasons

@@ -1,4 +1,4 @@
-"""Write kohya's and ComfyUI's files: original names with fused projections.
+"""Convert adapters to kohya's and ComfyUI's names and fused projections.
 
     canonical module  --(family.originals, inverted)-->  original module, rows joined, halves swapped  -->
     prefix + name
@@ -6,16 +6,16 @@
 | tool and family        | denoiser                                          | text encoders                     |
 | kohya: SD 1, SD 2      | lora_unet_ + diffusers' name, flat                | lora_te_                          |
 | kohya: SDXL            | lora_unet_ + sgm's name, flat                     | lora_te1_ (CLIP-L), lora_te2_ (G) |
-| kohya: SD 3            | lora_unet_ + original name, flat                  | the same, lora_te3_ (T5)          |
+| kohya: SD 3            | lora_unet_ + original name, flat                  | as SDXL, and lora_te3_ (T5)       |
 | kohya: FLUX.1          | lora_unet_ + BFL's name, flat                     | lora_te1_ (CLIP-L), lora_te3_ (T5)|
 | kohya: FLUX.2          | lora_unet_ + BFL's name, flat (musubi-tuner)      | none                              |
 | kohya: Qwen-, Z-Image  | lora_unet_ + diffusers' name, flat (musubi-tuner) | none                              |
-| both: parts of a LoKr  | lycoris_ + diffusers' name, flat                  | as above                          |
+| both: LoKr, not fused  | lycoris_ + diffusers' name, flat                  | as above                          |
 | ComfyUI: all           | diffusion_model. + original name                  | text_encoders.NAME.transformer. + |
 |                        |                                                   | transformers' name                |
 
-"flat" replaces each dot with _. ComfyUI's NAME is its own name for the encoder: clip_l, clip_g, clip_h,
-t5xxl. Uses names, rows and tensors; no files.
+"flat" means that each dot is replaced with _. ComfyUI's NAME is its own name for the encoder: clip_l, clip_g,
+clip_h, t5xxl. This module works on names, rows and tensors, not on files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def kohya_tensors(
 
     to: "kohya" or "comfyui".
 
-    Changes that the layout cannot hold are added to `refused`; the result is then partial."""
+    Changes that the layout cannot hold are added to `refused` and left out of the result."""
     named = _renamed_changes(by_module, family, to, refused)
     pairs = [changes.pair for changes, _ in named.values() if changes.pair is not None]
     tensors = _suffixed(named, family, to, refused)
@@ -57,12 +57,12 @@ def kohya_tensors(
 def _renamed_changes(
     by_module: Mapping[str, ModuleChanges], family: Family, to: str, refused: Refusals
 ) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
-    """Return name in layout `to` -> changes and their canonical modules.
+    """Return {name in layout `to`: (changes, canonical modules)}.
 
     to: "kohya" or "comfyui".
 
-    Modules without a name in this layout, or with changes that cannot be joined for their fused projection,
-    are added to `refused`."""
+    Adds to `refused` each module that has no name in this layout, and each module whose changes cannot be
+    joined into a fused projection."""
     out: dict[str, tuple[ModuleChanges, tuple[str, ...]]] = {}
     denoiser: dict[str, ModuleChanges] = {}
     for module, changes in by_module.items():
@@ -96,8 +96,8 @@ def _originals(
 ) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
     """Return the denoiser's changes by original module, joined for fused modules.
 
-    LoKr changes that cannot be joined stay separate, under LyCORIS' flat diffusers names, which ComfyUI maps
-    to rows of the original."""
+    LoKr changes that cannot be joined stay separate, under LyCORIS' flat diffusers names. ComfyUI maps these
+    names to rows of the original module."""
     owner: dict[str, str] = {}
     for name, targets in family.originals.items():
         for target in targets:
@@ -117,7 +117,7 @@ def _originals(
             if all(_is_lokr(part) for part in have.values()):
                 out |= {LYCORIS + flat(m.partition(".")[2]): (part, (m,)) for m, part in have.items()}
                 continue
-            refused[f"one projection of the original, {name}, but {error.what}"] += used
+            refused[f"fused into {name} in the original, but {error.what}"] += used
     return out
 
 
@@ -126,7 +126,7 @@ def _is_lokr(changes: ModuleChanges) -> bool:
 
 
 def _fused(parts: Sequence[ModuleChanges | None], targets: Sequence[ModuleTarget]) -> ModuleChanges:
-    """Return one change for a fused module, joined from the changes of its parts.
+    """Return the changes of a fused module, joined from the changes of its parts.
 
     An unchanged part becomes zero rows."""
     have = [p for p in parts if p is not None]
@@ -159,7 +159,7 @@ def _joined(items: Sequence[T | None], targets: Sequence[ModuleTarget]) -> T:
     if units is not None:
         rows = [units * (p.part[1] - p.part[0]) for p in targets if p.part is not None]
     elif any(i is None for i in items):
-        raise AdapterError("only some of its parts are changed, by a gain on the inputs")
+        raise AdapterError("only some of its parts are changed, and the change is a gain on the inputs")
     return join_parts(items, rows)
 
 
@@ -174,7 +174,7 @@ def _rows(item: Pair | Delta) -> int | None:
 def _suffixed(
     named: Mapping[str, tuple[ModuleChanges, tuple[str, ...]]], family: Family, to: str, refused: Refusals
 ) -> dict[str, Tensor]:
-    """Return the tensors of renamed changes.
+    """Return the tensors of the renamed changes, by tensor name.
 
     ComfyUI's layout is kohya's with PEFT's suffixes lora_A and lora_B."""
     out: dict[str, Tensor] = {}
@@ -182,7 +182,7 @@ def _suffixed(
         for reason in _unread(name, changes, family, to):
             refused[reason] += modules
         if to == "comfyui" and changes.pair is not None and changes.pair.kind == "embedding":
-            # ComfyUI adds up·down to the stored weight, but an embedding's pair changes its transpose.
+            # ComfyUI adds up·down to the stored weight, but an embedding's pair changes the transposed weight.
             changes = replace(changes, pair=Pair(changes.pair.B.t(), changes.pair.A.t(), changes.pair.scale))
         try:
             parts = write_module(changes)
@@ -200,7 +200,7 @@ _COMFY = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"
 
 
 def _unread(name: str, changes: ModuleChanges, family: Family, to: str) -> list[str]:
-    """Return messages for contents that readers of `to` ignore or misread."""
+    """Return a message for each kind of change that readers of `to` ignore or misread."""
     out = []
     if changes.full and (to == "kohya" or set(changes.full) != {"weight"}):
         out.append(
@@ -214,7 +214,7 @@ def _unread(name: str, changes: ModuleChanges, family: Family, to: str) -> list[
     if any(delta.form == "gain" for delta in changes.deltas.values()):
         out.append("ComfyUI does not support (IA)³; merge it into the base")
     if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
-        out.append("ComfyUI's patches reach parameters called weight, and this one is called scale")
+        out.append("ComfyUI patches only parameters named weight, and this one is named scale")
     return out
 
 
@@ -228,7 +228,7 @@ def _rank_notes(
     grown = [n for n, (changes, _) in named.items() if changes.pair is not None and changes.pair.rank > ranks[n]]
     if not grown:
         return []
-    return [f"{len(grown)} fused projections join parts with an A of their own: their ranks add up, and the file grows"]
+    return [f"{len(grown)} fused projections join parts with separate A: the ranks add up, and the file grows"]
 
 
 def _dora_notes(by_module: Mapping[str, ModuleChanges], to: str) -> list[str]:
@@ -239,6 +239,6 @@ def _dora_notes(by_module: Mapping[str, ModuleChanges], to: str) -> list[str]:
     if not count or to != "kohya":
         return []
     return [
-        f"{count} module(s) with DoRA: LyCORIS reads dora_scale as it is meant; A1111 and InvokeAI take it along the "
-        "inputs, Forge and ComfyUI divide one of the outputs by ‖W‖, diffusers drops it"
+        f"{count} module(s) with DoRA: LyCORIS reads dora_scale correctly; A1111 and InvokeAI apply it along the "
+        "inputs; Forge and ComfyUI divide a dora_scale of the outputs by ‖W‖; diffusers drops it"
     ]

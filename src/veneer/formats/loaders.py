@@ -1,4 +1,4 @@
-"""Check names by the rules of other tools' loaders.
+"""Check tensor names against the rules of other tools' loaders.
 
 A loader walks its model, forms a key from each module's name, and loads what it finds under the key. Most
 loaders silently drop other keys, so a name with a missing or extra level has no effect, even if veneer's own
@@ -11,9 +11,9 @@ reader accepts it.
 | kohya     | LoRANetwork.create_modules of sd-scripts and musubi-tuner  | lora_unet_, lora_te(1, 2, 3)_ + m, _ for . |
 | comfyui   | comfy/lora.py, model_lora_keys_unet and _clip              | diffusion_model.m, text_encoders.NAME.m    |
 
-m is the name in the tool's own class: a language model's unchanged; a denoiser's without the component, under
-the original names (kohya, ComfyUI) or those of diffusers' class. llama.cpp's names are in formats/gguf.py,
-from its own table. Uses names; no tensors.
+m is the module's name in the tool's own model class. For a language model, m is the canonical name. For a
+denoiser, m has no component prefix and is the original name (kohya, ComfyUI) or the name in diffusers' class.
+formats/gguf.py handles llama.cpp's names with a table of its own. Uses names; no tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PEFT_KEY = re.compile(
 
 
 def _class_names(modules: Iterable[str]) -> dict[str, str]:
-    """Return canonical name -> name within the model's own class, which PEFT uses.
+    """Map canonical names to the names within the model's own class, as PEFT expects.
 
     The component prefix is removed only if one image family has every module; under the same condition, the
     reader adds the prefix. (No language model has a module `unet`.)"""
@@ -51,7 +51,7 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
 
     Covers `keys` that match no module of the target's model, and canonical `modules` without a key.
 
-    family: the family, for targets of image models."""
+    family: the image family, required for the targets diffusers, kohya and comfyui."""
     loader = _LOADERS.get(to, to)
     if family is None:
         expected: Mapping[str, Collection[str]] = {
@@ -63,13 +63,13 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
         texts = {parts[0] if (parts := split_key(key)) else key for key in keys}
     reached = {module for text in texts for module in expected.get(text, ())}
     out = [f"{text}: {loader} reads no such module" for text in sorted(texts - set(expected))]
-    return out + [f"{module}: {loader} would find nothing for it" for module in sorted(set(modules) - reached)]
+    return out + [f"{module}: {loader} would find no tensors for it" for module in sorted(set(modules) - reached)]
 
 
 def _module_of(key: str, expected: Mapping[str, Collection[str]]) -> str:
     """Return the module of a PEFT key: the text before PEFT's suffix.
 
-    For a key of a full copy, the longest module name in `expected`."""
+    For a key of a full copy, return the longest prefix that is in `expected`."""
     match = _PEFT_KEY.fullmatch(key)
     if match is not None and (match["module"] in expected or not key.endswith(".bias")):
         return match["module"]
@@ -79,7 +79,7 @@ def _module_of(key: str, expected: Mapping[str, Collection[str]]) -> str:
 
 
 def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
-    """Return key text -> the canonical modules that tensors under this text change."""
+    """Return key -> the canonical modules that tensors with this key in their names change."""
     out: dict[str, list[str]] = defaultdict(list)
     for module in family.modules:
         component, _, name = module.partition(".")
@@ -95,6 +95,6 @@ def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
         for original, targets in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
             out[text] += [target.module for target in targets]
-            for target in targets if len(targets) > 1 else ():  # names for row parts (LyCORIS, ComfyUI)
+            for target in targets if len(targets) > 1 else ():  # LyCORIS and ComfyUI name each part of the rows
                 out[LYCORIS + flat(target.module.partition(".")[2])].append(target.module)
     return out

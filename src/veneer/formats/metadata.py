@@ -1,13 +1,13 @@
-"""Convert safetensors metadata of other tools to a card, and a card to metadata.
+"""Convert other tools' safetensors metadata to a card, and a card to metadata.
 
 Writes modelspec 1.0.1, the `ss_` keys that A1111, Forge and ComfyUI's managers read, and the card as JSON
 under `veneer.card`. `files.hashes.sealed` then adds the hashes. Equal cards give equal metadata: no timestamp
-is written unless the card has one. Values of `modelspec.` and `ss_` keys are texts; lists in them are
-separated by commas.
+is written unless the card has one. Values of `modelspec.` and `ss_` keys are strings; lists are
+comma-separated.
 
 Trigger words occur under many keys. Explicit trigger words come first. A tag that occurs in every caption, or
 the name of a data set's folder (`10_sks dog`), is a guess, and is used only if no explicit trigger words
-exist. This module works on texts, not tensors.
+exist. This module works on strings, not tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODELSPEC_ARCHITECTURES: dict[str, tuple[str, str, str]] = {
 The values of modelspec.architecture, modelspec.implementation and ss_base_model_version, as sd-scripts and
 musubi-tuner write them."""
 
-# Prefixes of lower-case text with only letters and digits; the first match wins.
+# (prefix, family). Metadata text is lowercased and reduced to letters and digits; the first match wins.
 _FAMILIES = [
     ("stablediffusionv1", "sd15"), ("sdv1", "sd15"), ("sd15", "sd15"), ("sd1", "sd15"),
     ("stablediffusionv2", "sd2"), ("sdv2", "sd2"), ("sd2", "sd2"), ("stablediffusionxl", "sdxl"), ("sdxl", "sdxl"),
@@ -49,8 +49,8 @@ _FAMILIES = [
     ("zimage", "z-image"),
 ]  # fmt: skip
 
-# Keys with explicit trigger words. Values are JSON lists or comma-separated texts.
-_SAID = (
+# Keys that contain explicit trigger words, as a JSON list or comma-separated.
+_TRIGGER_KEYS = (
     *("modelspec.trigger_phrase", "trained_words", "ss_trained_words", "trainedWords", "trigger_words", "trigger_word"),
     *("ss_trigger_words", "trigger_phrase", "ss_activation_tags", "activation text", "instance_prompt"),
 )
@@ -85,11 +85,11 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return trigger word or phrase -> the metadata key that contains it, best first.
+    """Return {trigger word or phrase: metadata key that contains it}, best first.
 
     The key of a guess ends in `?`."""
     out: dict[str, str] = {}
-    for key in _SAID:
+    for key in _TRIGGER_KEYS:
         for word in _words(metadata, key):
             out.setdefault(word, key)
     datasets = json_value(metadata, "ss_datasets")
@@ -108,7 +108,7 @@ def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
         properties = folders.get(folder)
         images = properties.get("img_count") if isinstance(properties, dict) else None
         if len(counts) == 1:
-            images = next(iter(counts.values()))  # ai-toolkit's {"1_word": {"word": 1}}, or no captions
+            images = next(iter(counts.values()))  # one tag: ai-toolkit's {"1_word": {"word": 1}}, or no captions
         for tag, n in counts.items():
             if images and n >= images and tag.strip():
                 out.setdefault(tag.strip(), "ss_tag_frequency" if len(counts) == 1 else "ss_tag_frequency?")
@@ -150,7 +150,7 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
     card.alpha = _number(metadata.get("ss_network_alpha", ""))
     words, card_values = trigger_words(metadata), json_value(metadata, "veneer.card")
     if isinstance(card_values, dict):  # a veneer card lists its trigger words, so do not guess
-        words = {word: key for word, key in words.items() if key in _SAID}
+        words = {word: key for word, key in words.items() if key in _TRIGGER_KEYS}
     sure = [w for w, key in words.items() if not key.endswith("?")]
     card.trigger_words = sure or list(words)
     card.recipe = {
@@ -178,7 +178,7 @@ def _text_unless_none(text: str) -> str:
 
 
 def _number(text: str) -> float:
-    """Return a finite positive number, or 0 for other texts such as `Dynamic` and `None`."""
+    """Return the text as a finite positive number; 0 for `Dynamic`, `None` etc."""
     try:
         value = float(text)
     except ValueError:
@@ -187,7 +187,7 @@ def _number(text: str) -> float:
 
 
 def _iso_time(text: str) -> str:
-    """Return seconds since 1970 as ISO 8601 in UTC."""
+    """Convert seconds since 1970 to an ISO 8601 time in UTC."""
     seconds = int(_number(text))
     return datetime.fromtimestamp(seconds, tz=UTC).isoformat() if seconds else ""
 
@@ -199,8 +199,8 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
 
     `card.extra` provides title, author, description, tags, usage_hint, thumbnail (a data URL),
     prediction_type, architecture, and `tag_frequency`, {folder: {tag: count}}. `card.created` provides the
-    date, in ISO 8601. Modelspec requires an architecture and is left out if neither the family
-    (MODELSPEC_ARCHITECTURES) nor the card has one. Rank 0 means that ranks differ."""
+    date, in ISO 8601. The modelspec keys require an architecture: they are left out if neither the family
+    (MODELSPEC_ARCHITECTURES) nor the card provides one. Rank 0 means that ranks differ between modules."""
     extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
     words = ", ".join(card.trigger_words)
     out = {"format": "pt", "ss_output_name": name}
@@ -265,7 +265,7 @@ def unpack_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         return {}
     flat = json_value(metadata, "lora_adapter_metadata")
     if not isinstance(flat, dict) or not all("." in key.strip(".") for key in flat):
-        raise AdapterError("lora_adapter_metadata is not a JSON object of component.setting", where="metadata")
+        raise AdapterError("lora_adapter_metadata is not a JSON object with component.setting keys", where="metadata")
     out: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, setting = key.partition(".")

@@ -10,14 +10,13 @@
 | lokr_w1 or _a·_b, lokr_w2 or _a·_b (lokr_t2)                       | LoKr, s = alpha/rank; 1 if both are full |
 | weight, on_input                                                   | (IA)³ gain                               |
 | diff, diff_b · w_norm, b_norm                                      | dense deltas of weight and bias          |
-| set_weight · scale, or only weight (a vector)                      | whole new weight                         |
-| dora_scale (out, 1…) or (1, in, 1…) · lora_magnitude_vector (out)  | magnitude of the pair, the LoHa, the LoKr|
+| set_weight · scale, or only weight (a vector)                      | full replacement weight                  |
+| dora_scale (out, 1…) or (1, in, 1…) · lora_magnitude_vector (out)  | magnitude of the pair, LoHa or LoKr      |
 
 Sources: files of sd-scripts, LyCORIS, PEFT, diffusers and ComfyUI. A LoHa or LoKr of a convolution can be
-stored flat; its shape is then (out, in·k·k) until `fitted` to the weight. LyCORIS ignores alpha if both
-factors of a LoKr are full. PEFT's LoKr files use alpha even then, which is stated in a configuration that
-this module does not read. This module works on one module's tensors, and does not depend on module names or
-files.
+stored flat: its shape is (out, in·k·k) until `fitted` reshapes it to the weight. If both factors of a LoKr
+are full, LyCORIS ignores alpha. PEFT uses alpha even then, but stores it in a configuration that this module
+does not read. This module works on one module's tensors, and does not depend on module names or files.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class ModuleChanges:
 
 
 def changes_by_module(adapter: Adapter) -> dict[str, ModuleChanges]:
-    """Return canonical module -> all changes of the module, sorted by name.
+    """Return {canonical module: all changes of the module}, sorted by name.
 
     Token rows belong to no module and are left out."""
     out: dict[str, ModuleChanges] = defaultdict(ModuleChanges)
@@ -69,10 +68,10 @@ def changes_by_module(adapter: Adapter) -> dict[str, ModuleChanges]:
 
 
 def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors with 8-bit floats converted to bfloat16, and a note.
+    """Convert tensors of 8-bit floats to bfloat16; return all tensors and a note.
 
-    bfloat16 represents every value of both 8-bit kinds exactly and supports arithmetic. Other tensors do not
-    change."""
+    bfloat16 represents every value of both 8-bit formats exactly and supports arithmetic. Other tensors do
+    not change."""
     narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
     out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
     message = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
@@ -86,8 +85,8 @@ def read_module(
 
     Tensors are not copied, except for a Tucker pair.
 
-    alpha: alpha from a configuration or a correction, which overrides the stored alpha. Without either, alpha
-        is the rank.
+    alpha: an alpha from a configuration or a correction, which overrides the alpha in the file. If both are
+        missing, alpha is the rank.
 
     Raises one AdapterError naming every tensor that is unknown, unpaired, misshapen or of an unsupported
     algorithm (OFT, BOFT, GLoRA, T-LoRA)."""
@@ -101,10 +100,10 @@ def read_module(
         refused = next((why for pattern, why in _REFUSE if pattern.fullmatch(suffix)), None)
         if role is None:
             reader.problems.append(
-                f"{suffix} {tuple(tensor.shape)}: {refused or 'not a tensor of any adapter known here'}"
+                f"{suffix} {tuple(tensor.shape)}: {refused or 'not a tensor of any known adapter type'}"
             )
         elif role in reader.have:
-            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: a second one of its kind")
+            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: a second tensor with the same role")
         elif not tensor.is_floating_point() and role not in _WHOLE_NUMBERS:
             reader.problems.append(f"{suffix} {tuple(tensor.shape)}: {tensor.dtype} is not a floating-point type")
         else:
@@ -113,13 +112,13 @@ def read_module(
     return reader.changes(alpha, where)
 
 
-_MOST = 1 << 29  # maximum elements of a weight created here, 4 times the largest known weight
+_MAX_ELEMENTS = 1 << 29  # maximum number of elements of a weight created here: 4 times the largest known weight
 _WHOLE_NUMBERS = {"alpha", "on_input", "bias_indices", "bias_size", "reshape_weight"}
 
 
 @dataclass
 class _Reader:
-    """Consumes tensors of `have` by role; tensors that remain are unknown."""
+    """Converter that takes tensors out of `have`; a tensor that remains is an error."""
 
     have: dict[str, Tensor]
     rslora: bool
@@ -155,7 +154,9 @@ class _Reader:
         changes.deltas[name] = delta
 
     def _pop_all(self, *roles: str) -> list[Tensor] | None:
-        """Remove and return all of these tensors; None, removing nothing, if any is missing."""
+        """Remove and return the tensors of these roles; return None if any is missing.
+
+        If any is missing, no tensor is removed."""
         if any(role not in self.have for role in roles):
             return None
         return [self.have.pop(role) for role in roles]
@@ -168,20 +169,20 @@ class _Reader:
                 return None
             alpha = float(stored)
         if alpha is not None and (not math.isfinite(alpha) or alpha == 0):
-            reason = "sd-scripts and LyCORIS take it for the rank, others for no effect" if alpha == 0 else "not finite"
+            reason = "sd-scripts and LyCORIS read 0 as the rank, others as no effect" if alpha == 0 else "not finite"
             self.problems.append(f"alpha = {alpha:g}: {reason}")
             return None
         return alpha
 
     def _scale(self, rank: int) -> float:
         if not 0 < rank <= MAX_RANK:
-            self.problems.append(f"a rank of {rank:,}: 1 to {MAX_RANK:,} are read")
+            self.problems.append(f"rank {rank:,}: only ranks from 1 to {MAX_RANK:,} are supported")
             return 1.0
         scale = scale_of(rank if self.alpha is None else self.alpha, rank, self.rslora)
         return scale * self._scalar()
 
     def _scalar(self) -> float:
-        """Remove LyCORIS' trained factor on ΔW and return it; 1.0 if missing.
+        """Remove and return LyCORIS' trained factor of ΔW, or return 1.0 if missing.
 
         Current versions of LyCORIS fold the factor into the weights; some older versions store it."""
         scalar = self.have.pop("scalar", None)
@@ -224,14 +225,14 @@ class _Reader:
         self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
 
     def _without_core(self, A: Tensor, mid: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and B of an equal convolution pair without the core: the core is merged into A.
+        """Return A and B of an equal convolution pair, with the core merged into A.
 
         A' = Σ_q mid[p,q,k…]·A[q,i], computed in float64, stored as float32."""
         rank = A.shape[0] if A.ndim else 0
         if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
             return A, B
-        if math.prod(mid.shape[2:]) * A.numel() > _MOST:
+        if math.prod(mid.shape[2:]) * A.numel() > _MAX_ELEMENTS:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: the product is too large")
             return A, B
         wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
@@ -240,12 +241,12 @@ class _Reader:
     def _sparse(self, changes: ModuleChanges, indices: Tensor, values: Tensor, size: Tensor) -> None:
         """Add s·(sparse matrix) to ΔW.
 
-        LyCORIS stores indices and sizes as int16, which wrap from 32,768 on."""
+        LyCORIS stores indices and sizes as int16, so values of 32,768 and more wrap around."""
         assert changes.pair is not None
         A, B = changes.pair.A, changes.pair.B
         shape = (B.shape[0], *A.shape[1:])
         flat = (shape[0], math.prod(shape[1:]))
-        if math.prod(flat) > _MOST:
+        if math.prod(flat) > _MAX_ELEMENTS:
             self.problems.append(f"bias_size {tuple(size.shape)} of a weight {flat}: too large")
             return
         wrap = (lambda t: t.long() & 0xFFFF) if indices.dtype == torch.int16 else (lambda t: t.long())
@@ -269,7 +270,7 @@ class _Reader:
         named = {"a1": a1, "b1": b1, "a2": a2, "b2": b2}
         shape: tuple[int, ...] = (a1.shape[0], b1.shape[1])
         if cores:
-            named |= {"a1": a1.t(), "a2": a2.t(), "t1": cores[0], "t2": cores[1]}  # with a core: stored (rank, out)
+            named |= {"a1": a1.t(), "a2": a2.t(), "t1": cores[0], "t2": cores[1]}  # with a core, a is (rank, out)
             shape = (a1.shape[1], b1.shape[1], *cores[0].shape[2:])
         self._change(changes, "weight", Delta("hadamard", named, shape, self._scale(b1.shape[0])))
 
@@ -285,7 +286,7 @@ class _Reader:
                 core = self.have.pop("lokr_t2", None) if n == "2" else None
                 a, b = product
                 if core is not None:
-                    a, named["t2"] = a.t() if a.ndim == 2 else a, core  # with a core: stored (rank, out)
+                    a, named["t2"] = a.t() if a.ndim == 2 else a, core  # with a core, a is (rank, out)
                 named |= {f"a{n}": a, f"b{n}": b}
                 ranks.append(b.shape[0] if b.ndim else 0)
         if len({name[1] for name in named}) < 2:
@@ -299,7 +300,7 @@ class _Reader:
             )
             return
         if self.alpha is not None and len(set(ranks)) > 1:
-            self.problems.append(f"LoKr factors of ranks {ranks[0]} and {ranks[1]}: alpha counts for one rank only")
+            self.problems.append(f"LoKr factors of ranks {ranks[0]} and {ranks[1]}: alpha applies to one rank only")
         first, second = named.get("w1"), named.get("w2")
         s1 = tuple(first.shape) if first is not None else (named["a1"].shape[0], named["b1"].shape[1])
         s2 = tuple(second.shape) if second is not None else (named["a2"].shape[0], named["b2"].shape[1])
@@ -328,7 +329,7 @@ class _Reader:
         if (value := self.have.pop("set_weight", None)) is not None:
             changes.full["weight"] = value
             if changes.pair is not None or "weight" in changes.deltas:
-                self.problems.append(f"a full replacement weight {tuple(value.shape)}, and a change of the old one")
+                self.problems.append(f"a full replacement weight {tuple(value.shape)}, and a change of the original")
 
     def _take_magnitude(self) -> Tensor | None:
         stored = [self.have.pop(role, None) for role in ("dora_scale", "magnitude of outputs")]
@@ -338,12 +339,12 @@ class _Reader:
         return scale if scale is not None else None if vector is None else vector.reshape(-1)
 
     def _decompose(self, changes: ModuleChanges, stored: Tensor) -> None:
-        """Assign the magnitude to the pair, the LoHa or the LoKr.
+        """Assign the magnitude to the pair, LoHa or LoKr.
 
-        The shape determines the axis: (out, 1…) or (1, in, 1…)."""
+        The shape of `stored` determines the axis: (out, 1…) or (1, in, 1…)."""
         delta = changes.deltas.get("weight")
         if changes.pair is not None and (delta is not None or changes.pair.kind == "embedding"):
-            self.problems.append(f"dora_scale {tuple(stored.shape)}: undefined with a second change")
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: undefined in combination with a second change")
         elif changes.pair is not None:
             shape = (changes.pair.B.shape[0], *changes.pair.A.shape[1:])
             changes.pair.magnitude = self._along(stored, shape)
@@ -352,7 +353,7 @@ class _Reader:
                 delta.shape = _unflattened(delta.shape, stored.shape[1])
             delta.magnitude = self._along(stored, delta.shape)
         else:
-            self.problems.append(f"dora_scale {tuple(stored.shape)}: without a change to scale")
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: there is no change that dora_scale applies to")
 
     def _along(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         if stored.ndim and stored.numel() == stored.shape[0] == shape[0]:
@@ -370,7 +371,7 @@ def _unflattened(flat: tuple[int, ...], width: int) -> tuple[int, ...]:
 
 
 def fitted(changes: ModuleChanges, shape: tuple[int, ...], *, where: str = "") -> ModuleChanges:
-    """Return the changes in the shape of the weight, without arithmetic.
+    """Reshape the changes to the shape of the weight, without changing values.
 
     Converts a 1×1 convolution's pair to a linear pair and vice versa, and reshapes a LoHa or LoKr that was
     stored flat. Raises AdapterError if the sizes do not fit."""
@@ -395,7 +396,7 @@ def fitted(changes: ModuleChanges, shape: tuple[int, ...], *, where: str = "") -
             or delta.rows
             or (m is not None and m.ndim > 1 and m.numel() != shape[1])
         ):
-            raise AdapterError(f"the change is of a weight {delta.shape}, the base's is {shape}", where=where or None)
+            raise AdapterError(f"the change is for a weight {delta.shape}, the base's is {shape}", where=where or None)
         m = m if m is None or m.ndim == 1 else m.reshape(1, -1, *[1] * (len(shape) - 2))
         parts = {"value": delta.parts["value"].reshape(shape)} if delta.form == "dense" else delta.parts
         deltas["weight"] = replace(delta, shape=tuple(shape), magnitude=m, parts=parts)
@@ -408,11 +409,11 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def write_module(changes: ModuleChanges) -> dict[str, Tensor]:
-    """Return a module's tensors by suffix, in kohya's and LyCORIS' names.
+    """Return a module's tensors by suffix, under kohya's and LyCORIS' names.
 
     `read_module` reads the tensors back with the same effect. Scales are exact: alpha is stored as float32 if
-    float32 represents it exactly, else as float64. For changes without alpha (a dense delta, a LoKr of two
-    whole factors), the scale is multiplied into the tensors in float32.
+    float32 represents it exactly, else as float64. For changes without alpha (a dense delta, a LoKr with two
+    full factors), the scale is multiplied into the tensors in float32.
 
     Raises AdapterError listing the changes that have no tensor names."""
     out: dict[str, Tensor] = {}
@@ -427,13 +428,13 @@ def write_module(changes: ModuleChanges) -> dict[str, Tensor]:
         else:
             problems.append(f"a full replacement {name} {tuple(value.shape)}")
     if problems:
-        raise AdapterError(f"the kohya naming has no tensors for:\n{bullets(problems, None)}")
+        raise AdapterError(f"kohya's naming has no tensors for:\n{bullets(problems, None)}")
     return out
 
 
 def _write_pair(pair: Pair, out: dict[str, Tensor], problems: list[str]) -> None:
     if pair.kind in ("experts", "embedding"):
-        problems.append(f"a pair of {pair.kind}, A {tuple(pair.A.shape)}")
+        problems.append(f"a pair of kind {pair.kind}, A {tuple(pair.A.shape)}")
         return
     out["lora_down.weight"], out["lora_up.weight"] = pair.A, pair.B
     out["alpha"] = _number(alpha_of(pair.scale, pair.rank))
@@ -444,7 +445,7 @@ def _write_pair(pair: Pair, out: dict[str, Tensor], problems: list[str]) -> None
 def _write_delta(name: str, delta: Delta, changes: ModuleChanges, out: dict[str, Tensor], problems: list[str]) -> None:
     label = f"a {delta.form} change of the {name} {tuple(delta.shape)}"
     if delta.rows is not None:
-        problems.append(f"{label}, of which only rows {delta.rows[0]} to {delta.rows[1]} count")
+        problems.append(f"{label}, limited to rows {delta.rows[0]} to {delta.rows[1]}")
     elif delta.form == "dense":
         if name == "weight" and changes.pair is not None:
             problems.append(f"{label} with a pair")

@@ -1,18 +1,18 @@
 """Convert mixture-of-experts layouts to PEFT's names and to fused expert weights.
 
-| layout, of a module X = ….experts                                         | written by                              |
+| layout of a module X = ….experts                                          | written by                              |
 | X.N.gate_proj.lora_A (r, in), X.N.gate_proj.lora_B (out, r)               | transformers 4, Megatron, Tinker        |
 | X.gate_proj.lora_A (E or 1, r, in), X.gate_proj.lora_B (E or 1, out, r)   | Megatron Bridge, Tinker                 |
-| X.gate_proj.lora_A (1, r, in) with X.N.gate_proj.lora_B (out, r)          | Megatron Bridge's shared outer          |
+| X.gate_proj.lora_A (1, r, in) with X.N.gate_proj.lora_B (out, r)          | Megatron Bridge ("shared outer")        |
 
 In Mixtral, gate_proj, up_proj and down_proj are called w1, w3 and w2. On a base with fused experts,
 
-    gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up), or one A where the two share it
+    gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up); a single A if both are equal
 
 gpt-oss interleaves the rows as gate_0, up_0, gate_1, up_1, …; its module has `is_concatenated = False`. If
-all scales of an adapter are equal, no value is rounded. A base's files often store single experts although
-its model fuses the experts; to merge into such files, `as_stored` splits fused pairs again. This module works
-on names, pairs and a base's structure, and does not access files.
+all scales of an adapter are equal, no value is rounded. A base's files often store experts separately
+although its model fuses the experts; to merge into such files, `as_stored` splits fused pairs again. This
+module works on names, pairs and a base's structure, and does not access files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         problems.append(f"experts packed in three dimensions: {error.what}")
     count = len(set(tensors) - set(out))
     layout = "experts packed in three dimensions"
-    notes = [f"{count} tensors in the layout of {layout}, read as a pair for each expert"] if count else []
+    notes = [f"{count} tensors store {layout}; they are read as one pair per expert"] if count else []
     return out, notes, problems
 
 
@@ -104,11 +104,9 @@ def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], l
             del out[name]
         out |= {f"{module}.{parameter}": pair for parameter, pair in fused.items()}
     unfused = sum(bool(_ONE.fullmatch(name)) for name in out) if not base.kinds else 0
-    notes = [f"{counted(count, 'pair')} of single experts read onto fused expert weights"] if count else []
+    notes = [f"{counted(count, 'pair')} of single experts converted to fused expert weights"] if count else []
     if unfused:
-        notes.append(
-            f"{counted(unfused, 'pair')} of single experts: on a base that fuses its experts they are fused in reading"
-        )
+        notes.append(f"{counted(unfused, 'pair')} of single experts: they are fused if the base fuses its experts")
     return out, notes, problems
 
 
@@ -119,7 +117,7 @@ def _module(
     if dora := [
         projection for projection, pairs in projections.items() if any(p.magnitude is not None for p in pairs.values())
     ]:
-        raise AdapterError(f"DoRA on single experts ({', '.join(dora)}): fused expert weights have none")
+        raise AdapterError(f"DoRA on single experts ({', '.join(dora)}): fused expert weights do not support DoRA")
     out: dict[str, Pair] = {}
     sources = {projection: [projection] for projection in projections if projection in parameters}
     if "gate_up_proj" in parameters and (halves := [h for h in ("gate_proj", "up_proj") if h in projections]):
@@ -127,13 +125,13 @@ def _module(
             raise AdapterError(f"pairs for gate_up_proj and for {' and '.join(halves)} at once")
         sources["gate_up_proj"] = ["gate_proj", "up_proj"]
     if homeless := sorted(set(projections) - {projection for names in sources.values() for projection in names}):
-        raise AdapterError(f"the base has {', '.join(parameters)}, and no place for {', '.join(homeless)}")
+        raise AdapterError(f"the base has {', '.join(parameters)}, but no parameter for {', '.join(homeless)}")
     for parameter, parts in sources.items():
         stored = base.shapes.get(f"{module}.{parameter}")
         indices = {i for projection in parts for i in projections.get(projection, {})}
         experts = stored[0] if stored else max(indices) + 1
         if max(indices) >= experts or (stored is None and len(indices) < experts):
-            raise AdapterError(f"pairs of experts {min(indices)} to {max(indices)}, and there are {experts} experts")
+            raise AdapterError(f"pairs of experts {min(indices)} to {max(indices)}, but there are {experts} experts")
         experts_parts = [[projections.get(projection, {}).get(e) for projection in parts] for e in range(experts)]
         pair = _stacked(experts_parts, interleaved=module in base.interleaved and len(parts) > 1)
         if stored is not None and _is_reversed(module, parameters, base):
@@ -149,14 +147,15 @@ _TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
 def as_stored(
     pairs: Mapping[str, Pair], find: Callable[[str], str | None], model_types: Collection[str]
 ) -> dict[str, Pair]:
-    """Return the pairs in the layout of a base's files, with equal changes.
+    """Return equivalent pairs in the layout of a base's files.
 
     find: parameter name -> the stored name, or None.
-    model_types: the model types of the base's configuration and of its text model's.
+    model_types: the model types of the base and of its text model.
 
-    If the files store single experts, a pair of a fused expert parameter becomes one linear pair per expert:
-    gate_up_proj[e] = [gate_e; up_e]. A router in Mixtral's layout gets the name used in the files. Other
-    pairs do not change. Raises AdapterError if the files have more experts than a pair."""
+    If the files store experts separately, the pair of a fused expert parameter is split into linear pairs,
+    one per expert and projection: gate_up_proj[e] = [gate_e; up_e]. A router in Mixtral's layout gets the
+    name used in the files. Other pairs do not change. Raises AdapterError if the files have more experts than
+    a pair."""
     out: dict[str, Pair] = {}
     for name, pair in pairs.items():
         old = name.replace(".mlp.", ".block_sparse_moe.")
@@ -172,9 +171,9 @@ def as_stored(
 
 
 def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str, Pair]:
-    """Return one linear pair per stored expert, split from a fused pair.
+    """Split a fused pair into linear pairs, one per expert and projection of the files.
 
-    {} if the files do not store single experts."""
+    Returns {} if the files do not store experts separately."""
     module, _, parameter = name.rpartition(".")
     projections = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
     for names in (
@@ -186,7 +185,7 @@ def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> 
             continue
         start = first.removesuffix(f"0.{names[0]}.weight")
         if find(f"{start}{len(pair.A)}.{names[0]}.weight") is not None:
-            raise AdapterError(f"{name}: a pair of {len(pair.A)} experts, and the base has more")
+            raise AdapterError(f"{name}: a pair of {len(pair.A)} experts, but the base has more")
         halves = pair.B.chunk(len(names), dim=1)
         return {
             f"{start}{e}.{projection}": Pair(pair.A[e], half[e], pair.scale)
@@ -199,7 +198,7 @@ def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> 
 def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:
     """Return one fused pair, joined from the pairs of single experts.
 
-    experts_parts: for each expert, the pair of each row part, or None for an unchanged part."""
+    experts_parts: for each expert, one pair per part of the rows, or None for an unchanged part."""
     have = [p for pairs in experts_parts for p in pairs if p is not None]
     scale = max((p.scale for p in have), key=abs)
     folded = any(p.scale != scale for p in have)
@@ -210,7 +209,7 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
         dtype = torch.float32
     sizes = {(p.B.shape[0], p.A.shape[1]) for p in have}
     if len(sizes) > 1:
-        raise AdapterError(f"pairs of unlike shapes (out, in): {', '.join(map(str, sorted(sizes)))}")
+        raise AdapterError(f"pairs of different shapes (out, in): {', '.join(map(str, sorted(sizes)))}")
     (rows, into), parts = sizes.pop(), len(experts_parts[0])
     shared = parts > 1 and all(_share(pairs) for pairs in experts_parts)
     ranks = [[p.rank if p is not None else 0 for p in pairs] for pairs in experts_parts]
@@ -230,16 +229,16 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
 
 
 def _share(pairs: Sequence[Pair | None]) -> bool:
-    """Return whether all parts are changed and use the same A."""
+    """Return whether every part has a pair and all these pairs have the same A."""
     As = [p.A for p in pairs if p is not None]
     return len(As) == len(pairs) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])
 
 
 def _is_reversed(module: str, parameters: Sequence[str], base: Structure) -> bool:
-    """Return whether the base stores (experts, in, out) without `is_transposed`, like Llama 4.
+    """Return whether the base stores (experts, in, out) without `is_transposed`.
 
-    Detected by the widths of gate_up_proj and down_proj: (2·inner, hidden) and (hidden, inner), or the
-    reverse."""
+    Llama 4 does. Detected by the widths of gate_up_proj and down_proj: (2·inner, hidden) and (hidden, inner),
+    or the reverse."""
     if module in base.transposed or not {"gate_up_proj", "down_proj"} <= set(parameters):
         return False
     _, a, b = base.shapes[f"{module}.gate_up_proj"]

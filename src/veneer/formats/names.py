@@ -2,15 +2,15 @@
 
 | text                                                             | table                                             |
 | unet.… transformer.… text_encoder(_2, _3).…                      | canonical names                                   |
-| (model.)diffusion_model.… and no prefix                          | the denoiser's own names and its original ones    |
+| (model.)diffusion_model.… and no prefix                          | the denoiser's diffusers names and original names |
 | text_encoders.clip_l/clip_g/clip_h/t5xxl.transformer.…           | the text encoders, by ComfyUI's names             |
-| lora_unet_… lora_unet__… lora_transformer_… lycoris_…            | the denoiser's names of both kinds, flattened     |
+| lora_unet_… lora_unet__… lora_transformer_… lycoris_…            | both kinds of the denoiser's names, flattened     |
 | double_blocks.0.img_attn.qkv.0 (OneTrainer's split)              | part 0 of the fused original                      |
 | lora_te_… lora_te1_… lora_te2_… lora_te3_…                       | the text encoders' names, flattened               |
-| base_model.model. before any dotted name                         | the same                                          |
-| ….attn1.processor.to_q_lora, ….self_attn.to_out_lora             | aliases, of diffusers before PEFT                 |
-| double_blocks.0.processor.qkv_lora1 …                            | aliases, of XLabs                                 |
-| single_blocks.0.linear1_qkv                                      | an alias of FLUX.1, of ComfyUI (USO)              |
+| base_model.model. before any dotted name                         | the same table as without this prefix             |
+| ….attn1.processor.to_q_lora, ….self_attn.to_out_lora             | aliases, from diffusers before PEFT               |
+| double_blocks.0.processor.qkv_lora1 …                            | aliases, from XLabs                               |
+| single_blocks.0.linear1_qkv                                      | an alias for FLUX.1, from ComfyUI (USO)           |
 
 For FLUX.1's T5, kohya uses lora_te3_ and OneTrainer lora_te2_. A `_` is never converted to a `.`, because
 flattening is not invertible. Uses names; no tensors.
@@ -39,13 +39,13 @@ _XLABS = {
 
 
 def _all() -> Mapping[str, Family]:
-    """Return the families, and similar models that a file is never assigned to."""
+    """Return all families, and similar models that files are never assigned to."""
     return {**families(), **other_models()}
 
 
 @cache
 def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
-    """Return module text, without the prefixes that `lookup` removes -> its targets."""
+    """Return {module text: targets}, without the prefixes that `lookup` removes."""
     family = _all()[name]
     out: dict[str, tuple[ModuleTarget, ...]] = {}
     denoiser = family.denoiser
@@ -108,7 +108,7 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModuleTarget, ...]]]:
             i += 1
     i = 0
     while (targets := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
-        # These pairs cover the rows of q, k and v, but not those of the feed-forward layer.
+        # These targets cover the rows of q, k and v, but not the rows of the feed-forward layer.
         qkv = tuple(ModuleTarget(target.module, (n, n + 1, 3)) for n, target in enumerate(targets[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
         yield f"single_blocks.{i}.linear1_qkv", qkv
@@ -146,7 +146,9 @@ def _transformers() -> frozenset[str]:
 
 
 def closest_name(family: Family | None, text: str) -> str | None:
-    """Return the known text with the longest common prefix, or None if shorter than 8 letters."""
+    """Return the known module text that shares the longest prefix with `text`.
+
+    Returns None if the shared prefix is shorter than 8 characters."""
     if family is None:
         return None
     text = text.removeprefix("base_model.model.")
@@ -172,11 +174,11 @@ _Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class FamilyChoice:
-    """The chosen family, the number of names in its tables, and the reasons.
+    """The chosen family, how many names its tables contain, and the reasons.
 
-    `nearest`: if no family is chosen, the families with these names, for messages. `fitting`: the families
-    with matching widths and depth. If all of them map the names to the same modules, the names can still be
-    read."""
+    `nearest`: if no family is chosen, the candidate families, for messages. `fitting`: the families whose
+    widths and depth match. If all fitting families map the names to the same modules, the file can be read
+    even though no family is chosen."""
 
     family: Family | None
     covered: int
@@ -205,7 +207,7 @@ _HIDDEN_INPUTS = re.compile(
     r"^transformer\..*(blocks|layers|refiner)\.\d+\.((attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)|"
     r"ff(_context)?\.net\.0\.proj|feed_forward\.w[13])$"
 )
-"""Matches modules that take a transformer's hidden states as input."""
+"""Pattern of the modules whose input is a transformer's hidden states."""
 _TOY = 512
 """Minimum width of a real model; smaller widths indicate a toy model."""
 
@@ -226,10 +228,10 @@ def choose_family(
     target_family: the family of the target base.
 
     A family is chosen only if it has at least half of the names and no known width or depth contradicts it.
-    If several families have the names, the choice is the only one with matching shapes and depth, else the
-    family in the metadata, else the base's family. If none of these decides, no family is chosen and the
-    result lists the nearest families. A toy model, with widths that no real model has, is assigned to the
-    family of which it has the largest share of modules, or to the more common family."""
+    If several families have the names, the first of these criteria that leaves a single family decides:
+    matching shapes and depth, the metadata, the base. Otherwise no family is chosen, and the result lists the
+    nearest families. A toy model (its widths are smaller than any real model's) is assigned to the family
+    with the largest share of its modules in the file, else to the more common family."""
     matches = {
         name: {text: targets for text in shapes if (targets := lookup(family, text)) is not None}
         for name, family in _all().items()
@@ -237,7 +239,7 @@ def choose_family(
     most = max(len(f) for f in matches.values())
     if not most:
         return FamilyChoice(
-            None, 0, (f"unknown family, of these shapes: {_shapes_text(shapes)}",) if has_image_names(shapes) else ()
+            None, 0, (f"unknown family; shapes: {_shapes_text(shapes)}",) if has_image_names(shapes) else ()
         )
     tied = [name for name, f in matches.items() if len(f) == most]
     kinds = {_kind(text.removeprefix("base_model.model.")) for text in shapes}
@@ -252,15 +254,15 @@ def choose_family(
         possible = [n for n in selected if _fits(n, matches[n], {}, dict.fromkeys(shapes))]
     if len(selected) + len(alternatives) > 1 or not possible:
         fit = [n for n in possible if _depth(_all()[n], matches[n].values())]
-        reasons = [f"{most} of {len(shapes)} module names are known to {', '.join([*selected, *alternatives])} alike"]
+        reasons = [f"{most} of {len(shapes)} module names match each of {', '.join([*selected, *alternatives])}"]
         coverage = {n: _share(_all()[n], matches[n].values()) for n in selected}
         fullest = [n for n in fit if toy and coverage[n] == max(coverage[f] for f in fit) >= 0.5]
         for why, keep in (
             ("by its shapes and depth", fit),
             ("by its metadata", _claimed(fit or possible, claim)),
             ("by its base", [n for n in fit or possible if n == target_family]),
-            ("a toy, by its share of the like modules", fullest),
-            ("a toy, and the more common", (fullest or fit or possible)[:1] if toy else []),
+            ("toy model, by its share of the modules", fullest),
+            ("toy model, the more common family", (fullest or fit or possible)[:1] if toy else []),
         ):
             if len(keep) == 1 and keep[0] in families():
                 selected = keep
@@ -268,18 +270,18 @@ def choose_family(
                 break
         else:
             candidates = tuple(fit or possible or selected)
-            message = f"unknown family, of these shapes: {_shapes_text(shapes)}; near: " + ", ".join(candidates)
+            message = f"unknown family; shapes: {_shapes_text(shapes)}; near: " + ", ".join(candidates)
             return FamilyChoice(None, most, (*reasons, message), candidates, tuple(fit or possible))
     family = _all()[selected[0]]
     if claim and claim != family.name and not family.name.startswith(f"{claim}-"):
-        reasons.append(f"the metadata says {claim}, the tensors do not")
+        reasons.append(f"the metadata says {claim}, but the tensors do not match it")
     return FamilyChoice(family, most, tuple(reasons))
 
 
 def _claimed(names: Sequence[str], claim: str | None) -> list[str]:
-    """Return the families that the metadata can mean.
+    """Return the families that the claim in the metadata can mean.
 
-    Metadata of SD3.5 Large can also name SD3."""
+    A claim of SD3 can also mean SD3.5 Large."""
     return [n for n in names if n == claim] or [n for n in names if claim == "sd3" and n == "sd3-large"]
 
 
@@ -304,7 +306,7 @@ def has_image_names(texts: Iterable[str]) -> bool:
 
 
 def _shapes_text(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
-    """Return kinds of names with their counts and a weight shape, as text for messages."""
+    """Summarize the names for messages: each kind with its count and a weight shape."""
     by: dict[str, list[_Shape | None]] = defaultdict(list)
     for text, shape in shapes.items():
         by[_kind(text)].append(shape)
@@ -312,13 +314,13 @@ def _shapes_text(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
         f"{len(shapes_of_kind)} {kind} {next((s for s in shapes_of_kind if s), '')}".strip()
         for kind, shapes_of_kind in sorted(by.items())
     ]
-    return ", ".join(counts[:most]) + (f" and {len(counts) - most} kinds more" if len(counts) > most else "")
+    return ", ".join(counts[:most]) + (f" and {len(counts) - most} more kinds" if len(counts) > most else "")
 
 
 def _share(family: Family, matches: Collection[tuple[ModuleTarget, ...]]) -> float:
-    """Return the share of the family's modules in the file, counting only kinds in the file.
+    """Return the share of the family's modules that the file has.
 
-    A kind is a name without block numbers."""
+    Counts only kinds that occur in the file. A kind is a name without block numbers."""
     have = {target.module for targets in matches for target in targets}
     kinds = {_kind(module) for module in have}
     return len(have) / sum(_kind(module) in kinds for module in family.modules)
@@ -330,15 +332,15 @@ def _fits(
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
-    """Return whether the family has half of the names and its shapes and depth fit.
+    """Return whether the family has half of the names and fits the shapes and depth.
 
-    wide: the subset of `shapes` to compare widths with."""
+    wide: the subset of `shapes` whose widths are compared."""
     if 2 * len(matches) < len(shapes) or _has_extra_block(name, matches, shapes):
         return False
     width_checks = [_width(name, targets[0].module, wide.get(text)) for text, targets in matches.items()]
     widths = [ok for ok in width_checks if ok is not None]
     ratios = [ok for text, shape in shapes.items() if (ok := _ratio(name, text, shape)) is not None]
-    is_complete = all(_is_thirds(targets, wide.get(text)) for text, targets in matches.items())
+    is_complete = all(_has_equal_thirds(targets, wide.get(text)) for text, targets in matches.items())
     return is_complete and all(widths) and (not ratios or any(ratios))
 
 
@@ -353,11 +355,11 @@ def _has_extra_block(name: str, matches: Mapping[str, tuple[ModuleTarget, ...]],
     )
 
 
-def _is_thirds(targets: Sequence[ModuleTarget], shape: _Shape | None) -> bool:
-    """Return whether a fused q, k and v has three times as many outputs as inputs.
+def _has_equal_thirds(targets: Sequence[ModuleTarget], shape: _Shape | None) -> bool:
+    """Return whether a fused qkv projection has three times as many outputs as inputs.
 
-    True in every family in this module. Lumina 2 has fewer key and value heads, so its rows are not equal
-    thirds."""
+    This holds for every family in this module. Lumina 2 has fewer key and value heads, so its fused rows are
+    not three equal parts."""
     fused = [target.part for target in targets if target.part is not None and target.part[2] == 3]
     return len(fused) < 3 or shape is None or shape[0] == 3 * shape[1]
 
@@ -379,20 +381,20 @@ _PROPORTIONS = {
     "flux1": {"linear1": (7, 1), "linear2": (1, 5), "mlp.0": (4, 1), "mlp.2": (1, 4)},
     "flux2": {"linear1": (9, 1), "linear2": (1, 4), "mlp.0": (6, 1), "mlp.2": (1, 3)},
 }
-"""out : in ratios of the modules that have BFL's names in both families."""
+"""Output-to-input ratios of the modules that have BFL's names in both families."""
 
 
 def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
-    """Return whether a weight has the family's out : in ratio; None if unknown."""
+    """Return whether a weight has the family's output-to-input ratio; None if unknown."""
     match = re.search(r"(linear[12]|mlp[._][02])$", text)
     want = _PROPORTIONS.get(name, {}).get(match[1].replace("_", ".")) if match else None
     return None if want is None or shape is None else shape[0] * want[1] == shape[1] * want[0]
 
 
 def _depth(family: Family, matches: Iterable[tuple[ModuleTarget, ...]]) -> bool:
-    """Return whether every sequence of blocks that starts at 0 has the family's length.
+    """Return whether the number of blocks in the file matches the family's depth.
 
-    A subset of the blocks fits any family."""
+    Only sequences of blocks that start at 0 without gaps are compared; other subsets fit any family."""
     ours = _family_blocks(family.name)
     for group, have in _blocks(p.module for targets in matches for p in targets).items():
         count = len(ours.get(group, ()))
@@ -408,7 +410,7 @@ def _family_blocks(name: str) -> dict[str, set[int]]:
 
 
 def _blocks(modules: Iterable[str]) -> dict[str, set[int]]:
-    """Return name up to the first number -> the block numbers; U-Nets are left out."""
+    """Return {name up to the first number: block numbers}, without U-Nets."""
     out: dict[str, set[int]] = defaultdict(set)
     for module in modules:
         if not module.startswith("unet.") and (match := re.match(r"(.+?)\.(\d+)\.", module)):

@@ -10,18 +10,18 @@ r"""Read and write PEFT's adapter folders strictly.
 | embedding         | .lora_embedding_A (r, rows)   .lora_embedding_B (dim, r)                                        |
 | DoRA, each        | .lora_magnitude_vector (out,), for a convolution (1, out, 1…)                                   |
 | expert parameters | .lora_A.weight (E·r, in)   .lora_B.weight (out, r·E); A counts experts first, B ranks first.    |
-|                   | Of several parameters of one module the last declared has the plain key, each earlier one a     |
-|                   | further `.base_layer` in front of the suffix                                                    |
+|                   | If several parameters of a module have pairs, the last declared one has the plain key; each     |
+|                   | earlier one has one more `.base_layer` before the suffix                                        |
 | modules_to_save   | .PARAMETER: full copies                                                                         |
 | token indices     | .token_adapter.trainable_tokens_delta (tokens, dim): whole rows, whose indices are in the config|
 | targeted embedding| .base_layer.weight: PEFT's copy of the base's own rows, not part of the adapter                 |
 
-    scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern if a key matches,
-    by the first key with `(.*\.)?(KEY)$`
+    scale = alpha/r, or alpha/√r with rsLoRA;  r and alpha from rank_pattern and alpha_pattern if a key
+    matches; the first KEY for which `(.*\.)?(KEY)$` matches counts
 
-Folders of LOHA and LOKR: formats/peft_lycoris.py. The numbered specification is in docs/formats/peft.md.
-Contents that cannot be read with the same effect are refused with the reason; one AdapterError lists all
-faults of a folder. Uses files and names, independent of the base's source.
+formats/peft_lycoris.py handles LOHA and LOKR folders. The numbered specification is in docs/formats/peft.md.
+A folder that cannot be read with the same effect is refused; one AdapterError lists all problems of the
+folder. This module works on files and names, and does not need the base's code.
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ class PeftFolder:
     """The contents of a PEFT folder, not yet interpreted.
 
     `format`: "mlx" or "tinker" if another tool wrote the folder (config and tensors are already translated).
-    `reason`: how the format was detected. `in_file`: the configuration comes from the tensor file's
-        metadata."""
+    `reason`: how the format was detected. `in_file`: the configuration was in the tensor file's metadata."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -109,7 +108,7 @@ class PeftFolder:
 def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> PeftFolder:
     """Return the configuration, the tensors and the card of a folder.
 
-    file: the tensor file, if not named adapter_model.
+    file: the tensor file, if its name is not adapter_model.
     from_pickle: allow a pickle.
 
     Raises the errors of `read_folder`."""
@@ -145,7 +144,9 @@ def interpret(
     where: str | None = None,
     card: Card | None = None,
 ) -> PeftAdapter:
-    """Interpret a configuration and tensors. Raises the errors of `read_folder`."""
+    """Return the adapter that a PEFT configuration and tensors describe.
+
+    Raises the errors of `read_folder`."""
     if is_lycoris(config):
         return _lycoris(config, tensors, structure_of(base) if base is not None else Structure({}), where, card)
     parsed, problems = cfg.parse_config(config)
@@ -179,7 +180,7 @@ def _lycoris(
 ) -> PeftAdapter:
     """Return the adapter of a LOHA or LOKR folder.
 
-    With a base, each delta gets its weight's shape, which flat parts alone do not determine."""
+    With a base, each delta gets the shape of its weight, which flat factors alone do not determine."""
     adapter, parsed, remaining, problems = read_lycoris(config, tensors)
     reader = _Reader(parsed, base, problems)
     if not problems:
@@ -189,7 +190,7 @@ def _lycoris(
         shape, is_transposed = (
             base.shapes.get(name),
             name.removesuffix(".weight") in base.fan_in_fan_out,
-        )  # stored (in, out)
+        )  # fan_in_fan_out weights are stored as (in, out)
         if shape is not None and math.prod(shape) == math.prod(delta.shape) and not is_transposed:
             adapter.deltas[name] = replace(delta, shape=tuple(shape))
     problems += base.problems(adapter) if base.detailed and not problems else []
@@ -206,20 +207,22 @@ def _refuse(problems: list[str], where: str | None) -> None:
 
 @dataclass
 class _Reader:
-    """Sorts tensors into pairs, full copies and token rows, and collects all problems."""
+    """Reader that sorts tensors into pairs, full copies and token rows.
+
+    `problems` and `notes` collect messages."""
 
     config: cfg.PeftConfig
     base: Structure
     problems: list[str]
     renaming: Renaming | None = None
-    """Renames the file's modules if they are those of another model class than the base's."""
+    """Renaming of the file's modules, if the file uses the names of another model class than the base."""
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     deltas: dict[str, Delta] = field(default_factory=dict)
     packed: set[str] = field(default_factory=set)
-    """Modules in another tool's packing, which target_modules need not contain."""
+    """Modules that were unpacked from 3-d expert tensors; target_modules need not contain these modules."""
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         original_keys = set(tensors)
@@ -309,7 +312,7 @@ class _Reader:
     # -- pairs -------------------------------------------------------------------------------------------------------
 
     def _pair(self, name: str, parts: dict[str, Tensor]) -> None:
-        """Read a pair on a linear, a convolution or an embedding."""
+        """Read the pair of a linear layer, a convolution or an embedding."""
         rows = "rows A" in parts or "rows B" in parts
         a, b = ("rows A", "rows B") if rows else ("A", "B")
         shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(parts.items()))
@@ -324,12 +327,12 @@ class _Reader:
         rank, source = cfg.rank_of_module(self.config, name)
         sound = A.ndim >= 2 and B.ndim == A.ndim and A.shape[0] == B.shape[1] and all(n == 1 for n in B.shape[2:])
         if not sound or A.ndim > 5 or (rows and A.ndim != 2) or 0 in A.shape or 0 in B.shape:
-            self.problems.append(f"{name}: A and B do not fit each other ({shapes})")
+            self.problems.append(f"{name}: A and B do not fit together ({shapes})")
             return
         if A.shape[0] != rank:
             self.problems.append(
                 f"{name}: the config's {source} says rank {rank}, the tensors have {A.shape[0]} ({shapes})"
-                + (": A and B have changed places" if (A.shape[1], B.shape[0]) == (rank, rank) else "")
+                + (": A and B are swapped" if (A.shape[1], B.shape[0]) == (rank, rank) else "")
             )
             return
         scale = scale_of(cfg.alpha_of_module(self.config, name), rank, self.config.rslora)
@@ -369,8 +372,8 @@ class _Reader:
         """Return whether the tensors are a pair on the module itself, not on its parameters.
 
         Without a base, a short target_parameters entry such as `down_proj` could be a parameter of any
-        module. A match in target_modules decides, because PEFT never adapts a module and its parameters
-        together."""
+        module. In this case, a match in target_modules decides, because PEFT never adapts both a module and
+        the module's parameters."""
         A = depths.get(0, {}).get("A")
         ranked = A is None or A.shape[:1] == (cfg.rank_of_module(self.config, name)[0],)
         return list(depths) == [0] and not self.base.detailed and ranked and cfg.selects(self.config, name)
@@ -401,7 +404,7 @@ class _Reader:
                 )
         for entry in sorted(set(entries) - used - set(self.config.heads)):
             if not self.base.detailed or any(name.endswith(entry) for name in self.base.kinds):
-                self.problems.append(f"modules_to_save names {entry!r}, and there are no tensors for it")
+                self.problems.append(f"modules_to_save names {entry!r}, but the file has no tensors for it")
             else:
                 self.notes.append(f"modules_to_save names {entry!r}, which this base does not have: it has no effect")
         for name in sorted(set(self.modules) & set(self.pairs)):
@@ -415,7 +418,7 @@ class _Reader:
                 ids_by_name = {next(iter(tokens)): indices}
             else:
                 self.problems.append(
-                    f"trainable_token_indices is a list, and the file has rows for {len(tokens)} modules"
+                    f"trainable_token_indices is a list, but the file has rows for {len(tokens)} modules"
                 )
                 return
         for key, ids in ids_by_name.items():
@@ -432,7 +435,7 @@ class _Reader:
             self.problems.append(f"{name}: token rows {tuple(rows.shape)} that trainable_token_indices does not name")
 
     def _is_tied(self, key: str) -> bool:
-        """Return whether `key` names a tied head, which has no token rows of its own."""
+        """Return whether `key` names a tied head, which has no separate token rows."""
         return key == "lm_head" if not self.base.detailed else any(n.endswith(key) for n in self.base.tied)
 
     def _copies(self, copies: dict[str, Tensor]) -> None:
@@ -448,11 +451,11 @@ class _Reader:
             if name not in self.pairs or self.pairs[name].kind not in ("embedding", "linear"):
                 self.problems.append(f"{PREFIX}{path} {shape}: a copy of a base module for which the file has no pair")
             elif weight is None:
-                self.notes.append(f"{path} {shape}: a copy of the base's own weight, ignored; not compared with a base")
+                self.notes.append(f"{path} {shape}: a copy of the base's weight, ignored; no base to compare it with")
             elif tuple(weight.shape) != shape:
                 self.problems.append(
                     f"{path} {shape}: the base has {tuple(weight.shape)}; the adapter was trained on a resized "
-                    "embedding, resize the base's first"
+                    "embedding; resize the base's embedding first"
                 )
             elif not torch.equal(tensor.to(weight), weight):
                 changed = int((tensor.to(weight) != weight).any(dim=-1).sum())
@@ -461,7 +464,7 @@ class _Reader:
                     "another embedding. Use that base, or train the embedding through modules_to_save"
                 )
             else:
-                self.notes.append(f"{path} {shape}: a copy of the base's own weight, equal to it, ignored")
+                self.notes.append(f"{path} {shape}: an exact copy of the base's weight, ignored")
 
     # -- checks of the configuration against the tensors -------------------------------------------------------------
 
@@ -477,23 +480,25 @@ class _Reader:
             pair = plain[name]
             self.problems.append(
                 f"{name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)} are in the file, but target_modules "
-                "omits this module, so PEFT would leave them out silently"
+                "omits this module, so PEFT would silently ignore them"
             )
         idle, all_of_them = cfg.unmatched_targets(config, plain)
-        all_of_them = all_of_them and not parameters  # with target_parameters, PEFT accepts idle target_modules
+        all_of_them = (
+            all_of_them and not parameters
+        )  # with target_parameters, PEFT accepts target_modules without a match
         if idle and all_of_them:
-            self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, and there are no tensors for any")
+            self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, but there are no tensors for any")
         for entry in () if all_of_them else idle:
             # PEFT ignores entries without a match if another entry matches. `_check_expected` checks that the
             # file has tensors for everything that an entry selects in a given base.
-            self.notes.append(f"target_modules names {entry!r}, and there are no tensors for it: it has no effect")
+            self.notes.append(f"target_modules names {entry!r}, but the file has no tensors for it: it has no effect")
         for entry in config.target_parameters:
             if any(cfg.is_or_ends(name, [entry]) for name in [*self.pairs, *(f"{p}.weight" for p in plain)]):
                 continue
             # PEFT ignores an entry that matches no parameter if the adapter has another target.
             has_adapters = bool(self.pairs) if self.base.detailed else bool(parameters)
             without = has_adapters and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
-            message = f"target_parameters names {entry!r}, and there are no tensors for it"
+            message = f"target_parameters names {entry!r}, but the file has no tensors for it"
             self.notes.append(f"{message}: it has no effect") if without else self.problems.append(message)
         if self.base.detailed:
             self._check_expected()
@@ -509,7 +514,7 @@ class _Reader:
         return any(torch.equal(mine.A, p.B.T) and torch.equal(mine.B, p.A.T) for p in twins)
 
     def _check_expected(self) -> None:
-        """Check that the file has tensors for all that the configuration selects in the base."""
+        """Check that the file has tensors for everything that the configuration selects."""
         everything = self.config.target_modules == cfg.ALL_LINEAR
         guessed = self.config.target_modules is None and not self.config.target_parameters
         for name, kind in self.base.kinds.items():
@@ -521,24 +526,24 @@ class _Reader:
                 continue
             if cfg.selects(self.config, name):
                 self.problems.append(
-                    f"{name}: target_modules selects this {kind} module, and there are no tensors for it"
+                    f"{name}: target_modules selects this {kind} module, but the file has no tensors for it"
                 )
         for full in self.base.shapes if self.config.target_parameters else ():
             is_adapted = full in self.pairs or full.removesuffix(".weight") in self.pairs
             if not is_adapted and cfg.names_parameter(self.config, full):
                 self.problems.append(
-                    f"{full}: target_parameters selects this parameter, and there are no tensors for it"
+                    f"{full}: target_parameters selects this parameter, but the file has no tensors for it"
                 )
         for entry in set(self.config.modules_to_save) - set(self.config.heads):
             for name in self.base.kinds:
                 inside = any(name == m or name.startswith(f"{m}.") for m in self.modules)
                 if name.endswith(entry) and not inside and any(k.startswith(f"{name}.") for k in self.base.shapes):
                     self.problems.append(
-                        f"{name}: modules_to_save selects this module, and there are no tensors for it"
+                        f"{name}: modules_to_save selects this module, but the file has no tensors for it"
                     )
 
     def _check_base(self) -> None:
-        """Check the adapter against the base: by names only, or also by kinds and shapes if known."""
+        """Check the adapter's names, and if known also kinds and shapes, against the base."""
         if self.base.detailed:
             adapter = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
             self.problems += self.base.problems(adapter)
@@ -552,17 +557,18 @@ class _Reader:
 
 
 # -- biases ------------------------------------------------------------------------------------------------------------
-# Biases of the base that PEFT trains: `bias = "lora_only"` of the target modules, `"all"` of every module.
+# Biases of the base that PEFT trains: with `bias = "lora_only"` those of the target modules, with `"all"` those
+# of every module.
 #
-#     model.layers.0.self_attn.q_proj.base_layer.bias (out,)      a module that carries a pair
+#     model.layers.0.self_attn.q_proj.base_layer.bias (out,)      a module that has a pair
 #     model.layers.0.self_attn.k_proj.bias (out,)                 another module, only with "all"
 #
-# The file holds the new values. A trained bias is read as a `replacement` (core/forms.py): Δb = s·(value −
+# The file contains the new values. A trained bias is read as a `replacement` (core/forms.py): Δb = s·(value −
 # b), so the base's b is needed only when the adapter is applied.
 #
 # For a module in modules_to_save, "all" writes the bias three times: in the full copy, and under PEFT's names
-# for the copy and for the base (`….modules_to_save.bias`, `….original_module.bias`). Only the full copy is
-# read.
+# for the copy and for the base (`….modules_to_save.bias`, `….original_module.bias`). Only the bias in the full
+# copy is read.
 
 _WITHIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.((?:.+\.)?bias)")
 
@@ -577,8 +583,8 @@ def _trained_biases(
 ) -> dict[str, Delta]:
     """Return the changes of biases by name (`….bias`).
 
-    Removes the biases from `copies` and `remaining`, which have the file's names without PEFT's prefix.
-    Biases inside a module in modules_to_save belong to the module's full copy."""
+    Removes the biases from `copies` and `remaining`, whose keys are the file's names without PEFT's prefix.
+    Biases inside a module in modules_to_save belong to the module's full copy and are not returned."""
     if config.bias == "none":
         return {}
     for path in [p for p in remaining if _WITHIN.fullmatch(p)]:
@@ -611,12 +617,12 @@ def _bias_switch(adapter: Adapter) -> str:
 
 
 def _bias_problems(name: str, delta: Delta) -> list[str]:
-    """Return why PEFT cannot represent a replacement as a trained bias, or []."""
+    """Return the reasons why PEFT cannot store a replacement as a trained bias."""
     if not name.endswith(".bias") or len(delta.shape) != 1:
-        return [f"{name}: PEFT stores full copies of biases only; merge the adapter into the base"]
+        return [f"{name}: PEFT can store full copies only of biases; merge the adapter into the base"]
     if delta.scale != 1:
         at = f"a trained bias at a strength of {delta.scale:g}"
-        return [f"{name}: {at}: PEFT stores its value, which the base's own bias decides; merge it into the base"]
+        return [f"{name}: {at}: PEFT stores the new bias, which depends on the base's bias; merge it into the base"]
     return []
 
 
@@ -635,9 +641,9 @@ def _bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
 #
 #     A (E·r, in): expert 0 rank 0, expert 0 rank 1, …
 #     B (out, r·E): rank_major          rank 0 expert 0, rank 0 expert 1, …   PEFT, and Unsloth since 2026-09-17
-#                   grouped_by_expert   expert 0 rank 0, expert 0 rank 1, …   Unsloth before
+#                   grouped_by_expert   expert 0 rank 0, expert 0 rank 1, …   Unsloth before 2026-09-17
 #
-# Both layouts of B have the same shapes, and older files of Unsloth state neither a version nor the layout.
+# Both layouts of B have the same shapes, and older Unsloth files contain neither a version nor the layout.
 # Since 2026-09-17, Unsloth writes `lora_B_layout` into the configuration.
 
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
@@ -647,9 +653,9 @@ _SWAPPED_SINCE = (0, 19, 1)
 
 @dataclass
 class ExpertReader:
-    """Reads pairs of expert parameters.
+    """Reader for pairs of expert parameters.
 
-    `problems` collects faults."""
+    `problems`: one message for each fault, added while reading."""
 
     config: cfg.PeftConfig
     base: Structure
@@ -678,23 +684,23 @@ class ExpertReader:
     def read(self, name: str, parameters: list[str], depths: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Pair]:
         """Return the pairs of a module's parameters.
 
-        depths: number of `.base_layer` in the key -> tensors by part."""
+        depths: {number of `.base_layer` in the key: {part: tensor}}."""
         tensors = [(d, part, t) for d, parts in sorted(depths.items()) for part, t in parts.items()]
         listing = ", ".join(f"{'base_layer ' * d}{part} {tuple(t.shape)}" for d, part, t in tensors)
         if sorted(depths) != list(range(len(parameters))):
             self.problems.append(
                 f"{name}: tensors for {len(depths)} parameter(s) ({listing}), "
-                f"target_parameters names {len(parameters)} of this module: {', '.join(parameters) or 'none'}"
+                f"but target_parameters names {len(parameters)} of this module: {', '.join(parameters) or 'none'}"
             )
             return {}
         if len(parameters) > 1 and not self.base.detailed and not set(parameters) <= set(_EXPERT_ORDER):
-            self.problems.append(f"{name}: which tensors belong to which of {parameters} depends on the base; give it")
+            self.problems.append(f"{name}: which tensors belong to which of {parameters} depends on the base; pass it")
             return {}
         out: dict[str, Pair] = {}
         for depth, parts in depths.items():
             parameter = parameters[len(parameters) - 1 - depth]
             if set(parts) != {"A", "B"} or any(t.ndim != 2 or 0 in t.shape for t in parts.values()):
-                self.problems.append(f"{name}.{parameter}: A and B, both 2-d, are expected, there is {listing}")
+                self.problems.append(f"{name}.{parameter}: expected A and B, both 2-d; got {listing}")
             else:
                 out |= self._pair(name, parameter, parts["A"], parts["B"])
         return out
@@ -713,14 +719,16 @@ class ExpertReader:
             self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{in_base}")
             return {}
         if plain:
-            return {name: Pair(A, B, scale)}  # a plain weight in target_parameters is a linear pair
+            return {name: Pair(A, B, scale)}  # the pair of a plain weight in target_parameters is linear
         A3, B3 = A.view(experts, rank, -1), self._by_expert(full, B, experts, rank)
         if self._is_flipped(name, full, shapes, (A.shape[1], B.shape[0]), stored):
             A3, B3 = B3.transpose(1, 2), A3.transpose(1, 2)
         return {full: Pair(A3.contiguous(), B3.contiguous(), scale, "experts")}
 
     def _by_expert(self, full: str, B: Tensor, experts: int, rank: int) -> Tensor:
-        """(out, r·E) -> (E, out, r), in the file's layout, by default PEFT's."""
+        """Return B, stored as (out, r·E), as (E, out, r).
+
+        The stored layout is the one in the configuration, or PEFT's if the configuration has none."""
         if experts > 1 and rank > 1 and not self.config.b_layout and self.config.unsloth:
             self.unclear.append(full)
         if self.config.b_layout == cfg.GROUPED:
@@ -730,10 +738,10 @@ class ExpertReader:
     def _is_flipped(
         self, name: str, full: str, shapes: str, got: tuple[int, int], stored: tuple[int, ...] | None
     ) -> bool:
-        """Return whether the file holds the pair of the transposed parameter.
+        """Return whether the file contains the pair of the transposed parameter.
 
-        PEFT before 0.19.1 wrote this layout. Decided by shapes; for a square parameter, by the PEFT version
-        in the file.
+        PEFT before 0.19.1 wrote this layout. The shapes decide; for a square parameter, the PEFT version in
+        the file decides.
         """
         version = self.config.version
         old = version is not None and version < _SWAPPED_SINCE
@@ -742,13 +750,13 @@ class ExpertReader:
                 wrote = "PEFT " + ".".join(map(str, version)) if version else "an unnamed version of PEFT"
                 self.problems.append(
                     f"{full}: written by {wrote}, and versions before 0.19.1 laid out expert weights differently "
-                    f"({shapes}): only the base's shapes can tell; give the base"
+                    f"({shapes}): only the base's shapes show the layout; pass the base"
                 )
             return False
         transposed = name in self.base.transposed
         want = stored[1:] if transposed else stored[:0:-1]
         if got not in (want, want[::-1]):
-            self.problems.append(f"{full}: {shapes} fit the base's {stored} in neither layout")
+            self.problems.append(f"{full}: {shapes} do not fit the base's {stored} in either layout")
         if want[0] != want[1]:
             return got != want
         if version is None:
@@ -767,11 +775,11 @@ class ExpertReader:
 
 
 _LAYOUT = "0.21.2"
-"""The PEFT version that defines the written expert layout. Readers need the version for square parameters."""
+"""The PEFT version whose expert layout is written. Readers need the version for square parameters."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-# The configuration is the smallest that PEFT's matching rules resolve to exactly these modules, ranks and
+# Writes the smallest configuration that PEFT's matching rules resolve to exactly these modules, ranks and
 # scales. The result is interpreted again before writing, and the folder is written atomically.
 
 
@@ -808,14 +816,14 @@ def write_folder(
 ) -> FolderReport:
     """Write `adapter` to `folder` as PEFT's two files, `veneer.json` and `README.md`.
 
-    base_name: the name of the base, by default the card's.
-    base: the model or its structure. With a base, target_modules is a short list of suffixes; without, the
-        list of exact names. Required for pairs on several expert parameters unless they are named
-        gate_up_proj and down_proj.
+    base_name: the name of the base, by default the one in the card.
+    base: the model or its structure. With a base, target_modules is a short list of suffixes; without, it is
+        the list of exact names. A base is required for pairs on several expert parameters unless the
+        parameters are named gate_up_proj and down_proj.
     task_type: "auto" is the task of the PEFT folder that the adapter was read from, else CAUSAL_LM for a text
         adapter.
-    digest: the adapter's digest, required if its module names are longer than the folder's (by a pipeline's
-        component).
+    digest: the adapter's digest, required if the adapter's module names start with a pipeline component and
+        the folder's names do not.
 
     A README.md without veneer's mark is not replaced. Equal adapters give equal bytes. Raises AdapterError
     for anything that PEFT's format cannot express, ResourceError if the disk is full; after any error the
@@ -887,7 +895,7 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
 
 
 def _problems(adapter: Adapter, base: Structure) -> list[str]:
-    """Return a message for everything that PEFT's format cannot express."""
+    """Return a message for each part of the adapter that PEFT's format cannot express."""
     out = []
     if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas):
         out.append("it is empty")
@@ -897,8 +905,8 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
     if with_dora and len(with_dora) != len(adapter.pairs):
         plain = sorted(set(adapter.pairs) - with_dora)
         out.append(
-            f"use_dora is one switch for all pairs, and {len(plain)} of {len(adapter.pairs)} have no magnitude "
-            f"({', '.join(plain[:3])}); give them one equal to the norm of their weight's rows, or train without DoRA"
+            f"use_dora applies to all pairs, but {len(plain)} of {len(adapter.pairs)} have no magnitude "
+            f"({', '.join(plain[:3])}); add magnitudes equal to the row norms of the weights, or train without DoRA"
         )
     by_parameter = {n for n, p in adapter.pairs.items() if p.kind == "experts"} | _routers(adapter, base)
     out += [f"{n}: DoRA on expert parameters or a router" for n in sorted(with_dora & by_parameter)]
@@ -915,8 +923,8 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
 def _delta_problems(adapter: Adapter) -> list[str]:
     """Return a message for each delta that PEFT cannot express.
 
-    PEFT supports two kinds: trained biases at scale 1, and lora_bias, which has a bias with every pair, at
-    the pair's scale."""
+    PEFT supports two kinds: trained biases at scale 1, and lora_bias, which requires a bias with the pair's
+    scale on every pair."""
     out, biased = [], set()
     for name, delta in sorted(adapter.deltas.items()):
         if delta.form == "replacement":
@@ -929,14 +937,13 @@ def _delta_problems(adapter: Adapter) -> list[str]:
             biased.add(name.removesuffix(".bias"))
     if biased and (without_bias := sorted(set(adapter.pairs) - biased)):
         out.append(
-            f"lora_bias is one switch for all pairs, and {len(without_bias)} have no bias "
-            f"({', '.join(without_bias[:3])})"
+            f"lora_bias applies to all pairs, but {len(without_bias)} have no bias ({', '.join(without_bias[:3])})"
         )
     return out
 
 
 def _by_module(adapter: Adapter) -> dict[str, list[str]]:
-    """Return module -> its expert parameters that have a pair."""
+    """Return {module: its expert parameters that have a pair}."""
     out: dict[str, list[str]] = defaultdict(list)
     for name, pair in adapter.pairs.items():
         if pair.kind == "experts":
@@ -951,8 +958,8 @@ _ROUTER = re.compile(r"(?:.+\.)?layers\.\d+\.(?:mlp|block_sparse_moe|feed_forwar
 def _routers(adapter: Adapter, base: Structure) -> set[str]:
     """Return the names of linear pairs on modules that are not linear layers, such as routers.
 
-    PEFT adapts the `weight` of such a module as a parameter. Without a base, the result contains pairs next
-    to fused experts and pairs with a router's name. If such a module is a linear layer after all, PEFT
+    PEFT adapts such a module's `weight` as a parameter. Without a base, the result contains pairs next to
+    fused experts and pairs with a router's name. If one of these modules is a linear layer after all, PEFT
     accepts its `weight` as a parameter as well."""
     linear = {n for n, p in adapter.pairs.items() if p.kind == "linear"}
     if base.detailed:
@@ -1010,7 +1017,7 @@ def _config(
     plain = set(pairs) - fused
     dropout = adapter.dropout
     if fused and dropout:
-        notes.append(f"lora_dropout is written as 0 instead of {dropout:g}: PEFT has none on target_parameters")
+        notes.append(f"lora_dropout is written as 0 instead of {dropout:g}: PEFT has no dropout on target_parameters")
         dropout = 0.0
     linear = {n for n in plain if pairs[n].kind == "linear"}
     config: dict[str, Any] = {
@@ -1046,7 +1053,9 @@ def _config(
 
 
 def _target_modules(names: set[str], base_names: set[str]) -> list[str] | str:
-    """Return `_targets`, or a regular expression if a whole name is another module's suffix."""
+    """Return `_targets`, or a regular expression of all names if they are ambiguous.
+
+    Names are ambiguous if an entry of `_targets` is also the suffix of another module of the base."""
     targets = _targets(names, base_names)
     if any(k.endswith(f".{t}") for t in targets for k in base_names - names):
         return "|".join(re.escape(name) for name in sorted(names))
@@ -1058,9 +1067,9 @@ def _targets(names: set[str], base_names: set[str], parts: int = 1) -> list[str]
 
     Contains a whole name if `base_names` is empty or if the suffix would select more.
 
-    parts: minimum number of parts in a suffix. A suffix ends at a part with letters: PEFT would match the
-        bare number `2` of `net.2` with the block `layers.2` too, which is no module and can be missing in
-        `base_names`."""
+    parts: minimum number of parts in a suffix. The first part of a suffix contains letters: PEFT would match
+        the bare number `2` of `net.2` with the block `layers.2` too, and `base_names` does not always contain
+        blocks."""
     out: set[str] = set()
     for name in names:
         split = name.split(".")

@@ -84,7 +84,7 @@ class PeftConfig:
     """Evidence that Unsloth wrote the configuration, "" if none."""
     stamps: dict[str, Any] = field(default_factory=dict)
     usable: bool = True
-    """False if a pattern does not compile; no name can be matched then."""
+    """False if names cannot be matched, for example because a pattern does not compile."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))[:5]
-        fix = f"it has adapters inside: give one of {', '.join(inside)}" if inside else None
+        fix = f"the folder contains adapters: use one of {', '.join(inside)}" if inside else None
         raise AdapterError(f"the folder has no {CONFIG_FILE}", where=str(folder), fix=fix)
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UnsafeFileError(f"{path.stat().st_size:,} bytes are too many for a configuration", where=str(path))
@@ -120,7 +120,7 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
     kind = raw.get("peft_type")
     if kind != "LORA":
         return PeftConfig(usable=False), [
-            f"peft_type is {shown(repr(kind)[:40])}, and only LORA, LOHA and LOKR are read. Convert it with PEFT "
+            f"peft_type is {shown(repr(kind)[:40])}, but only LORA, LOHA and LOKR are supported. Convert it with PEFT "
             "(`peft.convert_to_lora`), or merge it (`merge_and_unload`)"
         ]
     supported = set(FIELDS) | IGNORED | UNSUPPORTED | {"peft_type", "init_lora_weights"}
@@ -167,7 +167,7 @@ def card_from_config(config: PeftConfig) -> Card:
 def with_task(card: Card, config: PeftConfig) -> Card:
     """Return `card` with the configuration's task in `extra`.
 
-    PEFT loads an adapter of a certain task only into the model class for this task."""
+    If an adapter has a task, PEFT loads the adapter only into the model class for that task."""
     if config.task_type in (None, "CAUSAL_LM"):
         return card
     return replace(card, extra={**card.extra, "task_type": config.task_type})
@@ -190,7 +190,7 @@ def _init_problems(value: Any) -> list[str]:
     if name.startswith(_MUTATING_INITS):
         return [
             f"init_lora_weights = {value!r}: PEFT took A and B out of the base's own weights and changed the base, so "
-            "these pairs are only right on that changed base. Save the adapter again with PEFT's `save_pretrained(…, "
+            "these pairs are correct only on that base. Save the adapter again with PEFT's `save_pretrained(…, "
             "path_initial_model_for_weight_conversion=INITIAL)`, which writes the difference from the untouched base"
         ]
     return [f"init_lora_weights = {value!r} is not understood"]
@@ -213,7 +213,7 @@ def _number(value: Any) -> float:
 
 def _probability(value: Any) -> float:
     number = _number(value)
-    _expect(0 <= number < 1, "a number from 0 to below 1")
+    _expect(0 <= number < 1, "a number of at least 0 and below 1")
     return number
 
 
@@ -312,13 +312,13 @@ def _pattern_problems(config: PeftConfig) -> list[str]:
 def _combination_problems(config: PeftConfig) -> list[str]:
     problems = []
     if isinstance(config.target_modules, str) and (config.layers is not None or config.layers_pattern):
-        problems.append("layers_to_transform and layers_pattern only go with a list of target_modules, not a string")
+        problems.append("layers_to_transform and layers_pattern require target_modules to be a list, not a string")
     if config.layers_pattern and config.layers is None:
         problems.append("layers_pattern needs layers_to_transform")
     if config.dora and config.target_parameters:
-        problems.append("use_dora does not go with target_parameters")
+        problems.append("use_dora cannot be combined with target_parameters")
     if config.lora_bias and (config.dora or config.target_parameters):
-        problems.append("lora_bias goes neither with use_dora nor with target_parameters")
+        problems.append("lora_bias cannot be combined with use_dora or target_parameters")
     return problems
 
 
@@ -353,7 +353,7 @@ def _compiled(expression: str) -> Any:
 
 
 def is_or_ends(name: str, entries: Iterable[str]) -> bool:
-    """Return whether `name` is one of the entries, or ends in one after a dot."""
+    """Return whether `name` is one of the entries, or ends in a dot and one of the entries."""
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
@@ -372,9 +372,9 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
 
     entries: used instead of target_modules.
 
-    "all-linear" depends on the model and is left to the caller: this function accepts every name. It also
-    accepts every name for a configuration without target_modules and target_parameters, for which PEFT has a
-    default per architecture."""
+    The meaning of "all-linear" depends on the model and is left to the caller: this function accepts every
+    name. It also accepts every name if the configuration has neither target_modules nor target_parameters; in
+    this case, PEFT uses a default for the model's architecture."""
     targets = config.target_modules if entries is None else list(entries)
     if targets is None and not config.target_parameters:
         return not excluded(config, name)
@@ -401,7 +401,7 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
 def unmatched_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
     """Return the entries of target_modules that select none of `names`.
 
-    Also returns whether these are all entries. A regular expression counts as one entry."""
+    The second value is whether no entry selects any name. A regular expression counts as one entry."""
     targets, names = config.target_modules, list(names)
     entries = targets if isinstance(targets, list) else [targets] if targets and targets != DUMMY_TARGETS else []
     ending: dict[str, list[str]] = {}  # suffix -> names, because an entry selects by suffix
@@ -449,7 +449,7 @@ def alpha_of_module(config: PeftConfig, name: str) -> float:
 def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
     """Return an alpha that gives `scale`, exactly if possible.
 
-    Prefers whole or short numbers."""
+    Prefers integers and numbers with few digits."""
     alpha = alpha_of(scale, rank, rslora)
     candidates = [float(round(alpha)), round(alpha, 6), alpha]
     for step in (math.inf, -math.inf):
@@ -460,13 +460,15 @@ def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
 
 
 def commonest(values: Iterable[Any], default: Any) -> Any:
-    """Return the most frequent value (the smallest if several), or `default` without values."""
+    """Return the most frequent value, or `default` if there are no values.
+
+    If several values are equally frequent, the smallest is returned."""
     counts = Counter(values)
     return min(counts, key=lambda v: (-counts[v], v)) if counts else default
 
 
 def patterns_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Return pattern -> value for all names with a value other than the default.
+    """Return {pattern: value} for all names whose value is not the default.
 
     No name matches two patterns. A pattern is a name's last part if all names with this last part have the
     same value, otherwise the whole name, anchored at its start."""

@@ -1,11 +1,11 @@
-"""PEFT folders with `peft_type` LOHA or LOKR: config and tensors as deltas.
+"""Convert PEFT folders with `peft_type` LOHA or LOKR to deltas, and back.
 
-    base_model.model.MODULE.PARAMETER                             of modules_to_save: full copies
+    base_model.model.MODULE.PARAMETER                             full copies from modules_to_save
     base_model.model.MODULE.hada_w1_a … hada_w2_b, hada_t1, hada_t2
-    base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2        scaled by alpha and r, ranks or none
+    base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2    scale alpha/r, even if both are full
 
 PEFT creates empty parts from its configuration before it loads the file. r, `decompose_both` and
-`decompose_factor` determine which factors of a LoKr are whole (core.forms.trained_shapes), so written files
+`decompose_factor` determine which factors of a LoKr are full (core.forms.trained_shapes), so written files
 must follow this rule. This module works on a configuration and tensors; formats.peft reads and writes the
 files.
 """
@@ -50,12 +50,12 @@ def read_lycoris(
 ) -> tuple[Adapter, cfg.PeftConfig, dict[str, Tensor], list[str]]:
     """Return (adapter, configuration, tensors of full copies, problems).
 
-    The configuration is converted to that of a LoRA. Tensors of full copies have keys without PEFT's prefix.
-    Each problem is one line."""
-    where, known = f"in a folder of {config['peft_type']}", _COMMON | _NO_EFFECT
+    The configuration is converted to a LoRA configuration. Tensors of full copies have keys without PEFT's
+    prefix. Each problem is one line."""
+    where, known = f"in a {config['peft_type']} folder", _COMMON | _NO_EFFECT
     other = [(key, value) for key, value in sorted(config.items()) if key not in known and value]
     problems = [f"{key} = {str(value)[:60]!r} is not understood {where}" for key, value in other]
-    # Fields that LoRA's configuration has too are parsed and checked by the parser for LoRA.
+    # The LoRA parser parses and checks the fields that LOHA and LOKR have in common with LORA.
     shared = {"lora_alpha" if key == "alpha" else key: value for key, value in config.items() if key in _COMMON}
     parsed, wrong = cfg.parse_config(shared | {"peft_type": "LORA"})
     problems += [problem.removeprefix("lora_") for problem in wrong]
@@ -66,7 +66,7 @@ def read_lycoris(
     for key, tensor in tensors.items():
         module, _, suffix = key.removeprefix(_PREFIX).rpartition(".")
         if not key.startswith(_PREFIX):
-            problems.append(f"{key}: not a tensor of a folder of {config['peft_type']}")
+            problems.append(f"{key}: not a tensor of a {config['peft_type']} folder")
         elif re.fullmatch(r"(hada|lokr)_\w+", suffix):
             by_module[module][suffix] = tensor
         else:
@@ -81,7 +81,7 @@ def read_lycoris(
             continue
         deltas[f"{module}.weight"] = replace(delta, scale=scale)
     if not deltas and not problems:
-        problems.append("there is no tensor in it")
+        problems.append("the folder contains no LoHa or LoKr tensors")
     return Adapter(deltas=deltas, card=cfg.card_from_config(parsed)), parsed, remaining, problems
 
 
@@ -108,7 +108,7 @@ def write_lycoris(
     both = any("a1" in d.parts for d in adapter.deltas.values()) and kind == "LOKR"
     factor = _factor_of(adapter, both) if kind == "LOKR" and not problems else None
     if kind == "LOKR" and not problems and factor is None:
-        problems.append("no decompose_factor gives the sizes of all factors of this LoKr; write it as kohya")
+        problems.append("no decompose_factor gives the sizes of all factors of this LoKr; write kohya's layout")
     if problems:
         raise AdapterError("\n".join(problems))
     names = {name.removesuffix(".weight"): delta for name, delta in adapter.deltas.items()}
@@ -153,21 +153,21 @@ def _problems(name: str, delta: Delta) -> Iterator[str]:
     if not name.endswith(".weight") or delta.magnitude is not None or delta.rows is not None:
         yield f"{name}: PEFT supports LoHa and LoKr on full weights only, without DoRA; write kohya's layout"
     elif any(core in delta.parts for core in ("t1", "t2")) and len(delta.shape) != 4:
-        yield f"{name}: PEFT's cores are of 2-d convolutions; write it as kohya"
+        yield f"{name}: PEFT supports cores only for 2-d convolutions; write kohya's layout"
     elif delta.form == "kronecker" and "w2" in delta.parts and len(delta.shape) == 3:
         yield f"{name}: PEFT multiplies a full second factor of a 1-d convolution differently; write kohya's layout"
 
 
 def _rank(delta: Delta) -> int | None:
-    """Return the rank of a delta's low-rank parts, or None if all parts are whole."""
+    """Return the rank of a delta's low-rank parts, or None if all parts are full."""
     return next((int(delta.parts[b].shape[0]) for b in ("b2", "b1") if b in delta.parts), None)
 
 
 def _rank_for(delta: Delta, rank: int) -> int:
-    """Return the rank to write for a delta: its own rank.
+    """Return the rank to write for a delta.
 
-    For two whole factors, the adapter's rank if PEFT then creates whole factors, else the smallest rank with
-    which PEFT does."""
+    A delta with two full factors has no rank. It gets `rank` if PEFT then creates full factors, else the
+    smallest rank for which PEFT creates full factors."""
     rank_of_delta = _rank(delta)
     if rank_of_delta is not None:
         return rank_of_delta
@@ -176,7 +176,9 @@ def _rank_for(delta: Delta, rank: int) -> int:
 
 
 def _factor_of(adapter: Adapter, both: bool) -> int | None:
-    """Return the decompose_factor with which PEFT creates these parts; -1 for the default."""
+    """Return the decompose_factor for which PEFT creates these parts, or None.
+
+    -1 is PEFT's default."""
     firsts = {n for d in adapter.deltas.values() for n in _first_factor(d)}
     for factor in (None, *sorted(firsts), *range(1, 2 * max(firsts) + 2)):
         if all(_follows(delta, factor, both) for delta in adapter.deltas.values()):

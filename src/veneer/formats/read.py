@@ -1,11 +1,11 @@
 """Read an adapter of any layout under canonical names, accounting for every tensor.
 
     keys --split_key--> module text, suffix    texts --names--> family, targets    tensors --read_module--> changes
-    changes --rows and halves of the targets--> pairs, deltas and whole tensors under canonical names
+    changes --rows and halves of the targets--> pairs, deltas and full tensors under canonical names
 
 No tensor is dropped silently: unused, unpaired and duplicate tensors cause an error that lists all of them,
 or, with `allow_partial`, are returned as lists. This module works on files and names, and on the shapes of a
-given base.
+base if one is given.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import DENOISERS, Family, ModuleTarget, families
 
 _SCALED = re.compile(r"lora[_.]|hada_|lokr_|down\.|up\.")
-"""Matches suffixes of tensors that alpha scales."""
+"""Pattern of the suffixes of tensors that alpha scales."""
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
 
 def _canonical_structure(base: Any, family: Family | None) -> Structure:
     """Return the structure of a base under canonical names.
 
-    A bare denoiser's names have no component; the component is added to them."""
+    If the base is a denoiser without a pipeline, its names get the component as a prefix."""
     structure = structure_of(base) if base is not None else Structure({})
     if family is None or any(name.partition(".")[0] in family.components for name in structure.kinds):
         return structure
@@ -55,7 +55,7 @@ def _canonical_structure(base: Any, family: Family | None) -> Structure:
 
 @dataclass
 class _ChangeCollector:
-    """Collects changes by canonical module.
+    """Collector of changes by canonical module.
 
     `used`: canonical module -> keys of the file."""
 
@@ -81,11 +81,11 @@ class _ChangeCollector:
     def add(
         self, text: str, changes: ModuleChanges, targets: Sequence[ModuleTarget], keys: list[str], blocks: bool = False
     ) -> list[str]:
-        """Add a module's changes to its targets, and return [].
+        """Add a module's changes to its targets, and return a list of problems.
 
-        On any problem, add nothing and return all problems."""
+        If there is any problem, nothing is added."""
         problems = [
-            f"{text}: lands on {p.module}, like {self.owner[p.module]}" for p in targets if p.module in self.owner
+            f"{text}: changes {p.module}, as does {self.owner[p.module]}" for p in targets if p.module in self.owner
         ]
         try:
             parts = _parts(changes, targets, blocks)
@@ -105,15 +105,15 @@ class _ChangeCollector:
         return []
 
     def _fitted(self, changes: ModuleChanges, name: str) -> ModuleChanges:
-        """Return the changes in the shape of the base's weight.
+        """Return the changes reshaped to the base's weight.
 
-        Without a base, the shape follows from the module's kind."""
+        Without a base, the module's kind determines the shape."""
         kind = self.family.modules.get(name) if self.family else None
         pair = changes.pair
         if kind == "norm" and pair is not None:
             raise AdapterError(f"a pair on {name}, which is a norm")
         if kind in ("linear", "conv", "embedding") and "weight" in changes.full and changes.full["weight"].ndim == 1:
-            raise AdapterError(f"a vector as the full replacement weight of {name}, which is of a {kind}")
+            raise AdapterError(f"a vector as the full replacement weight of {name}, a module of kind {kind}")
         if kind == "embedding" and pair is not None and pair.kind == "linear":
             # A file stores ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose.
             changes = replace(changes, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
@@ -130,7 +130,7 @@ class _ChangeCollector:
 
 
 def _parts(changes: ModuleChanges, targets: Sequence[ModuleTarget], blocks: bool) -> list[ModuleChanges]:
-    """Return the part of the changes for each target."""
+    """Split the changes into one part for each target."""
     if len(targets) == 1 and targets[0].part is None and not targets[0].swap:
         return [changes]
     out = [ModuleChanges() for _ in targets]
@@ -153,7 +153,7 @@ def _parts(changes: ModuleChanges, targets: Sequence[ModuleTarget], blocks: bool
 
 def _halves_swapped(changes: ModuleChanges) -> ModuleChanges:
     if any(len(t) % 2 for t in changes.full.values()):
-        raise AdapterError("an odd number of rows has no halves")
+        raise AdapterError("an odd number of rows cannot be split into halves")
     return ModuleChanges(
         changes.pair and swap_halves(changes.pair),
         {name: swap_halves(delta) for name, delta in changes.deltas.items()},
@@ -176,9 +176,9 @@ def _split_qkv_alphas(
     metadata: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, float]:
-    """Return module text -> alpha, relative to the stored rank.
+    """Return {module text: alpha relative to the stored rank} for a `split_qkv` file.
 
-    For the fused modules of a `split_qkv` file."""
+    Contains only fused modules."""
     split_setting = _split_setting(metadata)
     if split_setting is False:  # a file written by veneer, where alpha refers to the stored rank
         return {}
@@ -186,7 +186,7 @@ def _split_qkv_alphas(
         (float(tensors["alpha"]), tensors["lora_down.weight"].shape[0])
         for text, tensors in groups.items()
         if {"alpha", "lora_down.weight"} <= set(tensors) and len(targets[text] or ()) == 1
-        if tensors["alpha"].numel() == 1 and tensors["lora_down.weight"].ndim  # reading reports other shapes
+        if tensors["alpha"].numel() == 1 and tensors["lora_down.weight"].ndim  # read_module reports other shapes
     }
     out: dict[str, float] = {}
     unclear: list[str] = []
@@ -200,7 +200,7 @@ def _split_qkv_alphas(
             or alpha is None
             or alpha.numel() != 1
             or not down.ndim
-            or not _is_blocks(up, [p.part for p in targets[text] or ()])
+            or not _is_block_diagonal(up, [p.part for p in targets[text] or ()])
         ):
             continue
         value, rank = float(alpha), down.shape[0]
@@ -214,11 +214,11 @@ def _split_qkv_alphas(
             unclear.append(text)
     if out:
         notes.append(
-            f"{len(out)} fused modules hold split_qkv parts and one part's alpha: they are scaled by a part's rank"
+            f"{len(out)} fused modules hold split_qkv parts and one part's alpha: scaled with the rank of one part"
         )
     if unclear:
         notes.append(
-            f"{len(unclear)} fused modules hold blocks, and nothing says that alpha is for one part: it is taken "
+            f"{len(unclear)} fused modules hold blocks, and alpha is not known to be for one part: it is used "
             f"for all: {', '.join(unclear[:5])}"
         )
     return out
@@ -238,7 +238,7 @@ def _as_float(text: str | None) -> float | None:
         return None
 
 
-def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool:
+def _is_block_diagonal(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool:
     """Return whether B is block-diagonal: each part's rows use only the part's own ranks.
 
     False if all entries are zero."""
@@ -258,7 +258,7 @@ def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool
 
 
 class ReadOptions(TypedDict, total=False):
-    """Properties of a file that the caller can state; see `read`."""
+    """Options of `read` that tell what the caller knows or allows; see `read`."""
 
     from_pickle: bool
     alpha: float | None
@@ -277,15 +277,20 @@ def read(
 ) -> Reading:
     """Read the adapter in a file or folder of any tool.
 
-    `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their
-    shapes.
-    `family`: the base's, taken where the names are those of several families alike. A file in PEFT's names
-    with an adapter_config.json beside it is read by that; without one, its scale is `alpha`'s. `alpha`: the
-    trained one, of modules whose alpha the file does not state. `assume_scale`: take alpha for the rank there
-    and list the modules in `Reading.assumed_scale`; for reports, never to use the adapter. Pickles are read
-    only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
-    understood, or lands where another has; one for a scale that is neither in the file nor given;
-    UnsafeFileError for pickles and headers that lie."""
+    allow_partial: list tensors that cannot be read in the result instead of raising.
+    from_pickle: allow pickles.
+    base: a model, its structure, or module names. The adapter is checked against the base, and LoHa and LoKr
+        that are stored flat get the shapes of the base's weights.
+    family: the base's family, used if the names match several families.
+    alpha: the alpha used in training, for modules whose alpha the file does not state.
+    assume_scale: if neither the file nor `alpha` states the scale, use the rank as alpha and list the modules
+        in `Reading.assumed_scale`. Only for reports; do not apply such an adapter.
+
+    A file with PEFT's names is read with the adapter_config.json next to it, if there is one.
+
+    Raises one AdapterError listing every tensor that is unused, unpaired, not understood, or for the same
+    module as another tensor; AdapterError for a scale that is neither in the file nor given; UnsafeFileError
+    for pickles and invalid headers."""
     location = Path(path)
     opened: peft.PeftFolder | None = None
     path = location if location.is_dir() and (location / CONFIG_FILE).is_file() else tensor_file(location, from_pickle)
@@ -318,16 +323,16 @@ def scale_error(reading: Reading, path: Path) -> AdapterError:
     return AdapterError(
         f"the file does not state the scale (alpha) of {count}, and no {CONFIG_FILE} does",
         where=str(path),
-        fix=f"put its {CONFIG_FILE} next to it; or write a folder with the alpha it was trained with, and use that: "
+        fix=f"put the adapter's {CONFIG_FILE} next to the file; or convert the file with the alpha used in training: "
         "veneer adapter convert FILE --alpha N --to peft -o FOLDER",
     )
 
 
 def _refuse_alpha(alpha: float | None, where: str) -> None:
-    """Raise AdapterError if alpha is given although the files state their own."""
+    """Raise AdapterError if alpha is given although the files contain an alpha."""
     if alpha is not None:
         raise AdapterError(
-            f"alpha {alpha:g} is given, and the adapter's files state their own", where=where, fix="leave out --alpha"
+            f"alpha {alpha:g} is given, but the adapter's files contain an alpha", where=where, fix="leave out --alpha"
         )
 
 
@@ -338,13 +343,13 @@ def _from_gguf(path: Path, base: peft.BaseLike, alpha: float | None) -> Reading:
     adapter_file = read_gguf(path, head_dim=_head_dim(base))
     metadata = {key: str(value) for key, value in adapter_file.fields.items() if isinstance(value, str | int | float)}
     reasons = [f"a GGUF file of type adapter for {adapter_file.architecture}"]
-    notes = [f"{name}: a norm, which llama.cpp ignores too" for name in adapter_file.unused]
+    notes = [f"{name}: a norm, ignored as in llama.cpp" for name in adapter_file.unused]
     used: dict[str, list[str]] = {name: [] for name in adapter_file.adapter.pairs}
     return Reading(adapter_file.adapter, "gguf", reasons, None, used, adapter_file.unused, [], notes, metadata)
 
 
 def _head_dim(base: peft.BaseLike) -> int | None:
-    """Return a loaded base's rows per head; None if unknown or different between layers."""
+    """Return a loaded base's head size, or None if unknown or if the layers differ."""
     sizes: set[int] = set()
     for layer in getattr(getattr(base, "config", None), "per_layer_config", ()):
         heads = getattr(layer, "num_attention_heads", None)
@@ -374,7 +379,7 @@ def _from_peft(
     own_base = None if placed else base
     loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card)
     source = "a folder with" if path.is_dir() else "a file with PEFT's names next to"
-    source = "a file of veneer's with its" if opened.in_file else source
+    source = "a file written by veneer, which contains" if opened.in_file else source
     reasons = [f"{source} {CONFIG_FILE}", *([opened.reason] if opened.reason else [])]
     if not placed:
         used: dict[str, list[str]] = defaultdict(list)
@@ -405,8 +410,8 @@ def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError
 
     some: whether to mention that a partial read is possible."""
     if not problems:
-        return AdapterError("no tensor of the file is an adapter's", where=where)
-    partial = "`veneer adapter convert --allow-partial` (allow_partial=True) converts the rest and lists the others"
+        return AdapterError("the file contains no adapter tensors", where=where)
+    partial = "`veneer adapter convert --allow-partial` (allow_partial=True) converts the rest and lists the problems"
     problem = f"the adapter cannot be read completely ({len(problems)} problem(s)):\n{bullets(problems, None)}"
     return AdapterError(problem, where=where, fix=partial if some else None)
 
@@ -438,7 +443,7 @@ def read_state_dict(
     for key in sorted(tensors):
         parts = split_key(key)
         if parts is not None and parts[1] in groups[parts[0]]:
-            problems.append(f"{key}: the same as {groups[parts[0]][parts[1]]}")
+            problems.append(f"{key}: a duplicate of {groups[parts[0]][parts[1]]}")
         elif parts is not None:
             groups[parts[0]][parts[1]] = key
         else:
@@ -446,15 +451,15 @@ def read_state_dict(
     if any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in tensors):
         raise AdapterError(
             "torchtune's own checkpoint of an adapter: it does not hold alpha, and its query and key rows are in "
-            "another order, by the base's heads",
+            "a different order, which depends on the base's heads",
             where=where,
             fix="give the PEFT folder that torchtune wrote next to it: adapter_config.json, adapter_model.safetensors",
         )
     if tensors and all(suffix in ("weight", "scale") for by_suffix in groups.values() for suffix in by_suffix):
-        problem = f"none of the {len(tensors):,} tensors is an adapter's: " + (
-            "full weights: a checkpoint or a part of one" if groups else "no layout known here"
+        problem = f"none of the {len(tensors):,} tensors is an adapter tensor: " + (
+            "full weights: a checkpoint or a part of one" if groups else "unknown layout"
         )
-        fix = "give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like"
+        fix = "pass the adapter's file; its tensors have names such as …lora_A.weight, …lora_up.weight, …lokr_w1"
         raise AdapterError(problem, where=where, fix=fix)
     shapes = {text: _shape(tensors, by_suffix) for text, by_suffix in groups.items()}
     choice = choose_family(shapes, family_in_metadata(metadata), family)
@@ -506,7 +511,7 @@ def read_state_dict(
     assumed = unstated if peft_names and alpha is None else []
     if assumed:
         notes.append(
-            f"the file does not state the scale of {counted(len(assumed), 'module')}: alpha is taken for the rank"
+            f"the file does not state the scale of {counted(len(assumed), 'module')}: the rank is used as alpha"
         )
     notes += problems
     return Reading(
@@ -517,8 +522,8 @@ def read_state_dict(
 def _is_unknown_model(targets: Mapping[str, Sequence[ModuleTarget] | None]) -> bool:
     """Return whether the file is for an unknown model with diffusers' class names.
 
-    True if some modules have the names of diffusers' classes, but the best family lacks other modules of the
-    file.
+    True if some modules have the names of diffusers' classes, but the best family does not have all modules
+    of the file.
     """
     names = {text: text.removeprefix("base_model.model.") for text in targets}
     dotted = all(name.partition(".")[0] in DENOISERS for name in names.values())
@@ -530,8 +535,8 @@ def _is_unknown_model(targets: Mapping[str, Sequence[ModuleTarget] | None]) -> b
 
 def _without_family(choice: FamilyChoice, targets: Mapping[str, Sequence[ModuleTarget] | None]) -> FamilyChoice:
     lacking = sorted(text for text, target in targets.items() if target is None)
-    label = choice.family.label if choice.family else " or ".join(choice.nearest) or "any family known here"
-    message = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
+    label = choice.family.label if choice.family else " or ".join(choice.nearest) or "any known family"
+    message = f"{len(lacking)} module names are unknown in {label} ({lacking[0]}): the file's own names are used"
     return FamilyChoice(None, choice.covered, (*choice.reasons, message))
 
 
@@ -548,11 +553,11 @@ def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
     parts, family = split_key(key), choice.family
     hint = closest_name(family, parts[0]) if parts else None
     if parts is None:
-        return f"{key} {tuple(tensor.shape)}: its ending is not that of an adapter's tensor"
+        return f"{key} {tuple(tensor.shape)}: the name does not have the suffix of an adapter tensor"
     if choice.nearest:
         differ = "differ in this name" if choice.fitting else "have other names, other widths or fewer blocks"
         return f"{key} {tuple(tensor.shape)}: unknown family; near: {', '.join(choice.nearest)}, which {differ}"
-    label = family.label if family else "any family known here"
+    label = family.label if family else "any known family"
     return f"{key} {tuple(tensor.shape)}: no module of {label}" + (f"; nearest: {hint}" if hint else "")
 
 
@@ -591,7 +596,7 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.
 def _settings(
     configs: Mapping[str, cfg.PeftConfig], module: str, suffixes: Mapping[str, Tensor], block: float | None
 ) -> tuple[float | None, bool]:
-    """Return (alpha, rslora) of a module as set by metadata.
+    """Return (alpha, rslora) of a module from the metadata.
 
     Raises AdapterError if tensors and metadata contradict each other."""
     component, _, name = module.partition(".")
@@ -606,7 +611,7 @@ def _settings(
     rank, source = cfg.rank_of_module(config, name)
     A = next((t for s, t in suffixes.items() if s.startswith("lora_A") or s.endswith("down.weight")), None)
     if A is not None and A.shape[:1] != (rank,):
-        raise AdapterError(f"{source} of lora_adapter_metadata says rank {rank}, A is {tuple(A.shape)}")
+        raise AdapterError(f"{source} of lora_adapter_metadata says rank {rank}, but A is {tuple(A.shape)}")
     if config.dora and not any(s.startswith(("lora_magnitude", "dora_scale")) for s in suffixes):
-        raise AdapterError("use_dora is set in lora_adapter_metadata, and there is no magnitude")
+        raise AdapterError("use_dora is set in lora_adapter_metadata, but there is no magnitude")
     return alpha, config.rslora

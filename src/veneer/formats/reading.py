@@ -27,7 +27,7 @@ from veneer.formats.names import component_of
 class Reading:
     """The result of reading an adapter.
 
-    `used`: canonical module -> the file's keys for the module. `unused`: keys with an unknown module or
+    `used`: canonical module -> keys of the module in the file. `unused`: keys with an unknown module or
     layout. `unpaired`: keys of modules that could not be read, with reasons in `notes`. `assumed_scale`:
     modules for which scale 1 was assumed, because the file does not state a scale (PEFT's names without a
     configuration)."""
@@ -47,7 +47,7 @@ class Reading:
 def delta_norm(pair: Pair) -> float:
     """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64.
 
-    For experts, the norm over all experts together."""
+    For experts, this is the norm over all experts together."""
     return distance(factors(pair))
 
 
@@ -102,7 +102,7 @@ def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[
         "files": _files(path),
         "notes": [
             *reading.notes,
-            *(f"{CARD_FILE}: the key {k!r} is not understood, kept in extra" for k in file.unknown),
+            *(f"{CARD_FILE}: the key {k!r} is unknown; kept in extra" for k in file.unknown),
         ],
     }
 
@@ -120,7 +120,7 @@ def _variants(adapter: Adapter) -> list[str]:
 
 
 def _last_name(module: str) -> str:
-    """Return a module's last name and a number that follows it, such as `to_out.0`."""
+    """Return a module's last name part, with a trailing number: `to_out.0`."""
     parts = module.split(".")
     at = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
     return ".".join(parts[at:])
@@ -131,7 +131,7 @@ def _files(path: Path) -> dict[str, int]:
 
 
 def _value_counts(values: Iterable[Any]) -> dict[str, int]:
-    """Return value -> count, sorted by value; floats have six digits."""
+    """Return {value: count}, sorted by value, with floats rounded to six digits."""
     counts = Counter(values)
     return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(counts.items())}
 

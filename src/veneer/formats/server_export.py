@@ -1,12 +1,12 @@
-"""Convert adapters for servers with one rank and scale: fold scales, pad ranks.
+"""Convert adapters for servers that support only one rank and scale.
 
     B' = s·B padded to (out, r)    A' = A padded to (r, in)    alpha = r = the largest rank, so that alpha/r = 1
 
-s·B stays in B's dtype if this is exact (s a power of two), and becomes float32 otherwise. Contents that the
-loader of vLLM or llama.cpp cannot hold are refused, each with a workaround.
+s·B keeps B's dtype if this is exact (s is a power of two), and is converted to float32 otherwise. Contents
+that the loader of vLLM or llama.cpp does not support are refused, each with a workaround.
 
-vLLM (`vllm/lora`): reads lora_A, lora_B, lora_embedding_A, _B; no DoRA, no bias, no modules_to_save. Before
-0.32 it reads one alpha and one r and drops the patterns.
+vLLM (`vllm/lora`) reads lora_A, lora_B, lora_embedding_A and lora_embedding_B; it does not support DoRA,
+biases and modules_to_save. Before 0.32, vLLM reads a single alpha and r, and ignores the patterns.
 
 Uses pairs; no files.
 """
@@ -31,14 +31,14 @@ MERGE = "merge it into the base"
 
 
 def refuse_unservable(adapter: Adapter, by_module: Mapping[str, ModuleChanges], server: str, refused: Refusals) -> None:
-    """Add to `refused` what `server` ("vLLM" or "llama.cpp") cannot hold."""
+    """Add to `refused` what `server` ("vLLM" or "llama.cpp") does not support."""
     for module, changes in by_module.items():
         if component_of(module):
-            refused[f"{server} serves language models, and this is of an image model"].append(module)
+            refused[f"{server} serves language models, but this adapter is for an image model"].append(module)
         for parameter, delta in changes.deltas.items():
             refused[f"{server} does not support a {delta.form} change of the {parameter}; {MERGE}"].append(module)
         if changes.full:
-            refused[f"{server} loads no full copies of modules; {MERGE}"].append(module)
+            refused[f"{server} does not load full copies of modules; {MERGE}"].append(module)
         if changes.pair is not None:
             _refuse_pair(module, changes.pair, server, refused)
     for module in adapter.token_rows:
@@ -50,23 +50,25 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
     if pair.magnitude is not None:
         refused[f"{server} does not support DoRA; {MERGE}"].append(module)
     if pair.kind == "conv":
-        refused[f"{server} does not support a pair of a convolution; {MERGE}"].append(module)
+        refused[f"{server} does not support pairs of convolutions; {MERGE}"].append(module)
     if pair.kind == "experts":
         refused[f"{server} lays out the experts' parameters in its own way; {MERGE}"].append(module)
     if server != "vLLM":
         return
     if pair.kind == "embedding" and kind != "embed_tokens":
-        refused[f"vLLM knows an embedding only by the name embed_tokens; {MERGE}"].append(module)
+        refused[f"vLLM supports an embedding only if its name is embed_tokens; {MERGE}"].append(module)
     if kind in ("embed_tokens", "lm_head"):
         rows = pair.A.shape[1] if pair.kind == "embedding" else pair.B.shape[0]
         if rows > _MAX_VLLM_VOCABULARY:
             refused[f"vLLM takes at most {_MAX_VLLM_VOCABULARY:,} rows here; {MERGE}"].append(module)
     if pair.rank > MAX_VLLM_RANKS[-1]:
-        refused[f"vLLM takes ranks up to {MAX_VLLM_RANKS[-1]}; `veneer adapter resize` first"].append(module)
+        refused[f"vLLM supports ranks up to {MAX_VLLM_RANKS[-1]}; run `veneer adapter resize` first"].append(module)
 
 
 def folded(adapter: Adapter) -> Adapter:
-    """Return the same ΔW with every scale 1 and one rank, the largest. For linears and embeddings."""
+    """Return an adapter with the same ΔW, in which all pairs have scale 1 and one rank.
+
+    The rank is the largest in `adapter`. Supports linear and embedding pairs."""
     rank = max((p.rank for p in adapter.pairs.values()), default=0)
     pairs = {}
     for name, pair in adapter.pairs.items():

@@ -1,14 +1,14 @@
 """An adapter's strength: overall, by block and component, and by step.
 
     0.8                                                the overall strength
-    0.8@down=0.5,mid=1,up.1=0.2,text=0                 times block factors; the last matching key counts
+    0.8@down=0.5,mid=1,up.1=0.2,text=0                 multiplied by block factors; the last matching key counts
     0.8@double.0-2=0.5,single.3=0                      blocks of a transformer, ranges of blocks
-    0.8@steps=0-0.6                                    in the first 60% of the steps, 0 after them
+    0.8@steps=0-0.6                                    in the first 60% of the steps; 0 in the other steps
     0.8@steps=0-0.3:0.2+0.3-1                          a separate factor for each range
-    0.8@campaign=product                               its role in a mix: sets blocks and steps (`CAMPAIGN`)
+    0.8@campaign=product                               a role in a mix, which sets blocks and steps (`CAMPAIGN`)
 
 | key                            | modules                                            |
-| text                           | every text encoder; `text_encoder_2` for only one  |
+| text                           | all text encoders; for one, use `text_encoder_2`   |
 | down, down.0, mid, up, up.1    | down_blocks, mid_block, up_blocks of a U-Net       |
 | double, double.0-2, joint      | transformer_blocks of a transformer                |
 | single, single.3               | single_transformer_blocks of a transformer         |
@@ -37,8 +37,8 @@ CAMPAIGN: Mapping[str, Mapping[str, str]] = {
 """Prediction type -> role -> factors.
 
 The lens starts after the steps that determine the content of the picture. On flow bases the brand is weaker,
-most of all in the double-stream blocks, which determine the content. benchmarks/image_campaign.py compares
-these factors with others (docs/image-proof.md)."""
+especially in the double-stream blocks, which determine the content. benchmarks/image_campaign.py compares
+these factors with other factors (docs/image-proof.md)."""
 
 
 def split_strength(text: str) -> tuple[str, float | None]:
@@ -72,15 +72,15 @@ _INDEX = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 def block_of(module: str) -> str:
     """Return a module's block: its name up to the first number.
 
-    For a U-Net, the name up to the attention or resnet (`unet.down_blocks.1.attentions.0`). Without a number,
-    the whole name."""
+    For a U-Net, the block is the name up to the attention or resnet (`unet.down_blocks.1.attentions.0`). A
+    name without a number is returned whole."""
     unet = re.match(r"^(.*?(?:down_blocks|up_blocks)\.\d+\.\w+\.\d+|.*?mid_block\.\w+\.\d+)(?:\.|$)", module)
     match = unet or _INDEX.match(module)
     return match[1] if match else module
 
 
 def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
-    """Return module -> strength, from "PATTERN=NUMBER,…".
+    """Return {module: strength}, parsed from "PATTERN=NUMBER,…".
 
     A pattern consists of whole dotted parts of a name ("mid_block", "down_blocks.0"), with ranges
     ("layers.3-7"); `*` matches all modules. The last matching pattern counts. Modules without a match have
@@ -96,12 +96,12 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
         matcher = _pattern(pattern.strip())
         hits = [m for m in modules if pattern == "*" or matcher.search(m)]
         if not hits:
-            problems.append(f"{pattern!r} fits no module")
+            problems.append(f"{pattern!r} matches no module")
         for module in hits:
             out[module] = _block_number(number)
     if problems:
         blocks = sorted({block_of(m) for m in modules})
-        problem = f"the strengths by block do not fit:\n{bullets(problems, None)}"
+        problem = f"invalid block strengths:\n{bullets(problems, None)}"
         raise ConfigError(problem, fix=f"the blocks are {', '.join(blocks[:40])}")
     return out
 
@@ -127,7 +127,7 @@ source."""
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """Return the regular expression of a pattern.
+    """Return a compiled regular expression for a block pattern.
 
     Raises ConfigError for an invalid range."""
     span = re.fullmatch(r"(.*?)(?<!\d)(\d{1,9})-(\d{1,9})", text)
@@ -135,7 +135,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     if span:
         first, last = int(span[2]), int(span[3])
         if not 0 <= last - first < _LONGEST_RUN:
-            raise ConfigError(f"{text!r} is not a range of blocks", fix=f"FROM-TO, at most {_LONGEST_RUN} of them")
+            raise ConfigError(f"{text!r} is not a range of blocks", fix=f"write FROM-TO, at most {_LONGEST_RUN} blocks")
         body = f"{re.escape(span[1])}(?:{'|'.join(map(str, range(first, last + 1)))})"
     return re.compile(rf"(?:^|\.){body}(?:\.|$)")
 
@@ -150,13 +150,13 @@ _EXAMPLE = "as in brand:0.8@down=0.5,text=0,steps=0-0.6"
 
 @dataclass(frozen=True)
 class Strength:
-    """A strength with factors per module and per step: the three are multiplied.
+    """A strength that is multiplied by factors per module and per step.
 
-    `blocks`: (key, factor), see the table above. `steps`: (from, to, factor) with from and to as fractions of
-    the run, 0 to 1. Step i of n is in a range if from ≤ i/n < to; the factor is 0 outside all ranges. Without
-    ranges, the factor is 1 at all steps. Factors of text encoders apply when the prompt is encoded, before
-    the first step.
-    `campaign`: a role instead of blocks and steps; `in_campaign` replaces the role by the factors for a
+    `blocks`: (key, factor), see the table in the module's docstring. `steps`: (from, to, factor) with from
+    and to as fractions of the run, 0 to 1. Step i of n is in a range if from ≤ i/n < to; the factor is 0
+    outside all ranges. Without ranges, the factor is 1 at all steps. Factors of text encoders apply when the
+    prompt is encoded, before the first step.
+    `campaign`: a role instead of blocks and steps; `in_campaign` replaces the role with the factors for a
         base."""
 
     strength: float = 1.0
@@ -180,10 +180,10 @@ class Strength:
         for begin, until, _ in sorted(self.steps):
             if not 0 <= begin < until <= 1:
                 raise ConfigError(
-                    f"{begin:g}-{until:g} is not a range of steps", fix="shares of the run, from 0 to 1: steps=0-0.6"
+                    f"{begin:g}-{until:g} is not a range of steps", fix="use fractions from 0 to 1: steps=0-0.6"
                 )
             if begin < end:
-                raise ConfigError(f"the ranges of steps overlap at {begin:g}", fix="let one begin where another ends")
+                raise ConfigError(f"the ranges of steps overlap at {begin:g}", fix="shorten one of the ranges")
             end = until
 
     def factor_at(self, share: float) -> float:
@@ -193,7 +193,7 @@ class Strength:
         return next((f for begin, end, f in self.steps if begin <= share < end), 0.0)
 
     def idle(self, steps: int) -> list[str]:
-        """Return the ranges that contain no step if the run has `steps` steps."""
+        """Return the ranges that contain none of the steps of a run with `steps` steps."""
         fractions = [i / steps for i in range(steps)]
         ranges = [(begin, end) for begin, end, _ in self.steps if not any(begin <= share < end for share in fractions)]
         return [f"{_text(begin)}-{_text(end)}" for begin, end in ranges]
@@ -209,7 +209,7 @@ class Strength:
         return tuple(sorted({0.0, *(e for begin, end, _ in self.steps for e in (begin, end) if e < 1)}))
 
     def __str__(self) -> str:
-        """Return text from which this strength can be parsed back exactly."""
+        """Return text that parses back to exactly this strength."""
         parts = [f"{key}={_text(factor)}" for key, factor in self.blocks]
         if self.steps:
             ranges = (f"{_text(b)}-{_text(e)}" + ("" if f == 1 else f":{_text(f)}") for b, e, f in self.steps)
@@ -225,8 +225,8 @@ def _text(number: float) -> str:
 def parse_strength(options: str, strength: float = 1.0) -> Strength:
     """Return a strength parsed from the text after the `@`, such as "down=0.5,steps=0-0.6".
 
-    Raises ConfigError for a part that is not KEY=NUMBER, a repeated key or an unknown role. Whether the
-    blocks exist is checked by `factors_by_module`."""
+    Raises ConfigError for a part that is not KEY=NUMBER, a repeated key or an unknown role.
+    `factors_by_module` checks whether the blocks exist."""
     blocks: dict[str, float] = {}
     campaign = ""
     steps: tuple[tuple[float, float, float], ...] = ()
@@ -243,7 +243,7 @@ def parse_strength(options: str, strength: float = 1.0) -> Strength:
                 raise ConfigError("campaign= occurs twice", fix="one role for each adapter: campaign=product")
             campaign = _role(value)
         elif not key or key in blocks:
-            raise ConfigError(f"{part!r}: " + ("the key occurs twice" if key else "there is no key"), fix=_EXAMPLE)
+            raise ConfigError(f"{part!r}: " + ("the key occurs twice" if key else "the key is missing"), fix=_EXAMPLE)
         else:
             blocks[key] = _number(value, part)
     if not (blocks or steps or campaign):
@@ -260,7 +260,9 @@ def _role(text: str) -> str:
 
 
 def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
-    """Raise ConfigError if two adapters (name, strength) of a mix share a role."""
+    """Raise ConfigError if two adapters of a mix have the same role.
+
+    uses: (name, strength) of each adapter."""
     played: dict[str, str] = {}
     for name, strength in uses:
         if strength.campaign and strength.campaign in played:
@@ -275,7 +277,7 @@ def in_campaign(strength: Strength, prediction: str, modules: Sequence[str]) -> 
     prediction, modules: the base's prediction type and modules.
 
     A strength without a role is returned unchanged. If the base lacks a block that `CAMPAIGN` uses, all roles
-    get their plain strength, because some of the factors alone would weaken adapters without separating
+    get their plain strength: applying only some of the factors would weaken adapters without separating
     them."""
     if not strength.campaign:
         return strength
@@ -302,14 +304,16 @@ def _number(text: str, part: str) -> float:
 
 def _range(text: str) -> tuple[float, float, float]:
     if (match := _RANGE.fullmatch(text.strip())) is None:
-        raise ConfigError(f"{text!r} is not a range of steps", fix="steps=FROM-TO, shares of the run: steps=0-0.6")
+        raise ConfigError(f"{text!r} is not a range of steps", fix="steps=FROM-TO with fractions: steps=0-0.6")
     return float(match[1]), float(match[2]), 1.0 if match[3] is None else _number(match[3], text)
 
 
 def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, float]:
-    """Return module -> factor for all `modules`, the canonical names of a base's modules.
+    """Return {module: factor} for all modules of a base.
 
-    Raises ConfigError for a key that matches no module, with the nearest keys that do."""
+    modules: the canonical names of the base's modules.
+
+    Raises ConfigError for a key that matches no module, and suggests the nearest valid keys."""
     encoders = sorted({m.partition(".")[0] for m in modules if m.startswith("text_encoder")})
     factors = []
     for key, factor in strength.blocks:
@@ -334,7 +338,7 @@ def _fits(pattern: str, modules: Sequence[str]) -> bool:
 
 
 def _short(block: str) -> str:
-    """Return a block's name in the short form of the table above."""
+    """Return the short form of a block's name, such as `down.0`."""
     for short, long in _SHORT.items():
         full_name = long if "." in long else f"unet.{long}"
         if block == full_name or block.startswith(f"{full_name}."):

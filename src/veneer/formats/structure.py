@@ -1,8 +1,8 @@
 """The structure of a base: module names, kinds and shapes.
 
 Does not import the base's library. A reader checks an adapter against the structure; a writer chooses names
-that match exactly certain modules. Supports any torch model, with or without adapters, also on the meta
-device. This module does not access files.
+that match exactly the adapter's modules. Supports any torch model, with or without adapters, including models
+on the meta device. This module does not access files.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from veneer.core.targets import base_modules, expert_parameters, kind_of
 
 @dataclass(frozen=True)
 class Structure:
-    """A base's outline.
+    """The names, kinds and shapes of a base's modules.
 
     `kinds`: every module name -> linear, embedding, conv, other, or unknown if only names were given.
     `shapes`: state-dict name -> shape. `experts`: module -> its 3-d parameters in declaration order.
     `transposed`: modules that set `is_transposed`. `interleaved`: expert modules whose gate_up_proj
-    alternates rows of gate and up (`is_concatenated` is false). `fan_in_fan_out`: linears stored (in, out).
-    `tied`: modules that use the input embedding's weight."""
+    alternates rows of gate and up (`is_concatenated` is false). `fan_in_fan_out`: linear layers stored as
+    (in, out). `tied`: modules that use the input embedding's weight."""
 
     kinds: dict[str, str]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Read the tensors of any adapter file, and check that they are finite.
 
-This module works on files and tensors, whatever the tensors mean.
+This module works on files and tensors, and does not interpret the tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict
 def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> None:
     """Raise AdapterError for NaN or infinity.
 
-    The error lists each affected tensor with name, shape and number of such values."""
+    The error lists each affected tensor with its name, its shape and the number of NaN and infinite values."""
     bad = []
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):
@@ -42,4 +42,4 @@ def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> 
         bad.append(f"{name} {tuple(tensor.shape)}: {count:,} of {tensor.numel():,} values")
     if bad:
         problem = f"{len(bad)} tensor(s) hold NaN or infinity:\n{bullets(bad, None)}"
-        raise AdapterError(problem, where=where, fix="the run that wrote them diverged; take an earlier checkpoint")
+        raise AdapterError(problem, where=where, fix="the training run diverged; use an earlier checkpoint")

@@ -1,4 +1,4 @@
-"""The image families: every module's canonical and original name.
+"""The image families: the canonical and original names of every module.
 
 | family     | components                                                | original names                            |
 | sd15       | unet, text_encoder (CLIP-L)                               | LDM                                       |
@@ -7,17 +7,17 @@
 | sd3        | transformer (3 and 3.5 medium), text_encoder, _2, _3 (T5) | joint_blocks                              |
 | sd3-large  | transformer (3.5 large), text_encoder, _2, _3 (T5)        | joint_blocks                              |
 | flux1      | transformer (dev, schnell), text_encoder, _2 (T5)         | BFL                                       |
-| flux2      | transformer (dev; klein has fewer blocks of the same)     | BFL                                       |
-| qwen-image | transformer                                               | the same                                  |
+| flux2      | transformer (dev; klein has fewer blocks)                 | BFL                                       |
+| qwen-image | transformer                                               | same as diffusers' names                  |
 | z-image    | transformer                                               | fused qkv                                 |
 
-Canonical name = component + "." + the name in diffusers' or transformers' class. SD3's two sizes are two
-families: their last blocks differ, and so does the place of the last context modulation. Counts are the
-official ones; widths are not used, so a file of any width is read in the same way. Sources: diffusers' and
-transformers' classes and diffusers' checkpoint converters, against which the tests check every name. If an
-original fuses q, k and v and diffusers does not, each of the three is a part of its rows; in the last
-modulation the original has (shift, scale) and diffusers (scale, shift). The U-Nets' names follow from a few
-counts:
+Canonical name = component + "." + the name in diffusers' or transformers' class. The two sizes of SD3 are two
+families, because the last block differs from the other blocks and has another number in each size. Block
+counts are those of the official models; widths are not used, so a file of any width is read in the same way.
+Sources: diffusers' and transformers' classes and diffusers' checkpoint converters, against which the tests
+check every name. If the original model fuses q, k and v but diffusers does not, q, k and v are each a range
+of the fused rows. In the last modulation, the original order is (shift, scale); diffusers' order is (scale,
+shift). The U-Nets' names follow from a few counts:
 
     input_blocks.0.0                conv_in
     input_blocks.{3i+j+1}.0 / .1    down_blocks.i.resnets.j / attentions.j        j = 0, 1
@@ -46,8 +46,8 @@ RowRange = tuple[int, int, int]
 class ModuleRow(NamedTuple):
     """A module, its kind, and its original name ("" if equal to the canonical name).
 
-    The module is the whole original module, or only `part` of its rows. `swap`: the halves of the rows are
-    swapped."""
+    `part`: the rows of the original module that make up the module; None for all rows. `swap`: the two halves
+    of the rows are swapped."""
 
     module: str
     kind: str = "linear"
@@ -57,9 +57,9 @@ class ModuleRow(NamedTuple):
 
 
 def _rows(prefix: str, names: str, original: str | None = None) -> Iterator[ModuleRow]:
-    """Yield a row for each word of `names`.
+    """Yield a ModuleRow for each word of `names`.
 
-    A word is NAME or NAME=ORIGINAL, prefixed by "KIND:" unless linear.
+    A word is NAME or NAME=ORIGINAL, with the prefix "KIND:" for kinds other than linear.
 
     original: the prefix of the original names; None if they equal the canonical names."""
     for word in names.split():
@@ -71,10 +71,10 @@ def _rows(prefix: str, names: str, original: str | None = None) -> Iterator[Modu
 def clip(component: str, layers: int, projection: bool) -> Iterator[ModuleRow]:
     """Yield the modules of CLIP's text model.
 
-    projection: transformers' CLIPTextModelWithProjection instead of CLIPTextModel.
+    projection: whether the class is CLIPTextModelWithProjection instead of CLIPTextModel.
 
-    CLIPTextModel has the names used in its files, with `text_model.`, which transformers 5 removed from the
-    class."""
+    The names contain `text_model.`, as in the model's files; transformers 5 removed this part from the class
+    CLIPTextModel."""
     top = f"{component}.text_model."
     yield from _rows(f"{top}embeddings.", "embedding:token_embedding embedding:position_embedding")
     for i in range(layers):
@@ -112,12 +112,12 @@ _BLOCK = (
 def unet(depths: Sequence[int], widths: Sequence[int], proj: str, extra: bool, layers: int = 2) -> Iterator[ModuleRow]:
     """Yield the modules of diffusers' UNet2DConditionModel.
 
-    depths: for each level on the way down, the number of transformer blocks in each attention, 0 for a level
-        without attention. The way up mirrors the way down; the middle block uses the last number that is not
-        0.
+    depths: the number of transformer blocks in each attention, for each level of the down path; 0 for a level
+        without attention. The up path mirrors the down path; the middle block uses the last number that is
+        not 0.
     widths: the levels' channels, in any unit.
     proj: the kind of proj_in and proj_out.
-    extra: whether SDXL's second embedding exists."""
+    extra: whether the model has SDXL's second embedding."""
     levels = len(depths)
     yield from _rows("unet.", "conv:conv_in=input_blocks.0.0", "")
     yield from _rows("unet.time_embedding.", "linear_1=0 linear_2=2", "time_embed.")
@@ -152,7 +152,7 @@ def _resnet(name: str, original: str, shortcut: bool) -> Iterator[ModuleRow]:
 
 
 def _attention(name: str, original: str, depth: int, proj: str) -> Iterator[ModuleRow]:
-    """Yield the modules of a Transformer2DModel; its inner names are the same in the original."""
+    """Yield the modules of a Transformer2DModel; inner names equal the original names."""
     if depth:
         yield from _rows(f"{name}.", f"norm:norm {proj}:proj_in {proj}:proj_out", f"{original}.")
     for k in range(depth):
@@ -166,7 +166,7 @@ _CONTEXT = "add_q_proj add_k_proj add_v_proj"
 
 
 def _fused(names: str, prefix: str, original: str, units: int = 3) -> Iterator[ModuleRow]:
-    """Yield a row for each name: one unit of the original's rows per name.
+    """Yield a ModuleRow for each name, with one unit of the original module's rows.
 
     The last name gets all remaining units."""
     each = names.split()
@@ -231,8 +231,8 @@ _FLUX_NORMS = "norm:norm_q=query_norm norm:norm_k=key_norm"
 def flux1(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
     """Yield the modules of FluxTransformer2DModel: dev with guidance, schnell without.
 
-    A single block's linear1 consists of q, k, v and the feed-forward layer, which is four times as wide: 7
-    units."""
+    In a single-stream block, linear1 consists of q, k, v and the feed-forward layer, which is four times as
+    wide as q: 7 units in total."""
     names = (("timestep", "time_in"), ("text", "vector_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_text_embed", names)
     for i in range(double):
@@ -252,7 +252,7 @@ def flux2(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
     """Yield the modules of Flux2Transformer2DModel: dev with guidance, klein without.
 
     Block counts (double, single): 8 and 48 (dev), 8 and 24 (klein 9B), 5 and 20 (klein 4B). All blocks share
-    the modulations. The projections of a single block are fused in diffusers too."""
+    the modulations. The projections of a single-stream block are fused in diffusers too."""
     names = (("timestep", "time_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_guidance_embed", names)
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
@@ -303,7 +303,7 @@ def z_image(layers: int, refiners: int) -> Iterator[ModuleRow]:
 def attention_blocks(double: int, single: int, *, joint: bool) -> Iterator[ModuleRow]:
     """Yield attention and feed-forward modules under diffusers' names.
 
-    joint: attention with projections for the text, instead of attn1 and attn2."""
+    joint: whether a block has one attention with text projections, instead of attn1 and attn2."""
     for i in range(double):
         block = f"{_TOP}transformer_blocks.{i}."
         for attn in ("attn.",) if joint else ("attn1.", "attn2."):
@@ -320,10 +320,10 @@ DENOISERS = ("unet", "transformer")
 
 @dataclass(frozen=True)
 class ModuleTarget:
-    """A canonical module that receives a module of a file, or a part of the module.
+    """A canonical module that a file's module is assigned to, in whole or in part.
 
-    `part`: rows [begin, end) of `total` in equal units, None for all rows. `swap`: the two halves of the rows
-    are swapped."""
+    `part`: rows [begin, end) of `total` equal units of the file's module; None for all rows. `swap`: the two
+    halves of the rows are swapped."""
 
     module: str
     part: RowRange | None = None

@@ -1,14 +1,14 @@
-"""Translate folders of mlx-lm and Tinker to equivalent PEFT folders.
+"""Translate mlx-lm and Tinker folders to equivalent PEFT folders.
 
 | tool   | a pair on module X                                                             | scale                 |
 | mlx-lm | X.lora_a (in, r), X.lora_b (r, out); DoRA's magnitude X.m (out,)               | lora_parameters.scale |
 |        | experts: X.switch_mlp.up_proj.lora_a (E, r, in), lora_b (E, out, r)            |                       |
-| Tinker | PEFT's keys with some names of its own (`_TINKER`); experts in three           | lora_alpha / r        |
-|        | dimensions (formats/moe.py)                                                    |                       |
+| Tinker | PEFT's keys, except for some module names (`_TINKER`); 3-d expert tensors      | lora_alpha / r        |
+|        | (formats/moe.py)                                                               |                       |
 
-Since 2024, mlx-lm's `scale` is the whole scale. Before, the scale was scale·alpha/r; a configuration with
+Since 2024-09, mlx-lm's `scale` is the whole scale. Before, the scale was scale·alpha/r; a configuration with
 `lora_layers` and `alpha` is therefore ambiguous. Tinker splits Qwen 3.5's `in_proj_qkv` into q, k and v; this
-module joins their pairs block-diagonally. This module works on configurations and tensors, and does not
+module joins the three pairs block-diagonally. This module works on configurations and tensors, and does not
 access files.
 """
 
@@ -52,7 +52,7 @@ class TranslatedFolder:
 
 
 def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder | None:
-    """Return an mlx-lm or Tinker folder in PEFT's layout; None for other folders.
+    """Translate an mlx-lm or Tinker folder to PEFT's layout; return None for other folders.
 
     Raises AdapterError if PEFT's layout cannot express the folder."""
     pairs = any(key.endswith((".lora_a", ".lora_b")) for key in tensors)
@@ -77,9 +77,9 @@ def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trans
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
         if part not in ("lora_a", "lora_b", "m") or not module:
-            problems.append(f"{key} {tuple(tensor.shape)}: not a tensor that mlx-lm's LoRA has")
+            problems.append(f"{key} {tuple(tensor.shape)}: not a tensor of mlx-lm's LoRA")
         elif module.rpartition(".")[2] in _EMBEDDINGS:
-            problems.append(f"{key}: a pair on an embedding, which mlx-lm gives to a tied head too, and PEFT does not")
+            problems.append(f"{key}: a pair on an embedding; mlx-lm also applies it to a tied head, but PEFT does not")
         elif part == "m":
             out[f"{_PREFIX}{module}.lora_magnitude_vector"] = tensor
         else:
@@ -117,8 +117,8 @@ def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, f
         return rank, 1.0, 0.0
     if "lora_layers" in config and numbers.get("alpha", rank) != rank:
         problems.append(
-            f"lora_parameters has scale {scale:g} and alpha {numbers['alpha']}: mlx-lm of before 2024-09 scaled by "
-            f"scale·alpha/rank, later versions by scale only. Remove alpha, with the scale that was used as `scale`"
+            f"lora_parameters has scale {scale:g} and alpha {numbers['alpha']}: mlx-lm before 2024-09 scaled by "
+            f"scale·alpha/rank, later versions by scale only. Remove alpha, and set `scale` to the scale that was used"
         )
     return rank, float(scale), float(dropout)  # type: ignore[arg-type]
 
@@ -154,7 +154,7 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
     settings = {**config, "peft_type": "LORA"}
     for start, parts in cut.items():
         if sorted(parts) != ["kA", "kB", "qA", "qB", "vA", "vB"] or any(t.ndim != 2 for t in parts.values()):
-            raise AdapterError(f"{start}q, _k and _v are one projection of the base, and the file has {sorted(parts)}")
+            raise AdapterError(f"{start}q, _k and _v are one projection of the base, but the file has {sorted(parts)}")
         out[f"{_PREFIX}{start}qkv.lora_A.weight"] = torch.cat([parts[f"{n}A"] for n in "qkv"])
         out[f"{_PREFIX}{start}qkv.lora_B.weight"] = torch.block_diag(*[parts[f"{n}B"] for n in "qkv"])
     if cut:
@@ -163,9 +163,9 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
             if isinstance(number := config.get(setting), int | float):
                 settings[pattern] = {**(patterns if isinstance(patterns, dict) else {}), "in_proj_qkv": 3 * number}
     settings["target_modules"] = _targets(out)
-    return TranslatedFolder("tinker", "the names of Tinker's archives", settings, out)
+    return TranslatedFolder("tinker", "module names of Tinker's archives", settings, out)
 
 
 def _targets(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the modules with pairs, without 3-d experts, which are not modules of the base."""
+    """Return the modules that have 2-d pairs; 3-d experts are not modules of the base."""
     return sorted({_tinker_module(key) for key, t in tensors.items() if ".lora_" in key and t.ndim == 2})

@@ -3,11 +3,12 @@
 | the text model's layers        | model                                                                       |
 | model.layers.N                 | a text model; Qwen2-VL before transformers 4.52                             |
 | model.language_model.layers.N  | Qwen-VL, Qwen 3.5, Gemma 3 and 4, Mistral 3, … since transformers 4.52      |
-| language_model.model.layers.N  | Gemma 3, Mistral 3, Llava, … before; Llama 4                                |
+| language_model.model.layers.N  | Gemma 3, Mistral 3, Llava, … before transformers 4.52; Llama 4              |
 
-Vision towers, projectors and the head are mapped too, and Mixtral's `block_sparse_moe`, which is called `mlp`
-since transformers 5. Nothing is renamed if a file and a base use the same names, or if either has several
-names for one part; in the latter case, errors list the names that do not fit. This module uses names only.
+This module also maps vision towers, projectors, the head, and Mixtral's `block_sparse_moe`, which is called
+`mlp` since transformers 5. Nothing is renamed if a file and a base use the same names, or if one of them has
+several names for the same part; in the latter case, errors list the names that do not fit. This module uses
+names only.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ _PARTS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("model.embed_audio.", "embed_audio."), _ANY),
     (("language_model.lm_head", "lm_head"), _WHOLE),
 )
-"""For each model part, its past and present prefixes, and a pattern of the remaining name.
+"""For each model part, the past and present prefixes, and a pattern for the rest of the name.
 
-Longer prefixes come first if a prefix begins with another."""
+A prefix that begins with another prefix comes before the shorter prefix."""
 
 _MIXTRAL = (re.compile(r"(layers\.\d+)\.block_sparse_moe\."), re.compile(r"(layers\.\d+)\.mlp\."))
 
 
 @dataclass(frozen=True)
 class Renaming:
-    """How to rename a file's modules.
+    """A mapping between a file's module names and a base's module names.
 
     `rules`: (the file's prefix, the base's prefix, pattern of the rest). `mixtral`: the file uses
     block_sparse_moe for mlp. `parts`: (prefix, pattern of the rest) of the model parts in the file."""
@@ -66,7 +67,7 @@ class Renaming:
     def describe(self) -> str:
         renames = [f"{old or '(no prefix)'} is {new or '(no prefix)'}" for old, new, _ in self.rules]
         renames += ["block_sparse_moe is mlp"] if self.mixtral else []
-        return f"names of another class of the same model, read under the base's: {', '.join(renames)}"
+        return f"names of another class of the same model, converted to the base's names: {', '.join(renames)}"
 
 
 def renaming(file: Iterable[str], base: Collection[str]) -> Renaming | None:

@@ -5,8 +5,8 @@
         plan = pipeline.plan(["acme@campaign=brand", "lock@campaign=product"])
 
 An adapter is read and attached once, even if it is named several times. An adapter with block factors is
-divided into parts that share its tensors (`Adapter.divided`). A plan is therefore a list of names and
-strengths, and applying a plan is one assignment of a selection.
+divided into parts that share its tensors (`Adapter.divided`). A plan is therefore only a list of names and
+strengths, and applying a plan does not change any tensors.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ _GENERIC_NAMES = ("adapter", "adapter_model", "pytorch_lora_weights")
 def label_of(name: str) -> str:
     """Return a short display name: the file or folder without extension, or the library name.
 
-    If the file has a name that a tool gives to every file, the folder's name is used. The separators of
-    infotext (`:,<>`) become `_`."""
+    If the file has a generic name (`_GENERIC_NAMES`), the folder's name is used. The separators of infotext
+    (`:,<>`) become `_`."""
     at = Path(name)
     short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
     if short in _GENERIC_NAMES and at.parent.name:
@@ -99,10 +99,9 @@ def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
 
 
 class ImagePipeline:
-    """The adapters of one image base, as a context manager that disables the adapters on exit.
+    """The adapters of one image base; as a context manager, detaches them on exit.
 
-    On exit, the adapters are also detached, unless `attachment` was given. `sources`: attached adapters by
-    requested name. `say`: called once with each note for the user."""
+    `sources`: attached adapters by requested name. `say`: called once with each note for the user."""
 
     def __init__(self, base: ImageBase, *, say: Callable[[str], None] | None = None) -> None:
         self.base = base
@@ -124,8 +123,8 @@ class ImagePipeline:
     def add(self, name: str) -> AdapterSource:
         """Read and attach an adapter, unless it is already attached.
 
-        Raises MismatchError for an adapter of another family, and AdapterError, with every name and shape,
-        for an adapter that does not fit the base."""
+        Raises MismatchError for an adapter of another family. Raises AdapterError, listing every name and
+        shape that does not fit, for an adapter that does not fit the base."""
         if name not in self.sources:
             path = using.adapter_path(name)
             adapter = using.load_adapter(self.base, name, allow_other_base=True)
@@ -184,7 +183,7 @@ class ImagePipeline:
     # -- internals -----------------------------------------------------------------------------------------------------
 
     def _divided(self, name: str, strength: Strength) -> NamedMix:
-        """Return the mix of the adapter's attached parts with their factors."""
+        """Return the mix of the adapter's attached parts with the factors of the parts."""
         shape = strength.by_block
         if (name, shape) not in self._parts:
             self.add(name)
@@ -197,8 +196,8 @@ class ImagePipeline:
 def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Sequence[str]) -> NamedMix:
     """Divide an attached adapter by its block factors, and attach each part.
 
-    Returns the mix of the parts that equals the adapter with these factors. Without factors, the mix has the
-    adapter itself. Raises ConfigError for a block that the base does not have.
+    Returns the mix of the parts that equals the adapter with these factors. Without factors, the mix contains
+    the adapter itself. Raises ConfigError for a block that the base does not have.
 
     modules: module names of the base."""
     if not shape.blocks:
@@ -213,12 +212,12 @@ def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Seq
 
 
 def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str]) -> list[str]:
-    """Return the factors that have no effect, as ends of sentences about the adapter."""
+    """Return a note for each factor without effect, to append to the adapter's name."""
     modules_of_adapter = {key.rpartition(".")[0] for key in adapter.deltas}
     modules_of_adapter |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
     notes = []
     if strength.steps and any(key.startswith("text_encoder") for key in modules_of_adapter):
-        notes.append(": its part on the text encoder acts throughout; steps= is about the denoiser")
+        notes.append(": the part on the text encoder acts in all steps; steps= applies only to the denoiser")
     for block, _ in strength.blocks:
         factor_of = factors_by_module(Strength(1.0, ((block, 0.0),)), modules)
         if all(factor_of.get(key, 1.0) for key in modules_of_adapter):
@@ -242,9 +241,9 @@ def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
 
 
 def mix_plan(parts: Sequence[tuple[Strength, NamedMix]]) -> MixPlan:
-    """Return the plan of adapters with their strengths.
+    """Return the plan for adapters with strengths.
 
-    Each adapter is given by its attached parts (`add_divided`)."""
+    parts: for each adapter, its strength and the mix of its attached parts (`add_divided`)."""
     phases: list[tuple[float, NamedMix]] = []
     for edge in sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)}):
         mix = _scaled([(part, strength.strength * strength.factor_at(edge)) for strength, part in parts])

@@ -24,7 +24,7 @@ _BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
 def read_batch(path: str | Path, shared: ImageRequest | None = None) -> list[ImageRequest]:
     """Return the requests of a file, in order.
 
-    shared: the values of missing keys.
+    shared: the defaults for keys that a line does not have.
 
     Raises DataError for an unreadable or empty file, and for invalid lines, with every line number and
     problem."""
@@ -46,7 +46,7 @@ def read_batch(path: str | Path, shared: ImageRequest | None = None) -> list[Ima
         message = f"the batch has {counted(len(bad), 'invalid line')}:\n{bullets(bad)}"
         raise DataError(message, where=str(path), fix=f"lines like {_EXAMPLE}")
     if not requests:
-        raise DataError("the batch has no lines", where=str(path), fix=f"a line for each picture: {_EXAMPLE}")
+        raise DataError("the batch has no lines", where=str(path), fix=f"write one line per picture: {_EXAMPLE}")
     return requests
 
 
@@ -68,13 +68,15 @@ def _parse_line(line: str, shared: ImageRequest) -> ImageRequest:
     if "adapters" in row:
         specs = row.pop("adapters")
         if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):
-            raise DataError(f'adapters is {specs!r}; it must be a list of texts, as in ["brand:0.8"]')
+            raise DataError(f'adapters is {specs!r}; it must be a list of strings, as in ["brand:0.8"]')
         row["uses"] = tuple(parse_use(spec) for spec in specs)
     return replace(shared, **row)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object. Raise ValueError for duplicate keys, of which a JSON reader would keep the last."""
+    """Return the pairs as a dictionary.
+
+    Raises ValueError for duplicate keys, because the JSON parser would silently keep only the last value."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,10 +1,10 @@
 """Control images: ControlNet, image, weight, and Canny edge detection.
 
-canny=sketch.png:0.7             the edges of sketch.png, found by OpenCV's Canny, with the base's canny ControlNet
+canny=sketch.png:0.7             edges of sketch.png, detected by OpenCV's Canny, with the base's canny ControlNet
 edges=edges.png:0.7              the unchanged image (white edges on black), with the same ControlNet
 depth=d.png:0.7                  the unchanged image (near is light), with the base's depth ControlNet
-pose@runs/pose=p.png:0.5         the unchanged image, with another ControlNet, by name or folder
-canny=sketch.png:0.7@0-0.5       in the first half of the steps
+pose@runs/pose=p.png:0.5         the unchanged image, with a ControlNet that is given by name or folder
+canny=sketch.png:0.7@0-0.5       only in the first half of the steps
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CANNY = (100, 200)
 class ControlSpec:
     """A control image with its ControlNet and weight.
 
-    model: a ControlNet's name or folder; "" is the base's own ControlNet of a kind in CONTROL_KINDS."""
+    model: a ControlNet's name or folder; "" selects the base's own ControlNet for a kind in CONTROL_KINDS."""
 
     kind: str
     path: str
@@ -54,13 +54,13 @@ class ControlSpec:
 
 
 def parse_control(spec: str | ControlSpec) -> ControlSpec:
-    """Return the control in a text: KIND[@MODEL]=PICTURE[:weight][@FROM-TO].
+    """Parse a control: KIND[@MODEL]=PICTURE[:weight][@FROM-TO].
 
     Raises ConfigError for any other text."""
     if isinstance(spec, ControlSpec):
         return spec
     if (parsed := _FORM.fullmatch(spec)) is None:
-        raise ConfigError(f"{spec!r} does not name a control", fix=_EXAMPLE)
+        raise ConfigError(f"{spec!r} is not a control image", fix=_EXAMPLE)
     if re.search(r"\.\w+[:@]", parsed["path"]) and not Path(parsed["path"]).exists():
         raise ConfigError(f"{spec!r}: expected a weight or a range of steps after the picture", fix=_EXAMPLE)
     try:
@@ -77,14 +77,15 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
 
 
 def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
-    """Return the ControlNet's name to load.
+    """Return the name of the ControlNet to load.
 
-    A built-in base's ControlNet, or one on the hub. Raises ConfigError if none is known."""
+    If `spec` has no model, this is the known ControlNet for the base and the kind. Raises ConfigError if no
+    ControlNet is known."""
     if spec.model:
         return spec.model
     kind = CONTROL_KINDS[spec.kind]
     if not base.row.control:
-        fix = "leave controls out" + ("; it takes pictures as references (--reference)" if base.references else "")
+        fix = "leave controls out" + ("; it takes reference pictures (--reference)" if base.references else "")
         raise ConfigError(f"diffusers has no ControlNet for {base.row.label}", where=base.name, fix=fix)
     packaged = PACKAGED.get(base.name, base.row).controlnets
     if kind not in packaged:
@@ -93,7 +94,9 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 
 
 def _one_frame(picture: Image, where: str) -> Image:
-    """Return the image upright. Raise DataError for an animation, because the frame is ambiguous."""
+    """Return the image upright.
+
+    Raises DataError for an animation, because it is unclear which frame to use."""
     frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # an MPO is a photo with a preview
     if frames > 1:
         fix = "save one frame as a picture"
@@ -112,7 +115,7 @@ def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
 def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:
     """Return the image in these bytes, upright. Raise DataError for invalid bytes.
 
-    max_pixels: compared with the header before decoding, because a few bytes can claim gigabytes."""
+    max_pixels: checked against the header before decoding, because a small file can declare a huge image."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -122,7 +125,7 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
                 raise DataError(message, where=where, fix=f"at most {max_pixels} pixels")
             picture = _one_frame(opened, where)
     except UnidentifiedImageError as error:
-        accepted = f", in none of {', '.join(formats)}" if formats else ""
+        accepted = f", or not in one of the formats {', '.join(formats)}" if formats else ""
         raise DataError(f"this is not a picture{accepted}: cannot identify image file", where=where) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         message = f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
@@ -134,7 +137,7 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
 
 
 def flattened(picture: Image, paper: str = "white") -> Image:
-    """Return the image in 8-bit RGB or gray. Transparent parts get the color `paper`."""
+    """Return the image in 8-bit RGB or gray, with `paper` behind transparent parts."""
     from PIL import Image
 
     if picture.mode.startswith("I"):  # Pillow would clip 16-bit gray to 255.
@@ -149,12 +152,14 @@ def flattened(picture: Image, paper: str = "white") -> Image:
 
 
 def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
-    """Return white edges on black, from OpenCV's Canny on RGB. Raise MissingExtraError without OpenCV."""
+    """Return white edges on black, from OpenCV's Canny on RGB.
+
+    Raises MissingExtraError without OpenCV."""
     try:
         import cv2
     except ImportError:
-        fix = "pip install opencv-python-headless, or give the edges yourself: edges=FILE"
-        raise MissingExtraError("finding edges needs OpenCV", fix=fix) from None
+        fix = "pip install opencv-python-headless, or pass a picture of the edges: edges=FILE"
+        raise MissingExtraError("edge detection requires OpenCV", fix=fix) from None
     import numpy as np
     from PIL import Image
 
@@ -168,10 +173,10 @@ def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) 
     fitted, note = fitted_picture(picture.convert("RGB"), width, height, f"control picture {spec.path}")
     notes = [note] if note else []
     if spec.kind != "canny":
-        return fitted, [*notes, f"control picture {spec.path}: taken as it is ({spec.kind})"]
+        return fitted, [*notes, f"control picture {spec.path}: used unchanged ({spec.kind})"]
     edges = canny(fitted)
     share = sum(edges.convert("L").histogram()[128:]) / (width * height)
-    notes.append(f"control picture {spec.path}: its edges were found ({share:.1%} of the pixels)")
+    notes.append(f"control picture {spec.path}: edges detected ({share:.1%} of the pixels)")
     if not share:
-        raise DataError("no edges were found in the control picture", where=spec.path, fix="one with more contrast")
+        raise DataError("no edges were found in the control picture", where=spec.path, fix="increase the contrast")
     return edges, notes

@@ -1,11 +1,11 @@
-"""Generate images from requests, with infotext and record.
+"""Generate images from requests, each with an infotext and a record.
 
     with ImagePipeline(base) as pipeline:
         request = ImageRequest("a fox", seed=5, uses=(parse_use("brand:0.8"),))
         generate(pipeline, [request], Options(steps=20))[0].save("fox.png")
 
-Every request can have its own prompt, seed and mix. Requests of one batch run together. This module uses
-files and models, but not the command line.
+Each request can have its own prompt, seed and mix. Requests are generated in batches. This module uses files
+and models, but does not depend on the command line.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class ImageRequest:
     def __post_init__(self) -> None:
         for label, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
             if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-                raise ConfigError(f"the {label} is {text!r}", fix="a text without halves of surrogate pairs")
+                raise ConfigError(f"the {label} is {text!r}", fix="text without lone surrogates")
         check_seed(self.seed)
         check_roles(self.uses)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options shared by all requests. None is the base's default; see models.image.generate.PictureSettings.
+    """Options shared by all requests; see models.image.generate.PictureSettings.
 
-    image, mask, references: files or images. The default size has the base's area and the aspect ratio of the
-    given image, or of the first reference."""
+    None means the base's default. image, mask, references: files or images. The default size has the base's
+    default area and the aspect ratio of the first picture given: `image`, a control, or a reference."""
 
     width: int | None = None
     height: int | None = None
@@ -122,12 +122,12 @@ class RecordedPicture:
 def image_requests(
     prompts: Sequence[str], uses: Sequence[Use], negative: str = "", seed: int | Sequence[int] = 0, count: int = 1
 ) -> list[ImageRequest]:
-    """Return `count` requests for each prompt, with the seeds seed, seed + 1, …
+    """Return `count` requests per prompt, with the seeds seed, seed + 1, …
 
-    seed: one seed for all prompts, or one for each.
+    seed: one seed for all prompts, or one seed per prompt.
 
-    Raises ConfigError for seeds that are not integers, if the numbers of seeds and prompts differ, and for a
-    `count` outside of 1 to MOST_COUNT."""
+    Raises ConfigError if a seed is not an integer, if the number of seeds differs from the number of prompts,
+    or if `count` is not from 1 to MOST_COUNT."""
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"count is {count:,}", fix=f"at least 1, at most {MOST_COUNT:,}")
     try:
@@ -136,7 +136,7 @@ def image_requests(
         raise ConfigError(f"seed {seed!r}", fix="a whole number, or one per prompt") from None
     if len(seeds) != len(prompts):
         counts = f"{counted(len(prompts), 'prompt')} with {counted(len(seeds), 'seed')}"
-        raise ConfigError(f"{counts}: give one for each, or one number for all")
+        raise ConfigError(f"{counts}: give one seed per prompt, or one seed for all prompts")
     return [
         ImageRequest(prompt, negative, first + i, tuple(uses))
         for prompt, first in zip(prompts, seeds, strict=True)
@@ -154,20 +154,20 @@ def generate(
 ) -> list[RecordedPicture]:
     """Generate an image for each request, in order.
 
-    `pipeline.say` is called with notes about inputs that were resized, truncated or have no effect.
-    `on_picture(i, picture)` is called as soon as an image is finished, so an interrupted call leaves finished
-    images. Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
+    Calls `pipeline.say` with notes about inputs that were resized or truncated, or that have no effect. Calls
+    `on_picture(i, picture)` as soon as an image is finished, so that finished images survive if the call is
+    interrupted. Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = pipeline.base, options or Options()
     resolved = {uses: pipeline.resolve_roles(uses) for uses in dict.fromkeys(request.uses for request in requests)}
-    # A record has the blocks and steps of roles, not the roles.
+    # Records store the blocks and steps that a role stands for, not the role's name.
     requests = [replace(request, uses=resolved[request.uses]) for request in requests]
     plans: dict[tuple[Use, ...], MixPlan] = {}
     for request in requests:
         if request.uses not in plans:
             plans[request.uses] = pipeline.plan(request.uses)
         if "<lora:" in request.prompt:
-            pipeline.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
-    settings, inputs = _prepared(pipeline, options)
+            pipeline.say("note: <lora:…> in a prompt is read as plain text; adapters are given separately")
+    settings, inputs = _prepare_inputs(pipeline, options)
     rows = [ImageRow(request.prompt, request.negative, request.seed, plans[request.uses]) for request in requests]
     shared = shared_record(base, settings) | inputs
     out: list[RecordedPicture] = []
@@ -194,7 +194,7 @@ _SHOWN_UNREAD = 200
 
 
 def unread_notes(picture: GeneratedPicture) -> list[str]:
-    """Return notes about the ends of prompts that were not read, each shortened."""
+    """Return a note for each prompt whose end was not read, quoting part of that end."""
     cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
     return [
         f"the text encoder does not read the end of the {label}: …{cut[:_SHOWN_UNREAD]}"
@@ -207,28 +207,30 @@ def unread_notes(picture: GeneratedPicture) -> list[str]:
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
-    """Return the settings, with all input images loaded at one size, and the records of the images."""
+def _prepare_inputs(pipeline: ImagePipeline, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
+    """Load the input images; return the settings and the images' records.
+
+    The images are resized to the size of the output; a reference can keep its own aspect ratio."""
     base = pipeline.base
-    image, image_from = _opened(options.image)
-    mask, mask_from = _opened(options.mask, paper="black")
+    image, image_from = _open_picture(options.image)
+    mask, mask_from = _open_picture(options.mask, paper="black")
     if mask is not None and not mask.convert("L").getbbox():
         where = mask_from["path"] if mask_from else None
         message = "the mask is all black, so nothing would be repainted"
-        raise DataError(message, where=where, fix="paint the areas to repaint white")
+        raise DataError(message, where=where, fix="use white for the areas to repaint")
     opened = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
-    references = [(picture, record) for picture, record in map(_opened, options.references) if picture and record]
+    references = [(picture, record) for picture, record in map(_open_picture, options.references) if picture and record]
     guides = [image, *(picture for _, picture, _ in opened), *(picture for picture, _ in references)]
     guide = next(filter(None, guides), None)
     width, height = size_for(base, options.width, options.height, guide)
 
-    def noted(fitted: tuple[Image, str]) -> Image:
+    def report_note(fitted: tuple[Image, str]) -> Image:
         if fitted[1]:
             pipeline.say(f"note: {fitted[1]}")
         return fitted[0]
 
-    image = image and noted(fitted_picture(image, width, height, "picture"))
-    mask = mask and noted(fitted_picture(mask, width, height, "mask"))
+    image = image and report_note(fitted_picture(image, width, height, "picture"))
+    mask = mask and report_note(fitted_picture(mask, width, height, "mask"))
     controls, control_records = [], []
     for spec, picture, sha in opened:
         name = control_model_of(base, spec)
@@ -253,34 +255,34 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
         mask=mask,
         denoise=denoise,
         controls=tuple(controls),
-        references=tuple(noted(fitted_reference(base, picture, width, height)) for picture, _ in references),
+        references=tuple(report_note(fit_reference(base, picture, width, height)) for picture, _ in references),
     )
     if base.only_edits and not references and image is None:
-        usual = "such a base usually edits a picture, given as a reference (--reference photo.png)"
-        pipeline.say(f"note: {base.short_name} is an edit base, and gets only a prompt here; {usual}")
+        usual = "an edit base usually needs a picture to edit (--reference photo.png)"
+        pipeline.say(f"note: {base.short_name} is an edit base, but got only a prompt; {usual}")
     inputs = {"image": image_from, "mask": mask_from, "controls": control_records}
     return settings, inputs | ({"references": [record for _, record in references]} if references else {})
 
 
-_SAME_PROPORTION = 1 / 15
-"""Maximum deviation of a reference's aspect ratio.
+_ASPECT_TOLERANCE = 1 / 15
+"""Maximum relative difference between two aspect ratios that count as equal.
 
-`size_for` deviates this much by rounding to whole units."""
+`size_for` can cause this difference, because it rounds to whole units."""
 
 
-def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
-    """Resize a reference for the base, and return the reference with a note if it was resized.
+def fit_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
+    """Return a reference resized for the base, and a note ("" if not resized).
 
-    A reference with the aspect ratio of the images gets their size, as in training on pairs. Another
-    reference keeps its aspect ratio. Qwen-Image-Edit's pipelines resize references themselves. Raises
-    ConfigError for an extreme aspect ratio."""
+    A reference that has the aspect ratio of the generated images gets their size, as in training on pairs.
+    Any other reference keeps its aspect ratio. Qwen-Image-Edit's pipelines resize references themselves.
+    Raises ConfigError for an extreme aspect ratio."""
     from PIL.Image import Resampling
 
     if why := aspect_problem(*picture.size):
         raise ConfigError(f"a reference picture has {why}", fix="crop it")
     if base.reads_references:
         return picture, ""
-    if abs(picture.width / picture.height * height / width - 1) > _SAME_PROPORTION:
+    if abs(picture.width / picture.height * height / width - 1) > _ASPECT_TOLERANCE:
         size = size_for(base, None, None, picture)
         old, new = (f"{width}×{height}" for width, height in (picture.size, size))
         note = f"the reference picture was resized from {old} to {new}"
@@ -288,10 +290,12 @@ def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -
     return fitted_picture(picture, width, height, "reference picture")
 
 
-def _opened(source: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
-    """Open an image, with `paper` behind transparent parts.
+def _open_picture(
+    source: str | Path | Image | None, paper: str = "white"
+) -> tuple[Image | None, dict[str, str] | None]:
+    """Return an opened image and its record; `paper` fills transparent parts.
 
-    For a mask, `paper` is black, so that these parts are not repainted."""
+    For a mask, `paper` is black, so that transparent parts are not repainted."""
     if source is None:
         return None, None
     if isinstance(source, str | Path):
@@ -301,9 +305,9 @@ def _opened(source: str | Path | Image | None, paper: str = "white") -> tuple[Im
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
-    """Return the requested (width, height).
+    """Return the (width, height) of the generated images.
 
-    The default has the guide's aspect ratio and the base's default area."""
+    If neither is given, the size has the guide's aspect ratio and the base's default area."""
     if width and height:
         return width, height
     if guide is None:
@@ -317,7 +321,7 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
         return width or in_units((height or 0) * ratio), height or in_units((width or 0) / ratio)
     whole_units = guide.width % base.unit == 0 == guide.height % base.unit
     if whole_units and base.size**2 / 4 <= guide.width * guide.height <= base.size**2:
-        return guide.size  # bases generate much smaller images badly
+        return guide.size  # not for much smaller guides, because bases generate small images badly
     return size_in_units(base.unit, base.size, ratio)
 
 
@@ -345,8 +349,8 @@ def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
 def model_hash(base: ImageBase) -> tuple[str, str]:
     """Return the name and value of the infotext field that identifies the base.
 
-    A checkpoint file has A1111's `Model hash`, which other tools can look up. A directory has no such hash,
-    so its fingerprint gets a field with another name and length."""
+    A checkpoint file has A1111's `Model hash`, which other tools can look up. A directory has no such hash;
+    its fingerprint has a different length, and is in a field with a different name."""
     if base.directory.is_file():
         return "Model hash", file_sha256(base.directory)[:10]
     return "Base fingerprint", base.fingerprint.removeprefix("sha256:")[:16]
@@ -367,9 +371,9 @@ def recorded_picture(
 ) -> RecordedPicture:
     """Return the image with its infotext and record.
 
-    batch: the requests that were generated together; the image is number `index`. sources: adapters by their
-    names in the requests. shared: the result of `shared_record`, and records of the input images (`image`,
-    `mask`, `controls`)."""
+    batch: the requests that were generated together; this image belongs to `batch[index]`.
+    sources: the adapters, by the names used in the requests.
+    shared: the result of `shared_record`, and the records of the input images (`image`, `mask`, `controls`)."""
     used = [sources[name] for name in sorted({name for request in batch for name, _ in request.uses})]
     record = {
         **shared,
@@ -403,7 +407,7 @@ def _infotext(
     if settings["denoise"] is not None:
         fields["Denoising strength"] = _short(settings["denoise"])
     for i, control in enumerate(record["controls"]):
-        # The names are those of sd-webui-controlnet, where an unprocessed image has the module "none".
+        # sd-webui-controlnet's names; its module for an unprocessed image is "none".
         is_canny = control["kind"] == "canny"
         fields[f"ControlNet {i}"] = (
             f"Module: {'canny' if is_canny else 'none'}, Model: {Path(control['model']).name}, "

@@ -4,7 +4,7 @@
 | strength | prompts × seeds | strengths of one mix   |
 | adapters | prompts × seeds | the base, each adapter |
 
-All cells of a sheet are requests of one call. A batch can contain different mixes, and the same seed starts
+All cells of a sheet are generated in one call. A batch can contain different mixes, and the same seed starts
 from the same noise in every cell.
 """
 
@@ -45,10 +45,10 @@ def layout(
     strengths: Sequence[float] = STRENGTHS,
     negative: str = "",
 ) -> GridLayout:
-    """Return the requests of a sheet and their positions.
+    """Return the layout of a sheet: the labels of rows and columns, and the requests.
 
-    Each strength of a `strength` sheet multiplies the strengths of the whole mix. Raises ConfigError for a
-    sheet without adapters, or of an unknown kind."""
+    On a `strength` sheet, each value of `strengths` multiplies the strengths of all adapters in the mix.
+    Raises ConfigError if `kind` is unknown or if `uses` is empty."""
     if kind not in _SHEETS:
         suggestion = nearest(kind.lower(), _SHEETS, 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
@@ -90,7 +90,9 @@ def draw_grid(
     *,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Image, list[RecordedPicture]]:
-    """Generate the images of a layout, and return the sheet and the images, in row-major order."""
+    """Generate the images of a layout.
+
+    Returns (the sheet, the images in row-major order)."""
     pictures = generate(pipeline, grid.requests, options, on_step=on_step)
     wide = len(grid.columns)
     cells = [[p.image for p in pictures[i : i + wide]] for i in range(0, len(pictures), wide)]

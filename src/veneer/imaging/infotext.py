@@ -4,11 +4,12 @@
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 1024x1024, Model hash:
         1a2b3c4d5e,
-    Model: sdxl, Lora hashes: "brand: 0123456789ab", Version: veneer 0.1.0                       (one line in the file)
+    Model: sdxl, Lora hashes: "brand: 0123456789ab", Version: veneer 0.1.0
 
-The infotext is in the chunk `parameters`, which A1111, Forge, ComfyUI's loaders and CivitAI read. The record
-is JSON in the chunk `veneer`, for values that the infotext cannot express. A value with a comma, a colon or a
-line break is quoted as JSON. Source of the rules: stable-diffusion-webui, modules/infotext_utils.py.
+In the file, all fields from "Steps" on are in one line. A value with a comma, a colon or a line break is
+quoted as JSON. The infotext is in the chunk `parameters`, which A1111, Forge, ComfyUI's loaders and CivitAI
+read. The record is JSON in the chunk `veneer`, and has values that an infotext cannot express. Source of the
+rules: stable-diffusion-webui, modules/infotext_utils.py.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ SAMPLERS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Infotext:
-    """A prompt, a negative prompt, and the unquoted fields of the last line by name, in order."""
+    """A prompt, a negative prompt, and the fields of the last line.
+
+    fields: name -> unquoted value, in order."""
 
     prompt: str = ""
     negative: str = ""
@@ -53,7 +56,7 @@ class Infotext:
 def quote(value: str) -> str:
     """Quote a value like A1111: as JSON if the value has a comma, a colon or a line break.
 
-    A value in double quotes is quoted too, because parsing would remove its quotes."""
+    A value that is already in double quotes is quoted again, because parsing removes one pair of quotes."""
     if not any(c in value for c in ",:\n") and not (value[:1] == '"' == value[-1:]):
         return value
     return json.dumps(value, ensure_ascii=False)
@@ -62,8 +65,8 @@ def quote(value: str) -> str:
 def render_infotext(info: Infotext) -> str:
     """Return the text of an infotext.
 
-    Some texts (a prompt with a line "Negative prompt:") cannot be expressed, and are exact in veneer's record
-    only."""
+    An infotext cannot represent some texts, such as a prompt with a line "Negative prompt:"; only veneer's
+    record stores them exactly."""
     lines = [info.prompt] if info.prompt else []
     if info.negative:
         lines.append(f"Negative prompt: {info.negative}")
@@ -78,7 +81,7 @@ def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None 
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_text("parameters", text)  # As in A1111, text outside latin-1 becomes an iTXt chunk.
+    chunks.add_text("parameters", text)  # Like A1111, PngInfo writes text outside latin-1 as an iTXt chunk.
     if record is not None:
         chunks.add_text("veneer", json.dumps(record, ensure_ascii=True, sort_keys=True))
     out = io.BytesIO()
@@ -89,8 +92,8 @@ def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None 
 def encoded(picture: Image.Image, text: str, record: Mapping[str, Any], kind: str, quality: int = 95) -> bytes:
     """Encode the image as `png`, `jpeg` or `webp`.
 
-    jpeg and webp store the infotext in Exif's comment, like A1111, and no record. `quality` (0 to 100)
-    applies to them."""
+    In jpeg and webp, the infotext is in Exif's user comment, as in A1111, and there is no record. `quality`
+    (0 to 100) applies only to jpeg and webp."""
     from PIL import Image
 
     if kind == "png":

@@ -2,10 +2,10 @@
 
     recipe = read_recipe("out.png")              the requests, with hashes of base, adapters and inputs
     with ImagePipeline(base) as pipeline:
-        picture = reproduce(pipeline, recipe)    refuses another base, another adapter, another input image
+        picture = reproduce(pipeline, recipe)    raises if the base, an adapter or an input image differs
 
-The whole batch is generated again, because other batch shapes can round differently. The other images of the
-batch are discarded.
+The image's whole batch is generated again, because rounding can depend on the batch size. The other images
+of the batch are discarded.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from veneer.imaging.infotext import read_record
 class PictureRecipe:
     """How an image was generated.
 
-    `requests[index]` is the request for this image. The `fingerprint` of the base, the `digests` (adapter ->
-    digest) and the `inputs` (path -> sha256) must match."""
+    `requests[index]` is the request for this image. To reproduce the image, the `fingerprint` of the base,
+    the `digests` of the adapters (name -> digest) and the `inputs` (path -> sha256) must match."""
 
     path: str
     base: str
@@ -43,10 +43,14 @@ class PictureRecipe:
 
 
 def read_recipe(path: str | Path) -> PictureRecipe:
-    """Read how an image was generated. Raise DataError for an image without a valid record."""
+    """Return how an image was generated.
+
+    Raises DataError if the image has no valid record."""
     record = read_record(path)
     if record is None:
-        raise DataError("this picture does not say how it was made", where=str(path), fix="use a PNG that veneer wrote")
+        raise DataError(
+            "this picture has no record of how it was made", where=str(path), fix="use a PNG that veneer wrote"
+        )
     if "grid" in record:
         raise DataError("this is a sheet of several pictures", where=str(path), fix="give one picture's PNG")
     try:
@@ -57,7 +61,7 @@ def read_recipe(path: str | Path) -> PictureRecipe:
 
 def _recipe(path: str, record: dict[str, Any]) -> PictureRecipe:
     if record["version"] != 1:
-        raise DataError(f"a record of version {record['version']}", where=path, fix="a newer veneer reads it")
+        raise DataError(f"a record of version {record['version']}", where=path, fix="update veneer")
     references = record.get("references", [])
     inputs = [p for p in (record["image"], record["mask"], *record["controls"], *references) if p is not None]
     if not all(p["path"] for p in inputs):
@@ -109,16 +113,16 @@ def reproduce(
     changes: function that changes the request and the options; the image is then generated in a batch of one.
 
     Raises MismatchError if the base, an adapter or an input image differs from the original, and AdapterError
-    if an adapter is not found by name or, in the library, by digest."""
+    if an adapter is found neither by its name nor, in the library, by its digest."""
     base = pipeline.base
     if recipe.fingerprint != base.fingerprint:
         message = f"this picture was made on another base\n  then: {recipe.fingerprint} ({recipe.base})\n"
         message += f"  now:  {base.fingerprint} ({base.name})"
-        raise MismatchError(message, where=recipe.path, fix="give its own with --base")
+        raise MismatchError(message, where=recipe.path, fix="give the original base with --base")
     for path, sha in recipe.inputs.items():
         if (file_sha := hashed_picture(path)[1]) != sha:
             where = f"sha256 {file_sha[:12]}, then {sha[:12]}"
-            raise MismatchError(f"{path} is not the picture that was used then", where=where)
+            raise MismatchError(f"{path} is not the picture that was used originally", where=where)
     names = {name: _attach(pipeline, name, digest) for name, digest in recipe.digests.items()}
     requests = [replace(r, uses=tuple((names[name], s) for name, s in r.uses)) for r in recipe.requests]
     here = library_versions()
@@ -136,8 +140,10 @@ def reproduce(
 
 
 def _attach(pipeline: ImagePipeline, name: str, digest: str) -> str:
-    """Attach the adapter with this digest, by name or from the library, and return its name on the
-    attachment."""
+    """Attach the adapter and return the name under which it is attached.
+
+    Looks for `name`, then for the digest in the library. Raises MismatchError if the adapter called `name` has
+    another digest, and AdapterError if there is no such adapter."""
     try:
         source = pipeline.add(name)
     except AdapterError as missing:
@@ -147,7 +153,9 @@ def _attach(pipeline: ImagePipeline, name: str, digest: str) -> str:
             raise missing from None
         source = pipeline.add(digest)
     if source.digest != digest:
-        message = f"adapter {name!r} differs from the one used then\n  then: {digest}\n  now:  {source.digest}"
-        fix = "restore the file, or add the original to the library, where it is found by its digest"
+        message = (
+            f"adapter {name!r} differs from the adapter used originally\n  then: {digest}\n  now:  {source.digest}"
+        )
+        fix = "restore the original file, or add it to the library"
         raise MismatchError(message, where=source.path, fix=fix)
     return source.name

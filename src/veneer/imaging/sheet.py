@@ -33,15 +33,15 @@ def sheet(
 ) -> Image:
     """Draw all cells in one picture; None leaves a cell empty.
 
-    All cells have the size of the largest picture. If it is smaller than `least` pixels, pictures are
-    enlarged by a whole factor, which keeps them sharp. Raises ConfigError if there is no picture, or if the
-    number of labels does not match the rows or columns."""
+    All cells have the size of the largest picture. If the largest picture is smaller than `least` pixels, all
+    pictures are enlarged by a whole factor, which keeps them sharp. Raises ConfigError if there is no
+    picture, or if the number of labels does not match the rows or columns."""
     from PIL import Image, ImageDraw
 
     wide = max((len(row) for row in cells), default=0)
     pictures = [cell for row in cells for cell in row if cell is not None]
     if not pictures:
-        raise ConfigError("a sheet needs pictures", fix="give one at least")
+        raise ConfigError("a sheet needs pictures", fix="give at least one")
     for axis, labels, number in (("row", rows, len(cells)), ("column", columns, wide)):
         if labels and len(labels) != number:
             raise ConfigError(f"{len(labels)} {axis} labels for {number} {axis}s")
@@ -76,7 +76,7 @@ def sheet(
         for j, cell in enumerate(row):
             box = (left + _GAP + j * (side[0] + _GAP), y)
             corner = (box[0] + side[0], box[1] + side[1])
-            draw.rectangle((box[0] - 1, box[1] - 1, *corner), outline=_FRAME)  # border of a white picture
+            draw.rectangle((box[0] - 1, box[1] - 1, *corner), outline=_FRAME)  # visible border for white pictures
             if cell is None:
                 draw.rectangle((*box, corner[0] - 1, corner[1] - 1), _EMPTY)
             else:
@@ -93,10 +93,10 @@ WIDE_FONTS = (
 
 
 def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
-    """Return a font, and a function that replaces characters missing from it.
+    """Return a font, and a function that replaces the characters that the font lacks.
 
-    Pillow's default font has only English letters. For texts with other letters, use the available font that
-    lacks the fewest. A missing letter loses its accents or becomes a question mark."""
+    Pillow's default font has only English letters. Texts with other letters use the available font that lacks
+    the fewest of these letters. A missing letter loses its accents or becomes a question mark."""
     from PIL import ImageFont
 
     fonts: list[Any] = [ImageFont.load_default(size)]
@@ -107,7 +107,7 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
     letters = {c for text in texts for c in text if not c.isascii()}
 
     def missing_letters(font: Any) -> set[str]:
-        box = bytes(font.getmask("\uffff"))  # the glyph drawn for any missing letter
+        box = bytes(font.getmask("\uffff"))  # The font draws this glyph for every missing letter.
         return {c for c in letters if bytes(font.getmask(c)) == box}
 
     font = min(fonts, key=lambda f: len(missing_letters(f)))
@@ -125,8 +125,8 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
 def _wrapped(draw: Any, text: str, font: Any, width: float) -> list[str]:
     """Split a text into lines of at most `width` pixels.
 
-    Lines end after a space or after a separator of names and strengths. A word longer than a line is split
-    anywhere."""
+    Lines break after spaces and after the separators used between names and strengths. A word longer than a
+    line is split anywhere."""
     lines: list[str] = []
     for paragraph in text.splitlines() or [""]:
         line = ""

@@ -5,8 +5,8 @@
     cost = account.reserve("acme", tokens)     before a request is accepted; `release_budget` if it fails
 
 The queue bills a job when the job ends; until then, the job's planned cost counts against the budget. For
-Tinker clients, the ledger bills each pass under the name that `trained_name` returns. Amounts are in
-millionths, months are in UTC.
+Tinker clients, the ledger bills each pass under the name that `trained_name` returns. Amounts of money are in
+millionths; months are in UTC.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _TRAINED = "@train"
 
 
 def trained_name(run: str) -> str:
-    """Return the ledger's name for a run's training (not its adapter's requests)."""
+    """Return the name under which the ledger bills a run's training.
+
+    Requests to the run's adapter are billed separately."""
     return run + _TRAINED
 
 
@@ -56,8 +58,8 @@ class TrainingAccount:
     def reserve(self, tenant: str, tokens: int) -> int:
         """Reserve the cost of `tokens` in the tenant's budget, and return the cost.
 
-        The reservation is written to the jobs' database before the ledger has the bill, so that concurrent
-        requests and jobs see each other's costs. Raises Refused (402) if the budget is too small."""
+        The reservation is in the jobs' database until the ledger has the bill, so that concurrent requests
+        and jobs count each other's costs. Raises Refused (402) if the budget is too small."""
         terms = self.terms(tenant)
         cost = Price(terms.price).cost(tokens, 0, 0) if terms.budget is not None else 0
         if cost and terms.budget is not None:

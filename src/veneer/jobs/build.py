@@ -1,6 +1,6 @@
-"""The training extension of a server: routes of OpenAI and Tinker, cleanup.
+"""Server extension for training: OpenAI and Tinker routes, and removal of expired files.
 
-`serve(settings, say, extends=[training])`: see `serve.build.Extension`. Functions import modules late,
+`serve(settings, say, extends=[training])`: see `serve.build.Extension`. Imports are inside the functions,
 because a server listens before it loads torch.
 """
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("veneer.jobs")
 
-_EVERY = 300.0
-"""Seconds between two sweeps of expired files."""
+_SWEEP_SECONDS = 300.0
+"""Seconds between sweeps that remove expired files."""
 
 
 def training(
     service: Service, library: Library, *, python_graders: bool = False, session_days: float = 30.0
 ) -> Extension:
-    """Return the extension that adds training to a server with its own library.
+    """Return the extension that adds training to a server.
 
     python_graders: run clients' Python graders in a sandbox.
     session_days: remove Tinker sessions that have been unused for this many days.
@@ -76,8 +76,8 @@ def training(
 def _tinker(service: Service, library: Library, days: float) -> TinkerService:
     """Return the Tinker service for the served base.
 
-    Only one process at a time can use the service's folder. Raises ConfigError if the base is not a text
-    base that this process runs."""
+    Only one process at a time can use the service's folder. Raises ConfigError if this process does not run a
+    text base."""
     from veneer.jobs.tinker.service import TinkerService
     from veneer.models.home import veneer_home
     from veneer.serve.engine.engine import TextEngine
@@ -85,7 +85,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
     service.need_base()
     engine = service.engine
     if not isinstance(engine, TextEngine):
-        raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base")
+        raise ConfigError("this server does not run a text base itself, so it cannot train", fix="serve a text base")
     base = engine.base
     kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantized or str(base.dtype).removeprefix('torch.')}"
     max_memory = engine.settings.adapter_bytes
@@ -103,4 +103,4 @@ async def _sweep(files: Files, jobs: JobStore) -> None:
             await asyncio.to_thread(sweep_inputs, jobs)
         except Exception as error:
             _log.warning("expired files could not be removed: %s", error)
-        await asyncio.sleep(_EVERY)
+        await asyncio.sleep(_SWEEP_SECONDS)

@@ -1,22 +1,22 @@
 """Canary release: compare a job's adapter, move its route, roll back.
 
-    compared = compare_job(store, lease, tenants, result, base)     scores of base, serving, new; on the card
-    release_job(store, lease, tenants, reference, compared)           moves the route, as the rule says
+    compared = compare_job(store, lease, tenants, result, base)     scores base, serving and new adapter
+    release_job(store, lease, tenants, reference, compared)           moves the route according to the rule
 
-    promote_job(store, tenants, "acme", job)                        manually: all users
+    promote_job(store, tenants, "acme", job)                        manual: all users get the new adapter
     rollback_job(store, tenants, "acme", job)                       restores the targets from before the job
 
 | promotion rule | the new version gets |
-| none           | the route's weight of users, and shadows the others if the route says so; then manual |
+| none           | the share of users in the route's weight; if `shadow` is set, it also answers as a shadow |
 | met            | all users |
-| not met        | no user; with `shadow` it answers as a shadow; the serving version stays |
+| not met        | no users; if `shadow` is set, it answers as a shadow; the serving version stays |
 
 Without a serving version, the comparison uses the base, and the first accepted version gets all users.
 
-Each action is an event of the job, written before the next action, and the route's history says which
-revisions are the job's, so that a worker can continue after a kill. An action that fails (the route was moved
-meanwhile, the serving version cannot be read) becomes a warning event and moves nothing; the adapter is in
-the library anyway.
+Each action is recorded as an event of the job before the next action starts, and the route's history shows
+which revisions the job made. A killed worker's job can therefore be continued. An action that fails (for
+example, because the route was moved meanwhile or the serving version cannot be read) is recorded as a warning
+and moves nothing; the adapter is added to the library anyway.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _WHOLE = 10_000
-"""Total weight of a route's targets, which limits how finely users can be split."""
+"""Total weight of a route's targets: users can be split in steps of 1/10,000."""
 
 
 # -- automatic actions of a job ----------------------------------------------------------------------------------------
@@ -52,10 +52,10 @@ _WHOLE = 10_000
 def compare_job(
     store: JobStore, lease: JobLease, tenants: Store | None, result: Mapping[str, Any], base: TextBase | None
 ) -> dict[str, Any] | None:
-    """Compare the new adapter, write scores to its card; return the event's data.
+    """Compare the new adapter, write its scores to its card, and return event data.
 
-    The data has the `scores` of base, serving and new, the serving version, and the route's revision. Returns
-    None if the job has no evaluation or the evaluation failed.
+    The data has the `scores` of the base, the serving version and the new adapter, the name of the serving
+    version, and the route's revision. Returns None if the job has no evaluation or the evaluation failed.
 
     base: the run's base.
 
@@ -66,7 +66,7 @@ def compare_job(
     assert base is not None  # a job with an evaluation keeps its base in memory
     adapter = Path(result["adapter"])
     compare = partial(_compare, store.library, tenants, lease.job, after, adapter, base)
-    data = _do_once(store, lease, "evaluation", "it could not be compared", compare).data
+    data = _do_once(store, lease, "evaluation", "the adapter could not be compared", compare).data
     if "scores" not in data:
         return None
     _write_card(adapter, data)
@@ -76,7 +76,7 @@ def compare_job(
 def release_job(
     store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
 ) -> None:
-    """Move the job's route once, for the adapter `reference`.
+    """Move the job's route for the adapter `reference`, at most once per job.
 
     Raises LeaseLost and transient errors."""
     after = after_section(lease.job)
@@ -93,7 +93,9 @@ def _do_once(store: JobStore, lease: JobLease, kind: str, failure: str, do: Call
     instead. Raises LeaseLost, Interrupted and transient errors."""
     for event in store.events_of(None, lease.job.id, kind):
         return event
-    store.get_lease(lease.job.id, lease.token)  # raises LeaseLost for a cancelled job, which must not move anything
+    store.get_lease(
+        lease.job.id, lease.token
+    )  # raises LeaseLost if the job was cancelled: its route must then not move
     try:
         event = do()
     except (LeaseLost, Interrupted):
@@ -111,7 +113,7 @@ def _do_once(store: JobStore, lease: JobLease, kind: str, failure: str, do: Call
 def _require(tenants: Store | None) -> Store:
     if tenants is None:
         fix = "give the worker --tenants, or VENEER_TENANTS"
-        raise ConfigError("there is no tenants' database where the job ran", where="after.route", fix=fix)
+        raise ConfigError("the job's worker has no tenants' database", where="after.route", fix=fix)
     return tenants
 
 
@@ -184,14 +186,14 @@ def _move_route(
     reference: str,
     compared: Mapping[str, Any] | None,
 ) -> JobEvent:
-    """Move the route as the promotion rule says, and return the event."""
+    """Move the route according to the promotion rule, and return the event."""
     name, rule, met, shadow, text = route.name, after.promote, None, None, ""
 
     def event(action: str, **moved: Any) -> JobEvent:
         return JobEvent("info", "route", action, {"route": name, "reference": reference, "promoted": False} | moved)
 
     if after.evaluate is not None and compared is None:
-        return event(f"it was not compared: {name} stays as it is")
+        return event(f"the adapter was not compared: {name} stays as it is")
     if rule is not None:
         met = None if compared is None else rule.holds(compared["scores"])
         if met is None:
@@ -199,7 +201,7 @@ def _move_route(
         text = f"`{rule}` is {'met' if met else 'not met'}: "
     tenant_store = _require(tenants)
     history, now = _read_route(tenant_store, job.tenant, name)
-    if revisions := _own_revisions(job, history):  # this job moved the route before a kill
+    if revisions := _own_revisions(job, history):  # an earlier attempt moved the route and was then killed
         return event(f"{text}{name} was moved", move=max(revisions), promoted=bool(met))
     number = _current(history)
     if compared is not None and compared.get("move", number) != number:
@@ -214,7 +216,7 @@ def _move_route(
         part = 0 if met is False else round(route.weight * _WHOLE)
         targets, shadow = [(serving, _WHOLE - part), (reference, part)], reference if route.shadow else None
         text += f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
-        text += f"; {reference} answers unseen too" if shadow else ""
+        text += f"; {reference} also answers as a shadow" if shadow else ""
     options: dict[str, Any] = {"shadow": shadow, "actor": f"job {job.id}", "from_move": number, "check": library.find}
     revision = routes.set_route(tenant_store, name, targets, tenant=job.tenant, **options)
     return event(text, move=revision.move, promoted=bool(met))
@@ -231,12 +233,12 @@ def _read_route(tenants: Store, tenant: str, route: str) -> tuple[list[dict[str,
 
 
 def _current(history: list[dict[str, Any]]) -> int:
-    """Return the number of the current revision; 0 without a route."""
+    """Return the number of the current revision, or 0 if the route does not exist."""
     return next((int(move["move"]) for move in history if move["current"]), 0)
 
 
 def _own_revisions(job: Job, history: list[dict[str, Any]]) -> set[int]:
-    """Return the numbers of the revisions made for a job, automatically or manually."""
+    """Return the numbers of the revisions that a job made, automatically or manually."""
     return {int(move["move"]) for move in history if move["who"] in (f"job {job.id}", f"job {job.id} by hand")}
 
 
@@ -245,7 +247,7 @@ def _own_revisions(job: Job, history: list[dict[str, Any]]) -> set[int]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a job's route points, as text and as JSON values."""
+    """The targets of a job's route, as text and as JSON values."""
 
     text: str
     json: Mapping[str, Any]
@@ -278,10 +280,11 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_
 
 
 def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> Placement:
-    """Restore the targets of the job's route from before the job.
+    """Restore the targets that the job's route had before the job.
 
-    The route keeps its users. A route that did not exist before the job is removed. Raises UnknownJob,
-    WrongState, and ConfigError if the job did not move the route, or if it was moved again since."""
+    Each user gets the target from before the job. A route that did not exist before the job is removed. Raises
+    UnknownJob, WrongState, and ConfigError if the job did not move the route, or if the route was moved again
+    since."""
     job, name = _job_and_route(store, tenant, job_id)
     tenant_store = _require(tenants)
     options: dict[str, Any] = {"tenant": job.tenant, "actor": f"job {job.id} taken back"}
@@ -306,12 +309,12 @@ def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job
 
 
 def _job_and_route(store: JobStore, tenant: str | None, job_id: str) -> tuple[Job, str]:
-    """Return a job and the name of its `after` section's route.
+    """Return a job and the name of the route in its `after` section.
 
-    Raises UnknownJob, and WrongState without a route."""
+    Raises UnknownJob, and WrongState if the job has no route."""
     job = store.get(tenant, job_id)
     after = after_section(job)
     if after is None or after.route is None:
-        fix = "a section `after` with a route in its file; or veneer tenant route set"
+        fix = "add an `after` section with a route to the job's file, or use veneer tenant route set"
         raise WrongState(f"job {job.id} has no route", where="job", fix=fix)
     return job, after.route.name

@@ -42,10 +42,10 @@ def checkpoint_name(job: Job) -> str:
 
 
 def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
-    """Add a run's checkpoints to the library, and return their references by step.
+    """Add a run's checkpoints to the library, and return step -> reference.
 
-    Only checkpoints with an adapter folder (`checkpoint.adapters`) are added. Existing versions do not
-    change."""
+    Only checkpoints with an adapter folder (`checkpoint.adapters`) are added. Versions that already exist are
+    not changed."""
     name = checkpoint_name(job)
     published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     references: dict[int, str] = {}
@@ -67,9 +67,9 @@ def publish_checkpoints(
 ) -> dict[int, str]:
     """Add the run's requested checkpoints to the library; return step -> reference.
 
-    A step that is already a version is not added again: after a kill, the times on its card would differ, and
-    the same checkpoint would become a new version. A checkpoint whose tensors differ from the final adapter's
-    is skipped.
+    If the library already has a version for a step, the step is not added again: after a kill, the card would
+    have different times, so the same checkpoint would become another version. A checkpoint whose tensors differ
+    in name or shape from the final adapter's is skipped.
 
     adapter: the run's final adapter.
     log: called with a warning for each skipped checkpoint."""
@@ -99,7 +99,7 @@ def publish_checkpoints(
 
 
 def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Size]) -> str:
-    """Return how a checkpoint's tensors differ from the adapter's; "" if they match."""
+    """Return how a checkpoint's tensor shapes differ from the adapter's; "" if they match."""
     for key in sorted(adapter.keys() | state.keys()):
         if key not in state:
             return f"the checkpoint lacks {key}, which the adapter has"

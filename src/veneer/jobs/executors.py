@@ -1,10 +1,11 @@
 """The executor runs jobs' processes on this machine.
 
     place = executor.start(lease, environment)          starts a `jobs.process` process for the lease
-    executor.poll(place)                                None while the process runs, else how it ended
+    executor.poll(place)                                None while the process runs, then how it ended
     executor.stop(place), .stop(place, hard=True)       SIGTERM, to save and exit; SIGKILL
 
-The executor starts, polls and stops processes. The queue manages leases. Several machines run a worker each.
+The executor only starts, polls and stops processes; the queue manages leases. If there are several machines,
+each machine runs its own worker.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from veneer.plan.tables import Device
 
 _VALIDATION_NICE = 10
 JOB_VARIABLE = "veneer_job"
-"""Environment variable with a job's id, its lease's token and, to validate the job, the device to plan for.
+"""Environment variable with the job's id and the lease's token.
 
-No other user can read a process's environment, unlike its arguments."""
+To validate a job, it also has the device to plan for. Command-line arguments would be visible to other users;
+the environment is not."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,24 @@ class ExitStatus:
     memory: bool = False
 
 
-_MEMORY_FACTOR, _BESIDE = 1.5, 512 << 20
-"""Memory limit of a process: a factor on the planned peak, plus bytes. Plans are off by about 10 %."""
+_MEMORY_FACTOR, _MEMORY_EXTRA = 1.5, 512 << 20
+"""Memory limit of a process: planned peak × factor + bytes. Plans are off by about 10 %."""
 
 
 def memory_of(job: Job) -> int:
-    """Return the process's limit of host memory in bytes, from the job's plan.
+    """Return the limit on host memory for a job's process, in bytes, from the job's plan.
 
-    0 (no limit) if the plan is for a GPU."""
+    Returns 0 (no limit) if the plan is for a GPU."""
     plan = job.plan or {}
     planned = int(plan.get("peak_bytes") or 0) if plan.get("device", {}).get("name") == "cpu" else 0
-    return int(planned * _MEMORY_FACTOR) + _BESIDE if planned else 0
+    return int(planned * _MEMORY_FACTOR) + _MEMORY_EXTRA if planned else 0
 
 
 class LocalExecutor:
     """Runs jobs as child processes on this machine.
 
-    A handle without a process counts as ended and raises no error. The children end with this process. A
-    child that exceeds its plan's memory limit is killed."""
+    A handle that has no process counts as ended and raises no error. The child processes end when this
+    process ends. A child process that exceeds the memory limit from its job's plan is killed."""
 
     def __init__(self, *, nice: int = 0) -> None:
         """Create an executor whose child processes have the niceness `nice`."""
@@ -74,7 +76,7 @@ class LocalExecutor:
         """Start a process that validates a new job for `device`, and return its handle.
 
         The process is killed if it uses more than `max_memory` bytes. It logs to this process's output, so
-        that a refused job leaves no folder."""
+        that no job folder is created for a rejected job."""
         return self._process(lease, environment, max_memory, None, device)
 
     def _process(
@@ -88,7 +90,7 @@ class LocalExecutor:
             command = ["nice", "-n", str(nice), *command]
         child = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # its end ends the process
+            stdin=subprocess.PIPE,  # the child exits when this pipe closes
             stdout=log,
             stderr=log and subprocess.STDOUT,
             start_new_session=True,
@@ -100,7 +102,7 @@ class LocalExecutor:
         return handle
 
     def poll(self, handle: str) -> ExitStatus | None:
-        """Return None while the process runs, else how it ended."""
+        """Return None while the process runs, then how it ended."""
         if handle not in self._children:
             return ExitStatus("it is not a process of this worker")
         child, max_memory = self._children[handle]

@@ -42,9 +42,9 @@ _Purpose = Literal["fine-tune", "fine-tune-results"]
 
 _LOCK = 0x66696C6573  # "files" in ASCII: the key of PostgreSQL's advisory lock
 _GRACE = 3600.0
-"""Seconds that bytes without a row are kept, because their row can still be written."""
+"""Seconds that bytes without a row are kept, because an upload can still add their row."""
 _BATCH = 50
-"""Files per transaction, so that none holds the lock for long."""
+"""Files per transaction, so that no transaction holds the lock for long."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ class Files:
     ) -> UploadedFile:
         """Store the content of `source`, and return the file. Blocks.
 
-        source: a seekable stream; it is read from its beginning, more than once.
+        source: a seekable stream, which is read from its beginning and more than once.
         ttl: seconds until the file expires.
-        id: the id of a file that the server itself creates; exempt from quotas. An existing file with this id
-            is not replaced."""
+        id: given only for files that the server itself creates, which are exempt from quotas. An existing
+            file with this id is not replaced."""
         sha256, size = _hash_and_size(source)
         if not size:
-            raise invalid("the file is empty", "file", "send a file with something in it")
+            raise invalid("the file is empty", "file", "send a file that has content")
         now = self.clock()
         expires = None if ttl is None else now + ttl
         file_id = id or f"file-{secrets.token_hex(12)}"
@@ -151,7 +151,7 @@ class Files:
     ) -> tuple[list[UploadedFile], bool]:
         """Return (one page of the tenant's files, whether there are more).
 
-        after: id of the last file of the previous page. Raises Refused if it does not exist."""
+        after: id of the last file of the previous page. Raises Refused if that file does not exist."""
         t = job_file_table.c
         query = select(*_COLUMNS).where(t.tenant == tenant, (t.expires.is_(None)) | (t.expires > self.clock()))
         if purpose is not None:
@@ -167,7 +167,7 @@ class Files:
         return [UploadedFile(**row._mapping) for row in rows[:limit]], len(rows) > limit
 
     def open(self, file: UploadedFile) -> IO[bytes]:
-        """Open a file for reading. Reads from a remote store raise the store's errors."""
+        """Open a file for reading. Later reads can raise errors of a remote store."""
         try:
             return self.store.open(_path(file.tenant, file.sha256))
         except FileNotFoundError:
@@ -209,12 +209,12 @@ class Files:
         if isinstance(self.store, LocalStore):
             self.store.sweep(set())
         old = [_content(path) for path, _, changed in self.store.walk("tenants") if changed <= now - _GRACE]
-        with reading(self.engine) as c:  # most contents have a row
+        with reading(self.engine) as c:  # skip contents that have a row, which are most, without taking the lock
             used = {tuple(row) for row in c.execute(select(t.tenant, t.sha256))}
         return count + self._delete_unused(content for content in old if content not in used)
 
     def _delete_unused(self, contents: Iterable[tuple[str, str]]) -> int:
-        """Remove contents (tenant, sha256) that have no row; return their number."""
+        """Remove those of the contents (tenant, sha256) that have no row; return their number."""
         count, candidates, t = 0, sorted(set(contents)), job_file_table.c
         for at in range(0, len(candidates), _BATCH):
             batch = candidates[at : at + _BATCH]
@@ -227,7 +227,7 @@ class Files:
         return count
 
     def _check_quota(self, c: Connection, tenant: str, size: int) -> None:
-        """Raise Refused if one more file of `size` bytes exceeds the tenant's quota."""
+        """Raise Refused if another `size` bytes in one file would exceed the tenant's quota."""
         t = job_file_table.c
         total = select(func.count(), func.coalesce(func.sum(t.bytes), 0)).where(t.tenant == tenant)
         count, used = c.execute(total).one()

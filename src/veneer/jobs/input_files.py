@@ -1,9 +1,9 @@
-"""Input files of jobs: copies of uploaded files under their own names.
+"""Input files of jobs: copies of uploaded files that keep the uploads' file names.
 
     jobs' folder/inputs/kq7vz2mh/train/tickets.jsonl         kq7vz2mh: the id in the new adapter's name
 
-A copy stays until its job has ended, so a client can delete the uploaded file as soon as the job exists, and
-messages can name `tickets.jsonl:3`.
+The copies stay until the job has ended, so a client can delete the uploaded file as soon as the job exists.
+Because of the names, messages can refer to `tickets.jsonl:3`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from veneer.train.records import read_data_files
 from veneer.train.text.rows import Row, RowsSummary, UnusableRow, parse_rows
 
 _GRACE = 3600.0
-"""Seconds that a folder without a job is kept, because its job can still be created."""
+"""Seconds that a folder without a job is kept, because its job may still be created."""
 
 
 LINE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv")
-"""File name endings of line-based formats; the first rows can be read without the rest."""
+"""File name extensions of line-based formats, whose first rows can be read alone."""
 _BEGINNING, _QUOTED_LINES = 256 << 10, 200
-"""Bytes of a file that are read, and lines that can be dropped so that no quoted cell is cut."""
+"""Bytes read from a file's start; maximum lines dropped so as not to cut a quoted cell."""
 
 
 @dataclass(frozen=True)
 class FilePreview:
     """The first rows of an uploaded file.
 
-    complete: whether these are all rows of the file.
+    complete: whether `rows` are all rows of the file.
     problem: why the rows cannot be read; `about` is then None."""
 
     columns: tuple[str, ...] = ()
@@ -51,7 +51,9 @@ def preview_file(files: Files, file: UploadedFile, format: str, columns: Mapping
 
     format, columns: as in `parse_rows`."""
     if not file.filename.lower().endswith(LINE_FILES):
-        return FilePreview(problem=f"Rows are read from {', '.join(LINE_FILES)} files. Paste rows of another kind.")
+        return FilePreview(
+            problem=f"A preview needs one of these file types: {', '.join(LINE_FILES)}. Paste rows of other file types."
+        )
     with files.open(file) as source:
         data = source.read(_BEGINNING + 1)
     if cut := len(data) > _BEGINNING:
@@ -90,12 +92,12 @@ def copy_input(files: Files, id: str, part: str, file: UploadedFile) -> Path:
 
 
 def remove_inputs(id: str) -> None:
-    """Remove the copies for a job that could not be created."""
+    """Remove the copies made for a job that could not be created."""
     shutil.rmtree(_inputs() / id, ignore_errors=True)
 
 
 def sweep_inputs(jobs: JobStore) -> int:
-    """Remove copies for jobs that ended or never existed; return their number."""
+    """Remove the copies made for jobs that ended or never existed; return their number."""
     folder = _inputs()
     if not folder.is_dir():
         return 0

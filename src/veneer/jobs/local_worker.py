@@ -1,9 +1,9 @@
-"""A worker process beside a server on the same machine, with a lower priority.
+"""A worker process on the same machine as a server, with lower priority.
 
-    with background_worker(library="…", tenants="…", log=print): …       serve
+    with background_worker(library="…", tenants="…", log=print): …       used by `veneer serve`
 
-The worker is restarted if it exits, and stops when the server stops for any reason. It then saves its jobs
-and returns them to the queue, so that a restarted server continues them.
+The worker is restarted if it exits. When the server stops for any reason, the worker saves its jobs, returns
+them to the queue and stops, so that a restarted server continues the jobs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _NICE = 15
-_AGAIN = 5.0
-"""Seconds before a worker that exited is restarted."""
-_PATIENCE = 70.0
-"""Maximum seconds to wait for the worker to stop; a training process gets 60 s to save."""
+_RESTART_SECONDS = 5.0
+"""Seconds to wait before restarting a worker that exited."""
+_STOP_SECONDS = 70.0
+"""Maximum seconds to wait for the worker to stop; training processes get 60 s to save."""
 
 
 @contextmanager
 def background_worker(
     *, library: str | None, tenants: str | None, log: Callable[[str], None], at_once: int = 1
 ) -> Iterator[None]:
-    """Run a worker process for the length of the `with` block.
+    """Run a worker process for the duration of the `with` block.
 
     library, tenants: the same as the server's."""
     command = [sys.executable, "-m", "veneer.cli.main", "worker", "--tied", "--nice", str(_NICE)]
@@ -38,8 +38,8 @@ def background_worker(
 
     def keep() -> None:
         while not stopping.is_set():
-            # The pipe on standard input lets the worker notice that this process ended. The new session keeps
-            # the terminal's Ctrl-C from the worker; the server terminates the worker itself.
+            # Through the pipe on standard input, the worker notices when this process ends. The new session
+            # keeps the terminal's Ctrl-C from reaching the worker; the server terminates the worker itself.
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, start_new_session=os.name == "posix", env=environment
             )
@@ -48,8 +48,8 @@ def background_worker(
             if child.stdin is not None:
                 child.stdin.close()
             if not stopping.is_set():
-                log(f"the server's worker exited with code {code}; restarting it in {_AGAIN:g} s")
-                stopping.wait(_AGAIN)
+                log(f"the server's worker exited with code {code}; restarting it in {_RESTART_SECONDS:g} s")
+                stopping.wait(_RESTART_SECONDS)
 
     keeper = threading.Thread(target=keep, name="veneer-worker", daemon=True)
     keeper.start()
@@ -59,7 +59,7 @@ def background_worker(
         stopping.set()
         for child in children:
             child.terminate()
-        keeper.join(_PATIENCE)
+        keeper.join(_STOP_SECONDS)
         for child in children:
             if child.poll() is None:
                 child.kill()

@@ -1,19 +1,20 @@
 """Conversion between OpenAI's fine-tuning API and jobs.
 
     request = TuningBody.model_validate(body)
-    config = tuning_config(request, base="smollm2-135m", train=path, rows=5000)       as `veneer train` reads it
+    config = tuning_config(request, base="smollm2-135m", train=path, rows=5000)   for `veneer train`
     job_to_openai(job), event_to_openai(job, event), checkpoint_to_openai(job, point)
 
-`auto` becomes a number that depends on the training file's rows; the job shows the number:
+`auto` becomes a number, which in some cases depends on the number of training rows; the job shows the number:
 
     batch_size                 16 rows; fewer if an epoch would have under 25 steps
-    n_epochs                   3; up to 10 if all epochs would have under 100 steps
+    n_epochs                   3; up to 10 if the run would otherwise have under 100 steps
     learning_rate_multiplier   1: veneer's default rate; for dpo a tenth of the usual rate
     beta                       0.1
     compute_multiplier         1: 8 completions per prompt
     eval_interval              an epoch
 
-Without a validation file, every row is trained on, as at OpenAI. Rows longer than the context are refused.
+Without a validation file, all rows are used for training, as at OpenAI. Rows longer than the context are
+refused.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from veneer.train.config.text import TrainConfig, config_keys
 from veneer.train.events import TOKEN_ACCURACY
 
 _LONG = 100
-"""Maximum steps between checkpoints; a longer epoch also has checkpoints in between."""
+"""Maximum steps between checkpoints; longer epochs have checkpoints in between."""
 _LARGEST = 256
 """Maximum number of rows per step."""
 ROWS_COUNTED = _LONG * _LARGEST + 1
-"""From this number of rows on, the exact number makes no difference, so counting stops."""
+"""Rows to count at most: above this number, the exact number makes no difference."""
 
 
 def _is_auto(value: Any) -> Any:
@@ -54,7 +55,9 @@ _Auto = Annotated[Literal["auto"], BeforeValidator(_is_auto)]
 _Number = TypeVar("_Number")
 _OrAuto = Annotated[
     Annotated[_Number, Tag("=number")]
-    | Annotated[_Auto, Tag("=auto")],  # no body field contains "=", so these tags never appear in errors as a field
+    | Annotated[
+        _Auto, Tag("=auto")
+    ],  # "=" occurs in no field name, so these tags cannot be mistaken for fields in errors
     Discriminator(lambda value: "=auto" if isinstance(value, str) else "=number"),
 ]
 _Batch = _OrAuto[Annotated[int, Field(ge=1, le=_LARGEST)]]
@@ -112,7 +115,7 @@ class Reinforced(Strict):
     response_format: _ResponseFormat | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the method's fields other than the hyperparameters, as a job shows them."""
+        """Return the method's fields, except the hyperparameters, as shown in a job."""
         return self.model_dump(mode="json", exclude={"hyperparameters"}, exclude_none=True, by_alias=True)
 
 
@@ -126,7 +129,7 @@ class Method(Strict):
     reinforcement: Reinforced | None = None
 
     @model_validator(mode="after")
-    def _graded(self) -> Method:
+    def _check_method(self) -> Method:
         if self.type == "reinforcement" and self.reinforcement is None:
             raise _clash("reinforcement.grader is required")
         if unexpected := [each for each in get_args(_Kind) if each != self.type and getattr(self, each) is not None]:
@@ -166,7 +169,9 @@ class TuningBody(Body):
     seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
     metadata: Annotated[dict[_Key, _Value], at_most(16)] | None = None
     integrations: Annotated[list[Any], at_most(0)] | None = None
-    after: AfterJob | None = Field(default=None, description="not OpenAI's: extra_body; paths are ids of files")
+    after: AfterJob | None = Field(
+        default=None, description="not part of OpenAI's API (send in extra_body); file ids instead of paths"
+    )
 
     @property
     def kind(self) -> _Kind:
@@ -179,7 +184,7 @@ class TuningBody(Body):
 
     @property
     def numbers(self) -> Hyperparameters:
-        """Return the method's hyperparameters, or the deprecated top-level ones."""
+        """Return the method's hyperparameters, else the deprecated top-level hyperparameters."""
         chosen_numbers = self.hyperparameters if self.method is None else self.method.hyperparameters
         return chosen_numbers or self.hyperparameters or _PLAIN[self.kind]()
 
@@ -192,7 +197,7 @@ class TuningBody(Body):
 
 
 class FormSettings(Strict):
-    """Settings of the Studio's form that OpenAI's body does not have."""
+    """Settings from the Studio's form that OpenAI's request body does not have."""
 
     format: _Words = "auto"
     columns: Annotated[dict[_Words, _Words], at_most(16)] = Field(default_factory=dict)
@@ -201,7 +206,7 @@ class FormSettings(Strict):
 
 
 def suffix_of(text: str | None) -> str:
-    """Return a text as a name's suffix: lower-case letters, digits, single dashes."""
+    """Return a text as the suffix of a name: lower-case letters, digits, single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
 
 
@@ -241,7 +246,7 @@ def tuning_config(
         config["data"]["split"] = 0
     else:
         config["data"]["validation"] = str(validation)
-        config["evaluation"] = {"keep": "last"}  # as OpenAI does: the client chooses among the checkpoints
+        config["evaluation"] = {"keep": "last"}  # as at OpenAI, where the client chooses among the checkpoints
     if start is not None:
         config["adapter"] = {"start": start}
     if isinstance(numbers, DpoHyperparameters):
@@ -256,14 +261,14 @@ def tuning_config(
     times = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
     plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
     assert isinstance(plain, TrainConfig)
-    config["base"]["name"] = plain.base.name  # a relative folder becomes an absolute path
+    config["base"]["name"] = plain.base.name  # config_from replaces a relative folder with an absolute path
     rate = None if settings is None else settings.learning_rate
     config["optimizer"] = {"learning_rate": rate or plain.optimizer.learning_rate * times}
     return config
 
 
 def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
-    """Add the reinforcement method to a configuration."""
+    """Add a request's reinforcement settings to a configuration."""
     numbers = request.hyperparameters or ReinforcementHyperparameters()
     times = 1.0 if numbers.compute_multiplier == "auto" else numbers.compute_multiplier
     rewards = [{"kind": "grader", "grader": request.grader, "sandbox": True}]
@@ -281,7 +286,7 @@ def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> d
     """Return a job in OpenAI's format. `results`: ids of the job's result files."""
     request, config = job.about["openai"], job.config
     numbers = dict(request["hyperparameters"])
-    if job.plan is not None:  # shows the numbers in place of `auto`
+    if job.plan is not None:  # replaces `auto` with the numbers
         resolved = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
         resolved |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0}
         resolved |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
@@ -320,7 +325,7 @@ def _estimated_finish(job: Job) -> int | None:
 def error_to_openai(job: Job) -> dict[str, Any] | None:
     """Return a failed job's error in OpenAI's format; None for other jobs.
 
-    Files have their uploaded names, with line numbers."""
+    The message names files by their uploaded names, with line numbers."""
     if job.error is None:
         return None
     error = {key: str(value) for key, value in job.error.items() if value}
@@ -340,25 +345,27 @@ def error_to_openai(job: Job) -> dict[str, Any] | None:
 
 _CODES = {"overbudget": "budget_exceeded", "internal": "server_error", "died": "server_error", "lost": "server_error"}
 _OPERATOR_ERRORS = {
-    "internal": "something went wrong here, by no fault of the job's; the operator of this server finds it in its log",
-    "died": "its process died again and again; the operator of this server finds in its log why",
-    "lost": "its worker was lost again and again; the operator of this server finds in its log why",
+    "internal": "internal error; the server's operator can find the cause in the log",
+    "died": "the job's process died repeatedly; the server's operator can find the cause in the log",
+    "lost": "the job's worker was lost repeatedly; the server's operator can find the cause in the log",
 }
-"""Replacements for errors whose texts can name hosts and paths that only the operator should see."""
+"""Texts sent instead of errors that can name hosts and paths for the operator only."""
 
 
 _KEYS = "|".join(re.escape(key) for key, _ in config_keys() if "." in key)
 _SETTING = re.compile(rf"\b(?:{_KEYS})\b(?!\.\w)(?:=\S+)?|\bveneer [a-z]+")
-"""Matches a configuration setting or a command, which are of no use to an API client."""
+"""Matches a configuration setting or a command, neither of which an API client can use."""
 _SETTINGS = {"data.max_length": "the base's context", "data.format": "the format"}
 _LISTED = 3
-"""Maximum number of list lines in a client's message; the text before them has the total."""
+"""Maximum number of listed problems in a client's message.
+
+The text before the list has the total."""
 
 
 def _in_one_line(text: str) -> str:
     """Return a command-line message as one line.
 
-    Settings are described in words, and hints (`fix:`) are left out."""
+    Replaces the names of settings with words, and omits hints (`fix:`)."""
     head, *lines = text.splitlines() or [""]
     problems = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(("fix:", "…"))]
     more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
@@ -369,7 +376,7 @@ def _in_one_line(text: str) -> str:
 def _event_text(job: Job, event: JobEvent) -> str:
     """Return an event's message as one line.
 
-    Of a preflight event, only the findings about the rows."""
+    For a preflight event, includes only the findings about the rows."""
     kind = (job.error or {}).get("kind")
     if kind in _OPERATOR_ERRORS and event.data.get("state") == "failed":
         return f"failed: {_OPERATOR_ERRORS[kind]}"
@@ -407,7 +414,7 @@ def _event_id(job: Job, number: int) -> str:
 
 
 def event_number(job: Job, id: str) -> int | None:
-    """Return the number in an event id; None if the id is not one of the job's."""
+    """Return the number in an event id, or None if the event id is not this job's."""
     head, _, number = id.rpartition("-")
     mine = head == _event_id(job, 0)[:-2] and number.isascii() and number.isdigit() and len(number) < 16
     return int(number) if mine else None
@@ -422,7 +429,7 @@ _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
 }
 """Kind of event -> metric -> OpenAI's names for the metric.
 
-Every validation uses all held-out rows, so its metrics also count as `full_valid`."""
+Every validation uses all held-out rows, so its metrics also have OpenAI's `full_valid` names."""
 METRIC_KINDS = tuple(_METRICS)
 """The kinds of events that have metrics."""
 
@@ -455,9 +462,9 @@ _COLUMNS = {
 
 
 def result_file(events: Iterable[JobEvent]) -> bytes:
-    """Return a job's result file: CSV with OpenAI's columns, a line per step.
+    """Return a job's result file: CSV with OpenAI's columns and one line per step.
 
-    Validation metrics are present for steps that have a validation."""
+    Only steps that have a validation have validation metrics."""
     lines: dict[int, dict[str, Any]] = {}
     for event in events:
         lines.setdefault(int(event.data["step"]), {}).update(_data_of(event))

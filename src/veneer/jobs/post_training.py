@@ -3,9 +3,9 @@
 The section is validated before training.
 
     after:
-      evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}     default data: the validation rows
+      evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}     default for data: the validation rows
       route: {name: acme/support, weight: 0.1, shadow: true}             canary next to the serving version
-      promote: {metric: exact_match, against: serving, by: 0.01}         without: promote manually
+      promote: {metric: exact_match, against: serving, by: 0.01}         if missing: promote manually
 
 A new version is promoted if its metric is better than the metric of `against` (serving or base) by at least
 `by`, in the metric's own unit. `jobs.canary` executes the section.
@@ -32,7 +32,7 @@ _METRICS = ("exact_match", "valid_json", "likelier", "reward_accuracy", "loss", 
 """The metrics that `train.text.evaluate` computes."""
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 _ANSWERED = frozenset({"exact_match", "valid_json"})
-"""The metrics for which the model must generate answers."""
+"""The metrics for which the model must generate completions."""
 _ROUNDING = 1e-9
 
 
@@ -44,7 +44,7 @@ class _Section(pydantic.BaseModel):
 
 
 class HeldOut(_Section):
-    """The section `evaluate`. `data`: held-out files; default: validation rows."""
+    """The section `evaluate`. `data`: held-out files; default: the validation rows."""
 
     data: str | list[str] | None = None
     metrics: list[str] = pydantic.Field(default=["exact_match", "loss"], min_length=1)
@@ -72,9 +72,9 @@ class CanaryRoute(_Section):
 
 
 class PromotionRule(_Section):
-    """The section `promote`: a rule for the metric of the new version.
+    """The section `promote`: when to promote the new version.
 
-    The new version's `metric` must be better than the `metric` of `against` by at least `by`.
+    The new version is promoted if its `metric` is better than the `metric` of `against` by at least `by`.
 
     by: in the metric's own unit."""
 
@@ -86,14 +86,14 @@ class PromotionRule(_Section):
         return f"{self.metric} better than {self.against} by at least {self.by:g}"
 
     def holds(self, scores: Mapping[str, Mapping[str, float | None]]) -> bool | None:
-        """Return whether the scores of new, serving and base meet the rule.
+        """Return whether the scores of the new, serving and base versions meet the rule.
 
-        None if a score is missing or not finite."""
+        Returns None if a score is missing or not finite."""
         new, old = scores["new"].get(self.metric), scores[self.against].get(self.metric)
         if new is None or old is None or not (math.isfinite(new) and math.isfinite(old)):
             return None
         improvement = old - new if self.metric in _LOWER_IS_BETTER else new - old
-        return improvement >= self.by - _ROUNDING  # tolerates rounding: 0.51 - 0.5 is slightly below 0.01
+        return improvement >= self.by - _ROUNDING  # tolerates rounding errors: 0.51 - 0.5 is slightly less than 0.01
 
 
 class AfterJob(_Section):
@@ -104,7 +104,7 @@ class AfterJob(_Section):
     promote: PromotionRule | None = None
 
     def on(self, data: list[str]) -> AfterJob:
-        """Return a copy of the section with other held-out files."""
+        """Return a copy of the section with `data` as its held-out files."""
         held_out = (self.evaluate or HeldOut()).model_copy(update={"data": data})
         return self.model_copy(update={"evaluate": held_out})
 
@@ -115,9 +115,9 @@ _SECTIONS: Mapping[str, type[_Section]] = {"evaluate": HeldOut, "route": CanaryR
 def load_job_config(
     path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, AfterJob | None]:
-    """Read a job's file: a `veneer train` configuration and the section `after`.
+    """Return a job file's `veneer train` configuration and its section `after`.
 
-    path: None: overrides only. Raises ConfigError as `load_config` does."""
+    path: the file; None: use only the overrides. Raises ConfigError as `load_config` does."""
     if path is None:
         return load_config(None, overrides)[0], None
     values, lines = read_sections(path)
@@ -129,7 +129,7 @@ def load_job_config(
 def parse_after(values: Any, folder: Path, where: str = "after") -> AfterJob:
     """Return the section with these values; relative paths are relative to `folder`.
 
-    Raises ConfigError with a list of all errors."""
+    Raises ConfigError, which lists all errors."""
     if isinstance(values, dict):  # an empty section, such as `evaluate:`, means its defaults
         values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
     try:
@@ -149,7 +149,7 @@ def _line(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         keys = list((_SECTIONS[loc[0]] if len(loc) > 1 else AfterJob).model_fields)
         suggestion = nearest(loc[-1], keys, 1)
-        help = f"did you mean {suggestion[0]}?" if suggestion else f"there are {first_few(keys, 9)}"
+        help = f"did you mean {suggestion[0]}?" if suggestion else f"known keys: {first_few(keys, 9)}"
         return f"unknown key `{name}`: {help}"
     return f"`{name}`: {str(error['msg']).removeprefix('Value error, ')}"
 
@@ -165,12 +165,12 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
     Raises ConfigError if an action is certain to fail after training."""
     rule = after.promote
     if after.route is None and (after.evaluate is None or rule is not None):
-        message = "there is no route to promote on" if rule else "there is nothing to do after the job"
+        message = "`promote` needs a route" if rule else "there is nothing to do after the job"
         raise ConfigError(message, where="after", fix="route: {name: support, weight: 0.1}")
     if after.evaluate is not None:
         if not isinstance(config, TrainConfig):
-            fix = "leave it out, and promote by hand: veneer jobs promote"
-            raise ConfigError("pictures are not evaluated by a number", where="after.evaluate", fix=fix)
+            fix = "remove it, and promote manually: veneer jobs promote"
+            raise ConfigError("image jobs cannot be evaluated", where="after.evaluate", fix=fix)
         for metric in after.evaluate.metrics:
             one_of(metric, _METRICS, "a metric", "after.evaluate.metrics")
     if rule is not None:
@@ -178,7 +178,9 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
         metrics = [] if after.evaluate is None else after.evaluate.metrics
         if rule.metric not in metrics:
             fix = f"evaluate: {{metrics: [{', '.join([*metrics, rule.metric])}]}}"
-            raise ConfigError(f"{rule.metric} decides and is not measured", where="after.promote", fix=fix)
+            raise ConfigError(
+                f"{rule.metric} is used in `promote` but not listed in evaluate.metrics", where="after.promote", fix=fix
+            )
     if after.route is not None:
         check_route_name(after.route.name)
         _check_owner(after.route.name, tenant, tenants)
@@ -190,14 +192,16 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
     where, namespace = "after.route.name", route.rpartition("/")[0]
     if tenants is None:
         fix = "use veneer tenant add, or --tenants with their database"
-        raise ConfigError("there are no routes: this machine has no tenants' database", where=where, fix=fix)
+        raise ConfigError("routes need a tenants' database, and this machine has none", where=where, fix=fix)
     if tenant and namespace and namespace != tenant:
         fix = f"{tenant}/{route.rpartition('/')[2]}"
-        raise ConfigError(f"{quoted(route)} is in the namespace of another tenant than {tenant}", where=where, fix=fix)
+        raise ConfigError(f"{quoted(route)} is not in the namespace of tenant {tenant}", where=where, fix=fix)
     known = tenants.refresh().routes
     if tenant and (tenant, route) not in known and (ALL, route) in known:
-        message = f"{quoted(route)} is everybody's route, and a job of {tenant} can change only {tenant}'s routes"
-        raise ConfigError(message, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")
+        message = f"{quoted(route)} belongs to all tenants, and a job of {tenant} can change only {tenant}'s routes"
+        raise ConfigError(
+            message, where=where, fix=f"use another name, such as {tenant}/{route}, or a job without a tenant"
+        )
 
 
 def serving_version(route: Route | None, name: str) -> str | None:
@@ -205,25 +209,27 @@ def serving_version(route: Route | None, name: str) -> str | None:
 
     name: the name of the job's adapter.
 
-    Raises ConfigError if the route has several targets, or targets the newest version of `name`: it would
-    then move to the job's adapter before the comparison."""
+    Raises ConfigError if the route has several targets, or if its target is the newest version of `name`: the
+    route would then move to the job's adapter before the comparison."""
     if route is None or not route.targets:
         return None
     if len(route.targets) > 1:
         parts = " ".join(f"{target}={weight}" for target, weight in route.targets)
-        fix = "decide about that first: veneer jobs promote or rollback, or veneer tenant route set"
-        raise ConfigError(f"{route.name} is shared out already: {parts}", where="after.route.name", fix=fix)
+        fix = "first choose one target: veneer jobs promote, veneer jobs rollback or veneer tenant route set"
+        raise ConfigError(f"{route.name} already has several targets: {parts}", where="after.route.name", fix=fix)
     target = route.targets[0][0]
     if target in (name, f"{name}@latest"):
         newest = f"{route.name} points to the newest version of {name}"
-        message = f"{newest}, so it would move to the job's before the comparison"
-        fix = f"a version: veneer tenant route set {route.name} {name}@1"
+        message = f"{newest}, so it would move to the job's adapter before the comparison"
+        fix = f"set a fixed version: veneer tenant route set {route.name} {name}@1"
         raise ConfigError(message, where="after.route.name", fix=fix)
     return target
 
 
 def held_out_rows(held_out: HeldOut, config: TrainConfig) -> list[Row]:
-    """Return the held-out rows of a job. Raises DataError, ConfigError without rows."""
+    """Return the held-out rows of a job.
+
+    Raises DataError, and ConfigError if there are no held-out rows."""
     if held_out.data is not None:
         rows, _ = read_rows(held_out.data, limit=held_out.limit)
         return rows

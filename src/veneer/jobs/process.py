@@ -2,20 +2,20 @@
 
     veneer_job=… python -m veneer.jobs.process
 
-The starting process (`executors`) holds and renews the lease; this process writes under the lease's token.
-`veneer_job`: see `executors.JOB_VARIABLE`. The process ends as soon as standard input ends, which happens
-when the starting process ends.
+The parent process (`executors`) holds and renews the lease; this process writes with the lease's token.
+`veneer_job`: see `executors.JOB_VARIABLE`. This process ends as soon as its standard input closes, which
+happens when the parent process ends.
 
-Each lease has its own folder, `attempt-N`. This process renames the previous lease's folder, with its
-checkpoints, so that a process that was wrongly considered dead never writes to its successor's folder. The
-run resumes from the last checkpoint; on the CPU, the result is the same bit for bit as without the
-interruption.
+Each lease has its own folder, `attempt-N`. At the start, this process renames the previous lease's folder,
+including its checkpoints. If the previous process was wrongly considered dead, it can therefore not write to
+this process's folder. The run resumes from the last checkpoint; on the CPU, the result is bit-identical to that
+of an uninterrupted run.
 
 | what ends the process                             | the job                                               |
 | the run is done                                   | succeeded; its adapter is a version in the library    |
-| an error in the user's input, a non-finite loss | failed, with the error                         |
-| SIGTERM, or the lease is lost                     | returned to the queue, if the lease still holds       |
-| memory, a disk, a database                        | returned to the queue; failed the third time in a row |
+| an error in the user's input, a non-finite loss   | failed, with the error                                |
+| SIGTERM, or the lease is lost                     | returned to the queue, if the lease is still valid    |
+| an error of memory, a disk or a database          | returned to the queue; failed the third time in a row |
 | a kill                                            | returned by the worker, or once the lease has expired |
 """
 
@@ -52,9 +52,9 @@ from veneer.train.report.log import read_log
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-_EVERY = 1.0
-"""Minimum seconds between two writes of events."""
-_AGAIN = 2.0
+_FLUSH_SECONDS = 1.0
+"""Minimum seconds between two writes of events to the database."""
+_RETRY_SECONDS = 2.0
 """Seconds before a retry while the database is unavailable."""
 
 
@@ -76,7 +76,7 @@ def run_job(library: Library, job: str, token: str, device: Device | None = None
     except Exception as error:
         if not is_retryable(error):
             raise
-        print(f"{job} goes on later: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{job} will continue later: {type(error).__name__}: {error}", file=sys.stderr)
     return 75
 
 
@@ -95,7 +95,7 @@ def _train_and_publish(reporter: _JobReporter) -> int:
 
 
 def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: TextBase | None) -> str:
-    """Compare the adapter, add it to the library and move the route or alias.
+    """Compare the adapter, add it to the library and move the job's route.
 
     Returns the adapter's reference."""
     library, job = store.library, lease.job
@@ -104,7 +104,7 @@ def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: 
         reference = _add_adapter(library, job, result)
         release_job(store, lease, tenants, reference, compared)
     if job.about.get("publish") == "checkpoints":
-        from veneer.jobs.checkpoints import publish_checkpoints  # imported late: a worker needs no torch
+        from veneer.jobs.checkpoints import publish_checkpoints  # imported here, because a worker does not need torch
 
         warnings: list[str] = []
         points = publish_checkpoints(library, job.name, _folder(job), Path(result["adapter"]), warnings.append)
@@ -119,7 +119,7 @@ def _record_failure(reporter: _JobReporter, error: BaseException) -> int:
     with contextlib.suppress(LeaseLost):
         reporter.flush(wait=True)
         if isinstance(error, Interrupted | KeyboardInterrupt):
-            store.release(lease, "stopped, to go on from the last checkpoint")
+            store.release(lease, "stopped; will resume from the last checkpoint")
         elif is_retryable(error):
             message = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
             store.died(lease, message, fix=getattr(error, "fix", None) or "")
@@ -132,7 +132,7 @@ def _record_failure(reporter: _JobReporter, error: BaseException) -> int:
 def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
     """Train in the job's folder; return (result as JSON values, base or None).
 
-    The base is returned only if it is needed for the comparison."""
+    The base is returned only if the comparison needs it."""
     from veneer.models.loading import errors_only
 
     job = reporter.lease.job
@@ -159,7 +159,9 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
 
 
 def _folder(job: Job) -> Path:
-    """Return this lease's folder, renamed from the previous lease's folder if any."""
+    """Return this lease's folder.
+
+    If there is a folder of a previous lease, renames it."""
     job.make_folder()
     folder = job.folder / f"attempt-{job.attempt}"
     earlier = [(int(p.name.rpartition("-")[2]), p) for p in job.folder.glob("attempt-*[0-9]")]
@@ -171,8 +173,8 @@ def _folder(job: Job) -> Path:
 def _add_adapter(library: Library, job: Job, result: Mapping[str, Any]) -> str:
     """Add the adapter to the library, and return its reference.
 
-    If an earlier, killed process already added the adapter, returns that version. If checkpoints are
-    published too, the adapter's version number follows the number of the last step."""
+    If an earlier, killed process already added the adapter, returns that version's reference. If checkpoints
+    are published too, the adapter's version number is the number of the last step plus 1."""
     tag = f"job:{job.id}"
     if there := library.search(tags=[tag], all_versions=True):
         return there[0].reference
@@ -184,8 +186,8 @@ def _add_adapter(library: Library, job: Job, result: Mapping[str, Any]) -> str:
 class _JobReporter:
     """Reports a run's events to the queue: checkpoints at once, others every second.
 
-    Events are buffered while the database is unavailable. If the lease is lost, the process sends SIGTERM to
-    itself, so that the run saves its state and ends."""
+    Events are buffered while the database is unavailable. If the lease is lost, the reporter sends SIGTERM to
+    its own process, so that the run saves its state and ends."""
 
     def __init__(self, store: JobStore, lease: JobLease) -> None:
         self.store, self.lease = store, lease
@@ -198,10 +200,10 @@ class _JobReporter:
         self.reported = {(event.kind, event.data["step"]) for event in earlier}
 
     def catch_up(self, folder: Path) -> None:
-        """Report events up to the last checkpoint that a killed process kept back.
+        """Report events that a killed process logged but did not report.
 
-        The run's log has an event for each step. The step number and token count come from the checkpoint, in
-        case the log is incomplete."""
+        Reports the log's events up to the last checkpoint. The step number and the token count come from the
+        checkpoint, in case the log is incomplete."""
         progress = _last_progress(folder / "checkpoints", self)
         if progress is None:
             return
@@ -230,11 +232,11 @@ class _JobReporter:
             self.events.append(JobEvent(level, "note", event.text))
         elif isinstance(event, Saved):
             self._publish(Path(event.path).parents[1])
-        if isinstance(event, Saved) or time.monotonic() - self.last > _EVERY:
+        if isinstance(event, Saved) or time.monotonic() - self.last > _FLUSH_SECONDS:
             self.flush()
 
     def _add_record(self, record: Mapping[str, Any]) -> None:
-        """Add the event and progress in one record of the run's log to the buffers."""
+        """Add the event and the progress from one record of the run's log to the buffers."""
         kind, step = record.get("event"), int(record.get("step", 0))
         if kind == "stepped":
             if step > self.step:
@@ -255,19 +257,19 @@ class _JobReporter:
             self.checkpoints.append(JobCheckpoint(step, dict(self.newest)))
 
     def _publish(self, folder: Path) -> None:
-        """Add checkpoints that have an adapter folder to the library during training.
+        """During training, add checkpoints that have an adapter folder to the library.
 
-        If the library is unavailable, this is retried at the next checkpoint."""
+        If the library is unavailable, the next checkpoint triggers another attempt."""
         if not dict(self.lease.job.config.get("checkpoint") or {}).get("adapters"):
             return
-        from veneer.jobs.checkpoints import publish_steps  # imported late: a worker needs no torch
+        from veneer.jobs.checkpoints import publish_steps  # imported here, because a worker does not need torch
 
         try:
             references = publish_steps(self.store.library, self.lease.job, folder)
         except Exception as error:
             if not is_transient(error):
                 raise
-            print(f"checkpoints are published later: {type(error).__name__}", file=sys.stderr, flush=True)
+            print(f"checkpoints will be published later: {type(error).__name__}", file=sys.stderr, flush=True)
             return
         for step, reference in references.items():
             text = f"step {step:,} is published: {reference}"
@@ -277,9 +279,9 @@ class _JobReporter:
     def flush(self, *, wait: bool = False) -> None:
         """Write the buffered events and progress to the database.
 
-        wait: retry until they are written.
+        wait: retry until the database accepts them.
 
-        If the lease is lost, raises LeaseLost with `wait`, and otherwise sends SIGTERM to this process."""
+        If the lease is lost, raises LeaseLost if `wait` is set, else sends SIGTERM to this process."""
         while not self.lost:
             self.last = time.monotonic()
             try:
@@ -296,7 +298,7 @@ class _JobReporter:
                 print(f"the database is unavailable: {type(error).__name__}", file=sys.stderr, flush=True)
                 if not wait:
                     return
-                time.sleep(_AGAIN)
+                time.sleep(_RETRY_SECONDS)
         if wait:
             raise LeaseLost(f"job {self.lease.job.id} is no longer this process's")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -328,8 +330,8 @@ def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] 
 def end_with_input(end: Callable[[], object]) -> None:
     """Call `end` in a thread when standard input closes.
 
-    It closes when the process at its other end exits. The thread reads the file descriptor directly, because
-    a blocked stream would hold a lock that Python needs at exit."""
+    Standard input closes when the process at its other end exits. The thread reads the file descriptor
+    directly, because a blocked stream would hold a lock that Python needs at exit."""
 
     def wait() -> None:
         with contextlib.suppress(OSError):
@@ -347,7 +349,7 @@ def main() -> int:
     try:
         with open_library() as library:
             return run_job(library, job, token, device and Device(**device))
-    except VeneerError as error:  # such as an unavailable library or database
+    except VeneerError as error:  # for example, the library or the database is unavailable
         print(error, file=sys.stderr)
         return 75
 

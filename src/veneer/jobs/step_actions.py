@@ -1,10 +1,10 @@
 """Actions on a job's checkpoints: store an adapter, find sample images.
 
     store_checkpoint(store, job, 300, alias="prod")       support@prod is the adapter of step 300
-    sample_file(store, store.get(…), 300)          the image grid of step 300
+    sample_file(store, store.get(…), 300)                 the sheet of sample images of step 300
 
-A checkpoint can be stored if its adapter is in the library: during training (with `checkpoint.adapters`), or
-as the job's result.
+A checkpoint can be stored if its adapter is in the library: published during training (with
+`checkpoint.adapters`) or added as the job's result.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def store_checkpoint(
 
     Returns the version.
 
-    step: default: the job's result, or else its newest step.
-    alias: an alias to point to the version.
+    step: default: the job's result if there is one, else the newest step.
+    alias: an alias that will point to the version.
 
-    Raises UnknownJob, and ConfigError with the available steps if this step is not in the library."""
+    Raises UnknownJob, and ConfigError (with the available steps) if this step is not in the library."""
     job, library = store.get(tenant, job_id), store.library
     if alias:
         check_alias(alias)
@@ -49,7 +49,9 @@ def store_checkpoint(
 
 
 def sample_file(store: JobStore, job: Job, step: int) -> Path:
-    """Return the file with a step's sample images. Raises ConfigError if none."""
+    """Return the file with a step's sample images.
+
+    Raises ConfigError if there is no such file."""
     samples = {int(event.data["step"]): str(event.data["file"]) for event in store.events_of(None, job.id, "sample")}
     attempts = sorted(job.folder.glob("attempt-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
     for attempt in reversed(attempts):
@@ -57,5 +59,5 @@ def sample_file(store: JobStore, job: Job, step: int) -> Path:
             return attempt / samples[step]
     fix = "set samples.prompts and samples.every"
     if samples:
-        fix = f"it has samples after steps {', '.join(map(str, sorted(samples)))}"
+        fix = f"the job has samples after steps {', '.join(map(str, sorted(samples)))}"
     raise ConfigError(f"job {job.id} has no sample images of step {step}", where="step", fix=fix)

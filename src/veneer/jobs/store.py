@@ -4,14 +4,14 @@
     job = store.create("acme", {"base": "smollm2-135m", "data": {"train": "/data/a.jsonl"}}, name="support")
     store.get("acme", job.id).state                     validating, queued, running, succeeded …
     jobs, more = store.jobs("acme", after=None, limit=20)       newest first; next page: after=jobs[-1].id
-    store.events("acme", job.id, after=0)               oldest first; later: after=the last event's number
+    store.events("acme", job.id, after=0)               oldest first; next: after=the last event's number
     store.checkpoints("acme", job.id)                   newest first
     store.pause("acme", job.id), .resume(…), .cancel(…) immediate, even while a worker trains the job
     store.bill("acme", job.id)                          after the end: tokens, seconds and cost
 
-Every query names the tenant and returns only this tenant's rows. The tenant "" is the owner of the machine,
-for jobs without a tenant. None is the operator, who sees the jobs of all tenants; a request must never pass
-None.
+Every query names the tenant and returns only this tenant's rows. Jobs without a tenant belong to the tenant
+"", the owner of the machine. None stands for the operator, who sees the jobs of all tenants; code that handles
+a client's request must never pass None.
 
     validating ─> queued ─> running ─> succeeded, failed       (TRANSITIONS has every transition)
                     ^ └─> paused <─┘      and every unfinished state ─> cancelled
@@ -26,12 +26,12 @@ A worker holds a lease on each of its jobs: a token in the job's row, and an exp
 Each of these calls is one transaction that compares the token and changes the row. If the row has another
 token, the call changes nothing and raises LeaseLost, and the worker must stop. So only the holder of the
 current lease can write to a job, even after a pause, a cancellation, or a takeover after a kill or a network
-failure. Leases expire by the database's clock, so the machines' clocks do not matter. One lock serializes all
-writes, as in the library's index.
+failure. Leases expire according to the database's clock, so the machines' clocks do not matter. One lock
+serializes all writes, as in the library's index.
 
 One transaction ends a job: it sets the final state and writes the last event and the bill. Each step is
-counted and billed once, even if a worker had to compute the step again after a kill: steps up to the furthest
-recorded step are ignored. This module stores jobs; it does not run them.
+counted and billed once, even if a worker had to repeat the step after a kill: a repeated step, up to the last
+recorded step, is ignored. This module stores jobs; it does not run them.
 """
 
 from __future__ import annotations
@@ -80,16 +80,16 @@ TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
-"""State -> the possible next states."""
+"""State -> the states that can follow."""
 ENDS = frozenset(state for state, following in TRANSITIONS.items() if not following)
 UNFINISHED = frozenset(TRANSITIONS) - ENDS
 _BILLED = frozenset({"succeeded", "cancelled"})
-"""The end states in which trained tokens are billed."""
+"""The final states in which the trained tokens are billed."""
 
 _MAX_UNFINISHED = 1000
 """Maximum number of unfinished jobs per tenant."""
 _MAX_FAULTS = 3
-"""A job fails after losing its worker or process this many times without a new checkpoint."""
+"""A job fails at this many lost workers or processes without a new checkpoint."""
 
 
 class UnknownJob(ConfigError):
@@ -101,7 +101,7 @@ class WrongState(ConfigError):
 
 
 class OverBudget(ConfigError):
-    """The cost would exceed what is left of the tenant's budget."""
+    """The cost exceeds the rest of the tenant's budget."""
 
 
 class LeaseLost(VeneerError):
@@ -122,9 +122,9 @@ class Job:
     result: the result of training, with `reference`, the adapter's reference in the library
     step, steps, tokens: trained steps, planned steps, trained tokens
     seconds: machine time
-    price, planned: price of a million tokens, and the job's planned cost, in millionths
-    attempt: how often training was started or resumed
-    faults: consecutive losses of the worker or process without a new checkpoint
+    price, planned: price of a million tokens, and the job's planned cost, both in millionths
+    attempt: number of times that training was started or resumed
+    faults: number of times that the worker or process was lost since the last new checkpoint
     worker, until: holder and expiry of the lease
     place: the executor's handle of the job's process"""
 
@@ -183,7 +183,7 @@ class JobEvent:
 
     level: info, warn or error
     kind: state, note, preflight, metrics, validation, sample, checkpoint, evaluation or route
-    data: by kind:
+    data: depends on the kind:
         metrics: step, total steps, metrics
         sample: `file`, in the run's folder
         checkpoint: `reference`, the adapter in the library
@@ -216,7 +216,7 @@ class JobBill:
     """The bill for a job that has ended.
 
     cost: in millionths: `tokens` at `price` for succeeded and cancelled jobs, 0 for failed jobs.
-    seconds: machine time, in every end state.
+    seconds: machine time; also counted for failed jobs.
     day: the day on which the job ended, in UTC."""
 
     job: str
@@ -235,8 +235,8 @@ class JobBill:
 class JobLease:
     """A lease on a job.
 
-    job: the job as of the start of the lease.
-    token: the token that writes must present."""
+    job: the job at the start of the lease.
+    token: the token that each write must present."""
 
     job: Job
     token: str
@@ -290,12 +290,12 @@ class JobStore:
         name: the new adapter's name; in the library, the name is `tenant/name`.
         about: see Job.
 
-        Raises ConfigError for an invalid name or tenant, or if there are too many unfinished jobs."""
+        Raises ConfigError if the name or tenant is invalid, or if there are too many unfinished jobs."""
         if tenant:
             check_tenant(tenant)
         full = f"{tenant}/{name}" if tenant else name
         if tenant and "/" in name:
-            fix = f"a name without a slash; {tenant}/ is added in front"
+            fix = f"use a name without a slash; {tenant}/ is added as a prefix"
             raise ConfigError(f"{quoted(name)} cannot name an adapter of {tenant}", where="name", fix=fix)
         check_name(full)
         stored_config = {key: value for key, value in config.items() if key != "output"}
@@ -323,7 +323,7 @@ class JobStore:
         after: id of the last job of the previous page.
         states: return only jobs in these states; empty: all.
 
-        Raises UnknownJob for an unknown `after`, ConfigError for an unknown state."""
+        Raises UnknownJob if `after` does not exist, and ConfigError for an unknown state."""
         query = _select_jobs(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
         selected = [*states]
         for state in selected:
@@ -353,7 +353,7 @@ class JobStore:
     ) -> tuple[list[JobEvent], bool]:
         """Return (events after the number `after`, oldest first; whether there are more).
 
-        newest: return events before `after` (0: from the newest), newest first.
+        newest: return events before `after`, newest first; if `after` is 0, start with the newest event.
         diagnostics: include notes of level info, which describe how a run used its machine.
 
         Raises UnknownJob."""
@@ -393,9 +393,9 @@ class JobStore:
         return None if row is None else JobBill(**row._mapping)
 
     def reserve(self, tenant: str, cost: int, budget: int, posted: int) -> None:
-        """Reserve `cost` in a tenant's budget of this month (UTC), for a Tinker client.
+        """Reserve `cost` in a tenant's budget for this month (UTC), for a Tinker client.
 
-        The check and the reservation are one transaction, so that jobs and clients see each other's costs.
+        The check and the reservation are one transaction, so that jobs and clients count each other's costs.
 
         posted: the cost of Tinker training that the ledger already has.
 
@@ -421,7 +421,7 @@ class JobStore:
     def bills(self, since: str = "", until: str = "") -> list[JobBill]:
         """Return all tenants' bills for a period, oldest first. For the operator.
 
-        A job belongs to the day on which it ended.
+        A job is billed on the day on which it ended.
 
         since, until: first and last day; "": no bound."""
         b = job_bill_table.c
@@ -461,7 +461,7 @@ class JobStore:
         return self._change_state(tenant, job, "cancelled")
 
     def add_event(self, tenant: str | None, job: str, event: JobEvent) -> None:
-        """Record an event for a manual action, in any state of the job.
+        """Record an event for a manual action; the job can be in any state.
 
         Raises UnknownJob."""
         with self._transaction() as (c, now):
@@ -486,13 +486,13 @@ class JobStore:
         only: str | None = None,
         order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> JobLease | None:
-        """Return a lease on the next job to train (or to validate); None if none.
+        """Return a lease on the next job to train or validate, or None if there is no job.
 
         The lease lasts `seconds`. Jobs with an expired lease come first, then the oldest job of the tenant
-        with the fewest running jobs; of equal tenants, the tenant with the lowest `order`. A job that has
-        lost its worker _MAX_FAULTS times in a row fails instead.
+        with the fewest running jobs; if tenants are equal, the tenant with the lowest `order` comes first. A
+        job that has lost its worker _MAX_FAULTS times in a row fails instead.
 
-        state: queued: lease a job to train; validating: lease a job to validate.
+        state: "queued": lease a job to train; "validating": lease a job to validate.
         at_once: returns a tenant's maximum number of running jobs (or validations); None: no limit.
         only: consider only this job."""
 
@@ -500,7 +500,7 @@ class JobStore:
             return self._next(c, self._now(c), state, at_once, order, only)
 
         while True:
-            with reading(self.engine) as c:  # without a lock: mostly there is no job
+            with reading(self.engine) as c:  # without a lock, because usually there is no job
                 if next_job(c) is None:
                     return None
             with self._transaction() as (c, now):
@@ -537,8 +537,8 @@ class JobStore:
     ) -> Job | None:
         """Return the next job: a job with an expired lease, else a waiting job.
 
-        Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and
-        no tenant exceeds `at_once`. Ties go to the tenant with the lowest `order`, then to the oldest job."""
+        Among waiting jobs, a job of the tenant with the fewest running jobs comes first; tenants that reached
+        `at_once` are skipped. Ties go to the tenant with the lowest `order`, then to the oldest job."""
         j, condition = job_table.c, () if only is None else (job_table.c.id == only,)
         working_state = "running" if state == "queued" else state
         late = select(job_table).where(j.state == working_state, j.until <= now, *condition).order_by(j.number)
@@ -565,7 +565,7 @@ class JobStore:
         return JobLease(_job(row), token)
 
     def renew(self, lease: JobLease, seconds: float) -> Job:
-        """Extend a lease to `seconds` from now. Raises LeaseLost."""
+        """Extend a lease so that it lasts `seconds` from now. Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             _update(c, job, until=now + seconds)
         return job
@@ -581,8 +581,8 @@ class JobStore:
     ) -> None:
         """Record events, checkpoints and progress in one transaction.
 
-        Metrics events and progress up to the furthest recorded step are ignored. Of a checkpoint that already
-        exists, only a new `reference` is recorded.
+        Metrics events and progress are ignored for steps up to the last recorded step. If a checkpoint already
+        exists, only its new `reference` is recorded.
 
         trained: (step, planned steps, total tokens up to the step).
         place: see Job.
@@ -615,17 +615,20 @@ class JobStore:
         plan: has at least `tokens` and `steps`.
         price: price of a million tokens, in millionths.
         budget: the tenant's budget per month (UTC), in millionths; None: no limit.
-        spent: this month's cost of Tinker clients in the ledger, in millionths.
+        spent: this month's cost of the tenant's Tinker clients according to the ledger, in millionths.
 
-        Raises OverBudget if the cost of this job, the tenant's unfinished jobs and this month's spending
-        exceed the budget; LeaseLost."""
+        Raises LeaseLost, and OverBudget if this job, the tenant's other unfinished jobs and this month's
+        spending would together exceed the budget."""
         with self._with_lease(lease) as (c, now, job):
             planned = cost_of(int(plan["tokens"]), price)
             spent = max(spent, _reserved(c, job.tenant, now))
             if budget is not None and planned + (taken := spent + _committed(c, job.tenant, now)) > budget:
-                left, fix = money(max(0, budget - taken)), "fewer rows or epochs, a larger budget, or next month"
-                message = f"this job is planned to cost {money(planned)}, and of this month's budget of "
-                raise OverBudget(f"{message}{money(budget)} {left} are left", where="budget", fix=fix)
+                left, fix = (
+                    money(max(0, budget - taken)),
+                    "use fewer rows or epochs, raise the budget, or wait until next month",
+                )
+                message = f"this job would cost {money(planned)}, but of this month's budget of "
+                raise OverBudget(f"{message}{money(budget)}, only {left} is left", where="budget", fix=fix)
             steps, cost = int(plan["steps"]), f", {money(planned)}" if planned else ""
             text = f"validated: {counted(steps, 'step')}, {int(plan['tokens']):,} tokens{cost}"
             values: dict[str, Any] = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": steps}
@@ -650,12 +653,13 @@ class JobStore:
     def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:
         """Return a job to the queue after its process died unexpectedly.
 
-        The third time in a row without a new checkpoint, the job fails instead. Raises LeaseLost."""
+        If this happens for the third time in a row without a new checkpoint, the job fails instead. Raises
+        LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             if job.faults + 1 >= _MAX_FAULTS:
                 message = f"its process died {_MAX_FAULTS} times in a row without a new checkpoint: {why}"
                 return self._end(c, job, now, error={"kind": "died", "message": message, "fix": fix})
-            event = JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"})
+            event = JobEvent("warn", "note", f"the job's process died: {why}", {"public": "its process died"})
             _insert_event(c, job, now, event)
             text = "queued to resume from the last checkpoint"
             return self._set_state(c, job, "queued", now, text, faults=job.faults + 1)
@@ -663,7 +667,7 @@ class JobStore:
     def finish(
         self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
     ) -> Job:
-        """End a job: succeeded with `result`, or failed with `error`; see Job.
+        """End a job: it has succeeded with `result`, or failed with `error`; see Job.
 
         Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
@@ -673,7 +677,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[tuple[Connection, float]]:
-        """Run a write transaction under the queue's lock; yield connection and time."""
+        """Run a write transaction under the queue's lock; yield (connection, time)."""
         with write_transaction(self.engine, JOB_SCHEMA.lock) as c:
             yield c, self._now(c)
 
@@ -682,12 +686,14 @@ class JobStore:
 
     @contextlib.contextmanager
     def _with_lease(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
-        """Run a write transaction under a lease; yield connection, time and job.
+        """Run a write transaction under a lease; yield (connection, time, job).
 
-        Also adds the machine time since the last such transaction. Raises LeaseLost."""
+        Also adds the time since the last such transaction to the job's machine time. Raises LeaseLost."""
         mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
         with self._transaction() as (c, now):
-            since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)  # a clock can be set back
+            since = case(
+                (job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0
+            )  # 0 if the clock was set back
             passed = since if lease.job.state == "running" else 0.0
             done = c.execute(update(job_table).where(*mine).values(seconds=job_table.c.seconds + passed, renewed=now))
             if done.rowcount != 1:
@@ -703,9 +709,9 @@ class JobStore:
     def _set_state(
         self, c: Connection, job: Job, state: _JobState, now: float, text: str, *, public: str = "", **values: Any
     ) -> Job:
-        """Change a job's state and these columns; only this function changes states.
+        """Change a job's state and the given columns; all state changes use this function.
 
-        The lease ends, unless the job runs now. `public`: text for the tenant."""
+        The lease ends, unless the new state is `running`. `public`: text for the tenant."""
         _check_transition(job, state)
         _update(c, job, state=state, **values, **({} if state == "running" else _NO_LEASE))
         data = {"state": state} | ({"public": public} if public else {})
@@ -777,7 +783,7 @@ def _lease_lost(job: str) -> LeaseLost:
 
 _LETTERS = string.ascii_letters + string.digits
 _ID = re.compile(r"ftjob-[A-Za-z0-9]{24}")
-"""The form of OpenAI's job ids, so that a job has the same id in every API."""
+"""The format of OpenAI's job ids, so that a job has the same id in every API."""
 
 
 def _new_id() -> str:
@@ -789,6 +795,6 @@ def _day(at: float) -> str:
 
 
 def money(millionths: int) -> str:
-    """Return an amount as text, with two to six decimals as needed."""
+    """Return an amount as text, with at least two and at most six decimals."""
     units, part = divmod(millionths, 1_000_000)
     return f"{units:,}.{f'{part:06d}'.rstrip('0').ljust(2, '0')}"

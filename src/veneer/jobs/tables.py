@@ -1,6 +1,6 @@
 """Tables of jobs and uploaded files in the library's database.
 
-Times are seconds since 1970, money is in millionths. `store` and `files` describe the contents.
+Times are seconds since 1970; amounts of money are in millionths. `store` and `files` describe the contents.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ job_table = Table(
     *_columns(Text, "plan", "error", "result", nullable=True),  # JSON
     *_columns(Float, "created"),
     *_columns(Float, "queued", "started", "ended", nullable=True),
-    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned", default=0),  # planned: the planned cost
+    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned", default=0),  # "planned" is the planned cost
     *_columns(Float, "seconds", default=0.0),
     *_columns(Integer, "attempt", "faults", default=0),
     *_columns(Key(), "token", "worker", nullable=True),

@@ -45,13 +45,15 @@ def after_section(job: Job) -> AfterJob | None:
     section = job.about.get("after")
     if section is None:
         return None
-    return AfterJob.model_validate({key: value for key, value in section.items() if key != "alias"})  # of older jobs
+    return AfterJob.model_validate(
+        {key: value for key, value in section.items() if key != "alias"}
+    )  # older jobs have this key
 
 
 def has_evaluation(job: Job) -> bool:
     """Return whether the job's adapter is evaluated after training.
 
-    The evaluation then uses the base that the run has loaded."""
+    The evaluation reuses the base that the run has loaded."""
     after = after_section(job)
     return after is not None and after.evaluate is not None
 
@@ -62,7 +64,9 @@ def job_config(job: Job, output: Path) -> RunConfig:
 
 
 def device_of(gpu: str | None = None, count: int = 1) -> Device:
-    """Return the device to plan jobs for: the named GPU, or this machine's."""
+    """Return the device to plan jobs for.
+
+    This is `count` GPUs named `gpu`, or this machine's device if `gpu` is None."""
     import torch
 
     from veneer.plan.tables import cpu_device, device_by_cuda_name, device_named
@@ -75,14 +79,14 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
 
 
 def validate_job(store: JobStore, lease: JobLease, account: TrainingAccount, device: Device) -> Job:
-    """Validate a job and queue it, or end it as failed; return the job.
+    """Validate a job, then queue it or mark it as failed; return the job.
 
-    Raises LeaseLost, and transient errors that the job did not cause (a disk or database outage); the job
-    then stays in validation."""
+    Raises LeaseLost, and transient errors that the job did not cause (a disk or database outage). After such
+    an error, the job is still waiting for validation."""
     terms = account.terms(lease.job.tenant)
     try:
         if terms.jobs == 0:
-            reason = "the tenant does not exist, is disabled, or has a limit of no jobs"
+            reason = "the tenant does not exist, is disabled, or has a job limit of 0"
             message, fix = f"{lease.job.tenant or 'this machine'} cannot train: {reason}", "see veneer tenant list"
             raise ConfigError(message, where="tenant", fix=fix)
         plan = _plan_of_job(lease.job, device)
@@ -110,9 +114,9 @@ def submit_job(
     """Create and validate a job; return it, queued or failed.
 
     name: the adapter's name; default: the name of the output folder
-    after: actions after training
-    tenants: the database with tenants' training terms and routes
-    metadata: more data to store with the job
+    after: actions to take after training
+    tenants: the database with the tenants' training terms and routes
+    metadata: additional data to store with the job
 
     Raises the errors of `JobStore.create` and `check_after`."""
     name, metadata = name or Path(config.output.directory).name, dict(metadata or {})
@@ -125,21 +129,21 @@ def submit_job(
         lease = store.acquire("submit", 600, "validating", only=job.id)
         if lease is not None:
             return validate_job(store, lease, TrainingAccount(store, tenants), device or device_of())
-        time.sleep(0.2)  # wait for the worker that already validates the job
+        time.sleep(0.2)  # wait: a worker is already validating the job
     return now
 
 
 def is_retryable(error: BaseException) -> bool:
     """Return whether a retry can succeed, later or on another machine.
 
-    This holds for errors of a database, a disk or the memory."""
+    True for database, disk and memory errors."""
     if isinstance(error, VeneerError):
         return isinstance(error, UnavailableError | ResourceError | CheckpointError)
     return is_transient(error)
 
 
 def error_json(error: BaseException) -> dict[str, Any]:
-    """Return an error as a job stores it: kind, message, where, fix.
+    """Return an error in the form that jobs store: kind, message, where, fix.
 
     kind: data, config, preflight, base, training, overbudget …; `internal` for a bug in veneer, whose
         traceback is printed to the log."""
@@ -154,7 +158,7 @@ def error_json(error: BaseException) -> dict[str, Any]:
 
 
 def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
-    """Return the job's plan for its rows: `Plan.to_dict`, `rows` and `counted`.
+    """Return the job's plan: `Plan.to_dict()` plus `rows` and exact counts (`counted`).
 
     Raises ConfigError, DataError, BaseError, PreflightError."""
     from veneer.models.text.base import text_without_weights
@@ -183,7 +187,7 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
 
 
 def _answering_peak(base: TextBase, plan: Plan) -> int:
-    """Return the process's peak bytes while it generates the evaluation's answers.
+    """Return the process's peak memory in bytes while it generates evaluation answers.
 
     Raises PreflightError if the peak exceeds the memory available to the plan."""
     from veneer.serve.engine.offline import answering_bytes
@@ -192,13 +196,13 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
     peak = memory.context + memory.weights + memory.constants + answering_bytes(base, memory.weights)
     if peak > plan.available:
         needs = f"they need about {gigabytes(peak)}, and {gigabytes(plan.available)} are available"
-        message, fix = f"answers to the held-out rows do not fit: {needs}", "evaluate: {metrics: [loss]}"
+        message, fix = f"answers to the held-out rows do not fit in memory: {needs}", "evaluate: {metrics: [loss]}"
         raise PreflightError(message, where="after.evaluate", fix=fix)
     return peak
 
 
 def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
-    """Return the number of rows and tokens in the training data, and the longest row.
+    """Count the rows and tokens of the training data, and find its longest row.
 
     Raises PreflightError with a list of all problems in the data."""
     from veneer.train.planning import planned_rows

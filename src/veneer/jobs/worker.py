@@ -1,16 +1,16 @@
-"""A worker: validates new jobs, and trains queued jobs, in processes of their own.
+"""A worker: validates new jobs and trains queued jobs, each in a separate process.
 
     Worker(library, LocalExecutor(), tenants=store).run()         until SIGTERM or Ctrl-C
 
-A worker holds and renews a lease of each of its jobs. If the worker is killed, its leases expire, and another
-worker resumes each job from the last checkpoint. On SIGTERM, the worker's processes save their state and
-return their jobs. The worker polls whether it still holds each lease; if a job was paused or cancelled, the
-worker stops its process. While the database is unavailable, jobs run as long as their leases are certainly
-valid.
+A worker holds a lease on each of its jobs and renews the lease regularly. If the worker is killed, its leases
+expire, and another worker resumes each job from the last checkpoint. On SIGTERM, the worker's processes save
+their state and return their jobs to the queue. The worker regularly checks that it still holds each lease; if
+a job was paused or cancelled, the worker stops the job's process. While the database is unavailable, a job
+runs only as long as its lease is certain to be valid.
 
-New jobs are validated in separate processes on this machine, while other jobs are trained. A validation has
-limits on memory and time and stops if its job is cancelled. No tenant has more than one validation at a time,
-and the tenant that has waited longest is next.
+New jobs are validated on this machine while other jobs are trained. A validation has a memory limit and a
+time limit, and stops if its job is cancelled. A tenant has at most one validation at a time; the next
+validation goes to the tenant that has waited longest.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ from veneer.serve.transient import is_transient
 from veneer.train.signals import signal_handler
 
 _SWEEP = 3600.0
-"""Seconds between two cleanups of the files of ended jobs."""
+"""Seconds between cleanups of the files of ended jobs."""
 KEEP_DAYS = {"failed": 30.0, "cancelled": 30.0, "succeeded": 365.0}
-"""End state -> days for which a job's folder is kept; metrics of steps are kept as for succeeded jobs."""
+"""End state -> days for which a job's folder is kept.
+
+Per-step metrics of all jobs are kept as long as the folder of a succeeded job."""
 _VALIDATIONS = 4
-"""Concurrent validations."""
+"""Maximum number of concurrent validations."""
 _VALIDATION_SECONDS = 1800.0
 
 
@@ -50,9 +52,10 @@ _VALIDATION_SECONDS = 1800.0
 class _Running:
     """A running process.
 
-    sure: monotonic time until which the lease is certainly valid
+    valid_until: monotonic time until which the lease is certain to be valid
     stopping: monotonic time at which the process was asked to stop
-    deadline, max_memory: limits of a process that validates its job, in monotonic time and bytes"""
+    deadline: monotonic time by which a validation must end; None for training
+    max_memory: memory limit of a validation, in bytes"""
 
     lease: JobLease
     handle: str
@@ -67,11 +70,11 @@ class _Running:
 class Worker:
     """Validates and trains the jobs of a queue. Create one worker per process.
 
-    at_once: maximum concurrent training processes
-    device: the device for which jobs are planned; default: this machine's
-    lease: seconds that a lease lasts without renewal
+    at_once: maximum number of concurrent training processes
+    device: the device that jobs are planned for; default: this machine's
+    lease: seconds until a lease expires unless renewed
     poll: seconds between polls
-    grace: seconds that a process has to save its state
+    grace: seconds that a process has to save its state when asked to stop
     log: called with log messages"""
 
     def __init__(
@@ -107,7 +110,7 @@ class Worker:
         self._stop.set()
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until stopped; with `until_idle`, until no job is left."""
+        """Process jobs until stopped or, with `until_idle`, until no job is left."""
         with signal_handler(lambda number: self.stop(), signal.SIGINT, signal.SIGTERM, once=True):
             try:
                 while not self._stop.is_set():
@@ -147,10 +150,10 @@ class Worker:
     def _validation_ended(self, running: _Running, deadline: float, status: ExitStatus) -> None:
         """Record the end of a validation that exceeded a limit or was stopped.
 
-        A process that ended on its own has already recorded its result. If it could not, because the database
-        or a disk was unavailable, the lease expires and the job is validated again."""
+        A process that ended on its own has already recorded its result. If the process could not do so
+        because the database or a disk was unavailable, the lease expires and the job is validated again."""
         if status.memory:
-            message = f"reading the rows takes more than the limit of {gigabytes(running.max_memory)} of memory"
+            message = f"reading the rows needs more memory than the limit of {gigabytes(running.max_memory)}"
             fix = "use fewer or shorter rows"
         elif time.monotonic() > deadline:
             message = f"reading the rows takes longer than the limit of {_VALIDATION_SECONDS / 60:g} minutes"
@@ -165,7 +168,7 @@ class Worker:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def _round(self, *, validate_first: bool = False) -> bool:
-        """Poll running jobs and start one more if a slot is free; return whether it did.
+        """Poll running jobs; start a job if a slot is free, and return whether one started.
 
         validate_first: do not start training while jobs are being validated."""
         with self._tolerate_outages():
@@ -198,7 +201,7 @@ class Worker:
 
     def _start_training(self, lease: JobLease) -> None:
         valid_until, job = time.monotonic() + self.lease, lease.job
-        if job.place:  # a process of an earlier lease can still be running
+        if job.place:  # a process started under an earlier lease may still be running
             self.executor.stop(job.place, hard=True)
         try:
             handle = self.executor.start(lease, self.environment)
@@ -249,7 +252,7 @@ class Worker:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _renew(self, running: _Running, now: float) -> None:
-        """Check that the lease is still valid; renew it after a quarter of its time."""
+        """Check that the lease is still valid; renew it after a quarter of its duration."""
         late = now - running.renewed > self.lease / 4
         with self._tolerate_outages():
             try:
@@ -272,7 +275,9 @@ class Worker:
             self.executor.stop(running.handle)
 
     def _end_all(self) -> None:
-        """Ask all processes to save their state and return their jobs; wait for them."""
+        """Ask all processes to save their state and return their jobs to the queue.
+
+        Returns when every process has exited."""
         for running in self._running:
             self._request_stop(running)
         while self._running:
@@ -284,7 +289,7 @@ class Worker:
 
     @contextmanager
     def _tolerate_outages(self) -> Iterator[None]:
-        """Suppress an outage in the `with` block; log only the first of several in a row."""
+        """Suppress outages in the `with` block; log only the first of consecutive outages."""
         try:
             yield
         except Exception as error:

@@ -1,10 +1,11 @@
 """Open, read and write a SQLite or PostgreSQL database with SQLAlchemy.
 
 The library's index and the server's tenants use this module. A commit is on disk when it returns. A writer
-declares at the start of its transaction that it will write, so SQLite waits for its lock at the start and
-never in the middle. Every wait has a limit: if PostgreSQL does not respond (stopped, full or unreachable),
-the statement raises OperationalError after `patience` seconds and the connection is closed. (PostgreSQL's
-own statement_timeout cannot do this when the server is gone.) This module defines no tables.
+declares at the start of its transaction that it will write, so with SQLite it waits for the lock at the start
+and never in the middle. Every wait has a limit: if PostgreSQL does not respond (stopped, full or
+unreachable), the statement raises OperationalError after `patience` seconds and the connection is closed.
+(PostgreSQL's own statement_timeout has no effect if the server is unreachable.) This module defines no
+tables.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from veneer.files.rights import make_private
 
 URL_FIX = "a path for SQLite on a writable disk with free space, or postgresql://user:password@host/database"
 PATIENCE = 30.0
-"""Default limit, in seconds, on one statement."""
+"""Default time limit for one statement, in seconds."""
 _BUSY_SECONDS = 120
 _CONNECT_SECONDS = 5
 
 
 def Key() -> Any:
-    """Return a text type that sorts by bytes, so that a prefix is a range."""
+    """Return a text type that sorts bytewise, so that a prefix search is a range scan."""
     return String().with_variant(String(collation="C"), "postgresql")
 
 
@@ -44,17 +45,14 @@ def columns(kind: Any, *names: str, nullable: bool = False, index: bool = False)
 
 
 def open_engine(where: str, label: str, patience: float = PATIENCE) -> Engine:
-    """Return an engine for a SQLite file or a database URL.
+    """Return an engine for a SQLite file or a database URL, without connecting.
 
     where: a path, or a URL such as postgresql://user@host/database.
+    label: names the database in errors.
+    patience: seconds after which an unresponsive PostgreSQL counts as unavailable. If less than the default,
+        also the seconds that a writer waits for SQLite's lock.
 
-    Nothing is opened yet.
-
-    what: names the database in errors.
-    patience: seconds after which an unresponsive PostgreSQL is unavailable; if less than the default, also
-        the seconds that a writer waits for SQLite's lock.
-
-    Raises ConfigError for an invalid address, MissingExtraError without psycopg."""
+    Raises ConfigError for an invalid address, MissingExtraError if psycopg is not installed."""
     url = where if "://" in where else f"sqlite:///{where}"
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]
@@ -114,7 +112,7 @@ def _postgresql(url: str, patience: float) -> Engine:
 
 
 def _patient_connection() -> Any:
-    """Return a psycopg connection class with a limit on the wait for a response."""
+    """Return a psycopg connection class that limits how long it waits for a response."""
     import psycopg
 
     class Patient(psycopg.Connection[Any]):
@@ -124,7 +122,7 @@ def _patient_connection() -> Any:
             try:
                 return super().wait(_until(gen, time.monotonic() + self.patience), *arguments, **named)
             except _TimedOut:
-                self.pgconn.finish()  # close: a late response must not answer another statement
+                self.pgconn.finish()  # close, so that a late response is not taken for another statement's
                 message = f"the database did not answer within {self.patience:g} seconds"
                 raise psycopg.OperationalError(message) from None
 
@@ -167,10 +165,10 @@ def _wal(connection: Any) -> None:
 
 
 def keep_private(engine: Engine) -> None:
-    """Restrict a SQLite file and its side files to this user.
+    """Restrict access to a SQLite file and its -wal and -shm files to this user.
 
-    Creates the file if it is missing. See `make_private`. PostgreSQL controls access itself, so nothing is
-    done there."""
+    Creates the file if it is missing. See `make_private`. Does nothing for PostgreSQL, which has its own
+    access control."""
     if engine.dialect.name == "sqlite" and engine.url.database:
         file = Path(engine.url.database)
         if not file.exists():
@@ -182,7 +180,9 @@ def keep_private(engine: Engine) -> None:
 
 
 def database_clock(engine: Engine) -> ColumnElement[float]:
-    """Return the database's time in seconds since 1970, equal for all clients."""
+    """Return an SQL expression for the database's clock, in seconds since 1970.
+
+    All clients see the same clock."""
     if engine.dialect.name == "postgresql":
         return literal_column("EXTRACT(EPOCH FROM clock_timestamp())::float")
     return literal_column("(julianday('now') - 2440587.5) * 86400.0")
@@ -202,9 +202,9 @@ def reading(engine: Engine) -> Iterator[Connection]:
 def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Connection]:
     """Run a transaction that is committed at the end, or rolled back on an exception.
 
-    In SQLite the transaction holds the write lock from its start. In PostgreSQL the transaction holds the
-    advisory lock `lock`, if given. Raises ResourceError if the lock is not available within two minutes, or
-    within the engine's patience if that is less than the default."""
+    With SQLite, the transaction holds the write lock from its start. With PostgreSQL, the transaction holds
+    the advisory lock `lock`, if given. Raises ResourceError if the lock is not available within two minutes,
+    or within the engine's patience if that is less than the default."""
     with engine.connect().execution_options(write=True) as connection:
         try:
             connection.begin()

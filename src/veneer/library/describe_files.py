@@ -1,7 +1,7 @@
 """Describe an adapter for the library: list its files and read its card.
 
-`describe_adapter` reads every format that `formats` supports; `Library.add` accepts another function
-instead. This module does not use names or the index.
+`describe_adapter` reads every format that `formats` supports; a caller of `Library.add` can pass another
+function instead. This module does not depend on names or the index.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Gain:
 
     before: the loss before training.
     after: the loss of the saved adapter.
-    rewarded: the losses are from reinforcement learning: minus the mean reward."""
+    rewarded: whether the losses are from reinforcement learning, where a loss is minus the mean reward."""
 
     before: float
     after: float
@@ -60,9 +60,9 @@ def gain_of(card: Mapping[str, Any]) -> Gain | None:
 
 
 def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
-    """Return (media type, bytes) of an image adapter's thumbnail.
+    """Return an image adapter's thumbnail as (media type, bytes).
 
-    None if the card has no thumbnail or the thumbnail's image type is not allowed."""
+    None if the card has no thumbnail, or if the thumbnail's image type is not allowed."""
     match = _PICTURE.fullmatch(str(_dict(card, "extra").get("thumbnail")))
     try:
         return (match[1], base64.b64decode(match[2], validate=True)) if match else None
@@ -81,9 +81,9 @@ def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the messages of the card's sample prompt; [] if there is none.
+    """Return the messages of the card's sample prompt, including the system message.
 
-    Includes the system message."""
+    [] if there is no sample prompt."""
     return sample_messages(_dict(card, "extra"))
 
 
@@ -105,7 +105,7 @@ class Content:
 class AdapterDescription:
     """What the library records about an adapter.
 
-    digest: the adapter's canonical digest, "" if the format is not understood.
+    digest: the adapter's canonical digest; "" if the format is unknown.
     card: the fields of core.adapter.Card as JSON; any field can be missing."""
 
     digest: str = ""
@@ -121,10 +121,10 @@ class AdapterDescription:
         return _texts(self.card.get("parents"))
 
     def columns(self, size: int) -> dict[str, Any]:
-        """Return the adapter's row in the table `entries`, without id and manifest."""
+        """Return the adapter's row for the table `entries`, without id and manifest."""
         text = {k: str(self.card.get(k) or "") for k in ("base", "base_fingerprint", "kind", "licence", "created")}
         base_name = text["base"].rstrip("/").rpartition("/")[2].lower()
-        # a card lists many targets, and a search for a target name is not useful
+        # without `targets`: the list is long, and searching for a target name is not useful
         searched = {k: v for k, v in self.card.items() if k != "targets"}
         words = " ".join([self.format, *_leaves(searched)]).lower()[:_MAX_WORDS]
         return {
@@ -169,7 +169,7 @@ def content_of(path: Path) -> Content:
 
 
 def describe_adapter(path: Path) -> AdapterDescription:
-    """Read an adapter of any format: its canonical digest, its format and its card.
+    """Return the canonical digest, format and card of an adapter in any format.
 
     Raises AdapterError if the files are not an adapter, or if the meaning of a tensor is unknown."""
     from veneer.formats.read import read
@@ -179,9 +179,9 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
 
 def _dict(card: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return a dict field of a card; {} for any other value.
+    """Return a card's field if it is a dict, otherwise {}.
 
-    Cards of other tools can have other values."""
+    Cards from other tools can contain other types."""
     part = card.get(key)
     return part if isinstance(part, dict) else {}
 

@@ -4,9 +4,9 @@
                            entries 1─n triggers, parents, checks          entries 1─1 figures
 
 An entry is an adapter's content (a manifest of its files); a version gives an entry a name and a number. An
-object is a file of the store; manifests are objects too. Every write transaction holds the index's single
+object is a file in the store; manifests are objects too. Every write transaction holds the index's single
 write lock (SQLite's own lock, or an advisory lock in PostgreSQL), so only one process writes at a time.
-`library.library` and `library.maintenance` use this module and describe the order of their writes.
+`library.library` and `library.maintenance` use this module and document the order of their writes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from veneer.library.database import Key, columns, key_columns, open_engine
 from veneer.library.migrate import Schema, migrate
 
 CHANNEL = "veneer_library_names"
-"""PostgreSQL notification channel for changes of names."""
+"""PostgreSQL notification channel that announces changed names."""
 CONDEMNED = ""
 """Generation that marks an object for deletion by garbage collection."""
 
@@ -58,7 +58,7 @@ def _table(name: str, *parts: Any) -> Table:
 
 
 def _entry() -> Column[str]:
-    """Return the first key column of a table that has details of entries."""
+    """Return the key column `entry` of a table that holds details of entries."""
     return Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True)
 
 
@@ -72,13 +72,13 @@ objects = _table(
     *key_columns("path"),
     *columns(BigInteger, "size"),
     *columns(Float, "touched"),  # when a process last claimed the object, in seconds since 1970
-    *columns(String, "generation"),  # a new value means that the object can have been deleted in between
+    *columns(String, "generation"),  # changes if the object may have been deleted in between
 )
 entries = _table(
     "entries",
     *key_columns("id"),  # hexadecimal sha256 of the manifest
     Column("manifest", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
-    *columns(Key(), "digest", index=True),  # the adapter's digest, "sha256:…"; "" if its format is not understood
+    *columns(Key(), "digest", index=True),  # the adapter's digest, "sha256:…"; "" if its format is unknown
     *columns(String, "format", "kind"),
     # base_name: the last part of the base's name, in lower case
     *columns(Key(), "base", "base_name", "fingerprint", index=True),
@@ -157,7 +157,7 @@ INDEX_SCHEMA = Schema(
     Path(__file__).parent / "versions",
     "library_version",
     _LOCK,
-    older="move it away, then `veneer library verify --rebuild` makes it again from the adapters' files",
+    older="move it away, then `veneer library verify --rebuild` recreates it from the adapters' files",
 )
 
 
@@ -184,7 +184,7 @@ def set_store_id(connection: Connection, store: str) -> None:
     connection.execute(insert(_meta), {"key": "store", "value": store})
 
 
-def changed(connection: Connection) -> None:
+def announce_changes(connection: Connection) -> None:
     """Announce changed names, so that other processes reload their copies.
 
     Call this in the transaction that changes the names."""
@@ -197,9 +197,9 @@ def changed(connection: Connection) -> None:
 
 
 def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Mark objects as in use now, and return path -> generation.
+    """Mark objects as in use now; return each path's generation.
 
-    Call this in a write transaction. An object that still has the same generation later has not been deleted
+    Call this in a write transaction. If an object's generation is the same later, the object was not deleted
     in between."""
     now, out = time.time(), {}
     for path, size in sorted(sizes.items()):
@@ -234,7 +234,7 @@ def now_text() -> str:
 
 
 def add_checks(connection: Connection, results: Iterable[tuple[str, str, bool | None, str]]) -> None:
-    """Record the results of checks, (entry, name, ok, detail), with the current time."""
+    """Record check results (entry, name, ok, detail) with the current time."""
     at = now_text()
     insert_rows(
         connection, checks, ({"entry": e, "name": n, "ok": ok, "detail": d, "at": at} for e, n, ok, d in results)

@@ -5,14 +5,14 @@
     library.alias("support@1", "prod")           support@prod
     library.resolve("support@prod")              a local path with its files, read-only
 
-`add` is atomic, and safe while garbage collection runs (`library.maintenance` describes collection), because
-of this order:
+`add` is atomic, and safe while garbage collection runs (see `library.maintenance`). It works in this order:
 
     1. hash the files; the manifest of their hashes is the entry, and the manifest's sha256 is the entry's id
-    2. claim, one transaction: touch a row in `objects` for each file and remember the row's generation
+    2. claim (one transaction): touch a row in `objects` for each file and remember the row's generation
     3. store the files that are not in the store
-    4. commit, one transaction: claim and store each file again that was collected in between (its row is gone or
-       has another generation), while the write lock blocks collection. Then write entry, version and tags.
+    4. commit (one transaction, whose write lock blocks collection): claim all files again; store again each
+       file that was collected in between (its row is gone or has another generation); write entry, version
+       and tags
 
 A process killed before step 4 leaves unreferenced files, which `gc` removes. This module uses the store and
 the index; `describe_adapter` reads the adapter's files.
@@ -65,7 +65,7 @@ MARK = "library.json"
 
 
 class NotInLibrary(AdapterError):
-    """The library has nothing under this reference; `fix` names the nearest match."""
+    """The library has no version for this reference; `fix` names the nearest match."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Library:
     def knows_base(self, name: str) -> bool:
         """Return whether the library has an adapter for a base with this name.
 
-        A base that is a path matches by the last part of the path."""
+        For a base that is a path, only the last part of the path must match."""
         return bool(self.search(base=name, limit=1))
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
@@ -191,7 +191,7 @@ class Library:
     def place(
         self, reference: str, entry: str, format: str, files: Mapping[str, tuple[str, int]] | None = None
     ) -> Path:
-        """Return a path as `resolve` does, for a caller that already knows the entry.
+        """Return the path that `resolve` returns, for a caller that knows the entry.
 
         Without `files`, the file list is read from the store's manifest, not from the database."""
         files = self._manifest(entry) if files is None else files
@@ -208,7 +208,7 @@ class Library:
         return folder if len(files) > 1 or format == "peft" else folder / single
 
     def _manifest(self, entry: str) -> dict[str, tuple[str, int]]:
-        """Return the entry's files, name -> (sha256, size), from the store's manifest.
+        """Return the entry's files from the store's manifest: name -> (sha256, size).
 
         Raises AdapterError if the manifest is missing or damaged."""
         path = manifest_path(entry)
@@ -255,9 +255,9 @@ class Library:
         If the latest version already has this content, only the tags are added.
 
         path: a PEFT folder, a run's folder with a PEFT folder `adapter/`, or a single file.
-        source: a note of where the adapter came from.
-        number: a version number to use. Ignored if the number is taken or the name already has this content.
-        describe: reads the files, and raises if they are not an adapter.
+        source: a note on where the adapter came from.
+        number: the version number to use. Ignored if the number is taken or the name already has this content.
+        describe: reads the files, and raises an exception if they are not an adapter.
 
         Raises AdapterError, ConfigError."""
         check_name(name)
@@ -327,7 +327,7 @@ class Library:
     def _number(
         self, connection: Connection, name: str, entry: str, source: str, number: int | None
     ) -> tuple[int, bool]:
-        """Return (number, created) of the version of `name` that has this entry.
+        """Return (number, created) for the version of `name` that has this entry.
 
         Creates the version if there is none."""
         v, n = ix.versions.c, ix.names.c
@@ -365,7 +365,7 @@ class Library:
         return self._change(reference, lambda connection, v: self._put_tags(connection, v.name, v.version, tags))
 
     def untag(self, reference: str, *tags: str) -> Version:
-        """Remove tags from a version. Raises AdapterError for tags that it lacks."""
+        """Remove tags from a version. Raises AdapterError for tags that the version lacks."""
 
         def change(connection: Connection, v: Version) -> None:
             if missing := sorted(set(tags) - set(v.tags)):
@@ -377,7 +377,7 @@ class Library:
         return self._change(reference, change)
 
     def alias(self, reference: str, alias: str) -> Version:
-        """Make `name@alias` point to this version. An existing alias moves atomically."""
+        """Make `name@alias` point to this version. An existing alias is moved atomically."""
         check_alias(alias)
 
         def change(connection: Connection, v: Version) -> None:
@@ -388,7 +388,7 @@ class Library:
         return self._change(reference, change)
 
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
-        """Find a version, change it and store its name's record, under the write lock."""
+        """Under the write lock, change a version and rewrite the record of its name."""
         with ix.index_transaction(self.engine) as connection:
             version = self._find(connection, reference)
             change(connection, version)
@@ -398,14 +398,14 @@ class Library:
     def _write_record(self, connection: Connection, name: str) -> None:
         """Write a name's record from the index to the store, and announce the change."""
         self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
-        ix.changed(connection)
+        ix.announce_changes(connection)
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
         """Remove a name (`support`), version (`support@2`) or alias (`support@prod`).
 
-        Removing a name removes all its versions. Removing a version that has an alias raises AdapterError
-        unless `with_aliases`. `gc` deletes the files once no version uses them and its grace period after
-        this call has passed. Returns the removed references."""
+        Removing a name removes all its versions. Removing a version that an alias points to raises
+        AdapterError unless `with_aliases` is set. `gc` deletes the files once no version uses them and the
+        grace period, which starts with this call, has passed. Returns the removed references."""
         parsed = parse_reference(reference)
         if parsed.prefix:
             raise ConfigError("a digest can have several names", where=reference, fix="remove them by name")
@@ -428,7 +428,9 @@ class Library:
         if pointers and not with_aliases:
             aliases = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
             raise AdapterError(
-                f"aliases point there: {aliases}", where=self.location, fix="move them first, or --with-aliases"
+                f"aliases point to these versions: {aliases}",
+                where=self.location,
+                fix="move them first, or --with-aliases",
             )
         connection.execute(delete(ix.name_aliases).where(a.name == name, a.version.in_(doomed)))
         entries = set(connection.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
@@ -471,9 +473,9 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
             index_id = ix.store_id(connection)
         if check and index_id != library_id:
             raise ConfigError(
-                "this index is new, or belongs to another library than these files",
+                "this index is new, or does not belong to these files",
                 where=f"{shown_url(index)} for {where}",
-                fix="give the right one with --index or VENEER_LIBRARY_INDEX. If it is lost: "
+                fix="give the right index with --index or VENEER_LIBRARY_INDEX. If the index is lost: "
                 "`veneer library verify --rebuild` rebuilds it from the files",
             )
         return Library(where, store, engine, LocalStore(veneer_home() / "cache" / "library" / library_id))
@@ -483,9 +485,9 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
 
 
 def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
-    """Write the index's id into a new store.
+    """Give a new store the index's id; return the store's id.
 
-    The id is written to the index first, so that a kill between the two writes does no harm."""
+    The index is written first, so a process killed between the two writes does no harm."""
     with ix.index_transaction(engine) as connection:
         library_id = ix.store_id(connection) or secrets.token_hex(16)
         ix.set_store_id(connection, library_id)

@@ -1,6 +1,6 @@
 """Maintain a library: collect unreferenced files, verify, rebuild the index.
 
-Collection can run during any number of adds and other collections (`library.library` describes add):
+Collection is safe while any number of adds (see `library.library`) and other collections run:
 
     1. delete the rows of entries that have no version and were not touched within the grace period
     2. in the same transaction, condemn objects that no entry refers to and that were not touched within the
@@ -8,12 +8,13 @@ Collection can run during any number of adds and other collections (`library.lib
     3. in batches, one transaction each: delete the file, then the row, of each object that is still condemned
 
 A claim between 2 and 3 saves an object, because the claim gives a condemned object a new generation. An add
-that claimed before 2 sees another generation at its commit and stores the file again under the write lock.
-So correctness does not depend on the grace period, on clocks or on the duration of an upload; the grace
-period only saves work and keeps removed content for a while. A kill during 3 can leave condemned rows
-without files; a process that claims such a row checks the file itself, and an add that had seen the file
-sees another generation. One case is not covered: PostgreSQL ends a process's transaction as dead, but the
-process keeps deleting its batch. `verify_library` then lists the files as missing.
+that claimed an object before 2 sees another generation when it commits, and stores the file again under the
+write lock. So correctness does not depend on the grace period, on clocks or on the duration of an upload; the
+grace period only saves work and keeps removed content for a while. If the process is killed during 3,
+condemned rows without files can remain; a process that claims such a row checks whether the file exists, and
+an add that had seen the file sees another generation. One case is not covered: PostgreSQL takes a process for
+dead and ends its transaction, but the process is alive and keeps deleting its batch. `verify_library` then
+lists the files as missing.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from veneer.library.queries import record
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, canonical, manifest_path
 
 _GRACE = 3600.0
-"""Seconds that content is kept after its last name is removed or an unfinished add began."""
+"""Seconds to keep content after its last name is removed or an unfinished add began."""
 
 FILES_CHECK = "files"
 """Name of the check that an entry's files are complete and have their sha256."""
@@ -133,7 +134,7 @@ def _unused() -> ColumnElement[bool]:
 def _delete_condemned(library: Library, out: GcReport) -> bool:
     """Delete one batch of condemned objects; return False if there were none.
 
-    Files are deleted in the transaction that deletes their rows, so that no claim can come in between."""
+    Files and their rows are deleted in one transaction, so that no claim can come between the two."""
     o = ix.objects.c
     with ix.index_transaction(library.engine) as connection:
         rows = connection.execute(
@@ -150,8 +151,8 @@ def _delete_condemned(library: Library, out: GcReport) -> bool:
 def _condemn_strays(library: Library, cutoff: float) -> None:
     """Condemn stored files that have no row in the index.
 
-    An upload leaves such a file if its claim was collected before the upload ended and its process was then
-    killed."""
+    This happens if collection removes the claim of an add that is still uploading, and the add's process is
+    killed after the upload."""
     o = ix.objects.c
     stored = [f for f in _stored(library) if f[2] < cutoff]
     with ix.index_transaction(library.engine) as connection:
@@ -169,7 +170,7 @@ def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
 
 
 def verify_library(library: Library, *, repair: bool = False, log: Callable[[str], None] | None = None) -> VerifyReport:
-    """Compare files with their sha256, and stored records of names with the index.
+    """Compare files with their sha256, and the store's name records with the index.
 
     The results are recorded as the adapters' checks.
 
@@ -271,7 +272,7 @@ def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
         path = f"names/{name}.json"
 
         def correction(c: Connection, name: str = name, path: str = path) -> bytes | None:
-            """Return the correct record; None if the stored record is correct."""
+            """Return the correct record, or None if the stored record is correct."""
             correct = canonical(record(c, name))
             return None if _read(library, path) == correct else correct
 
@@ -302,8 +303,8 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
     Replaces the content of the index in one transaction. A version with a missing manifest or file is left
     out and listed in the result.
 
-    A record is written just before the transaction that it describes commits. After a kill between the two,
-    the record is one change ahead of the lost index, never behind."""
+    Every record is written just before the index transaction that it describes is committed. If a process is
+    killed between the two, the record is one change ahead of the lost index, never behind."""
     out = RebuildReport()
     with open_library(location, index, check=False) as library:
         library_id = json.loads(library.store.read("library.json"))["id"]
@@ -317,7 +318,7 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
                     out.lost.append(f"{path}: {error}")
                     continue
                 _restore(library, connection, fields, out)
-            ix.changed(connection)
+            ix.announce_changes(connection)
     return out
 
 
@@ -335,7 +336,7 @@ def _restore(library: Library, connection: Connection, fields: dict[str, Any], o
             out.lost.append(f"{name}@{number}: {error}")
             continue
         if missing := [n for n, (sha256, size) in files.items() if library.store.size(blob_path(sha256)) != size]:
-            out.lost.append(f"{name}@{number}: missing or of another size: {', '.join(missing)}")
+            out.lost.append(f"{name}@{number}: missing files or wrong sizes: {', '.join(missing)}")
             continue
         sizes = {blob_path(sha256): size for sha256, size in files.values()} | {manifest_path(v["entry"]): len(raw)}
         ix.claim(connection, sizes)
@@ -354,16 +355,16 @@ def _restore(library: Library, connection: Connection, fields: dict[str, Any], o
         if number in numbers:
             connection.execute(ix.name_aliases.insert(), {"name": name, "alias": alias, "version": number})
         else:
-            out.lost.append(f"{name}@{alias}: its version {number} is not there")
+            out.lost.append(f"{name}@{alias}: version {number} is missing")
 
 
 def check_record(fields: Any) -> dict[str, Any]:
-    """Return a name's record that was read from a file, after validation.
+    """Validate and return a name's record that was read from a file.
 
     Raises AdapterError or ConfigError if the record is invalid."""
     try:
         if fields["veneer-name"] != 1:
-            raise AdapterError(f"a record of version {fields['veneer-name']!r}, and this veneer knows 1")
+            raise AdapterError(f"the record has version {fields['veneer-name']!r}; this veneer supports only version 1")
         check_name(fields["name"])
         for alias, number in fields["aliases"].items():
             check_alias(alias)
@@ -382,9 +383,9 @@ def check_record(fields: Any) -> dict[str, Any]:
 
 
 def parse_manifest(raw: bytes, entry: str) -> dict[str, tuple[str, int]]:
-    """Return the files of a manifest, name -> (sha256, size).
+    """Return the files of a manifest: name -> (sha256, size).
 
-    Raises AdapterError if the bytes have another sha256 or are not a manifest."""
+    Raises AdapterError if the sha256 of `raw` is not `entry`, or if `raw` is not a manifest."""
     if (sha256 := hashlib.sha256(raw).hexdigest()) != entry:
         raise AdapterError(f"the manifest has sha256 {sha256}, not {entry}")
     try:
@@ -400,4 +401,4 @@ def parse_manifest(raw: bytes, entry: str) -> dict[str, tuple[str, int]]:
 
 def _ok(holds: bool) -> None:
     if not holds:
-        raise TypeError("a value of the wrong kind")
+        raise TypeError("a value has the wrong type")

@@ -1,12 +1,12 @@
 """Migrate a database's tables to the current revision.
 
-A folder holds one Alembic script per revision (v0010.py and later), and a table of the database records the
-current revision. A new database is created with the current tables directly. A migration is one transaction
-under the database's own lock: two processes that start together migrate once, and a kill leaves the tables
-unchanged.
+A folder holds one Alembic script per revision (v0010.py and later), and a table in the database records the
+current revision. In a new database, the current tables are created directly. A migration is one transaction
+under the database's own lock: if two processes start together, only one of them migrates; if a process is
+killed, the tables are unchanged.
 
-Every later build can migrate revision 0010 and later, because builds add scripts and never remove one. A
-database from an earlier, unreleased build or from a later build is refused with instructions."""
+Every later build can migrate databases of revision 0010 and later, because scripts are added but never
+removed. A database from an earlier, unreleased build or from a later build is rejected with instructions."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def migrate(engine: Engine, schema: Schema, where: str) -> None:
 
 
 def revision(connection: Connection, schema: Schema) -> str | None:
-    """Return the revision recorded in the database; None for a database without one."""
+    """Return the revision recorded in the database, or None if there is none."""
     if not inspect(connection).has_table(schema.table):
         return None
     number: str | None = connection.scalar(select(schema.version_table.c.version_num))
@@ -125,7 +125,7 @@ def _migrate(connection: Connection, schema: Schema) -> None:
     elif number is None or number < revisions[0]:
         raise ConfigError(f"{schema.what} was written by an unreleased build of veneer", fix=schema.older)
     else:
-        problem = f"{schema.what} has version {number}; this veneer knows {revisions[0]} to {revisions[-1]}"
+        problem = f"{schema.what} has version {number}; this veneer supports {revisions[0]} to {revisions[-1]}"
         raise ConfigError(problem, fix="update veneer: a later version wrote it")
 
 

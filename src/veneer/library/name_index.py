@@ -6,9 +6,9 @@
 
 A thread reloads the names when they change. With SQLite, a caller that needs current names wakes the
 thread, which compares `data_version`, a number that changes when another connection commits. With PostgreSQL
-the thread listens for notifications: every change of names increments the index's revision and notifies, and
-the thread also checks the revision each second. While the database does not respond, the last loaded names
-stay valid and no call waits.
+the thread listens for notifications: every change of names increments the index's revision and sends a
+notification, and the thread also checks the revision each second. While the database does not respond, the
+last loaded names stay in use and no call waits.
 
 A reload takes 0.5 s for 100,000 versions; the thread then pauses for as long as the reload took. The names do
 not include cards. This module uses the index, not the store.
@@ -65,7 +65,7 @@ class NamedVersion:
 
 
 class Names:
-    """The names at one moment; `find` matches as `queries.find_versions` does."""
+    """The names at one point in time; `find` works like `queries.find_versions`."""
 
     def __init__(
         self, versions: Iterable[NamedVersion] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
@@ -75,7 +75,7 @@ class Names:
         self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
 
     def find(self, reference: Reference) -> NamedVersion | None:
-        """Return a version; None if no version matches or a digest prefix is ambiguous."""
+        """Return a version, or None if no version matches or a digest prefix is ambiguous."""
         if reference.prefix:
             return self._by_digest(reference.prefix)
         if reference.alias:
@@ -85,7 +85,7 @@ class Names:
         return None if version is None else self._kept.get((reference.name, version))
 
     def latest(self, fingerprint: str) -> list[NamedVersion]:
-        """Return the latest version of each name that is for this base, sorted by name."""
+        """Return the names' latest versions that are for this base, sorted by name."""
         versions = (self._kept.get(key) for key in self._latest.items())
         return sorted((k for k in versions if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
 
@@ -152,14 +152,14 @@ class NameIndex:
 
     @property
     def now(self) -> Names:
-        """The names as of the last load."""
+        """The last loaded names."""
         return self._names
 
     async def fresh(self) -> Names:
-        """Return the names, after a check for changes that begins after this call.
+        """Check for changed names, then return the names.
 
         Returns the last loaded names if the database does not respond within `patience`. With PostgreSQL,
-        which announces changes, returns at once."""
+        which announces changes, returns at once without a check."""
         if (checked := self._request_check()) is not None:
             try:
                 async with asyncio.timeout(self.patience):
@@ -169,10 +169,10 @@ class NameIndex:
         return self._names
 
     def refreshed(self) -> Names:
-        """Return the names as `fresh` does, for a thread that can block.
+        """Check for changed names, then return the names; for threads that can block.
 
-        Also checks with PostgreSQL, because the caller can already know of a name that PostgreSQL has not
-        announced."""
+        Unlike `fresh`, also checks with PostgreSQL, because the caller may already know of a name that
+        PostgreSQL has not announced yet."""
         if (checked := self._request_check(postgresql_too=True)) is not None:
             try:
                 checked.result(self.patience)
@@ -207,10 +207,10 @@ class NameIndex:
                             _log.warning("the library's index responds again")
                         self.away = logged = False
                         self._wait(driver)
-            except Exception as error:  # any error of the driver: keep the names loaded last
+            except Exception as error:  # whatever the driver raised: keep the last loaded names
                 self.away = True
                 if not logged and not self._stop.is_set():
-                    _log.warning("the library's index does not respond; the names read last are used: %s", error)
+                    _log.warning("the library's index does not respond; using the last loaded names: %s", error)
                     logged = True
                 self._complete()
                 self._stop.wait(_EVERY)
@@ -218,7 +218,7 @@ class NameIndex:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
-        """Yield a driver connection that is not in the pool or in a transaction."""
+        """Yield a driver connection that is neither in the pool nor in a transaction."""
         raw = self.engine.raw_connection()
         self._mark = None  # SQLite's data_version is per connection
         driver: Any = raw.driver_connection

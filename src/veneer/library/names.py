@@ -2,21 +2,21 @@
 
     support            the latest version of the name `support`
     support@latest     the same
-    support@2          its version 2
-    support@prod       the version that its alias `prod` points to
-    acme/support@2     version 2 of `support` in the namespace `acme`, another name than `support`
+    support@2          version 2 of `support`
+    support@prod       the version that the alias `prod` of `support` points to
+    acme/support@2     version 2 of `acme/support`: the name `support` in the namespace `acme`
     sha256:3fa9c1      the adapter (or the entry) whose digest starts with these digits
 
-OpenAI's names of fine-tuned models start with the base; their organization is the namespace:
+OpenAI's names for fine-tuned models start with the base; their organization is the namespace:
 
     ft:smollm2-135m:acme:support:kq7vz2mh                  acme/support-kq7vz2mh
     ft:smollm2-135m::support:kq7vz2mh:ckpt-step-40         support-kq7vz2mh@ckpt-step-40
     ft:smollm2-135m:acme::kq7vz2mh                         acme/kq7vz2mh
 
 The library, a server's adapters, routes, limits, prices and HTTP bodies all use these names. Library names
-become file names, so they are lower case. A name that only a server uses can have capitals (`cased`),
-because clients of other servers send them. No part of a name can contain a separator of paths, URLs or
-mixes. This module only parses text.
+become file names, so they are lower case. A name that only a server uses can have capital letters (`cased`),
+because clients written for other servers send them. No part of a name can contain a separator of paths, URLs
+or mixes. This module only parses text.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ _PREFIX = re.compile(r"sha256:[0-9a-f]{4,64}")
 _TUNED = re.compile(r"ft:([^:@]{1,200}):([^:@/]*):([^:@/]*):([^:@/]+)(?::ckpt-step-(\d{1,9}))?")
 _LETTERS = "bcdfghjkmpqrstvwxz"
 _TUNED_LAST = re.compile(rf"(?:(.+)-)?([{_LETTERS}][{_LETTERS}2-9]{{7}})")
-"""The library name of a fine-tuned adapter. An id never looks like a number, because a number after the
-last colon of an `ft:` name is read as a strength."""
+"""Pattern of a fine-tuned adapter's name without namespace: `SUFFIX-ID` or `ID`.
+
+An id never looks like a number, because a number after the last colon of an `ft:` name is parsed as a
+strength."""
 _RESERVED = {"latest", "con", "prn", "aux", "nul"}
 
 
@@ -54,10 +56,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class TunedName:
-    """OpenAI's name of a fine-tuned model: `ft:BASE:ORGANISATION:SUFFIX:ID`.
+    """OpenAI's name for a fine-tuned model: `ft:BASE:ORGANISATION:SUFFIX:ID`.
 
-    A checkpoint (`step`) adds `:ckpt-step-N`. The organization is the namespace. Organization and suffix can
-    be empty."""
+    The name of a checkpoint (`step`) ends in `:ckpt-step-N`. The organization is the namespace. Organization
+    and suffix can be empty."""
 
     base: str
     organisation: str
@@ -76,7 +78,7 @@ class TunedName:
 
     @property
     def reference(self) -> str:
-        """The library reference."""
+        """The adapter's reference in the library."""
         name = f"{self.organisation}/{self.last}" if self.organisation else self.last
         return name if self.step is None else f"{name}@{checkpoint_alias(self.step)}"
 
@@ -108,7 +110,7 @@ def checkpoint_alias(step: int) -> str:
 
 
 def parse_tuned(text: str) -> TunedName | None:
-    """Parse OpenAI's name of a fine-tuned model; None for any other text."""
+    """Parse OpenAI's name for a fine-tuned model; return None for any other text."""
     match = _TUNED.fullmatch(text)
     if match is None:
         return None
@@ -170,7 +172,7 @@ def check_namespace(namespace: str) -> None:
 
 
 def _is_namespace(text: str) -> bool:
-    # names of records end in .json (names/support.json), so a folder for a namespace must not
+    # record files end in .json (names/support.json), so a namespace's folder must not end in .json
     return _is_part(text, _NAMESPACE) and not text.endswith(".json")
 
 

@@ -48,8 +48,8 @@ class Version:
 
     entry: the manifest's sha256.
     digest: the adapter's digest, "" if the adapter could not be read.
-    size: total bytes of its files.
-    rank: 0 if its pairs have different ranks or there are no pairs.
+    size: total bytes of the files.
+    rank: 0 if the adapter has no pairs, or pairs of different ranks.
     gain: relative change of the held-out loss (`describe_files.Gain`).
     health: sound, faulty or unknown.
     aliases: the aliases that point to this version."""
@@ -89,8 +89,8 @@ class SearchPage:
     """A page of search results.
 
     total: number of matches on all pages.
-    facets: for base, kind, rank, tag and health: value -> number of matches if this value were the filter,
-        most frequent first."""
+    facets: for base, kind, rank, tag and health: value -> number of matches if the facet were filtered by
+        this value, most frequent value first."""
 
     versions: list[Version]
     total: int
@@ -111,7 +111,7 @@ class AdapterFamily:
     versions: list[Version]
 
     def names(self) -> dict[str, list[str]]:
-        """Return references by role for JSON, and the digests of unknown parents."""
+        """Return each role's references, and the digests of unknown parents, for JSON."""
         known_versions = {"parents": self.parents, "children": self.children, "versions": self.versions}
         return {role: [v.reference for v in versions] for role, versions in known_versions.items()} | {
             "unknown_parents": self.unknown
@@ -142,8 +142,8 @@ def _with_content(query: Select[Any]) -> Select[Any]:
 def find_versions(connection: Connection, reference: Reference) -> list[Version]:
     """Return the versions that a reference names.
 
-    There is at most one, except for a digest prefix. A digest prefix can match several adapters; the result
-    then has one version of each adapter, the version that was added last."""
+    There is at most one, except for a digest prefix, which can match several adapters. The result then has
+    one version per adapter: the version that was added last."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     if reference.prefix:
         rows = connection.execute(
@@ -176,14 +176,14 @@ def search(
 ) -> list[Version]:
     """Return the versions that match every filter, sorted by name and version.
 
-    Only the latest version of each name, unless `all_versions`.
+    Searches only the latest version of each name, unless `all_versions` is set.
 
     text: every word must appear in the name, a tag or the card (base, trigger words, licence, …); case does
         not matter.
     tags: the version must have all of these tags.
     base: the base's full name, the last part of its name, or a prefix of its fingerprint.
-    more: name (a prefix of the version's name), trigger (one of its trigger words, in any case), parent
-        (the digest of a parent, or a prefix), all_versions."""
+    more: name (a prefix of the version's name), trigger (one of the adapter's trigger words, in any case),
+        parent (a parent's digest or a prefix of it), all_versions."""
     conditions = [*_match_conditions(text, **more), *_tagged(tags), *_of_base(base)]
     return _page(connection, conditions, (), limit, offset)
 
@@ -227,8 +227,8 @@ def browse(
     """Return a page of the versions that match every filter, with counts per facet.
 
     text, base, tags and `more` (name, trigger, parent, all_versions): as in `search`.
-    kind: text or image. rank: 0 for adapters with several ranks. health: sound, faulty or unknown.
-    without: leave out versions that have a tag with this prefix.
+    kind: text or image. rank: 0 for adapters with pairs of different ranks. health: sound, faulty or unknown.
+    without: exclude versions that have a tag with this prefix.
     can_access: reference -> whether the principal can see the version; None: all are visible.
 
     Raises ConfigError for an unknown order or health."""
@@ -281,7 +281,7 @@ def browse(
 
 
 def family_of(connection: Connection, version: Version) -> AdapterFamily:
-    """Return a version's parents, children and versions, by the digests in cards."""
+    """Return a version's parents and children (by digests in cards) and all versions."""
     v, e, p = ix.versions.c, ix.entries.c, ix.parents.c
 
     def select_versions(condition: ColumnElement[bool]) -> list[Version]:
@@ -304,7 +304,7 @@ def size_of_prefix(connection: Connection, beginning: str) -> int:
 
 
 def checks_of(connection: Connection, entry: str) -> list[dict[str, Any]]:
-    """Return the results of an entry's last checks: name, ok, detail and at each."""
+    """Return an entry's last check results, each with name, ok, detail and at."""
     c = ix.checks.c
     rows = connection.execute(select(c.name, c.ok, c.detail, c.at).where(c.entry == entry).order_by(c.at, c.name))
     return [dict(row._mapping) for row in rows]
@@ -339,7 +339,7 @@ def _match_conditions(
 
 
 def _tagged(tags: Sequence[str]) -> list[ColumnElement[bool]]:
-    t, v = ix.tags.alias().c, ix.versions.c  # an alias, so that the query can also count tags
+    t, v = ix.tags.alias().c, ix.versions.c  # aliased, so that a query can also use the table to count tags
     return [exists().where(t.name == v.name, t.version == v.version, t.tag == tag) for tag in tags]
 
 
@@ -351,7 +351,7 @@ def _of_base(base: str) -> list[ColumnElement[bool]]:
 
 
 def _accessible(connection: Connection, can_access: Callable[[str], bool]) -> ColumnElement[bool]:
-    """Return a condition for the versions that `can_access` accepts.
+    """Return a condition that selects the versions that `can_access` accepts.
 
     The accepted references are sent to the database as one JSON value."""
     v = ix.versions.c
@@ -373,7 +373,7 @@ def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> Column
 
 
 def _load_versions(connection: Connection, rows: Sequence[Any]) -> list[Version]:
-    """Return rows as versions, with their tags, aliases, trigger words and parents."""
+    """Return a Version for each row, with tags, aliases, trigger words and parents."""
     t, a, w, p = ix.tags.c, ix.name_aliases.c, ix.triggers.c, ix.parents.c
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
 
@@ -403,7 +403,7 @@ def _parts(values: Sequence[_T]) -> Iterable[Sequence[_T]]:
 
 
 def record(connection: Connection, name: str) -> dict[str, Any]:
-    """Return a name's record, in the form that the store and exports contain."""
+    """Return a name's record in the form used in the store and in exports."""
     n, a = ix.names.c, ix.name_aliases.c
     following = connection.scalar(select(n.next).where(n.name == name)) or 1
     pointers = connection.execute(select(a.alias, a.version).where(a.name == name)).all()

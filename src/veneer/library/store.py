@@ -3,15 +3,16 @@
 A store is a local folder or an fsspec URL.
 
     library.json              the library's id
-    blobs/ab/ab12…            one file of an adapter, under the sha256 of its bytes
-    manifests/3f/3fa9…        {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}, under its sha256: an entry
+    blobs/ab/ab12…            one file of an adapter, named by the sha256 of its bytes
+    manifests/3f/3fa9…        an entry's manifest: {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}
     names/support.json        the index's record of a name, from which the index can be rebuilt
-    folders/3fa9…/            local stores only: an entry's files under their names, hard links to the blobs
+    folders/3fa9…/            local stores only: an entry's files with their names, as hard links to the blobs
     tmp/                      local stores only: files being written
 
 A file appears complete or not at all, and a file named by its sha256 never changes. A process that writes a
-file in tmp/ holds a lock on the file, and the system releases the lock when the process dies; unlocked files
-in tmp/ are debris. This module handles bytes and paths; it does not use names, versions or the index.
+file in tmp/ holds a lock on the file, and the operating system releases the lock when the process dies;
+unlocked files in tmp/ are debris. This module handles bytes and paths; it does not use names, versions or the
+index.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from veneer.files.locks import take_lock
 
 CHUNK = 1 << 20
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
-"""fsspec protocols that show a file only after its writer closes it."""
+"""fsspec protocols in which a file becomes visible only when its writer closes it."""
 
 S3_SECONDS = 10.0
 """Seconds without a response from S3 after which an attempt fails."""
@@ -90,8 +91,8 @@ def open_store(location: str) -> LocalStore | RemoteStore:
 def open_remote(location: str) -> tuple[Any, str]:
     """Return the file system of an fsspec URL, and the path in it.
 
-    If S3 stops responding, a call fails after four attempts of `S3_SECONDS` each, not after the client's
-    default of 25 attempts of a minute. Raises fsspec's errors."""
+    If S3 stops responding, a call fails after four attempts of `S3_SECONDS` each instead of the client's
+    default of 25 attempts of one minute each. Raises fsspec's errors."""
     import fsspec  # type: ignore[import-untyped]
 
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -127,7 +128,7 @@ class LocalStore:
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
         """Store bytes under their sha256, unless they are already stored.
 
-        Raises AdapterError, with nothing changed, if the source has another sha256."""
+        Raises AdapterError, with nothing changed, if the source's sha256 differs from `sha256`."""
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if self.size(path) == size:
             return
@@ -136,11 +137,11 @@ class LocalStore:
             self._write(path, chunks, sha256, mode=0o444)
 
     def fill(self, path: str, source: IO[bytes], sha256: str) -> None:
-        """Store the bytes of an open file under their sha256. Raises as `put` does."""
+        """Store the bytes of an open file under their sha256. Raises the errors of `put`."""
         self._write(path, _chunks(source), sha256, mode=0o444)
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a file with content that can change, such as a record, atomically."""
+        """Atomically write a file whose content can change, such as a record."""
         self._write(path, iter([data]), None, mode=0o644)
 
     def _write(self, path: str, chunks: Iterator[bytes], sha256: str | None, mode: int) -> None:
@@ -160,7 +161,7 @@ class LocalStore:
     def temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
         """Yield the path and descriptor of a new, locked file or folder in tmp/.
 
-        It is removed at the end, unless the caller moved it."""
+        The file or folder is removed at the end, unless the caller moved it."""
         parent = self.root / "tmp"
         parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -194,9 +195,11 @@ class LocalStore:
                     yield entries.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
 
     def folder(self, entry: str, files: Mapping[str, tuple[str, int]]) -> Path:
-        """Return a folder with an entry's files, name -> (sha256, size), as hard links.
+        """Return a folder with hard links to an entry's files.
 
-        The files are copies if the file system has no hard links. Raises FileNotFoundError if a blob is
+        files: name -> (sha256, size).
+
+        If the file system has no hard links, the files are copies. Raises FileNotFoundError if a blob is
         missing."""
         target = self.root / "folders" / entry
         if _has_files(target, files):
@@ -212,7 +215,7 @@ class LocalStore:
                     shutil.copyfile(blob, temporary / name)
                     os.chmod(temporary / name, 0o444)
             if not _has_files(temporary, files):
-                raise FileNotFoundError(f"blobs of entry {entry} have other sizes than its manifest says")
+                raise FileNotFoundError(f"blobs of entry {entry} have sizes that differ from its manifest")
             target.parent.mkdir(parents=True, exist_ok=True)
             while not _has_files(target, files):
                 try:
@@ -234,7 +237,7 @@ class LocalStore:
             _discard(aside)
 
     def sweep(self, entries: set[str]) -> int:
-        """Remove debris in tmp/ and folders of unlisted entries; return the count."""
+        """Remove debris in tmp/ and the folders of unlisted entries; return how many."""
         count = 0
         for path in _entries(self.root / "tmp"):
             try:
@@ -278,13 +281,13 @@ class RemoteStore:
     def open(self, path: str) -> IO[bytes]:
         """Open a file for reading.
 
-        Read from the file inside `store_errors`, because reads can also fail."""
+        Reads can also fail, so the caller must read the file inside `store_errors`."""
         with store_errors(self.root):
             opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
         return opened
 
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
-        """Store bytes as `LocalStore.put` does.
+        """Store bytes like `LocalStore.put`.
 
         Garbage collection can delete the file right after this call; the add detects this when it commits."""
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
@@ -295,7 +298,7 @@ class RemoteStore:
         self._send(path, source)
         if (stored_size := self.size(path)) not in (size, None):
             raise AdapterError(
-                f"{size:,} bytes were sent, {stored_size} are stored", where=self._at(path), fix="try again"
+                f"{size:,} bytes were sent, but {stored_size} are stored", where=self._at(path), fix="try again"
             )
 
     def replace(self, path: str, data: bytes) -> None:

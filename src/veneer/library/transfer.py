@@ -1,10 +1,10 @@
 """Transfer adapters to and from the Hugging Face hub and fsspec URLs.
 
-    hf:owner/name[/file.safetensors][@revision]     a repository of the hub, or one file of it
+    hf:owner/name[/file.safetensors][@revision]     a repository on the hub, or one file in a repository
     s3://bucket/folder, file:///…, a path           a folder with an adapter's files, or one file
 
 Received files are checked (sha256 if there is a manifest, then `describe`) before the library stores them.
-This module knows hubs; the library does the rest.
+This module only transfers files; the library does the rest.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([^@]+))?")
 def push(library: Library, reference: str, location: str, *, public: bool = False) -> str:
     """Copy a version's files to a location and return the location.
 
-    The location is created if missing. On the hub, a new repository is private unless `public`, and all
-    files are one commit. Elsewhere, a manifest of hashes is written last, and `pull` checks the files
-    against it. Raises AdapterError if the location cannot be reached or written."""
+    The location is created if missing. On the hub, a new repository is private unless `public` is set, and
+    all files are pushed in one commit. Elsewhere, a manifest of hashes is written last, and `pull` checks the
+    files against the manifest. Raises AdapterError if the location cannot be reached or written."""
     version, path = library.find(reference), library.resolve(reference)
     files = {path.name: path} if path.is_file() else {p.name: p for p in sorted(path.iterdir())}
     if location.startswith("hf:"):
@@ -69,8 +69,10 @@ def pull(
 ) -> Added:
     """Add the adapter at a location to the library.
 
-    It gets the name `name`, by default the last part of the location. For the hub, the source includes the
-    commit. Raises AdapterError if the location has no adapter, or if its files differ from its manifest."""
+    name: the adapter's name; default: the last part of the location.
+
+    For the hub, the recorded source includes the commit. Raises AdapterError if the location has no adapter,
+    or if the adapter's files differ from the location's manifest."""
     with tempfile.TemporaryDirectory(prefix="veneer-pull-") as temporary:
         folder = Path(temporary)
         if location.startswith("hf:"):
@@ -153,7 +155,7 @@ def _from_place(location: str, into: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _client_errors(client: str, location: str) -> Iterator[None]:
-    """Convert a client's errors to veneer's errors."""
+    """Convert errors of the hub's or file system's client to veneer's errors."""
     try:
         yield
     except VeneerError:
@@ -161,7 +163,7 @@ def _client_errors(client: str, location: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(str(error), where=location, fix="pip install 'veneer[s3]' for s3://") from None
     except FileNotFoundError as error:
-        raise AdapterError(f"there is no file or folder: {error}", where=location) from error
+        raise AdapterError(f"there is not a file or folder: {error}", where=location) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise AdapterError(f"the {client} cannot be used: {reason}", where=location) from error

@@ -37,11 +37,11 @@ from veneer.models.home import veneer_home
 _ENDINGS = (".safetensors", ".gguf", ".zip")
 _LIFETIME = 3600.0
 _TENANTS_ROOM = 2
-"""A tenant's storage, as a number of files of maximum size; the oldest files are dropped first."""
+"""Maximum storage of a tenant, as a multiple of `most`; beyond it, the oldest uploads are dropped."""
 _MOST_INDEX = 1 << 20
-"""Maximum bytes of an archive's index, which is read at once."""
+"""Maximum bytes of an archive's index, because the index is read into memory at once."""
 _INDEX_END = 22 + (1 << 16)
-"""Bytes at the end of a zip that contain the end of its index, with the longest comment."""
+"""Length in bytes of a zip file's end record with the longest possible comment."""
 _STRAY = 86400.0
 """Seconds after which the folder of a killed process is deleted."""
 
@@ -76,9 +76,10 @@ class StagedAdapter:
 
 @dataclass
 class UploadStage:
-    """Staged adapters.
+    """The staged adapters of all tenants. Thread-safe.
 
-    Thread-safe. `most`: maximum bytes of one unpacked adapter; `clock`: seconds since 1970."""
+    most: maximum bytes of one unpacked adapter
+    clock: returns the time in seconds since 1970"""
 
     most: int
     clock: Callable[[], float] = time.time
@@ -150,8 +151,9 @@ class UploadStage:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _home(self) -> Path:
-        """Return this process's folder, creating it on first use and then deleting folders of killed
-        processes."""
+        """Return this process's folder.
+
+        The first call creates the folder and deletes the folders of killed processes."""
         with self._lock:
             if self._folder is None:
                 parent = private_folder(veneer_home() / "cache" / "staged")
@@ -195,11 +197,11 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     with archive.open("rb") as file:
         file.seek(max(0, archive.stat().st_size - _INDEX_END))
         end = file.read()
-    ends_with_index = end[-22:-18] == b"PK\x05\x06" and end[-2:] == b"\0\0"  # where zipfile looks first
+    ends_with_index = end[-22:-18] == b"PK\x05\x06" and end[-2:] == b"\0\0"  # zipfile tries this position first
     at = len(end) - 22 if ends_with_index else end.rfind(b"PK\x05\x06")
     size, long = int.from_bytes(end[at + 12 : at + 16], "little"), end[max(0, at - 20) :].startswith(b"PK\x06\x07")
     if at < 0 or size > _MOST_INDEX or long:
-        raise ConfigError("this is no zip archive of a few files", fix="a zip of the adapter's folder")
+        raise ConfigError("this is not a zip archive, or it has too many files", fix="a zip of the adapter's folder")
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
             name = info.filename.rpartition("/")[2]

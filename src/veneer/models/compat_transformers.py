@@ -1,4 +1,4 @@
-"""Undocumented parts of transformers: its attention functions."""
+"""Access to undocumented parts of transformers: the attention functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ model; memory plans assume that the check passes."""
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:
     """Register an attention implementation for `set_attn_implementation(name)`.
 
-    `mask`: the function that makes its masks; by default SDPA's (booleans, none if causal)."""
+    `mask`: the function that creates the attention masks; by default SDPA's function, which returns boolean
+    masks, or None for causal attention."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,7 +25,7 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask or sdpa_mask)
 
 
-def own_attention(module: Any, name: str) -> Callable[..., Any]:
+def transformers_attention(module: Any, name: str) -> Callable[..., Any]:
     """Return transformers' "sdpa" or "eager" attention function for a module.
 
     The eager function is defined in the modeling file of each family."""

@@ -1,8 +1,8 @@
 """Check a base's config.json: errors name file, key, value and expectation.
 
-    fields = read_config_json(folder / "config.json")     the file's object, checked
-    check_config(fields, where)                      the same for an object
-    layer_heads(config)                              the attention heads of each layer, from transformers' config
+    fields = read_config_json(folder / "config.json")     the file's JSON object, after a check
+    check_config(fields, where)                           check a JSON object
+    layer_heads(config)                                   the attention heads of each layer of a model
 
 Only the families and denoisers named in this module are checked; others are left to transformers and
 diffusers. A null value counts as missing. `check_config` needs neither torch nor transformers.
@@ -24,13 +24,13 @@ _Fields = Mapping[str, Any]
 TEXT_TYPES = (
     "gemma3_text", "llama", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe",
 )  # fmt: skip
-"""The `model_type` values of the language models to check."""
+"""The `model_type` values of the language models that are checked."""
 PLANNED_DENOISERS = {
     "UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2",
     "SD3Transformer2DModel": "sd3", "ZImageTransformer2DModel": "z-image",
     "QwenImageTransformer2DModel": "qwen-image",
 }  # fmt: skip
-"""diffusers class -> denoiser name in the plan's table.
+"""diffusers class -> the denoiser's name in the planner's table.
 
 "sdxl" stands for every U-Net, including SD 1.5's."""
 
@@ -86,23 +86,23 @@ _RULES: dict[_Rule, tuple[str, ...]] = {
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "guidance_embeds",
     ),
     (_is_positive, "a number above 0"): ("rope_theta", "rms_norm_eps", "rope_local_base_freq", "mlp_ratio"),
-    (_is_text, "the name of an activation, as silu"): _ACTIVATIONS,
-    _list(_is_number, "the numbers of layers, as [0, 4]"): (
+    (_is_text, "the name of an activation, such as silu"): _ACTIVATIONS,
+    _list(_is_number, "a list of layer numbers, such as [0, 4]"): (
         "mlp_only_layers", "moe_layers", "no_rope_layers", "dual_attention_layers",
     ),
     _list(_is_text, "a list of full_attention, sliding_attention, chunked_attention"): ("layer_types",),
     (lambda value: isinstance(value, Mapping) and all(_is_size(n, 0, 1 << 50) for n in value.values()),
-     "an object of numbers of parameters"): ("encoders",),
+     "an object whose values are parameter counts"): ("encoders",),
 }  # fmt: skip
 _OWN_HEAD_DIM = ("gemma3_text", "qwen3", "qwen3_moe")
-"""Families that have a default head size in their config class."""
-_WIDTHS = _list(_size()[0], "a width for each level, as [320, 640, 1280]", empty=False)
+"""Families whose config class has a default head size."""
+_WIDTHS = _list(_size()[0], "a width for each level, such as [320, 640, 1280]", empty=False)
 _LEVELS = {
     "transformer_layers_per_block": (_is_number, "[1, 2, 10]"),
     "attention_head_dim": (_is_number, "[5, 10, 20]"),
     "down_block_types": (_is_text, '["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]'),
 }
-"""U-Net fields with one value per level: the check of a value, and an example."""
+"""U-Net fields with one value per level -> (check of one value, example)."""
 
 
 def read_config_json(file: Path) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def layer_heads(config: Any) -> list[tuple[int, int, int]]:
 
 
 def _text_part(fields: _Fields) -> dict[str, Any] | None:
-    """Return the language model's fields of a multimodal config, or None."""
+    """Return the language model's part of a multimodal config; None for other configs."""
     inner = fields.get("text_config")
     if not isinstance(inner, Mapping):
         return None
@@ -168,7 +168,9 @@ class _Check:
             self.rotary(key, get(key))
         layers, kinds = get("num_hidden_layers"), get("layer_types")
         if kinds is not None and layers is not None and len(kinds) != layers:
-            self.refuse("layer_types", f"a kind for each of num_hidden_layers = {layers} layers, not {len(kinds)}")
+            self.refuse(
+                "layer_types", f"a layer type for each of num_hidden_layers = {layers} layers, not {len(kinds)}"
+            )
         heads, groups, hidden = get("num_attention_heads"), get("num_key_value_heads"), get("hidden_size")
         if heads is not None and groups is not None and heads % groups:
             self.refuse("num_key_value_heads", f"a number that divides num_attention_heads = {heads}")
@@ -177,7 +179,7 @@ class _Check:
             self.refuse("num_attention_heads", f"a number that divides hidden_size = {hidden}, or a head_dim")
         experts = get("num_local_experts", get("num_experts"))
         if experts is not None and get("num_experts_per_tok", 1) > experts:
-            self.refuse("num_experts_per_tok", f"no more than the {experts} experts that there are")
+            self.refuse("num_experts_per_tok", f"at most the number of experts, {experts}")
 
     def denoiser(self, kind: str) -> None:
         get = self.fields.get
@@ -185,7 +187,7 @@ class _Check:
             self.check("attention_head_dim", _size())
             return
         if "model_type" not in self.fields and get("addition_embed_type") not in ("text_time", None):
-            fix = "--base sdxl, flux.1-dev, or another of `veneer plan --list`"
+            fix = "--base sdxl, flux.1-dev, or another name listed by `veneer plan --list`"
             raise ConfigError("only SD1.5's and SDXL's U-Nets can be planned", where=self.where, fix=fix)
         self.check("block_out_channels", _WIDTHS)
         widths = get("block_out_channels")
@@ -193,7 +195,7 @@ class _Check:
             if isinstance(get(key), int) and key != "down_block_types":  # SD 1.5 gives one value for all levels.
                 self.check(key, _size())
                 continue
-            self.check(key, _list(accepts, f"a value for each level, as {example}", empty=False))
+            self.check(key, _list(accepts, f"a value for each level, such as {example}", empty=False))
             if widths is not None and key in self.fields and len(self.fields[key]) != len(widths):
                 self.refuse(key, f"a value for each of the {len(widths)} widths of block_out_channels")
 
@@ -202,14 +204,14 @@ class _Check:
             self.refuse(key, rule[1])
 
     def rotary(self, key: str, settings: Any, *, layers: bool = True) -> None:
-        """Check rotary settings. With `layers`, check settings for kinds of layers too."""
+        """Check rotary settings; with `layers`, also the settings for each layer type."""
         if settings is None:
             return
         if not isinstance(settings, Mapping):
-            self.refuse(key, 'an object, as {"rope_type": "linear", "factor": 2.0}, or null')
+            self.refuse(key, 'an object, such as {"rope_type": "linear", "factor": 2.0}, or null')
         for name in ("rope_type", "type"):
             if not isinstance(settings.get(name) or "", str):
-                self.refuse(key, f"a name as its {name}, as linear")
+                self.refuse(key, f"a name as its {name}, such as linear")
         if (factor := settings.get("factor")) is not None and not _is_positive(factor):
             self.refuse(f"{key}.factor", "a number above 0", factor)
         for each in settings.values() if layers else ():
@@ -219,5 +221,5 @@ class _Check:
     def refuse(self, key: str, expected: str, value: Any = None) -> None:
         text = json.dumps(self.fields[key] if value is None else value, ensure_ascii=False, default=str)
         text = text if len(text) <= 60 else text[:60] + "…"
-        fix = "correct the file, or take the base's own config.json again"
+        fix = "correct the file, or download the base's config.json again"
         raise ConfigError(f"{key} is {text}, not {expected}", where=f"{self.where}: {key}", fix=fix)

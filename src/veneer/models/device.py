@@ -31,7 +31,7 @@ _DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
 
 def check_dtype_name(dtype: str, where: str) -> None:
-    """Raise ConfigError if bases cannot be loaded in `dtype`.
+    """Raise ConfigError unless bases can be loaded in `dtype`.
 
     `where`: the option that the error reports."""
     if dtype not in _DTYPES:
@@ -46,13 +46,13 @@ def check_device_name(device: str, where: str) -> None:
         suggestion = nearest(device.lower(), ("auto", "cpu", "cuda", "mps"), 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
         message = f"{quoted(device)} is not a device"
-        raise ConfigError(message, where=where, fix=f"{hint}There are auto, cpu, cuda, cuda:1 and mps")
+        raise ConfigError(message, where=where, fix=f"{hint}Valid devices: auto, cpu, cuda, cuda:1 and mps")
     if device not in ("auto", "cpu"):
         choose_device(device)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """Return the device with this name; "auto" prefers a CUDA device to the CPU.
+    """Return the device with this name; "auto" is CUDA if available, else the CPU.
 
     The returned CUDA device always has an index, like a tensor's device; "cuda" means torch's current device.
     Raises ConfigError if the device is not present."""
@@ -77,21 +77,25 @@ def choose_device(device: str | torch.device) -> torch.device:
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
     """Return the dtype to load a base in, and the reason.
 
-    `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …). auto: bfloat16 if the weights are
-    stored in 16 bits or fewer and the device multiplies bfloat16 in hardware (CUDA from compute capability 8;
-    CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. auto never rounds weights stored in float32. Raises
-    ConfigError for an unknown dtype."""
+    `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …).
+
+    "auto" selects bfloat16 if the weights are stored in 16 bits or fewer and the device supports bfloat16 in
+    hardware (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights
+    stored in float32 are therefore never rounded. Raises ConfigError for an unknown dtype."""
     import torch
 
     if isinstance(dtype, torch.dtype):
-        return dtype, "as asked for"
+        return dtype, "as requested"
     if dtype != "auto":
         if dtype not in _DTYPES:
             raise ConfigError(f"{dtype!r} is not a dtype", fix="auto, float32, bfloat16 or float16")
         torch_dtype: torch.dtype = getattr(torch, _DTYPES[dtype])
-        return torch_dtype, "as asked for"
+        return torch_dtype, "as requested"
     if stored in ("F32", "F64"):
-        return torch.float32, "the weights are stored in float32 (bfloat16 would halve the memory and round them)"
+        return (
+            torch.float32,
+            "the weights are stored in float32 (bfloat16 would halve the memory but round the weights)",
+        )
     hardware = _bf16_hardware(device)
     if hardware:
         return torch.bfloat16, f"{hardware} multiplies bfloat16 in hardware"
@@ -115,7 +119,7 @@ def _bf16_hardware(device: torch.device) -> str:
 def free_on_gpu(device: torch.device) -> int:
     """Return the bytes that this process can still allocate on a CUDA device.
 
-    The sum of the free memory and the unused memory that torch's allocator has reserved."""
+    This is the free memory plus the memory that torch's allocator has reserved but does not use."""
     import torch
 
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -136,7 +140,9 @@ def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.devic
     else:
         return
     if needs > free:
-        message = f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free"
+        message = (
+            f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} but only {free / 1e9:.1f} GB of memory are free"
+        )
         where = f"{path} on {device}"
         raise ResourceError(message, where=where, fix="use a smaller base, dtype bfloat16, or another machine")
 
@@ -145,9 +151,9 @@ def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.devic
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the number of processors in the limits of cgroup 2, or None without a limit.
+    """Return the CPU quota set by cgroup v2, in processors, or None if there is none.
 
-    The minimum over the process's cgroup and its parents."""
+    If both the process's cgroup and its parents have quotas, the smallest one counts."""
     limits = []
     with contextlib.suppress(OSError, ValueError):
         group = (root / "proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("0::/")[2]
@@ -168,8 +174,8 @@ def _allowed() -> list[int]:
 def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Return the number of compute threads to use.
 
-    OMP_NUM_THREADS if set, otherwise the number of processors in the affinity mask, limited by the cgroup's
-    quota rounded up."""
+    If OMP_NUM_THREADS is set, return its value; otherwise return the number of processors in the affinity
+    mask, limited to the cgroup's quota (rounded up)."""
     setting = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     if setting.isdigit() and int(setting):
         return int(setting)
@@ -178,10 +184,10 @@ def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path(
 
 
 def limit_threads() -> None:
-    """Lower torch's number of threads to `thread_count()`, unless already changed.
+    """Lower torch's thread count to `thread_count()`, unless it was already changed.
 
-    torch respects the affinity mask but ignores the quota. When a process exceeds its quota, the kernel stops
-    all its threads until the next period, usually 100 ms."""
+    torch respects the affinity mask but ignores the cgroup's quota. If a process exceeds the quota, the
+    kernel stops all threads of the process until the next period, usually 100 ms."""
     import torch
 
     threads = thread_count()

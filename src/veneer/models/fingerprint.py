@@ -3,10 +3,10 @@
     fingerprint = sha256( config fields that shape the model  ‖  name, dtype, shape, sha256(bytes) of every
     weight )
 
-Tensors are sorted by name, so resharding a base, saving it again or editing its card does not change the
-fingerprint. Changing a weight or the rope base does. Fields with their default value are left out, and the
-defaults do not depend on the installed transformers (see architecture). Token ids and other generation
-settings are left out too.
+Tensors are sorted by name, so the fingerprint does not change if a base is resharded or saved again, or if
+its card is edited. It changes if a weight or the rope base changes. Fields with their default value are left
+out; these defaults do not depend on the installed version of transformers (see `models.architecture`). Token
+ids and other generation settings are left out too.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _VERSION = 1
 def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] | None = None) -> str:
     """Return the fingerprint of a base directory or GGUF file as `sha256:<hex>`.
 
-    Hashing reads every weight once. The result is cached under the veneer home, and used while the size and
-    modification time of every weight file stay the same."""
+    Hashing reads every weight once. The result is cached under the veneer home; the cache is valid as long as
+    the size and modification time of every weight file stay the same."""
     table = tensor_table(base) if table is None else table
     fields = shaping_fields(config)
     if fields.get("tie_word_embeddings"):
-        # A tied head equals the embedding, but some tools store both.
+        # A tied head equals the embedding, and only some tools store both.
         table = [t for t in table if t.name != "lm_head.weight"] or table
     h = hashlib.sha256(b"veneer-base-1\n")
     h.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
@@ -49,7 +49,7 @@ def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] 
 def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTensor]]]) -> str:
     """Return the fingerprint of a base with several components.
 
-    parts: name -> (fields that shape the component, its stored tensors)."""
+    parts: name -> (fields that shape the component, stored tensors of the component)."""
     h = hashlib.sha256(b"veneer-image-1\n")
     for name in sorted(parts):
         fields, table = parts[name]
@@ -78,10 +78,10 @@ def file_sha256(file: Path) -> str:
 
 
 def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the config fields that decide what the model computes, without defaults.
+    """Return the non-default config fields that decide what the model computes.
 
-    Defaults: see architecture. Numbers are rounded to six significant digits, because a GGUF file stores 1e-5
-    as the nearest float32."""
+    See `models.architecture` for the defaults. Numbers are rounded to six significant digits, because a GGUF
+    file stores 1e-5 as the nearest float32."""
     mine = config.to_dict()
     try:
         installed: Mapping[str, Any] = type(config)().to_dict()
@@ -110,7 +110,9 @@ def _is_gguf(value: Any) -> bool:
 
 
 def _cached_digests(table: list[StoredTensor]) -> list[str]:
-    """Return the sha256 of each tensor, cached under the veneer home while every weight file is unchanged."""
+    """Return the sha256 of each tensor.
+
+    The digests are cached under the veneer home; the cache is valid until a weight file changes."""
     files = sorted({tensor.file for tensor in table})
     if not files:
         return []
@@ -132,7 +134,7 @@ def _home_file(path: Path) -> Path:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a cache file. An unwritable cache costs time, not correctness."""
+    """Write a cache file. Errors are ignored, because the cache only saves time."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, [text.encode()], mode=0o600)

@@ -20,11 +20,15 @@ def hub_snapshot(
 ) -> Path:
     """Return the snapshot directory of `org/name[@revision]` in the hub's cache.
 
-    Without a connection the cached copy is used. `weights` False: only the small files that identify a base.
-    Variants of an image base (fp16, EMA) are downloaded only if there is nothing else. `searched`: the
-    folders already searched; `hint`: other ways to get a base; both for the error. `say`: called with the
-    size of a download. Raises BaseError if the hub does not have the base or
-    cannot be reached."""
+    If the hub cannot be reached, the cached copy is used. Variants of an image base (fp16, EMA) are
+    downloaded only if the hub has nothing else.
+
+    weights: if False, download only the small files that identify a base.
+    searched: the folders already searched, for the error.
+    hint: other ways to get a base, for the error.
+    say: called with a message that states the size of the download.
+
+    Raises BaseError if the hub does not have the base, or cannot be reached and no copy is cached."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -46,12 +50,16 @@ def hub_snapshot(
                 if missing := sum(file.file_size or 0 for file in files if file.will_download):
                     say(f"downloading {repo} ({missing / 1e6:,.0f} MB) from the hub")
         snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
-        if allow is not _FILES and not any(Path(snapshot).glob("*/*.safetensors")):  # The repository has only variants.
+        if allow is not _FILES and not any(
+            Path(snapshot).glob("*/*.safetensors")
+        ):  # The repository contains only variants.
             ignore = [*_NOT, *_NOT_DRAWN]
             snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
     except GatedRepoError as error:
         message = f"{repo} is gated: it requires an account that has accepted its terms"
-        raise BaseError(message, where=where, fix=f"accept them on its page and run `hf auth login`. {hint}") from error
+        raise BaseError(
+            message, where=where, fix=f"accept the terms on its page and run `hf auth login`. {hint}"
+        ) from error
     except RevisionNotFoundError as error:
         raise BaseError(f"{repo} has no revision {revision!r}", where=where) from error
     except RepositoryNotFoundError as error:

@@ -4,7 +4,7 @@
     with errors_only():         read a config, a tokenizer or a scheduler, but no weights
     with build_errors(…):       build a model from a user's configuration
 
-`check_loaded` and its callers check the result and report what the user should know.
+`check_loaded` reports stored tensors that do not match the model.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _LIBRARIES = r"(transformers|diffusers|accelerate|huggingface_hub|torch|bitsandb
 def loading() -> Iterator[None]:
     """Hold the process-wide lock for loading models, and apply `errors_only`.
 
-    The lock is reentrant. While transformers loads a model, it removes `tie_weights` from all classes of the
-    model. A model created by another thread meanwhile stays untied, and two overlapping loads remove
-    `tie_weights` permanently (transformers.initialization.no_tie_weights, 5.24)."""
+    The lock is reentrant. While transformers loads a model, it removes `tie_weights` from all of the model's
+    classes. If another thread creates a model in the meantime, that model's weights stay untied. If two loads
+    overlap, they remove `tie_weights` permanently (transformers.initialization.no_tie_weights, 5.24)."""
     with _one_load, errors_only():
         yield
 
 
 @contextmanager
 def build_errors(action: str, *, where: str, fix: str) -> Iterator[None]:
-    """Convert any error of a library that builds a model to ConfigError.
+    """Convert exceptions raised while a library builds a model to ConfigError.
 
     `action`: the start of the message, such as "transformers cannot build a model". Out-of-memory errors are
     not converted."""
     try:
         yield
-    except Exception as error:  # any type, because each model class parses its own fields
+    except Exception as error:  # Each model class parses its own fields and can raise any exception type.
         if lacks_memory(error):
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -62,8 +62,8 @@ def build_errors(action: str, *, where: str, fix: str) -> Iterator[None]:
 def errors_only() -> Iterator[None]:
     """Silence transformers and diffusers, except for errors, inside the with-block.
 
-    Turns off progress bars and log records below `error` of transformers, and of diffusers if it is imported,
-    and Python warnings raised in these libraries. Other warnings are shown.
+    Turns off progress bars, log records below the level `error`, and Python warnings raised in these
+    libraries. Applies to diffusers only if it is already imported. Other warnings are shown.
 
     Progress bars and log levels are process-wide. If several blocks run concurrently, the first turns the
     output off and the last restores it. Use this for loading and converting, not for long work in parallel
@@ -85,7 +85,7 @@ def errors_only() -> Iterator[None]:
 def device_map_to(device: torch.device | None) -> dict[str, torch.device] | None:
     """Return the transformers device_map that loads weights directly to `device`.
 
-    The host then holds only a few tensors at a time. Returns None for the CPU."""
+    With this map, the host holds only a few tensors at a time. Returns None for the CPU."""
     return None if device is None or device.type == "cpu" else {"": device}
 
 
@@ -109,7 +109,7 @@ def _switch_off(stack: ExitStack) -> None:
             stack.callback(each.set_verbosity, each.get_verbosity())
             each.set_verbosity_error()
             each.disable_progress_bar()
-    # warnings.catch_warnings would undo concurrent changes by other threads at its exit.
+    # At its exit, warnings.catch_warnings would undo changes that other threads made in the meantime.
     filters = list(warnings.filters)
     warnings.filterwarnings("ignore", module=_LIBRARIES)
     stack.callback(_unfilter, next((f for f in warnings.filters if f not in filters), None))
@@ -121,11 +121,11 @@ def _unfilter(added: Any) -> None:
 
 
 _SCALES = re.compile(r"(.*\.)?(scale_weight|weight_scale(_inv|_2)?|scaled_fp8|comfy_quant)")
-"""Names of the tensors that are needed to read quantized weights."""
+"""Matches the names of tensors that are needed to decode quantized weights."""
 
 
 def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] | None = None) -> tuple[str, ...]:
-    """Return a note about stored tensors that the model does not use, if any.
+    """Return a tuple with a note if some stored tensors are unused, or else ().
 
     `info`: the loading info of transformers or diffusers (output_loading_info). `harmless`: names of tensors
     that can be ignored; by default, all tensors except scales of weights. Raises BaseError for missing
@@ -134,13 +134,13 @@ def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] 
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:
         message = f"the weights do not match the config ({len(problems)} problems):\n{bullets(problems)}"
-        fix = "use config and weights of one model; a text base is a causal language model, not an encoder"
+        fix = "use the config and weights of the same model; a text base is a causal language model, not an encoder"
         raise BaseError(message, where=str(path), fix=fix)
     unexpected = sorted(info.get("unexpected_keys", ()))
     check_left_out(path, unexpected, harmless)
     if not unexpected:
         return ()
-    return (f"{len(unexpected)} stored tensors have no place in the model, {unexpected[0]} among them",)
+    return (f"{len(unexpected)} stored tensors are not used by the model, {unexpected[0]} among them",)
 
 
 def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] | None = None) -> None:
@@ -156,5 +156,5 @@ def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] |
             f"{counted(len(wrong), 'stored tensor')} with no matching parameter in the model: {first_few(wrong, 6)}"
         )
         fix = "the weights can belong to another model, or have an unsupported quantization; use the "
-        fix += "config and 16-bit weights of one model"
+        fix += "config and 16-bit weights of the same model"
         raise BaseError(message, where=str(path), fix=fix)

@@ -1,4 +1,4 @@
-"""Replace the forward of modules inside a with-block, and fuse projections.
+"""Replace the forward method of modules inside a with-block, and fuse projections.
 
     replace_forward(module, forward, undo)            on this instance; `undo` restores the original forward
     FusedProjection([q, k, v], undo).linear_map()     projections of one input as one product, with active pairs
@@ -41,22 +41,22 @@ class FastReport:
     dequantized_bytes: int = 0
     """Bytes of cached dequantized weights (`cache_dequantized`)."""
     prepack_budget: ByteBudget = field(default_factory=lambda: ByteBudget(0))
-    """Budget for prepacked copies of weights (`cache_prepacked`)."""
+    """Byte budget for prepacked copies of weights (`cache_prepacked`)."""
     head: PrepackedWeights | None = field(default=None, repr=False)
-    """The prepacked head weight."""
+    """The prepacked weight of the output head."""
     joins: list[FusedProjection] = field(default_factory=list, repr=False)
     keeps: bool = False
-    """Whether the last layer runs only on `RowLayout.keep` after its attention."""
+    """Whether the last layer computes only `RowLayout.keep` rows after attention."""
     active: bool = False
     norms: dict[str, float] = field(default_factory=dict, repr=False)
-    """Kind of swapped norm -> the number added to the norm's weight, 0 or 1."""
+    """Kind of replaced norm -> the number added to the norm's weight, 0 or 1."""
 
     def summary(self) -> str:
-        """Return one line for the user: swapped and skipped modules, and CPU kernels."""
+        """Return a one-line summary: replaced modules, skipped modules, and CPU kernels."""
         return f"{self.swaps()}; {compiled.status()}"
 
     def swaps(self) -> str:
-        """Return the swapped modules, and the skipped modules with reasons."""
+        """Return a text that lists replaced modules, and skipped modules with reasons."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
@@ -66,12 +66,12 @@ class FastReport:
         if self.prepack_budget.most:
             text += f"; {self.prepack_budget.most / 1e6:,.0f} MB of prepacked weights in memory"
         for kind, why in sorted(self.skipped.items()):
-            text += f"; {kind} as transformers has it ({why})"
+            text += f"; {kind} unchanged ({why})"
         return text
 
 
 def fast_report(model: nn.Module) -> FastReport:
-    """Return the report of a model's active fast paths, or an empty report."""
+    """Return the report of the model's active fast paths, or else an empty report."""
     return getattr(model, _MARK, FastReport())
 
 
@@ -89,7 +89,7 @@ def marked(model: nn.Module, report: FastReport) -> Iterator[None]:
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Set every module to eval mode inside the with-block.
 
-    Random dropout would make two implementations impossible to compare."""
+    With random dropout, the outputs of two implementations could not be compared."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -106,7 +106,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitSt
 
 
 def random_input(*shape: int, like: Tensor) -> Tensor:
-    """Return the same normally distributed values at each call.
+    """Return normally distributed values, the same at each call.
 
     The dtype and device are those of `like`."""
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +116,7 @@ def random_input(*shape: int, like: Tensor) -> Tensor:
 def projection_of(module: nn.Module) -> LinearMap | None:
     """Return a linear module's weight, bias and active pairs.
 
-    Returns None if the module must be called."""
+    Returns None if only a call of the module gives the right result, for example because it has hooks."""
     if isinstance(module, LoraLinear):
         return module.linear_map()
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
@@ -127,14 +127,14 @@ def projection_of(module: nn.Module) -> LinearMap | None:
 
 
 def _storage_position(tensor: Tensor) -> tuple[int, int]:
-    """Return a tensor's storage, and the offset of its first element.
+    """Return a tensor's storage pointer, and the offset of its first element.
 
-    Equal results mean the same memory, also for meta tensors."""
+    Equal results mean that two tensors start at the same memory; this also works for meta tensors."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _as_consecutive_rows(weights: list[Tensor]) -> Tensor | None:
-    """Return a view with these weights as consecutive rows, or None if impossible."""
+    """Return one view of these weights as consecutive rows, or None if impossible."""
     storage, first = _storage_position(weights[0])
     columns, rows = weights[0].shape[1], 0
     for weight in weights:
@@ -148,7 +148,8 @@ class FusedProjection:
     """The weights of linear modules with the same input, joined as rows of one tensor.
 
     `undo` separates the weights. Quantized weights are not copied, because the joined tensor refers to their
-    codes. Weights in consecutive memory are not copied either. `move`: whether other weights can be moved."""
+    codes. Weights that are already consecutive in memory are not copied either. `move`: whether weights can
+    be moved to make them consecutive."""
 
     def __init__(self, modules: list[nn.Module], undo: ExitStack, *, move: bool = True) -> None:
         self.modules = modules
@@ -186,7 +187,7 @@ class FusedProjection:
     def linear_map(self) -> LinearMap | None:
         """Return the joined projections with the active pairs.
 
-        Returns None if a module must be called."""
+        Returns None if the modules cannot be computed as one product."""
         parts = [projection_of(m) for m in self.modules]
         maps = [p for p in parts if p is not None]
         if len(maps) != len(parts) or len({p.dropout for p in maps if p.products}) > 1:
@@ -205,9 +206,9 @@ class FusedProjection:
 
 
 def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
-    """Cache the dequantized weights of up to `most` bytes, in order of use.
+    """Cache dequantized weights of at most `most` bytes, in order of use.
 
-    Caching other weights would save the same time, because every weight is used equally often."""
+    The order does not affect the time saved, because every weight is used equally often."""
     for projection in report.joins:
         weight = projection.weight
         if isinstance(weight, Quantized) and weight.kept is None and report.dequantized_bytes + weight.nbytes <= most:
@@ -217,7 +218,7 @@ def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
 
 
 def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) -> None:
-    """Prepack weights in up to `most` bytes, if prepacked products are clearly faster.
+    """Prepack up to `most` bytes of weights, if prepacked products are clearly faster.
 
     Each weight is prepacked when it is first used."""
     report.prepack_budget = budget = ByteBudget(most)

@@ -4,12 +4,12 @@ Each weight is read, quantized and freed before the next weight is read. Peak me
 quantized model plus one weight.
 
 Linear layers and fused experts (3-d parameters) are quantized. Embeddings, norms, routers and the output head
-are not quantized, as in QLoRA (arXiv 2305.14314). The family's modules and names do not change. A quantized
-weight is a tensor (ops.quantized), so adapters, fast paths and merging work as usual.
+are not quantized, as in QLoRA (arXiv 2305.14314). The model's modules and parameter names do not change. A
+quantized weight is a tensor (ops.quantized), so adapters, fast paths and merging work as usual.
 
-4-bit and 8-bit checkpoints of bitsandbytes keep their quantization. transformers handles families, renamed
-weights and merged experts: this module registers a transformers quantizer and provides tensors that are read
-on demand.
+4-bit and 8-bit checkpoints of bitsandbytes keep their quantization. This module registers a transformers
+quantizer and provides tensors that are read on demand. transformers does the rest: it knows the families,
+renames weights and merges experts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def quantized_weights(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that a quantized load quantizes."""
+    """Return the names of the parameters that quantized loading quantizes."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     names = []
     for name, module in model.named_modules():
@@ -57,7 +57,7 @@ def quantized_weights(model: nn.Module) -> list[str]:
 
 
 def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the weights that a quantized load quantizes with empty quantized ones."""
+    """Replace each of the `quantized_weights` with an empty quantized weight."""
     for name in quantized_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -68,7 +68,7 @@ def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: tor
 def quantized_bytes(shape: Iterable[int], kind: str) -> int:
     """Return the number of bytes of a weight quantized as `kind`.
 
-    A 4-bit weight takes 4.127 bits per value, including its doubly quantized constants."""
+    A weight in 4 bits takes 4.127 bits per value, including its doubly quantized constants."""
     shape = tuple(shape)
     n = math.prod(shape)
     if kind == "int8":
@@ -79,7 +79,7 @@ def quantized_bytes(shape: Iterable[int], kind: str) -> int:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A stored tensor for transformers' loader, read from disk when indexed."""
+    """A stored tensor for transformers' loader, which is read from disk when indexed."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -103,11 +103,11 @@ def load_quantized(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load the model of a base directory with quantized linear weights.
+    """Load a base directory as a model with quantized linear weights.
 
     Returns (model, transformers' loading info). `kind`: one of ops.quantization_formats.KINDS, or "" to keep
-    a checkpoint's quantization. The model computes in `dtype`. `device`: the device that quantizes and holds
-    the weights; default CPU."""
+    a checkpoint's quantization. The model computes in `dtype`. `device`: where the weights are quantized and
+    stored; the CPU by default."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
@@ -127,7 +127,7 @@ def load_state(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model of a transformers class `cls` from these tensors.
+    """Load a model of the transformers class `cls` from the tensors in `state`.
 
     Returns (model, transformers' loading info). `kind`: format for the `quantized_weights`, or "" to keep the
     tensors as they are. `device`: as in `load_quantized`."""
@@ -159,10 +159,10 @@ def loop_over_experts(model: Any, device: torch.device | None) -> None:
 def load_part(
     cls: Any, folder: Path, table: list[StoredTensor], kind: str, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a model of a diffusers class `cls` with quantized linear weights.
+    """Load a model of the diffusers class `cls` with quantized linear weights.
 
-    The names of modules must equal the names in the files. Returns (model, loading info), like
-    `load_state`."""
+    The parameter names of the model must equal the tensor names in the files. Returns (model, loading info),
+    like `load_state`."""
     from accelerate import init_empty_weights
 
     config = {k: v for k, v in cls.load_config(folder).items() if k != "quantization_config"}
@@ -207,7 +207,7 @@ def forget_quantizer(model: Any) -> None:
 def _quantizer(kind: str) -> Any:
     """Return the transformers config object of veneer's quantizer.
 
-    `kind` "": keep the tensors as read."""
+    If `kind` is "", the quantizer keeps the tensors as read."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     config, quantizer = _quantizer_classes()
@@ -224,7 +224,7 @@ _METHOD = "veneer"
 def _quantizer_classes() -> tuple[Any, Any]:
     """Return veneer's config and quantizer classes for transformers.
 
-    The config stores `kind`, because several loads can run at the same time."""
+    Each config object stores its own `kind`, because several loads can run at the same time."""
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -260,7 +260,7 @@ def _quantizer_classes() -> tuple[Any, Any]:
             return Quantize(config.kind)
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-            """Return the bytes per value, which transformers uses to preallocate GPU memory."""
+            """Return the bytes per value; transformers uses this to preallocate GPU memory."""
             config: Any = self.quantization_config
             if param_name in self.names and config.kind:
                 return quantized_bytes(param.shape, config.kind) / float(math.prod(param.shape))
@@ -278,13 +278,13 @@ def _quantizer_classes() -> tuple[Any, Any]:
 
 
 def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -> Tensor:
-    """Return an unquantized weight of a base that is quantized while loading.
+    """Return the unquantized weight of a base that is quantized while loading.
 
     Raises BaseError if the files store the weight under another name or in parts (transformers joins and
     renames the weights of some families)."""
     tensor = stored.get(name)
     if tensor is None:
-        raise BaseError(f"the files have no weight {name}", where=str(path), fix="use another init than loftq")
+        raise BaseError(f"the files have no weight {name}", where=str(path), fix="use an init other than loftq")
     return read_values(tensor)
 
 
@@ -294,7 +294,7 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
-    """Return the quantization format in a config.json: nf4, fp4, int8, or "" for none.
+    """Return the quantization format in a config: nf4, fp4 or int8, or "" for none.
 
     Raises BaseError for a quantization method that veneer does not support."""
     settings = config.get("quantization_config")
@@ -308,7 +308,7 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
 
 
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
-    """Return name -> weight, which is read from disk when it is indexed.
+    """Return a mapping from names to weights, which are read from disk when indexed.
 
     The parts of a quantized weight are joined. Scaled 8-bit float weights are multiplied by their scales in
     float32."""
@@ -346,14 +346,16 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALED_MARKER = "scaled_fp8"
 _SCALED_FORMAT = "comfy_quant"
 _SCALED_EXTRAS = ("scale_input", "input_scale", _SCALED_FORMAT)
-"""Tensors stored with a scaled weight: the range of its inputs, for 8-bit products only, and the format."""
+"""Tensors stored with a scaled weight: the scale of its inputs, and its format.
+
+The scale of the inputs is needed only for 8-bit products."""
 _PLAIN_FIX = "use the 16-bit weights of this base"
 
 
 def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
-    """Return weight name -> scale of scaled 8-bit float weights: w = stored · scale.
+    """Return weight name -> scale, for scaled 8-bit float weights: w = stored · scale.
 
-    ComfyUI writes `scale_weight` with a `scaled_fp8` marker, or `weight_scale` with `comfy_quant`."""
+    ComfyUI writes either `scale_weight` and a `scaled_fp8` marker, or `weight_scale` and `comfy_quant`."""
     by_name = {t.name: t for t in table}
     scales = {}
     for name, stored in by_name.items():
@@ -365,7 +367,9 @@ def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTensor | None) -> Tensor:
-    """Read stored · scale, rounded once to float32. The scale is a scalar or has one value per row."""
+    """Read a weight and return stored · scale, rounded once to float32.
+
+    The scale is a scalar or has one value per row."""
     where = f"{weight.file}: {weight.name}"
     if not weight.shape or scale.elements not in (1, weight.shape[0]) or (scale.shape or (1,))[0] != scale.elements:
         message = f"a weight of shape {weight.shape} has scales of shape {scale.shape}; "
@@ -388,16 +392,16 @@ def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTens
 def _blocks(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Tensor:
     """Read a bitsandbytes 4-bit weight.
 
-    Codes are in `weight`, constants in weight.absmax etc.; values that are not tensors are JSON in the bytes
-    of a tensor."""
+    The codes are in `weight`, the constants in `weight.absmax` and similar tensors. Settings are JSON, stored
+    as the bytes of a tensor."""
     kind = state.rpartition("__")[2]
     tensors = {p.name.removeprefix(f"{packed.name}."): read_values(p) for p in parts}
     metadata = json.loads(bytes(tensors[state.removeprefix(f"{packed.name}.")].tolist()))
     where = f"{packed.file}: {packed.name}"
     if kind not in SAVED_KINDS:
-        raise BaseError(f"a 4-bit weight in {kind!r}, which bitsandbytes has no table of", where=where)
+        raise BaseError(f"a 4-bit weight in {kind!r}, a type that bitsandbytes does not define", where=where)
     if not torch.equal(tensors["quant_map"].float(), four_bit_values(kind)):
-        raise BaseError(f"its table of values is not {kind}'s", where=where)
+        raise BaseError(f"the weight's table of values is not {kind}'s", where=where)
     nested = tensors.get("nested_quant_map")
     if nested is not None and not torch.equal(nested.float(), dynamic_map()):
         raise BaseError("the constants are quantized with a map that is not bitsandbytes' own", where=where)

@@ -5,10 +5,11 @@
     loss.backward()
 
 Each process keeps 1/N of every weight. FSDP gathers a block's weights for its forward pass and again for its
-backward pass, and frees them after each. Weights outside the blocks (embedding, head) are gathered for the
-duration of a `call`. Parameters of any dtype can be sharded. For quantized weights, the codes and constants
-are sharded, and dequantized when used. Buffers are not sharded. Trained tensors that are not parameters of
-`model`, such as an attachment's, are not sharded either, and their gradients are not reduced.
+backward pass, and frees them after each pass. Weights outside the blocks (embedding, head) are gathered for
+the duration of a `call`. Parameters of any dtype can be sharded. For a quantized weight, the codes and
+constants are sharded; the weight is dequantized when it is used. Buffers are not sharded. Trained tensors
+that are not parameters of `model`, such as the weights of an attached adapter, are not sharded either, and
+their gradients are not reduced.
 
 Sharding cannot be undone: afterwards, the model can only be used inside `call`. torch.distributed must be
 initialized.
@@ -45,7 +46,7 @@ def call_unsharded(act: Callable[..., T], /, *args: Any) -> T:
 class _Root(nn.Module):
     """A module whose forward calls any function.
 
-    FSDP gathers weights only around the forward of a module."""
+    FSDP gathers weights only around a module's forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -58,14 +59,14 @@ class _Root(nn.Module):
 class Sharded:
     """The `CallWithWeights` of a sharded model.
 
-    To read weights outside of a call:
+    To read weights outside a call:
 
         call.gather_block(module)      gather this module's block and free the previous one
         call.reshard()                 free the gathered block
 
-    Every process must call both, after a first call. Tensors of a gathered weight can be kept. They are empty
-    while the weight is sharded, and have their values again whenever the weight is gathered, also in a
-    backward pass."""
+    The first `call` must come before these methods, and every process must call the methods. Tensors of a
+    gathered weight can be kept: they are empty while the weight is sharded, and have their values again
+    whenever the weight is gathered, also in a backward pass."""
 
     def __init__(self, root: _Root, blocks: Mapping[int, _Block]) -> None:
         self._whole, self._blocks = root, blocks
@@ -91,7 +92,7 @@ class Sharded:
 
 @dataclass(frozen=True)
 class _Block:
-    """An FSDP module that is gathered as one, and the weights made of its parameters."""
+    """An FSDP module, gathered as a whole, and the weights built from its parameters."""
 
     module: Any
     apart: Sequence[_ShardedCodes | _Joined]
@@ -102,7 +103,7 @@ class _Block:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the modules to gather one at a time: those of the largest ModuleList.
+    """Return the modules to gather one at a time: members of the largest ModuleList.
 
     In a decoder, these are the layers."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -121,8 +122,8 @@ def shard(
     Moves the shards to `device` block by block, so no device ever holds the whole model. All later uses of
     the model must go through the returned function.
 
-    `unread`: the model is on the meta device, and each process reads its own shards with this reader.
-    `together`: groups of linear modules with the same input, whose gathered weights are rows of one
+    `unread`: reader with which each process reads its own shards; the model must be on the meta device.
+    `together`: groups of linear modules with the same input. The gathered weights of a group are rows of one
     tensor."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -148,10 +149,10 @@ def shard(
             each.store_shards(unread.part(each.names, each.weight, mesh.get_local_rank(), mesh.size(), device))
         block = _Block(group, apart)
         for weight in apart:
-            weight.leave()
+            weight.release()
         if apart:
-            # Keep these tensors, because a backward pass gathers into the same memory without calling hooks,
-            # for weights saved by autograd and for recomputed forward passes. Between passes, the tensors are
+            # Keep these tensors: a backward pass gathers into the same memory without calling hooks, both for
+            # weights saved by autograd and for recomputed forward passes. Between passes, the tensors are
             # empty.
             group.register_forward_pre_hook(block.assemble)
         there.update({id(m): block for m in owned})
@@ -164,15 +165,15 @@ def shard(
 class _UnreadWeight:
     """A weight on the meta device that has not been read yet.
 
-    `names`: names of the weights in the files that form the rows of this weight. `users`: (module, name) of
-    each module that uses the weight."""
+    `names`: names of the weights in the files whose rows form this weight. `users`: (module, name) of each
+    module that uses the weight."""
 
     names: tuple[str, ...]
     weight: Tensor
     users: list[tuple[nn.Module, str]]
 
     def store_shards(self, shards: Sequence[Tensor]) -> None:
-        """Replace the meta tensors that `fully_shard` created by this process's shards."""
+        """Replace the meta tensors that `fully_shard` created with this process's shards."""
         from torch.distributed.tensor import DTensor
 
         users = [self.users]
@@ -206,9 +207,9 @@ def _code_names(key: str, weight: Quantized) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _ShardedCodes:
-    """A quantized weight with codes and constants that are parameters of `owner`.
+    """A quantized weight whose codes and constants are parameters of `owner`.
 
-    FSDP can shard parameters. `absent`: the weight on the meta device, used until the codes are gathered.
+    FSDP shards these parameters. `absent`: the weight on the meta device, used until the codes are gathered.
     `users`: (module, name) of each module that uses the weight."""
 
     absent: Quantized
@@ -219,7 +220,7 @@ class _ShardedCodes:
     def gather(self) -> None:
         self._assign(self._assembled())
 
-    def leave(self) -> None:
+    def release(self) -> None:
         self._assign(self.absent)
 
     def _assembled(self) -> Quantized:
@@ -230,7 +231,7 @@ class _ShardedCodes:
 
     def _assign(self, weight: Quantized) -> None:
         for module, name in self.users:
-            # Not register_parameter, because the weight is not a separate parameter and changes with every
+            # Not register_parameter: this weight is derived from other parameters and is replaced in every
             # forward pass.
             module._parameters[name] = weight  # type: ignore[assignment]
 
@@ -257,7 +258,7 @@ def _split_codes(modules: Sequence[nn.Module]) -> list[_ShardedCodes]:
 
 @dataclass(frozen=True)
 class _Joined:
-    """The weights of `modules`, joined as rows of the parameter `_TOGETHER` of `owner`.
+    """The weights of `modules`, joined as rows of `owner`'s parameter `_TOGETHER`.
 
     `absent`: the weight on the meta device, used until the parameter is gathered."""
 
@@ -269,7 +270,7 @@ class _Joined:
     def gather(self) -> None:
         self._assign(self.owner.get_parameter(_TOGETHER).detach())
 
-    def leave(self) -> None:
+    def release(self) -> None:
         self._assign(self.absent)
 
     def _assign(self, weight: Tensor) -> None:
@@ -283,10 +284,10 @@ _TOGETHER = "weights_together"
 def _joined(
     owned: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]], names: dict[int, tuple[str, ...]]
 ) -> list[_Joined]:
-    """Join the frozen weights of each group in a parameter of its first module.
+    """Join each group's frozen weights into one parameter of the group's first module.
 
-    The weights must have the same dtype and width. Quantized weights are not joined here, because joining
-    them needs no copy (ops.quantized.stacked_rows). Adds the new parameters to `names`."""
+    The weights must have the same dtype and width. Quantized weights are not joined here, because they can be
+    joined without a copy (ops.quantized.stacked_rows). Adds the new parameters to `names`."""
     here, out = set(map(id, owned)), []
     for group in together:
         modules = [base_of(m) for m in group]
@@ -306,12 +307,14 @@ def _joined(
 
 
 def whole_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers before sharding, read or unread."""
+    """Return the bytes of all parameters and buffers before sharding.
+
+    Weights that have not been read yet are included."""
     return _bytes([*model.parameters(), *model.buffers()])
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers that this process holds."""
+    """Return the bytes of the shards and buffers that this process holds."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     return _bytes([t.to_local() if hasattr(t, "to_local") else t for t in tensors if not t.is_meta])
 

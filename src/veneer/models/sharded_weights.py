@@ -1,16 +1,14 @@
-"""Weights still in their files, to be read in shards.
+"""Read the weights of a model on the meta device from their files, in shards.
 
-For a model on the meta device.
+    reader = ShardReader.for_model(model, table, kind, dtype)      or a string: the reason to load the entire model
+    reader.part(["model.layers.0.mlp.up_proj.weight"], weight, rank, count, device)
 
-    unread = ShardReader.for_model(model, table, kind, dtype)      or, as text, why this model must be read whole
-    unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
+Process r of N = `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n rows along a tensor's first dimension,
+like torch.chunk and FSDP2. Rows in safetensors are consecutive, so the shard of an unquantized weight is one
+range of a file, and only this range is read.
 
-Process r of N = `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, like
-torch.chunk and FSDP2. Rows in safetensors are consecutive, so the shard of an unquantized weight is one range
-of a file, and no other byte is read.
-
-A weight to be quantized is read and quantized whole, one at a time, because its constants depend on the whole
-weight. So codes and constants are equal bit for bit to those of a weight quantized without sharding.
+Each weight to be quantized is read and quantized whole, because its constants depend on the whole weight.
+Codes and constants are therefore equal bit for bit to those of a weight quantized without sharding.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from veneer.ops.quantized import Quantized, quantize
 
 
 def shard_rows(n: int, rank: int, count: int) -> tuple[int, int]:
-    """Return the first row of process `rank`, and the row after its last.
+    """Return the first row of process `rank`, and the first row after its shard.
 
     The last processes can have fewer rows."""
     each = -(-n // count)
@@ -41,11 +39,11 @@ def shard_rows(n: int, rank: int, count: int) -> tuple[int, int]:
 class ShardReader:
     """Reads the weights of a model on the meta device from their files.
 
-    `stored`: name in the model -> stored tensor. `kind`: format for the quantized weights, "" for none.
-    `dtype`: for all other float weights. `bytes_read`: bytes read by this process so far.
+    `stored`: name in the model -> stored tensor. `kind`: format for the quantized weights, or "" for none.
+    `dtype`: dtype of all other float weights. `bytes_read`: bytes read by this process so far.
 
     The weights are read one at a time, long after the files were found. Raises BaseError if a file has
-    changed since, because the shards would come from two versions."""
+    changed in the meantime, because the shards would come from two versions."""
 
     stored: Mapping[str, StoredTensor]
     kind: str
@@ -61,8 +59,8 @@ class ShardReader:
     ) -> ShardReader | str:
         """Return a reader of the model's weights, or why the model must be read whole.
 
-        A model must be read whole if names or shapes differ from the files (transformers renames and joins
-        the weights of some families), or if some weights stay in another dtype."""
+        A model must be read whole if its names or shapes differ from the files (transformers renames and
+        joins the weights of some families), or if some weights must stay in float32."""
         stored = {t.name: t for t in table}
         tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **_saved_buffers(model)}
         for name, tensor in tensors.items():
@@ -75,29 +73,29 @@ class ShardReader:
                 return f"{name} is stored in {stored_tensor.dtype}"
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - tensors.keys()
         if both := sorted(tied & stored.keys()):
-            return f"the files have {both[0]}, which the config ties to another"
+            return f"the files have {both[0]}, which the config ties to another weight"
         for names in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             if getattr(model, names, None):
-                return "some of its weights stay in float32"
+                return "some weights must stay in float32"
         return cls(stored, kind, dtype)
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Return these rows of a weight, in the stored dtype."""
+        """Return the given rows of a weight, in the stored dtype."""
         stored = self.stored[name]
         wide = stored.elements // stored.shape[0]
         return torch.stack([self._values(name, row * wide, (row + 1) * wide) for row in rows])
 
     def read_full(self, name: str, device: torch.device) -> Tensor:
-        """Return a whole weight on `device`, with float weights in `dtype`."""
+        """Return a whole weight on `device`; float weights are converted to `dtype`."""
         stored = self.stored[name]
         return self._cast(self._values(name, 0, stored.elements).view(stored.shape).to(device))
 
     def part(self, names: Sequence[str], weight: Tensor, rank: int, count: int, device: torch.device) -> list[Tensor]:
-        """Return this process's shard of a weight on `device`.
+        """Return the shard of a weight that belongs to process `rank`, on `device`.
 
-        For a quantized weight, returns the shard of each of its tensors, in order. `names`: the weights in
-        the files whose rows form the weight; only one if quantized. `weight`: the tensor on the meta
-        device."""
+        For a quantized weight, returns the shard of each of its tensors, in order. `names`: names of the
+        weights in the files whose rows form this weight; only one name if the weight is quantized. `weight`:
+        the tensor on the meta device."""
         if not isinstance(weight, Quantized):
             first, last = shard_rows(weight.shape[0], rank, count)
             wide, at, parts = weight.shape[1:].numel(), 0, []
@@ -118,8 +116,8 @@ class ShardReader:
         stored = self.stored[name]
         values = read_values(stored, first, last)
         if _state(stored.file) != self._found[stored.file]:
-            message = "the file has changed since the base was found, and parts of two files would be no base"
-            raise BaseError(message, where=str(stored.file), fix="begin again once nothing writes to it")
+            message = "the file has changed since the base was found, and shards of two versions cannot be combined"
+            raise BaseError(message, where=str(stored.file), fix="start again when no program is writing to the file")
         self.bytes_read += values.nbytes
         return values
 

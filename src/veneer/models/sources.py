@@ -35,10 +35,10 @@ _FILES = (".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base that can be named without a path.
+    """A base that users can refer to by name instead of path.
 
     `path`: where the base is or will be. `here`: whether the base exists. `hub_id`: the hub ID of the
-    original model, if the hub has it."""
+    original model, if it is on the hub."""
 
     name: str
     path: Path
@@ -64,17 +64,19 @@ def known_bases() -> list[KnownBase]:
 
 
 def find_base(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """Return the directory or file of a base, after downloading or creating it.
+    """Return the directory or file of a base; download or create it if necessary.
 
     `source`: a local wheel or GGUF file to create a built-in base from. `say`: called with a message before
-    each slow step. Raises BaseError, which lists the places searched and ways to get a base without the
+    each slow step. Raises a BaseError that lists the places searched and ways to get a base without the
     hub."""
     if source is None and (packaged_path := packaged(name)) is not None:
         return packaged_path
     if name in BUILTIN:
         return get_builtin(BUILTIN[name], source=source, say=say)
     if source is not None:
-        raise BaseError(f"{name!r} is not a built-in base", fix=f"made from a file: {', '.join(BUILTIN)}")
+        raise BaseError(
+            f"{name!r} is not a built-in base", fix=f"these bases can be created from a file: {', '.join(BUILTIN)}"
+        )
     here = _base_here(name)
     if here is not None:
         return here
@@ -82,7 +84,7 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
 
 
 def base_outline(name: str, *, say: Callable[[str], None] | None = None) -> Path | None:
-    """Return the path of a base; from the hub, download only the configuration.
+    """Return the path of a base; for a hub base, download only the configuration.
 
     Returns None for a built-in base that has not been created yet."""
     if (here := _base_here(name)) is not None or name in BUILTIN:
@@ -91,9 +93,9 @@ def base_outline(name: str, *, say: Callable[[str], None] | None = None) -> Path
 
 
 def short_name(name: str) -> str:
-    """Return a base's name for messages: the last part of a path, or the name.
+    """Return a base's name for messages: a path's last component, or the name itself.
 
-    The folders of a path are omitted, because messages can be visible to other users."""
+    The parent directories are omitted, because other users can read some of the messages."""
     path = Path(name)
     return path.absolute().name if path.is_absolute() or path.exists() else name
 
@@ -112,10 +114,10 @@ def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = T
 def _base_here(name: str) -> Path | None:
     """Return the path of a base on this machine, or None if it must be fetched.
 
-    A built-in base that has not been created yet and a hub id must be fetched. Raises BaseError for an
+    Returns None for a hub id and for a built-in base that has not been created yet. Raises BaseError for an
     invalid name, and for a file or directory that is not a base."""
     if not name.strip():
-        raise BaseError("the base has no name", fix=_WAYS)
+        raise BaseError("the name of the base is empty", fix=_WAYS)
     if (inside := packaged(name)) is not None:
         return inside
     if name in BUILTIN:
@@ -163,7 +165,11 @@ def _local(path: Path) -> Path:
         message = f"this directory holds {len(ggufs)} GGUF files"
         raise BaseError(message, where=str(path), fix=f"name one: {ggufs[0]}, …")
     if (path / "adapter_config.json").exists():
-        raise BaseError("this is an adapter, not a base", where=str(path), fix="name its base here, and it as adapter")
+        raise BaseError(
+            "this is an adapter, not a base",
+            where=str(path),
+            fix="give the name of its base here, and this folder as the adapter",
+        )
     inside = sorted(p.parent for p in [*path.glob("*/config.json"), *path.glob("*/model_index.json")])
     hint = f"did you mean {inside[0]}? Otherwise " if inside else ""
     message = "this directory has no config.json or model_index.json, so it is not a base"

@@ -1,4 +1,4 @@
-"""Describe pictures with a local vision-language model of transformers.
+"""Describe pictures with a local vision-language model through transformers.
 
     model = load_vision("Qwen/Qwen2.5-VL-3B-Instruct")
     description = model.describe(picture)         description.text · description.cut
@@ -31,20 +31,20 @@ INSTRUCTION = (
     "looks and where it is. Plain sentences, no introduction."
 )
 _PROMPTS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
-"""Default prompts of families without a chat template.
+"""Default prompts of some families without a chat template.
 
 All other families without a chat template get only the picture."""
 _SIDE = 1024
-"""Maximum length of a picture's longer side in pixels, to scale pictures down.
+"""Maximum length in pixels of a picture's longer side.
 
-Some processors would otherwise keep every pixel."""
+Larger pictures are scaled down, because some processors would otherwise keep every pixel."""
 _ENDS = ".!?"
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
 class Description:
-    """A model's description of a picture. `cut`: it reached the token limit.
+    """A description of a picture. `cut`: whether the model reached the token limit.
 
     A cut description ends after its last complete sentence, if it has one."""
 
@@ -135,7 +135,7 @@ def load_vision(
     path = base_outline(name, say=say) or find_base(name, say=say)
     file = path / "config.json"
     if not file.is_file():
-        raise _no_model(path, "it has no config.json of transformers")
+        raise _no_model(path, "it has no transformers config.json")
     read_config_json(file)
     config = _read("config", path, lambda: AutoConfig.from_pretrained(path, **_HERE))
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -180,7 +180,7 @@ def _read(part: str, path: Path, read: Callable[[], Any]) -> Any:
             raise
         message = " ".join(str(error).split())[:300] or type(error).__name__
         fix = "try a newer transformers: pip install -U transformers" if "architecture" in message else None
-        if isinstance(error, ImportError):  # torchvision, num2words, …
+        if isinstance(error, ImportError):  # such as torchvision or num2words
             fix = "install the packages that it needs, or use another model"
         raise BaseError(f"cannot read the {part} of this model: {message}", where=str(path), fix=fix) from error
 

@@ -1,14 +1,14 @@
-"""Attention: causal over packed rows, and full attention of denoisers.
+"""Attention: causal over packed rows, and full attention in denoisers.
 
     varlen_attention, rope_varlen_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N, heads, dim)
-    with head_norms                    of q̂ = rope(w_q ⊙ q/rms(q)) and k̂ alike, as in Qwen 3 and Gemma 3
+    with head norms                    q̂ = rope(w_q ⊙ q/rms(q)) and k̂ alike, as in Qwen 3 and Gemma 3
     joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
-For packed rows, the compiled kernel (ops/cpu/tiles.c) saves qkv, the output and log Σ exp for backward;
-without the kernel, torch's F.scaled_dot_product_attention runs row by row. For denoisers, the compiled kernel
-takes half the time of torch's flash attention on the CPU, and saves only log Σ exp in addition to its inputs
-and output. Without the kernel, probabilities are saved if they are hardly larger than q, k and v; otherwise
+For packed rows, the compiled kernel (ops/cpu/tiles.c) saves qkv, the output and log Σ exp for backward.
+Without the kernel, torch's F.scaled_dot_product_attention runs row by row. For denoisers, the compiled kernel
+takes half the time of torch's flash attention on the CPU. In addition to its inputs and output, it saves only
+log Σ exp. Without the kernel, probabilities are saved if they are hardly larger than q, k and v; otherwise
 backward recomputes them for a few heads at a time. References: `varlen_attention_reference` and
 `joint_attention_reference`. This module does not depend on models.
 """
@@ -37,10 +37,10 @@ from veneer.ops.norms import rms_norm
 
 @dataclass(frozen=True, eq=False)
 class SharedRows:
-    """Rows with common tokens, each token stored once; for example completions of one prompt.
+    """Rows with common tokens, for example completions of one prompt.
 
-    The N tokens are in the order in which the rows first use them. A token depends only on the tokens before
-    it, so the common tokens are a prefix, which is computed once.
+    Each of the N tokens is stored once, in the order in which the rows first use it. A token depends only on
+    the tokens before it, so the common tokens are a prefix, which is computed once.
 
     places: (Σ lengths,) int64, for each token of each row, its index among the N tokens.
     firsts: (N,), index of each token's first use among the rows' tokens.
@@ -62,7 +62,7 @@ class SharedRows:
 
 
 class RowLayout:
-    """The layout of packed rows for attention: the rows' lengths, N = Σ lengths tokens.
+    """The layout of packed rows for attention. N = Σ lengths is the number of tokens.
 
     idle: number of tokens after the last row that belong to no row. They attend to nothing, and their output
         is zero.
@@ -71,7 +71,7 @@ class RowLayout:
     attended: the layers that have used this layout so far.
     starts: (rows + 1,) on the CPU, start of each row, followed by the end of the last row.
     ends: `starts` as int32 on the tokens' device.
-    masks: masks of flex attention, by window.
+    masks: flex attention's masks, keyed by window.
     shared: set for rows with common tokens. N then counts each common token once. Only attention, which is
         cheap compared with the products, runs on full rows, with the layout `unshared`."""
 
@@ -98,23 +98,24 @@ class RowLayout:
 
     @functools.cached_property
     def unshared(self) -> RowLayout:
-        """The layout of the same rows in full, without shared tokens."""
+        """The layout of the same full rows, with common tokens repeated in each row."""
         return RowLayout(self.lengths, self.device)
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, given as (1, N, dim) with equal halves, as (N, dim/2).
+        """Return cos and sin as (N, dim/2).
 
-        The result is cached for all layers of a forward that pass the same tables."""
+        position_embeddings: cos and sin as (1, N, dim) with equal halves. The result is cached for all layers
+        of a forward that pass the same tables."""
         key = id(position_embeddings[0])
         if key not in self._tables:
             half = position_embeddings[0].shape[-1] // 2
             cos, sin = (t[0, :, :half].contiguous() for t in position_embeddings)
-            self._tables[key] = position_embeddings[0], cos, sin  # keeps the tensor alive, so that its id is not reused
+            self._tables[key] = position_embeddings[0], cos, sin  # Keep the tensor alive, so that its id is not reused.
         return self._tables[key][1], self._tables[key][2]
 
 
 class VarlenSettings(NamedTuple):
-    """Settings of packed-row attention.
+    """Settings for attention over packed rows.
 
     layout: the rows.
     scale: factor of the scores.
@@ -131,9 +132,9 @@ class VarlenSettings(NamedTuple):
 
 
 class _Tiled(torch.autograd.Function):
-    """Autograd function around an implementation of "rope_varlen_attention".
+    """Autograd function for an implementation of "rope_varlen_attention".
 
-    qkv: (N, heads + 2·kv, dim). cos, sin rotate q and k; None disables the rotation. Saves qkv, the output
+    qkv: (N, heads + 2·kv, dim). cos and sin rotate q and k; None disables the rotation. Saves qkv, the output
     and log Σ exp for backward, but no probabilities."""
 
     @staticmethod
@@ -156,7 +157,7 @@ class _Tiled(torch.autograd.Function):
 class HeadNorms(NamedTuple):
     """RMS norms of each head of q and k, applied before rotation.
 
-    weight: w_q, w_k, frozen, as (2, dim)."""
+    weight: (2, dim), the frozen w_q and w_k."""
 
     weight: Tensor
     eps: float
@@ -165,15 +166,16 @@ class HeadNorms(NamedTuple):
 def rope_varlen_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, settings: VarlenSettings, norms: HeadNorms | None = None
 ) -> Tensor:
-    """Return attention of the heads [q | k | v] with rotary positions in q and k.
+    """Return attention of the heads [q | k | v], with rotary positions in q and k.
 
     The cap and sinks of `settings` are not supported.
 
     qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
     cos, sin: (N, dim/2).
 
-    With the compiled kernel, saves qkv, the output and log Σ exp for backward; otherwise what torch's
-    attention saves. With norms, also saves q and k before the norm. Reference for norms: `normed_heads`."""
+    The compiled kernel saves qkv, the output and log Σ exp for backward. Without the kernel, torch's
+    attention decides what is saved. With norms, q and k before the norm are saved too. Reference for norms:
+    `normed_heads`."""
     layout = settings.layout
     if layout.shared is not None:
         places, unshared = layout.shared.places, settings._replace(layout=layout.unshared)
@@ -222,10 +224,10 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) 
 
 
 def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
-    """Run attend(parts) on rows that share tokens, with the rows laid out in full.
+    """Run attend(parts) on full rows: the shared tokens are repeated in each row.
 
     The output of a shared token is taken from its first row. The full rows exist only during the call, and
-    are recomputed in backward."""
+    backward recomputes them."""
     shared = layout.shared
     assert shared is not None
 
@@ -243,7 +245,7 @@ def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: T
 
 
 class _IndexSelect(torch.autograd.Function):
-    """x[at], where rows can repeat; gradients are summed in float32."""
+    """x[at], where an index can occur several times; gradients are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
@@ -260,7 +262,7 @@ class _IndexSelect(torch.autograd.Function):
 
 
 def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
-    """Compute `varlen_attention` with torch, one row at a time, for rows without idle tokens."""
+    """Compute `varlen_attention` with torch, one row at a time, without idle tokens."""
     rows = [t.transpose(0, 1).split(settings.layout.lengths, 1) for t in (q, k, v)]
     out = [_attend_row(a, b, c, settings) for a, b, c in zip(*rows, strict=True)]
     return torch.cat(out, 1).transpose(0, 1)
@@ -291,10 +293,10 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x with rotary positions applied in halves (arXiv 2104.09864, Llama's layout).
+    """Apply rotary positions to the halves of x (arXiv 2104.09864, Llama's layout).
 
-    x: (N, heads, dim), cos, sin: (N, dim/2). y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for
-        the rotation inside `rope_varlen_attention`."""
+    x: (N, heads, dim), cos, sin: (N, dim/2). y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. This is the
+        reference for the rotation inside `rope_varlen_attention`."""
     x1, x2 = x.split(cos.shape[-1], -1)
     c, s = cos[:, None], sin[:, None]
     return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
@@ -306,24 +308,27 @@ KEPT_BYTES = 64 << 20
 """Maximum bytes of probabilities that one call of `cross_attention` saves for backward."""
 
 KEPT_TOKENS = 8
-"""`joint_attention` saves probabilities for backward up to this many tokens per value of a head. Up to this
-number, probabilities are hardly larger than q, k and v."""
+"""Factor that limits when `joint_attention` saves probabilities for backward.
+
+They are saved for at most KEPT_TOKENS · d tokens, where d is the head size. Probabilities are then hardly
+larger than q, k and v."""
 
 CHUNK_BYTES = 8 << 20
-"""Maximum bytes of probabilities computed at a time if `joint_attention` does not save them. A head that
-needs more uses torch's attention, unless the compiled kernel is available; memory of the kernel does not grow
-with the number of tokens."""
+"""Maximum bytes of probabilities that `joint_attention` computes at a time.
+
+If a head needs more and the compiled kernel is not available, torch's attention is used. The kernel's memory
+does not grow with the number of tokens."""
 
 
 def _rotate_pairs(x: Tensor, turn: Tensor) -> Tensor:
-    """Return x with neighboring pairs multiplied as complex numbers by `turn`.
+    """Multiply each pair of neighboring values of x, as a complex number, by `turn`.
 
     x: (…, S, d) float32, turn: (S, d/2) complex64."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 def _chunks(q: Tensor) -> list[slice]:
-    """Return slices of heads with at most CHUNK_BYTES of probabilities per slice.
+    """Split the heads into slices with at most CHUNK_BYTES of probabilities each.
 
     q: (n·heads, S, d)."""
     step = max(1, CHUNK_BYTES // (q.shape[1] ** 2 * q.element_size()))
@@ -340,7 +345,7 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     run = dispatch("causal_softmax", scores)
     if run is None:
         return torch.softmax(scores, -1)
-    keys = scores.shape[-1]  # every query is the last of its row, so it attends to every key
+    keys = scores.shape[-1]  # Every query is the last token of its row, so it attends to every key.
     out: Tensor = run(scores, 1, 1, scores.numel() // keys, keys, keys - 1, 0, 0)
     return out
 
@@ -363,12 +368,12 @@ def _separate_heads(x: Tensor) -> Tensor:
 
 
 def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return softmax(q·kᵀ/√d)·v (n, S, heads·d), log Σ exp or None, and probabilities or None.
+    """Return (softmax(q·kᵀ/√d)·v, log Σ exp or None, probabilities or None).
 
-    q, k, v: (n, tokens, heads, d).
+    q, k, v: (n, tokens, heads, d). The first result: (n, S, heads·d).
 
     The compiled kernel returns log Σ exp of the scores, (n, heads, S) float32. Without the kernel, `keep`
-    selects whether the probabilities are returned."""
+    determines whether the probabilities are returned."""
     n, S = q.shape[:2]
     run = dispatch("attend", q, k, v)
     if run is not None:
@@ -400,7 +405,7 @@ def _attend_all_backward(
 ) -> None:
     """Write the gradients of `_attend_all` to dq, dk and dv.
 
-    g, out: (n, S, heads·d)."""
+    g, out: (n, S, heads·d), the gradient of the output and the output."""
     n, _, heads, d = q.shape
     g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))
     if lse is not None:
@@ -418,7 +423,7 @@ def _attend_all_backward(
         _scaled(ds, k[at], d**-0.5, out=dq[at])
         _scaled(ds.transpose(1, 2), q[at], d**-0.5, out=dk[at])
     for into, flat in ((of_q, dq), (of_k, dk), (of_v, dv)):
-        if into.data_ptr() != flat.data_ptr():  # for one token, `_separate_heads` returns a view
+        if into.data_ptr() != flat.data_ptr():  # for one token, `flat` is a view of `into`
             into.copy_(flat.unflatten(0, (n, heads)).transpose(1, 2))
 
 
@@ -479,7 +484,7 @@ class _Joint(torch.autograd.Function):
             _attend_all_backward(g, out, q, k, v, lse, p, dq, dk, dv)
             return dqkv, None, None, None
         q, k = both.unbind(0)
-        d_both = torch.empty_like(both)  # gradient of the normed and rotated heads
+        d_both = torch.empty_like(both)  # gradient of the normalized and rotated heads
         _attend_all_backward(g, out, q, k, v, lse, p, d_both[0], d_both[1], dv)
         dx = d_both.transpose(2, 3).float()
         dx = dx if turn is None else _rotate_pairs(dx.contiguous(), turn.conj())
@@ -496,8 +501,8 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
     """Return self-attention of the tokens: (n, S, heads·d).
 
     qkv: (n, S, 3, heads, d).
-    weight: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms.
-    turn: rotary positions (S, d/2) complex64, on neighboring pairs as in FLUX; None without rotation."""
+    weight: (2, 1, 1, S or 1, d) float32, the frozen w_q and w_k; None without norms.
+    turn: (S, d/2) complex64, rotary positions for neighboring pairs as in FLUX; None without rotation."""
     S = qkv.shape[1]
     if qkv.device.type != "cpu" or not (S * S * qkv.element_size() <= CHUNK_BYTES or _has_tiles(qkv)):
         return joint_attention_reference(qkv, weight, eps, turn)
@@ -508,7 +513,7 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 def joint_attention_reference(
     qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None
 ) -> Tensor:
-    """Compute `joint_attention` with torch's operations."""
+    """Compute `joint_attention` with torch operations."""
     q, k, v = qkv.unbind(2)
     if weight is not None or turn is not None:
         x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
@@ -520,7 +525,7 @@ def joint_attention_reference(
 
 
 def _full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q·kᵀ/√d)·v by torch, in the given dtype.
+    """Return softmax(q·kᵀ/√d)·v, computed with torch in the given dtype.
 
     q, k, v: (n, tokens, heads, d) → (n, S, heads·d)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

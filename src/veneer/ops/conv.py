@@ -1,4 +1,4 @@
-"""A convolution whose backward computes the input gradient only for the first channels."""
+"""Convolution whose backward computes an input gradient only for leading channels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _LiveConv(torch.autograd.Function):
 def live_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], live: int) -> Tensor:
     """Return F.conv2d(x, weight, bias, padding=padding) with frozen weights.
 
-    live: number of leading channels of x that need a gradient. The gradient of the other channels is zero and
-        is not computed."""
+    live: number of leading channels of x that need a gradient. The gradient of the other channels is set to
+        zero without being computed."""
     out: Tensor = _LiveConv.apply(x, weight, bias, padding, live)
     return out

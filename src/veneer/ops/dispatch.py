@@ -1,16 +1,16 @@
 """Choose the implementation of an op.
 
-Every op of this package has a torch reference. A device can have faster implementations, in the device's
-module in HOMES, each with a condition on its inputs. An op calls `dispatch`, and runs its reference if the
+Every op of this package has a torch reference. HOMES names one module per device type, which can list faster
+implementations, each with a condition on its inputs. An op calls `dispatch`, and runs its reference if the
 result is None:
 
     run = dispatch("rms_norm", x, weight)
     y = F.rms_norm(x, …) if run is None else run(x, weight, eps)
 
 The first implementation that supports the inputs runs. For a few ops, the fastest implementation depends on
-the machine or on the dtype; RULES chooses among their implementations, using the machine's profile
-(profile.py). Nothing is timed while an op runs, so the same profile gives the same bits. VENEER_OPS overrides
-the choice:
+the machine or on the dtype; for these ops, RULES makes the choice, from the dtype or from the machine's
+profile (profile.py). Nothing is timed while an op runs, so the same profile gives the same bits. VENEER_OPS
+overrides the choice:
 
     VENEER_OPS=torch                        references only
     VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual
@@ -53,7 +53,7 @@ OPS = {
     "geglu_backward": "gradient of geglu",
     "gelu_gate": "gelu(gate) ⊙ up",
     "gelu_gate_backward": "gradients of gelu_gate",
-    "gelu_tanh": "gelu by tanh",
+    "gelu_tanh": "tanh approximation of gelu",
     "gelu_tanh_backward": "gradient of gelu_tanh",
     "gelu_tanh_gate": "gelu_tanh(gate) ⊙ up",
     "gelu_tanh_gate_backward": "gradients of gelu_tanh_gate",
@@ -83,10 +83,10 @@ class Implementation(NamedTuple):
 
     run: the function, or an object with several functions, that the op calls instead of its reference.
     takes: whether the implementation supports the op's arguments.
-    wants: the condition of `takes` in words.
-    missing: function that returns why the implementation cannot run on this machine; "" if it can.
+    wants: the condition that `takes` checks, in words.
+    missing: returns why the implementation cannot run on this machine, or "" if it can.
     name: used in VENEER_OPS and in reports.
-    alternatives: further implementations of the op, in order."""
+    alternatives: further implementations of the op, in order of preference."""
 
     run: Any
     takes: Callable[..., bool]
@@ -114,11 +114,11 @@ def _panel_kernel(able: list[str], *_: Any) -> str:
 
 
 RULES: dict[str, Rule] = {
-    # AVX512-BF16 runs at twice the rate of float32, AMX at eight times or more.
+    # AVX512-BF16 runs at twice the rate of float32, and AMX at eight times that rate or more.
     "panel_linear": Rule(_panel_kernel, "amx if bfloat16 is over 3 times as fast as float32"),
     # torch's float32 product reorders the weight at each call. A prepacked copy makes the product 1.1 to 1.2
-    # times as fast. In 16 bits (also with AMX), the gain is only 1.00 to 1.06 times, which is not worth the
-    # memory.
+    # times as fast. In 16 bits (also with AMX), a copy makes the product at most 1.06 times as fast, which
+    # does not justify the memory.
     "prepacked_linear": Rule(
         lambda able, x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"
     ),
@@ -131,9 +131,9 @@ supports the inputs."""
 
 
 def parse_overrides(text: str) -> dict[str, str]:
-    """Return VENEER_OPS parsed as op -> implementation ("*": all other ops).
+    """Parse VENEER_OPS into a mapping from ops to implementations ("*": all other ops).
 
-    Raises ConfigError for an item that is neither `torch` nor a known op's setting."""
+    Raises ConfigError for an item that is neither `torch` nor OP=NAME with a known op."""
     words = [word for word in text.split(",") if word]
     names = dict(word.split("=", 1) for word in words if "=" in word)
     supported = {REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
@@ -150,7 +150,7 @@ _overrides = parse_overrides(os.environ.get("VENEER_OPS", ""))
 
 @contextmanager
 def override_ops(**names: str) -> Iterator[None]:
-    """Run these ops by the named implementations inside a with-block, in all threads."""
+    """Use the named implementations of these ops inside a with-block, in all threads."""
     global _overrides
     previous = _overrides
     _overrides = {**previous, **names}
@@ -165,7 +165,7 @@ def override_ops(**names: str) -> Iterator[None]:
 
 @functools.cache
 def implementations(device: str) -> Mapping[str, Implementation]:
-    """Return the implementations of a device type, by op."""
+    """Return the implementations for a device type, keyed by op."""
     home = HOMES.get(device)
     return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
 
@@ -205,9 +205,10 @@ def _override_of(op: str) -> str | None:
 class Choice(NamedTuple):
     """The chosen implementation of an op.
 
-    name: one implementation, or several in order.
-    reason: why they were chosen.
-    wants: the inputs that they support, if not all inputs; the reference runs all others."""
+    name: the implementation, or several in order of preference.
+    reason: why this choice was made.
+    wants: the inputs that the chosen implementations support; "" for all inputs. The reference runs for all
+        other inputs."""
 
     name: str
     reason: str
@@ -238,4 +239,4 @@ def _choice(op: str, device: str) -> Choice:
         return Choice(names[0], f"set to {name} by VENEER_OPS, which is missing here", here[0].wants)
     if op in RULES:
         return Choice(", ".join(names), RULES[op].why, wants)
-    return Choice(", ".join(names), "the first that takes the input", wants)
+    return Choice(", ".join(names), "the first that supports the input", wants)

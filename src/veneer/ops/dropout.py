@@ -23,7 +23,7 @@ _CHUNK = 1 << 20  # positions per chunk of the reference; limits the size of its
 class Dropout(NamedTuple):
     """Dropout with a fixed mask.
 
-    p: share of the values that are dropped, below 1.
+    p: probability that a value is dropped, below 1.
     seed: seed of the mask, below 2⁶²."""
 
     p: float
@@ -40,7 +40,7 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Return x with the mask applied.
 
-        The same call turns the gradient of the output into the gradient of x."""
+        Applied to the gradient of the output, the same call returns the gradient of x."""
         x = x.contiguous()
         run = dispatch("dropout", x)
         if run is not None:

@@ -1,9 +1,8 @@
 """Frozen linear maps with low-rank products: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ.
 
-A `LinearMap` is one projection, or several fused projections of the same x; `linear` multiplies by the map.
-The frozen weight never gets a gradient. A and B can be float32 while x and W are 16-bit: A and B are cast for
-the products, and their gradients are float32. This module does not depend on modules, adapter names or
-models.
+A `LinearMap` is one projection, or several fused projections of the same x; `linear` applies the map. The
+frozen weight never gets a gradient. A and B can be float32 while x and W are 16-bit: A and B are cast for the
+products, and their gradients are float32. Nothing here depends on nn.Module, adapter names or models.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from veneer.ops.prepacked import PrepackedWeights
 class LinearMap:
     """A frozen weight (out, in) with low-rank products on its rows.
 
-    One projection, or several projections of the same x, concatenated by rows.
+    The weight is one projection, or several projections of the same x, concatenated along the rows.
 
     bias: (out,).
-    dora_scale: (out,) float32, DoRA's factor of each output, applied before the bias.
+    dora_scale: (out,) float32, DoRA's factor for each output, applied before the bias.
     products: the low-rank products. All use the same dropout mask on x, as in loralib's MergedLinear.
     copies: prepacked copies of the weight, if any.
-    spans: token segments. Each product then applies only to its own segment's rows of x, with that segment's
-        dropout. Not supported together with a DoRA scale."""
+    spans: token segments, if several adapters share x. Each product then applies only to its own segment's
+        rows of x, with that segment's dropout. Not supported together with a DoRA scale."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -45,16 +44,17 @@ class LinearMap:
 
     @property
     def dropout(self) -> float:
-        """The dropout rate of all products."""
+        """The dropout rate that all products share; 0 with `spans`."""
         return self.products[0].dropout if self.products and self.spans is None else 0.0
 
 
 def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> LinearMap:
-    """Return one map of several projections of the same x.
+    """Fuse several projections of the same x into one map.
 
-    weight: the parts' weights concatenated by rows, if already available.
+    weight: the parts' weights concatenated along the rows, if already available.
 
-    Raises ValueError for products with different dropouts, because fused products use one dropout mask."""
+    Raises ValueError for products with different dropout rates, because fused products use one dropout
+    mask."""
     dropouts = sorted({part.dropout for part in parts if part.products})
     if len(dropouts) > 1:
         raise ValueError(f"low-rank products with dropouts {dropouts} cannot be joined into one")
@@ -79,11 +79,11 @@ def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> Linea
 
 
 def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
-    """Split a map into the outputs before row `at` and the outputs from row `at` on.
+    """Split a map in two: the outputs before row `at`, and the remaining outputs.
 
     The weights of both parts are views.
 
-    Raises ValueError with dropout, because each part would sample its own mask."""
+    Raises ValueError if a product has dropout, because the two parts would sample different masks."""
     if any(p.dropout for p in linear_map.products):
         raise ValueError("low-rank products with dropout cannot be split: their parts share one dropped x")
 
@@ -99,7 +99,7 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
 
 
 class _Products(Protocol):
-    """An implementation of the op "low_rank", built from (products, weight rows, dtype)."""
+    """An implementation of the op "low_rank", built from (products, number of weight rows, dtype)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add s·(x·Aᵀ)·Bᵀ to each product's columns of y; return u = x·Aᵀ."""
@@ -116,9 +116,9 @@ class LowRankProducts:
 
     A is (Σ rank, in); s·B is block-diagonal, (rows, Σ rank).
 
-    u = x·Aᵀ and du = g·s·B read x and g once for all products. The other products run one block at a time,
-    because the full product would multiply by the zeros of s·B (two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against
-    0.60 ms, gᵀ·u 1.23 against 0.81)."""
+    u = x·Aᵀ and du = g·s·B read x and g once for all pairs. The other matrix products run block by block,
+    because full products would multiply by the zeros of s·B (for two pairs of 1536 × 16, u·(s·B)ᵀ takes 0.60
+    ms by block and 0.87 ms in full; gᵀ·u takes 0.81 and 1.23 ms)."""
 
     def __init__(self, products: Sequence[LowRank], rows: int, dtype: torch.dtype) -> None:
         self.scales = [p.scale for p in products]
@@ -161,7 +161,7 @@ class LowRankProducts:
 
 
 class _Dropped:
-    """Low-rank products of a dropped x, with the same mask in forward and backward."""
+    """Low-rank products with dropout on x, and the same mask in forward and backward."""
 
     def __init__(self, products: _Products, drop: Dropout) -> None:
         self.products, self.drop = products, drop
@@ -183,7 +183,7 @@ class _Dropped:
 class _InSpans:
     """Products of several adapters, each on the rows of its own segment.
 
-    u and du are flattened and concatenated."""
+    The u and the du of all adapters are flattened and concatenated."""
 
     def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: LoraSegments) -> None:
         members: dict[int, list[int]] = {}
@@ -217,7 +217,7 @@ class _InSpans:
 
 
 def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
-    """Return the low-rank products of a map, by the chosen implementation of "low_rank"."""
+    """Return the low-rank products of a map, from the implementation of "low_rank" in use."""
     if linear_map.spans is not None:
         return _InSpans(x, linear_map.products, y, linear_map.spans)
     drop = Dropout.sample(linear_map.dropout) if linear_map.dropout else None
@@ -259,7 +259,7 @@ def frozen_linear(
 ) -> Tensor:
     """Return x·Wᵀ + b, or x·W if not `transposed`, without autograd.
 
-    x: (N, in) or (N, out).
+    x: (N, in), or (N, out) if not `transposed`.
     copies: the weight's prepacked copies."""
     if copies is not None and (by_copy := copies.product(x, weight, bias, transposed)) is not None:
         return by_copy
@@ -267,7 +267,9 @@ def frozen_linear(
 
 
 def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> bool:
-    """Return whether this product would use a prepacked copy, for memory estimates.
+    """Return whether a product would use a prepacked copy of its weight.
+
+    Used for memory estimates.
 
     transposed: whether the product is x·Wᵀ."""
     weight = torch.empty(1, dtype=dtype).expand(rows, columns)
@@ -276,7 +278,7 @@ def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) ->
 
 
 def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
-    """Run `linear` on x (N, in) for functions with their own backward pass."""
+    """Run `linear` on x (N, in), for functions that define their own backward pass."""
     W, b, dora_scale, copies = linear_map.weight, linear_map.bias, linear_map.dora_scale, linear_map.copies
     if dora_scale is None:
         y = frozen_linear(x, W, b, copies=copies)
@@ -287,8 +289,8 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
         products = _products(x, linear_map, plain)
         u = products.forward(x, plain)
         return LinearOutput(scale_outputs(plain, dora_scale, b), u, plain, products, copies)
-    # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, with d the
-    # dropped x
+    # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, where d is x
+    # after dropout
     y = frozen_linear(x, W, b, copies=copies)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
@@ -304,7 +306,7 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Return dx, g', du, and the gradient of the DoRA scale.
 
-    g' is the gradient of the products' output; du = g'·s·B."""
+    g' is the gradient with respect to the low-rank products' output; du = g'·s·B."""
     products, plain = output.products, output.plain
 
     def input_gradient(t: Tensor) -> Tensor:
@@ -327,7 +329,8 @@ def linear_backward(
 def scale_outputs(y: Tensor, dora_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return dora_scale ⊙ y + b, rounded once.
 
-    DoRA scales are near 1, where neighboring bfloat16 values differ by 1/128 or 1/256."""
+    The scale is not rounded to y's dtype: DoRA scales are near 1, where neighboring bfloat16 values differ by
+    1/128 or 1/256."""
     run = dispatch("dora_scale", dora_scale, y, *([] if bias is None else [bias]))
     if run is not None:
         result: Tensor = run(y, dora_scale, bias)
@@ -372,11 +375,13 @@ def low_rank_gradients(output: LinearOutput, g: Tensor, x: Tensor, du: Tensor | 
 def linear(x: Tensor, linear_map: LinearMap) -> Tensor:
     """Return y = x·Wᵀ + b, with s·(x·Aᵀ)·Bᵀ added to each product's columns.
 
-    x: (…, in) → (…, Σ out). The DoRA scale applies to everything except b. Saves x, the narrow x·Aᵀ and, with
-        a DoRA scale, the scale's input for backward. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x,
-        A), B) added to the products' columns, with Dropout's mask on the products' input."""
+    x: (…, in) → (…, Σ out).
+
+    The DoRA scale multiplies everything except b. Saves x, the narrow x·Aᵀ and, with a DoRA scale, the
+    scale's input for backward. Reference: F.linear(x, W, b), with s·F.linear(F.linear(d, A), B) added to each
+    product's columns, where d is x after dropout."""
     y: Tensor = _Linear.apply(
         x.reshape(-1, x.shape[-1]), linear_map, linear_map.dora_scale, *low_rank_tensors(linear_map)
     )
-    # This view is outside the Function because callers can write into the result.
+    # This view is created outside the autograd Function, because callers can write into the result.
     return y.view(*x.shape[:-1], y.shape[-1])

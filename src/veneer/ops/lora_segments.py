@@ -1,11 +1,11 @@
-"""Row segments of a product, one per adapter, for adapters trained in one pass.
+"""Segments of rows, one per adapter, for runs that are trained together.
 
-    tokens of a batch     [ run 0 … | run 1 … | … | padding ]      `tokens[i]` of each, one run after another
-    at the model's end    [ run 0 . | run 1 . | … | padding ]      `kept[i]` of each: rows whose output is needed
+    all tokens of a batch      [ run 0 … | run 1 … | … | padding ]      `tokens[i]` rows for run i
+    at the model's end         [ run 0 . | run 1 . | … | padding ]      `kept[i]` rows, with needed outputs
 
 Each adapter multiplies only its own rows, so that no value (not even NaN) and no mask of one adapter affects
-another. Each run samples its dropout from its own generator, in the order of its products and counted from
-its first row, as if the run were trained separately.
+another. Each run samples its dropout masks from its own generator, in the order of its products and starting
+at its first row, as if the run were trained separately.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class LoraSegments:
     tokens, kept: number of rows of each adapter, among all tokens and among the tokens whose output is needed
         at the model's end.
     generators: the random generator of each adapter.
-    sizes: total rows with padding, of `tokens` and of `kept`. The two must differ, because the number of
-        rows tells which of the two a product has."""
+    sizes: total number of rows, with padding, for `tokens` and for `kept`. The two sizes must differ, because
+        the number of rows in a product shows which of the two applies."""
 
     tokens: Sequence[int]
     kept: Sequence[int]
@@ -36,7 +36,7 @@ class LoraSegments:
     _dropouts: dict[int, dict[int, Dropout]] = field(default_factory=dict, repr=False)
 
     def bounds(self, rows: int) -> list[slice]:
-        """Return each adapter's slice of `rows` rows.
+        """Return each adapter's slice of a product with `rows` rows.
 
         Raises ValueError if `rows` is neither of `sizes`."""
         if rows not in self.sizes:
@@ -48,13 +48,13 @@ class LoraSegments:
         return [slice(first, end) for first, end in itertools.pairwise(ends)]
 
     def dropouts(self, probabilities: Mapping[int, float]) -> dict[int, Dropout]:
-        """Return the dropout of one product, by segment.
+        """Return each segment's `Dropout` for one product.
 
         probabilities: segment -> dropout probability."""
         if not probabilities:
             return {}
-        # A recomputed layer samples the same number again, because torch.utils.checkpoint restores its
-        # generator.
+        # A recomputed layer samples the same number again, because torch.utils.checkpoint restores the state
+        # of torch's global generator.
         ticket = int(torch.randint(1 << 62, (), device="cpu").item())
         if ticket not in self._dropouts:
             self._dropouts[ticket] = {i: Dropout.sample(p, self.generators[i]) for i, p in probabilities.items()}

@@ -86,14 +86,14 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor |
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = targets == _IGNORED
     y = targets.masked_fill(ignored, 0)[:, None]
-    # A GPU reports an invalid index itself, asynchronously.
+    # A GPU kernel reports an invalid index itself, asynchronously.
     if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):
         raise IndexError("token_nll: a target is not a token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
     if correct is not None:
         correct.copy_(is_top_token(wide, y[:, 0]) & ~ignored)
     if gradient:
-        # Compute p − 1 of the target from the wide value: rounding p near 1 to 16 bits first would give 0.
+        # Compute the target's p − 1 in the wide dtype: with p near 1 rounded to 16 bits, p − 1 would be 0.
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
         logits.copy_(slope.masked_fill_(ignored[:, None], 0))
     return nll[:, 0].masked_fill_(ignored, 0)
@@ -116,13 +116,15 @@ def token_nll(
 ) -> Tensor:
     """Return −log softmax(hidden_i·Wᵀ)[target_i] for each i, (M,) float32.
 
-    hidden: (M, d), weight: (vocabulary, d) frozen. A target of −100 is ignored: loss 0, no gradient. The
-        gradient is computed in the forward pass, chunk by chunk, so that at most chunk × vocabulary logits
-        exist; the backward pass only scales row i by the gradient of loss i.
-
-    chunk: positions per chunk; None: `logits_chunk` of the device.
+    hidden: (M, d).
+    weight: (vocabulary, d), frozen.
+    targets: (M,). A target of −100 is ignored: loss 0, no gradient.
+    chunk: positions per chunk, by default `logits_chunk` of the device.
     copies: the weight's prepacked copies.
     correct: (M,) bool, overwritten with `is_top_token` of the logits.
+
+    The gradient is computed in the forward pass, chunk by chunk, so that at most chunk × vocabulary logits
+    exist; the backward pass only scales row i by the gradient of loss i.
 
     Raises IndexError for any other invalid target (on a GPU, the device's error). Reference:
     F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
@@ -136,10 +138,12 @@ def token_nll(
 def dpo(chosen: Tensor, rejected: Tensor, *, beta: float, smoothing: float = 0.0) -> Tensor:
     """Return −(1−ε)·log σ(β·(chosen − rejected)) − ε·log σ(−β·(chosen − rejected)).
 
-    chosen, rejected: log-ratios log π − log π_ref in nats. Direct preference optimization (arXiv
-        2305.18290, eq. 7). `smoothing` ε is the share of labels assumed to be flipped: conservative DPO,
-        from the authors' note and code. With log-ratios per token, this is Tülu 3's length-normalized DPO
-        (arXiv 2411.15124)."""
+    chosen, rejected: log-ratios log π − log π_ref in nats.
+    smoothing: ε, the share of labels assumed to be flipped: conservative DPO, from the authors' note and
+        code.
+
+    Direct preference optimization (arXiv 2305.18290, eq. 7). With log-ratios divided by the number of tokens,
+    this is Tülu 3's length-normalized DPO (arXiv 2411.15124)."""
     return _preferred(beta * (chosen - rejected), smoothing)
 
 
@@ -148,8 +152,8 @@ def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
     arXiv 2310.12036, eq. 17; β is the paper's τ.
 
-    chosen, rejected: log-ratios. The paper defines them for whole completions; the authors' experiments, and
-        TRL, divide them by the completions' lengths."""
+    chosen, rejected: log-ratios. The paper defines log-ratios of whole completions; the authors' experiments,
+        and TRL, divide each log-ratio by the completion's length."""
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 

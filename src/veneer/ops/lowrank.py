@@ -18,8 +18,8 @@ class LowRank:
     A: (…, rank, in), B: (…, out, rank).
     scale: s, including an adapter's strength.
     dropout: dropout probability of the product's x, 0 outside training.
-    first: the row of W where B's first row is added, if W is several weights concatenated; `last` is one past
-        the row of B's last row.
+    first: the row of W that the first row of B is added to, if W is a concatenation of several weights.
+        `last` is the row after the last row of B.
     span: the segment of x's rows that the product applies to, if there are several adapters
         (ops/lora_segments.py); otherwise the product applies to all rows.
 
@@ -38,7 +38,7 @@ class LowRank:
         return self.first + len(self.B)
 
     def below(self, rows: int) -> LowRank:
-        """Return the product with `first` moved down by `rows` rows of other weights."""
+        """Return the product with `first` increased by `rows`."""
         return replace(self, first=self.first + rows) if rows else self
 
     def dense(self) -> Tensor:

@@ -44,7 +44,7 @@ def gated(both: Tensor, act: str) -> Tensor:
 
 
 def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """Return the gradient [d_gate | d_up], and act(gate) ⊙ up recomputed."""
+    """Return the gradients [d_gate | d_up], and the recomputed act(gate) ⊙ up."""
     run = dispatch(f"{act}_gate_backward", dh, both)
     if run is not None:
         gradients: tuple[Tensor, Tensor] = run(dh, both)
@@ -155,7 +155,7 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         first = linear_forward(x, gate_up)
         second = linear_forward(gated(first.y, act), down)
-        # [gate | up] can then be recomputed from `plain` with the scale and the bias.
+        # With a DoRA scale and no dropout, `plain`, the scale and the bias suffice to recompute [gate | up].
         again = scale is not None and not gate_up.dropout
         both = None if again else first.y
         ctx.save_for_backward(x, both, first.u, first.plain, scale, second.u, second.plain, scale_down, *flat)

@@ -1,7 +1,7 @@
 """Norms that read their input once and save only their input for backward.
 
     rms_norm     y = w ⊙ x / √(mean x² + ε)
-    norm_silu    y = silu(w ⊙ x̂ + b), x̂ over groups of channels of x plus a shift of each channel
+    norm_silu    y = silu(w ⊙ x̂ + b), where x̂ is x plus a shift per channel, group-normalized
 
 Frozen weights never get a gradient. Each norm has a torch reference.
 """
@@ -18,7 +18,7 @@ from veneer.ops.dispatch import dispatch
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return `rms_norm` without gradient; x must be contiguous."""
+    """Return `rms_norm` of a contiguous x, without autograd."""
     run = dispatch("rms_norm", x, weight)
     y: Tensor = _norm_reference(x, weight, eps) if run is None else run(x, weight, eps)
     return y
@@ -88,8 +88,10 @@ class _NormSilu(torch.autograd.Function):
 def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """Return silu(F.group_norm(x + shift)), reading x once and saving only x.
 
-    x: (n, channels, …), shift: (n, channels) or None. The torch reference runs if anything other than x needs
-        a gradient, or if no kernel is available."""
+    x: (n, channels, …).
+    shift: (n, channels) or None.
+
+    The torch reference runs if anything other than x needs a gradient, or if no kernel is available."""
     tensors = [t for t in (shift, weight, bias) if t is not None]
     if any(t.requires_grad for t in tensors) or not x.numel() or dispatch("norm_silu", x, *tensors) is None:
         x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))

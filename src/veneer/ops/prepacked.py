@@ -1,9 +1,9 @@
-"""Second copies of a frozen weight, in the order in which products read the weight.
+"""Prepacked copies of frozen weights, in the order in which products read them.
 
-A library's product repacks its weight at each call, into blocks that fill a vector or an AMX tile. If
-repacking takes enough time to justify the memory (decided by the rule of the op "prepacked_linear"),
-`PrepackedWeights` packs the weight once per direction and keeps the copies for the whole run. `linear` and
-`token_nll` use the copies.
+At each call, a library's product repacks the weight into blocks that fill a vector or an AMX tile. If
+repacking takes long enough to justify the memory of a copy (decided by the rule of the op
+"prepacked_linear"), `PrepackedWeights` packs the weight once per direction and keeps the copies for the whole
+run. `linear` and `token_nll` use the copies.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class PrepackedWeights:
 
     parts: the parameters that `weight` was concatenated from, if any.
 
-    A copy is never used after a change of the weight. Each use compares the address of the values and torch's
-    version counters of the weight and its parts, as autograd does for saved tensors. After a change, the
-    copies are dropped permanently. (As in autograd, writes through `.data` are not detected.)"""
+    A copy is never used after the weight has changed. Each use compares the address of the weight's values,
+    and torch's version counters of the weight and of `parts`, as autograd does for saved tensors. After a
+    change, the copies are dropped permanently. (As in autograd, writes through `.data` are not detected.)"""
 
     def __init__(self, weight: Tensor, budget: ByteBudget, parts: Sequence[Tensor] = ()) -> None:
         self._budget, self._parts = budget, tuple(parts)
-        self._values = weight.detach()  # while these values are alive, no other tensor can have their address
+        self._values = weight.detach()  # keeps the values alive, so that no other tensor can have their address
         self._seen = self._state(weight)
         self._copies: dict[bool, Any] = {}
         self._changed = False
@@ -54,7 +54,7 @@ class PrepackedWeights:
         at = weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, weight.device, weight.requires_grad
         return (*at, weight._version, *(part._version for part in self._parts))
 
-    def _let_go(self) -> None:
+    def _drop_copies(self) -> None:
         self._budget.taken -= sum(self._bytes for _ in self._copies)
         self._copies.clear()
         self._changed = True
@@ -72,7 +72,7 @@ class PrepackedWeights:
 
         weight: the weight in its current state."""
         if not self._changed and self._state(weight) != self._seen:
-            self._let_go()
+            self._drop_copies()
         run = None if self._changed else dispatch("prepacked_linear", x, weight, bias, transposed)
         if run is None or not (transposed in self._copies or self._budget.reserve(self._bytes)):
             return None

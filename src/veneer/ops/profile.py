@@ -4,10 +4,10 @@
     found.rate("bfloat16")              GFLOP/s of the fastest of the measured shapes
     found.bandwidth                     GB/s read from memory
 
-The file is named by the processor, its flags, the number of threads and torch's version. An invalid file, or
-a file of another machine, is replaced by a new measurement. If no folder is writable, the profile is kept
-only in this process. VENEER_PROFILE names a profile file to use instead of measuring; with such a file, tests
-give the same bits on every machine.
+The file's name is a hash of the processor, its features, the number of threads and torch's version. An
+invalid file, or a file from another machine, is replaced by a new measurement. If no folder is writable, the
+profile is kept only in this process. VENEER_PROFILE names a profile file to use instead of measuring, so that
+tests can give the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Profile:
 
     gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes that torch cannot multiply are missing.
     bandwidth: GB/s.
-    spread: how much slower the median round was than the fastest, for the noisiest measurement."""
+    spread: (median time / shortest time) − 1 of the noisiest measurement."""
 
     processor: str
     key: str
@@ -57,7 +57,7 @@ class Profile:
     spread: float
 
     def rate(self, dtype: str) -> float:
-        """Return GFLOP/s of a dtype at its fastest shape; 0 if torch cannot multiply this dtype."""
+        """Return the GFLOP/s of a dtype at its fastest shape, or 0 if torch cannot multiply it."""
         return max(self.gflops.get(dtype, {}).values(), default=0.0)
 
 
@@ -122,7 +122,7 @@ def _read(file: Path, key: str | None = None) -> Profile | None:
 
 
 def measure(key: str) -> Profile:
-    """Return a new measurement of this machine, which takes about two seconds."""
+    """Measure this machine, which takes about two seconds."""
     works: dict[tuple[str, str], tuple[float, Callable[[], object]]] = {("", "read"): (_READ_BYTES / 1e9, _reading())}
     for dtype in _DTYPES:
         for rows, inputs, outputs in SHAPES:
@@ -130,7 +130,7 @@ def measure(key: str) -> Profile:
             name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
             works[name] = size, _product(dtype, rows, inputs, outputs)
     rounds: dict[tuple[str, str], list[float]] = {}
-    # A new thread, so that no autograd or dispatch mode of the caller applies.
+    # A new thread is not affected by the caller's autograd and dispatch modes.
     thread = threading.Thread(target=_run_rounds, args=(works, rounds), name="veneer-profile")
     thread.start()
     thread.join()
@@ -161,7 +161,7 @@ def _product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callab
 def _run_rounds(
     works: Mapping[tuple[str, str], tuple[float, Callable[[], object]]], rounds: dict[tuple[str, str], list[float]]
 ) -> None:
-    """Run all measurements in turn until the time is up; the first round is a warm-up.
+    """Run all measurements in turn for SECONDS; the first round is a warm-up.
 
     A measurement that raises an exception is dropped."""
     alive = dict(works)

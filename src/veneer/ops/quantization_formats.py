@@ -1,14 +1,14 @@
 """Quantization formats of frozen 4-bit and 8-bit weights, from bitsandbytes and ggml.
 
-    nf4, fp4         w = table[code]·absmax                 a block of 64 weights has one absmax
-    double quant     absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
-    int8             w = code·absmax / 127                  one absmax a row
+    nf4, fp4         w = table[code]·absmax                 one absmax per block of 64 weights
+    double quant     absmax = map[code₈]·absmax₂ + mean     one absmax₂ per 256 absmax; 4.127 bits per weight
+    int8             w = code·absmax / 127                  one absmax per row
     Q4_K, Q8_0, …    the blocks of a GGUF file, unchanged
 
-Products and sums run in float32, each rounded separately, and the result is rounded once. Codes, constants
-and values of the first three formats are bit-identical to bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and
-the 8-bit map, arXiv 2110.02861). Compiled kernels dequantize on the CPU, and bitsandbytes' kernels dequantize
-nf4 and fp4 on CUDA. Everything else uses torch's operations, which are the reference.
+Each product and each sum is rounded to float32, and the result is rounded once to the requested dtype. Codes,
+constants and values of the first three formats are bit-identical to bitsandbytes' (QLoRA, arXiv 2305.14314;
+blocks and the 8-bit map, arXiv 2110.02861). Compiled kernels dequantize on the CPU, and bitsandbytes' kernels
+dequantize nf4 and fp4 on CUDA. Everything else uses torch's operations, which are the reference.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CHUNK = 1 << 20  # weights per chunk of the reference; limits the size of its t
 class QuantizationFormat(Protocol):
     """The stored form of a quantized weight; `shape` is the shape of the weight.
 
-    The weight is treated as a matrix of rows, with the last dimension as columns."""
+    All methods treat the weight as a matrix whose columns are the last dimension."""
 
     @property
     def kind(self) -> str: ...
@@ -51,7 +51,7 @@ class QuantizationFormat(Protocol):
         """Return every stored tensor."""
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> QuantizationFormat:
-        """Return a copy with `change` applied to each tensor, for example to copy or move it."""
+        """Return a copy with `change` applied to each tensor, for example to move the tensors."""
 
     def groups(self, first: int, last: int) -> Groups | None:
         """Return rows first … last as Groups; None if the format cannot be expressed as Groups."""
@@ -59,7 +59,7 @@ class QuantizationFormat(Protocol):
 
 @dataclass(frozen=True)
 class Groups:
-    """A weight (rows, columns) as codes and scales, a common form for all formats.
+    """A weight (rows, columns) as codes and scales: a common form of several formats.
 
         w = values[code]·scale + zero
 
@@ -90,9 +90,9 @@ class Groups:
         return replace(self, scales=self.scales.repeat_interleave(times, 1), zeros=zeros)
 
     def _widened(self) -> Groups | None:
-        """Return the same weight with int8 codes that are their own values.
+        """Return the same weight with int8 codes that need no table of values.
 
-        None if `values` are not integers."""
+        Returns None if `values` are not integers."""
         if self.values is None:
             return self
         if not torch.equal(self.values, self.values.round()):
@@ -101,7 +101,9 @@ class Groups:
 
     @staticmethod
     def joined(parts: Sequence[Groups | None]) -> Groups | None:
-        """Concatenate weights with equal columns by rows; None if they have no common form."""
+        """Concatenate weights along the rows; None if the weights have no common form.
+
+        All weights must have the same number of columns."""
         there = [p for p in parts if p is not None]
         tables = [p.values for p in there]
         if any(v is None or not torch.equal(v, there[0].values) for v in tables):  # type: ignore[arg-type]
@@ -175,8 +177,8 @@ class Blocks4(_Stored):
     """4-bit codes in blocks.
 
     packed: (⌈n/2⌉,) uint8, two codes per byte, the first code in the high half.
-    absmax: (⌈n/64⌉,) float32. Double-quantized: (⌈n/64⌉,) uint8, with absmax2 (⌈n/16384⌉,) and mean (),
-        float32."""
+    absmax: (⌈n/64⌉,) float32. With double quantization, uint8 codes instead, with absmax2 (⌈n/16384⌉,) and
+        mean () in float32."""
 
     kind: str
     shape: tuple[int, ...]
@@ -194,7 +196,7 @@ class Blocks4(_Stored):
         if is_fake_weight or run is not None:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
-            if is_fake_weight:  # fake tensors must not enter the tables below, which are cached by device
+            if is_fake_weight:  # the tables below are cached by device and must not contain fake tensors
                 return out
             constants = dynamic_map(out.device), four_bit_values(self.kind, out.device)
             scales = self.absmax, self.absmax2, self.mean
@@ -218,7 +220,7 @@ class Blocks4(_Stored):
         return four_bit_values(self.kind, self.packed.device)[codes.int()] * self.absmax_of(first, last)[blocks]
 
     def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
-        """Return the same weights in `dtype`, with bitsandbytes' GPU kernels."""
+        """Return the weights of `_reference` in `dtype`, from bitsandbytes' GPU kernels."""
         absmax, packed = self.absmax_of(*self._blocks(start, count)), self.packed[start // 2 : (start + count + 1) // 2]
         out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
         return out.flatten()
@@ -413,7 +415,8 @@ def _groups_of_32(kind: str, raw: Tensor) -> Groups:
 def _groups_of_256(kind: str, raw: Tensor) -> Groups:
     """Return Q4_K or Q5_K blocks as Groups.
 
-    A block stores eight scaled 6-bit scales and minima, each for 32 codes."""
+    A block stores a 6-bit scale and a 6-bit minimum for every 32 codes, and two float16 factors: one for the
+    scales and one for the minima."""
     blocks = raw.unflatten(1, (-1, 144 if kind == "Q4_K" else 176))
     low, middle, high = blocks[..., 4:16].split(4, -1)
     scale = torch.cat([low & 63, high & 15 | low >> 6 << 4], -1).float()
@@ -429,7 +432,8 @@ def _groups_of_256(kind: str, raw: Tensor) -> Groups:
 def _groups_of_16(kind: str, raw: Tensor) -> Groups:
     """Return Q6_K blocks as Groups.
 
-    A block stores sixteen scaled 8-bit scales, and codes split into 4 and 2 bits."""
+    A block stores an 8-bit scale for every 16 codes, a float16 factor for the scales, and codes split into 4
+    and 2 bits."""
     blocks = raw.unflatten(1, (-1, 210))
     four = _bits(blocks[..., :128].unflatten(-1, (2, 64)), 4, 2).mT.unflatten(-1, (2, 32)).flatten(-3, -2)
     two = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2, 4).mT
@@ -450,7 +454,7 @@ _GGML_GROUPS: dict[str, Callable[[str, Tensor], Groups]] = {
 
 @dataclass(frozen=True)
 class StackedRows:
-    """Weights (rows, columns) with equal columns, concatenated by rows."""
+    """Weights (rows, columns) with the same number of columns, concatenated along the rows."""
 
     parts: tuple[QuantizationFormat, ...]
 
@@ -469,20 +473,20 @@ class StackedRows:
         return StackedRows(tuple(p.moved(change) for p in self.parts))
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
-        if into is None:  # write into one allocation: concatenating afterwards would hold the parts twice
+        if into is None:  # write into one allocation: concatenating afterwards would need twice the memory
             device = next(iter(self.tensors().values())).device
             into = torch.empty(last - first, self.shape[-1], dtype=dtype, device=device)
-        for part, low, high, rows in self.adapter_components(first, last):
+        for part, low, high, rows in self.part_slices(first, last):
             part.dense(dtype, low, high, into[rows])
         return into
 
     def groups(self, first: int, last: int) -> Groups | None:
-        return Groups.joined([part.groups(low, high) for part, low, high, _ in self.adapter_components(first, last)])
+        return Groups.joined([part.groups(low, high) for part, low, high, _ in self.part_slices(first, last)])
 
-    def adapter_components(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
+    def part_slices(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
         """Yield the parts that contain rows first … last.
 
-        Each item is (part, its first row, its last row, slice of the output rows)."""
+        Each item is (part, first row in the part, last row in the part, slice of the output rows)."""
         at = 0
         for part in self.parts:
             low, high = max(first - at, 0), min(last - at, row_count(part))
@@ -496,7 +500,7 @@ def _copy_into(result: Tensor, into: Tensor | None) -> Tensor:
 
 
 def with_tensors(stored: QuantizationFormat, tensors: Iterable[Tensor]) -> QuantizationFormat:
-    """Return the same format with other tensors, in the order of `stored.tensors()`."""
+    """Return `stored` with other tensors, in the order of `stored.tensors()`."""
     values = iter(tensors)
     return stored.moved(lambda _: next(values))
 
@@ -509,8 +513,8 @@ def row_count(stored: QuantizationFormat) -> int:
 def gpu_library(kind: str, block: int, device: str) -> Any:
     """Return bitsandbytes' operators if they can dequantize this weight, else None.
 
-    Supported are nf4 and fp4 on CUDA (bitsandbytes treats any other kind as nf4), in the block sizes of its
-    kernels."""
+    They can dequantize nf4 and fp4 on CUDA, in the block sizes of bitsandbytes' kernels. (bitsandbytes would
+    treat any other kind as nf4.)"""
     theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
     return bitsandbytes_operators() if theirs else None
 

@@ -1,12 +1,12 @@
 """Frozen weights in 4 and 8 bits: a tensor subclass that stores codes.
 
-`quantize` makes a `Quantized` from a weight; quantization_formats.py defines how values are stored. For the
-rest of torch, a `Quantized` is a frozen weight of `dtype` with the dequantized values, rounded once to this
-dtype: every operation gives the result that it would give with this weight. A product dequantizes the weight,
-uses it and frees it, except for a product with few rows on a device that can multiply by codes. Under
-autograd, a product saves the codes and dequantizes again in backward. Row views, a transpose and a copy on
-another device stay quantized; any other operation runs on the dequantized weight and returns a plain tensor.
-A `Quantized` cannot be written to.
+`quantize` makes a `Quantized` from a weight; quantization_formats.py defines how values are stored. To the
+rest of torch, a `Quantized` looks like a plain frozen weight of `dtype` that contains the dequantized values,
+rounded once: every operation gives the result that it would give for the plain weight. A product dequantizes
+the weight, multiplies and frees the dequantized values, except for a product with few rows on a device that
+can multiply by codes. Under autograd, a product saves the codes and dequantizes again in backward. Row views,
+transposes and copies on another device stay quantized; any other operation runs on the dequantized weight and
+returns a plain tensor. Writing to a `Quantized` raises BaseError.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from veneer.ops.quantization_formats import KINDS, QuantizationFormat, StackedRo
 
 
 class Quantized(torch.Tensor):
-    """A weight stored as codes; see the module's description.
+    """A weight stored as codes; see the module's docstring.
 
-    Consists of rows first … last of `stored`, (…, columns); with `transposed`, the last two dimensions are
+    Contains rows first … last of `stored`, (…, columns); with `transposed`, the last two dimensions are
     swapped.
+
     kept: the dequantized weight, set by `keep`."""
 
     stored: QuantizationFormat
@@ -66,11 +67,11 @@ class Quantized(torch.Tensor):
 
     @property
     def bytes(self) -> int:
-        """Bytes of codes and constants of `stored`, which can contain more rows than this weight."""
+        """Bytes of the codes and constants in `stored`, which can have more rows than this weight."""
         return sum(t.numel() * t.element_size() for t in self.stored.tensors().values())
 
     def dense(self) -> Tensor:
-        """Return the dequantized weight, which must not be written to: it can be the cached one."""
+        """Return the dequantized weight. It can be the cached one, so never write to it."""
         if self.kept is not None:
             return self.kept
         out = self.stored.dense(self.dtype, self.first, self.last)
@@ -81,7 +82,8 @@ class Quantized(torch.Tensor):
     def keep(self) -> None:
         """Keep the dequantized weight in memory from now on.
 
-        Saves dequantizing. A 16-bit weight takes two or four times the bytes of its codes."""
+        Products then need not dequantize, but in 16 bits the weight takes two or four times the bytes of its
+        codes."""
         self.kept = self.dense()
 
     def part(self, first: int, last: int, shape: Sequence[int]) -> Quantized:
@@ -91,15 +93,15 @@ class Quantized(torch.Tensor):
         return Quantized(self.stored, self.dtype, shape, at + first, at + last, False, kept)
 
     def like(self, stored: QuantizationFormat, dtype: torch.dtype | None = None) -> Quantized:
-        """Return the same view of another weight in the same format."""
+        """Return the same view of another stored weight in the same format."""
         return Quantized(stored, dtype or self.dtype, self._stored_shape, self.first, self.last, self.transposed)
 
     @property
     def _stored_shape(self) -> tuple[int, ...]:
-        """The shape without `transposed`."""
+        """The shape before `transposed` swaps the last two dimensions."""
         return tuple(self.shape) if not self.transposed else (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
-    # module.to(…) swaps the inner tensors through these two methods; otherwise it would keep the old codes.
+    # module.to(…) swaps the inner tensors with these methods; otherwise the module would keep the old codes.
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         inner = {f"code_{name.replace('.', '_')}": t for name, t in self.stored.tensors().items()}
         self.__dict__.update(inner)
@@ -130,7 +132,7 @@ class Quantized(torch.Tensor):
                 return out
         _refuse_writing(func, args, kwargs)
         result = func(*_dense(args), **_dense(kwargs))
-        # A view of the kept weight would allow writing to it. Other views are views of new tensors.
+        # A view of `kept` would allow writes to it, so the result is cloned. Other views are of new tensors.
         kept = any(isinstance(t, Quantized) and t.kept is not None for t in args)
         return _mapped(result, Tensor.clone) if kept and _is_view(func) else result
 
@@ -299,9 +301,10 @@ def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
 
 
 def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
-    """Concatenate weights (rows, columns) with equal columns by rows, without copying codes.
+    """Concatenate weights along the rows, without copying codes.
 
-    Adjacent parts of one weight become one part."""
+    All weights must have the same number of columns. If the parts are adjacent rows of one stored weight, the
+    result is a view of this stored weight."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -312,9 +315,10 @@ def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
 
 
 def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor | None:
-    """Return x·Wᵀ + b for a few rows x (n, in), computed from the codes, rounded once.
+    """Return x·Wᵀ + b for a few rows x (n, in), computed from the codes.
 
-    None if the device cannot multiply by these codes, or if the weight is kept dequantized."""
+    The result is rounded once. Returns None if the device cannot multiply by these codes, or if the weight is
+    kept dequantized."""
     if weight.kept is not None:
         return None
     stored = weight.stored
@@ -324,7 +328,7 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
     if None in runs.values():
         return None
     y = x.new_empty(len(x), weight.last - weight.first)
-    for part, low, high, columns in stored.adapter_components(weight.first, weight.last):
+    for part, low, high, columns in stored.part_slices(weight.first, weight.last):
         runs[id(part)](x, part, low, high, None if bias is None else bias[columns], y[:, columns])
     return y
 

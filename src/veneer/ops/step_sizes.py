@@ -1,6 +1,6 @@
-"""Sizes of the parts that a step's work is divided into, shared by execution and planning.
+"""Sizes of the parts that a step's work is divided into, for execution and planning.
 
-Does not import torch: planning reads these sizes before anything is loaded.
+Does not import torch, because planning reads these sizes before anything is loaded.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import math
 
 MICRO_TOKENS = 2048
 """Default tokens per micro-batch. On a CPU, products reach full speed at about this size. On a GPU, this is
-the minimum (`micro_tokens`)."""
+the minimum of `micro_tokens`."""
 _MOST_MICRO_TOKENS = 16384
 _ABOVE_CORNER = 3.0
 """Target arithmetic intensity of a product, as a multiple of the roofline's ridge point. At the ridge point
 itself, no product reaches peak speed. This value is an assumption, not a measurement."""
 _DEQUANTIZING = 0.05
-"""Maximum share of a product's time spent on dequantizing its weight."""
+"""Maximum share of a product's time spent dequantizing its weight."""
 
 
 def micro_tokens(
@@ -41,8 +41,8 @@ def micro_tokens(
     codes before a product moves the codes and 2 bytes per weight, which takes a twentieth of the product's
     time at n = 20·corner·(2 + code)/2·W/O.
 
-    Llama 3.1 8B on an H100: 1,233, so 2,048; in nf4 7,375, so 8,192. Memory can limit n further
-    (plan/fit.py)."""
+    Llama 3.1 8B on an H100: 1,233, rounded up to 2,048; in nf4 7,375, rounded up to 8,192. Memory can limit n
+    further (plan/fit.py)."""
     if device != "cuda":
         return MICRO_TOKENS
     reach = operations / (_ABOVE_CORNER * corner) - values
@@ -57,21 +57,22 @@ def logits_chunk(device: str) -> int:
 
     device: torch's device type.
 
-    Each chunk reads the whole head, so r positions take at most r operations per byte. The result is 256 on a
-    CPU. On a GPU, 256 would stay below the 295 operations per byte that an H100 needs, whatever the
-    vocabulary. The result is 1,024 on a GPU: 1 / (1/1,024 + 1/4,096 + 1/128,256) = 814 operations per byte at
-    Llama 3.1 8B's sizes, and logits of 0.26 GB (Gemma 3: 0.54 GB), which are freed before the backward pass
-    allocates its own temporaries."""
+    The result is 256 on a CPU and 1,024 on a GPU. Each chunk reads the whole head, so r positions take at
+    most r operations per byte. With 256 positions, this is below the 295 operations per byte that an H100
+    needs, whatever the vocabulary. 1,024 positions reach 1 / (1/1,024 + 1/4,096 + 1/128,256) = 814 operations
+    per byte at Llama 3.1 8B's sizes. Their logits take 0.26 GB (Gemma 3: 0.54 GB) and are freed before the
+    backward pass allocates its own temporaries."""
     return 1024 if device == "cuda" else 256
 
 
 HEAD_CHUNK = 128
-"""How many positions' logits exist at a time if the head must be called as a module (models/text/loss.py)."""
+"""Number of positions per chunk of logits if the head must be called as a module (models/text/loss.py)."""
 ROW_STEP = 16
 """Minimum step of `rounded_sizes`, in tokens."""
 SMALL_INPUT = 1 << 18
-"""Maximum input elements for which compiled low-rank products, which save no intermediate factors, are faster
-(1,024 × 80: 0.37 ms instead of 0.61 for three pairs of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
+"""Maximum number of input elements for compiled low-rank products, which save no intermediate factors. With
+three pairs of rank 16, these products take 0.37 ms instead of 0.61 for 1,024 × 80 inputs, but 16.7 ms instead
+of 14.9 for 4,096 × 640."""
 
 
 def power_of_2(n: int) -> int:
@@ -90,8 +91,10 @@ def rounded_sizes(n: int) -> int:
 
 
 def padded_tokens(tokens: int, expected: int) -> int:
-    """Return the tokens of a padded batch, `expected` of them with used outputs.
+    """Return the number of tokens that a batch is padded to.
 
-    The result always exceeds `rounded_sizes(expected)`, because the number of outputs tells whether a layer
-    returned all tokens or only the used ones."""
+    expected: number of tokens whose outputs are used.
+
+    The result always exceeds `rounded_sizes(expected)`, because a layer's number of output rows shows whether
+    the layer returned all tokens or only those with used outputs."""
     return max(rounded_sizes(tokens), rounded_sizes(rounded_sizes(expected) + 1))

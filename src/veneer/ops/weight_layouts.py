@@ -1,8 +1,9 @@
 """Layouts of frozen weights for serving: y = x·Wᵀ + b, W (out, in), for few rows of x.
 
-Every product repacks a plain weight, which takes most of the time of a product with few rows. `packing`
-chooses a prepacked layout: panels if a kernel supports panels, else oneDNN's layout, else the weight's own. A
-weight is stored once; for prompts, the speed of products is within a few percent in every layout.
+Every product with a plain weight repacks the weight, which takes most of the time if x has few rows.
+`packing` chooses a prepacked layout: panels if a kernel supports panels, else oneDNN's layout, else the
+weight's own. Each weight is stored in one layout only; for prompts, all layouts reach nearly the same speed,
+within a few percent.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def _mkldnn() -> Any:
 
 @functools.cache
 def reorders(dtype: torch.dtype) -> bool:
-    """Return whether this torch supports oneDNN's packed order, by trying a small product.
+    """Return whether a small product in oneDNN's packed order works with this torch.
 
-    The operations are internals of torch's compiler."""
+    The operations that this calls are internals of torch's compiler."""
     x, w = torch.ones(3, 32, dtype=dtype), torch.eye(48, 32, dtype=dtype)
     try:
         with warnings.catch_warnings():
@@ -87,17 +88,18 @@ def reorders(dtype: torch.dtype) -> bool:
 def packing(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], PrepackedWeight]:
     """Return the function that packs weights of `dtype` for this device.
 
-    `Dense` if no packed layout is available. The function raises ValueError for a shape that the layout does
-    not support."""
+    The function is `Dense` if no packed layout is available. It raises ValueError for a shape that the layout
+    does not support."""
     pack: Callable[[Tensor], PrepackedWeight] | None
     pack = dispatch("weight_layout", torch.empty(0, dtype=dtype, device=device))
     return pack or Dense
 
 
 def prepack_weight(weight: Tensor) -> PrepackedWeight:
-    """Return a packed weight, in a layout that supports its shape.
+    """Return a weight in a packed layout that supports the weight's shape.
 
-    Uses the layout of `packing` if possible. For example, panels do not support a vocabulary of 50,257."""
+    This is the layout of `packing` if possible, else oneDNN's, else the plain one. For example, panels do not
+    support a vocabulary of 50,257."""
     try:
         return packing(weight.dtype, weight.device)(weight)
     except ValueError:

@@ -1,13 +1,13 @@
-"""Weights in panels of 64 rows of W: the layout of ops/cpu/decoder.c.
+"""Weights in panels of 64 rows each, the layout that ops/cpu/decoder.c reads.
 
 Panels store bfloat16 or codes. Codes are converted to bfloat16 a few at a time, in the first-level cache,
 once for all rows of a step, so that a step reads only the codes from memory. The values are the dequantized
 values, rounded once to bfloat16. With int8 codes and one scale per row, the codes are multiplied exactly, and
 the sum is multiplied by the scale.
 
-Two kernels multiply by panels: one in AVX-512, one in AMX tiles. They sum in different orders, so a weight
-uses the same kernel for any number of rows, and a row's bits do not depend on other rows. The kernel is
-chosen by the machine's profile (op "panel_linear").
+Two kernels multiply by panels: one uses AVX-512, the other AMX tiles. They sum in different orders, so a
+weight uses the same kernel for any number of rows, and a row's bits do not depend on other rows. The op
+"panel_linear" chooses the kernel, according to the machine's profile.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _DENSE, _ROWS8, _EIGHT, _FOUR = range(4)
 _ONE, _TWO, _PAIR = range(3)
 _TILES = "amx_panel_product"
 _SIZES = (8, 16, 32, 64)
-"""Group sizes that decoder.c supports, for its kinds and constants above."""
+"""Group sizes that decoder.c supports. The kinds and constants above are numbered as in decoder.c."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panels:
     """W (out, in) in panels of a kind defined in decoder.c.
 
-    `size` inputs share a scale; `constants` holds the scales and zeros in decoder.c's layout. The last panel
-    is padded with zero rows.
+    `size` inputs share a scale; `constants` is the layout of scales and zeros, as defined in decoder.c. The
+    last panel is padded with zero rows.
 
-    codes: bfloat16 or int8 (⌈out/64⌉, in/2, 64, 2), int8 with one scale per row (⌈out/64⌉, in/4, 256), 4
-        bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
+    codes: (⌈out/64⌉, in/2, 64, 2) bfloat16 or int8; (⌈out/64⌉, in/4, 256) int8 if there is one scale per row;
+        (⌈out/64⌉, in/8, 4, 16, 4) uint8 for 4 bits.
     kernel: name of the kernel that multiplies by the panels. A row's product does not depend on other
         rows."""
 
@@ -67,15 +67,17 @@ class Panels:
 
     @classmethod
     def int8(cls, weight: Tensor) -> Panels:
-        """Return W ≈ scale ⊙ q in panels, see `quantize_int8`; raises the errors of `from_weight`."""
+        """Return panels of W quantized to int8: W ≈ scale ⊙ q.
+
+        See `quantize_int8`. Raises the errors of `from_weight`."""
         q, scale = quantize_int8(weight)
         return cls.of_groups(Groups(q, scale.float()[:, None]))
 
     @classmethod
     def int4(cls, weight: Tensor) -> Panels:
-        """Return W ≈ scale·(q - 8) + zero in panels, see `quantize_int4`.
+        """Return panels of W quantized to 4 bits: W ≈ scale·(q - 8) + zero.
 
-        Raises the errors of `quantize_int4`."""
+        Raises the same errors as `quantize_int4`, which defines q, scale and zero."""
         q, scales = quantize_int4(weight)
         return cls.of_groups(Groups(q, scales[..., 0], scales[..., 1], torch.arange(-8.0, 8.0)))
 
@@ -90,7 +92,7 @@ class Panels:
             scales = _constants(groups.scales).flatten()
             return cls(rows, _ROWS8, _pack_rows8(groups.codes), scales, table=_bytes_of_bf16(), kernel=_kernel(8))
         if groups.size % 8:
-            raise ValueError(f"{groups.size} inputs under one scale")
+            raise ValueError(f"{groups.size} inputs per scale are not supported")
         groups = groups.split(next(size for size in _SIZES[::-1] if not groups.size % size))
         kind, codes = (_EIGHT, _panels(groups.codes)) if groups.values is None else (_FOUR, _pack_int4(groups.codes))
         scales, constants = _constants(groups.scales), _ONE
@@ -104,7 +106,7 @@ class Panels:
 
     @cached_property
     def pointers(self) -> Tensor:
-        """Return the addresses and sizes that form decoder.c's `matrix`."""
+        """Return the kind, sizes and addresses that form decoder.c's `matrix` struct."""
         addresses = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
         return torch.tensor([self.kind, self.size, self.constants, int(self.kernel == _TILES), *addresses])
 
@@ -170,7 +172,7 @@ def _padded(t: Tensor) -> Tensor:
 def _panels(weight: Tensor) -> Tensor:
     out, n = weight.shape
     if out % 16 or n % 2:
-        raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} cannot be stored in panels")
     return _padded(weight).view(-1, _WIDTH, n // 2, 2).transpose(1, 2).contiguous()
 
 
@@ -183,14 +185,14 @@ def _pack_int4(codes: Tensor) -> Tensor:
     """Return 4-bit codes (out, in) packed in decoder.c's FOUR layout."""
     out, n = codes.shape
     if out % 16 or n % 8:
-        raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 4 bits")
-    split = _padded(codes).view(-1, 4, 2, 8, n // 8, 4, 2)  # panel, 16 rows, half, row, 8 inputs, pair, input
+        raise ValueError(f"a weight of shape {tuple(codes.shape)} cannot be stored in 4-bit panels")
+    split = _padded(codes).view(-1, 4, 2, 8, n // 8, 4, 2)  # axes: panel, 16 rows, half, row, 8 inputs, pair, input
     low, high = split.permute(0, 4, 1, 3, 6, 5, 2).unbind(-1)
     return (low | high << 4).flatten(3, 4)
 
 
 def _of_halves(halves: Tensor) -> Tensor:
-    """Return the codes of packed halves, including the padding rows; the inverse of `_pack_int4`."""
+    """Return unpacked 4-bit codes, with the padding rows; the inverse of `_pack_int4`."""
     both: Tensor = torch.stack([halves & 15, halves >> 4], -1).unflatten(3, (8, 2))
     return both.permute(0, 2, 6, 3, 1, 5, 4).flatten(4).flatten(0, 3)
 
@@ -199,20 +201,20 @@ def _pack_rows8(codes: Tensor) -> Tensor:
     """Return int8 codes (out, in) packed in decoder.c's ROWS8 layout."""
     out, n = codes.shape
     if out % 16 or n % 4:
-        raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 8 bits")
-    split = _padded(codes).view(-1, 4, 4, 4, n // 4, 2, 2)  # panel, 16 rows, 4 rows, row, 4 inputs, pair, input
+        raise ValueError(f"a weight of shape {tuple(codes.shape)} cannot be stored in 8-bit panels")
+    split = _padded(codes).view(-1, 4, 4, 4, n // 4, 2, 2)  # axes: panel, 16 rows, 4 rows, row, 4 inputs, pair, input
     return split.permute(0, 4, 1, 2, 5, 3, 6).flatten(2)
 
 
 def _of_fours(fours: Tensor) -> Tensor:
-    """Return the codes of packed fours, including the padding rows; the inverse of `_pack_rows8`."""
+    """Return unpacked int8 codes, with the padding rows; the inverse of `_pack_rows8`."""
     split: Tensor = fours.unflatten(2, (4, 4, 2, 4, 2))
     return split.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(0, 3)
 
 
 @functools.cache
 def _bytes_of_bf16() -> Tensor:
-    """Return a table (256,): the low bytes of bfloat16 0 … 127, then the high bytes."""
+    """Return (256,): the low bytes of the bfloat16 numbers 0 … 127, then the high bytes."""
     return torch.arange(128.0).bfloat16().view(torch.uint8).view(128, 2).t().flatten()
 
 
@@ -222,14 +224,16 @@ def _constants(t: Tensor) -> Tensor:
 
 
 def _by_row(t: Tensor) -> Tensor:
-    """Return the constants by row, including the padding rows; the inverse of `_constants`."""
+    """Return constants with one row per weight row; the inverse of `_constants`.
+
+    The padding rows are included."""
     return t.transpose(1, 2).flatten(0, 1)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q (out, in) int8 and scale (out,), max|row| / 127, with W ≈ scale ⊙ q.
+    """Return q (out, in) int8 and scale (out,), with W ≈ scale ⊙ q.
 
-    `scale` has the weight's dtype."""
+    The scale is max|row| / 127, in the weight's dtype."""
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
     q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
     return q.to(torch.int8), scale
@@ -291,9 +295,10 @@ class PanelRows:
 
 
 def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]] | None:
-    """Return weights of a quantized base joined in panels, and one view per weight.
+    """Return panels of a quantized base's weights, and one view per weight.
 
-    The weights are matrices, concatenated by rows. None if panels do not support the weights."""
+    The weights are matrices, and are concatenated along the rows. Returns None if panels do not support the
+    weights."""
     codes = [w for w in weights if isinstance(w, Quantized) and not w.transposed and w.ndim == 2]
     if len(codes) < len(weights):
         return None

@@ -1,12 +1,12 @@
 """The cheapest changes that make a run fit in memory, and their cost in time.
 
     cheapest(load, device, peak, seconds, limit)   changes that suffice, in the order of their kinds
-    fitting_micro_tokens(shape, device, …)         default tokens of a micro-batch
+    fitting_micro_tokens(shape, device, …)         default tokens per micro-batch
 
 The kinds of changes, in this order: recompute activations, one row (or image) at a time, shorter rows
 (smaller images), a lower rank, a 4-bit base, weights on the CPU, more devices. Pairs and triples of changes
-are tried only if no single change suffices. More devices mean another machine, so if they suffice,
-combinations of settings for this machine are still tried.
+are tried only if no single change suffices. More devices mean another machine, so even if more devices
+suffice, combinations of settings for this machine are tried too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _MARGIN = 0.03
 class Change:
     """Settings to change together.
 
-    slower: time per token, relative to the given run.
-    settings: `section.key=value`, or a description for more devices, because these have no key."""
+    slower: time per token or image, as a multiple of the given run's.
+    settings: `section.key=value`; for more devices, which have no key, a description."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]
@@ -44,7 +44,7 @@ class Change:
     @property
     def text(self) -> str:
         """Return one line with the settings to change, the resulting peak, and the cost in time."""
-        speed = "at the same speed" if abs(self.slower - 1) < 0.02 else f"{self.slower:.2f} times the time a token"
+        speed = "at the same speed" if abs(self.slower - 1) < 0.02 else f"{self.slower:.2f} times the time per token"
         return f"{' and '.join(self.names)} ({', '.join(self.settings)}): {self.peak / 1e9:.1f} GB, {speed}"
 
 
@@ -56,11 +56,13 @@ def usable_memory(device: Device) -> int:
 def fitting_micro_tokens(
     shape: TextShape, device: Device, quantize: str | None, available: int, load: Callable[[int], Load]
 ) -> int:
-    """Return the default number of tokens of a micro-batch that fits in `available` bytes.
+    """Return the default tokens per micro-batch that fit in `available` bytes.
 
-    Starts with the number above which this device's products are not faster (ops/step_sizes.py), and halves
-    the number, but not below MICRO_TOKENS, until its `load` takes at most nine tenths of the bytes that the
-    base leaves.
+    Starts with the device's `micro_tokens` (ops/step_sizes.py). Halves this number, but not below
+    MICRO_TOKENS, until the micro-batch takes at most nine tenths of `available`, the bytes left after loading
+    the base.
+
+    load: returns the load of a micro-batch with a number of tokens.
     """
     products = [parts for layer in shape.layers for parts in layer.products.values()]
     tokens = micro_tokens(
@@ -77,7 +79,7 @@ def fitting_micro_tokens(
 
 
 def memory_after_base(shape: TextShape, device: Device, dtype: str, quantize: str | None) -> int:
-    """Return the bytes of a device that are left after loading a base."""
+    """Return the bytes that remain on a device after a base is loaded."""
     return usable_memory(device) - sum(weight_bytes(shape, dtype, quantize)) - FITS[device.kind, "text"].process
 
 
@@ -126,9 +128,9 @@ def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
-    """Yield values of memory.offload_blocks: a quarter, a half, three quarters and all of the blocks.
+    """Yield steps that offload a quarter, a half, three quarters and all of the blocks.
 
-    Only for image loads with recomputed, unquantized blocks on a GPU."""
+    Only for image runs on a GPU that recompute activations and do not quantize the base."""
     if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantize is None:
         for count in sorted({-(-load.blocks * quarters // 4) for quarters in (1, 2, 3, 4)}):
             if count > load.offload:
@@ -153,12 +155,13 @@ def cheapest(
     seconds: Callable[[AnyLoad, Device], float],
     limit: int,
 ) -> list[Change]:
-    """Return changes that bring the peak of each device to `limit` bytes, by kind.
+    """Return changes that reduce each device's peak to at most `limit` bytes, by kind.
 
-    Each change is the smallest of its kind that suffices. Changes to more devices are last if settings
-    suffice. The result is empty if three changes together do not suffice.
+    Each change is the smallest of its kind that suffices. Changes to more devices come last if settings
+    suffice. The result is empty if no three changes together suffice.
 
-    peak: returns the bytes of each device. seconds: returns the time of one token or image."""
+    peak: returns the peak bytes of each device.
+    seconds: returns the time per token or image."""
 
     def tried(steps: list[Step]) -> Change | None:
         own_load, own_device = steps[-1][2:]
@@ -169,10 +172,10 @@ def cheapest(
         names, settings = tuple(s[0] for s in steps), tuple(s[1] for s in steps)
         return Change(names, settings, own_load, own_device, peak_bytes, slower)
 
-    def may(kinds: tuple[_Kind, ...]) -> bool:
-        """Return whether these kinds suffice at their largest values.
+    def can_suffice(kinds: tuple[_Kind, ...]) -> bool:
+        """Return whether these kinds of changes suffice if each change is the largest.
 
-        A larger value never takes more memory, so this check avoids a search of several seconds if nothing
+        A larger change never takes more memory, so this check avoids a search of several seconds if nothing
         suffices."""
         now = load, device
         for kind in kinds:
@@ -183,7 +186,7 @@ def cheapest(
         return peak(*now) <= limit
 
     def search(kinds: tuple[_Kind, ...], steps: list[Step]) -> Change | None:
-        """Return the smallest values that suffice together. The search varies the last kind first."""
+        """Return the smallest changes that suffice together; the last kind varies first."""
         now = steps[-1][2:] if steps else (load, device)
         for step in kinds[0](*now):
             change = search(kinds[1:], [*steps, step]) if len(kinds) > 1 else tried([*steps, step])
@@ -193,7 +196,7 @@ def cheapest(
 
     on_more_devices: list[Change] = []
     for together in (1, 2, 3):
-        kinds = filter(may, itertools.combinations(_KINDS, together))
+        kinds = filter(can_suffice, itertools.combinations(_KINDS, together))
         changes = [change for kind in kinds if (change := search(kind, [])) is not None]
         on_device = [change for change in changes if change.device == device]
         if on_device:

@@ -1,10 +1,10 @@
-"""Counts of a training step of an image base, from one forward pass of its denoiser without weights.
+"""Counts of an image training step, from one forward pass on the meta device.
 
     counts = image_counts(config, ImageLoad(1, 1024, 1024, rank=16))     parameters, pairs, saved values, operations
 
-diffusers builds the denoiser on the meta device, and the input shapes of its matrices and attentions are
-recorded. A block saves the outputs of its matrices, times a coefficient of its family, and the inputs of the
-matrices with a pair.
+diffusers builds the denoiser on the meta device, and a forward pass records the input shapes of its matrices
+and attentions. A block saves the outputs of its matrices, times a coefficient of the model family, and the
+inputs of the matrices that have a pair.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from veneer.plan.memory import Counts, RunLoad
 from veneer.plan.shape import PAIRS, PairForm
 
 _KEPT = {"flux": 1.35, "flux2": 1.29, "qwen-image": 1.33, "sd3": 1.8, "sdxl": 0.95, "z-image": 2.9}
-"""Values saved for a family's linear layers, relative to their outputs.
+"""Values saved for a family's linear layers, per value of their outputs.
 
 The values are inputs of norms, q and k before and after rotation, and inputs of activation functions. SD3 and
 Z-Image also save q and k in float32. Fitted to the values that autograd saves for small denoisers of each
@@ -37,9 +37,9 @@ class ImageLoad(RunLoad):
     """The images in a micro-batch, and how they are trained.
 
     targets: words of TARGET_WORDS, or patterns.
-    text_tokens: tokens of a prompt; None is the maximum of the base.
-    before: number of source images per image (editing), of the image's size.
-    form: form of the adapter.
+    text_tokens: tokens per prompt; None for the base's maximum.
+    before: number of source images per image, for editing. Each has the size of the image.
+    form: form of the adapter's pairs.
     blocks: number of blocks in the denoiser."""
 
     pictures: int = 1
@@ -61,9 +61,10 @@ class _Weight:
     """A matrix or convolution of a denoiser.
 
     shape: (out, in) or (out, in, k, k).
-    positions: positions of the output. inputs: values of the input; new: whether no other weight has this
-        input.
-    block: index of the block; None outside of blocks."""
+    positions: number of output positions.
+    inputs: number of input values.
+    new: whether no earlier module reads the same input.
+    block: index of the block, or None outside the blocks."""
 
     name: str
     shape: tuple[int, ...]
@@ -77,8 +78,10 @@ class _Weight:
 class _Forward:
     """Records of one forward pass of `model` on one image.
 
-    attention: operations of the attentions. norms: values that group norms receive, by block. entering:
-    values that blocks receive."""
+    attention: operations of all attentions.
+    norms: values that group norms receive, by block.
+    blocks: parameters of each block.
+    entering: values that blocks receive."""
 
     model: Any
     weights: list[_Weight] = field(default_factory=list)
@@ -92,18 +95,20 @@ Config = Mapping[str, Any]
 
 
 def kind_of(config: Config) -> str:
-    """Return the family of a denoiser's config, by veneer's name, else the name of the diffusers class."""
+    """Return veneer's name for a denoiser's family, or else its diffusers class name."""
     named = str(config.get("_class_name"))
     return str(config.get("model_type") or PLANNED_DENOISERS.get(named, named))
 
 
 def is_denoiser(config: Config) -> bool:
-    """Return whether the config is of a denoiser that can be planned."""
+    """Return whether `veneer plan` supports the denoiser of this config."""
     return kind_of(config) in PLANNED_FAMILIES
 
 
 def _editing(config: Config) -> list[Editing]:
-    """Return the editing modes of models with this denoiser that match its use of guidance."""
+    """Return the editing modes of models that use this denoiser.
+
+    Only modes that agree with the config on guidance embeddings are included."""
     modes = [EDITING[name] for name in PLANNED_FAMILIES[kind_of(config)].editors]
     return [mode for mode in modes if mode.guided == bool(config.get("guidance_embeds"))]
 
@@ -113,18 +118,18 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
 
     config: the denoiser's config, with a `model_type` of PLANNED_FAMILIES or a diffusers class.
 
-    Raises ConfigError for an unknown denoiser, for values that diffusers refuses, and for edits that cannot
-    be planned; TargetError for targets without a match."""
+    Raises ConfigError for an unknown denoiser, for values that diffusers rejects, and for more source images
+    than the model supports; TargetError for targets that match nothing."""
     kind = kind_of(config)
     if kind not in PLANNED_FAMILIES:
         message = f"veneer plan does not know the denoiser {quoted(kind)}"
         raise ConfigError(message, fix=f"it knows {', '.join(sorted(PLANNED_FAMILIES))}")
     most = max((mode.references for mode in _editing(config)), default=0)
     if load.before > most:
-        takes = f"takes at most {counted(most, 'picture')} before each" if most else "edits no pictures"
-        fix = "leave some out, or plan for FLUX.2, which takes most"
+        takes = f"takes at most {counted(most, 'picture')} per edit" if most else "edits no pictures"
+        fix = "leave some out, or plan for FLUX.2, which takes the most"
         fix = fix if most else "leave them out, or plan for FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit"
-        raise ConfigError(f"this base {takes}, and the plan is of {load.before}", where=f"{kind}'s config", fix=fix)
+        raise ConfigError(f"this base {takes}, but the plan has {load.before}", where=f"{kind}'s config", fix=fix)
     text = load.text_tokens or int(config.get("text_tokens") or sum(PLANNED_FAMILIES[kind].readers.values()))
     fields = json.dumps(dict(config), sort_keys=True, default=str)
     targets = (load.targets,) if isinstance(load.targets, str) else load.targets
@@ -144,7 +149,9 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
 def _image_counts(
     fields: str, image: tuple[int, int, int, int], target_words: tuple[str, ...], rank: int, form: PairForm
 ) -> Counts:
-    """Return the counts of one image. `image`: height, width, text tokens, source images."""
+    """Return the counts of one image.
+
+    image: (height, width, text tokens, source images)."""
     from veneer.core.adapter import LoraSpec
     from veneer.core.targets import resolve_targets
 
@@ -180,7 +187,7 @@ def _image_counts(
             counts.delta_values += pair.delta_values
             if linear:
                 values += positions * pair.rank + weight.new * weight.inputs
-            else:  # convolutions of a pair run in float32 on copies of their inputs
+            else:  # an adapter's convolutions A and B run in float32, on copies of their inputs
                 values += 2 * positions * (weight.shape[1] + pair.rank)
         saved[weight.block] = saved.get(weight.block, 0.0) + values
     counts.saved = sum(saved.values())
@@ -190,10 +197,10 @@ def _image_counts(
 
 @functools.lru_cache(maxsize=16)
 def _forward(fields: str, height: int, width: int, text: int, before: int) -> _Forward:
-    """Return a recorded forward pass of a denoiser on one picture, on the meta device."""
+    """Record a forward pass of a denoiser on one image, on the meta device."""
     config = json.loads(fields)
     kind = kind_of(config)
-    fix = "provide the full config.json; of U-Nets, only SD1.5's and SDXL's can be planned"
+    fix = "provide the full config.json; the only U-Nets that can be planned are SD1.5's and SDXL's"
     with build_errors("diffusers cannot build and call a denoiser", where=f"{kind}'s config", fix=fix):
         return _record_forward(config, kind, height, width, text, before)
 
@@ -222,8 +229,8 @@ def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, 
     sides = [(height, width)] * (1 + before)
     mode = next((mode for mode in _editing(config) if mode.references >= before > 0), None)
     if mode is not None and mode.encoded:
-        # Source images have this size, regardless of the trained size. The text encoder reads them in tokens
-        # of 28 × 28 pixels.
+        # Source images have this size, regardless of the size of trained images. The text encoder reads each
+        # source image as tokens of 28 × 28 pixels.
         sides[1:] = [(math.isqrt(mode.encoded),) * 2] * before
         text += before * (math.isqrt(mode.read) // 28) ** 2
 

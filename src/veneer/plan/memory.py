@@ -1,7 +1,7 @@
-"""Peak memory of a training run, counted from the shapes of the base's matrices.
+"""Peak memory of a training run, calculated from the shapes of the base's matrices.
 
-    text_memory(shape, load, device)      bytes by part, of a text run
-    run_memory(counts, load, device)      the same from the counts of any base
+    text_memory(shape, load, device)      memory of a text run in bytes, per part
+    run_memory(counts, load, device)      the same for any base, from its counts
 
 For the backward pass, a block saves the inputs and outputs of its matrices. With N tokens, hidden size d,
 heads H and K of size h, MLP width f, and e bytes per value:
@@ -14,8 +14,8 @@ heads H and K of size h, MLP width f, and e bytes per value:
 and half as much again for each expert of a token, because experts gather their inputs.
 
 The peak is at the start of the backward pass, when all of these values are saved and the gradients inside one
-block are allocated. These gradients take the block's saved bytes times a coefficient of `FITS`. A run
-measures its longest batch before the first step, and shows the measured peak.
+block are allocated. The size of these gradients is the block's saved bytes times a coefficient from `FITS`. A
+run measures its longest batch before the first step, and shows the measured peak.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
 _STATES = {"adamw": 8, "adam": 8, "adafactor": 0, "sgd": 0}
-"""Bytes of an optimizer's state per float32 parameter. Adafactor's rows and columns are negligible."""
+"""Bytes of optimizer state per float32 parameter. Adafactor's row and column statistics are negligible."""
 
 
 class Fit(NamedTuple):
@@ -56,12 +56,11 @@ FITS = {
 }
 """Coefficients by device and kind of run.
 
-CPU: fitted to the measured peaks of benchmarks/plan.py (docs/how-to/plan.md). The process is Python, torch,
+CPU: fitted to the measured peaks of benchmarks/plan.py (docs/how-to/plan.md). `process` covers Python, torch,
 transformers, oneDNN and, for images, diffusers. CUDA: `process` is the CUDA context with cuBLAS, 0.4 to 0.8
 GB depending on card and driver. `process` and `unplaced` are assumptions, because no card was measured."""
 CPU_LATER = 130_000_000
-"""The part of a CPU's `process` that the first steps add: oneDNN's compiled products, and their heap.
-"""
+"""The part of `process` on a CPU that the first steps add: oneDNN's compiled products, and their heap."""
 _INPUTS_IN_FLIGHT = 4
 """Number of layer inputs on the device at once, if inputs are offloaded to CPU memory."""
 
@@ -72,10 +71,11 @@ class RunLoad:
 
     micros: micro-batches per step.
     dtype: dtype of the base.
-    quantize: nf4, fp4, int8 or None; double: whether the quantization constants are quantized too.
+    quantize: nf4, fp4, int8 or None.
+    double: whether the quantization constants are quantized too.
     inputs_on_host: whether inputs of recomputed layers are offloaded to CPU memory.
-    offload: number of blocks, at the end of the base, that are in CPU memory until needed.
-    base_passes: forward passes of the base without adapter per step."""
+    offload: number of blocks, counted from the last, that are in CPU memory until needed.
+    base_passes: additional forward passes per step of the base without adapter."""
 
     micros: int = 1
     rank: int = 16
@@ -100,7 +100,7 @@ class Load(RunLoad):
     lengths: tokens of each row in the largest micro-batch.
     trained: share of these tokens that have a loss.
     full: trained parameters in addition to the pairs (full copies, token rows).
-    compared: whether each token's distribution is compared with another model's."""
+    compared: whether the loss compares each token's distribution with another model's."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
@@ -130,16 +130,19 @@ class Load(RunLoad):
 class Counts:
     """Counts of a base and of one micro-batch.
 
-    kind: a kind of FITS.
+    kind: "text" or "image", as in the keys of FITS.
     buffers: values in memory that are not parameters.
-    matrices: parameters that `quantize` quantizes, with `rows` rows; largest: the largest weight that is
-        dequantized at once.
-    saved, inputs, block, ends: values of the base's dtype: saved for the backward pass, inputs of all blocks,
-        saved by the widest block, saved after the last block.
+    matrices: parameters that `quantize` quantizes.
+    rows: number of rows of these matrices.
+    largest: size of the largest weight that is dequantized at once.
+    saved: values, in the base's dtype, that are saved for the backward pass.
+    inputs: values in the inputs of all blocks.
+    block: values that the widest block saves.
+    ends: values that are saved after the last block.
     delta_values: float32 values computed from an adapter's parts.
-    forward, backward: operations.
+    forward, backward: operations of each pass.
     head: operations of the head in both passes.
-    logits: bytes.
+    logits: bytes of one chunk of logits.
     blocks: parameters of each block."""
 
     kind: str = "text"
@@ -166,12 +169,12 @@ class Memory:
     """Peak bytes of one device.
 
     constants: quantization constants.
-    dequantized: the weight that is dequantized at the moment.
+    dequantized: the largest weight that is dequantized at once.
     working: gradients inside a block.
-    context: the process (CPU) or CUDA itself.
+    context: the process (CPU) or the CUDA context.
     rounding: lost to fragmentation.
     cache: keys and values of sampled completions.
-    teacher: another base that serves as teacher.
+    teacher: a separate base that serves as the teacher.
     host: bytes in CPU memory, not part of the sum."""
 
     weights: int = 0
@@ -199,7 +202,7 @@ class Memory:
 
     @property
     def beyond_base(self) -> int:
-        """Return the bytes to allocate once the process and the base are in memory."""
+        """Return the peak bytes, not counting the process and the base."""
         return self.peak - self.weights - self.constants - self.context
 
 
@@ -220,9 +223,9 @@ class _Weights(Protocol):
 def weight_bytes(base: _Weights, dtype: str, quantize: str | None, double: bool = True) -> tuple[int, int]:
     """Return (weights, quantization constants) of a base in memory, in bytes.
 
-    nf4, fp4: 4 bits per weight and an absmax for every 64 weights, as float32, or as 8 bits with a float32
-    for every 256 absmaxes: 4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: a byte per weight
-    and a float32 per row. Embeddings, norms and head are in `dtype`."""
+    nf4, fp4: 4 bits per weight and one absmax per 64 weights. The absmax is a float32 or, if `double`, 8 bits
+    plus one float32 per 256 absmax values: 4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: one
+    byte per weight and one float32 per row. Embeddings, norms and head are in `dtype`."""
     if quantize is None:
         return base.parameters * dtype_bytes(dtype), 0
     plain = (base.parameters - base.matrices) * dtype_bytes(dtype)
@@ -233,7 +236,7 @@ def weight_bytes(base: _Weights, dtype: str, quantize: str | None, double: bool 
 
 
 def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | None = None) -> Memory:
-    """Return the bytes by part.
+    """Return a run's memory in bytes, per part.
 
     process: bytes of the process before the base is loaded, if known (CPU)."""
     fit, e, trainable = FITS[device.kind, counts.kind], dtype_bytes(load.dtype), counts.trainable
@@ -252,12 +255,12 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
         weights -= host - e * max(offloaded_blocks)  # The block in use is on the device.
     working = max(0.0, working - counts.logits)  # the logits are already freed
     transient, dequantized = saved + counts.logits + working, e * counts.largest if load.quantize else 0
-    # the initial values are stored too
+    # PiSSA and OLoRA also store the initial values
     initial_copies = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
     return Memory(
         weights=weights,
         constants=constants,
-        adapter=(4 * initial_copies + (e if e == 2 else 0)) * trainable,  # The factors are cast for 16-bit products.
+        adapter=(4 * initial_copies + (e if e == 2 else 0)) * trainable,  # plus 16-bit copies for 16-bit products
         gradients=4 * trainable if load.micros > 1 else max(0, 4 * trainable - round(transient)),
         optimizer=_STATES.get(load.optimizer, 8) * trainable,
         activations=round(saved),
@@ -271,22 +274,22 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
 
 
 def offloaded(counts: Counts, load: RunLoad) -> list[int]:
-    """Return the parameters of each block that is in CPU memory until needed."""
+    """Return the number of parameters of each block that is offloaded to CPU memory."""
     return counts.blocks[-load.offload :] if load.offload else []
 
 
 def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | None = None) -> Memory:
-    """Return the bytes by part of a text run. `process`: as in `run_memory`."""
+    """Return a text run's memory in bytes, per part. `process`: as in `run_memory`."""
     return run_memory(text_counts(shape, load, device), load, device, process=process)
 
 
 def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
     """Return the counts of a micro-batch on a language model.
 
-    Operations: 2 per weight and token in the forward pass, and 2 in the backward pass, because frozen weights
-    have no gradient. Attention has 4 in the forward and 8 in the backward pass per visible key and channel.
-    The head runs on trained tokens only, and on the fast paths, so does the last layer after its attention
-    (`shape.keeps`)."""
+    Each weight takes 2 operations per token in the forward pass, and 2 in the backward pass, because frozen
+    weights have no gradient. Attention takes 4 operations per visible key and channel in the forward pass,
+    and 8 in the backward pass. The head runs only on trained tokens; on the fast paths (`shape.keeps`), the
+    part of the last layer that follows its attention also runs only on trained tokens."""
     spec, tokens, trained = load.spec, load.tokens, load.trained_tokens
     initial_copies = 2 if spec is not None and spec.init in ("pissa", "olora") else 1
     dora, dropped = spec is not None and spec.dora, spec is not None and spec.dora and spec.dropout > 0
@@ -310,13 +313,13 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
             values = sum(part.active * part.outputs for part in parts)
             values += parts[0].active * parts[0].inputs * (name != "down")
             saved += n * values * (1.5 if parts[0].times > 1 else 1)  # Experts gather their inputs.
-            if dora and adapted and (name != "gate_up" or dropped):  # input of the DoRA scale
+            if dora and adapted and (name != "gate_up" or dropped):  # saves the input of the DoRA scale
                 saved += n * sum(part.outputs for part in parts)
             for part in parts:
-                # the weight is multiplied with the input before and after dropout
+                # With DoRA and dropout, the weight is multiplied by x before and after dropout.
                 times = 2 if dropped and part in adapted else 1
                 counts.forward += 2.0 * times * n * part.multiplied
-                # no trained parameter precedes these matrices
+                # The first layer's q, k and v need no input gradient: no trained parameter precedes them.
                 counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")
             for part in adapted:
                 pair, uses = pairs[part.name], initial_copies * n * part.active
@@ -338,21 +341,23 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
 def _logits(shape: TextShape, load: Load, device: Device) -> int:
     """Return the bytes of the logits of one chunk.
 
-    If two models are compared, these are the logits and log-softmax of both, and three temporaries for the
-    divergence and its gradient, in float32."""
+    If two models are compared, this includes the logits and log-softmax of both, and three temporaries for
+    the divergence and its gradient, all in float32."""
     if load.compared:
         return 7 * 4 * min(load.trained_tokens, HEAD_CHUNK) * shape.vocabulary
     return dtype_bytes(load.dtype) * min(load.trained_tokens, logits_chunk(device.kind)) * shape.vocabulary
 
 
 def visible_keys(length: int, window: int | None = None) -> int:
-    """Return the sum over a row's queries of the number of keys that each query sees."""
+    """Return how many keys the queries of a row see in total."""
     visible = length if window is None else min(length, window)
     return visible * (visible + 1) // 2 + (length - visible) * visible
 
 
 def kept_dequantized(shape: TextShape, memory: Memory, available: int) -> int:
-    """Return the bytes of the first layers that can remain dequantized in `available` bytes."""
+    """Return how many bytes of whole layers can remain dequantized in the unused memory.
+
+    available: usable bytes of the device."""
     spare = available - memory.peak
     each = 2 * max((layer.matrices for layer in shape.layers), default=0)
     return 0 if each == 0 or spare <= 0 else min(spare // each, len(shape.layers)) * each
@@ -361,11 +366,10 @@ def kept_dequantized(shape: TextShape, memory: Memory, available: int) -> int:
 def packed_weights(shape: TextShape, dtype: str, faster: Callable[[int, int, bool], bool]) -> int:
     """Return the bytes of a run's prepacked weight copies.
 
-    Each fused product has one copy for x·Wᵀ and one for the gradient of x, in the order of the products.
-    Nothing before the first layer is trained, so its q, k and v need no gradient of x. Experts have no
-    copies.
+    Each fused product has one copy for x·Wᵀ and one for the gradient of x. The first layer's q, k and v need
+    no gradient of x, because nothing before them is trained. Experts have no copies.
 
-    faster: (out, in, whether x·Wᵀ) -> whether a copy is faster."""
+    faster: (out, in, whether the product is x·Wᵀ) -> whether a copy is faster."""
     count = 0
     for i, layer in enumerate(shape.layers):
         for name, parts in layer.products.items():

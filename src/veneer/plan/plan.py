@@ -4,7 +4,7 @@
     plan = image_plan("flux.1-dev", config, load, device, job)
     plan.fits · plan.changes[0] · plan.seconds · plan.cost
 
-If the run does not fit, its time and cost are those of the first change that makes it fit.
+If the run does not fit, `seconds` and `cost` assume the first of `changes`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from veneer.plan.tables import Device
 from veneer.plan.time import Rates, rates_of, reading_work, run_work
 
 _MOST_CACHE = 1 << 30
-"""Maximum bytes of keys and values while a run samples."""
+"""Maximum bytes of the KV cache while a run samples completions."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class SamplingLoad:
     """The completions that a run samples.
 
     prompt, answer: maximum tokens of a prompt and of a completion.
-    group: completions per prompt, which share the computed prompt.
+    group: completions per prompt; the prompt is computed once for all of them.
     together: completions sampled at once.
     total: completions in the whole run.
-    teacher: a model in the same process that reads each completion once; teacher_bytes: size of its base, if
-        separate."""
+    teacher: a model in the same process that reads each completion once.
+    teacher_bytes: size of the teacher's base, if the teacher has its own."""
 
     prompt: int
     answer: int
@@ -56,7 +56,7 @@ class SamplingLoad:
     teacher_bytes: int = 0
 
     def cache(self, shape: TextShape, dtype: str) -> int:
-        """Return the bytes of the keys and values of all completions that are sampled at once."""
+        """Return the KV cache's bytes for all completions that are sampled at once."""
         return min(_MOST_CACHE, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
 
 
@@ -64,7 +64,8 @@ class SamplingLoad:
 class TrainingJob:
     """The amount of data that a run trains on.
 
-    batch: rows per optimizer step. The `held_out` rows are scored `evaluations` times."""
+    batch: rows per optimizer step.
+    held_out: rows for validation, scored `evaluations` times."""
 
     rows: int
     tokens_per_row: float = 1.0
@@ -94,12 +95,12 @@ class Plan:
 
     memory: memory of the given run on one device.
     peak: peak bytes of the given run on each device; available: usable bytes.
-    changes: changes that make a run fit that does not.
-    planned, planned_memory: the load and device that `seconds` and `cost` are for: those of the given run, or
-        with the first of `changes`; None if no change suffices.
+    changes: changes that make the run fit, if the given run does not fit.
+    planned, planned_memory: the load and device that `seconds` and `cost` are for, and their memory: those of
+        the given run, or those with the first of `changes`; None if no change suffices.
     dequantizable: bytes of a quantized base's layers that can remain dequantized in the remaining memory.
-    packable: bytes of a plain base's prepacked weight copies in the remaining memory, on a CPU, if copies
-        make all products faster.
+    packable: bytes of prepacked weight copies that fit in the remaining memory (only for an unquantized base
+        on a CPU), if copies make all products faster.
     facts: description of the plan for the user."""
 
     base: str
@@ -127,7 +128,7 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Return the cost in US dollars, or None without a price or if nothing fits."""
+        """Return the cost in US dollars, or None if the price is unknown or nothing fits."""
         if self.seconds is None or self.planned is None or self.planned[1].price is None:
             return None
         return self.seconds / 3600 * self.planned[1].price * self.planned[1].count
@@ -202,7 +203,7 @@ def _plan(
     if planned is not None:
         part_load, size = planned[0], max(1, planned[0].size)
         each = min(job.tokens_per_row, part_load.longest) if isinstance(part_load, Load) else 1.0
-        # a step without its backward pass
+        # scoring is a step without the backward pass
         scored = job.held_out * each / size * job.evaluations * (2 / 6 if part_load.checkpointing else 1 / 2)
         seconds = step_seconds(*planned) * (math.ceil(job.rows * each / size) * job.passes + scored)
     return Plan(
@@ -225,17 +226,17 @@ def _plan(
 def _with_sampling(plan: Plan, shape: TextShape, load: Load, device: Device, sampled: SamplingLoad) -> Plan:
     """Return the plan of a run that learns from its own completions.
 
-    Adds the keys and values of the completions, the time to sample them (`serving`), and a teacher that reads
-    them. The available bytes of `plan` exclude these parts."""
+    Adds the KV cache of the completions, the time to sample the completions (`serving`), and the teacher that
+    reads the completions. The available bytes of `plan` exclude the cache and the teacher."""
     rank = load.spec.rank if load.spec is not None else load.rank
     shared = Traffic(max(1, sampled.prompt // sampled.group), sampled.answer, sampled.together, 1)
     each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantize=load.quantize)
     cache, seconds = sampled.cache(shape, load.dtype), sampled.total / each.requests_per_second
-    text = f"{sampled.total:,} drawn, {sampled.together} at once: {gigabytes(cache)} of keys and values"
+    text = f"{sampled.total:,} sampled, {sampled.together} at once: {gigabytes(cache)} of keys and values"
     facts = [*plan.facts, ("answers", f"{text}, {seconds:,.0f} s")]
     total = None if plan.seconds is None else plan.seconds + seconds
     if sampled.teacher is not None:
-        # a separate base is not quantized, even if the trained base is
+        # a separate teacher base is not quantized, even if the trained base is
         plain = replace(load, quantize=None) if sampled.teacher_bytes else load
         passes = sampled.total * (sampled.prompt + sampled.answer) / max(1, load.tokens)
         seconds = passes * plan.rates.seconds(reading_work(sampled.teacher, plain), device.count)
@@ -273,7 +274,7 @@ def text_plan(
 ) -> Plan:
     """Return the plan of a text run.
 
-    sampled: the completions of a run that learns from them.
+    sampled: the completions, for a run that learns from its own completions.
     available: usable bytes of each device; the default is `usable_memory`.
     process: bytes of the process before the base is loaded, if known (CPU)."""
     limit = usable_memory(device) if available is None else available
@@ -293,7 +294,7 @@ def text_plan(
     if traffic is not None:
         capacity = serving(shape, device, plan.rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
-    share = "" if load.trained == 1 else f", {load.trained:.0%} of them trained on"
+    share = "" if load.trained == 1 else f", {load.trained:.0%} of the tokens with a loss"
     adapter = f"{_form_text(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
     adapter += f"a file of {plan.adapter_bytes / 1e6:,.1f} MB"
     rows = f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_activations(load)}"
@@ -302,7 +303,7 @@ def text_plan(
         ("adapter", adapter),
         ("data", f"{times}: {job.tokens:,} tokens, {counted(job.total_steps, 'step')} of {counted(job.batch, 'row')}"),
         ("at once", rows),
-        *((("host", f"{gigabytes(plan.memory.host)} in the CPU's memory"),) if plan.memory.host else ()),
+        *((("host", f"{gigabytes(plan.memory.host)} in CPU memory"),) if plan.memory.host else ()),
         *(("note", note) for note in notes),
     )
     plan = replace(plan, dequantizable=dequantizable, packable=packable, serving=capacity, traffic=traffic, facts=facts)
@@ -326,7 +327,7 @@ def image_plan(
     limit = usable_memory(device) if available is None else available
     plan = _plan(base, lambda load, device: image_counts(config, load), load, device, job, limit)
     words = load.targets if isinstance(load.targets, str) else ", ".join(load.targets)
-    pairs = f", each with {load.before} before it" if load.before else ""
+    pairs = f", source pictures: {load.before} each" if load.before else ""
     pictures = f"{counted(job.rows, 'picture')}, {_times(job.passes)}"
     facts = [
         ("base", f"{base}: a denoiser of {plan.parameters:,} parameters, {load.quantize or load.dtype}"),
@@ -355,4 +356,4 @@ def _form_text(form: PairForm) -> str:
 
 
 def _activations(load: AnyLoad) -> str:
-    return "made again" if load.checkpointing else "kept"
+    return "recomputed" if load.checkpointing else "kept"

@@ -1,4 +1,4 @@
-"""Format a plan as text: whether the run fits, then hours and dollars, then the parts."""
+"""Format a plan as text: whether the run fits, then hours and dollars, then details."""
 
 from __future__ import annotations
 
@@ -62,11 +62,13 @@ def _assumed(plan: Plan) -> Iterator[str]:
     if plan.device.kind != "cuda":
         return
     fit = FITS["cuda", "text"]
-    text = f"memory    counted; CUDA's own {gigabytes(fit.process)} and {fit.unplaced:.0%} that its allocator cannot "
+    text = (
+        f"memory    calculated; CUDA's own {gigabytes(fit.process)} and {fit.unplaced:.0%} that its allocator cannot "
+    )
     text += "place are assumed"
     yield text
     if plan.memory.host or any(isinstance(c.load, ImageLoad) and c.load.offload for c in plan.changes):
-        yield f"transfers {HOST_LINK / 1e9:g} GB/s to and from the CPU's memory, assumed"
+        yield f"transfers {HOST_LINK / 1e9:g} GB/s to and from CPU memory, assumed"
 
 
 def _answer(plan: Plan) -> Iterator[str]:

@@ -5,7 +5,7 @@
                                     adapters
     a prompt                    operations / rate
 
-A roofline: the hardware's limit at the stated shares, not the throughput of a real engine.
+This is a roofline: the limit of the hardware at the assumed rates, not the throughput of a real engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from veneer.plan.time import Rates
 class Traffic:
     """The requests to serve: `prompt` tokens to read and `answer` tokens to generate.
 
-    together: requests per step.
+    together: requests processed together in a step.
     tenants: number of adapters."""
 
     prompt: int = 600
@@ -35,9 +35,9 @@ class Traffic:
 class Serving:
     """The serving capacity of a device.
 
-    adapters: number that fits in memory with base and cache.
-    cache_bytes: of keys and values.
-    devices: as many as the base needs."""
+    adapters: number of adapters that fit in memory with the base and the KV cache.
+    cache_bytes: bytes of the KV cache.
+    devices: number of devices; more than given if the base needs more."""
 
     adapter_bytes: int
     cache_bytes: int
@@ -62,7 +62,7 @@ def serving(
     dtype: str = "bfloat16",
     quantize: str | None = None,
 ) -> Serving:
-    """Return the serving capacity by the roofline above."""
+    """Return the serving capacity according to the roofline above."""
     e = dtype_bytes(dtype)
     weights, constants = weight_bytes(shape, dtype, quantize)
     adapter = e * pair_parameters(shape, rank=rank)
@@ -89,7 +89,8 @@ def serving(
 def _read(shape: TextShape, e: int, weights: int, together: int) -> float:
     """Return the bytes of weights that a step of `together` tokens reads.
 
-    These are all weights of a dense base, and of experts, those that any of the tokens chooses."""
+    For a dense base, these are all weights. Of the experts, only those that at least one token chooses are
+    read."""
     total = shape.matrices
     if not total:
         return float(weights)

@@ -1,10 +1,10 @@
-"""The shape of a language model, from its config: matrices of the layers, heads and vocabulary.
+"""The shape of a language model, from its config: layers, heads and vocabulary.
 
-    text_shape(config)            a config.json, as a dict: transformers builds the model without weights
-    module_shape(model)           the same from a built model, on any device
+    text_shape(config)            from a config.json, as a dict: transformers builds the model without weights
+    module_shape(model)           from a built model, on any device
     PairForm("loha").costs((out, in), rank)    the cost of an adapter's form on one frozen matrix
 
-Matrices have the names of transformers, so that targets mean the same as in training.
+Matrices are named as in transformers, so that targets mean the same as in training.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 class PairCosts:
     """The cost of one pair.
 
-    forward, operations: operations per token, in the forward pass and in both passes.
+    forward: operations per token in the forward pass.
+    operations: operations per token in both passes.
     rank: saved values per token.
-    delta_values: float32 values that are computed from the parts and saved, for any number of tokens."""
+    delta_values: float32 values that are computed from the parts and saved once, for any number of tokens."""
 
     parameters: int
     forward: float
@@ -42,12 +43,12 @@ class PairCosts:
 
     @property
     def operations(self) -> float:
-        return (3 if self.rank else 4) * self.forward  # the forward pass runs again if nothing is saved
+        return (3 if self.rank else 4) * self.forward  # the forward pass runs twice if nothing is saved
 
 
 @dataclass(frozen=True)
 class PairForm:
-    """The `adapter.kind`, `factor` and `decompose_both` of a configuration.
+    """The form of pairs: `kind`, `factor` and `decompose_both` of an adapter.
 
     A LoHa of rank r is multiplied as a pair of rank r², and a LoKr factor by factor (core.layers). Values
     that are not saved are recomputed in the backward pass."""
@@ -77,15 +78,17 @@ class PairForm:
 
 
 PAIRS = PairForm()
-"""The form of plain pairs."""
+"""The form of plain LoRA pairs."""
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One matrix of a layer, or `times` matrices of one shape, of which a token uses `active`.
+    """One matrix of a layer, or several of the same shape.
 
-    product: matrices with the same product share their input and are multiplied as one.
-    pair: whether all-linear includes the matrix."""
+    times: number of matrices, of which a token uses `active`.
+    product: name of the fused product. Matrices of the same product share their input and are multiplied as
+        one.
+    pair: whether the target all-linear includes the matrix."""
 
     name: str
     inputs: int
@@ -101,7 +104,7 @@ class LinearShape:
 
     @property
     def multiplied(self) -> float:
-        """Return the number of weights that one token is multiplied with."""
+        """Return the number of weights that one token is multiplied by."""
         return self.active * self.inputs * self.outputs
 
 
@@ -110,7 +113,7 @@ class LayerShape:
     """A decoder layer.
 
     small: parameters of norms, biases and routers, which are never quantized.
-    normed: values per token saved by norms, except the norms before attention and MLP.
+    normed: values per token that norms save, not counting the norms before attention and MLP.
     window: number of keys that a query sees; None for all."""
 
     linears: tuple[LinearShape, ...]
@@ -137,7 +140,7 @@ class LayerShape:
 class TextShape:
     """A decoder-only language model.
 
-    keeps: whether its last layer runs on trained tokens only, as on the fast paths (models/text/fast.py)."""
+    keeps: whether the last layer runs only on trained tokens, as on the fast paths (models/text/fast.py)."""
 
     family: str
     hidden: int
@@ -157,7 +160,7 @@ class TextShape:
 
     @property
     def rows(self) -> int:
-        """Return the number of outputs of all matrices."""
+        """Return the total number of outputs of all matrices."""
         return sum(linear.times * linear.outputs for layer in self.layers for linear in layer.linears)
 
     @property
@@ -168,7 +171,7 @@ class TextShape:
 
     @property
     def active_parameters(self) -> int:
-        """Return the number of weights that one token is multiplied with.
+        """Return the number of weights that one token is multiplied by.
 
         The head is included, and the embedding is not."""
         each = sum(linear.multiplied for layer in self.layers for linear in layer.linears)
@@ -176,15 +179,15 @@ class TextShape:
 
     @property
     def matrices(self) -> int:
-        """Return the parameters that a 4-bit or 8-bit base quantizes: every matrix of the layers."""
+        """Return the number of parameters that quantization applies to: all matrices in layers."""
         return sum(layer.matrices for layer in self.layers)
 
 
 def pair_parameters(shape: TextShape, spec: LoraSpec | None = None, *, rank: int = 16) -> int:
     """Return the number of trainable parameters of `spec` on the base.
 
-    Without a spec, the pairs have `rank` and are on all-linear. Raises TargetError for a pattern without a
-    match."""
+    Without a spec, all-linear is the target and `rank` the rank of every pair. Raises TargetError for a
+    pattern that matches nothing."""
     return sum(count for _, _, count in _pairs(shape, spec, rank))
 
 
@@ -218,7 +221,9 @@ def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
 
 
 def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict[str, PairCosts]]:
-    """Return, for each layer, matrix name -> cost of its pair, without matrices that have no pair."""
+    """Return the cost of each pair: for each layer, matrix name -> PairCosts.
+
+    Matrices without a pair are left out."""
     out: list[dict[str, PairCosts]] = [{} for _ in shape.layers]
     for name, costs, _ in _pairs(shape, spec, rank):
         _, _, index, module_name = name.split(".", 3)
@@ -233,9 +238,10 @@ def text_shape(config: Mapping[str, Any], where: str = "config.json") -> TextSha
     """Return the shape of a language model (the language part of a multimodal model).
 
     config: as in config.json; missing fields have the defaults of transformers.
-    where: the base, for errors.
+    where: name of the base in error messages.
 
-    Raises ConfigError for a family that transformers does not support, and for values that it refuses."""
+    Raises ConfigError for a family that transformers does not support, and for values that transformers
+    rejects."""
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "text_config")}
     if isinstance(inner := config.get("text_config"), Mapping):
         kind = inner.get("model_type") or f"{config.get('model_type')}_text"
@@ -252,7 +258,9 @@ def text_shape(config: Mapping[str, Any], where: str = "config.json") -> TextSha
 
 
 def model_shape(model: Any) -> TextShape:
-    """Return the shape of a loaded model from its config, because loading can replace layers."""
+    """Return the shape of a loaded model.
+
+    Uses the model's config if transformers supports the family, because loading can replace layers."""
     from veneer.models.text.meta_model import text_families
 
     fields = model.config.get_text_config().to_dict()
@@ -269,7 +277,7 @@ def _built_shape(fields: str, where: str) -> TextShape:
         suggestion = nearest(str(family), text_families(), 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
         text = f"veneer plan does not know the model family {quoted(str(family))}"
-        raise ConfigError(text, where=f"{where}: model_type", fix=f"{hint}It knows the language models of transformers")
+        raise ConfigError(text, where=f"{where}: model_type", fix=f"{hint}Supported: transformers' language models")
     fix = "take the base's own config.json again"
     with build_errors("transformers cannot build a model", where=where, fix=fix):
         return module_shape(meta_text(settings))
@@ -287,8 +295,8 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts")
 def module_shape(model: Any) -> TextShape:
     """Return the shape of a built language model, with exact parameters for any family.
 
-    Adapters can be attached to the model. The config defines the attention. In a layer with matrices that do
-    not have Llama's names, each matrix is a separate product. Weights outside the layers (Gemma 4's per-layer
+    Adapters can be attached to the model. Attention heads and windows come from the config. Each matrix that
+    is not named as in Llama is a separate product. Weights outside the layers (Gemma 4's per-layer
     embeddings) count toward the first layer."""
     from veneer.core.targets import base_modules, expert_parameters, kind_of
 
@@ -317,8 +325,8 @@ def module_shape(model: Any) -> TextShape:
                 continue
             if key in fused:
                 times, a, b = (int(n) for n in parameter.shape)
-                # The hidden size is the input, except for down, where it is the output. Families store either
-                # dimension first.
+                # The hidden size is the input, except for down, where the hidden size is the output. Some
+                # families store the input dimension first, and others the output dimension.
                 if ("down" in key) == (a == hidden):
                     a, b = b, a
                 linears.append(LinearShape(f"{module_name}.{key}", a, b, f"experts.{key}", times, min(active, times)))

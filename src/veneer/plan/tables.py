@@ -1,11 +1,9 @@
-"""Bundled tables of bases and GPUs by name.
+"""Tables of bases and GPUs by name, bundled as data files in this folder.
 
 The files contain the source of each number.
 
     base_config("meta-llama/Llama-3.1-70B")      fields of its config.json
     device_named("h100-80gb")                    the numbers of a GPU that a plan uses
-
-Both tables are data files in this folder.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ def base_config(name: str) -> dict[str, Any]:
 
     name: a name in the table, or the path of a directory, a config.json or a GGUF file.
 
-    Raises ConfigError, with similar names, for an unknown name, ConfigError for invalid values
+    Raises ConfigError for an unknown name (suggesting similar names) and for invalid values
     (models/config.py), and BaseError for an unreadable GGUF file."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -90,7 +88,7 @@ def base_config(name: str) -> dict[str, Any]:
         nearest_names = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)])
         hint = f"did you mean {' or '.join(nearest_names)}? " if nearest_names else ""
         text = f"no base {quoted(name)} is in the table"
-        raise ConfigError(text, fix=f"{hint}`veneer plan --list` names them; any other by its folder or config.json")
+        raise ConfigError(text, fix=f"{hint}`veneer plan --list` lists bases; or name a folder or config.json")
     return dict(table[key]["config"])
 
 
@@ -103,17 +101,17 @@ def _gguf_config(file: Path) -> dict[str, Any]:
 def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
     """Return an image base's pixels per latent position and default image side.
 
-    The side is in the config of the U-Net, else of the VAE."""
+    The side comes from the U-Net's config, or else from the VAE's."""
     file = base / "vae" / "config.json"
     if "_class_name" not in config or not file.is_file():
         return {}
     vae = read_config_json(file)
-    # In Qwen-Image's VAE, the values are multiples of a width.
+    # Qwen-Image's VAE has `dim_mult` instead: multiples of a base width.
     levels = vae.get("block_out_channels", vae.get("dim_mult", [0] * 4))
     sample_size = config.get("sample_size")
     sides = [side for side in (sample_size, vae.get("sample_size")) if side is not None]
     if not isinstance(levels, list) or not 0 < len(levels) < 10 or not all(type(n) is int and n > 0 for n in sides):
-        text = "block_out_channels has to be a list of widths, and sample_size a number of pixels or null"
+        text = "block_out_channels must be a list of widths, and sample_size a number of pixels or null"
         raise ConfigError(text, where=str(file))
     scale = 2 ** (len(levels) - 1)
     picture = scale * int(sample_size) if sample_size else int(vae.get("sample_size") or 1024)
@@ -131,7 +129,7 @@ def gpu_names() -> list[str]:
 
 
 def device_named(name: str, *, count: int = 1, price: float | None = None) -> Device:
-    """Return a GPU of the table. `price` replaces the price in the table.
+    """Return a GPU from the table. `price` replaces the price in the table.
 
     Raises ConfigError, with similar names, for an unknown name."""
     table = _gpus()
@@ -157,8 +155,8 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
 def device_by_cuda_name(name: str, memory: int) -> Device:
     """Return the device for a card with this CUDA name and `memory` bytes.
 
-    A card in the table has the table's name. For other cards, the device has 100 TFLOP/s and 800 GB/s as a
-    guess."""
+    A card from the table has the name that it has in the table. An unknown card is assumed to reach 100
+    TFLOP/s and 800 GB/s."""
     for gpu in gpu_names():
         row = device_named(gpu)
         has_name = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(gpu) in _key(name)
@@ -182,7 +180,7 @@ def cpu_device() -> Device:
 
 
 def device_for(where: torch.device) -> Device:
-    """Return the device for `where`: a GPU, or this machine's CPU."""
+    """Return the `Device` for a torch device: a GPU, or this machine's CPU."""
     import torch
 
     if where.type == "cuda":

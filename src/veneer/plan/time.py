@@ -12,7 +12,7 @@ from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
 _EFFICIENCY = 0.4
-"""Share of a device's product rate that training reaches.
+"""Share of a device's matrix-product rate that training reaches.
 
 On a CPU, steps of smollm2-135m reached 0.33 to 0.68. The value for a GPU is an assumption."""
 _BANDWIDTH = 0.7
@@ -24,9 +24,9 @@ HOST_LINK = 20e9
 class Work:
     """The work of one micro-batch, forward and backward.
 
-    bytes: bytes of activations and weights, read and written.
+    bytes: bytes of activations and weights that are read or written.
     fetched: bytes from CPU memory that the device waits for.
-    copied: bytes to and from CPU memory during computation."""
+    copied: bytes to and from CPU memory that are copied during computation."""
 
     operations: float = 0.0
     bytes: float = 0.0
@@ -38,7 +38,7 @@ class Work:
 class Rates:
     """Operations and bytes per second of a device.
 
-    source: the origin of the numbers, as a sentence."""
+    source: where the numbers come from, as text."""
 
     operations: float
     bandwidth: float
@@ -54,8 +54,8 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     """Return the rates of a device.
 
     The rates of this machine's CPU are shares of the product rate and the bandwidth in its profile
-    (ops/profile.py). The rates of other devices are assumed shares of their data sheets, with float32 at a
-    fourteenth of bfloat16 (H100: 67 of 989 TFLOP/s)."""
+    (ops/profile.py). The rates of other devices are assumed shares of the numbers in their data sheets;
+    float32 runs at a fourteenth of the bfloat16 rate (H100: 67 of 989 TFLOP/s)."""
     if device.kind == "cpu":
         from veneer.ops.profile import profile
 
@@ -71,9 +71,9 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
 def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
     """Return the operations and bytes of a micro-batch, forward and backward.
 
-    Forward passes for recomputation and of the base without adapter are included. Saved values are written
-    and read twice. Weights are read in every pass, and dequantized weights are written and read in every
-    pass."""
+    Includes forward passes for recomputation, and forward passes of the base without adapter. Saved values
+    are written twice and read twice. Each pass reads the weights; if the base is quantized, each pass also
+    writes and reads the dequantized weights."""
     e, forwards = dtype_bytes(load.dtype), load.base_passes + load.checkpointing
     reads = 2 + forwards
     moved = 4.0 * (e * (counts.saved + counts.ends) + counts.logits)
@@ -91,7 +91,7 @@ def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
 def reading_work(shape: TextShape, load: Load) -> Work:
     """Return the operations and bytes of one forward pass of a base without adapters.
 
-    This is the work of a teacher that reads completions. The head runs on trained tokens only."""
+    This is the work of a teacher that reads completions. The head runs only on trained tokens."""
     operations = 2.0 * load.trained_tokens * shape.vocabulary * shape.hidden
     for layer in shape.layers:
         operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)

@@ -1,12 +1,12 @@
-"""Access: the principal of a request, the meaning of a name, and limits.
+"""Access: the principal of a request, the meaning of a model name, and limits.
 
     principal = await tenancy.authenticate(key)                401 for an unknown key
-    served = catalog.resolve(model, principal)                 404 if unknown or not visible, never the base
+    served = catalog.resolve(model, principal)                 404 if unknown or not visible
     async with tenancy.admitted(principal, served, …) as bill: 429 beyond a limit
         …                                                      bill.used(usage) once, at the end
 
-`OpenAccess` is the tenancy of a server without keys: everything is visible and nothing is billed. `KeyAccess`
-is for a server whose keys all have the same permissions.
+An unknown name never falls back to the base. `OpenAccess` is the tenancy of a server without keys: everything
+is visible and nothing is billed. `KeyAccess` is for a server whose keys all have the same permissions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHADOWS = Principal("operator", weight=0.1)
 BEHIND = "~shadows"
 """Pseudo-tenant that shadow requests are scheduled under, so they never use a real tenant's share."""
 TRIALS = "~studio"
-"""Pseudo-tenant for the operator's usage in the Studio, to separate it from client usage."""
+"""Pseudo-tenant for the operator's usage in the Studio, which is kept separate from clients' usage."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class ResolvedModel:
     """A model name, resolved when it was requested.
 
     `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, otherwise
-    `name`. `shadow`: a mix that also completes the request, for the log only, or the reason why it cannot.
-    `adapters`: the operator's name of each part of `mix`, in order (the loaded name, or the library reference
-    with its version), used by limits, prices and the ledger. `digests`: the digest of each name of a mix, in
-    the client's order, "" for the base. `trained`: used for training, which has its own price. `trial`:
-    requested in the Studio, not by a client; a trial has no shadow, and the operator's trials are booked on
-    TRIALS.
+    `name`. `shadow`: the name and mix of a shadow, whose completion is only logged; if the shadow cannot run,
+    the mix is replaced by the reason. `adapters`: the operator's name for each part of `mix`, in order (the
+    loaded name, or the library reference with its version), used by limits, prices and the ledger. `digests`:
+    the digest of each name of a mix, in the client's order, "" for the base. `trained`: whether the request
+    is for training, which has its own price. `trial`: whether the request comes from the Studio instead of a
+    client. A trial has no shadow, and the operator's trials are booked on TRIALS.
     """
 
     mix: DigestMix
@@ -53,7 +53,7 @@ class ResolvedModel:
 
     @property
     def label(self) -> str:
-        """The name in metrics: the adapter's, or "mix"."""
+        """The label in metrics: `target`, or "mix" for several adapters."""
         return "mix" if len(self.mix) > 1 else self.target
 
     def as_trial(self) -> ResolvedModel:
@@ -61,7 +61,7 @@ class ResolvedModel:
         return replace(self, trial=True, shadow=None)
 
     def parts(self) -> list[tuple[str, str, float]]:
-        """Return (digest, the operator's name, strength) of each part; ("", its name, 1) for the base."""
+        """Return (digest, the operator's name, strength) of each part; ("", `target`, 1) for the base."""
         if not self.mix:
             return [("", self.target, 1.0)]
         names = dict(zip((digest for digest, _ in self.mix), self.adapters, strict=False))
@@ -72,7 +72,7 @@ class ResolvedModel:
 class ModelCard:
     """An entry of /v1/models.
 
-    `parent`: the base's name; None for the base. `root`: the operator's name of the source (a library
+    `parent`: the base's name; None for the base. `root`: the operator's name for the source (a library
     reference, never a path). `digest`: the adapter's digest.
     """
 
@@ -84,18 +84,18 @@ class ModelCard:
 
 
 class Routes(Protocol):
-    """Names with weighted targets."""
+    """Routes: names whose requests are distributed among weighted targets."""
 
     def choose(self, route: str, principal: Principal) -> str | None:
         """Return the target for this principal, or None if the principal has no such route."""
         ...
 
     def shadow(self, route: str, principal: Principal) -> str | None:
-        """Return the target that also completes the request, for the log, or None."""
+        """Return the target that completes the request a second time, for the log, or None."""
         ...
 
     def names(self, principal: Principal) -> list[str]:
-        """Return the routes that this principal sees."""
+        """Return the names of the routes that are visible to this principal."""
         ...
 
 
@@ -106,7 +106,11 @@ def shadow_id(request: str) -> str:
 
 @dataclass(frozen=True)
 class ShadowAnswer:
-    """A shadow's completion and the completion of `target` that was sent, for the log. `name`: the route."""
+    """Two completions of one request, for the log.
+
+    `name`: the route. `target`, `sent`: the route's target, and its completion, which the client received.
+    `shadow`, `answer`: the shadow and its completion.
+    """
 
     request: str
     tenant: str
@@ -126,10 +130,10 @@ class ShadowAnswer:
 
 class Bill(Protocol):
     def used(self, usage: Usage) -> Awaitable[None]:
-        """Record a request's usage, also if the request failed or was cancelled. Called once.
+        """Record a request's usage, even if the request failed or was cancelled. Called once.
 
-        The usage counts from the call on. The caller awaits the result before it sends the last event; the
-        bill then survives the process.
+        The usage counts as soon as this is called. The caller awaits the result before it sends the last
+        event; from then on, the bill survives the end of the process.
         """
         ...
 
@@ -142,8 +146,8 @@ StoreAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 class LedgerState:
     """How far the ledger is behind.
 
-    `pending`: finished requests missing from the database. `lag`: age in seconds of the oldest.
-    `unavailable`: the database does not answer, or is slow.
+    `pending`: number of finished requests that are missing from the database. `lag`: age in seconds of the
+    oldest of these requests. `unavailable`: whether the database is slow or does not answer.
     """
 
     pending: int
@@ -154,8 +158,8 @@ class LedgerState:
 class Tenancy(Protocol):
     """Access and billing.
 
-    Tenancies derive from this class for its defaults: no ledger, no logs, no routes. `keyless`: requests
-    without a key are accepted, as principals of kind "open".
+    Tenancies derive from this class for its defaults: no ledger, no logs, no routes. `keyless`: whether
+    requests without a key are accepted; their principals have the kind "open".
     """
 
     keyless: bool = False
@@ -171,7 +175,7 @@ class Tenancy(Protocol):
     def admitted(
         self, principal: Principal, model: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
-        """Hold one request's share of every limit while the block runs.
+        """Reserve one request's share of every limit until the with-block ends.
 
         Raises Refused (rate_limited, 429)."""
         ...
@@ -188,7 +192,7 @@ class Tenancy(Protocol):
     def log_change(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
         """Write an operator's change to the audit log. Can block.
 
-        action: adapter.load, adapter.unload
+        `action`: adapter.load or adapter.unload.
         """
         return None
 
@@ -197,7 +201,7 @@ class Tenancy(Protocol):
         return None
 
     def record_shadow(self, answer: ShadowAnswer) -> None:
-        """Record how a shadow's completion compares with the one that was sent."""
+        """Record how a shadow's completion compares with the completion that was sent."""
         return None
 
     def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
@@ -215,14 +219,14 @@ class _FreeBill:
 
 
 class NoWait:
-    """An awaitable that is already complete, and can be left unawaited."""
+    """An awaitable that is already complete and does not have to be awaited."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()
 
 
 class OpenAccess(Tenancy):
-    """A tenancy without keys, limits and ledger."""
+    """A tenancy without keys, limits or a ledger."""
 
     keyless = True
 
@@ -240,9 +244,9 @@ class OpenAccess(Tenancy):
 
 
 class KeyAccess(OpenAccess):
-    """Keys with read access to everything, and an optional admin key; no limits, no ledger.
+    """A tenancy whose keys can read everything, with an optional admin key.
 
-    `admin_key`: plain text or its hash.
+    There are no limits and no ledger. `admin_key`: plain text or hash.
     """
 
     keyless = False

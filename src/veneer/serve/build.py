@@ -1,6 +1,6 @@
 """Builds a server from its parts.
 
-    build()    tenancy, sources, names, service -> application   quick; pages and the library work from here on
+    build()    tenancy, sources, names, service -> application   fast; pages and the library then work
     load()     base -> engine -> service                         as slow as loading the base
 
 This module decides which parts a server has, and in which order they start and stop.
@@ -39,10 +39,10 @@ async def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Application:
-    """An ASGI application and its lifecycle functions, which run on the server's event loop.
+    """An ASGI application and its lifecycle functions.
 
-    `start` runs before the first request, `load` in parallel with requests until the server is ready, `stop`
-    after draining.
+    The functions run on the server's event loop. `start` runs before the first request. `load` makes the
+    server ready while requests are already accepted. `stop` runs after draining.
     """
 
     app: FastAPI
@@ -60,9 +60,9 @@ class Application:
 class Extension:
     """Parts that a higher package adds to a server.
 
-    `routers`: behind the same authentication. `large`, `unguarded`: see create_app. `start`, `stop`: see
-    Application; they run inside the server's own. `mount`: adds parts that are no routers to the finished
-    application.
+    `routers`: routers behind the server's authentication. `large`, `unguarded`: see create_app. `start`,
+    `stop`: see Application; called within the server's own `start` and `stop`. `mount`: adds parts that are
+    not routers to the finished application.
     """
 
     routers: Sequence[APIRouter] = ()
@@ -74,16 +74,16 @@ class Extension:
 
 
 Extend = Callable[[Service, Library], Extension]
-"""Creates a server's extension from its parts, before the base is loaded."""
+"""Creates an extension from a server's service and library, before the base is loaded."""
 
 
 def build(
     settings: ServeSettings, log: Callable[[str], None], opened: Opened | None = None, extends: Sequence[Extend] = ()
 ) -> Application:
-    """Build everything but the base from `settings` (checked by checks.py).
+    """Build a server without its base from `settings`, which checks.py has checked.
 
-    `opened`: the stores that the check opened. `extends`: extensions, which start in this order and stop in
-    reverse. Raises ConfigError.
+    `opened`: the stores that the check opened. `extends`: functions that create extensions. Extensions start
+    in this order and stop in reverse order. Raises ConfigError.
     """
     opened = opened or open_stores(settings)
     try:
@@ -103,9 +103,9 @@ def build(
 
 
 def _load_base(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
-    """Load the base.
+    """Load the base into the service.
 
-    Blocking. Raises loading errors, and ConfigError for options that its kind does not have."""
+    Blocking. Raises loading errors, and ConfigError for options that do not apply to this kind of base."""
     from veneer.models.sources import find_base, is_image_base
 
     kind: ServerKind = "upstream"
@@ -127,7 +127,7 @@ def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], 
     engine = TextEngine(base, catalog.sources.read, replace(settings.engine, queue=settings.http.queue))
     log(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)
-    # The engine's cache can allow a shorter context than the base.
+    # The engine's cache can limit the context to less than the base's.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
     service.use_base(engine, reader, settings.http)
 
@@ -175,7 +175,10 @@ def _application(
     log: Callable[[str], None],
     extends: Sequence[Extend],
 ) -> Application:
-    """Return the application with all routes. Stopping it ends with the tenancy's last bill."""
+    """Return the application with all routes.
+
+    Its `stop` closes the tenancy last, so that all bills are written.
+    """
 
     def step(text: str) -> None:
         service.step = text
@@ -232,7 +235,7 @@ def _application(
 
 
 def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog) -> list[APIRouter]:
-    """Return the routes under /admin, for the admin key, on a server with tenants."""
+    """Return the routes under /admin if the server has tenants and an admin key."""
     if settings.admin_key is None or not isinstance(tenancy, Tenants):
         return []
     return [admin_router(tenancy, catalog)]
@@ -241,7 +244,7 @@ def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog)
 def tenancy_of(
     settings: ServeSettings, log: Callable[[str], None], store: Store | None, quotas: Quotas | None = None
 ) -> Tenancy:
-    """Return the tenancy for the settings. `store`: the tenants' database, or None."""
+    """Return the tenancy that the settings describe. `store`: the tenants' database, or None."""
     if store is None:
         refuse_ledger(settings.ledger)
         if needs_no_key(settings, store):
@@ -252,7 +255,7 @@ def tenancy_of(
         return KeyAccess(settings.keys, settings.admin_key)
     none_yet = not store.settings.tenants
     if needs_no_key(settings, store):
-        log(f"open to this machine, without a key; routes and ledger: {store.where}")
+        log(f"this machine needs no key; routes and ledger: {store.where}")
         return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)
     if settings.tenants is None:
         log(f"tenants: {store.where}, so requests need a key, unless --open is set")

@@ -3,8 +3,8 @@
     opened = check_settings(settings)  refuses bad values, conflicting options, missing bases and adapters
     refuse_idle(settings, kind)        refuses options that have no effect on this kind of server
 
-For a base on the hub, its configuration is downloaded. Checks that need its weights (memory, adapters of
-another base) run while the server is built.
+If the base is on the hub, only its configuration is downloaded. Checks that need the base's weights (memory,
+adapters of another base) run while the server is built.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
 ServerKind = Literal["texts", "pictures", "upstream"]
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
-"""An origin as browsers send it; `null` is the origin of a page in a file."""
+"""An origin as browsers send it, or `*`. A page that was opened from a file has the origin `null`."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Opened:
     store: Store | None
 
     def close(self) -> None:
-        """Close the stores. Safe to call repeatedly, and after the stores' users have closed them."""
+        """Close the stores. Safe to call repeatedly, and on stores that are already closed."""
         self.library.close()
         if self.store is not None:
             self.store.close()
 
 
 def open_stores(settings: ServeSettings) -> Opened:
-    """Open the library and the tenants' database. Raises their errors."""
+    """Open the library and the tenants' database. Raises the errors of both."""
     address = _tenants_address(settings)
     store = None if address is None else Store(address, patience=SERVING_PATIENCE)
     try:
@@ -64,8 +64,9 @@ def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
 
 
 def _tenants_address(settings: ServeSettings) -> str | None:
-    """Return the tenants' database: the named one, or the default if it exists and no other option sets
-    access."""
+    """Return the address of the tenants' database, or None.
+
+    This is the named database, or the default one if it exists and no other option controls access."""
     if settings.tenants is not None or settings.keys or (settings.open and not settings.here):
         return settings.tenants
     return database_here()
@@ -74,8 +75,8 @@ def _tenants_address(settings: ServeSettings) -> str | None:
 def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     """Check the settings and return the opened stores.
 
-    `page`: the server has the Studio. Raises ConfigError, BaseError or AdapterError for invalid settings, and
-    the errors of `open_stores`.
+    `page`: whether the server has the Studio. Raises ConfigError, BaseError or AdapterError for invalid
+    settings, and the errors of `open_stores`.
     """
     if settings.quantize is not None:
         one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")
@@ -84,7 +85,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     for origin in settings.http.allowed_origins:
         if not _ORIGIN.fullmatch(origin):
             fix = "give an origin such as https://app.example.com, without a path, or * for any"
-            raise ConfigError(f"{quoted(origin)} is not an origin of pages", where="--allowed-origin", fix=fix)
+            raise ConfigError(f"{quoted(origin)} is not a valid origin", where="--allowed-origin", fix=fix)
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
     if settings.open and settings.tenants is not None and not settings.here:
@@ -152,7 +153,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("tenant_mixes", lambda s: s.fleet.mixes, "upstream", "mixes with --upstream"),
     ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream", "mixes with --upstream"),
 )
-"""(option or key of --config, its value in the settings, the kinds of servers that use it, its purpose)."""
+"""Per row: option or --config key, function that reads its value, server kinds, purpose."""
 _LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder"}
 _LEDGER_OPTIONS["synced"] = "ledger_sync"
 
@@ -160,7 +161,7 @@ _LEDGER_OPTIONS["synced"] = "ledger_sync"
 def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
     """Raise ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
-    why = {"upstream": "the server of --upstream computes", "pictures": "this server has an image base"}
+    why = {"upstream": "the upstream server runs the model", "pictures": "this server has an image base"}
     for option, value_of, kinds, purpose in _OPTIONS:
         if kind not in kinds.split() and value_of(settings) != value_of(usual):
             reason = why.get(kind, "this server has no upstream")
@@ -177,7 +178,7 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
 
 
 def _check_upstream(settings: ServeSettings) -> None:
-    """Raise ConfigError for a bad --upstream, or sources that its vLLM servers cannot read."""
+    """Raise ConfigError for a bad --upstream, or sources that the upstream cannot read."""
     if settings.fleet.upstream is None:
         return
     from veneer.serve.fleet.upstream import upstream_url  # imports httpx
@@ -192,6 +193,6 @@ def _find(library: Library, reference: str) -> None:
     """Raise ConfigError or NotInLibrary if a reference does not exist."""
     try:
         library.find(reference)
-    except ConfigError:  # not a reference
-        fix = "a reference of the library, or a path inside an --allow-folder"
+    except ConfigError:  # the text is not a library reference
+        fix = "give a library reference, or a path inside an --allow-folder"
         raise ConfigError(f"there is no adapter {quoted(reference)}", where="--adapter", fix=fix) from None

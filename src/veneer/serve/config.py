@@ -1,4 +1,4 @@
-"""The server's configuration file: settings that few servers change.
+"""The server's configuration file, for settings that few deployments change.
 
     veneer serve --base smollm2-135m --config server.yaml
 
@@ -20,20 +20,20 @@ _Seconds = Annotated[float, Field(ge=0.1)]
 
 
 class ServerConfig(BaseModel):
-    """The keys of the configuration file. Sizes are bytes, or text such as 64M.
+    """The keys of the configuration file. Sizes are numbers of bytes, or text such as 64M.
 
-    allowed_hosts: values of Host, besides localhost and --host, that a server without keys accepts
-    context: maximum tokens of a sequence; 0: as many as base and cache allow
-    max_tokens: maximum tokens of a completion; 0: as many as the context leaves
-    queue: completions that can run or wait at once; one tenant can use half
-    max_connections: connections at once; over the limit, the connection that was idle longest is closed
-    head_seconds, body_seconds: time in which a request's head and body have to arrive
-    idle_seconds: time for which a connection waits for its next request
+    allowed_hosts: accepted Host headers, besides localhost and --host, on a server without keys
+    context: maximum tokens of a sequence; 0: as many as the base and the cache allow
+    max_tokens: maximum tokens of a completion; 0: as many as the context allows
+    queue: maximum completions that run or wait at once; one tenant can use half
+    max_connections: maximum open connections; above it, the longest-idle connection is closed
+    head_seconds, body_seconds: time limits for receiving a request's head and body
+    idle_seconds: how long an idle connection is kept open for the next request
     stall_seconds: close a connection whose client has not read for this long
-    drain_seconds: time for which running completions continue after SIGTERM
+    drain_seconds: how long running completions can continue after SIGTERM
     session_days: with --train, days for which an unused Tinker session is kept
-    tenant_mixes, mix_disk: with --upstream, mixes of one tenant at a time, and bytes of all mixes on disk
-    ledger_days: with tenants, days for which the ledger keeps its rows; daily sums stay
+    tenant_mixes, mix_disk: with --upstream, maximum mixes per tenant, and total bytes of all mixes on disk
+    ledger_days: with tenants, days for which the ledger keeps its rows; daily sums are not deleted
     ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
     """
 
@@ -58,7 +58,7 @@ class ServerConfig(BaseModel):
     ledger_sync: bool = False
 
     def bytes(self, key: str) -> int:
-        """Return the size of a key in bytes. Raises ConfigError."""
+        """Return the value of a size key in bytes. Raises ConfigError."""
         return bytes_of(str(getattr(self, key)), key)
 
 
@@ -66,7 +66,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def check_values(model: type[_Model], values: Mapping[str, Any], where: str) -> _Model:
-    """Check values against a model without nested keys. Raises ConfigError that names the key."""
+    """Validate values with a flat model. Raises ConfigError that names the wrong key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -80,7 +80,7 @@ def check_values(model: type[_Model], values: Mapping[str, Any], where: str) -> 
 
 
 def server_config(values: Mapping[str, Any], file: Path) -> ServerConfig:
-    """Check the values of a configuration file. Raises ConfigError that names the key."""
+    """Validate a configuration file's values. Raises ConfigError that names the wrong key."""
     config = check_values(ServerConfig, values, str(file))
     if config.ledger_folder is not None:
         config.ledger_folder = file.parent / config.ledger_folder.expanduser()

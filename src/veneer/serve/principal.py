@@ -1,14 +1,14 @@
 """Principals: who sent a request, and with which permissions.
 
     principal = await tenancy.authenticate(key)  once per request, in `serve.http.app.AuthMiddleware`
-    principal.require("train")                   403 without that permission
+    principal.require("train")                   403 unless the principal has this permission
     principal.can_change("acme/support")         whether the principal can change an adapter with this name
 
-Each route of the server and each handler of the Studio declares the permission it needs: `needs` in
-`serve.http.guard`, `permit` in `studio.parts`. A route or handler without a permission is refused.
+Each route of the server and each handler of the Studio declares the permission that it needs (with `needs` in
+`serve.http.guard`, or `permit` in `studio.parts`). A route or handler that declares no permission is refused.
 
     kind        who                                         permissions
-    stranger    sent no key, on a path that needs none      public
+    stranger    sent no key, on a path that requires none   public
     key         a key from --api-keys                       public, infer, read, metrics
     tenant      a tenant's key                              public, infer, read, feedback, write, train
     open        anyone, on a server without keys            all except administer
@@ -24,10 +24,17 @@ from typing import Literal, get_args
 from veneer.serve.request import Refused
 
 Permission = Literal["public", "infer", "read", "metrics", "feedback", "write", "train", "operate", "administer"]
-"""public: health, sign in. infer: use the base and visible adapters. read: browse visible adapters in the
-library. metrics: /metrics. feedback: rate answers. write: add, change and remove the principal's own
-adapters. train: the principal's own files, jobs and Tinker sessions. operate: change the server for
-everybody, read the server's own files. administer: tenants, keys, limits, prices and the audit log.
+"""What each permission allows.
+
+public: check health, sign in
+infer: use the base and visible adapters
+read: browse visible adapters in the library
+metrics: read /metrics
+feedback: rate answers
+write: add, change and remove the principal's own adapters
+train: use the principal's own files, jobs and Tinker sessions
+operate: change the server for all users, read the server's own files
+administer: manage tenants, keys, limits and prices; read the audit log
 """
 _Kind = Literal["stranger", "key", "tenant", "open", "operator"]
 
@@ -40,12 +47,12 @@ PERMISSIONS: dict[_Kind, frozenset[Permission]] = {
     "operator": _ALL,
 }
 _DENIED: dict[Permission, tuple[str, str]] = {
-    "metrics": ("metrics cover the requests of all tenants", "use the admin key"),
+    "metrics": ("this key is not allowed to read metrics, which cover all tenants", "use the admin key"),
     "feedback": ("this key is not allowed to give feedback", "use a tenant's key or the admin key"),
     "write": ("this key is not allowed to change adapters", "use a tenant's key or the admin key"),
     "train": ("this key is not allowed to train", "use a tenant's key or the admin key"),
     "operate": ("admin key required", "use the admin key"),
-    "administer": ("only the operator manages tenants", "use the admin key"),
+    "administer": ("only the operator can manage tenants", "use the admin key"),
 }
 
 
@@ -54,7 +61,8 @@ class Principal:
     """The sender of a request.
 
     `tenant`: "" except for kind "tenant". `sees(name)`: whether an adapter or route of this name is visible.
-    `user`: the client's ID for its end user; routes stick to it. `weight`: share of the engine.
+    `user`: the client's ID for its end user; a route gives each user the same target every time. `weight`:
+    relative share of the engine.
     """
 
     kind: _Kind
@@ -68,14 +76,20 @@ class Principal:
         return permission in PERMISSIONS[self.kind]
 
     def require(self, permission: Permission | None) -> None:
-        """Raise Refused (403) without the permission, or if it is None (undeclared)."""
+        """Raise Refused (403) unless the principal has the permission.
+
+        None, for a permission that was not declared, is always refused.
+        """
         if permission is None or not self.can(permission):
             text, fix = _DENIED.get(permission, ("this is not allowed", "use the admin key"))  # type: ignore[arg-type]
             raise Refused(text, status=403, code="forbidden", fix=fix)
 
     def can_change(self, name: str) -> bool:
-        """Return whether the principal can change this name: a tenant in its namespace, an operator
-        anywhere."""
+        """Return whether the principal can change an adapter with this name.
+
+        A tenant can change names in its namespace. A principal that can operate the server can change any
+        name.
+        """
         return self.can("operate") or (self.can("write") and name.startswith(f"{self.tenant}/"))
 
     def can_see(self, *names: str) -> bool:

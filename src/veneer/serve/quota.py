@@ -1,18 +1,18 @@
-"""Quotas: limits on the resources that one owner uses at a time.
+"""Quotas: limits on the resources that one owner can use at a time.
 
-    with quotas.take("acme", memory=size, requests=1):    before a body is unpacked, a file stored, work begun
+    with quotas.take("acme", memory=size, requests=1):    before a body is unpacked or a file is stored
         ...
 
 An owner is a tenant's name, or "" for the operator and for everyone on a server without tenants.
-`QuotaLimits` sets the same limits for every owner. `take` raises Refused and takes nothing if a limit would
-be exceeded:
+`QuotaLimits` sets the same limits for every owner. If a limit would be exceeded, `take` raises Refused and
+takes nothing:
 
-    413 too_large         the amount alone is over the limit: it can never be taken
-    400 storage_full      no room on disk: the owner has to remove something
-    429 overloaded        memory, requests or open files that other requests of the owner release
+    413 too_large         the request's amount exceeds the limit, even if nothing else is in use
+    400 storage_full      the owner's disk quota is used up: the owner has to delete something
+    429 overloaded        memory, requests or open files, which other requests of the owner will release
 
-Uploaded files and the library's adapters are counted in their databases; `check_stored` compares them with
-the same limits. All blocking work runs in the executor `FairThreads`, which tenants share.
+Uploaded files and the library's adapters are counted in their databases; `check_stored` compares these counts
+with the same limits. All blocking work runs in the executor `FairThreads`, which tenants share.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Quotas:
         self._used: dict[str, Counter[str]] = {}
 
     def take(self, owner: str, **amounts: int) -> QuotaHold:
-        """Reserve amounts of resources for an owner: all of them, or none with Refused."""
+        """Reserve resources for an owner.
+
+        If any amount exceeds its limit, raises Refused and reserves nothing.
+        """
         hold = QuotaHold(self, owner)
         hold.add(**amounts)
         return hold
@@ -58,9 +61,10 @@ class Quotas:
             return self._refusal(owner, amounts, amounts) is None
 
     def check_stored(self, owner: str, **stored: tuple[int, int]) -> None:
-        """Check measured usage of each resource: (amount in use, additional amount).
+        """Raise Refused (storage_full) if an addition would exceed a limit.
 
-        Raises Refused (storage_full)."""
+        `stored`: resource -> (measured amount in use, amount to add).
+        """
         for name, (used, more) in stored.items():
             if used + more > getattr(self.limits, name):
                 raise self._over(owner, name, used, more)
@@ -70,7 +74,10 @@ class Quotas:
             return self._used.get(owner, Counter())[resource]
 
     def _refusal(self, owner: str, amounts: dict[str, int], total: dict[str, int]) -> Refused | None:
-        """Return the error of raising a hold by `amounts` to `total`, or None if the quota allows it."""
+        """Return the error for adding `amounts` to a hold, or None if the quota allows it.
+
+        `total`: the amounts that the request needs in all.
+        """
         used = self._used.get(owner, Counter())
         for name, amount in amounts.items():
             most: int = getattr(self.limits, name)
@@ -89,7 +96,10 @@ class Quotas:
         return Refused(message, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
 
     def _change(self, owner: str, amounts: dict[str, int], total: dict[str, int] | None) -> None:
-        """Add amounts. `total`: as in `_refusal`; None for a change that is never refused."""
+        """Add `amounts` to an owner's usage, or raise Refused.
+
+        `total`: as in `_refusal`; None for a change that is never refused.
+        """
         with self._lock:
             if total is not None and (refusal := self._refusal(owner, amounts, total)) is not None:
                 raise refusal
@@ -100,8 +110,10 @@ class Quotas:
 
 
 class QuotaHold:
-    """The part of an owner's quota that one request or stored object uses; a context manager that releases
-    it."""
+    """The part of an owner's quota that one request or stored object uses.
+
+    A context manager, which releases the hold at the end of its block.
+    """
 
     def __init__(self, quotas: Quotas, owner: str) -> None:
         self._quotas, self.owner = quotas, owner

@@ -1,10 +1,10 @@
-"""Requests and events of an engine: the types that all of `serve` shares.
+"""Requests and events of an engine: types that all of `serve` shares.
 
     HTTP route -> catalog (name -> mix of digests) -> Request -> engine
                <- Started, Token …, Finished <-
 
-A mix consists of digests, not names: if a name changes its meaning, running requests keep the old one. This
-module is independent of tensors and HTTP.
+A mix consists of digests, not names. So if a name starts to refer to another adapter, running requests keep
+the old adapter. This module is independent of tensors and HTTP.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ BASE: DigestMix = ()
 
 
 def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
-    """Return the canonical form of a mix: strengths summed per digest, zeros removed, digests sorted."""
+    """Return a mix in canonical form.
+
+    Strengths are added per digest, zeros are removed, and digests are sorted.
+    """
     sums: dict[str, float] = {}
     for digest, strength in parts:
         sums[digest] = sums.get(digest, 0.0) + float(strength)
@@ -45,14 +48,15 @@ def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
 
 
 def mix_digest(mix: DigestMix) -> bytes:
-    """Return a digest for cache keys, equal exactly for equal mixes; b"" for the base."""
+    """Return a mix's digest for cache keys: equal only for equal mixes, b"" for the base."""
     return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
 
 
 def cache_root(mix: DigestMix, salt: str = "") -> bytes:
-    """Return the cache key before a prompt's first block, equal exactly for equal mixes and equal salts.
+    """Return the cache key that precedes a prompt's first block.
 
-    Only requests with equal roots can share cached blocks.
+    Only requests with equal roots can share cached blocks. Roots are equal only if the mixes are equal and
+    the salts are equal.
     """
     if not salt:
         return mix_digest(mix)
@@ -61,12 +65,13 @@ def cache_root(mix: DigestMix, salt: str = "") -> bytes:
 
 
 class Refused(VeneerError):
-    """An error response: `status` is the HTTP status, `code` a word for programs.
+    """An error response.
 
-    Codes: model_not_found (404), adapter_unusable, adapter_exists, invalid_request (400), context_exceeded
-    (400), overloaded (429, 503), unavailable (503: a store or a database does not answer), rate_limited (429,
-    with `retry_after` seconds), unauthorized (401), too_large (413), storage_full (400), too_slow (408),
-    shutting_down (503), internal (500).
+    `status`: the HTTP status. `code`: the error code, for programs. Codes: model_not_found (404),
+    adapter_unusable, adapter_exists, invalid_request (400), context_exceeded (400), overloaded (429, 503),
+    unavailable (503: a store or a database does not answer), rate_limited (429, with `retry_after` seconds),
+    unauthorized (401), too_large (413), storage_full (400), too_slow (408), shutting_down (503), internal
+    (500).
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Refused(VeneerError):
 
 
 def invalid(what: str, param: str | None = None, fix: str | None = None) -> Refused:
-    """Return the error of an invalid request: 400."""
+    """Return the error for an invalid request (400)."""
     return Refused(what, status=400, code="invalid_request", param=param, fix=fix)
 
 
@@ -94,7 +99,7 @@ def shutting_down() -> Refused:
 
 
 def not_ready(phase: str) -> Refused:
-    """Return the error of requests to a server in this phase: 503 with Retry-After.
+    """Return the error for requests to a server in this phase: 503 with Retry-After.
 
     phase: loading or draining
     """
@@ -103,21 +108,24 @@ def not_ready(phase: str) -> Refused:
 
 
 GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]
-"""Constraint of a completion: a JSON schema as text, any JSON object, or a regular expression."""
+"""A constraint on a completion.
+
+One of: a JSON schema as text, any JSON object, a regular expression.
+"""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters of a request.
 
-    Order of application: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
+    They apply in this order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
 
-    `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random seed. `logprobs`: None
-    for none, otherwise the number of alternatives in addition to the sampled token, from the model's
-    distribution before any of the above. `sampled_logprob`: with logprobs, also the sampled token's
-    log-probability in the final distribution. `prompt_logprobs`: also the prompt's tokens, which disables the
-    prefix cache for the prompt. `stop`: texts that end the completion and are not part of it. `grammar`:
-    constraint of the completion.
+    `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random seed. `logprobs`: number
+    of alternatives to report in addition to the sampled token, or None for no log-probabilities; they are
+    from the model's distribution before any of the above. `sampled_logprob`: with logprobs, also report the
+    sampled token's log-probability in the final distribution. `prompt_logprobs`: also report the prompt's
+    tokens, which disables the prefix cache for the prompt. `stop`: texts that end the completion and are not
+    part of it. `grammar`: constraint on the completion.
     """
 
     max_tokens: int = 256
@@ -164,8 +172,8 @@ class Request:
     """A request for one completion of one prompt.
 
     `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
-    client's name of the mix, for metrics and messages, never for a cache. `salt`: requests share cached
-    prompt blocks only if their salts are equal.
+    client's name for the mix; used in metrics and messages, but never as a cache key. `salt`: requests share
+    cached prompt blocks only if their salts are equal.
     """
 
     prompt: tuple[int, ...]
@@ -180,7 +188,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt is being computed. `cached`: number of prompt tokens found in the cache."""
+    """The engine has started on the prompt. `cached`: number of prompt tokens in the cache."""
 
     cached: int
 
@@ -189,11 +197,12 @@ class Started:
 class Token:
     """One token of the completion.
 
-    `text`: the text that the token adds; all texts joined are the completion. Empty for an incomplete
-    character, for text held back because a stop text can begin in it, and for the token that ended the
-    completion. `logprob` and `top` ((id, text, logprob), best first) are from the model's distribution,
-    `sampled_logprob` from the final one, if requested. `prompt`: on the first token, the prompt's tokens, if
-    their log-probabilities were requested; the first prompt token has none.
+    `text`: the text that the token adds. The completion is all these texts joined. A token adds no text if
+    its character is incomplete, if its text is held back because a stop text can begin in it, or if the token
+    ended the completion. `logprob` and `top` ((id, text, logprob), best first) are from the model's
+    distribution, and `sampled_logprob` is from the final distribution; all are set only if requested.
+    `prompt`: on the first token, the prompt's tokens, if their log-probabilities were requested; the first
+    prompt token has no log-probability.
     """
 
     id: int
@@ -207,8 +216,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts, and times in seconds: `queued` until the first step, `prefill` to the first token,
-    `decode` to the last."""
+    """Token counts, and times in seconds.
+
+    `queued`: until the first step. `prefill`: then until the first token. `decode`: then until the last
+    token.
+    """
 
     prompt: int
     cached: int
@@ -222,8 +234,8 @@ class Usage:
 class Finished:
     """The last event of a completion.
 
-    `reason`: stop (`stop`: the text or token id), length, cancelled, or error with `error`. `text`: text that
-    was held back and belongs to the completion.
+    `reason`: stop, length, cancelled or error. `stop`: the stop text or token id that ended the completion.
+    `text`: text that was held back and belongs to the completion. `error`: the error, if that is the reason.
     """
 
     reason: Literal["stop", "length", "cancelled", "error"]
@@ -240,8 +252,8 @@ EngineEvent = Started | Token | Finished
 class EngineStats:
     """Counters of an engine.
 
-    `cache_used`: share of used key-value blocks. `adapters`, `adapter_bytes`: in memory now. `evictions`:
-    number of adapters evicted for others.
+    `cache_used`: share of key-value blocks in use. `adapters`, `adapter_bytes`: adapters in memory now.
+    `evictions`: number of adapters evicted to make room for others.
     """
 
     running: int = 0
@@ -258,29 +270,29 @@ class EngineStats:
     evictions: int = 0
 
 
-_Asked = TypeVar("_Asked", contravariant=True)
-_Happened = TypeVar("_Happened", covariant=True)
+_RequestT = TypeVar("_RequestT", contravariant=True)
+_EventT = TypeVar("_EventT", covariant=True)
 
 
-class Engine(Protocol[_Asked, _Happened]):
-    """The computing part of a server: text engine, upstream, or image engine.
+class Engine(Protocol[_RequestT, _EventT]):
+    """The part of a server that computes: text engine, upstream, or image engine.
 
-    Text engines are `Engine[Request, EngineEvent]`. Engines derive from this class for its defaults.
+    Text engines are `Engine[Request, EngineEvent]`. Engines inherit the default methods of this class.
 
-    `events`: yields the events of a request until it ends; closing the iterator (after a disconnect) cancels
-    the request. Raises Refused before the first event for immediate errors: a prompt that does not fit
-    (context_exceeded), a full queue (overloaded), shutting down. Later errors of a text request arrive as
-    Finished with `error`.
+    `events`: yields the events of a request until the request ends; closing the iterator (after a disconnect)
+    cancels the request. Raises Refused before the first event for errors that are found at once: a prompt
+    that does not fit (context_exceeded), a full queue (overloaded), or a server that is shutting down. Later
+    errors of a text request arrive as Finished with `error`.
     """
 
     makes: ClassVar[Literal["texts", "pictures"]] = "texts"
 
-    def events(self, request: _Asked, /) -> AsyncIterator[_Happened]: ...
+    def events(self, request: _RequestT, /) -> AsyncIterator[_EventT]: ...
 
     def stats(self) -> EngineStats: ...
 
     async def begin(self) -> None:
-        """Start, on the server's event loop, before the first request."""
+        """Start the engine. Called on the server's event loop, before the first request."""
         return None
 
     async def end(self) -> None:
@@ -288,11 +300,17 @@ class Engine(Protocol[_Asked, _Happened]):
         return None
 
     def problem(self) -> str:
-        """Return why the engine is unhealthy (a stuck step, an ended thread, a failing device), or ""."""
+        """Return why the engine is unhealthy, or "".
+
+        Causes are a stuck step, an ended thread, or a failing device.
+        """
         return ""
 
     def trouble(self) -> str:
-        """Return why new requests should go to another server for now, such as a missing upstream, or ""."""
+        """Return why new requests should go to another server for now, or "".
+
+        One cause is an upstream that does not respond.
+        """
         return ""
 
 

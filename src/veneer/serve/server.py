@@ -1,11 +1,11 @@
 """A server's lifecycle: check, listen, build, drain, end.
 
-checked     invalid settings end it here (checks.py)
+checked     invalid settings end the process here (checks.py)
 listening   clients can connect, and wait a few seconds
 built       catalog, tenants, library: /health answers, the Studio's pages work, /ready returns 503 loading
 loaded      base, engine, preloaded adapters; then /ready returns 200
-SIGTERM     /ready returns 503 draining, new work is rejected (503, Retry-After), running answers finish
-ended       once they have, or after `drain` seconds; a second signal ends at once
+SIGTERM     /ready returns 503 draining, new work is rejected (503, Retry-After), running requests finish
+ended       once running requests have finished, or after `drain` seconds; a second signal ends it at once
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import uvicorn
 from veneer.errors import ResourceError
 from veneer.files.rights import forbid_inspection
 from veneer.serve.checks import check_settings
-from veneer.serve.http.connection import many_files, protocols_of
+from veneer.serve.http.connection import protocols_of, raise_file_limit
 from veneer.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ thread would delay a step by a second.
 
 @dataclass(frozen=True)
 class WebPage:
-    """An extension's web page; its server accepts WebSockets.
+    """An extension's web page. With a page, the server accepts WebSockets.
 
-    `path`: where it is. `show`: called in a thread with its address once the server answers.
+    `path`: the page's path. `show`: called in a thread, with the page's URL, once the server answers.
     """
 
     path: str
@@ -54,9 +54,9 @@ class WebPage:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that loads the base in parallel with requests, and drains on the first signal.
+    """A uvicorn server that loads the base in the background, and drains on a signal.
 
-    It ends on a second signal, or if loading fails. `show`: called once the server answers.
+    The server ends at once on a second signal, and if loading fails. `show`: called once the server answers.
     """
 
     def __init__(self, config: uvicorn.Config, built: Application, drain: float, show: Callable[[], object]) -> None:
@@ -102,7 +102,7 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         service = self.built.service
-        log.info("draining: %d requests go on for up to %g s", service.inside, self.drain)
+        log.info("draining: %d requests can run for up to %g s more", service.inside, self.drain)
         service.phase = "draining"
         end = asyncio.get_running_loop().time() + self.drain
         while service.inside and asyncio.get_running_loop().time() < end:
@@ -119,14 +119,14 @@ def serve(
 ) -> None:
     """Serve until a signal arrives.
 
-    `extends`: add parts of higher packages; `page`: the web page among them. Raises errors in the settings
-    before it listens, and build errors.
+    `extends`: functions that add parts of higher packages. `page`: the web page, if one of these parts is a
+    web page. Raises errors in the settings before the server listens, and later build errors.
     """
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make_app is None else None
 
     def build() -> Application:
-        from veneer.serve.build import build  # late: bad settings are refused before torch is imported
+        from veneer.serve.build import build  # imports torch, so only after the settings are checked
 
         return build(settings, log, opened, extends)
 
@@ -143,7 +143,7 @@ def _serve(
     if not logging.getLogger().handlers:  # otherwise the embedding process has configured logging
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("veneer").setLevel(logging.INFO)
-    many_files(settings.http.connections)
+    raise_file_limit(settings.http.connections)
     sys.setswitchinterval(_SWITCH)
     sockets = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -182,11 +182,9 @@ def _serve(
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A listening socket for each address of `host`, before anything is loaded.
+    """Return a listening socket for each address of `host`.
 
-    Clients that connect meanwhile wait.
-
-    Raises ResourceError.
+    Called before anything is loaded: clients that connect then wait. Raises ResourceError.
     """
     sockets: list[socket.socket] = []
     try:

@@ -1,6 +1,6 @@
-"""Settings of a server, as `veneer serve` accepts them and every part reads them.
+"""Settings of a server: set by `veneer serve`, read by all parts of the server.
 
-Imports nothing heavy, so that the command line can read its defaults from here.
+Imports nothing heavy, so that the command line can read its defaults from this module.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ class QuotaLimits:
     See `serve.quota`.
 
     memory: bytes of waiting and unpacked requests, of results to be fetched, and of Tinker sessions
-    disk: bytes of adapters; of uploaded files; of training clients' states, checkpoints and answers stored
-    for feedback
-    files: uploaded files; training clients, their checkpoints and answers stored for feedback
+    disk: bytes, counted separately for adapters, for uploaded files, and for the rest: training clients'
+        states, checkpoints, and answers stored for feedback
+    files: number, counted separately for uploaded files, and for training clients, their checkpoints, and
+        answers stored for feedback
     descriptors: concurrent archive downloads
     requests: Tinker requests that run, wait, or have a result to fetch
-    threads: threads for blocking work (databases, disks) for all owners; `thread_share`: for one tenant
-    jobs: training jobs that are not finished, queued by clients
+    threads, thread_share: threads for blocking work (databases, disks), for all owners and for one tenant
+    jobs: training jobs that clients have queued and that have not finished
     metadata: bytes of JSON that a client can attach to a session, a run or a checkpoint
     """
 
@@ -48,14 +49,15 @@ class QuotaLimits:
 class HttpSettings:
     """HTTP limits of one server. Times are in seconds.
 
-    `max_adapter`: bytes of an uploaded adapter. `max_tokens`: 0 for up to the context. `queue`: completions
-    that run or wait, of all tenants. `head_time`, `body_time`: time for a request's head and body to arrive.
-    `idle`: time for which an idle connection stays open. `stall`: close a connection whose client has not
-    read for this long. `connections`: over this limit, the connection idle longest is closed. `max_pixels`:
-    of an uploaded image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with
-    separate metric series. `allowed_origins`: origins whose pages can use this server from a browser; "*"
-    (any) requires keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys
-    accepts. `quotas`: limits for each owner.
+    `max_adapter`: bytes of an uploaded adapter. `max_tokens`: tokens of a completion; 0 for as many as the
+    context allows. `queue`: completions that run or wait, for all tenants together. `head_time`, `body_time`:
+    time in which a request's head and body must arrive. `idle`: time for which an idle connection stays open.
+    `stall`: close a connection whose client has not read for this long. `connections`: open connections;
+    above this limit, the connection that has been idle longest is closed. `max_pixels`: pixels of an uploaded
+    image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with separate metric
+    series. `allowed_origins`: origins whose pages can use this server from a browser; "*" (any) requires
+    keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts. `quotas`:
+    limits for each owner.
     """
 
     max_body: int = 8 << 20
@@ -95,10 +97,11 @@ QuantizeKind = Literal["nf4", "fp4", "int8", "keep"]
 class EngineSettings:
     """Settings of the text engine.
 
-    `rows`: sequences at once. `budget`: tokens per step. `cache_bytes`: for keys and values. `adapter_bytes`:
-    for adapters in memory, the only limit on their number. `queue`: waiting requests. `batch_invariant`: see
-    Runner. `stuck_seconds`: a longer step counts as stuck. `context`: tokens per sequence, 0 for as many as
-    the base and the cache allow.
+    `rows`: maximum sequences in one step. `budget`: maximum tokens in one step. `cache_bytes`: memory for
+    keys and values. `adapter_bytes`: memory for adapters, which is the only limit on their number. `queue`:
+    maximum waiting requests. `batch_invariant`: see Runner. `stuck_seconds`: if a step takes longer, the
+    engine counts as stuck. `context`: maximum tokens of a sequence; 0 for as many as the base and the cache
+    allow.
     """
 
     rows: int = 32
@@ -115,9 +118,10 @@ class EngineSettings:
 class LedgerSettings:
     """Settings of the ledger.
 
-    `days`: retention of lines; daily sums are kept. `folder`: for journals, on a local disk;
-    None: next to the SQLite file, or in the veneer home. `room`: bytes reserved by this server, allocated at
-    start. `synced`: usage survives a power loss, not only a kill.
+    `days`: how long lines are kept; daily sums are kept forever. `folder`: folder for journals, on a local
+    disk; None for a folder next to the SQLite file, or in the veneer home. `room`: size of this server's
+    journal in bytes, allocated at start. `synced`: usage survives a power loss, and not only a killed
+    process.
     """
 
     days: float = 400.0
@@ -131,8 +135,8 @@ class FleetSettings:
     """Settings of a server in front of vLLM.
 
     `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent
-    to the upstream as a bearer token. `mixes`: weighted mixes per tenant. `mix_bytes`: size of all mixes on
-    disk.
+    to the upstream as a bearer token. `mixes`: maximum weighted mixes per tenant. `mix_bytes`: maximum bytes
+    of all mixes on disk.
     """
 
     upstream: str | None = None
@@ -145,11 +149,12 @@ class FleetSettings:
 class ServeSettings:
     """All settings of a server.
 
-    `folders`: folders that load requests can name. `tenants`: the tenants' database. Without it, `keys` are
-    all keys; without both, tenants.sqlite in the veneer home if it exists; otherwise no key is needed.
-    `open`: no key is needed even if there are tenants; on localhost their routes, prices and ledger stay in
-    use, on other hosts not. With an upstream, only the base's names and tokenizer are read. `quantize`: see
-    models.text.base.load_text. `drain`: seconds.
+    `folders`: folders from which clients can load adapters. `tenants`: the tenants' database. Without this
+    database, `keys` are the only keys. If neither is set, the server uses tenants.sqlite in the veneer home
+    if the file exists, and otherwise requires no key. `open`: require no key even if there are tenants; the
+    tenants' routes, prices and ledger then stay in use on localhost, but not on other hosts. With an
+    upstream, only the base's names and tokenizer are read. `quantize`: see models.text.base.load_text.
+    `drain`: seconds that running requests have to finish after SIGTERM.
     """
 
     base: str
@@ -189,7 +194,7 @@ def parse_preload(text: str) -> Preload:
 
 
 def bytes_of(text: str, where: str) -> int:
-    """Parse a size such as 512M, 2G, 1.5GB into bytes. Raises ConfigError."""
+    """Return the bytes of a size such as 512M, 2G or 1.5GB. Raises ConfigError."""
     match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", text.strip(), re.I)
     try:
         assert match is not None
@@ -208,7 +213,10 @@ def size_text(size: int) -> str:
 
 
 def keys_of(file: Path) -> list[str]:
-    """Return the keys of a file, one per line; lines that start with # are comments. Raises ConfigError."""
+    """Return the keys in a file. Raises ConfigError.
+
+    The file has one key per line. Lines that start with # are comments.
+    """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -216,5 +224,5 @@ def keys_of(file: Path) -> list[str]:
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys or min(map(len, keys)) < 16:
         message = "the file has no key" if not keys else "a key in this file has fewer than 16 characters"
-        raise ConfigError(message, where=str(file), fix="a line for each key, 16 characters or more")
+        raise ConfigError(message, where=str(file), fix="put each key on its own line, with 16 characters or more")
     return keys

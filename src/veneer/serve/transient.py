@@ -1,8 +1,8 @@
 """Transient errors: a database, store, disk or upstream that is unavailable.
 
     is_transient(error)               whether an error or one of its causes is transient
-    transient_error(resource, error)  503, to be retried; the log has details under the response's id
-    internal_error(resource, error)   the same for a transient error, 500 for any other
+    transient_error(resource, error)  a 503 that clients can retry; its id refers to details in the log
+    internal_error(resource, error)   the same 503 if the error is transient, otherwise a 500
 
 Driver messages contain hosts, paths and addresses, so they never reach a client.
 """
@@ -42,12 +42,12 @@ _ERRNO = {
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Return whether an error or its cause comes from the environment, not from the request."""
+    """Return whether the environment, not the request, caused an error or one of its causes."""
     visited: set[int] = set()
     while error is not None and id(error) not in visited:
         if isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _ERRNO) or lacks_memory(error):
             return True
-        if type(error) is DatabaseError:  # SQLite: a damaged file; subclasses are errors of the statement
+        if type(error) is DatabaseError:  # a damaged SQLite file; subclasses are raised for faulty statements
             return True
         visited.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -55,25 +55,31 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def transient_error(resource: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
-    """Return the error while `resource` (in the client's words: "the library") is unavailable.
+    """Return the 503 response for an unavailable resource.
 
-    `error` is only logged.
+    resource: the resource's name for clients, such as "the library".
+    error: the cause, which is only logged.
     """
-    fix = f"try again; the server's log has {_logged(resource, error)}"
+    fix = f"try again; the server's log has details under {_logged(resource, error)}"
     message = f"{resource} cannot be used at the moment"
     return Refused(message, status=503, code="unavailable", retry_after=retry_after, fix=fix)
 
 
 def internal_error(resource: str, error: BaseException) -> Refused:
-    """Return the error for an unexpected exception: a transient error, or an internal one."""
+    """Return the response for an unexpected exception: 503 if it is transient, otherwise 500."""
     if is_transient(error):
         return transient_error(resource, error)
     number = _logged(resource, error, trace=True)
-    return Refused(f"{resource} failed here", status=500, code="internal", fix=f"the server's log has {number}")
+    return Refused(
+        f"{resource} failed here", status=500, code="internal", fix=f"the server's log has details under {number}"
+    )
 
 
 def _logged(resource: str, error: object, *, trace: bool = False) -> str:
-    """Log an error and return its id. A transient error takes one line, because there can be many."""
+    """Log an error and return the id of the log entry.
+
+    trace: also log the traceback. Transient errors omit it, because there can be many.
+    """
     number = secrets.token_hex(4)
     text = " ".join(str(error).split()) or type(error).__name__
     kind = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""

@@ -1,14 +1,15 @@
 """Sign-in and access control of the Studio.
 
-    without keys         only from this machine (serve.http.guard defines the accepted Hosts)
-    keys or tenants      a form asks for a key and stores it in a cookie, which scripts cannot read and which the
-                         browser sends only to /studio; the server stores nothing. Each action on a page
+    without keys         the Studio can be opened only from this machine (serve.http.guard defines the
+                         accepted Hosts)
+    keys or tenants      a form asks for a key and stores it in a cookie, which scripts cannot read and which
+                         the browser sends only to /studio; the server stores nothing. Each action on a page
                          checks the key again, so a revoked key stops working at once
 
-`StudioMiddleware` runs before the server's `AuthMiddleware`. Without a key, the server answers only with the
-sign-in form, as static HTML. It refuses sockets, because a socket needs an open page with the same key. A
-page's images, downloads and uploads go through /studio/api/…, where the middleware converts the cookie to an
-API key, because the API reads no cookies."""
+`StudioMiddleware` runs before the server's `AuthMiddleware`. Without a key, a request gets only the sign-in
+form, as static HTML. A WebSocket is refused unless a page with the same key is open. A page's images,
+downloads and uploads go through /studio/api/…, where the middleware converts the cookie to an API key,
+because the API reads no cookies."""
 
 from __future__ import annotations
 
@@ -38,9 +39,9 @@ from veneer.train.report.page import escaping, palette
 ROOT = "/studio"
 _COOKIE = "veneer_studio"
 _DELAY = 1.0
-"""Seconds to wait before answering a wrong key."""
+"""Delay, in seconds, before the response to a wrong key."""
 _WAITING, _CONCURRENT = 32, 2
-"""Maximum number of pages that wait to be rendered, and that are rendered concurrently."""
+"""Maximum number of pages waiting to be rendered, and of pages rendered concurrently."""
 _PAGES, _SOCKETS = 200, 4
 """Maximum open pages per key, and sockets per page (two can overlap during a reconnect)."""
 _ASSETS, _SOCKET = f"{ROOT}/_nicegui/", f"{ROOT}/_nicegui_ws"
@@ -52,7 +53,7 @@ _POLICY = (
     "img-src 'self' data: blob:; connect-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'; "
     "object-src 'none'"
 )
-"""Content Security Policy: a page can contact only this server, even after an injection.
+"""Content Security Policy: a page can contact only this server, even if code is injected into the page.
 
 Vue compiles templates in the browser, which requires 'unsafe-eval'."""
 
@@ -152,7 +153,7 @@ class StudioMiddleware:
         if scope["type"] == "websocket":
             await self._socket(scope, receive, send)
         elif path.startswith(_SOCKET):
-            raise Refused("pages connect by websocket only", status=403, code="forbidden")
+            raise Refused("pages can connect only with WebSockets", status=403, code="forbidden")
         elif path.startswith(f"{ROOT}/api/"):
             inner = path.removeprefix(f"{ROOT}/api")
             if f"{inner}/".startswith(f"{ROOT}/"):
@@ -172,7 +173,7 @@ class StudioMiddleware:
             await self._page(scope, receive, _guarded(send, path))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Render a page; only a few concurrently, as each blocks the event loop."""
+        """Render a page. Few pages are rendered concurrently, because rendering blocks the event loop."""
         visitor = await _visitor_of(self.tenancy, HTTPConnection(scope))
         if visitor is None:
             return await _sign_in(scope)(scope, receive, send)
@@ -191,8 +192,8 @@ class StudioMiddleware:
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Accept a page's socket.
 
-        Raises Refused (403) if the page already has `_SOCKETS` sockets, or if no open page of the same key
-        has the id that the socket names."""
+        Raises Refused (403) if the page already has `_SOCKETS` sockets, or if the socket's client id belongs
+        to no open page with the same key."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
         id = query.get("client_id", [""])[0]
         page = next((each for client, each in VISITORS.items() if getattr(client, "id", None) == id), None)
@@ -241,7 +242,7 @@ def head_html() -> str:
 
 
 def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
-    """Return the scope of the same request for `path`, as an API client with a key."""
+    """Return the scope of an API request for `path` with a key, made from a Studio request's scope."""
     drop = (b"cookie", b"authorization", b"x-api-key", b"api-key")
     headers = [(name, value) for name, value in scope["headers"] if name not in drop]
     if key is not None:

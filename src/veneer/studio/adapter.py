@@ -36,7 +36,7 @@ class _AdapterData:
 
 
 def _read(page: ViewPage, reference: str) -> _AdapterData:
-    """Read a version's data. Raises NotFound if it does not exist or is not visible."""
+    """Read a version's data. Raises NotFound if the version does not exist or is not visible."""
     library = page.studio.library
     try:
         parse_reference(reference)
@@ -113,7 +113,9 @@ async def adapter_view(page: ViewPage) -> None:
         try:
             show(await asyncio.to_thread(_read, page, reference))
         except NotFound:
-            if page.frame.page is page:  # skip this after the user removed the version, which opens another view
+            if (
+                page.frame.page is page
+            ):  # false after the user removed the version, because the removal opens another view
                 await page.reload()
 
     async def change(text: str, word: str, field: str) -> None:
@@ -229,7 +231,7 @@ def _draw_downloads(page: ViewPage, version: Version, base: str) -> None:
 
 
 def _facts(version: Version) -> list[tuple[str, str]]:
-    """Return (name, value) lines of the card that the page does not show elsewhere."""
+    """Return (name, value) lines with the version's metadata that the page does not show elsewhere."""
     facts: list[tuple[str, str]] = [("digest", version.digest), ("base fingerprint", version.fingerprint)]
     facts += [("source", version.source), ("created", version.created)]
     for key in ("recipe", "metrics", "data"):

@@ -2,8 +2,8 @@
 
 Only this file mounts and starts NiceGUI.
 
-`serve(settings, say, extends=[studio_of], page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
-has one application per process, so a process can have only one Studio."""
+Usage: `serve(settings, say, extends=[studio_of], page=WebPage(ROOT, …))`; see `serve.build.Extension`.
+NiceGUI has one application per process, so a process can have only one Studio."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ICON = (
     '<path d="M4 14h24v11H4z" fill="#8d8379"/></svg>'
 )
 _RECONNECT = 60.0
-"""Seconds within which a disconnected page can reconnect, such as after a laptop sleeps."""
+"""Seconds within which a disconnected page can reconnect, for example after a laptop was asleep."""
 _mounted = False
 
 
@@ -85,14 +85,16 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
         lifespan.append(app.router.lifespan_context(app))
 
     async def start() -> None:
-        with warnings.catch_warnings():  # NiceGUI inspects all objects in memory, and an object of torch then warns
+        with warnings.catch_warnings():  # NiceGUI inspects all objects in memory, which triggers a torch warning
             warnings.simplefilter("ignore", FutureWarning)
             await lifespan[0].__aenter__()
 
     async def stop() -> None:
         await lifespan[0].__aexit__(None, None, None)
 
-    sample_images = [] if trains else [sample_routes(jobs)]  # with training, the training extension adds these routes
+    sample_images = (
+        [] if trains else [sample_routes(jobs)]
+    )  # if the server trains, the training extension adds these routes
     routers = [key_routes(service.tenancy), *sample_images]
     return Extension(routers, unguarded=(ROOT,), start=start, stop=stop, mount=mount)
 

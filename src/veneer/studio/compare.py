@@ -36,7 +36,7 @@ from veneer.train.text.rows import read_rows, split_rows
 _PAUSE = 1 / 30
 """Minimum seconds between two updates of the answers in the browser."""
 _SAMPLES, _TOKENS = 8, 160
-"""Maximum answers per column; default limit on new tokens."""
+"""Maximum number of answers per column, and default maximum number of new tokens."""
 _CHECKPOINTS = 5
 """Number of a run's newest checkpoints that the view compares."""
 _LONGEST = 2000
@@ -57,22 +57,22 @@ async def compare_view(page: ViewPage) -> None:
 
 
 async def _open_checkpoints(page: ViewPage) -> None:
-    """Put a run's newest checkpoints and one of its prompts into the link.
+    """Put a run's newest checkpoints and a prompt from the run's data into the page's link.
 
     Raises NotFound."""
     job = await job_of(page)
     points = await asyncio.to_thread(page.studio.jobs.checkpoints, page.principal.owner, job.id)
     names = [point.reference for point in points if point.reference][:_CHECKPOINTS]
     system, prompt = await asyncio.to_thread(_row_prompt, job)
-    await page.studio.service.catalog.fresh()  # load names again: the newest checkpoint can have been added just now
+    await page.studio.service.catalog.fresh()  # the catalog may not contain the newest checkpoint yet
     page.set_query(job=None, c=names[::-1], p=page.query.get("p") or prompt, s=page.query.get("s") or system)
 
 
 def _row_prompt(job: Job) -> tuple[str, str]:
-    """Return (system message, user message) of a run's first held-out row.
+    """Return (system message, user message) of the first held-out row of a run.
 
-    Without held-out rows: of a training row; for images: the first sample prompt. ("", "") if the rows
-    cannot be read or no prompt is short enough."""
+    A run without held-out rows uses its training rows, and an image run its first sample prompt. Prompts that
+    are too long are skipped. Returns ("", "") if there is no prompt or the rows cannot be read."""
     try:
         config = job_config(job, job.folder)
         if not isinstance(config, TrainConfig):
@@ -128,20 +128,20 @@ class TextBoard(Board):
         )
 
     async def suggest_prompt(self, name: str) -> None:
-        """Put the sample prompt of an adapter's card into the link, if it has no prompt."""
+        """If the link has no prompt, use the sample prompt from an adapter's card."""
         query, principal = self.page.query, self.page.principal
         if query.get("p") or query.get("s"):
             return
         try:
             version = await asyncio.to_thread(self.studio.library.find, name)
-        except (AdapterError, ConfigError):  # the name is not a library adapter: a loaded adapter or a route
+        except (AdapterError, ConfigError):  # the name is a loaded adapter or a route, not a library adapter
             return
         if principal.can_see(name, version.reference):
             system, text = opening(card_prompt(version.card))
             if text:
                 self.page.set_query(p=text, s=system)
 
-    async def added(self, name: str) -> None:
+    async def on_added(self, name: str) -> None:
         await self.suggest_prompt(name)
         self.prompt.set_value(self.page.query.get("p"))
         self.system.set_value(self.page.query.get("s"))
@@ -208,26 +208,28 @@ class TextBoard(Board):
         others = [other for other in self.columns if other is not column and i < len(other.answers)]
         rejected_columns = [other for other in others if other.answers[i].strip() != answer.strip()]
         if not rejected_columns:
-            raise VeneerError("all columns have the same answer", fix="another prompt, or a temperature")
+            raise VeneerError("all columns have the same answer", fix="try another prompt, or a temperature above 0")
         rejected = tuple((other.id, i) for other in rejected_columns)
         feedback = AnswerFeedback(column.id, i, rejected=rejected, changed=frozenset({"rejected"}))
         rows = [preference_row(self._messages(), answer, other.answers[i]) for other in rejected_columns]
         where = await self._record(
             feedback, "preference", rows, selected=answer, rejected=rejected_columns[-1].answers[i]
         )
-        column.element.judged(i, f"Better than {counted(len(rejected_columns), 'other')}: {where}")
+        column.element.show_feedback(i, f"Better than {counted(len(rejected_columns), 'other')}: {where}")
 
     async def _correct(self, column: Column, event: Sequence[Any]) -> None:
         i, text = int(event[0]), str(event[1])
         row = corrected_row(self._messages(), text)
         feedback = AnswerFeedback(column.id, i, corrected=row["messages"][-1], changed=frozenset({"corrected"}))
         where = await self._record(feedback, "messages", [row], answer=text)
-        column.element.judged(i, f"Corrected: {where}")
+        column.element.show_feedback(i, f"Corrected: {where}")
 
     async def _record(
         self, feedback: AnswerFeedback, format: Literal["preference", "messages"], rows: list[Any], **options: str
     ) -> str:
-        """Store feedback with the stored answers, or else in a file; return where.
+        """Store feedback with the tenant's stored answers, or else in a file.
+
+        Returns a text that says where the feedback was stored.
 
         options: options of the command that adds the same row.
 

@@ -73,7 +73,7 @@ def _parse_columns(texts: Sequence[str]) -> list[_Mix]:
 
 
 class Board:
-    """The columns of one visit.
+    """The columns of one visit to the Compare view.
 
     Subclasses define `draw_answers`, `answer` and `equivalent_command`."""
 
@@ -97,7 +97,7 @@ class Board:
     def equivalent_command(self, column: Column) -> str:
         raise NotImplementedError
 
-    async def added(self, name: str) -> None:
+    async def on_added(self, name: str) -> None:
         """Called after an adapter was added to a column."""
 
     def adapters(self) -> list[str]:
@@ -211,7 +211,7 @@ class Board:
             if name in dict(mix):
                 raise ConfigError(f"{name} is in this mix already", fix="change its strength")
             mix.append((name, 1.0))
-        await self.added(name)
+        await self.on_added(name)
         self.columns_changed()
 
     def _remove(self, column: Column) -> None:
@@ -286,7 +286,7 @@ class Board:
                 added, mix = await asyncio.to_thread(save)
                 elements.close_dialog(window)
                 saved = "saved" if added.new else "is in the library already"
-                self.page.notify(f"{added.version.reference} {saved}; {mix.error:.3%} off the sum")
+                self.page.notify(f"{added.version.reference} {saved}; relative error {mix.error:.3%}")
 
             elements.dialog_buttons(window, "Save", elements.permit("operate", do))
         elements.open_dialog(window)

@@ -1,6 +1,7 @@
-"""The Compare view on an image base.
+"""The Compare view of a server with an image base.
 
-Images of equal seeds for base, adapters and mixes; a series of strengths."""
+The base, adapters and mixes generate images with the same seeds. One adapter can also be compared at several
+strengths."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from veneer.studio.page import ViewPage
 
 _SEEDS = 4
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
-"""The strengths in a series."""
+"""The strengths at which one adapter can be compared."""
 
 
 class ImageBoard(Board):
@@ -73,7 +74,7 @@ class ImageBoard(Board):
         )
 
     def _spread(self, column: Column) -> None:
-        """Replace an adapter's column by one column for each strength in `_STRENGTHS`."""
+        """Replace an adapter's column with one column per strength in `_STRENGTHS`."""
         name = column.mix[0][0]
         at, other_mixes = self.columns.index(column), [each.mix for each in self.columns if each is not column]
         series = [Column([(name, each)]) for each in _STRENGTHS if [(name, each)] not in other_mixes]

@@ -39,8 +39,8 @@ class Answers(ui.element, component="answers.js"):
         """Mark an answer as finished. `note`: text shown below the answer."""
         self.run_method("end", index, note)
 
-    def judged(self, index: int, text: str) -> None:
-        """Show what a vote or a correction did."""
+    def show_feedback(self, index: int, text: str) -> None:
+        """Show the result of a vote or a correction."""
         self.run_method("judged", index, text)
 
 

@@ -32,7 +32,7 @@ async def doctor_view(page: ViewPage) -> None:
         with elements.box("div", "empty"):
             elements.heading("Drop a file anywhere on this page")
             elements.line(
-                "A .safetensors or .gguf file of any tool, or a .zip of a PEFT folder; deleted after an hour."
+                "A .safetensors or .gguf file from any tool, or a .zip of a PEFT folder; deleted after an hour."
             )
             elements.button("Choose a file", elements.permit("read", page.pick_file), kind="filled", key="o")
         elements.Command(elements.command("adapter", "inspect", "FILE"))
@@ -59,7 +59,7 @@ async def doctor_view(page: ViewPage) -> None:
             )
             elements.heading("Other tools")
             if assumed:
-                elements.line("To convert the file, give the alpha that it was trained with:")
+                elements.line("To convert the file, give the alpha used in training:")
                 convert = elements.command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW")
                 elements.Command(convert)
             elif verdict["use"]:
@@ -106,11 +106,11 @@ def _facts(report: _Report) -> list[tuple[str, str]]:
 
 
 def _draw_downloads(page: ViewPage, staged: StagedAdapter, report: _Report) -> None:
-    """Draw a link for each layout that the adapter can be converted to here."""
+    """Draw a download link for each layout to which this server can convert the adapter."""
     base, kind = _server_base(page, report), "image" if any(report["components"]) or report["family"] else "text"
     with elements.box("div", "row"):
         for to in TARGETS[kind]:
-            if base or to != "gguf":  # a GGUF file depends on the base, which must be this server's
+            if base or to != "gguf":  # conversion to GGUF needs the adapter's base, which must be this server's base
                 url = page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base)
                 elements.link(f"for {to}", url, "button quiet", download=True)
 

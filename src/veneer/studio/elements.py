@@ -13,10 +13,11 @@ their values. Elements are plain HTML, which supports accessible names, keyboard
     cards.show(versions=others)                                          redraws only the parts that changed
 
 Handlers: `permit` declares the permission that a handler needs. A hidden button is not enough, because a
-browser can send any event. Before each call, `Visitor.authenticate` updates `page.principal` and the
-permission is checked; a handler without a permission is refused. Handlers can be async. The page shows the
-errors that handlers raise: a VeneerError as what · where · fix. Work that takes more than a millisecond
-belongs in `await asyncio.to_thread(…)`, because all pages run on the engine's event loop.
+browser can send any event. Before each call, `Visitor.authenticate` updates `page.principal`, and then the
+permission is checked. A handler without a permission is never called. Handlers can be async. The page shows
+the errors that handlers raise; for a VeneerError, it shows what failed, where, and how to fix it. Work that
+takes more than a millisecond belongs in `await asyncio.to_thread(…)`, because all pages run on the engine's
+event loop.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from veneer.train.report.log import duration, size
 from veneer.train.report.page import escaping
 
 Callback = Callable[..., Any]
-"""A function that takes no argument, or the event: a field's value or a clicked element's data."""
+"""A function without arguments, or with one: a field's value or the data of a clicked element."""
 Attribute = str | int | bool
 
 
@@ -261,7 +262,9 @@ def form_field(
 
     def storing(handler: Handler) -> Handler:
         async def store(value: Any) -> None:
-            if kind == "number" and isinstance(value, int | float):  # the browser only limits on blur
+            if kind == "number" and isinstance(
+                value, int | float
+            ):  # browsers apply the limits only when the field loses focus
                 value = min(value if high is None else high, max(value if low is None else low, value))
             field.value = field.props["value"] = value  # no update: the browser already shows the value
             await _call(handler.callback, value)

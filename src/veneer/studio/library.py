@@ -33,7 +33,7 @@ _HEALTH = {"sound": "sound", "faulty": "faulty", "unknown": "not checked yet"}
 
 @dataclass(frozen=True)
 class LibraryCard:
-    """What a version's card shows."""
+    """The contents of a version's card."""
 
     version: Version
     base: str
@@ -95,7 +95,7 @@ class _Search:
         if self.filters["health"] not in _HEALTH:
             self.filters["health"] = ""
         self.without = "" if self.filters["tag"] else STEPS_TAG
-        """Prefix of tags to leave out: those of runs' checkpoints, which the Run view lists."""
+        """Prefix of the tags to leave out: tags of runs' checkpoints, which the Run view lists instead."""
         self.narrowed = bool(self.text or any(self.filters.values()))
 
     def run(self, page: ViewPage, limit: int) -> SearchPage:

@@ -1,6 +1,6 @@
 """The Live view: routes and versions, shadows, tenants' usage, loaded adapters.
 
-The view describes each change of a route before the change is made, and can roll it back with one click."""
+The view describes each change of a route before applying it. One click rolls a change back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def live_view(page: ViewPage) -> None:
             line("This server has no routes: it was started with --api-keys, or without a tenants' database.")
             Command(command("serve", studio=True, open=True, tenants="tenants.sqlite", base=page.base_argument))
         return
-    await page.studio.service.catalog.fresh()  # load names again: the adapter in the link can have been added just now
+    await page.studio.service.catalog.fresh()  # the catalog may not contain the adapter in the link yet
     await asyncio.to_thread(tenancy.store.refresh)
     view = _LiveView(page, tenancy)
     await view.refill()
@@ -69,7 +69,7 @@ class _LiveView:
     def names(self) -> list[str]:
         """Return the possible targets of a route.
 
-        These are the base, loaded adapters, the newest versions for this base, and the link's version."""
+        These are the base, loaded adapters, this base's newest versions, and the version in the link."""
         catalog, linked = self.page.studio.service.catalog, self.page.query.get("ref")
         cards = [card for card in catalog.models(self.page.principal) if card.parent is None or card.digest]
         names = list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
@@ -79,15 +79,15 @@ class _LiveView:
         return names
 
     def proposed(self) -> str:
-        """Return the link's adapter if it is valid and no route targets it, else ""."""
+        """Return the adapter in the link; "" if it is invalid or already a target of a route."""
         linked = self.page.query.get("ref")
         targets = {name for route in self.store.settings.routes.values() for name, _ in route.targets}
         return "" if linked in targets or linked not in self.names() else linked
 
     def propose(self, adapter: str) -> None:
-        """Add an adapter as a canary to the form of the route with its name.
+        """Add an adapter as a canary to the form of the route with the adapter's name.
 
-        Without such a route: to the form of the new route."""
+        If there is no such route, use the form for a new route."""
         name = parse_reference(adapter, cased=True).name
         form = self.forms.get((ALL, name), self.new)
         if form is self.new:
@@ -124,7 +124,7 @@ class _LiveView:
         self.memory.show(rows=loaded, bytes=size, limit=limit)
 
     def _read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
-        """Return the shadows' summary, the usage and the loaded adapters. Blocks."""
+        """Return the shadows' summary, the usage and the loaded adapters. Blocking."""
         with reading(self.store.engine) as c:
             summary, used = routes.shadow_summary(c), usage(c, by=("tenant", "adapter"))
         return summary, used, self.page.studio.service.catalog.in_memory()

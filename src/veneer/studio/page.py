@@ -5,34 +5,37 @@ A view is an async function in its own file that draws into a page:
     async def compare_view(page: ViewPage) -> None:
         prompt = page.query.get("p")                       state from the link: get, all, number
         page.title("Compare", "One prompt, several adapters.")
-        field = form_field("Prompt", prompt, permit("read", typed), kind="area", on_enter=permit("infer",
-        ask)) answers = Fragment("answers.html.j2", actions={"vote": permit("feedback", vote)}, answers=[])
+        asking = permit("infer", ask)
+        field = form_field("Prompt", prompt, permit("read", typed), kind="area", on_enter=asking)
+        answers = Fragment("answers.html.j2", actions={"vote": permit("feedback", vote)}, answers=[])
         Command(command("generate", prompt))
         page.start_task(ask())                             background task; ends when the user leaves the view
 
 A view also needs a row of `views` in build.py: path, title, shortcut letter after `g`, and required
 permission.
 
-    elements      only elements.py (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …):
-                  never `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test checks this
-    principal     `page.principal` is updated before each handler. Query jobs by `page.principal.owner` (None for
-                  all tenants). For an object that is not visible, raise `NotFound` with the same message as
-                  for an object that does not exist
-    slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the browser
-                  gets the page as drawn so far, and later the rest
-    state         only the link: `page.set_query(q="sty")` changes the link without a load (None or "" removes
-                  a key); read everything else from the library, the jobs, the tenants
+    elements      use only elements.py (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`,
+                  `confirm` …): never `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test checks
+                  this
+    principal     `page.principal` is updated before each handler. Query jobs by `page.principal.owner` (None
+                  for all tenants). For an object that is not visible, raise `NotFound` with the same message
+                  as for an object that does not exist
+    slow work     `await asyncio.to_thread(function, …)`. Draw first, then await: after one second, the
+                  browser gets the page as drawn so far, and it gets the rest later
+    state         keep state only in the link: `page.set_query(q="sty")` changes the link without a load (None
+                  or "" removes a key). Read all other data from the library, the jobs and the tenants
     other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in
                   a handler
     dropped files `page.on_drop(words, url, done)` for files that the view itself uses; `page.pick_file()`
                   opens the picker
-    lists         `data-step` on the items that j and k step through; `data-own="x"` on a card's button that
-                  the letter x presses while the card has the focus; `data-id` on list items and selectable
-                  elements, so that a redraw keeps the elements
-    images,       `page.api("/v1/…")`: a route of the API for the page's principal, never a file path
+    lists         `data-step` marks items that j and k step through. `data-own="x"` marks a card's button
+                  that the letter x presses while the card has the focus. List items and selectable elements
+                  need a `data-id`, so that a redraw keeps the elements
+    images,       `page.api("/v1/…")`: an API route, called as the page's principal; never a file path
     downloads,
     uploads
-    errors        raise: a VeneerError is shown as what · where · fix, any other exception as an internal error
+    errors        raise them. For a VeneerError, the page shows what failed, where, and how to fix it; any
+                  other exception is shown as an internal error
     changes       `page.on_change(mark, 1.0, refill)` for data that others can change. `refill` updates only
                   what differs, with `set_text` and `Fragment.show`, never `clear()`, because the user can be
                   about to click
@@ -77,7 +80,7 @@ _log = logging.getLogger("veneer.studio")
 _PATIENCE = 1.0
 """Seconds after which the browser gets the page even if it is not fully drawn."""
 _LOADING = 0.5
-"""Seconds between two checks whether the base is loaded."""
+"""Seconds between two checks of whether the base is loaded."""
 _FILES = 50
 """Maximum number of files in one drop."""
 _HITS = 6
@@ -101,7 +104,7 @@ class Query:
         return [value for key, value in self.pairs if key == name]
 
     def number(self, name: str, default: float) -> float:
-        """Return a value as a number, or `default` if it is not one."""
+        """Return a value as a number, or `default` if the value is not a number."""
         try:
             return float(self.get(name))
         except ValueError:
@@ -149,7 +152,7 @@ class StudioView:
 class Studio:
     """The objects that all pages of a server share.
 
-    jobs: the job queue, also on a server that runs no jobs
+    jobs: the job store, even if this server runs no jobs
     trains: whether this server runs training jobs
     queue: creates runs on uploaded rows; None if the server runs no jobs"""
 
@@ -181,7 +184,7 @@ class Studio:
         return "" if self.service.loaded else f"{self.base} is still loading"
 
     def library_mark(self) -> object:
-        """Return an object that changes when the library's names can have changed."""
+        """Return a value that changes whenever names in the library may have changed."""
         names = self.service.catalog.sources.names
         return None if names is None else names.now
 
@@ -293,7 +296,7 @@ class ViewPage:
     def when_loaded(self, callback: Callable[[], Any]) -> None:
         """Call `callback` once the base is loaded.
 
-        The callback is not called if the base is already loaded or the user leaves the view before."""
+        The callback is never called if the base is already loaded, or if the user leaves the view first."""
 
         async def wait() -> None:
             while not self.studio.service.loaded:
@@ -401,7 +404,7 @@ class Frame:
     # -- views
 
     async def visit(self, path: str, query: Query) -> int:
-        """Replace the current view by the view of `path`, and return the HTTP status."""
+        """Replace the current view with the view at `path`, and return the HTTP status."""
         self.leave()
         view = next((view for view in self.studio.views if view.path == path), None)
         if view is None or not self.visitor.principal.can(view.needs):
@@ -444,7 +447,7 @@ class Frame:
         return task.result() if done and not task.cancelled() else 200
 
     async def _navigate(self, to: str) -> None:
-        """Handle a new address in the browser, from a link, back or forward."""
+        """Handle a new address in the browser, from a link or the back or forward button."""
         path, _, query = str(to).partition("?")
         await self.visit(path.removeprefix(self.root).strip("/"), parse_query(parse_qsl(query)))
 
@@ -468,7 +471,7 @@ class Frame:
     # -- files: browser.js sends and receives them through API routes, like any other client
 
     def _add_dropped_adapters(self, page: ViewPage) -> None:
-        """Make dropped files be added to the library, the default of every view."""
+        """Add files that are dropped on a page to the library, unless the view sets its own `on_drop`."""
 
         def url(filename: str) -> str:
             return page.api("/v1/adapters", name=page.name_for(filename), filename=filename)
@@ -554,7 +557,7 @@ def _matches(name: str, words: list[str]) -> bool:
 
 
 async def _draw_loading(page: ViewPage) -> None:
-    """Draw a notice while the base is loading; the view replaces it afterwards."""
+    """Draw a notice until the base is loaded, then draw the view."""
     service = page.studio.service
     page.title(page.view.title)
     with box("div", "empty"):

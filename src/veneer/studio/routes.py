@@ -23,9 +23,9 @@ from veneer.studio import elements
 from veneer.studio.page import ViewPage
 
 ACTOR = "studio"
-"""The actor that the audit log names for changes made in the Studio."""
+"""The audit log's actor for changes made in the Studio."""
 _CANARY = 0.1
-"""Share of users that a newly added version gets."""
+"""Share of users who get a newly added version."""
 _operate = partial(elements.permit, "operate")
 
 
@@ -109,7 +109,7 @@ class RouteForm:
         self._draw_targets()
 
     def add(self, name: str) -> None:
-        """Add a target as a canary: it gets the share `_CANARY`."""
+        """Add a target as a canary, with the share `_CANARY`."""
         if name and name not in self.weights:
             total = sum(self.weights.values()) or 1
             self.weights = {each: round(100 * (1 - _CANARY) * w / total) for each, w in self.weights.items()}
@@ -177,7 +177,7 @@ class RouteForm:
     async def set_route(self) -> None:
         """Apply the change.
 
-        Raises RouteMoved if the route was changed elsewhere since it was shown, ConfigError."""
+        Raises ConfigError, and RouteMoved if the route has changed since this form read it."""
         planned, check = self._planned(), self.page.studio.service.catalog.check
         if self.route is None and (ALL, planned.name) in self.store.settings.routes:
             raise ConfigError(f"the route {planned.name} already exists", fix="change its weights above")
@@ -186,7 +186,10 @@ class RouteForm:
         def apply() -> None:
             move = self.route.move if self.route else 0
             if self.route is None:
-                with suppress(ConfigError), reading(self.store.engine) as c:  # continue a removed route's numbering
+                with (
+                    suppress(ConfigError),
+                    reading(self.store.engine) as c,
+                ):  # revision numbers continue after those of a removed route with the same name
                     move = routes.route_history(c, planned.name, limit=1)[0]["move"]
             options.update(actor=ACTOR, check=check, from_move=move)
             routes.set_route(self.store, planned.name, planned.targets, **options)

@@ -1,4 +1,4 @@
-"""The view of one run: live charts, figures, checkpoints, images and actions.
+"""The view of one run: live charts, key numbers, checkpoints, images and actions.
 
 All data comes from the job's events and checkpoints; the link is the only state."""
 
@@ -60,7 +60,7 @@ class _RunEvents:
     checked: dict[str, Any] = field(default_factory=dict)
 
     def read(self, page: ViewPage, job: Job) -> None:
-        """Read new events; for a tenant, without server paths."""
+        """Read new events. Tenants get the events without server paths."""
         more = True
         while more:
             events, more = page.studio.jobs.events(page.principal.owner, job.id, after=self.last)
@@ -89,7 +89,7 @@ class _RunEvents:
         return "reward" if self.rewarded else "validation_loss"
 
     def charts(self, images: bool) -> list[tuple[str, list[Markup], list[tuple[str, str]]]]:
-        """Return (title, [wide SVG, narrow SVG], legend) of each chart, the loss first."""
+        """Return (title, [wide SVG, narrow SVG], legend) for each chart, starting with the loss."""
         if not self.steps:
             return []
         loss = _points(self.steps, "reward" if self.rewarded else "loss")
@@ -251,5 +251,5 @@ async def run_view(page: ViewPage) -> None:
         points = jobs.checkpoints(page.principal.owner, job.id)
         return jobs.get(page.principal.owner, job.id), [each.number for each in newest], [p.reference for p in points]
 
-    await refill()  # before the first timer, because starting a timer sends the page
+    await refill()  # before the timer is created, because its creation sends the page to the browser
     page.on_change(mark, _POLL, refill)

@@ -1,7 +1,7 @@
-"""The Train view: train on uploaded rows or server files; newest runs.
+"""The Train view: forms to train on uploaded rows or on server files, and the newest runs.
 
-upload_form.py has the form for uploaded rows. Only the operator can train on server files. That form previews
-the run's plan and each row or image."""
+upload_form.py has the form for uploaded rows. Only the operator can train on server files. The form for
+server files previews the run's plan and each row or image."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ async def train_view(page: ViewPage) -> None:
 
 
 class _ServerForm:
-    """The form for a run on server files. Its link has the settings.
+    """The form for a run on server files.
 
-    Each setting has the form section.key=value.
+    The page's link contains the settings, each as section.key=value.
 
     number: number of the last change, so that an older preview never replaces a newer preview
     settled: set while no preview is running; `start` waits for it, because a user can click right after
@@ -149,7 +149,7 @@ class _ServerForm:
         return "base" in sections and bool(sections & {"data", "slider"})
 
     def run_settings(self) -> list[str]:
-        """Return the settings, with defaults that publish checkpoints for comparison."""
+        """Return the settings, plus defaults that publish checkpoints for comparison."""
         settings, plan = self.settings(), self.preview.plan if self.preview else None
         defaults = {"checkpoint.adapters": "true"}
         keys = {setting.partition("=")[0] for setting in settings}
@@ -168,7 +168,7 @@ class _ServerForm:
     async def changed(self) -> None:
         """Update the preview: plan the run and read its rows.
 
-        A change made meanwhile discards this preview."""
+        If the form changes again before the preview is ready, the preview is discarded."""
         self.page.set_query(s=self.settings())
         self.number += 1
         number, self.previewed = self.number, self.settings()

@@ -93,7 +93,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
             def parse() -> FilePreview:
                 return preview_file(queue.files, file, form.format, form.columns, _ROWS)
 
-            result = await queue.looking.run(principal.tenant, principal.weight, 1, parse)
+            result = await queue.previewing.run(principal.tenant, principal.weight, 1, parse)
         if number == newest:
             beginning = result
             show()
@@ -112,7 +112,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
             reason = "" if mapped else f": {beginning.about.why}"
             summary = f"{first}{counted(len(rows), 'row')}, read as {beginning.about.format}{reason}"
         if beginning.problem:
-            problem = "Choose the columns of question and answer." if beginning.columns else beginning.problem
+            problem = "Choose the question and answer columns." if beginning.columns else beginning.problem
         usable = [row for row in rows if not row[4]]
         rows_table.show(summary=summary, problem=problem, rows=[*unusable, *usable][:_SHOWN])
         values: dict[str, Any] = {"preference": {"loss": "dpo"}} if _method(beginning.about) == "dpo" else {}
@@ -126,7 +126,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
 
     async def start() -> None:
         studio.service.need_base()
-        result = await read()  # again, with the current values of the fields
+        result = await read()  # read again, because the fields may have changed
         if result.about is None or any(isinstance(row, UnusableRow) for row in result.rows):
             raise ConfigError("the file has no rows or has unusable rows", fix="upload a file and see the preview")
         method = _method(result.about)

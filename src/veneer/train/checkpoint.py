@@ -4,13 +4,13 @@
       step-00000040/
         adapter.safetensors      the trained parameters by name, in their own dtype
         optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
-        random.safetensors       torch's and Python's generators (and each CUDA device's)
-        adapter/                 the adapter in its own format, with checkpoint.adapters
-        state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each file
-                                 above
+        random.safetensors       state of the random generators of torch, Python and each CUDA device
+        adapter/                 the adapter in its output format; only with `checkpoint.adapters`
+        state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each
+                                 safetensors file above
 
-A directory is written under a temporary name, synced and renamed, so it is never incomplete; an older one is
-renamed before it is removed. No pickles: safetensors and JSON only.
+A directory is written under a temporary name, synced and renamed, so it is never incomplete. An old directory
+is renamed before it is removed. Files are safetensors and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Progress:
     """The progress of a run.
 
     recent: (Σ NLL, trained tokens or pairs) of the last steps
-    evaluated: the last step after which the held-out rows were scored; −1 for never
-    waited: evaluations since the best one
+    evaluated: the last step after which the held-out rows were scored; −1 if they were never scored
+    waited: number of evaluations since the best one
     first_loss: validation loss before the first step, which is the loss of the base
     last_loss: validation loss of the last evaluation"""
 
@@ -64,12 +64,12 @@ class Progress:
 
     @property
     def loss(self) -> float | None:
-        """Return the nats per trained token over the last steps; None before the first step."""
+        """Return the mean loss of the last steps, per trained token or pair; None before the first step."""
         trained = sum(n for _, n in self.recent)
         return sum(nll for nll, _ in self.recent) / trained if trained else None
 
     def metrics(self) -> dict[str, Any]:
-        """Return the card's metrics of an unfinished run.
+        """Return an unfinished run's metrics for the card.
 
         The validation losses are included if the held-out rows were scored after this step."""
         scored = self.last_loss if self.evaluated == self.step else None
@@ -95,7 +95,7 @@ def save(
 ) -> Path:
     """Write the state after `progress.step`, and remove old checkpoints.
 
-    The newest `keep` checkpoints and the best one remain.
+    The newest `keep` checkpoints and the best checkpoint remain.
 
     parameters: the trained tensors, and other tensors of the adapter outside the optimizer (moving averages)
     identity: JSON values that a resumed run must have in common with this run: data, base
@@ -103,7 +103,7 @@ def save(
     newest: number of checkpoints to keep, including shared ones
     metadata: stored, but not compared
     devices: number of devices, which a resumed run can change
-    conditions: conditions of bit-for-bit equality, in addition to the environment
+    conditions: further values that must be equal, like the environment, for bit-for-bit equal results
     fill: function that writes further files into the given folder
 
     An existing checkpoint of this step is not changed, because a run is a function of its step. Raises
@@ -158,7 +158,7 @@ def by_step(directory: Path) -> dict[int, Path]:
 
 
 def at_step(directory: Path, step: int) -> Path:
-    """Return the checkpoint of `step`. Raise CheckpointError if it does not exist."""
+    """Return the checkpoint of `step`. Raises CheckpointError if the checkpoint does not exist."""
     path = directory / f"{_PREFIX}{step:08d}"
     if not path.is_dir():
         raise CheckpointError(f"the checkpoint of step {step} is gone", where=str(path))
@@ -167,25 +167,28 @@ def at_step(directory: Path, step: int) -> Path:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the checkpoint's `state.json`, after verifying the digest of every file."""
-    fix = f"delete {path} and resume from the one before it"
+    fix = f"delete {path} and resume from the previous checkpoint"
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["version"] != _VERSION:
-            text = f"the checkpoint has version {state['version']}, this veneer reads {_VERSION}"
-            raise CheckpointError(text, where=str(path), fix="resume with the veneer that wrote it")
+            text = f"the checkpoint has version {state['version']}, but this version of veneer reads version {_VERSION}"
+            raise CheckpointError(
+                text, where=str(path), fix="resume with the version of veneer that wrote the checkpoint"
+            )
         for name, digest in state["files"].items():
             if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
-                raise CheckpointError(f"{name} is damaged: its digest is another", where=str(path), fix=fix)
+                raise CheckpointError(f"{name} is damaged: its digest differs", where=str(path), fix=fix)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint cannot be read: {error}", where=str(path), fix=fix) from error
     return state
 
 
 class Restored(NamedTuple):
-    """Further contents of a restored checkpoint.
+    """What `restore` returns about a checkpoint.
 
     notes: a sentence for each difference of the environment (torch, threads, devices) that can prevent
-    bit-for-bit equality. metadata: the argument of `save`."""
+        bit-for-bit equality
+    metadata: the argument of `save`"""
 
     progress: Progress
     notes: list[str]
@@ -218,7 +221,7 @@ def restore(
         progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
         current = environment(devices) | dict(conditions or {})
         notes = [
-            f"{key} was {value!r} and is {current.get(key)!r}: the run continues, but its last bits can differ"
+            f"{key} was {value!r} and is {current.get(key)!r}: results can differ in the last bits"
             for key, value in ({"devices": 1} | state["environment"]).items()
             if current.get(key) != value
         ]
@@ -240,7 +243,7 @@ def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
 
 
 def environment(devices: int = 1) -> dict[str, Any]:
-    """Return the conditions of bit-for-bit equality other than the run's settings."""
+    """Return the properties of the environment that affect bit-for-bit reproducibility."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -305,14 +308,14 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            fix = "free some space, then run the same command with --resume; whole checkpoints are intact"
+            fix = "free some space, then run the same command with --resume; complete checkpoints are intact"
             raise ResourceError("the disk is full", where=str(where), fix=fix) from error
         text = f"cannot write: {error}"
-        raise CheckpointError(text, where=str(where), fix="check the path and its rights") from error
+        raise CheckpointError(text, where=str(where), fix="check the path and its permissions") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raise the errors of `disk_errors`."""
+    """Write a file atomically. Raises the errors of `disk_errors`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed run
@@ -356,7 +359,7 @@ def _sweep(directory: Path) -> None:
 
 
 def is_shared(path: Path) -> bool:
-    """Return whether a checkpoint was written for other runs only; False if it is unreadable."""
+    """Return whether only other runs of the group requested a checkpoint; False if it is unreadable."""
     try:
         return bool(json.loads((path / "state.json").read_text(encoding="utf-8")).get("extra"))
     except (OSError, ValueError):
@@ -366,8 +369,8 @@ def is_shared(path: Path) -> bool:
 def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> None:
     """Remove old checkpoints.
 
-    For every remaining checkpoint, its best checkpoint at that time remains too, because a run that resumes
-    from the former can need the latter."""
+    Each remaining checkpoint names the best checkpoint of its time, which a resumed run can need. These best
+    checkpoints remain too."""
     checkpoints = _all(directory)
     recent = {*[path for path in checkpoints if not is_shared(path)][-max(1, keep) :], *checkpoints[-newest:]}
     bests = {best_step}
@@ -404,7 +407,7 @@ def _read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, 
         if name in tensors and (tensors[name].shape != p.shape or tensors[name].dtype != p.dtype)
     ]
     if wrong:
-        text = f"the checkpoint's parameters are not the run's:\n{bullets(wrong, None)}"
+        text = f"the parameters of the checkpoint and the run differ:\n{bullets(wrong, None)}"
         raise CheckpointError(text, where=str(path))
     return tensors
 
@@ -418,7 +421,9 @@ def _copy_into(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) 
 def _optimizer_out(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's tensors by "<parameter>|<entry>", and its scalars and groups as JSON values."""
+    """Return the optimizer's tensors, and its scalars and groups as JSON values.
+
+    Each tensor has the key "<parameter>|<entry>"."""
     names = {id(p): name for name, p in parameters.items()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -449,7 +454,7 @@ def _optimizer_state(
     by_id = {id(p): name for name, p in parameters.items()}
     current = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != current:
-        text = f"the checkpoint's optimizer is {scalars['kind']} over other groups of parameters, "
+        text = f"the checkpoint's optimizer is {scalars['kind']} with other parameter groups, "
         text += f"not this run's {type(optimizer).__name__}"
         raise CheckpointError(text)
     position = {name: i for i, name in enumerate(name for names in current for name in names)}

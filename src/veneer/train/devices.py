@@ -6,8 +6,8 @@
         devices.gather(value)                 the values of all processes, by rank
         devices.add_gradients(parameters, …)  Σ over the processes, in place
 
-All processes have the same adapter, optimizer and plan. Each computes its share of every step, and then takes
-the same optimizer step:
+All processes have the same adapter, optimizer and plan. Each process computes its share of every step. Then
+all processes take the same optimizer step:
 
     gradient of a step = Σ over processes ∇ Σ NLL over their micro-batches / Σ trained tokens of the step
 
@@ -16,8 +16,8 @@ Kubernetes jobs or Ray start such processes and set RANK, WORLD_SIZE, LOCAL_RANK
 `launch` starts them on one machine.
 
 If one process fails, all processes end. The failing process writes its error to the shared store and exits.
-Waiting processes read the error and raise the same one, marked as `already_shown`, so that the error is
-printed once.
+Waiting processes read the error and raise a copy marked as `already_shown`, so that the error is printed
+once.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from veneer.train.signals import signal_handler
 T = TypeVar("T")
 _ERROR = "veneer/error"
 _TIMEOUT = timedelta(hours=3)
-"""Maximum wait for other processes, which can be generating samples.
+"""Maximum wait for other processes, which can be busy generating samples.
 
-A process that has ended is noticed immediately."""
+The end of a process is noticed immediately."""
 PATIENCE = 20.0
 """Seconds that other processes have to notice a failure before `launch` ends them."""
 
@@ -57,8 +57,8 @@ PATIENCE = 20.0
 class Devices:
     """One process of `count` processes.
 
-    local: its number on its machine. lockstep: each process has a part of the weights, so all processes must
-    run the same number of forward passes."""
+    local: number of the process on its machine. lockstep: each process has a part of the weights, so all
+    processes must run the same number of forward passes."""
 
     rank: int = 0
     count: int = 1
@@ -84,9 +84,9 @@ class Devices:
         return out
 
     def deal(self, sizes: Sequence[int]) -> list[tuple[int, bool]]:
-        """Return (index, counts) of this process's parts, in order; see `balance`.
+        """Return (index, whether its result counts) for this process's parts, in order; see `balance`.
 
-        In lockstep, a process with fewer parts also runs the smallest part, with counts=False."""
+        In lockstep, a process with fewer parts also runs the smallest part, whose result does not count."""
         hands = balance(sizes, self.count)
         mine = [(index, True) for index in hands[self.rank]]
         if self.lockstep and sizes:
@@ -97,7 +97,7 @@ class Devices:
     def add_gradients(self, parameters: Sequence[nn.Parameter], reached: Sequence[int]) -> None:
         """Sum the gradients of `parameters[i]`, i in `reached`, over all processes, in place.
 
-        A missing gradient is zero."""
+        A missing gradient counts as zero."""
         if self.count == 1:
             return
         import torch.distributed as dist
@@ -117,7 +117,7 @@ class Devices:
         if len(set(digests)) > 1:
             different = next(rank for rank, d in enumerate(digests) if d != digests[0])
             where = f"process 0 has {digests[0][:12]}, process {different} has {digests[different][:12]}"
-            fix = "give every machine the same files, versions and kind of device; no later state was saved"
+            fix = "give every machine the same files, versions and kind of device; no state was saved after this"
             raise TrainingError(f"the processes of this run do not have the same {noun}", where=where, fix=fix)
 
 
@@ -148,7 +148,7 @@ def digest_of(tensors: Mapping[str, Tensor], *more: Any) -> str:
     return h.hexdigest()
 
 
-def started() -> int:
+def process_count() -> int:
     """Return the number of processes of this run, as set by the launcher; 1 without a launcher."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -156,9 +156,9 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def leads() -> bool:
-    """Return whether this process prints: a single process, or the first of several."""
-    return started() == 1 or os.environ.get("RANK", "0") == "0"
+def is_leader() -> bool:
+    """Return whether this process prints, because it is the only process or the first one."""
+    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -170,9 +170,9 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
 
     device: base.device of the configuration.
 
-    Raises ConfigError for a device that cannot be shared. An error in one process is raised in all of
-    them."""
-    if started() == 1:
+    Raises ConfigError if `device` cannot be shared by several processes. An error in one process is raised in
+    all processes."""
+    if process_count() == 1:
         yield Devices(device=device)
         return
     import torch.distributed as dist
@@ -186,7 +186,7 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
     try:
         yield Devices(rank, count, local, own_device(device, local, count), lockstep)
     except Exception as error:
-        raise _shared(error, store, rank) from error
+        raise _first_error(error, store, rank) from error
     finally:
         if initialized_here:
             dist.destroy_process_group()
@@ -208,16 +208,16 @@ def own_device(device: str, local: int, count: int) -> str:
         raise ConfigError(text, where="base.device", fix="set it to auto, cuda or cpu")
     if local >= having:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
-        fix = f"start {having} (--devices, or torchrun's --nproc-per-node), or set base.device to cpu"
+        fix = f"start {having} processes (--devices, or torchrun's --nproc-per-node), or set base.device to cpu"
         raise ConfigError(f"{here} processes were started on a machine with {having} CUDA devices", fix=fix)
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 
 
-def _shared(error: Exception, store: Any, rank: int) -> Exception:
-    """Return the error to raise in this process if `error` ends the run here.
+def _first_error(error: Exception, store: Any, rank: int) -> Exception:
+    """Return the error to raise in this process, which is the first error of any process.
 
-    The result is the error that occurred first in any process."""
+    error: the error that ended the run in this process."""
     mine = error
     if not isinstance(error, VeneerError) and _is_lost(error):
         text = "another process of this run ended without reporting an error; it was killed, or its machine is gone"

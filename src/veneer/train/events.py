@@ -36,9 +36,9 @@ class Resolved(Event):
 
 @dataclass(frozen=True)
 class Checked(Event):
-    """The findings of the preflight.
+    """The preflight has checked the run.
 
-    text: text for the user. data: the findings as JSON values."""
+    text: the findings as text for the user. data: the findings as JSON values."""
 
     text: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Checked(Event):
 
 @dataclass(frozen=True)
 class Probed(Event):
-    """The longest batch ran forward and backward once before step one, without an optimizer step."""
+    """The longest batch was run forward and backward before step one, without an optimizer step."""
 
     tokens: int
     rows: tuple[int | str, ...]
@@ -58,7 +58,7 @@ class Probed(Event):
 class Stepped(Event):
     """An optimizer step was taken.
 
-    loss: nats per trained token, or the mean over pairs of a preference loss
+    loss: nats per trained token or, for a preference loss, the mean over pairs
     tokens: tokens of this step; learned_tokens: tokens with a loss
     seconds: duration of this step
     gradient_norm: global norm before clipping
@@ -86,10 +86,10 @@ class Stepped(Event):
 class Evaluated(Event):
     """The held-out rows were scored after `step`.
 
-    loss: nats per trained token; for losses without a perplexity, the images' mean squared error or the mean
-        over pairs
-    best: whether the loss is the lowest so far, including the one before step one
-    worse: whether the loss is above the one before step one
+    loss: nats per trained token, mean squared error (images), or mean over pairs (preferences)
+    perplexity: None for images and preferences
+    best: whether the loss is the lowest so far, including the loss before step one
+    worse: whether the loss is higher than before step one
     extra: as in Stepped"""
 
     step: int
@@ -153,8 +153,8 @@ def loss_text(loss: float) -> str:
 def mean_rewards(metrics: Mapping[str, float]) -> dict[str, float] | None:
     """Return the mean rewards of a step or an evaluation: `reward`, then each part.
 
-    {} means that no completion could be scored, and None that the run has no rewards of sampled completions.
-    A single reward that equals the sum is not repeated."""
+    Returns {} if no completion could be scored, and None if the run does not reward sampled completions. A
+    single reward, which equals the sum, is not repeated."""
     if "reward_failed" not in metrics:
         return None
     parts = {
@@ -181,12 +181,12 @@ def parts_text(rewards: Mapping[str, float]) -> str:
 
 
 def validation_text(loss: float, rewarded: bool) -> str:
-    """Format a validation loss; with `rewarded`, format minus the loss as the mean reward."""
+    """Format a validation loss or, with `rewarded`, the mean reward, which is the loss negated."""
     return f"validation reward {0.0 - loss:.3f}" if rewarded else f"validation loss {loss_text(loss)}"
 
 
 def fan_out(*listeners: Listener | None) -> Listener:
-    """Return a listener that calls all given listeners in order, except None."""
+    """Return a listener that calls the given listeners in order. None is skipped."""
     present = [listener for listener in listeners if listener is not None]
 
     def emit(event: Event) -> None:

@@ -1,14 +1,14 @@
-"""Predict a run's memory, duration and learned data, without changing anything.
+"""Predict a run's memory, duration and trained data, without changing anything.
 
-    report = inspect_run(config)                     before a base is loaded: the first 200 rows, and report.guesses
-    report = inspect_run(config, base, data)         the base is loaded and its data read: everything
+    report = inspect_run(config)                     without a loaded base: the first 200 rows, report.guesses
+    report = inspect_run(config, base, data)         with the loaded base and the data: everything
     report.starts, report.plan, report.findings, report.sample
 
     page = preview_rows(config, limit=50)            each row: learned, cut, held out, left out, and why
-    images = preview_pictures(config)                  each picture: its crop, its caption, and why it is left out
+    images = preview_pictures(config)                each picture: its crop, its caption, and why it is left out
 
-Without a base, only its tokenizer and config are read. Data is cached while its files do not change, so that
-a new rank does not read the data again.
+Without a base, only the base's tokenizer and config are read. Data is cached until its files change, so that
+a change of the rank does not require reading the data again.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ if TYPE_CHECKING:
 
 _C = TypeVar("_C", TrainConfig, ImageTrainConfig)
 _MOST_ROWS = 5000
-"""Maximum rows of a preview, from the start of the data."""
+"""Maximum number of rows in a preview, from the start of the data."""
 _MOST_PICTURES = 400
-"""Maximum number of images of a preview. If there are more, no image is opened."""
+"""Maximum number of images in a preview. If there are more, no image is opened."""
 _SAID = 400
-"""Maximum characters of a row in a preview."""
+"""Maximum number of characters of a row that a preview shows."""
 
 RowVerdict = Literal["learned", "cut", "held out", "left out", "unusable"]
 VERDICTS: tuple[RowVerdict, ...] = get_args(RowVerdict)
-"""The possible verdicts on a row or an image."""
+"""The possible verdicts on a row or on an image."""
 
 
 @dataclass(frozen=True)
 class PreviewRow:
     """A row of a preview.
 
-    where: file and line. said: the beginning of the row. pieces: the whole text as (text, learned). why: the
-    reason for a verdict other than learned."""
+    where: file and line. said: the beginning of the row. pieces: the whole text as (text, learned) parts.
+    why: the reason for the verdict, unless the row is learned."""
 
     where: str
     verdict: RowVerdict
@@ -70,9 +70,10 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class PreviewPage:
-    """The first of the `matching` rows.
+    """The first rows that match a preview's filter.
 
-    `counts`: verdict -> number among the `looked` rows. `total`: rows of the data."""
+    `matching`: number of all rows that match. `looked`: number of rows that were read. `counts`: verdict ->
+    number of these rows. `total`: number of rows in the data, None if unknown."""
 
     rows: tuple[PreviewRow, ...]
     matching: int
@@ -87,10 +88,9 @@ class PreviewPicture:
     """An image of a preview.
 
     id: identifies the image's content in requests
-    crop: (left, top, width, height) of the trained part, as shares of the image; None if the image is left
-        out
-    size: the trained size in pixels
-    source: the origin of the caption"""
+    crop: (left, top, width, height) of the trained part, as fractions of the image's size; None if the image
+        is left out
+    size: (width, height) in pixels at which the image is trained"""
 
     id: str
     name: str
@@ -113,13 +113,13 @@ def inspect_run(
     rows: int = 200,
     **options: Any,
 ) -> Report:
-    """Inspect a run.
+    """Predict what a run will do, and report problems.
 
-    Without `base`, reads the first `rows` rows and plans for `device` (by default this machine). Raises
-    ConfigError and BaseError if the base cannot be found. Problems of the data are findings.
+    Without `base`, reads the first `rows` rows and plans for `device` (by default this machine's CPU). Raises
+    ConfigError and BaseError if the base cannot be found. Problems with the data are reported as findings.
 
     With `base`, `data` is the TextData or ImageData that the run has read, and `options` are the options of
-    `RunSubject`. No errors are raised: see `Report.raise_if_stopped`."""
+    `RunSubject`. Nothing is raised for findings; see `Report.raise_if_stopped`."""
     if base is None:
         inspect: Any = _inspect_images if isinstance(config, ImageTrainConfig) else _inspect_text
         try:
@@ -149,15 +149,17 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     read = planned_rows(config, data.train.items)
     if not complete:
         read["rows"] = max(1, round((wanted or looked) * read["rows"] / looked))
-        total_text = "all of them" if total is None else f"{total:,}"
-        text = f"looked at the first {counted(looked, 'row')} of {total_text}, and the rest is taken to be like them"
+        total_text = "an unknown number" if total is None else f"{total:,}"
+        text = (
+            f"only the first {counted(looked, 'row')} of {total_text} were read, and the rest are assumed to be similar"
+        )
         report.guesses.append(text)
     report.plan = plan = plan_of_config(config, device, **read)
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
     report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
     if config.adapter.start is not None:
-        report.guesses.append(f"the adapter's size, which is that of {config.adapter.start}")
+        report.guesses.append(f"the adapter is assumed to have the size of {config.adapter.start}")
     if config.sampling is not None:
         report.guesses.append("completions are assumed to have their maximum length")
     return report
@@ -179,7 +181,7 @@ def _key(config: TrainConfig, rows: int) -> _Key:
 
 
 def _config(kind: type[_C], key: str) -> _C:
-    """Return the configuration in a cache key."""
+    """Return the configuration that a cache key contains."""
     return kind.model_validate_json(json.dumps({**json.loads(key), "output": {"directory": "."}}))
 
 
@@ -192,7 +194,7 @@ def _base(name: str) -> TextBase:
 
 @functools.lru_cache(maxsize=8)
 def _sample(key: str, stamp: object, rows: int) -> tuple[TextData, int, tuple[Finding, ...], list[tuple[str, bool]]]:
-    """Return the first rows, their number, the findings about them, and one row as pieces.
+    """Return (data of the first rows, number of rows read, findings, one row as pieces).
 
     Raises DataError, BaseError."""
     from veneer.train.text.data import read_data
@@ -208,7 +210,7 @@ def _sample(key: str, stamp: object, rows: int) -> tuple[TextData, int, tuple[Fi
 
 
 def _bounded(config: TrainConfig, rows: int) -> Any:
-    """Return the data settings for reading the first rows, with the same share held out."""
+    """Return the data settings for reading only the first rows, with the same share held out."""
     data, total = config.data, count_records(config.data.files("train"))
     changes: dict[str, Any] = {"limit": min(rows, data.limit or rows)}
     if total is not None and isinstance(data.split, int) and data.split and total > rows:
@@ -221,8 +223,8 @@ def _bounded(config: TrainConfig, rows: int) -> Any:
 def preview_rows(config: TrainConfig, *, limit: int = 50, verdicts: Sequence[RowVerdict] = ()) -> PreviewPage:
     """Return the first rows in file order, with a verdict on each.
 
-    `verdicts`: only rows with one of these. Raises DataError for files that cannot be read, ConfigError and
-    BaseError for the base."""
+    `verdicts`: return only rows with one of these verdicts. Raises DataError for files that cannot be read;
+    ConfigError and BaseError if the base cannot be found."""
     from veneer.train.text.preflight import marked_pieces
 
     rows, examples, format = _table(*_key(config, _MOST_ROWS))
@@ -244,7 +246,7 @@ def _beginning(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _table(key: str, stamp: object, most: int) -> tuple[list[PreviewRow], dict[int, list[Example]], str]:
-    """Return the first rows without their pieces, the examples of each row by index, and the format."""
+    """Return the first rows without their pieces, the examples of each row by index, and the data format."""
     from veneer.train.text.data import row_options
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.preference import answer_rows
@@ -296,7 +298,7 @@ def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Repo
         return report
     report.rows = plan.job.rows
     if plan.job.rows > _MOST_PICTURES:
-        unopened = f"{counted(plan.job.rows, 'picture')} were counted by their names, and none was opened"
+        unopened = f"{counted(plan.job.rows, 'picture')} were counted by file name, and no picture was opened"
         report.guesses.append(unopened)
         return report
     pictures, held_out, _, findings = _pictures(*_picture_key(config))
@@ -327,7 +329,7 @@ def _pictures(
     pictures, held_out, summary = read_split_pictures(settings, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
-    # U-Nets take single latents, other denoisers take patches of 2 × 2 latents.
+    # the smallest unit is one latent for U-Nets, and a patch of 2 × 2 latents for other denoisers
     unit = scale if "down_block_types" in shape else 2 * scale
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
     findings = check_pictures(pictures, summary, plan, settings)
@@ -337,15 +339,15 @@ def _pictures(
 
 
 def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
-    """Return every image with its crop and caption; held-out and left-out images are last.
+    """Return every image with its crop and caption; held-out images are last.
 
-    At most `_MOST_PICTURES` images are opened. Raises DataError for a folder without usable images."""
+    Raises DataError for a folder without usable images, and if there are more than `_MOST_PICTURES` images."""
     from veneer.train.image.augmentation import sample_row
     from veneer.train.image.pictures import count_pictures
 
     if (count := count_pictures(config.data)[0]) > _MOST_PICTURES:
-        problem, where = f"{count:,} pictures are more than a sheet shows", ", ".join(config.data.folders)
-        raise DataError(problem, where=where, fix=f"a folder of {_MOST_PICTURES} at most, to look")
+        problem, where = f"{count:,} pictures are more than a preview can show", ", ".join(config.data.folders)
+        raise DataError(problem, where=where, fix=f"use a folder of at most {_MOST_PICTURES} pictures for the preview")
     pictures, held_out, rows, _ = _pictures(*_picture_key(config))
     first: dict[str, PictureRow] = {}
     for row in rows:
@@ -374,7 +376,7 @@ def preview_picture(config: ImageTrainConfig, id: str) -> PreviewPicture:
     for picture in preview_pictures(config):
         if picture.id == id:
             return picture
-    raise DataError("there is no such picture in this run's folders", where="picture", fix="open the sheet again")
+    raise DataError("there is no such picture in this run's folders", where="picture", fix="reload the preview")
 
 
 def inspection_text(report: Report) -> str:

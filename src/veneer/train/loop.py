@@ -5,17 +5,17 @@
 
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
-Several micro-batches therefore equal one large batch, regardless of how the trained tokens are distributed.
-`Learner.loss(batch)` returns Σ NLL as a scalar tensor. For images, a "token" is an image and Σ NLL is the sum
-of the squared errors. For preferences, pairs are counted (`Micro.units`), and Σ NLL is the sum of the losses
-of the pairs. After the backward passes, the loop clips by the global norm, sets the learning rate of the
-schedule, steps the optimizer, notifies the listeners, and evaluates and saves when due. A run is a function
-of (parameters, steps, settings, random state), so a run restored from the state after step k continues bit
-for bit. The generators are seeded for each micro-batch by (seed, step, its index in the step), so dropout
-does not depend on the number of devices.
+Several micro-batches are therefore equivalent to one large batch, however the trained tokens are distributed.
+`Learner.loss(batch)` returns Σ NLL as a scalar tensor. For images, a "token" is an image, and Σ NLL is the
+sum of the squared errors. For preferences, Σ NLL is the sum of the pairs' losses, and the divisor is the
+number of pairs (`Micro.units`). After the backward passes, the loop clips the gradient by its global norm,
+sets the learning rate of the schedule, steps the optimizer, notifies the listeners, and evaluates and saves
+when due. A run is a function of (parameters, steps, settings, random state), so a run restored from the state
+after step k continues bit for bit. The generators are seeded for each micro-batch with (seed, step, index of
+the micro-batch in the step), so dropout does not depend on the number of devices.
 
-Several runs on one base can step together: `train(loops, compute)`, where `compute` combines their rows in
-one pass (train/text/together.py).
+Several runs on one base can step together: `train(loops, compute)`, where `compute` combines the rows of all
+runs in one pass (train/text/together.py).
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ from veneer.train.prefetch import Prefetcher
 from veneer.train.signals import signal_handler
 
 _RECENT = 20
-_SHOWN = 12  # maximum number of row names in a message
+_SHOWN = 12  # maximum number of row names in an error message
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch, created on demand.
+    """A micro-batch, built on demand by `make`.
 
     rows: names of the rows, for messages
     items: the inputs of `make`
-    size: memory need, in any unit that the run uses; the default is the number of tokens
-    units: number of losses in the sum, if other than the number of trained tokens"""
+    size: memory need, in any unit as long as the whole run uses the same; default: the number of tokens
+    units: number of losses that the loss sums, if that is not the number of trained tokens"""
 
     tokens: int
     trained: int
@@ -80,13 +80,13 @@ class Micro:
 
     @property
     def divisor(self) -> int:
-        """Return the divisor of the mean loss."""
+        """Return the number that divides the summed loss to give the mean loss."""
         return self.trained if self.units is None else self.units
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `epoch`: passes over the data completed after this step."""
+    """One optimizer step. `epoch`: number of passes over the data after this step."""
 
     micros: tuple[Micro, ...]
     epoch: float = 0.0
@@ -109,16 +109,16 @@ class Step:
 
 
 class LazySteps(Sequence[Step]):
-    """All steps of a run, with the plan of one epoch in memory at a time.
+    """All steps of a run, with the plan of only one epoch in memory at a time.
 
-    plan: plan(epoch) returns the steps of an epoch and must be a pure function. The run has `epochs` epochs,
-    or `steps` steps. `ends` are the numbers of the steps that end an epoch."""
+    plan: plan(epoch) returns the steps of an epoch and must be a pure function. The length of the run is
+    `epochs` epochs or `steps` steps. `ends`: the number of the last step of each epoch."""
 
     def __init__(
         self, plan: Callable[[int], list[Step]], *, epochs: int | None = None, steps: int | None = None
     ) -> None:
         self._plan = lru_cache(maxsize=1)(plan)
-        self._starts = [0]  # number of steps before each epoch
+        self._starts = [0]  # number of steps before each epoch, then the total
         while len(self._starts) <= epochs if epochs is not None else self._starts[-1] < (steps or 0):
             planned = self._plan(len(self._starts) - 1)
             if not planned:
@@ -154,9 +154,9 @@ class EvalResult:
     """The result of an evaluation: Σ NLL over `trained` tokens of `rows` rows.
 
     extra: other means over the rows, for the log
-    likelihood: False for losses without a perplexity: squared errors, preferences
+    likelihood: False for losses without a perplexity (squared errors, preferences)
     units: as in Micro
-    right: number of trained tokens with the highest probability at their position"""
+    right: number of trained tokens that are the most likely token at their position"""
 
     nll: float
     trained: int
@@ -168,7 +168,7 @@ class EvalResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """Return `extra`, with `token_accuracy` for likelihoods."""
+        """Return `extra`, plus `token_accuracy` if it was counted."""
         if self.right is None or not self.trained:
             return self.extra
         return self.extra | {TOKEN_ACCURACY: self.right / self.trained}
@@ -184,7 +184,7 @@ class EvalResult:
 
     @staticmethod
     def total(parts: Sequence[EvalResult]) -> EvalResult:
-        """Combine the results on different rows."""
+        """Combine the results of evaluations on different rows."""
         if len(parts) == 1:
             return parts[0]
         rows = sum(part.rows for part in parts)
@@ -198,7 +198,7 @@ class EvalResult:
 
 @dataclass
 class MetricMeans:
-    """Running means by name."""
+    """Running means of named metrics."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class MetricMeans:
                 self.counts[name] = self.counts.get(name, 0) + value.numel()
 
     def values(self) -> dict[str, float]:
-        """Return the means, and `reward_margin`, the difference of the two rewards."""
+        """Return the means, plus `reward_margin`: mean chosen reward − mean rejected reward."""
         out = {name: total / self.counts[name] for name, total in self.sums.items()}
         if "reward_chosen" in out and "reward_rejected" in out:
             out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
@@ -228,24 +228,28 @@ class MetricMeans:
 
 
 Stop = Callable[[], bool]
-"""Function that returns True once a signal has asked the run to stop."""
+"""A function that returns True once a signal has asked the run to stop."""
 
 
 def _nothing(*args: Any) -> None:
-    """Do nothing. The default of a learner's optional functions."""
+    """Do nothing; the default of a learner's optional functions."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The parameters that the loop trains, by name, and functions.
+    """The parameters that the loop trains, by name, and the functions that the loop calls.
 
-    loss(batch)              Σ NLL in nats over a batch's trained tokens (from `Micro.make`), a scalar with a graph
-    send(batch)              copies a batch to a GPU, so that a thread can make the next batch meanwhile; None on a CPU
-    score(stop)              scores the held-out rows (with several processes, its share); None once `stop()`
-    make_step(step, number, stop)  makes the micro-batches of a step that is not fully planned; None once
-                             `stop()`
-    begin_step(step), end_step(number)   called around each step; `end_step` precedes evaluation and checkpoint
-    metrics()                other metrics of the loss since `begin_step`, for the log
+    loss(batch)              returns Σ NLL in nats over a batch's trained tokens, as a scalar with a graph; the
+                             batch is from `Micro.make`
+    send(batch)              copies a batch to a GPU, so that a thread can make the next batch meanwhile; None
+                             on a CPU
+    score(stop)              scores the held-out rows (with several processes, this process's share); returns
+                             None if `stop()` becomes true
+    make_step(step, number, stop)  plans the micro-batches of a step that is not fully planned, and returns
+                             the step; returns None if `stop()` becomes true
+    begin_step(step), end_step(number)   called before and after each step; `end_step` is called before
+                             evaluation and checkpoint
+    metrics()                returns other metrics of the loss since `begin_step`, for the log
     activate()               selects the learner's adapter, if other runs train adapters on the same base"""
 
     parameters: Mapping[str, nn.Parameter]
@@ -264,7 +268,7 @@ class Learner:
 
 
 def sender(device: torch.device) -> Callable[[Any], Any] | None:
-    """Return a learner's `send` for batches that have a method `sent`; None on a CPU."""
+    """Return a `Learner.send` that calls `batch.sent(device)`, or None for a CPU."""
     return None if device.type == "cpu" else lambda batch: batch.sent(device)
 
 
@@ -273,11 +277,11 @@ class TrainingPlan:
     """Settings that are fixed before step one.
 
     clip: maximum global norm of a gradient; None for no limit
-    evaluate_at: the steps after which to score (0: before the first step), in addition to the last step; None
-        if there are no held-out rows
-    patience: stop after this many consecutive evaluations without a new lowest loss; 0 for never
-    save_at: the steps after which a checkpoint is due
-    seed: seeds each micro-batch"""
+    evaluate_at: the steps after which the held-out rows are scored (0: before the first step), in addition to
+        the last step; None if there are no held-out rows
+    patience: stop after this many consecutive evaluations without a new lowest loss; 0: never
+    save_at: the steps after which a checkpoint is written
+    seed: seeds the random generators of each micro-batch"""
 
     steps: Sequence[Step]
     schedule: Schedule
@@ -290,9 +294,9 @@ class TrainingPlan:
 
 @dataclass
 class StopFlag:
-    """Function that returns True once a signal has asked to stop.
+    """A function that returns True once a signal has asked the run to stop.
 
-    signal: number of the signal."""
+    signal: number of the signal that was received, or 0."""
 
     signal: int = 0
 
@@ -304,8 +308,8 @@ class StopFlag:
 class StepResult:
     """The results of one process for a step.
 
-    nlls: Σ NLL by micro-batch. reached: indices of the parameters with a gradient. means: other metrics of
-    the loss. seconds: duration."""
+    nlls: Σ NLL by index of the micro-batch. reached: indices of the parameters that got a gradient. means:
+    other metrics of the loss. seconds: duration."""
 
     nlls: dict[int, float]
     reached: list[int]
@@ -318,10 +322,10 @@ class Loop:
     """A run in progress.
 
     save: save(progress) writes a checkpoint
-    devices: the processes that share the work; they have the same arguments and take the same steps, and each
-        computes the loss of its own micro-batches
-    step: the next step, as far as planned
-    due: whether a checkpoint of the state before `step` is due"""
+    devices: the processes that share the work; all have the same arguments and take the same steps, and each
+        process computes the loss of its own micro-batches
+    step: the next step, as far as it is planned
+    due: whether a checkpoint is due before `step` runs"""
 
     learner: Learner
     plan: TrainingPlan
@@ -338,7 +342,7 @@ class Loop:
 
     @property
     def number(self) -> int:
-        """Return the number of `step`."""
+        """Return the number of the next step, `step`."""
         return self.progress.step + 1
 
     @property
@@ -347,13 +351,13 @@ class Loop:
         return [micro for micro in self.step.micros if micro.trained]
 
     def seed(self, index: int) -> tuple[int | str, ...]:
-        """Return the key that seeds the generators (`seed_all`) for micro-batch `index`."""
+        """Return the key with which `seed_all` seeds the generators for micro-batch `index`."""
         return self.plan.seed, self.number, index
 
     def batch(self, index: int, later: Sequence[int] = ()) -> Any:
         """Return the batch of micro-batch `index`.
 
-        later: the micro-batches that this process runs afterwards."""
+        later: the micro-batches that this process runs after `index` in this step."""
         micros = self.micros
         if self.prefetcher is None:
             return micros[index].make()
@@ -364,25 +368,28 @@ class Loop:
         return self.prefetcher.get(micros[index].make, coming[0].make if coming else None)
 
     def deal(self, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
-        """Return the micro-batches of this process, in order."""
+        """Return (index, whether it counts) of each micro-batch of this process, in order."""
         return self.devices.deal([micro.tokens for micro in micros])
 
     def result(self, nlls: Mapping[int, float], seconds: float, means: MetricMeans | None = None) -> StepResult:
-        """Return the result of the step.
+        """Return this process's result of the step.
 
-        nlls: Σ NLL of each local micro-batch, from `read_losses`."""
+        nlls: Σ NLL of each micro-batch of this process, from `read_losses`."""
         parameters = self.learner.parameters.values()
         reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
         return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
 
     def metrics(self) -> MetricMeans:
-        return MetricMeans.total([self.learner.metrics()])  # a copy, so that later metrics are not counted
+        return MetricMeans.total(
+            [self.learner.metrics()]
+        )  # a copy, so that later additions to the metrics are not included
 
 
 Compute = Callable[[Sequence[Loop]], Mapping[Loop, "StepResult | VeneerError | None"]]
-"""Function that computes the forward and backward passes of each loop's step.
+"""A function that computes the forward and backward passes of each loop's step.
 
-An error ends only its own loop. None means that a signal stopped the step, and then all loops drop the step.
+An error ends only its own loop. If the result of any loop is None, a signal stopped the step, and all loops
+drop the step.
 """
 
 
@@ -394,22 +401,23 @@ def train(
 ) -> None:
     """Run each loop (usually one) from its progress to its end, in lockstep.
 
-    A checkpoint is written after the steps in `plan.save_at`, at each new lowest validation loss (including
-    step 0), and at the end. If one loop is due, all loops write a checkpoint, so that they can be resumed
-    together.
+    A checkpoint is written after the steps in `plan.save_at`, at each new lowest validation loss (lower than
+    at step 0, too), and at the end. If a checkpoint is due for one loop, all loops write a checkpoint, so that
+    they can be resumed together.
 
-    After the first Ctrl-C or SIGTERM, the current step is dropped, the random state at its start is restored,
-    the state is saved, and Interrupted is raised. A second signal kills the process. The state is also saved
-    if sampling a step or scoring raises. If a loss or a gradient is not finite, TrainingError is raised with
-    the step and the rows, before the optimizer step and without overwriting the previous checkpoint.
+    After the first Ctrl-C or SIGTERM, the current step is dropped, the random state from the start of the
+    step is restored, the state is saved, and Interrupted is raised. A second signal kills the process. The
+    state is also saved if sampling a step or scoring raises an error. If a loss or a gradient is not finite,
+    TrainingError is raised with the step and the rows, before the optimizer step and without overwriting the
+    previous checkpoint.
 
-    on_end: called as on_end(loop, error) when a loop ends, with None if the loop finished. The other loops
-    continue. Without `on_end`, the error is raised."""
+    on_end: called as on_end(loop, error) when a loop ends; `error` is None if the loop finished. The other
+    loops continue. Without `on_end`, the error is raised."""
     active = list(loops)
     interrupted: list[Interrupted] = []
 
     def run(part: Callable[[Loop], None], loop: Loop) -> None:
-        """Run a part of a loop, and remove the loop if it ends."""
+        """Run one phase of a loop, and remove the loop if it ends."""
         error: VeneerError | None = None
         try:
             loop.learner.activate()
@@ -450,7 +458,7 @@ def train(
 
 
 def train_step(loop: Loop) -> StepResult | None:
-    """Run this process's micro-batches forward and backward. Return None after a signal."""
+    """Run this process's forward and backward passes of a step. Return None after a signal."""
     began, learner = time.perf_counter(), loop.learner
     if not begin_step(loop):
         return None
@@ -463,7 +471,9 @@ def train_step(loop: Loop) -> StepResult | None:
         stopped = stopped or loop.stop()
         if stopped and not loop.devices.lockstep:
             return None
-        if not counts and means is None:  # micro-batches that do not count are last
+        if (
+            not counts and means is None
+        ):  # micro-batches that do not count are last, so all counted metrics are complete
             means = loop.metrics()
         seed_all(*loop.seed(index))
         with shared(), memory_errors(micros[index]):
@@ -492,7 +502,7 @@ def begin_step(loop: Loop) -> bool:
 def read_losses(nlls: Mapping[int, Tensor]) -> dict[int, float]:
     """Return the losses as numbers.
 
-    This waits for the device, so read the step's clock afterwards."""
+    This waits for the device, so measure the step's duration afterwards."""
     values = torch.stack(list(nlls.values())).tolist() if nlls else []
     return dict(zip(nlls, values, strict=True))
 
@@ -514,12 +524,12 @@ def _plan_next_step(loop: Loop) -> None:
         return
     loop.step, loop.rng = loop.plan.steps[progress.step], rng_state()
     if loop.step.trained == 0:
-        text = f"step {loop.number} has no trained token"
+        text = f"step {loop.number} has no trained tokens"
         raise TrainingError(text, where=f"rows {first_few(loop.step.rows, _SHOWN)}")
 
 
 def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
-    """Finish a step: step the optimizer, evaluate if due, and plan the next step."""
+    """Finish a step: update the weights, evaluate if due, and plan the next step."""
     if isinstance(result, VeneerError):
         raise result
     _apply(loop, result)
@@ -532,7 +542,7 @@ def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
 
 
 def _apply(loop: Loop, result: StepResult | None) -> None:
-    """Step the optimizer with the step's gradients. Raise Interrupted after a signal."""
+    """Update the weights with the step's gradients. Raise Interrupted after a signal."""
     progress, number, began = loop.progress, loop.number, time.perf_counter()
     results = loop.devices.gather(result)
     done = [share for share in results if share is not None]
@@ -576,13 +586,13 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
     if bad or not math.isfinite(norm):
         rows = tuple(row for micro in (bad or micros) for row in micro.rows)
         text = f"the {'loss' if bad else 'gradient'} of step {number} is not finite"
-        fix = "look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
-        fix += f"Steps 1 to {progress.step} were good; no later state was saved"
+        fix = "check these rows; decrease optimizer.learning_rate, or increase schedule.warmup. "
+        fix += f"Steps 1 to {progress.step} were valid; no later state was saved"
         raise TrainingError(text, where=f"rows {first_few(rows, _SHOWN)}", fix=fix)
 
 
 def _evaluate_if_due(loop: Loop) -> bool:
-    """Score the held-out rows if due. Return True for a new lowest loss."""
+    """Score the held-out rows if due. Return True if the loss is a new lowest loss."""
     progress = loop.progress
     due = loop.plan.evaluate_at
     if due is None or loop.learner.score is None or progress.evaluated == progress.step or progress.stopped:
@@ -590,7 +600,7 @@ def _evaluate_if_due(loop: Loop) -> bool:
     if progress.step != len(loop.plan.steps) and progress.step not in due:
         return False
     began = time.perf_counter()
-    # In lockstep, no process can leave while others score, so the next step handles the signal.
+    # In lockstep, a process cannot stop while others are scoring, so the next step handles the signal.
     with shared(), _save_on_error(loop):
         own_score = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.stop)
     scores = loop.devices.gather(own_score)
@@ -600,9 +610,9 @@ def _evaluate_if_due(loop: Loop) -> bool:
         return False
     score = EvalResult.total(results)
     if not math.isfinite(score.loss):
-        fix = "lower optimizer.learning_rate, or look at the validation rows; no later state was saved"
+        fix = "decrease optimizer.learning_rate, or check the validation rows; no later state was saved"
         raise TrainingError(f"the validation loss after step {progress.step} is not finite", fix=fix)
-    # The initial state counts too: an adapter that does not improve on it is not the best.
+    # The best loss must also be lower than the initial loss.
     if progress.step == 0:
         progress.first_loss = score.loss
     to_beat = [loss for loss in (progress.first_loss, progress.best_loss) if loss is not None]
@@ -634,15 +644,16 @@ def _save(loop: Loop) -> None:
 
 @contextmanager
 def _save_on_error(loop: Loop) -> Iterator[None]:
-    """Save the state if the code inside the context raises.
+    """Save the state if the code inside the context raises an error.
 
-    Used for code that changes no weight and can depend on another server (a judge or a teacher), so that no
-    progress is lost."""
+    Use this for code that changes no weights but can depend on another server (a judge or a teacher), so that
+    no progress is lost if that server fails."""
     previous_rng = rng_state()
     try:
         yield
     except VeneerError:
-        # Saving needs all devices, and one has failed. Before step 1 there is nothing to save.
+        # With several processes, saving needs all of them, and one has failed. Before step 1, there is nothing
+        # to save.
         if loop.devices.count == 1 and loop.save is not None and loop.progress.step:
             rng_restore(previous_rng)
             _save(loop)
@@ -651,21 +662,21 @@ def _save_on_error(loop: Loop) -> Iterator[None]:
 
 
 def _stop(loop: Loop) -> None:
-    """Save the state after the last whole step and raise Interrupted."""
+    """Save the state after the last complete step, and raise Interrupted."""
     _save(loop)
     loop.emit(Stopped(loop.progress.step, "interrupted"))
-    came = max(loop.devices.gather(loop.stop.signal))  # a signal can reach a single process only
-    end = "the state is saved" if loop.save is not None else "nothing was asked to be saved"
+    came = max(loop.devices.gather(loop.stop.signal))  # a signal can reach only some of the processes
+    end = "the state is saved" if loop.save is not None else "the state is not saved"
     where = f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
     raise Interrupted(f"{where}; {end}", signal=came or signal.SIGINT)
 
 
 def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Probed:
-    """Run the longest micro-batch once, so that a lack of memory shows immediately.
+    """Run the longest micro-batch once, so that a lack of memory is found before training.
 
     Runs forward and backward without an optimizer step, drops the gradients and restores the random state.
-    Raises ResourceError if memory does not suffice, PreflightError if the loss is not finite or no parameter
-    gets a gradient."""
+    Raises ResourceError if there is not enough memory; PreflightError if the loss is not finite or no
+    parameter gets a gradient."""
     longest = max(micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
     previous_rng, began = rng_state(), time.perf_counter()
     try:
@@ -673,7 +684,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
             value = learner.loss(longest.make())
             if not math.isfinite(value.item()):
                 text = f"the loss of the longest batch is {value.item()} before any training"
-                fix = "look at these rows, or load the base in float32 (base.dtype=float32)"
+                fix = "check these rows, or load the base in float32 (base.dtype=float32)"
                 raise PreflightError(text, where=f"rows {first_few(longest.rows, _SHOWN)}", fix=fix)
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
@@ -705,14 +716,14 @@ def memory_errors(micro: Micro) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory in bytes for `device` since `forget_peaks`.
+    """Return this process's peak memory on `device` in bytes, since `forget_peaks`.
 
-    This is the memory that torch allocated on a CUDA device, and the resident memory for any other device."""
+    For a CUDA device, this is the memory that torch allocated; for any other device, the resident memory."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident()
 
 
 def forget_peaks() -> None:
-    """Reset the peaks to the current memory, for later runs in the same process."""
+    """Reset the peaks to the current memory, so that the next run measures its own."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)

@@ -1,9 +1,9 @@
 """Optimizers by name, learning rate schedules, and moving averages of parameters.
 
-    lr(step, group) = learning_rate · (loraplus_ratio if the group holds B else 1) · factor(step)
+    lr(step, group) = learning_rate · (loraplus_ratio if the group contains B else 1) · factor(step)
 
-LoRA+ (arXiv 2402.12354): the learning rate of B is `loraplus_ratio` times that of A. A schedule is a pure
-function of the step, so a resumed run needs only the step number.
+LoRA+ (arXiv 2402.12354): the learning rate of B is `loraplus_ratio` times the learning rate of A. A schedule
+is a pure function of the step, so a resumed run needs only the step number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
     "adafactor": torch.optim.Adafactor,
 }
-"""Configured name -> torch class."""
+"""Name in the configuration -> torch class."""
 
 
 def make_optimizer(
@@ -38,11 +38,12 @@ def make_optimizer(
     momentum: float = 0.0,
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer over named parameters, in up to four groups per rate.
+    """Return the optimizer over named parameters, with up to four groups per learning rate.
 
-    `rates`: start of a name -> the learning rate of such parameters, instead of `learning_rate`. Parameters
-    whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases) get
-    no weight decay. Each group has `base_lr`, which the loop multiplies by the schedule's factor."""
+    `rates`: prefix of a parameter's name -> learning rate of these parameters, instead of `learning_rate`.
+    Parameters whose name ends in `.B` use `loraplus_ratio` times their rate. Vectors (DoRA's magnitude,
+    biases) have no weight decay. Each group has `base_lr`, which the loop multiplies by the schedule's
+    factor."""
     options: dict[str, Any] = {"lr": learning_rate}
     if name == "sgd":
         options["momentum"] = momentum
@@ -55,7 +56,7 @@ def make_optimizer(
         rate = next((values for start, values in (rates or {}).items() if key.startswith(start)), learning_rate)
         faster = loraplus_ratio != 1.0 and key.rsplit(".", 1)[-1] == "B"
         decays = weight_decay > 0 and parameter.ndim >= 2
-        # The minus sorts the highest rate first, because the rate of the first group is displayed.
+        # The minus puts the highest rate first, because the rate of the first group is displayed.
         members.setdefault((-rate, faster, decays), []).append((key, parameter))
     groups = []
     for (rate, faster, decays), named in sorted(members.items(), key=lambda item: item[0]):
@@ -71,8 +72,8 @@ def make_optimizer(
 class Schedule:
     """The learning rate factor as a function of the step.
 
-    The factor rises linearly over `warmup` steps, then is constant, or falls to `floor` at `steps`. Step
-    numbers start at 1. With s = step, w = warmup, n = steps:
+    The factor rises linearly over `warmup` steps. Then it is constant, or falls toward `floor` until `steps`.
+    Step numbers start at 1. With s = step, w = warmup, n = steps:
 
         warm-up s/w while s ≤ w; then with t = (s − w − 1)/(n − w) in [0, 1):
         constant 1, linear 1 − t·(1 − floor), cosine floor + (1 − floor)·(1 + cos πt)/2
@@ -86,7 +87,7 @@ class Schedule:
 
     @classmethod
     def create(cls, name: str, steps: int, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
-        """Return a schedule with the warm-up in steps.
+        """Return a schedule with the given total number of steps.
 
         warmup: a value below 1 is a share of `steps`, rounded up; other values are a number of steps, at most
         `steps`."""
@@ -117,9 +118,9 @@ class Ema:
 
         E_n = d_n·E_{n−1} + (1 − d_n)·P_n          d_1 = 0,  d_n = min(decay, n / (9 + n))
 
-    The average is nearer to the minimum than any single step. The decay schedule is that of diffusers'
-    EMAModel, which quickly reduces the weight of early steps. `averages` are float32, by parameter name with
-    `@ema`, and start as copies of the parameters."""
+    The average is usually nearer to the minimum than any single step. The decay schedule is the one of
+    diffusers' EMAModel, in which early steps quickly lose weight. `averages`: float32 averages, keyed by the
+    parameter's name plus `@ema`; the initial averages are copies of the parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters = dict(parameters)
@@ -127,12 +128,12 @@ class Ema:
         self.averages: dict[str, Tensor] = {f"{n}@ema": p.detach().clone() for n, p in parameters.items()}
 
     def decay_at(self, step: int) -> float:
-        """Return d of the average after optimizer step `step`, counted from 1."""
+        """Return d_n of the average after optimizer step n = `step`, counted from 1."""
         return 0.0 if step <= 1 else min(self.decay, step / (9 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the averages with the parameters after `step`."""
+        """Update the averages with the values of the parameters after `step`."""
         keep = self.decay_at(step)
         for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
             average.sub_((1.0 - keep) * (average - parameter))
@@ -144,7 +145,7 @@ class Ema:
             parameter.copy_(average)
 
     @contextmanager
-    def acting(self) -> Iterator[None]:
+    def using_averages(self) -> Iterator[None]:
         """Replace the parameters with the averages inside the context.
 
         The parameters are restored bit for bit afterwards."""

@@ -1,7 +1,7 @@
-"""Plan a text run: from its configuration to the inputs of veneer.plan.
+"""Plan a text run: convert its configuration to the inputs of veneer.plan.
 
 plan_of_config(config, device)              rows are counted, tokens estimated from characters
-plan_of_config(config, device, rows=…)      with known numbers of rows and tokens: `planned_rows` of rows already read
+plan_of_config(config, device, rows=…)      with known numbers of rows and tokens, as from `planned_rows`
 plan_of_config(config, base=…, items=…)     with the loaded base and its encoded rows: exact lengths
 """
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from veneer.train.config.load import RunConfig
 
 _CHARACTERS = 4
-"""Characters per token if nothing is tokenized, approximately true for English."""
+"""Characters per token if rows are not tokenized; approximately true for English."""
 _MANY = 1024
-"""Number of rows of one length that represent all rows."""
+"""Number of equally long rows that represent all rows of the data."""
 
 
 def load_of(
@@ -46,7 +46,7 @@ def load_of(
     checkpointing: bool,
     full_parameters: int = 0,
 ) -> Load:
-    """Return the largest micro-batch of the run. `lengths`: tokens of every row."""
+    """Return the load of the run's largest micro-batch. `lengths`: tokens of every row."""
     from veneer.train.text.batches import plan_steps
 
     steps = plan_steps(list(lengths), config.batching, seed=config.seed, epoch=0)
@@ -74,9 +74,9 @@ def with_micro_tokens(config: TrainConfig, tokens: int) -> TrainConfig:
 
 
 def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int:
-    """Return the micro-batch size in tokens for the device of a run that is about to start.
+    """Return the micro-batch size in tokens that fits on the device of a run.
 
-    free: free bytes on the device; None to measure."""
+    The run is about to start, with `base` loaded. free: free bytes on the device; None to measure."""
     where = computes_on(base)
     if where.type != "cuda":
         return MICRO_TOKENS
@@ -94,9 +94,11 @@ def _micro_tokens(
     quantize: str | None,
     loaded: bool = False,
 ) -> int:
-    """Return the tokens of a micro-batch that fits, for rows of maximum length with all tokens trained.
+    """Return the number of tokens in a micro-batch that fits in memory.
 
-    available: bytes in addition to the base. loaded: as in `_teacher`."""
+    All rows are assumed to have the maximum length, with all tokens trained.
+
+    available: bytes that are available in addition to the base. loaded: as in `_teacher`."""
     on = config.memory.recomputing == "on"
     rows = [config.data.max_length] * _MANY
     available -= _teacher(config, shape, dtype, loaded)[1]
@@ -110,17 +112,19 @@ def _micro_tokens(
 def sampled_at_once(config: TrainConfig, held_out: int) -> int:
     """Return the maximum number of completions that a run samples at once.
 
-    This is the number of completions in a step, or `held_out` if larger, but at most `rows` of the sampling
-    section."""
+    This is the number of completions in a step, or `held_out` if that is larger, but at most `rows` of the
+    sampling section."""
     r = config.sampling
     return 0 if r is None else min(r.rows, max(config.batching.rows * r.group, held_out))
 
 
 def _teacher(config: TrainConfig, shape: TextShape, dtype: str, loaded: bool) -> tuple[TextShape | None, int]:
-    """Return a teacher in this process, or None, and the bytes of its base if the base is separate.
+    """Return (shape, bytes) of the teacher that runs in this process, or (None, 0).
 
-    shape, dtype: of the trained base. loaded: True for a run that is about to load the teacher, from any
-    location.
+    The bytes are those of the teacher's base, or 0 if the teacher uses the trained base.
+
+    shape, dtype: the shape and dtype of the trained base. loaded: whether the run is about to load the
+    teacher; its base can then come from any location.
 
     Raises ConfigError, BaseError for a teacher that cannot be found."""
     d = config.distillation
@@ -138,7 +142,7 @@ def _teacher(config: TrainConfig, shape: TextShape, dtype: str, loaded: bool) ->
 
 
 def remaining_bytes(memory: Any, device: Device) -> int:
-    """Return the bytes needed in addition to the process and the base, which are in memory."""
+    """Return the bytes that a run needs in addition to the process and the loaded base."""
     return int(memory.beyond_base + (CPU_LATER if device.kind == "cpu" else 0))
 
 
@@ -153,7 +157,7 @@ def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Traini
 
 
 def suggested_settings(plan: Plan) -> str:
-    """Return the first change that settings can express, as text, or ""."""
+    """Return the first change in the plan that settings alone can express, as text, or ""."""
     for change in plan.changes:
         if all("=" in setting for setting in change.settings):
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)
@@ -180,16 +184,17 @@ def plan_of_config(
 ) -> Plan:
     """Return the plan of a configuration for `device`, or of a text run with its loaded `base`.
 
-    Without `base`, nothing needs to be downloaded. Missing numbers are counted in the data's files, with four
-    characters per token. Raises ConfigError for a base with a config that cannot be found, and DataError for
-    missing data that must be counted.
+    Without `base`, nothing needs to be downloaded. Numbers that are not given are counted in the data's files,
+    with four characters per token. Raises ConfigError for a base whose config cannot be found, and DataError
+    for missing data that must be counted.
 
-    source_images: source images per image, for `rows` images.
+    source_images: number of source images per image, used if `rows` is given.
 
     With `base`, the run is about to start:
 
-    items: the contents of a step. trainable: number of parameters. held_out: number of rows. checkpointing:
-    whether activations are recomputed. available: free bytes, in addition to the memory in use."""
+    items: the encoded rows of a step. trainable: number of trainable parameters. held_out: number of held-out
+    rows. checkpointing: whether activations are recomputed. available: bytes that are free in addition to the
+    memory in use."""
     if not isinstance(config, TrainConfig):
         assert device is not None
         return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
@@ -206,7 +211,9 @@ def plan_of_config(
         trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))
         full = max(0, trainable - pair_parameters(shape, config.adapter.spec()))
         weights, process = sum(weight_bytes(shape, dtype, config.base.quantize)), FITS[device.kind, "text"].process
-        if device.kind == "cpu":  # the size of libraries and rows is known, because they are already in memory
+        if (
+            device.kind == "cpu"
+        ):  # on a CPU, the libraries and rows are already in memory, so their size can be measured
             unread = sum(unread_bytes(w) for w in base.model.parameters() if not isinstance(w, Quantized))
             process = max(process, used_memory(where) - (weights - unread) + CPU_LATER)
             available -= CPU_LATER
@@ -220,7 +227,7 @@ def plan_of_config(
             config = with_micro_tokens(config, _micro_tokens(config, shape, device, spare, dtype, quantize))
         if rows is None or tokens_per_row is None:
             lengths = _estimated_lengths(config)
-            notes = (f"tokens guessed from characters, {_CHARACTERS} to one; --tokens-per-row says it exactly",)
+            notes = (f"tokens estimated as one per {_CHARACTERS} characters; set --tokens-per-row to the exact number",)
         rows = rows or len(lengths)
         if tokens_per_row is not None:
             lengths = [round(tokens_per_row)] * min(rows, _MANY)
@@ -229,7 +236,7 @@ def plan_of_config(
             lengths = [longest, *lengths[1:]]
         lengths = [min(n + answer, config.data.max_length) for n in lengths]
         checkpointing, available = config.memory.recomputing == "on", usable_memory(device)
-    steps = config  # the configuration for optimizer steps, which sampling runs take on their completions
+    steps = config  # the configuration of the optimizer steps; a run that samples takes these steps on its completions
     if r is not None:
         batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
         schedule = config.schedule
@@ -261,8 +268,7 @@ def plan_of_config(
 def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
     """Return `rows`, `tokens_per_row`, `longest` and `trained` for `plan_of_config`.
 
-    items: the contents of a step. Lengths of prompts do not include completions, because the plan adds
-    them."""
+    items: encoded rows. The lengths do not include completions, because the plan adds them."""
     answer = 0 if config.sampling is None else config.sampling.max_tokens
     lengths, tokens = [item.tokens - answer for item in items], sum(item.tokens for item in items)
     return {
@@ -286,14 +292,18 @@ def _plan_of_images(
     base_passes: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.enabled:
-        rows, directions, base_passes = config.slider.scenes, 2, 1.5  # additional forward passes of the base per row
-        text = f"a slider: {counted(rows, 'scene')} that the base sampled first, training at both directions, "
-        notes = (text + "three forwards of the base for both",)
+        rows, directions, base_passes = (
+            config.slider.scenes,
+            2,
+            1.5,
+        )  # base_passes: additional forward passes of the base per row
+        text = f"a slider: {counted(rows, 'scene')} that the base generates first, trained in both directions, "
+        notes = (text + "with three forward passes of the base for both",)
     elif rows is None:
         try:
             rows, source_images = count_pictures(config.data)
         except DataError as error:
-            raise DataError(error.what, where=error.where, fix=f"{error.fix}; or give --rows") from None
+            raise DataError(error.what, where=error.where, fix=f"{error.fix}; or set --rows") from None
     batch = min(config.batching.rows, rows)
     at_once = config.batching.micro_rows or batch
     resolution = config.data.resolution or int(fields.get("picture", 1024))
@@ -318,7 +328,7 @@ def _plan_of_images(
 
 
 def base_fields(name: str) -> dict[str, Any]:
-    """Return the config.json of a base, from the package, the veneer home, a folder, or the table."""
+    """Return the config.json of a base: packaged, in the veneer home, a folder, or in the table."""
     from veneer.models.builtin import packaged_folder
     from veneer.models.home import bases_home
 
@@ -335,7 +345,7 @@ def _estimated_lengths(config: TrainConfig) -> list[int]:
     try:
         rows, _ = read_rows(config.data.files("train"), limit=config.data.limit, **row_options(config))
     except DataError as error:
-        raise DataError(error.what, where=error.where, fix="or give --rows and --tokens-per-row") from None
+        raise DataError(error.what, where=error.where, fix="or set --rows and --tokens-per-row") from None
 
     def characters(row: Any) -> int:
         return len(row.text) + sum(len(str(m.get("content", ""))) + 20 for m in row.messages)

@@ -1,11 +1,11 @@
-"""Make the next batch and copy it to the device while the current step runs.
+"""Build the next batch and copy it to the device while the current step runs.
 
     with Prefetcher(send) as prefetcher:
-        batch = prefetcher.get(make_batch, following)     make_batch() after send(); starts following()
+        batch = prefetcher.get(make_batch, following)     returns send(make_batch()), and starts following()
 
-The thread makes one batch at a time, in the order of the calls, so at most one batch waits. The thread has
-the context of the calling code, and `get` raises the thread's errors. The thread draws no random numbers, so
-it does not change the numbers of a run.
+A thread builds one batch at a time, in the order of the calls, so at most one finished batch is waiting. The
+thread runs in the caller's context, and `get` raises the thread's errors. The thread uses no random numbers,
+so it does not change the random numbers of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Make = Callable[[], Any]
 
 
 class Prefetcher:
-    """Makes each batch in a thread and copies it to the device asynchronously with `send`.
+    """Builds each batch in a thread, and copies it to the device asynchronously with `send`.
 
     On CUDA, the copy is queued behind the current step, on the same stream."""
 
@@ -30,11 +30,11 @@ class Prefetcher:
         self._begun: tuple[_Make, Future[Any]] | None = None
 
     def get(self, make_batch: _Make, following: _Make | None = None) -> Any:
-        """Return the batch of `make_batch`, and start `following` for the next call.
+        """Return the batch that `make_batch` builds, and start `following` for the next call.
 
-        If the previous call started `make_batch` as its `following`, waits for that batch."""
+        If the previous call already started `make_batch` (as its `following`), this waits for that batch."""
         begun, self._begun = self._begun, None
-        if begun is not None and begun[0] is not make_batch:  # the order of the batches has changed
+        if begun is not None and begun[0] is not make_batch:  # the started batch is not the one that is needed now
             begun[1].cancel()
             begun = None
         batch = (self._submit(make_batch) if begun is None else begun[1]).result()
@@ -49,6 +49,6 @@ class Prefetcher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End the thread after its current batch, and discard the batch."""
+        """Stop the thread after its current batch, and discard that batch."""
         self._begun = None
         self._thread.shutdown(wait=True, cancel_futures=True)

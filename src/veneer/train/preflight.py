@@ -1,12 +1,13 @@
-"""Preflight: predict a run before step one, in stops, warnings and numbers.
+"""Preflight: predict a run before step one, with stops, warnings and numbers.
 
     report = inspect_run(config, base, data)        train/inspect.py
     print(report.text())           also report.to_dict() for JSON
     report.raise_if_stopped()      PreflightError with everything that must change
 
-A finding stops a run that would train nothing, train the wrong thing, or not fit in memory. A setting that
-can be intentional causes a warning. This module has the parts that all runs share: the report, the checks of
-settings, processes, precision, output and disk, and the memory rule. No check changes anything.
+A finding stops a run that would train nothing, train the wrong thing, or not fit in memory. An unusual
+setting that can be intentional causes a warning. This module has the parts that all runs share: the report,
+the checks of settings, processes, precision, output and disk, and the rule about memory. No check changes
+anything.
 """
 
 from __future__ import annotations
@@ -33,17 +34,24 @@ from veneer.train.config.section import SERVER_KEYS
 from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
-"""Subfolder of the output with latents and class images, which later runs can use."""
-_WINDOW = (1e-5, 3e-3)  # below, LoRA hardly learns; of 80 runs that diverged in a public sweep, 72 were at 3e-3
-_PREFERENCE_WINDOW = (1e-6, 5e-4)  # contains the rates of published LoRA preference runs, 5e-6 to 5e-5
+"""Subfolder of the output for latents and class images, which later runs can reuse."""
+_WINDOW = (
+    1e-5,
+    3e-3,
+)  # below this range, LoRA hardly learns; of 80 runs that diverged in a public sweep, 72 had the upper limit, 3e-3
+_PREFERENCE_WINDOW = (1e-6, 5e-4)  # includes the rates of published LoRA preference runs, 5e-6 to 5e-5
 _NAMED = 5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run can change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
-_FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations, because the contents are compared
+_FREE_KEYS |= {
+    "data.pictures",
+    "data.class_folder",
+    "data.cache",
+}  # these are locations; a resumed run compares the contents instead
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
 _FREE_KEYS |= {"reinforcement.most_failed"}
 _FREE_OF_REWARDS = {*SERVER_KEYS, "memory_gb"}
-# keys of earlier versions that are in old checkpoints
+# keys of earlier versions that old checkpoints contain
 _FREE_KEYS |= {"reinforcement.turns", *(f"distillation.{key}" for key in (*SERVER_KEYS, "most_failed"))}
 _FREE_OF_REWARDS |= {"ignore_case", "unit", "fields"}
 
@@ -52,9 +60,9 @@ Level = Literal["stop", "warn", "ok"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A result of a check.
+    """The result of a check.
 
-    check: name of the check, stable between versions. fix: what the user can do."""
+    check: name of the check; does not change between versions. fix: what the user can do."""
 
     level: Level
     check: str
@@ -71,9 +79,8 @@ class Report:
     sample: one row as (text, learned) pieces
     plan: memory and time; None if the data cannot be read, or if memory is measured later
 
-    Without a loaded base, only some rows are read: `looked` of `rows` rows (`rows` is None if only the source
-    knows the number), and `guesses` lists uncertain assumptions as sentences. With a base, `looked` is
-    None."""
+    Without a loaded base, only the first `looked` of `rows` rows are read (`rows` is None if the number is
+    unknown), and `guesses` lists uncertain assumptions as sentences. With a base, `looked` is None."""
 
     findings: list[Finding] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -98,23 +105,24 @@ class Report:
         return [f for f in self.findings if f.level == "warn"]
 
     def add(self, *findings: Finding) -> None:
-        """Add findings, and keep the most severe ones first."""
+        """Add findings, and keep all findings sorted by level, stops first."""
         order = {"stop": 0, "warn": 1, "ok": 2}
         self.findings = sorted([*self.findings, *findings], key=lambda finding: order[finding.level])
 
     def raise_if_stopped(self) -> None:
-        """Raise PreflightError with every finding that stops the run, and its fix."""
+        """Raise PreflightError with every finding that stops the run, and the fix for each."""
         stops = self.stops
         if len(stops) == 1:
             raise PreflightError(stops[0].text, fix=stops[0].fix or None)
         if stops:
             lines = "\n".join(f"  - {f.text}" + (f"\n    fix: {f.fix}" if f.fix else "") for f in stops)
-            raise PreflightError(f"{len(stops)} things would make this run fail or teach nothing:\n{lines}")
+            raise PreflightError(f"{len(stops)} problems would make this run fail or train nothing:\n{lines}")
 
     def text(self) -> str:
         """Return the sample and the findings as text.
 
-        Trained tokens are between ⟦ and ⟧. The most severe finding is last, so that a terminal shows it."""
+        Trained tokens are between ⟦ and ⟧. The most severe finding is last, so it is visible at the end of a
+        terminal's output."""
         words = {"stop": "STOP", "warn": "warn", "ok": "  ok"}
         lines = []
         if self.sample:
@@ -127,7 +135,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values.
 
-        Without a loaded base, the report has the plan and its basis instead of the numbers."""
+        Without a loaded base, the result has the plan and the rows and assumptions that the plan is based on,
+        instead of the numbers."""
         findings = [asdict(f) for f in self.findings]
         sample = [{"text": piece, "learned": learned} for piece, learned in self.sample]
         if self.looked is None:
@@ -141,9 +150,9 @@ class Report:
 class RunSubject:
     """A run that is about to start. Checks read it, and store measurements in `numbers` and `plan`.
 
-    previous: the recipe of the run that is resumed
+    previous: the recipe of the run that is being resumed
     free_memory, free_disk: bytes; None to measure
-    largest_micro: size in `unit`s (token, picture)
+    largest_micro: size of the largest micro-batch, in `unit`s (token, picture)
     devices: number of devices that share the run
     micros: number of micro-batches in each step of an epoch
     force: start a run that does not fit in memory according to its plan, with a warning"""
@@ -174,10 +183,10 @@ def share(part: float, total: float) -> str:
 def about_some(
     check: str, part: int, total: int, text: str, names: Sequence[str] = (), fix: str = "", *, stops: bool = False
 ) -> Iterator[Finding]:
-    """Yield a finding about `part` of `total` rows or pictures, unless there are none.
+    """Yield a finding about `part` of `total` rows or pictures, or nothing if `part` is 0.
 
-    `text`: what is wrong with them. `names`: theirs; the first are shown. `stops`: stop the run if they are
-    more than half."""
+    `text`: what is wrong with these rows. `names`: names of these rows; the first few are shown. `stops`: the
+    level is `stop` if `part` is more than half of `total`."""
     if part:
         level: Level = "stop" if stops and part > total / 2 else "warn"
         named = f": {first_few(names, _NAMED)}" if names else ""
@@ -195,18 +204,22 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     if s.config.optimizer.name in ("adamw", "adam") and not low <= rate <= high:
         side = "below" if rate < low else "above"
         method = "preferences are learned" if preference else "LoRA learns"
-        text = f"learning rate {rate:g} is {side} the window {low:g} to {high:g} in which {method}"
-        fix = "1e-4 to 1e-3 is where sweeps over 27 models found their best"
+        text = f"learning rate {rate:g} is {side} the range {low:g} to {high:g}, in which {method}"
+        fix = "1e-4 to 1e-3 is where sweeps over 27 models found the best learning rates"
         yield Finding("warn", "learning rate", text, "5e-6 to 5e-5 is usual" if preference else fix)
     total = steps if steps is not None else s.steps_per_epoch * (s.config.epochs or 0)
     s.numbers.update(steps=total, steps_per_epoch=s.steps_per_epoch, largest_micro_batch=s.largest_micro)
     warm = s.config.schedule.warmup
     if isinstance(warm, int) and 0 < total <= warm:
-        text = f"warm-up takes {counted(warm, 'step')}, the run {total}: the learning rate never reaches its peak"
-        yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more steps")
+        text = (
+            f"warm-up takes {counted(warm, 'step')}, but the run has {total}: the learning rate never reaches its peak"
+        )
+        yield Finding(
+            "stop", "schedule", text, "set schedule.warmup to a share of the steps (0.03), or train for more steps"
+        )
     elif 0 < total < 10:
         text = f"the whole run is {counted(total, 'step')}, which is too few to learn much"
-        fix = "more schedule.steps" if steps is not None else "fewer batching.rows, or more schedule.epochs"
+        fix = "increase schedule.steps" if steps is not None else "decrease batching.rows, or increase schedule.epochs"
         yield Finding("warn", "schedule", text, fix)
     elif total:
         passes = total / s.steps_per_epoch if s.steps_per_epoch else 0
@@ -216,26 +229,26 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
 
 
 def check_devices(s: RunSubject) -> Iterator[Finding]:
-    """Check how the work of a step is divided among several devices."""
+    """Check how several devices share the work of a step."""
     n, sharded = s.devices, getattr(s.config.memory, "shard", False)
     if n > 1:
         most = max(s.micros, default=0)
-        how = "each holds a part of the frozen weights" if sharded else "each device holds the full base"
+        how = "each device holds a part of the frozen weights" if sharded else "each device holds the full base"
         text = f"{n} devices share each step, at most {-(-most // n)} micro-batches per device; {how}"
         yield Finding("ok", "devices", text)
         idle = sum(count < n for count in s.micros)
-        if 10 * idle > len(s.micros):  # the last step of an epoch can be small
+        if 10 * idle > len(s.micros):  # one small step at the end of an epoch is normal
             text = (
                 f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices, so some devices wait"
             )
-            yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
+            yield Finding("warn", "devices", text, f"set batching.rows to {n} or more, or use fewer devices")
     elif sharded:
-        text = "memory.shard splits the weights over several devices, and this run has one"
-        yield Finding("warn", "devices", text, "start it with --devices N, or leave memory.shard out")
+        text = "memory.shard splits the weights over several devices, but this run has one device"
+        yield Finding("warn", "devices", text, "start the run with --devices N, or remove memory.shard")
 
 
 def precision(s: RunSubject) -> Iterator[Finding]:
-    """Check failure class 10: dtypes that silently overflow or underflow."""
+    """Check for dtypes that silently overflow or underflow."""
     model = s.base.model
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
     device = computes_on(s.base)
@@ -243,19 +256,19 @@ def precision(s: RunSubject) -> Iterator[Finding]:
     if "float16" in kinds:
         text = f"the base is float16 on {device.type}: gradients below 6e-8 vanish, values above 65,504 become infinite"
         level: Level = "stop" if device.type == "cpu" else "warn"
-        yield Finding(level, "precision", text, "base.dtype=bfloat16 (or float32)")
+        yield Finding(level, "precision", text, "set base.dtype=bfloat16 (or float32)")
     else:
         yield Finding("ok", "precision", f"base in {', '.join(kinds)} on {device.type}, pairs and optimizer in float32")
 
 
 def computes_on(base: Any) -> torch.device:
-    """Return the device of the base's weights, or the device that unread weights will be loaded to."""
+    """Return the device of the base's weights, or the device to which unread weights will be loaded."""
     unread = getattr(base, "unread", None) is not None
     return torch.device(base.device if unread else next(base.model.parameters()).device)
 
 
 def check_output(s: RunSubject) -> Iterator[Finding]:
-    """Check for an output folder in use, disk space, and a changed configuration when resuming."""
+    """Check the output folder, the disk space, and the settings of a resumed run."""
     folder = Path(s.config.output.directory)
     if folder.exists() and not folder.is_dir():
         yield Finding("stop", "output", f"{folder} is a file, not a folder", "give another output.directory")
@@ -268,18 +281,18 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
         changes = differences(_fixed_settings(s.previous), _fixed_settings(s.config.recipe()))
         if changes:
             text = f"the run in {folder} was started with other settings: {'; '.join(changes)}"
-            fix = "resume with the same settings, or start anew in another output.directory"
+            fix = "resume with the same settings, or start a new run in another output.directory"
             yield Finding("stop", "resume", text, fix)
     trainable = int(s.numbers.get("trainable", 0))
-    # A checkpoint has the weights and AdamW's two moments. The disk holds the newest checkpoints, the one
+    # A checkpoint has the weights and AdamW's two moments. The disk has to hold the newest checkpoints, the one
     # being written, the best one, and the adapter.
     need = (s.config.checkpoint.keep + 2) * 12 * trainable + 8 * trainable
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = s.free_disk if s.free_disk is not None else shutil.disk_usage(there).free
     s.numbers.update(disk_needed=need, disk_free=free)
     if need > free:
-        text = f"checkpoints and adapter need {gigabytes(need)} on disk, and {there} has {gigabytes(free)} free"
-        yield Finding("stop", "disk", text, "free some space, give another output.directory, or checkpoint.keep=1")
+        text = f"checkpoints and adapter need {gigabytes(need)} on disk, but {there} has {gigabytes(free)} free"
+        yield Finding("stop", "disk", text, "free some space, or set another output.directory or checkpoint.keep=1")
     else:
         text = f"checkpoints and adapter need at most {gigabytes(need)}, {gigabytes(free)} are free"
         yield Finding("ok", "disk", text)
@@ -288,7 +301,7 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
 def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe that a resumed run cannot change, as JSON values.
 
-    A server's URL is reduced to whether the URL is set."""
+    Instead of a server's URL, the result has only whether a URL is set."""
     out: dict[str, Any] = {}
     for section, values in recipe.items():
         settings = values if isinstance(values, Mapping) else {"": values}
@@ -310,30 +323,32 @@ def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def available_memory(config: RunConfig, device: torch.device, free: int | None = None) -> int:
     """Return the bytes that the run can still use, at most `memory.limit_gb`.
 
-    free: free bytes, if known."""
+    free: free bytes on the device; None to measure."""
     free = free_memory(device) if free is None else free
     return free if config.memory.limit_gb is None else min(free, int(config.memory.limit_gb * 1e9))
 
 
 def recomputes(mode: str, need: int | None, free: int | None) -> tuple[bool, str]:
-    """Return whether activations are recomputed in the backward pass, and why.
+    """Return (whether to recompute activations in the backward pass, the reason).
 
-    mode: memory.activation_checkpointing; "auto" recomputes if `need` is above 90% of `free`. need: bytes in
-    addition to the base if all activations are stored."""
+    mode: memory.activation_checkpointing; "auto" recomputes if `need` is above 90% of `free`. need: bytes
+    that are needed in addition to the base if all activations are stored."""
     if mode != "auto":
         return mode == "on", ""
     if need is None or free is None:
-        return False, "the memory it needs is not known"
-    return need > 0.9 * free, f"about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; on above 90%"
+        return False, "the memory that the run needs is not known"
+    return need > 0.9 * free, f"about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; on if above 90%"
 
 
 def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) -> Finding:
-    """Return a finding on whether `need`, the bytes in addition to the base, fits in memory.
+    """Return a finding on whether `need`, in bytes beyond the base, fits in memory.
 
-    force: return a warning instead of a stop."""
+    force: if the run does not fit, return a warning instead of a stop."""
     if need <= free:
-        return Finding("ok", "memory", f"about {gigabytes(need)} beyond the base, {gigabytes(free)} free; {detail}")
-    text = f"it needs about {gigabytes(need)} beyond the base, and {gigabytes(free)} are free; {detail}"
+        return Finding(
+            "ok", "memory", f"needs about {gigabytes(need)} in addition to the base, {gigabytes(free)} free; {detail}"
+        )
+    text = f"it needs about {gigabytes(need)} in addition to the base, but {gigabytes(free)} are free; {detail}"
     return Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix)
 
 
@@ -355,7 +370,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def used_memory(device: torch.device) -> int:
-    """Return the bytes that this process uses: allocated by torch on CUDA, else resident memory."""
+    """Return the bytes that this process uses.
+
+    On CUDA, this is the memory allocated by torch; otherwise, the resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     import psutil
@@ -364,7 +381,7 @@ def used_memory(device: torch.device) -> int:
 
 
 def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec) -> tuple[int, int]:
-    """Return the numbers of trainable parameters (in pairs, in full modules and token rows)."""
+    """Return the numbers of trainable parameters as (in pairs, in full modules and token rows)."""
     modules: dict[str, Any] = dict(base_modules(model))
     pairs = sum(_pair_parameters(modules[t.module_name], t, spec) for t in targets)
     full = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
@@ -381,6 +398,8 @@ def _pair_parameters(module: Any, target: Target, spec: LoraSpec) -> int:
     if target.kind == "experts":
         experts, *matrix = getattr(module, target.parameter or "").shape
         return int(experts) * form.costs(tuple(matrix), rank).parameters
-    linear = hasattr(module, "in_features")  # quantized weights are stored in another shape
+    linear = hasattr(
+        module, "in_features"
+    )  # a quantized weight is stored in a different shape, so use the module's features
     shape = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
     return form.costs(shape, rank).parameters + spec.dora * int(shape[0])

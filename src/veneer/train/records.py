@@ -1,8 +1,8 @@
-"""Read data files as records with their file and line.
+"""Read data files as records, each with its file and line.
 
 The sources are JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that reasoning-gym generates. Files
-can have a byte-order mark, CRLF, blank lines, and semicolons or tabs between CSV cells. Callers interpret the
-columns: text runs as rows, image runs as captions.
+can have a byte-order mark, CRLF line ends, blank lines, and semicolons or tabs between CSV cells. Callers
+interpret the columns: text runs read rows, and image runs read captions.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 @dataclass(frozen=True)
 class Record:
-    """One row as in the file. `where`: `file:line` (JSONL, JSON, CSV) or `file row N`."""
+    """One row, unchanged. `where`: `file:line` (JSONL, JSON, CSV) or `file row N`."""
 
     values: Mapping[str, Any]
     where: str
 
 
 def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[list[Record], list[str]]:
-    """Return all records of files, globs and hub data sets, and their files. Raise DataError."""
+    """Return (records, files) of the given files, globs and hub data sets. Raise DataError."""
     files = [file for name in names for file in _expand(name)]
     records: list[Record] = []
     for file in files:
@@ -44,12 +44,12 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
             break
         records += _remote_records(file, left) if file.startswith(SOURCES) else _file(Path(file), left)[:left]
         if len(records) == count_before:
-            raise DataError("there are no rows in this file", where=file, fix="remove it from data.train, or fill it")
+            raise DataError("this file has no rows", where=file, fix="remove it from data.train, or add rows")
     return records, files
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
-    """Return each file's name, time and size, to detect changed files.
+    """Return each file's name, modification time and size, to detect changed files.
 
     Raises DataError for a missing file."""
     files = [file for name in names for file in _expand(name)]
@@ -58,7 +58,7 @@ def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
 
 
 def count_records(names: Sequence[str]) -> int | None:
-    """Return the number of records, or None if only the hub or a package knows the number.
+    """Return the number of records, or None for records from the hub or a generator.
 
     Files with one record per line are not parsed. Raises DataError."""
     if any(name.startswith(SOURCES) for name in names):
@@ -73,9 +73,9 @@ _LINE = re.compile(rb"\S[^\n]*")
 def count_lines(path: Path, most: int | None = None, *, chunk: int = 1 << 20) -> int:
     """Return the number of nonblank lines, at most `most`.
 
-    Reading stops at `most`. Blank lines are skipped in C, and the GIL is released between chunks, so blank
-    lines of one client cannot block other clients."""
-    count, within = 0, False  # within: whether the current line is already counted
+    Reading stops at `most`. Blank lines are skipped in C, and the GIL is released between chunks, so a
+    client's file of blank lines cannot block other clients."""
+    count, within = 0, False  # within: whether the current chunk begins in a line that is already counted
     with path.open("rb") as file:
         while (most is None or count < most) and (read := file.read(chunk)):
             begin = read.find(b"\n") if within else 0
@@ -92,17 +92,19 @@ def _expand(name: str) -> list[str]:
     if name.startswith(SOURCES):
         return [name]
     path = Path(name).expanduser()
-    if os.path.isdir(path):  # does not raise for a name that is too long
+    if os.path.isdir(path):  # unlike Path.is_dir, does not raise for a name that is too long
         matches = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
         if not matches:
-            raise DataError("this folder holds no data file", where=name, fix=f"known endings: {', '.join(_SUFFIXES)}")
+            raise DataError(
+                "this folder has no data files", where=name, fix=f"known extensions: {', '.join(_SUFFIXES)}"
+            )
         return matches
     if os.path.exists(path):
         return [str(path)]
     if glob.has_magic(name):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
-            raise DataError("this pattern matches no file", where=name, fix="check the folder and the ending")
+            raise DataError("this pattern matches no file", where=name, fix="check the folder and the extension")
         return matches
     neighbors = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
     suggestions = nearest(path.name, neighbors, 1)
@@ -119,7 +121,7 @@ def _remote_records(name: str, limit: int | None) -> list[Record]:
 
 
 def _file(path: Path, most: int | None = None) -> list[Record]:
-    """Return the records of a file, at least `most` if the file has as many; None for all."""
+    """Return the records of a file. If `most` is given, reading can stop after that many records."""
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         message = f"unknown kind of data file `{suffix or path.name}`"
@@ -134,14 +136,14 @@ def _file(path: Path, most: int | None = None) -> list[Record]:
         raise DataError("this is a Git LFS pointer, not the data", where=str(path), fix="run `git lfs pull`")
     text = _decoded(raw, path)
     if not text.strip():
-        raise DataError("the data file is empty", where=str(path), fix="remove it from data.train, or fill it")
+        raise DataError("the data file is empty", where=str(path), fix="remove it from data.train, or add rows")
     if suffix in (".csv", ".tsv"):
         return _csv(text, path, "\t" if suffix == ".tsv" else _delimiter(text))
     return _json(text, path, is_array=suffix == ".json" and text.lstrip().startswith("["))
 
 
 def _first_lines(path: Path, most: int) -> bytes:
-    """Return the first `most` nonblank lines."""
+    """Return the file's bytes up to the end of the `most`-th nonblank line."""
     lines: list[bytes] = []
     with path.open("rb") as file:
         for line in file:
@@ -171,13 +173,13 @@ def _delimiter(text: str) -> str:
 
 
 def _json(text: str, path: Path, *, is_array: bool) -> list[Record]:
-    fix = "each line must be one JSON object; for a JSON array name the file .json"
+    fix = "each line must be one JSON object; for a JSON array, use the extension .json"
     if is_array:
         fix = "the file must be one array of objects"
         values, line, why = _parsed(text)
         _refuse([f"{path}:{line}: {why}"] if why else [], path, fix)
         parsed = [(f"{path} row {n}", json.dumps(value), value, "") for n, value in enumerate(values, 1)]
-    else:  # not splitlines, because a JSON string can contain U+2028
+    else:  # do not use splitlines, because a JSON string can contain U+2028
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         parsed = [(f"{path}:{n}", line, *_parsed(line)[::2]) for n, line in lines]
     records, bad = [], []
@@ -191,7 +193,7 @@ def _json(text: str, path: Path, *, is_array: bool) -> list[Record]:
 
 
 def _parsed(text: str) -> tuple[Any, int, str]:
-    """Return (value of a JSON text, 1, ""), or (None, line of the error, the error)."""
+    """Parse a JSON text. Return (value, 1, "") or (None, line of the error, message)."""
     try:
         return json.loads(text), 1, ""
     except json.JSONDecodeError as error:
@@ -200,21 +202,21 @@ def _parsed(text: str) -> tuple[Any, int, str]:
     except RecursionError:
         return None, 1, "nested too deeply"
     except ValueError:
-        return None, 1, "a number of too many digits"
+        return None, 1, "a number with too many digits"
 
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _unusable(value: Any, text: str) -> str:
-    """Return why a JSON value, read from `text`, is not a row, or ""."""
+    """Return why a JSON value, parsed from `text`, cannot be used as a row, or ""."""
     if not isinstance(value, dict):
         return f"expected a JSON object, found {type(value).__name__}"
     if _HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return "half of a surrogate pair (as `\\ud83d` alone), which is no character: a character was cut in two"
+            return "half of a surrogate pair (such as `\\ud83d`), because a character was cut in two"
     return ""
 
 
@@ -233,7 +235,7 @@ def _csv(text: str, path: Path, delimiter: str) -> list[Record]:
                 header = [cell.strip() for cell in cells]
                 repeated = sorted({h for h in header if header.count(h) > 1})
                 if repeated:
-                    bad.append(f"{path}:{start}: the header names {', '.join(repeated)} twice")
+                    bad.append(f"{path}:{start}: the header has {', '.join(repeated)} more than once")
                 continue
             if len(cells) != len(header):
                 bad.append(f"{path}:{start}: {len(cells)} cells, but the header has {len(header)}")
@@ -241,7 +243,7 @@ def _csv(text: str, path: Path, delimiter: str) -> list[Record]:
             records.append(Record(dict(zip(header, cells, strict=True)), f"{path}:{start}"))
     except csv.Error as error:
         bad.append(f"{path}:{line}: {error}")
-    _refuse(bad, path, "quote cells that hold the delimiter or a line break, and double the quotes inside")
+    _refuse(bad, path, "quote cells that contain the delimiter or a line break, and double any quotes inside them")
     return records
 
 
@@ -267,10 +269,10 @@ def _hub(name: str, limit: int | None) -> list[Record]:
     ident, _, subset = ident.partition(":")
     try:
         data = datasets.load_dataset(ident, subset or None, split=split or "train")
-    except Exception as error:  # the library raises many types of errors, and each means that there are no rows
+    except Exception as error:  # the library raises many types of errors, and after any of them there are no rows
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = f"the hub data set `{ident}` cannot be loaded: {reason}"
-        fix = "check the name and the network, or download it and give the files"
+        fix = "check the name and the network, or download the data set and set data.train to its files"
         raise DataError(text, where=f"hub:{name}", fix=fix) from None
     rows = data.select(range(min(limit, len(data)))) if limit is not None else data
     return [Record(row, f"hub:{name} row {n}") for n, row in enumerate(rows, 1)]

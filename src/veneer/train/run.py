@@ -43,15 +43,15 @@ NAME = "run"
 
 @dataclass(frozen=True)
 class Run:
-    """A run from its start.
+    """A training run, with its configuration, folder and processes.
 
     emit: the listener
     early: events before the log was opened
     devices: the processes of the run; the first process writes and reports
     sources: setting -> its origin
     resume, dry_run, force: as in `run_text`
-    group: names of the unfinished runs that are trained together with this run, including its own; empty for
-        a single run"""
+    group: names of all unfinished runs that are trained together, including this run; empty for a single
+        run"""
 
     config: RunConfig
     folder: Path
@@ -88,12 +88,12 @@ _R = TypeVar("_R", bound=Outcome)
 
 
 def _nothing(*args: Any) -> None:
-    """Do nothing. The default of a task's optional functions."""
+    """Do nothing. This function is the default of a task's optional functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Generic[_R]):
-    """A learner attached to its base, its steps, and functions for the run.
+    """A learner attached to its base, the steps to train, and the functions that the run calls.
 
     - steps, ends: all steps of the run, in order, and the numbers of the steps that end an epoch
     - result(outcome, progress): adds the counts of this kind of task to the outcome
@@ -101,18 +101,19 @@ class Task(Generic[_R]):
       written
     - write(folder, progress): writes the current adapter, with its card, into a new folder
       (checkpoint.adapters)
-    - prove(): reads the saved adapter and compares it with the trained one; returns a sentence or raises
+    - prove(): reads the saved adapter and compares it with the trained adapter; returns a sentence or raises
       AdapterError
     - report(result, progress): the task's own parts of the report page
     - check(): raises PreflightError if the base is unusable for the data
     - begin(progress, emit): called before the loop (also on a dry run)
-    - extra_state(step), restore(state): further contents of a step's checkpoint, as JSON values
-    - state: the tensors of a checkpoint, if more than the parameters (moving averages)
-    - identity: values that a resumed run must have in common, in addition to the settings, which the
+    - extra_state(step), restore(state): return and restore additional checkpoint contents, as JSON values
+    - state: the tensors of a checkpoint, if there are more than the parameters (moving averages)
+    - identity: values that must be unchanged when the run is resumed, in addition to the settings, which the
       preflight compares
-    - environment: conditions of bit-for-bit equality, in addition to those of every run (`checkpoint`)
+    - environment: values that must be unchanged for a resumed run to be equal bit for bit, in addition to
+      those of every run (`checkpoint`)
     - rates: prefix of parameter names -> a separate learning rate
-    - rewarded: whether the held-out loss is minus a mean reward
+    - rewarded: whether the held-out loss is the negative of a mean reward
 
     Only the first process calls `save` and `write`."""
 
@@ -147,7 +148,8 @@ def opened(
     """Yield a run with its processes, listeners and random generators set up.
 
     Random generators are restored at the end, even after an error. Without `on_event`, the run is shown in
-    the terminal, with its speed in `unit`s per second. The message of an interruption says how to resume.
+    the terminal, with its speed in `unit`s per second. If the run is interrupted, the error says how to
+    resume.
 
     lockstep: as in Devices. options: sources, resume, dry_run and force of the Run."""
     check_trackers(config.report)
@@ -170,7 +172,7 @@ def opened(
 
 
 def newest_checkpoint(run: Run) -> Path | None:
-    """Return the checkpoint to resume from, or None, with a note, if there is none."""
+    """Return the checkpoint to resume from. If none exists, emit a note and return None."""
     newest = checkpoint.latest(run.folder / "checkpoints") if run.resume else None
     if run.resume and newest is None:
         run.note(f"there is no checkpoint in {run.folder}: the run starts from its beginning")
@@ -183,7 +185,7 @@ def recipe_of(newest: Path | None) -> Mapping[str, Any] | None:
 
 
 def raise_if_stopped(run: Run, report: Report) -> None:
-    """Raise PreflightError if the report has stops, after all processes have finished their checks."""
+    """Raise PreflightError if a finding stops the run, after all processes have finished their checks."""
     report.raise_if_stopped()
     run.devices.gather(None)
 
@@ -266,7 +268,7 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
 
 
 def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
-    """Restore the state to save, save it, verify the file, and write the report."""
+    """Restore the state to keep, save the adapter, verify the file, and write the report."""
     devices, progress, emit = run.devices, loop.progress, loop.emit
     kept_step, validation = _restore_best(run, task, progress, emit)
     outcome = Outcome(
@@ -291,7 +293,7 @@ def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     return devices.gather(result)[0]
 
 
-# --- parts of it ------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _probe(run: Run, task: Task[Any]) -> None:
@@ -314,14 +316,14 @@ def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping
     for note in restored.notes:
         run.note(note)
     if missing:
-        runs = counted(len(missing), "run")
-        run.note(f"trained together with {runs} more until here: the run continues, but its last bits can differ")
+        runs = counted(len(missing), "other run")
+        run.note(f"trained together with {runs} up to this step: results can differ in the last bits")
     return restored.progress
 
 
 @contextmanager
 def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
-    """Yield a listener that emits to the given listener, the log and the trackers.
+    """Yield a listener that emits to the run's listener, the log and the trackers.
 
     The first process creates the output folder and the log."""
     with ExitStack() as open_now:
@@ -338,7 +340,7 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
             trackers = open_now.enter_context(tracking)
         run.devices.gather(None)
         if not run.folder.is_dir():
-            text = "a process of this run does not see the output folder that the first one made"
+            text = "a process of this run cannot see the output folder that the first process created"
             fix = "give an output.directory on a file system that all machines share"
             raise ConfigError(text, where=str(run.folder), fix=fix)
         yield fan_out(run.emit, log, trackers)
@@ -349,7 +351,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     """Hold a lock on the folder inside the context.
 
     Raises CheckpointError if another run is writing to the folder."""
-    if os.name != "posix":  # this system cannot open folders
+    if os.name != "posix":  # folders cannot be opened on this system
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -357,7 +359,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         take_lock(descriptor)
     except BlockingIOError as error:
         os.close(descriptor)
-        fix = "wait for its end, or stop it; give another run its own output.directory"
+        fix = "wait for the other run to end, or stop it; or set another output.directory for this run"
         raise CheckpointError("another run is writing into this folder", where=str(folder), fix=fix) from error
     except OSError:
         pass  # the file system does not support locks
@@ -368,7 +370,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener) -> tuple[int, float | None]:
-    """Restore the state that `evaluation.keep` selects; return (its step, its validation loss).
+    """Restore the state that `evaluation.keep` selects. Return the state's step and validation loss.
 
     Raises NoGain if no evaluated state is better than the initial state."""
     best, first, last = progress.best_step, progress.first_loss, progress.last_loss
@@ -383,8 +385,8 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
     if best is None and worse:
         rate = run.config.optimizer.learning_rate
         text = f"training did not improve the validation {'reward' if task.rewarded else 'loss'}: {worse}"
-        fix = f"lower optimizer.learning_rate ({rate:g} here), or look at the data; to have the last adapter all the "
-        fix += "same: --resume evaluation.keep=last"
+        fix = f"lower optimizer.learning_rate ({rate:g} here), or check the data; to keep the last adapter anyway, add "
+        fix += "--resume evaluation.keep=last"
         raise NoGain(text, where=str(run.folder), fix=fix)
     if best is None or best == progress.step:
         return progress.step, last
@@ -405,7 +407,7 @@ def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> se
 def resolved(config: RunConfig, sources: Mapping[str, Any] | None, decided: Iterable[tuple[str, Any, str]]) -> Resolved:
     """Return every setting with its value in this run and its origin.
 
-    decided: (key, value, why) of settings that were `auto` or unset, and now have a value."""
+    decided: (key, value, why) of each setting that was `auto` or unset and has been given a value."""
     dump = config.model_dump(mode="json")
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}

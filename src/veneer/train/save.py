@@ -30,7 +30,7 @@ _RELOADED = "reloaded"
 class Outcome:
     """The result of a run.
 
-    loss: mean over the last 20 steps. validation: loss of the saved adapter, None without held-out data.
+    loss: mean over the last 20 steps. validation: loss of the saved adapter; None without held-out data.
     validation_before: loss of the base."""
 
     adapter: str = ""
@@ -54,7 +54,7 @@ class Outcome:
         return values
 
     def metrics(self, **counts: Any) -> dict[str, Any]:
-        """Return the card's metrics, with the `counts` of the task, and without None."""
+        """Return the metrics for the adapter's card, including the task's `counts`; omit None values."""
         common = {
             "training_loss": self.loss,
             "validation_loss": self.validation,
@@ -76,14 +76,15 @@ def prove(
     noun: str,
     rounding: float,
 ) -> str:
-    """Attach the saved adapter and compare its `outputs` with the outputs of the trained one.
+    """Attach the saved adapter, and compare its outputs with the trained adapter's outputs.
 
-    The outputs should be equal bit for bit. If the file has another dtype or form, they can differ by
-    `rounding`, a share of the largest output. Returns a sentence. Raises AdapterError for a larger
-    difference.
+    The outputs should be equal bit for bit. If the file has another dtype or form, the largest difference can
+    be up to `rounding` of the largest output. Returns a sentence about the result. Raises AdapterError if the
+    difference is larger.
 
-    name: the trained adapter. noun: a word for the outputs, such as logits."""
-    attachment.add(_RELOADED, saved, trainable=True)  # takes the same path through the layers as the trained adapter
+    name: the trained adapter. outputs: computes the active adapter's outputs. noun: a word for the outputs,
+    such as logits."""
+    attachment.add(_RELOADED, saved, trainable=True)  # use the same path through the layers as the trained adapter
     try:
         with torch.no_grad():
             with attachment.using(name):
@@ -97,15 +98,15 @@ def prove(
         return f"{done} bit for bit"
     difference = float((trained.float() - reloaded.float()).abs().max() / trained.float().abs().max().clamp_min(1e-12))
     if difference <= rounding:
-        return f"{done} but for rounding ({difference:.1e} of the largest)"
-    text = f"the saved adapter does not give the {noun} of the trained one "
+        return f"{done} except for rounding ({difference:.1e} of the largest)"
+    text = f"the saved adapter's {noun} are not equal to the trained adapter's "
     text += f"(they differ by {difference:.1e} of the largest)"
-    fix = "do not use this file; the last checkpoint holds the trained state. This is a bug: please report it"
+    fix = "do not use this file; the last checkpoint contains the trained state. This is a bug: please report it"
     raise AdapterError(text, where=str(path), fix=fix)
 
 
 def write_report(folder: Path, result: Outcome, page: Page) -> Path:
-    """Write `report.html` from log, result and the task's parts of `page`; return its path."""
+    """Write `report.html` from the log, the result and the task's parts in `page`. Return its path."""
     records = run_records(folder)
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
     headline = _reward_cards(result, records) or _loss_cards(result)
@@ -126,7 +127,7 @@ def write_report(folder: Path, result: Outcome, page: Page) -> Path:
 
 
 def run_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the run's log without the notes that a resumed run repeats."""
+    """Return the records of the run's log, without notes that a resumed run repeats."""
     records: list[dict[str, Any]] = []
     for record in read_log(folder / "log.jsonl"):
         if record.get("event") != "note" or record not in records:
@@ -135,7 +136,7 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
-    """Return the name of the base, and how the base ran."""
+    """Return the report's details about the base: name, fingerprint, precision and device."""
     return [
         ("base", base.name),
         ("base fingerprint", base.fingerprint),

@@ -37,10 +37,10 @@ def hold_out(
     """Return (training items, held-out items).
 
     The choice depends on a seeded hash of each item's content (`order`), not on the order or names of files,
-    so identical items are never on both sides. Both sides keep the order.
+    so identical items are always on the same side. Both sides keep the order of `items`.
 
-    split: a number (int), a share (float; at least one item), or None for `default`. noun: name of the items
-    in messages.
+    split: a number (int), a share (float; at least one item), or None for `default`. noun: what the items are
+    called in messages.
 
     Raises DataError if no training item would be left."""
     if split is None:
@@ -50,7 +50,7 @@ def hold_out(
         return list(items), []
     if count >= len(items):
         text = f"data.split: {split} holds out {count} {noun} of {len(items)}: nothing is left to train on"
-        raise DataError(text, fix="hold out fewer, or give more data")
+        raise DataError(text, fix="hold out fewer, or provide more data")
     groups: dict[str, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault(item.key, []).append(i)

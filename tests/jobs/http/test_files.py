@@ -1,4 +1,4 @@
-"""Files over HTTP, by OpenAI's own clients."""
+"""Uploading and reading files over HTTP, with OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGE = 3 << 20
 
 @pytest.fixture(scope="module")
 def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Live]]:
-    """A server whose other bodies are limited to a megabyte."""
+    """Yield a server that limits all bodies except uploads to one megabyte."""
     with open_library(tmp_path_factory.mktemp("files") / "library") as library:
         files = open_files(library)
         files.max_bytes = LARGE
@@ -123,7 +123,7 @@ def test_slow_uploads_delay_no_other_tenant(client, server, files, monkeypatch):
         raise invalid("slow")
 
     monkeypatch.setattr(files, "add", slow)
-    count = 8  # more files than copying threads
+    count = 8  # more uploads than threads that copy uploads
 
     def upload(_: int) -> None:
         with pytest.raises(openai.BadRequestError, match="slow"):

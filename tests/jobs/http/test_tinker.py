@@ -1,4 +1,6 @@
-"""Tinker's routes with the SDK's requests (docs/notes/tinker.md), on a server with tenants."""
+"""Tinker's routes, called with the SDK's requests, on a server with tenants.
+
+docs/notes/tinker.md describes the requests."""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ STEP = {"adam_params": {"learning_rate": 1e-2}}
 
 
 class Tinker:
-    """A client of one tenant that sends the SDK's requests."""
+    """A tenant's client that sends the same requests as the SDK."""
 
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
@@ -102,7 +104,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
 
 @pytest.fixture
 def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
-    """Return a function that creates a session of a tenant."""
+    """Return a function that opens a session for a tenant."""
     with ExitStack() as closing:
 
         def made(tenant: str) -> Tinker:
@@ -115,8 +117,9 @@ def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
 
 
 def test_server_folders_are_hidden_from_tenants(world: SimpleNamespace, client: Any) -> None:
-    """The server returns the client's own folder, because the client's SDK loads the tokenizer from the
-    returned name."""
+    """The SDK loads the tokenizer from the name that the server returns.
+
+    So the server returns the client's own folder, but never a folder of the server."""
     acme = client("acme")
     model = acme.model("tiny-base", 2)
     for answer in (acme.post("get_info", model_id=model), acme.http.get("/training_runs").json()):
@@ -152,7 +155,7 @@ def test_training_client_from_session_to_checkpoints(world: SimpleNamespace, cli
     sampled = fields(answer.content)
     samples = [dict(fields(value)) for number, value in sampled if number == 1]
     assert [np.frombuffer(each[2], "<i4").shape for each in samples] == [(4,), (4,)]
-    # the sampler uses the trainer's values
+    # the sampler uses the trainer's weights
     assert np.frombuffer(dict(sampled)[2], "<f4")[1:] == pytest.approx(outputs[0][:5], abs=1e-5)
     assert acme.sample(live, 0, num_samples=2).content == answer.content
 
@@ -192,8 +195,8 @@ def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> N
         client("idle")
 
 
-def test_many_samples_leave_other_tenants_their_share(client: Any) -> None:
-    """Another tenant's single sample finishes long before a tenant's last of many."""
+def test_many_samples_do_not_delay_other_tenants(client: Any) -> None:
+    """A tenant's single sample finishes before the last of another tenant's many."""
     tenants = [client(name) for name in ("acme", "globex")]
     promises: list[list[Any]] = []
     for tenant, count in zip(tenants, (24, 1), strict=True):
@@ -243,8 +246,7 @@ def test_invalid_samples_use_no_quota(world: SimpleNamespace, client: Any, more:
 
 
 def test_fetched_results_are_dropped_first(world: SimpleNamespace, client: Any) -> None:
-    """Results count until they are removed; fetched results are removed first, then new samples are
-    refused."""
+    """If the quota is full, fetched results are dropped before samples are refused."""
     globex, quotas = client("globex"), world.running.built.service.quotas
     session = sampler(globex)
     promises = [globex.post("asample", seq_id=i, **_sample_body(session)) for i in range(8)]
@@ -272,7 +274,7 @@ def _sample_body(session: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", ["²", "9" * 400, "9" * 5000, "00", "-1", "0:1", "0\n"])
 def test_malformed_ids_are_404(client: Any, number: str) -> None:
-    """An id can be written in one way only."""
+    """Each id has exactly one valid spelling."""
     acme = client("acme")
     acme.model("tiny-base", 2)
     for path, name, id in (
@@ -288,12 +290,12 @@ def test_malformed_ids_are_404(client: Any, number: str) -> None:
 
 
 def test_training_budget_limits_forward_passes(client: Any) -> None:
-    """At a millionth a token, the budget covers two passes; the third is 402."""
+    """The budget covers two passes; the third returns 402."""
     globex = client("globex")
     model = globex.model("tiny-base", 2)
     for _ in range(2):
         assert globex.result(globex.forward(model).json()).headers["content-type"] == "application/x-protobuf"
-    for _ in range(200):  # a bill is in the ledger a moment after its journal
+    for _ in range(200):  # the bill reaches the ledger shortly after the pass
         answer = globex.forward(model, only=True)
         if answer.status_code == 402:
             break
@@ -303,7 +305,7 @@ def test_training_budget_limits_forward_passes(client: Any) -> None:
 
 
 def test_disabled_training_refuses_existing_sessions(world: SimpleNamespace, client: Any) -> None:
-    """The session can still save and download what it trained before."""
+    """The session can still save and download its weights."""
     late = client("late")
     model = late.model("tiny-base", 2)
     assert late.result(late.forward(model).json()).status_code == 200
@@ -315,7 +317,7 @@ def test_disabled_training_refuses_existing_sessions(world: SimpleNamespace, cli
         manage.change_settings(world.store, "late", {"training_jobs": None}, actor="test")
 
 
-def test_stop_waits_for_requests_that_give_back_their_budget() -> None:
+def test_stop_waits_until_requests_have_returned_their_budget() -> None:
     stopped: Future[None] = Future()
     given_back = []
 
@@ -352,7 +354,7 @@ def test_an_ended_session_returns_410(client: Any) -> None:
     [
         ("create_model", {"base_model": "gpt-9"}, "The model 'gpt-9' is not served here"),
         ("create_model", {"lora_config": {"rank": 0}}, "rank 0 is not possible"),
-        ("create_model", {"lora_config": None}, "only adapters are trained here"),
+        ("create_model", {"lora_config": None}, "this server trains only adapters"),
         ("create_model", {"optimizer_config": {"type": "dimuon"}}, "there is no optimizer 'dimuon' here"),
         ("create_sampling_session", {"model_path": "tinker://a/weights/b"}, "there is no training run 'a'"),
         ("create_sampling_session", {"model_path": "file:///etc"}, "is not a checkpoint path"),
@@ -387,7 +389,7 @@ def test_invalid_request_number_is_400(client: Any, number: Any) -> None:
     assert "seq_id is" in answer.json()["error"]["message"]
 
 
-def test_invalid_sample_options_are_the_result(client: Any) -> None:
+def test_invalid_sample_options_give_an_error_result(client: Any) -> None:
     acme = client("acme")
     id = sampler(acme)
     wrong = {"topk_sample_logprobs": 5, "prompt_alt_tokens_k": 2, "prompt_logprobs_last_n": 3}

@@ -1,7 +1,7 @@
-"""Tinker's SDK and cookbook, unchanged, against a server process with two tenants.
+"""Tinker's unchanged SDK and cookbook against a server process with two tenants.
 
-`make test-peers` installs the cookbook into .venv-tinker, because it needs another transformers;
-VENEER_TINKER_PYTHON names another interpreter that has the cookbook."""
+`make test-peers` installs the cookbook into .venv-tinker, because the cookbook needs another version of
+transformers. VENEER_TINKER_PYTHON can name another interpreter that has the cookbook."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from veneer.serve.tenancy.store import Store
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = Path(os.environ.get("VENEER_TINKER_PYTHON") or ROOT / ".venv-tinker" / "bin" / "python")
 MODEL = "Qwen/Qwen3-8B-Base"
-"""Name of the tiny base: recipes know the chat format of this name."""
+"""The tiny base's name, from which recipes choose the chat format."""
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
 
 @dataclass
 class Process:
-    """`veneer serve --train` over the tiny base, with two tenants.
+    """`veneer serve --train` with the tiny base and two tenants.
 
-    A client of rank 32 uses 0.7 of its 1 MB."""
+    A client of rank 32 uses 0.7 MB of the server's 1 MB of adapter memory."""
 
     folder: Path
     port: int = field(default_factory=free_port)
@@ -58,7 +58,7 @@ class Process:
 
     @property
     def client_folder(self) -> Path:
-        """The recipes' working folder, with a base and data sets under their hub names."""
+        """The recipes' working folder, with a base and data sets by hub name."""
         return self.folder / "client"
 
     @property
@@ -104,7 +104,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 def _offline(folder: Path) -> None:
-    """Create a base, and a few rows of the data sets that recipes load from the hub."""
+    """Create the base, and small replacements for the data sets of the recipes."""
     base = tiny_base_dir(folder, max_position_embeddings=4096)
     (folder / MODEL).parent.mkdir()
     base.rename(folder / MODEL)
@@ -156,7 +156,9 @@ ROWS = [[5 + (7 * i + 3 * j) % 300 for j in range(20 + i)] for i in range(4)]
 
 
 def test_sdk_primitives(process: Process) -> None:
-    """Training, custom losses, sampling and checkpoints; trainer and sampler agree on log-probabilities."""
+    """Covers training, custom losses, sampling and checkpoints.
+
+    Trainer and sampler agree on log-probabilities."""
     from tinker import types
 
     service = client(process, "acme")
@@ -201,12 +203,12 @@ RECIPES: dict[str, list[str]] = {
     "recipes.preference.dpo.train": ["dataset=hhh", "batch_size=2", "max_length=256"],
 }
 _ROLE_COLON = {f"recipes.{name}.train" for name in ("prompt_distillation", "math_rl", "multiplayer_rl.guess_number")}
-"""Recipes whose own renderer belongs to another base."""
+"""Recipes that need another renderer, because their default is for another base."""
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_cookbook_recipe_runs_for_two_steps(recipe: str, process: Process, tmp_path: Path) -> None:
-    """The recipe runs by its own command line, and saves a checkpoint at the end."""
+    """The recipe runs from its own command line and saves a final checkpoint."""
     if not PYTHON.is_file():
         pytest.skip(f"no {PYTHON}")
     log = tmp_path / "log"
@@ -222,7 +224,7 @@ def test_cookbook_recipe_runs_for_two_steps(recipe: str, process: Process, tmp_p
 
 
 def _bad(**inputs: Any) -> Any:
-    """Return a row of three tokens with an error."""
+    """Return a row of three tokens; `inputs` can make the row invalid."""
     from tinker import types
 
     tokens = inputs.pop("tokens", [5, 6, 7])
@@ -288,7 +290,7 @@ def clumsy(process: Process) -> Any:
 
 @pytest.mark.parametrize("ranks", [(2, 16), (24, 32)], ids=["in one batch", "with room for one of them"])
 def test_tenants_of_different_rank_get_their_own_results(process: Process, ranks: tuple[int, int]) -> None:
-    """Concurrent clients get the results of separate runs, also if memory fits one of them."""
+    """Concurrent runs equal separate runs, even if only one client fits in memory."""
 
     def trained(tenant: str, rank: int) -> list[float]:
         service = client(process, tenant)
@@ -309,8 +311,9 @@ def test_tenants_of_different_rank_get_their_own_results(process: Process, ranks
 
 
 def test_restart_ends_clients_and_keeps_checkpoints(process: Process) -> None:
-    """After a kill, the SDK's error names the way to continue, and a saved checkpoint continues bit for
-    bit."""
+    """After a kill, the SDK's error says how to continue.
+
+    Training from a saved checkpoint continues bit for bit."""
     data = [datum(row) for row in ROWS]
 
     def step(training: Any) -> float:
@@ -333,7 +336,7 @@ def test_restart_ends_clients_and_keeps_checkpoints(process: Process) -> None:
 
 
 def billed(process: Process, run: str) -> int:
-    """Return a run's trained tokens in the ledger."""
+    """Return the number of a run's trained tokens in the ledger."""
     store = Store(str(process.folder / "tenants.sqlite"))
     with reading(store.engine) as c:
         rows = usage(c, by=("adapter",), tenant="acme", adapter=trained_name(run))
@@ -342,7 +345,7 @@ def billed(process: Process, run: str) -> int:
 
 
 def test_code_of_the_tinker_page_runs(process: Process, tmp_path: Path) -> None:
-    """The Python of docs/how-to/tinker.md, with another base name."""
+    """Runs the Python code of docs/how-to/tinker.md with the tiny base's name."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     command = [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')]
     env = process.env(process.keys["acme"])

@@ -1,4 +1,4 @@
-"""A tiny base, a service over the base, and requests in the SDK's format."""
+"""A tiny base, a Tinker service with it, and requests in the SDK's format."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def small_service(folder: Path, **how: Any) -> Iterator[TinkerService]:
 
 def result(service: TinkerService, run: TrainingRun, seq: int, kind: str, body: bytes) -> Any:
     """Submit a request and return its result."""
-    return service.submit(run, seq, kind, body).result(300)  # the first request can compile kernels
+    return service.submit(run, seq, kind, body).result(300)  # the first request can take long to compile kernels
 
 
 def varint(value: int) -> bytes:
@@ -69,7 +69,9 @@ def forward_body(
     options: dict[str, float] | None = None,
     **inputs: Any,
 ) -> bytes:
-    """Return a forward request. `inputs`: functions of a row's targets; default: weights of 1."""
+    """Return a forward request.
+
+    `inputs`: functions of a row's targets; default: `weights` of 1."""
     made = part(1, model.encode()) + b"\x10" + varint(seq)
     given = inputs or {"weights": lambda targets: [1.0] * len(targets)}
     for row in rows:
@@ -85,7 +87,7 @@ def forward_body(
 
 
 def fields(data: bytes) -> list[tuple[int, Any]]:
-    """Return a message's fields, as on the wire."""
+    """Return (number, raw value) for each field of a protobuf message."""
     found, at = [], 0
 
     def number() -> int:
@@ -111,7 +113,7 @@ def fields(data: bytes) -> list[tuple[int, Any]]:
 
 
 def read_output(data: bytes) -> tuple[list[list[float]], dict[str, float]]:
-    """Return the log-probabilities of each row, and the metrics, of a forward result."""
+    """Return the log-probabilities of each row, and the metrics."""
     logps: list[list[float]] = []
     metrics: dict[str, float] = {}
     for number, value in fields(data):

@@ -1,4 +1,6 @@
-"""Requests run in order, each once, through evictions, mistakes and other tenants' requests."""
+"""Each client's requests run once and in order.
+
+Evictions, errors and other tenants' requests change no result."""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def loss(answer: FutureResult) -> float:
 
 
 def steps(service: TinkerService, run: TrainingRun, first: int, last: int) -> list[float]:
-    """Run the steps from request `first` to `last`, two requests each, and return their losses."""
+    """Run training steps with the requests from `first` up to `last`; return losses.
+
+    Each step is two requests."""
     found = []
     for seq in range(first, last, 2):
         found.append(loss(result(service, run, seq, "forward", forward_body(run.id, seq, ROWS))))
@@ -51,7 +55,7 @@ def steps(service: TinkerService, run: TrainingRun, first: int, last: int) -> li
     return found
 
 
-def test_loss_falls_and_known_values_are_reproduced(tmp_path: Path) -> None:
+def test_loss_falls_and_old_requests_are_recognized(tmp_path: Path) -> None:
     with small_service(tmp_path) as service:
         run = begun(service)
         losses = steps(service, run, 1, 9)
@@ -72,7 +76,7 @@ def test_requests_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         assert json.loads(late.result(60).data)["metrics"]["grad_norm"] > 0
 
 
-def test_requests_after_a_missing_number_fail_in_the_end(tmp_path: Path) -> None:
+def test_requests_after_a_missing_number_fail_eventually(tmp_path: Path) -> None:
     """The client can continue with later numbers; a refused request leaves no gap."""
     with small_service(tmp_path) as service:
         run, other = begun(service), begun(service, "globex")
@@ -90,7 +94,9 @@ def small_quotas(**limits: int) -> Quotas:
 
 
 def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
-    """Clients and checkpoints count, checkpoints also after a restart; removed checkpoints do not."""
+    """Clients and checkpoints count; after a restart, only checkpoints count.
+
+    Removed checkpoints do not count."""
     with small_service(tmp_path, quotas=small_quotas(files=2)) as service:
         run = begun(service)
         result(service, run, 1, "save_weights", b'{"path": "one"}')
@@ -114,7 +120,7 @@ def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
 def test_full_quotas_refuse_clients_and_sessions(tmp_path: Path) -> None:
     with small_service(tmp_path, quotas=small_quotas(disk=20_000, memory=5_000)) as service:
         session = service.create_session("acme")
-        with pytest.raises(Refused, match=r"limit \(disk\)"):  # the disk limit leaves no space to evict the state
+        with pytest.raises(Refused, match=r"limit \(disk\)"):  # the disk is too small to evict the client's state
             service.create_run("acme", session.id, 0, Lora(4))
         service.create_sampler("acme", session.id, 0, None)
         with pytest.raises(Refused, match=r"limit \(memory\)"):
@@ -133,7 +139,7 @@ def test_metadata_is_limited(tmp_path: Path) -> None:
 
 
 def test_restart_keeps_checkpoints_and_ends_clients(tmp_path: Path) -> None:
-    """The folder is copied while the service runs, as a kill leaves it."""
+    """A copy of the folder, made while the service runs, simulates a kill."""
     with small_service(tmp_path / "first") as service:
         run, lost = begun(service), begun(service)
         steps(service, run, 1, 3)
@@ -170,7 +176,7 @@ def test_unreadable_checkpoint_is_skipped_and_stays(tmp_path: Path) -> None:
         assert about.exists()
 
 
-def test_a_failed_start_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_can_start_after_a_failed_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_service(tmp_path) as service:
         begun(service).created.result(60)
     with monkeypatch.context() as patch:
@@ -196,7 +202,7 @@ def test_stop_fails_waiting_requests(tmp_path: Path) -> None:
 
 
 def test_eviction_changes_no_result(tmp_path: Path) -> None:
-    """Memory fits one of two clients: their states move to disk and back."""
+    """Only one of two clients fits in memory, so states move to disk and back."""
     with small_service(tmp_path / "wide") as service:
         alone = [steps(service, begun(service, seed=seed), 1, 7) for seed in (1, 2)]
         max_memory = 4 * sum(p.nbytes for p in _parameters(service))
@@ -208,17 +214,18 @@ def test_eviction_changes_no_result(tmp_path: Path) -> None:
                 losses += steps(service, run, seq, seq + 2)
         assert [*(tmp_path / "narrow" / "tinker" / "live").glob("*/state")]
         assert found == alone
-        with pytest.raises(ConfigError, match=f"rank 4096 needs .* clients have {max_memory:,}"):
+        with pytest.raises(ConfigError, match=f"rank 4096 needs .* the limit is {max_memory:,}"):
             begun(service, rank=4096)
 
 
 def test_pending_forwards_of_many_clients_stay_within_the_memory(tmp_path, monkeypatch):
-    """Memory fits two small clients or the large client: all take turns, and none waits for the end of the
-    others."""
+    """Two small clients fit in memory, or the large one.
+
+    All clients take turns, and none waits until another has finished."""
     resident, step, submitted = [], Trainer.step, Event()
 
     def measured(trainer: Trainer, works: list[PassWork]) -> list[PassWork]:
-        submitted.wait(60)  # so that all requests are ready at the same time
+        submitted.wait(60)  # wait until all requests are submitted
         resident.append(sum(learner.bytes for learner in trainer.learners.values()))
         return step(trainer, works)
 
@@ -244,7 +251,7 @@ def _parameters(service: TinkerService) -> list[torch.Tensor]:
 
 
 def test_failed_request_is_undone_and_affects_no_other_client(tmp_path: Path) -> None:
-    """The error names the mistake; later requests are as if the failed request had not been sent."""
+    """The error names the mistake; later results show no trace of the request."""
     with small_service(tmp_path) as service:
         run, other = begun(service), begun(service, "globex", rank=4)
         first = result(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
@@ -258,7 +265,7 @@ def test_failed_request_is_undone_and_affects_no_other_client(tmp_path: Path) ->
         for seq, (body, what) in enumerate(
             [
                 ({"adam_params": {"learning_rate": -1}}, "learning_rate must be greater than or equal to 0"),
-                ({}, "only optimizer here is AdamW"),
+                ({}, "only optimizer is AdamW"),
                 ({"adam_params": {"rate": 1}}, "adam_params.rate"),
                 ({"adam_params": {"learning_rate": 1e308}}, "learning_rate must be less than or equal to 1"),
                 ({"adam_params": {"eps": 0}}, "eps must be"),
@@ -286,8 +293,9 @@ def test_failed_request_is_undone_and_affects_no_other_client(tmp_path: Path) ->
 
 
 def test_checkpoint_is_a_library_adapter(tmp_path: Path) -> None:
-    """A checkpoint loads with or without moments, is private to its tenant, has a unique name, and
-    expires."""
+    """A checkpoint can be loaded with or without the optimizer's moments.
+
+    A checkpoint is private to its tenant, has a unique name, and expires."""
     with small_service(tmp_path) as service:
         run = begun(service)
         steps(service, run, 1, 5)
@@ -298,7 +306,7 @@ def test_checkpoint_is_a_library_adapter(tmp_path: Path) -> None:
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in folder.iterdir()}
         assert load_adapter(small_base(), str(folder)).digest() == saved.digest
         taken = result(service, run, 6, "save_weights", b'{"path": "one"}')
-        assert "there is a checkpoint" in json.loads(taken.data)["error"]
+        assert "already exists" in json.loads(taken.data)["error"]
         assert result(service, run, 7, "save_weights", b'{"path": "one", "overwrite": true}').kind == "json"
         went_on = steps(service, run, 8, 12)
         again = service.create_run("acme", run.session, 1, path, optimizer=True)
@@ -332,7 +340,7 @@ def test_invalid_time_to_live_writes_nothing(tmp_path: Path) -> None:
         assert not run.checkpoints.folder.exists()
 
 
-def test_sweep_passes_over_checkpoints_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_tolerates_checkpoints_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_text = Path.read_text
 
     def read_and_remove(path: Path, encoding: str | None = None) -> str:
@@ -372,7 +380,7 @@ def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> Non
 
 
 def test_ended_session_takes_no_new_requests(tmp_path: Path) -> None:
-    """Requests that still wait fail when the session is removed."""
+    """Requests that still wait fail when the session ends."""
     with small_service(tmp_path, days=3 / 86400) as service:
         run = begun(service)
         late = service.submit(run, 2, "optim_step", STEP)

@@ -1,4 +1,6 @@
-"""A client's steps against veneer's own and PEFT's; shared passes against separate passes."""
+"""A client's steps equal those of `veneer train` and of PEFT.
+
+Shared passes equal separate passes."""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def trainer() -> Iterator[Trainer]:
 
 @pytest.fixture(autouse=True)
 def _no_learners(trainer: Trainer) -> Iterator[None]:
-    """Remove the learners of a failed test."""
+    """Remove learners that a failed test left behind."""
     yield
     for learner in list(trainer.learners.values()):
         trainer.drop(learner)
@@ -55,8 +57,10 @@ def done(trainer: Trainer, *works: PassWork) -> None:
 
 
 def test_step_equals_veneer_train_bit_for_bit(trainer: Trainer) -> None:
-    """Forward, backward and AdamW: the loss of `veneer train`, the mean over trained tokens, is cross_entropy
-    with its reciprocal as weights."""
+    """Covers the forward pass, the backward pass and AdamW.
+
+    The loss of `veneer train` is a mean over trained tokens: cross_entropy with weights of one over their
+    number."""
     lora = Lora(4, seed=3, unembed=False)
     learner = trainer.create("one", lora)
     count = sum(len(row) - 1 for row in ROWS)
@@ -86,7 +90,7 @@ def test_step_equals_veneer_train_bit_for_bit(trainer: Trainer) -> None:
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
 @pytest.mark.parametrize("unembed", [False, True])
 def test_gradients_equal_transformers_with_peft(trainer: Trainer, unembed: bool) -> None:
-    """Log-probabilities, loss and the gradient of every A and B."""
+    """Compares log-probabilities, the loss, and the gradient of every A and B."""
     learner = trainer.create("one", Lora(3, seed=1, unembed=unembed))
     with torch.no_grad():
         for i, (name, parameter) in enumerate(learner.parameters.items()):
@@ -119,7 +123,7 @@ def test_gradients_equal_transformers_with_peft(trainer: Trainer, unembed: bool)
 
 
 def test_shared_pass_equals_separate_passes(trainer: Trainer) -> None:
-    """Log-probabilities and gradients are equal; a forward without backward gets no gradient."""
+    """Log-probabilities and gradients are equal; a pass without backward has none."""
     kinds = {"a": Lora(2, 1), "b": Lora(8, 2, mlp=False), "c": Lora(3, 3, attention=False, unembed=False)}
     separately: dict[str, Any] = {}
     for name, lora in kinds.items():
@@ -146,7 +150,7 @@ def test_shared_pass_equals_separate_passes(trainer: Trainer) -> None:
 
 
 def test_state_is_restored_bit_for_bit(trainer: Trainer, tmp_path: Any) -> None:
-    """With moments and the gradient since the last step."""
+    """The state includes moments, and the gradient since the last optimizer step."""
     learner = trainer.create("one", Lora(2, 5))
     done(trainer, work(trainer, learner, ROWS))
     trainer.optimize(learner, Adam(learning_rate=1e-2))
@@ -165,7 +169,7 @@ def test_state_is_restored_bit_for_bit(trainer: Trainer, tmp_path: Any) -> None:
 
 
 def _reference(name: str, p: Any, q: Any, a: Any, w: Any) -> float:
-    """Return the loss by numpy in float64, from Tinker's page."""
+    """Return the loss in float64, by the formula on Tinker's page."""
     ratio = np.exp(p - q)
     clipped = np.clip(ratio, 0.7, 1.1)
     losses = {
@@ -180,7 +184,9 @@ def _reference(name: str, p: Any, q: Any, a: Any, w: Any) -> float:
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
 def test_loss_and_gradient_equal_the_formula(name: str) -> None:
-    """The gradient is compared with finite differences, where the formula stops no gradient."""
+    """Gradients are compared with finite differences, except for cispo.
+
+    cispo's formula treats the clipped ratio as a constant."""
     draw = np.random.default_rng(4)
     p, q, a, w = (draw.normal(size=9) * scale for scale in (0.3, 0.3, 1.0, 1.0))
     options: dict[str, float | str] = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1}
@@ -191,7 +197,7 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     loss = row_loss(name, logps, row, options)
     assert float(loss.detach()) == pytest.approx(_reference(name, p, q, a, w))
     loss.backward()
-    if name == "cispo":  # the ratio's clip stands still
+    if name == "cispo":  # the clipped ratio is a constant
         wanted = -np.clip(np.exp(p - q), 0.7, 1.1) * a
     else:
         step = 1e-6 * np.eye(9)
@@ -204,13 +210,13 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"tokens": []}, "its input has 0 tokens"),
+        ({"tokens": []}, "the row's input has 0 tokens"),
         ({"tokens": [1, 2, 3]}, r"target_tokens has the shape \(2,\)"),
-        ({"tokens": [1, 9999]}, "a token of its input is not in this base's vocabulary of 384"),
-        ({"targets": [1, -2]}, "a token of its target_tokens is not"),
+        ({"tokens": [1, 9999]}, "a token of the row's input is not in this base's vocabulary of 384"),
+        ({"targets": [1, -2]}, "a token of the row's target_tokens is not"),
         ({"weights": [1.0]}, r"weights has the shape \(1,\), target_tokens \(2,\)"),
         ({"weights": [1.0, float("nan")]}, "weights has a value that is not finite"),
-        ({"text_only": False}, "its input has a part that is not text"),
+        ({"text_only": False}, "the row's input has a part that is not text"),
         ({"loss": "ppo"}, "ppo has no input 'weights'"),
         ({"loss": "importance"}, "'importance' is not a loss"),
         ({"options": {"beta": 1.0}}, "cross_entropy has no option 'beta'")
@@ -230,7 +236,7 @@ def test_invalid_row_is_named(row: dict[str, Any], said: str) -> None:
 
 
 def test_trainer_shares_the_bases_tensors(trainer: Trainer) -> None:
-    """The values use no further memory, and the trainer's modules are not in the base."""
+    """The weights use no additional memory, and the base's modules do not change."""
     base = small_base()
     mine = {id(p) for p in base.model.parameters()}
     assert all(id(p) not in mine for p in trainer.model.parameters())

@@ -1,4 +1,4 @@
-"""The format against the SDK's own code, and invalid messages."""
+"""The wire format is the SDK's; invalid messages are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_forward_request_is_read() -> None:
 
 
 def test_sparse_rows_are_read() -> None:
-    """Compressed sparse rows: values, row starts, and columns."""
+    """The format is compressed sparse rows: values, row starts, and columns."""
     values, starts, columns = np.array([7, 9], "<i8"), np.array([0, 1, 1, 2], "<i8"), np.array([2, 0], "<i8")
     sparse = part(2, part(1, values.tobytes()) + part(2, starts.tobytes()) + part(3, columns.tobytes()))
     one = sparse + b"\x18\x02" + part(4, varint(3) + varint(4))
@@ -42,7 +42,7 @@ def test_truncated_message_is_refused(cut: int) -> None:
 
 
 def test_small_message_cannot_claim_much_memory() -> None:
-    """Sparse zeros, many rows, and a number instead of text."""
+    """Covers sparse zeros, many rows, and a number in place of text."""
 
     def zeros(width: int) -> bytes:
         starts = np.zeros(2049, "<i8")
@@ -76,7 +76,7 @@ def test_outputs_of_different_shapes_are_separate_records() -> None:
 
 
 @pytest.mark.peers
-def test_messages_equal_the_sdks() -> None:
+def test_messages_match_the_sdk() -> None:
     pytest.importorskip("tinker")
     from tinker import types
     from tinker.proto import request_conv, response_conv

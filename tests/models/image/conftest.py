@@ -1,4 +1,4 @@
-"""Fixtures: the folder of a session's tiny image bases."""
+"""Fixtures: the session's folder of tiny image bases."""
 
 from __future__ import annotations
 

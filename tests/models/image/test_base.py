@@ -1,5 +1,6 @@
-"""Image bases of every family load completely, under canonical names, and share pipelines; invalid ones are
-refused."""
+"""Image bases of every family load completely, under canonical names.
+
+Pipelines share the modules of their base; invalid bases are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def draw(pipe: Any, **more: Any) -> torch.Tensor:
     given = {"prompt": "a red house", "num_inference_steps": 2, "output_type": "pt", "height": SIZE, "width": SIZE}
     seeded = torch.Generator().manual_seed(3)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)  # SD3's ControlNet pipeline samples its control picture without a generator
+        torch.manual_seed(4)  # SD3's ControlNet pipeline uses the global generator for its control picture
         found: torch.Tensor = pipe(**(given | {"generator": seeded} | more)).images
     return found
 
@@ -55,7 +56,7 @@ def draw(pipe: Any, **more: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_loaded_base_draws_as_diffusers_loading(family: str, bases: Path, load: Any) -> None:
+def test_loaded_base_draws_the_same_picture_as_diffusers(family: str, bases: Path, load: Any) -> None:
     base = load(family)
     assert base.family == FAMILY.get(family, family)
     assert base.prediction == ("epsilon" if family in ("sd15", "sdxl") else "flow")
@@ -71,10 +72,10 @@ def test_loaded_base_draws_as_diffusers_loading(family: str, bases: Path, load: 
     "family", [pytest.param(f, marks=pytest.mark.slow) if f == "schnell" else f for f in TINY_FAMILIES]
 )  # schnell equals dev except for guidance, see below
 def test_every_target_has_its_canonical_name(family: str, load: Any) -> None:
-    """With the official number of blocks at tiny widths."""
+    """Bases have the official number of blocks at tiny widths."""
     base = load(family, full=True)
     known = families()[base.family]
-    if family == "klein":  # 5 and 20 blocks instead of FLUX.2's 8 and 48, no guidance
+    if family == "klein":  # 5 and 20 blocks instead of FLUX.2's 8 and 48, and no guidance
         want = {row.module: row.kind for row in flux2(5, 20, False)}
         assert want.items() <= known.modules.items()
     elif family == "schnell":  # dev without guidance
@@ -84,7 +85,7 @@ def test_every_target_has_its_canonical_name(family: str, load: Any) -> None:
     have = dict(base_modules(base.model))
     missing = [
         n for n in want if n not in have and not n.endswith("encoder.embed_tokens")
-    ]  # T5's embedding is its shared one
+    ]  # T5's embedding is the module `shared`
     assert missing == []
     kinds = {n: kind_of(have[n]) for n, kind in want.items() if n in have and kind != "norm"}
     assert kinds == {n: want[n] for n in kinds}
@@ -99,13 +100,13 @@ def test_the_tree_shares_its_modules_with_every_pipeline(load: Any) -> None:
         assert pipe is pipeline(base, kind)  # type: ignore[arg-type]
         assert pipe.unet is base.model.unet is base.denoiser
         assert pipe.text_encoder is base.model.text_encoder.text_model
-        # transformers 5 dropped `text_model` from one of the two; the base's tree has it
+        # transformers 5 dropped `text_model` from one of the two classes; a base always has it
         for encoder in (base.model.text_encoder, base.model.text_encoder_2):
             assert encoder.get_submodule("text_model.encoder.layers.0.self_attn.q_proj")
         assert pipe.text_encoder_2 is base.model.text_encoder_2
 
 
-def test_sizes_are_the_directorys(load: Any, bases: Path, tmp_path: Path) -> None:
+def test_default_size_comes_from_the_directory(load: Any, bases: Path, tmp_path: Path) -> None:
     assert [(load(f).size, load(f).unit) for f in ("sdxl", "flux1", "sd3")] == [(SIZE, 4), (SIZE, 8), (SIZE, 8)]
     assert load("qwen-image").size == 1024  # the default
     copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "v")
@@ -124,7 +125,7 @@ def test_sd3_has_two_sizes_whose_last_blocks_differ() -> None:
         assert len(blocks) == n
 
 
-def test_schnell_reads_half_as_much_as_dev(load: Any) -> None:
+def test_schnell_reads_half_as_many_tokens_as_dev(load: Any) -> None:
     dev, schnell = load("flux1"), load("schnell")
     for base in (dev, schnell):
         assert text_length(base) == 24  # the tokenizer's limit
@@ -132,7 +133,7 @@ def test_schnell_reads_half_as_much_as_dev(load: Any) -> None:
     assert (text_length(dev), text_length(schnell)) == (512, 256)
 
 
-def test_a_flag_of_the_index_reaches_the_pipelines(bases: Path, tmp_path: Path) -> None:
+def test_setting_in_model_index_reaches_the_pipelines(bases: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "flag")
     assert pipeline(load_image(str(copied))).config.force_zeros_for_empty_prompt
     edit_json(copied / "model_index.json", force_zeros_for_empty_prompt=False)
@@ -168,9 +169,9 @@ def test_fingerprint_depends_on_weights_and_shape(bases: Path, tmp_path: Path, l
 
 
 def test_a_controlnet_of_another_family_is_refused_by_name(bases: Path, load: Any) -> None:
-    with pytest.raises(BaseError, match=r"a ControlNet for SDXL, the base is FLUX\.1"):
+    with pytest.raises(BaseError, match=r"a ControlNet for SDXL, but the base is FLUX\.1"):
         load_control(tiny_control(bases, "sdxl"), load("flux1"))
-    with pytest.raises(BaseError, match=r"a ControlNet for FLUX\.1, the base is Stable Diffusion 1\.x"):
+    with pytest.raises(BaseError, match=r"a ControlNet for FLUX\.1, but the base is Stable Diffusion 1\.x"):
         load_control(str(tiny_control(bases, "flux1")), load("sd15"))
     with pytest.raises(BaseError, match="is not a ControlNet"):
         load_control(tiny_image_base(bases, "sdxl") / "unet", load("sdxl"))
@@ -186,7 +187,7 @@ def test_a_controlnet_of_another_width_is_refused(bases: Path, load: Any, tmp_pa
         load_control(other, load("sdxl"))
 
 
-def test_a_kind_that_diffusers_has_not_is_refused(bases: Path, load: Any) -> None:
+def test_pipeline_kind_missing_in_diffusers_is_refused(bases: Path, load: Any) -> None:
     with pytest.raises(BaseError, match=r"no image-to-image pipeline for FLUX\.2"):
         pipeline(load("flux2"), "image")
     base = load("sd3")
@@ -194,7 +195,7 @@ def test_a_kind_that_diffusers_has_not_is_refused(bases: Path, load: Any) -> Non
         pipeline(base, "image", [load_control(tiny_control(bases, "sd3"), base)])
 
 
-def test_every_row_names_classes_that_diffusers_has() -> None:
+def test_every_family_names_existing_diffusers_classes() -> None:
     for row in FAMILIES.values():
         for name in [row.classname, *row.pipelines.values(), *row.controlled.values(), row.control]:
             assert not name or hasattr(diffusers, name), name
@@ -202,7 +203,7 @@ def test_every_row_names_classes_that_diffusers_has() -> None:
         assert row.name in families()
 
 
-def test_releasing_frees_and_is_said_afterwards(load: Any) -> None:
+def test_released_parts_free_memory_and_cannot_be_used(load: Any) -> None:
     base = load("sdxl")
     before = sum(p.numel() for p in base.model.parameters())
     release(base, "text_encoder", "vae")
@@ -225,7 +226,7 @@ def copy(bases: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_image_base(bases, "sd15"), tmp_path / "copy")
 
 
-def test_cut_files_and_pickles_are_refused(copy: Path) -> None:
+def test_truncated_files_and_pickles_are_refused(copy: Path) -> None:
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
@@ -250,7 +251,7 @@ def _without_tensor(copy: Path) -> None:
         (lambda copy: shutil.rmtree(copy / "text_encoder"), "the folder of text_encoder is missing"),
         (
             lambda copy: edit_json(copy / "model_index.json", unet=["my_unet", "MyUNet"]),
-            "code that came with the base is not run",
+            "does not run code that comes with a base",
         ),
         (
             lambda copy: edit_json(copy / "model_index.json", scheduler=["diffusers", "NoSuchScheduler"]),
@@ -262,29 +263,29 @@ def _without_tensor(copy: Path) -> None:
         ),
     ],
 )
-def test_a_base_that_cannot_be_loaded_says_why(spoil: Any, says: str, copy: Path) -> None:
+def test_error_of_an_unloadable_base_gives_the_reason(spoil: Any, says: str, copy: Path) -> None:
     spoil(copy)
     with pytest.raises(BaseError, match=says):
         load_image(str(copy))
 
 
-def test_text_and_image_bases_are_told_apart(copy: Path) -> None:
+def test_text_and_image_bases_are_distinguished(copy: Path) -> None:
     from tests.tiny_base import tiny_base_dir
 
     with pytest.raises(BaseError, match=r"not an image base: it has no model_index\.json"):
         load_image(str(tiny_base_dir(copy.parent)))
     with pytest.raises(BaseError, match="an image base"):
         load_text(str(copy))
-    with pytest.raises(BaseError, match="smollm2-135m is a text base"):  # before a download
+    with pytest.raises(BaseError, match="smollm2-135m is a text base"):  # refused before any download
         load_image("smollm2-135m")
 
 
-def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
+def test_lone_fp16_variant_is_used_with_a_note(copy: Path) -> None:
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({n: t.half() for n, t in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
     file.unlink()
     base = load_image(str(copy), dtype="float32")
-    assert any("unet: only the fp16 weights" in note for note in base.notes)
+    assert any("unet: using the fp16 weights" in note for note in base.notes)
     assert base.denoiser.dtype == torch.float32
 
 
@@ -296,7 +297,7 @@ def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
         ("flux1", "int8"),
     ],
 )
-def test_a_quantized_base_computes_what_its_dequantized_weights_do(family: str, quantize: Any, tmp_path: Path) -> None:
+def test_quantized_base_equals_its_dequantized_weights(family: str, quantize: Any, tmp_path: Path) -> None:
     folder = str(tiny_image_base(tmp_path, family))
     base, twin = (load_image(folder, dtype="float32", quantize=quantize) for _ in range(2))
     names = quantized_weights(base.denoiser)
@@ -322,7 +323,7 @@ def test_a_quantized_base_computes_what_its_dequantized_weights_do(family: str, 
 
 
 def test_bitsandbytes_component_is_read_on_cpu(copy: Path) -> None:
-    """Its constants are stored next to the codes, as diffusers saves them; no GPU is needed."""
+    """diffusers saves the quantization constants next to the codes; no GPU is needed."""
     base = load_image(str(copy), dtype="bfloat16", quantize="nf4")
     folder = copy / "unet"
     state = saved_tensors(base.denoiser.state_dict())
@@ -337,7 +338,7 @@ def test_bitsandbytes_component_is_read_on_cpu(copy: Path) -> None:
 def test_dtype_device_and_quantization_are_checked(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = load_image(str(copy), dtype="bfloat16")
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
-    assert half.dtype_reason == "as asked for"
+    assert half.dtype_reason == "as requested"
     with pytest.raises(ConfigError, match="is not a dtype"):
         load_image(str(copy), dtype="int3")
     with pytest.raises(ConfigError, match="is not a known quantization"):
@@ -352,7 +353,7 @@ def test_dtype_device_and_quantization_are_checked(copy: Path, monkeypatch: pyte
 
 
 def test_memory_check_counts_quantized_text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.6 bytes per weight of the denoiser and of T5, two of CLIP and of the VAE."""
+    """The denoiser and T5 need 0.6 bytes per weight; CLIP and the VAE need two."""
     folder = str(tiny_image_base(tmp_path, "flux1"))
     parts = {name: part for name, part in load_image(folder).parts.items() if isinstance(part, torch.nn.Module)}
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
@@ -371,5 +372,5 @@ def test_memory_check_counts_quantized_text_encoders(tmp_path: Path, monkeypatch
 
 def test_missing_built_in_base_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("veneer.models.builtin.packaged_folder", lambda: tmp_path)
-    with pytest.raises(BaseError, match="came without catalogue-flux"):
+    with pytest.raises(BaseError, match="does not include catalogue-flux"):
         load_image("catalogue-flux")

@@ -1,5 +1,5 @@
 """Every family with its official number of blocks at tiny width: an adapter on every linear module of
-denoiser and text encoders learns in one step and changes the pipeline's picture."""
+denoiser and the text encoders are traineds in one step and changes the pipeline's picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 UNREAD = {
-    # SDXL reads the second-last layer of its first encoder, and no pooled vector.
+    # SDXL uses the second-to-last layer of its first encoder, and not the pooled vector.
     "sdxl": r"text_encoder\.text_model\.encoder\.layers\.11\..*",
     # The last block's text output is not used.
     "sd3": r"transformer\.transformer_blocks\.23\.attn\.add_q_proj",

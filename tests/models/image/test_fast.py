@@ -107,7 +107,7 @@ MODELS = pytest.mark.parametrize("make", [flux, flux2, qwen_image, sdxl])
 
 
 @MODELS
-def test_outputs_and_gradients(make: Callable[[], nn.Module]) -> None:
+def test_outputs_and_gradients_are_unchanged(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make()
     with attached(model) as attachment:
@@ -135,7 +135,7 @@ def counted(model: nn.Module) -> dict[str, int]:
 
 
 def plain(model: nn.Module, attachment: Attachment) -> Tensor:
-    """Return the output with every forward method that was set on an instance removed."""
+    """Return the output without the forward methods that were set on instances."""
     put = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in m.__dict__}
     assert put
     try:
@@ -147,8 +147,9 @@ def plain(model: nn.Module, attachment: Attachment) -> Tensor:
 
 @MODELS
 def test_bf16_gradients_are_as_exact_as_diffusers(make: Callable[[], nn.Module]) -> None:
-    """Averages over five random models: for some, bfloat16 gradients are several times off in any
-    implementation."""
+    """Compares the median error of five random models.
+
+    Some models have large bfloat16 errors in any implementation."""
 
     def error(values: list[Tensor], exact: list[Tensor]) -> float:
         joined, true = (torch.cat([t.float().flatten() for t in v[1:]]) for v in (values, exact))
@@ -194,7 +195,7 @@ def test_unusual_modules_keep_diffusers_code() -> None:
         assert "its processor is AttnProcessor" in how.summary()
 
 
-def test_pairs_that_do_not_join_are_called() -> None:
+def test_pairs_that_cannot_be_fused_run_separately() -> None:
     torch.manual_seed(0)
     model = flux()
     with attached(model, dora=True) as attachment:
@@ -203,8 +204,8 @@ def test_pairs_that_do_not_join_are_called() -> None:
             assert same(step(attachment), want, 1e-3)
 
 
-def test_texts_of_unlike_lengths_keep_their_mask() -> None:
-    """Masked text tokens of Qwen-Image have no effect, on the fast paths too."""
+def test_texts_of_different_lengths_stay_masked() -> None:
+    """Qwen-Image's masked text tokens have no effect on the fast path either."""
     torch.manual_seed(0)
     model = qwen_image().requires_grad_(False)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -216,7 +217,7 @@ def test_texts_of_unlike_lengths_keep_their_mask() -> None:
 
 
 @pytest.mark.parametrize("changed", ["dropout", "output_scale_factor", "trained norm", "no time"])
-def test_residual_blocks_of_another_kind(changed: str) -> None:
+def test_unusual_residual_blocks_stay_correct(changed: str) -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
     torch.manual_seed(0)
@@ -240,8 +241,9 @@ def test_residual_blocks_of_another_kind(changed: str) -> None:
 
 
 def test_skip_connections_of_frozen_blocks_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this UNet's up path, 3 of 4 skips of the first level precede any adapter. With an adapter on the
-    first convolution, every skip needs a gradient."""
+    """In this UNet's up path, 3 of 4 skips of the first level precede any adapter.
+
+    With an adapter on the first convolution, every skip needs a gradient."""
     from veneer.models.image import fast as speed_image
 
     asked: list[tuple[int, int]] = []
@@ -268,9 +270,10 @@ def test_skip_connections_of_frozen_blocks_get_no_gradient(monkeypatch: pytest.M
         assert set(asked) == expected
 
 
-def test_recomputed_blocks_use_their_own_call() -> None:
-    """Between a forward pass and its recomputing backward pass, the same blocks run without an adapter: those
-    need no gradient, and the first pass still gets all of its gradients."""
+def test_recomputed_blocks_get_all_of_their_gradients() -> None:
+    """Between a forward pass and its recomputation, the blocks run without an adapter.
+
+    That run needs no gradient, but the first pass must still get all of its gradients."""
     torch.manual_seed(0)
     model: Any = sdxl()
     targets = (*TARGETS, "conv_in")  # every skip needs a gradient
@@ -291,8 +294,8 @@ def test_recomputed_blocks_use_their_own_call() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_channels_beside_large_ones_are_compared_too(dtype: torch.dtype) -> None:
-    """A wrong activation in most channels, while the few correct ones are a hundred times as large."""
+def test_small_wrong_channels_are_found_among_large_ones(dtype: torch.dtype) -> None:
+    """Most channels are wrong, but the few correct channels are 100 times as large."""
     from diffusers.models.activations import GEGLU
 
     class Other(GEGLU):

@@ -36,7 +36,7 @@ pytest.importorskip("diffusers")
         ("z-image", False, "model.diffusion_model."),
     ],
 )
-def test_one_file_of_every_family_gives_the_same_denoiser(
+def test_single_file_of_every_family_gives_the_same_denoiser(
     family: str, full: bool, prefix: str, bases: Path, tmp_path: Path
 ) -> None:
     folder = tiny_image_base(bases, family, full=full)
@@ -47,14 +47,15 @@ def test_one_file_of_every_family_gives_the_same_denoiser(
     assert one.denoiser.state_dict().keys() == want.keys()
     assert [n for n, t in one.denoiser.state_dict().items() if not torch.equal(t, want[n])] == []
     assert (one.family, one.prediction, one.unit) == (whole.family, whole.prediction, whole.unit)
-    assert not any("no place" in note for note in one.notes)
+    assert not any("are not used" in note for note in one.notes)
     assert type(pipeline(one)) is type(pipeline(whole))
 
 
 @pytest.mark.slow
 def test_flux_1_file_gives_the_denoiser_of_its_directory(bases: Path, tmp_path: Path) -> None:
-    """At FLUX.1's width, the only one that diffusers converts: one block of each kind, 480 million
-    parameters."""
+    """Uses FLUX.1's real width, because diffusers converts no other width.
+
+    The model has one block of each kind, and 480 million parameters."""
     import diffusers
 
     folder = Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "flux"))
@@ -78,7 +79,7 @@ def test_flux_1_file_gives_the_denoiser_of_its_directory(bases: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     "family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "klein", "qwen-image", "z-image"]
-)  # SDXL's are named below
+)  # the test of SDXL's file (below) covers SDXL
 def test_only_harmless_tensors_may_be_unused(family: str, bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, family, full=family in ("sd15", "sdxl", "sd3"))
     whole = load_image(str(folder))
@@ -87,11 +88,9 @@ def test_only_harmless_tensors_may_be_unused(family: str, bases: Path, tmp_path:
     old = "cond_stage_model.transformer.text_model.embeddings.position_ids" if family == "sd15" else "betas"
     more = {f"model_ema.{i:03d}": torch.zeros(2) for i in range(8)} | {old: torch.zeros(1, 77)}
     save_file({**own, **more}, tmp_path / "more.safetensors")
-    (said,) = [n for n in load_image(str(tmp_path / "more.safetensors"), config=folder).notes if "no place" in n]
+    (said,) = [n for n in load_image(str(tmp_path / "more.safetensors"), config=folder).notes if "are not used" in n]
     names = sorted(more)
-    assert said == (
-        f"9 of the file's {len(own) + 9} tensors have no place and are left out: {', '.join(names[:6])} and 3 more"
-    )
+    assert said == (f"9 of the file's {len(own) + 9} tensors are not used: {', '.join(names[:6])} and 3 more")
     unknown = f"{prefix}time_embed.9.weight"
     save_file({**own, **more, unknown: torch.zeros(3, 5)}, tmp_path / "more.safetensors")
     with pytest.raises(
@@ -101,7 +100,7 @@ def test_only_harmless_tensors_may_be_unused(family: str, bases: Path, tmp_path:
 
 
 def _in_fp8(state: dict[str, torch.Tensor], scale: str, per_row: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (the file with its matrices in 8-bit floats and their scales, the values that it represents)."""
+    """Return the weights as 8-bit floats with scales, and the values they represent."""
     stored, plain = dict(state), dict(state)
     for name, weight in state.items():
         if weight.ndim == 2 and name.endswith("weight"):
@@ -137,7 +136,7 @@ def test_scales_of_eight_bit_floats_are_applied_exactly(
         load_image(str(tmp_path / f"{name}.safetensors"), config=folder, dtype="float32")
         for name in ("scaled", "plain")
     )
-    assert not any("no place" in note for note in got.notes)
+    assert not any("are not used" in note for note in got.notes)
     for name in (got.row.denoiser, *got.row.encoders):
         theirs = want.parts[name].state_dict()
         assert [n for n, t in got.parts[name].state_dict().items() if not torch.equal(t, theirs[n])] == [], name
@@ -185,8 +184,9 @@ def test_v_prediction_file_needs_a_v_prediction_scheduler(bases: Path, tmp_path:
 
 
 def test_sdxl_file_uses_all_tensors_but_clips_logit_scale(bases: Path, tmp_path: Path) -> None:
-    """Denoiser, VAE and the second text encoder load from the file, including fused and transposed
-    tensors."""
+    """The denoiser, VAE and second text encoder load from the file.
+
+    Some of their tensors are fused or transposed in the file."""
     folder = tiny_image_base(bases, "sdxl", full=True)
     whole = load_image(str(folder))
     state = original(whole) | original_vae(whole.parts["vae"]) | open_clip(whole.parts["text_encoder_2"])
@@ -199,8 +199,8 @@ def test_sdxl_file_uses_all_tensors_but_clips_logit_scale(bases: Path, tmp_path:
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         want = whole.parts[name].state_dict()
         assert [n for n, t in one.parts[name].state_dict().items() if not torch.equal(t, want[n])] == [], name
-    (said,) = [note for note in one.notes if "no place" in note]
-    assert said == f"1 of the file's {len(state) + 1} tensors have no place and are left out: {extra}"
+    (said,) = [note for note in one.notes if "are not used" in note]
+    assert said == f"1 of the file's {len(state) + 1} tensors are not used: {extra}"
 
 
 def test_missing_tensors_of_a_file_are_refused(bases: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_single_file_equals_its_directory(encoder: bool, bases: Path, tmp_path: 
     save_file(original(whole, encoder), tmp_path / "one.safetensors")
     configs = tmp_path / "configs"
     shutil.copytree(folder, configs)
-    (configs / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # the config is enough
+    (configs / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # the weights are in the single file
     if encoder:
         (configs / "text_encoder" / "model.safetensors").unlink()
     one = load_image(str(tmp_path / "one.safetensors"), config=configs)
@@ -241,7 +241,7 @@ def test_missing_component_must_be_in_the_directory(bases: Path, tmp_path: Path)
     save_file(original(load_image(str(folder)), False), tmp_path / "one.safetensors")
     configs = Path(shutil.copytree(folder, tmp_path / "configs"))
     (configs / "text_encoder" / "model.safetensors").unlink()
-    with pytest.raises(BaseError, match="the file holds no text_encoder, and the directory of configs has no weights"):
+    with pytest.raises(BaseError, match="neither the file nor the directory of configs has weights for text_encoder"):
         load_image(str(tmp_path / "one.safetensors"), config=configs)
 
 
@@ -253,13 +253,13 @@ def test_missing_configs_are_named_without_network(
     save_file(state, tmp_path / "one.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked a network"))
-    with pytest.raises(BaseError, match=r"with the configs of .*stable-diffusion[\s\S]*config="):
+    with pytest.raises(BaseError, match=r"requires the configs of .*stable-diffusion[\s\S]*config="):
         load_image(str(tmp_path / "one.safetensors"))
     save_file(
         {"transformer_blocks.0.attn.to_q.weight": torch.zeros(2), "txt_norm.weight": torch.zeros(2)},
         tmp_path / "q.safetensors",
     )
-    with pytest.raises(BaseError, match="with the configs of Qwen/Qwen-Image"):
+    with pytest.raises(BaseError, match="requires the configs of Qwen/Qwen-Image"):
         load_image(str(tmp_path / "q.safetensors"))
     save_file({"something": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(BaseError, match="config="):
@@ -267,7 +267,7 @@ def test_missing_configs_are_named_without_network(
 
 
 @pytest.mark.parametrize("what", ["an adapter", "another family", "garbage"])
-def test_files_that_are_no_such_base_are_refused(what: str, bases: Path, tmp_path: Path) -> None:
+def test_files_of_another_kind_are_refused(what: str, bases: Path, tmp_path: Path) -> None:
     tensors: dict[str, Any] = {
         "an adapter": {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)},
         "another family": {"double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)},
@@ -282,7 +282,7 @@ def test_files_that_are_no_such_base_are_refused(what: str, bases: Path, tmp_pat
         load_image(str(path), config=tiny_image_base(bases, "sd15"))
 
 
-def test_config_is_for_a_single_file(bases: Path) -> None:
+def test_config_needs_a_single_file(bases: Path) -> None:
     folder = str(tiny_image_base(bases, "sd15"))
-    with pytest.raises(ConfigError, match="config is for a single-file base"):
+    with pytest.raises(ConfigError, match="config is only for a single-file base"):
         load_image(folder, config=folder)

@@ -1,5 +1,4 @@
-"""Pictures with mixes equal those of diffusers' pipelines with the same changes folded into the weights by
-hand."""
+"""Pictures with mixes equal those of diffusers' pipelines with merged weights."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ FAMILIES = ("sd15", "sdxl", "flux1", "sd3")
 
 
 class Lazy(dict[str, Any]):
-    """A dictionary that computes each key's value once, with a function."""
+    """A dictionary that computes a missing key's value with a function."""
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ def always(mix: Any) -> MixPlan:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "schnell", "klein", "flux2", "qwen-image", "z-image"])
-def test_the_base_alone_is_diffusers_pipeline(
+def test_base_without_adapters_equals_diffusers(
     family: str, bases: dict[str, ImageBase], places: dict[str, Path]
 ) -> None:
     pipe = diffusers_pipeline(places[family])
@@ -91,7 +90,7 @@ def test_the_base_alone_is_diffusers_pipeline(
     assert levels(found.image, expected) == 0
 
 
-def test_a_picture_is_the_same_in_any_batch(bases: dict[str, ImageBase]) -> None:
+def test_picture_does_not_depend_on_the_batch(bases: dict[str, ImageBase]) -> None:
     rows = [ImageRow("a cat" if i % 2 else "a red house", "blue" if i == 2 else "", seed=i) for i in range(5)]
     alone = made(bases["sdxl"], rows, batch_size=1)
     for size in (2, 5):
@@ -101,7 +100,7 @@ def test_a_picture_is_the_same_in_any_batch(bases: dict[str, ImageBase]) -> None
     assert levels(alone[0].image, alone[1].image) > 20
 
 
-def test_pictures_start_from_pictures_as_diffusers_does(bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
+def test_image_to_image_equals_diffusers(bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
     given, mask = noise(), Image.new("L", (SIZE, SIZE))
     mask.paste(255, (0, 0, SIZE // 2, SIZE))
     for family, kind in (("sdxl", "StableDiffusionXLImg2ImgPipeline"), ("flux1", "FluxImg2ImgPipeline")):
@@ -142,7 +141,7 @@ def test_controls_stack_and_end(bases: dict[str, ImageBase], places: dict[str, P
 def test_all_options_together_equal_diffusers_with_merged_weights(
     family: str, kind: str, bases: dict[str, ImageBase], places: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two adapters, a ControlNet, a start picture, a mask, a negative prompt and guidance in one call."""
+    """Combines adapters, ControlNet, picture, mask, negative prompt and guidance."""
     import diffusers
 
     base, given, edges = bases[family], noise(), noise().rotate(90)
@@ -185,7 +184,7 @@ def test_all_options_together_equal_diffusers_with_merged_weights(
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "z-image"])
-def test_a_mix_is_the_merged_weights(family: str, bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
+def test_mix_equals_merged_weights(family: str, bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
     base = bases[family]
     before = state_of(base.model)
     a, b = random_adapter(base.model, 1), random_adapter(base.model, 2, dora=True)
@@ -205,7 +204,7 @@ def test_a_mix_is_the_merged_weights(family: str, bases: dict[str, ImageBase], p
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux1"])
-def test_text_encoder_part_acts_on_the_prompt(
+def test_text_encoder_strength_acts_on_the_prompt(
     family: str, bases: dict[str, ImageBase], places: dict[str, Path]
 ) -> None:
     base = bases[family]
@@ -241,7 +240,7 @@ def test_rows_of_one_batch_have_their_own_mixes(family: str, bases: dict[str, Im
 
 @pytest.mark.parametrize("scheduler", [None, "heun"])
 def test_mix_can_change_by_step(scheduler: str | None, bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
-    """By hand: diffusers' pipeline, with another U-Net's weights loaded at the end of the previous step."""
+    """The reference loads other weights into diffusers' U-Net between the steps."""
     base, steps = bases["sdxl"], 5
     a, b = random_adapter(base.model, 1, size=0.8), random_adapter(base.model, 2, size=0.8)
     pipes = {name: diffusers_pipeline(places["sdxl"]) for name in ("a", "b", "none")}
@@ -270,7 +269,7 @@ def test_mix_can_change_by_step(scheduler: str | None, bases: dict[str, ImageBas
     assert levels(found.image, whole.image) > 2
 
 
-def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict[str, Path]) -> None:
+def test_switching_mixes_does_not_recompile_the_denoiser(places: dict[str, Path]) -> None:
     from torch._dynamo.utils import counters
 
     base = load_image(str(places["flux1"]))
@@ -278,7 +277,7 @@ def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict
     rows = [ImageRow("a cat", seed=1, plan=always(mix)) for mix in mixes]
     with holding(base.model, a=random_adapter(base.model, 1), b=random_adapter(base.model, 2)) as attachment:
         plain = [made(base, [row], attachment, steps=1)[0] for row in rows]
-        torch._dynamo.reset()  # what earlier tests compiled decides which sizes are dynamic
+        torch._dynamo.reset()  # otherwise, sizes compiled by earlier tests would affect which sizes are dynamic
         counters.clear()
         base.denoiser.compile(backend="eager")
         counts = []
@@ -313,7 +312,7 @@ def test_input_of_another_size_is_resized_with_a_note() -> None:
     small, said = fitted_picture(noise(64), SIZE, SIZE, "picture")
     assert small.size == (SIZE, SIZE)
     assert "64×64 to 32×32" in said
-    with pytest.raises(ConfigError, match="another proportion"):
+    with pytest.raises(ConfigError, match="another aspect ratio"):
         fitted_picture(noise(64), 64, 32, "mask")
 
 
@@ -366,5 +365,8 @@ def test_conflicting_requests_are_refused(bases: dict[str, ImageBase]) -> None:
         with pytest.raises(ConfigError, match="negative prompt has no effect"):
             made(bases[family], [ImageRow("a", "blue")], guidance=guidance)
     huge, plan = random_adapter(bases["sd15"].model, size=1e20), always((("a", 1.0),))
-    with holding(bases["sd15"].model, a=huge) as attachment, pytest.raises(BaseError, match="not finite"):
+    with (
+        holding(bases["sd15"].model, a=huge) as attachment,
+        pytest.raises(BaseError, match="NaN or infinite values under a:1"),
+    ):
         made(bases["sd15"], [ImageRow("a", plan=plan)], attachment)

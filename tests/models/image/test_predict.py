@@ -1,4 +1,4 @@
-"""`predict` and the encoders equal diffusers' pipelines, and adapters get gradients through them."""
+"""`predict` and the encoders match diffusers' pipelines, and adapters get gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ LONG = " ".join(["a red cat in the house with a blue hat"] * 80)
 EACH_DENOISER = pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("schnell", "klein") else f for f in TINY_FAMILIES]
 )
-"""Denoisers. schnell and klein are flux1 and flux2 without guidance; test_generate covers all of them."""
+"""All denoisers; schnell and klein, which lack only guidance, are slow tests.
+
+test_generate covers all of them."""
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def noise_for(base: ImageBase, n: int = 1) -> Tensor:
 
 
 def packed(base: ImageBase, x: Tensor) -> Tensor:
-    """Return latents in the pipelines' format."""
+    """Return latents in the format of diffusers' pipelines."""
     if base.family == "flux2":
         return x
     if base.family in ("flux1", "qwen-image"):
@@ -63,7 +65,7 @@ def packed(base: ImageBase, x: Tensor) -> Tensor:
 
 
 def by_hand(base: ImageBase, x: Tensor, text: Conditioning, empty: Conditioning | None, scale: float) -> Tensor:
-    """Run a sampling loop over `predict`, with the base's scheduler configured as in the pipelines."""
+    """Sample with `predict` and the base's scheduler, configured as in the pipelines."""
     scheduler = base.parts["scheduler"]
     if base.prediction != "flow" or base.family == "sd3":
         scheduler.set_timesteps(STEPS)
@@ -94,7 +96,7 @@ def by_hand(base: ImageBase, x: Tensor, text: Conditioning, empty: Conditioning 
 
 @EACH_DENOISER
 @torch.no_grad()
-def test_a_loop_over_predict_draws_the_pipelines_picture(family: str, load: Any) -> None:
+def test_sampling_with_predict_equals_the_pipeline(family: str, load: Any) -> None:
     base = load(family)
     takes_guidance = bool(base.denoiser.config.get("guidance_embeds"))
     free = family in ("sd15", "sdxl", "sd3", "z-image")
@@ -141,7 +143,7 @@ def test_batch_of_prompts_equals_single_prompts(family: str, load: Any) -> None:
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 @torch.no_grad()
-def test_cut_part_of_a_prompt_changes_nothing(family: str, load: Any) -> None:
+def test_truncated_part_of_a_prompt_changes_nothing(family: str, load: Any) -> None:
     base = load(family)
     found = embed_prompts(base, ["a dog", LONG])
     assert found.cut[0] == ""
@@ -217,7 +219,7 @@ def test_a_vae_that_overflows_in_float16_runs_in_float32(bases: Path) -> None:
 
 @pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image", "z-image"])
 @torch.no_grad()
-def test_timestep_in_16_bits_is_the_pipelines(family: str, bases: Path) -> None:
+def test_16_bit_timestep_equals_the_pipelines(family: str, bases: Path) -> None:
     base = load_image(str(tiny_image_base(bases, family)), dtype="bfloat16")
     told: list[Tensor] = []
 
@@ -241,7 +243,7 @@ def test_timestep_in_16_bits_is_the_pipelines(family: str, bases: Path) -> None:
 # -- schedules and errors ----------------------------------------------------------------------------------------------
 
 
-def test_the_noise_schedule_is_the_schedulers(load: Any) -> None:
+def test_noise_schedule_equals_the_schedulers(load: Any) -> None:
     base = load("sd15")
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     assert torch.allclose(alphas_cumprod(base).double(), (1 - betas).cumprod(0), atol=1e-6)
@@ -252,7 +254,7 @@ def test_the_noise_schedule_is_the_schedulers(load: Any) -> None:
 def test_unsupported_arguments_of_a_family_are_refused(load: Any) -> None:
     base = load("sdxl")
     text, x = embed_prompts(base, ["a"]), noise_for(base)
-    with pytest.raises(BaseError, match="needs sizes"):
+    with pytest.raises(BaseError, match="requires sizes"):
         predict(base, x, torch.tensor(5), text)
     with pytest.raises(BaseError, match="does not take guidance"):
         predict(base, x, torch.tensor(5), text, sizes=sizes_for(base), guidance=3.5)
@@ -261,7 +263,7 @@ def test_unsupported_arguments_of_a_family_are_refused(load: Any) -> None:
         predict(flux, noise_for(flux), torch.tensor(0.5), embed_prompts(flux, ["a"]), sizes=torch.zeros(1, 6))
 
 
-def test_after_release_what_was_cached_is_enough(load: Any) -> None:
+def test_cached_inputs_suffice_after_release(load: Any) -> None:
     base = load("flux1")
     text = embed_prompts(base, ["a red house"])
     x = encode_pictures(base, torch.zeros(1, 3, SIZE, SIZE))

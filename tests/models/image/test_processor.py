@@ -1,4 +1,4 @@
-"""The processor of Qwen-Image-Edit's prompts equals transformers' parts that work without torchvision."""
+"""The processor for Qwen-Image-Edit's prompts gives the same inputs as transformers' processor."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(96, 40), (30, 70)], []])
-def test_tokens_and_patches_are_transformers(sizes: list[tuple[int, int]], place: Path) -> None:
-    """Pictures of several sizes in two prompts of different lengths, and no pictures."""
+def test_tokens_and_patches_equal_transformers(sizes: list[tuple[int, int]], place: Path) -> None:
+    """Covers pictures of several sizes, prompts of different lengths, and no picture."""
     seen = "<|vision_start|><|image_pad|><|vision_end|>"
     texts = [f"{seen * len(sizes)}make it red", "a dog in the house"]
     given: dict[str, Any] = {"images": [noise(*size) for size in sizes] or None, "padding": True}
@@ -41,7 +41,7 @@ def test_tokens_and_patches_are_transformers(sizes: list[tuple[int, int]], place
     assert ours.get("image_grid_thw") is None or len(ours["image_grid_thw"]) == len(sizes)
 
 
-def test_a_base_without_its_processor_says_so(place: Path, tmp_path: Path) -> None:
+def test_missing_processor_is_named(place: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = Path(shutil.copytree(place, tmp_path / "torn"))

@@ -55,12 +55,14 @@ def noise(width: int = SIZE, height: int = SIZE, seed: int = 0) -> Image.Image:
 
 
 def theirs(pipe: Any, references: list[Image.Image], seed: int, **more: Any) -> Image.Image:
-    """Return the picture of diffusers' pipeline; Kontext's must not enlarge a tiny picture to a megapixel."""
+    """Return the picture of diffusers' pipeline.
+
+    Settings keep Kontext's pipeline from enlarging a tiny picture to a megapixel."""
     whole = {"max_area": SIZE * SIZE, "_auto_resize": False} if "Kontext" in type(pipe).__name__ else {}
     given = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "max_sequence_length": LENGTH} | whole | more
     if type(pipe).__name__ != "FluxKontextPipeline":
         given["max_sequence_length"] = 512
-    if "Qwen" in type(pipe).__name__:  # Qwen's pipeline has only true guidance
+    if "Qwen" in type(pipe).__name__:  # Qwen's pipeline supports only true guidance
         given |= {"true_cfg_scale": given.pop("guidance_scale"), "negative_prompt": ""}
     generator = torch.Generator().manual_seed(seed)
     image = references if len(references) > 1 else references[0]
@@ -99,7 +101,7 @@ def test_rows_of_a_batch_edit_separate_pictures(family: str, bases: dict[str, Im
 
 @pytest.mark.parametrize("family", EDITING)
 def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> None:
-    """A and B of every block get PEFT's gradients, also through the references' tokens."""
+    """A and B of every block get PEFT's gradients, including those from references."""
     peft = pytest.importorskip("peft")
     place = str(tiny_image_base(places, family))
     ours, twin = load_image(place), load_image(place)
@@ -130,7 +132,7 @@ def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> Non
         for m in modules:
             for k in "AB":
                 mine, other = getattr(trained[start + m], k).grad, theirs_by_name[f"{m}.lora_{k}.default.weight"].grad
-                if other is None:  # the last block's text output, which is not used
+                if other is None:  # the last block's text output is not used
                     assert mine is None or not mine.any()
                     continue
                 learned += 1
@@ -151,7 +153,7 @@ def test_prompts_with_references_are_encoded_as_in_diffusers(
         width, height = reference_size(base, *shown.size)
         seen = shown.resize((width, height), Image.Resampling.LANCZOS)
         if family == "qwen-edit-plus":
-            seen = shown.resize((32, 32), Image.Resampling.LANCZOS)  # 384² / 256
+            seen = shown.resize((32, 32), Image.Resampling.LANCZOS)  # 384² / 256 pixels, rounded to multiples of 32
         theirs, mask = pipe.encode_prompt(prompt=["a red house"], image=[seen] if base.references > 1 else seen)
         plain = embed_prompts(base, ["a red house"])
     assert mask is None
@@ -173,20 +175,20 @@ def test_invalid_references_are_refused(bases: dict[str, ImageBase], places: Pat
         (
             bases["kontext"],
             PictureSettings(SIZE, SIZE, references=one * 2),
-            "takes at most 1 reference picture, and 2 are set",
+            "takes at most 1 reference picture, but 2 are set",
         ),
-        (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "do not go together"),
+        (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "cannot be combined"),
         (
             bases["klein"],
             PictureSettings(SIZE, SIZE, references=(noise(60, 64),)),
-            "60×64, and tiny-klein takes sides in multiples",
+            "60×64, but tiny-klein requires sides in multiples",
         ),
         (
             bases["klein"],
             PictureSettings(32, 32, references=(noise(32, 32),)),
-            "takes sides in multiples of 8, at least 64",
+            "requires sides in multiples of 8, at least 64",
         ),
-        (bases["qwen-edit"], PictureSettings(SIZE, SIZE, references=(noise(9, 1),)), "one side is at most 8 times"),
+        (bases["qwen-edit"], PictureSettings(SIZE, SIZE, references=(noise(9, 1),)), "one side can be at most 8 times"),
     ]:
         with pytest.raises(ConfigError, match=says):
             generate_images(base, [row], settings)

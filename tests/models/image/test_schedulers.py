@@ -1,4 +1,4 @@
-"""Schedulers by name: each one samples, is diffusers' own class, and has A1111's name."""
+"""Every named scheduler samples, is a class of diffusers, and has a name in A1111."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.models.loading import errors_only
     scope="module", params=[pytest.param("sd15", marks=pytest.mark.slow), "sdxl", "flux1", "schnell", "sd3", "z-image"]
 )
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageBase:
-    """Return bases of all prediction types; SD 1's schedulers are SDXL's."""
+    """Return a base of each prediction type; SD 1 has the same schedulers as SDXL."""
     return load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), request.param)))
 
 
@@ -33,7 +33,7 @@ def test_every_name_of_a_family_samples(base: ImageBase) -> None:
     assert len(seen) >= 0.7 * len(scheduler_names(base)), "they are not all one"
 
 
-def test_the_bases_own_has_its_name_and_is_fresh(base: ImageBase) -> None:
+def test_the_bases_scheduler_has_a_name_and_is_new(base: ImageBase) -> None:
     name = scheduler_name(base)
     assert name in scheduler_names(base)
     assert make_scheduler(base, name).config == make_scheduler(base).config == base.parts["scheduler"].config
@@ -58,7 +58,7 @@ def test_scheduler_has_the_settings_of_the_base(tmp_path_factory: pytest.TempPat
         pipe.scheduler = own
 
 
-def test_unknown_names_and_those_of_the_other_kind(base: ImageBase) -> None:
+def test_unknown_and_incompatible_schedulers_are_refused(base: ImageBase) -> None:
     wrong = "flow-eulr" if base.prediction == "flow" else "eulr"
     with pytest.raises(ConfigError, match=f"no scheduler '{wrong}'") as caught:
         make_scheduler(base, wrong)

@@ -19,7 +19,7 @@ from veneer.models.text.base import end_of_turn, load_text
 CPU = torch.device("cpu")
 
 
-def test_a_directory_loads_frozen_and_as_transformers_loads_it(tmp_path: Path) -> None:
+def test_directory_loads_frozen_with_the_weights_of_transformers(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     base = load_text(str(folder))
     assert base.directory == folder
@@ -95,7 +95,7 @@ def test_more_tokens_than_embedding_rows_is_refused(tmp_path: Path) -> None:
         load_text(str(folder))
 
 
-def test_stored_tensors_without_a_place_are_noted(tmp_path: Path) -> None:
+def test_unused_stored_tensors_are_noted(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(

@@ -1,4 +1,4 @@
-"""`fast` keeps loss and gradients of every family, and restores the base."""
+"""`fast` keeps the loss and gradients of every family, and restores the base."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def gradients(model: Any, attachment: Attachment) -> list[torch.Tensor]:
 
 @FAMILY
 @pytest.mark.parametrize("spec", [{}, {"dora": True}, {"dropout": 0.5}, {"init": "pissa"}], ids=str)
-def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[str, Any]) -> None:
+def test_loss_and_gradients_equal_the_padded_reference(family: str, spec: dict[str, Any]) -> None:
     model = FAMILIES[family]()
     if spec.get("dora") and any(p.ndim == 3 for p in model.parameters()):
         spec = {**spec, "exclude": ("*experts*",)}
     attachment = attached(model, **spec)
-    model.eval()  # no dropout: the two implementations sample masks of different shapes
+    model.eval()  # no dropout, because the two implementations sample masks of different shapes
     slow = gradients(model, attachment)
     with fast(model) as how:
         assert how.rows, how.summary()
@@ -71,8 +71,8 @@ def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[s
 
 
 @FAMILY
-def test_the_likelihood_of_each_row_is_the_row_s_alone(family: str) -> None:
-    """With a separate weight per row, as for preferences: values and gradients."""
+def test_row_likelihoods_equal_those_of_single_rows(family: str) -> None:
+    """Rows have separate weights, as in preference losses; gradients are compared too."""
     model = FAMILIES[family]()
     attachment = attached(model)
     model.eval()
@@ -116,8 +116,8 @@ def test_fast_restores_the_base_after_an_error(family: str) -> None:
     "name", ["norm", "layers.0.input_layernorm", "layers.1.mlp", "layers.1.self_attn", "layers.0", "layers.1"]
 )
 @pytest.mark.parametrize("first", ["attached", "fast"])
-def test_full_copies_act_and_train_whichever_came_first(family: str, name: str, first: str) -> None:
-    """A forward method that `fast` set on an instance must not outlive the instance's tensors."""
+def test_full_copies_work_before_and_after_fast(family: str, name: str, first: str) -> None:
+    """`fast` sets forward methods on modules; these must use the copies' tensors."""
     model = FAMILIES[family]().requires_grad_(False).eval()
     gen = torch.Generator().manual_seed(0)
     own = model.get_submodule(f"model.{name}").state_dict()
@@ -169,7 +169,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
 
 
 def test_fast_paths_follow_the_selection() -> None:
-    """A layer whose selection changes from one plain pair to several or none, inside fast, stays correct."""
+    """Inside `fast`, the selection changes from one plain pair to several or none."""
     model = FAMILIES["llama3"]()
     attachment = attached(model)
     other = create(model, LoraSpec(rank=2, targets=("q_proj", "down_proj"), dora=True, init="gaussian"), seed=3)
@@ -210,8 +210,9 @@ def test_a_norm_with_another_formula_is_not_replaced() -> None:
 
 @pytest.mark.parametrize(("settings", "chunk"), [({}, 16), ({"floor_scale": 30}, None)], ids=["chunk", "floor"])
 def test_long_llama4_batches_use_padded_rows(settings: dict[str, Any], chunk: int | None) -> None:
-    """Rows longer than a chunk, and batches with positions past the floor: layers without rope scale queries
-    by the position in the row, as transformers counts it in a batch."""
+    """Rows are longer than a chunk, or a batch has positions past the floor.
+
+    Layers without rope scale queries by the position in the row, because transformers does so in batches."""
     model = FAMILIES["llama4"](**settings).requires_grad_(False)
     model.config.attention_chunk_size = chunk or model.config.attention_chunk_size
     wanted = padded_loss(model, *rows())
@@ -229,7 +230,9 @@ LEFT = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", OTHERS)
 def test_unswapped_family_parts_are_reported(family: str, dtype: torch.dtype) -> None:
-    """Sinks, capped scores, and recurrent states: exact on the fast path, or computed by the model itself."""
+    """Covers sinks, capped scores and recurrent states.
+
+    The fast path is exact for such a part, or reports that the model computes it."""
     model = OTHERS[family]().to(dtype)
     attachment = attached(model, targets=(r"re:.*self_attn\.(q_proj|q_b_proj|o_proj|dense)",))
     model.eval()
@@ -250,9 +253,10 @@ def test_unswapped_family_parts_are_reported(family: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma2", "qwen3_next"])
-def test_norms_as_large_as_gemma_s_are_swapped_exactly(family: str, dtype: torch.dtype) -> None:
-    """Compared per channel and token: over a whole output, w and 1 + w are nearly equal where w reaches
-    450."""
+def test_norms_with_large_weights_are_swapped_exactly(family: str, dtype: torch.dtype) -> None:
+    """Outputs are compared per channel and token.
+
+    Over a whole output, w and 1 + w would look nearly equal, because w reaches 450."""
     model = large_norms((FAMILIES | OTHERS)[family]()).to(dtype).requires_grad_(False)
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     inputs = [torch.randn(6, len(m.weight), generator=torch.Generator().manual_seed(1)).to(dtype) for m in norms]
@@ -268,11 +272,11 @@ def test_attention_with_dropout_is_not_swapped() -> None:
     model = FAMILIES["llama3"](attention_dropout=0.5).requires_grad_(False)
     with fast(model) as how:
         assert not how.rows
-        assert "drops attention in training" in how.summary()
+        assert "uses attention dropout in training" in how.summary()
 
 
 def test_window_in_the_mask_is_detected() -> None:
-    """A family that does not pass its window to the attention interface; short rows would not reveal it."""
+    """The model hides its window from the attention interface; only long rows show it."""
     model = FAMILIES["mistral"](sliding_window=64).requires_grad_(False)
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -289,11 +293,11 @@ def test_window_in_the_mask_is_detected() -> None:
         attention.__class__ = type("OwnAttention", (type(attention),), {"forward": forward})
     with fast(model) as how:
         assert not how.rows
-        assert "off, where rounding explains" in how.summary()
+        assert "off, but rounding explains only" in how.summary()
 
 
 def test_a_leak_between_rows_is_found() -> None:
-    """A layer that adds to each token the previous token of the batch, even across rows."""
+    """One layer adds to each token the previous token of the batch, even across rows."""
     model = FAMILIES["llama3"]().requires_grad_(False)
     mlp = model.model.layers[0].mlp
     original = type(mlp).forward

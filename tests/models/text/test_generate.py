@@ -1,4 +1,4 @@
-"""Generation against transformers, sampling and streaming."""
+"""Greedy generation equals transformers' `generate`; sampling, streaming and stopping."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def base_of(model: Any, **changes: Any) -> TextBase:
-    """Return a text base around a model in memory, without stop tokens unless `changes` add some."""
+    """Return a text base for a model in memory; `changes` can add stop tokens."""
     fields: dict[str, Any] = {"stop_ids": (), "pad_id": 2, "context": 256} | changes
     return TextBase("tiny", model, TOKENIZER, Path(), "", torch.float32, torch.device("cpu"), "", **fields)
 
@@ -44,8 +44,9 @@ def base() -> TextBase:
 
 
 def one_by_one(base: TextBase, n: int) -> list[list[int]]:
-    """Return the slow reference: each prompt separately, without padding, argmax over a full forward pass per
-    token."""
+    """Return the reference: for each token, the argmax of a full forward pass.
+
+    Each prompt runs separately, without padding."""
     out = []
     for prompt in PROMPTS:
         ids = encode_prompt(base, prompt)
@@ -61,7 +62,7 @@ def one_by_one(base: TextBase, n: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_a_padded_batch_equals_each_prompt_alone(family: str) -> None:
+def test_padded_batch_equals_separate_prompts(family: str) -> None:
     build: Callable[..., Any] = families.FAMILIES[family]
     base = base_of(build(vocab_size=VOCAB_SIZE))
     with torch.no_grad():
@@ -76,7 +77,7 @@ def generate(base: TextBase, prompts: Any, **settings: Any) -> list[str]:
     return [completion.text for completion in complete(base, prompts, **settings)]
 
 
-def test_equals_transformers_generate(base: TextBase) -> None:
+def test_texts_equal_transformers_generate(base: TextBase) -> None:
     ids = torch.tensor([encode_prompt(base, PROMPTS[2])])
     theirs = base.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=2, eos_token_id=None
@@ -152,8 +153,9 @@ def _first_tokens(base: TextBase, n: int, **how: Any) -> torch.Tensor:
 
 
 def _chi_square(drawn: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
-    """Return Pearson's statistic and its degrees of freedom; tokens with fewer than 5 expected samples are
-    pooled."""
+    """Return Pearson's statistic and its degrees of freedom.
+
+    Tokens with fewer than 5 expected samples are pooled."""
     expected = p * len(drawn)
     counts = torch.bincount(drawn, minlength=len(p)).double()
     often = expected >= 5
@@ -264,7 +266,7 @@ def test_settings_out_of_range_are_named(base: TextBase, wrong: dict[str, Any]) 
         generate(base, ["x"], **wrong)
 
 
-def test_empty_overlong_and_misplaced_prompts(base: TextBase) -> None:
+def test_empty_overlong_and_misplaced_prompts_are_refused(base: TextBase) -> None:
     with pytest.raises(DataError, match="prompt 2 of 2 is empty"):
         generate(base, ["x", ""])
     with pytest.raises(DataError, match=r"prompt 1 of 1 has [\d,]+ tokens; this base takes 256"):
@@ -277,7 +279,7 @@ def test_empty_overlong_and_misplaced_prompts(base: TextBase) -> None:
 # -- with adapters -----------------------------------------------------------------------------------------------------
 
 
-def test_an_active_mix_acts(tmp_path: Path) -> None:
+def test_active_mix_changes_the_text(tmp_path: Path) -> None:
     base = base_of(tiny_model())
     plain = generate(base, PROMPTS, max_new_tokens=8)
     adapter = create(base.model, LoraSpec(rank=4, alpha=8), seed=0)
@@ -294,7 +296,7 @@ def test_an_active_mix_acts(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_on_cuda_texts_and_samples_are_the_cpus(tmp_path: Path) -> None:
+def test_texts_and_samples_on_cuda_match_the_cpu(tmp_path: Path) -> None:
     from veneer.models.text.base import load_text
 
     folder = str(tiny_base_dir(tmp_path))

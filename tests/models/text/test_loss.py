@@ -1,4 +1,4 @@
-"""Losses of packed rows; row lengths are rounded to few sizes."""
+"""Losses of packed rows, and rounding of row lengths to a few sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.ops.attention import SharedRows
 
 
 def some_rows(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """Return rows whose last third is trained."""
+    """Return rows in which the last third of the tokens is trained."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)
     trained = torch.cat([torch.arange(n) >= max(1, 2 * n // 3) for n in lengths])
@@ -31,7 +31,7 @@ def some_rows(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", [[21, 5, 9], [3], [40], [17, 17, 16, 2, 30, 11]])
 def test_padding_changes_neither_losses_nor_gradients(family: str, lengths: list[int]) -> None:
-    """In float64, in which only the sizes of products could differ."""
+    """In float64, rounding the sizes of matrix products must change nothing."""
     model: Any = FAMILIES[family]().double()
     with attach(model) as attachment:
         adapter = create(model, LoraSpec(rank=4), seed=0)
@@ -54,9 +54,10 @@ def test_padding_changes_neither_losses_nor_gradients(family: str, lengths: list
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_that_rows_share_are_computed_once_and_change_nothing(family: str) -> None:
-    """Two prompts with three and two completions, in float64: losses and gradients equal those of separate
-    rows."""
+def test_shared_prompts_change_neither_losses_nor_gradients(family: str) -> None:
+    """Two prompts have three and two completions, in float64.
+
+    Losses and gradients equal those of separate rows."""
     model: Any = FAMILIES[family]().double()
     places, lengths, first = [], [], 0
     for prompt, answers in ((9, (4, 1, 6)), (5, (3, 12))):
@@ -90,7 +91,7 @@ def test_tokens_that_rows_share_are_computed_once_and_change_nothing(family: str
 
 
 class Shapes(TorchDispatchMode):
-    """Records the sizes of all matrix products."""
+    """A dispatch mode that records the sizes of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +104,9 @@ class Shapes(TorchDispatchMode):
 
 
 def test_row_lengths_are_rounded_to_few_sizes() -> None:
-    """oneDNN caches every compiled product with its scratch memory: sixty batches add no new size."""
+    """oneDNN caches every compiled product, together with its scratch memory.
+
+    So the second sixty batches must add almost no new sizes."""
     model: Any = FAMILIES["llama3"]().bfloat16()
     drawn = random.Random(0)
     with attached(model, create(model, LoraSpec(rank=4), seed=0), trainable=True), fast(model), Shapes() as shapes:

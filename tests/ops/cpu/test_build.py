@@ -1,4 +1,4 @@
-"""The compiled library is built from these sources, for this processor."""
+"""Building the kernels' library: one per processor, private to the user."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not COMPILER or not hasattr(os, "geteuid"), reas
 
 @pytest.fixture(scope="module")
 def copying(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A compiler that returns the real compiler's earlier output: compiling takes seconds each time."""
+    """Return a fake compiler that copies an existing library, to save time."""
     made = compiled.kernels()
     if made is None:
         pytest.skip(compiled.status())  # VENEER_NATIVE=0
@@ -41,13 +41,13 @@ if [ "$1" = -o ]; then cp {shlex.quote(str(made.path))} "$2" && chmod 777 "$2"; 
 
 @pytest.fixture
 def said(tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Return a function that reports the kernels' status with separate folders.
+    """Return a function that reports the kernels' status, using temporary folders.
 
-    test_selftest.py runs the kernels; they are not run again here."""
+    test_selftest.py runs the kernels; these tests do not."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CC", copying)
-    monkeypatch.setattr(build, "left_out", lambda library: {})
+    monkeypatch.setattr(build, "failed_kernels", lambda library: {})
 
     def looked() -> str:
         compiled.kernels.cache_clear()
@@ -83,28 +83,26 @@ def test_unused_kernel_folder_is_reported(tmp_path: Path, said: Callable[[], str
     assert "no folder for the kernels that only you can write to" in status
 
 
-def test_a_library_that_is_not_ours_is_not_loaded(
-    tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_library_of_another_user_is_not_loaded(tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     sources, headers = ([HERE / n for n in names] for names in (compiled.SOURCES, compiled.HEADERS))
-    monkeypatch.setattr(build, "left_out", lambda library: {})
+    monkeypatch.setattr(build, "failed_kernels", lambda library: {})
     first = build.build_kernels(copying, sources, headers)
     good = first.library.read_bytes()
     first.library.write_bytes(b"somebody else's")
     first.library.chmod(0o777)
     again = build.build_kernels(copying, sources, headers)
     assert again.library.read_bytes()[:4] == good[:4]
-    assert any("made anew: other users can write to it" in note for note in again.notes)
+    assert any("built again: other users can write to it" in note for note in again.notes)
     owner = os.stat_result((0o100700, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
     monkeypatch.setattr(Path, "stat", lambda self, **more: owner)
-    assert build.distrusted(first.library) == "it belongs to another user"
+    assert build.distrust_reason(first.library) == "it belongs to another user"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": 1}', "[" * 200_000])
 def test_damaged_self_test_record_is_rewritten(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(build, "left_out", lambda library: {"one": "is wrong"})
+    monkeypatch.setattr(build, "failed_kernels", lambda library: {"one": "is wrong"})
     monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
     made = build.build_kernels(COMPILER, [HERE / "native.c"], [])
     (record,) = made.library.parent.glob("*.json")
@@ -116,7 +114,7 @@ def test_damaged_self_test_record_is_rewritten(content: str, tmp_path: Path, mon
 def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels call libtorch, so a result with one version says nothing about another.
 
-    The library is reused."""
+    The library is not compiled again."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     compiled_now: list[Path] = []
     monkeypatch.setattr(
@@ -124,28 +122,30 @@ def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pyt
     )
     for version in ("2.13.0", "2.14.0", "2.13.0"):
         monkeypatch.setattr(torch, "__version__", version)
-        monkeypatch.setattr(build, "left_out", lambda library, version=version: {"one": f"is wrong in {version}"})
+        monkeypatch.setattr(build, "failed_kernels", lambda library, version=version: {"one": f"is wrong in {version}"})
         assert build.build_kernels(COMPILER, [HERE / "native.c"], []).rejected == {"one": f"is wrong in {version}"}
     assert len(compiled_now) == 1
 
 
-def test_failed_kernel_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_kernel_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     library = compiled.Kernels(ctypes.CDLL(None), Path("kernels"))
     monkeypatch.setattr(compiled, "kernels", lambda: library)
     assert "this processor" in compiled.why_missing("narrow_rope_varlen_attention")
     assert "no AVX512-BF16" in compiled.why_missing("decode")
-    library.wrong = {"narrow_rope_varlen_attention": "is off by 3", "decode": "ends its process (-11)"}
+    library.wrong = {"narrow_rope_varlen_attention": "is off by 3", "decode": "crashes its process (-11)"}
     assert compiled.why_missing("narrow_rope_varlen_attention").endswith(
         "the self-test failed (narrow_rope_varlen_attention is off by 3)"
     )
-    assert compiled.why_missing("decode").endswith("the self-test failed (decode ends its process (-11))")
+    assert compiled.why_missing("decode").endswith("the self-test failed (decode crashes its process (-11))")
 
 
-def test_each_kind_of_processor_has_a_library_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key is what the compiler resolves -march=native to: ARM's /proc/cpuinfo has no flags line."""
+def test_each_processor_type_has_its_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's name depends on what the compiler resolves -march=native to.
+
+    /proc/cpuinfo would not suffice, because it has no line of flags on ARM."""
     compiler = tmp_path / "cc"
     found = []
-    monkeypatch.setattr(build, "left_out", lambda library: {})
+    monkeypatch.setattr(build, "failed_kernels", lambda library: {})
     monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
     monkeypatch.setattr(sys, "platform", "elsewhere")  # no /proc/cpuinfo
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))

@@ -1,4 +1,4 @@
-"""Process memory with other C libraries and allocators."""
+"""Memory settings with other C libraries and allocators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.ops.cpu import memory
 
 
 def test_memory_settings_work_without_a_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Windows, where the process's own symbols cannot be opened."""
+    """Simulates Windows, where ctypes cannot open the process's own symbols."""
 
     def refused(name: Any) -> Any:
         raise TypeError("bad argument type for built-in operation")

@@ -25,7 +25,7 @@ def status(tmp_path: Path, **environment: str) -> str:
     return said
 
 
-def test_without_a_compiler_torch_does_the_work_and_says_so(tmp_path: Path) -> None:
+def test_missing_compiler_falls_back_to_torch_with_a_reason(tmp_path: Path) -> None:
     assert "no C compiler" in status(tmp_path, PATH=str(tmp_path), CC="")
 
 
@@ -40,7 +40,7 @@ def test_failed_compilation_is_reported_and_cleaned_up(tmp_path: Path) -> None:
     )
     bad.chmod(0o755)
     said = status(tmp_path / "home", CC=str(bad))
-    assert f"could not be built: {bad} ended with exit code 1; its last words: no such flag; install" in said
+    assert f"could not be built: {bad} ended with exit code 1; its last output: no such flag; install" in said
     assert "unset CC" in said
     assert not list((tmp_path / "home").rglob("*.so"))
 
@@ -70,7 +70,7 @@ def test_results_do_not_depend_on_the_number_of_threads(library: object) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_nan_and_infinity_stay_visible(library: object, dtype: torch.dtype) -> None:
-    """The loop stops a run with a non-finite loss, so no kernel may turn NaN or infinity into a number."""
+    """Training stops at a non-finite loss, so a kernel must not hide NaN or infinity."""
     logits = torch.zeros(3, 40, dtype=dtype)
     logits[0, 3], logits[1, 5] = float("nan"), float("inf")
     nll = torch.empty(3)
@@ -121,8 +121,9 @@ print(libc.sbrk(0) > before)
 
 
 def test_keep_freed_memory_is_restored_after_the_last_block() -> None:
-    """Afterwards, blocks above 32 MB are mapped and 64 MB can stay free, the upper end of glibc's own
-    rule."""
+    """Afterwards, glibc maps blocks above 32 MB and can keep 64 MB free.
+
+    Both are the upper limits of glibc's own dynamic rule."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("mallopt is glibc's")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
@@ -137,7 +138,7 @@ def test_mapped_memory_is_resident_after_use(tmp_path: Path) -> None:
     mapped = torch.from_file(str(tmp_path / "file"), size=1 << 20)
     assert memory.unread_bytes(mapped) == 4 << 20
     mapped[: 1 << 19].sum()
-    assert (1 << 20) < memory.unread_bytes(mapped) <= 2 << 20  # the kernel reads ahead a little
+    assert (1 << 20) < memory.unread_bytes(mapped) <= 2 << 20  # the operating system reads ahead a little
     mapped.sum()
     assert memory.unread_bytes(mapped) == memory.unread_bytes(torch.ones(1 << 20)) == 0
 

@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile all kernels, with AVX512-BF16 emulated in AVX-512 and AMX in C if the processor lacks them.
+    """Compile all kernels; emulate instructions that the processor lacks.
 
-    Compiled with fewer optimizations, because only results matter here."""
+    AVX512-BF16 is emulated with AVX-512, and AMX in C. Optimization is low, because only results matter."""
     target = tmp_path_factory.mktemp("whole") / "native.so"
     build.compile_kernels(COMPILER, SOURCES, target, ["-O1", *(EMULATED if "AVX512BW" in torch_features() else [])])
     return target
@@ -40,7 +40,7 @@ def torch_features() -> str:
     return " ".join(re.findall(r"__(AVX512\w+?)__", found))
 
 
-def test_every_exported_kernel_has_its_case() -> None:
+def test_every_exported_kernel_has_a_test_case() -> None:
     names = [name for case in selftest.CASES for name in case.kernels]
     assert sorted(names) == sorted(compiled.SIGNATURES)
 
@@ -49,7 +49,7 @@ cases = pytest.mark.parametrize("case", selftest.CASES, ids=lambda case: case.ke
 
 
 def loaded(library: Path, case: selftest.Case) -> compiled.Kernels:
-    found = compiled.bound(library)
+    found = compiled.load_library(library)
     if not found.has(*case.kernels):
         pytest.skip("not compiled for this processor")
     return found
@@ -91,8 +91,8 @@ def test_self_test_detects_idle_kernels(whole: Path, case: selftest.Case) -> Non
 def test_a_row_has_the_same_bits_in_any_batch(
     whole: Path, name: str, out: int, n: int, pack: Callable[[Tensor], Panels]
 ) -> None:
-    """Partial last panels and tiles, sums of several code blocks, and one, two or more row tiles."""
-    library = compiled.bound(whole)
+    """Covers partial panels and tiles, sums of several code blocks, and several tiles."""
+    library = compiled.load_library(whole)
     if not library.has(name):
         pytest.skip("not compiled for this processor")
     g = torch.Generator().manual_seed(0)
@@ -114,7 +114,7 @@ def test_a_row_has_the_same_bits_in_any_batch(
 
 
 def test_every_available_kernel_passes_the_self_test() -> None:
-    """Compiled as for users, and tested by the same checks as after a build."""
+    """The kernels are compiled as for users, and checked as after a build."""
     library = compiled.kernels()
     if library is None:
         pytest.skip(compiled.status())
@@ -123,12 +123,12 @@ def test_every_available_kernel_passes_the_self_test() -> None:
 
 BROKEN: dict[str, Callable[[str], str]] = {
     "rms_norm disagrees with torch": lambda s: s.replace("norm_row(x + i * d, w, y + i * d, d, eps);", ";"),
-    "geglu ends its process": lambda s: s.replace("ui + f;\n        bf16 *hi", "ui + f;\n abort();\n bf16 *hi", 1),
+    "geglu crashes its process": lambda s: s.replace("ui + f;\n        bf16 *hi", "ui + f;\n abort();\n bf16 *hi", 1),
 }
 
 
 def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Covers a kernel that is wrong on this processor, and one that crashes the process that tests it."""
+    """Covers a kernel with wrong results, and a kernel that crashes its test process."""
     source = (HERE / "native.c").read_text()
     for change in BROKEN.values():
         changed = change(source)
@@ -158,8 +158,8 @@ def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytes
         torch.testing.assert_close(rms_norm(x, w, 1e-5).float(), want, rtol=2**-7, atol=1e-3)
         up, gate = x.float().chunk(2, -1)
         torch.testing.assert_close(geglu(x).float(), up * torch.nn.functional.gelu(gate), rtol=2**-7, atol=1e-3)
-        # the result is stored, so no second process runs the test
-        monkeypatch.setattr(build, "left_out", lambda library: pytest.fail("tried again"))
+        # the result is stored, so the self-test does not run again
+        monkeypatch.setattr(build, "failed_kernels", lambda library: pytest.fail("tried again"))
         compiled.kernels.cache_clear()
         assert all(says in compiled.status() for says in BROKEN)
     finally:
@@ -192,15 +192,15 @@ ALLOCATING_CALLS = [
 
 @pytest.mark.parametrize(("name", "arguments"), ALLOCATING_CALLS)
 def test_out_of_memory_raises_memory_error(whole: Path, name: str, arguments: list[Any]) -> None:
-    library = compiled.bound(whole)
+    library = compiled.load_library(whole)
     if not library.has(name):
         pytest.skip("not compiled for this processor")
     with pytest.raises(MemoryError, match=name):
         getattr(library, name)(*arguments)
 
 
-def test_no_memory_for_low_rank_products(whole: Path) -> None:
-    library = compiled.bound(whole)
+def test_low_rank_products_without_memory_raise(whole: Path) -> None:
+    library = compiled.load_library(whole)
     if not library.has("lora_forward"):
         pytest.skip("not compiled for this processor")
     product = LowRank(torch.empty(16, 0), torch.empty(16, 0), 1.0)
@@ -215,7 +215,7 @@ def test_no_memory_for_low_rank_products(whole: Path) -> None:
 
 @pytest.mark.parametrize("target", [40, -1, -99, 2**40, -(2**62)])
 def test_invalid_target_raises_without_writing(whole: Path, target: int) -> None:
-    library = compiled.bound(whole)
+    library = compiled.load_library(whole)
     around = torch.ones(5, 40, dtype=torch.bfloat16)
     logits, nll = around[1:4], torch.full((3,), 7.0)
     targets = torch.tensor([1, target, 2])

@@ -1,4 +1,4 @@
-"""Threads on a busy machine: detection, waiting, unchanged bits."""
+"""Threads on a busy machine: detection of other processes, waiting, unchanged results."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ able = pytest.mark.skipif(
 
 
 class Machine:
-    """Two processors on a clock that the test moves."""
+    """Two simulated processors, with a clock that the test moves."""
 
     def __init__(self) -> None:
         self.now, self.busy, self.own = 0.0, [0.0, 0.0], 0.0
         self.neighbours = OtherProcessLoad(lambda: list(self.busy), lambda: self.own, lambda: self.now)
 
     def passes(self, seconds: float, busy: tuple[float, float], own: float, threads: int = 2) -> bool:
-        """Advance the clock.
+        """Advance the clock; return whether another process is detected.
 
-        busy: share of time that each processor worked
-        own: processor time of this process, in processors"""
+        busy: fraction of the time that each processor worked
+        own: processor time of this process, per second"""
         self.now += seconds
         self.busy = [b + seconds * share for b, share in zip(self.busy, busy, strict=True)]
         self.own += seconds * own
         return self.neighbours.refresh(threads)
 
 
-def test_the_processs_own_work_is_no_neighbor() -> None:
+def test_own_work_does_not_count_as_a_neighbor() -> None:
     machine = Machine()
     assert not any(machine.passes(1.0, (1.0, 1.0), 2.0) for _ in range(5))
 
@@ -59,7 +59,7 @@ def test_neighbor_is_ignored_with_spare_processors() -> None:
 
 
 def test_idle_processor_is_chosen() -> None:
-    """The idle processor is the one that no other process keeps busy."""
+    """The chosen processor is the one that no other process keeps busy."""
     machine = Machine()
     machine.passes(1.0, (1.0, 1.0), 2.0)
     machine.passes(1.0, (1.0, 0.1), 0.5)
@@ -107,8 +107,8 @@ def in_two_threads(program: str) -> dict[str, float]:
 
 
 @able
-def test_waiting_threads_sleep_only_beside_neighbors() -> None:
-    """Processor time that a process uses between two parallel regions is its threads' waiting."""
+def test_waiting_threads_sleep_only_on_a_busy_machine() -> None:
+    """Processor time used between two parallel regions is used by waiting threads."""
     found = in_two_threads("""
 def waiting():
     used = time.process_time()
@@ -129,7 +129,7 @@ print(json.dumps(out))
 
 
 @able
-def test_products_are_unchanged_beside_neighbors() -> None:
+def test_products_are_unchanged_on_a_busy_machine() -> None:
     found = in_two_threads("""
 g = torch.Generator().manual_seed(0)
 a, b = torch.randn(300, 576, generator=g), torch.randn(576, 960, generator=g)
@@ -147,7 +147,7 @@ print(json.dumps({"same": same, "threads": torch.get_num_threads()}))
 
 @able
 def test_affinity_is_restored_after_sharing() -> None:
-    """Processes that it starts can use all processors too."""
+    """The calling thread, and so its child processes, can always use all processors."""
     found = in_two_threads("""
 before = sorted(os.sched_getaffinity(0))
 with act(True):

@@ -1,4 +1,6 @@
-"""Fixtures: the device for tests of libraries' kernels. CPU: Triton's interpreter; GPU: compiled."""
+"""Fixtures for tests of other libraries' kernels.
+
+On a CPU, Triton's interpreter runs the kernels; on a GPU, they are compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def liger(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load Liger-Kernel or skip.
+    """Skip the test if Liger-Kernel is missing.
 
     On a CPU, add what Triton's interpreter lacks: float scalars and libdevice."""
     pytest.importorskip("triton", reason="Liger-Kernel needs it")

@@ -1,4 +1,4 @@
-"""Attention of packed rows by torch's varlen and flex attention, against float64 row by row."""
+"""torch's varlen and flex attention on packed rows, compared with float64 attention per row."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def as_documented(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, *_: int, scale: float,
     window_size: tuple[int, int], enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """Implement torch's varlen_attn by its documentation: query i sees keys i − left … i + right; −1 means
-    unbounded."""
+    """Implement torch's varlen_attn according to its documentation.
+
+    Query i sees keys i − left … i + right; −1 means unbounded."""
     assert torch.equal(starts, key_starts)
     assert enable_gqa == (q.shape[1] != k.shape[1])
     left, right = window_size
@@ -44,7 +45,7 @@ def as_documented(
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
-def test_varlen_is_asked_for_causal_rows_and_their_window(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_gets_causal_rows_and_their_window(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "varlen_attention", lambda: as_documented)
     q, k, v = heads(torch.float64)
     settings = VarlenSettings(RowLayout(LENGTHS), 0.3, window)
@@ -55,7 +56,7 @@ def test_varlen_is_asked_for_causal_rows_and_their_window(window: int | None, mo
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("cap", "sunk"), [(2.0, False), (0.0, True), (3.0, True)])
-def test_flex_has_caps_windows_and_sinks(window: int | None, cap: float, sunk: bool) -> None:
+def test_flex_supports_caps_windows_and_sinks(window: int | None, cap: float, sunk: bool) -> None:
     q, k, v = heads(torch.float32)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sunk else None
     settings = VarlenSettings(RowLayout(LENGTHS), 0.3, window, cap, sinks)
@@ -77,7 +78,7 @@ ATTENTIONS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "cap", "sunk", "name"), ATTENTIONS)
 @pytest.mark.parametrize("window", [None, 20])
-def test_on_a_gpu_rows_attend_as_on_a_cpu(
+def test_attention_on_a_gpu_matches_the_cpu(
     dtype: torch.dtype, cap: float, sunk: bool, name: str, window: int | None
 ) -> None:
     given: list[Any] = [t.requires_grad_() for t in heads(dtype, "cuda", idle=3)]

@@ -1,4 +1,6 @@
-"""Liger-Kernel's functions as ops against float64 arithmetic: interpreted on a CPU, compiled on a GPU."""
+"""Liger-Kernel's functions as ops, compared with float64 arithmetic.
+
+The kernels are interpreted on a CPU and compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def test_rms_norm_and_its_gradient(
 @DTYPES
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_rope_and_its_gradient(liger: None, device: str, dtype: torch.dtype, tolerance: float, tokens: int) -> None:
-    """Heads are adjacent in a projection's output, which must not change."""
+    """q and k are views of a projection's output, which must not change."""
     qkv = random(0, tokens, 8, 16, dtype=dtype, device=device).requires_grad_()
     before, angles = qkv.detach().clone(), random(1, tokens, 8, dtype=torch.float32, device=device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -65,7 +67,7 @@ def test_rope_and_its_gradient(liger: None, device: str, dtype: torch.dtype, tol
 @DTYPES
 @pytest.mark.parametrize("gradient", [False, True])
 def test_linear_cross_entropy(liger: None, device: str, dtype: torch.dtype, tolerance: float, gradient: bool) -> None:
-    """A separate loss and gradient per token; a target of −100 has neither."""
+    """Each token has its own loss and gradient, unless its target is −100."""
     hidden, weight = (random(i, n, 24, dtype=dtype, device=device) for i, n in enumerate((9, 50)))
     targets = torch.arange(0, 45, 5, device=device)
     right = torch.zeros(9, dtype=torch.bool, device=device)
@@ -96,7 +98,7 @@ def test_without_liger_an_op_runs_its_reference() -> None:
 def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)  # a card that no machine has
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)  # an invalid device number
     why_missing.cache_clear()
     name, reason, _ = choices("cuda")["rope"]
     why_missing.cache_clear()
@@ -106,7 +108,7 @@ def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("trained", [False, True])
-def test_on_a_gpu_the_ops_choose_liger(trained: bool) -> None:
+def test_ops_on_a_gpu_choose_liger(trained: bool) -> None:
     pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
     x, weight = torch.randn(5, 64, device="cuda", requires_grad=trained), torch.randn(40, 64, device="cuda")
     targets = torch.arange(5, device="cuda")

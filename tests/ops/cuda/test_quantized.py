@@ -1,5 +1,6 @@
-"""Products with 4-bit weights by bitsandbytes, against the dequantized weight; on a CPU by its own
-reference."""
+"""bitsandbytes' products with 4-bit weights, compared with the dequantized weight.
+
+On a CPU, bitsandbytes uses its own reference implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ PRODUCT = IMPLEMENTATIONS["quantized_linear"]
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(("low", "high"), [(0, 96), (0, 40), (32, 96)])
-def test_rows_of_a_weight_from_its_codes(device: str, kind: str, double: bool, low: int, high: int) -> None:
+def test_products_with_some_rows_match_the_dequantized_weight(
+    device: str, kind: str, double: bool, low: int, high: int
+) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'veneer[quant]'")
     generator = torch.Generator().manual_seed(0)
     weight = quantize(torch.randn(96, 128, generator=generator), kind, double=double).to(device)
@@ -26,7 +29,7 @@ def test_rows_of_a_weight_from_its_codes(device: str, kind: str, double: bool, l
     torch.testing.assert_close(out, x @ weight.dense()[low:high].t() + bias, rtol=1e-3, atol=1e-3)
 
 
-def test_only_blocks_within_a_row_are_taken() -> None:
+def test_only_blocks_within_a_row_are_supported() -> None:
     x = torch.randn(2, 96)
     assert not PRODUCT.takes(x, quantize(torch.randn(4, 96), "nf4").stored)
     assert not PRODUCT.takes(x, quantize(torch.randn(4, 96), "int8").stored)

@@ -1,4 +1,4 @@
-"""Admission: tenants share limits fairly, and worker threads serve the tenant that has received least."""
+"""Admission: tenants share limits fairly, and worker threads serve the least-served tenant first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.serve.request import Refused
 
 
 def flood(share: SharedQuantity, tenant: str, weight: float = 1.0, amount: int = 1) -> int:
-    """Return the amount that a tenant acquires before its first refusal."""
+    """Return the amount that a tenant acquires before the first refusal."""
     got, said = 0, None
     while said is None:
         try:
@@ -33,7 +33,7 @@ def flood(share: SharedQuantity, tenant: str, weight: float = 1.0, amount: int =
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
     share = SharedQuantity("things", 1200)
-    for _ in range(200):  # the first tenants release some of their amount until all tenants have the same
+    for _ in range(200):  # tenants release part of their amounts until all amounts are equal
         for i in range(n):
             flood(share, f"t{i}")
         for i in range(n):
@@ -46,12 +46,12 @@ def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
     assert flood(share, "new") >= free // 2 - 1
 
 
-def test_one_flooding_tenant_gets_half_and_more_by_weight() -> None:
+def test_a_flooding_tenant_gets_half_or_more_with_weight() -> None:
     assert flood(SharedQuantity("things", 1000), "a") == 500
     assert 600 < flood(SharedQuantity("things", 1000), "a", weight=2.0) < 700
-    assert flood(SharedQuantity("things", 1000), "") == 1000  # a server without tenants
+    assert flood(SharedQuantity("things", 1000), "") == 1000  # "": a server without tenants
     light = SharedQuantity("answers", 1024)
-    light.take("a", 0.01, 256)  # a single whole request is always admitted
+    light.take("a", 0.01, 256)  # one full-size request is admitted even at a tiny weight
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.booleans()), max_size=80))

@@ -1,4 +1,4 @@
-"""Cache blocks are never lost or wrongly shared, in any order of opening, growing and closing sequences."""
+"""Cache blocks are never lost or wrongly shared, in whatever order sequences open, grow and close."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_keys_depend_on_every_token_and_their_order(tokens: list[int], other: li
 
 
 class Blocks(RuleBasedStateMachine):
-    """Compare the cache with a model that records what was computed into each block."""
+    """Compares the cache with a model that records which tokens each block was computed from."""
 
     tables = Bundle("tables")
 

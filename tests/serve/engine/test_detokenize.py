@@ -1,4 +1,4 @@
-"""Streamed text: its pieces join to the decoded completion, cut where the first stop text is complete."""
+"""Streamed text: joined pieces equal the decoded completion, cut at the first complete stop text."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def decoded(ids: list[int], tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> s
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """A tokenizer like Llama 2's: ▁ marks spaces, decoding drops the first one, unknown characters become
-    bytes."""
+    """Return a tokenizer like Llama 2's.
+
+    "▁" marks spaces, decoding drops the first space, and unknown characters become bytes.
+    """
     words = ["▁the", "▁cat", "▁", "a", "b", "é", "s", "."]
     vocab = {"<unk>": 0, "</s>": 1, **{f"<0x{i:02X}>": i + 2 for i in range(256)}}
     vocab |= {w: 258 + i for i, w in enumerate(words)}
@@ -53,8 +55,10 @@ def told(answer: AnswerText, ids: list[int]) -> tuple[str, object]:
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
-    """Cut a text by definition: read until a stop text is complete; of several that are complete, cut the
-    longest."""
+    """Cut a text at the first complete stop text, as the definition says.
+
+    If several stop texts are complete at the same position, cut the longest.
+    """
     for end in range(1, len(text) + 1):
         if over := [s for s in stops if text[:end].endswith(s)]:
             return text[: end - max(map(len, over))]
@@ -63,14 +67,14 @@ def cut(text: str, stops: tuple[str, ...]) -> str:
 
 @given(tokens)
 @settings(max_examples=200, deadline=None)
-def test_pieces_joined_are_the_text_of_any_tokens(ids: list[int]) -> None:
+def test_joined_pieces_equal_the_text_of_any_tokens(ids: list[int]) -> None:
     pieces = Pieces(TOKENIZER)
     assert "".join([*map(pieces.add, ids), pieces.rest()]) == decoded(ids)
 
 
 @given(st.text(alphabet="ab the cat.é€😀\n", max_size=60))
 @settings(max_examples=100, deadline=None)
-def test_pieces_joined_are_the_text_with_bytes_as_a_fallback(text: str) -> None:
+def test_joined_pieces_equal_the_text_with_byte_fallback(text: str) -> None:
     ids = SENTENCEPIECE(text)["input_ids"]
     pieces = Pieces(SENTENCEPIECE)
     assert "".join([*map(pieces.add, ids), pieces.rest()]) == decoded(ids, SENTENCEPIECE)
@@ -101,7 +105,7 @@ def test_pieces_of_arbitrary_bytes_join_to_their_text(data: bytes) -> None:
 
 
 def test_the_window_stays_small() -> None:
-    """The cost per token does not grow with the completion, even in an endless run of broken characters."""
+    """The cost per token does not grow with the completion's length, even if every byte is invalid UTF-8."""
     for ids in (bytewise(b"\xff" * 3000), bytewise("😀".encode() * 750), [2] * 3000, bytewise(b"ab" * 1500)):
         pieces, widest = Pieces(TOKENIZER), 0
         out = ""
@@ -147,7 +151,7 @@ def test_text_is_held_until_no_stop_follows() -> None:
     assert answer.flush() == ""
 
 
-def test_a_stop_at_the_last_token_is_a_stop_and_no_length() -> None:
+def test_a_stop_at_the_last_token_is_reported_as_stop() -> None:
     answer = AnswerText(TOKENIZER, Sampling(max_tokens=3, stop=("zz",)))
     pieces = [answer.add(t) for t in bytewise(b"abz")]
     assert [p.reason for p in pieces] == [None, None, "length"]

@@ -1,4 +1,4 @@
-"""The engine: batching, caching and failures of other requests never change a request's completion."""
+"""The engine: a request's completion is never changed by batching, caching or other requests' failures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 class Shelf:
-    """Adapters by digest, as a library provides them; counts reads per adapter."""
+    """Provides adapters by digest, as a library does, and records each read."""
 
     def __init__(self, *adapters: Adapter) -> None:
         self.by_digest = {a.digest(): a for a in adapters}
@@ -72,7 +72,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def together(engine: TextEngine, requests: Iterable[Request]) -> list[Any]:
-    """Return the completions of requests that run at the same time."""
+    """Return the completions of requests that run concurrently."""
 
     async def all_of_them() -> list[Any]:
         return await asyncio.gather(*(answer(engine, request) for request in requests))
@@ -81,8 +81,10 @@ def together(engine: TextEngine, requests: Iterable[Request]) -> list[Any]:
 
 
 def greedy(model: Any, shelf: Shelf, mix: DigestMix, prompt: tuple[int, ...], n: int) -> list[int]:
-    """Sample greedily without a cache: a full forward pass per token, with the mix attached by
-    veneer.core."""
+    """Sample greedily without a cache, with the mix attached by veneer.core.
+
+    Runs a full forward pass per token.
+    """
     with attach(model) as attachment, torch.no_grad():
         for digest, _ in mix:
             attachment.add(digest, shelf.by_digest[digest])
@@ -125,7 +127,7 @@ def test_preemption_changes_no_answer() -> None:
     prompts = [prompt(20, i) for i in range(6)]
     many = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
     want = [greedy(model, shelf, mix, p, 40) for p in prompts]
-    size = 2 * 2 * 2 * 8 * 16 * 4  # layers · (keys, values) · heads · head dim · block · bytes of float32
+    size = 2 * 2 * 2 * 8 * 16 * 4  # layers · (keys, values) · heads · head dim · tokens per block · float32 bytes
     with engine_of(model, shelf, cache_bytes=11 * size) as engine:
         assert engine.runner.blocks == 11
         got = together(engine, [Request(p, many, mix) for p in prompts])
@@ -150,7 +152,7 @@ def test_prefixes_are_shared_only_under_one_mix() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
 def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
-    """Also when the prompt is split into chunks, batched, cached, or recomputed after a preemption."""
+    """Holds even if the prompt is split into chunks, batched, cached, or recomputed after a preemption."""
     model = fresh(family)
     adapter = trained(model, 1)
     shelf = Shelf(adapter)
@@ -278,7 +280,7 @@ def test_a_failed_step_ends_only_the_failing_request() -> None:
     assert all(end.error.status == 500 for _, _, end in got[::2])
 
 
-def test_the_engine_serves_on_after_a_failed_step() -> None:
+def test_the_engine_keeps_serving_after_a_failed_step() -> None:
     model = fresh()
     with engine_of(model, Shelf()) as engine:
         own, faults = engine.scheduler.step, [1]
@@ -315,13 +317,13 @@ def test_invalid_requests_are_refused_at_once() -> None:
 
 
 def test_stopping_cancels_running_requests() -> None:
-    """tests/serve/test_server.py covers draining, which comes before this."""
+    """Draining comes before cancelling; tests/serve/test_server.py covers draining."""
     model = fresh()
     engine = engine_of(model, Shelf()).start()
     own = engine.runner.run
 
     def slow(rows: Any) -> Any:
-        time.sleep(0.02)  # long enough to start the completion, which takes seconds
+        time.sleep(0.02)  # slow enough that the completion is still running when the engine stops
         return own(rows)
 
     engine.runner.run = slow  # type: ignore[method-assign]
@@ -339,7 +341,7 @@ def test_stopping_cancels_running_requests() -> None:
     assert engine.cache.in_use == 0
 
 
-def test_sampled_answers_depend_on_their_seed_alone() -> None:
+def test_sampled_answers_depend_only_on_their_seed() -> None:
     model = fresh()
     with engine_of(model, Shelf()) as engine:
         requests = [Request(prompt(9), Sampling(max_tokens=10, seed=i, ignore_eos=True)) for i in range(12)]
@@ -350,7 +352,7 @@ def test_sampled_answers_depend_on_their_seed_alone() -> None:
 
 @pytest.mark.parametrize("make", [recurrent, fresh])
 def test_a_repeated_step_starts_from_the_same_state(make: Callable[[], Any]) -> None:
-    """If the last row of a step fails after earlier rows ran, the other completions do not change."""
+    """A step can fail on its last row after earlier rows ran; the other completions must not change."""
     model = make()
     with engine_of(model, Shelf(), budget=16) as engine:
         own: Callable[..., Any] = engine.runner.run
@@ -380,7 +382,7 @@ def test_a_repeated_step_starts_from_the_same_state(make: Callable[[], Any]) -> 
         assert steps > 4
     for p, tokens in zip(prompts, got, strict=True):
         ids = list(p)
-        for token in tokens:  # compare with a full recomputation of the sequence
+        for token in tokens:  # compare each token with a full recomputation of the sequence
             with torch.no_grad():
                 scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             assert token.logprob == pytest.approx(float(scores[token.id]), abs=1e-4)

@@ -1,4 +1,4 @@
-"""Grammars as masks: every completion validates, whatever the model prefers; an invalid grammar is a 400."""
+"""Grammars as masks: every completion is valid, whatever the model prefers; an invalid grammar is a 400."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ jsonschema = pytest.importorskip("jsonschema")
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
 PADDED = VOCAB_SIZE + 64
-"""Vocabulary size of the logits. Models often have more logits than their tokenizer has tokens."""
+"""Number of logits. Models often have more logits than their tokenizer has tokens."""
 
 
 def compiled(kind: GrammarKind, text: str = "") -> Matcher:
@@ -32,7 +32,10 @@ def compiled(kind: GrammarKind, text: str = "") -> Matcher:
 
 
 def answer(grammar: Matcher, seed: int = 0, heat: float = 1.0, steps: int = 400) -> tuple[str, bool]:
-    """Return (text, finished) of a random model that becomes more likely to close open brackets over time."""
+    """Sample from a random model. Return (text, whether the completion ended).
+
+    Over time, the model becomes more likely to close open brackets.
+    """
     generator = torch.Generator().manual_seed(seed)
     matcher = grammar.copy()
     row = SampledRow(Sampling(seed=seed, temperature=heat), vocabulary=PADDED, ends=(EOS,), grammar=matcher)
@@ -203,7 +206,7 @@ def test_without_a_fast_tokenizer() -> None:
     ("schema", "says"),
     [
         ({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4500)}}, "at most 2,000"),
-        ({"$ref": "#"}, "it cannot be followed"),
+        ({"$ref": "#"}, "llguidance gave no reason"),
         ({"anyOf": []}, "anyOf is empty"),
     ],
 )

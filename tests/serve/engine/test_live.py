@@ -1,4 +1,4 @@
-"""Sampling in training uses the adapter's current values, with the trainer's log-probabilities."""
+"""Sampling in training uses the adapter's current values and has the trainer's log-probabilities."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HOW = SamplingParams(max_tokens=12)
 def drawing(
     dtype: torch.dtype = torch.float32, codes: str = "", **settings: Any
 ) -> Iterator[tuple[TextBase, Attachment, Sampler]]:
-    """Yield a tiny base in training, an attachment with adapter "run", and a sampler."""
+    """Yield a tiny base prepared for training, an attachment with the adapter "run", and a sampler."""
     model: Any = families.llama3(vocab_size=VOCAB_SIZE).to(dtype)
     for module in model.modules() if codes else ():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
@@ -70,7 +70,7 @@ def logps(drawn: list[Rollout]) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "codes"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "nf4"), ("float32", "nf4")]
 )
-def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, codes: str) -> None:
+def test_trainer_and_sampler_log_probabilities_are_bitwise_equal(dtype: str, codes: str) -> None:
     with drawing(getattr(torch, dtype), codes) as (base, attachment, sampler):
         drawn = sampler.sample(asked())
         ids, lengths, said = rows(drawn)
@@ -79,7 +79,7 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
         assert torch.equal(found, logps(drawn))
         parameters = list(attachment.parameters("run").values())
         gradients = torch.autograd.grad(found.sum(), parameters)
-        batch, shared = collate_shared(drawn)  # the same batch, with each shared prompt stored once
+        batch, shared = collate_shared(drawn)  # the same batch, but each shared prompt is stored once
         assert len(batch.input_ids) == len(ids) - sum(map(len, PROMPTS))
         once = batch.input_ids, lengths, batch.trained
         replay = sampler.replay(*once, "run", shared)
@@ -87,7 +87,7 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
         assert torch.equal(found, logps(drawn))
         for mine, theirs in zip(torch.autograd.grad(found.sum(), parameters), gradients, strict=True):
             assert float((mine - theirs).norm()) < (1e-5 if dtype == "float32" else 0.05) * float(theirs.norm())
-        if dtype == "float32":  # in float32, rounding is small enough to compare with the model's forward pass
+        if dtype == "float32":  # float32 rounding is small enough for a comparison with the model's forward pass
             own = token_logps(base.model, ids, lengths, said)
             torch.testing.assert_close(own, found)
             for mine, theirs in zip(gradients, torch.autograd.grad(own.sum(), parameters), strict=True):
@@ -118,7 +118,7 @@ def test_an_answer_depends_only_on_its_seed() -> None:
         for wanted, r in zip(asked(each=3), together, strict=True):
             (alone,) = sampler.sample([wanted])
             assert (alone.tokens, alone.logps) == (r.tokens, r.logps)
-        # the first row of each group computes the prompt; the others reuse its full blocks
+        # the first row of each prompt's group computes the prompt; the others reuse the prompt's full blocks
         assert [r.cached for r in together] == [0, 32, 32, 0, 0, 0]
         base = sampler.sample(asked(""))
         assert [r.logps for r in base] != [r.logps for r in sampler.sample(asked())]
@@ -176,7 +176,7 @@ def test_a_base_the_engine_cannot_run_is_refused() -> None:
 
 
 def test_sampling_keeps_the_fast_paths_of_training() -> None:
-    """Uses the trainer's kernels: rows have no padding, and samples equal the model's."""
+    """Rows are not padded, and log-probabilities equal those of the training forward pass."""
     model: Any = families.llama3(vocab_size=VOCAB_SIZE)
     before = model.config._attn_implementation
     with attach(model) as attachment:

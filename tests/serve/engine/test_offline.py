@@ -1,4 +1,4 @@
-"""Offline completions equal those of `complete`, whether the engine or `complete` itself computes them."""
+"""Offline completions equal those of `complete`, whichever of the engine and `complete` computes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_of(family: str) -> Any:
 
 
 def both_ways(model: Any, adapters: dict[str, Any], mix: list[tuple[str, float]]) -> tuple[list[Completion], ...]:
-    """Return the completions of `complete` and of `answering`, with the same mix attached."""
+    """Return the completions of `complete` and of `answering`, both with the same mix."""
     base = base_of(model)
     with attach(model) as attachment:
         for name, adapter in adapters.items():
@@ -57,7 +57,7 @@ def test_answers_equal_the_models(family: str, mix: list[tuple[str, float]]) -> 
         assert [c.ids for c in got] != [c.ids for c in both_ways(model, adapters, [])[1]]
 
 
-def test_the_engine_is_used_where_it_can_run_the_base() -> None:
+def test_the_engine_is_used_if_it_can_run_the_base() -> None:
     model = model_of("llama3")
     plain = trained(model, 1)
     other = trained(model, 2)
@@ -72,7 +72,7 @@ def test_the_engine_is_used_where_it_can_run_the_base() -> None:
             assert isinstance(answer, EngineAnswers) == engine
 
 
-def test_a_quantized_base_answers_by_the_engine_too() -> None:
+def test_a_quantized_base_also_uses_the_engine() -> None:
     model = model_of("llama3")
     # quantize a single module, so that its fused group mixes plain and quantized weights
     module = model.model.layers[0].mlp.down_proj
@@ -81,7 +81,7 @@ def test_a_quantized_base_answers_by_the_engine_too() -> None:
         assert answer(PROMPTS, [], max_new_tokens=3) == complete(base_of(model), PROMPTS, max_new_tokens=3)
 
 
-def test_a_caller_may_have_an_event_loop_of_its_own() -> None:
+def test_the_caller_can_run_an_event_loop() -> None:
     base = base_of(model_of("llama3"))
 
     async def inside() -> list[Completion]:

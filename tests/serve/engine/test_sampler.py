@@ -1,4 +1,7 @@
-"""The sampler agrees with transformers' processors, formulas and distributions; rows are independent."""
+"""The sampler agrees with transformers' logits processors, with formulas and with distributions.
+
+Rows do not affect each other.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +38,16 @@ def ids(scores: Tensor, rows: list[SampledRow]) -> list[int]:
 
 
 def drawn(scores: Tensor, sampling: Sampling, n: int, prompt: tuple[int, ...] = ()) -> Tensor:
-    """Return each token's share of n samples with different seeds."""
+    """Return each token's share of n samples, each drawn with a different seed."""
     rows = [SampledRow(replace(sampling, seed=s), prompt, vocabulary=len(scores)) for s in range(n)]
     made = ids(scores.expand(n, -1), rows)
     return torch.bincount(torch.tensor(made), minlength=len(scores)).float() / n
 
 
-def fits(shares: Tensor, p: Tensor, n: int) -> None:
-    """Assert that shares fit p by a chi-square test with at least five expected samples per cell.
+def assert_fits(shares: Tensor, p: Tensor, n: int) -> None:
+    """Assert that the shares agree with p, using a chi-square test with at least five expected samples per cell.
 
-    The level is about 1e-4 (Wilson and Hilferty's cube root approximation).
+    The significance level is about 1e-4 (Wilson and Hilferty's cube root approximation).
     """
     assert (shares[p == 0] == 0).all()
     big = p * n >= 5
@@ -98,7 +101,7 @@ def test_samples_follow_the_distribution_of_transformers(name: str) -> None:
         warped = MinPLogitsWarper(s.min_p)(None, warped)
     if s.top_p < 1:
         warped = TopPLogitsWarper(s.top_p)(None, warped)
-    fits(drawn(scores[0], s, n), warped[0].softmax(-1), n)
+    assert_fits(drawn(scores[0], s, n), warped[0].softmax(-1), n)
 
 
 @given(
@@ -119,13 +122,13 @@ def test_the_kept_tokens_are_those_of_transformers(seed: int, k: int, p: float, 
     own = (scores - scores.max()) / heat
     stays = own >= sampler.lowest_kept(own, [s])
     other = (stays != (warped > -math.inf)).nonzero()[:, 1].tolist()
-    if other:  # only if the sum is within rounding of the limit
+    if other:  # allowed only if the cumulative probability is within rounding of top_p
         order = own.masked_fill(own < own.max() + (math.log(min_p) if min_p else -math.inf), -math.inf)
         order = order.sort(descending=True).values[0, : k or V].softmax(-1).double().cumsum(-1)
         assert (order - p).abs().min() < 1e-5
 
 
-def test_equal_scores_are_kept_or_dropped_alike() -> None:
+def test_equal_scores_are_kept_or_dropped_together() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0, -9.0]])
     assert (scores - 3 >= sampler.lowest_kept(scores - 3, [Sampling(top_k=2)])).tolist() == [
         [False, True, True, True, False, False]
@@ -189,10 +192,10 @@ def test_samples_of_successive_steps_are_independent() -> None:
     row = SampledRow(Sampling(seed=77, max_tokens=1), vocabulary=2)
     made = [ids(scores, [row])[0] for _ in range(1600)]
     pairs = torch.bincount(torch.tensor([2 * a + b for a, b in zip(made[::2], made[1::2], strict=True)]), minlength=4)
-    fits(pairs / 800, torch.full((4,), 0.25), 800)
+    assert_fits(pairs / 800, torch.full((4,), 0.25), 800)
 
 
-def test_neighbouring_seeds_and_tokens_are_unrelated() -> None:
+def test_consecutive_seeds_and_tokens_give_unrelated_samples() -> None:
     tokens = torch.arange(512, dtype=torch.int32)
     keys = torch.tensor([sampler.draw_key(s, p) for s in range(16) for p in range(16)], dtype=torch.int32)
     e = sampler.exponential(tokens, keys[:, None]).double()
@@ -224,13 +227,13 @@ def adjusted(scores: Tensor, s: Sampling, prompt: tuple[int, ...] = (), made: tu
     return out
 
 
-def test_repetition_penalty_is_transformers() -> None:
+def test_repetition_penalty_equals_that_of_transformers() -> None:
     scores, prompt, made = logits(1, 2), (3, 9, 9, 11), (5, 3, 5)
     want = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([[*prompt, *made]]), scores.clone())
     assert torch.allclose(adjusted(scores[0], Sampling(repetition_penalty=1.4), prompt, made), want[0])
 
 
-def test_a_repetition_penalty_by_which_scores_overflow_is_refused() -> None:
+def test_a_repetition_penalty_that_overflows_scores_is_refused() -> None:
     for penalty in (0.0, 1e-300, 1e-39, math.nan, math.inf):
         with pytest.raises(ConfigError, match="repetition_penalty must be from"):
             Sampling(repetition_penalty=penalty)
@@ -276,7 +279,7 @@ def test_no_end_token_comes_before_min_tokens() -> None:
 
 
 class Only:
-    """A grammar that allows only some tokens."""
+    """A grammar that allows only the given tokens."""
 
     def __init__(self, *allowed: int, breaks: bool = False) -> None:
         self.allowed, self.taken, self.breaks = allowed, list[int](), breaks
@@ -343,7 +346,7 @@ def test_logprobs_do_not_depend_on_the_sampling_settings() -> None:
 
 
 def test_equally_likely_alternatives_do_not_depend_on_the_batch() -> None:
-    """In 16 bits many logits tie; a greedy row takes the same one in any batch."""
+    """In 16 bits many logits tie; a greedy row takes the same token in any batch."""
     scores = logits(6, seed=3, spread=2.0).round().bfloat16()
     scores[0, 5:9] = 0.0
     scores[0, 6] = -0.0
@@ -372,4 +375,4 @@ def test_a_row_samples_the_same_token_on_a_gpu() -> None:
     here, there = ([SampledRow(k, (1, 2), vocabulary=50_000) for k in s] for _ in range(2))
     for step in range(8):
         want, got = ids(scores.roll(step, 0), here), ids(scores.roll(step, 0).cuda(), there)
-        assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # one tie within rounding
+        assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # a near-tie can be rounded differently

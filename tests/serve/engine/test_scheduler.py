@@ -1,4 +1,4 @@
-"""The scheduler loses no row, starves no row, and isolates tenants from floods by others."""
+"""The scheduler loses and starves no row, and a flood from one tenant does not slow other tenants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: 
 
 
 def advance(scheduler: Scheduler) -> list[Sequence]:
-    """Run one step of a model that always samples token 7; return the finished sequences."""
+    """Run one step with a model that always samples token 7. Return the finished sequences."""
     chunks = scheduler.step()
     assert sum(c.end - c.start for c in chunks) <= scheduler.budget
     assert len({id(c.sequence) for c in chunks}) == len(chunks)
@@ -39,7 +39,7 @@ def advance(scheduler: Scheduler) -> list[Sequence]:
 
 
 def run(scheduler: Scheduler, steps: int) -> Counter[str]:
-    """Run some steps; return the number of finished sequences of each tenant."""
+    """Run the given number of steps. Return how many sequences of each tenant finished."""
     return Counter(s.request.tenant for _ in range(steps) for s in advance(scheduler))
 
 
@@ -58,14 +58,14 @@ def test_a_long_prompt_does_not_stop_other_rows() -> None:
         assert first.generated == step
 
 
-def test_a_prompt_that_waits_for_room_is_counted_once() -> None:
+def test_a_prompt_that_waits_for_memory_is_counted_once() -> None:
     scheduler = Scheduler(Cache(6, 4), rows=4, budget=64)
     prompts = [scheduler.add(request(12, 8)) for _ in range(3)]
     steps = 0
     while any(s.generated < 8 for s in prompts):
         steps += 1
         advance(scheduler)
-    assert steps > 16  # the sequences run one after another
+    assert steps > 16  # the sequences run one after the other
     assert scheduler.looked_up == 36
     assert scheduler.found == sum(s.cached for s in prompts) == 16
 
@@ -104,7 +104,7 @@ def test_long_rows_of_one_tenant_yield_to_another() -> None:
     fill(scheduler, 40, 20, 100, "calm", first=200)
     run(scheduler, 20)
     assert Counter(s.request.tenant for s in scheduler.running) == {"flood": 16, "calm": 16}
-    run(scheduler, 40)  # each tenant reaches its share and keeps it
+    run(scheduler, 40)  # each tenant keeps its share once it has reached it
     assert scheduler.preemptions == 16
     while scheduler.running or scheduler.waiting:
         advance(scheduler)
@@ -130,7 +130,7 @@ def test_one_tenants_blocks_are_released_for_another() -> None:
 
 def test_long_prompts_wait_for_another_tenants_first_token() -> None:
     def steps(flood: int) -> tuple[int, int]:
-        """Return the number of steps until the other tenant's first token, and that step's tokens."""
+        """Return (steps until the other tenant's first token, number of tokens in that step)."""
         scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
         fill(scheduler, flood, 4000, 10, "flood")
         run(scheduler, 3)
@@ -158,7 +158,7 @@ def test_tokens_are_shared_by_weight() -> None:
     assert 2.5 < done["three"] / done["one"] < 3.5
 
 
-def test_idle_time_earns_nothing() -> None:
+def test_idle_tenants_earn_no_credit() -> None:
     scheduler = Scheduler(Cache(4000, 4), rows=2, budget=64)
     fill(scheduler, 100, 8, 8, "busy")
     run(scheduler, 200)
@@ -208,7 +208,7 @@ def test_every_row_finishes_or_is_removed(wanted, blocks, rows, seed):
 
 
 def test_prefixes_need_equal_mixes_and_salts() -> None:
-    """Only full blocks are shared. Requests with another salt find nothing, whatever their mix."""
+    """Only full blocks are shared. A request with a different salt finds no cached prefix, whatever its mix."""
     scheduler = Scheduler(Cache(1000, 4), rows=8, budget=64)
     tokens = tuple(range(17))
     mixes: list[DigestMix] = [(), (("sha256:a", 1.0),), (("sha256:b", 1.0),)]

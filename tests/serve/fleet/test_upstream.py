@@ -1,5 +1,7 @@
-"""A server in front of a fake vLLM over real HTTP: requests, retries, adapter names and limits of weighted
-mixes."""
+"""A server in front of a fake vLLM over real HTTP.
+
+Covers requests, retries, adapter names, and the limits on weighted mixes.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,10 @@ class Setup:
             self.adapters[mix[0][0]] = folder
 
     def resolve(self, name: str) -> Path | None:
-        """Resolve a name as the plug-in does: an adapter's folder in the library, or a mix's in the shared
-        folder."""
+        """Resolve a name as the plug-in does.
+
+        Return an adapter's folder in the library or a mix's folder in the shared folder, otherwise None.
+        """
         mix = self.cache / name
         return self.adapters.get(f"sha256:{name.removeprefix('veneer-')}") or (mix if mix.is_dir() else None)
 
@@ -83,7 +87,7 @@ def weighted(n: int) -> list[DigestMix]:
     return [make_mix([(ONE[0][0], 0.5 + i / 100)]) for i in range(n)]
 
 
-def test_a_request_becomes_vllms_and_its_answer_tokens(setup):
+def test_requests_and_answers_are_translated_for_vllm(setup):
     same = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 7, "logprobs": 2, "ignore_eos": True}
     same |= {"min_tokens": 2, "presence_penalty": 0.5, "repetition_penalty": 1.1, "frequency_penalty": 0.25}
     other = {"stop": ("END",), "logit_bias": {4: 1.0}, "stop_ids": (9,), "grammar": ("regex", "a+")}
@@ -128,7 +132,7 @@ def test_a_weighted_mix_is_written_once(setup):
     setup.run(FakeVLLM(), work)
     pair = peft.read_folder(file.parent).pairs[Q]
     assert (pair.rank, pair.scale) == (4, 1.0)
-    # 0.5 · 0.5 · (1 + 1) - 2 · 0.5 · (2 + 2): B is all ones, A all ones and all twos
+    # 0.5 · 0.5 · (1 + 1) - 2 · 0.5 · (2 + 2): all elements of B are 1; those of A are 1 and 2, respectively
     torch.testing.assert_close(pair.B.double() @ pair.A.double(), torch.full((6, 4), -3.5, dtype=torch.float64))
 
 
@@ -181,7 +185,7 @@ def test_a_request_that_always_fails_is_503_without_the_reason(setup, caplog):
     setup.run(FakeVLLM(wrong=[(500, "bad prompt")] * 3), work)
 
 
-def test_an_absent_upstream_is_trouble_and_503(setup):
+def test_an_unreachable_upstream_is_reported_and_gives_503(setup):
     with running(FakeVLLM()) as url:
         pass
 
@@ -223,7 +227,7 @@ def test_answers_and_prompts_are_limited_to_the_context(setup):
     setup.run(fake := FakeVLLM(context=5), work)
 
 
-def test_a_client_that_leaves_ends_the_work_upstream(setup):
+def test_a_disconnected_client_cancels_the_upstream_request(setup):
     async def work(engine: Upstream) -> None:
         events = engine.events(Request((1, 2, 3)))
         assert isinstance(await anext(events), Started)
@@ -263,7 +267,7 @@ def test_equal_mixes_have_equal_names():
     assert served_name(make_mix([*TWO, *ONE])) in names
 
 
-# -- limits of mixes ---------------------------------------------------------------------------------------------------
+# -- limits on mixes ---------------------------------------------------------------------------------------------------
 
 
 def test_mixes_are_limited_for_each_tenant(setup):
@@ -305,7 +309,7 @@ def test_least_recently_used_folders_over_the_size_limit_are_deleted(setup):
     setup.run(FakeVLLM(), work, grace=-1.0)
 
 
-def test_a_folder_in_use_or_used_lately_stays(setup):
+def test_folders_in_use_or_recently_used_are_kept(setup):
     async def work(engine: Upstream) -> None:
         first, *others = weighted(4)
         events = engine.events(Request((1,), mix=first))

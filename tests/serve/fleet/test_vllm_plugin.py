@@ -1,4 +1,4 @@
-"""The plug-in without vLLM: the names it resolves, and its registration in a fake registry."""
+"""The plug-in without vLLM: which names it resolves, and how it registers in a fake registry."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_plain_adapters_resolve_to_the_librarys_folder(base, shelf):
     assert not (shelf / "converted").exists()
 
 
-def test_patterns_are_folded_exactly_once(base, shelf):
+def test_rank_patterns_are_converted_exactly_once(base, shelf):
     name, folder = vllm_plugin.resolve_name(base.name, "patterns@1")
     assert name == "patterns@1"
     assert folder.parent == shelf / "converted"
@@ -91,7 +91,7 @@ def test_patterns_are_folded_exactly_once(base, shelf):
 
 
 def test_unservable_adapters_are_refused_with_the_reason(base, shelf):
-    reasons = {"dora": "does not support DoRA", "whole": "no full copies", "foreign": "belongs to another base"}
+    reasons = {"dora": "does not support DoRA", "whole": "not load full copies", "foreign": "belongs to another base"}
     reasons |= {"odd": "does not fit", "nothing": "no adapter 'nothing'", "plain@9": "no plain@9"}
     for asked, why in reasons.items():
         with pytest.raises(AdapterError, match=why):
@@ -142,7 +142,7 @@ class Registry:
         self.resolvers[name] = resolver
 
 
-def test_the_resolver_registers_once_and_refuses_with_none(base, shelf, monkeypatch, caplog):
+def test_the_resolver_registers_once_and_returns_none_if_refused(base, shelf, monkeypatch, caplog):
     registry = Registry()
     for name, members in {
         "vllm": {},

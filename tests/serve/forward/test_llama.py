@@ -1,4 +1,4 @@
-"""All layers of a decoder computed in one call equal separate layers bit for bit, in any batch."""
+"""All layers of a decoder computed in one call equal separately computed layers bit for bit, in any batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BASES: dict[str, Any] = {
 
 def runner_of(name: str) -> tuple[Runner, LlamaForward, dict[str, Prepared]]:
     model = BASES[name]().bfloat16()
-    for part in model.modules():  # nonzero biases and norms, so that they have an effect
+    for part in model.modules():  # make biases and norms nonzero, so that they have an effect
         for key in ("bias", "weight"):
             own = getattr(part, key, None)
             if isinstance(own, Tensor) and own.ndim == 1:
@@ -45,7 +45,7 @@ def runner_of(name: str) -> tuple[Runner, LlamaForward, dict[str, Prepared]]:
 
 
 def line_by_line(runner: Runner, patch: pytest.MonkeyPatch) -> None:
-    """Compute layers separately from now on, as if decoder.c were missing."""
+    """Make the runner compute layers separately, as if decoder.c were missing."""
     usable = compiled.usable
     patch.setattr(compiled, "usable", lambda names, *tensors: None if names == "decode" else usable(names, *tensors))
     runner.llama = replace(runner.llama)
@@ -69,7 +69,7 @@ def test_fused_layers_equal_separate_layers_bit_for_bit(name: str, monkeypatch: 
 
 
 def test_a_dora_does_not_change_other_rows() -> None:
-    """A batch with a DoRA adapter computes its layers separately."""
+    """A batch with a DoRA adapter computes the layers separately."""
     runner, _, adapters = runner_of("llama")
     alone = answers(runner, adapters)
     ids = prompts((1, 20, 33, 70))

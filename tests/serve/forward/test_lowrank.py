@@ -1,5 +1,7 @@
-"""Low-rank products of rows with different mixes equal W + ΔW in float64, and equal each row computed
-separately."""
+"""Low-rank products of rows with different mixes equal W + ΔW in float64.
+
+Each row's result equals that of the row computed separately.
+"""
 
 from __future__ import annotations
 
@@ -116,10 +118,10 @@ def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
         torch.set_num_threads(had)
 
 
-def test_kinds_without_low_rank_form_are_named() -> None:
+def test_problems_name_kinds_without_low_rank_form() -> None:
     layout = layout_of(torch.float32)
     adapter = Adapter(pairs={"x.y": pair(2, 24, 1.0, 0, False)}, modules={"norm": {"weight": torch.ones(3)}})
     assert low_rank_problems(adapter, layout) == [
         "norm: a full copy",
-        "x.y: a pair on something that is no projection of this base",
+        "x.y: a pair on a module that is not a projection of this base",
     ]

@@ -1,4 +1,4 @@
-"""Paged attention equals float64 attention, for any block layout and any stale contents of the blocks."""
+"""Paged attention equals float64 attention for any block layout, even if blocks contain stale values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ CASES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int, at: int) -> Tensor:
-    """Attention of one query (heads, d) at position `at` over k, v (at + 1, kv, d), in float64."""
+    """Return the attention of one query, computed in float64.
+
+    q: (heads, d), at position `at`; k, v: (at + 1, kv, d)
+    """
     low = max(0, at + 1 - window) if window else 0
     k, v = (t[low : at + 1].double().repeat_interleave(len(q) // t.shape[1], dim=1) for t in (k, v))
     scores = torch.einsum("hd,shd->hs", q.double(), k) * scale
@@ -30,7 +33,7 @@ def test_against_float64(dtype, tolerance, heads, kv, d, cap, window):
     generator = torch.Generator().manual_seed(0)
     pages = Pages(2, 20, heads, kv, d, dtype, torch.device("cpu"))
     for t in (pages.K, pages.V):
-        t.fill_(float("nan"))  # values that a broken adapter could leave
+        t.fill_(float("nan"))  # NaN, as a broken adapter could leave in the cache
     blocks = torch.randperm(20, generator=generator).tolist()
     lengths = [1, 16, 37, 50]
     tables = [blocks[i * 4 : i * 4 + 4] for i in range(4)]

@@ -1,4 +1,4 @@
-"""One forward pass over many sequences: in every family, each row equals that row computed alone."""
+"""One forward pass over many sequences: in every family, each row equals the same row computed separately."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base_of(model: Any) -> TextBase:
 
 
 def trained(model: Any, seed: int, **spec: Any) -> Adapter:
-    """Return an adapter with nonzero tensors, so that each has an effect."""
+    """Return an adapter whose tensors are all nonzero, so that each has an effect."""
     adapter = create(model, LoraSpec(**{"rank": 3, "alpha": 6.0, "targets": "all-linear"} | spec), seed=seed)
     g = torch.Generator().manual_seed(seed)
     for pair in adapter.pairs.values():
@@ -46,7 +46,7 @@ def trained(model: Any, seed: int, **spec: Any) -> Adapter:
 
 
 def reference(model: Any, adapters: dict[str, Adapter], mix: Sequence[tuple[str, float]], ids: list[int]) -> Tensor:
-    """Return the logits after the last token from one uncached pass, with the mix attached by veneer.core."""
+    """Return the logits of the last token from one uncached pass, with the mix attached by veneer.core."""
     with attach(model) as attachment, torch.no_grad():
         for name, _ in mix:
             attachment.add(name, adapters[name])
@@ -56,7 +56,7 @@ def reference(model: Any, adapters: dict[str, Adapter], mix: Sequence[tuple[str,
 
 
 def serve(runner: Runner, work: list[tuple[list[int], list[tuple[Prepared, float]]]], cuts: list[int]) -> list[Tensor]:
-    """Run each sequence in chunks, with all sequences batched in every step."""
+    """Run each sequence in chunks; every step batches all sequences. Return each sequence's last logits."""
     blocks, rows_of, at = [], [], 0
     for ids, _ in work:
         need = -(-len(ids) // BLOCK)
@@ -102,9 +102,10 @@ def check_rows(
     how: str = "",
     tolerance: float = 2e-5,
 ) -> tuple[Runner, dict[str, Prepared]]:
-    """Serve all sequences together and compare each with the sequence alone.
+    """Serve all sequences together and compare each with the same sequence computed separately.
 
-    `served`: the model, if another's."""
+    `served`: the model to serve, if it is not `model`.
+    """
     want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
     runner = Runner(base_of(model if served is None else served), cache_bytes=1 << 20)
     assert how in ("", runner.how), runner.why
@@ -168,7 +169,7 @@ def test_full_rank_and_low_rank_adapters_share_a_batch(family: str) -> None:
         "words": Adapter(token_rows={"model.embed_tokens": TokenRows((5, 9), torch.randn(2, 32, generator=g))}),
         "loha": Adapter(deltas={f"{q}.weight": loha(model.get_submodule(q), 7)}),
     }
-    if family == "llama3":  # adapter "ends" needs an untied head
+    if family == "llama3":  # adapter "ends" needs a head that is not tied to the embedding
         del adapters["ends"]
     mixes = [[(n, s)] for n, s in zip(adapters, [1.0, 1.0, 1.0, 1.0, -0.8], strict=False)]
     mixes += [[("plain", 0.5), ("loha", 0.5)], []]
@@ -191,7 +192,7 @@ def test_embedding_and_head_have_low_rank_forms() -> None:
 
 
 def test_bfloat16_is_about_as_exact_as_attached_adapters() -> None:
-    """The reference attaches float32 A and B; the runner rounds them once to the base's dtype."""
+    """The reference attaches float32 A and B; the runner rounds A and B once to the base's dtype."""
     exact = FAMILIES["llama3"]()
     adapters = {"a": trained(exact, 1), "b": trained(exact, 2, dora=True)}
     mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.5), ("b", 1.0)]]
@@ -209,7 +210,7 @@ def test_bfloat16_is_about_as_exact_as_attached_adapters() -> None:
 
 
 def recurrent() -> Any:
-    """A model whose layers carry state between tokens."""
+    """Return a model with layers that carry state from token to token."""
     from transformers import AutoModelForCausalLM, Lfm2Config
 
     with torch.random.fork_rng(devices=[]):
@@ -237,9 +238,10 @@ def test_a_cache_that_is_too_small_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
-def test_batch_invariant_results_equal_those_alone(family: str) -> None:
-    """In any batch, with any adapters (including DoRA and pairs on the head), and with any chunks of the
-    prompt."""
+def test_batch_invariant_results_equal_single_requests(family: str) -> None:
+    """A row's logits do not depend on the rest of the batch or on how the prompt is split into chunks.
+
+    The adapters include DoRA and a LoRA of the output head."""
     model = FAMILIES[family](hidden_size=64, intermediate_size=96).bfloat16()
     lora = trained(model, 1, targets=("all-linear", "lm_head"))
     dora = trained(model, 2, dora=True)
@@ -261,7 +263,7 @@ def test_bases_that_cannot_be_batch_invariant_are_refused() -> None:
     model = FAMILIES["llama3"]()
     runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=True)
     whole = Adapter(modules={"model.norm": {"weight": torch.ones(model.config.hidden_size)}})
-    assert any("which a batch-invariant base cannot have" in p for p in runner.problems(whole))
+    assert any("which a batch-invariant base does not support" in p for p in runner.problems(whole))
     runner.close()
 
 
@@ -284,7 +286,7 @@ def test_heads_of_two_sizes_serve_mixed_adapters() -> None:
 
 
 def test_unsupported_attention_is_not_paged() -> None:
-    """The pages could not honor a keyword that the attention hook does not know."""
+    """Paged attention could not honor a keyword that the attention hook does not know."""
     model = FAMILIES["gemma3"]()
     for layer in model.model.layers:
         original = type(layer.self_attn).forward
@@ -299,12 +301,12 @@ def test_unsupported_attention_is_not_paged() -> None:
     runner.close()
 
 
-# -- the probe that chooses the implementation -------------------------------------------------------------------------
+# -- the probe that chooses a forward path -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_finds_one_wrong_token(dtype: torch.dtype) -> None:
-    """An error in the last layer affects no later token, so the probe must compare each token's logits."""
+    """An error in the last layer affects no later token, so the probe must compare the logits of every token."""
     model = FAMILIES["llama3"]().to(dtype)
     mlp = model.model.layers[-1].mlp
     original = type(mlp).forward
@@ -323,7 +325,7 @@ def test_the_probe_finds_one_wrong_token(dtype: torch.dtype) -> None:
 
 
 def test_the_probe_finds_a_longer_window() -> None:
-    """This family passes its window to attention through the mask only."""
+    """This model family passes the window to attention only through the mask."""
     model = FAMILIES["gemma3"](sliding_window=64)
     for layer in model.model.layers:
         original = type(layer.self_attn).forward

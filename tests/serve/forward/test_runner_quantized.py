@@ -1,4 +1,4 @@
-"""The runner over a quantized base: each row equals a single-row run over the dequantized weights."""
+"""The runner over a quantized base: each row equals the row computed alone with dequantized weights."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ KINDS = ("nf4", "fp4", "int8", "Q8_0")
 
 
 def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model as a quantized load leaves it: linear layers and experts as codes, other weights
-    unchanged."""
+    """Return a model as if loaded in a quantized format.
+
+    Linear layers and experts are codes; other weights are unchanged.
+    """
     model: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(dtype)
     for name in quantized_weights(model):
         owner, _, key = name.rpartition(".")
@@ -49,7 +51,7 @@ def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float
 
 
 def plain_of(model: Any, family: str = "llama3") -> Any:
-    """Return transformers' own model with the dequantized weights."""
+    """Return a transformers model with the dequantized weights."""
     plain: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(next(model.parameters()).dtype)
     with torch.no_grad():
         for name, own in model.named_parameters():
@@ -68,7 +70,7 @@ def test_each_row_equals_the_row_alone_over_dequantized_weights(family: str, kin
     ids, how = prompts([1, 20, 33, 17, 40, 16]), WAYS.get(family, "fused")
     runner, _ = check_rows(plain, adapters, MIXES, ids, [7, 16, 1, 30], served=model, how=how)
     runner.close()
-    for name, weight in quantized_of(model):  # the base is unchanged and has no dense copy of its weights
+    for name, weight in quantized_of(model):  # the base is unchanged and holds no dense copy of any weight
         assert weight.kept is None
         assert all(map(torch.equal, codes[name], weight.stored.tensors().values()))
 
@@ -78,7 +80,7 @@ def quantized_of(model: Any) -> list[tuple[str, Quantized]]:
 
 
 def test_no_projection_has_a_dense_copy() -> None:
-    """No projection keeps a second copy of its codes either."""
+    """There is no second copy of the codes either."""
     model = model_in("nf4", dtype=torch.bfloat16)
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     for layer, block in zip(model.model.layers, runner.llama.blocks, strict=True):
@@ -93,10 +95,9 @@ def test_no_projection_has_a_dense_copy() -> None:
 
 
 def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: Tensor | None = None) -> Tensor:
-    """Return logits (12, rows, vocabulary) of twelve batched steps that continue the prompts under their
-    mixes.
+    """Return the logits (12, rows, vocabulary) of twelve batched steps that continue the prompts.
 
-    `tokens`: logits whose argmax is appended, instead of the runner's own argmax.
+    `tokens`: logits whose argmax is appended to the prompts; default: the runner's own logits.
     """
     rows = [RunnerRow(t, 0, range(4 * i, 4 * i + 4), mix) for i, (t, mix) in enumerate(zip(texts, mixes, strict=True))]
     out = []
@@ -110,8 +111,10 @@ def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: 
 @pytest.mark.skipif(not compiled.has("decode"), reason="no kernels for a decoder on this processor")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q8_0", "Q4_0"])
 def test_products_with_codes_equal_the_reference(kind: str) -> None:
-    """A compiled step over codes and modules that dequantize give the same tokens at temperature 0, except
-    for ties within bfloat16 rounding. The base's weights stay equal bit for bit."""
+    """Compiled steps over codes give the same tokens at temperature 0 as modules that dequantize.
+
+    Ties within bfloat16 rounding are excepted. The base's weights stay equal bit for bit.
+    """
     model = model_in(kind, dtype=torch.bfloat16)
     adapter = trained(plain_of(model), 1, rank=3)
     before, texts = {n: p.dense() for n, p in quantized_of(model)}, prompts([9, 20, 5, 33])
@@ -136,7 +139,7 @@ def test_products_with_codes_equal_the_reference(kind: str) -> None:
     assert all(torch.equal(before[n], p.dense()) for n, p in quantized_of(model))
 
 
-def test_unsupported_codes_use_the_next_path_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_codes_use_the_next_forward_path_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_in("nf4", dtype=torch.bfloat16)
     texts = prompts([9, 20])
     with override_ops(panel_linear="torch"):
@@ -151,7 +154,7 @@ def test_unsupported_codes_use_the_next_path_with_a_message(monkeypatch: pytest.
     monkeypatch.setattr("veneer.serve.forward.runner.panels_of_codes", fails)
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "packed"
-    assert runner.why == "not fused over its codes (RuntimeError: there is no room for panels)"
+    assert runner.why == "not fused with quantized codes (RuntimeError: there is no room for panels)"
     got = continued(runner, [[], []], texts, wanted).double()
     runner.close()
     assert (got - wanted).norm() <= 0.04 * wanted.norm()
@@ -167,7 +170,7 @@ def test_full_rank_and_low_rank_adapters_share_a_batch() -> None:
     runner.close()
 
 
-def test_adapters_beside_codes_equal_merged_adapters() -> None:
+def test_adapters_on_quantized_weights_equal_merged_adapters() -> None:
     model = model_in("int8")
     plain = plain_of(model)
     adapter = trained(plain, 3, dora=True)

@@ -1,4 +1,4 @@
-"""One live server per test file, reset for each test."""
+"""One live server per test module, reset before each test."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def server(_served: Live) -> Live:
     _served.engine = service.engine = ToyEngine(_served.engine.text)
     _served.catalog = service.catalog = ToyCatalog()
     service.phase = "ready"
-    service.__post_init__()  # reset metrics and counters
+    service.__post_init__()  # resets metrics and counters
     return _served

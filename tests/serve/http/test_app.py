@@ -31,7 +31,7 @@ CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "m
 
 
 def samples(text: str) -> dict[tuple[str, str], float]:
-    """Parse metrics into (name, labels that differ between series) -> value."""
+    """Parse metrics. Return (name, values of the labels that distinguish series) -> value."""
     found = {}
     for family in text_string_to_metric_families(text):
         for s in family.samples:
@@ -100,7 +100,7 @@ def test_metrics_list_running_and_waiting_adapters(server: Live) -> None:
         "/v1/completions",
         json={"model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True},
     ) as slow:
-        # keep a reference: collecting the iterator would close the connection and cancel the request
+        # keep a reference: garbage collection of the iterator would close the connection
         answer = slow.iter_raw()
         next(answer)
         assert 'running_lora_adapters="sql"' in server.get("/metrics").text
@@ -164,7 +164,7 @@ def test_every_request_is_billed_once(text: ToyText) -> None:
         server.post("/v1/chat/completions", chat("Hi", n=3), "admin")
         _, three = tenancy.bills[-1]
         assert len(tenancy.bills) == 1
-        assert three.prompt == len(server.engine.seen[0].prompt)  # one prompt, three completions
+        assert three.prompt == len(server.engine.seen[0].prompt)  # one prompt for three completions
         assert three.completion == 3 * 8 or three.completion % 3 == 0
         server.post("/v1/chat/completions", chat("FAIL now please"), "admin")
         assert tenancy.bills[-1][1].completion == 3
@@ -216,7 +216,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", BODIES)
 def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
-    """Replace each key of each body by every hostile value, with the other keys valid."""
+    """Replace each key of each body with every hostile value; the other keys stay valid."""
     from veneer.serve.http.surfaces import openai, tgi, vllm
 
     models: dict[str, Any] = {
@@ -242,8 +242,11 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
 
 @pytest.mark.slow
 def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
-    """Schemathesis generates bodies for every route; no response is a 5xx. Each body is sent as generated,
-    and again with its required keys valid, so that many requests reach the engine."""
+    """Schemathesis generates bodies for every route; no response is a 5xx.
+
+    Each body is sent as generated, and again with only its required keys and at most one other key, so that
+    many requests reach the engine.
+    """
     statuses: dict[str, set[int]] = {}
 
     def ask(case: Any) -> None:
@@ -280,7 +283,7 @@ def test_the_openapi_description_is_complete(server: Live) -> None:
     assert not re.search(r"/home|/work", server.get("/openapi.json").text)
 
 
-def test_health_is_the_engines(server: Live) -> None:
+def test_health_and_readiness_report_engine_problems(server: Live) -> None:
     assert server.get("/health").json() == {"status": "ok"}
     server.engine.problem = lambda: "the engine's thread has ended"  # type: ignore[method-assign]
     for path in ("/health", "/ready"):

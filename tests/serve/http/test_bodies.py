@@ -1,4 +1,4 @@
-"""Bodies are measured before they are parsed, and parsed strictly, on every route."""
+"""On every route, the size of a body is checked before parsing, and parsing is strict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUE = st.recursive(
 
 
 def counted(value: Any) -> tuple[int, int]:
-    """Return (number of values and keys, depth), counted by recursion."""
+    """Return (number of values and keys, depth), computed recursively."""
     inner = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     below = [counted(each) for each in inner]
     own = len(value) if isinstance(value, dict) else 0
@@ -37,7 +37,7 @@ def counted(value: Any) -> tuple[int, int]:
 
 
 @given(VALUE, st.booleans(), st.sampled_from([None, 1]))
-def test_counted_values_equal_those_json_parses(value: Any, ascii: bool, indent: int | None) -> None:
+def test_value_counts_equal_those_of_parsed_json(value: Any, ascii: bool, indent: int | None) -> None:
     data = json.dumps(value, ensure_ascii=ascii, indent=indent).encode("utf-8", "replace")
     values, depth = count_values(data)
     wanted, deep = counted(json.loads(data))
@@ -47,7 +47,7 @@ def test_counted_values_equal_those_json_parses(value: Any, ascii: bool, indent:
 
 
 def test_a_string_across_chunks_is_one_value() -> None:
-    for n in range(4):  # a chunk can end at a backslash or at the character it escapes
+    for n in range(4):  # the chunk ends at a backslash, at the character that it escapes, or near them
         text = "x" * (CHUNK - 3 + n) + '\\" [[[, \\\\' * 3
         assert count_values(json.dumps({"a": text}).encode()) == (3, 1)
         assert read_json(json.dumps({"a": text}).encode()) == {"a": text}
@@ -124,7 +124,7 @@ def test_only_a_few_errors_of_a_body_are_listed(small: Live, path: str, body: An
 
 @pytest.mark.parametrize("path", SURFACES)
 def test_disconnect_mid_body_is_not_a_server_error(path: str) -> None:
-    """The server logs no error, counts no refused request, and releases the request's slot."""
+    """The server logs no error, does not count a refused request, and releases the request's slot."""
     app = toy_app(ToyEngine(ToyText()), ToyCatalog())
     service, answers = app.state.service, []
     come = iter([{"type": "http.request", "body": b'{"model', "more_body": True}, {"type": "http.disconnect"}])

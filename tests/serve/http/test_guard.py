@@ -18,7 +18,7 @@ EVIL = "https://evil.example"
 def statuses(
     requests: list[dict[str, Any]], tenancy: Tenancy | None = None, settings: HttpSettings | None = None
 ) -> list[int]:
-    """Return the status of each request, given as method, path, headers and httpx options."""
+    """Return the status of each request; requests are given as httpx arguments."""
     app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenancy, settings)
     return [each.status_code for each in responses(app, requests, "http://localhost:8000")]
 
@@ -33,14 +33,14 @@ OTHER_HOSTS += ["evil.example/health?", "["]
 
 
 @pytest.mark.parametrize("host", OWN_HOSTS + OTHER_HOSTS)
-def test_a_server_without_keys_answers_to_its_own_hosts(host: str) -> None:
+def test_a_server_without_keys_accepts_only_its_own_hosts(host: str) -> None:
     settings = HttpSettings(allowed_hosts=("desk.example",))
     exempt = [{"method": "GET", "url": path, "headers": {"host": host}} for path in ("/health", "/ready", "/metrics")]
     status = 200 if host in OWN_HOSTS else 421
     assert statuses([asked(host=host), *exempt], settings=settings) == [status, 200, 200, 200]
 
 
-def test_a_server_with_keys_answers_to_any_host() -> None:
+def test_a_server_with_keys_accepts_any_host() -> None:
     assert statuses([asked(host="10.0.0.7", authorization=f"Bearer {KEY}")], KeyAccess([KEY])) == [200]
 
 

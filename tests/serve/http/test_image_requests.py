@@ -1,4 +1,4 @@
-"""The Studio's images and errors equal those over HTTP."""
+"""Images and errors in the Studio equal those of the HTTP route."""
 
 from __future__ import annotations
 

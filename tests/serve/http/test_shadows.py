@@ -23,7 +23,7 @@ from veneer.serve.tenancy.tenants import Tenants
 
 
 class Shadowed(ToyCatalog):
-    """A catalog in which `stable` and `canary` have shadows and the shadow of `risky` is missing."""
+    """A catalog in which `stable` and `canary` have shadows; `risky` has a shadow that is missing."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         shadows: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A stream and its source close when the client disconnects or stops reading."""
+"""A stream and its source are closed when the client disconnects or stops reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.serve.http.sse import EventStream, data
 
 
 class Source:
-    """An endless source of events, one per turn of the event loop. `made`: number of events requested."""
+    """An endless source of events, one per turn of the event loop. `made`: number of events yielded."""
 
     def __init__(self) -> None:
         self.made, self.closed = 0, False
@@ -29,8 +29,8 @@ class Source:
 
 @pytest.mark.parametrize("turns", range(6))
 def test_a_disconnect_during_a_write_ends_the_stream(turns: int) -> None:
-    """uvicorn can resume a paused write at the moment it reports the disconnect; in either order no more
-    events are generated."""
+    """uvicorn can resume a paused write at the moment it reports the disconnect. Whichever comes first, the
+    source yields no more events."""
 
     async def run() -> None:
         source, gone = Source(), asyncio.Event()

@@ -1,8 +1,9 @@
-"""A toy engine, catalog and tenancy that complete by a rule, and fail, wait or refuse on request.
+"""A toy engine, catalog and tenancy: completions follow a fixed rule, and prompts can trigger failures.
 
-The completion of a prompt is "[mix] last line", with mix "base" or "digest*strength+…". Words in the prompt's
-last line trigger failures: FAIL (after three tokens), CRASH (a bug after one), FULL (refused at once), SLOW
-(0.05 s per token), TOOL (writes a tool call); SAY:text completes with that text.
+The completion of a prompt is "[mix] last line", where mix is "base" or "digest*strength+…". Words in the
+prompt's last line trigger other behavior: FAIL (an error after three tokens), CRASH (an exception after the
+first), FULL (refused at once), SLOW (0.05 s per token), TOOL (the completion is a tool call), SAY:text (the
+completion is text).
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class ToyEngine(Engine[Request, EngineEvent]):
 
 
 def _last_line(said: str) -> str:
-    """Return the last line of the user's last message, from a chat or a plain prompt."""
+    """Return the last line of the user's last message, from a chat prompt or a plain prompt."""
     turns = re.findall(r"<\|im_start\|>(?:user|system)\n(.*?)<\|im_end\|>", said, re.S)
     return ["", *(turns[-1] if turns else said).strip().splitlines()][-1]
 
@@ -164,7 +165,7 @@ def rule(mix: DigestMix, last: str) -> str:
 
 
 def fitting(kind: str, pattern: str) -> str:
-    """Return a text that the grammar accepts, for the grammars that tests use."""
+    """Return a text that the grammar accepts. Supports only the grammars that the tests use."""
     if kind == "json_object":
         return '{"a": 1}'
     if kind == "regex":
@@ -188,7 +189,7 @@ def _instance(schema: Any) -> Any:
 
 @dataclass
 class ToyCatalog:
-    """Adapters by name, a route with a shadow, and sources that choose which error their load raises."""
+    """Adapters by name, a route with a shadow, and sources that can be loaded or fail to load."""
 
     base: str = "toy"
     fingerprint: str = "sha256:toy"
@@ -200,7 +201,7 @@ class ToyCatalog:
             self.adapters[name] = ModelCard(name, source, self.base, 1700000000, f"d-{name}")
 
     async def fresh(self) -> None:
-        """Do nothing: names are fixed."""
+        """Do nothing, because the names never change."""
 
     def check(self, name: str) -> None:
         """Allow every name."""
@@ -252,8 +253,7 @@ class ToyCatalog:
 
 @dataclass
 class ToyTenancy(Tenancy):
-    """Two keys: `admin` sees everything; `acme` sees only sql, with 40 tokens per completion and one request
-    at a time."""
+    """Two keys: `admin` sees everything; `acme` sees only sql and stable, with 40 tokens per completion."""
 
     bills: list[tuple[str, Usage]] = field(default_factory=list)
     inside: int = 0
@@ -296,7 +296,7 @@ class ToyBill:
 
 @dataclass
 class Live:
-    """A server on a free port in its own thread. `service` is the service of its app."""
+    """A server on a free port in a thread, with a client."""
 
     url: str
     app: Any
@@ -316,7 +316,7 @@ class Live:
         return self.client.get(path, headers={"authorization": f"Bearer {key}"} if key else {})
 
     def events(self, path: str, body: Any) -> list[Any]:
-        """Return the stream's events, parsed as JSON; other events as text."""
+        """Return the stream's events, parsed as JSON; "[DONE]" stays a string."""
         answer = self.post(path, body)
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -331,7 +331,7 @@ def toy_app(engine: ToyEngine, catalog: ToyCatalog, tenancy: Any = None, setting
 
 @contextmanager
 def live(engine: ToyEngine, catalog: ToyCatalog, *how: Any, **options: Any) -> Iterator[Live]:
-    """Serve `toy_app` with these arguments."""
+    """Serve `toy_app` with the given arguments until the context ends."""
     app = toy_app(engine, catalog, *how, **options)
     with served(app) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield Live(url, app, engine, catalog, client)
@@ -339,7 +339,7 @@ def live(engine: ToyEngine, catalog: ToyCatalog, *how: Any, **options: Any) -> I
 
 @contextmanager
 def served(app: Any) -> Iterator[str]:
-    """The address of a server of this app on a free port, in a thread."""
+    """Serve an app on a free port in a thread. Yield the server's URL."""
     config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -354,7 +354,7 @@ def served(app: Any) -> Iterator[str]:
 
 
 def responses(app: Any, requests: Iterable[dict[str, Any]], base: str = "http://localhost", **how: Any) -> list[Any]:
-    """Return an app's response to each request, given as httpx's arguments. `how`: options of ASGITransport."""
+    """Return the app's response to each request, given as httpx arguments. `how`: options of ASGITransport."""
 
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app, **how), base_url=base) as client:
@@ -364,7 +364,10 @@ def responses(app: Any, requests: Iterable[dict[str, Any]], base: str = "http://
 
 
 def fuzzed(url: str, ask: Callable[[Any], None], starts: tuple[str, ...] = ("/",)) -> None:
-    """Call `ask` with cases that schemathesis makes up for each documented route below one of `starts`."""
+    """Call `ask` with test cases that schemathesis generates for each documented route.
+
+    `starts`: prefixes of the paths to test.
+    """
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis.errors import Unsatisfiable
@@ -377,7 +380,7 @@ def fuzzed(url: str, ask: Callable[[Any], None], starts: tuple[str, ...] = ("/",
             try:
                 limits(given(case=found.ok().as_strategy(generation_mode=mode))(ask))()
             except Unsatisfiable:
-                assert mode is GenerationMode.NEGATIVE  # a route that takes nothing has nothing wrong either
+                assert mode is GenerationMode.NEGATIVE  # a route without input cannot receive invalid input
 
 
 def free_port() -> int:
@@ -388,7 +391,7 @@ def free_port() -> int:
 
 
 def wait_for(ready: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Return the first true value of `ready`."""
+    """Wait until `ready` returns a true value, and return the value."""
     end = time.monotonic() + seconds
     while not (found := ready()):
         assert time.monotonic() < end, "it did not happen in time"

@@ -1,4 +1,4 @@
-"""The adapter cache: leases, limits, eviction and invariants, also with threads."""
+"""The adapter cache: leases, limits, eviction and invariants, also when used by several threads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_memory_is_granted_in_order_of_requests() -> None:
     shop.run()
     running[0].end()
     shop.run()
-    assert (large.told, small.told) == ([], [])  # the small adapter would fit, but does not overtake the large one
+    assert (large.told, small.told) == ([], [])  # the small adapter fits, but does not overtake the large one
     running[1].end()
     shop.run()
     assert large.lease
@@ -54,7 +54,7 @@ def test_memory_is_granted_in_order_of_requests() -> None:
 
 
 def test_twice_as_many_as_fit_take_turns() -> None:
-    """Every adapter always has a request: all adapters are served about equally, with few loads."""
+    """Although every adapter has a request at any time, all are served about equally, with few loads."""
     shop = Shop({str(i): 1 for i in range(8)})
     residents = shop.residents(4)
     served = dict.fromkeys(shop.sizes, 0)
@@ -67,7 +67,7 @@ def test_twice_as_many_as_fit_take_turns() -> None:
                 asked[name] = (request, tick + 3)
             elif request.lease and tick >= ends:
                 served[name] += 1
-                follower = Asked(residents, name)  # acquired before the other lease ends, so the adapter is never idle
+                follower = Asked(residents, name)  # acquired before the earlier lease ends: the adapter is never idle
                 request.end()
                 asked[name] = (follower, 0)
     assert min(served.values()) > 0.6 * max(served.values()) > 50, served
@@ -90,7 +90,7 @@ def test_an_adapter_that_grows_when_prepared() -> None:
     running = [Asked(residents, "a")]
     shop.run()
     assert residents.stats().bytes == 2 * UNIT
-    waiting = [Asked(residents, "b"), Asked(residents, "c")]  # one unit each by file size, two once loaded
+    waiting = [Asked(residents, "b"), Asked(residents, "c")]  # one unit each by file size, but two once loaded
     shop.run()
     assert residents.stats().bytes == 4 * UNIT
     assert sum(bool(w.lease) for w in waiting) == 1

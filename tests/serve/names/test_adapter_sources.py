@@ -1,4 +1,4 @@
-"""Folders from which adapters may be loaded, and the reasons for refusals."""
+"""Folders from which the server loads adapters, and the reasons for refusals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_files_outside_the_folder_are_not_found(make, base, folder, tmp_path, so
     os.mkfifo(folder / "fifo")
     catalog = make()
     error = refused(lambda: catalog.load("x", source.replace("{out}", str(tmp_path / "out"))))
-    if source == "":  # the folder itself contains no adapter
+    if source == "":  # "" is the allowed folder itself, which contains no adapter
         assert error.status == 400
     else:
         assert (reason(error), error.status) == ("not_found", 404)
@@ -133,7 +133,7 @@ def test_a_file_without_its_scale_is_refused_with_the_fix(make: Make, base: Text
 @pytest.mark.parametrize(
     ("problem", "word"),
     [
-        ("q_proj: DoRA with a norm for each input", "dora_unsupported"),
+        ("q_proj: DoRA with one norm per input", "dora_unsupported"),
         ("lm_head: a full copy", "modules_to_save_unsupported"),
         ("embed_tokens: token rows", "modules_to_save_unsupported"),
         ("q_proj: a hadamard delta", "form_unsupported"),
@@ -147,7 +147,7 @@ def test_adapters_the_runner_cannot_serve_are_refused(make, base, folder, librar
     assert reason(error) == word
     assert problem in error.what
     assert catalog.resolve("kept", OPERATOR).mix == ((digest, 1.0),)
-    # by the same rules when it is first asked for
+    # the same checks apply when the library's adapter is first read
     assert reason(refused(lambda: catalog.sources.read(digest, catalog.problems))) == word
 
 

@@ -49,7 +49,7 @@ def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
 
 
 def test_names_of_fine_tuned_models(make: Make, base: TextBase, folder: Path, library: Library) -> None:
-    """Names contain base, namespace and id; permissions use the library's name."""
+    """A name consists of the base, namespace and id; permissions are checked with the library's name."""
     first, last = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "acme/support-kq7vz2mh")
     library.alias("acme/support-kq7vz2mh@1", "ckpt-step-40")
@@ -84,7 +84,7 @@ def test_adapters_of_the_library_need_no_loading(make: Make, base: TextBase, fol
 
 
 def test_names_are_resolved_without_a_database(make, base, folder, library, monkeypatch):
-    """Resolves known and unknown names, lists names, and finds an adapter's files at first use."""
+    """No query runs when known or unknown names are resolved, names are listed, or an adapter is first read."""
     digest = saved(base, folder / "a")
     library.add(folder / "a", "acme/support")
     library.alias("acme/support@1", "prod")
@@ -162,7 +162,7 @@ def test_parts_of_a_mix_have_the_operators_names(make: Make, base: TextBase, fol
 
 
 class Split:
-    """Routes: `live` chooses a or b by user, has a shadow, and is visible only to tenant `t`."""
+    """Routes: `live` chooses a or b depending on the user, has a shadow, and is visible only to tenant `t`."""
 
     def __init__(self, shadow: str | None = "b") -> None:
         self.under = shadow
@@ -353,7 +353,7 @@ def test_an_evicted_adapter_must_be_unchanged_when_reloaded(make: Make, base: Te
     assert isinstance(get("y"), Lease)
 
 
-def test_an_adapter_larger_than_memory_leaves_nothing(make: Make, base: TextBase, folder: Path) -> None:
+def test_an_adapter_larger_than_memory_leaves_no_name(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a")
     catalog = make(limit=100)
     error = refused(lambda: catalog.load("x", "a"))
@@ -361,7 +361,7 @@ def test_an_adapter_larger_than_memory_leaves_nothing(make: Make, base: TextBase
     assert len(catalog.models(OPERATOR)) == 1
 
 
-def test_loads_of_one_name_at_once(make: Make, base: TextBase, folder: Path) -> None:
+def test_concurrent_loads_of_one_name(make: Make, base: TextBase, folder: Path) -> None:
     for i in range(4):
         saved(base, folder / f"a{i}", i)
     catalog, outcomes = make(), list[str]()

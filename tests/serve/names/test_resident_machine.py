@@ -1,4 +1,4 @@
-"""Adapters in memory under any sequence of requests, ends, jobs and drops."""
+"""Adapters in memory, under any sequence of requests, completions, loads and drops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.serve.names.adapter_cache import AdapterCache
 
 
 class Freed(list[str]):
-    """List of released adapters; asserts at each release."""
+    """A list of the adapters released so far; runs a check at each release."""
 
     def __init__(self, check: Callable[[str], None]) -> None:
         self.check = check
@@ -30,7 +30,7 @@ class Freed(list[str]):
 
 
 class Machine(RuleBasedStateMachine):
-    """Invariants of the cache under any sequence of requests, completions, loads and evictions."""
+    """The adapter cache and its invariants, under any sequence of requests, completions, loads and drops."""
 
     SIZES: ClassVar = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3, "f": 4}
     LIMIT = 6
@@ -44,7 +44,7 @@ class Machine(RuleBasedStateMachine):
         self.running: list[Asked] = []
 
     def gone(self, digest: str) -> None:
-        """Assert that an evicted adapter is not in use."""
+        """Assert that a released adapter is not in use."""
         used = [r.lease for r in (*self.waiting, *self.running) if r.lease is not None]
         assert digest not in {thing.name for lease in used for thing, _ in lease.parts}
 
@@ -105,7 +105,7 @@ class Machine(RuleBasedStateMachine):
             assert each.leases == sum(digest in dict(r.mix) for r in self.running)
 
     def teardown(self) -> None:
-        """Assert that all waiting requests are served once all running requests have ended."""
+        """Assert that every waiting request is served once the running requests have ended."""
         for _ in range(500):
             self.shop.run()
             self.sound()

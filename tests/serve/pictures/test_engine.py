@@ -168,7 +168,7 @@ def test_a_busy_tenant_does_not_delay_others(base: ImageBase, shelf: Shelf) -> N
     assert order.index("few") <= 2
 
 
-def test_a_full_or_closed_queue_refuses(base: ImageBase, shelf: Shelf) -> None:
+def test_a_full_or_closed_queue_refuses_requests(base: ImageBase, shelf: Shelf) -> None:
     engine = PictureEngine(base, shelf.read, window=5.0, max_batch=8, max_waiting=2)
 
     async def run() -> list[Any]:
@@ -204,7 +204,7 @@ def test_an_error_fails_only_its_picture(base: ImageBase, shelf: Shelf) -> None:
         overflow, unfitting, fine, missing = asyncio.run(run())
         assert levels(fine[0].picture.image, drawn(engine, ask(2))[0].picture.image) == 0
     assert (overflow.code, overflow.status) == ("invalid_request", 400)
-    assert "not finite" in str(overflow)
+    assert "NaN or infinite" in str(overflow)
     assert unfitting.code == "adapter_unusable"
     assert missing.status == 404
 
@@ -272,7 +272,7 @@ def test_cancelling_during_a_read_releases_everything(base: ImageBase) -> None:
         assert engine.residents.stats().waiting == 0
         drawn(engine, ask(1, (a, 1.0)))
         engine.residents.drop(a)
-        wait_for(lambda: not engine.residents.resident() and not engine.attachment.adapters)  # every lease has ended
+        wait_for(lambda: not engine.residents.resident() and not engine.attachment.adapters)  # all leases have ended
 
 
 def test_a_record_belongs_to_one_caller(engine: PictureEngine, shelf: Shelf) -> None:

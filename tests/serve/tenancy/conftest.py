@@ -1,4 +1,4 @@
-"""Fixtures: an empty tenants' database of each kind, and a clock that tests advance."""
+"""Fixtures: an empty tenants' database on each kind of server, and a clock that tests advance."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Clock:
 
 
 def set_price(store: Store, prompt: int, cached: int, completion: int, tenant: str = "", adapter: str = "") -> None:
-    """Set the price per million tokens."""
+    """Set the prices per million tokens."""
     values = {"prompt_price": prompt, "cached_price": cached, "completion_price": completion}
     manage.change_settings(store, tenant, values, adapter=adapter, actor="test")
 
 
 def new_tenant(store: Store, name: str, adapters: Sequence[str] = (), **more: Any) -> str:
-    """Add a tenant; return a key of it."""
+    """Add a tenant. Return a new key for the tenant."""
     manage.add_tenant(store, name, adapters=adapters, actor="test", **more)
     return manage.make_tenant_key(store, name, actor="test")[1]
 

@@ -1,11 +1,11 @@
 """Kill servers while clients use them, then compare the ledger with the clients' records.
 
-    python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  a server under load, killed at random
-    python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    one scenario, killed at every STRIDEth step
+    python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  kill a server under load at random times
+    python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    kill one scenario at every STRIDEth step
 
 This is a separate program so that it can fork safely. The server writes to a socket, so clients record
-exactly what was delivered before the kill. The exit code is 0 if the ledger agrees with the clients; prints a
-summary.
+exactly what was delivered before the kill. The program prints a summary and exits with code 0 if the ledger
+agrees with the clients.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PRICES = {f"{name}_price": value for name, value in asdict(PRICE).items()}
 
 
 def answer(request: str) -> Usage:
-    """Return a request's usage, which server and clients compute in advance."""
+    """Return the usage of a request. It depends only on the name, so the server and clients can compute it."""
     pick = random.Random(request)
     return Usage(pick.randrange(10, 500), pick.randrange(0, 10), pick.randrange(1, 400), 0.25, 0.5, 0.125)
 
@@ -58,7 +58,7 @@ def opened(url: str, folder: Path, *, watch: bool = False) -> Tenants:
 
 
 async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:
-    """Serve a request as an HTTP route does: admit, send tokens, bill, send the end."""
+    """Serve a request as an HTTP route does: admit it, send tokens, bill it, and report the end."""
     took, pick = answer(request), random.Random(f"{request}-")
     served = ResolvedModel((), "support", pick.choice(["v1", "v2"]))
     caller, how = Principal("tenant", tenant_of(request)), {"request": request, "prompt_tokens": took.prompt}
@@ -80,7 +80,7 @@ def server(url: str, folder: Path, socket: str) -> None:
             file.write(f"{tenants.ledger.recovered['done']}\n")
         post = ledger_module.post
 
-        # a slow database, so that the last tokens are sent before their rows are written
+        # simulate a slow database, so that the last tokens are sent before the ledger's rows are written
         def slowly(*arguments: Any, **named: Any) -> int:
             time.sleep(random.random() * 0.05)
             return post(*arguments, **named)
@@ -108,7 +108,7 @@ def server(url: str, folder: Path, socket: str) -> None:
 async def clients(
     socket: str, prefix: str, kill: Callable[[], None], seconds: float, saw: dict[str, list[Any]]
 ) -> None:
-    """Run many clients, each sending one request after another, until the server is gone."""
+    """Run many clients until the server is gone. Each client sends one request after another."""
 
     async def client(number: int) -> None:
         with contextlib.suppress(ConnectionError, OSError):
@@ -131,7 +131,7 @@ async def clients(
             break
         await asyncio.sleep(0.01)
     running = [asyncio.create_task(client(n)) for n in range(CLIENTS)]
-    for _ in range(3000):  # start the clock at the first response, so that slow machines get the same time
+    for _ in range(3000):  # wait for the first complete response, so that slow machines get as much time under load
         if any(lines and "used" in lines[-1] for name, lines in saw.items() if name.startswith(f"{prefix}-")):
             break
         await asyncio.sleep(0.01)
@@ -158,7 +158,7 @@ def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def dying(step: int) -> Callable[[Any], Any]:
-    """Return a wrapper for functions that kills the process before their `step`th call in total."""
+    """Return a decorator: after `step` calls of decorated functions, the next call kills the process."""
     left = [step]
 
     def stepping(function: Any) -> Any:
@@ -174,8 +174,10 @@ def dying(step: int) -> Callable[[Any], Any]:
 
 
 def scenario(url: str, folder: Path, told: int, step: int) -> None:
-    """Three requests, in a process that dies before its `step`th write to the journal, statement to the
-    database, commit, word to a client or unlink."""
+    """Serve three requests in a process that is killed after `step` steps.
+
+    A step is a write to the journal or a client, a database statement or commit, or the removal of a file.
+    """
     tenants, stepping = opened(url, folder), dying(step)
     for owner, name in ((Connection, "execute"), (Connection, "commit"), (os, "pwrite"), (os, "write"), (os, "unlink")):
         setattr(owner, name, stepping(getattr(owner, name)))
@@ -191,14 +193,14 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
             how = {"request": f"s{step}-x", "prompt_tokens": took.prompt, "max_tokens": 5}
             async with tenants.admitted(Principal("tenant", "t0"), ResolvedModel((), "n", "v1"), **how):
                 await say({"request": f"s{step}-x", "word": "…"})
-                raise ZeroDivisionError  # a route that fails before it bills
+                raise ZeroDivisionError  # as a route that fails before it bills
 
     asyncio.run(run())
     tenants.close()
 
 
 def each_step(act: Callable[[int, int], object], stride: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield (step, messages before the kill) for a kill at each step, until a process finishes."""
+    """Yield (step, messages sent before the kill) for each step, until a process ends without a kill."""
     for step in range(0, 10_000, stride):
         here, there = os.pipe()
         child = fork(lambda step=step, there=there: act(there, step))
@@ -239,9 +241,9 @@ def prepare(url: str, folder: Path) -> None:
 
 
 def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]:
-    """Compare the ledger with the clients' records, after another start has settled open requests."""
+    """Compare the ledger with the clients' records. Starting a server first settles open requests."""
     deadline = time.monotonic() + 10
-    while True:  # PostgreSQL can take a moment to notice that the killed clients are gone
+    while True:  # PostgreSQL can take a moment to notice that the killed server's connections are gone
         tenants = opened(url, folder)
         with reading(tenants.store.engine) as c:
             rows = c.execute(select(ledger)).all()

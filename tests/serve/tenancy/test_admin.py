@@ -162,8 +162,8 @@ def test_admin_routes_need_the_admin_key(call: Call, tenants: Tenants) -> None:
         ("PATCH", "/tenants/acme", {"concurrency": 0}, {}, "concurrency must be"),
         ("PATCH", "/tenants/acme", {"training_jobs": -1}, {}, "training_jobs must be"),
         ("PATCH", "/tenants/acme", {"feedback_days": 0.0}, {}, "feedback_days must be"),
-        ("PATCH", "/tenants/acme", {"adapters": ["../x"]}, {}, "not a pattern"),
-        ("PATCH", "/tenants/acme", {"prompt_price": 1}, {}, "needs prompt_price and completion_price"),
+        ("PATCH", "/tenants/acme", {"adapters": ["../x"]}, {}, "not a valid pattern"),
+        ("PATCH", "/tenants/acme", {"prompt_price": 1}, {}, "needs both prompt_price and completion_price"),
         ("PATCH", "/tenants/acme", {"weight": 2.0}, {"adapter": "support"}, "not a setting of adapter support"),
         ("PATCH", "/tenants/acme", {"shared_cache": ["base"]}, {}, "not a setting of a tenant"),
         ("PATCH", "/settings", {"weight": 2.0}, {}, "not a setting of all"),
@@ -178,7 +178,7 @@ def test_admin_routes_need_the_admin_key(call: Call, tenants: Tenants) -> None:
         ("GET", "/audit", None, {"limit": 0}, "limit must be"),
         ("POST", "/tenants/acme/keys", {"expires": "soon"}, {}, "not a time"),
         ("POST", "/tenants", {"name": "acme"}, {}, "already"),
-        ("POST", "/tenants", b'{"name": "b", "weight": Infinity}', {}, "Infinity is not a number there"),
+        ("POST", "/tenants", b'{"name": "b", "weight": Infinity}', {}, "Infinity is not a valid JSON number"),
     ],
 )
 def test_invalid_requests_are_400_with_the_reason(call, method, path, body, query, words):
@@ -207,8 +207,10 @@ def test_unknown_names_are_404_with_the_nearest(call: Call, method: str, path: s
 
 
 def test_route_targets_are_checked_before_a_move(tenants: Tenants) -> None:
-    """A target or shadow that is missing or cannot be served is a 400 that names it; the route does not
-    change."""
+    """A target or shadow that is missing or cannot be served returns 400 and is named in the message.
+
+    The route does not change.
+    """
     there = {"v1", "v2"}
 
     class Names(ToyCatalog):

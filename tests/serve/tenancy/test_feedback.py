@@ -1,6 +1,7 @@
-"""Stored answers in each kind of database: counted, exported and removed.
+"""Stored answers on each kind of database are counted, exported and removed.
 
-The HTTP routes are tested in surfaces/test_feedback.py."""
+surfaces/test_feedback.py tests the HTTP routes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock
     manage.add_tenant(tenants.store, "acme", actor="me")
     manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, actor="me")
     tenants.store.refresh()
-    for n in range(230):  # more than one batch of reads or writes
+    for n in range(230):  # more than one batch when reading and writing
         keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
     for n in range(230):
         tenants.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, changed=frozenset({"up"})))
@@ -90,5 +91,5 @@ def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
 
 
 def test_an_unknown_kind_of_rows_is_refused(tenants: Tenants) -> None:
-    with pytest.raises(ConfigError, match="'dpo' is not a kind of rows"):
+    with pytest.raises(ConfigError, match="'dpo' is not a kind of training rows"):
         feedback_rows(tenants.store.engine, "acme", "dpo")

@@ -1,4 +1,4 @@
-"""After SIGKILL at any moment, the ledger has each answered request exactly once, with its usage."""
+"""After SIGKILL at any moment, the ledger has every answered request exactly once, with its usage."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def drive(*arguments: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_ledger_agrees_with_clients_after_kills(where: str, quick: Path, request: pytest.FixtureRequest) -> None:
-    """The driver checks every run.
+    """The driver compares the ledger with the clients after each run.
 
-    Kills are random, so runs repeat until both kinds of loss have occurred."""
+    Kills are random, so runs repeat until both counts of `seen` are positive.
+    """
     remote = where.startswith("postgresql")
-    # answered requests whose ledger commit was prevented by the kill
+    # requests interrupted by a kill, and finished requests that were recovered from the journal
     seen = {"interrupted": 0, "from_journal": 0}
     for seed in range(1, 7):
-        folder = quick / str(seed)  # an empty database and an empty outbox for each run
+        folder = quick / str(seed)  # an empty database and an empty journal folder for each run
         folder.mkdir()
         place = request.getfixturevalue("postgres")() if remote else str(folder / "tenants.sqlite")
         done = drive("load", place, str(folder), "2" if remote else "4", str(seed))

@@ -86,7 +86,7 @@ def test_journal_files_are_readable_only_by_the_user(tmp_path: Path) -> None:
 
 
 def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenants, clock: Clock) -> None:
-    """Compare with a sum of the ledger's rows in Python."""
+    """The reference sums the ledger's rows in Python."""
     pick = random.Random(3)
     set_price(tenants.store, 333_333, 33_333, 777_777)
     set_price(tenants.store, 1, 999_999, 123_457, adapter="a")
@@ -147,9 +147,9 @@ def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock
     assert set(rows(tenants)) == {"new0", "new1", "new2"}
     with reading(tenants.store.engine) as c:
         assert usage(c) == before
-    tenants.ledger.server = "0" * 16  # as another server
+    tenants.ledger.server = "0" * 16  # read as if from another server
     with write_transaction(tenants.store.engine) as c:
-        c.execute(delete(line_table))  # usage within a window is never summed from rows
+        c.execute(delete(line_table))  # usage within a window must not be summed from these rows
     seen = tenants.ledger.usage_of_other_servers(86400.0)
     found = [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen]
     assert found == [("acme", "", 3, 6), ("acme", "v1", 3, 6)]
@@ -163,7 +163,7 @@ def test_a_returning_server_overrides_its_interruption(where: str, quick: Path) 
         served = ResolvedModel((), "tiny", "tiny")
         async with lost.admitted(Principal("tenant", "t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             assert lost.ledger.flush()
-            assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # the other server was seen a moment ago
+            assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # `lost` was active a moment ago
             with write_transaction(other.store.engine) as c:
                 c.execute(update(server_table).values(seen=server_table.c.seen - 601))
             assert other.ledger.recover() == {"done": 0, "interrupted": 1}
@@ -180,7 +180,7 @@ def test_a_returning_server_overrides_its_interruption(where: str, quick: Path) 
 
 
 @pytest.mark.parametrize("synced", [False, True])
-def test_synced_writes_usage_to_the_disk(quick: Path, monkeypatch: pytest.MonkeyPatch, synced: bool) -> None:
+def test_the_synced_setting_writes_usage_to_disk(quick: Path, monkeypatch: pytest.MonkeyPatch, synced: bool) -> None:
     tenants = Tenants(
         str(quick / "t.sqlite"), ledger=LedgerSettings(folder=quick / "journals", synced=synced), watch=False
     )
@@ -210,9 +210,9 @@ def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
     assert list((quick / "journals").iterdir()) == []
 
 
-def test_other_files_in_the_folder_stay(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_files_in_the_journal_folder_are_kept(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
     where, old = str(quick / "t.sqlite"), time.time() - 7200
-    outbox = f"{12:016x}.sqlite"  # of an earlier version
+    outbox = f"{12:016x}.sqlite"  # a file of an earlier version of veneer
     for name in ("t.sqlite", "notes.journal", "some.lock", outbox):
         (quick / name).touch()
         os.utime(quick / name, (old, old))
@@ -220,7 +220,7 @@ def test_other_files_in_the_folder_stay(quick: Path, caplog: pytest.LogCaptureFi
     Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
     left = {path.name for path in quick.iterdir()} - {"t.sqlite-wal", "t.sqlite-shm"}
     assert left == {"t.sqlite", "notes.journal", "some.lock", outbox}
-    assert f"{outbox} can have usage that the database lacks" in caplog.text
+    assert f"{outbox} can contain usage that the database lacks" in caplog.text
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ asyncio.run(run())
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 14 MB."""
+    """Mount a file system of 14 MB. Yield its folder."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(place)], capture_output=True)
@@ -286,8 +286,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_loses_no_admitted_request(small_disk: Path) -> None:
-    """Admit requests until the disk is full, then end them; after a kill, the next start recovers all of
-    them."""
+    """Admit requests until the disk is full, then finish them. After a kill, the next start recovers them all."""
     folder, where = small_disk / "journals", str(small_disk / "t.sqlite")
     ran = subprocess.run([sys.executable, "-c", FILLS, where, str(folder)], capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr[-3000:]
@@ -321,11 +320,14 @@ def test_a_start_on_a_full_disk_states_the_needed_space(quick: Path, small_disk:
 
 
 def test_a_refused_request_fails_alone_in_its_group(quick, postgres, caplog):
-    """Ends and admissions are written in one group; a refused admission must not undo an end."""
+    """One group of writes contains both ends and admissions of requests.
+
+    A refused admission must not undo an end.
+    """
     where = postgres()
     tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "journals", room=128 << 10), watch=False)
     locked = psycopg.connect(where)
-    locked.execute("LOCK TABLE tenant_lines")  # blocks all writes to the database
+    locked.execute("LOCK TABLE tenant_lines")  # blocks all writes to the ledger's table
     journal, gate = tenants.ledger.journal, threading.Event()
 
     def entry(n: int) -> LedgerEntry:
@@ -335,7 +337,7 @@ def test_a_refused_request_fails_alone_in_its_group(quick, postgres, caplog):
     while tenants.ledger.open(entry(n)).exception(10) is None:
         n += 1
     assert n > 3
-    journal.writer.put(lambda c, _: gate.wait(10))  # collect the following writes in one group
+    journal.writer.put(lambda c, _: gate.wait(10))  # makes the writer collect the following writes in one group
     asked = [tenants.ledger.open(entry(1000 + i)) for i in range(3)]
     ends = [tenants.ledger.settle(f"r{i}", Usage(1, 0, 1)) for i in range(n)]
     gate.set()
@@ -371,7 +373,7 @@ def test_requests_continue_while_sqlite_is_locked(quick: Path) -> None:
 
 
 def processes(url: str) -> list[int]:
-    """Return PostgreSQL's process ids, the postmaster first."""
+    """Return the process ids of PostgreSQL's server, with the postmaster's first."""
     folder = url.partition("host=")[2].partition("&")[0]
     first = int((Path(folder) / "data" / "postmaster.pid").read_text().split()[0])
     found = [first]
@@ -407,7 +409,7 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
             for process in stopped:
                 os.kill(process, signal.SIGSTOP)
             try:
-                assert await one("first") < 2.0  # includes a wait of half a second for current settings
+                assert await one("first") < 2.0  # includes a wait of half a second for the current settings
                 for n in range(20):
                     assert await one(f"r{n}") < 0.25
                 assert (await tenants.authenticate(ADMIN)).can("administer")
@@ -417,7 +419,7 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
                 assert state.lag > 0
                 said = await asyncio.gather(*(_told(one(f"s{n}")) for n in range(300)))
                 refusals.extend(r for r in said if r is not None)
-                # the outbox is bounded, and 32 pages of 4 KiB hold more than 20 requests
+                # the journal is bounded: its 32 pages of 4 KiB hold more than 20 requests but not all
                 assert 100 < len(refusals) < 280
                 assert set(refusals) == {(503, "overloaded", "usage cannot be recorded at the moment")}
                 app = toy_app(

@@ -1,4 +1,4 @@
-"""Limits: windows, released reservations, and Retry-After."""
+"""Limits: windows, released reservations and Retry-After."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Steps = some.lists(
         some.sampled_from(["one", "two"]),
         some.integers(0, 60),  # prompt tokens
         some.integers(1, 60),  # max_tokens
-        some.floats(0, 1),  # share of the reservation that is used
-        some.integers(0, 4),  # number of later requests that start before this one ends
+        some.floats(0, 1),  # used share of the reservation
+        some.integers(0, 4),  # number of later requests that start before this request ends
     ),
     max_size=60,
 )
@@ -78,7 +78,7 @@ def test_no_window_exceeds_its_limit(steps: list) -> None:
     for _, held, _, used in running:
         held.used(used)
         held.end()
-        held.end()  # a second end releases nothing
+        held.end()  # ending a second time releases nothing
     assert all(c.running == 0 for c in limits.counters.values())
     clock.now += MINUTE * 2
     assert all(c.windows["tokens_per_minute"].used(clock.now) == 0 for c in limits.counters.values())
@@ -105,13 +105,13 @@ def test_retry_after_is_long_enough_and_tight(steps: list, most: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(some.lists(some.tuples(some.floats(0, 90), some.integers(0, 100), some.integers(-100, 50)), max_size=50))
 def test_a_window_agrees_with_a_list_of_amounts(steps: list) -> None:
-    """The reference keeps every amount and sums the amounts within the window."""
+    """The reference keeps a list of all amounts and sums those within the window."""
     window, kept, now = Window(60.0), [], 0.0
     for pause, amount, change in steps:
         now += pause
         slot = window.add(now, amount)
         kept.append([slot, amount])
-        of = kept[len(kept) // 2]  # correct the amount of one of them
+        of = kept[len(kept) // 2]  # correct one of the amounts
         if change > 0 or -change <= of[1]:
             window.put(of[0], change)
             of[1] += change
@@ -141,7 +141,7 @@ def test_requests_of_other_servers_count() -> None:
     limits.take(rules, "acme", ["x"], 20, 20)
     with pytest.raises(Refused, match="tokens a minute") as refused:
         limits.take(rules, "acme", ["x"], 5, 5)
-    assert 50 <= (refused.value.retry_after or 0) <= 52  # the other server's amounts have expired by then
+    assert 50 <= (refused.value.retry_after or 0) <= 52  # by then, the other server's amounts have expired
     limits.set_other_servers(rules, MINUTE, [])
     for _ in range(2):
         limits.take(rules, "acme", ["x"], 5, 5)

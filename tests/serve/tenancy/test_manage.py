@@ -32,7 +32,7 @@ def change_everything(store: Store) -> None:
 
 
 def tamper(store: Store, *statements: object) -> None:
-    """Change the log as somebody with database access could: drop the triggers, then edit rows."""
+    """Change the log as somebody with database access could: drop the triggers, then run the statements."""
     with write_transaction(store.engine) as c:
         if c.dialect.name == "sqlite":
             for verb in ("update", "delete"):
@@ -76,7 +76,7 @@ def test_the_database_refuses_changes_of_audit_lines(store: Store) -> None:
     assert faults(store)[2] == []
 
 
-def test_a_failed_change_leaves_no_line(store: Store) -> None:
+def test_a_failed_change_leaves_no_audit_line(store: Store) -> None:
     manage.add_tenant(store, "acme", actor="ana")
     revision = store.refresh().revision
     with pytest.raises(Exception, match="already"):
@@ -112,5 +112,5 @@ def test_a_truncated_log_is_detected_by_its_head(store: Store, again: bool) -> N
         change_everything(store)
         with reading(store.engine) as c:
             assert c.scalar(select(table.c.previous).where(table.c.number == 1)) == manage.FIRST_HASH
-    assert faults(store)[2] == []  # the hash chain cannot detect a truncated end
+    assert faults(store)[2] == []  # the hash chain alone cannot show that the end is missing
     assert "missing" in faults(store, head)[2][0]

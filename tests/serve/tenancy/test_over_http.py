@@ -19,7 +19,7 @@ ADMIN = "an-admin-key-of-some-length"
 
 
 def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
-    """`plain` costs a thousand times the general price. The ledger stores the library's names."""
+    """`plain` costs a thousand times the default price. The ledger stores the library's names."""
     shop, where = make_shop(tmp_path, ["plain", "rs"]), str(tmp_path / "tenants.sqlite")
     shop.library.alias("plain@1", "prod")
     digest = shop.library.find("plain").digest
@@ -27,7 +27,7 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
     key = new_tenant(store, "acme", ["plain", "rs", "sha256:*"])
     set_price(store, 1_000_000, 1_000_000, 1_000_000)
     set_price(store, 1_000_000_000, 1_000_000_000, 1_000_000_000, adapter="plain")
-    both, dear, cheap = 8008, 8000, 8  # prices of 5 + 3 tokens
+    both, dear, cheap = 8008, 8000, 8  # prices of 5 prompt tokens + 3 completion tokens
     asked: list[tuple[dict[str, Any], int]] = [
         ({"model": "plain"}, dear),
         ({"model": "plain@prod"}, dear),
@@ -65,7 +65,7 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sync", [False, True])
-def test_the_ledgers_settings_reach_it(tmp_path: Path, sync: bool) -> None:
+def test_ledger_settings_reach_the_ledger(tmp_path: Path, sync: bool) -> None:
     shop, where = make_shop(tmp_path, ["plain"]), str(tmp_path / "tenants.sqlite")
     ledger = LedgerSettings(3.0, tmp_path / "here", 1 << 20, sync)
     with served(shop, tenants=where, ledger=ledger) as server:

@@ -1,4 +1,4 @@
-"""Routes: shares by weight, sticky users, minimal moves, and rollback."""
+"""Routes: shares by weight, sticky users, as few moved users as possible, and rollback."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_splits_are_exact_and_move_few_users(moves: list) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(Weights, Weights)
-def test_the_described_move_is_what_happens(first: list, second: list) -> None:
+def test_users_move_as_the_description_says(first: list, second: list) -> None:
     now = routes.planned_route(None, "support", first)
     wanted = routes.planned_route(now, "support", second)
     said = routes.route_change(now, wanted)
@@ -57,7 +57,7 @@ def test_the_described_move_is_what_happens(first: list, second: list) -> None:
         assert f"{count / 100:g}% move from {a} to {b}" in said
     assert said.count(" move from ") == len(moved)
     if not moved:
-        assert said == "No user of support moves."
+        assert said == "No user of support changes target."
     back = routes.route_change(wanted, now)
     assert all(f"{count / 100:g}% move from {b} to {a}" in back for (a, b), count in moved.items())
 
@@ -73,11 +73,11 @@ def test_route_changes_are_described(store: Store) -> None:
         "Of the users of support, 10% move from v1 to v2; all other users keep their target. "
         "v3 also answers 5% of requests; clients never see these answers."
     )
-    assert routes.route_change(shadowed, now).endswith("v3 no longer answers unseen.")
+    assert routes.route_change(shadowed, now).endswith("v3 is no longer a shadow.")
     routes.remove_route(store, "support", actor="me")
     with reading(store.engine) as c:
         gone, back = routes.earlier_route(c, "support")
-    assert routes.route_change(now, gone).startswith("support ends")
+    assert routes.route_change(now, gone).startswith("support is removed")
     assert routes.route_change(gone, back) == routes.route_change(None, begun)
 
 
@@ -89,11 +89,11 @@ def test_users_are_spread_by_weight_and_stay() -> None:
     more = assign_buckets([("v1", 80), ("v2", 20)], runs)
     wider = [owner(more, b) for b in users]
     moved = [(a, b) for a, b in zip(first, wider, strict=True) if a != b]
-    assert set(moved) == {("v1", "v2")}  # no user moves back
+    assert set(moved) == {("v1", "v2")}  # no user moves from v2 to v1
     assert abs(len(moved) / 20_000 - 0.1) < 0.01
     other = [owner(runs, bucket("billing", f"user{n}")) for n in range(20_000)]
     both = sum(a == b == "v2" for a, b in zip(first, other, strict=True))
-    assert both < 300  # two routes choose their ten percent of users independently
+    assert both < 300  # each route chooses its ten percent of users independently
 
 
 def test_routes_are_sticky_by_user_or_tenant(store: Store) -> None:
@@ -122,7 +122,7 @@ def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
     assert asked.choose("support", acme) == "acmes"
     assert acme.sees("support")
     assert not acme.sees("acmes")  # the target is not visible under its own name
-    assert asked.choose("support", globex) is None  # a shared route, hidden from this tenant
+    assert asked.choose("support", globex) is None  # the shared route is hidden from this tenant
     assert (asked.names(acme), asked.names(globex), asked.names(Principal("open"))) == (["support"], [], ["support"])
     manage.change_settings(store, "globex", {"adapters": ["support"]}, actor="me")
     globex = Principal("tenant", "globex", store.refresh().visibility["globex"])
@@ -137,12 +137,12 @@ def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
     second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], actor="ana")
     third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, actor="bob")
     assert routes.rollback_route(store, "support", actor="ana") == second
-    assert store.refresh().routes["", "support"] == second  # a refresh also updates ownership
+    assert store.refresh().routes["", "support"] == second  # the refreshed route also has the same owners of buckets
     assert routes.rollback_route(store, "support", actor="ana") == first
     with pytest.raises(ConfigError, match="no earlier revision"):
         routes.rollback_route(store, "support", actor="ana")
     fourth = routes.set_route(store, "support", [("v4", 1)], actor="ana")
-    assert routes.rollback_route(store, "support", actor="ana") == first  # the state before the fourth change
+    assert routes.rollback_route(store, "support", actor="ana") == first  # the state before v4 was set
     routes.remove_route(store, "support", actor="ana")
     assert ("", "support") not in store.refresh().routes
     assert routes.rollback_route(store, "support", actor="ana") == first
@@ -163,7 +163,7 @@ def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        ([], "needs one target"), ([("v1", 1), ("v1", 2)], "each named once"), ([("support", 1)], "itself"),
+        ([], "at least one target"), ([("v1", 1), ("v1", 2)], "each target only once"), ([("support", 1)], "itself"),
         ([("../v1", 1)], "cannot name"), ([("v1", -1)], "weight"),
     ],
 )  # fmt: skip

@@ -1,5 +1,7 @@
-"""Configuration of image runs: selected by `data.pictures`, parsed strictly, with presets between file and
-defaults."""
+"""Configuration of image runs: selected by `data.pictures` and parsed strictly.
+
+A preset overrides defaults, but not the file's keys.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def test_a_folder_of_images_selects_image_training(tmp_path: Path) -> None:
         ("loss: {snr_gama: 5}", "unknown key `loss.snr_gama`; did you mean `loss.snr_gamma`?"),
         ("snr_gamma: 5", "unknown key `snr_gamma`; did you mean `loss.snr_gamma`?"),
         ("adapter: {modules_to_save: [x]}", "unknown key `adapter.modules_to_save`"),
-        ("adapter: {kind: lokr}", "has no place in diffusers' files: set `output.layout` to kohya, or to peft"),
+        ("adapter: {kind: lokr}", "cannot be saved in the diffusers layout: set `output.layout` to kohya or peft"),
         ("preset: stile", "`preset` should be 'style', 'subject' or 'product'"),
         ("loss: {shift: much}", "`loss.shift` should be a valid number or 'auto' or 'resolution'"),
         ("loss: {shift: -1.0}", "should be greater than 0"),
@@ -58,7 +60,7 @@ def test_a_folder_of_images_selects_image_training(tmp_path: Path) -> None:
         ("adapter: {text_encoders: [text_encoder]}\n", "`output.layout: peft` supports the denoiser only"),
         ("memory: {offload_blocks: 2, activation_checkpointing: off}", "needs `memory.activation_checkpointing`"),
         ("ema: {decay: 1.0}", "`ema.decay` should be less than 1, found 1.0"),
-        ("schedule: {epochs: 2, steps: 3}", "both say when to end"),
+        ("schedule: {epochs: 2, steps: 3}", "both set the length of the run"),
         ("# class_prompt", "`data.class_prompt` needs class pictures"),
     ],
 )
@@ -92,7 +94,7 @@ def test_a_preset_overrides_defaults_but_no_given_key(tmp_path: Path, name: str)
     assert plain.ema.decay is None
 
 
-def test_sheets_are_drawn_by_epoch_or_step(tmp_path: Path) -> None:
+def test_sample_sheets_are_generated_per_epoch_or_step(tmp_path: Path) -> None:
     for every in ("epoch", 7):
         assert _read(tmp_path, MINIMAL, "samples.prompts=[a]", f"samples.every={every}")[0].samples.every == every
 
@@ -110,8 +112,8 @@ def test_the_recipe_names_no_folder_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_target_words_reach_every_block_of_every_family() -> None:
-    """On the real module names: all attention projections, all feed-forwards, and nothing outside the
-    blocks."""
+    """On the real module names, the words select all attention projections and all feed-forwards, and nothing
+    outside the blocks."""
     from veneer.core.targets import target_matches
     from veneer.formats.topology import families
 

@@ -84,7 +84,7 @@ def test_each_value_has_its_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("5e-4", 5e-4), ("1E-3", 1e-3), ("0.001", 0.001), (".5", 0.5), ("1", 1.0), ("1_0.5", 10.5)]
 )
-def test_numbers_read_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
+def test_numbers_can_be_written_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
     for content, overrides in (
         (f"optimizer: {{learning_rate: {text}}}\n", []),
         ("", [f"optimizer.learning_rate={text}"]),
@@ -128,7 +128,7 @@ def test_on_and_off_are_strings(tmp_path: Path) -> None:
         ("batching: {tokens: 100}", "`batching.tokens` needs `batching.mode: pack`"),
         ("batching: {mode: pack, tokens: 100}", "`batching.tokens: 100` is less than `data.max_length: 2048`"),
         ("batching: {mode: pack, tokens: 9999, rows: 4}", "`batching.rows` needs `batching.mode: bucket`"),
-        ("schedule: {epochs: 1, steps: 10}", "both say when to end"),
+        ("schedule: {epochs: 1, steps: 10}", "both set the length of the run"),
         ("schedule: {warmup: 1.5}", "`schedule.warmup: 1.5` is a share of all steps"),
         ("schedule: {warmup: 10, steps: 10}", "never ends within `schedule.steps: 10`"),
         ("checkpoint: {every: 0}", "`checkpoint.every` should be greater than 0 or 'epoch', found 0"),
@@ -142,7 +142,7 @@ def test_invalid_settings_are_named_with_their_location(tmp_path: Path, line: st
 
 @pytest.mark.parametrize("key", ["output", "data.train"])
 def test_an_empty_path_is_refused(tmp_path: Path, key: str) -> None:
-    assert "is an empty text" in error(tmp_path, MINIMAL, f"{key}=''")
+    assert "is empty" in error(tmp_path, MINIMAL, f"{key}=''")
 
 
 def test_unknown_keys_are_named_with_their_location(tmp_path: Path) -> None:
@@ -219,13 +219,13 @@ def test_the_recipe_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert config.recipe()["data"]["train"] == "rows.jsonl"
 
 
-def test_one_entry_of_a_mapping_by_override(tmp_path: Path) -> None:
+def test_an_override_can_set_one_entry_of_a_mapping(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL + "adapter:\n  rank_pattern: {q_proj: 4}\n")
     config, _ = load_config(file, ["adapter.rank_pattern.layers.0.v_proj=8"])
     assert config.adapter.rank_pattern == {"q_proj": 4, "layers.0.v_proj": 8}
 
 
-def test_the_spec_is_cores(tmp_path: Path) -> None:
+def test_the_adapter_section_becomes_cores_spec(tmp_path: Path) -> None:
     own = ["adapter.layers=0-2,5", "adapter.targets=[q_proj, .v_proj]", "adapter.alpha=7"]
     spec = load_config(write(tmp_path, MINIMAL), own)[0].adapter.spec()
     assert (spec.layers, spec.targets, spec.alpha, spec.rank) == ((0, 1, 2, 5), ("q_proj", ".v_proj"), 7.0, 16)
@@ -252,8 +252,8 @@ def test_every_key_has_a_description(model: type[Section]) -> None:
 
 
 @pytest.mark.parametrize(("file", "page"), [("config.md", reference), ("image-config.md", image_reference)])
-def test_the_reference_pages_are_fresh(file: str, page: Callable[[], str]) -> None:
-    assert (ROOT / "docs" / "reference" / file).read_text() == page()  # its first lines have the command
+def test_the_reference_pages_are_up_to_date(file: str, page: Callable[[], str]) -> None:
+    assert (ROOT / "docs" / "reference" / file).read_text() == page()  # its first lines name the command
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -261,8 +261,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
 def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
-    """Read, split, encode and inspect on the tiny base: no finding stops a run, and no row is unused or
-    cut."""
+    """Reads, splits, encodes and inspects each example's rows with the tiny base.
+
+    No finding may stop a run, and no row may be unused or cut.
+    """
     config, _ = load_config(file, [f"output={tmp_path / 'out'}"])
     rows, about = read_rows(
         config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit
@@ -281,7 +283,7 @@ def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
 
 
 def test_the_full_example_has_every_default() -> None:
-    """examples/all-keys.yaml without its `#: ` marks is the complete configuration."""
+    """Without its `#: ` marks, examples/all-keys.yaml is the complete configuration."""
     lines = (ROOT / "examples" / "all-keys.yaml").read_text().splitlines()
     text = "\n".join(line.replace("#: ", "", 1) for line in lines)
     values, _ = parse_yaml(text, "all-keys.yaml")

@@ -1,4 +1,4 @@
-"""The list of rewards in a configuration: parsed strictly, and saved as it was written."""
+"""The list of rewards in a configuration is parsed strictly and saved as it was written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from veneer.errors import ConfigError
 from veneer.train.config.load import config_from
 from veneer.train.config.reinforcement import ReinforcementSection
-from veneer.train.config.rewards import rooted_rewards
+from veneer.train.config.rewards import resolve_reward_paths
 from veneer.train.config.text import TrainConfig
 
 
@@ -50,7 +50,7 @@ def test_rewards_round_trip_through_json() -> None:
         ({"kind": "json_schema"}, "one of `json_schema` and `column`"),
         ({"kind": "judge", "prompt": "x", "key": "KEY"}, "`key` belongs to a server: give its `url`"),
         ({"kind": "judge", "prompt": "x", "timeout": 5, "at_once": 2}, "`timeout`, `at_once` belong to a server"),
-        ({"kind": "judge", "prompt": "x", "range": [1, 1]}, "lowest number first"),
+        ({"kind": "judge", "prompt": "x", "range": [1, 1]}, "must begin with the lower number"),
         ({"kind": "exact_match", "weight": 1e999}, "finite number"),
         ({"kind": "exact_match", "name": "two words"}, "pattern"),
     ],
@@ -61,13 +61,13 @@ def test_invalid_rewards_are_refused_with_a_correction(entry: Any, said: str) ->
     assert said in str(caught.value)
 
 
-def test_two_of_a_kind_need_names() -> None:
+def test_two_rewards_of_one_kind_need_names() -> None:
     with pytest.raises(ConfigError, match="2 rewards are called 'exact_match'"):
         read({"kind": "exact_match"}, {"kind": "exact_match", "column": "other"})
     assert len(read({"kind": "exact_match"}, {"kind": "exact_match", "name": "other"}).rewards) == 2
 
 
-def test_paths_are_the_files_folder_s(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_files_folder(tmp_path: Path) -> None:
     entries = [
         {"kind": "python", "file": "score.py"},
         {"kind": "python", "file": "/a/b.py"},
@@ -75,4 +75,4 @@ def test_paths_are_the_files_folder_s(tmp_path: Path) -> None:
         3,
     ]
     own = {"kind": "python", "file": str(tmp_path / "score.py")}
-    assert rooted_rewards(entries, tmp_path) == [own, *entries[1:]]
+    assert resolve_reward_paths(entries, tmp_path) == [own, *entries[1:]]

@@ -1,4 +1,4 @@
-"""Fixtures: a folder for tiny image bases and caches, one per module, and a tiny FLUX.1."""
+"""Fixtures for each module: a folder for tiny image bases and caches, and a tiny FLUX.1."""
 
 from __future__ import annotations
 

@@ -53,9 +53,7 @@ def test_buckets_are_as_large_as_their_area_allows(resolution: int, step: int, r
         assert w * h <= resolution**2
         assert max(w, h) <= ratio * min(w, h)
         assert (h, w) in found
-        if (
-            w != h and w / h != longest and h / w != longest
-        ):  # growing the longer side by one more step would exceed the area
+        if w != h and w / h != longest and h / w != longest:  # one more step on the longer side would exceed the area
             assert (max(w, h) + step) * min(w, h) > resolution**2
         elif w != h:
             assert 4 * w * h >= 3 * resolution**2 or (max(w, h) + step) * min(w, h) > resolution**2
@@ -67,7 +65,7 @@ def test_buckets_by_hand() -> None:
     assert buckets(64, 16, 1.0) == ((64, 64),)
     assert {(1024, 1024), (832, 1216), (896, 1152), (704, 1408)} <= set(
         buckets(1024, 64, 2.0)
-    )  # SDXL paper, appendix I
+    )  # sizes from the SDXL paper, appendix I
 
 
 @effort(max_examples=300, deadline=None)
@@ -123,7 +121,7 @@ def test_view_covers_its_bucket_and_matches_its_time_ids(
     original_h, original_w, top, left, target_h, target_w = view.time_ids
     assert (original_w, original_h, target_w, target_h) == (*size, *bucket)
     assert top == view.top
-    # the crop's left column in the resized and possibly mirrored picture
+    # `left` is the crop's first column in the resized and possibly mirrored picture
     columns = list(range(rw))[:: -1 if flip else 1]
     seen = columns[left : left + target_w]
     stored = list(range(view.left, view.left + bucket[0]))
@@ -135,7 +133,7 @@ def picture(folder: Path, image: Image.Image, name: str = "a.png", **keys: Any) 
     return next(p for p in read_pictures(settings(folder, **keys))[0] if p.name == name)
 
 
-def test_pixels_without_resizing_are_the_file_s(tmp_path: Path) -> None:
+def test_pixels_without_resizing_equal_the_files(tmp_path: Path) -> None:
     image = scene(48, 32)
     one = picture(tmp_path, image)
     view = View(24, 16, (48, 32), (48, 32), top=5, left=7)
@@ -153,14 +151,14 @@ def test_pixels_without_resizing_are_the_file_s(tmp_path: Path) -> None:
 
 def test_an_upright_picture_has_upright_time_ids(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[274] = 6  # stored 40 wide and 24 high, displayed 24 wide and 40 high
+    exif[274] = 6  # stored 40 wide and 24 high, shown 24 wide and 40 high
     path = tmp_path / "a.png"
     corners(40, 24).save(path, exif=exif)
     (one,) = read_pictures(settings(tmp_path, prompt="x"))[0]
     assert one.size == (24, 40)
     seen = prepare(one, crop_view(one.size, (24, 40)), settings())
     assert seen.sizes.tolist() == [40, 24, 0, 0, 40, 24]
-    assert seen.pixels[:, 0, 0].tolist() == [-1, -1, 1]  # blue, from the stored bottom left
+    assert seen.pixels[:, 0, 0].tolist() == [-1, -1, 1]  # blue: the bottom left corner as stored
 
 
 def test_masks_follow_crop_flip_and_floor(tmp_path: Path) -> None:
@@ -181,7 +179,7 @@ def test_masks_follow_crop_flip_and_floor(tmp_path: Path) -> None:
     assert np.abs(cells - want.reshape(6, 4, 4, 4).mean((1, 3))).max() < 1e-6
 
 
-def test_alpha_is_the_mask_where_asked(tmp_path: Path) -> None:
+def test_alpha_is_the_mask_if_configured(tmp_path: Path) -> None:
     image = scene(32, 32)
     alpha = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
     image.putalpha(Image.fromarray(alpha))
@@ -191,7 +189,7 @@ def test_alpha_is_the_mask_where_asked(tmp_path: Path) -> None:
     assert prepare(picture(tmp_path, image), crop_view(one.size, (32, 32)), settings()).mask is None
 
 
-def test_a_picture_that_changed_since_is_refused(tmp_path: Path) -> None:
+def test_a_picture_that_changed_during_the_run_is_refused(tmp_path: Path) -> None:
     one = picture(tmp_path, scene())
     put(tmp_path, "a.png", "x", scene(seed=9))
     with pytest.raises(DataError, match="changed during the run"):
@@ -211,7 +209,7 @@ def test_rows_are_resolutions_times_repeats(tmp_path: Path) -> None:
     rows = [(r.picture.name[-5:], r.bucket, r.repeat) for r in plan.rows]
     assert rows == [
         ("b.png", (32, 32), 0),
-        ("b.png", (40, 40), 0),  # 64 would enlarge the picture
+        ("b.png", (40, 40), 0),  # 64 x 64 would enlarge the picture, so the bucket is smaller
         *(("a.png", bucket, n) for bucket, n in itertools.product([(40, 24), (80, 40)], range(3))),
     ]
     assert plan.small == ["1_dog/b.png", "1_dog/c.png"]
@@ -219,7 +217,7 @@ def test_rows_are_resolutions_times_repeats(tmp_path: Path) -> None:
     assert sum(plan.sizes.values()) == 8
 
 
-def test_steps_fit_the_base(tmp_path: Path) -> None:
+def test_bucket_steps_fit_the_base(tmp_path: Path) -> None:
     one = picture(tmp_path, scene(64, 64))
     assert plan_rows([one], settings(), size=64, unit=16).step == 16
     assert plan_rows([one], settings(), size=1024, unit=16).step == 64
@@ -246,7 +244,7 @@ def test_views_depend_on_seed_epoch_and_row_only(tmp_path: Path) -> None:
     assert first != [sample_row(row, keys, seed=1, epoch=3) for row in all_rows]
     assert first != [sample_row(row, keys, seed=2, epoch=2) for row in all_rows]
     views = {view for e in range(50) for view, _ in (sample_row(r, keys, seed=1, epoch=e) for r in all_rows[:8])}
-    assert len({(v.top, v.left) for v in views}) == 4  # the cached crops do not depend on the epoch
+    assert len({(v.top, v.left) for v in views}) == 4  # the same four crops in every epoch, so that they can be cached
     assert len({v.flip for v in views}) == 2
 
 
@@ -262,7 +260,7 @@ def test_shuffled_tags_keep_the_first_ones(seed: int, keep: int) -> None:
     assert drawn[:keep] == tags[:keep]
 
 
-def test_the_trigger_stays_in_front_unasked(tmp_path: Path) -> None:
+def test_the_trigger_stays_in_front_by_default(tmp_path: Path) -> None:
     all_rows = rows(tmp_path)
     keys = settings(tmp_path, trigger="sks", shuffle_tags=True)
     drawn = [sample_caption(r, keys, seed=0, epoch=0) for r in all_rows]
@@ -285,7 +283,10 @@ def test_augmentations_have_the_stated_probabilities(tmp_path: Path) -> None:
 
 
 def test_source_and_result_have_equal_crops(tmp_path: Path) -> None:
-    """The source picture is the negative of the result, in every view, at equal and at double size."""
+    """The source picture is the negative of the result, and must be so in every view.
+
+    Covers a source of equal size and one of half the size.
+    """
     after = scene(60, 40, seed=3)
     negative = Image.fromarray(255 - np.asarray(after))
     put(tmp_path, "a.png", image=after)
@@ -301,6 +302,6 @@ def test_source_and_result_have_equal_crops(tmp_path: Path) -> None:
             views.add((view.left, view.flip))
             before = row.picture.sources[0]
             own, other = prepare(row.picture, view, keys), prepare(before, source_view(view, before), keys)
-            near = 0.02 if row.picture.name == "a.png" else 0.2  # enlarged by nearest neighbor, then reduced
+            near = 0.02 if row.picture.name == "a.png" else 0.2  # b.png was enlarged and is reduced again
             assert torch.allclose(own.pixels, -other.pixels, atol=near)
     assert len(views) > 3

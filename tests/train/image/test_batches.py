@@ -1,4 +1,7 @@
-"""Pictures of a step and their weights; dividing a step into micro-batches does not change its gradient."""
+"""The pictures of a step and their weights.
+
+Dividing a step into micro-batches does not change the step's gradient.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +62,8 @@ def test_micro_batches_have_one_shape_and_equal_rows(shared: Path) -> None:
                 assert micro.tokens <= micro_rows
 
 
-def test_loss_with_class_pictures_is_dreambooths(shared: Path, base: ImageBase) -> None:
-    """mean over instances + λ·Σ class / instances, computed by hand from the rows' separate losses."""
+def test_loss_with_class_pictures_equals_dreambooths(shared: Path, base: ImageBase) -> None:
+    """The reference, computed by hand from each row's loss, is mean over instances + λ·Σ class / instances."""
     classes = drawings(shared / "classes", 3)
     data = {"class_folder": str(classes), "class_prompt": "a cat", "class_weight": 0.5, "split": 0}
     config = _config(shared, data=data, batching={"rows": 4})
@@ -80,7 +83,7 @@ def test_loss_with_class_pictures_is_dreambooths(shared: Path, base: ImageBase) 
 
 
 def test_loss_is_the_denoisers_squared_error(shared: Path, base: ImageBase) -> None:
-    """Computed by hand with the transformer, called as diffusers' FLUX script calls it."""
+    """The reference calls the transformer as diffusers' FLUX script does."""
     from diffusers import FluxPipeline
 
     config = _config(shared)
@@ -110,9 +113,11 @@ def test_loss_is_the_denoisers_squared_error(shared: Path, base: ImageBase) -> N
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_sdxls_loss_is_that_of_diffusers_own_script(kind: str, shared: Path, tmp_path: Path) -> None:
-    """train_text_to_image_lora_sdxl.py rebuilt from diffusers' scheduler and functions: min-SNR, noise
-    offset, time ids of a cropped and mirrored picture, and masks as a weighted mean."""
+def test_sdxl_loss_equals_that_of_diffusers_script(kind: str, shared: Path, tmp_path: Path) -> None:
+    """train_text_to_image_lora_sdxl.py is rebuilt here from diffusers' scheduler and functions.
+
+    Covers min-SNR, noise offset, time ids of a cropped and mirrored picture, and masks as a weighted mean.
+    """
     import json
     import shutil
 
@@ -164,8 +169,8 @@ def test_sdxls_loss_is_that_of_diffusers_own_script(kind: str, shared: Path, tmp
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl as it was trained", "sd3"])
 def test_a_dropped_caption_is_the_pipelines_empty_prompt(family: str, live: bool, shared: Path, tmp_path: Path) -> None:
-    """SDXL's pipeline uses zeros as empty prompt unless its index says otherwise; the others encode the empty
-    text."""
+    """SDXL's pipeline uses zeros as the empty prompt unless its index says otherwise; the other pipelines encode
+    an empty text."""
     import shutil
 
     folder = tiny_image_base(shared, family.partition(" ")[0])
@@ -190,7 +195,7 @@ def test_a_dropped_caption_is_the_pipelines_empty_prompt(family: str, live: bool
         torch.testing.assert_close(text.pooled, torch.cat([given[3], given[2]]))
 
 
-def test_other_tokenizer_or_quantization_misses_the_text_cache(shared: Path, tmp_path: Path) -> None:
+def test_changed_tokenizer_or_quantization_misses_the_text_cache(shared: Path, tmp_path: Path) -> None:
     """Covers a tokenizer with a shorter maximum, and quantized text encoders."""
     base = load_image(str(tiny_image_base(shared, "flux1")))
     config = _config(shared)
@@ -217,8 +222,8 @@ def test_shift_by_resolution_counts_denoiser_tokens(family: str, shared: Path) -
 
 
 @pytest.mark.parametrize("family", ["flux1", "schnell", "sd3", "qwen-image", "z-image"])
-def test_times_are_shifted_as_diffusers_scripts_draw_them(family: str, shared: Path) -> None:
-    """The scripts choose one of the scheduler's 1,000 timesteps after its fixed shift."""
+def test_times_are_shifted_as_in_diffusers_scripts(family: str, shared: Path) -> None:
+    """The scripts choose one of the scheduler's 1,000 timesteps after the scheduler's fixed shift."""
     base = load_image(str(tiny_image_base(shared, family)))
     scheduler = make_scheduler(base)
     times = time_distribution(base, _config(shared))
@@ -251,7 +256,7 @@ def test_held_out_pictures_have_equal_scores_in_every_run(shared: Path, base: Im
     assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)
     assert set(scores[0].extra) == {f"loss at {t}" for t in ("0.125", "0.375", "0.625", "0.875")}
     assert scores[0].loss == pytest.approx(sum(scores[0].extra.values()) / 4)
-    # by hand: mean over pictures and timesteps of the squared error, each with its own noise
+    # by hand: the mean squared error over pictures and timesteps, each pair with its own noise
     loss = ImageLoss(base, config, Encoders(base, config, None))
     errors = []
     with torch.no_grad():
@@ -264,9 +269,10 @@ def test_held_out_pictures_have_equal_scores_in_every_run(shared: Path, base: Im
 
 
 def test_keep_guidance_keeps_the_bases_guidance(shared: Path, base: ImageBase) -> None:
-    """With kept guidance, the base's error equals its error at guidance 1; with guidance but without keeping,
-    it does not. An adapter that moves every prediction by d is compared with the base's own error at guidance
-    1."""
+    """With keep_guidance 4, the base's error equals its error at guidance 1; with guidance 4, it does not.
+
+    Then an adapter that moves every prediction by a constant is compared with the same adapter at guidance 1.
+    """
     config = _config(shared)
     kept, told = (_config(shared, loss={key: 4.0}) for key in ("keep_guidance", "guidance"))
     encoders = Encoders(base, config, None)
@@ -307,7 +313,7 @@ def test_keep_guidance_keeps_the_bases_guidance(shared: Path, base: ImageBase) -
 
 
 def test_partly_kept_guidance_is_linear(shared: Path, base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If guidance is linear, guidance 4 with 2 kept equals guidance 3 with nothing kept."""
+    """If the model is linear in guidance, guidance 4 with keep_guidance 2 equals guidance 3 alone."""
     part, less = (_config(shared, loss=told) for told in ({"guidance": 4.0, "keep_guidance": 2.0}, {"guidance": 3.0}))
     encoders = Encoders(base, part, None)
     batch = encoders.batch(_steps(part)[2][:2])

@@ -20,7 +20,7 @@ from veneer.train.image.pictures import TrainingPicture, read_pictures
 
 
 class Encoder:
-    """Encodes latents as means over 8 x 8 pixels; counts its calls."""
+    """Encodes latents as means over 8 x 8 pixels. `calls`: number of encoded pictures."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -53,7 +53,7 @@ def test_latents_are_computed_once(tmp_path: Path) -> None:
     assert torch.equal(again.sizes, seen.sizes)
     assert again.mask is None
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
-    assert torch.equal(load_file(file)["latents"], first.latents)  # read by the safetensors library
+    assert torch.equal(load_file(file)["latents"], first.latents)  # the safetensors library can read the file
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.name.endswith(".tmp")]
 
 
@@ -77,7 +77,7 @@ def test_cache_key_depends_on_everything_that_changes_pixels(tmp_path: Path) -> 
     assert encode.calls == 5
     get(one(tmp_path / "p", seed=1))
     assert encode.calls == 6
-    get(one(tmp_path / "elsewhere"))  # equal bytes in another folder
+    get(one(tmp_path / "elsewhere"))  # another folder, but equal bytes
     assert encode.calls == 6
 
 
@@ -101,7 +101,7 @@ def test_masks_and_backgrounds_are_part_of_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "another's"])
-def test_a_damaged_entry_is_counted_and_made_anew(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_entry_is_counted_and_recomputed(tmp_path: Path, damage: str) -> None:
     picture, encode, keys = one(tmp_path / "p"), Encoder(), settings()
     good = LatentCache(tmp_path / "cache", fingerprint="b").get(picture, VIEW, keys, encode)
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
@@ -149,7 +149,7 @@ def test_the_cache_works_in_memory_only_and_on_disk_only(tmp_path: Path) -> None
     assert (disk.misses, disk.hits) == (1, 2)
 
 
-def test_not_finite_latents_are_refused_and_not_kept(tmp_path: Path) -> None:
+def test_nonfinite_latents_are_refused_and_not_cached(tmp_path: Path) -> None:
     picture = one(tmp_path / "p")
     with pytest.raises(DataError, match=r"not finite(.|\n)*a\.png(.|\n)*float16"):
         LatentCache(tmp_path / "cache", fingerprint="b").get(picture, VIEW, settings(), lambda x: x[:, :1] / 0)

@@ -1,4 +1,4 @@
-"""Generated captions are read by training; existing captions are kept."""
+"""Training reads generated captions; existing captions are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.train.image.pictures import read_pictures
 
 
 def colour(picture: Image.Image) -> tuple[str, bool]:
-    """Return a description that is unique to the picture."""
+    """Return (a description that is unique to the picture, False), where False means "not truncated"."""
     return "pixels " + "-".join(map(str, picture.resize((1, 1)).getpixel((0, 0)))), False  # type: ignore[arg-type]
 
 

@@ -48,7 +48,7 @@ def test_findings_count_and_name_pictures(tmp_path: Path) -> None:
     found = findings(tmp_path, broken="drop")
     assert "warn 1 of 9 (11%) files cannot be read and are left out: bad.png: not a picture" in texts(found["broken"])
     assert "1 .mp4" in texts(found["ignored"])
-    same = "warn 2 of 8 (25%) pictures look like another one, in 1 pair: 0.png and again.jpg"
+    same = "warn 2 of 8 (25%) pictures look like another picture, in 1 pair: 0.png and again.jpg"
     assert same in texts(found["near-duplicates"])
     small = "1 of 8 (12%) pictures are smaller than a bucket and used at their own size: tiny.png"
     assert small in texts(found["small"])
@@ -66,7 +66,7 @@ def test_conversions_are_counted(tmp_path: Path) -> None:
         scene(seed=n).save(tmp_path / f"{n}.jpg", exif=exif)
     scene(seed=3).save(put(tmp_path, "3.png", "x"), icc_profile=b"junk")
     found = findings(tmp_path)["decoding"]
-    assert "warn 1 a color profile that cannot be used, taken as sRGB" in texts(found)
+    assert "warn 1 a color profile that cannot be used; sRGB is assumed" in texts(found)
     assert "ok 2 turned upright (EXIF)" in texts(found)
 
 
@@ -79,7 +79,7 @@ def test_triggers_and_class_pictures(tmp_path: Path) -> None:
     assert "2 pictures and 2 class pictures (weight 0.5)" in texts(found["pictures"])
     assert "`sks`: added in 1, already there in 1" in texts(found["trigger"])
     assert "1 class caption with the trigger: c.png" in texts(found["trigger"])
-    assert "warn 1 of 2 (50%) pictures are among the class pictures" in texts(found["class pictures"])
+    assert "warn 1 of 2 (50%) pictures look like a class picture" in texts(found["class pictures"])
 
 
 def test_class_pictures_are_not_the_pictures_themselves(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_class_pictures_are_not_the_pictures_themselves(tmp_path: Path) -> None:
 def test_masks_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "a", scene(64, 32, seed=1))
     mask = np.zeros((32, 64), np.uint8)
-    mask[:, :8] = 255  # outside the center square
+    mask[:, :8] = 255  # outside the center square, which is all that the crop keeps
     put(tmp_path, "a.mask.png", None, Image.fromarray(mask))
     put(tmp_path, "b.png", "b", scene(32, 32, seed=2))
     found = findings(tmp_path, buckets=False)
@@ -121,15 +121,17 @@ def test_held_out_duplicates_of_training_pictures_are_found(tmp_path: Path) -> N
     assert check_held_out(train, [again])[0].level == "stop"
 
 
-def test_pair_of_equal_files_is_warned_of(tmp_path: Path) -> None:
+def test_a_pair_of_equal_files_gives_a_warning(tmp_path: Path) -> None:
     for name in ("a", "c"):
         put(tmp_path, f"{name}.png", "in ink", scene(seed=ord(name)))
         put(tmp_path, f"{name}.before.png", None, scene(seed=ord("c")))
-    assert "1 of 2 (50%) pictures are the same file before and after: c.png" in texts(findings(tmp_path)["pairs"])
+    assert "1 of 2 (50%) pictures are the same file as one of their source images: c.png" in texts(
+        findings(tmp_path)["pairs"]
+    )
 
 
-def test_pairs_look_alike_only_where_both_halves_do(tmp_path: Path) -> None:
-    white = Image.new("RGB", (48, 32), "white")  # every result of an edit that blanks its pictures
+def test_pairs_look_alike_only_if_both_halves_do(tmp_path: Path) -> None:
+    white = Image.new("RGB", (48, 32), "white")  # the result of an edit that blanks every picture
     for name, seed in (("a", 1), ("b", 2), ("c", 2)):
         put(tmp_path, f"{name}.png", "empty it", white)
         put(tmp_path, f"{name}.before.png", None, scene(seed=seed))

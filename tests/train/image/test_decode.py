@@ -39,7 +39,7 @@ def array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(np.float64)
 
 
-# EXIF 2.3, tag 0x0112: position of the stored row 0 and column 0 in the upright picture
+# per EXIF 2.3, tag 0x0112: which edges of the upright picture the stored row 0 and column 0 are
 @pytest.mark.parametrize(
     ("orientation", "upright"),
     [
@@ -63,11 +63,11 @@ def test_a_picture_is_rotated_upright(format: str, orientation: int, upright: An
     want = upright(array(image))
     assert found.size == (want.shape[1], want.shape[0])
     assert np.abs(array(found.colour) - want).max() <= 3  # JPEG rounds
-    if format != "TIFF":  # Pillow rotates these while reading
+    if format != "TIFF":  # Pillow rotates TIFF while reading, so there is no note
         assert ("turned upright (EXIF)" in found.notes) == (orientation != 1)
 
 
-def test_damaged_exif_is_noted_and_costs_nothing() -> None:
+def test_damaged_exif_does_not_prevent_reading() -> None:
     found = opened(scene(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fjunk")
     assert found.size == (48, 32)
 
@@ -75,7 +75,7 @@ def test_damaged_exif_is_noted_and_costs_nothing() -> None:
 @pytest.mark.parametrize(("primaries", "gamma"), [(ADOBE_RGB, 2.2), (SRGB, 1.0), (SRGB, 1.8)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_profile_is_converted_to_srgb(mode: str, primaries: Any, gamma: float) -> None:
-    """Reference in float64: decode with the profile's exponent, change primaries, encode with sRGB's
+    """The float64 reference decodes with the profile's exponent, changes primaries, and encodes with sRGB's
     curve."""
     image = scene()
     linear = (array(image) / 255) ** (round(gamma * 256) / 256)
@@ -86,7 +86,7 @@ def test_a_profile_is_converted_to_srgb(mode: str, primaries: Any, gamma: float)
     assert found.notes == ("color profile converted to sRGB",)
 
 
-def test_a_grey_profile_and_srgb_itself() -> None:
+def test_a_gray_profile_is_converted_and_srgb_is_kept() -> None:
     grey = scene().convert("L")
     found = opened(grey, icc_profile=grey_profile(1.0))
     assert np.abs(array(found.colour) - srgb_of(array(grey) / 255)[..., None]).max() <= 2
@@ -99,7 +99,7 @@ def test_a_grey_profile_and_srgb_itself() -> None:
 def test_a_profile_that_cannot_be_used_is_noted(data: bytes) -> None:
     found = opened(scene(), icc_profile=data)
     assert np.array_equal(array(found.colour), array(scene()))
-    assert found.notes == ("a color profile that cannot be used, taken as sRGB",)
+    assert found.notes == ("a color profile that cannot be used; sRGB is assumed",)
 
 
 def test_every_mode_becomes_eight_bit_rgb() -> None:
@@ -110,10 +110,10 @@ def test_every_mode_becomes_eight_bit_rgb() -> None:
         assert found.alpha is None
         assert np.array_equal(array(found.colour), array(image.convert(mode).convert("RGB"))), mode
     cmyk = opened(image.convert("CMYK"), "TIFF")
-    assert np.array_equal(array(cmyk.colour), array(image))  # inverted to 255 - x and back
-    assert cmyk.notes == ("CMYK without a profile, converted plainly",)
+    assert np.array_equal(array(cmyk.colour), array(image))  # exact: both conversions only invert values to 255 - x
+    assert cmyk.notes == ("CMYK without a profile, converted without color management",)
     lab = opened(image.convert("LAB"), "TIFF")
-    assert np.abs(array(lab.colour) - array(image)).mean() < 3  # 8-bit a* and b* are coarse
+    assert np.abs(array(lab.colour) - array(image)).mean() < 3  # inexact, because 8-bit a* and b* are coarse
     jpeg = opened(image.convert("CMYK"), "JPEG", quality=100)
     assert np.abs(array(jpeg.colour) - array(image)).mean() < 4
 
@@ -122,7 +122,7 @@ def test_sixteen_bits_keep_their_brightness() -> None:
     values = np.linspace(0, 65535, 48 * 32).round().astype(np.uint16).reshape(32, 48)
     found = opened(Image.fromarray(values))
     assert np.abs(array(found.colour) - (values / 257)[..., None]).max() <= 0.5 + 1e-9
-    assert found.notes == ("16 bits to 8",)
+    assert found.notes == ("reduced from 16 to 8 bits",)
     colour = np.stack([values, values[::-1], values[:, ::-1]], -1)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
     found = decode_picture(png(48, 32, 16, 2, rows), settings())
@@ -149,7 +149,7 @@ def test_transparent_pixels_show_the_background(name: str, colour: tuple[int, in
     assert found.notes == (f"transparent pixels on {name}",)
 
 
-def test_one_transparent_colour_of_a_palette() -> None:
+def test_one_transparent_palette_color_shows_the_background() -> None:
     image = Image.new("P", (4, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1, 0, 1])
@@ -172,7 +172,7 @@ def test_a_phones_preview_image_is_not_an_animation() -> None:
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
-    """30,000 x 30,000 gray pixels in under a megabyte, and a header that claims far more."""
+    """Covers 30,000 x 30,000 gray pixels in under a megabyte, and a header that claims far more pixels."""
     assert "most_megapixels" in refused(png(30000, 30000, 8, 0, b"\0" * 1000))
     assert "most_megapixels" in refused(png(2**31 - 1, 2**31 - 1, 8, 0, b""))
     data = png(100, 100, 8, 0, (b"\0" + bytes(100)) * 100)
@@ -193,11 +193,11 @@ def test_a_bomb_is_refused_by_its_header() -> None:
         (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "outside 0 to 65535"),
     ],
 )
-def test_file_that_is_no_picture_is_described(data: bytes, reason: str) -> None:
+def test_a_file_that_is_not_a_picture_is_described(data: bytes, reason: str) -> None:
     assert reason in refused(data)
 
 
-def test_masks_are_grey_or_their_transparency() -> None:
+def test_masks_use_gray_levels_or_transparency() -> None:
     grey = Image.new("L", (4, 4), 200)
     assert mask_of(encoded(grey, icc_profile=grey_profile(1.0)), settings()).getpixel((0, 0)) == 200
     assert mask_of(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 90))), settings()).getpixel((0, 0)) == 90

@@ -1,5 +1,7 @@
-"""Runs on pairs of pictures with tiny editing bases: results depend on the source; invalid pairs are
-refused."""
+"""Runs on pairs of pictures with tiny editing bases.
+
+Results depend on the source picture, and invalid pairs are refused.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn'
 
 @pytest.fixture(scope="module")
 def pairs(shared: Path) -> Path:
-    """Write six drawings with their negatives as source pictures."""
+    """Write six drawings, with their negatives as source pictures. Return the folder."""
     folder = drawings(shared / "pairs")
     for path in folder.glob("?.png"):
         negative = Image.fromarray(255 - np.asarray(Image.open(path)))
@@ -78,7 +80,7 @@ def test_diffusers_edits_equally_with_the_trained_file(
     assert (result.pictures, result.validation is not None, len(result.samples)) == (12, True, 2)
     with Image.open(result.samples[-1]) as sheet:
         wide = sheet.width
-    assert wide > 2 * 128  # the source picture next to the sample
+    assert wide > 2 * 128  # the sheet shows the source picture next to the sample
     crop_view = tiny_image_base(shared, family)
     if family == "kontext":
         pipe = diffusers.FluxKontextPipeline.from_pretrained(crop_view)
@@ -161,7 +163,7 @@ def test_a_reference_of_another_shape_is_shown_whole(shared: Path, tmp_path: Pat
     pictures, summary = read_pictures(config.data)
     plan = plan_rows(pictures, config.data, size=base.size, unit=base.unit)
     said = [f.text for f in check_pictures(pictures, summary, plan, config.data) if f.check == "pairs"]
-    assert "2 source images with other proportions than the result, not cropped: " in said[-1]
+    assert "2 source images with proportions unlike the result's, not cropped: " in said[-1]
     view, caption = sample_row(plan.rows[0], config.data, seed=0, epoch=0)
     batch = Encoders(base, config, None).batch([PlannedRow(plan.rows[0].picture, view, caption, 1.0, (0, 0, 0))])
     (found,) = batch.sources
@@ -207,9 +209,9 @@ def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: Im
     lost["before"] = [str(torn)]
     assert f"{torn} cannot be edited: " in bad("kontext", **settings_of(pairs), samples=lost)
     given = {"prompts": ["sks"], "before": [str(pairs / "0.png")]}
-    assert "samples.before is for pairs" in bad("flux1", samples=given)
+    assert "samples.before requires training pictures with source images" in bad("flux1", samples=given)
     said = bad("kontext", data={"pictures": str(pairs), "validation": str(captions), "split": None})
-    assert "held-out pictures have a different number of source images than 1: " in said
+    assert "held-out pictures must have as many source images as the training pictures (1): " in said
     odd = given | {"size": kontext.unit + 1}
     assert "samples cannot be generated: the width is" in bad("kontext", **settings_of(pairs), samples=odd)
     drawn = {"class_count": 2, "class_prompt": "a house"}
@@ -222,7 +224,7 @@ def test_plan_counts_tokens_of_source_images() -> None:
     alone, pair = (image_counts(config, ImageLoad(1, 512, 512, targets="attention+ff", before=n)) for n in (0, 1))
     wide = image_counts(config, ImageLoad(1, 512, 1024, targets="attention+ff"))
     assert (pair.parameters, pair.trainable) == (alone.parameters, alone.trainable)
-    assert pair.saved == wide.saved > 1.5 * alone.saved  # equals one picture of double width
+    assert pair.saved == wide.saved > 1.5 * alone.saved  # a pair saves as much as one picture of double width
     assert pair.forward == wide.forward > 1.5 * alone.forward
 
 
@@ -248,4 +250,4 @@ def test_flux2_learns_and_draws_from_several_references(family: str, shared: Pat
     said = "\n".join(e.text for e in seen if isinstance(e, Note))
     assert "read back and compared: predictions equal" in said
     with Image.open(result.samples[-1]) as sheet:
-        assert sheet.width > 3 * 128  # both source pictures next to the sample
+        assert sheet.width > 3 * 128  # the sheet shows both source pictures next to the sample

@@ -1,8 +1,9 @@
-"""A step of each family equals diffusers' own training script with PEFT's adapter on diffusers' transformer.
+"""A training step of each family equals diffusers' own training script.
 
-The scripts (examples/dreambooth, train_dreambooth_lora_flux2.py, …_flux2_klein.py, …_qwen_image.py, …_sd3.py
-without precondition_outputs, …_z_image.py) are rewritten here from the pipeline functions that they call. The
-bases have every kind of block of the real models at tiny widths.
+The reference uses PEFT's adapter on diffusers' transformer. The scripts (examples/dreambooth,
+train_dreambooth_lora_flux2.py, …_flux2_klein.py, …_qwen_image.py, …_sd3.py without precondition_outputs,
+…_z_image.py) are rewritten here from the pipeline functions that they call. The bases have every kind of
+block of the real models, at tiny widths.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SIDE = 32
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a folder for bases, with two pictures that need no resizing and captions of two lengths."""
+    """Create a folder for bases. It has two pictures that need no resizing; their captions differ in length."""
     folder = tmp_path_factory.mktemp("steps")
     for path in sorted(drawings(folder / "squares", 2).glob("*.png")):
         with Image.open(path) as image:
@@ -57,7 +58,7 @@ def config_of(shared: Path, family: str, **sections: Any) -> Any:
 
 
 def loss_and_first_batch(base: ImageBase, config: Any) -> tuple[ImageLoss, ImageBatch]:
-    """Return a run's loss and the run's first batch."""
+    """Return the loss function of a run and the run's first batch."""
     pictures, _ = read_pictures(config.data)
     encoders = Encoders(base, config, None)
     rows = plan_rows(pictures, config.data, size=SIDE, unit=base.unit).rows
@@ -67,13 +68,13 @@ def loss_and_first_batch(base: ImageBase, config: Any) -> tuple[ImageLoss, Image
 
 
 def moved(adapter: Adapter) -> Adapter:
-    """Return the adapter with nonzero B, as if trained."""
+    """Return the adapter with random changes, so that B is not zero, as if trained."""
     g = torch.Generator().manual_seed(1)
     return adapter.mapped(lambda t: t + 0.05 * torch.randn(t.shape, generator=g))
 
 
 def peft_twin(transformer: Any, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """Add the same adapter with PEFT, as the scripts do; return module -> PEFT's A and B."""
+    """Add the same adapter with PEFT, as the scripts do. Return module -> PEFT's (A, B)."""
     from peft import LoraConfig
 
     pairs = adapter.pairs
@@ -93,7 +94,7 @@ def peft_twin(transformer: Any, adapter: Adapter) -> dict[str, tuple[Tensor, Ten
 
 
 def pixels_of(batch: ImageBatch) -> Tensor:
-    """Return torchvision's ToTensor and Normalize([0.5], [0.5]), computed by hand."""
+    """Return the pixels as torchvision's ToTensor and Normalize([0.5], [0.5]) would, computed by hand."""
     arrays = [np.asarray(Image.open(row.picture.path).convert("RGB"), dtype=np.float32) for row in batch.rows]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255 * 2 - 1
 
@@ -103,8 +104,10 @@ def mean_of_means(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def flux2_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """Script of dev and klein: latents as patches, normalized by the VAE's batch norm; four-axis
-    positions."""
+    """Return the loss of the dev and klein scripts.
+
+    Latents are patches normalized with the VAE's batch norm; positions have four axes.
+    """
     with torch.no_grad():
         x = pipe._patchify_latents(pipe.vae.encode(pixels).latent_dist.mode())
         bn = pipe.vae.bn
@@ -128,14 +131,17 @@ def flux2_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, s
 
 
 def qwen_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """Latents of a one-frame video, normalized by each channel's mean and deviation; texts are masked."""
+    """Return the loss of the Qwen-Image script.
+
+    Latents are those of a one-frame video, normalized per channel with mean and deviation; texts are masked.
+    """
     own = pipe.vae.config
     mean = torch.tensor(own.latents_mean).view(1, own.z_dim, 1, 1, 1)
     std = 1.0 / torch.tensor(own.latents_std).view(1, own.z_dim, 1, 1, 1)
     with torch.no_grad():
         x = (pipe.vae.encode(pixels[:, :, None]).latent_dist.mode() - mean) * std
         text, mask = pipe.encode_prompt(prompt=prompts, max_sequence_length=1024)
-    assert mask is not None  # the captions have two lengths
+    assert mask is not None  # masked, because the captions differ in length
     noise, s = noise[:, :, None], sigma.view(-1, 1, 1, 1, 1)
     noisy = ((1.0 - s) * x + s * noise).permute(0, 2, 1, 3, 4)
     n, c, h, w = x.shape[0], x.shape[1], x.shape[3], x.shape[4]
@@ -152,8 +158,10 @@ def qwen_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, si
 
 
 def sd3_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """Script of 3.5 medium and large: text from two CLIPs and T5, timesteps up to 1000; the model makes the
-    patches."""
+    """Return the loss of the SD 3.5 script, for medium and large.
+
+    Text comes from two CLIPs and T5, timesteps go up to 1000, and the model itself makes the patches.
+    """
     own, s = pipe.vae.config, sigma.view(-1, 1, 1, 1)
     with torch.no_grad():
         x = (pipe.vae.encode(pixels).latent_dist.mode() - own.shift_factor) * own.scaling_factor
@@ -175,12 +183,15 @@ def sd3_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sig
 
 
 def z_image_script(pipe: Any, pixels: Tensor, prompts: list[str], noise: Tensor, sigma: Tensor, g: float) -> Tensor:
-    """Time counts from noise, the output is negated, and pictures and texts are passed as lists."""
+    """Return the loss of the Z-Image script.
+
+    Time runs from noise to picture, the output is negated, and pictures and texts are passed as lists.
+    """
     own, s = pipe.vae.config, sigma.view(-1, 1, 1, 1)
     with torch.no_grad():
         x = (pipe.vae.encode(pixels).latent_dist.mode() - own.shift_factor) * own.scaling_factor
         text, _ = pipe.encode_prompt(prompt=list(prompts), do_classifier_free_guidance=False)
-    assert len(text[0]) != len(text[1])  # the captions have two lengths
+    assert len(text[0]) != len(text[1])  # the captions differ in length
     noisy = ((1.0 - s) * x + s * noise).unsqueeze(2)
     out = pipe.transformer(list(noisy.unbind(dim=0)), (1000 - sigma * 1000) / 1000, text, return_dict=False)[0]
     return mean_of_means(-torch.stack(out, dim=0).squeeze(2), noise - x)
@@ -201,16 +212,17 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "sd3-large": ("attn.add_q_proj",),
     "qwen-image": ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"),
 }
-"""The last block's text modules, whose output is not used."""
+"""Modules of the last block that process text. They get no gradient, because their output is not used."""
 
 
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd3-large", "klein") else f for f in SCRIPTS]
 )
 def test_loss_and_gradients_equal_diffusers_script_with_peft(family: str, shared: Path) -> None:
-    """Pairs on every linear module of a small denoiser, through the fast paths.
+    """A small denoiser has pairs on every linear module and uses the fast paths.
 
-    models/image/test_base_real checks that all modules of real bases learn."""
+    models/image/test_base_real checks that all modules of real bases learn.
+    """
     base = load_image(str(tiny_image_base(shared, family)))
     config = config_of(shared, family, adapter={"targets": "all-linear", "rank": 2, "dropout": 0.0})
     loss, batch = loss_and_first_batch(base, config)
@@ -245,7 +257,7 @@ def test_loss_and_gradients_equal_diffusers_script_with_peft(family: str, shared
 
 @pytest.mark.parametrize(("family", "modulation"), [("flux2", "*_modulation*.linear"), ("qwen-image", ".img_mod.1")])
 def test_target_words_select_attention_and_feed_forward(family: str, modulation: str, shared: Path) -> None:
-    """`all-linear` is every nn.Linear, as ai-toolkit has it."""
+    """`all-linear` selects every nn.Linear, as in ai-toolkit."""
     transformer: Any = load_image(str(tiny_image_base(shared, family, full=True))).denoiser
 
     def chosen(*targets: str) -> set[str]:

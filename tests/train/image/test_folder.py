@@ -1,4 +1,4 @@
-"""Reading a folder: pictures, captions, masks and source images by name, and errors that name files."""
+"""Reading image folders: files are matched to pictures by name, and errors name the faulty files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
-def test_pipe_is_neither_opened_nor_a_picture(tmp_path: Path) -> None:
+def test_pipes_are_ignored_and_never_opened(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         put(tmp_path, name)
     for name in ("c.png", "d.txt", "b.mask.png"):
@@ -51,7 +51,7 @@ def test_pipe_is_neither_opened_nor_a_picture(tmp_path: Path) -> None:
     assert summary.ignored == {"pipe or device": 3}
     put(tmp_path, "before/a.png", None)
     os.mkfifo(tmp_path / "before" / "b.png")
-    assert "before/b.png: is no file" in read_error(tmp_path)
+    assert "before/b.png: is not a file" in read_error(tmp_path)
 
 
 def test_captions_come_from_text_files(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_invalid_metadata_rows_are_listed(tmp_path: Path) -> None:
     error = read_error(tmp_path)
     assert "5 metadata rows cannot be used" in error
     assert "metadata.jsonl:1: `file_name`: there is no picture `cats.png`" in error
-    for part in ("leaves the folder", "should be text, found int", "has a row already"):
+    for part in ("is outside the folder", "should be text, found int", "already has a row"):
         assert part in error
     metadata(tmp_path, {"file_name": "cat.png", "words": "x"})
     assert "no column text or caption or prompt or instruction; the columns are file_name, words" in read_error(
@@ -114,10 +114,10 @@ def test_kohya_folders_repeat_and_caption(tmp_path: Path) -> None:
         "1_dog/c.png": ("dog", 1),
     }
     put(tmp_path, "2024_holiday/d.png", "sea")
-    assert "2,024 times" in read_error(tmp_path)
+    assert "but N is 2,024" in read_error(tmp_path)
 
 
-def test_prompt_captions_the_others(tmp_path: Path) -> None:
+def test_prompt_replaces_missing_captions(tmp_path: Path) -> None:
     put(tmp_path, "a.png", None)
     put(tmp_path, "b.png", "its own")
     assert captions(tmp_path, prompt="for all") == {"a.png": "for all", "b.png": "its own"}
@@ -144,7 +144,7 @@ def test_placeholder_needs_a_trigger(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "photo of [trigger]")
     assert captions(tmp_path, trigger="ohwx man") == {"a.png": "ohwx man", "b.png": "photo of ohwx man"}
     assert read_pictures(settings(tmp_path, trigger="ohwx"))[1].triggers == {"added": 1, "replaced": 1}
-    assert "b.png: holds [trigger], and data.trigger is not set" in read_error(tmp_path, prompt="x")
+    assert "b.png: contains [trigger], but data.trigger is not set" in read_error(tmp_path, prompt="x")
 
 
 @pytest.mark.parametrize("place", ["own/in/a.mask.png", "own/masks/in/a.jpg", "shades/in/a.png"])
@@ -197,7 +197,7 @@ def test_source_images_are_found_in_three_ways(tmp_path: Path) -> None:
     assert two["cat.png"] == ["../starts/cat.png", "../more/cat.png"]
 
 
-def test_before_off_ignores_source_images(tmp_path: Path) -> None:
+def test_source_images_are_ignored_if_disabled(tmp_path: Path) -> None:
     put(tmp_path, "cat.png")
     put(tmp_path, "cat.before.png", None)
     pictures, summary = read_pictures(settings(tmp_path, before="off"))
@@ -222,7 +222,7 @@ def test_incomplete_pairs_are_named(tmp_path: Path) -> None:
     (tmp_path / "before/bird.png").unlink()
     assert "1 of 2 pictures have fewer than the 2 source images of dog.png" in read_error(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert "holds no picture" in read_error(tmp_path, before=str(tmp_path / "empty"))
+    assert "this folder of source images has no pictures" in read_error(tmp_path, before=str(tmp_path / "empty"))
 
 
 def test_class_pictures_need_source_images_too(tmp_path: Path) -> None:
@@ -239,4 +239,4 @@ def test_long_source_image_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "cat.png")
     put(tmp_path, "cat.before.png", None, scene(90, 2))
     error = read_error(tmp_path)
-    assert "source image cat.before.png has 90×2 pixels, and one side is at most 8 times the other" in error
+    assert "source image cat.before.png has 90×2 pixels; one side can be at most 8 times as long as the other" in error

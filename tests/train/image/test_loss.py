@@ -1,4 +1,4 @@
-"""The losses of image models, against diffusers' schedulers and training functions, and float64 by hand."""
+"""Losses of image models, compared with diffusers' functions and with float64 calculations by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veneer.train.optim import Ema
 
 @pytest.fixture(scope="module")
 def alphas() -> Tensor:
-    """Return SDXL's ᾱ by definition: β from 0.00085 to 0.012, linear in its square root."""
+    """Return SDXL's ᾱ by definition: √β rises linearly, and β goes from 0.00085 to 0.012."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0)
 
@@ -35,7 +35,7 @@ def _rows(n: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return x, noise, torch.tensor([0, 10, 400, 800, 999])
 
 
-def test_noisy_latents_and_targets_are_those_of_diffusers_scheduler(alphas: Tensor) -> None:
+def test_noisy_latents_and_targets_equal_diffusers_scheduler(alphas: Tensor) -> None:
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -55,12 +55,14 @@ def test_flow_is_the_line_between_picture_and_noise() -> None:
     noisy, target = noised(x, noise, sigma, "flow")
     torch.testing.assert_close(noisy[0], x[0])
     torch.testing.assert_close(noisy[4], noise[4])
-    # the target is the line's derivative: following it back from any σ gives the picture
+    # the target is the line's derivative, so following the line back from any σ returns the picture
     torch.testing.assert_close(noisy - sigma.view(-1, 1, 1, 1) * target, x)
 
 
-def test_min_snr_is_that_of_diffusers_scripts(alphas: Tensor) -> None:
-    """train_text_to_image_lora.py: min(snr, γ)/snr for epsilon, /(snr + 1) for v."""
+def test_min_snr_weight_equals_diffusers_training_script(alphas: Tensor) -> None:
+    """Compares with the formulas of diffusers' train_text_to_image_lora.py.
+
+    epsilon: min(snr, γ)/snr; v: min(snr, γ)/(snr + 1)"""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
@@ -109,7 +111,7 @@ def test_times_have_the_stated_distributions() -> None:
     logit = torch.logit(sample(Times("logit-normal")))
     assert abs(logit.mean()) < 0.05
     assert abs(logit.std() - 1) < 0.05
-    # the median follows the formula for every distribution
+    # for every distribution, the shift moves the median as the formula says
     moved = sample(Times("uniform", shift=3.0))
     assert abs(moved.median() - shifted(torch.tensor(0.5), 3.0)) < 0.02
     whole = sample(Times(), "epsilon")
@@ -117,8 +119,8 @@ def test_times_have_the_stated_distributions() -> None:
     assert abs(whole.mean() - 499.5) < 20
 
 
-def test_the_resolution_dependent_shift_is_flux_own() -> None:
-    """calculate_shift, and time_shift of FlowMatchEulerDiscreteScheduler."""
+def test_resolution_dependent_shift_equals_flux_scheduler() -> None:
+    """Compares with calculate_shift and with time_shift of FlowMatchEulerDiscreteScheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -134,11 +136,11 @@ def test_the_resolution_dependent_shift_is_flux_own() -> None:
     torch.testing.assert_close(shifted(steps, 3.0).flip(0).float(), plain.sigmas[:1000], rtol=1e-5, atol=1e-6)
 
 
-def test_noise_offset_moves_whole_channels_by_its_own_amount() -> None:
+def test_noise_offset_shifts_whole_channels() -> None:
     keys = [(0, 0, i) for i in range(400)]
     offset = sample_noise((4, 16, 16), keys, "epsilon", Times(), offset=0.5)[0].double()
     means = offset.mean(dim=(2, 3))
-    # variance of a channel's mean: offset² + 1/256
+    # the variance of a channel's mean is offset² + 1/256
     assert means.std().item() == pytest.approx(math.sqrt(0.25 + 1 / 256), rel=0.06)
     plain = sample_noise((4, 16, 16), keys, "epsilon", Times())[0].double()
     centred = offset - means[:, :, None, None]
@@ -157,12 +159,12 @@ def test_masked_loss_is_a_weighted_mean() -> None:
     assert torch.isfinite(row_losses(x, y, torch.zeros(5, 1, 6, 8))).all()
 
 
-def test_quantile_times_are_the_middles_of_equal_parts() -> None:
+def test_quantile_times_are_midpoints_of_equal_intervals() -> None:
     assert quantile_times(4, "flow").tolist() == [0.125, 0.375, 0.625, 0.875]
     assert quantile_times(4, "epsilon").tolist() == [125, 375, 625, 875]
 
 
-def test_the_moving_average_by_hand_and_against_diffusers() -> None:
+def test_moving_average_equals_float64_and_diffusers() -> None:
     from diffusers.training_utils import EMAModel
 
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -179,6 +181,6 @@ def test_the_moving_average_by_hand_and_against_diffusers() -> None:
     torch.testing.assert_close(ema.averages["m.A@ema"].double(), by_hand, rtol=1e-6, atol=0)
     torch.testing.assert_close(ema.averages["m.A@ema"], theirs.shadow_params[0], rtol=1e-6, atol=0)
     before = p.detach().clone()
-    with ema.acting():
+    with ema.using_averages():
         assert torch.equal(p.detach(), ema.averages["m.A@ema"])
     assert torch.equal(p.detach(), before)

@@ -28,7 +28,7 @@ def test_re_encoded_resized_and_brightened_pictures_look_the_same() -> None:
         assert near_duplicates([perceptual_hash(change(i)) for i in images], looks) == [(n, n) for n in range(12)]
 
 
-def test_flat_drawings_of_one_outline_differ_by_colour() -> None:
+def test_same_shapes_in_different_colors_are_not_duplicates() -> None:
     def disc(colour: tuple[int, int, int]) -> Image.Image:
         y, x = np.mgrid[:64, :64]
         pixels = np.full((64, 64, 3), 255, np.uint8)
@@ -40,7 +40,7 @@ def test_flat_drawings_of_one_outline_differ_by_colour() -> None:
     assert near_duplicates([red, perceptual_hash(recoded(disc((220, 30, 30)), 80))]) == [(0, 1)]
 
 
-def test_every_pair_of_many_is_found() -> None:
+def test_all_duplicate_pairs_are_found() -> None:
     looks = [perceptual_hash(scene(seed=n % 5)) for n in range(9)]
     want = [(n, n + 5) for n in range(4)]
     assert near_duplicates(looks) == want

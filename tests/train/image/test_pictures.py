@@ -1,4 +1,4 @@
-"""Training pictures in folders: class pictures, broken files, several folders, keys."""
+"""Training pictures in folders: class pictures, broken files, several folders, and cache keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved adapters of image runs: every layout, text encoders, other readers, and pictures from diffusers."""
+"""Saved adapters of image runs: all layouts, text encoders, other readers, and images from diffusers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ STRONG: dict[str, Any] = {
 _CLIPS = ["text_encoder", "text_encoder_2"]
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' Euler scheduler with numpy 2
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # raised by diffusers' Euler scheduler with numpy 2
 @pytest.mark.parametrize(
     ("family", "encoders", "targets", "layout"),
     [
@@ -64,15 +64,15 @@ _CLIPS = ["text_encoder", "text_encoder_2"]
         ("z-image", [], "all-linear", "diffusers"),
         pytest.param("z-image", [], "all-linear", "kohya", marks=pytest.mark.slow),
         pytest.param("flux2", [], "all-linear", "diffusers", marks=pytest.mark.slow),
-        ("klein", [], "attention+ff", "kohya"),  # diffusers does not read modulations of these
+        ("klein", [], "attention+ff", "kohya"),  # diffusers ignores modulation layers in kohya files
         ("qwen-image", [], "all-linear", "diffusers"),
         pytest.param("qwen-image", [], "all-linear", "kohya", marks=pytest.mark.slow),
     ],
 )
-def test_diffusers_draws_the_same_picture_with_the_file(
+def test_diffusers_generates_the_same_picture_from_the_file(
     family: str, encoders: list[str], targets: str, layout: str, shared: Path, tmp_path: Path
 ) -> None:
-    """The default layout of each family; formats/test_convert_round covers the names that diffusers
+    """Covers each family's default layout. formats/test_convert_round.py covers the names that diffusers
     writes."""
     import diffusers
 
@@ -101,7 +101,7 @@ def test_diffusers_draws_the_same_picture_with_the_file(
     [("kohya", "sdxl", ["text_encoder", "text_encoder_2"]), ("kohya", "flux1", []), ("peft", "flux1", [])],
 )
 def test_layouts_hold_the_adapter(layout: str, family: str, encoders: list[str], shared: Path, tmp_path: Path) -> None:
-    """The last checkpoint contains the trained tensors; the file's ΔW equal theirs."""
+    """The saved file has the same ΔW as the trained tensors in the last checkpoint."""
     seen: list[Event] = []
     result = run(
         shared,
@@ -126,11 +126,11 @@ def test_layouts_hold_the_adapter(layout: str, family: str, encoders: list[str],
 
 
 def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_path: Path) -> None:
-    """sd-scripts' dataset_dirs, reg_dataset_dirs and tag_frequency, for kohya's folders and class pictures,
-    under the original folder names."""
+    """The counts are in sd-scripts' dataset_dirs, reg_dataset_dirs and tag_frequency, under the original
+    folder names. Covers kohya's folders and class pictures."""
     for place, count in (("train/3_sks house", 2), ("train/1_sks", 1), ("classes", 5)):
         drawings(tmp_path / place, count)
-    for name in ("0.png", "0.txt", "1.png", "1.txt"):  # these pictures belong to the other folders
+    for name in ("0.png", "0.txt", "1.png", "1.txt"):  # the training folders contain the same two pictures
         (tmp_path / "classes" / name).unlink()
     data = {"pictures": str(tmp_path / "train"), "class_folder": str(tmp_path / "classes"), "split": 0}
     result = run(shared, tmp_path / "out", data=data, schedule={"steps": 2}, evaluation={"every": 100})
@@ -144,8 +144,8 @@ def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_pat
 
 
 def test_text_encoders_learn_at_their_own_rate(shared: Path, tmp_path: Path) -> None:
-    """SGD without clipping: each parameter moves by its rate times its gradient, so at a rate of 1e-30 it
-    stays."""
+    """With SGD without clipping, each update is the learning rate times the gradient. At a rate of 1e-30, the
+    parameters do not change."""
     result = run(
         shared,
         tmp_path / "out",
@@ -164,7 +164,7 @@ def test_text_encoders_learn_at_their_own_rate(shared: Path, tmp_path: Path) -> 
     assert (facts["ss_unet_lr"], facts["ss_text_encoder_lr"]) == ("1.0", "1e-30")
 
 
-def test_a_saved_dtype_rounds_and_says_so(shared: Path, tmp_path: Path) -> None:
+def test_rounding_to_the_saved_dtype_is_reported(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     result = run(
         shared,
@@ -183,7 +183,7 @@ def test_a_saved_dtype_rounds_and_says_so(shared: Path, tmp_path: Path) -> None:
     assert {t.dtype for t in tensors.values() if t.ndim == 2} == {torch.bfloat16}
     assert metadata["modelspec.license"] == "CC0-1.0"
     assert "rounded to bfloat16" in _notes(seen)
-    assert "equal but for rounding" in _notes(seen)
+    assert "equal except for rounding" in _notes(seen)
 
 
 def test_a_wrong_file_is_detected(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,12 +194,12 @@ def test_a_wrong_file_is_detected(shared: Path, tmp_path: Path, monkeypatch: pyt
         return real(replace(adapter, pairs=pairs), *args, **options)
 
     monkeypatch.setattr(image_save.convert, "write", wrong)
-    with pytest.raises(AdapterError, match="does not give the predictions of the trained one"):
+    with pytest.raises(AdapterError, match="adapter's predictions are not equal to"):
         run(shared, tmp_path / "out", **STRONG)
 
 
-def test_the_average_is_what_is_saved(shared: Path, tmp_path: Path) -> None:
-    """Equals the average in the last checkpoint, which differs from the trained tensors."""
+def test_moving_average_is_saved(shared: Path, tmp_path: Path) -> None:
+    """The saved tensors equal the moving average in the last checkpoint and differ from the trained tensors."""
     result = run(shared, tmp_path / "out", ema={"decay": 0.9}, **STRONG)
     newest = latest(tmp_path / "out" / "checkpoints")
     state, _ = read_tensors(newest / "adapter.safetensors")
@@ -213,14 +213,14 @@ def test_missing_class_pictures_are_generated_once(shared: Path, tmp_path: Path)
     short: Any = {"schedule": {"steps": 2}, "samples": {"steps": 1}}
     seen: list[Event] = []
     run(shared, tmp_path / "one", data=data, on_event=seen.append, **short)
-    assert "drew 3 class pictures" in _notes(seen)
+    assert "generated 3 class pictures" in _notes(seen)
     folder = next((tmp_path / "cache" / "class").iterdir())
     assert sorted(p.name for p in folder.iterdir()) == [f"class-{i:05d}.png" for i in range(3)]
     first = (folder / "class-00001.png").read_bytes()
     (folder / "class-00001.png").unlink()
     seen.clear()
     result = run(shared, tmp_path / "two", data=data, on_event=seen.append, **short)
-    assert "drew 1 class picture into" in _notes(seen)
+    assert "generated 1 class picture into" in _notes(seen)
     assert (folder / "class-00001.png").read_bytes() == first
     assert read_tensors(Path(result.adapter))[1]["ss_num_reg_images"] == "3"
     with Image.open(folder / "class-00000.png") as image:
@@ -230,7 +230,7 @@ def test_missing_class_pictures_are_generated_once(shared: Path, tmp_path: Path)
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def test_recomputing_keeps_less_and_changes_nothing(shared: Path, tmp_path: Path) -> None:
+def test_recomputation_saves_memory_and_changes_no_result(shared: Path, tmp_path: Path) -> None:
     deltas, kept = [], []
     for mode in ("on", "off"):
         result = run(
@@ -248,8 +248,8 @@ def test_recomputing_keeps_less_and_changes_nothing(shared: Path, tmp_path: Path
         torch.testing.assert_close(pair.B, deltas[1][name].B, rtol=1e-4, atol=1e-7)
 
 
-def test_measured_activations_are_what_autograd_holds() -> None:
-    """A linear layer with a trainable weight saves its input; two that share the input save it once; ReLU
+def test_measured_activations_equal_autograds_saved_tensors() -> None:
+    """A linear layer with a trainable weight saves its input; two layers with the same input save it once; ReLU
     saves its output."""
     x = torch.randn(10, 8)
     a, b = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4, bias=False)
@@ -265,7 +265,7 @@ def test_parked_components_are_fetched_and_parked_again(shared: Path, monkeypatc
     for name in ("text_encoder", "vae"):
         part = base.parts[name]
         monkeypatch.setattr(part, "to", lambda device, name=name: went.append((name, str(device))))
-    base.device = torch.device("cuda:3")  # nothing is moved here; the test inspects the requested device
+    base.device = torch.device("cuda:3")  # no tensor is moved: the test only records the requested devices
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     size = sum(p.numel() * 4 for n in ("text_encoder", "vae") for p in base.parts[n].parameters())
     assert park(base, ["text_encoder", "vae"]) == size
@@ -284,9 +284,9 @@ def test_parked_components_are_fetched_and_parked_again(shared: Path, monkeypatc
 
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl", "z-image", "klein", "qwen-image"])
-def test_offloaded_blocks_give_equal_gradients_and_return(family: str, shared: Path, tmp_path: Path) -> None:
-    """On one device moves are copies; the test checks that every block has its weights when they are
-    needed."""
+def test_offloaded_blocks_give_equal_gradients_and_are_restored(family: str, shared: Path, tmp_path: Path) -> None:
+    """With one device, each move is a copy, so the test only checks that the right weights are present when a
+    block runs."""
     from tests.train.tiny_pictures import image_values
     from veneer.train.config.load import config_from
     from veneer.train.image.augmentation import plan_rows

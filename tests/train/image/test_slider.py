@@ -1,5 +1,4 @@
-"""Sliders: the loss by the paper's formula, an effect proportional to strength, runs without pictures,
-errors."""
+"""Sliders: the paper's loss formula, effects proportional to strength, runs without pictures, and errors."""
 
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ def run(folder: Path, output: Path, family: str, *, on_event: Any = None, **give
 
 
 def attached(base: ImageBase, config: ImageTrainConfig, attachment: Attachment, amount: float = 0.1) -> None:
-    """Attach an adapter with nonzero B, as if trained."""
+    """Attach an adapter with nonzero B, as after training."""
     name = base.row.denoiser
     module, spec = adapter_components(base, config)[name]
     g = torch.Generator().manual_seed(5)
@@ -73,9 +72,10 @@ def attached(base: ImageBase, config: ImageTrainConfig, attachment: Attachment, 
 
 @pytest.mark.parametrize("preserve", [(), ("tall", "flat")])
 @pytest.mark.parametrize("family", ["flux1", "sdxl"])
-def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, ...]) -> None:
-    """Per row: ‖ε_θ(x_t, c) − ε(x_t, c) ∓ η·(ε(x_t, (c₊, p)) − ε(x_t, (c₋, p)))‖², arXiv 2311.12092, eq. 8,
-    with one preserved prompt p per row."""
+def test_slider_loss_equals_the_papers_formula(shared: Path, family: str, preserve: tuple[str, ...]) -> None:
+    """The loss of each row is eq. 8 of arXiv 2311.12092, with one preserved prompt p per row:
+
+    ‖ε_θ(x_t, c) − ε(x_t, c) ∓ η·(ε(x_t, (c₊, p)) − ε(x_t, (c₋, p)))‖²"""
     config, _ = settings(shared, shared / "unused", family, slider={"guidance": 2.5, "preserve": list(preserve)})
     base = load_image(config.base.name)
     view: Any = None
@@ -92,15 +92,15 @@ def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, 
         for i, row in enumerate(rows):
             noise, time = sample_noise(latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
             x = noised(latents[i : i + 1], noise, time, base.prediction, alphas)[0]
-            own = said(base, attachment, (), x, time, "a house", sizes)
+            own = predicted_noise(base, attachment, (), x, time, "a house", sizes)
             steps = []
             for p in preserve or ("",):
                 ends = [f"{end}, {p}".rstrip(", ") for end in ("a red house", "a blue house")]
-                more, less = (said(base, attachment, (), x, time, prompt, sizes) for prompt in ends)
+                more, less = (predicted_noise(base, attachment, (), x, time, prompt, sizes) for prompt in ends)
                 steps.append(more - less)
             for sign in (1.0, -1.0):
                 found = loss(SignedBatch(latents[i : i + 1], None, sizes, torch.ones(1), [row], sign=sign)).detach()
-                now = said(base, attachment, ((NAME, sign),), x, time, "a house", sizes)
+                now = predicted_noise(base, attachment, ((NAME, sign),), x, time, "a house", sizes)
                 by_p = [(now - own - sign * 2.5 * step).square().mean() for step in steps]
                 nearest = min(range(len(by_p)), key=lambda n: abs(float(by_p[n] - found)))
                 torch.testing.assert_close(found, by_p[nearest], rtol=1e-4, atol=1e-8)
@@ -109,10 +109,10 @@ def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, 
 
 
 @torch.no_grad()
-def said(
+def predicted_noise(
     base: ImageBase, attachment: Attachment, mix: Any, x: Tensor, time: Tensor, prompt: str, sizes: Tensor
 ) -> Tensor:
-    """Return ε of one row by the denoiser under a mix, at the guidance used for generation."""
+    """Return the denoiser's ε for one row, with the mix active and the guidance used for generation."""
     guidance = 3.5 if base.denoiser.config.get("guidance_embeds") else None
     with attachment.using(*mix):
         text = embed_prompts(base, [prompt])
@@ -122,7 +122,7 @@ def said(
 
 @pytest.mark.parametrize("family", ["flux1", pytest.param("sd15", marks=pytest.mark.slow)])
 def test_slider_effect_follows_strength_and_sign(shared: Path, family: str, tmp_path: Path) -> None:
-    """The prediction moves along the direction, monotone in the strength, and symmetrically near 0."""
+    """The prediction moves along the slider's direction: monotonically in strength, symmetrically near 0."""
     base = load_image(str(tiny_image_base(shared, family)))
     result = run(
         shared,
@@ -139,7 +139,9 @@ def test_slider_effect_follows_strength_and_sign(shared: Path, family: str, tmp_
     time = torch.tensor([0.6 if base.prediction == "flow" else 600])
 
     def spoken(mix: Any, prompt: str) -> Tensor:
-        return torch.cat([said(base, attachment, mix, one[None], time, prompt, torch.zeros(1, 6)) for one in x])
+        return torch.cat(
+            [predicted_noise(base, attachment, mix, one[None], time, prompt, torch.zeros(1, 6)) for one in x]
+        )
 
     with attach(base.model) as attachment:
         attachment.add(NAME, read(Path(result.adapter)).adapter)
@@ -156,10 +158,10 @@ def test_slider_effect_follows_strength_and_sign(shared: Path, family: str, tmp_
 def test_slider_run_resumes_bit_for_bit(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     whole = run(shared, tmp_path / "whole", "flux1", on_event=seen.append)
-    assert (whole.steps, whole.pictures, whole.validation) == (4, 16, None)  # 2 rows with both signs
+    assert (whole.steps, whole.pictures, whole.validation) == (4, 16, None)  # each step: 2 rows, each with both signs
     settled = next(e for e in seen if isinstance(e, Resolved))
     assert settled.settings["slider.positive"] == "a red house"
-    with Image.open(whole.samples[-1]) as sheet:  # the target as prompt, with one column for each of five strengths
+    with Image.open(whole.samples[-1]) as sheet:  # the prompt is the target; one column per strength
         assert sheet.width > 5 * 32
 
     with pytest.raises(Interrupted):
@@ -170,13 +172,13 @@ def test_slider_run_resumes_bit_for_bit(shared: Path, tmp_path: Path) -> None:
     assert not any("drew" in e.text for e in seen if isinstance(e, Note))  # the scenes exist already
 
 
-def test_a_dry_run_draws_one_scene_elsewhere(shared: Path, tmp_path: Path) -> None:
+def test_dry_run_generates_one_scene_outside_the_output(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     long = {"positive": "a red house " * 20}
     result = run(shared, tmp_path / "dry", "flux1", dry_run=True, on_event=seen.append, slider=long)
     assert result.dry_run
     assert not (tmp_path / "dry").exists()
-    assert any("the base drew 1 scene " in e.text for e in seen if isinstance(e, Note))
+    assert any("the base generated 1 scene " in e.text for e in seen if isinstance(e, Note))
     assert any("1 slider prompt longer than the base reads" in e.text for e in seen if isinstance(e, Checked))
 
 
@@ -194,14 +196,14 @@ def test_recomputed_activations_have_the_same_strength(shared: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"slider": {"negative": " A  red house"}}, "say the same ('a red house'), so there is no direction"),
+        ({"slider": {"negative": " A  red house"}}, "are equal ('a red house'), so there is no direction"),
         ({"slider": {"positive": None}}, "`slider.positive` is required with `slider.negative`"),
-        ({"data": {"pictures": "x"}}, "`data.pictures`: a slider learns from no pictures"),
+        ({"data": {"pictures": "x"}}, "`data.pictures`: a slider trains without pictures"),
         ({"slider": {"strengths": []}}, "`slider.strengths` is empty"),
         ({"slider": {"strengths": [1, -20000]}}, "a column of the sample sheets is -20000"),
         ({"adapter": {"text_encoders": ["text_encoder"]}}, "a slider, which trains the denoiser only"),
-        ({"loss": {"guidance": 2.0}}, "`loss.guidance`: a slider learns from no pictures"),
-        ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),
+        ({"loss": {"guidance": 2.0}}, "`loss.guidance`: a slider trains without pictures"),
+        ({"data": {"resolution": [32, 64]}}, "`data.resolution` must be one number for a slider"),
     ],
 )
 def test_invalid_slider_is_refused(shared: Path, tmp_path: Path, given: dict[str, Any], says: str) -> None:
@@ -217,13 +219,13 @@ def test_slider_keys_need_the_prompts(tmp_path: Path) -> None:
 
 
 def test_equal_slider_prompts_are_refused_before_step_one(shared: Path, tmp_path: Path) -> None:
-    long = "a house " * 200  # longer than any encoder reads
+    long = "a house " * 200  # longer than any encoder's limit
     given = {"positive": f"{long} red", "negative": f"{long} blue", "scenes": 1}
-    with pytest.raises(PreflightError, match="the same to this base: there is no direction between them"):
+    with pytest.raises(PreflightError, match="the same encoding in this base, so there is no direction"):
         run(shared, tmp_path / "out", "flux1", slider=given)
 
 
-def test_nothing_is_drawn_on_a_base_that_edits(shared: Path, tmp_path: Path) -> None:
+def test_editing_base_is_refused_before_scenes_are_generated(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseError, match="edits pictures, and a slider needs a base that generates"):
         run(shared, tmp_path / "out", "kontext")
     assert not list(tmp_path.rglob("scene-*.png"))
@@ -254,5 +256,5 @@ def test_plan_counts_scenes_signs_and_base_forwards() -> None:
     file = ROOT / "examples" / "images" / "slider.yaml"
     made = plan_of_config(load_config(file, ["base=flux.1-dev", "base.quantize=nf4", "schedule.steps=10"])[0], card)
     assert (made.job.rows, made.job.total_steps, made.job.batch) == (24, 10, 8)
-    assert "at both directions" in dict(made.facts)["note"]
+    assert "in both directions" in dict(made.facts)["note"]
     assert made.seconds is not None

@@ -1,4 +1,4 @@
-"""Image runs on tiny bases: their output, interruption at any step, and errors for invalid input."""
+"""Image runs on tiny bases: output, interruption at any step, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Whole = tuple[Path, ImageResult, list[Event]]
 
 @pytest.fixture(scope="module")
 def whole(shared: Path) -> Whole:
-    """Return one uninterrupted run with a moving average and sample sheets, shared by many tests."""
+    """Return one uninterrupted run with a moving average and sample sheets; many tests share it."""
     seen: list[Event] = []
     result = run(shared, shared / "whole", on_event=seen.append, **WITH_ALL)
     return shared / "whole", result, seen
@@ -51,8 +51,9 @@ WITH_ALL: dict[str, Any] = {
 
 
 def _bytes(folder: Path) -> bytes:
-    """Return tensors and scales of the one file in a run's folder; its metadata contains the time and a
-    name."""
+    """Return the tensors of the only safetensors file in a run's folder, as bytes.
+
+    Excludes the metadata, which contains the time and the file's name."""
     return b"".join(
         f"{n}|{t.dtype}|{tuple(t.shape)}".encode() + t.contiguous().view(torch.uint8).numpy().tobytes()
         for n, t in sorted(read_tensors(next(folder.glob("*.safetensors")))[0].items())
@@ -78,7 +79,7 @@ def test_every_setting_says_where_it_came_from(whole: Whole) -> None:
     assert set(resolved.settings) == set(resolved.sources)
     assert (resolved.settings["loss.timesteps"], resolved.settings["data.resolution"]) == ("logit-normal", 32)
     assert "GB free" in resolved.sources["memory.activation_checkpointing"]
-    assert "samples draw with them" in resolved.sources["memory.free_encoders"]
+    assert "samples need the encoders" in resolved.sources["memory.free_encoders"]
 
 
 def test_output_folder_has_every_file(whole: Whole, base: ImageBase) -> None:
@@ -91,7 +92,7 @@ def test_output_folder_has_every_file(whole: Whole, base: ImageBase) -> None:
     assert str(folder.parent) not in json.dumps(card.card.recipe)
     assert len([r for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]) == 6
     page = (folder / "report.html").read_text()
-    assert page.count('<img class="sheet"') == 4  # the training pictures, the base, steps 3 and 6
+    assert page.count('<img class="sheet"') == 4  # training pictures, the base, step 3, step 6
     for piece in (
         result.digest,
         "Loss, mean squared error",
@@ -124,7 +125,9 @@ def test_file_has_the_metadata_that_readers_expect(whole: Whole) -> None:
 
 
 def metadata_count(metadata: dict[str, str], tag: str) -> int:
-    """Return a tag's count. Four of the six pictures are trained on, selected by a hash."""
+    """Return a tag's count in the metadata.
+
+    A hash selects the four of six pictures that are trained on, so the count is not known in advance."""
     return int(json.loads(metadata["ss_tag_frequency"])["1_drawings"][tag])
 
 
@@ -142,7 +145,7 @@ def test_run_restores_base_and_random_state(shared: Path, tmp_path: Path) -> Non
     assert {n: m.training for n, m in own.model.named_modules()} == modes
     assert not any(p.requires_grad for p in own.model.parameters())
     assert not own.denoiser.is_gradient_checkpointing
-    attach(own.model).detach()  # no adapter is attached any more
+    attach(own.model).detach()  # `attach` raises if an adapter is still attached
 
 
 @pytest.mark.parametrize(
@@ -150,8 +153,8 @@ def test_run_restores_base_and_random_state(shared: Path, tmp_path: Path) -> Non
     [("flux1", 0.95), pytest.param("sdxl", 0.99, marks=pytest.mark.slow)],  # test_kinds trains sdxl too
 )
 def test_loss_falls_in_training(family: str, share: float, shared: Path, tmp_path: Path) -> None:
-    """The base is random, so forty steps lower the loss of held-out drawings with equal noise and
-    timesteps."""
+    """The base is random, so forty steps must lower the validation loss, which is measured with the same noise
+    and timesteps before and after."""
     result = run(
         shared,
         tmp_path / "out",
@@ -166,7 +169,7 @@ def test_loss_falls_in_training(family: str, share: float, shared: Path, tmp_pat
 
 @pytest.mark.parametrize("family", ["sd15", "schnell", "sd3", "klein", "flux2", "z-image", "qwen-image"])
 def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tmp_path: Path) -> None:
-    """Trains every linear module of the denoiser; other tests cover flux1 and sdxl."""
+    """Trains every linear module of the denoiser. Other tests cover flux1 and sdxl."""
     seen: list[Event] = []
     result = run(
         shared,
@@ -223,7 +226,7 @@ def test_sd3_without_t5_reads_77_tokens(shared: Path, tmp_path: Path) -> None:
     "family", ["flux2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd3", "z-image", "klein", "qwen-image"))]
 )
 def test_training_on_nf4_equals_training_on_its_values(family: str, shared: Path, tmp_path: Path) -> None:
-    """Computed in 16 bits, with text encoders in 4 bits too; every linear module learns."""
+    """The run computes in 16 bits, with text encoders in 4 bits too, and trains every linear module."""
     for name in ("codes", "values"):
         base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantize="nf4")
         held = [
@@ -258,8 +261,10 @@ def test_training_on_nf4_equals_training_on_its_values(family: str, shared: Path
         *(pytest.param(f, g, marks=pytest.mark.slow) for f, g in (("flux2", None), ("z-image", 0.0))),
     ],
 )
-def test_later_families_resume_to_equal_bits(family: str, guidance: float | None, shared: Path, tmp_path: Path) -> None:
-    """With dropout, captions of two lengths and empty ones, and sample sheets, which are equal too."""
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
+    family: str, guidance: float | None, shared: Path, tmp_path: Path
+) -> None:
+    """Covers dropout, empty captions and captions of two lengths. The sample sheets are equal too."""
     folder = drawings(tmp_path / "drawings")
     (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
     more: dict[str, Any] = {
@@ -294,7 +299,7 @@ def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, share
         run(shared, output, resume=True, **WITH_ALL, data={"pictures": str(other)})
 
 
-def test_dry_run_leaves_only_a_sheet_elsewhere(shared: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_only_a_temporary_sheet(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     cache = tmp_path / "cache"
     result = run(shared, tmp_path / "dry", dry_run=True, on_event=seen.append, data={"cache": str(cache)})
@@ -320,7 +325,9 @@ def test_dry_run_leaves_only_a_sheet_elsewhere(shared: Path, tmp_path: Path) -> 
         ({"memory": {"limit_gb": 1e-6}}, "does not fit"),
     ],
 )
-def test_preflight_stops(sections: dict[str, Any], says: str, shared: Path, tmp_path: Path, base: ImageBase) -> None:
+def test_invalid_settings_stop_the_run_before_training(
+    sections: dict[str, Any], says: str, shared: Path, tmp_path: Path, base: ImageBase
+) -> None:
     with pytest.raises(PreflightError) as error:
         run(shared, tmp_path / "out", base=base, **sections)
     assert says in str(error.value)
@@ -337,7 +344,7 @@ def test_blocks_are_offloaded_before_memory_is_measured(shared: Path, tmp_path: 
     assert notes.index("Checked") > next(i for i, note in enumerate(notes) if "stay on the CPU" in note)
 
 
-def test_a_run_does_not_write_among_its_pictures(shared: Path, tmp_path: Path, base: ImageBase) -> None:
+def test_output_inside_the_picture_folder_is_refused(shared: Path, tmp_path: Path, base: ImageBase) -> None:
     folder = drawings(tmp_path / "drawings")
     with pytest.raises(PreflightError, match="in the picture folder"):
         run(shared, folder / "runs" / "one", base=base, data={"pictures": str(folder)})
@@ -351,17 +358,19 @@ def test_a_run_does_not_write_among_its_pictures(shared: Path, tmp_path: Path, b
             {"timesteps": "logit-normal", "shift": "resolution"},
             r"noise: loss\.timesteps and loss\.shift are only for flow",
         ),
-        ({"guidance": 3.5}, r"takes no guidance as an input, so loss\.guidance would have no effect"),
-        ({"keep_guidance": 3.0}, r"takes no guidance as an input, so loss\.keep_guidance would have no effect"),
+        ({"guidance": 3.5}, r"does not take guidance as an input, so loss\.guidance would have no effect"),
+        ({"keep_guidance": 3.0}, r"does not take guidance as an input, so loss\.keep_guidance would have no effect"),
     ],
 )
-def test_a_noise_base_refuses_what_is_for_flow(loss: dict[str, Any], says: str, shared: Path, tmp_path: Path) -> None:
+def test_noise_prediction_base_refuses_flow_settings(
+    loss: dict[str, Any], says: str, shared: Path, tmp_path: Path
+) -> None:
     with pytest.raises(PreflightError, match=says):
         run(shared, tmp_path / "out", "sdxl", loss=loss)
 
 
 def test_distilled_base_is_warned_of(shared: Path, tmp_path: Path) -> None:
-    """FLUX.2 klein as its index describes it; its sheets are generated without guidance."""
+    """Uses FLUX.2 klein with `is_distilled` in its index. Its sheets are generated without guidance."""
     import shutil
 
     folder = Path(shutil.copytree(tiny_image_base(shared, "klein"), tmp_path / "klein"))
@@ -373,13 +382,13 @@ def test_distilled_base_is_warned_of(shared: Path, tmp_path: Path) -> None:
     Path(result.sheet).unlink()
     said = next(f for f in result.preflight["findings"] if f["check"] == "distilled")
     assert said["level"] == "warn"
-    assert "which training undoes" in said["text"]
+    assert "training undoes the distillation" in said["text"]
     assert "FLUX.2 klein-base" in said["fix"]
     with pytest.raises(ConfigError, match="is distilled and takes no guidance"):
         generate_images(base, [ImageRow("a cat")], PictureSettings(guidance=4.0))
     with pytest.raises(ConfigError, match="a negative prompt has no effect") as error:
         generate_images(base, [ImageRow("a cat", "a dog")])
-    assert "reads none" in str(error.value)
+    assert "does not use negative prompts" in str(error.value)
 
 
 def test_a_stopped_dry_run_still_writes_its_sheet(shared: Path, tmp_path: Path, base: ImageBase) -> None:
@@ -392,8 +401,8 @@ def test_a_stopped_dry_run_still_writes_its_sheet(shared: Path, tmp_path: Path, 
     sheet.unlink()
 
 
-def test_preflight_reports_what_is_not_read(shared: Path, tmp_path: Path) -> None:
-    """A caption, a sample prompt and the class prompt, each longer than the tiny encoders' 24 tokens."""
+def test_preflight_reports_truncated_texts_and_unreadable_pictures(shared: Path, tmp_path: Path) -> None:
+    """A caption, a sample prompt and the class prompt are each longer than the encoders' limit of 24 tokens."""
     folder = drawings(tmp_path / "drawings")
     long = "a red house, " + " ".join(["in the style of a flat tree"] * 8)
     (folder / "0.txt").write_text(long + " caption")

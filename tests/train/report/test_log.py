@@ -1,4 +1,4 @@
-"""Reports of a run: the log, the terminal, and the page."""
+"""Reports of a run: the log, the terminal output, and the HTML page."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     log.close()
     with path.open("a") as file:
         file.write('{"event": "stepped", "st')
-    log = JsonLog(path, Progress(step=2, evaluated=-1))  # the checkpoint does not contain the evaluation after step 2
+    log = JsonLog(path, Progress(step=2, evaluated=-1))  # the checkpoint precedes the evaluation after step 2
     log(score(2))
     log(step(3))
     log.close()
@@ -97,9 +97,7 @@ def test_sampling_runs_show_speed_and_constant_groups() -> None:
         }
         return Stepped(n, 2, n, -1e-9, 1e-4, 0.5, 10_000, 40, 2.0, 1, found)
 
-    first, second = _shown(
-        [drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False
-    ).splitlines()  # two updates of one rollout
+    first, second = _shown([drawn(1, 400, 3), drawn(2, 0, 0)], terminal=False).splitlines()  # two updates per rollout
     rewards = "reward 0.250 (label 0.500, length -0.250)"
     assert f"1/2  {rewards}  200 sampled tokens/s" in first
     assert first.endswith("3 of 4 groups constant  38% cut")
@@ -124,7 +122,7 @@ def test_the_terminal_shows_settings_sources_and_checks() -> None:
     checked = Checked("  ok  all ⟦good⟧", {})
     few = _shown([settings, checked, Note(long)], terminal=False)
     assert "adapter.rank" not in few
-    assert "1 more by default" in few
+    assert "1 more with default values" in few
     assert re.search(r"learning_rate +0\.0005 +support\.yaml:9", few)
     text = _shown([settings, checked, Note(long)], terminal=False, verbose=True)
     assert re.search(r"adapter\.rank +16 +default \(enough \[for thousands\] of rows\)", text)
@@ -141,12 +139,12 @@ def test_a_worse_evaluation_is_never_called_best() -> None:
     assert "best" not in text
 
 
-def test_many_steps_are_few_lines_in_a_pipe() -> None:
+def test_many_steps_print_few_lines_to_a_pipe() -> None:
     events: list[Event] = [Stepped(n, 1000, 1, 1.0, 1e-4, 0.5, 9, 4, 0.1, 1) for n in range(1, 1001)]
     assert 10 <= len(_shown(events, terminal=False).splitlines()) <= 30
 
 
-def test_sizes_and_times_are_for_people() -> None:
+def test_sizes_and_durations_are_human_readable() -> None:
     assert [size(n) for n in (12, 2_500, 19_600_000, 3.4e9)] == ["12 B", "2.5 kB", "19.6 MB", "3.4 GB"]
     assert [duration(s) for s in (41.6, 185, 7_800)] == ["42 s", "3 min 05 s", "2 h 10 min"]
 
@@ -155,7 +153,7 @@ def test_sizes_and_times_are_for_people() -> None:
 
 
 class _Reader(HTMLParser):
-    """Checks that tags close; collects everything that a browser would fetch or run."""
+    """Checks that tags are closed; collects everything that a browser would fetch or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +184,7 @@ def _page(**options: Any) -> Page:
     return Page(title="support", records=records, **options)
 
 
-def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
+def test_page_is_well_formed_and_loads_nothing_external(tmp_path: Path) -> None:
     page = _page(
         settings={"adapter.rank": 16, "seed": 0},
         sources={"adapter.rank": "override `adapter.rank=16`"},
@@ -232,9 +230,9 @@ def test_a_report_without_steps_renders() -> None:
 
 @settings(deadline=None)
 @given(low=st.floats(-1e6, 1e6), span=st.floats(0, 1e6), about=st.integers(2, 10))
-def test_ticks_cover_the_range_and_are_few(low: float, span: float, about: int) -> None:
+def test_few_ticks_cover_the_range(low: float, span: float, about: int) -> None:
     ticks = nice_ticks(low, low + span, about)
-    slack = 1e-6 * (abs(low) + span) + 1e-9  # ignore rounding of a tick at the edge
+    slack = 1e-6 * (abs(low) + span) + 1e-9  # tolerate rounding of a tick at the edge
     assert ticks[0] <= low + slack
     assert ticks[-1] >= low + span - slack
     assert 2 <= len(ticks) <= about + 3

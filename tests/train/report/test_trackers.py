@@ -1,4 +1,4 @@
-"""Trackers in their real offline modes; a failing tracker does not stop a run."""
+"""Trackers in their real offline modes, and trackers that fail during a run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_wandb_continues_the_run_after_resuming(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(wandb.Run, "log", log)
     _run("wandb", tmp_path, range(1, 4), tags=["nightly"])
     kept = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
-    time.sleep(1.1)  # its folder names differ by the second
+    time.sleep(1.1)  # names of W&B's folders contain the second
     _run("wandb", tmp_path, range(3, 6), resumed=True)
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb"))) == 2
     assert logged == [(kept, "support", 8, n, 1 / n) for n in (1, 2, 3, 3, 4, 5)]
@@ -89,7 +89,7 @@ def test_a_failing_tracker_is_reported_once(tmp_path: Path, monkeypatch: pytest.
     with tracked(report, tmp_path, SETTINGS, False, heard.append) as tell:
         for n in range(1, 4):
             tell(step(n))
-    assert heard == [Note("warning: wandb failed and gets no more events: no route to the tracking server")]
+    assert heard == [Note("warning: wandb failed and will not receive further events: no route to the tracking server")]
     assert list((tmp_path / "tensorboard").iterdir())
 
 

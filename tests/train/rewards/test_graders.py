@@ -1,4 +1,4 @@
-"""OpenAI's graders, against the packages that they name and arithmetic."""
+"""OpenAI's graders, compared with the packages that they are based on and with plain arithmetic."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_texts_over_the_limit_are_not_compared() -> None:
     for metric in ("rouge_l", "fuzzy_match", "bleu"):
         result = grade(similar(metric), "x" * 65_537, {"want": "x"})
         assert result.value is None
-        assert "up to 65,536 characters" in result.error
+        assert "at most 65,536 characters" in result.error
     assert "more than" in grade(check("eq", reference="{{ item.want }}" * 100), "", {"want": "x" * 20_000}).error
 
 
-def test_sources_of_a_multi_grader_have_one_limit() -> None:
+def test_sources_in_a_multi_grader_share_one_limit() -> None:
     python = {"type": "python", "name": "p", "source": "def grade(sample, item):\n    return 1\n" + "#" * 50_000}
     parse_grader(python)
-    with pytest.raises(ConfigError, match="65,536 characters together"):
+    with pytest.raises(ConfigError, match="65,536 characters in total"):
         parse_grader({"type": "multi", "name": "m", "graders": {"a": python, "b": python}, "calculate_output": "a"})
     with pytest.raises(ConfigError, match="not valid Python: line 2"):
         parse_grader(python | {"source": "#" * 10_000 + "\ndef grade(:"})
@@ -139,7 +139,7 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
-def test_multi_is_its_formula(formula: str) -> None:
+def test_multi_grader_computes_its_formula(formula: str) -> None:
     result = grade(multi(formula), "xy", {"want": "xz"})
     names = {name: getattr(math, name) for name in ("floor", "ceil", "exp", "sqrt", "log")}
     assert result.value == pytest.approx(eval(formula.replace("^", "**"), names | {"a": 0, "b": 0.5}))
@@ -150,7 +150,7 @@ def test_multi_reports_missing_values() -> None:
     assert result.value is None
     assert "calculate_output" in result.error
     long = grade(multi("a + b"), "x" * 65_537, {"want": "x"})
-    assert long.error == "b: text_similarity compares texts of up to 65,536 characters"
+    assert long.error == "b: text_similarity compares texts of at most 65,536 characters"
 
 
 def test_single_grader_in_multi_gets_its_own_name() -> None:
@@ -167,15 +167,15 @@ def test_a_bad_answer_scores_zero_and_a_bad_row_stops() -> None:
 
 
 INVALID_GRADERS = [
-    ({}, "a grader needs a type"), ({"type": "string_chek"}, "there are string_check"),
+    ({}, "a grader needs a type"), ({"type": "string_chek"}, "use one of string_check"),
     ({**check("eq"), "operation": "is"}, "'eq', 'ne', 'like' or 'ilike'"), (check("eq", extra=1), "grader.extra"),
     (check("eq", input="{{ items.x }}"), "not a path"), ({"type": "python", "source": "x ="}, "line 1"),
-    ({"type": "python", "source": "def score(a, b): ..."}, "no function grade"),
-    (multi("a + c"), "no grader is called so"),
+    ({"type": "python", "source": "def score(a, b): ..."}, "does not define a function grade"),
+    (multi("a + c"), "no grader has this name"),
     (multi("a +"), "not a formula"), (multi("a.real"), "allows only"), (multi("__import__('os')"), "allows only"),
     (multi("a if b else 1"), "allows only"), (multi("log(a, b)"), "allows only"),
     (multi("'a'"), "allows only"),
-    ({**SCORE, "range": [1, 0]}, "lowest number first"), (similar("cosine"), "fuzzy_match"),
+    ({**SCORE, "range": [1, 0]}, "must begin with the lower number"), (similar("cosine"), "fuzzy_match"),
     (multi("a", a={"type": "label_model", "name": "a"}), "label_model"),
 ]  # fmt: skip
 
@@ -211,7 +211,7 @@ def test_a_grader_can_be_a_reward() -> None:
 
 def test_score_model_on_a_server_respects_patience() -> None:
     section = GraderReward(kind="grader", grader={"name": "it", **SCORE}, url="http://127.0.0.1:9/v1", patience=0)
-    with build_rewards([section]) as rewards, pytest.raises(UnavailableError, match="away for 0 s") as away:
+    with build_rewards([section]) as rewards, pytest.raises(UnavailableError, match="unavailable for 0 s") as away:
         rewards.judge([Answer([], "x", {"want": "x"})])
     assert "the reward's `patience`" in str(away.value)
     with pytest.raises(ValueError, match="give its `url`"):

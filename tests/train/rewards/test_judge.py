@@ -1,4 +1,4 @@
-"""A model as judge, over HTTP and through a function."""
+"""Models as judges: over HTTP, or through a Python function."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print server errors, but not disconnects of clients that stopped waiting, which some tests
-        cause."""
+        """Print server errors, except disconnects of clients that stopped waiting, which some tests cause."""
         if not isinstance(sys.exception(), BrokenPipeError | ConnectionResetError):
             super().handle_error(request, client_address)
 
@@ -140,7 +139,7 @@ def test_response_format_is_omitted_if_unsupported(error: Any) -> None:
     assert ["response_format" in body for body in server.asked] == [True, False, False]
 
 
-def test_refused_question_changes_no_other() -> None:
+def test_one_refused_question_does_not_affect_others() -> None:
     def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
         return (400, {"error": "too long"}) if "bad" in body["messages"][0]["content"] else completion("5")
 
@@ -159,7 +158,7 @@ def garbled(handler: Any) -> None:
 
 UNUSABLE_REPLIES = [
     (completion("fine"), "no number"), (completion("11"), "outside 0 to 10"), (completion("-1"), "outside 0 to 10"),
-    (completion(None, "I will not"), "I will not"), (completion(""), "is empty"), ((200, {"x": 1}), "no chat"),
+    (completion(None, "I will not"), "I will not"), (completion(""), "is empty"), ((200, {"x": 1}), "not a chat"),
     ((200, garbled), "cannot be read"),
     ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
 ]  # fmt: skip
@@ -176,12 +175,12 @@ def test_unusable_reply_has_no_score(message: tuple[int, Any], error: str) -> No
 
 @pytest.mark.parametrize(
     ("part", "pause", "more", "error"),
-    [(b" ", 0.02, {"timeout": 0.2}, "no answer in time, 3 times"), (bytes(1 << 20), 0.0, {}, "exceeds 64 MB")],
+    [(b" ", 0.02, {"timeout": 0.2}, "did not answer in time, 3 times"), (bytes(1 << 20), 0.0, {}, "exceeds 64 MB")],
     ids=["dripping", "pouring"],
 )
 def test_endless_responses_end(part: bytes, pause: float, more: dict[str, Any], error: str) -> None:
-    """Some servers send a blank now and then while they work, so that no read is late; others would fill the
-    memory."""
+    """Some servers send a space now and then while they work, so that no single read times out. Other responses
+    would fill the memory."""
 
     def endless(handler: Any) -> None:
         handler.send_response(200)
@@ -220,7 +219,7 @@ def test_unavailable_judge_is_retried() -> None:
 def test_unavailable_judge_stops_the_run(status: int) -> None:
     with serving(lambda body, n: (status, {})) as server, pytest.raises(UnavailableError, match=f"HTTP {status}"):
         judged(server, "x", patience=0)
-    with pytest.raises(UnavailableError, match="ConnectError"):  # the server has stopped
+    with pytest.raises(UnavailableError, match="ConnectError"):  # the server is stopped by now
         judged(server, "x", patience=0)
 
 
@@ -235,12 +234,12 @@ def test_late_reply_has_no_score() -> None:
     with serving(says) as server:
         slow, fine = judged(server, "slow", "x", timeout=0.2)
         gone.set()
-    assert "no answer in time, 3 times" in slow.error
+    assert "did not answer in time, 3 times" in slow.error
     assert fine.value == 0.5
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_errors_of_every_question_stop_at_once(status: int) -> None:
+def test_errors_common_to_all_questions_stop_immediately(status: int) -> None:
     with serving(lambda body, n: (status, {"error": "no"})) as server, pytest.raises(ConfigError, match=f"{status}"):
         judged(server, "x")
 
@@ -254,18 +253,18 @@ def test_unsupported_settings_are_omitted() -> None:
 
     with serving(says) as server:
         assert [s.value for s in judged(server, "x", "y", at_once=1)] == [0.5, 0.5]
-    assert len(server.asked) == 4  # two retries, then requests without the refused option
+    assert len(server.asked) == 4  # x is retried twice; y omits the refused options at once
     assert server.asked[-1]["max_completion_tokens"] == 512
 
 
 def test_key_is_sent_and_never_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(ConfigError, match="JUDGE_KEY does not hold a judge's key"):
+    with pytest.raises(ConfigError, match="JUDGE_KEY does not contain a valid API key"):
         ServerJudge("http://127.0.0.1:9/v1", key="JUDGE_KEY")
-    with pytest.raises(ConfigError, match="holds a name or a password") as in_url:
+    with pytest.raises(ConfigError, match="contains a user name or a password") as in_url:
         ServerJudge("http://me:secret-word@127.0.0.1:9/v1")
     monkeypatch.setenv("JUDGE_KEY", "secret\nword")
-    with pytest.raises(ConfigError, match="does not hold a judge's key") as invalid:
+    with pytest.raises(ConfigError, match="does not contain a valid API key") as invalid:
         ServerJudge("http://127.0.0.1:9/v1", key="JUDGE_KEY")
     monkeypatch.setenv("JUDGE_KEY", "secret-word\n")
     with serving(lambda body, n: (401, {"error": "who?"})) as server:
@@ -275,7 +274,7 @@ def test_key_is_sent_and_never_logged(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert "secret" not in f"{in_url.value} {invalid.value} {refused.value} {caplog.text}"
 
 
-def test_local_model_answers_by_a_function() -> None:
+def test_local_model_answers_through_a_function() -> None:
     asked: list[Question] = []
 
     def ask(questions: Sequence[Question]) -> list[Reply]:

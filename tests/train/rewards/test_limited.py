@@ -75,7 +75,8 @@ def test_scores_are_the_functions_numbers(function: LimitedFunction) -> None:
 
 FAILURES = [
     ("raise", "line 13 of source: ValueError: no such thing"),
-    ("nothing", "gave None, no number"), ("text", "gave '1', no number"), ("mapping", "{'score': 1}, no number"),
+    ("nothing", "returned None, not a number"), ("text", "returned '1', not a number"),
+    ("mapping", "{'score': 1}, not a number"),
     ("end", "ended, with code 3"), ("memory", "MemoryError"),
 ]  # fmt: skip
 
@@ -100,7 +101,7 @@ def test_timeout_kills_the_process(function: LimitedFunction) -> None:
 
 
 def test_forks_cannot_answer(function: LimitedFunction) -> None:
-    """Otherwise each answer would belong to the previous question."""
+    """If a fork could answer, each later answer would be taken for that of the previous question."""
     assert [s.value for s in function.score(asked("fork", "a", "fork", "abcd"))] == [7, 1, 7, 4]
 
 

@@ -18,14 +18,14 @@ EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) i
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
-def test_an_example_is_a_configuration(text: str) -> None:
+def test_every_example_is_a_valid_configuration(text: str) -> None:
     sections = pydantic.TypeAdapter(RewardList).validate_python(yaml.safe_load(text)["rewards"])
     for section in sections:
         if section.kind == "grader":
             parse_grader(section.grader)  # type: ignore[attr-defined]
 
 
-def test_the_function_runs_as_it_stands() -> None:
+def test_example_function_runs_unchanged() -> None:
     (score,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     with LimitedFunction("score", source=score) as function:
         (actual,) = function.score([({"output_text": "well\n4"}, {"answer": "4"})])

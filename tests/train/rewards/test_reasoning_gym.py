@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym, compared with the package."""
+"""reasoning-gym's tasks, compared with the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def judged(section: Any, row: dict[str, Any], *texts: str) -> list[RewardScore]:
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "basic_arithmetic", "word_sorting"])
-def test_reasoning_gym_scores_as_it_does(task: str) -> None:
+def test_scores_equal_reasoning_gyms(task: str) -> None:
     factory = pytest.importorskip("reasoning_gym.factory")
     records, _ = read_data_files([f"reasoning-gym:{task}@4?seed=3"])
     made = factory.create_dataset(task, seed=3, size=4)
@@ -37,7 +37,7 @@ def test_reasoning_gym_scores_as_it_does(task: str) -> None:
         assert [s.value for s in scores] == [made.score_answer(text, entry) for text in final]
 
 
-def test_reasoning_gym_rows_are_rows_to_train_on() -> None:
+def test_tasks_can_be_read_as_training_rows() -> None:
     pytest.importorskip("reasoning_gym")
     rows, about = read_rows(["reasoning-gym:chain_sum@5?max_terms=3"])
     assert (len(rows), about.format) == (5, "prompt-completion")

@@ -1,4 +1,4 @@
-"""The weighted sum of rewards, failures, and groups of completions without a gradient."""
+"""The weighted sum of rewards, failed rewards, and groups of completions that give no gradient."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_too_many_failures_stop_the_run_and_say_why() -> None:
     assert Rewards(rewards, most_failed=0.5).judge(rows).failed == 2
 
 
-def test_a_reward_gives_as_many_scores_as_there_are_answers() -> None:
-    with pytest.raises(TrainingError, match="short gave 1 score"):
+def test_reward_with_too_few_scores_is_refused() -> None:
+    with pytest.raises(TrainingError, match="short returned 1 score"):
         Rewards([NamedReward("short", giving(1.0))]).judge(answers("x", "y"))
 
 
 def test_constant_groups_are_counted() -> None:
     judged = Rewards([NamedReward("a", giving(1, 1, 0, 1, None, 2))]).judge(answers(*"uvwxyz"))
     actual = reward_findings(judged, [0, 0, 1, 1, 2, 2])
-    assert (actual["groups"], actual["constant_groups"]) == (3, 2)  # the third group has one scored completion
+    assert (actual["groups"], actual["constant_groups"]) == (3, 2)  # the third group has only one score
     assert actual["constant_share"] == 2 / 3
 
 

@@ -1,4 +1,4 @@
-"""Rewards by formula, against sacrebleu, rouge-score, jsonschema and arithmetic."""
+"""Rewards by formula, compared with sacrebleu, rouge-score, jsonschema and plain arithmetic."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_schema_references_fetch_nothing() -> None:
         judged({"kind": "json_schema", "json_schema": {"$ref": "http://localhost:9/a.json"}}, "{}")
 
 
-def test_the_share_of_fields() -> None:
+def test_json_fields_scores_the_share_of_equal_fields() -> None:
     expected = {"a": 1, "b": "x", "c": [1, 2], "d": True}
     score = judged(
         {"kind": "json_fields"}, '{"c": [1, 2], "a": 1.5, "b": "x", "d": 1}', {"answer": json.dumps(expected)}
@@ -94,7 +94,7 @@ def test_the_share_of_fields() -> None:
     assert score.value == 0.5
     assert judged({"kind": "json_fields"}, '{"total": 12.0}', {"answer": '{"total": 12}'}).value == 1
     assert judged({"kind": "json_fields"}, "none", {"answer": expected}).value == 0
-    with pytest.raises(DataError, match="is not one"):
+    with pytest.raises(DataError, match="requires a JSON object in the column answer"):
         judged({"kind": "json_fields"}, "{}", {"answer": "[1]"})
 
 
@@ -122,7 +122,7 @@ def test_endless_pattern_has_no_score() -> None:
 
 
 @given(st.integers(0, 60), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
-def test_length_falls_linearly(n: int, least: int, more: int, slack: int) -> None:
+def test_length_reward_falls_linearly_outside_its_bounds(n: int, least: int, more: int, slack: int) -> None:
     entry = {"kind": "length", "least": least, "most": least + more, "slack": slack}
     value = judged(entry, "", tokens=n).value
     over = least - n if n < least else max(0, n - least - more)

@@ -1,4 +1,4 @@
-"""Python from clients: what a hostile grader can reach, and the errors if no sandbox works."""
+"""Python code from clients: what a hostile grader can reach, and the errors if no sandbox works."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def attack(function: LimitedFunction, name: str, **item: object) -> RewardScore:
 
 @pytest.fixture(scope="module")
 def item(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
-    """What attacks aim at: the server's files, variables, port and processes."""
+    """Yield the targets of the attacks: the server's files, environment variables, port and processes."""
     database = tmp_path_factory.mktemp("server") / "tenants.sqlite"
     database.write_text("keys")
     paths = [str(database), __file__, sandboxes.__file__, "/etc/passwd", f"/proc/{os.getpid()}/environ"]
@@ -234,8 +234,8 @@ def test_a_signal_to_the_sandboxs_first_process_stops_only_the_sandbox(function:
 
 
 def test_fork_bomb_is_bounded_and_cleaned_up(sandbox: Sandbox, function: LimitedFunction) -> None:
-    """With less memory than its processes need, the fork bomb ends sooner, unless it ends before the first
-    check."""
+    """With too little memory for its processes, the fork bomb is stopped for memory, or it ends before the
+    first check."""
     before = children()
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
         count = attack(roomy, "bomb").value
@@ -263,7 +263,7 @@ def named(name: str) -> list[int]:
     return [process.pid for process in psutil.process_iter(["name"]) if process.info["name"] == name]
 
 
-def test_no_process_outlives_its_call_or_the_close(sandbox: Sandbox) -> None:
+def test_no_process_outlives_its_call_or_the_sandbox(sandbox: Sandbox) -> None:
     before, name = children(), f"away-{os.getpid()}"
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20) as function:
         assert attack(function, "well").value == 1
@@ -274,7 +274,7 @@ def test_no_process_outlives_its_call_or_the_close(sandbox: Sandbox) -> None:
     assert children() == before
 
 
-def test_source_leaving_a_process_is_refused(sandbox: Sandbox) -> None:
+def test_source_that_leaves_a_process_running_is_refused(sandbox: Sandbox) -> None:
     source = "import os, time\nif os.fork() == 0:\n    time.sleep(600)\ndef score(sample, item):\n    return 1\n"
     before = children()
     with LimitedFunction("score", source=source, sandbox=sandbox) as function:
@@ -284,7 +284,7 @@ def test_source_leaving_a_process_is_refused(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("way", ["together", "shared", "files"])
-def test_memory_is_limited_over_all_processes_and_files(function: LimitedFunction, way: str) -> None:
+def test_memory_limit_covers_all_processes_and_files(function: LimitedFunction, way: str) -> None:
     began = time.monotonic()
     score = attack(function, way)
     assert score.error == "its processes used more than 0.1 GB in total"
@@ -323,7 +323,7 @@ def score(sample, item):
 
 
 def test_no_descriptor_is_inherited(function: LimitedFunction) -> None:
-    assert attack(function, "descriptors").value == 2  # the two ends of the sandbox's own socket
+    assert attack(function, "descriptors").value == 2  # the two ends of the sandbox's socket
 
 
 def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
@@ -340,7 +340,7 @@ def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
     end = time.monotonic() + 20
     while (
         len(actual := psutil.Process(server.pid).children(recursive=True)) < 3
-    ):  # bubblewrap, its init process, and the function
+    ):  # bubblewrap, its init process, the function
         assert time.monotonic() < end
         time.sleep(0.05)
     server.kill()
@@ -364,12 +364,12 @@ def either(request: pytest.FixtureRequest) -> Iterator[LimitedFunction]:
 def test_forged_answers_are_refused(either: LimitedFunction) -> None:
     score = attack(either, "forges")
     assert score.value is None
-    assert "wrote to the channel of its answers" in score.error
+    assert "wrote to the socket that carries its results" in score.error
     assert attack(either, "well", n=3).value == 3
 
 
 def test_deeply_nested_answer_is_refused(either: LimitedFunction) -> None:
-    assert attack(either, "nests").error == "the function's process gave no JSON"
+    assert attack(either, "nests").error == "the function's process sent invalid JSON"
     assert attack(either, "well", n=3).value == 3
 
 
@@ -383,21 +383,21 @@ def test_answers_of_forks_are_dropped(either: LimitedFunction) -> None:
 
 
 @pytest.fixture
-def untried() -> Iterator[None]:
-    """Clear the cached test of this machine's sandbox, before and after the test."""
+def clear_sandbox_cache() -> Iterator[None]:
+    """Clear the cached result of the sandbox check before and after the test."""
     working_sandbox.cache_clear()
     yield
     working_sandbox.cache_clear()
 
 
-def test_missing_bubblewrap_is_reported(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bubblewrap_is_reported(clear_sandbox_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ResourceError, match=r"bubblewrap \(bwrap\) is not installed") as caught:
         working_sandbox()
     assert "apt install bubblewrap" in str(caught.value)
 
 
-def test_a_jobs_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jobs_grader_runs_only_in_a_sandbox(clear_sandbox_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def grade(sample, item):\n    return 1\n"
     grader = {"type": "python", "name": "mine", "source": source}
     answer = Answer([], "x", {})
@@ -414,7 +414,9 @@ def test_a_jobs_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest
 
 
 @linux
-def test_bubblewrap_errors_are_reported(untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bubblewrap_errors_are_reported(
+    clear_sandbox_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     message = "bwrap: No permissions to create new namespace"
     (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{message}' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
@@ -424,8 +426,10 @@ def test_bubblewrap_errors_are_reported(untried: None, monkeypatch: pytest.Monke
 
 
 @linux
-def test_a_leaking_sandbox_is_refused(untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Use a fake bwrap that runs its command without a sandbox."""
+def test_a_leaking_sandbox_is_refused(
+    clear_sandbox_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The test uses a fake bwrap that runs its command without a sandbox."""
     command = "sys.argv[sys.argv.index('--') + 1 :]"
     fake = f"#!{sys.executable}\nimport subprocess, sys\ngiven = {command}\n"
     fake += "if '--user' in given:\n    del given[given.index('--user') : given.index('--user') + 2]\n"
@@ -438,7 +442,7 @@ def test_a_leaking_sandbox_is_refused(untried: None, monkeypatch: pytest.MonkeyP
 
 
 class Private(Exception):
-    """The process forbids its inspection."""
+    """Raised instead of forbidding inspection of the process."""
 
 
 @pytest.mark.parametrize(

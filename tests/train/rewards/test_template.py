@@ -1,4 +1,4 @@
-"""OpenAI's templates."""
+"""OpenAI's prompt templates."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_invalid_templates_are_described(template: str, message: str) -> None:
 
 
 def test_braces_without_an_end_take_linear_time() -> None:
-    """With a hundred thousand braces, quadratic time would be minutes."""
+    """With a hundred thousand braces, an algorithm of quadratic time would take minutes."""
     began = time.process_time()
     assert "no matching }}" in template_problem("{{" * 50_000)
     assert time.process_time() - began < 1

@@ -1,4 +1,4 @@
-"""Fixtures: the tiny text base, one per module, also for modules with their own `shared` folder."""
+"""Fixtures: one tiny text base per module, also for modules that define their own `shared` folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.models.text.base import TextBase, load_text
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a folder with the base and forty tickets."""
+    """Create a folder with the tiny base and forty tickets."""
     return with_rows(tmp_path_factory.mktemp("text"))
 
 

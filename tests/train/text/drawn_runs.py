@@ -1,4 +1,4 @@
-"""Runs that sample completions on the tiny base, for tests of reinforcement and distillation."""
+"""Runs that sample completions with the tiny base, for tests of reinforcement and distillation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.train.report.log import read_log
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 
-_TIMED = {"drawn_seconds", "prompt_cached"}  # a new process has an empty cache
+_TIMED = {"drawn_seconds", "prompt_cached"}  # times differ; a resumed process starts with an empty cache
 
 REWARDED: dict[str, Any] = {
     "batching": {"rows": 2, "micro_rows": 6}, "optimizer": {"learning_rate": 1e-2},
@@ -38,7 +38,7 @@ REWARDED: dict[str, Any] = {
 
 
 def with_prompts(folder: Path, row: Callable[[int], dict[str, str]]) -> Path:
-    """Create a folder with the tiny base and twelve prompts; `row` adds fields to each."""
+    """Create a folder with the tiny base and twelve prompts. `row(i)` returns more fields for row i."""
     tiny_base_dir(folder)
     lines = [{"prompt": f"The printer number {i} does not answer.", **row(i)} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -46,8 +46,9 @@ def with_prompts(folder: Path, row: Callable[[int], dict[str, str]]) -> Path:
 
 
 def config_of(settings: dict[str, Any], shared: Path, output: Path, **sections: Any) -> Any:
-    """Return the configuration of a run on the folder of `with_prompts`, with `sections` merged key by
-    key."""
+    """Return the configuration of a run on the folder from `with_prompts`.
+
+    `sections` are merged into the settings key by key."""
     values: dict[str, Any] = {
         "base": str(shared / "tiny-base"),
         "data": {"train": str(shared / "prompts.jsonl"), "split": 2},
@@ -68,15 +69,15 @@ def run_drawn(
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:
-    """Return each step's measurements besides its loss."""
+    """Return the metrics of each step, without its loss."""
     return [r["extra"] for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
 
 
 def stopped_and_resumed(run: Callable[..., Any], folder: Path, at: int) -> None:
-    """Assert that an interrupted and resumed run equals an uninterrupted one, in bytes and in the log.
+    """Assert that an interrupted and resumed run ends with the same bytes and log as an uninterrupted run.
 
     run: `run(output, on_event, resume)`
-    at: step after which the first attempt gets Ctrl-C"""
+    at: step after which the run is interrupted with Ctrl-C"""
 
     run(folder / "whole", None, False)
     with pytest.raises(Interrupted):
@@ -86,7 +87,7 @@ def stopped_and_resumed(run: Callable[..., Any], folder: Path, at: int) -> None:
 
 
 def same_ends(one: Path, other: Path) -> None:
-    """Assert that two runs left equal adapters and equal logs of every step."""
+    """Assert that two runs have equal adapters and equal metrics for every step."""
     assert (one / TENSORS).read_bytes() == (other / TENSORS).read_bytes()
     ours, theirs = ([{k: v for k, v in x.items() if k not in _TIMED} for x in measured(each)] for each in (one, other))
     assert ours == theirs

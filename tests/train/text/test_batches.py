@@ -1,4 +1,4 @@
-"""Batch plans; packed rows do not affect each other."""
+"""Batch plans, and independence of packed rows."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_similar_lengths_share_a_micro_batch() -> None:
 
 @given(LENGTHS.filter(bool), batchings(), st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
-def test_pieces_give_each_device_a_micro_batch(lengths: list[int], batching: BatchingSection, pieces: int) -> None:
+def test_each_device_gets_a_micro_batch_if_possible(lengths: list[int], batching: BatchingSection, pieces: int) -> None:
     whole = plan_steps(lengths, batching, seed=0, epoch=1)
     cut = plan_steps(lengths, batching, seed=0, epoch=1, pieces=pieces)
     rows = [[sorted(i for micro in step for i in micro) for step in plan] for plan in (whole, cut)]
@@ -107,7 +107,7 @@ def test_pieces_give_each_device_a_micro_batch(lengths: list[int], batching: Bat
         assert all(sum(lengths[i] for i in micro) <= batching.micro_tokens or len(micro) == 1 for micro in step)
 
 
-def test_collate_lays_rows_end_to_end() -> None:
+def test_collate_concatenates_rows() -> None:
     batch = collate([Example([1, 2, 3], [False, True, False], 0), Example([4, 5], [False, True], 1)])
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5]
     assert batch.input_ids.dtype == torch.long
@@ -117,8 +117,8 @@ def test_collate_lays_rows_end_to_end() -> None:
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_rows_of_a_batch_do_not_see_each_other(swap: bool) -> None:
-    """Each row's logits in the batch equal those of the row by itself; attention stays within `lengths`."""
+def test_rows_of_a_batch_do_not_attend_to_each_other(swap: bool) -> None:
+    """Each row has the same logits in the batch as by itself, if attention is limited to the row."""
     model = llama3()
     rows = [Example([3, 7, 9, 11], [False, False, True, True], 0), Example([5, 8, 13], [False, True, True], 1)]
     batch = collate(rows[::-1] if swap else rows)

@@ -1,4 +1,4 @@
-"""Distillation on a tiny base: losses against float64 by hand, convergence to the teacher, and resuming."""
+"""Distillation on a tiny base: losses equal float64 by hand, students learn, and runs resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(shared: Path, base: TextBase) -> str:
-    """Train and return the folder of a rank-8 adapter."""
+    """Train a rank-8 adapter and return its folder."""
     data = {"train": str(shared / "prompts.jsonl"), "split": 0}
     values = {
         "base": str(shared / "tiny-base"),
@@ -68,12 +68,12 @@ def test_divergences_and_gradients_equal_float64_by_hand(base: TextBase, directi
     ids = torch.arange(5, 19)
     lengths, places = [6, 8], torch.tensor([2, 3, 8, 9, 12])
     hidden = hidden_at(model, ids, lengths, places).detach()
-    theirs = torch.randn(len(places), 384 + 16, generator=torch.Generator().manual_seed(1))  # a padded vocabulary
+    theirs = torch.randn(len(places), 384 + 16, generator=torch.Generator().manual_seed(1))  # padded vocabulary
     x = hidden.clone().requires_grad_()
     actual = compared_logits(model, x, lambda part: theirs[part], lambda a, b, _: divergences(a, b, direction))
     (actual.sum()).backward()
 
-    # by hand: the model's logits of each row by itself, in float64, per position
+    # by hand in float64: each row by itself, one position at a time
     rows = [model(input_ids=row[None]).logits[0] for row in ids.split(lengths)]
     own = torch.cat(rows)[places].double()
     assert torch.allclose(head_logits(model, hidden).double(), own, atol=1e-5)
@@ -98,7 +98,7 @@ def test_student_learns_its_teacher(shared: Path, base: TextBase, teacher: str, 
     assert result.validation < result.validation_before
     page = Path(result.report).read_text()
     assert "Divergence from the teacher" in page
-    assert "Tokens of an answer" in page
+    assert "Tokens per answer" in page
 
 
 def test_equal_teacher_has_zero_divergence(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
@@ -121,12 +121,12 @@ def test_student_learns_the_system_message(shared: Path, base: TextBase, tmp_pat
         base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         for messages in ([ask], [{"role": "system", "content": system}, ask])
     )
-    assert note.startswith(f"{len(teacher) - len(student)} tokens a request")
+    assert note.startswith(f"{len(teacher) - len(student)} tokens per request")
 
 
 def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """Four prompts per step, or two held-out prompts, with two completions each; not the configured
-    maximum."""
+    """The cache holds the completions of four prompts per step or of two held-out prompts, two completions each,
+    even if the configured maximum is higher."""
     taken: list[int] = []
 
     @contextmanager
@@ -149,7 +149,7 @@ def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase
 
 def test_prompts_over_the_context_are_refused_or_dropped(shared: Path, base: TextBase, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (shared / "prompts.jsonl").read_text().splitlines()]
-    rows[0]["prompt"] = "word " * 30  # with the teacher's system message, longer than the context
+    rows[0]["prompt"] = "word " * 30  # exceeds the context together with the teacher's system message
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
     own = {"teacher": "base", "system": "a" * (base.context - 100)}
@@ -173,7 +173,7 @@ def test_another_base_with_the_same_tokenizer_can_teach(shared: Path, base: Text
     known = tokenizer["model"]["vocab"]
     known["a"], known["b"] = known["b"], known["a"]
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(MismatchError, match="another tokenizer: 2 tokens differ, as 'a'"):
+    with pytest.raises(MismatchError, match="another tokenizer: 2 tokens differ, for example 'a'"):
         train(shared, tmp_path / "no", base, distillation={"teacher": "base", "base": str(other)})
 
 
@@ -196,7 +196,7 @@ def test_teacher_completions_are_saved_as_rows(
 def test_contradictory_settings_are_refused(shared: Path, tmp_path: Path) -> None:
     for own, message in (
         ({}, "needs `distillation.teacher`"),
-        ({"teacher": "base"}, "equals a fresh adapter"),
+        ({"teacher": "base"}, "predicts the same as a new adapter"),
         ({"teacher": "critic", "base": "other"}, "a teacher without adapters"),
     ):
         with pytest.raises(ConfigError, match=message):

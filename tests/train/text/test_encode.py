@@ -1,4 +1,4 @@
-"""Loss masks and texts, checked by decoding the trained tokens, without literal token ids."""
+"""Loss masks and texts, checked by decoding the trained tokens rather than by literal token ids."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_answers_are_trained_with_their_end_of_turn(train_on: str, expected: lis
     assert learned(one(TALK, train_on=train_on)) == expected
 
 
-def test_all_learns_everything_but_the_first_token() -> None:
+def test_train_on_all_trains_every_token_but_the_first() -> None:
     example = one(TALK, train_on="all")
     assert example.trained == [False] + [True] * (len(example.input_ids) - 1)
 
 
-def test_completion_is_every_answer_after_the_last_question() -> None:
+def test_train_on_completion_trains_all_answers_after_last_question() -> None:
     turns = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"), ("tool", "result")]
     turns.append(("assistant", "three"))
     row = Row("messages", tuple({"role": role, "content": content} for role, content in turns))
@@ -96,7 +96,7 @@ def test_completion_is_every_answer_after_the_last_question() -> None:
     assert learned(one(row, train_on="last")) == ["three<|im_end|>"]
 
 
-def test_weight_zero_silences_a_turn_under_every_setting() -> None:
+def test_turn_with_weight_zero_is_never_trained() -> None:
     row = chat("Hello", "Bad answer", "Again", "Good answer", weights={1: 0, 3: 1})
     assert learned(one(row)) == ["Good answer<|im_end|>"]
     everything = learned(one(row, train_on="all"))
@@ -145,16 +145,16 @@ def test_a_template_without_generation_prompt() -> None:
     assert learned(one(TALK, tokenizer), tokenizer) == [" Hi there.<|im_end|>", " Fine, thanks.<|im_end|>"]
 
 
-def test_moving_system_messages_allow_only_the_last_turn() -> None:
+def test_moved_system_message_allows_only_training_the_last_turn() -> None:
     tokenizer = with_template(templates.MISTRAL)
     row = chat("Hello", "Hi there.", "How are you?", "Fine.", system="Be brief")
-    with pytest.raises(DataError, match=r"data.jsonl:1: the chat template renders what comes before message 2 differ"):
+    with pytest.raises(DataError, match=r"data.jsonl:1: the chat template renders the text before message 2 differ"):
         encode_rows([row], tokenizer, data())
     assert learned(one(row, tokenizer, train_on="last"), tokenizer) == [" Fine.<|im_end|>"]
 
 
 def test_generation_prompt_absent_from_training_is_refused() -> None:
-    with pytest.raises(DataError, match="another prompt than inference does"):
+    with pytest.raises(DataError, match="prompts of training and inference would differ"):
         encode_rows([TALK], with_template(templates.DISAGREES), data())
 
 
@@ -196,7 +196,7 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
         encode_rows([TALK], TOKENIZER, data(chat_template=str(tmp_path / "no.jinja")))
 
 
-def test_text_rows_are_trained_whole_and_ended_once() -> None:
+def test_text_rows_are_trained_completely_with_one_end_token() -> None:
     for text in ("Some plain text.", "Some plain text.<|im_end|>"):
         example = one(Row("text", text=text))
         assert whole(example) == "Some plain text.<|im_end|>"
@@ -204,14 +204,14 @@ def test_text_rows_are_trained_whole_and_ended_once() -> None:
 
 
 @pytest.mark.parametrize("answer", ["ünï", "日本語", "👩‍👩‍👧", " leading", "trailing \n ", "\n\nbreaks", "tab\t", "a"])
-def test_multi_byte_letters_and_spaces_are_trained_whole(answer: str) -> None:
+def test_multi_byte_characters_and_spaces_are_trained_completely(answer: str) -> None:
     assert learned(one(chat("x", answer))) == [f"{answer}<|im_end|>"]
     assert learned(one(pair("Q:", answer), chat_template="none")) == [f"{answer}<|im_end|>"]
 
 
 @given(st.lists(st.text(alphabet=st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=2, max_size=6))
 @settings(max_examples=100, deadline=None)
-def test_trained_text_equals_arbitrary_answers(turns: list[str]) -> None:
+def test_trained_text_equals_the_answers(turns: list[str]) -> None:
     turns = turns[: len(turns) // 2 * 2]
     assert learned(one(chat(*turns), max_length=10**6)) == [f"{t}<|im_end|>" for t in turns[1::2]]
 
@@ -306,9 +306,9 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def test_tool_call_is_trained_as_transformers_renders_it() -> None:
-    """Templates get OpenAI's argument text as a mapping.
+    """The template gets the tool call's arguments, a JSON string in OpenAI's format, as a mapping.
 
-    Only answers with nonzero weight are trained, checked by hand."""
+    Only answers with nonzero weight are trained."""
     tokenizer = with_template(templates.TOOLS)
     row = Row("messages", TALK_WITH_TOOLS, tools=(TOOL,), where="data.jsonl:1")
     example = one(row, tokenizer=tokenizer)
@@ -321,7 +321,7 @@ def test_tool_call_is_trained_as_transformers_renders_it() -> None:
 
 
 def test_inference_renders_tool_calls_as_training_does() -> None:
-    """A server's rendering of the turns before an answer equals the text before that answer's trained
+    """The prompt that a server renders before an answer equals the training text up to the answer's trained
     part."""
     tokenizer = with_template(templates.TOOLS)
     base = SimpleNamespace(tokenizer=tokenizer, has_chat_template=True, name="tiny")
@@ -332,5 +332,5 @@ def test_inference_renders_tool_calls_as_training_does() -> None:
 
 @pytest.mark.parametrize("row", [Row("messages", TALK_WITH_TOOLS), Row("messages", TALK_WITH_TOOLS[5:], tools=(TOOL,))])
 def test_template_without_tools_is_refused(row: Row) -> None:
-    with pytest.raises(DataError, match=r"tool(_call)?s`, and the chat template"):
+    with pytest.raises(DataError, match=r"tool(_call)?s`, but the chat template"):
         one(row)

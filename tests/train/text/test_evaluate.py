@@ -1,4 +1,4 @@
-"""Evaluation: the loss equals transformers', and answers are compared as documented."""
+"""Evaluation: the loss equals transformers' loss, and answers are compared as documented."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from veneer.train.text.rows import Row
 
 @pytest.fixture(scope="module")
 def adapter(base: TextBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an adapter with an effect."""
+    """Return the folder of an adapter that changes the output."""
     folder = tmp_path_factory.mktemp("adapter") / "strong"
     made = create(base.model, LoraSpec(rank=4), seed=1)
     for pair in made.pairs.values():
@@ -111,7 +111,7 @@ def test_each_mix_is_scored_and_the_base_restored(base: TextBase, adapter: Path)
     assert list(scores) == list(mixes)
     assert scores["none"].loss == scores["base"].loss
     assert len({scores["base"].loss, scores["full"].loss, scores["half"].loss}) == 3
-    with attach(base.model) as attachment:  # no adapter is attached any more
+    with attach(base.model) as attachment:  # `attach` raises if an adapter is still attached
         attachment.add("a", peft.read_folder(adapter, base.model))
         attachment.use("a")
         example = score_mixes(base, ROWS, {"again": [("a", 1.0)]}, generate=False, attachment=attachment)["again"]

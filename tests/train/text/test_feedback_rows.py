@@ -1,4 +1,4 @@
-"""Feedback on completions becomes rows that training reads; nothing else enters the file."""
+"""Feedback on completions becomes training rows; invalid feedback does not change its file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_refused_row_changes_no_file(tmp_path: Path) -> None:
     file = tmp_path / "votes.jsonl"
     add_row(file, preference_row(ASKED, "a", "b"))
     before = file.read_bytes()
-    with pytest.raises(DataError, match="rows of preference, and this is one of messages"):
+    with pytest.raises(DataError, match="rows in `preference` format, but the new row has `messages` format"):
         add_row(file, corrected_row(ASKED, "c"))
     assert file.read_bytes() == before
     with pytest.raises(DataError, match="both answers are the same"):
@@ -60,7 +60,7 @@ def test_refused_row_changes_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "votes.csv").exists()
 
 
-def test_the_command_adds_the_same_rows(capsys: Any, tmp_path: Path) -> None:
+def test_data_add_command_writes_the_same_rows(capsys: Any, tmp_path: Path) -> None:
     votes, corrections = str(tmp_path / "votes.jsonl"), str(tmp_path / "corrections.jsonl")
     arguments = [votes, "Where?", "--system", "Be brief.", "--chosen", "By noon.", "--rejected", "Soon."]
     assert json.loads(run(capsys, "data", "add", *arguments, "--json").out) == {"file": votes, "rows": 1}

@@ -1,4 +1,4 @@
-"""A judge in this process: the base or an adapter answers as transformers' own generation does."""
+"""A judge in this process: the base or an adapter gives the answers that transformers would generate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MESSAGES = [[{"role": "user", "content": text}] for text in ("The printer is on 
 
 
 def strong(base: TextBase, seed: int) -> Adapter:
-    """Return an adapter that changes completions."""
+    """Return an adapter that changes completions noticeably."""
     made = create(base.model, LoraSpec(rank=4), seed=seed)
     torch.manual_seed(seed)
     return made.mapped(lambda t: t + torch.randn_like(t) if t.is_floating_point() else t)
@@ -35,7 +35,7 @@ def said(base: TextBase) -> list[str]:
     return [each.text for each in complete(base, MESSAGES, max_new_tokens=8)]
 
 
-def test_base_and_adapters_judge_beside_the_trained_adapter(base: TextBase, tmp_path: Path) -> None:
+def test_base_or_adapter_can_judge_during_training(base: TextBase, tmp_path: Path) -> None:
     critic = strong(base, 1)
     peft.write_folder(critic, tmp_path / "critic")
     bare = said(base)
@@ -57,7 +57,7 @@ def test_base_and_adapters_judge_beside_the_trained_adapter(base: TextBase, tmp_
     assert [reply.text for reply in replies[:4]] == bare + other
     assert [reply.cut for reply in replies[5:]] == [False, True]
     assert json.loads(replies[5].text) == {"result": 3}
-    assert "are left for its answer" in replies[4].error
+    assert "exceed the base's context" in replies[4].error
 
 
 def test_missing_judge_is_refused_before_sampling(base: TextBase) -> None:

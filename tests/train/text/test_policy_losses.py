@@ -1,4 +1,4 @@
-"""The losses equal the papers' formulas, by hand in float64, per completion and per token."""
+"""Policy losses equal the papers' formulas, calculated by hand in float64, per completion and per token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUPS = [0, 0, 1, 1]
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return current and old log-probabilities, and rewards."""
+    """Return the log-probabilities now and at sampling, and the rewards."""
     g = torch.Generator().manual_seed(seed)
     old = -torch.rand(sum(LENGTHS), generator=g, dtype=torch.float64) * 3 - 0.1
     now = (old + 0.4 * torch.randn(len(old), generator=g, dtype=torch.float64)).clamp(max=-0.01)
@@ -54,11 +54,11 @@ def test_advantages_by_hand() -> None:
 
 
 @pytest.mark.parametrize("baseline", ["group", "others"])
-def test_groups_of_one_or_of_equals_have_no_advantage(baseline: str) -> None:
+def test_single_or_equal_rewards_have_zero_advantage(baseline: str) -> None:
     equals = torch.full((7,), 0.1, dtype=torch.float64)
     assert (
         float(equals.mean()) != 0.1
-    )  # the sum's rounding, which division by a zero deviation would amplify a thousandfold
+    )  # a rounding error; division by a deviation of zero would amplify it a thousandfold
     actual = advantages(torch.cat([torch.tensor([5.0]), equals]), [0, *[1] * 7], baseline=baseline, scale="group")  # type: ignore[arg-type]
     assert actual.tolist() == [0.0] * 8
 
@@ -86,8 +86,7 @@ def test_the_clipped_loss_and_its_gradient_by_hand(level: str, bounds: tuple[flo
             answer += min(rho * a, bounded * a) / n
             slopes.append(rho * a if rho * a <= bounded * a else 0.0)
         total -= answer / len(LENGTHS)
-        # ∂ρ/∂log p_t is ρ for a token's own ratio; a sequence's ratio gives ρ/n to each of its n tokens in
-        # each of its n losses
+        # Per token, ∂ρ/∂log p_t = ρ. Per sequence, each of the n tokens gets ρ/n from each of the n losses.
         expected += [-(s if level == "token" else sum(slopes) / n) / n / len(LENGTHS) for s in slopes]
         at += n
     assert math.isclose(float(loss.detach()), total, rel_tol=1e-12)
@@ -107,7 +106,7 @@ def test_length_factors_by_hand() -> None:
 
 
 def test_kl_estimates_have_the_mean_of_kl() -> None:
-    """Averaged over the whole vocabulary with weights p, the estimate is exact."""
+    """The average of the estimates over the whole vocabulary, weighted by p, is exactly the KL divergence."""
     g = torch.Generator().manual_seed(3)
     logps, reference = (torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
     kl = (logps.exp() * (logps - reference)).sum()
@@ -121,7 +120,7 @@ def test_importance_weights_are_capped() -> None:
     torch.testing.assert_close(importance_weights(p, q, 3.0), torch.tensor([2.0, 0.25, 3.0]))
 
 
-def test_the_mismatch_works_on_devices_without_float64() -> None:
+def test_sampler_mismatch_works_on_devices_without_float64() -> None:
     gap = SamplerMismatch()
     gap.add(torch.tensor([-1.0, -2.0]).as_subclass(OnMps), torch.tensor([-1.0, -2.5], dtype=torch.float64))
     assert (gap.worst, gap.metric_means.sums["gap_mean"], gap.metric_means.sums["gap_share"]) == (0.5, 0.5, 1.0)

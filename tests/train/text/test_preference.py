@@ -1,5 +1,5 @@
-"""Preference runs on a tiny base: the loss equals the formula on the model's likelihoods; runs resume and
-save as supervised runs do."""
+"""Preference runs on a tiny base: the loss equals its formula, and runs resume and save like supervised
+runs."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def train(shared: Path, output: Path, loss: str | None = "dpo", base: TextBase |
 
 @pytest.fixture(scope="module")
 def whole(shared: Path, base: TextBase) -> Whole:
-    """Return one uninterrupted run per loss."""
+    """Return one uninterrupted run for each loss."""
     out = {}
     for loss in LOSSES:
         events: list[Event] = []
-        # kto with dropout: z₀ is measured without dropout and uses no random numbers
+        # KTO runs with dropout, because measuring z₀ must use neither dropout nor random numbers
         dropout = {"dropout": 0.2} if loss == "kto" else {}
         result = train(shared, shared / loss, loss, base, on_event=events.append, adapter=dropout)
         out[loss] = shared / loss, result, events
@@ -98,7 +98,7 @@ def test_every_loss_learns_the_preference(loss: str, whole: Whole) -> None:
     json.dumps(result.to_dict(), allow_nan=False)
     assert read_card(folder).card.metrics["measured"] == result.measured
     page = (folder / "report.html").read_text()
-    for piece in ("Share of pairs ranked right", "Reward of chosen over rejected", f"Loss, {loss}"):
+    for piece in ("Share of pairs ranked correctly", "Reward margin of chosen over rejected", f"Loss, {loss}"):
         assert piece in page
     actual = next(e.text for e in events if isinstance(e, Checked))
     if loss == "kto":
@@ -108,8 +108,9 @@ def test_every_loss_learns_the_preference(loss: str, whole: Whole) -> None:
 
 
 def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return log p of chosen and rejected answers in the model's own precision, and their lengths, without
-    batching."""
+    """Return (log p of chosen answers, of rejected answers, lengths of chosen answers, of rejected answers).
+
+    Computed row by row, in the model's precision."""
     out: list[list[Tensor]] = [[], []]
     lengths: list[list[int]] = [[], []]
     for row in rows:
@@ -118,7 +119,7 @@ def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple
         for k, name in enumerate(("chosen", "rejected")):
             message = [*ask, {"role": "assistant", "content": row[name]}]
             ids = base.tokenizer.apply_chat_template(message)["input_ids"]
-            ids = torch.tensor([ids[:-1]])  # drop the line break after the end of the turn
+            ids = torch.tensor([ids[:-1]])  # without the line break after the end of the turn
             logp = F.log_softmax(model(input_ids=ids).logits[0], dim=-1)
             out[k].append(sum(logp[i - 1, ids[0, i]] for i in range(start, ids.shape[1])))  # type: ignore[arg-type]
             lengths[k].append(ids.shape[1] - start)
@@ -127,8 +128,9 @@ def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple
 
 
 def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tensor, rl: Tensor, z: Tensor) -> Tensor:
-    """Return the papers' formulas with the defaults of the reference page; for kto, the sum over both
-    answers."""
+    """Return the loss by its paper's formula, with the defaults of the reference page.
+
+    For kto, the loss is the sum for both answers."""
     beta = 2.0 if loss == "simpo" else 0.1
     m_w, m_l = w / n_w, l / n_l
     if loss == "dpo":
@@ -145,7 +147,8 @@ def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tenso
 
 @EACH
 def test_loss_and_gradient_equal_the_formula_in_float64(loss: str, shared: Path) -> None:
-    """From the file to the gradients of A and B, against a float64 model with s·B·A added to its weights."""
+    """The reference is a float64 model with s·B·A added to its weights. Covers everything from the data file to
+    the gradients of A and B."""
     base = load_text(str(shared / "tiny-base"))
     data = {"train": str(shared / "pairs.jsonl"), "limit": 6}
     values = {"base": "x", "data": data, "output": "x", "preference": {"loss": loss}, "adapter": {"rank": 4}}
@@ -238,7 +241,7 @@ def test_a_dry_run_computes_no_reference_and_writes_nothing(shared: Path, base: 
 
 @pytest.fixture(scope="module")
 def tuned(shared: Path, base: TextBase) -> Path:
-    """Return a supervised run on the chosen answers."""
+    """Return the folder of a supervised run on the chosen answers."""
     rows = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"]} for i in range(24)]
     (shared / "chosen.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train(shared, shared / "tuned", None, base, data={"train": str(shared / "chosen.jsonl")})
@@ -261,7 +264,7 @@ def test_a_starting_adapter_is_the_reference(tuned: Path, shared: Path, base: Te
     assert peft.read_folder(tmp_path / "out", base.model).pairs.keys() == start.pairs.keys()
     assert peft.read_folder(tuned, base.model).digest() == start.digest()
     assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items())
-    # the initial likelihood of chosen answers is the tuned adapter's, not the base's
+    # the run starts with the tuned adapter's likelihood of the chosen answers, not with the base's
     bare: list[Event] = []
     train(shared, tmp_path / "bare", "dpo", base, on_event=bare.append, schedule={"steps": 1})
     of_base = next(e for e in bare if isinstance(e, Evaluated)).extra["logp_chosen"]
@@ -300,7 +303,7 @@ def test_kto_reads_labels_and_needs_both(shared: Path, base: TextBase, tmp_path:
     assert result.steps == 2
     text = next(e.text for e in events if isinstance(e, Checked))
     assert "20 answers, 5 desirable and 15 not" in text
-    with pytest.raises(PreflightError, match="nothing to tell apart"):
+    with pytest.raises(PreflightError, match="nothing to compare"):
         train(shared, tmp_path / "no", "kto", base, data=data | {"train": str(tmp_path / "one.jsonl")})
 
 
@@ -313,7 +316,7 @@ def test_pairs_without_a_partner_are_reported(shared: Path, base: TextBase, tmp_
     train(shared, tmp_path / "out", "dpo", base, data=data, dry_run=True, on_event=events.append)
     text = next(e.text for e in events if isinstance(e, Checked))
     assert "19 pairs" in text
-    assert "1 of 40 (2%) answers are left out because the other answer of their pair is" in text
+    assert "1 of 40 (2%) answers are dropped because the other answer of the pair is dropped" in text
     assert "rows.jsonl:4" in text
 
 
@@ -323,9 +326,9 @@ CONTRADICTORY_SETTINGS = [
     ({"preference": {"loss": "kto", "nll": 1.0}}, "`preference.nll` is not used by kto"),
     ({"preference": {"loss": "orpo", "label_smoothing": 0.1}}, "not used by orpo"),
     ({"data": {"train_on": "all"}}, "would compare the prompts"),
-    ({"data": {"format": "text"}}, "nothing that dpo can compare"),
-    ({"data": {"format": "unpaired-preference"}}, "nothing that dpo can compare"),
-    ({"preference": {"loss": "kto"}, "batching": {"rows": 1}}, "no other prompt"),
+    ({"data": {"format": "text"}}, "no answers that dpo can compare"),
+    ({"data": {"format": "unpaired-preference"}}, "no answers that dpo can compare"),
+    ({"preference": {"loss": "kto"}, "batching": {"rows": 1}}, "from other prompts of the batch"),
     ({"adapter": {"start": "x"}}, "`adapter.rank` cannot be combined with `adapter.start`"),
 ]
 
@@ -338,7 +341,7 @@ def test_contradictory_settings_are_refused(
         train(shared, tmp_path / "out", **sections)
 
 
-def test_open_settings_are_resolved_and_reported(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_unset_preference_settings_get_reported_defaults(shared: Path, base: TextBase, tmp_path: Path) -> None:
     for loss, beta, gamma, normalized, nll in (
         ("dpo", 0.1, None, False, 0.0),
         ("ipo", 0.1, None, True, 0.0),

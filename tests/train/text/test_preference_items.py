@@ -1,5 +1,4 @@
-"""Preference pairs as tokens: both answers follow one prompt, which is not trained; no answer loses its
-partner."""
+"""Preference pairs as tokens: both answers follow one untrained prompt, and no answer loses its partner."""
 
 from __future__ import annotations
 
@@ -85,10 +84,10 @@ def test_cut_pairs_still_share_their_prompt() -> None:
 
 
 def test_pairs_with_different_prompt_tokens_are_counted() -> None:
-    """Without a template, one token can span the end of the prompt and the start of an answer."""
+    """Without a template, a single token can contain the end of the prompt and the start of an answer."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    # two letters that the tokenizer merges
+    # two letters that the tokenizer merges into one token
     merged = next(a + b for a in "eirt" for b in "nrhe" if len(tokenizer(a + b)["input_ids"]) == 1)
     ends = [(said("user", "x" + merged[0]), said("assistant", text)) for text in (merged[1], "!")]
     texts, owners = answer_rows(rows := [Row("prompt-completion", ends[0], rejected=ends[1], where="d:1")])
@@ -113,7 +112,7 @@ def test_mismatched_examples_answer_another_prompt() -> None:
     assert len(rows_) == 6
     answers = [learned(e, TOKENIZER)[0] for e in rows_]
     assert [e.prompt for e in rows_] == [i.answers[0].prompt for i in pairs]
-    # rows 0 and 1 answer the same prompt as 4 and 5: the next other answer is row 2's, to "Hm?"
+    # answers 0, 1, 4 and 5 have the same prompt; the next answer to another prompt is answer 2, to "Hm?"
     assert answers == [f"{t}<|im_end|>" for t in ("Yes, there.", "Yes, there.", "e", "e", "Yes, there.", "Yes, there.")]
     assert all(e.tokens == 20 for e in mismatched_examples(pairs, 20))
     assert mismatched_examples(pairs[:2], 1000) == []

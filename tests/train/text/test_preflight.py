@@ -1,4 +1,4 @@
-"""Fault injection: each known failure that is visible before training is named by a finding."""
+"""Fault injection: preflight reports each known failure that can be detected before training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base() -> TinyBase:
 
 
 class Run:
-    """Preflight of the tiny base with one change."""
+    """Preflight of a run with the tiny base, with changed settings or data."""
 
     def __init__(self, base: TinyBase, folder: Path) -> None:
         self.base, self.folder = base, folder
@@ -74,7 +74,7 @@ def run(base: TinyBase, tmp_path: Path) -> Run:
 
 
 def stopped(report: Report, check: str) -> str:
-    """Return the stop of this check, and assert that it is the only stop."""
+    """Assert that `check` is the only check that stops the run, and return the error message."""
     assert {f.check for f in report.stops} == {check}, report.text()
     with pytest.raises(PreflightError) as caught:
         report.raise_if_stopped()
@@ -98,7 +98,7 @@ def test_valid_run_has_no_warning(run: Run) -> None:
     json.dumps(report.to_dict())
 
 
-def test_every_row_too_long(run: Run) -> None:
+def test_run_stops_if_every_row_is_too_long(run: Run) -> None:
     report = run("data.max_length=4", "data.long_rows=drop", held=[])
     assert "no row is left to train on: of 40 rows, 0 have nothing to learn and 40 are too long" in report.text()
     assert {f.check for f in report.stops} == {"learned", "long rows"}
@@ -117,7 +117,7 @@ def test_end_token_cut_from_every_row(run: Run) -> None:
     rows = [talk("q", "word " * 200, f"data.jsonl:{i}") for i in range(20)]
     report = run("data.max_length=50", "data.long_rows=cut", rows=rows)
     assert "`<|im_end|>` is learned in 0 of 20 (0%) rows: the model would never stop" in report.text()
-    assert "20 of 20 (100%) cut rows lose the end of their answer" in report.text()
+    assert "20 of 20 (100%) cut rows lose the end of the answer" in report.text()
     assert {f.check for f in report.stops} == {"end", "long rows"}
 
 
@@ -137,7 +137,7 @@ def test_plain_rows_without_an_end_of_text(run: Run) -> None:
     assert "no end-of-text token is written after an answer" in stopped(run(rows=rows, held=[]), "end")
 
 
-# settings, rows and limits that stop a run, or are warned of
+# settings, rows and limits that stop a run or cause a warning
 
 
 def long(question: str, count: int, answer: str = "yes") -> list[Row]:
@@ -157,30 +157,30 @@ FAULTS = [
     ("stop", "targets", "adapter.layers=[7]", {}, "layers [7] do not exist"),
     ("stop", "schedule", "schedule.warmup=100", {}, "the learning rate never reaches its peak"),
     ("warn", "schedule", "schedule.epochs=1", {}, "the whole run is 3 steps"),
-    ("warn", "learning rate", "optimizer.learning_rate=2e-6", {}, "is below the window"),
-    ("warn", "learning rate", "optimizer.learning_rate=0.1", {}, "is above the window"),
-    ("warn", "size", "adapter.modules_to_save=[embed_tokens,lm_head]", {}, "full copies take"),
+    ("warn", "learning rate", "optimizer.learning_rate=2e-6", {}, "is below the range"),
+    ("warn", "learning rate", "optimizer.learning_rate=0.1", {}, "is above the range"),
+    ("warn", "size", "adapter.modules_to_save=[embed_tokens,lm_head]", {}, "full copies of modules take"),
     ("stop", "disk", "", {"free_disk": 1000}, "checkpoints and adapter need"),
     ("stop", "learned", "", {"rows": SILENT}, "left to train on: of 20 rows, 20 have nothing to learn"),
     ("stop", "learned", "", {"rows": ROWS[:5] + EMPTY}, f"20 of 25 (80%) {UNTRAINED}: data.jsonl:0"),
     ("warn", "learned", "", {"rows": long("q", 1, "")}, f"1 of 41 (2%) {UNTRAINED}: data.jsonl:41"),
     ("warn", "long rows", f"{CUT}=cut", {"rows": long("word ", 100)}, "1 of 41 (2%) rows are cut to 80 tokens"),
     ("warn", "long rows", f"{CUT}=drop", {"rows": long("word ", 100)}, "80 tokens and dropped: data.jsonl:41"),
-    ("stop", "memory", "", {"rows": long("word ", 400)}, "tokens and the base reads 256"),
+    ("stop", "memory", "", {"rows": long("word ", 400)}, "tokens, but the base supports only 256"),
     ("warn", "control tokens", "", {"rows": long("a <|im_end|> b", 1)}, "tokens as text: data.jsonl:41"),
-    ("warn", "template", "data.chat_template=none", PLAIN, "base has a chat template and rows do not use it"),
+    ("warn", "template", "data.chat_template=none", PLAIN, "base has a chat template, but rows do not use it"),
     ("warn", "held out", "", {"held": [*HELD, ROWS[3]]}, "1 of 6 (17%) held-out rows are also trained on"),
     ("stop", "held out", "", {"held": ROWS[:5]}, "held-out rows are also trained on: data.jsonl:1 is data.jsonl:1"),
     ("warn", "held out", "", {"held": OTHER_ANSWER}, "prompts also occur in training, with other answers"),
     ("stop", "held out", "evaluation.patience=2", {"held": []}, "but no row is held out"),
     ("warn", "held out", "", {"held": []}, "overfitting cannot be detected"),
-    ("warn", "columns", "", {"about": UNUSED}, "columns that nothing uses: label"),
-    ("warn", "duplicates", "", {"about": UNUSED}, "3 of 40 (8%) rows repeat an earlier one exactly"),
+    ("warn", "columns", "", {"about": UNUSED}, "unused columns: label"),
+    ("warn", "duplicates", "", {"about": UNUSED}, "3 of 40 (8%) rows are exact duplicates of an earlier row"),
 ]
 
 
 @pytest.mark.parametrize(("level", "check", "overrides", "options", "text"), FAULTS)
-def test_each_fault_is_named(
+def test_each_fault_is_reported_by_its_check(
     run: Run, level: str, check: str, overrides: str, options: dict[str, Any], text: str
 ) -> None:
     report = run(*overrides.split(), "adapter.rank=1", **options)
@@ -195,7 +195,7 @@ def test_a_repeated_bos_token_or_float16_stops_the_run(run: Run) -> None:
     assert "40 of 40 (100%) rows begin with <|im_start|> twice" in stopped(run(), "begin")
 
 
-# 4: experts silently frozen
+# 4: experts that would silently stay frozen
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -213,7 +213,7 @@ def test_frozen_experts_stop_the_run_unless_excluded(family: str, run: Run) -> N
 # 6: the wrong template
 
 
-def test_another_template_than_inference_uses(run: Run, tmp_path: Path) -> None:
+def test_template_that_differs_from_inference_is_reported(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(templates.CHATML)
     report = run(f"data.chat_template={file}")
@@ -228,7 +228,9 @@ def test_prompts_tokenized_differently_in_training(run: Run) -> None:
         turns = ({"role": "user", "content": f"{i} {word[:2]}"}, {"role": "assistant", "content": f"{word[2:]} rest"})
         rows.append(Row("prompt-completion", turns, where=f"data.jsonl:{i}"))
     report = run(rows=rows, held=[])
-    assert "30 of 30 (100%) prompts are other tokens in training than at inference" in stopped(report, "template")
+    assert "30 of 30 (100%) prompts are tokenized differently in training and at inference" in stopped(
+        report, "template"
+    )
 
 
 def test_turns_changed_by_the_template(run: Run) -> None:
@@ -237,12 +239,12 @@ def test_turns_changed_by_the_template(run: Run) -> None:
     texts = [("user", "a"), ("assistant", answers[0]), ("user", "b"), ("assistant", answers[1])]
     turns = [{"role": role, "content": content} for role, content in texts]
     rows = [Row("messages", tuple(turns), where=f"data.jsonl:{i}") for i in range(20)]
-    assert "20 earlier turns are trained without what the template shows only in a last turn" in warned(
+    assert "20 earlier turns are trained without content that the template renders only in the last turn" in warned(
         run(rows=rows), "turns"
     )
 
 
-# BOS, control tokens, the vocabulary
+# BOS, control tokens, tokens outside the vocabulary
 
 
 def test_tokens_beyond_the_embedding(run: Run) -> None:
@@ -264,7 +266,7 @@ def test_added_tokens_with_untrained_embeddings(run: Run) -> None:
 # 8: out of memory from the longest rows
 
 
-def test_run_over_the_memory(run: Run) -> None:
+def test_run_that_exceeds_free_memory_stops(run: Run) -> None:
     text = stopped(run(free_memory=100_000_000), "memory")
     assert "this run does not fit: it needs about" in text
     assert "100.0 MB are free; the largest micro-batch has" in text
@@ -276,8 +278,8 @@ def test_run_over_the_memory(run: Run) -> None:
 
 
 def test_a_run_that_exceeds_memory_gets_the_cheapest_fix(tmp_path: Path) -> None:
-    # With two layers only the first one saves activations, because the last works on trained tokens only; so
-    # use four.
+    # With two layers, only the first would save activations, because the last processes only trained tokens.
+    # So the test uses four.
     run = Run(TinyBase(tiny_model(num_hidden_layers=4), tiny_tokenizer()), tmp_path)
     rows = [talk("word " * 20, "yes", f"d.jsonl:{i}") for i in range(200)]
     need = run("batching.rows=200", rows=rows).numbers
@@ -300,7 +302,7 @@ def test_plan_names_the_measured_rates_of_the_machine(run: Run) -> None:
 
 
 def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run().numbers["kept_packed"] == 0  # the tiny base's matrices are too small for prepacking to be faster
+    assert run().numbers["kept_packed"] == 0  # prepacking does not speed up matrices as small as the tiny base's
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
     every = packed_weights(model_shape(run.base.model), "float32", lambda *product: True)
     report = run()
@@ -311,7 +313,7 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     off = "memory.activation_checkpointing=off"
     for overrides, free, kept in (
         ([], int(1.05 * needed), 0),  # activations are recomputed
-        ([off], needed + every, 0),  # some memory stays free for uncounted uses
+        ([off], needed + every, 0),  # some memory is reserved for uses that are not counted
         ([off], needed + 2 * every, every),
         ([off, f"memory.limit_gb={(needed + every) / 1e9}"], None, 0),
         (["memory.keep_packed_gb=0"], None, 0),
@@ -326,15 +328,15 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     sampling = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
     both = run(*sampling).numbers
     assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]
-    assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # sampling needs no gradients
+    assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # no copies for gradients
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: False)
     assert (
         run(*sampling).numbers["drawer_packed"] == both["drawer_packed"]
-    )  # independent of the memory of training's products
+    )  # does not depend on whether training keeps copies
     assert run(*sampling, "memory.keep_packed_gb=0").numbers["drawer_packed"] == 0
 
 
-# 11: resuming another run, overwriting
+# 11: resuming a different run, overwriting files
 
 
 def test_resuming_with_other_settings(run: Run, tmp_path: Path) -> None:
@@ -348,7 +350,7 @@ def test_resuming_with_other_settings(run: Run, tmp_path: Path) -> None:
     assert not run(resume=True, previous=json.loads(json.dumps(before))).stops
 
 
-def test_an_output_in_use(run: Run, tmp_path: Path) -> None:
+def test_output_in_use_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert not run().stops
     (tmp_path / "out" / "adapter_model.safetensors").touch()
@@ -359,7 +361,7 @@ def test_an_output_in_use(run: Run, tmp_path: Path) -> None:
 
 
 def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
-    """Such rows can lack an answer, so the finding does not mention different answers."""
+    """Such rows can lack answers, so the warning does not say that the answers differ."""
     base = text_without_weights(str(tiny_base_dir(tmp_path)))
     lines = [{"prompt": "2 * 3 =", "entry": i} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -374,7 +376,7 @@ def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
 
 def test_all_stops_are_listed_together(run: Run) -> None:
     report = run("adapter.targets=[nope]", "schedule.warmup=100", free_disk=0, held=ROWS[:3])
-    with pytest.raises(PreflightError, match=r"^3 things would make this run fail or teach nothing:") as caught:
+    with pytest.raises(PreflightError, match=r"^3 problems would make this run fail or train nothing:") as caught:
         report.raise_if_stopped()
     for part in ("'nope' matches nothing", "never reaches its peak", "also trained on"):
         assert part in str(caught.value)

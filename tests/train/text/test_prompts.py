@@ -1,4 +1,4 @@
-"""Completions of one prompt are adjacent and share the prompt's tokens."""
+"""Batches with several completions of a prompt: completions are adjacent and share the prompt's tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_micro_batches_keep_completions_of_a_prompt_together(most: int, rows: in
     assert (len(groups) == len(rollouts)) == (most == 1)
 
 
-def test_shared_prompts_reproduce_the_rows() -> None:
+def test_batches_with_shared_prompts_contain_the_same_rows() -> None:
     rollouts = answers()
     batch, shared = collate_shared(rollouts)
     assert len(batch.input_ids) == sum(map(len, {r.prompt for r in rollouts})) + sum(len(r.tokens) for r in rollouts)

@@ -1,5 +1,5 @@
-"""Reinforcement on a tiny base: rewards rise, sampler and trainer agree, and runs resume and save as
-supervised runs do."""
+"""Reinforcement on a tiny base: rewards rise, sampler and trainer agree, and runs resume and save like
+supervised runs."""
 
 from __future__ import annotations
 
@@ -50,14 +50,20 @@ def test_rewards_rise_and_sampler_matches_trainer(shared: Path, base: TextBase, 
         assert x["cut_answers"] <= 12
     assert {"reward", "reward_team", "cut_share"} <= result.measured.keys() & result.measured_before.keys()
     page = Path(result.report).read_text()
-    titles = ["Reward: team", "Sampler-trainer mismatch", "Tokens of an answer", "cut at the limit", "equal rewards"]
+    titles = [
+        "Reward: team",
+        "Sampler-trainer mismatch",
+        "Tokens per answer",
+        "cut at the token limit",
+        "equal rewards",
+    ]
     for title in titles:
         assert title in page
     (checked,) = [e for e in events if isinstance(e, Checked)]
     assert "10 prompts; a step samples 2 of them, 6 completions for each, at most 8 tokens each" in checked.text
 
 
-def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_too_few_prompts_for_a_step_give_a_warning(shared: Path, base: TextBase, tmp_path: Path) -> None:
     def checked(prompts: int, rows: int) -> str:
         own = config(shared, tmp_path, data={"limit": prompts + 2}, batching={"rows": rows})
         events: list[Event] = []
@@ -83,7 +89,7 @@ def test_every_loss_runs_and_reports(shared: Path, base: TextBase, tmp_path: Pat
     assert first["gap_max"] < (1e-4 if own.get("exact") is False else 1e-12)
     assert ("gap_max" in second) == (own.get("updates", 1) == 1)
     if own.get("kl"):
-        assert first["kl"] == 0.0  # a fresh adapter equals the base, with the same kernels
+        assert first["kl"] == 0.0  # a new adapter equals the base bit for bit, because both use the same kernels
         assert second["kl"] > 0.0
     assert ("weight" in first) == ("temperature" in own)
 
@@ -101,7 +107,7 @@ def test_run_without_a_training_signal_warns(shared: Path, base: TextBase, tmp_p
     events: list[Event] = []
     train(shared, tmp_path, base, events.append, reinforcement=same, schedule={"steps": 6})
     assert [x["idle"] for x in measured(tmp_path)] == [1.0] * 6
-    assert [x["drawn_tokens"] > 0 for x in measured(tmp_path)] == [True, False] * 3  # a second update does not sample
+    assert [x["drawn_tokens"] > 0 for x in measured(tmp_path)] == [True, False] * 3  # every second step reuses samples
     warnings = [e.text for e in events if isinstance(e, Note) and "adapter.start" in e.text]
     (warning,) = warnings
     assert "rewards of step 1: " in warning
@@ -118,7 +124,7 @@ def test_stale_samplers_stop(shared: Path, base: TextBase, tmp_path: Path, monke
 def test_contradictory_settings_are_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:
     for own, message in (
         ({"reinforcement": {"rewards": []}}, "is empty"),
-        ({"reinforcement": {"group": 1}}, "nothing to compare"),
+        ({"reinforcement": {"group": 1}}, "no other completion to compare"),
         ({"reinforcement": {"loss": None}}, "needs `reinforcement.loss`"),
         ({"adapter": {"rank": 4, "dropout": 0.1}}, "dropout"),
         ({"preference": {"loss": "dpo"}}, "keep one"),
@@ -152,8 +158,8 @@ def none(sample, item):
     ("function", "why"), [("raises", "ZeroDivisionError"), ("late", "longer than 0.3 s"), ("none", "nan")]
 )
 def test_failing_graders_are_counted(shared: Path, base: TextBase, tmp_path: Path, function: str, why: str) -> None:
-    """Ten prompts with two completions each: failures for one row are skipped and reported, for two rows they
-    stop."""
+    """The run has twelve prompts with two completions each. If the grader fails for one prompt, its completions
+    are skipped and reported; if it fails for two prompts, the run stops."""
     graders = tmp_path / "graders.py"
     reward = {"kind": "python", "file": str(graders), "function": function, "timeout": 0.3}
     own = {"reinforcement": {"group": 2, "rewards": [reward]}, "batching": {"rows": 12}, "schedule": {"steps": 1}}
@@ -192,7 +198,7 @@ def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: Te
 
 
 def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """If the only held-out completion always fails, no score can select an adapter."""
+    """If the only held-out completion always fails, there is no score by which to select an adapter."""
     (tmp_path / "broken.py").write_text("def score(sample, item):\n    return 1 / 0\n")
     reward = {"kind": "python", "file": str(tmp_path / "broken.py")}
     with pytest.raises(
@@ -205,7 +211,7 @@ def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase
 # -- warnings ----------------------------------------------------------------------------------------------------------
 
 
-def test_idle_and_cut_steps_are_warned_of() -> None:
+def test_idle_and_truncated_steps_give_warnings() -> None:
     section = ReinforcementSection(loss="grpo").with_defaults()
     assert sampling_warnings(section, 1, {"idle": 0.0, "cut_share": 0.25}) == {}
     assert sampling_warnings(section, 1, {"idle": 1.0, "cut_share": 0.75}).keys() == {"idle", "cut"}

@@ -50,7 +50,7 @@ ROW_FORMATS = [
 
 
 @pytest.mark.parametrize(("row", "format", "messages"), ROW_FORMATS)
-def test_formats_are_known_by_columns(tmp_path: Path, row: dict[str, Any], format: str, messages: list[Any]) -> None:
+def test_formats_are_detected_by_columns(tmp_path: Path, row: dict[str, Any], format: str, messages: list[Any]) -> None:
     rows, about = read_rows(jsonl(tmp_path, [row, row]))
     assert about.format == format
     assert list(rows[0].messages) == messages
@@ -94,7 +94,7 @@ FAULTY_ROWS = [
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "`messages[0].content` has a part that is not text (image_url)",
     ),
-    ({"mesages": TURNS}, "no `messages`; there is `mesages`"),
+    ({"mesages": TURNS}, "no `messages`; did you mean `mesages`?"),
 ]
 
 
@@ -107,7 +107,7 @@ def test_unusable_rows_say_why(tmp_path: Path, row: dict[str, Any], says: str) -
 
 
 UNUSABLE_ROWS = [
-    ({"conversations": [{"from": "alien", "value": "x"}]}, "`conversations[0].from` is 'alien'; known are human"),
+    ({"conversations": [{"from": "alien", "value": "x"}]}, "`conversations[0].from` is 'alien'; known roles are human"),
     ({"conversations": [{"from": "human", "value": None}]}, "`conversations[0].value` should be text, found nothing"),
     ({"prompt": "a", "completion": ["x"]}, "`completion` should be text, found a list"),
     ({"prompt": "  ", "completion": "x"}, "`prompt` is empty"),
@@ -158,7 +158,7 @@ def test_identical_rows_stay_on_one_side() -> None:
         assert len(validation) == 30
 
 
-def test_shares_counts_and_the_default() -> None:
+def test_split_can_be_a_share_a_count_or_default() -> None:
     assert len(split_rows(text_rows(100), 0.2, seed=0)[1]) == 20
     assert len(split_rows(text_rows(100), None, seed=0)[1]) == 5
     assert len(split_rows(text_rows(5), None, seed=0)[1]) == 0
@@ -181,7 +181,7 @@ def test_leakage_counts_rows_and_prompts() -> None:
     assert leak.examples == [("v:1", "t:1"), ("v:2", "t:2")]
 
 
-def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+def test_digest_depends_only_on_content(tmp_path: Path) -> None:
     one, _ = read_rows(jsonl(tmp_path, [{"text": "a"}, {"text": "b"}], "one.jsonl"))
     two, _ = read_rows(jsonl(tmp_path, [{"text": "a", "id": 1}, {"text": "b", "id": 2}], "two.jsonl"))
     other, _ = read_rows(jsonl(tmp_path, [{"text": "b"}, {"text": "a"}], "three.jsonl"))
@@ -206,7 +206,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("row", PAIRS, ids=str)
-def test_pairs_in_all_their_shapes(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_pairs_are_read_in_every_format(tmp_path: Path, row: dict[str, Any]) -> None:
     for formats in (None, PREFERENCES):
         (rows,), about = read_rows(jsonl(tmp_path, [row]), formats=formats)
         assert about.format == "preference"
@@ -219,7 +219,7 @@ def test_pairs_in_all_their_shapes(tmp_path: Path, row: dict[str, Any]) -> None:
         )
 
 
-def test_pairs_under_other_names_and_among_other_columns(tmp_path: Path) -> None:
+def test_pairs_are_read_from_renamed_columns(tmp_path: Path) -> None:
     source = jsonl(tmp_path, [{"q": "Hi", "good": "Hello", "bad": "Bye", "messages": TURNS, "score": 3}])
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     (row,), about = read_rows(source, columns=columns, formats=PREFERENCES)
@@ -246,7 +246,7 @@ def test_invalid_pairs_are_refused(tmp_path: Path, row: dict[str, Any], message:
     assert "rows.jsonl:2" in text
 
 
-def test_judged_answers(tmp_path: Path) -> None:
+def test_judged_answers_are_read(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Hi", "completion": "Hello", "label": True},
         {"prompt": [*TURNS, TURNS[0]], "completion": [BYE], "label": False},
@@ -254,13 +254,13 @@ def test_judged_answers(tmp_path: Path) -> None:
     parsed, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
     assert about.format == "unpaired-preference"
     assert [r.label for r in parsed] == [True, False]
-    # turns before the answer are not trained
+    # assistant turns in the prompt are not trained
     assert [m.get("weight") for m in parsed[1].messages] == [None, 0, None, None]
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nHi,Hello,TRUE\nHi,Bye,false\n")
     parsed, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
     assert [r.label for r in parsed] == [True, False]
     assert "`label` should be true" in wrong(jsonl(tmp_path, [rows[0] | {"label": 3}]), formats=PREFERENCES)
-    # another kind of run trains on these rows and reports the unused label
+    # a supervised run trains on these rows and reports that the label is unused
     _, about = read_rows(jsonl(tmp_path, rows[:1]))
     assert (about.format, about.unused) == ("prompt-completion", ["label"])
 
@@ -271,7 +271,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 
 def test_openai_rows_with_tools(tmp_path: Path) -> None:
-    """The example in OpenAI's guide to function calling, with a second answer."""
+    """The row is the example of OpenAI's guide to function calling, with a second answer."""
     result = {"role": "tool", "tool_call_id": "c1", "content": "21"}
     row = {"messages": [TURNS[0], CALLS, result, TURNS[1]], "parallel_tool_calls": False, "tools": [TOOL]}
     (rows,), about = read_rows(jsonl(tmp_path, [row]))
@@ -281,7 +281,8 @@ def test_openai_rows_with_tools(tmp_path: Path) -> None:
 
 
 def test_openai_pairs(tmp_path: Path) -> None:
-    """The example in OpenAI's guide to preferences; assistant turns in the prompt are not trained."""
+    """The row is the example of OpenAI's guide to preference training. Assistant turns in the prompt are not
+    trained."""
     earlier = [TURNS[0], BYE, {"role": "user", "content": "Really?"}]
     row = {
         "input": {"messages": earlier, "tools": [TOOL], "parallel_tool_calls": True},
@@ -298,7 +299,7 @@ def test_openai_pairs(tmp_path: Path) -> None:
 
 
 INVALID_TOOL_CALLS = [
-    ({"messages": [{**TURNS[0], "tool_calls": [CALL]}]}, "belongs to the assistant"),
+    ({"messages": [{**TURNS[0], "tool_calls": [CALL]}]}, "is only allowed for the assistant"),
     ({"messages": [{**CALLS, "tool_calls": []}]}, "should be a list of calls, found an empty list"),
     ({"messages": [{**CALLS, "tool_calls": [{"function": {}}]}]}, "`messages[0].tool_calls[0]` has no function"),
     (

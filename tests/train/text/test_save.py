@@ -1,4 +1,4 @@
-"""Completions on a card: those of the base and of the saved adapter, for a held-out prompt."""
+"""Sample completions on cards: answers of the base and of the saved adapter to a held-out prompt."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ def test_run_without_samples_saves_no_prompt(base: TextBase, tmp_path: Path) -> 
 
 def test_short_runs_save_no_sample_by_default(base: TextBase, tmp_path: Path) -> None:
     assert card_sample(read_card(trained(base, tmp_path)).card.to_dict()) is None
-    assert [EvaluationSection().sampled(steps) > 0 for steps in (99, 100)] == [False, True]
-    assert EvaluationSection(sample=0).sampled(1000) == 0
+    assert [EvaluationSection().sample_tokens(steps) > 0 for steps in (99, 100)] == [False, True]
+    assert EvaluationSection(sample=0).sample_tokens(1000) == 0

@@ -27,7 +27,7 @@ def test_grid_has_every_combination() -> None:
     assert grid(["data.limit=5,6", "evaluation.limit=1,2"])[0].name == "data.limit=5,evaluation.limit=1"
     alike = [c.name for c in grid([f"data.train=a/b,a_b,{'x' * 300},{'x' * 301}"])]
     assert len(set(alike)) == 4
-    assert max(map(len, alike)) < 200  # folder names are bounded
+    assert max(map(len, alike)) < 200  # long folder names are shortened
 
 
 INVALID_GRIDS = [

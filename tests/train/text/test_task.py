@@ -1,4 +1,4 @@
-"""Text runs on a tiny base: their output, interruption at any step, and errors for invalid input."""
+"""Text runs on a tiny base: output, interruption at any step, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Whole = tuple[Path, RunResult, list[Event]]
 
 @pytest.fixture(scope="module")
 def whole(shared: Path, base: TextBase) -> Whole:
-    """Return one uninterrupted run, shared by many tests."""
+    """Return one uninterrupted run; many tests share it."""
     events: list[Event] = []
     result = train(shared, shared / "whole", base, on_event=events.append)
     return shared / "whole", result, events
@@ -77,7 +77,7 @@ def test_events_are_in_the_documented_order(whole: Whole) -> None:
     assert set(resolved.settings) == set(resolved.sources)
 
 
-def test_the_folder_holds_adapter_card_log_and_report(whole: Whole, base: TextBase) -> None:
+def test_output_folder_contains_adapter_card_log_and_report(whole: Whole, base: TextBase) -> None:
     folder, result, _ = whole
     card = read_card(folder)
     assert card.digest == result.digest == peft.read_folder(folder, base.model).digest()
@@ -104,7 +104,7 @@ def test_base_and_random_state_are_restored(shared: Path, tmp_path: Path) -> Non
     after = own.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(t, before[name]) for name, t in after.items())
-    attach(own.model).detach()  # no adapter is attached any more
+    attach(own.model).detach()  # `attach` raises if an adapter is still attached
 
 
 def test_the_same_run_twice_gives_the_same_bytes(whole: Whole, shared: Path, tmp_path: Path) -> None:
@@ -144,9 +144,8 @@ for limit in sys.argv[3:]:
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_and_resumed_bytes_are_equal(whole: Whole, shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """With dropout.
-
-    Killed twice while saving a checkpoint, then before and during the removal of old checkpoints."""
+    """The run uses dropout. It is killed twice while it saves a checkpoint, then before and during the removal of
+    old checkpoints."""
     output = tmp_path / "killed"
     command, log = ["-c", KILL, str(shared), str(output), "16", "9", "23", "27"], tmp_path / "log"
     assert Forked(command, env=os.environ, log=log, cwd=ROOT).wait(120) == 0, log.read_text()
@@ -180,20 +179,19 @@ def test_interrupted_runs_resume_exactly(whole: Whole, shared: Path, base: TextB
 
 
 def test_resuming_with_other_micro_batches_is_reported(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """Micro-batch sizes can depend on the device's free memory."""
+    """The size of micro-batches can depend on the device's free memory, which can change between runs."""
     events: list[Event] = []
     short = {"schedule": {"steps": 2}, "evaluation": {"every": 2}}
     with pytest.raises(Interrupted):
         train(shared, tmp_path / "cut", base, on_event=interrupt_at(1), **short)
     train(shared, tmp_path / "cut", base, resume=True, on_event=events.append, batching={"micro_tokens": 64}, **short)
-    message = "tokens of a micro-batch was 2048 and is 64: the run continues, but its last bits can differ"
-    assert Note(message) in events
+    assert Note("tokens of a micro-batch was 2048 and is 64: results can differ in the last bits") in events
 
 
 def test_prefetched_batches_give_the_same_bytes(
     whole: Whole, shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, with the CPU in place of the device."""
+    """Prefetches as on a GPU, with the CPU as the device."""
     threads: set[str] = set()
 
     def send(batch: Batch) -> Batch:
@@ -219,7 +217,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: Whole, shared: Path, bas
     assert logged == list(range(1, 11))
 
 
-def test_resuming_with_nothing_there_starts_and_says_so(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_starts_and_reports_it(shared: Path, base: TextBase, tmp_path: Path) -> None:
     events: list[Event] = []
     result = train(shared, tmp_path / "new", base, resume=True, on_event=events.append, schedule={"steps": 2})
     assert result.steps == 2
@@ -259,8 +257,8 @@ def test_best_or_last_state_is_saved(
     kept_step: int,
     loss: float,
 ) -> None:
-    """The validation loss is lowest after step 3; after three worse evaluations the run stops and saves step
-    3, or, if configured, the last step 6."""
+    """The validation loss is lowest after step 3. After three worse evaluations, the run stops and saves the
+    state of step 3, or of step 6 with `evaluation.keep: last`."""
     losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.25, 3.1, 1.0])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
     events: list[Event] = []
@@ -298,13 +296,13 @@ def test_wrong_adapter_file_is_detected(
         return real(adapter.mapped(lambda t: t * 1.01), folder, base)
 
     monkeypatch.setattr(run, "write_adapter", wrong)
-    with pytest.raises(AdapterError, match="does not give the logits"):
+    with pytest.raises(AdapterError, match="adapter's logits are not equal to"):
         train(shared, tmp_path / "out", base, schedule={"steps": 2})
 
 
-def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
-    # With two layers only the first one saves activations, because the last works on trained tokens only; so
-    # use four.
+def test_recomputation_starts_above_nine_tenths_of_memory(tmp_path: Path) -> None:
+    # With two layers, only the first would save activations, because the last processes only trained tokens.
+    # So the test uses four.
     base = load_text(str(tiny_base_dir(tmp_path, num_hidden_layers=4)))
     write_rows(tmp_path / "rows.jsonl")
     needs = train(tmp_path, tmp_path / "out", base, dry_run=True).preflight["numbers"]
@@ -353,7 +351,7 @@ def test_nan_losses_name_rows(shared: Path, base: TextBase, tmp_path: Path, monk
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: Path) -> None:
-    """Close to the CPU's run, with memory measured on the device, and resumable."""
+    """The loss is close to that of the CPU run, memory is measured on the device, and the run can resume."""
     on_cuda = {"name": str(shared / "tiny-base"), "device": "cuda", "dtype": "float32"}
     on_cpu = train(shared, tmp_path / "cpu", adapter={"dropout": 0.0})
     values = values_of(shared, tmp_path / "cuda", adapter={"dropout": 0.0}) | {"base": on_cuda}
@@ -368,7 +366,7 @@ def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: 
 
 
 def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses of a diverged run: 2.6 before training, at best 9.1 after."""
+    """The losses are those of a diverged run: 2.6 before training, and at best 9.1 after."""
     losses = iter([2.6, 9.1, 20.4])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
     events: list[Event] = []
@@ -380,7 +378,7 @@ def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, m
     assert [(e.best, e.worse) for e in scored] == [(False, False), (False, True), (False, True)]
     assert not (tmp_path / "wild" / "adapter_model.safetensors").exists()
     assert (tmp_path / "wild" / "checkpoints").is_dir()
-    # the option that the error names
+    # with the option that the error suggests, the adapter is saved
     notes: list[Event] = []
     result = train(
         shared, tmp_path / "wild", base, resume=True, on_event=notes.append, evaluation=evaluation | {"keep": "last"}
@@ -403,7 +401,7 @@ def test_offloaded_activations_leave_gradients_bit_equal(shared: Path, tmp_path:
         {"base": "b", "data": {"train": "d.jsonl"}, "output": "o", "memory": {"offload_activations": True}}
     )
     run, base = Run(config, tmp_path, ALONE, lambda event: None, []), load_text(str(shared / "tiny-base"))
-    assert not offloads_activations(config, base, run)  # on a CPU, there is no other memory
+    assert not offloads_activations(config, base, run)  # on a CPU, activations are already in host memory
     base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]
     assert offloads_activations(config, base, run)
 
@@ -411,7 +409,7 @@ def test_offloaded_activations_leave_gradients_bit_equal(shared: Path, tmp_path:
 def test_offload_refuses_layers_without_a_checkpoint_function() -> None:
     class Keeps(torch.nn.Linear):
         def activation_checkpointing_enable(self, how: dict[str, bool]) -> None:
-            """Enable checkpointing like a model whose layers call torch's own function."""
+            """Do nothing, like a model whose layers call torch's checkpoint function themselves."""
 
     with pytest.raises(ConfigError, match="cannot be offloaded") as error:
         recompute_activations(Keeps(2, 2), offload=True)

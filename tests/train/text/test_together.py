@@ -1,4 +1,4 @@
-"""Runs trained in one pass of their base: each equals its separate run, even if others fail."""
+"""Runs that share one pass of their base: each equals its separate run, even if others fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAW = 1e-5
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create the tiny base, forty tickets, and twelve preference pairs."""
+    """Create a folder with the tiny base, forty tickets, and twelve preference pairs."""
     folder = with_rows(tmp_path_factory.mktemp("together"))
     pairs = (
         {"prompt": f"The printer {i} is silent.", "chosen": "it", "rejected": "billing, I guess"} for i in range(12)
@@ -72,7 +72,7 @@ def train(
     on_event: Callable[[str, Event], None] = lambda name, event: None,
     **options: Any,
 ) -> dict[str, RunResult | VeneerError]:
-    """Train all runs in one pass, each in a folder of its name."""
+    """Train the runs in one pass, each in a folder with its name."""
     configs = [config_of(shared, place / name, own) for name, own in customers.items()]
     listeners = [lambda event, name=name: on_event(name, event) for name in customers]
     results = run_texts(configs, base=base, listeners=listeners, **options)
@@ -81,7 +81,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def alone(shared: Path, base: TextBase) -> Callable[[str], Path]:
-    """Return the folder of a customer's separate run."""
+    """Return a function that trains one customer separately and returns the run's folder."""
 
     def made(name: str) -> Path:
         output = shared / "alone" / name
@@ -94,14 +94,14 @@ def alone(shared: Path, base: TextBase) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def group(shared: Path, base: TextBase) -> tuple[Path, dict[str, RunResult | VeneerError], list[tuple[str, Event]]]:
-    """Return all customers' runs in one pass, shared by many tests."""
+    """Return the runs of all customers, trained in one pass; many tests share them."""
     events: list[tuple[str, Event]] = []
     results = train(shared, shared / "group", base, CUSTOMERS, on_event=lambda *event: events.append(event))
     return shared / "group", results, events
 
 
 def assert_same(one: Path, other: Path, law: float = LAW) -> None:
-    """Assert that two folders' adapters are equal, each tensor to `law` of its largest entry."""
+    """Assert that two folders have equal adapters, each tensor within `law` times its largest entry."""
     actual, expected = read_tensors(one / TENSORS)[0], read_tensors(other / TENSORS)[0]
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -109,7 +109,7 @@ def assert_same(one: Path, other: Path, law: float = LAW) -> None:
 
 
 @pytest.mark.parametrize("name", CUSTOMERS)
-def test_each_run_equals_its_run_alone(name: str, group: Any, alone: Callable[[str], Path]) -> None:
+def test_each_run_equals_its_separate_run(name: str, group: Any, alone: Callable[[str], Path]) -> None:
     root, results, _ = group
     assert isinstance(results[name], RunResult), results[name]
     assert_same(root / name, alone(name))
@@ -120,19 +120,19 @@ def test_each_run_equals_its_run_alone(name: str, group: Any, alone: Callable[[s
     (steps, losses, accuracies), expected = (list(zip(*actual, strict=True)) for actual in numbers)
     assert steps == expected[0]
     assert losses == pytest.approx(expected[1], rel=1e-5)
-    assert accuracies == pytest.approx(expected[2], abs=0.05)  # one token can change by rounding
+    assert accuracies == pytest.approx(expected[2], abs=0.05)  # rounding can change one token
     assert name != "a" or len(set(accuracies)) > 1
 
 
 def test_one_forward_pass_serves_all_mixes(
     shared: Path, base: TextBase, group: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Rows of five runs share a pass; rows that exceed a micro-batch use several passes."""
+    """Rows of all runs share a pass; if they exceed a micro-batch, they use several passes."""
     notes = {name: [e.text for n, e in group[2] if n == name and isinstance(e, Note)] for name in CUSTOMERS}
     assert "4 runs in one pass of the base" in notes["a"]
-    assert any("a pass of their own" in note and "DoRA" in note for note in notes["dora"])
-    assert any("a pass of their own" in note and "more than pairs" in note for note in notes["loha"])
-    assert not any("a pass of their own" in note for name in "abcd" for note in notes[name])
+    assert any("a separate pass" in note and "DoRA" in note for note in notes["dora"])
+    assert any("a separate pass" in note and "more than pairs" in note for note in notes["loha"])
+    assert not any("a separate pass" in note for name in "abcd" for note in notes[name])
     passes: list[list[int]] = []
 
     def counted(model: Any, ids: Any, lengths: Sequence[int], *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ def test_one_forward_pass_serves_all_mixes(
 
 
 def test_recomputed_activations(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
-    """Dropout masks are equal when a layer is recomputed."""
+    """When a layer is recomputed, it gets the same dropout masks."""
     memory = {"memory": {"activation_checkpointing": "on"}}
     results = train(shared, tmp_path, base, {name: {**CUSTOMERS[name], **memory} for name in "ac"})
     assert all(isinstance(result, RunResult) for result in results.values())
@@ -166,7 +166,9 @@ def test_recomputed_activations(shared: Path, base: TextBase, alone: Callable[[s
         assert_same(tmp_path / name, alone(name))
 
 
-def test_preferences_pass_alone(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
+def test_preference_run_gets_its_own_pass(
+    shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
     data = {"train": str(shared / "pairs.jsonl"), "split": 0}
     dpo = {"data": data, "preference": {"loss": "dpo"}, "schedule": {"steps": 3}, "optimizer": {"learning_rate": 1e-3}}
     results = train(shared, tmp_path, base, {"dpo": dpo, "b": CUSTOMERS["b"]})
@@ -177,8 +179,8 @@ def test_preferences_pass_alone(shared: Path, base: TextBase, alone: Callable[[s
 
 
 def test_a_failed_run_spares_others(shared: Path, base: TextBase, alone: Callable[[str], Path], tmp_path: Path) -> None:
-    """A non-finite loss in the middle, and unreadable data: shared tensors then contain NaN, which must not
-    reach the other runs."""
+    """One run gets a non-finite loss, which puts NaN into shared tensors but must not reach other runs. Another
+    run's data cannot be read."""
     wild = {"optimizer": {"name": "sgd", "learning_rate": 1e30, "clip": None}, "seed": 7, "evaluation": {"every": 50}}
     bad = {"data": {"train": str(shared / "nothing.jsonl")}}
     results = train(shared, tmp_path, base, {"a": CUSTOMERS["a"], "wild": wild, "bad": bad, "c": CUSTOMERS["c"]})
@@ -194,7 +196,7 @@ def test_a_failed_run_spares_others(shared: Path, base: TextBase, alone: Callabl
 
 
 class Killed(Exception):
-    """Stands for the end of the process: no code of the run executes after it."""
+    """Raised to simulate a killed process: no code of the run executes after it."""
 
 
 FEW = {name: CUSTOMERS[name] for name in ("a", "b", "c", "dora")}
@@ -202,7 +204,7 @@ FEW = {name: CUSTOMERS[name] for name in ("a", "b", "c", "dora")}
 
 @pytest.fixture(scope="module")
 def few(shared: Path, base: TextBase) -> Path:
-    """Return uninterrupted runs of different lengths, checkpoints and evaluations."""
+    """Return the folder of uninterrupted runs with different lengths, checkpoints and evaluations."""
     train(shared, shared / "few", base, FEW)
     return shared / "few"
 
@@ -213,7 +215,7 @@ def bytes_of(place: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("who", "step"), [("a", 3), ("dora", 5), ("c", 10)])
 def test_a_killed_group_resumes(who: str, step: int, shared: Path, base: TextBase, few: Path, tmp_path: Path) -> None:
-    """Also if some runs have ended, and in the middle of a step that only some runs have completed."""
+    """Covers a group in which some runs have ended, and a step that only some runs have completed."""
 
     def kill(name: str, event: Event) -> None:
         if name == who and isinstance(event, Stepped) and event.step == step:
@@ -234,7 +236,7 @@ def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, f
         if name == "b" and isinstance(event, Stepped) and event.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora's last evaluation had not run
+    with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora has yet to be evaluated
         train(shared, tmp_path, base, FEW, on_event=stop)
     last = {name: max(e.step for n, e in events if n == name and isinstance(e, Stepped)) for name in FEW}
     assert set(last.values()) == {5}
@@ -243,7 +245,8 @@ def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, f
 
 
 def test_a_failed_run_stays_out_of_a_resumed_group(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """It would change the last bits of the others. By itself it resumes, and a note says so."""
+    """In a resumed group, the failed run would change the last bits of the other runs. It can be resumed by
+    itself, and a note says that it was part of a group."""
     sgd = {"optimizer": {"name": "sgd", "learning_rate": 0.01}, "schedule": {"steps": 8}, "evaluation": {"every": 50}}
     customers = {"a": {**CUSTOMERS["a"], "schedule": {"steps": 8}}, "b": sgd}
 
@@ -266,7 +269,7 @@ def test_a_failed_run_stays_out_of_a_resumed_group(shared: Path, base: TextBase,
     assert (tmp_path / "killed/a" / TENSORS).read_bytes() == (tmp_path / "whole/a" / TENSORS).read_bytes()
     notes: list[Event] = []
     run_text(config_of(shared, tmp_path / "killed/b", sgd), base=base, resume=True, on_event=notes.append)
-    assert any("trained together with 1 run more until here" in e.text for e in notes if isinstance(e, Note))
+    assert any("trained together with 1 other run up to this step" in e.text for e in notes if isinstance(e, Note))
 
 
 def test_a_dry_run_tries_each_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text runs of about one second with the tiny base and forty tickets, shared by tests."""
+"""Text runs that take about a second, on the tiny base and forty tickets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TENSORS = "adapter_model.safetensors"
 
 
 def write_rows(path: Path) -> None:
-    """Write forty tickets."""
+    """Write forty tickets as training rows."""
     with path.open("w") as file:
         for i in range(20):
             for thing, team in (("printer", "it"), ("invoice", "billing")):
@@ -42,7 +42,7 @@ def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def values_of(folder: Path, output: Path, **sections: Any) -> dict[str, Any]:
-    """Return a configuration of ten steps."""
+    """Return a configuration for ten steps; `sections` are merged into it."""
     values = {
         "base": {"name": str(folder / "tiny-base")},
         "data": {"train": str(folder / "rows.jsonl"), "split": 8},
@@ -68,7 +68,7 @@ def train(
     on_event: Any = None,
     **sections: Any,
 ) -> RunResult:
-    """Train. `loaded`: the base, if it is loaded already."""
+    """Train a run and return its result. `loaded`: the base, if it is already loaded."""
     config, sources = config_from(values_of(folder, output, **sections))
     listen = on_event or (lambda event: None)
     return run_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=loaded, sources=sources)

@@ -33,7 +33,7 @@ _MAX_UPLOADS = 32
 _THREADS = 2
 """Number of threads that hash and copy uploads."""
 _FORM_BYTES = 4096
-"""Maximum bytes of each text field in a form."""
+"""Maximum size of a text field in a form, in bytes."""
 _FIELDS = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
 _FORM = {
     "type": "object",
@@ -44,7 +44,7 @@ _FORM = {
 
 
 def large_bodies(files: Files) -> Mapping[str, int]:
-    """Return path pattern -> maximum body size of routes that write bodies to disk."""
+    """Return path pattern -> maximum body size, for routes that write bodies to disk."""
     return {"/v1/files": files.max_bytes + 4 * _FORM_BYTES}
 
 
@@ -67,7 +67,7 @@ def file_routes(files: Files) -> APIRouter:
             raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
         if (purpose := form.get("purpose")) != "fine-tune":
             fix = "files here are for fine-tuning; send purpose=fine-tune"
-            raise invalid(f"{str(purpose)[:40]!r} is not a purpose of files here", "purpose", fix)
+            raise invalid(f"{str(purpose)[:40]!r} is not a supported purpose", "purpose", fix)
         size = upload.size or 0
         if size > files.max_bytes:
             message, fix = f"the file has more than {files.max_bytes:,} bytes", "send its rows in several files"

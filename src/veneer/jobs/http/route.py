@@ -1,4 +1,4 @@
-"""Routes with handlers that run in threads and return JSON values."""
+"""Route classes for handlers that run in threads and return JSON values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def thread_route(label: str) -> type[BodyRoute]:
-    """Return a route class with plain handlers that run in a thread.
+    """Return a route class whose synchronous handlers run in a thread.
 
-    `label` names the resource in errors. A handler that is not a coroutine runs in a thread and returns JSON
-    values, None (204) or a response. A ConfigError becomes a 400 response."""
+    `label` names the resource in errors. A synchronous handler returns JSON values, None (204) or a response.
+    A ConfigError becomes a 400 response."""
 
     class ThreadRoute(BodyRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -50,9 +50,9 @@ async def blocking(
     """Call `do` in a thread and return its result.
 
     label: names the resource in errors.
-    run: the function that runs `do`.
+    run: async function that calls `do` in a thread.
 
-    Raises Refused: 400 for a ConfigError; for other errors, an unavailable resource or an internal error."""
+    Raises Refused: 400 for a ConfigError; any other error becomes "unavailable" or an internal error."""
 
     def call() -> T:
         try:

@@ -3,12 +3,13 @@
     TINKER_BASE_URL=http://localhost:8000 TINKER_API_KEY=tml-<key> python a_recipe.py
 
 The server answers a request with an id. /api/v1/retrieve_future returns the request's result; it waits up to
-`_WAIT` seconds and then returns 408, as the SDK expects. Results stay in memory for `_RESULT_SECONDS`;
-results that were fetched are dropped earlier if their tenant's quota is full. An error in a numbered request
-becomes the request's result, not an HTTP error, because the client has already numbered its next requests. A
-request is billed before its result is available: forward passes as training under the run's name, with the
-tenant's training price and budget; samples like other completions. If the budget is spent, the server returns
-402, and the SDK waits.
+`_WAIT` seconds and then returns 408, as the SDK expects. Results stay in memory for `_RESULT_SECONDS`; if a
+tenant's quota is full, results that the tenant has fetched are dropped earlier. An error in a numbered request
+becomes the request's result, not an HTTP error, because the client has already numbered its next requests.
+
+A request is billed before its result is available. Forward passes are billed as training under the run's
+name, with the tenant's training price and budget; samples are billed like other completions. If the budget is
+spent, the server returns 402, and the SDK waits.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ _WAIT = 20.0
 _RESULT_SECONDS = 600.0
 _STOP_SECONDS = 5.0
 _REQUEST_BYTES = 2048
-"""Memory that a request counts for besides its body or result, in bytes."""
+"""Memory charged per request in bytes, in addition to its body or result."""
 MAX_NUMBER = 10**9
-"""The numbers of a session's clients and of a client's requests are below this."""
+"""Client numbers in a session and request numbers in a client are below this."""
 TINKER_ROUTE = thread_route("the training clients")
 
 
@@ -111,7 +112,7 @@ class Call:
         """Return a name with which the client can load the base's tokenizer.
 
         This is the base's hub id, if it has one; else `client_name`, the client's own name for the base; else
-        the base's folder on this machine for the operator, and the served name for other clients."""
+        the base's folder on this machine (for the operator) or the served name (for other clients)."""
         base = self.service.base
         name = base.name.partition("@")[0]
         if "/" in name and not Path(name).expanduser().exists():
@@ -120,9 +121,9 @@ class Call:
         return client_name or (str(base.directory) if operator else str(self.http.catalog.base))
 
     def check_base(self, name: str) -> None:
-        """Raise Refused unless this server serves the base.
+        """Raise Refused unless `name` is the base that this server serves.
 
-        Compares only the last part of the name, because a client can use a path on its own machine."""
+        Compares only the last part of the name, because a client can pass a path on its own machine."""
         base = self.http.catalog.base
         if name.rstrip("/").rpartition("/")[2].lower() != base.lower():
             message, fix = f"The model {quoted(name)} is not served here", f"base_model={base!r}"
@@ -131,7 +132,7 @@ class Call:
 
 @dataclass(eq=False)
 class _Pending:
-    """An accepted request. `hold`: quota of the request, and later of its result."""
+    """An accepted request. `hold`: quota held for the request, and later for its result."""
 
     tenant: str
     task: asyncio.Future[FutureResult]
@@ -143,8 +144,8 @@ class _Pending:
 class TinkerRoutes:
     """The state that the routes share.
 
-    make: creates the service when the first request arrives, so that a server without Tinker clients pays
-        nothing.
+    make: creates the service when the first request arrives, so that a server without Tinker clients does not
+        need the service's memory.
     results: accepted requests by id, until their results expire."""
 
     make: Callable[[], TinkerService]
@@ -162,7 +163,7 @@ class TinkerRoutes:
     async def stop(self) -> None:
         """Stop training, wait briefly for pending requests, and cancel the rest.
 
-        Failed requests release their budget while this waits."""
+        During the wait, failed requests release their budget."""
         if self._service is not None:
             await asyncio.to_thread(self._service.close)
         tasks = [pending.task for pending in self.results.values() if not pending.task.done()]
@@ -175,7 +176,7 @@ class TinkerRoutes:
     def take_quota(self, call: Call, size: int) -> QuotaHold:
         """Take quota for a request of `size` bytes. Raises Refused.
 
-        First drops results that the tenant has fetched, oldest first, as far as needed."""
+        If there is not enough quota, first drops results that the tenant has fetched, oldest first."""
         tenant, quotas, amounts = call.tenant, call.http.quotas, {"requests": 1, "memory": _REQUEST_BYTES + size}
         fetched = [number for number, each in self.results.items() if each.tenant == tenant and each.fetched]
         while fetched and not quotas.fits(tenant, **amounts):
@@ -194,7 +195,7 @@ class TinkerRoutes:
         pending.task.add_done_callback(done)
 
     def _drop(self, number: str, pending: _Pending | None = None) -> None:
-        """Drop a result. With `pending`, only if the result belongs to this request."""
+        """Drop a result; if `pending` is given, only if the result still belongs to it."""
         if pending is None or self.results.get(number) is pending:
             self.results.pop(number).hold.release()
 
@@ -216,7 +217,9 @@ class TinkerRoutes:
         return pending.task.result()
 
     def _missing(self, call: Call, number: str) -> Refused:
-        """Return the error for a request without a result. Raises Refused."""
+        """Return the error for a request that has no stored result.
+
+        Raises Refused for an unknown or closed client."""
         id, _, seq = number.rpartition(":")
         if ":sample:" not in number:
             run = call.service.run(call.tenant, id)
@@ -231,9 +234,9 @@ class TinkerRoutes:
     async def submit(
         self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int = 0, memory: int = 0
     ) -> Response:
-        """Accept one numbered request, unless it was accepted before.
+        """Accept a numbered request, unless it was accepted before.
 
-        `memory`: bytes that the body takes unpacked."""
+        `memory`: bytes of memory for the unpacked body."""
         number = f"{run.id}:{seq}"
         async with run.lock:
             if await tinker_blocking(lambda: call.service.is_new(run, seq)):
@@ -262,8 +265,8 @@ class TinkerRoutes:
             except Refused as error:
                 if error.status != 400:
                     raise
-                # The request is larger than a limit allows at all: accept it and return the error as its
-                # result, so that the sequence of numbers has no gap.
+                # The request exceeds a limit that waiting cannot lift. It is accepted, and the error becomes
+                # its result, so that the sequence of numbers has no gap.
                 kind, body = "refused", message_of(error).encode()
             done = asyncio.wrap_future(call.service.submit(run, seq, kind, body))
             undo.pop_all()
@@ -282,7 +285,9 @@ class TinkerRoutes:
         self.add(call, number, hold, billed())
 
     async def _give_back(self, tenant: str, cost: int) -> None:
-        """Release a failed request's budget; if the database is down, it stays reserved."""
+        """Release a failed request's budget.
+
+        If the database is down, the budget stays reserved and a warning is logged."""
         try:
             await tinker_blocking(lambda: self.account.release_budget(tenant, cost))
         except Refused as error:
@@ -291,7 +296,9 @@ class TinkerRoutes:
     async def created(
         self, call: Call, session: str, number: int, start: Lora | str, metadata: Any, optimizer: bool = False
     ) -> Response:
-        """Create a training client, and grant the tenant access to the client's adapters."""
+        """Create a training client.
+
+        Also grants the tenant access to the client's adapters."""
 
         def do() -> TrainingRun:
             self.account.check_allowed(call.tenant)
@@ -366,13 +373,13 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
     def finish(id: str, call: Call = current_call) -> None:
         call.service.end_session(call.tenant, id)
 
-    @router.post("/create_model", summary="Create a training client of a LoRA")
+    @router.post("/create_model", summary="Create a LoRA training client")
     async def create_model(body: ModelBody, call: Call = current_call) -> Response:
         call.check_base(body.base_model)
         call.service.session(call.tenant, body.session_id).set_base_name(body.base_model)
         _check_optimizer(body.optimizer_config)
         if (config := body.lora_config) is None:
-            raise invalid("only adapters are trained here", "lora_config", "create_lora_training_client(…)")
+            raise invalid("this server trains only adapters", "lora_config", "create_lora_training_client(…)")
         lora = Lora(config.rank, config.seed, config.train_attn, config.train_mlp, config.train_unembed)
         return await state.created(call, body.session_id, body.model_seq_id, lora, body.user_metadata)
 
@@ -408,10 +415,10 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
             run = call.service.run(call.tenant, str(body.get("model_id")))
             seq = body.get("seq_id")
             if type(seq) is not int:
-                raise invalid(f"seq_id is {str(seq)[:50]}", "seq_id", "an integer from 1 on")
+                raise invalid(f"seq_id is {str(seq)[:50]}", "seq_id", "an integer, at least 1")
             return await state.submit(call, run, seq, kind, json.dumps(body).encode())
 
-    numbered("optim_step", "Step AdamW with the gradients since the last step")
+    numbered("optim_step", "Run an AdamW step with the gradients since the last step")
     numbered("save_weights", "Save a checkpoint to continue from")
     numbered("save_weights_for_sampler", "Save weights to sample from")
     numbered("load_weights", "Load a checkpoint, or create a client from a checkpoint")

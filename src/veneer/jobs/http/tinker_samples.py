@@ -41,12 +41,12 @@ from veneer.serve.request import Refused, invalid
 from veneer.serve.request import Sampling as SamplingParams
 
 _SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN = 2048, 64, 400
-"""Bytes per waiting sample, prompt token and sampled token."""
+"""Bytes charged per waiting sample, per prompt token and per sampled token."""
 _REFUSED = (
     "topk_prompt_logprobs", "topk_sample_logprobs", "prompt_logprobs_last_n", "target_prompt_logprobs",
     "prompt_alt_tokens_k", "record_stability_info",
 )  # fmt: skip
-"""Options of the SDK that this server does not have."""
+"""Options of the SDK that this server does not support."""
 
 
 class SamplerBody(TinkerBody):
@@ -93,7 +93,8 @@ class SampleBody(TinkerBody):
 class Sampling:
     """The pending sampling requests of all tenants.
 
-    Samples can use half of the engine's queue; tenants with pending requests share it equally.
+    Samples can use half of the engine's queue, which is divided equally between the tenants that have pending
+    requests.
 
     requests: tenant -> number of pending requests.
     running: tenant -> number of samples in the engine."""
@@ -119,7 +120,7 @@ class Sampling:
     async def _sample(self, call: Call, source: SamplerSource, body: SampleBody, hold: QuotaHold) -> FutureResult:
         """Return a request's samples, or its error as a failed result.
 
-        If a temporary limit refuses the samples, they wait, because the SDK does not retry a failed
+        If the samples exceed a temporary limit, waits and tries again, because the SDK does not retry a failed
         result."""
         count, tenant, most = body.num_samples, call.tenant, _most_samples(call.http)
         self.requests[tenant] += 1
@@ -151,12 +152,12 @@ class Sampling:
 
 
 def _most_samples(http: Service) -> int:
-    """Return the maximum samples per request: half of the engine's queue."""
+    """Return the maximum number of samples per request: half of the engine's queue."""
     return max(1, http.settings.queue // 2)
 
 
 async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) -> list[TextAnswer]:
-    """Return the engine's completions; retry while a temporary limit refuses them."""
+    """Return the engine's completions. Retries while a temporary limit is exceeded."""
     while True:
         answers = [TextAnswer() for _ in range(job.choices)]
         try:
@@ -177,7 +178,7 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
     params, context = body.sampling_params, call.http.reader.context
     for name in _REFUSED:
         if getattr(body, name) not in (None, False, 0):
-            raise invalid(f"this server does not know {name}", name, "leave it out")
+            raise invalid(f"this server does not support {name}", name, "leave it out")
     prompt = tuple(token for chunk in body.prompt.chunks for token in chunk.tokens)
     stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
     sampling = SamplingParams(

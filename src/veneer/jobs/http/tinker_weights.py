@@ -1,4 +1,4 @@
-"""Tinker's routes of saved weights: runs and their checkpoints."""
+"""Tinker's routes for saved weights: runs and their checkpoints."""
 
 from __future__ import annotations
 

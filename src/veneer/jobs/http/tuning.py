@@ -4,9 +4,9 @@
                                      `after`: actions after training, with file ids instead of paths
     GET  …/jobs, …/jobs/ID, …/jobs/ID/events, …/jobs/ID/checkpoints
     POST …/jobs/ID/cancel, /pause, /resume
-    DELETE /v1/models/ft:…           deletes a tenant's own tuned model; the other model routes accept these names
+    DELETE /v1/models/ft:…           deletes one of the tenant's own tuned models
 
-Only its owner can see a job.
+The other model routes also accept the names of tuned models. A job is visible only to its owner.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ _TABLE = "the table of jobs"
 _PAGE = 100
 _LINES = (".jsonl",)
 _HELD_OUT, _HELD_ROWS, _HELD_TOKENS = 16, 1000, 1024
-"""Limits of a client's evaluation: number of files, rows, and tokens per completion."""
+"""Limits on a client's evaluation: number of files, rows, and tokens per completion."""
 
 _Limit = Annotated[int, Query(ge=1, le=_PAGE)]
 _After = Annotated[str | None, Query(max_length=100)]
 
 
 def tuning_routes(queue: TuningQueue) -> APIRouter:
-    """Return the routes for fine-tuning with a queue."""
+    """Return the routes for fine-tuning, which add jobs to `queue`."""
     jobs, files = queue.jobs, queue.files
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=thread_route(_TABLE), dependencies=[needs("train")])
 
@@ -84,8 +84,8 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
         if any(key.startswith("metadata") for key in request.query_params):
-            raise invalid("jobs are not filtered by metadata here", "metadata")
-        page_jobs, more = _filtered_jobs(jobs, tenant, after, limit)
+            raise invalid("this server cannot filter jobs by metadata", "metadata")
+        page_jobs, more = _openai_jobs(jobs, tenant, after, limit)
         data = [job_to_openai(job, organisation_of(tenant)) for job in page_jobs]
         return {"object": "list", "data": data, "has_more": more}
 
@@ -118,7 +118,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         if number is None:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
         page_events, more = jobs.events(tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
-        job = jobs.get(tenant, id)  # after the events: the job's state decides what they show
+        job = jobs.get(tenant, id)  # read after the events, because the job's state decides what the events show
         return {"object": "list", "data": [event_to_openai(job, event) for event in page_events], "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="List a job's published checkpoints, newest first")
@@ -136,10 +136,15 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     @router.delete("/v1/models/{model:path}", summary="Delete a tuned model or one of its checkpoints")
     def remove(request: HttpRequest, model: str) -> Any:
         principal, library = caller_of(request), jobs.library
-        service_of(request).catalog.card(model, principal)  # raises 404 if the model does not exist or is not visible
+        service_of(request).catalog.card(
+            model, principal
+        )  # raises Refused (404) if the model does not exist or is not visible
         tuned = parse_tuned(model)
         if tuned is None or tuned.organisation != principal.tenant:
-            message, fix = f"the model {quoted(model)} cannot be deleted here", "only your own that jobs made can: ft:…"
+            message, fix = (
+                f"the model {quoted(model)} cannot be deleted here",
+                "you can delete only your own fine-tuned models: ft:…",
+            )
             raise Refused(message, status=403, code="forbidden", param="model", fix=fix)
         try:
             reference = tuned.reference if tuned.step is None else library.find(tuned.reference).reference
@@ -152,16 +157,16 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
 
 
 class TuningQueue:
-    """Queues jobs of OpenAI's route and of the Studio's form.
+    """Queues jobs from OpenAI's route and from the Studio's form.
 
-    `sandbox`: runs Python graders; None refuses them."""
+    `sandbox`: runs Python graders; if None, jobs with Python graders are refused."""
 
     def __init__(
         self, jobs: JobStore, files: Files, tenants: Store | None = None, sandbox: Sandbox | None = None
     ) -> None:
         self.jobs, self.files, self.tenants, self.sandbox = jobs, files, tenants, sandbox
         self.copying = FairPool(1, "veneer-inputs")  # copies inputs, which can be gigabytes from a remote store
-        self.looking = FairPool(1, "veneer-rows")  # reads the first rows of files
+        self.previewing = FairPool(1, "veneer-rows")  # reads the first rows of files
 
     async def create(
         self, service: Service, principal: Principal, body: TuningBody, settings: FormSettings | None = None
@@ -185,13 +190,16 @@ class TuningQueue:
         if body.reinforced is not None:
             grader = _resolve_grader(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
         if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
-            message, fix = f"{most:,} jobs are not finished, which is the limit (jobs)", "wait for some, or cancel some"
+            message, fix = (
+                f"{most:,} jobs are not finished, and that is the limit (jobs)",
+                "wait for some, or cancel some",
+            )
             raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
         training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
         validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
         ids = body.after.evaluate.files if body.after is not None and body.after.evaluate is not None else []
         if len(ids) > _HELD_OUT:
-            raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
+            raise invalid(f"{len(ids)} files of held-out rows; the maximum is {_HELD_OUT}", "after.evaluate.data")
         held_out = [_file(files, tenant, each, "after.evaluate.data") for each in ids]
         size = sum(file.bytes for file in (training, validation, *held_out) if file)
         _check_input_bytes(jobs, tenant, size, files.quotas.limits.disk)
@@ -201,7 +209,9 @@ class TuningQueue:
         )
         request |= {"kind": body.kind, "hyperparameters": body.numbers.model_dump(), "tuned": str(tuned)}
         request["after"] = None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True)
-        if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
+        if (
+            body.reinforced is not None and grader is not None
+        ):  # the request is stored with the client's grader; the run uses the resolved grader
             request["reinforcement"] = body.reinforced.to_json()
             body.reinforced.grader = grader
         metadata: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
@@ -240,31 +250,33 @@ def _initial_adapter(service: Service, principal: Principal, model: str) -> str 
     Raises Refused if the model is not served here."""
     base = service.catalog.base
     if service.engine.makes != "texts":
-        raise invalid("this server draws pictures, and jobs here are of texts", "model", "see `veneer train`")
+        raise invalid(
+            "this server generates pictures, but fine-tuning jobs need a text model", "model", "see `veneer train`"
+        )
     if model == base:
         return None
     if (tuned := parse_tuned(model)) is not None and tuned.base == base:
         return service.catalog.resolve(model, principal).adapters[0]
     message = f"The model {quoted(model)} is not served here, so it cannot be fine-tuned"
-    fix = f"model={base!r}, or a model that was tuned from it"
+    fix = f"model={base!r}, or a model that was fine-tuned from it"
     raise Refused(message, status=400, code="model_not_available", param="model", fix=fix)
 
 
 def _parse_grader(source: Any, sandbox: Sandbox | None) -> Any:
     """Parse a client's grader. Blocks.
 
-    Raises Refused for an invalid grader. Refuses a Python grader without a sandbox before parsing any
-    source."""
+    Raises Refused if the grader is invalid, or if it is a Python grader and there is no sandbox; the Python
+    source is then not parsed."""
     param = "method.reinforcement.grader"
     if sandbox is None and has_python(source):
-        fix = "the operator can allow them: veneer serve --train --python-graders"
-        message, param = "this server runs no Python graders", f"{param}.type"
+        fix = "the operator can allow Python graders: veneer serve --train --python-graders"
+        message, param = "this server does not run Python graders", f"{param}.type"
         raise Refused(message, status=403, code="grader_not_allowed", param=param, fix=fix)
     return parse_grader(source, param)
 
 
 def _resolve_grader(service: Service, principal: Principal, grader: Any) -> dict[str, Any]:
-    """Return a job's grader, in which each model has the name that a run uses for it.
+    """Return a job's grader, with the clients' model names replaced by the run's names.
 
     Raises Refused if the caller cannot use one of the models."""
 
@@ -283,12 +295,14 @@ def _resolve_grader(service: Service, principal: Principal, grader: Any) -> dict
 def _check_input_bytes(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
     """Check the total input bytes of a tenant's unfinished jobs. Raises Refused.
 
-    A job's inputs stay even if the client deletes the uploaded files, and with a remote store each job has
-    its own copies."""
+    This limit is separate from uploads: a job keeps its inputs even if the client deletes the uploaded files,
+    and with a remote store each job has its own copies."""
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
     used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
     if used + more > limit:
-        message = f"jobs that have not ended read {used:,} bytes, and with {more:,} more it would be over {limit:,}"
+        message = (
+            f"the inputs of unfinished jobs have {used:,} bytes, and with {more:,} more they would exceed {limit:,}"
+        )
         fix = "wait for some jobs to finish, or cancel some"
         raise Refused(message, status=400, code="storage_full", param="training_file", fix=fix)
 
@@ -315,7 +329,7 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
     except Refused as error:
         if error.status != 404:
             raise
-        message, fix = f"invalid {param}: there is no file {quoted(id)}", "upload it first: POST /v1/files"
+        message, fix = f"invalid {param}: there is not a file {quoted(id)}", "upload it first: POST /v1/files"
         raise Refused(message, status=400, code="file_not_found", param=param, fix=fix) from error
     if upload.purpose != "fine-tune" or not upload.filename.lower().endswith(endings):
         message, fix = f"invalid {param}: {quoted(upload.filename)} is not a training file", "JSON lines: .jsonl"
@@ -324,7 +338,7 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
 
 
 def _job(jobs: JobStore, tenant: str, id: str) -> Job:
-    """Return a tenant's job. Raises Refused if this API did not create it."""
+    """Return a tenant's job. Raises Refused if it does not exist or another API created it."""
     with suppress(UnknownJob):
         job = jobs.get(tenant, id)
         if "openai" in job.about:
@@ -334,7 +348,7 @@ def _job(jobs: JobStore, tenant: str, id: str) -> Job:
 
 
 def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
-    """Return the ids of a job's result files: one file if the job succeeded.
+    """Return the ids of a job's result files: one file if the job succeeded, else none.
 
     The first call creates the file."""
     if job.state != "succeeded":
@@ -347,8 +361,8 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     return [id]
 
 
-def _filtered_jobs(jobs: JobStore, tenant: str, after: str | None, limit: int) -> tuple[list[Job], bool]:
-    """Return (jobs that this API created, whether more exist)."""
+def _openai_jobs(jobs: JobStore, tenant: str, after: str | None, limit: int) -> tuple[list[Job], bool]:
+    """Return (a page of the jobs that this API created, whether there are more)."""
     if after is not None:
         _job(jobs, tenant, after)
     matches: list[Job] = []

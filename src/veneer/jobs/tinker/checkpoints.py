@@ -32,7 +32,7 @@ from veneer.train.text.save import write_adapter
 _log = logging.getLogger("veneer.tinker")
 
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-"""Part of a path -> Tinker's checkpoint type. None is saved as external weights any more."""
+"""Part of a path -> Tinker's checkpoint type. No new checkpoints have external weights."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -42,7 +42,7 @@ class SavedWeights:
 
     id: kind and name, as in the path
     seq: number of the request that saved the checkpoint
-    reference: the adapter's version in the library
+    reference: the library version that has the checkpoint's adapter
     made, expires: seconds since 1970; `expires` is None if the checkpoint never expires"""
 
     id: str
@@ -86,12 +86,14 @@ def parse_path(path: str) -> tuple[str, str]:
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in _KINDS:
         message = f"{path[:200]!r} is not a checkpoint path"
-        raise ConfigError(message, where="path", fix="tinker://RUN/weights/NAME, or sampler_weights in its middle")
+        raise ConfigError(message, where="path", fix="tinker://RUN/weights/NAME or tinker://RUN/sampler_weights/NAME")
     return parts[0], f"{parts[1]}/{parts[2]}"
 
 
 class Checkpoints:
-    """The checkpoints of one run, in its folder. `name`: its name in the library."""
+    """The checkpoints of one run, stored in the run's folder.
+
+    name: the name of the run's adapters in the library."""
 
     def __init__(self, run: str, folder: Path, name: str, library: Library) -> None:
         self.run, self.folder, self.name, self.library = run, folder, name, library
@@ -102,7 +104,7 @@ class Checkpoints:
 
     @property
     def empty(self) -> bool:
-        """Whether the folder has no checkpoint, not even one that cannot be read."""
+        """Whether the folder has no checkpoints, neither readable nor damaged."""
         return not any(self.folder.glob("*/*/about.json"))
 
     def find(self, id: str) -> SavedWeights | None:
@@ -116,8 +118,10 @@ class Checkpoints:
     def check_name(self, id: str) -> None:
         """Raise ConfigError unless a new checkpoint can have this id."""
         if not self._is_valid(id):
-            message = f"{id.partition('/')[2][:100]!r} cannot name a checkpoint"
-            raise ConfigError(message, where="path", fix="letters, digits and . _ - between them, at most 100")
+            message = f"{id.partition('/')[2][:100]!r} is not a valid checkpoint name"
+            raise ConfigError(
+                message, where="path", fix="at most 100 letters, digits and . _ -; the first is a letter or digit"
+            )
 
     def save(
         self, id: str, seq: int, adapter: Adapter, base: TextBase, ttl: int | None, metadata: Mapping[str, str] | None
@@ -140,17 +144,19 @@ class Checkpoints:
         return saved
 
     def remove(self, saved: SavedWeights) -> None:
-        """Remove a checkpoint, and its adapter from the library.
+        """Remove a checkpoint, and remove its adapter from the library.
 
-        The adapter stays if another checkpoint has the same version or an alias points to it."""
+        The adapter stays if another checkpoint uses the same version or an alias points to the version."""
         (self.folder / saved.id / "about.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / saved.id, ignore_errors=True)
         self._remove_adapter(saved.reference)
 
     def _remove_adapter(self, reference: str) -> None:
-        """Remove a version from the library, unless another checkpoint has it."""
+        """Remove a version from the library, unless another checkpoint uses it."""
         if all(checkpoint.reference != reference for checkpoint in self.all()):
-            with suppress(AdapterError):  # an alias points to the version, or the version is already removed
+            with suppress(
+                AdapterError
+            ):  # raised if an alias points to the version, or if the version was already removed
                 self.library.remove(reference)
 
     def sweep(self) -> None:

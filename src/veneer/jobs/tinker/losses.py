@@ -1,7 +1,7 @@
-"""Tinker's losses, on a row's log-probabilities and per-token inputs.
+"""Tinker's losses, computed from a row's log-probabilities and per-token inputs.
 
-p is the trained policy, q the sampler (`logprobs`), A the `advantages`, r = exp(log p − log q). All are sums
-over tokens:
+p is the trained policy, q the sampler (`logprobs`), A the `advantages`, r = exp(log p − log q). Each loss is a
+sum over tokens:
 
     cross_entropy          −w·log p                                                 `weights`
     importance_sampling    −r·A
@@ -9,9 +9,9 @@ over tokens:
     cispo                  −sg[clip(r, low, high)]·A·log p
     dro                    −(A·log p − β/2·(log p − log q)²)
 
-low and high are 0.8 and 1.2 (`clip_low_threshold`, `clip_high_threshold`), β is 0.05
-(`beta`). sg stops gradients. Source: https://tinker-docs.thinkingmachines.ai/tinker/losses A custom loss is
-cross_entropy with the weights −∂loss/∂log p, which the SDK computes.
+Options: low is `clip_low_threshold` (default 0.8), high is `clip_high_threshold` (1.2), and β is `beta` (0.05).
+sg stops gradients. A custom loss is cross_entropy with the weights −∂loss/∂log p, which the SDK computes.
+Source: https://tinker-docs.thinkingmachines.ai/tinker/losses
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _LOSSES: Mapping[str, tuple[Callable[[Tensor, Inputs, Options], Tensor], tuple[s
 def row_loss(name: str, logps: Tensor, row: Inputs, options: Options) -> Tensor:
     """Return the loss of one row, a scalar.
 
-    `logps` and the row's tensors: (n,), or (n, k) for k targets per token."""
+    `logps` and the row's tensors have the shape (n,), or (n, k) for k targets per token."""
     return _LOSSES[name][0](logps, row, options).sum()
 
 
@@ -83,5 +83,5 @@ def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
         has = f"it has {', '.join(allowed)}" if allowed else "it has none"
         raise ConfigError(f"{name} has no option {wrong[0][:50]!r}", where="loss_fn_config", fix=has)
     if wrong := [key for key, value in options.items() if isinstance(value, str)]:
-        raise ConfigError(f"{wrong[0]} is a number", where="loss_fn_config")
+        raise ConfigError(f"{wrong[0]} must be a number", where="loss_fn_config")
     return _LOSSES[name][1]

@@ -1,19 +1,19 @@
 """The Tinker service: sessions, training clients, execution of requests.
 
     service = TinkerService(base, library, folder)
-    session = service.create_session("acme", {})
+    session = service.create_session("acme")
     run = service.create_run("acme", session.id, 0, Lora(8), {})
     future = service.submit(run, 1, "forward", body)        requests are executed in the order of their numbers
 
-A client numbers its requests, and one thread executes each of them once, in that order. Each pass of the base
-takes the next rows of all clients that have rows, in one batch if possible; the tenant that has received the
-least comes first. Other requests (an optimizer step, saving, loading) are executed between passes.
+A client numbers its requests, and one thread executes each request once, in the order of the numbers. Each pass
+of the base takes the next rows of all clients that have rows, in one batch if possible; the tenant that has
+been served least comes first. Other requests (an optimizer step, saving, loading) are executed between passes.
 
 Sessions, clients and pending requests end with this process. A client's saved checkpoints stay on disk
 (checkpoints.py), together with a description of the run, so that another client can continue from them. If
 memory is short, the state of the least recently used idle client is moved to disk.
 
-This module uses a base, a library and folders; HTTP and billing are elsewhere.
+This module uses a base, a library and folders; other modules handle HTTP and billing.
 """
 
 from __future__ import annotations
@@ -64,15 +64,17 @@ from veneer.train.text.save import write_adapter
 _log = logging.getLogger("veneer.tinker")
 
 _SNAPSHOTS = 16
-"""Number of unnamed sampler weights kept per run; older ones are removed."""
+"""Maximum number of unnamed sampler weights per run; the oldest are removed."""
 _SWEEP_SECONDS, _ENDED_SECONDS = 3600.0, 3600.0
 """Seconds between sweeps; seconds for which an ended session can still be queried."""
 _GAP_SECONDS, _MAX_AHEAD = 400.0, 10_000
-"""Seconds that requests wait for a missing earlier one; how far ahead a number can be."""
+"""Seconds to wait for a missing earlier request; maximum lead of a request number.
+
+The lead is counted from the last executed request."""
 _LARGE_BYTES = 1 << 20
-"""Size of a body above which memory is returned to the system after the request."""
+"""Size of a request body above which free memory is returned to the system afterwards."""
 _OBJECT_BYTES = 2000
-"""Memory of a session, a run or a sampler besides a run's metadata."""
+"""Memory charged per session, run or sampler, in bytes; a run's metadata is added."""
 _CONTINUE = "create_training_client_from_state continues from a saved checkpoint"
 
 
@@ -90,12 +92,12 @@ class _WeightsBody(BaseModel):
 
 
 def not_found(what: str, where: str, fix: str | None = None) -> Refused:
-    """The error for a session, run or sampler that the tenant does not have (404)."""
+    """Return a 404 error: the tenant has no such session, run or sampler."""
     return Refused(what, status=404, code="not_found", param=where, where=where, fix=fix)
 
 
 def ended(what: str, where: str, fix: str | None = None) -> Refused:
-    """The error for a session or run that has ended (410)."""
+    """Return a 410 error: the session or run has ended."""
     return Refused(what, status=410, code="gone", param=where, where=where, fix=fix)
 
 
@@ -113,10 +115,10 @@ class FutureResult:
 class Session:
     """Everything that one ServiceClient of a tenant created.
 
-    used: seconds since 1970
+    used: time of the last use, in seconds since 1970
     ended: time at which the client ended the session, or None
-    base_name: the client's last name for the base, if that was a path or hub ID; else ""
-    hold: quota of the session and its samplers"""
+    base_name: the path or hub id that the client last used for the base; "" if none
+    hold: quota held for the session and its samplers"""
 
     id: str
     tenant: str
@@ -141,8 +143,8 @@ class Session:
 class SamplerSource:
     """The weights of a sampling session.
 
-    A `reference` of the library; or unnamed weights of the run `name`, by their digest in `folder`; with
-    neither, the base."""
+    The weights are a library version (`reference`), unnamed weights of the run `name` (`digest` and `folder`),
+    or, if these fields are empty, the base."""
 
     id: str
     tenant: str
@@ -162,14 +164,14 @@ class _Request:
 
 @dataclass(eq=False)
 class TrainingRun:
-    """A training client on the server, or only its checkpoints after its session.
+    """A training client on the server, or after its session only the client's checkpoints.
 
-    used: time of the client's last request, seconds since 1970
-    lock: for the server's event loop, which accepts one request at a time
+    used: time of the client's last request, in seconds since 1970
+    lock: lets the server's event loop accept one request at a time
     applied: number of the last executed request; request 0 creates the client
     created: the result of request 0
-    turn: time of the state's last use in memory; 0 to leave memory first
-    hold: quota of the client's memory, its state and its checkpoints"""
+    turn: time of the state's last use; 0: never used, so it is the first to be moved to disk
+    hold: quota held for the client's memory, state and checkpoints"""
 
     id: str
     session: str
@@ -191,7 +193,7 @@ class TrainingRun:
 
     @property
     def next(self) -> _Request | None:
-        """Return the next request to execute; None if it has not arrived."""
+        """Return the next request to execute, or None if that request has not arrived."""
         return self.pending.get(self.applied + 1)
 
 
@@ -277,7 +279,7 @@ class TinkerService:
         lora, hold, base_name = Lora(**data["lora"]), self.quotas.take(tenant), data.get("base_name", "")
         run = TrainingRun(checkpoints.run, session, tenant, lora, checkpoints, data["metadata"], base_name, hold)
         run.used = (folder / "run.json").stat().st_mtime
-        self._hash_and_size(run)
+        self._update_quota(run)
         self.runs[run.id] = run
 
     def _checkpoints(self, tenant: str, session: str, number: str) -> Checkpoints:
@@ -295,7 +297,9 @@ class TinkerService:
         return session
 
     def _object_bytes(self, metadata: dict[str, Any] | None) -> int:
-        """Return the memory of a run or checkpoint with metadata. Raises Refused (413)."""
+        """Return the memory to charge for a run or checkpoint with this metadata.
+
+        Raises Refused (413) if the metadata is too large."""
         size, limit = len(json.dumps(metadata)) if metadata else 0, self.quotas.limits.metadata
         if size > limit:
             message, fix = f"user_metadata is over {limit:,} bytes of JSON (metadata)", "send less metadata"
@@ -324,11 +328,11 @@ class TinkerService:
         weight: float = 1.0,
         optimizer: bool = False,
     ) -> TrainingRun:
-        """Create a run, or return the session's existing run of this number.
+        """Create a run, or return the session's existing run with this number.
 
-        `start`: a new adapter's configuration, or the path of a checkpoint to continue from; `optimizer`:
-        with its optimizer state. Raises ConfigError for modules that the base lacks or an invalid path, and
-        Refused: 404, 410, or over a quota."""
+        `start`: a new adapter's configuration, or the path of a checkpoint to continue from. `optimizer`:
+        whether to continue from the checkpoint's optimizer state too. Raises ConfigError if the base lacks the
+        modules or the path is invalid, and Refused: 404, 410, or over a quota."""
         lora = start if isinstance(start, Lora) else self.saved_state(tenant, start)[1].lora
         size = self._state_bytes(lora)
         with self._changed:
@@ -337,7 +341,9 @@ class TinkerService:
             checkpoints = self._checkpoints(tenant, session.id, str(number))
             if (existing := self.runs.get(checkpoints.run)) is not None:
                 if existing.lora != lora:
-                    raise ConfigError(f"the session has another model of the number {number}", where="model_seq_id")
+                    raise ConfigError(
+                        f"the session already has a different model with number {number}", where="model_seq_id"
+                    )
                 return existing
             hold = self.quotas.take(tenant, files=1, disk=size, memory=self._object_bytes(metadata))
             id, base_name = checkpoints.run, session.base_name
@@ -349,7 +355,9 @@ class TinkerService:
         return run
 
     def run(self, tenant: str, id: str) -> TrainingRun:
-        """Return a run, also after its session if it has checkpoints. Raises Refused (404)."""
+        """Return a run. A run that has checkpoints stays after its session has ended.
+
+        Raises Refused (404)."""
         run = self.runs.get(id)
         if run is None or run.tenant != tenant:
             message = f"there is no training run {id[:80]!r}"
@@ -363,7 +371,7 @@ class TinkerService:
         return sorted(runs, key=lambda run: run.used, reverse=True)
 
     def check_open(self, run: TrainingRun) -> None:
-        """Record a use of a run's session. Raises Refused (410)."""
+        """Record a use of a run's session. Raises Refused (410) if the session has ended."""
         session = self.sessions.get(run.session)
         if session is None:
             message = f"the training client {run.id} has ended with its session or by a restart of the server"
@@ -375,13 +383,15 @@ class TinkerService:
         """Return whether a request has not been accepted yet. Raises Refused (410), ConfigError."""
         self.check_open(run)
         if not 1 <= seq <= run.applied + _MAX_AHEAD:
-            raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
+            raise ConfigError(
+                f"seq_id is {seq}", where="seq_id", fix="numbers start at 1 and increase by 1 with each request"
+            )
         return seq > run.applied and seq not in run.pending
 
     def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> Future[FutureResult]:
-        """Accept a new request, to execute after all earlier numbers.
+        """Accept a new request, which is executed after all requests with lower numbers.
 
-        A request of kind `refused` fails with the error in its body, so that no number is missing. Raises
+        A request of kind `refused` fails with the error in its body, but leaves no gap in the numbers. Raises
         Refused (410)."""
         with self._changed:
             if self._closed:
@@ -419,21 +429,25 @@ class TinkerService:
         run, id = parse_path(path)
         saved = self.run(tenant, run).checkpoints.find(id)
         if saved is None:
-            raise not_found(f"there is no checkpoint {path[:200]!r}", "path", "it can have expired")
+            raise not_found(f"there is no checkpoint {path[:200]!r}", "path", "the checkpoint may have expired")
         return saved
 
     def saved_state(self, tenant: str, path: str) -> tuple[SavedWeights, TrainingRun]:
-        """Return a checkpoint with a training state, and its run. Raises Refused (404), ConfigError."""
+        """Return a checkpoint that has a training state, and the checkpoint's run.
+
+        Raises Refused (404), ConfigError."""
         run, id = parse_path(path)
         if not id.startswith("weights/"):
-            message = f"{path[:200]} is to sample from, and has no training state"
-            raise ConfigError(message, where="path", fix="a path that save_state returned: tinker://RUN/weights/NAME")
+            message = f"{path[:200]} has weights for sampling, but no training state"
+            raise ConfigError(
+                message, where="path", fix="use a path that save_state returned: tinker://RUN/weights/NAME"
+            )
         return self.saved(tenant, path), self.run(tenant, run)
 
     def remove(self, run: TrainingRun, saved: SavedWeights) -> None:
         """Remove a checkpoint of a run."""
         run.checkpoints.remove(saved)
-        self._hash_and_size(run)
+        self._update_quota(run)
 
     # -- training thread -----------------------------------------------------------------------------------------------
 
@@ -459,7 +473,7 @@ class TinkerService:
             self._trainer.close()
 
     def _ready(self) -> list[TrainingRun]:
-        """Return runs with pending work; the tenant that has received least is first."""
+        """Return the runs with pending requests; the least served tenant comes first."""
         ready = [run for run in list(self.runs.values()) if run.next is not None]
         return sorted(ready, key=lambda run: (self._served[run.tenant], run.turn))
 
@@ -480,13 +494,13 @@ class TinkerService:
             self._pass(training)
 
     def _needs_memory(self, run: TrainingRun) -> bool:
-        """Return whether the next request starts a pass or loads the state into memory."""
+        """Return whether a run's next request starts passes or loads the state into memory."""
         if run.work is not None or run.next is None or run.next.kind in ("create_model", "refused"):
             return False
         return run.next.kind == "forward" or run.learner is None
 
     def _has_memory(self, run: TrainingRun) -> bool:
-        """Return whether a run's state fits in memory beside those of unfinished passes."""
+        """Return whether a run's state fits in memory next to those of unfinished passes."""
         used = [each.learner.bytes for each in list(self.runs.values()) if each.work is not None and each.learner]
         if not used:
             return True
@@ -494,7 +508,9 @@ class TinkerService:
         return sum(used) + size <= self.max_memory
 
     def _begin(self, run: TrainingRun) -> bool:
-        """Execute the next request, or begin a forward request and return True."""
+        """Execute a run's next request, or prepare the passes of a forward request.
+
+        Returns whether the run now needs passes."""
         request = run.next
         assert request is not None
         if request.kind == "refused":
@@ -518,7 +534,7 @@ class TinkerService:
             if len(works) == 1:
                 self._fail(runs[0], error)
                 return
-            for run, work in works.items():  # run each request separately, so that only the faulty one fails
+            for run, work in works.items():  # run each request separately, so that only faulty requests fail
                 work.restart()
                 try:
                     while not work.done:
@@ -560,7 +576,7 @@ class TinkerService:
             text = ": ".join(part for part in (error.where or "", error.what, error.fix or "") if part)
         else:
             _log.error("request %d of %s failed", run.applied + 1, run.id, exc_info=error)
-            text = "the server failed at this request; the server's log has the reason"
+            text = "internal error in this request; the server's log has the cause"
         self._finish(run, FutureResult("failed", json.dumps({"error": text, "category": category}).encode()))
 
     def _fail_gaps(self) -> None:
@@ -568,7 +584,7 @@ class TinkerService:
         for run in [run for run in list(self.runs.values()) if run.pending and run.next is None]:
             if time.time() - run.used > _GAP_SECONDS:
                 message = f"request {run.applied + 1} of {run.id} never arrived"
-                self._fail_pending(run, ConfigError(message, fix="send the requests after it again"))
+                self._fail_pending(run, ConfigError(message, fix="send all later requests again"))
 
     def _fail_pending(self, run: TrainingRun, error: VeneerError) -> None:
         for seq in sorted(run.pending):
@@ -578,7 +594,7 @@ class TinkerService:
     # -- requests without a pass ---------------------------------------------------------------------------------------
 
     def _execute(self, run: TrainingRun, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Execute a request without a pass, and return its result."""
+        """Execute a request that needs no pass, and return its result."""
         if kind == "create_model":
             return {"model_id": run.id}
         if kind == "optim_step":
@@ -596,23 +612,27 @@ class TinkerService:
         learner = self._learner(run)
         try:
             if not isinstance(body.get("adam_params"), dict):
-                raise ConfigError("the only optimizer here is AdamW", where="optimizer_params", fix="AdamParams(…)")
+                raise ConfigError(
+                    "this server's only optimizer is AdamW", where="optimizer_params", fix="AdamParams(…)"
+                )
             return self._ready_trainer().optimize(learner, checked(Adam, body["adam_params"], "adam_params"))
         except VeneerError:
             learner.forget_gradients()  # the next step must not use the gradients of this failed step
             raise
 
     def _save(self, run: TrainingRun, body: _WeightsBody, kind: str, name: str) -> str:
-        """Save a checkpoint and return its path; kind `weights` adds the training state."""
+        """Save a checkpoint and return its path; kind `weights` includes the training state."""
         with_state, id, seq = kind == "weights", f"{kind}/{name}", run.applied + 1
         run.checkpoints.check_name(id)
         existing = run.checkpoints.find(id)
         if existing is not None and not (with_state and body.overwrite):
-            raise ConfigError(f"there is a checkpoint {existing.path} already", where="path", fix="another name")
+            raise ConfigError(f"the checkpoint {existing.path} already exists", where="path", fix="another name")
         self._object_bytes(body.user_metadata)
         learner, size = self._learner(run), self._state_bytes(run.lora)
-        with self._storing(run, files=1, disk=size // 4 + with_state * size):
-            folder = run.checkpoints.folder.parent  # with a description of the run, for later processes
+        with self._reserve_quota(run, files=1, disk=size // 4 + with_state * size):
+            folder = (
+                run.checkpoints.folder.parent
+            )  # the description of the run that later processes read is written too
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(folder.parent / "session.json", [json.dumps({"tenant": run.tenant}).encode()])
             data = {"lora": asdict(run.lora), "metadata": run.metadata, "base_name": run.base_name}
@@ -625,12 +645,12 @@ class TinkerService:
     def _save_snapshot(self, run: TrainingRun, body: _WeightsBody) -> str:
         """Save unnamed weights, and return the id of a sampling session for them."""
         if body.kind not in (None, "snapshot"):
-            raise ConfigError("sampling clients here have fixed weights", where="kind", fix="kind='snapshot'")
+            raise ConfigError("this server's sampling clients have fixed weights", where="kind", fix="kind='snapshot'")
         if body.sampling_session_seq_id is None:
             raise ConfigError("the request has neither path nor sampling_session_seq_id", where="path")
         snapshots = self._live_folder(run) / "snapshots"
         folder, id = snapshots / str(run.applied + 1), f"{run.session}:sample:{body.sampling_session_seq_id}"
-        with self._storing(run, disk=self._state_bytes(run.lora) // 4):
+        with self._reserve_quota(run, disk=self._state_bytes(run.lora) // 4):
             digest = write_adapter(self._adapter(run), folder, self.base)
             source = SamplerSource(id, run.tenant, digest=digest, folder=str(folder), name=run.checkpoints.name)
             self._add_sampler(self.session(run.tenant, run.session), source)
@@ -639,18 +659,20 @@ class TinkerService:
         return id
 
     @contextmanager
-    def _storing(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
-        """Hold quota for these amounts while a run's files are written. Raises Refused."""
+    def _reserve_quota(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
+        """Hold quota for these amounts while the `with` block writes a run's files.
+
+        Raises Refused."""
         run.checkpoints.sweep()
-        self._hash_and_size(run)
+        self._update_quota(run)
         run.hold.add(**amounts)
         try:
             yield
         finally:
-            self._hash_and_size(run)
+            self._update_quota(run)
 
-    def _hash_and_size(self, run: TrainingRun) -> None:
-        """Set the quota hold to a run's checkpoints, states and unnamed weights."""
+    def _update_quota(self, run: TrainingRun) -> None:
+        """Update a run's quota to the sizes of its checkpoints, states and unnamed weights."""
         saved, live, state = run.checkpoints.all(), run.session in self.sessions, self._state_bytes(run.lora)
         states = live + sum(each.id.startswith("weights/") for each in saved)
         snapshots = len([*(self._live_folder(run) / "snapshots").glob("*")])
@@ -660,8 +682,8 @@ class TinkerService:
     def _load(self, run: TrainingRun, body: _WeightsBody) -> dict[str, Any]:
         saved, source = self.saved_state(run.tenant, body.path or "")
         if replace(source.lora, seed=None) != replace(run.lora, seed=None):
-            message = f"{saved.path} has another rank or other targets than this client"
-            fix = "create_training_client_from_state makes a client that fits"
+            message = f"{saved.path} differs from this client in rank or targets"
+            fix = "create_training_client_from_state creates a client that matches"
             raise ConfigError(message, where="path", fix=fix)
         learner = self._read_learner(run, source.checkpoints.state(saved.id), bool(body.optimizer))
         learner.forget_gradients()
@@ -679,7 +701,7 @@ class TinkerService:
     # -- expiry --------------------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        """Remove ended and unused sessions and expired checkpoints, from time to time."""
+        """Remove ended and unused sessions and expired checkpoints, if a sweep is due."""
         now, limit = time.time(), self.days * 86400.0
         if now < self._next_sweep:
             return
@@ -691,7 +713,7 @@ class TinkerService:
         for run in list(self.runs.values()):
             try:
                 run.checkpoints.sweep()
-                self._hash_and_size(run)
+                self._update_quota(run)
                 if run.session not in self.sessions and run.checkpoints.empty:
                     with self._changed:
                         del self.runs[run.id]
@@ -722,18 +744,20 @@ class TinkerService:
         return self._trainer
 
     def _live_folder(self, run: TrainingRun) -> Path:
-        """Return the folder for a run's state and its unnamed weights."""
+        """Return the folder for a run's unnamed weights and its evicted state."""
         return self._live / run.id.replace(":", "-")
 
     def _learner(self, run: TrainingRun) -> Learner:
-        """Return a run's adapter in memory; this can move other states to disk."""
+        """Return a run's adapter, and load it into memory if necessary.
+
+        This can move the states of other runs to disk."""
         run.turn = time.monotonic()
         if run.learner is None:
             run.learner = self._read_learner(run, self._live_folder(run) / "state")
         return run.learner
 
     def _read_learner(self, run: TrainingRun, state: Path, optimizer: bool = True) -> Learner:
-        """Create a run's adapter in memory, with the state of a folder if it exists."""
+        """Create a run's adapter in memory; load the state in the folder `state` if it exists."""
         self._evict_others(run)
         trainer = self._ready_trainer()
         learner = trainer.create(f"{run.id}:{run.applied + 1}", run.lora)
@@ -746,20 +770,20 @@ class TinkerService:
         return learner
 
     def _state_bytes(self, lora: Lora) -> int:
-        """Return the bytes of memory that a client's state takes.
+        """Return the memory that a client's state needs, in bytes.
 
         Raises ConfigError if this is more than `max_memory`."""
         size = state_bytes(self.base.model, lora.spec(self.names))
         if size > self.max_memory:
             raise ConfigError(
-                f"a client of rank {lora.rank} needs {size:,} bytes; training clients have {self.max_memory:,}",
+                f"a client of rank {lora.rank} needs {size:,} bytes; the limit is {self.max_memory:,}",
                 where="lora_config.rank",
-                fix="a lower rank, or --adapter-memory of the server",
+                fix="use a lower rank, or raise the server's --adapter-memory",
             )
         return size
 
     def _evict_others(self, run: TrainingRun) -> None:
-        """Move other runs' states to disk, oldest use first, until this run's fits."""
+        """Move other runs' states to disk, least recently used first, until this state fits."""
         trainer, size = self._ready_trainer(), self._state_bytes(run.lora)
         for idle in sorted(self.runs.values(), key=lambda each: each.turn):
             if size + sum(learner.bytes for learner in trainer.learners.values()) <= self.max_memory:
@@ -785,6 +809,6 @@ def _lock_folder(folder: Path) -> int:
         take_lock(lock)
     except OSError as error:
         os.close(lock)
-        message = "another server on this machine has the training clients of this base"
-        raise ConfigError(message, fix="use that server, or give this one a VENEER_HOME of its own") from error
+        message = "another server on this machine already trains clients on this base"
+        raise ConfigError(message, fix="use that server, or give this server its own VENEER_HOME") from error
     return lock

@@ -1,6 +1,6 @@
 """Trains clients' adapters on one base, in shared passes if possible.
 
-    trainer = Trainer(base)                        its own modules, which share the base's tensors
+    trainer = Trainer(base)                        the trainer's own modules, which share the base's tensors
     learner = trainer.create("a", Lora(rank=8))
     work = PassWork(learner, check_rows(rows, …), "cross_entropy", {}, backward=True)
     while not work.done: trainer.step([work, …])   one pass: rows of all works in one batch
@@ -10,11 +10,11 @@
 
 Rows of clients with different ranks, targets and losses share a pass, as in runs that train together
 (train/text/together.py): each row uses its own client's adapter, and gradients do not mix. A client whose
-adapter cannot share a pass (span_problem) gets separate passes; on a base that does not support shared passes
-(reason_not_shared), all clients do.
+adapter cannot share a pass (span_problem) gets separate passes. If the base does not support shared passes
+(reason_not_shared), all clients get separate passes.
 
 A row of n tokens runs with its last target appended, as in veneer's own training, so that both give
-bit-identical numbers. This module uses tensors and one base; requests and tenants are elsewhere.
+bit-identical numbers. This module uses tensors and one base; other modules handle requests and tenants.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Lora:
     unembed: bool = True
 
     def spec(self, names: TargetNames) -> LoraSpec:
-        """Return a LoraSpec. Raises ConfigError if the base lacks the modules."""
+        """Return the LoraSpec of the client's adapter.
+
+        Raises ConfigError if the rank is invalid or the base lacks the modules."""
         if not 1 <= self.rank <= 4096:
             raise ConfigError(f"rank {self.rank} is not possible", where="lora_config.rank", fix="from 1 to 4096")
         groups = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
@@ -103,7 +105,7 @@ def target_names(model: Any) -> TargetNames:
 
 
 def state_bytes(model: Any, spec: LoraSpec) -> int:
-    """Return the bytes of a client's weights, gradients and both moments in float32.
+    """Return the memory of a client's float32 weights, gradients and moments, in bytes.
 
     Allocates no tensors."""
     return 16 * trainable_parameters(model, resolve_targets(model, spec), spec)[0]
@@ -127,9 +129,9 @@ class Adam(Strict, strict=True):
 
 @dataclass(eq=False)
 class Learner:
-    """An adapter in training, in memory.
+    """An adapter that is being trained, in memory.
 
-    separate_reason: why its rows cannot share a pass with other clients; "" if they can."""
+    separate_reason: why the adapter's rows cannot share a pass with other clients' rows; "" if they can."""
 
     name: str
     parameters: Mapping[str, nn.Parameter]
@@ -138,7 +140,7 @@ class Learner:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of the weights, gradients and both moments."""
+        """Return the memory of the weights, gradients and both moments, in bytes."""
         return 4 * sum(parameter.nbytes for parameter in self.parameters.values())
 
     def forget_gradients(self) -> None:
@@ -148,7 +150,7 @@ class Learner:
 
 @dataclass(frozen=True, eq=False)
 class TrainRow:
-    """A row that was checked.
+    """A checked row.
 
     ids: (n,), or (n + 1,) with the last target appended
     targets: (n, k)
@@ -163,7 +165,7 @@ class TrainRow:
 def check_rows(
     rows: Sequence[WireRow], loss: str, options: Mapping[str, float | str], *, vocabulary: int, context: int
 ) -> list[TrainRow]:
-    """Check and convert a client's rows. Raises ConfigError that names the row."""
+    """Check and convert a client's rows. Raises ConfigError, which names the invalid row."""
     names = needed_inputs(loss, options)
     if not rows:
         raise ConfigError("there are no rows", where="data")
@@ -176,14 +178,14 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
 
     ids, count = torch.from_numpy(row.tokens), len(row.tokens)
     if not row.text_only:
-        raise wrong("its input has a part that is not text, and only text is trained here")
+        raise wrong("the row's input has a part that is not text; only text can be used for training")
     if not 0 < count <= context:
-        raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
+        raise wrong(f"the row's input has {count} tokens", f"from 1 to {context}, the base's context")
     if "target_tokens" not in row.inputs:
-        raise wrong("it has no target_tokens")
+        raise wrong("the row has no target_tokens")
     supported = {"target_tokens", *names}
     if more := [name for name in row.inputs if name not in supported]:
-        raise wrong(f"{loss} has no input {more[0][:50]!r}", f"it has {', '.join(sorted(supported))}")
+        raise wrong(f"{loss} has no input {more[0][:50]!r}", f"supported inputs: {', '.join(sorted(supported))}")
     target_tokens = row.inputs["target_tokens"]
     if (
         target_tokens.dtype.kind != "i"
@@ -198,14 +200,14 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
     targets = torch.tensor(target_tokens)
     for name, ids_ in (("input", ids), ("target_tokens", targets)):
         if bool((ids_ < 0).any() or (ids_ >= vocabulary).any()):
-            raise wrong(f"a token of its {name} is not in this base's vocabulary of {vocabulary:,}")
+            raise wrong(f"a token of the row's {name} is not in this base's vocabulary of {vocabulary:,}")
     inputs = {name: torch.tensor(row.inputs[name]).float() for name in supported if name in row.inputs}
     del inputs["target_tokens"]
     if loss == "cross_entropy":
         inputs.setdefault("weights", torch.ones(targets.shape))
     for name in names:
         if name not in inputs:
-            raise wrong(f"{loss} needs {name}, and it has none")
+            raise wrong(f"{loss} needs {name}, which the row lacks")
     for name, numbers in inputs.items():
         if not bool(numbers.isfinite().all()):
             raise wrong(f"{name} has a value that is not finite")
@@ -248,7 +250,7 @@ class PassWork:
 
 
 class Trainer:
-    """Clients' adapters on modules of the trainer's own that share `base`'s tensors.
+    """Trains clients' adapters on its own modules, which share `base`'s tensors.
 
     Call all methods from the same thread."""
 
@@ -258,7 +260,7 @@ class Trainer:
         self.model, self.names, self.learners = model, target_names(model), dict[str, Learner]()
         self._undo = ExitStack()
         self.attachment = self._undo.enter_context(attach(model))
-        # Fast paths keep references to modules, so every module that a client can train is wrapped first.
+        # Fast paths keep references to modules, so all modules that clients can train are wrapped first.
         self.attachment.add(_WRAPPER, create(model, Lora(1).spec(self.names), seed=0))
         self.how = self._undo.enter_context(fast(model)).summary()
         self.all_separate_reason = reason_not_shared(model)
@@ -272,13 +274,13 @@ class Trainer:
     # -- clients -------------------------------------------------------------------------------------------------------
 
     def create(self, name: str, lora: Lora) -> Learner:
-        """Create an adapter; the same seed gives the same weights.
+        """Create an adapter. The same seed gives the same initial weights.
 
         Raises ConfigError, TargetError."""
         adapter = create(self.model, lora.spec(self.names), seed=lora.seed or 0)
         self.attachment.add(name, adapter, trainable=True)
         parameters = self.attachment.parameters(name)
-        # the head's pairs do not count, because the head runs separately on each client's rows
+        # The head's pairs cannot prevent sharing, because the head runs separately on each client's rows.
         body_pairs = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
         separate_reason = self.all_separate_reason or span_problem(replace(adapter, pairs=body_pairs))
         optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
@@ -300,9 +302,9 @@ class Trainer:
     def step(self, works: Sequence[PassWork]) -> list[PassWork]:
         """Run one pass over the next rows of unfinished works.
 
-        Each work has a learner of its own; the first work has priority. Returns the works that had rows in
-        the pass. Raises ResourceError, and TrainingError for a loss that is not finite (the gradients of these
-        works must then not be used)."""
+        Each work has its own learner; the first work has priority. Returns the works that had rows in the
+        pass. Raises ResourceError, and TrainingError if a loss is not finite; the gradients of all `works` must
+        then not be used."""
         first, *rest = works
         if first.learner.separate_reason:
             rest = []
@@ -316,14 +318,14 @@ class Trainer:
             work.total += loss
             if not math.isfinite(work.total):
                 message, where = f"the {work.loss} loss is not finite", work.learner.name
-                fix = "look at its rows; a lower learning rate, or log-probabilities of the same model"
+                fix = "check the rows, use a lower learning rate, or use log-probabilities of the same model"
                 raise TrainingError(message, where=where, fix=fix)
         return [work for work, _ in parts]
 
     def _parts(self, works: Sequence[PassWork]) -> list[tuple[PassWork, list[TrainRow]]]:
         """Return the rows of each work for the next pass.
 
-        The works add one row in turn until the pass is full."""
+        Takes one row of each work in turn, until the pass is full."""
         parts: list[tuple[PassWork, list[TrainRow]]] = [(work, []) for work in works]
         tokens, open_ = 0, [*parts]
         while open_:
@@ -375,7 +377,7 @@ class Trainer:
             looking = [p for work, _ in parts if not work.backward for p in work.learner.parameters.values()]
             untouched = [p for p in looking if p.grad is None]
             torch.stack(backward).sum().backward()  # type: ignore[no-untyped-call]
-            for parameter in untouched:  # drop the zeros that other clients' rows caused
+            for parameter in untouched:  # remove the zero gradients that other clients' rows caused
                 parameter.grad = None
         totals = torch.stack(losses).tolist()
         return [([p.cpu() for p in work_rows], total) for work_rows, total in zip(all_logps, totals, strict=True)]
@@ -396,7 +398,7 @@ class Trainer:
         return [part[:, 0] if row.flat else part for row, part in zip(rows, parts, strict=True)]
 
     def optimize(self, learner: Learner, adam: Adam) -> dict[str, float]:
-        """Run an optimizer step with the gradients since the last step; clear them.
+        """Run an optimizer step with the gradients since the last step, and clear the gradients.
 
         Raises TrainingError if there are no gradients or a gradient is not finite; the weights then do not
         change, and the gradients are cleared."""
@@ -407,7 +409,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(parameters, most))
         if not math.isfinite(norm):
             learner.forget_gradients()
-            raise TrainingError("the gradient is not finite", fix="look at the rows; a lower learning rate")
+            raise TrainingError("the gradient is not finite", fix="check the rows, or use a lower learning rate")
         for group in learner.optimizer.param_groups:
             group["lr"], group["betas"] = adam.learning_rate, (adam.beta1, adam.beta2)
             group["eps"], group["weight_decay"] = adam.eps, adam.weight_decay
@@ -431,7 +433,7 @@ class Trainer:
 
         optimizer: whether to load moments and gradients too.
 
-        Raises CheckpointError if there is no state, or if it is for another kind of adapter."""
+        Raises CheckpointError if there is no state, or if the state belongs to another kind of adapter."""
         path = latest(folder)
         if path is None:
             raise CheckpointError("there is no state", where=folder.name)
@@ -445,6 +447,6 @@ class Trainer:
         try:
             restore(path, parameters=state, optimizer=learner.optimizer, identity={})
         finally:
-            rng_restore(generators)  # other code uses the global generators, which restoring the state would change
+            rng_restore(generators)  # `restore` changes the global generators, which other code uses
         for name, gradient in gradients.items():
             learner.parameters[name.removesuffix(_GRADIENT)].grad = gradient

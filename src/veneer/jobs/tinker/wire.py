@@ -3,10 +3,10 @@
     head = read_head(body)                     ForwardHead: model, request number, memory needed to unpack
     request = read_forward(body)               ForwardRequest: also rows and loss
     forward_bytes(logprobs, loss)              result of a forward request
-    sample_bytes(sequences, …)                 result of a sampling request
+    sample_bytes(samples, …)                   result of a sampling request
 
-`protobuf` reads and writes the messages in `_MESSAGES`. The fields of a request are counted before it is
-unpacked, because an empty row takes 2 bytes in the message but 500 in memory. Unknown fields are ignored.
+`protobuf` reads and writes the messages in `_MESSAGES`. A request's fields are counted before the request is
+unpacked, because an empty row has 2 bytes in the message but 500 in memory. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _NUMPY = {1: "<f4", 2: "<i8", 3: "<i4"}
 _FLOAT = 1
 _LARGEST = 1 << 28
-"""Maximum bytes of a request's unpacked tensors; a sparse tensor is small in the message."""
+"""Maximum size of a request's unpacked tensors, in bytes.
+
+Needed because sparse tensors can be much larger unpacked than in the message."""
 _FIELDS = 1 << 18
 """Maximum number of fields in a request, including nested messages."""
 _ROW, _COPIES = 512, 3
-"""Bytes of memory per row besides tensors; number of copies of the tensors during the checks."""
+"""Memory per row in bytes, without tensors; copies of each tensor during the checks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class ForwardHead:
 
 
 def read_head(body: bytes) -> ForwardHead:
-    """Return a request's sizes, without creating tensors.
+    """Return a request's model, number and sizes, without creating tensors.
 
     Raises Refused: 413 if the tensors or fields exceed a limit, 400 if the body is not a forward_backward
     message."""
@@ -134,7 +136,7 @@ def _tensor_bytes(tensor: Any) -> int:
     if not tensor.HasField("sparse"):
         return len(tensor.dense)
     if tensor.kind not in _NUMPY or len(tensor.shape) != 2 or min(tensor.shape) < 0:
-        raise _no_request(ValueError("a sparse tensor has a kind and two sizes"))
+        raise _no_request(ValueError("a sparse tensor needs a known kind and two sizes"))
     return int(tensor.shape[0] * tensor.shape[1] * np.dtype(_NUMPY[tensor.kind]).itemsize)
 
 
@@ -145,9 +147,9 @@ def _row(row: Any) -> WireRow:
 
 
 def _tensor(tensor: Any) -> Array:
-    """Return a tensor of a message, dense or sparse (CSR). Raises ValueError."""
+    """Return a message's tensor, dense or sparse (CSR), as an array. Raises ValueError."""
     if tensor.kind not in _NUMPY:
-        raise ValueError(f"a tensor of the kind {tensor.kind}")
+        raise ValueError(f"unknown tensor kind {tensor.kind}")
     shape, sparse = list(tensor.shape), tensor.sparse
     if not tensor.HasField("sparse"):
         flat = np.frombuffer(tensor.dense, _NUMPY[tensor.kind])
@@ -170,8 +172,8 @@ def _tensor(tensor: Any) -> Array:
 def forward_bytes(logprobs: Sequence[Array], loss: float) -> bytes:
     """Return the result of a forward request as bytes.
 
-    logprobs: the log-probabilities of each row, float32. Consecutive rows share a record if their sizes are
-        the same except the first."""
+    logprobs: the log-probabilities of each row, float32. Consecutive rows share a record if their shapes
+        differ at most in the first dimension."""
     message = _Outputs(kind="ArrayRecord")
     for shape, group in groupby(logprobs, key=lambda row: row.shape[1:]):
         rows = [np.ascontiguousarray(row, "<f4") for row in group]
@@ -185,7 +187,7 @@ def forward_bytes(logprobs: Sequence[Array], loss: float) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class WireSample:
-    """A sample. `stopped`: ended by a stop token or text."""
+    """A sample. `stopped`: whether a stop token or stop text ended the sample."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
@@ -195,9 +197,9 @@ class WireSample:
 def sample_bytes(
     samples: Sequence[WireSample], *, prompt: Sequence[float | None] | None = None, cached: int = 0
 ) -> bytes:
-    """Return the result of a sampling request.
+    """Return the result of a sampling request as bytes.
 
-    `prompt`: log p of the prompt's tokens; None for tokens without one."""
+    `prompt`: log-probability of each token of the prompt; None for a token without a log-probability."""
     message = _Samples(cached=cached)
     for sample in samples:
         sequence = message.sequences.add(stop=0 if sample.stopped else 1)
@@ -229,7 +231,7 @@ _MESSAGES = {
     "Sequence": ["int stop", "bytes tokens", "bytes logprobs"],
     "Samples": ["Sequence* sequences", "bytes prompt", "bytes top_prompt", "int cached"],
 }  # fmt: skip
-"""The fields of each message, numbered from 1; fields with `*` and `ints` are repeated."""
+"""The fields of each message, numbered from 1. `ints` and types with `*` are repeated."""
 _NESTED = {3: {1: {1: {}}, 2: {2: {2: {}}}}, 5: {}, 7: {2: {}}}
 """The nested messages of a request, by field number."""
 

@@ -1,4 +1,4 @@
-"""The first revision of the jobs' tables; `veneer.jobs.tables` defines them."""
+"""The first revision of the jobs' tables, which `veneer.jobs.tables` defines."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Alembic's environment, which runs the commands of `library.migrate`.
+"""Alembic's environment, in which `library.migrate` runs Alembic's commands.
 
-It uses the connection and the transaction of `library.migrate`."""
+The commands use the connection and the transaction of `library.migrate`."""
 
 from __future__ import annotations
 

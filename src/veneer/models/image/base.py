@@ -33,7 +33,7 @@ from veneer.ops.quantized import Quantized
 
 PipelineKind = Literal["text", "image", "inpaint", "edit"]
 _ControlNet = nn.Module
-"""A diffusers ControlNet, of the class for U-Nets, Flux, SD3 or QwenImage."""
+"""A diffusers ControlNet for a U-Net, Flux, SD3 or QwenImage."""
 
 
 @dataclass
@@ -43,8 +43,8 @@ class ImageBase:
     `family`: the family's name in formats.topology; `row`: the family's row in families.py. `model`: the
     module tree that adapters attach to, with canonical names. `parts`: the diffusers components by name,
     shared by `model` and every pipeline. `prediction`: what the denoiser predicts. `size`: default width and
-    height of a picture in pixels. `notes`: messages about loading for the user, one sentence each.
-    `quantized`: the format of quantized denoiser weights, or None."""
+    height of a picture in pixels. `notes`: messages to the user about loading, one sentence each.
+    `quantized`: the format of the denoiser's quantized weights, or None."""
 
     name: str
     family: str
@@ -60,7 +60,7 @@ class ImageBase:
     pipelines: dict[str, str] = field(default_factory=dict, repr=False)
     """Kind -> pipeline class.
 
-    Classes named in the directory's index replace the family's classes."""
+    Classes named in the directory's index override the family's classes."""
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
     """Pipeline arguments from the directory's index."""
     notes: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class ImageBase:
 
     @property
     def denoiser(self) -> Any:
-        """The U-Net or the transformer."""
+        """The denoiser: a U-Net or a transformer."""
         return self.parts[self.row.denoiser]
 
     @property
@@ -137,7 +137,7 @@ class ImageBase:
 class Components(nn.Module):
     """The module tree that adapters attach to.
 
-    It has one child for each component, under the component's canonical name."""
+    Its children are the components, with canonical names."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -147,9 +147,9 @@ class Components(nn.Module):
 
 
 class _TextModelLevel(nn.Module):
-    """Adds the `text_model` level that CLIP adapter files have in their module names.
+    """Adds the level `text_model`, which module names in CLIP adapter files contain.
 
-    transformers 5 removed this level from one class."""
+    transformers 5 removed this level from CLIPTextModel."""
 
     def __init__(self, text_model: nn.Module) -> None:
         super().__init__()
@@ -167,10 +167,11 @@ def load_image(
 ) -> ImageBase:
     """Find and load an image base in eval mode, with all weights frozen.
 
-    `quantize`: format for the linear weights of the denoiser and of large text encoders: nf4 (4 bits) or
-    int8. `config`: for a single file, the diffusers directory with model_index.json and the configs. Raises
-    BaseError (not found, incomplete, unknown family, weights that do not match the configs), ConfigError (an
-    unknown dtype, device or quantization), ResourceError (not enough memory), MissingExtraError."""
+    `quantize`: nf4 (4 bits) or int8, the format for the linear weights of the denoiser and of large text
+    encoders. `config`: for a single file, the diffusers directory with model_index.json and the configs.
+    Raises BaseError (not found, incomplete, unknown family, weights that do not match the configs),
+    ConfigError (an unknown dtype, device or quantization), ResourceError (not enough memory),
+    MissingExtraError."""
     require_diffusers()
     if quantize not in (None, "nf4", "int8"):
         raise ConfigError(f"{quantize!r} is not a known quantization", fix="nf4 or int8")
@@ -181,7 +182,7 @@ def load_image(
     if path.is_file():
         read = read_single_file(path, config, dtype, device, quantize)
     elif config is not None:
-        raise ConfigError("config is for a single-file base; a directory has its own", where=str(path))
+        raise ConfigError("config is only for a single-file base; a directory contains its own", where=str(path))
     else:
         read = read_directory(path, dtype, device, quantize)
     return _base(name, path, read, quantize)
@@ -226,7 +227,8 @@ def vae_scale(vae: Any) -> int:
 def default_size(denoiser: Any, vae: Any, scale: int) -> int:
     """Return the default width and height of a picture in pixels.
 
-    From the denoiser's config (U-Nets, SD3), else from the VAE's config (FLUX), else 1024."""
+    The value comes from the denoiser's config (U-Nets, SD3) or from the VAE's config (FLUX), and is 1024 if
+    neither config has one."""
     sample_size = denoiser.config.get("sample_size")
     if sample_size:
         return int(sample_size if isinstance(sample_size, int) else sample_size[0]) * scale
@@ -239,12 +241,11 @@ _LONGEST = 8
 def aspect_problem(width: int, height: int) -> str:
     """Return why a reference picture is too narrow, or "".
 
-    The limit of FLUX.2's pipelines is 8 to 1 and the limit of Qwen2.5-VL is 200 to 1. Without a limit, a
-    picture one pixel wide would be scaled to millions of pixels, because each side is rounded up to whole
-    units."""
+    FLUX.2's pipelines allow aspect ratios up to 8 to 1, Qwen2.5-VL up to 200 to 1. Without a limit, a picture
+    one pixel wide would be scaled to millions of pixels, because each side is rounded up to whole units."""
     if max(width, height) <= _LONGEST * min(width, height):
         return ""
-    return f"{width}×{height} pixels, and one side is at most {_LONGEST} times the other"
+    return f"{width}×{height} pixels; one side can be at most {_LONGEST} times as long as the other"
 
 
 def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
@@ -257,21 +258,21 @@ def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
 
     long = max(ratio, 1 / ratio)
     nearest_units = units(side / long**0.5)
-    # Of the short sides near this area, choose the one that gives the aspect ratio closest to `ratio`.
+    # Of the candidates for the short side, choose the one whose aspect ratio is closest to `ratio`.
     candidates = (nearest_units, nearest_units + unit, max(unit, nearest_units - unit))
     short = min(candidates, key=lambda s: abs(units(s * long) / s / long - 1))
     return (units(short * ratio), short) if ratio >= 1 else (short, units(short / ratio))
 
 
 def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
-    """Return what the denoiser predicts, by its family and the scheduler's config.
+    """Return what the denoiser predicts, according to its family and the scheduler.
 
     Raises BaseError for an unknown prediction type."""
     if row.flow:
         return "flow"
     stated = scheduler.config.get("prediction_type", "epsilon")
     if stated not in ("epsilon", "v_prediction"):
-        message = f"the scheduler says prediction_type {stated!r}; epsilon and v_prediction are known"
+        message = f"the scheduler says prediction_type {stated!r}; only epsilon and v_prediction are supported"
         raise BaseError(message, where=str(path / "scheduler"))
     return "v" if stated == "v_prediction" else "epsilon"
 
@@ -280,11 +281,11 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 
 
 def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_ControlNet] = ()) -> Any:
-    """Return diffusers' pipeline of this kind over the base's components.
+    """Return diffusers' pipeline of this kind, built from the base's components.
 
-    Pipelines without ControlNets are cached by kind. Nothing is copied: an adapter attached to `base.model`
-    acts in every pipeline. Pipelines share one scheduler; set `pipe.scheduler` to use another. Raises
-    BaseError if diffusers has no such pipeline for the family, or if a component was released."""
+    Pipelines without ControlNets are cached by kind. No weights are copied: an adapter attached to
+    `base.model` acts in every pipeline. Pipelines share one scheduler; set `pipe.scheduler` to use another.
+    Raises BaseError if diffusers has no such pipeline for the family, or if a component was released."""
     import diffusers
 
     if kind in base._pipelines and not controls:
@@ -294,7 +295,9 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
         task = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting", "edit": "editing"}[kind]
         having = ", ".join(table) or "none"
         message = f"diffusers has no {task} pipeline for {base.row.label}" + (" with a ControlNet" if controls else "")
-        raise BaseError(message, where=base.name, fix=f"kinds it has{' with one' if controls else ''}: {having}")
+        raise BaseError(
+            message, where=base.name, fix=f"available kinds{' with a ControlNet' if controls else ''}: {having}"
+        )
     for name in sorted(base._released):
         base.part(name)  # raises BaseError
     with errors_only():  # Without torchvision, the import logs a warning.
@@ -334,8 +337,8 @@ def _multi_control(controls: Sequence[_ControlNet]) -> Any:
 def load_control(name: str | Path, base: ImageBase) -> _ControlNet:
     """Load a ControlNet by built-in name, directory or hub id.
 
-    The ControlNet is frozen and has the base's dtype and device. Raises BaseError if the ControlNet belongs
-    to another family, which the error names, or if its sizes differ from the base's."""
+    The ControlNet is frozen and has the base's dtype and device. Raises BaseError if the ControlNet is for
+    another family (which the error names), or if its sizes differ from the base's."""
     return control_of(str(name), base.row, base.parts[base.row.denoiser], base.dtype, base.device)
 
 
@@ -359,12 +362,12 @@ def _limit(base: ImageBase, name: str) -> int:
 
 
 def readers(base: ImageBase) -> list[tuple[Any, int]]:
-    """Return (tokenizer, token limit) for each prompt that the denoiser attends to."""
+    """Return the tokenizers whose tokens the denoiser attends to, with token limits."""
     out = []
     for name in base.row.readers:
         encoder = name.replace("tokenizer", "text_encoder")
         if base.parts.get(name) is not None and (base.parts.get(encoder) is not None or encoder in base._released):
-            out.append((base.parts[name], _limit(base, name)))  # T5 is optional in SD3.
+            out.append((base.parts[name], _limit(base, name)))  # T5 is optional in SD3
     return out
 
 

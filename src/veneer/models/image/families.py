@@ -28,20 +28,20 @@ class ImageFamily:
     """One image family.
 
     `pipelines` and `controlled`: kind -> diffusers pipeline class, without and with ControlNets. An `edit`
-    pipeline takes reference pictures; a base's index can add one (`INDEX_PIPELINES`). `encoders`: the text
-    encoders that adapters of this family change. `readers`: tokenizer -> token limit, for the tokenizers
-    whose tokens the denoiser attends to; `schnell`: the token limit of models distilled to few steps without
-    guidance. `template`: the text around a prompt, from the pipeline or from the tokenizer's chat template
-    with or without thinking. `patch`: latents per side of one token; `patched`: the VAE's latents are already
-    patches; `packed`: the pipeline makes the patches; `frames`: the VAE is a video VAE. `takes_lists`: the
-    denoiser takes a list of texts and a list of pictures. `distilled`: guidance is an input of the denoiser;
-    `guidance`: the name of the pipeline's guidance argument; `unguided`: the value that turns guidance off;
-    `true_guidance`: the pipeline also has classifier-free guidance. `time_ids`: the denoiser takes picture
-    sizes. `editors`: edit pipelines of the family's models (`EDITING`). `shifted`: the pipeline shifts the
-    schedule by picture size; `unsupported_schedulers`: schedulers that the pipeline cannot use.
-    `controlnets`: kind of control picture -> the usual ControlNet on the hub. `settings`: arguments of the
-    pipelines' constructors; `encoding`: arguments of encode_prompt; `pooled` and `mask`: indices into its
-    result."""
+    pipeline takes reference pictures; a base's index can add an `edit` pipeline (`INDEX_PIPELINES`).
+    `encoders`: the text encoders that adapters of this family change. `readers`: tokenizer -> token limit,
+    for the tokenizers whose tokens the denoiser attends to; `schnell`: the token limit of models distilled to
+    few steps without guidance. `template`: where the text around a prompt comes from: the pipeline, or the
+    tokenizer's chat template, without or with thinking. `patch`: latents per side of one token; `patched`:
+    the VAE's latents are already patches; `packed`: the pipeline creates the patches; `frames`: the VAE is a
+    video VAE. `takes_lists`: the denoiser takes a list of texts and a list of pictures. `distilled`: guidance
+    is an input of the denoiser; `guidance`: the name of the pipeline's guidance argument; `unguided`: the
+    value that turns guidance off; `true_guidance`: the pipeline also has classifier-free guidance.
+    `time_ids`: the denoiser takes picture sizes. `editors`: edit pipelines of the family's models
+    (`EDITING`). `shifted`: the pipeline shifts the schedule according to the picture size;
+    `unsupported_schedulers`: schedulers that the pipeline cannot use. `controlnets`: kind of control picture
+    -> the usual ControlNet on the hub. `settings`: arguments for the pipelines' constructors; `encoding`:
+    arguments for encode_prompt; `pooled` and `mask`: indices into encode_prompt's result."""
 
     name: str
     label: str
@@ -156,7 +156,7 @@ FAMILIES: Mapping[str, ImageFamily] = {family.name: family for family in _TABLE}
 PLANNED_FAMILIES: Mapping[str, ImageFamily] = {
     PLANNED_DENOISERS[f.classname]: f for f in FAMILIES.values() if f.classname in PLANNED_DENOISERS
 }
-"""Denoiser name in the plan's table -> family. All U-Nets map to SDXL."""
+"""The denoiser's name in the planner's table -> family. All U-Nets map to SDXL."""
 
 INDEX_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "Flux2KleinPipeline": {
@@ -168,18 +168,18 @@ INDEX_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "QwenImageEditPipeline": {"edit": "QwenImageEditPipeline"},
     "QwenImageEditPlusPipeline": {"edit": "QwenImageEditPlusPipeline"},
 }
-"""Pipeline class in a base's index -> pipelines that replace the family's."""
+"""Pipeline class in a base's index -> pipelines that override the family's."""
 
 
 @dataclass(frozen=True)
 class Editing:
-    """How a pipeline edits.
+    """How a pipeline edits pictures.
 
     `references`: maximum number of reference pictures in training, according to the model cards. `read`:
-    approximate number of pixels of a reference that is encoded together with the prompt; `encoded`: the same
-    for a reference that the VAE encodes. Both are fixed by the pipeline and independent of the output size;
-    0: the reference keeps its size. `guided`: the models take guidance as an input. `least`: minimum length
-    of a reference's shorter side in pixels."""
+    approximate number of pixels of a reference when it is encoded together with the prompt (0: prompts are
+    encoded without references); `encoded`: approximate number of pixels of a reference when the VAE encodes
+    it (0: the reference keeps its size). The pipeline fixes both numbers, whatever the output size. `guided`:
+    the models take guidance as an input. `least`: minimum length of a reference's shorter side in pixels."""
 
     references: int
     read: int = 0
@@ -199,7 +199,7 @@ EDITING: Mapping[str, Editing] = {
 
 
 def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
-    """Return the family of a denoiser by class and config, or None if unknown.
+    """Return the family of a denoiser with this class and config, or None if unknown.
 
     SDXL's U-Net has added time ids. SD 1 and SD 2 share a class, but only SD 2 has linear projections."""
     if classname == "UNet2DConditionModel":
@@ -230,7 +230,7 @@ def family_label(name: str) -> str:
 
 
 def same_family(adapter: str, base: str) -> bool:
-    """Return whether an adapter's and a base's family match. SD3's two sizes match."""
+    """Return whether an adapter's and a base's families match. SD3's two sizes match."""
     return adapter.removesuffix("-large") == base.removesuffix("-large")
 
 
@@ -245,6 +245,6 @@ TARGET_WORDS: dict[str, str] = {
 }
 """Shorthand for `adapter.targets` -> the denoiser modules that it selects.
 
-The modules are in the transformer blocks of a U-Net, FLUX, SD3, Qwen-Image or Z-Image (including the
-refiners). The keys select, in order: the attention projections; these and the feed-forward projections; these
-and the 3 × 3 convolutions of a U-Net (LoCon, arXiv 2309.14859)."""
+`attention` selects the attention projections in the transformer blocks of a U-Net, FLUX, SD3, Qwen-Image or
+Z-Image (including the refiners); `+ff` adds the feed-forward projections of these blocks; `+conv` adds the
+3 × 3 convolutions of a U-Net (LoCon, arXiv 2309.14859)."""

@@ -1,17 +1,17 @@
-"""Run a denoiser's training step on the fast paths of ops.
+"""Run a denoiser's training step with the fast implementations of `ops`.
 
     with fast_denoiser(base.denoiser) as report:     report.summary() lists swapped and skipped modules
         loss.backward()
 
-Swapped modules:
-- attention of FLUX.1, FLUX.2 and Qwen-Image blocks (projections that share an input fused to one product;
-  norms, rotation and attention in one function; not with masked texts of different lengths) and of the
-  U-Nets' transformers
+What is swapped:
+- attention of FLUX.1, FLUX.2 and Qwen-Image blocks (except with masked texts of different lengths) and of the
+  U-Nets' transformers: one matrix product for the projections that share an input; one function for norms,
+  rotation and attention
 - FLUX.2's gated MLPs; GEGLU; tanh-gelu
 - group norms in a U-Net's residual blocks, fused with silu and with the added time embedding
 - dropout with p = 0
-- the gradient of skip connections on a U-Net's up path that have no trained module before them, which torch
-  computes and discards
+- convolutions on a U-Net's up path: they omit the gradient of skip connections that no trained module
+  precedes, which torch computes and discards
 
 Before a module is swapped, both implementations run on a small random input and must give the same result.
 When the with-block ends, every module is restored exactly. All other modules keep diffusers' implementation.
@@ -49,13 +49,13 @@ class DenoiserReport(FastReport):
     def summary(self) -> str:
         """Return one line for the user: swapped modules, skipped modules with reasons."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
-        skipped = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.skipped.items())]
+        skipped = [f"; {kind} not swapped ({why})" for kind, why in sorted(self.skipped.items())]
         return f"fast paths: {', '.join(parts) or 'none'}{''.join(skipped)}"
 
 
 @contextmanager
 def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
-    """Replace modules by fast implementations inside the with-block."""
+    """Replace modules with fast implementations inside the with-block."""
     report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(memory.keep_freed_memory())
@@ -93,9 +93,9 @@ def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
     The comparison is per token (or position) and per channel, so that a few large channels do not hide errors
     in other channels. a, b: (n, tokens, channels) or (n, channels, height, width).
 
-    In float32, two summation orders of the same attention differ by up to 21 eps if a token's values nearly
-    cancel (AVX512 and AVX2, tiny SDXL). A norm with an eps of 1e-5 instead of 1e-6 would differ by 38 eps at
-    a variance of 1."""
+    The float32 tolerance, 30 eps, lies between a harmless and a real difference: the same attention summed in
+    two orders differs by up to 21 eps if a token's values nearly cancel (AVX512 and AVX2, tiny SDXL); a norm
+    with an eps of 1e-5 instead of 1e-6 differs by 38 eps at a variance of 1."""
     if a.shape != b.shape or not torch.isfinite(b).all():
         return False
     dim = 1 if a.ndim == 4 else -1
@@ -111,7 +111,7 @@ def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
 
 
 def _swap_if_equal(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
-    """Replace the module's forward; return "" or why the result differs."""
+    """Replace the module's forward; return "", or a reason if the result differs."""
 
     def run() -> list[Tensor]:
         # with autograd, as in training
@@ -129,7 +129,7 @@ def _swap_if_equal(module: nn.Module, forward: Callable[..., Any], undo: ExitSta
 def _product(projection: FusedProjection, x: Tensor) -> Tensor | None:
     """Return the fused projections of x, or None to call the modules separately.
 
-    Separate calls are needed if a module has hooks or if x has another dtype."""
+    Separate calls are needed if a module has hooks, or if x and the weights have different dtypes."""
     joined = _map(projection, x)
     return None if joined is None else linear(x, joined)
 
@@ -159,10 +159,10 @@ def _geglu(module: Any, undo: ExitStack) -> str:
 def _gelu(module: Any, undo: ExitStack) -> str:
     """Swap torch's nn.GELU, or diffusers' projection with GELU.
 
-    nn.GELU has no weights to take the test input's dtype from."""
+    nn.GELU has no weights that could determine the test input's dtype."""
     proj = getattr(module, "proj", None)
     if module.approximate != "tanh":
-        return "it is another function"
+        return "it is a different function"
     like = torch.empty(0, 8) if proj is None else base_of(proj).weight
     assert isinstance(like, Tensor)
 
@@ -173,9 +173,9 @@ def _gelu(module: Any, undo: ExitStack) -> str:
 
 
 def _dropout(module: Any, undo: ExitStack) -> str:
-    """Skip dropout with p = 0, because torch copies the tensor forward and backward."""
+    """Replace dropout with p = 0 with the identity; torch would copy the tensor twice."""
     if module.p:
-        return "it drops something"
+        return "its p is not 0"
     replace_forward(module, lambda self, x: x, undo)
     return ""
 
@@ -203,7 +203,7 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     x = random_input(2, 12, like.shape[1], like=like)
     size = getattr(module, "head_dim", None) or module.inner_dim // module.heads
     arguments: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, size, like)}
-    if processor == _QWEN_PROCESSOR:  # complex, separate for picture and text
+    if processor == _QWEN_PROCESSOR:  # Qwen-Image's positions are complex; picture and text have separate ones
         cos, sin = arguments["image_rotary_emb"]
         arguments["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
     if text_parts is not None:
@@ -216,7 +216,7 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
 
 _QWEN_PROCESSOR = "QwenDoubleStreamAttnProcessor2_0"
 _FLUX_PROCESSORS = ("FluxAttnProcessor", "Flux2AttnProcessor", _QWEN_PROCESSOR)
-_NORMS = "its norms are trained, without weights or of different ε"
+_NORMS = "its norms are trained, lack weights or have different ε"
 
 
 def _frozen(norms: list[Any]) -> bool:
@@ -225,7 +225,7 @@ def _frozen(norms: list[Any]) -> bool:
 
 
 def _positions(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return random cos and sin of rotary positions to test a module with."""
+    """Return the cos and sin of random rotary angles, for testing a module."""
     angles = random_input(tokens, dim // 2, like=like).float().repeat_interleave(2, -1)
     return angles.cos(), angles.sin()
 
@@ -241,7 +241,7 @@ class _Rotations:
             return None
         first, second = angles
         if self._last is None or self._last[0] is not first:
-            if first.is_complex():  # Qwen-Image's, for picture and text; text tokens come first
+            if first.is_complex():  # Qwen-Image: (picture, text); the result has text tokens first
                 self._last = first, torch.cat([second, first])
             else:
                 self._last = first, torch.complex(first[:, ::2].float(), second[:, ::2].float()).contiguous()
@@ -310,9 +310,9 @@ def _flux2_feed_forward(module: Any, undo: ExitStack) -> str:
 def _flux2_parallel(module: Any, undo: ExitStack) -> str:
     """Swap a single-stream block, which computes attention parallel to a gated MLP.
 
-    The first projection gives [q; k; v; gate; up]; the second takes both results. The first projection is
-    split into [q; k; v] and [gate; up], so that each result is contiguous and its gradient needs no copy or
-    zero fill."""
+    The first projection gives [q; k; v; gate; up]; the second projection takes the results of attention and
+    MLP. The first projection is split into [q; k; v] and [gate; up], so that each part of its output is
+    contiguous and the gradient of each part needs no copy or zero fill."""
     if type(module.processor).__name__ != "Flux2ParallelSelfAttnProcessor":
         return f"its processor is {type(module.processor).__name__}"
     first, last, norms = _parts(module, "to_qkv_mlp_proj"), _parts(module, "to_out"), [module.norm_q, module.norm_k]
@@ -388,11 +388,11 @@ def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tenso
 
 
 _BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Residual block with a skip connection -> number of input channels before it."""
+"""Residual block -> number of input channels that precede the skip connection's."""
 
 
 def _up(module: Any, undo: ExitStack) -> str:
-    """Record at which input channel the skip connection begins in each residual block."""
+    """Record the input channel at which each residual block's skip connection begins."""
 
     def resize(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())
@@ -405,10 +405,10 @@ def _up(module: Any, undo: ExitStack) -> str:
 
 
 def _live(block: nn.Module, x: Tensor) -> int:
-    """Return how many of the first channels of x require a gradient.
+    """Return the number of leading channels of x that require a gradient.
 
     The number comes from x's autograd graph and not from an earlier call, because recomputation calls blocks
-    in another order than the model."""
+    in a different order than the model."""
     made_by = x.grad_fn
     if block in _BEFORE_SKIP and made_by is not None and made_by.name() == "CatBackward0":
         parts = made_by.next_functions
@@ -418,7 +418,7 @@ def _live(block: nn.Module, x: Tensor) -> int:
 
 
 def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
-    """Return conv(x), with a gradient only for the first `live` channels of x."""
+    """Return conv(x), with a gradient for only the first `live` channels of x."""
     plain = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
     plain = plain and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
     if live >= x.shape[1] or not plain or not x.requires_grad or conv.weight.requires_grad:

@@ -8,9 +8,9 @@ Only classes of diffusers and transformers are instantiated, only safetensors fi
 tensor must be used. Components that generation does not need (safety checker, feature extractor) are skipped.
 The network is not used.
 
-A file of original weights has no configs. The configs come from `config`, or from the hub cache of the
-repository that diffusers uses for this kind of file. diffusers' converters translate the tensor names. For
-FLUX.2 and Qwen-Image, only the denoiser is loaded from the file.
+A file of original weights has no configs. They come from the diffusers directory `config`, or from the hub
+cache of the repository that diffusers uses for this kind of file. diffusers' converters translate the tensor
+names. For FLUX.2 and Qwen-Image, only the denoiser is loaded from the file.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def require_diffusers() -> None:
 def meta_denoiser(classname: str, config: Mapping[str, Any]) -> Any:
     """Build a diffusers denoiser on the meta device from the fields of its config.
 
-    Raises MissingExtraError without diffusers. Errors from diffusers are not caught."""
+    Raises MissingExtraError if diffusers is not installed. Errors from diffusers are not caught."""
     require_diffusers()
     import diffusers
 
@@ -104,7 +104,7 @@ def read_directory(
         if _has_weights(classname):
             tables[name], variant = stored_tensors(path / name)
             if variant:
-                notes.append(f"{name}: only the {variant} weights exist; they are used")
+                notes.append(f"{name}: using the {variant} weights, because there are no others")
     device_of_parts = choose_device(device)
     kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(tables[family.denoiser]))
     large = {name for name in tables if name == family.denoiser or classes[name][1] in _LARGE_ENCODERS}
@@ -129,7 +129,7 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        fix = "a folder as diffusers saves it; text bases are for `veneer generate`, a ControlNet for --control"
+        fix = "a folder saved by diffusers; for a text base, use `veneer generate`; for a ControlNet, --control"
         raise BaseError(f"this is not an image base: it has no {_INDEX}", where=str(path), fix=fix) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{_INDEX} cannot be read: {error}", where=str(path)) from error
@@ -150,7 +150,7 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
         if library is None or classname is None:
             continue
         if library not in _LIBRARIES:
-            message = f"{name} is a {classname} of {library}: code that came with the base is not run"
+            message = f"{name} is a {classname} of {library}; veneer does not run code that comes with a base"
             where = str(path / _INDEX)
             raise BaseError(message, where=where, fix="use a base with components of diffusers and transformers only")
         if not (path / name).is_dir():
@@ -271,7 +271,7 @@ def _load_component(
 def _apply_lowercase(part: Any) -> None:
     """Make a tokenizer lowercase its input if its config says so (`do_lower_case`).
 
-    T5's class builds its backend from the vocabulary and ignores this setting."""
+    T5's tokenizer class ignores this setting."""
     backend = getattr(part, "backend_tokenizer", None)
     if backend is not None and backend.normalizer is None and part.init_kwargs.get("do_lower_case"):
         from tokenizers.normalizers import Lowercase
@@ -296,7 +296,7 @@ def _load_quantized(cls: Any, folder: Path, library: str, kind: str, dtype: torc
 
 
 def unreadable(where: Path, error: Exception) -> BaseError:
-    """Return the error for an unreadable component, with the library's message."""
+    """Return a BaseError for an unreadable component, with the library's message."""
     message = " ".join(str(error).split())[:300] or type(error).__name__
     return BaseError(f"this component of the base cannot be read: {message}", where=str(where))
 
@@ -308,7 +308,7 @@ def parts_fingerprint(parts: Mapping[str, Any], tables: Mapping[str, list[Stored
 
 
 def _fields_of(part: Any) -> dict[str, Any]:
-    """Return the component's class name, and its config fields without default values."""
+    """Return a component's class name and its non-default config fields."""
     from transformers import PreTrainedConfig
 
     if isinstance(part.config, PreTrainedConfig):
@@ -335,7 +335,7 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
     try:
         folder = find_base(name)
     except BaseError as error:
-        fix = "a folder as diffusers saves one, or a hub id; canny=PICTURE takes the base's own"
+        fix = "a folder saved by diffusers, or a hub id; canny=PICTURE uses the base's own ControlNet"
         raise BaseError(f"ControlNet {name!r}: {error.what}", where=error.where, fix=fix) from error
     if not (folder / "config.json").exists():
         raise BaseError("this is not a ControlNet: it has no config.json", where=str(folder))
@@ -348,7 +348,7 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
     if row is None:
         raise BaseError(f"this is not a ControlNet: its config says {classname or 'nothing'}", where=str(folder))
     if row.name != family.name and {row.name, family.name} != {"sd15", "sd2"}:
-        raise BaseError(f"this is a ControlNet for {row.label}, the base is {family.label}", where=str(folder))
+        raise BaseError(f"this is a ControlNet for {row.label}, but the base is {family.label}", where=str(folder))
     for size in _CONTROL_SIZES:
         control_size, base_size = config.get(size), denoiser.config.get(size)
         if control_size is not None and base_size is not None and _plain(control_size) != _plain(base_size):
@@ -373,7 +373,7 @@ _OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_
 def read_single_file(
     path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantize: str | None
 ) -> LoadedParts:
-    """Load a checkpoint with original tensor names through from_single_file.
+    """Load a checkpoint with original tensor names, using diffusers' from_single_file.
 
     Only local configs are used. Components that the checkpoint does not contain (tokenizers, scheduler; for
     FLUX the text encoders and the VAE) come from `config`, or from the hub cache of the repository that
@@ -382,7 +382,9 @@ def read_single_file(
 
     table = file_table([path])
     if any(t.name.endswith(_OF_ADAPTERS) for t in table):
-        raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
+        raise BaseError(
+            "this is an adapter, not a base", where=str(path), fix=f"name the adapter's base, and pass --adapter {path}"
+        )
     if quantize:
         fix = "save it as a directory"
         raise BaseError("a single-file base cannot be quantized while it is read", where=str(path), fix=fix)
@@ -392,7 +394,7 @@ def read_single_file(
     family = family_of_directory(folder, classes)
     stored = components_in(table)
     if stored and family.denoiser not in stored:
-        raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(stored))}", where=str(path))
+        raise BaseError(f"this file contains no {family.denoiser}, only {', '.join(sorted(stored))}", where=str(path))
     pipelines = {**family.pipelines, **_own_pipelines(index)}
     loads_parts = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
     # For the other families, diffusers loads only the denoiser from a single file.
@@ -409,8 +411,8 @@ def read_single_file(
             try:
                 tables[name], _ = stored_tensors(folder / name)
             except BaseError as error:
-                message = f"the file holds no {name}, and the directory of configs has no weights of one"
-                fix = f"config= a directory with the weights of {name}"
+                message = f"neither the file nor the directory of configs has weights for {name}"
+                fix = f"set config= to a directory with the weights of {name}"
                 raise BaseError(message, where=str(path), fix=fix) from error
         part = folder / name
         parts[name], more = _load_component(part, library, classname, kind, device_of_parts, None, name in tables)
@@ -422,9 +424,9 @@ def read_single_file(
                 parts[name] = _read_part(name, *classes[name], state, folder, kind, loads_parts)
         except Exception as error:
             message = " ".join(str(error).split())[:300]
-            if "meta tensor" in message:  # A parameter has no tensor in the file.
+            if "meta tensor" in message:  # The file lacks one of the component's tensors.
                 message = "some of its weights are not in the file"
-            fix = "config= a diffusers directory of the same kind of model"
+            fix = "set config= to a diffusers directory of the same kind of model"
             message = f"diffusers cannot read this file as {family.label}: {message}"
             raise BaseError(message, where=str(path), fix=fix) from error
     del state
@@ -438,7 +440,7 @@ def read_single_file(
     check_left_out(path, [name for name in unused if not name.startswith(other_parts)], _HARMLESS)
     if unused:
         names = first_few(unused, 6)
-        notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {names}")
+        notes.append(f"{len(unused)} of the file's {len(table)} tensors are not used: {names}")
     _check_prediction(path, unused, parts["scheduler"])
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
@@ -518,24 +520,24 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
     if config is not None:
         folder = find_base(str(config))
         if folder.is_file():
-            raise BaseError("config must be a diffusers directory, and this is a file", where=str(folder))
+            raise BaseError("config must be a diffusers directory, but this is a file", where=str(folder))
         return folder
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
     from huggingface_hub import snapshot_download
 
-    fix = "config= a diffusers directory of the same kind of model (its configs and tokenizers are enough)"
+    fix = "set config= to a diffusers directory of the same kind of model (its configs and tokenizers are enough)"
     try:
         shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
         repo = DIFFUSERS_DEFAULT_PIPELINE_PATHS[infer_diffusers_model_type(shapes)]["pretrained_model_name_or_path"]
-        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers identifies Qwen-Image as SD 1.
+        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers mistakes Qwen-Image for SD 1.
             repo = "Qwen/Qwen-Image"
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise BaseError("diffusers does not know what kind of model this file is", where=str(path), fix=fix) from error
     try:
         return Path(snapshot_download(repo, local_files_only=True))
     except Exception as error:
-        message = f"this file is read with the configs of {repo}, and they are not on this machine"
-        fix = f"{fix}, or fetch them once: `hf download {repo} --include '*.json' '*.txt' '*.model'`"
+        message = f"reading this file requires the configs of {repo}, which are not on this machine"
+        fix = f"{fix}, or download the configs once: `hf download {repo} --include '*.json' '*.txt' '*.model'`"
         raise BaseError(message, where=str(path), fix=fix) from error
 
 
@@ -543,7 +545,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
 
 _CLIP = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 _WITHOUT_PREFIX = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
-"""Classes for which `_read_part` removes the prefix of tensor names."""
+"""Classes for which `_read_part` removes the tensor names' prefix."""
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 
 
@@ -558,12 +560,12 @@ _HARMLESS = re.compile(
 )
 """Names of tensors that do not affect a picture.
 
-Any other unused tensor is an error, because ignoring a tensor can change every picture. The scales of 8-bit
-weights are an example."""
+Any other unused tensor is an error, because ignoring one (such as the scales of 8-bit weights) can change
+every picture."""
 
 
 def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None:
-    """Raise BaseError if only the file, and not the scheduler, says v-prediction."""
+    """Raise BaseError if the file says v-prediction, but the scheduler does not."""
     stated = scheduler.config.get("prediction_type")
     if "v_pred" in unused and stated != "v_prediction":
         message = f"the file marks a v-prediction model (v_pred), but the scheduler's config says {stated!r}"
@@ -572,7 +574,7 @@ def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None
 
 
 class _Attached(TorchFunctionMode):
-    """Make `detach` return the tensor itself inside the with-block.
+    """A mode in which `detach` returns the tensor itself.
 
     The tensors that diffusers' converters return then keep their autograd history."""
 
@@ -584,7 +586,7 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
     """Return the names of a file's tensors that none of these components uses.
 
     diffusers' converters run again on meta tensors that require a gradient. Autograd then shows which of the
-    file's tensors a component's weights were made of, even if the converter split, joined or transposed
+    file's tensors contribute to the components' weights, even if a converter splits, joins or transposes
     them."""
     state = {
         name: torch.empty(lazy.shape, device="meta", requires_grad=True)
@@ -603,7 +605,7 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix("text_model.")  # One CLIP class of transformers has an additional level of names.
+    return name.removeprefix("text_model.")  # Only one of transformers' CLIP classes has this level.
 
 
 _Converter = Callable[[dict[str, Tensor]], Mapping[str, Any]]
@@ -612,7 +614,7 @@ _Converter = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 def _converters(part: nn.Module) -> list[_Converter]:
     """Return the diffusers converters that may have converted a component's weights.
 
-    A text encoder gets all text encoder converters, which look for different prefixes."""
+    A text encoder gets all converters for text encoders; each converter looks for a different prefix."""
     from diffusers.loaders import single_file_utils
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 

@@ -1,11 +1,11 @@
-"""Generate pictures from an image base through diffusers' pipelines.
+"""Generate pictures from an image base with diffusers' pipelines.
 
     rows (prompt, seed, plan of mixes) -> prompts encoded under their mixes -> one batch through the denoiser
-                                       -> the mixes change at the ends of steps -> pictures
+                                       -> the mixes change between steps -> pictures
 
 A row's noise comes from its own generator on the CPU, so the noise does not depend on the batch or the
 device. Changing the mix is one assignment on the attachment; no weight of the base is changed, created or
-compiled. Adapters are referred to by the names under which they are attached, and no adapter files are read.
+compiled. Mixes refer to adapters by the names under which they are attached; no adapter files are read.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class MixPlan:
 class ImageRow:
     """One picture to generate.
 
-    `image`, `mask`, `controls` (one picture for each control of the settings) and `references` override the
-    settings."""
+    `image`, `mask`, `controls` and `references` override the settings. `controls` has one picture for each
+    control in the settings."""
 
     prompt: str
     negative: str = ""
@@ -138,9 +138,9 @@ def check_numbers(settings: Any) -> None:
         size = f"{settings.width}×{settings.height}"
         raise ConfigError(f"{size} exceeds the maximum picture size", fix=f"at most {_MOST_PIXELS:,} pixels")
     for name, valid, expected in (
-        ("guidance", lambda number: 0 <= number < math.inf, "a number from 0 on"),
-        ("true_guidance", lambda number: 1 <= number < math.inf, "a number from 1 on"),
-        ("denoise", lambda number: 0 < number <= 1, "above 0, at most 1, as in 0.6"),
+        ("guidance", lambda number: 0 <= number < math.inf, "a number of at least 0"),
+        ("true_guidance", lambda number: 1 <= number < math.inf, "a number of at least 1"),
+        ("denoise", lambda number: 0 < number <= 1, "a number above 0 and at most 1, such as 0.6"),
     ):
         value = getattr(settings, name)
         if value is not None and not (isinstance(value, Real) and valid(value)):
@@ -154,9 +154,9 @@ class GeneratedPicture:
     """A generated picture, and how it was generated.
 
     `cut`, `negative_cut`: the ends of the prompts that exceeded the text encoders' limits, "" if nothing was
-    cut. `batch`, `index`: the rows of the batch and the picture's position in the batch; the same batch gives
-    a bit-identical picture. `steps`: the number of steps run, which differs from the requested number with
-    `denoise` or with a scheduler that takes two passes per step."""
+    cut. `batch`, `index`: the rows of the batch and the picture's position in the batch; generating the same
+    batch again gives a bit-identical picture. `steps`: the number of steps run, which differs from the
+    requested number with `denoise` or with a scheduler that takes two passes per step."""
 
     image: Image
     row: ImageRow
@@ -171,7 +171,8 @@ class GeneratedPicture:
 class Moment:
     """The state of a batch at the end of a step.
 
-    `start`: index of the batch's first row in the call. `done`: finished steps of `of`."""
+    `start`: index of the batch's first row in the call. `done`, `of`: numbers of finished steps and of all
+    steps."""
 
     rows: tuple[ImageRow, ...]
     start: int
@@ -182,8 +183,8 @@ class Moment:
 def default_settings(base: ImageBase) -> tuple[int, float]:
     """Return the default (steps, guidance).
 
-    (4, 0) for few-step bases. Otherwise 28 steps (flow) or 30 steps, and the guidance that is the default of
-    the family's diffusers pipeline."""
+    The default for few-step bases is (4, 0). Other bases have 28 (flow) or 30 steps, and the default guidance
+    of the family's diffusers pipeline."""
     if base.few_steps:
         return 4, 0.0
     call = inspect.signature(type(pipeline(base)).__call__).parameters
@@ -193,8 +194,8 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
 def fitted_picture(picture: Image, width: int, height: int, label: str) -> tuple[Image, str]:
     """Return the picture resized to (width, height), and a message if it was resized.
 
-    Raises ConfigError if the aspect ratios differ by more than 1/15, a tolerance for small pictures with
-    sides rounded to whole units. Pictures are never cropped."""
+    Raises ConfigError if the aspect ratios differ by more than 1/15; smaller differences can come from
+    rounding the sides of a small picture to whole units. Pictures are never cropped."""
     from PIL.Image import Resampling
 
     if picture.size == (width, height):
@@ -202,8 +203,8 @@ def fitted_picture(picture: Image, width: int, height: int, label: str) -> tuple
     have, want = picture.width / picture.height, width / height
     if abs(have / want - 1) > 1 / 15:
         raise ConfigError(
-            f"the {label} is {picture.width}×{picture.height}, the pictures are {width}×{height}: another proportion",
-            fix=f"crop it, or ask for its own with width and height (--size {picture.width}x{picture.height})",
+            f"the {label} is {picture.width}×{picture.height}, the pictures {width}×{height}: another aspect ratio",
+            fix=f"crop it, or set width and height to its size (--size {picture.width}x{picture.height})",
         )
     message = f"the {label} was resized from {picture.width}×{picture.height} to {width}×{height}"
     return picture.resize((width, height), Resampling.LANCZOS), message
@@ -224,8 +225,8 @@ def generate_images(
     The selection of `attachment` is restored at the end.
 
     `on_step(done, of)`: called with the progress over all batches. `on_picture(i, picture)`: called as soon
-    as a picture is finished. `watch`: called at the end of each step; an exception raised by it ends the
-    call. Raises ConfigError for settings that conflict with each other or with the base, BaseError for a
+    as a picture is finished. `watch`: called at the end of each step; if `watch` raises an exception, the
+    call ends. Raises ConfigError for settings that conflict with each other or with the base, BaseError for a
     picture with NaN or infinite values."""
     settings = settings or PictureSettings()
     rows = check_rows(base, rows, settings, attachment)
@@ -250,7 +251,7 @@ def generate_images(
 
 
 _SHARED_MODULES = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
-"""Z-Image modules that process the tokens of all rows concatenated.
+"""Z-Image modules that process the concatenated tokens of all rows.
 
 In these modules, rows cannot have different mixes."""
 
@@ -258,9 +259,9 @@ In these modules, rows cannot have different mixes."""
 def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None) -> list[tuple[ImageRow, ...]]:
     """Split rows into batches of consecutive rows, at most `size` rows each.
 
-    All rows of a batch have references of the same sizes, because pipelines resize all references to the size
-    of the first row's. If an adapter changes a module in `_SHARED_MODULES`, all rows of a batch have the same
-    plan."""
+    All rows of a batch have references of the same sizes, because pipelines resize every row's references to
+    the sizes of the first row's. If an adapter changes a module in `_SHARED_MODULES`, all rows of a batch
+    have the same plan."""
     adapters = attachment.adapters.values() if attachment is not None else ()
     names = (name for adapter in adapters for name in (*adapter.pairs, *adapter.deltas))
     one_plan = any(name.startswith(_SHARED_MODULES) for name in names)
@@ -300,13 +301,13 @@ class _Run:
         self.doubled, self.scales = self._guidance()
 
     def _guidance(self) -> tuple[bool, dict[str, float]]:
-        """Return whether negative prompts act, and the pipeline's guidance arguments."""
+        """Return whether negative prompts have an effect, and the guidance arguments."""
         guidance, true = self.guidance, self.settings.true_guidance
         if (argument := self.base.row.guidance) == "true_cfg_scale":
             return guidance > 1, {argument: guidance}
         if self.base.row.true_guidance and true > 1:
             if "true_cfg_scale" not in self.accepts:
-                fix = "leave true guidance and negative prompts out"
+                fix = "remove true guidance and negative prompts"
                 raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix=fix)
             return True, {"guidance_scale": guidance, "true_cfg_scale": true}
         distilled = self.base.row.true_guidance or getattr(self.pipe.config, "is_distilled", False)
@@ -319,10 +320,10 @@ class _Run:
         if self.base.row.true_guidance:
             fix = "true_guidance above 1 (--true-guidance 3; over HTTP true_cfg_scale), which takes twice the time"
         elif "negative_prompt_embeds" in self.accepts and not self.base.few_steps:
-            fix = f"guidance above {self.base.row.unguided:g}; it is {self.guidance:g}"
+            fix = f"set guidance above {self.base.row.unguided:g}; it is now {self.guidance:g}"
         else:
-            fix = "leave it out: it reads none"
-        raise ConfigError(f"a negative prompt has no effect on {self.base.short_name} as it is", fix=fix)
+            fix = "remove it: this base does not use negative prompts"
+        raise ConfigError(f"a negative prompt has no effect on {self.base.short_name} with these settings", fix=fix)
 
     def batch(self, rows: tuple[ImageRow, ...]) -> list[GeneratedPicture]:
         settings, base = self.settings, self.base
@@ -335,14 +336,14 @@ class _Run:
         if self.doubled:
             negative = embed_prompts(base, [row.negative for row in rows], references_of_rows)
             negative_cut = negative.cut
-            arguments |= self.embeds(self.emptied(negative, rows), "negative_")
+            arguments |= self.embeds(self.zero_empty_negatives(negative, rows), "negative_")
         size = {"width": settings.width or base.size, "height": settings.height or base.size}
         if images := [row.image.convert("RGB") for row in rows if row.image is not None]:
             arguments |= {"image": images, "strength": settings.denoise}
         if masks := [row.mask.convert("L") for row in rows if row.mask is not None]:
             arguments["mask_image"] = masks
         if references := [picture.convert("RGB") for row in rows for picture in row.references]:
-            arguments |= {"image": references, **self.unresized(size["width"] * size["height"])}
+            arguments |= {"image": references, **self.no_resize_arguments(size["width"] * size["height"])}
         arguments |= {key: value for key, value in size.items() if key in self.accepts}
         arguments |= self.control_arguments(rows)
         self.pipe.scheduler = make_scheduler(base, settings.scheduler)
@@ -358,7 +359,7 @@ class _Run:
             raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {message}", where=where) from error
         return [
             GeneratedPicture(
-                self.finished(array, row), row, positive.cut[i], negative_cut[i], rows, i, self.pipe.num_timesteps
+                self.to_picture(array, row), row, positive.cut[i], negative_cut[i], rows, i, self.pipe.num_timesteps
             )
             for i, (array, row) in enumerate(zip(images, rows, strict=True))
         ]
@@ -372,13 +373,13 @@ class _Run:
         }
         return {key: value for key, value in arguments.items() if value is not None and key in self.accepts}
 
-    def unresized(self, area: int) -> dict[str, Any]:
+    def no_resize_arguments(self, area: int) -> dict[str, Any]:
         """Return the arguments that prevent a pipeline from resizing its inputs.
 
         Kontext would resize to about one megapixel."""
         return {k: v for k, v in {"max_area": area, "_auto_resize": False}.items() if k in self.accepts}
 
-    def emptied(self, text: Conditioning, rows: Sequence[ImageRow]) -> Conditioning:
+    def zero_empty_negatives(self, text: Conditioning, rows: Sequence[ImageRow]) -> Conditioning:
         """Set the embeddings of empty negative prompts to zero, as in SDXL's training.
 
         The text encoders return nonzero embeddings for an empty text."""
@@ -400,7 +401,7 @@ class _Run:
             return values if several else values[0]
 
         # Pass a control picture that all rows share as a single picture: with several ControlNets, the
-        # pipelines accept no lists of pictures.
+        # pipelines do not accept lists of pictures.
         pictures = [
             _to_tensor([row.controls[i] for row in rows]) if any(row.controls for row in rows) else control.picture
             for i, control in enumerate(controls)
@@ -439,8 +440,8 @@ class _Run:
 
         return callback
 
-    def finished(self, array: Any, row: ImageRow) -> Image:
-        """Convert an (h, w, 3) array in 0..1 to a picture.
+    def to_picture(self, array: Any, row: ImageRow) -> Image:
+        """Convert an (h, w, 3) array with values in 0..1 to a picture.
 
         Black areas of the mask keep the pixels of the original picture. Raises BaseError for NaN or infinite
         values."""
@@ -451,7 +452,9 @@ class _Run:
             dtype = str(self.base.dtype).removeprefix("torch.")
             mixes = dict.fromkeys([row.plan.text, *(mix for _, mix in row.plan.phases)])
             mixes_text = ", then ".join(mix_text(mix) for mix in mixes if mix)
-            message = f"the picture of seed {row.seed} is not finite{mixes_text and f' under {mixes_text}'}: "
+            message = (
+                f"the picture for seed {row.seed} has NaN or infinite values{mixes_text and f' under {mixes_text}'}: "
+            )
             message += f"{self.base.short_name} overflowed in {dtype}"
             fix = ("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance"
             raise BaseError(message, fix=fix)
@@ -462,7 +465,7 @@ class _Run:
 
 
 def _to_tensor(pictures: Sequence[Image]) -> torch.Tensor:
-    """Convert pictures of the same size to a tensor (n, 3, h, w) in 0..1.
+    """Convert pictures of the same size to a tensor (n, 3, h, w) with values in 0..1.
 
     The conversion matches diffusers' image processors."""
     import numpy as np
@@ -490,14 +493,14 @@ def check_rows(
 
 def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings, attachment: Attachment | None) -> None:
     if not rows:
-        raise ConfigError("there is no picture to make", fix="give a prompt")
+        raise ConfigError("there is no picture to generate", fix="give a prompt")
     if attachment is None and any(row.plan != MixPlan() for row in rows):
         raise ConfigError("rows have mixes, but there is no attachment", fix="give the attachment")
     width, height = settings.width or base.size, settings.height or base.size
     for name, value in (("width", width), ("height", height)):
         if value < base.unit or value % base.unit:
             low = max(base.unit, value // base.unit * base.unit)
-            message = f"the {name} is {value}, and {base.short_name} makes sides in multiples of {base.unit}"
+            message = f"the {name} is {value}, but {base.short_name} requires multiples of {base.unit}"
             raise ConfigError(message, fix=f"{low} or {low + base.unit}")
     steps = default_settings(base)[0] if settings.steps is None else settings.steps
     if steps * settings.denoise < 1:
@@ -514,7 +517,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     _check_references(base, rows, settings)
     if rows[0].controls and len(rows[0].controls) != len(settings.controls):
         pictures = counted(len(rows[0].controls), "picture")
-        raise ConfigError(f"{counted(len(settings.controls), 'control')}, and {pictures} for them a row")
+        raise ConfigError(f"{counted(len(settings.controls), 'control')}, but each row has {pictures} for them")
     inputs: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
     for row in rows:
         inputs += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
@@ -533,15 +536,15 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
     if not count:
         return
     if not base.references:
-        fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit; a picture to start from is image (--image)"
+        fix = "use FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit; to start from a picture, set image (--image)"
         raise ConfigError(f"{base.short_name} does not edit, and takes no reference pictures", fix=fix)
     if count > base.references:
         limit = counted(base.references, "reference picture")
         fix = "leave some out, or paste several into one"
-        raise ConfigError(f"{base.short_name} takes at most {limit}, and {count} are set", fix=fix)
+        raise ConfigError(f"{base.short_name} takes at most {limit}, but {count} are set", fix=fix)
     if settings.controls or rows[0].image is not None:
         conflicting = "controls" if settings.controls else "a picture to start from"
-        raise ConfigError(f"references and {conflicting} do not go together", fix="remove one of them")
+        raise ConfigError(f"references and {conflicting} cannot be combined", fix="remove one of them")
     for picture in (picture for row in rows for picture in row.references):
         if why := aspect_problem(*picture.size):
             raise ConfigError(f"a reference picture has {why}", fix="crop it")
@@ -549,6 +552,8 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
             continue
         least = base.editing.least
         if picture.width % base.unit or picture.height % base.unit or min(picture.size) < least:
-            message = f"a reference picture is {picture.width}×{picture.height}, and {base.short_name} takes sides in "
+            message = (
+                f"a reference picture is {picture.width}×{picture.height}, but {base.short_name} requires sides in "
+            )
             message += f"multiples of {base.unit}" + (f", at least {least}" if least else "")
             raise ConfigError(message, fix="resize it")

@@ -1,11 +1,11 @@
-"""Memory of a frozen denoiser in adapter training: measure, recompute, offload.
+"""Measure and reduce the memory of a frozen denoiser during adapter training.
 
     measured_activations(forward, parameters)    bytes that a forward pass keeps for its backward pass
     recomputing(base)                            with-block: diffusers' activation checkpointing
     offloading(base, blocks)                     with-block: the weights of the last blocks are on the CPU
     park(base, names), fetched(base, names)      move components to the CPU, and back inside a with-block
 
-This module knows modules and tensors only, and no adapters or data.
+This module works only with modules and tensors. It does not depend on adapters or training data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Return the bytes that autograd keeps after `forward()`, without `parameters`."""
+    """Return the bytes that autograd saves in `forward()`, excluding `parameters`."""
     parameter_storages = {storage.data_ptr() for p in parameters for storage in _storages(p)}
     saved: dict[int, int] = {}
 
@@ -52,15 +52,15 @@ def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def recomputing(base: ImageBase) -> Iterator[None]:
-    """Recompute the denoiser's blocks in the backward pass, inside the with-block.
+    """Enable activation checkpointing for the denoiser inside the with-block.
 
-    Autograd keeps only the inputs of the blocks. Raises ConfigError if the denoiser does not support
-    recomputation."""
+    Autograd keeps only the inputs of the blocks and recomputes the blocks in the backward pass. Raises
+    ConfigError if the denoiser does not support recomputation."""
     denoiser = base.denoiser
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         message = f"{type(denoiser).__name__} cannot recompute activations"
         where = "memory.activation_checkpointing"
-        raise ConfigError(message, where=where, fix="set it to off, and batching.micro_rows lower")
+        raise ConfigError(message, where=where, fix="turn it off, and lower batching.micro_rows")
     denoiser.enable_gradient_checkpointing()
     try:
         yield
@@ -71,8 +71,8 @@ def recomputing(base: ImageBase) -> Iterator[None]:
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
     """Return the blocks that diffusers recomputes, in module order.
 
-    For a transformer, its blocks. For a U-Net, the residual and transformer blocks inside the down, mid and
-    up blocks."""
+    For a transformer, these are its blocks. For a U-Net, they are the residual and transformer blocks inside
+    the down, mid and up blocks."""
     if hasattr(denoiser, "down_blocks"):
         return [m for m in denoiser.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
     lists = [m for m in denoiser.children() if isinstance(m, nn.ModuleList)]
@@ -83,9 +83,9 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
 def offloading(base: ImageBase, count: int) -> Iterator[int]:
     """Keep the frozen weights of the last `count` blocks on the CPU in the with-block.
 
-    Each block's weights are copied to the base's device for its forward pass. Yields the number of bytes
-    moved off the device. With recomputation, a block's forward pass runs again in the backward pass and
-    copies the weights again; autograd frees this copy once the block's gradient is computed. At the end, the
+    Yields the number of bytes moved off the device. Each block's weights are copied to the base's device for
+    the block's forward pass. With recomputation, the forward pass runs again in the backward pass and copies
+    the weights again; autograd frees the second copy once the block's gradient is computed. At the end, the
     original parameters are restored. Trainable parameters stay on the device."""
     offloaded = blocks_of(base.denoiser)[-count:] if count else []
     undo: list[Callable[[], None]] = []
@@ -112,9 +112,9 @@ def _to_cpu(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _hook(block: nn.Module, weights: list[tuple[nn.Module, str, Any, Any]], device: torch.device) -> Callable[[], None]:
-    """Copy a block's frozen weights to the device only for its forward pass.
+    """Add hooks that copy a block's frozen weights to the device in its forward pass.
 
-    Returns a function that undoes this."""
+    Returns a function that removes the hooks and restores the original parameters."""
     sizes = [(p.shape, p.dtype, p.device) for _, _, p, _ in weights]
     for module, name, p, away in weights:
         module._parameters[name] = away

@@ -3,10 +3,10 @@
     noise families   ε_θ(x_t, t, c)  or  v_θ,   t in 0..999,   x_t = √ᾱ_t x + √(1 - ᾱ_t) ε
     flow families    v_θ(x_σ, σ, c),            σ in 0..1,     x_σ = (1 - σ) x + σ ε,   v = ε - x
 
-Each function computes the same values as the family's diffusers pipeline, and prompts go through the
-pipeline's `encode_prompt`. The tests compare a sampling loop over `predict` with the pipeline's pictures.
-Latents always have the shape (n, c, h/f, w/f), shifted and scaled for the denoiser. Only the functions in
-this module pack latents into tokens.
+Each function computes the same values as the family's diffusers pipeline. Prompts are encoded with the
+pipeline's `encode_prompt`. The tests compare pictures sampled in a loop over `predict` with the pipeline's
+pictures. Latents always have the shape (n, c, h/f, w/f), shifted and scaled for the denoiser. Functions in
+this module pack the latents into tokens where the denoiser expects tokens.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Conditioning:
         return len(self.embeds)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:
-        """Return a copy on `device` with this dtype. The mask keeps its dtype."""
+        """Return a copy on `device`, cast to `dtype` if given; the mask keeps its dtype."""
         pooled = None if self.pooled is None else sent(self.pooled, device).to(dtype=dtype)
         mask = None if self.mask is None else sent(self.mask, device)
         return replace(self, embeds=sent(self.embeds, device).to(dtype=dtype), pooled=pooled, mask=mask)
 
     def unpadded(self) -> list[Tensor]:
-        """Return each prompt's embeddings without padding, (L_i, d)."""
+        """Return one tensor (L_i, d) per prompt: the embeddings without padding."""
         if self.mask is None:
             return list(self.embeds.unbind())
-        lengths = self.mask.sum(1).tolist()  # one device synchronization for all prompts
+        lengths = self.mask.sum(1).tolist()  # a single device synchronization for all prompts
         return [row[:length] for row, length in zip(self.embeds, lengths, strict=True)]
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate conditionings. Shorter ones get zeros as padding, which is masked."""
+        """Concatenate conditionings; pad shorter ones with zeros and mask the padding."""
         length = max(p.embeds.shape[1] for p in parts)
         masks = [p.embeds.new_ones(p.embeds.shape[:2], dtype=torch.long) if p.mask is None else p.mask for p in parts]
         masked = any(p.mask is not None or p.embeds.shape[1] != length for p in parts)
@@ -78,11 +78,12 @@ class Conditioning:
 def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[Sequence[Image]] = ()) -> Conditioning:
     """Encode n prompts in the same way as the pipeline.
 
-    Differentiable, for adapters on text encoders. `references`: for each prompt, the pictures to edit;
-    ignored unless the base encodes prompts and references together.
+    Gradients flow to the text encoders, for adapters on text encoders. `references`: for each prompt, the
+    pictures to edit; ignored unless the base encodes prompts and references together.
 
-    `cut` contains the part of each prompt beyond the denoiser's token limit. FLUX's pooled vector covers only
-    CLIP's 77 tokens, but the rest does not count as cut. Raises BaseError if a text encoder was released."""
+    In the result, `cut` contains the part of each prompt beyond the denoiser's token limit. FLUX's pooled
+    vector covers only CLIP's 77 tokens, but tokens beyond these 77 do not count as cut. Raises BaseError if a
+    text encoder was released."""
     texts = list(prompts)
     if base.reads_references and any(references):
         pairs = zip(texts, references, strict=True)
@@ -92,7 +93,7 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
     with errors_only():  # Copy the list, because Z-Image's pipeline writes its template into the list.
         encoded = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
     cut = [truncated_end(base, text) for text in texts]
-    if isinstance(encoded[0], list):  # Z-Image's embeddings have different lengths
+    if isinstance(encoded[0], list):  # Z-Image's embeddings have different lengths.
         return replace(Conditioning.cat([Conditioning(embedding[None]) for embedding in encoded[0]]), cut=cut)
     pooled, mask = (None if at is None else encoded[at] for at in (row.pooled, row.mask))
     return Conditioning(encoded[0], pooled, mask, cut)
@@ -126,7 +127,7 @@ def _qwen_size(size: tuple[int, int], area: int) -> tuple[int, int]:
 def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
     """Return the (width, height) to which a base resizes a reference picture.
 
-    The size is unchanged, except for Qwen-Image-Edit, which resizes references to about one megapixel."""
+    Only Qwen-Image-Edit changes the size: to about one megapixel."""
     if not base.reads_references:
         return width, height
     return _qwen_size((width, height), base.editing.encoded)
@@ -141,14 +142,14 @@ def _cut_end(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     prefix, suffix, special = _template_of(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2 has a processor, which contains the tokenizer.
     if base.row.template == "pipeline":
-        limit += pipeline(base).prompt_template_encode_start_idx  # the pipeline drops the template's tokens
-    with errors_only():  # transformers warns about long prompts, which this function expects
+        limit += pipeline(base).prompt_template_encode_start_idx  # The pipeline drops the template's tokens.
+    with errors_only():  # transformers warns about long prompts, which are expected here.
         read = tokenizer(prefix + prompt + suffix, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     if len(ids) <= limit:
         return ""
-    # Without a template, the encoder keeps the end token after the cut. Templates are cut like any other
-    # text.
+    # Without a template, the truncated prompt still ends with the end token. With a template, truncation
+    # removes tokens from the end, whatever they are.
     ends = 0 if prefix else 1
     ends_read = [end for start, end in offsets[: limit - ends] if end > start]
     at = max(ends_read, default=0) - len(prefix)
@@ -156,7 +157,7 @@ def _cut_end(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
 
 
 def _template_of(base: ImageBase) -> tuple[str, str, bool]:
-    """Return the text before a prompt, the text after it, and add_special_tokens."""
+    """Return the template's text before and after a prompt, and `add_special_tokens`."""
     pipe = pipeline(base)
     placeholder = "\x00"
     template = base.row.template
@@ -186,7 +187,7 @@ def _template_of(base: ImageBase) -> tuple[str, str, bool]:
 def _vae_of(base: ImageBase) -> Iterator[Any]:
     """Yield the VAE, converted to float32 if the VAE overflows in float16.
 
-    As in the pipelines, force_upcast in the VAE's config requests the conversion."""
+    The pipelines do the same. `force_upcast` in the VAE's config marks a VAE that overflows."""
     vae = base.part("vae")
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:
@@ -202,8 +203,8 @@ def _vae_of(base: ImageBase) -> Iterator[Any]:
 def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Encode pixels to latents (n, c, h/f, w/f) in the base's dtype.
 
-    pixels: (n, 3, h, w) in -1..1; h and w are multiples of `base.unit`. Latents are shifted and scaled.
-    Returns the mean of the posterior, or a sample if a generator is given."""
+    pixels: (n, 3, h, w) in -1..1; h and w are multiples of `base.unit`. Returns the mean of the posterior, or
+    a sample if a generator is given, shifted and scaled for the denoiser."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % base.unit for side in pixels.shape[2:]):
         shape = tuple(pixels.shape)
         raise BaseError(f"pictures of shape {shape}: expected (n, 3, h, w) with sides in multiples of {base.unit}")
@@ -234,7 +235,7 @@ def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
 
 
 def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float, float, Tensor | float]:
-    """Return (mean, scale, std). The denoiser's latents are (z − mean)·scale / std."""
+    """Return (mean, scale, std): the denoiser's latents are (z − mean)·scale / std."""
     shape = (1, -1, *[1] * (like.ndim - 2))
 
     def channels(values: Any) -> Tensor:
@@ -253,11 +254,11 @@ def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float
 
 
 def alphas_cumprod(base: ImageBase) -> Tensor:
-    """Return a noise family's ᾱ_t, (1000,) in float32.
+    """Return the noise schedule ᾱ_t of a noise family, (1000,) in float32.
 
     Raises BaseError for a flow family."""
     if base.prediction == "flow":
-        raise BaseError(f"{base.row.label} learns a flow; it has no noise schedule", where=base.name)
+        raise BaseError(f"{base.row.label} learns a flow, so it has no noise schedule", where=base.name)
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(base.parts["scheduler"].config)
@@ -279,25 +280,25 @@ def predict(
     """Return the denoiser's prediction: ε or v, or ε - x for flow families.
 
     The prediction has the shape of the latents. `timesteps`: (n,) or a scalar; 0..999 for noise families, σ
-    in 0..1 for flow. `sizes`: SDXL's time ids (n, 6): original height and width, crop's top and left, target
-    height and width. `guidance`: for models that take guidance as an input (FLUX.1 dev, FLUX.2 dev), default
-    1.0. `residuals`: a ControlNet's outputs, by the denoiser's argument names. `references`: clean latents
-    (n, c, h, w) of reference pictures of any size. The tokens of the references follow the picture's tokens
-    and have other frame coordinates. Raises BaseError for missing or unexpected sizes, for unexpected
-    guidance, and for references if the family does not support references."""
+    in 0..1 for flow families. `sizes`: SDXL's time ids (n, 6): original height and width, the crop's top and
+    left, target height and width. `guidance`: for models that take guidance as an input (FLUX.1 dev, FLUX.2
+    dev), default 1.0. `residuals`: a ControlNet's outputs, keyed by the denoiser's argument names.
+    `references`: clean latents (n, c, h, w) of reference pictures of any size. The tokens of the references
+    follow the picture's tokens and have different frame coordinates. Raises BaseError for missing or
+    unexpected sizes, for unexpected guidance, and for references if the family does not support them."""
     denoiser, n = base.denoiser, len(latents)
     dtype = base.dtype
     x = latents.to(dtype)
     text = text.to(latents.device, dtype)
     t = timesteps.to(latents.device).expand(n)
     if (sizes is None) == base.row.time_ids:
-        message = "SDXL needs sizes, its time ids (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
+        message = "SDXL requires sizes: the time ids, (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
         raise BaseError(message)
     takes_guidance = bool(denoiser.config.get("guidance_embeds"))
     if guidance is not None and not takes_guidance:
         raise BaseError(f"{base.short_name} does not take guidance as an input", fix="leave guidance out")
     if references and not base.row.takes_references:
-        fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit does"
+        fix = "use FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit"
         raise BaseError(f"{base.row.label} takes no reference pictures", fix=fix)
     reference_latents = [r.to(latents.device, dtype) for r in references]
     arguments: dict[str, Any] = {"return_dict": False, **(residuals or {})}
@@ -315,8 +316,8 @@ def predict(
 class _DenoiserCall:
     """The arguments of a denoiser call.
 
-    `t`: as in `predict`. `guidance`: None if the denoiser does not take guidance. `more`: arguments common to
-    all denoisers."""
+    `t`: the `timesteps` of `predict`. `guidance`: None if the denoiser does not take guidance. `more`:
+    arguments common to all denoisers."""
 
     denoiser: Any
     x: Tensor
@@ -328,7 +329,7 @@ class _DenoiserCall:
 
     @property
     def sigma(self) -> Tensor:
-        """The timestep σ, rounded in the same way as in the pipelines.
+        """The timestep σ, rounded to the precision that the pipelines use.
 
         The pipelines pass σ·1000 in the latents' dtype."""
         return (self.t * 1000).to(self.x.dtype) / 1000
@@ -348,8 +349,8 @@ def _sd3(call: _DenoiserCall) -> Tensor:
 def _z_image(call: _DenoiserCall) -> Tensor:
     """Call Z-Image and return ε - x.
 
-    Z-Image counts time as 1 - σ (from noise to picture), predicts x - ε, and takes lists of videos and
-    texts."""
+    Z-Image takes the time as 1 - σ (0 is noise, 1 is a picture), predicts x - ε, and takes the latents and
+    the texts as lists."""
     films = list(call.x[:, :, None].unbind())
     out = call.denoiser(films, 1 - call.t, call.text.unpadded(), **call.more)[0]
     return -torch.stack(out)[:, :, 0]
@@ -368,7 +369,7 @@ def _qwen_image(call: _DenoiserCall) -> Tensor:
 
 
 def _packed(call: _DenoiserCall, **arguments: Any) -> Tensor:
-    """Call a denoiser with tokens of 2 × 2 latents.
+    """Pack each 2 × 2 patch of latents into a token, and call the denoiser.
 
     The tokens of the references follow the picture's tokens."""
     h, w = call.x.shape[2] // 2, call.x.shape[3] // 2
@@ -393,18 +394,18 @@ def _flux_ids(latents: Tensor, frame: int) -> Tensor:
 
 
 _FLUX2_FRAMES = 10
-"""Distance between frame coordinates: FLUX.2's reference pictures are at 10, 20, …"""
+"""Distance between FLUX.2's frame coordinates: reference pictures have 10, 20, …"""
 
 
 def _flux2(call: _DenoiserCall) -> Tensor:
-    """Call FLUX.2, for which latents are already patches.
+    """Call FLUX.2, whose latents are already patches.
 
     Token positions are (frame, row, column, token)."""
     x, text, pictures = call.x, call.text, (call.x, *call.references)
     n, _, h, w = x.shape
 
     def positions(*counts: int, frame: int = 0) -> Tensor:
-        first = torch.full((1,), frame, device=x.device)  # torch.tensor of a list would wait for the copy to the device
+        first = torch.full((1,), frame, device=x.device)  # torch.tensor([frame]) would wait for a copy to the device
         return torch.cartesian_prod(first, *(torch.arange(k, device=x.device) for k in counts))
 
     image = [positions(y.shape[2], y.shape[3], 1, frame=_FLUX2_FRAMES * i) for i, y in enumerate(pictures)]
@@ -429,4 +430,4 @@ _CALLS: Mapping[str, Callable[[_DenoiserCall], Tensor]] = {
     "QwenImageTransformer2DModel": _qwen_image,
     "ZImageTransformer2DModel": _z_image,
 }
-"""diffusers class -> the function that calls it."""
+"""diffusers class -> the function that calls an instance of this class."""

@@ -5,7 +5,7 @@
     return_tensors="pt")
 
 transformers' Qwen2VLProcessor needs torchvision for videos. This processor combines the tokenizer and the
-Pillow image processor, and repeats each picture's token once for each merged patch.
+Pillow image processor, and repeats each picture token once for each merged patch of the picture.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PicturePrompts:
     def __call__(self, text: Sequence[str], images: Image | Sequence[Image] | None = None, **options: Any) -> Any:
         """Return a transformers BatchFeature with input_ids and attention_mask.
 
-        With pictures, the result also has pixel_values (patches, values of a patch) and image_grid_thw
+        With pictures, the result also has pixel_values (patches, values per patch) and image_grid_thw
         (pictures, 3). `options`: tokenizer options."""
         from transformers import BatchFeature
 
@@ -48,7 +48,7 @@ class PicturePrompts:
 
 
 def read_processor(folder: Path) -> PicturePrompts:
-    """Load the processor from a folder with preprocessor_config.json and a tokenizer."""
+    """Load the processor from a folder with a tokenizer and preprocessor_config.json."""
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

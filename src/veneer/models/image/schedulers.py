@@ -50,10 +50,10 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def scheduler_names(base: ImageBase) -> list[str]:
-    """Return the names of the schedulers that can sample this base.
+    """Return the names of the schedulers that can sample from this base.
 
-    The pipelines of FLUX, Qwen-Image and Z-Image shift the schedule by picture size, and some scheduler
-    classes do not support this shift."""
+    The pipelines of FLUX, Qwen-Image and Z-Image shift the schedule depending on the picture size. Some
+    scheduler classes do not support this shift."""
     flow = base.prediction == "flow"
     names = [name for name in NAMES if name.startswith("flow-") == flow and name not in base.row.unsupported_schedulers]
     if base.row.shifted:
@@ -74,10 +74,10 @@ def scheduler_name(base: ImageBase) -> str:
 
 
 def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
-    """Return a new scheduler for one run. None: like the base's scheduler.
+    """Return a new scheduler for one run; by default, one like the base's scheduler.
 
     On a flow matching base, the prefix `flow-` can be omitted: `euler` means `flow-euler`. Raises ConfigError
-    for an unknown name, and for a scheduler that cannot sample this base."""
+    for an unknown name, and for a scheduler that cannot sample from this base."""
     import diffusers
 
     scheduler = base.parts["scheduler"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.models.compat_transformers import own_attention, register_attention
+from veneer.models.compat_transformers import register_attention, transformers_attention
 
 _NAME = "veneer_diverted"
 
@@ -27,8 +27,8 @@ _NAME = "veneer_diverted"
 class AttentionSettings:
     """Attention settings of a layer.
 
-    Scores are scale · q·k, followed by cap · tanh(score / cap) if `cap` > 0. If `window` > 0, a query attends
-    to keys up to `window` tokens back. `sinks`: whether the layer has attention sinks."""
+    Scores are scale · q·k. If `cap` > 0, a score s becomes cap · tanh(s / cap). If `window` > 0, a query
+    attends to keys up to `window` tokens back. `sinks`: whether the layer has attention sinks."""
 
     scale: float | None
     cap: float
@@ -77,7 +77,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def attending(attend: _Attend) -> Iterator[None]:
-    """Use `attend` as the attention of diverted models, in this thread."""
+    """Use `attend` as the attention function of diverted models, in this thread only."""
     _now.attend = attend
     try:
         yield
@@ -97,10 +97,10 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if (attend := _now.attend) is None:
         result: Tensor
-        result, _ = own_attention(module, "sdpa")(module, query, key, value, attention_mask, **kwargs)
+        result, _ = transformers_attention(module, "sdpa")(module, query, key, value, attention_mask, **kwargs)
         return result, None
     if query.shape[2] != 1:
-        raise NotImplementedError(f"{query.shape[2]} queries in a row")
+        raise NotImplementedError(f"{query.shape[2]} queries per row are not supported")
     unsupported = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if unsupported:
         message = f"{type(module).__name__} passes unsupported arguments to its attention: {', '.join(unsupported)}"

@@ -1,8 +1,8 @@
-"""Load a text base: the model, the tokenizer, and decisions made while loading.
+"""Load a text base: model, tokenizer, and settings determined while loading.
 
-`load_text` chooses device and dtype by the rules of models/device.py and records the reason, freezes every
-weight, and determines the token that ends a turn. Training, generation and evaluation therefore use the same
-token.
+`load_text` chooses device and dtype according to the rules in models/device.py and records the reason. It
+freezes every weight, and determines the token that ends a turn, so that training, generation and evaluation
+all use the same token.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class TextBase:
 
     `dtype_reason`: a sentence that explains the dtype. `end_of_turn_id`: the token that the chat template
     puts after an assistant message (without a template, the tokenizer's eos); it is also the last trained
-    token of a training example. `stop_ids`: all tokens that end a completion. `pad_id`: token for padding
-    shorter rows, always masked. `context`: maximum number of tokens in a sequence. `notes`: messages about
-    loading for the user, one sentence each.
+    token of a training example. `stop_ids`: all tokens that end a completion. `pad_id`: the token that pads
+    shorter rows; always masked. `context`: maximum number of tokens in a sequence. `notes`: messages for the
+    user about loading, one sentence each.
     """
 
     name: str
@@ -60,11 +60,11 @@ class TextBase:
     context: int = 0
     notes: tuple[str, ...] = ()
     quantized: str = ""
-    """Format of linear weights in 4 or 8 bits: nf4, fp4, int8 or gguf; otherwise ""."""
+    """Format of 4-bit or 8-bit linear weights: nf4, fp4, int8, gguf, or "" for none."""
     unread: ShardReader | None = None
-    """Reader of the weights, if `model` is on the meta device.
+    """Reader of the weights if `model` is on the meta device.
 
-    With this reader, `shard` reads the shards of each process."""
+    `shard` uses this reader to read the shards of each process."""
 
     @property
     def family(self) -> str:
@@ -76,9 +76,9 @@ class TextBase:
         return short_name(self.name)
 
     def original(self, name: str) -> torch.Tensor:
-        """Return an unquantized weight of a quantized base, in 16 or 32 bits.
+        """Read the unquantized weight of a quantized base from the base's files.
 
-        Reads the weight from the base's files. Raises BaseError, as in `original_weight`."""
+        The weight is in 16 or 32 bits. Raises BaseError in the same cases as `original_weight`."""
         return original_weight(self.directory, self._stored, name)
 
     @cached_property
@@ -105,10 +105,10 @@ def load_text(
     or int8 quantizes the linear weights while loading; keep leaves the weights of a GGUF file in their
     quantized blocks; None uses the precision of the files and dequantizes GGUF. A bitsandbytes checkpoint
     keeps its quantization. `say`: called with a message before each slow step. `parts`: number of processes
-    to shard the base over; above 1, the weights are `unread`, or on the CPU if the base must be read whole (a
-    note gives the reason). Raises BaseError (not found, incomplete, not a causal language model, weights that
-    do not match the config), ConfigError (an unknown dtype, device or quantization), ResourceError (not
-    enough memory)."""
+    to shard the base over. Above 1, the weights are not read yet (`unread`). If the base must be read whole,
+    they are loaded on the CPU, and a note gives the reason. Raises BaseError (not found, incomplete, not a
+    causal language model, weights that do not match the config), ConfigError (an unknown dtype, device or
+    quantization), ResourceError (not enough memory)."""
     path, table, config, tokenizer = _described(name, say)
     where = choose_device(device)
     limit_threads()
@@ -155,7 +155,7 @@ def load_text(
 
 
 def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
-    """Return path, tensor table, config and tokenizer of a language model.
+    """Return the path, tensor table, config and tokenizer of a language model.
 
     Raises BaseError for an image base, and for files that cannot be found or read."""
     path = find_base(name, say=say)
@@ -168,8 +168,8 @@ def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list
 def text_without_weights(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
     """Load a base without its weights, on the meta device.
 
-    The result has the config, tokenizer, names, shapes and fingerprint, which are enough to check adapters
-    against a base that runs elsewhere. Raises BaseError as in `load_text`."""
+    The result has the config, tokenizer, names, shapes and fingerprint. These suffice to check adapters for a
+    base that runs elsewhere. Raises BaseError in the same cases as `load_text`."""
     from transformers import AutoModelForCausalLM
 
     path, table, config, tokenizer = _described(name, say)
@@ -188,7 +188,7 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
 def read_base_config(path: Path) -> PreTrainedConfig:
     """Read the config of a base directory or GGUF file.
 
-    Raises ConfigError for an invalid value, BaseError if transformers cannot read the config."""
+    Raises ConfigError for an invalid value, and BaseError if transformers cannot read the config."""
     from transformers import AutoConfig
 
     config: Any
@@ -230,28 +230,30 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _choose_quantization(quantize: str | None, path: Path, config: PreTrainedConfig) -> str:
-    """Return the format of linear weights: nf4, fp4, int8, gguf, or "" (full).
+    """Return the format of linear weights: nf4, fp4, int8, gguf, or "" if not quantized.
 
-    Raises ConfigError for an unknown format, for `keep` without quantized weights, and for quantizing
-    twice."""
+    Raises ConfigError for an unknown format, for `keep` if the weights are not quantized, and for quantizing
+    weights that are already quantized."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
     if quantize == "keep":
         if not saved and not path.is_file():
             message = "the weights of this base are not quantized, so there is nothing to keep"
-            fix = "nf4 instead of keep puts them in 4 bits while they are read"
+            fix = "nf4 instead of keep quantizes them to 4 bits while loading"
             raise ConfigError(message, where=str(path), fix=fix)
         return saved or "gguf"
     if quantize is None:
         return saved
     check_kind(quantize)
     if saved or path.is_file():
-        message = f"the weights are quantized already ({saved or 'GGUF'}); quantized a second time they would be worse"
+        message = (
+            f"the weights are quantized already ({saved or 'GGUF'}); quantizing them again would lose more precision"
+        )
         raise ConfigError(message, where=str(path), fix="quantize=keep, or the 16-bit weights of this base")
     return quantize
 
 
 def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantized: str) -> int:
-    """Return the estimated bytes of the weights, with embeddings and heads in full."""
+    """Return the estimated bytes of the weights, with unquantized embeddings and heads."""
     if quantized in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
@@ -277,7 +279,7 @@ def _load_model(
     with loading():
         try:
             if quantized == "gguf":
-                return load_gguf(path, dtype, keep=True), ("the weights stay in the blocks of their GGUF file",)
+                return load_gguf(path, dtype, keep=True), ("the weights keep the quantized blocks of their GGUF file",)
             if path.is_file():
                 return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantized",)
             if quantized:
@@ -334,10 +336,10 @@ def _unreadable(part: str, path: Path, error: Exception) -> BaseError:
     elif "trust_remote_code" in message:
         message = "the model requires its own code, which veneer does not run"
         fix = "use a base of a known architecture"
-    elif isinstance(error, AdapterError):  # raised by veneer's GGUF reader
+    elif isinstance(error, AdapterError):  # This error was raised by veneer's GGUF reader.
         message, fix = error.what, error.fix
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
-        message, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
+        message, fix = "its header is inconsistent; the file is truncated or damaged", "download or copy the file again"
     elif part == "tokenizer":
         fix = "put tokenizer.json and tokenizer_config.json of this base next to its config"
     return BaseError(f"cannot read the {part} of this base: {message}", where=str(path), fix=fix)
@@ -346,15 +348,15 @@ def _unreadable(part: str, path: Path, error: Exception) -> BaseError:
 def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        message = f"the tokenizer has {len(tokenizer):,} tokens and the model's embedding {rows:,} rows"
-        raise BaseError(message, where=str(path), fix="use tokenizer and model of one base")
+        message = f"the tokenizer has {len(tokenizer):,} tokens, but the model's embedding has only {rows:,} rows"
+        raise BaseError(message, where=str(path), fix="use the tokenizer and model of the same base")
 
 
 # -- stop tokens -----------------------------------------------------------------------------------------------------
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token after an assistant message, or None.
+    """Return the special token after an assistant message, or None if there is none.
 
     Renders a conversation and reads the token after the assistant message: <|im_end|>, <|eot_id|>,
     <end_of_turn>, …"""
@@ -364,7 +366,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template can raise any error
+    except Exception:  # A template can raise any error.
         return None
     _, separator, ending = text.rpartition(answer)
     ids = tokenizer.encode(ending.lstrip(), add_special_tokens=False) if separator else []
@@ -381,7 +383,9 @@ def _ends(
     turn = tokenizer.eos_token_id if turn is None else turn
     stops = _stop_ids(model, tokenizer, turn)
     if not stops:
-        notes.append("neither tokenizer nor config names a token that ends a text: generation runs to its limit")
+        notes.append(
+            "neither the tokenizer nor the config names a token that ends a text, so generation runs to the token limit"
+        )
     return turn, stops, tuple(notes)
 
 
@@ -390,7 +394,7 @@ def _context(config: Any) -> int:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
-    """Return the stop tokens: end of turn, the tokenizer's eos, the configs' eos."""
+    """Return all stop tokens: `turn`, the tokenizer's eos and the configs' eos."""
     ids: list[int] = []
     configs = (model.config, model.config.get_text_config(), model.generation_config)
     named = [getattr(config, "eos_token_id", None) for config in configs]

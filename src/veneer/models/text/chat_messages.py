@@ -1,6 +1,6 @@
 """Convert messages to the form that chat templates expect.
 
-Training and inference share this conversion, which takes plain JSON values.
+Training and inference share this conversion. Messages are plain JSON values.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 
 def template_turn(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the message in the form for chat templates, without its loss weight.
+    """Convert a message to the form that chat templates expect; drop its loss weight.
 
-    OpenAI's newer role `developer` becomes `system`. The arguments of a tool call become a mapping, as in
-    transformers. OpenAI sends them as JSON text, which `arguments | tojson` in a template would encode
-    again."""
+    OpenAI's newer role `developer` becomes `system`. The arguments of a tool call become a mapping, as
+    transformers expects. OpenAI sends the arguments as JSON text, which `arguments | tojson` in a template
+    would encode a second time."""
     turn = {key: value for key, value in message.items() if key != "weight"}
     if turn.get("role") == "developer":
         turn["role"] = "system"

@@ -1,19 +1,19 @@
 """Run a base's forward and backward pass on the fast paths of ops.
 
-    with fast(model) as report:     report.summary() lists swapped modules, and reasons for the others
+    with fast(model) as report:     report.summary() lists the swapped modules, and reasons for skipped ones
         text_loss(model, …)
 
-A class name alone is never enough to swap a module. The original model runs first. A norm or MLP is swapped
-only if a test shows that it computes the same formula as its replacement. Attention is swapped only if every
-layer uses transformers' interface with options that the replacement supports. Then the whole model must
-reproduce its original output, token by token, on rows packed without padding (models/text/probe.py). An
-unusual family therefore loses speed but never correctness, and `summary` reports which modules were not
-swapped.
+A class name alone is never enough to swap a module. The original model runs first, for reference. A norm or
+MLP is swapped only if a test shows that it computes the same formula as its replacement. Attention is swapped
+only if every layer uses transformers' interface with options that the replacement supports. Then the whole
+model must reproduce its original output, token by token, on rows packed without padding
+(models/text/probe.py). An unusual family therefore loses speed but never correctness, and `summary` reports
+which modules were not swapped.
 
-Norms, gated MLPs and Llama-like attention are swapped on the module instances, and the attention of every
-other family through transformers' attention interface. Everything is restored exactly at the end. Inside the
-with-block, the weights of projections that share an input are views of one tensor, with the same parameter
-objects and values.
+The forward methods of norms, gated MLPs and Llama-like attention are replaced on the module instances. The
+attention of all other families is swapped through transformers' attention interface. At the end, everything
+is restored exactly. Inside the with-block, the weights of projections that share an input are views of one
+tensor; parameter objects and values stay the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from veneer.core.experts import expert_product
 from veneer.core.layers import LoraExperts, LoraLinear
 from veneer.core.targets import base_of
-from veneer.models.compat_transformers import PRE_NORM_LAYERS, own_attention, register_attention
+from veneer.models.compat_transformers import PRE_NORM_LAYERS, register_attention, transformers_attention
 from veneer.models.patching import (
     FastReport,
     FusedProjection,
@@ -64,13 +64,13 @@ _ATTENTION = "veneer_rows"
 
 @contextmanager
 def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = None) -> Iterator[FastReport]:
-    """Replace modules by fast implementations inside the with-block.
+    """Replace modules with fast implementations inside the with-block.
 
-    Calls can be nested. `keep`: bytes for cached dequantized weights of a quantized base; all other weights
-    are dequantized at each use. `pack`: bytes for prepacked copies of an unquantized base's weights, used if
-    prepacked products are clearly faster (ops/prepacked.py). `sharded`: the model's sharded wrapper. Its
-    weights are inspected one block at a time, in the same order on every process, and projections with the
-    same input are joined if they were sharded together (`weights_together`)."""
+    Calls can be nested. `keep`: byte budget for cached dequantized weights of a quantized base; all other
+    weights are dequantized at each use. `pack`: byte budget for prepacked copies of an unquantized base's
+    weights, used if prepacked products are clearly faster (ops/prepacked.py). `sharded`: the model's
+    `Sharded` object. Its weights are inspected one block at a time, in the same order on every process, and
+    projections with the same input are joined if they were sharded together (`weights_together`)."""
     if (already := fast_report(model)).active:
         yield already
         return
@@ -82,7 +82,7 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
             try:
                 reference = (sharded or call_unsharded)(ReferenceForward.compute, model)
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-                report.skipped["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
+                report.skipped["model"] = f"its original forward fails on padded rows: {type(error).__name__}: {error}"
             else:
                 _swap(model, reference, report, undo, sharded)
             if keep:
@@ -95,9 +95,9 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
 def _swap(
     model: Any, reference: ReferenceForward, report: FastReport, undo: ExitStack, sharded: Sharded | None
 ) -> None:
-    """Swap modules and use packed rows, as far as the model's output stays the same.
+    """Swap modules and use packed rows, but only if the model's output stays the same.
 
-    If packed rows do not reproduce the output, swap only modules; if swapped modules do not either, swap
+    If packed rows change the output, swap modules only. If swapped modules change the output too, swap
     nothing."""
     call = sharded or call_unsharded
     modules_to_swap = [module for module in model.modules() if not isinstance(module, LoraLinear)]
@@ -166,7 +166,7 @@ def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStac
 def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool) -> None:
     """Swap MLPs of the form down(act(gate(x)) ⊙ up(x)).
 
-    The projections gate_proj and up_proj can be separate modules or one module gate_up_proj."""
+    gate_proj and up_proj can be separate modules or one module gate_up_proj."""
     for module in modules:
         matched = gate_parts(module)
         if matched is None:
@@ -200,10 +200,10 @@ def _mlp_forward(
 
 
 def route_experts(modules: Iterable[nn.Module], undo: ExitStack) -> list[str]:
-    """Make Llama 4's experts compute only their routed tokens.
+    """Make each of Llama 4's experts compute only the tokens routed to it.
 
-    Returns the class name of each changed module. transformers gives every expert all tokens, and most of
-    them are zeroed."""
+    Returns the class name of each changed module. transformers passes all tokens to every expert, and zeroes
+    most of them."""
     experts = [module for module in modules if type(module).__name__ == "Llama4TextMoe"]
     for module in experts:
         replace_forward(module, _routed_forward(type(module).forward), undo)
@@ -232,14 +232,14 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def routed(
         self: Any, x: Tensor, scores: Tensor, expert_ids: Tensor, at: Tensor | None, weights_of_pass: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Return (token indices, expert outputs for these tokens)."""
+        """Return (indices of the routed tokens, expert outputs for these tokens)."""
         if at is not None:
             scores, expert_ids = scores[at], expert_ids[at]
         expert, order = expert_ids.flatten().sort(stable=True)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         ends = counts.index_add_(0, expert, torch.ones_like(expert)).cumsum(0)
         token = order // self.top_k if at is None else at[order // self.top_k]
-        inputs = x[token] * scores.gather(1, expert_ids).flatten()[order, None]  # router weights scale the inputs
+        inputs = x[token] * scores.gather(1, expert_ids).flatten()[order, None]  # The router weights scale the inputs.
         gate, up = expert_product(inputs, weights_of_pass["gate_up_proj"], ends).chunk(2, dim=-1)
         return token, expert_product(up * self.experts.act_fn(gate), weights_of_pass["down_proj"], ends)
 
@@ -249,12 +249,13 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 _LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention")
-"""Attention classes with q, k, v, o projections, half-split rotations and causal softmax only.
+"""Attention classes with Llama's formula.
 
-`_rows_problem` checks this on the actual model."""
+The formula consists only of q, k, v, o projections, half-split rotations and causal softmax. `_rows_problem`
+checks this on the actual model."""
 
 _WITH_HEAD_NORMS = ("Gemma3Attention", "Qwen3Attention", "Qwen3MoeAttention")
-"""Attention classes like these, with RMS norms q_norm and k_norm before the rotation."""
+"""Classes like `_LLAMA_LIKE`, with RMS norms q_norm and k_norm before the rotation."""
 
 
 _KNOWN = {
@@ -263,8 +264,8 @@ _KNOWN = {
 }  # fmt: skip
 """Attention options that varlen attention supports or ignores.
 
-The options in the last line belong to the model and do not affect the attention. Any other option that is not
-None (position_bias …) raises an error."""
+The options in the last line are meant for the model and do not affect the attention. Any other option that is
+not None (position_bias …) raises an error."""
 
 
 class _UnsupportedAttention(Exception):
@@ -282,24 +283,24 @@ def _interface(
 ) -> tuple[Tensor, Any]:
     """Compute attention, as an implementation of transformers' attention interface.
 
-    With a row layout, this uses varlen attention. Otherwise it uses the model's original `implementation`,
-    "sdpa" or "eager"."""
+    If a row layout is passed, this uses varlen attention. Otherwise it uses the model's original
+    `implementation`, "sdpa" or "eager"."""
     layout: RowLayout | None = kwargs.pop("row_layout", None)
     unsupported = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if unsupported:
         message = f"{type(module).__name__} passes unsupported arguments to its attention: {', '.join(unsupported)}"
         raise _UnsupportedAttention(message)
     if layout is None:
-        attention = own_attention(module, implementation)
+        attention = transformers_attention(module, implementation)
         padded: tuple[Tensor, Any] = attention(module, query, key, value, attention_mask, **kwargs)
         return padded
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise _UnsupportedAttention(f"{type(module).__name__} looks ahead")
+        raise _UnsupportedAttention(f"{type(module).__name__} attends to later tokens")
     if query.shape[-1] != value.shape[-1]:
         raise _UnsupportedAttention(f"{type(module).__name__} has keys and values of different widths")
     if kwargs.get("dropout") or _drops(module):
-        raise _UnsupportedAttention(f"{type(module).__name__} drops attention in training")
+        raise _UnsupportedAttention(f"{type(module).__name__} uses attention dropout in training")
     layout.attended.add(id(module))
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -319,12 +320,12 @@ def _swap_attention(
 ) -> str:
     """Swap the attention; return "" or the reason why it cannot be swapped.
 
-    `_rows_problem` verifies the result."""
+    The caller verifies the result with `_rows_problem`."""
     from transformers.masking_utils import eager_mask
 
     previous = getattr(model.config, "_attn_implementation", None)
     if previous not in ("sdpa", "eager"):
-        return f"its attention runs on {previous}"
+        return f"its attention implementation is {previous}"
     name = f"{_ATTENTION}_{previous}"
     attention = functools.partial(_interface, implementation=previous)
     register_attention(name, attention, eager_mask if previous == "eager" else None)
@@ -347,14 +348,16 @@ def _swap_attention(
 
 
 def _attention_parts(module: nn.Module) -> list[nn.Module] | None:
-    """Return the linear projections q, k, v and o of an attention module, or None."""
+    """Return the linear projections q, k, v and o of an attention module.
+
+    Returns None if one is missing or is not linear."""
     children = dict(module.named_children())
     parts = [children[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj") if n in children]
     return parts if len(parts) == 4 and all(type(base_of(m)) is nn.Linear for m in parts) else None
 
 
 def weights_together(model: nn.Module) -> list[list[nn.Module]]:
-    """Return groups of projections with the same input, for `shard` to join."""
+    """Return groups of projections with the same input, which `shard` can join."""
     out = []
     for module in model.modules():
         matched = gate_parts(module)
@@ -366,9 +369,9 @@ def weights_together(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadNorms] | None:
-    """Return q_norm and k_norm with their combined parameters.
+    """Return q_norm and k_norm, and their combined parameters.
 
-    Returns None unless both were swapped as norms with the same ε."""
+    Returns None unless both were swapped as norms and have the same ε."""
     head_norms = [module.q_norm, module.k_norm]
     kinds = [type(norm).__name__ for norm in head_norms]
     if not all(
@@ -390,7 +393,7 @@ def _attention_forward(
     head_norms = None if norms is None else norms[1]
 
     def untouched(self: Any) -> bool:
-        """Return whether q_norm and k_norm have no hooks and were not replaced."""
+        """Return whether q_norm and k_norm have no hooks and have not been replaced."""
         modules = [] if norms is None else norms[0]
         pairs = zip(modules, (self.q_norm, self.k_norm) if modules else (), strict=True)
         return all(norm is now and not norm._forward_hooks and not norm._forward_pre_hooks for norm, now in pairs)
@@ -403,7 +406,7 @@ def _attention_forward(
         if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
         if _drops(self):
-            raise _UnsupportedAttention(f"{type(self).__name__} drops attention in training")
+            raise _UnsupportedAttention(f"{type(self).__name__} uses attention dropout in training")
         layout.attended.add(id(self))
         cos, sin = layout.tables(kwargs["position_embeddings"])
         n = hidden_states.shape[1]
@@ -423,7 +426,7 @@ def _swap_last_layer(
 ) -> None:
     """Compute the last layer only for tokens that predict a trained token.
 
-    If a quarter of the tokens is trained, this saves 63% of the layer's work."""
+    If a quarter of the tokens are trained, this saves 63% of the layer's work."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or type(layers[-1]).__name__.removeprefix("FSDP") not in PRE_NORM_LAYERS.values():
         return
@@ -431,21 +434,21 @@ def _swap_last_layer(
     if "forward" not in layer.self_attn.__dict__:
         return
     with ExitStack() as attempt:
-        replace_forward(layer, _kept_forward(type(layer).forward), attempt)
+        replace_forward(layer, _last_layer_forward(type(layer).forward), attempt)
         report.keeps = True
         report.keeps = not _rows_problem(model, reference, call)
         if report.keeps:
             undo.push(attempt.pop_all())
 
 
-def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def _last_layer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: RowLayout | None = kwargs.get("row_layout")
         if layout is None or layout.keep is None or args:
             return original(self, hidden_states, *args, **kwargs)
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, kept_alone=True, **kwargs)
-        if attended.shape[1] == hidden_states.shape[1]:  # transformers' attention returns all tokens
+        if attended.shape[1] == hidden_states.shape[1]:  # transformers' attention returns all tokens.
             attended = attended[:, layout.keep]
         hidden_states = hidden_states[:, layout.keep] + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -457,7 +460,7 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _nll(model: Any, reference: ReferenceForward, layout: RowLayout | None = None) -> Tensor:
-    """Return the NLL of the probe's tokens, from packed rows if `layout` is given."""
+    """Return the NLL of the probe's tokens; with `layout`, use packed rows."""
     with torch.no_grad(), short_windows(model):
         if layout is not None:
             return rows_nll(model, reference.ids, LENGTHS, reference.trained, layout)
@@ -465,14 +468,14 @@ def _nll(model: Any, reference: ReferenceForward, layout: RowLayout | None = Non
 
 
 def _rows_problem(model: Any, reference: ReferenceForward, call: CallWithWeights) -> str:
-    """Return why packed rows do not reproduce the model's original output, or ""."""
+    """Return "" if packed rows reproduce the original output, or else a reason."""
     layout = RowLayout(LENGTHS, reference.ids.device)
     try:
         nll = call(_nll, model, reference, layout)
     except _UnsupportedAttention as asked:
         return str(asked)
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return f"it does not take them: {type(error).__name__}"
+        return f"the model does not support packed rows: {type(error).__name__}"
     layers = model.config.get_text_config().num_hidden_layers
     if len(layout.attended) != layers:
         return f"{layers - len(layout.attended)} of {layers} layers do not use a supported attention function"

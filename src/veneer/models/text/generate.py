@@ -1,12 +1,12 @@
 """Generate text from prompts: greedy or sampled, batched, streamed.
 
-Prompts of similar length form a batch, padded on the left, so that the last token of every row is in the last
-column and positions count real tokens only. The decoding loop is transformers' `generate`, with every setting
-given explicitly, so sampling settings in a base's generation config are ignored. A mix that is active on the
-model's attachment applies to generation.
+Prompts of similar length form a batch, padded on the left. The last token of every row is therefore in the
+last column, and positions count real tokens only. The decoding loop is transformers' `generate`. Every
+setting is given explicitly, so sampling settings in a base's generation config are ignored. If a mix of
+adapters is active on the model, it applies to generation.
 
-Sampling depends only on (seed, index of the prompt). Each row has its own random generator, so a prompt gets
-the same completion for any batch size and any other prompts in its batch.
+Sampling depends only on the seed and the prompt's index. Each row has its own random generator, so a prompt
+gets the same completion whatever the batch size and the other prompts in its batch.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to continue, or the messages of a conversation.
 
-A text is used unchanged. The chat template renders messages."""
+A text is used unchanged; messages are rendered by the chat template."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The completion of a prompt. `ids` include the stop token; `text` does not.
+    """The completion of a prompt.
 
-    `finish`: "stop" at a stop token, "length" at the token limit or at the end of the base's context."""
+    `ids` includes the stop token; `text` does not. `finish`: "stop" at a stop token, "length" at the token
+    limit or at the end of the base's context."""
 
     text: str
     ids: tuple[int, ...]
@@ -64,14 +65,14 @@ def complete(
 ) -> list[Completion]:
     """Return a completion for every prompt, in order.
 
-    `temperature` 0 is greedy. Above 0, logits are divided by `temperature` and restricted to the `top_k`
-    largest (0: all) and to the smallest set with probability `top_p`. `on_token(index, piece)`: called as
-    text is generated; the joined pieces of an index are its completion's text. The model is in eval mode
-    during the call and returns to its previous mode afterwards.
+    With a `temperature` of 0, decoding is greedy. Above 0, logits are divided by `temperature` and restricted
+    to the `top_k` largest (0: all) and to the smallest set with probability `top_p`. `on_token(index, piece)`
+    is called as text is generated; all pieces with the same index, joined, are that completion's text. The
+    model is in eval mode during the call and returns to its previous mode afterwards.
 
     Raises ConfigError for a setting out of range, DataError for an empty prompt or a prompt longer than the
     base's context, and BaseError for messages on a base without a chat template. If no token has a finite
-    score, raises AdapterError, which names the active adapters, or BaseError if no adapter is active."""
+    score, raises an AdapterError that names the active adapters, or BaseError if no adapter is active."""
     _check(max_new_tokens, temperature, top_p, top_k, batch_size)
     encoded = encode_prompts(base, prompts)
     out: dict[int, Completion] = {}
@@ -86,7 +87,7 @@ def complete(
 def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Return the token ids of each prompt. Raises the same errors as `complete`."""
     if isinstance(prompts, str):
-        raise ConfigError("prompts is a list, and this is one text", fix="[prompt]")
+        raise ConfigError("prompts must be a list, not a single text", fix="[prompt]")
     encoded = [encode_prompt(base, prompt) for prompt in prompts]
     for i, ids in enumerate(encoded):
         if not 0 < len(ids) < base.context:
@@ -99,9 +100,9 @@ def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]
 def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]:
     """Return the token ids of a prompt.
 
-    The tokenizer adds special tokens to a text. The chat template renders messages, followed by the beginning
-    of the assistant's turn. `variables`: template variables (tools, add_generation_prompt=False,
-    family-specific variables)."""
+    For a text, the tokenizer adds special tokens. For messages, the chat template renders the messages and
+    the beginning of the assistant's turn. `variables`: template variables (tools,
+    add_generation_prompt=False, family-specific variables)."""
     tokenizer = base.tokenizer
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -119,8 +120,8 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
     try:
         options = {"add_generation_prompt": True, **variables}
         text: str = base.tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    except Exception as error:  # a template that rejects its input can raise any exception
-        raise DataError(f"the chat template of {base.name} refuses these messages: {error}") from error
+    except Exception as error:  # A template that rejects its input can raise any exception.
+        raise DataError(f"the chat template of {base.name} rejects these messages: {error}") from error
     return text
 
 
@@ -139,7 +140,7 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, ba
 def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
     """Yield (prompt indices, maximum number of new tokens), longest prompts first.
 
-    Each prompt near the context limit is a batch of its own."""
+    A prompt with less space than `budget` before the context limit forms its own batch."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     roomy = [i for i in order if context - lengths[i] >= budget]
     for i in order[: len(order) - len(roomy)]:
@@ -152,7 +153,7 @@ def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> 
 def _eval_without_defaults(model: PreTrainedModel) -> Iterator[None]:
     """Set eval mode and an empty generation config inside the with-block.
 
-    Otherwise, transformers would take unset options from the base's generation config."""
+    With the base's generation config, transformers would use its values for unset options."""
     from transformers import GenerationConfig
 
     previous, model.generation_config = model.generation_config, GenerationConfig()
@@ -181,7 +182,7 @@ def _run(
         mask[r, width - len(row) :] = 1
     settings = GenerationConfig(
         max_new_tokens=budget,
-        do_sample=False,  # The sampler perturbs the scores so that the argmax is the sample.
+        do_sample=False,  # The sampler perturbs the scores so that the argmax is a sample.
         eos_token_id=list(base.stop_ids) or None,
         pad_token_id=base.pad_id,
         use_cache=True,
@@ -201,9 +202,9 @@ def _run(
 
 
 def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Return the scores (rows, vocabulary); raise an error if a maximum is not finite.
+    """Return `scores`; raise an error if a row's maximum is not finite.
 
-    Without this check, such a row would generate the first token of the vocabulary."""
+    scores: (rows, vocabulary). Without this check, such a row would generate the vocabulary's first token."""
     if bool(scores.amax(-1).isfinite().all()):
         return scores
     dtype, mix = str(base.dtype).removeprefix("torch."), active_mix(base.model)
@@ -225,8 +226,8 @@ def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Complet
 class _RowSampler:
     """A logits processor that samples with the Gumbel-max trick.
 
-    argmax(log p + g) with g = −log(−log u) is a sample from p. Each row has its own generator on the CPU, so
-    a sample does not depend on the batch or the device."""
+    argmax(log p + g) with g = −log(−log u) is a sample from p. Each row has its own random generator on the
+    CPU, so a sample does not depend on the batch or the device."""
 
     def __init__(self, indices: list[int], temperature: float, top_p: float, top_k: int, seed: int) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -249,9 +250,9 @@ class _RowSampler:
 
 
 class _Stream:
-    """A streamer for a batch, in transformers' protocol.
+    """A streamer for one batch, with the interface of transformers' streamers.
 
-    `put` receives the prompts first, and then one token for each row."""
+    `put` receives the prompts first, and then one token per row at a time."""
 
     def __init__(
         self, indices: list[int], texts: list[Pieces], stops: set[int], on_token: Callable[[int, str], None] | None

@@ -1,7 +1,7 @@
 """Load GGUF files as bases, dequantized or in GGUF blocks, and their tokenizers.
 
-transformers reads headers with the gguf package, which takes 12 seconds for a vocabulary of 262,144.
-`fast_headers` makes transformers use the reader in files/gguf.py.
+transformers reads headers with the gguf package, which takes 12 seconds for a vocabulary of 262,144 tokens.
+`fast_headers` makes transformers use the reader in files/gguf.py instead.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrainedModel:
     """Load the model of a GGUF file as an ordinary module that computes in `dtype`.
 
-    Each tensor is read when the loader asks for it, and dequantized: exactly in float32, rounded once in
-    bfloat16. `keep`: linear weights and fused experts stay in their blocks (a `Quantized` of `GgmlBlocks`),
-    with the same results. Raises transformers' errors, and BaseError for missing tensors."""
+    Each tensor is read when transformers' loader asks for it, and dequantized: exactly in float32, rounded
+    once in bfloat16. `keep`: linear weights and fused experts stay in their blocks (a `Quantized` of
+    `GgmlBlocks`), with the same results. Raises transformers' errors, and BaseError for missing tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -54,7 +54,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     in_blocks = set(quantized_weights(empty)) if keep else set()
     stored: dict[str, list[Any]] = {}
     for tensor in reader.tensors:
-        key = tensor.name.removesuffix(".weight")  # Fused experts have no suffix in the model.
+        key = tensor.name.removesuffix(".weight")  # In the model, fused experts have no ".weight" suffix.
         name = names.get(tensor.name) or names.get(key)
         if name is not None:
             stored.setdefault(name, []).append(tensor)
@@ -94,9 +94,9 @@ def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: t
 
 
 def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
-    """Return the file's row index for each row of the model, or None if unchanged.
+    """Return the file's row index of each model row, or None if the rows are in order.
 
-    The orders differ because llama.cpp permutes q and k."""
+    The orders differ if llama.cpp has permuted q and k."""
     numbers = np.arange(rows, dtype=np.float32)[:, None]
     weights = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}).weights
     order = torch.from_numpy(np.ascontiguousarray(weights)).flatten().long()
@@ -116,7 +116,7 @@ def _dequantized(processor: Any, tensors: list[Any], shape: tuple[int, ...], whe
     out = processor.process(weights=values[0].numpy(), name=name, tensor_key_mapping={}, parsed_parameters={}).weights
     tensor = torch.from_numpy(np.ascontiguousarray(out))
     if tensor.numel() != math.prod(shape):
-        raise BaseError(f"{name} is {tuple(tensor.shape)}, the model has {shape}", where=where)
+        raise BaseError(f"{name} is {tuple(tensor.shape)}, but the model expects {shape}", where=where)
     return tensor.view(shape)
 
 
@@ -124,10 +124,10 @@ def _dequantized(processor: Any, tensors: list[Any], shape: tuple[int, ...], whe
 
 
 class GgufReader:
-    """A reader with the `fields` and `tensors` of gguf's GGUFReader, for transformers.
+    """A reader for transformers, with the `fields` and `tensors` of gguf's GGUFReader.
 
-    files/gguf.py reads the file. Without `long_arrays`, a tokenizer's arrays have a length but no elements.
-    Raises the errors of `read_gguf_file`."""
+    Uses files/gguf.py to read the file. Without `long_arrays`, a tokenizer's arrays have a length but no
+    elements. Raises the errors of `read_gguf_file`."""
 
     def __init__(self, path: str, *, long_arrays: bool = True) -> None:
         file = read_gguf_file(path, long_arrays=long_arrays)
@@ -162,7 +162,7 @@ def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
         else:
             parts.append(np.array([value], SCALARS[types[0]]))
         return ReaderField(0, name, parts, [len(parts) - 1], kinds)
-    if isinstance(value, SkippedArray):  # Keep the length of a text array, which is the size of the vocabulary.
+    if isinstance(value, SkippedArray):  # Keep the length of a text array: it is the size of the vocabulary.
         texts = types[1] == GGUFValueType.STRING
         return ReaderField(0, name, parts, [0] * value.count if texts else [], [kinds[0], GGUFValueType.BOOL])
     values = [_bytes(text) for text in value] if types[1] == GGUFValueType.STRING else [*value.reshape(-1, 1)]
@@ -177,7 +177,7 @@ def _bytes(text: str) -> np.ndarray:
 def dequantize(data: np.ndarray, kind: Any) -> np.ndarray:
     """Dequantize like gguf's `dequantize`, with compiled kernels where available.
 
-    (…, bytes of a row) -> (…, values of a row) float32."""
+    (…, bytes per row) -> (…, values per row) float32."""
     if kind.name in _PLAIN:
         return np.asarray(gguf.dequantize(data, kind))
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -188,10 +188,10 @@ def dequantize(data: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def merges_of(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return the same merges as transformers' `generate_merges`, in one pass.
+    """Return the same merges as transformers' `generate_merges`, but in one pass.
 
-    A merge is a split of a token into two tokens. Sorted by highest score, then longest left part, then
-    longest right part."""
+    A merge joins two tokens into a third. The merges are sorted by highest score, then longest left part,
+    then longest right part."""
     merges: list[tuple[str, str]] = []
     ordered = sorted(scores.items(), key=lambda item: item[1], reverse=True)
     for _, pairs in itertools.groupby(ordered, key=lambda item: item[1]):
@@ -213,8 +213,8 @@ def _mapped(path: str) -> np.ndarray:
 def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
     """Replace transformers' GGUF header functions with faster ones in the with-block.
 
-    Only this thread uses the faster functions. Other threads use the originals, and their loads wait
-    (`loading`). `vocabulary`: also replace the functions that read a tokenizer."""
+    Only this thread uses the faster functions. Other threads call the original functions, but wait if they
+    load a model (`loading`). `vocabulary`: also replace the functions that read a tokenizer."""
     with loading(), ExitStack() as undo:
         ours: dict[str, Callable[..., Any]] = {
             "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
@@ -238,23 +238,23 @@ def _for_this_thread(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Ca
 
 _TOKENIZER_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "transformers.integrations.gguf.gguf_tokenizer_mapping.generate_merges": merges_of,
-    "transformers.integrations.gguf.reader._mapped": _mapped,  # slices of a memmap are slow
+    "transformers.integrations.gguf.reader._mapped": _mapped,  # Slices of a memmap are slow.
 }
 
 
 _SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 """Names of byte-level tokenizers that first split numbers into digits.
 
-The names are those in a GGUF header. GPT-2's tokenizer does not split numbers."""
+These are the names in GGUF headers. GPT-2's tokenizer does not split numbers."""
 
 
 def read_gguf_tokenizer(file: Path) -> Any:
     """Read the tokenizer of a GGUF file, without special tokens of other models.
 
-    transformers has two faults here, which this function corrects. Its tokenizer classes add special tokens
-    of other models if the file lacks them (three for DeepSeek-R1-Distill-Qwen-7B, which gives more tokens
-    than the model has rows). It also treats unknown byte-level tokenizers like GPT-2's. Raises transformers'
-    errors."""
+    This function corrects two faults in transformers. First, transformers' tokenizer classes add special
+    tokens of other models if the file lacks them. For DeepSeek-R1-Distill-Qwen-7B, they add three, so the
+    tokenizer has more tokens than the model has rows. Second, transformers treats unknown byte-level
+    tokenizers like GPT-2's. Raises transformers' errors."""
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _BROKEN = "�"
-"""The replacement character, decoded from invalid or incomplete bytes."""
+"""The replacement character, which invalid or incomplete bytes decode to."""
 _WINDOW = 16
-"""Approximate number of last tokens that are decoded again with each new token."""
+"""Approximate number of preceding tokens decoded again with each new token."""
 
 
 class Decoder(Protocol):
-    """The `decode` method of transformers' tokenizers."""
+    """An object with the `decode` method of transformers' tokenizers."""
 
     def decode(self, token_ids: Any, **settings: Any) -> Any: ...
 
 
 def decode_text(tokenizer: Decoder, ids: Sequence[int]) -> str:
-    """Return the text of tokens, without special tokens and with spaces unchanged."""
+    """Decode tokens to text, without special tokens and with spaces unchanged."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -31,10 +31,10 @@ class Pieces:
     """Decodes the tokens of a completion into pieces of text.
 
     The joined pieces equal the text of all tokens. A token can end inside a character, and its text can
-    depend on the tokens before it, so each new piece comes from decoding a window of the last tokens.
+    depend on preceding tokens, so each new piece comes from decoding a window of the most recent tokens.
     Incomplete characters at the end of the window are held back until further tokens complete them.
     Exception: with byte fallback (Llama 2), an invalid byte turns earlier characters into replacement
-    characters, but pieces already returned do not change.
+    characters, but pieces that have already been returned do not change.
     """
 
     tokenizer: Decoder
@@ -47,7 +47,7 @@ class Pieces:
         now = decode_text(self.tokenizer, self.window)
         stable = now.rstrip(_BROKEN)
         if len(self.window) >= 4 * _WINDOW:
-            stable = now[: max(len(stable), len(now) - 3)]  # the longest incomplete character has 3 bytes
+            stable = now[: max(len(stable), len(now) - 3)]  # The longest incomplete character has 3 bytes.
         new, self.sent = stable[self.sent :], max(self.sent, len(stable))
         if len(self.window) >= _WINDOW and len(self.window) % 8 == 0:
             self._shorten(now)
@@ -61,8 +61,8 @@ class Pieces:
     def _shorten(self, now: str) -> None:
         """Shorten the window to a few tokens that decode to the same end of text.
 
-        The new window starts at the beginning of a character. If every token begins inside a character, a
-        window four times as long is shortened anyway."""
+        The new window starts at the beginning of a character. If no such token is found before the window has
+        4 · _WINDOW tokens, the window is shortened anyway."""
         unsent = max(len(now) - self.sent, 0)
         for n in range(8, 3, -1):
             text = decode_text(self.tokenizer, self.window[-n:])

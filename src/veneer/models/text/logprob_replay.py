@@ -1,11 +1,11 @@
-"""Log-probabilities of another forward pass, with the gradient of this model.
+"""Combine log-probabilities of another forward pass with this model's gradient.
 
     x_i = output of layer i in the other forward pass    ∂x_i/∂x_{i-1}, ∂x_i/∂θ by this model's own layer i, at x_{i-1}
 
 The other forward pass is the server's, which samples completions. The log-probabilities are then
-bit-identical to the sampler's, although this model may sum in another order. Each layer is differentiated at
-the values of the other forward pass, so the result is the gradient of that forward pass, up to the rounding
-of a backward pass.
+bit-identical to the sampler's, even if this model sums in another order. Each layer is differentiated at the
+values of the other forward pass, so the result is the gradient of that forward pass, up to the rounding of a
+backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from veneer.ops.attention import SharedRows
 
 
 class Replay(Protocol):
-    """Another forward pass over some rows, which runs once, layer by layer."""
+    """Another forward pass over some rows, which runs only once, layer by layer."""
 
     @abstractmethod
     def layer(self) -> Tensor:
@@ -36,7 +36,7 @@ class Replay(Protocol):
     def logps(self) -> Tensor:
         """Return log p of each trained token, (M,) float32.
 
-        Call this after the last layer, or without any call to `layer`."""
+        Call this either after the last layer, or without any call of `layer`."""
 
 
 def replayed_logps(
@@ -49,11 +49,11 @@ def replayed_logps(
 ) -> Tensor:
     """Return log p of each trained token, (M,).
 
-    The values come from the replay. The gradient comes from this model, evaluated at the replay's values.
-    Arguments are the same as for `token_logps`. Raises ConfigError unless the model is inside `fast` and
-    supports packed rows."""
+    The values come from the replay. The gradient comes from this model, evaluated at the replay's values. The
+    arguments are those of `token_logps`. Raises ConfigError unless the model is inside `fast` and supports
+    packed rows."""
     if not fast_report(model).rows:
-        why = fast_report(model).skipped.get("rows", "it is not within its fast paths")
+        why = fast_report(model).skipped.get("rows", "the fast paths are not active")
         message = f"values of this base's layers cannot be replaced: {why}"
         raise ConfigError(message, fix="set reinforcement.exact to false")
     at = trained.nonzero()[:, 0].to(input_ids.device)
@@ -64,7 +64,7 @@ def replayed_logps(
 
 
 class _Valued(torch.autograd.Function):
-    """Replace the values of y's first rows; the gradient passes to y unchanged."""
+    """Replace the values of y's first rows; pass the gradient to y unchanged."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, values: Tensor) -> Tensor:
@@ -84,10 +84,10 @@ def _with_values(y: Tensor, values: Tensor) -> Tensor:
 
 @contextmanager
 def _replayed_outputs(layers: Sequence[nn.Module], replay: Replay, source_rows: Tensor | None) -> Iterator[None]:
-    """Replace the layers' outputs by the replay's values, inside the with-block.
+    """Replace the layers' outputs with the replay's values, inside the with-block.
 
-    Activation checkpointing recomputes layers after the with-block, but only from their inputs.
-    `source_rows`: the tokens that the last layer returns, if it does not return all."""
+    Activation checkpointing recomputes layers after the with-block, but uses only their inputs.
+    `source_rows`: the tokens that the last layer returns, if it does not return all tokens."""
 
     def valued(i: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         values = replay.layer()

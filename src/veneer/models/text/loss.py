@@ -9,7 +9,7 @@
     chunked_logits             a function of the complete logits at given positions
     compared_logits            a function of these logits and another model's logits: for distillation
 
-Inside `fast`, rows run without padding. Elsewhere, and for families that do not support packed rows, rows are
+Inside `fast`, rows run without padding if the model's family supports packed rows. Otherwise, rows are
 padded. The padded version is the slow reference for the fast path.
 """
 
@@ -36,7 +36,7 @@ def text_loss(
 ) -> Tensor:
     """Return the summed negative log-likelihood in float32.
 
-    input_ids: (N,) with N = Σ lengths. trained: (N,) bool, preferably on the CPU, because the host reads it
+    input_ids: (N,) with N = Σ lengths. trained: (N,) bool, preferably on the CPU: the host reads `trained`
     and would otherwise wait for the device. `correct`: (trained tokens,) bool on the model's device, which
     the function fills: True if no other token has a higher probability. Raises ValueError if the lengths do
     not add up to N, or if a row's first token is trained, because no token predicts it."""
@@ -57,9 +57,9 @@ def token_logps(
 ) -> Tensor:
     """Return log p of each trained token, in order: (M,), float32.
 
-    Arguments are the same as for `text_loss`. `shared`: rows with common tokens, which are computed once.
-    input_ids and trained then contain the N distinct tokens, lengths are the lengths of the whole rows, and
-    no trained token belongs to two rows."""
+    Arguments are the same as for `text_loss`. `shared`: set for rows with common tokens, which are computed
+    only once. In this case, `input_ids` and `trained` contain the N distinct tokens, `lengths` contains the
+    lengths of the whole rows, and no trained token belongs to two rows."""
     return -_text_nll(model, input_ids, lengths, trained, shared=shared)
 
 
@@ -99,11 +99,12 @@ def rows_nll(
 ) -> Tensor:
     """Return −log p of each trained token, (M,), computed without padding.
 
-    For models inside `fast`. Logits are computed only at trained positions. `layout`: a layout of the same
-    lengths, which records the layers that used it. `rounded`: whether to pad the tokens, and the positions
-    with an output, to one of `rounded_sizes`; None: if that is faster. The padding comes after the real
-    tokens, so it does not change their dropout or results. `segments`: LoRA segments of these tokens,
-    selected in the attachment. `correct`: as in `text_loss`; `shared`: as in `token_logps`."""
+    The model must be inside `fast`. Logits are computed only at trained positions. `layout`: a layout with
+    the same lengths, which records the layers that used it. `rounded`: whether to pad the number of tokens,
+    and the number of positions with an output, to one of `rounded_sizes`; None pads if padding is faster. The
+    padding comes after the real tokens, so it does not change their dropout or results. `segments`: LoRA
+    segments of these tokens, selected in the attachment. `correct`: as in `text_loss`; `shared`: as in
+    `token_logps`."""
     trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
     hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, segments, shared)
     row_correct = None if correct is None else correct.new_empty(len(at))
@@ -135,7 +136,7 @@ def target_logps(
     """Return log p of k target tokens after each position, (M, k) float32.
 
     hidden: (M, d), from `hidden_at`; targets: (M, k). `acting`: returns a context manager that is entered
-    whenever the head runs, to use an adapter other than the active one."""
+    whenever the head runs, for example to use another adapter than the active one."""
     with acting():
         if targets.shape[1] == 1 and _plain_head(model, hidden) is not None:
             return -_head_nll(model, hidden, targets[:, 0])[:, None]
@@ -155,8 +156,8 @@ def compared_logits(
     """Return compare(logits, their logits, rows), computed in chunks of rows.
 
     hidden: (M, d), from `hidden_at`. `their_logits`: returns the other model's logits for a slice of the
-    rows, without a gradient. Logits are float32 and limited to the token ids of both vocabularies, because
-    some bases pad their vocabulary. Only one chunk of logits exists at a time, and the backward pass
+    rows, without a gradient. Logits are float32. They are limited to the token ids that exist in both models,
+    because some bases pad their vocabulary. Only one chunk of logits exists at a time, and the backward pass
     recomputes the logits."""
 
     def part(ours: Tensor, rows: slice) -> Tensor:
@@ -177,9 +178,9 @@ def chunked_logits(
     """Return compute(logits, rows), computed in chunks of rows and concatenated.
 
     hidden: (M, d), from `hidden_at`. `acting`: as in `target_logps`. Logits are float32. Only one chunk of
-    logits exists at a time, and the backward pass recomputes the logits. If `compute` fills a tensor, the
-    tensor must be in its closure: checkpointing saves arguments for the backward pass and fails if they have
-    changed."""
+    logits exists at a time, and the backward pass recomputes the logits. If `compute` fills a tensor, that
+    tensor must be in the closure of `compute`: checkpointing saves arguments for the backward pass and fails
+    if they have changed."""
 
     def part(rows: slice, x: Tensor) -> Tensor:
         with acting():
@@ -197,7 +198,7 @@ def chunked_logits(
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Return the head's logits for outputs of `hidden_at`, (M, vocabulary) float32."""
+    """Return the head's logits, (M, vocabulary) float32, for a result of `hidden_at`."""
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
@@ -215,12 +216,12 @@ def _rows_hidden(
     segments: LoraSegments | None,
     shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (head inputs that predict the tokens `at`, `at`).
+    """Return (the head's inputs that predict the tokens at the indices `at`, `at`).
 
-    Both are padded at the end if `rounded`. The last index in `at` can be one past the last token."""
+    If `rounded`, both are padded at the end. The last index in `at` can be one past the last token."""
     device, count = input_ids.device, len(at)
     if rounded is None:
-        weight = model.get_input_embeddings().weight  # oneDNN computes products of 16 bits on the CPU
+        weight = model.get_input_embeddings().weight  # On the CPU, oneDNN computes 16-bit products.
         rounded = layout is None and device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
     if rounded:
         idle = padded_tokens(len(input_ids), count) - len(input_ids)
@@ -232,8 +233,8 @@ def _rows_hidden(
     layout.keep = previous if fast_report(model).keeps else None
     if segments is not None:
         segments.sizes = len(input_ids), len(at)
-    # transformers does not change a 4-d mask, which avoids building an N × N mask. The attention interface of
-    # fast.py uses the layout and ignores the mask.
+    # transformers leaves a 4-d mask unchanged, so passing one avoids building an N × N mask. The attention
+    # interface of fast.py uses the layout and ignores the mask.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     out = _decoder(model)(
         input_ids=input_ids[None],
@@ -243,15 +244,15 @@ def _rows_hidden(
         row_layout=layout,
     )
     hidden = out.last_hidden_state[0]
-    # A last layer that an adapter replaces completely returns all positions. Their number is always larger,
-    # because first tokens are not trained.
+    # If an adapter replaces the last layer completely, the layer returns all positions. These are always more
+    # than len(at), because first tokens are not trained.
     return (hidden if len(hidden) == len(at) else hidden[previous]), at
 
 
 def _decoder(model: Any) -> Any:
     """Return the model without its head.
 
-    In some families, get_decoder returns the whole model."""
+    In some families, `get_decoder` returns the whole model."""
     decoder = model.get_decoder()
     return model.model if decoder is model else decoder
 
@@ -259,7 +260,7 @@ def _decoder(model: Any) -> Any:
 def padded_nll(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, correct: Tensor | None = None
 ) -> Tensor:
-    """Return −log p of each trained token, (M,), by the reference implementation.
+    """Compute −log p of each trained token, (M,), with the reference implementation.
 
     The reference uses padded rows, the model's original forward and a float32 loss. `correct`: as in
     `text_loss`."""

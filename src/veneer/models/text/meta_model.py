@@ -1,8 +1,10 @@
 """Build language models from their configuration, without weights.
 
-model = meta_text_model(config, dtype=torch.bfloat16, quantize="nf4")  on the meta device, with load_text's
-structure
-groups = tied_weights(folder)                                          parameters of a model folder that share a weight
+# a model on the meta device, with the same modules as load_text
+model = meta_text_model(config, dtype=torch.bfloat16, quantize="nf4")
+
+# groups of parameter names that share a weight
+groups = tied_weights(folder)
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 def meta_text_model(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: str = "") -> Any:
     """Build the frozen language model of `config` in eval mode, without weights.
 
-    The weights are on the meta device. The buffers are on the CPU and have their values. `quantize`: format
-    of the linear weights, which are then doubly quantized as in `load_text`."""
+    The parameters are on the meta device. The buffers are on the CPU and have their values. `quantize`:
+    format of the linear weights. 4-bit weights are doubly quantized as in `load_text`."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -44,7 +46,7 @@ def meta_text_model(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: s
 
 
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """Return the transformers model of a config.
+    """Return a new transformers model for a config.
 
     Raises ConfigError if transformers rejects the config."""
     from transformers import AutoModelForCausalLM
@@ -59,8 +61,8 @@ def tied_weights(folder: Path) -> list[list[str]]:
 
     folder: a saved transformers model. The model class determines the groups, even if config.json has no
     `tie_word_embeddings`; the model is built without weights. Returns [] for a folder without a transformers
-    config.json. If transformers does not know the family and exactly one stored matrix has one row per token,
-    that matrix counts as tied to the head unless config.json says otherwise."""
+    config.json. If transformers does not know the model family and exactly one stored matrix has one row per
+    token, that matrix counts as tied to the head, unless config.json says otherwise."""
     import transformers
 
     file = folder / "config.json"
@@ -79,7 +81,7 @@ def tied_weights(folder: Path) -> list[list[str]]:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with loading(), torch.device("meta"):
             model = built._from_config(config) if hasattr(built, "_from_config") else built.from_config(config)
-    except Exception as error:  # any type, because each model class parses its own fields
+    except Exception as error:  # Each model class parses its own fields and can raise any exception type.
         why = " ".join(f"{type(error).__name__}: {error}".split())
         message = f"transformers cannot build a model from this configuration: {why:.300}"
         raise BaseError(message, where=str(file)) from error

@@ -1,8 +1,8 @@
 """Copy the module tree of a base while sharing its weights.
 
-    trained = copy_modules(base)        attach, use `fast` or add hooks, while `base` is served
+    trained = copy_modules(base)        attach adapters, use `fast` or add hooks, while `base` is served
 
-A server and a training run change their modules independently, and neither writes to the shared weights.
+A server and a training run can then change their modules independently. Neither writes to the shared weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from veneer.ops.quantized import Quantized
 
 
 def copy_modules(base: TextBase) -> TextBase:
-    """Return the base with a copy of its modules over the same weights.
+    """Return a base with copies of the modules that share the original weights.
 
-    Replaced forwards and hooks of the original modules are not copied. The original modules must not have
-    adapters attached."""
+    Replaced forward methods and hooks of the original modules are not copied. The original modules must not
+    have adapters attached."""
     model: Any = base.model
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -34,7 +34,7 @@ def copy_modules(base: TextBase) -> TextBase:
     with torch.no_grad():
         copied = copy.deepcopy(model, memo)
     for module in copied.modules():
-        module.__dict__.pop("forward", None)  # remove a replaced forward
+        module.__dict__.pop("forward", None)  # Remove a replaced forward method.
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
     restore_attention(copied)

@@ -1,4 +1,4 @@
-"""Determine what a language model and its modules compute by running them.
+"""Run a language model and its modules to determine what they compute.
 
     reference = ReferenceForward.compute(model)      before any module is replaced
     reference.nll_problem(nll)           "", or which token differs and by how much
@@ -8,16 +8,18 @@
 
 The whole model runs its original forward on a few padded rows of random tokens. The forward under test can
 use packed rows; the comparison then shows whether information leaks from row to row. Attention windows are
-shortened during the test, so that short rows exceed them and the cost does not depend on the config. Outputs
-are compared token by token, in float32. The effect of rounding is measured: every row runs twice in one
-batch, and in the second run each layer's output is moved by one unit in the last place, up or down at random.
-On Gemma 3 270M, this changes the loss of a token by 1 in bfloat16 and by 1e-4 in float32, so a tolerance that
-depends only on the dtype would be too wide or too narrow.
+shortened during the test, so that even short rows exceed the windows and the cost does not depend on the
+config. Outputs are compared token by token, in float32.
+
+The effect of rounding is measured: every row runs twice in one batch, and in the second run each layer's
+output is moved by one unit in the last place, up or down at random. On Gemma 3 270M, this changes the loss of
+a token by 1 in bfloat16 and by 1e-4 in float32, so a tolerance that depends only on the dtype would be too
+wide or too narrow.
 
 A module's formula does not depend on its weights, so modules are tested with weights that identify the
-formula: zeros, ones and extreme values in a norm, small float64 matrices in an MLP. These weights are in a
-copy, or are used for one call. With the base's own weights, w ⊙ x̂ and (1 + w) ⊙ x̂ can be too similar if a
-few weights are large.
+formula: zeros, ones and extreme values in a norm, small float64 matrices in an MLP. These weights are set in
+a copy of the module, or for a single call. With the base's own weights, w ⊙ x̂ and (1 + w) ⊙ x̂ can be too
+similar if a few weights are large.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ from veneer.ops.device_transfer import in_float64
 LENGTHS = (21, 9, 2)
 """Lengths of the probe's rows in tokens.
 
-The lengths are: far beyond the short window, one token beyond it, and the shortest row that has a loss."""
+The first row is far longer than the short window, the second is one token longer than it, and the third is
+the shortest row that has a loss."""
 
 WINDOW = 8
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
 _FACTOR = 8
-"""Allowed deviation for another summation order, relative to measured rounding."""
+"""Allowed deviation due to summation order, as a multiple of measured rounding."""
 
 
 @contextmanager
@@ -65,12 +68,12 @@ def short_windows(model: Any) -> Iterator[None]:
 class ReferenceForward:
     """The output of a model's original forward on the probe.
 
-    `ids`: (N,), packed rows of LENGTHS. `logits`: (N, vocabulary), float32. `moved`: the logits with a
-    perturbed rounding of every layer. `eps`: machine epsilon of the model's dtype."""
+    `ids`: (N,), packed rows of LENGTHS. `logits`: (N, vocabulary), float32. `perturbed`: the logits after
+    perturbing the rounding of every layer. `eps`: machine epsilon of the model's dtype."""
 
     ids: Tensor
     logits: Tensor
-    moved: Tensor
+    perturbed: Tensor
     eps: float
 
     @classmethod
@@ -85,8 +88,8 @@ class ReferenceForward:
         real = torch.arange(rows.shape[1], device=device) < torch.tensor(LENGTHS, device=device)[:, None]
         with short_windows(model), _perturbed_rounding(model, len(LENGTHS)):
             out = model(input_ids=rows.repeat(2, 1), attention_mask=real.long().repeat(2, 1), use_cache=False)
-        logits, moved = (half[real].float() for half in out.logits.chunk(2))
-        return cls(ids, logits, moved, torch.finfo(out.logits.dtype).eps)
+        logits, perturbed = (half[real].float() for half in out.logits.chunk(2))
+        return cls(ids, logits, perturbed, torch.finfo(out.logits.dtype).eps)
 
     @property
     def trained(self) -> Tensor:
@@ -96,52 +99,56 @@ class ReferenceForward:
         return out
 
     def nll_problem(self, nll: Tensor) -> str:
-        """Return how `nll` differs from the reference by more than rounding, or "".
+        """Return how `nll` differs from the reference, or "" if only by rounding.
 
         nll: one value for each token of `trained`, computed with short windows."""
         at = self.trained.nonzero()[:, 0]
-        expected, moved = (
+        expected, perturbed = (
             torch.nn.functional.cross_entropy(x[at - 1], self.ids[at], reduction="none")
-            for x in (self.logits, self.moved)
+            for x in (self.logits, self.perturbed)
         )
         size = self.logits[at - 1].abs().amax(1)
-        return self._problem(nll.detach().float()[:, None], expected[:, None], moved[:, None], size, "loss")
+        return self._problem(nll.detach().float()[:, None], expected[:, None], perturbed[:, None], size, "loss")
 
     def logits_problem(self, logits: Tensor, at: Tensor | None = None) -> str:
-        """Return how logits (tokens, vocabulary) differ from the reference, or "".
+        """Return how `logits` differ from the reference, or "" if only by rounding.
 
-        at: indices of the tokens that the logits belong to; by default, all tokens."""
+        logits: (tokens, vocabulary). at: indices of the tokens that the logits belong to; by default, all
+        tokens."""
         selected = slice(None) if at is None else at
         expected = self.logits[selected]
-        return self._problem(logits.float(), expected, self.moved[selected], expected.abs().amax(1), "largest logit")
+        return self._problem(
+            logits.float(), expected, self.perturbed[selected], expected.abs().amax(1), "largest logit"
+        )
 
-    def _problem(self, got: Tensor, expected: Tensor, moved: Tensor, size: Tensor, quantity: str) -> str:
-        """Return how `got` differs from `expected` in its rows, or "".
+    def _problem(self, got: Tensor, expected: Tensor, perturbed: Tensor, size: Tensor, quantity: str) -> str:
+        """Return how the rows of `got` and `expected` differ, or "" if only by rounding.
 
         size: (rows,), magnitude of the values that were rounded last."""
         if got.shape != expected.shape or not torch.isfinite(got).all():
             return f"its {quantity} is not finite" if got.shape == expected.shape else f"it gives {tuple(got.shape)}"
         off = (got - expected).abs().amax(1)
-        explained = _FACTOR * (moved - expected).abs().max() + 2 * self.eps * size
+        explained = _FACTOR * (perturbed - expected).abs().max() + 2 * self.eps * size
         worst = int((off - explained).argmax())
         if off[worst] <= explained[worst]:
             return ""
         error = f"the {quantity} of token {worst + 1} of {len(off)} is {float(off[worst]):.3g} off"
-        return f"{error}, where rounding explains {float(explained[worst]):.2g}"
+        return f"{error}, but rounding explains only {float(explained[worst]):.2g}"
 
 
 def near_rows(got: Tensor, expected: Tensor, eps: float) -> bool:
     """Return whether the rows agree up to rounding.
 
-    ‖got − expected‖ ≤ 16·eps·‖expected‖ for each row, because a product with another number of rows can sum
-    in another order. `eps`: machine epsilon of the dtype of both computations."""
+    The test is ‖got − expected‖ ≤ 16·eps·‖expected‖ for each row. Rows can differ because a product with
+    another number of rows can sum in another order. `eps`: machine epsilon of the dtype of both
+    computations."""
     got, expected = in_float64(got), in_float64(expected)
     return bool(((got - expected).norm(dim=-1) <= 16 * eps * expected.norm(dim=-1)).all())
 
 
 @contextmanager
 def _perturbed_rounding(model: Any, first: int) -> Iterator[None]:
-    """Move the layers' outputs by one unit in the last place, from row `first` on."""
+    """Move layer outputs by one unit in the last place, in the rows from `first` on."""
     generator = torch.Generator().manual_seed(1)
 
     def move(_module: nn.Module, _args: Any, out: Any) -> Any:
@@ -170,8 +177,8 @@ class UnknownFormula(Exception):
 def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
     """Return (w, ε) of an RMS norm.
 
-    w is the weight, or `plus` + weight in at least float32, because 16 bits are too few for 1 + weight.
-    Raises UnknownFormula for a norm without a weight."""
+    If `plus` is 0, w is the weight. Otherwise, w is `plus` + weight in at least float32, because 16 bits are
+    too few for 1 + weight. Raises UnknownFormula for a norm without a weight."""
     weight = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor):
@@ -183,18 +190,18 @@ def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
 def rms_norm_weight_offset(module: nn.Module) -> float:
     """Return the number that an RMS norm adds to its weight, 0 or 1.
 
-    Raises UnknownFormula if the module is not such an RMS norm."""
+    Raises UnknownFormula if the module computes anything other than one of these RMS norms."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
         raise UnknownFormula("the norm has no weight or no ε")
     if [name for name, _ in module.named_parameters()] != ["weight"]:
-        raise UnknownFormula("it has more than a weight")
+        raise UnknownFormula("it has parameters besides its weight")
     generator = torch.Generator().manual_seed(0)
     n = len(weight)
     x, wild = torch.randn(4, n, generator=generator), torch.randn(n, generator=generator)
-    x[1:, : n // 8] *= 30.0  # as in real activations, a few channels are far larger than the rest
-    x[3] *= 1e-3  # a token so small that ε matters
+    x[1:, : n // 8] *= 30.0  # As in real activations, a few channels are far larger than the rest.
+    x[3] *= 1e-3  # This token is so small that ε matters.
     wild[n // 2 :] *= 20.0
     with torch.no_grad():
         tried = [torch.zeros(n), torch.ones(n), wild]
@@ -231,7 +238,7 @@ _PARTS = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
-    """Return ([gate, up], down) or ([gate_up], down) of a possible gated MLP.
+    """Return ([gate, up], down) or ([gate_up], down) if a module can be a gated MLP.
 
     Returns None if the module does not have these linear projections."""
     children = dict(module.named_children())
@@ -253,7 +260,7 @@ def gate_of(module: nn.Module) -> str:
     if "forward" in module.__dict__:
         raise UnknownFormula("its forward was replaced")
     if any(isinstance(m, nn.Dropout) and m.p for m in module.modules()):
-        raise UnknownFormula("it drops something")
+        raise UnknownFormula("it uses dropout")
     hidden, inner = 6, 10
     generator = torch.Generator().manual_seed(0)
 
@@ -277,7 +284,7 @@ def gate_of(module: nn.Module) -> str:
         try:
             got = small(x)
         except Exception as error:  # With these sizes, a module of another kind can raise any exception.
-            raise UnknownFormula(f"its formula could not be tried: {type(error).__name__}") from None
+            raise UnknownFormula(f"its formula could not be tested: {type(error).__name__}") from None
         if "gate_up_proj" in linears:
             gate, up = linears["gate_up_proj"](x).chunk(2, dim=-1)
         else:
@@ -295,7 +302,7 @@ def _activation(module: nn.Module) -> str | None:
     function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     if not callable(function):
         return None
-    x = torch.linspace(-40, 40, 1001)  # far enough to reach the limits of clipped activations
+    x = torch.linspace(-40, 40, 1001)  # The range is wide enough to reach the limits of clipped activations.
     with torch.no_grad():
         y = function(x)
         candidates = _ACTIVATIONS.items()

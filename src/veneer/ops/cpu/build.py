@@ -22,15 +22,16 @@ import torch
 from veneer.files.atomic import replace_file
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
-"""Compiler flags. -ffast-math is not used, so that NaN and infinity keep their meaning: training uses them to
-detect a diverged run."""
+"""Compiler flags, without -ffast-math.
+
+NaN and infinity must keep their meaning, because training uses them to detect a diverged run."""
 
 
 class BuiltKernels:
     """A compiled kernel library.
 
     library: path of the file.
-    rejected: kernel -> why it must not be used.
+    rejected: kernel -> the reason why it must not be used.
     notes: messages for the user."""
 
     def __init__(self, library: Path, rejected: dict[str, str], notes: list[str]) -> None:
@@ -40,17 +41,17 @@ class BuiltKernels:
 def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> BuiltKernels:
     """Compile and test the kernels, unless a build for this machine already exists.
 
-    Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if no folder can be
-    trusted."""
+    Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if there is no trusted
+    folder for them."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
     key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
     folder = trusted_folder(notes)
     library = folder / f"native-{key}.so"
-    record = folder / f"native-{key}-{torch.__version__}.json"  # some kernels call libtorch
+    record = folder / f"native-{key}-{torch.__version__}.json"  # some kernels depend on libtorch
     for path in (library, record):
-        if path.exists() and (why := distrusted(path)):
-            notes.append(f"{path.name} was made anew: {why}")
+        if path.exists() and (why := distrust_reason(path)):
+            notes.append(f"{path.name} was built again: {why}")
             library.unlink(missing_ok=True)
             record.unlink(missing_ok=True)
     if not library.exists():
@@ -58,15 +59,15 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
         compile_kernels(compiler, sources, library)
     wrong = _read_record(record)
     if wrong is None:
-        wrong = left_out(library)
+        wrong = failed_kernels(library)
         replace_file(record, [json.dumps(wrong).encode()], mode=0o600)
     return BuiltKernels(library, wrong, notes)
 
 
 def _read_record(record: Path) -> dict[str, str] | None:
-    """Return the kernels that an earlier process rejected, with reasons.
+    """Return kernel -> reason for the kernels that an earlier process rejected.
 
-    None if the record is missing or invalid; all kernels must then be tested again."""
+    Returns None if the record is missing or invalid; all kernels must then be tested again."""
     try:
         wrong = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     except (ValueError, RecursionError):
@@ -85,17 +86,17 @@ def trusted_folder(notes: list[str]) -> Path:
         except OSError as error:
             notes.append(f"{folder} cannot be used ({error.strerror})")
             continue
-        if not (why := distrusted(folder)):
+        if not (why := distrust_reason(folder)):
             return folder
         notes.append(f"{folder} is not used: {why}")
     raise OSError("; ".join(["there is no folder for the kernels that only you can write to", *notes]))
 
 
-def distrusted(path: Path) -> str:
-    """Return why another user could have written `path`; "" if only this user and root could.
+def distrust_reason(path: Path) -> str:
+    """Return why `path` is not safe, or "" if only this user and root can write to it.
 
-    Follows links. A loaded library runs with all permissions of this process."""
-    if not hasattr(os, "geteuid"):  # on Windows, a profile's folders belong to that user
+    Follows links. The check is needed because a loaded library runs with all permissions of this process."""
+    if not hasattr(os, "geteuid"):  # On Windows, only the user can write to the folders of the user's profile.
         return ""
     status = path.stat()
     if status.st_uid not in (0, os.geteuid()):
@@ -104,7 +105,7 @@ def distrusted(path: Path) -> str:
 
 
 def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]:
-    """Return the first compiler on the path, and a note for the user.
+    """Return the first compiler found on the path (or None), and a note for the user.
 
     variable: an environment variable that takes precedence over `names`."""
     requested = os.environ.get(variable, "")
@@ -113,15 +114,16 @@ def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]
 
 
 def why_not_compiled(compiler: str, error: Exception) -> str:
-    """Return one line on a failed build: exit code and last lines of compiler output.
+    """Return a one-line reason for a failed build.
 
-    The compiler command itself is left out, because it is very long."""
+    The line contains the exit code and the compiler's last lines of output, but not the compiler command,
+    which is very long."""
     if isinstance(error, subprocess.TimeoutExpired):
         return f"{compiler} was stopped after {error.timeout:.0f} s"
     if not isinstance(error, subprocess.CalledProcessError):
         return " ".join(str(error).split()) or repr(error)
     printed = [line.strip()[:_WIDE] for line in str(error.stderr or error.stdout or "").splitlines() if line.strip()]
-    message = f"its last words: {' | '.join(printed[-_LAST:])}" if printed else "it printed nothing"
+    message = f"its last output: {' | '.join(printed[-_LAST:])}" if printed else "it printed nothing"
     return f"{compiler} ended with exit code {error.returncode}; {message}"
 
 
@@ -130,7 +132,7 @@ _LAST, _WIDE = 3, 200
 
 
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
-    """Compile `sources` to `target`, atomically.
+    """Compile `sources` to `target`, and replace `target` atomically.
 
     more: additional compiler arguments."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -142,15 +144,15 @@ def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: 
             check=True,
             timeout=120,
         )
-        built.chmod(0o700)  # regardless of the umask
+        built.chmod(0o700)  # Set the mode explicitly, so that it does not depend on the umask.
         built.replace(target)
 
 
-def left_out(library: Path) -> dict[str, str]:
+def failed_kernels(library: Path) -> dict[str, str]:
     """Return kernel -> reason for each kernel that fails its self-test.
 
-    A subprocess tests the kernels. If a kernel crashes the subprocess, a new subprocess tests the others.
-    Raises OSError if no kernel could be tested."""
+    The kernels are tested in a subprocess. If a kernel crashes the subprocess, a new subprocess tests the
+    remaining kernels. Raises OSError if no kernel could be tested."""
     wrong: dict[str, str] = {}
     code = "import sys; from veneer.ops.cpu.selftest import run_checks; run_checks(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "VENEER_NATIVE": "0"}
@@ -163,8 +165,8 @@ def left_out(library: Path) -> dict[str, str]:
             return wrong
         if not records or "begins" not in records[-1]:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-            raise OSError(f"they could not be tried: {last}")
-        wrong |= dict.fromkeys(records[-1]["begins"], f"ends its process ({done.returncode})")
+            raise OSError(f"they could not be tested: {last}")
+        wrong |= dict.fromkeys(records[-1]["begins"], f"crashes its process ({done.returncode})")
 
 
 def _folders() -> list[Path]:
@@ -174,7 +176,7 @@ def _folders() -> list[Path]:
 
 
 def machine_of(compiler: str) -> list[str]:
-    """Return everything that determines the generated instructions.
+    """Return everything that determines which instructions the compiler generates.
 
     Includes the compiler's resolution of -march=native and the processor's feature lists (one list per kind
     of core)."""
@@ -189,7 +191,8 @@ def machine_of(compiler: str) -> list[str]:
 def processor_features() -> list[str]:
     """Return the distinct lines of /proc/cpuinfo that list instruction sets.
 
-    Supports x86, ARM and RISC-V. Cores of different kinds have different lines. Empty outside Linux."""
+    Supports x86, ARM and RISC-V. Different kinds of cores have different lines. Outside Linux, the list is
+    empty."""
     features = ("flags", "features", "isa", "cpu implementer", "cpu part")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []

@@ -1,11 +1,11 @@
 """The compiled kernels: signatures, loading, and availability on this machine.
 
-The kernels are optional: without a C compiler, everything runs on torch's operations, slower and with the
-same results within bfloat16 rounding. `status()` reports whether the kernels are used and why;
+The kernels are optional. Without a C compiler, everything runs with torch operations: more slowly, with the
+same results up to bfloat16 rounding. `status()` reports whether the kernels are used and why;
 VENEER_NATIVE=0 disables them. The sources are built once on the user's machine (build.py) and called through
-ctypes. Every kernel is tested against its formula once per build (selftest.py); a kernel that fails is
-reported and replaced by torch's operations. Callers look up a kernel by name first: `usable("rms_norm", x,
-w)`.
+ctypes. Every kernel is tested against its formula once per build (selftest.py). A kernel that fails is
+reported, and torch operations are used instead. Callers first look up a kernel by name: `usable("rms_norm",
+x, w)`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from veneer.ops.lowrank import LowRank
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _LETTERS = {"p": _pointer, "l": _int64, "f": _float, "i": _int, "u": ctypes.c_uint32}
-"""Argument types of the C functions, by the letters used in signatures."""
+"""Argument types of the C functions, keyed by the letters used in signatures."""
 _EVERYWHERE = {
     "use_threads": "i",
     "stay": "pii",
@@ -77,7 +77,7 @@ _TILES = {
 }
 """Kernels that use libtorch's small matrix products, in float32 or bfloat16."""
 _WIDE = ("rope_varlen_attention", "rope_varlen_attention_backward")
-"""Kernels of `_TILES` that work in float32."""
+"""The kernels in `_TILES` that compute in float32."""
 SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
 """All kernels: C function name -> letters of its argument types."""
 SOURCES = ("native.c", "quantized.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
@@ -88,8 +88,10 @@ _reason = "not looked for yet"
 class Kernels:
     """The usable kernels, as attributes; `compiled` is the whole library.
 
-    wrong: kernel -> how it failed its self-test. A kernel raises MemoryError if its temporary buffers cannot
-        be allocated, and IndexError for an invalid target."""
+    wrong: kernel -> how it failed its self-test.
+
+    A kernel raises MemoryError if its temporary buffers cannot be allocated, and IndexError for an invalid
+    target."""
 
     def __init__(self, compiled: ctypes.CDLL, path: Path) -> None:
         self.compiled, self.path = compiled, path
@@ -99,7 +101,7 @@ class Kernels:
         return all(hasattr(self, name) for name in names)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"there is no kernel {name} here")
+        raise AttributeError(f"the kernel {name} is not available")
 
 
 _FALLIBLE = {
@@ -109,8 +111,8 @@ _FALLIBLE = {
 """Kernels that return an error code (bf16.h)."""
 
 
-def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
-    """Load a compiled library, leaving out the kernels in `without`.
+def load_library(path: str | Path, without: Iterable[str] = ()) -> Kernels:
+    """Load a compiled library, except for the kernels in `without`.
 
     Raises OSError for an invalid file."""
     compiled = ctypes.CDLL(str(path))
@@ -138,12 +140,13 @@ _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 @functools.cache
 def _small_products() -> tuple[int | None, int | None, int | None]:
-    """Return addresses of libtorch's small matrix products and of their release.
+    """Return addresses of libtorch's small matrix products and their release function.
 
-    The products, float32 and bfloat16, are at::native::cpublas::brgemm, looked up by their mangled C++ names
-    (CPUBlas.h); None for a missing function. The bfloat16 product is used only on processors with bfloat16
-    instructions: on others, libtorch throws an exception, which C cannot catch. With AMX, these products run
-    on AMX tiles, which oneDNN requests from the operating system (docs/notes/amx.md)."""
+    The two products, in float32 and bfloat16, are at::native::cpublas::brgemm (CPUBlas.h), looked up by their
+    mangled C++ names. The address of a missing function is None. The bfloat16 product is used only on
+    processors with bfloat16 instructions: on others, libtorch throws an exception, which C cannot catch. On
+    processors with AMX, the products run on AMX tiles, which oneDNN requests from the operating system
+    (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     library_path = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
     if library_path is None:
@@ -154,10 +157,10 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
         there = next((getattr(library, at + name) for name in names if hasattr(library, at + name)), None)
         return None if there is None else ctypes.cast(there, ctypes.c_void_p).value
 
-    # int64_t is a long on Linux and a long long on macOS
+    # int64_t is long on Linux and long long on macOS.
     wide = address("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = address("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # also true on every processor with AMX
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # This is also true on every processor with AMX.
     has_narrow = has_bf16 and torch.backends.mkldnn.is_available()
     return wide, narrow if has_narrow else None, address("14brgemm_releaseEb")
 
@@ -172,7 +175,7 @@ def _checked(result: int, function: Any, arguments: Any) -> int:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """Return the compiled kernels, or None if unavailable. Loaded once per process."""
+    """Return the compiled kernels, loaded once per process, or None if unavailable."""
     global _reason
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         _reason = "turned off by VENEER_NATIVE=0"
@@ -186,12 +189,12 @@ def kernels() -> Kernels | None:
     here = Path(__file__).parent
     try:
         build = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
-        library = bound(build.library, build.rejected)
+        library = load_library(build.library, build.rejected)
         library.wrong = build.rejected
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         unset = ", or unset CC" if os.environ.get("CC") == compiler else ""
         advice = f"; install a C compiler that works (gcc or clang){unset}"
-        failed = isinstance(error, subprocess.SubprocessError)  # rather than a folder problem or a broken build
+        failed = isinstance(error, subprocess.SubprocessError)  # Other errors mean a folder problem or a broken build.
         _reason = f"they could not be built: {why_not_compiled(compiler, error)}{advice if failed else ''}"
         return None
     rejected = ", ".join(f"{name} {why}" for name, why in build.rejected.items())
@@ -201,7 +204,7 @@ def kernels() -> Kernels | None:
 
 
 def status() -> str:
-    """Return one line for a report: whether the compiled kernels run, and why."""
+    """Return a one-line report: whether the compiled kernels are used, and why."""
     return (
         f"native CPU kernels: {_reason}"
         if kernels() is not None
@@ -210,7 +213,7 @@ def status() -> str:
 
 
 def usable(names: str | tuple[str, ...], *tensors: Tensor) -> Kernels | None:
-    """Return the library if it can run these kernels on these tensors, otherwise None.
+    """Return the library if it can run these kernels on these tensors, or else None.
 
     The tensors must be contiguous bfloat16 CPU tensors."""
     if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
@@ -226,7 +229,7 @@ def has(*names: str) -> bool:
 
 
 def why_missing(*names: str) -> str:
-    """Return one line on why these kernels cannot be used; "" if they can."""
+    """Return a one-line reason why these kernels cannot be used, or "" if they can."""
     library = kernels()
     if library is None:
         return f"no compiled kernels: {_reason}"
@@ -236,20 +239,22 @@ def why_missing(*names: str) -> str:
     if failed := [f"{name} {library.wrong[name]}" for name in missing if name in library.wrong]:
         why = f"the self-test failed ({', '.join(failed)})"
     elif all(name in _TILES for name in missing):
-        why = "there are no products of libtorch's own for it on this processor"
+        why = "libtorch has no small matrix products for it on this processor"
     elif all(name in _AMX for name in missing):
-        why = "this processor has no AMX, or the system keeps it"
+        why = "this processor has no AMX, or the operating system does not allow it"
     else:
         why = "this processor has no AVX512-BF16"
     return f"no compiled {', '.join(missing)}: {why}"
 
 
 PAGED = ("store_rows", "rope_and_cache", "paged_attend")
-"""The kernels for paged caches, which use their own cache layout. Either all of them are used, or none."""
+"""The kernels for paged caches.
+
+The kernels have their own cache layout, so either all of them are used, or none."""
 
 
 class _LowRankStruct(ctypes.Structure):
-    """A low-rank product as the kernels read it; A and B point to contiguous float32."""
+    """A low-rank product in the kernels' C layout; A and B are contiguous float32."""
 
     _fields_ = (
         ("A", _pointer),
@@ -268,6 +273,8 @@ def low_rank_structs(products: Sequence[LowRank]) -> ctypes.Array[Any]:
 
 
 def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """Return all strides except the last of each tensor, for kernels that accept any layout."""
+    """Return all strides except the last of each tensor.
+
+    For kernels that accept any layout."""
     flat = [step for t in tensors for step in t.stride()[:-1]]
     return (_int64 * len(flat))(*flat)

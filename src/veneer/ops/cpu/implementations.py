@@ -1,7 +1,8 @@
-"""Implementations of ops by the compiled kernels.
+"""Implementations of ops with the compiled kernels.
 
 `veneer.ops.dispatch` reads IMPLEMENTATIONS on a CPU. Each implementation rounds as often as its reference,
-and requires contiguous bfloat16 tensors unless stated otherwise. The ops define references and formulas.
+and requires contiguous bfloat16 tensors unless stated otherwise. References and formulas are in the modules
+of the ops.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from veneer.ops.weight_layouts import Reordered, reorders
 from veneer.ops.weight_panels import Panels
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
-"""op -> its implementation with the compiled kernels."""
+"""op -> its implementation, which uses the compiled kernels."""
 
 
 def _implements(
     op: str, *names: str, takes: Callable[..., bool] | None = None, wants: str = "contiguous bfloat16"
 ) -> Callable[[Any], Any]:
-    """Return a decorator that registers an implementation.
+    """Return a decorator that registers an implementation of `op`.
 
-    names: the kernels that the implementation calls, by default the op's name.
-    takes: whether the implementation supports given tensors; `wants`: the same condition in words."""
+    names: the kernels that the implementation calls; by default, the op's name.
+    takes: function that returns whether the implementation supports the given tensors.
+    wants: the condition of `takes` in words."""
     needed = names or (op,)
 
     def fits(*tensors: Tensor) -> bool:
@@ -224,9 +226,9 @@ def _attend_backward(
 
 
 class _Tiles:
-    """Forward and backward of the attention in tiles.c: float32, or bfloat16 by `prefix`.
+    """Forward and backward of the attention in tiles.c.
 
-    The output of tokens after the last row is zero."""
+    `prefix` selects the float32 or the bfloat16 kernels. The output of tokens after the last row is zero."""
 
     def __init__(self, prefix: str) -> None:
         self.names = f"{prefix}rope_varlen_attention", f"{prefix}rope_varlen_attention_backward"
@@ -234,7 +236,7 @@ class _Tiles:
     def forward(
         self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings
     ) -> tuple[Tensor, Tensor]:
-        """Return the output (N, heads, dim), and log Σ exp of the scores (N, heads) float32."""
+        """Return (output (N, heads, dim), log Σ exp of the scores (N, heads) float32)."""
         n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
         out[int(settings.layout.starts[-1]) :].zero_()
@@ -272,7 +274,7 @@ def _takes_rows_of(*dtypes: torch.dtype, names: tuple[str, ...]) -> Callable[...
         tables = [t for t in (cos, sin) if t is not None]
         flat = qkv.stride(2) == 1 and qkv.stride(1) == qkv.shape[2] and qkv.shape[2] % 2 == 0 and qkv.dtype in dtypes
         fits = flat and all(t.dtype == qkv.dtype and t.is_contiguous() for t in tables) and compiled.has(*names)
-        # Without oneDNN, libtorch rejects small bfloat16 products with an exception that C cannot catch.
+        # Without oneDNN, libtorch throws an exception for small bfloat16 products, which C cannot catch.
         return fits and (not names[0].startswith("narrow") or bool(torch.backends.mkldnn.enabled))  # type: ignore[attr-defined]
 
     return takes
@@ -305,7 +307,7 @@ def _takes_prepacked(x: Tensor, weight: Tensor, bias: Tensor | None, transposed:
 
 
 def _no_order(dtype: torch.dtype) -> str:
-    return "" if reorders(dtype) else "this torch has no order of oneDNN's"
+    return "" if reorders(dtype) else "this torch does not support oneDNN's packed order"
 
 
 IMPLEMENTATIONS["prepacked_linear"] = Implementation(
@@ -335,8 +337,8 @@ def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
 class CompiledLowRank:
     """ops.linear.LowRankProducts in three kernel calls, which cast and stack internally.
 
-    The ranks of u and du are padded to 16. For the few hundred tokens of a small image, calling a dozen torch
-    operations would take several times as long as these three calls."""
+    The ranks of u and du are padded to multiples of 16. For a small image with a few hundred tokens, calling
+    a dozen torch operations would take several times as long as these three calls."""
 
     def __init__(self, products: Sequence[LowRank], rows: int, dtype: torch.dtype) -> None:
         self.count, self.factors = len(products), [(p.A, p.B) for p in products]
@@ -446,7 +448,7 @@ def _dequantize_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 
 _GGML = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-"""Block types that quantized.c supports -> ggml's type numbers."""
+"""Block types that quantized.c supports, and ggml's number for each type."""
 
 
 def _takes_ggml(raw: Tensor, dtype: torch.dtype, kind: str) -> bool:
@@ -470,7 +472,7 @@ def _takes_rows(x: Tensor, y: Tensor) -> bool:
 def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
     """Add each row's low-rank products to y.
 
-    pointers: the rows and adapters, in the form that serving.c reads."""
+    pointers: the rows and adapters, in the format that serving.c reads."""
     at = x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1]
     _kernel("lora_rows")(*at, *pointers, torch.get_num_threads())
 
@@ -485,7 +487,7 @@ def _product_of_panels(kernel: str, name: str, *alternatives: Implementation) ->
 IMPLEMENTATIONS["panel_linear"] = _product_of_panels(
     "panel_product", "compiled", _product_of_panels("amx_panel_product", "amx")
 )
-"""`run` is the name of a kernel; a weight stores the name when it is packed."""
+"""For this op, `run` is the name of a kernel, which a weight stores when packed."""
 
 
 def _takes_panels(probe: Tensor) -> bool:
@@ -504,4 +506,4 @@ IMPLEMENTATIONS["weight_layout"] = Implementation(
     "panels",
     (Implementation(Reordered.from_weight, _takes_reordered, "bfloat16", lambda: _no_order(torch.bfloat16), "onednn"),),
 )
-"""`run` packs a weight."""
+"""For this op, `run` packs a weight."""

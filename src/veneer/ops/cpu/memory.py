@@ -1,4 +1,4 @@
-"""Memory of the process: allocator settings, file-backed pages and peak usage."""
+"""Process memory: allocator settings, file-backed pages and peak usage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # from glibc's m
 _KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
 _RETURNED = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17}
 _AFTER = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 26}
-"""Settings to restore. mallopt cannot read settings, and after its first call glibc no longer adapts its
-thresholds. By default glibc raises the thresholds when a larger block is freed, up to these values, and never
-lowers them. A process that has trained or loaded a model would have reached these values anyway."""
+"""Settings applied after the last with-block. They are constants, because mallopt cannot read the previous
+settings. By default, glibc raises its thresholds up to these values when larger blocks are freed, and never
+lowers the thresholds; the first mallopt call ends this adaptation. In a process that has loaded or trained a
+model, the thresholds would have reached these values anyway."""
 _settings: list[dict[int, int]] = []
 _settings_lock = threading.Lock()
 
@@ -30,7 +31,7 @@ _SET_BY_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMA
 
 
 def _c_function(name: str) -> Any:
-    """Return a function of the process's C library, or None if unavailable (Windows)."""
+    """Return a C library function, or None if it is unavailable (Windows)."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
     except (OSError, TypeError):
@@ -47,10 +48,10 @@ def trim_heap() -> None:
 def _allocator(setting: dict[int, int]) -> Iterator[None]:
     """Configure glibc's malloc inside a with-block.
 
-    Blocks can overlap; the settings of the latest open block apply.
+    With-blocks can overlap; the settings of the block that was entered last apply to the whole process.
 
-    malloc is shared by the whole process, so settings from the environment (MALLOC_…, GLIBC_TUNABLES) take
-    precedence. Does nothing if the C library has no mallopt."""
+    Does nothing if the environment configures malloc (MALLOC_…, GLIBC_TUNABLES), or if the C library has no
+    mallopt."""
     mallopt, trim = _c_function("mallopt"), _c_function("malloc_trim")
     set_by_user = any(name in os.environ for name in _SET_BY_USERS) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if mallopt is None or trim is None or set_by_user:
@@ -88,16 +89,17 @@ def keep_freed_memory() -> AbstractContextManager[None]:
 def return_freed_memory() -> AbstractContextManager[None]:
     """Return freed memory to the system at once inside a with-block.
 
-    The opposite of `keep_freed_memory`. After a large block was freed, glibc allocates blocks of this size from its
-    heap, and small allocations between them prevent the heap from shrinking. When weights were quantized one
-    after another, a tenth of the model's size was lost to this fragmentation."""
+    The opposite of `keep_freed_memory`. By default, once a large block has been freed, glibc allocates later
+    blocks of that size from its heap, and small allocations between these blocks prevent the heap from
+    shrinking. When weights were quantized one after another, this fragmentation wasted a tenth of the model's
+    size."""
     return _allocator(_RETURNED)
 
 
 def peak_resident() -> int:
     """Return the peak resident memory of this process, in bytes.
 
-    On Linux, ru_maxrss is not used because it starts at the parent's value."""
+    On Linux, this is VmHWM, because ru_maxrss starts at the parent process's value."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -112,7 +114,7 @@ def peak_resident() -> int:
 
 
 def reset_peak_resident() -> None:
-    """Reset the peak to the current resident memory.
+    """Reset the value of `peak_resident` to the current resident memory.
 
     Does nothing outside Linux, or without permission."""
     with contextlib.suppress(OSError):
@@ -120,10 +122,10 @@ def reset_peak_resident() -> None:
 
 
 def unread_bytes(tensor: Tensor) -> int:
-    """Return how many bytes of a tensor are not in memory yet.
+    """Return the number of bytes of a tensor that are not in memory yet.
 
-    Pages of a memory map are read at first use. Returns 0 if unknown: outside Linux, or for a device
-    tensor."""
+    Pages of a memory-mapped file are loaded on first access. Returns 0 if the number is unknown: outside
+    Linux, or for a device tensor."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return 0
     size = tensor.numel() * tensor.element_size()
@@ -132,7 +134,7 @@ def unread_bytes(tensor: Tensor) -> int:
     try:
         with open("/proc/self/pagemap", "rb") as pages:
             pages.seek(8 * first)
-            present = pages.read(8 * (last - first))[7::8]  # each page has 64 bits; the highest means present
+            present = pages.read(8 * (last - first))[7::8]  # 64 bits per page; the highest bit means present
     except OSError:
         return 0
     return min(size, page * sum(byte < 128 for byte in present))
@@ -142,10 +144,10 @@ _MADV_PAGEOUT = 21  # Linux 5.4
 
 
 def page_out(tensor: Tensor) -> None:
-    """Hint to the system that this memory will not be read soon, to drop file-backed pages.
+    """Tell the kernel that a tensor's file-backed pages can be dropped from memory.
 
-    Weights in a memory map stay resident while any tensor of the file is alive. The hint changes no content:
-    a dropped page is read again on access. Does nothing outside Linux, or for a device tensor."""
+    Weights in a memory map stay resident while any tensor of the file is alive. Dropping pages changes no
+    data: a dropped page is read again on access. Does nothing outside Linux, or for a device tensor."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     madvise = _c_function("madvise")

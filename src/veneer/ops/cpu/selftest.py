@@ -1,9 +1,9 @@
 """Self-test: compares every compiled kernel with torch's operations in float64.
 
 Runs once per build on the target processor, in a subprocess (build.py), so that a crash ends only the
-subprocess. A case runs ops of this package twice on the same numbers: in the kernels' dtypes, and in float64,
-which only the references support. The results must agree. Uninitialized memory is filled with NaN, so that
-missing writes are detected. Sizes are not multiples of any vector length.
+subprocess. Each case runs ops of this package on the same numbers in the kernels' dtypes and in float64. No
+kernel supports float64, so the float64 run uses the references. The results must agree. Uninitialized memory
+is filled with NaN, so that missing writes are detected. Sizes are not multiples of any vector length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from veneer.ops import attention, linear, loss, mlp, norms
 from veneer.ops.cpu import compiled
-from veneer.ops.cpu.compiled import Kernels, bound
+from veneer.ops.cpu.compiled import Kernels, load_library
 from veneer.ops.dispatch import override_ops
 from veneer.ops.dropout import Dropout
 from veneer.ops.lowrank import LowRank
@@ -30,11 +30,13 @@ from veneer.ops.weight_panels import Panels
 
 _BF16, _F32, _F64 = torch.bfloat16, torch.float32, torch.float64
 _NEAR = {_BF16: 2**-6, _F32: 1e-4}
-"""Maximum error relative to the largest value of a result, by the dtype of a case."""
+"""Maximum error by dtype, relative to the largest value of a result."""
 
 
 class RandomTensors:
-    """Random tensors for a case: the same values in every dtype, rounded to bfloat16."""
+    """Random tensors for a case, with the same values in every dtype.
+
+    The values are rounded to bfloat16."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.exact = dtype, dtype == _F64
@@ -58,7 +60,7 @@ class RandomTensors:
 
 
 class Case(NamedTuple):
-    """One comparison.
+    """A comparison of kernels with their references.
 
     run: returns the results to compare.
     kernels: the kernels that `run` calls; if the case fails, all of them are rejected."""
@@ -81,7 +83,7 @@ def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable
 
 @contextmanager
 def _by(library: Kernels | None) -> Iterator[None]:
-    """Run ops with this library, and fill uninitialized memory with NaN, inside a with-block."""
+    """Run ops with this library and fill uninitialized memory with NaN in a with-block."""
     previous, strict = compiled.kernels, torch.are_deterministic_algorithms_enabled()
     compiled.kernels = lambda: library  # type: ignore[assignment]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -99,7 +101,7 @@ def _library() -> Kernels:
 
 
 def wrong(library: Kernels, case: Case) -> str:
-    """Return how the kernels of a case fail; "" if the case passes."""
+    """Return a description of a case's failure, or "" if the case passes."""
     with _by(library):
         want = [t.detach().double() for t in case.run(RandomTensors(_F64))]
         for dtype in case.dtypes:
@@ -115,13 +117,13 @@ def wrong(library: Kernels, case: Case) -> str:
 
 
 def run_checks(arguments: list[str]) -> None:
-    """Print a line of JSON before and after each case.
+    """Run all cases, and print a line of JSON before and after each case.
 
-    A case runs if the library has all of its kernels.
+    Skips cases with kernels that the library lacks.
 
     arguments: path of the library, then the names of kernels to skip."""
     path, *skipped = arguments
-    library = bound(path, skipped)
+    library = load_library(path, skipped)
     for case in CASES:
         if library.has(*case.kernels):
             print(json.dumps({"begins": case.kernels}), flush=True)
@@ -141,7 +143,7 @@ def _use_threads(random: RandomTensors) -> list[Tensor]:
 
 @_case("stay", "meet_asleep")
 def _stay(random: RandomTensors) -> list[Tensor]:
-    """Check that the kernels set and restore the thread's affinity and the way threads wait."""
+    """Check that the kernels set and restore thread affinity and how threads wait."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     allowed, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
@@ -180,7 +182,9 @@ def _dropped(random: RandomTensors) -> list[Tensor]:
 
 @_case("dora_scale", "dora_scale_backward")
 def _dora_scale(random: RandomTensors) -> list[Tensor]:
-    """With and without a bias, in a layer whose low-rank products no kernel supports."""
+    """Scale the outputs of a layer with and without a bias.
+
+    No kernel supports the low-rank products of this layer."""
     W, results = random(150, 23) / 4, list[Tensor]()
     for b in (None, random(150)):
 
@@ -195,7 +199,7 @@ def _dora_scale(random: RandomTensors) -> list[Tensor]:
 
 @_case("silu_gate", "silu_gate_backward")
 def _silu_gate(random: RandomTensors) -> list[Tensor]:
-    """The activation alone, and in an MLP that recomputes intermediate values in backward."""
+    """Run the activation alone, and an MLP that recomputes the activation in backward."""
     up, down = linear.LinearMap(random(74, 23) / 4), random(9, 37) / 4
 
     def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ def _gelu_tanh(random: RandomTensors) -> list[Tensor]:
 
 
 def _attended(random: RandomTensors, name: str) -> list[Tensor]:
-    """Rows of several lengths, with six query heads, two key heads and an unusual head size."""
+    """Attend within rows of several lengths, with 6 query heads and 2 key heads of size 18."""
     settings, angle = attention.VarlenSettings(attention.RowLayout([70, 1, 33], idle=2), 0.3), random.wide(106, 9)
     cos, sin = angle.cos().bfloat16().to(random.dtype), angle.sin().bfloat16().to(random.dtype)
     with override_ops(rope_varlen_attention=name):
@@ -254,7 +258,7 @@ def _kept_probabilities(random: RandomTensors) -> list[Tensor]:
 
 @_case("token_nll", dtypes=(_BF16, _F32))
 def _token_nll(random: RandomTensors) -> list[Tensor]:
-    """Logits equal to the hidden states: the head is the identity."""
+    """Compute losses with an identity head, so that logits equal hidden states."""
     targets, head = torch.tensor([0, 2074, -100, 1033, 7, 2074]), torch.eye(2075, dtype=random.dtype)
     logits, correct = 3 * random(6, 2075), torch.zeros(6, dtype=torch.bool)
     logits[3, 1033] = 40
@@ -264,7 +268,7 @@ def _token_nll(random: RandomTensors) -> list[Tensor]:
 
 @_case("lora_forward", "lora_backward", "lora_weight_gradients")
 def _low_rank(random: RandomTensors) -> list[Tensor]:
-    """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112, over 48 inputs."""
+    """Run two pairs: rank 5 on columns 0 … 32, and rank 16 on columns 32 … 112."""
     W = random(112, 48) / 8
 
     def run(x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
@@ -287,11 +291,11 @@ def _blocks4(random: RandomTensors) -> list[Tensor]:
 
 
 _GGML = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Bytes per block of each type."""
+"""Number of bytes per block, by type."""
 
 
 def _ggml_blocks(random: RandomTensors, kind: str) -> GgmlBlocks:
-    """Return a weight of three rows, two blocks per row, with finite scales."""
+    """Return a weight with finite scales: three rows of two blocks."""
     raw = random.integers(0, 256, 6, _GGML[kind], dtype=torch.uint8)
     for at in [208] if kind == "Q6_K" else [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]:
         raw[:, at : at + 2] = random(6, 1).half().view(torch.uint8)
@@ -316,7 +320,9 @@ def _rows8_dense(random: RandomTensors) -> list[Tensor]:
 
 
 def _panel_products(random: RandomTensors, name: str) -> list[Tensor]:
-    """All kinds of weights, with partial tiles of inputs, and one, two and more row tiles."""
+    """Multiply by panels of every kind, with full and partial tiles.
+
+    The inputs have one, two or more tiles of rows."""
     results = list[Tensor]()
     wide = [Panels.from_weight(random(80, n).bfloat16() / 8) for n in (200, 320)]
     codes = []
@@ -357,7 +363,7 @@ def _at(*tensors: Tensor | None) -> list[int | None]:
 
 @_case("lora_rows")
 def _lora_rows(random: RandomTensors) -> list[Tensor]:
-    """Two adapters of rank 16, one on five rows and one on two; one row uses both."""
+    """Apply two adapters of rank 16 to five and to two rows; one row uses both."""
     x, y, strengths = random(7, 32), random(7, 40), random.wide(7).float()
     pairs = [(random(16, 32) / 8, random(40, 16) / 8) for _ in range(2)]
     rows, starts = torch.tensor([0, 2, 5, 6, 1, 2, 3]), torch.tensor([0, 5, 7])
@@ -380,12 +386,13 @@ def _lora_rows(random: RandomTensors) -> list[Tensor]:
 
 @_case("store_rows", "rope_and_cache", "paged_attend", "decode")
 def _paged(random: RandomTensors) -> list[Tensor]:
-    """Store keys and values in pages, and attend to them.
+    """Store keys and values in pages, and attend to the stored values.
 
-    Two sequences of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5, with four query heads and two key heads of
-    size 32. Tokens are rotated and stored, then stored again; the last 7 tokens of the first sequence and the
-    last token of the second attend to their whole sequence. `decode`, which runs a whole layer, is tested
-    against the model's layers when a base is served (serve/forward/runner.py)."""
+    There are four query heads and two key heads of size 32. A sequence of 35 tokens is stored in blocks 4, 1
+    and 3, and a sequence of 20 tokens in blocks 2 and 5. One kernel rotates and stores the tokens, and
+    another kernel stores the rotated tokens again. The last 7 tokens of the first sequence and the last token
+    of the second attend to their whole sequence. `decode`, which runs a whole layer, is tested against the
+    model's layers when a base is served (serve/forward/runner.py)."""
     heads, kv, d, lengths, tables = 4, 2, 32, (35, 20), torch.tensor([[4, 1, 3], [2, 5, 0]])
     qkv, weights, angle = random(55, 8 * d), [random(d), random(d)], random.wide(40, d // 2)
     positions = torch.cat([torch.arange(n) for n in lengths])

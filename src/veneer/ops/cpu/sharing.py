@@ -1,26 +1,26 @@
 """How threads wait for each other on processors that other processes also use.
 
-    with shared(): …        a piece of work (a micro-batch, a decoding step) that stays fast next to busy processes
-    with forwards(model):   each forward of the model is such a piece
+    with shared(): …        work (a micro-batch, a decoding step) that stays fast if other processes are busy
+    with forwards(model):   runs each forward pass of the model inside `shared`
 
-OpenMP's threads synchronize some thousand times per training step. On an idle machine, spinning is the
-fastest way to wait. If another process is busy, spinning is slow: one thread occupies a processor while it
-waits for a thread that has no processor, and a step takes three times as long or more. Before each piece of
-work, this module measures how busy other processes keep our processors (/proc/stat, minus our own time).
-While they are busy:
+OpenMP threads synchronize many times per training step. On an idle machine, spinning is the fastest way to
+wait. If another process is busy, spinning is slow: the spinning thread occupies a processor that the thread
+it waits for needs, and a step takes three times as long or more. Before each piece of work, this module
+measures how busy other processes keep the processors (/proc/stat, minus this process's own time). While other
+processes are busy, this module makes waiting threads sleep:
 
-    threads sleep while they wait. libgomp spins for only about a microsecond if a process has more threads in
-    its pools than processors (GOMP_SPINCOUNT in its manual), so this module starts an additional, unused
-    pool. Unlike environment variables, this works after libgomp is loaded; on a machine with two processors,
-    both threads run on one processor and leave the other to the other process.
+    libgomp spins for only about a microsecond if a process has more threads in its pools than processors
+    (see GOMP_SPINCOUNT in libgomp's manual), so this module starts an additional, unused pool. Unlike
+    environment variables, this works after libgomp is loaded. On a machine with two processors, both threads
+    also move to one processor and leave the other processor to the other process.
 
-The number of threads does not change, so the division of work and every bit of the result do not change
-either: other processes cannot influence an adapter. (A single thread would be a tenth faster next to a busy
-process, but matrix products on one thread and on two threads differ in their last bits.)
+The number of threads does not change, so work is divided in the same way and results are bit-identical: other
+processes cannot influence an adapter. (Next to a busy process, a single thread would be a tenth faster, but
+matrix products on one thread and on two threads differ in their last bits.)
 
-The user's OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY takes precedence,
-as does VENEER_SHARING=0. Requires Linux, GNU's OpenMP (included in torch's wheels) and the compiled kernels;
-otherwise `shared` does nothing.
+`shared` requires Linux, GNU OpenMP (bundled with torch's wheels) and the compiled kernels; otherwise it does
+nothing. It also does nothing if OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or
+GOMP_CPU_AFFINITY is set, or with VENEER_SHARING=0.
 """
 
 from __future__ import annotations
@@ -43,19 +43,21 @@ from torch import nn
 from veneer.ops.cpu import compiled
 
 _OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
-_COMES, _GOES = 0.35, 0.15
-"""Number of missing processors above which other processes count as busy, and below which they stop
-counting."""
+_BUSY_ABOVE, _IDLE_BELOW = 0.35, 0.15
+"""Thresholds for the number of missing processors: above the first, other processes count as busy; below the
+second, they count as idle again."""
 _WINDOW = 0.25
-"""Seconds between two measurements; /proc/stat has a resolution of a hundredth of a second."""
+"""Minimum seconds between two measurements; /proc/stat has a resolution of a hundredth of a second."""
 
 
 @dataclass
 class OtherProcessLoad:
-    """How busy other processes keep our processors, measured at most every quarter second.
+    """Measures how busy other processes keep our processors.
 
-    worked: function that returns the seconds that each processor has worked, for any process.
-    cpu_seconds: function that returns the processor seconds of this process."""
+    Measures at most every quarter second.
+
+    busy_seconds: returns the number of seconds that each processor has worked, for any process.
+    cpu_seconds: returns the number of processor seconds that this process has used."""
 
     busy_seconds: Callable[[], list[float]]
     cpu_seconds: Callable[[], float] = time.process_time
@@ -77,14 +79,14 @@ class OtherProcessLoad:
         each = [(b - a) / seconds for a, b in zip(then[1], self._last[1], strict=True)]
         used_by_others = sum(each) - (self._last[2] - then[2]) / seconds
         missing = threads - (len(each) - used_by_others)
-        self.present = missing > (_GOES if self.present else _COMES)
+        self.present = missing > (_IDLE_BELOW if self.present else _BUSY_ABOVE)
         if self.present and min(each) < 0.5:
             self.idle = each.index(min(each))
         return self.present
 
 
 def busy_seconds(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[float]:
-    """Return the seconds that each processor has worked, including time stolen by other VMs."""
+    """Return how many seconds each processor has been busy, including steal time."""
     seconds: dict[str, float] = {}
     for line in stat.read_text(encoding="ascii").splitlines():
         name, *numbers = line.split()
@@ -95,7 +97,7 @@ def busy_seconds(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> 
 
 
 class Sharing:
-    """Adapts this process's threads to other busy processes."""
+    """Adapts how this process's threads wait while other processes are busy."""
 
     def __init__(self, native: Any) -> None:
         self.native, self.processors = native, sorted(os.sched_getaffinity(0))
@@ -118,14 +120,14 @@ class Sharing:
         try:
             yield present
         finally:
-            if idle is not None:  # other work of this thread, and its child processes, can run on any processor
+            if idle is not None:  # so that this thread's other work, and its child processes, can use any processor
                 os.sched_setaffinity(0, self.processors)
 
     def stay(self, processors: list[int], threads: int) -> None:
         self.native.stay((ctypes.c_int * len(processors))(*processors), len(processors), threads)
 
     def sleep(self, asleep: bool) -> None:
-        """Make waiting threads sleep by starting an unused thread pool, or stop the pool."""
+        """Start an unused thread pool, which makes waiting threads sleep, or stop the pool."""
         if self.leave is None and asleep:
             self.leave, begun = threading.Event(), threading.Event()
             threading.Thread(target=self._pool, args=(self.leave, begun), name="veneer-pool", daemon=True).start()
@@ -144,10 +146,10 @@ class Sharing:
 
 @contextmanager
 def shared() -> Iterator[bool]:
-    """Adapt the waiting of threads to other processes during a piece of CPU work.
+    """Adapt how threads wait during a piece of CPU work to the load of other processes.
 
     The work should take some milliseconds or longer. Yields whether other processes are busy. See the
-    module's description."""
+    module's docstring."""
     threads = torch.get_num_threads()
     sharing = thread_sharing() if threads > 1 else None
     if sharing is None:
@@ -159,7 +161,7 @@ def shared() -> Iterator[bool]:
 
 @contextmanager
 def forwards(model: nn.Module) -> Iterator[None]:
-    """Run each forward of `model` inside `shared`, during a with-block."""
+    """Run each forward pass of `model` inside `shared`, within a with-block."""
     inside: list[ExitStack] = []
 
     def begin(*_: object) -> None:
@@ -179,7 +181,7 @@ def forwards(model: nn.Module) -> Iterator[None]:
 
 @cache
 def thread_sharing() -> Sharing | None:
-    """Return this process's Sharing, or None if disabled by a setting or unsupported."""
+    """Return this process's `Sharing`, or None if it is disabled or unsupported."""
     if sys.platform != "linux" or os.environ.get("VENEER_SHARING") == "0" or any(os.environ.get(n) for n in _OWN):
         return None
     native = compiled.usable(("stay", "meet_asleep"))

@@ -1,1 +1,1 @@
-"""Implementations of ops on a GPU: thin wrappers of torch and other libraries."""
+"""GPU implementations of ops: thin wrappers around torch and other libraries."""

@@ -1,4 +1,4 @@
-"""Attention of packed rows by torch: varlen (flash) attention, or flex attention.
+"""Attention within packed rows, with torch's varlen (flash) or flex attention.
 
 Flex attention is used for capped scores and sinks."""
 
@@ -23,8 +23,8 @@ def varlen_missing() -> str:
 def takes_varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> bool:
     """Return whether varlen attention supports these inputs.
 
-    Requires a 16-bit dtype, heads of up to 256 values in multiples of 8, and compute capability 8.0 or
-    later."""
+    Requires a 16-bit dtype, a head size that is a multiple of 8 and at most 256, and compute capability 8.0
+    or later."""
     if settings.cap or settings.sinks is not None or q.device.type != "cuda" or is_fake(q) or varlen_missing():
         return False
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 256 and q.shape[2] % 8 == 0
@@ -32,7 +32,7 @@ def takes_varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> b
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
-    """Return causal attention of each row, (N, heads, dim), by torch.nn.attention.varlen."""
+    """Return each row's causal attention, (N, heads, dim), from torch.nn.attention.varlen."""
     layout, scale, window, *_ = settings
     look_back = -1 if window is None else window - 1
     longest, grouped = max(layout.lengths, default=0), q.shape[1] != k.shape[1]
@@ -47,9 +47,10 @@ def flex_missing() -> str:
 
 
 def takes_flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> bool:
-    """Return whether to use flex attention: for capped scores or sinks, which varlen lacks.
+    """Return whether these inputs need flex attention, and flex attention supports them.
 
-    Requires heads of 16 values or more."""
+    Flex attention is needed for capped scores and sinks, which varlen attention does not support. It requires
+    a head size of at least 16."""
     needs_flex = bool(settings.cap) or settings.sinks is not None
     return needs_flex and q.device.type == "cuda" and not is_fake(q) and q.shape[2] >= 16 and not flex_missing()
 
@@ -62,10 +63,10 @@ def _compiled_flex() -> Any:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
-    """Return causal attention of each row, (N, heads, dim), by flex attention.
+    """Return each row's causal attention, (N, heads, dim), from flex attention.
 
-    Compiled on a GPU. With a cap c, scores are c·tanh(score/c). With sinks (heads,), the softmax of a head
-    with sink z is softmax · σ(log Σ exp − z)."""
+    Compiled on a GPU. With a cap c, a score s becomes c·tanh(s/c). With sinks (heads,), the softmax of a head
+    with sink z is multiplied by σ(log Σ exp − z)."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     layout, scale, window, cap, sinks = settings
@@ -89,7 +90,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
 
 
 def _block_mask(layout: RowLayout, window: int | None) -> Any:
-    """Return the flex attention mask for this window, cached in the layout for all layers."""
+    """Return the flex attention mask for this window, cached in `layout` for all layers."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.masks:

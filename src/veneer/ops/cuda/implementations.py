@@ -1,7 +1,8 @@
-"""Implementations of ops on a GPU, by torch, Liger-Kernel and bitsandbytes.
+"""GPU implementations of ops, from torch, Liger-Kernel and bitsandbytes.
 
 None of these implementations has been run on a GPU yet. `veneer.ops.dispatch` reads IMPLEMENTATIONS: op ->
-Implementation. An op without an implementation, or with a missing library, runs its torch reference.
+Implementation. An op runs its torch reference if it has no implementation, or if the implementation's library
+is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "varlen_attention": Implementation(
         attention.varlen,
         attention.takes_varlen,
-        "16-bit heads up to 256 in multiples of 8, without caps and sinks",
+        "16-bit, head size at most 256 and divisible by 8, no caps or sinks",
         attention.varlen_missing,
         "varlen",
         (Implementation(attention.flex, attention.takes_flex, "caps or sinks", attention.flex_missing, "flex"),),
@@ -33,7 +34,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "quantized_linear": Implementation(
         quantized.quantized_linear,
         quantized.takes_codes,
-        "nf4 and fp4, blocks within rows",
+        "nf4 and fp4, each block within one row",
         quantized.why_missing,
         "bitsandbytes",
     ),

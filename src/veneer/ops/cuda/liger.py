@@ -1,8 +1,8 @@
 """Liger-Kernel's functions as ops: RMS norm, rotary positions, cross-entropy.
 
 Liger's gated MLPs are not used. They require gate and up as two contiguous tensors and overwrite both in the
-backward pass, but a fused projection returns gate and up side by side. With the copies, a forward pass would
-move 7 values where torch moves 5.
+backward pass, but a fused projection returns gate and up side by side. With the necessary copies, a forward
+pass would move 7 values for every 5 that torch moves.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _MOST_COLUMNS = 65536
 
 @functools.cache
 def why_missing() -> str:
-    """Return why Liger's functions cannot run on this machine; "" if they can."""
+    """Return why Liger's functions cannot run on this machine, or "" if they can."""
     try:
         LIGER.check()
     except MissingInternalError as error:
         return str(error)
-    except ImportError as error:  # liger_kernel or its dependency triton
+    except ImportError as error:  # liger_kernel, or its dependency triton, is missing
         return f"{error.name} is not installed (pip install 'veneer[gpu]')"
     return _trouble_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
 
 
 @functools.cache
 def _trouble_on(index: int) -> str:
-    """Return why Liger's functions fail on this GPU; "" if a small test norm is correct."""
+    """Return why Liger's functions fail on this GPU, or "" if a small norm is correct."""
     try:
         x = torch.full((2, 32), 3.0, device=torch.device("cuda", index))
         is_correct = torch.allclose(rms_norm(x, x[0], 0.0), x)
-    except Exception as error:  # from Triton, from the C compiler that Triton calls, or from the driver
+    except Exception as error:  # raised by Triton, by the C compiler that Triton calls, or by the driver
         first_line = (str(error).strip().splitlines() or [""])[0]
         return f"a small norm failed: {type(error).__name__}: {first_line}"
     return "" if is_correct else "a small norm gave wrong numbers"
@@ -46,7 +46,7 @@ def _trouble_on(index: int) -> str:
 def _runs_on(*tensors: Tensor) -> bool:
     """Return whether Liger supports these tensors.
 
-    They must be contiguous, on one GPU, not fake and not float64."""
+    They must be contiguous and on one GPU, and must not be fake or float64."""
     device = tensors[0].device
     if device.type != "cuda" or is_fake(tensors[0]):
         return False
@@ -78,10 +78,13 @@ def takes_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k rotated.
+    """Return q and k with rotary positions applied.
 
-    q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2). Liger rotates in place, so this function
-        passes copies. The tables are float32, so the results are rounded once."""
+    q: (N, heads, dim).
+    k: (N, kv heads, dim).
+    cos, sin: (N, dim/2); converted to float32, so that the results are rounded once.
+
+    Liger rotates in place, so this function passes copies of q and k."""
     rotation = LIGER("liger_kernel.ops.rope.LigerRopeFunction")
     inputs = (x.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2) for x in (q, k))
     rotated = rotation.apply(*inputs, cos.float(), sin.float(), None, 1, q.shape[2])
@@ -102,10 +105,11 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Return −log softmax(hidden·Wᵀ) at the targets, (M,) float32, and row gradients.
 
-    The row gradients, (M, d), are computed if `gradient` is set: the gradient of each row's own loss. Liger
-    chooses how many logits to compute at a time.
+    Row i of the gradients, (M, d), is the gradient of loss i; without `gradient`, None is returned instead.
+    Liger chooses how many logits to compute at a time.
 
-    correct: receives whether each target is the first of the most likely tokens."""
+    correct: overwritten with whether each target is the most likely token (the first of equally likely
+        tokens)."""
     loss = LIGER("liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward")
     targets = targets.long().contiguous()
     # Liger would read out of bounds for an invalid target; index_select raises an error instead.

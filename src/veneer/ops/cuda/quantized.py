@@ -1,4 +1,4 @@
-"""Products with 4-bit weights directly from their codes, by bitsandbytes."""
+"""Products with 4-bit weights, computed from the codes by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def why_missing() -> str:
 
 
 def takes_codes(x: Tensor, stored: QuantizationFormat) -> bool:
-    """Return whether a weight is nf4 or fp4 with every block inside one row."""
+    """Return whether bitsandbytes can multiply x by this weight.
+
+    The weight must be nf4 or fp4, and every block must lie within one row."""
     if not isinstance(stored, Blocks4) or stored.shape[-1] % stored.block or not stored.packed.is_contiguous():
         return False
     fits = x.ndim == 2 and len(x) > 0 and x.dtype != torch.float64
@@ -29,9 +31,9 @@ def takes_codes(x: Tensor, stored: QuantizationFormat) -> bool:
 
 
 def quantized_linear(x: Tensor, stored: Blocks4, low: int, high: int, bias: Tensor | None, out: Tensor) -> None:
-    """Write x·Wᵀ + b to `out`, using rows low … high of W.
+    """Write x·Wᵀ + b to `out`, where W is rows low … high of the stored weight.
 
-    x: (n, in). bitsandbytes decides by n whether to dequantize W first."""
+    x: (n, in). Depending on n, bitsandbytes dequantizes W before the product."""
     rows, columns = high - low, stored.shape[-1]
     first, last = low * columns // stored.block, high * columns // stored.block
     if low == 0 and stored.absmax2 is not None and stored.nested == 256:

@@ -1,15 +1,16 @@
-"""Admission: limits the work that a server holds at once, and each tenant's part of it.
+"""Admission control: limits a server's work in progress, in total and per tenant.
 
     place = admission.enter(tenant, weight)         a request arrives
     place.reserve("bodies", bytes)                  before its body is read
-    place.reserve("answers", prompts · n)           before any work on it
+    place.reserve("answers", prompts · n)           before any work on the request
     await place.work(size, tokenize)                in a thread pool; the least served tenant runs next
     place.leave()                                   the request has ended: release everything
 
-A tenant can hold as much of each quantity as is still free, times its weight (dynamic thresholds: Choudhury
-and Hahne, IEEE/ACM Transactions on Networking 6, 1998). A single flooding tenant gets half, two get a third
-each, n of them 1/(n + 1), and the rest stays free for a new tenant, so no tenant can fill the queue. Without
-tenants, requests share everything. Runs on one event loop; only `work` waits.
+A tenant can hold as much of each quantity as is still free, times the tenant's weight (dynamic thresholds:
+Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998). With weights of 1, one flooding tenant gets
+half, two get a third each, and n get 1/(n + 1) each. The rest stays free for a new tenant, so no tenant can
+fill the queue. Without tenants, all requests share the whole quantity. Runs on one event loop; only `work`
+waits.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from veneer.serve.request import Refused
 T = TypeVar("T")
 
 _LONG = 64 << 10
-"""Size from which work counts as long.
+"""Size (characters or bytes) from which work counts as long.
 
 Long work has its own thread, so that short work never waits for it."""
 LEAST, MOST = 0.5, 4.0
-"""Bounds of a tenant's weight here, so that even a small share admits a whole request."""
+"""Bounds on a tenant's weight at admission, so that even a low weight admits a whole request."""
 
 
 class SharedQuantity:
-    """`total` units of a resource, of which each tenant can hold a part.
+    """A resource of `total` units, of which each tenant can hold a part.
 
-    `label`: its name in error messages."""
+    `label`: the resource's name in error messages."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.in_use = label, total, 0
@@ -71,8 +72,9 @@ class _Work:
 class FairPool(ThreadPoolExecutor):
     """A thread pool that tenants share fairly, by weight.
 
-    Free threads run work of the least served tenant. Idle time earns no credit. `share`: maximum threads of
-    one tenant at a time, for long work that must not block other tenants; by default all.
+    A free thread runs the next work of the least served tenant. Being idle earns a tenant no credit. `share`:
+    maximum threads that one tenant can use at once, so that long work does not block other tenants; by
+    default all threads.
     """
 
     def __init__(self, threads: int, name: str, share: int | None = None) -> None:
@@ -84,7 +86,7 @@ class FairPool(ThreadPoolExecutor):
         self._served: dict[str, float] = {}
 
     async def run(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
-        """Call `do` in a thread; return its result or raise its errors. `size`: size of the work."""
+        """Call `do` in a thread; return its result or raise its error. `size`: cost of the call."""
         result: T = await asyncio.wrap_future(self.add(tenant, weight, size, do))
         return result
 
@@ -92,7 +94,7 @@ class FairPool(ThreadPoolExecutor):
         self.shutdown(wait=False, cancel_futures=True)
 
     def add(self, tenant: str, weight: float, size: int, do: Callable[[], Any]) -> Future[Any]:
-        """Queue work; return the future of its result."""
+        """Queue a call of `do`; return the future of its result."""
         work = _Work(weight, max(1, size), do)
         with self._order:
             self._served.setdefault(tenant, min(self._served.values(), default=0.0))
@@ -101,11 +103,11 @@ class FairPool(ThreadPoolExecutor):
         return work.result
 
     def most(self, tenant: str) -> int:
-        """Return the maximum number of threads for a tenant."""
+        """Return the maximum number of threads that a tenant can use at once."""
         return self.share
 
     def _start(self) -> None:
-        """Submit waiting work while threads are free."""
+        """Submit waiting work until no thread is free."""
         while (work := self._next_work()) is not None:
             try:
                 super().submit(self._do, *work)
@@ -123,7 +125,7 @@ class FairPool(ThreadPoolExecutor):
                 work = self._waiting[tenant].popleft()
                 if not self._waiting[tenant]:
                     del self._waiting[tenant]
-                if work.result.set_running_or_notify_cancel():  # False if the caller has left
+                if work.result.set_running_or_notify_cancel():  # False if the caller has cancelled the work
                     self._served[tenant] += work.size / work.weight
                     self._busy[tenant] += 1
                     return tenant, work
@@ -148,7 +150,7 @@ class FairPool(ThreadPoolExecutor):
 
 
 class Admission:
-    """Limits of one server.
+    """Admission limits of one server.
 
     `bodies`: bytes of request bodies in memory. `answers`: completions that run or wait. `texts`: characters
     that wait to be tokenized.
@@ -158,7 +160,7 @@ class Admission:
         self.shares: Mapping[str, SharedQuantity] = {
             "bodies": SharedQuantity("bytes of requests", bodies),
             "answers": SharedQuantity("requests", answers),
-            "texts": SharedQuantity("characters to be tokenised", texts),
+            "texts": SharedQuantity("characters to be tokenized", texts),
         }
         # One thread each: a thread tokenizes megabytes per second, and a second thread would double the time
         # for which the engine waits for the GIL, which each step acquires dozens of times.
@@ -173,7 +175,7 @@ class Admission:
 
 @dataclass(eq=False)
 class AdmittedRequest:
-    """The quantities that one request holds until it leaves."""
+    """One request's reservations, until `leave` releases them."""
 
     admission: Admission
     tenant: str = ""
@@ -181,7 +183,7 @@ class AdmittedRequest:
     reserved: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def reserve(self, resource: str, amount: int) -> None:
-        """Reserve `amount` units. Raises Refused (overloaded, 429) if they are not free."""
+        """Reserve `amount` units. Raises Refused (overloaded, 429) if too few units are free."""
         self.admission.shares[resource].take(self.tenant, self.weight, amount)
         self.reserved[resource] += amount
 
@@ -190,8 +192,10 @@ class AdmittedRequest:
         self.reserved[resource] -= amount
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
-        """Call `do`, which works on `size` characters or bytes, in a thread; the size counts against `texts`
-        meanwhile."""
+        """Call `do` in a thread; return its result.
+
+        `size`: characters or bytes that `do` works on; counts against `texts` until the call has ended.
+        """
         self.reserve("texts", size)
         try:
             return await self.admission.pool(size).run(self.tenant, self.weight, size, do)

@@ -1,4 +1,6 @@
-"""Block allocation of the key-value cache: pages of `block` tokens, shared by prompts with a common prefix.
+"""Block allocation for the key-value cache.
+
+A block holds `block` tokens. Prompts with a common prefix share blocks.
 
     key of a full block  = sha256(key of the previous block, its tokens)
     key before the first = `request.cache_root`
@@ -8,8 +10,9 @@ block's end, the mix, and the salt. Salts separate tenants, because a cache hit 
 same prompt. A mix is identified by its adapters' digests and strengths, so a renamed, reloaded or replaced
 adapter never finds another adapter's blocks.
 
-A block is free (empty), in use (one or more holders), or evictable (no holder, key still known). When no
-block is free, evictable blocks are reused, least recently used first. Plain numbers only: no tensors.
+A block is free (empty), in use (one or more holders), or evictable (no holder, but a known key). When no
+block is free, evictable blocks are reused, least recently used first. Works on plain numbers, without
+tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
 
 @dataclass(eq=False)
 class BlockTable:
-    """The blocks of one sequence, in order. `keys`: keys of its full blocks that the cache knows."""
+    """The blocks of one sequence, in order. `keys`: cache keys of the sequence's computed full blocks."""
 
     root: bytes
     blocks: list[int] = field(default_factory=list)
@@ -56,7 +59,7 @@ class Cache:
         return self.size - self.available
 
     def open(self, root: bytes, tokens: Sequence[int]) -> BlockTable:
-        """Return a table that starts with the cached blocks of `tokens`, which it now holds.
+        """Return a table that holds the cached blocks at the start of `tokens`.
 
         The last token is never included, because its logits have to be computed.
         """
@@ -73,7 +76,7 @@ class Cache:
         return table
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
-        """Extend the table to `tokens` tokens; return False, without a change, if blocks run out."""
+        """Extend the table to `tokens` tokens. Without enough blocks, change nothing and return False."""
         more = -(-tokens // self.block) - len(table.blocks)
         if more > self.available:
             return False
@@ -84,8 +87,8 @@ class Cache:
     def mark_computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Record that the table holds the keys and values of all these tokens.
 
-        Its full blocks can be found from now on. If another sequence has computed the same block, the cache
-        keeps the other sequence's block.
+        From now on, other sequences can find the table's full blocks. If another sequence has already
+        computed an equal block, the cache keeps the earlier block.
         """
         for i in range(len(table.keys), len(tokens) // self.block):
             previous = table.keys[-1] if table.keys else table.root
@@ -96,9 +99,9 @@ class Cache:
                 self._known[key], self._key[block] = block, key
 
     def close(self, table: BlockTable) -> None:
-        """Release the blocks.
+        """Release the table's blocks.
 
-        Blocks with a key can be found until evicted; the end of a prompt is evicted first."""
+        Blocks with a key can be found until they are evicted; a prompt's last blocks are evicted first."""
         for block in reversed(table.blocks):
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -109,7 +112,7 @@ class Cache:
         table.blocks, table.keys = [], []
 
     def forget(self) -> None:
-        """Forget all keys, so that no block can be found; blocks in use stay in use. For benchmarks."""
+        """Forget all keys, so that no block can be found. Blocks in use stay in use. For benchmarks."""
         self._known.clear()
         self._key = [None] * self.size
         self._free += self._evictable

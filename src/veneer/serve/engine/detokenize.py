@@ -1,11 +1,11 @@
-"""Text and end of a completion as its tokens arrive.
+"""Incremental detokenization: the text of a completion as its tokens arrive, and its end.
 
     answer = AnswerText(tokenizer, sampling, ends=base_stop_ids)
     piece = answer.add(token)            send piece.text; piece.reason ends the completion
     answer.flush()                       text that was held back and belongs to the completion
 
-Text is held back while later tokens can change it (an incomplete character), or while a stop text can have
-begun. Depends on the tokenizer's decoder only; no model, no HTTP.
+Text is held back while later tokens can change it (an incomplete character), and while it can be the start of
+a stop text. Depends only on the tokenizer's decoder, not on a model or HTTP.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from veneer.serve.request import Sampling
 class Piece:
     """The text that a token adds, and whether the token ends the completion.
 
-    `reason` "stop" names the stop text or id in `stop`.
+    If `reason` is "stop", `stop` is the stop text or stop id.
     """
 
     text: str
@@ -36,8 +36,9 @@ class AnswerText:
     `ends`: the base's stop ids, which end a completion unless the request ignores them. With a grammar they
     always apply, because nothing else can follow. The request's own `stop_ids` always apply.
 
-    Stop texts are matched after the first `min_tokens` tokens. The first complete one ends the completion; of
-    several that complete together, the longest, however tokens divide the text.
+    Stop texts are matched after the first `min_tokens` tokens. The first complete match ends the completion;
+    if several complete at the same character, the longest does. It makes no difference how tokens divide the
+    text.
     """
 
     def __init__(self, tokenizer: Decoder, sampling: Sampling, ends: Collection[int] = ()) -> None:
@@ -61,7 +62,7 @@ class AnswerText:
         return Piece(text, "length" if self.count >= self.sampling.max_tokens else None)
 
     def flush(self) -> str:
-        """Return the held-back text once, however the completion ended, without text after a stop text."""
+        """Return the text that is still held back, up to a stop text. Further calls return ""."""
         text, stop = self._split(self.pieces.rest())
         buffer, self._buffer = self._buffer, ""
         return text if stop is not None else text + buffer

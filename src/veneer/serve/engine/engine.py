@@ -2,9 +2,9 @@
 
     a step    inbox → scheduler (rows and tokens) → runner (one forward pass) → sampler → text → events
 
-All mutable state belongs to the step thread; other threads post callbacks to its queue. A request's adapters
-are leased before it runs and released when it ends, however it ends. An error ends only the request that
-caused it: a failed step is rerun row by row, and only the rows that fail again end with an error.
+Only the step thread changes state; other threads post callbacks to its queue. A request's adapters are leased
+before the request runs and released when it ends, for whatever reason. An error ends only the request that
+caused it: a failed step is rerun row by row, and only rows that fail again end with an error.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SCORED = 64
-"""Prompt tokens scored at once; each needs a row of float32 logits."""
+"""Number of prompt tokens scored at once; each needs a row of float32 logits."""
 
 _LOST = 3
-"""Consecutive steps that failed for all rows, after which the engine reports that it is unhealthy."""
+"""Number of consecutive steps that must fail for all rows before the engine reports it is unhealthy."""
 
 
 _Note = tuple[Callable[[EngineEvent], None], EngineEvent]
-"""(callback, event to deliver to it)."""
+"""(callback, event that the callback receives)."""
 
 
 @dataclass(eq=False)
@@ -86,7 +86,7 @@ class _Live:
     first: float | None = None
     last: float | None = None
     prompt: dict[int, SampledToken] = field(default_factory=dict)
-    """Index in the prompt -> its token's log-probabilities, if requested."""
+    """Position in the prompt -> log-probabilities of the token there, if requested."""
 
 
 class TextEngine(Engine[Request, EngineEvent]):
@@ -169,11 +169,11 @@ class TextEngine(Engine[Request, EngineEvent]):
         self.stop()
 
     def problems(self, adapter: Adapter) -> list[str]:
-        """Return the reasons why an adapter cannot be served here with full effect, one line each."""
+        """Return the reasons why an adapter cannot be served in full, one line each."""
         return self.runner.problems(adapter)
 
     def problem(self) -> str:
-        """Return why the engine is unhealthy (a stuck step, an ended thread, failing steps), or ""."""
+        """Return why the engine is unhealthy (stuck step, ended thread, failing steps), or "" if healthy."""
         if self._state != "open":
             return ""
         if not self._thread.is_alive():
@@ -279,7 +279,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._run_callbacks(wait=not self.scheduler.running and not self._startable())
                 self._heartbeat = time.monotonic()
                 self._step()
-            except Exception as error:  # an internal error fails the current requests; the engine continues
+            except Exception as error:  # an internal error ends the current requests; the engine continues
                 self._lost += 1
                 refused = internal_error("the answer", error)
                 for live in list(self._by_id.values()):
@@ -293,7 +293,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         return any(live.lease is not None or live.request.mix == BASE for live in self._live.values())
 
     def _run_callbacks(self, wait: bool) -> None:
-        """Run all queued callbacks. `wait`: block for the first one, because there is no other work."""
+        """Run all queued callbacks. `wait`: block until the first one arrives, as there is no other work."""
         try:
             callback = self._box.get(timeout=1.0) if wait else self._box.get_nowait()
             while callback is not None:
@@ -311,7 +311,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._loaded(live.sequence)
 
     def _loaded(self, sequence: Sequence) -> bool:
-        """Return whether the sequence's adapters are in memory; the first call starts to load them."""
+        """Return whether the sequence's adapters are in memory. The first call starts loading them."""
         live = self._live[sequence]
         if live.lease is not None or live.request.mix == BASE:
             return True
@@ -343,7 +343,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         choices = dict(zip(map(id, sampled), self._choose(chunks, sampled), strict=True))
         now = time.monotonic()
         for chunk in chunks:
-            if (still := self._live.get(chunk.sequence)) is not None:  # otherwise the row failed
+            if (still := self._live.get(chunk.sequence)) is not None:  # None if the row failed
                 self.scheduler.mark_computed(chunk)
                 if chunk.last:
                     self._append_token(still, choices[id(chunk)], now)
@@ -381,8 +381,8 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _row(self, chunk: Chunk, *, again: bool = False) -> RunnerRow:
         """Return the runner's row for a chunk. `again`: recompute the sequence from its start.
 
-        Paged keys and values can be rewritten safely. The state of recurrent layers can have advanced by part
-        of the failed step, so it has to be recomputed.
+        Paged keys and values can be overwritten safely. But the state of recurrent layers can already include
+        part of the failed step, so it has to be recomputed.
         """
         sequence, live = chunk.sequence, self._live[chunk.sequence]
         assert sequence.table is not None
@@ -395,8 +395,9 @@ class TextEngine(Engine[Request, EngineEvent]):
         return RunnerRow(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
 
     def _scored(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor) -> Tensor:
-        """Return the logits to sample from, one row per last chunk; store the log-probabilities of prompt
-        tokens."""
+        """Return the logits to sample from: one row for each sequence whose last chunk is in this batch.
+
+        Also stores the log-probabilities of prompt tokens, if requested."""
         if sum(row.wants for row in rows) == sum(chunk.last for chunk in chunks):
             return logits
         ends, at = [], 0
@@ -437,7 +438,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         stop: str | int | None = None,
         error: Refused | None = None,
     ) -> None:
-        """Release everything the request holds, once, and emit how the request ended."""
+        """Release everything that the request holds and emit its Finished event, at most once."""
         if self._by_id.get(live.request.id) is not live:
             return
         del self._by_id[live.request.id]
@@ -469,9 +470,9 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._outbox[live.loop].append((live.deliver, event))
 
     def _send(self) -> None:
-        """Deliver the step's events, with one call per event loop."""
+        """Deliver the queued events, with one call per event loop."""
         for loop, events in self._outbox.items():
-            with suppress(RuntimeError):  # the loop is closed, so nobody listens
+            with suppress(RuntimeError):  # the loop is closed: nobody is listening
                 loop.call_soon_threadsafe(_deliver, events)
         self._outbox.clear()
 

@@ -4,10 +4,10 @@
     matcher = start.copy()
     matcher.mask()    matcher.advance(token)    matcher.done               the sampler, each step
 
-llguidance compiles and matches; a mask takes well under a millisecond. Compiling can take a second, without
-the GIL, and is cached by text. Both times grow with the square of a schema's size, so the size is bounded.
-The first mask is computed at compile time, so that a grammar that cannot start is refused before the request
-runs.
+llguidance compiles and matches. A mask takes well under a millisecond. Compiling can take a second; it
+releases the GIL, and results are cached by the grammar's text. Both times grow with the square of a schema's
+size, so that size is limited. Compiling also computes the first mask, so that a grammar without a valid first
+token is refused before the request runs.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ GrammarKind = Literal["json_schema", "json_object", "regex"]
 
 MAX_TEXT = 256 << 10
 _MAX_PARTS = 2000
-"""Maximum objects and lists in a JSON schema.
+"""Maximum number of objects and lists in a JSON schema.
 
-2000 take half a second to compile, and 40 ms per mask if all are properties of one object.
+A schema with 2000 takes half a second to compile, and 40 ms per mask if all are properties of one object.
 """
 _ANY_OBJECT = '{"type": "object"}'
 
 
 class Matcher:
-    """The state of one completion in its grammar. Errors are Refused, and end only their own row."""
+    """The grammar state of one completion. Errors are Refused, and end only the completion's row."""
 
     def __init__(self, state: LLMatcher, vocabulary: int) -> None:
         self._state, self.vocabulary = state, vocabulary
 
     def copy(self) -> Matcher:
-        """Return a copy in the same state, for another completion. Cheap."""
+        """Return a copy in the same state, for another completion. Copying is cheap."""
         return Matcher(self._state.deep_copy(), self.vocabulary)
 
     def mask(self) -> Tensor:
@@ -64,7 +64,7 @@ class Matcher:
         return out
 
     def advance(self, token: int) -> None:
-        """Advance by a token that the mask allowed. Raises Refused for any other token."""
+        """Advance by a token that the mask allows. Raises Refused for any other token."""
         if not self._state.consume_token(token):
             self._check()
             raise Refused(f"token {token} does not match the grammar", status=500, code="internal")
@@ -76,7 +76,7 @@ class Matcher:
 
     @property
     def done(self) -> bool:
-        """Whether only the end can follow."""
+        """Whether only the completion's end can follow."""
         return bool(self._state.is_stopped())
 
     def _check(self) -> None:
@@ -87,9 +87,9 @@ class Matcher:
 def compile_grammar(
     kind: GrammarKind, text: str, tokenizer: Any, *, vocabulary: int | None = None, ends: Collection[int] = ()
 ) -> Matcher:
-    """Compile the grammar of `text` into a start state; copy it for each completion. Blocking.
+    """Compile a grammar and return its start state; copy the state for each completion. Blocking.
 
-    `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number of logits, if not the
+    `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number of logits; by default the
     tokenizer's length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused (400) with
     llguidance's message if the grammar does not compile, MissingExtraError without llguidance.
     """
@@ -121,7 +121,7 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
 
 @lru_cache(maxsize=8)
 def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLTokenizer:
-    """Return llguidance's tokenizer, cached, because building one takes about a second."""
+    """Return an llguidance tokenizer. Cached, because building one takes about a second."""
     try:
         from llguidance import LLTokenizer
     except ImportError as error:
@@ -137,10 +137,10 @@ def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLToke
 
 
 def _refused(message: str) -> Refused:
-    """An error with llguidance's first line, without llguidance's internal state."""
+    """Return an error with the first line of llguidance's message, without its internal state."""
     first = [*message.strip().splitlines(), ""][0].partition("<")[0].strip()[:300]
-    if not first or first.isalnum():  # llguidance's name for a reason
-        first = "it cannot be followed"
+    if not first or first.isalnum():  # an error code of llguidance, not a message
+        first = "llguidance gave no reason"
     if "regex parse error:" in first:
         why = re.search(r"^error: (.+)$", message, re.MULTILINE)
         first = f"it contains an invalid regular expression{': ' + why[1][:200] if why else ''}"

@@ -1,16 +1,16 @@
-"""Sampling from an adapter during training: the engine without a server, on an attachment's current values.
+"""Sampling during training: the engine without a server, with an attachment's current values.
 
     with attach(model) as attachment, live_sampler(base, attachment) as sampler, fast(model):
         attachment.add("run", adapter, trainable=True)
         completions = sampler.sample([CompletionRequest(prompt, seed, SamplingParams(), "run"), …])
 
-Uses the engine's continuous batching, prefix caching for completions that share a prompt, and grammars. The
-engine multiplies by the base's own weights in place; quantized weights stay quantized. Adapters are
-identified by the digest of their values, so after an optimizer step no cached keys and values of old values
-are found.
+Uses the engine's continuous batching, its prefix cache for completions that share a prompt, and its grammars.
+The engine uses the base's own weights without a copy; quantized weights stay quantized. Adapters are
+identified by the digest of their values, so after an optimizer step, keys and values cached before the step
+are never found.
 
-Enter `live_sampler` before `fast`, so that weights are fused once. No adapter may be active on the model
-meanwhile.
+Enter `live_sampler` before `fast`, so that weights are fused once. No adapter can be active on the model
+while the sampler is open.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, Samp
 _LOOK = 0.1
 """Seconds between checks for an interrupt."""
 _CACHE = 1 << 30
-"""Upper bound on bytes of keys and values; full contexts of all rows can need less."""
+"""Maximum bytes of keys and values; the cache is smaller if full contexts of all rows need less."""
 _SCORED = 64
-"""Number of tokens whose logits exist at once in a replay."""
+"""Number of tokens whose logits are in memory at once during a replay."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def live_sampler(
 
 
 class _LiveSampler(Sampler):
-    """Samples from an attachment. `now`: digest -> adapter as it was at the request, read by the engine."""
+    """Samples from an attachment. `now`: digest -> adapter as of the latest `sample`, for the engine."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _LiveSampler(Sampler):
     async def _all(
         self, requests: Sequence[CompletionRequest], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
     ) -> list[Rollout] | None:
-        """Run all requests.
+        """Run all requests; return None if interrupted.
 
         The first request of each prompt starts first, so that the others find its cached prefix."""
         started: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
@@ -170,7 +170,7 @@ class _LiveSampler(Sampler):
         if end.error is not None:
             raise end.error
         if end.reason == "cancelled":
-            raise VeneerError("the engine ended while it drew")
+            raise VeneerError("the engine ended while it was sampling")
         return Rollout(
             request.prompt,
             tuple(t.id for t in tokens),
@@ -201,9 +201,9 @@ class _LiveSampler(Sampler):
 class _ReplayedRows:
     """The tokens that a replay computes.
 
-    `rows`: (first position, end, blocks) of each row, as in the engine. `computed_indices`: index of each
-    computed token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed
-    ones; `previous`: index of its predecessor.
+    `rows`: (first position, end, blocks) of each row, as in the engine. `computed_indices`: for each computed
+    token, its index among all tokens of the rows. `row_indices`: for each token of the rows, its index among
+    the computed tokens. `previous`: for each token of the rows, the index of its predecessor.
     """
 
     rows: list[tuple[int, int, list[int]]]
@@ -244,9 +244,10 @@ class _ReplayedRows:
 
 
 class _EngineReplay(Replay):
-    """The engine's forward pass over whole rows; all layers reuse one layer's pages.
+    """Replays whole rows with the engine's forward pass.
 
-    `positions`: indices of the tokens whose log-probabilities are requested.
+    All layers reuse the pages of one layer. `positions`: indices of the tokens whose log-probabilities are
+    requested.
     """
 
     def __init__(

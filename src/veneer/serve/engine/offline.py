@@ -3,8 +3,8 @@
     with answering(base, adapters) as answer:
         answer(prompts, [("support", 1.0)], max_new_tokens=64)      same as `complete`, several times as fast
 
-If the base or an adapter does not run on the engine's own forward pass, `answer` is `complete` itself, and
-the mix must be active on the model, as `complete` requires.
+If the base or an adapter does not run on the engine's own forward pass, `answer` calls `complete` instead.
+The mix must then be active on the model, as `complete` requires.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class AnswerFunction(Protocol):
 
 @contextmanager
 def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[AnswerFunction]:
-    """Yield a function that completes prompts with `adapters`, by name. Raises the errors of `complete`.
+    """Yield a function that completes prompts with mixes of `adapters`, which are given by name.
 
-    `rows`: completions at once. No adapter may be attached to the model on entry.
+    `rows`: completions at once. No adapter can be attached to the model on entry. Raises the errors of
+    `complete`.
     """
 
     def plain(prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int) -> list[Completion]:
@@ -57,24 +58,27 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
 
 
 def answering_bytes(base: TextBase, weights: int, *, rows: int = 32) -> int:
-    """Return an upper bound of the bytes that `answering` adds to the base on a CPU.
+    """Return an upper bound on the memory in bytes that `answering` adds to the base on a CPU.
 
-    Includes a prepacked copy of the projections, and keys and values. `weights`: bytes of the base's weights.
+    Includes keys and values, and a prepacked copy of the projections. `weights`: bytes of the base's weights.
     """
     return min(weights, PACK_BYTES) + _cache_bytes(base, rows)
 
 
 def _cache_bytes(base: TextBase, rows: int) -> int:
-    """Return the cache size: at most the full contexts of 2 · `rows`.
+    """Return the cache size in bytes: at most 2 · `rows` full contexts.
 
-    On a small base, zero-filling a server's default cache at every evaluation would be wasted time.
+    For a small base, filling a server's default cache with zeros at every evaluation would waste time.
     """
     blocks = 2 * rows * (base.context // BLOCK + 1)
     return min(EngineSettings.cache_bytes, blocks * block_bytes(base))
 
 
 class EngineAnswers:
-    """An `AnswerFunction` on the engine, in its own thread, because a caller can have an event loop."""
+    """An `AnswerFunction` that uses the engine.
+
+    Runs in a separate thread, because the caller's thread can have a running event loop.
+    """
 
     def __init__(self, base: TextBase, engine: TextEngine, thread: ThreadPoolExecutor) -> None:
         self.base, self.engine, self.thread = base, engine, thread
@@ -97,7 +101,7 @@ class EngineAnswers:
                     raise event.error
             return completion_of(self.base, new, len(ids))
 
-        async def all_of() -> list[Completion]:
+        async def complete_all() -> list[Completion]:
             return await asyncio.gather(*map(complete_prompt, encoded))
 
-        return self.thread.submit(asyncio.run, all_of()).result()
+        return self.thread.submit(asyncio.run, complete_all()).result()

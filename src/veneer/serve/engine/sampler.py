@@ -3,14 +3,14 @@
     row = SampledRow(request.sampling, request.prompt, vocabulary=n, ends=stop_ids)    once per request
     for choice in sample(logits, rows): …                                              once per step
 
-A greedy row without other settings costs its share of one argmax. For other rows, the order is: grammar,
+A greedy row without other settings costs only its share of one argmax. For other rows, the order is: grammar,
 logit bias, penalties, temperature, top-k, min-p, top-p. The sample is a function of (seed, number of
-generated tokens, scores) without generator state, so a row samples the same tokens in any batch, on any
-device, and after it resumes elsewhere. Sampling uses the Gumbel trick: argmax(score − log e) with e ~ Exp(1)
-samples from softmax(score). Unlike inverting the distribution function, the Gumbel trick seldom changes the
-token because of rounding in the scores.
+generated tokens, scores), without generator state. So a row samples the same tokens in any batch, on any
+device, and after it resumes on another server. Sampling uses the Gumbel trick: argmax(score − log e) with
+e ~ Exp(1) samples from softmax(score). Unlike inverting the distribution function, the Gumbel trick seldom
+changes the token because of rounding in the scores.
 
-Depends on torch and `request` only; no tokenizer, no model.
+Depends only on torch and `request`, not on a tokenizer or a model.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher
 
 _NEAR = 1 << 18
-"""Number of scores that a CPU samples from at a time, so that intermediate results fit its L2 cache."""
+"""Number of scores that a CPU processes at a time, so that intermediate results fit in the L2 cache."""
 NUCLEUS = 1024
-"""Number of best tokens that top-p checks first; if their probability is below top_p, all tokens are
-sorted."""
+"""Number of most likely tokens that top-p checks first.
+
+If their total probability is below top_p, all tokens are sorted."""
 
 
 @dataclass(frozen=True)
 class SampledToken:
     """A sampled token.
 
-    `logprob` and `top` ((id, logprob), best first) are from the model's own distribution; `sampled_logprob`
-    is from the distribution that was sampled. Each is present only if the row requests it.
+    `logprob` and `top` ((id, logprob), best first) are from the model's own distribution. `sampled_logprob`
+    is from the distribution that the token was sampled from. Each is present only if the row requests it.
     """
 
     id: int
@@ -58,9 +59,9 @@ class SampledToken:
 class SampledRow:
     """The sampling state of one request: settings, seed, and tokens so far.
 
-    `ends`: the base's stop ids, which must not come before `min_tokens`; the request's own are added. `seed`:
-    the seed in use, also if the server chose it. `under`: the client's name of the mix that produces the
-    scores. Raises Refused for ids outside the vocabulary.
+    `ends`: the base's stop ids. These and the request's own stop ids are not sampled before `min_tokens`.
+    `seed`: the seed in use, even if the server chose it. `under`: the client's name for the mix that produces
+    the scores. Raises Refused for ids outside the vocabulary.
     """
 
     def __init__(
@@ -84,9 +85,9 @@ class SampledRow:
         self._penalizes_counts = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self._penalizes_repeats = sampling.repetition_penalty != 1
         self.counts: Counter[int] = Counter()
-        """Token -> times generated; empty without a presence or frequency penalty."""
+        """Token -> number of times it was generated; empty without a presence or frequency penalty."""
         self.seen = dict.fromkeys(prompt) if self._penalizes_repeats else {}
-        """Tokens to which a repetition penalty applies."""
+        """Tokens to which the repetition penalty applies."""
         self._changes = bool(grammar or sampling.logit_bias or self._penalizes_counts or self._penalizes_repeats)
         self._mask: Future[Tensor] | None = None
 
@@ -103,7 +104,7 @@ class SampledRow:
         return not (self.sampling.temperature or self._changes or self.generated < self.sampling.min_tokens)
 
     def prefetch_mask(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
-        """Start to compute the next token's grammar mask, in parallel with the model."""
+        """Start computing the grammar mask of the next token, in parallel with the model."""
         if self.grammar is not None and self._mask is None:
             self._mask = submit(self.grammar.mask)
 
@@ -118,7 +119,7 @@ class SampledRow:
             self.grammar.advance(token)
 
     def mask(self) -> Tensor | None:
-        """Return the tokens that the grammar allows next, on the CPU, or None without a grammar.
+        """Return which tokens the grammar allows next, as a mask on the CPU; None without a grammar.
 
         Raises the grammar's errors.
         """
@@ -134,12 +135,12 @@ class SampledRow:
 
 
 _NOTHING_ALLOWED, _NOT_FINITE = -1, -2
-"""Placeholders for a token if no token can be chosen."""
+"""Placeholder ids for rows in which no token can be chosen."""
 
 
 def _no_token(row: SampledRow, why: int) -> Refused:
     message = "no token has a finite score"
-    if why == _NOT_FINITE and row.under:  # the request is the cause, so a retry does not help
+    if why == _NOT_FINITE and row.under:  # the request is the cause, so a retry cannot help
         message = f"{message} with adapters {quoted(row.under)}: the output overflowed"
         return Refused(message, status=400, code="adapter_unusable", param="model", fix="lower strengths")
     return Refused(message, status=500, code="internal")
@@ -164,7 +165,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
     finite = best.isfinite()
     failed: dict[int, Exception] = {}
     unmodified = [row.unmodified for row in rows]
-    sampled_logprobs = torch.zeros(len(rows), device=device)  # 0 for greedy rows, whose choice is certain
+    sampled_logprobs = torch.zeros(len(rows), device=device)  # 0 for greedy rows, whose token is certain
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
         changed_rows = [rows[i] for i in changed]
@@ -195,7 +196,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
         reporting = _sampled([chosen_ids[i] for i in with_logprobs], counts, *parts)
         reported = dict(zip(with_logprobs, reporting, strict=True))
     for i, sampled in reported.items():
-        if rows[i].sampling.sampled_logprob:  # the distributions are equal, so reuse the value
+        if rows[i].sampling.sampled_logprob:  # for unmodified rows, both log-probabilities are equal
             reported[i] = replace(sampled, sampled_logprob=sampled.logprob if unmodified[i] else under[i])
     out: list[SampledToken | Refused] = []
     for i, (row, token) in enumerate(zip(rows, chosen_ids, strict=True)):
@@ -206,13 +207,15 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
                 raise _no_token(row, token)
             row.take(token)
             out.append(reported[i] if i in reported else SampledToken(token))
-        except Exception as error:  # fails only this row: the others have recorded their tokens
+        except Exception as error:  # fail only this row: earlier rows have recorded their tokens
             out.append(error if isinstance(error, Refused) else internal_error("the answer", error))
     return out
 
 
 def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
-    """Apply everything before the temperature in place; return errors of failed grammars by row index.
+    """Apply, in place, all adjustments that precede temperature.
+
+    Returns the errors of failed grammars by row index.
 
     scores: (rows, vocabulary), float32
     """
@@ -231,7 +234,7 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
     if (at := _entries(scores, [row.forbidden for row in rows])) is not None:
         original = scores[at]
         scores[at] = -math.inf
-        if masks:  # a finished grammar takes precedence: the completion is complete
+        if masks:  # allow stop ids before `min_tokens` if the grammar allows nothing else
             over = (scores.amax(-1) == -math.inf).index_select(0, at[0])
             scores[at] = torch.where(over, original, -math.inf)
     if (at := _entries(scores, [row.sampling.logit_bias for row in rows])) is not None:
@@ -246,8 +249,10 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
 
 
 def _entries(scores: Tensor, columns: Sequence[Collection[int]]) -> tuple[Tensor, Tensor] | None:
-    """Return (row, column) indices of the entries that `columns` names in each row, or None without
-    entries."""
+    """Return (row indices, column indices) of the entries that `columns` names, or None.
+
+    columns: for each row, a collection of column indices; None is returned if all are empty
+    """
     rows = [row for row, row_columns in enumerate(columns) for _ in row_columns]
     if not rows:
         return None
@@ -263,13 +268,13 @@ def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
 def _sample_warm(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
     """Sample a token per row from softmax(scores / temperature), limited by top-k, min-p and top-p.
 
-    Returns the tokens and their log-probabilities in that distribution, which are 0 unless some row requests
-    `sampled_logprob` for a modified distribution.
+    Returns the tokens and their log-probabilities in that distribution. All log-probabilities are 0 unless
+    some row requests `sampled_logprob` for a modified distribution.
 
     scores: (rows, vocabulary), float32
     """
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
-    scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the maximum becomes 0, so no score becomes infinite
+    scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the maximum becomes 0, so that no score overflows
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
     keys = sent(torch.tensor([draw_key(r.seed, r.generated) for r in rows], dtype=torch.int32), scores.device)
     floor = None
@@ -296,10 +301,10 @@ def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
 
 
 def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """Return the lowest score that stays, (rows, 1).
+    """Return the lowest score that each row keeps, (rows, 1).
 
-    The limit is a score, not a rank: equal scores are kept or cut together, and the result does not depend on
-    how a sort breaks ties.
+    The limit is a score, not a rank: equal scores are kept or removed together, and the result does not
+    depend on how a sort breaks ties.
 
     scores: (rows, vocabulary), with a maximum of 0
     """
@@ -320,7 +325,7 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     total = row_scores.masked_fill(row_scores < least, -math.inf).logsumexp(-1, keepdim=True)
     share = sent(torch.tensor([[settings[r].top_p] for r in nucleus], dtype=torch.float64), scores.device)
     lowest, complete = _nucleus(best.index_select(0, at), least, total, share)
-    if count < vocabulary and not complete.all():  # most nuclei are small
+    if count < vocabulary and not complete.all():  # seldom, because most nuclei are small
         some = (~complete).nonzero().flatten()
         order = row_scores[some].sort(descending=True).values
         lowest[some] = _nucleus(order, least[some], total[some], share[some])[0]
@@ -329,9 +334,10 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
 
 
 def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lowest score in the nucleus, and whether `order` reaches the nucleus's end.
+    """Return the lowest score in the nucleus, and whether `order` contains the whole nucleus.
 
-    A token stays if better tokens have less than `share` of the probability above `floor`.
+    A token is in the nucleus if all better tokens together have less than `share` of the probability of the
+    scores at or above `floor`.
 
     order: the best scores, descending
     """
@@ -345,7 +351,7 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
 
 
 def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledToken]:
-    """Return the log-probabilities of given tokens, each with its number of alternatives.
+    """Return the log-probabilities of given tokens, with `counts[i]` alternatives for token i.
 
     logits: (n, vocabulary), n > 0; ids: (n,)
     """
@@ -354,8 +360,10 @@ def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledTo
 
 
 def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probabilities of the tokens (n,), and of the `most` best tokens with their ids, both (n,
-    most)."""
+    """Return the tokens' log-probabilities, and the `most` best tokens.
+
+    Shapes: log-probabilities (n,); log-probabilities and ids of the best tokens (n, most).
+    """
     logits = logits.float()
     tokens = _best(logits, min(most, logits.shape[-1])) if most else ids.new_empty(len(ids), 0)
     p = logits.log_softmax(-1)
@@ -365,13 +373,13 @@ def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, T
 def _best(scores: Tensor, count: int) -> Tensor:
     """Return the ids of the `count` best scores, best first.
 
-    Ties go to the lower id, as in argmax. Ties are common in 16 bits, and the tied tokens that `topk` returns
-    depend on k.
+    Of tied scores, the lower id comes first, as in argmax. Ties are common in 16-bit scores, and `topk`
+    returns different tied tokens for different k.
 
     scores: (n, vocabulary), float32
     """
     least = scores.topk(max(1, count)).values[:, -1:]
-    row, token = (~(scores < least)).nonzero(as_tuple=True)  # at least `count` per row, nan included
+    row, token = (~(scores < least)).nonzero(as_tuple=True)  # at least `count` per row, including nan
     order = scores[row, token].argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]
     row_counts = row.bincount(minlength=len(scores))
@@ -380,8 +388,10 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _read(*tensors: Tensor) -> list[list[float]]:
-    """Return the values of each tensor with one device read, as float32, which represents every token id
-    below 2²⁴."""
+    """Return the values of each tensor. Reads the device once.
+
+    The values are float32, which represents every token id below 2²⁴ exactly.
+    """
     flat: list[float] = torch.cat([t.flatten().float() for t in tensors]).cpu().tolist()
     out, at = [], 0
     for tensor in tensors:
@@ -397,7 +407,7 @@ def _sampled(
     values: Sequence[float],
     tokens: Sequence[float],
 ) -> list[SampledToken]:
-    """Build the results; `values` and `tokens` have equally many entries per row."""
+    """Build the results. `values` and `tokens` have the same number of entries for every row."""
     each = len(values) // max(1, len(ids))
     out = []
     for r, (token, n, logprob) in enumerate(zip(ids, counts, logprobs, strict=True)):
@@ -412,9 +422,9 @@ def _sampled(
 
 
 def draw_key(seed: int, position: int) -> tuple[int, int]:
-    """Return two signed 32-bit words, by splitmix64 (Steele and others 2014).
+    """Return two signed 32-bit words, computed with splitmix64 (Steele and others 2014).
 
-    Hashes the seed, then the result plus the position.
+    Hashes the seed, then the sum of the result and the position.
     """
     z = _splitmix(_splitmix(seed) + position)
     low, high = z & 0xFFFFFFFF, z >> 32
@@ -436,11 +446,11 @@ def exponential(tokens: Tensor, keys: Tensor) -> Tensor:
     x = _mix_(tokens ^ keys[..., 0])
     x = _mix_(x.add_(keys[..., 1])).bitwise_and_(0x7FFFFFFF)
     u = x.float().add_(0.5).mul_(2.0**-31).clamp_max_(1 - 2.0**-24)
-    return u.neg_().log1p_().neg_()  # full precision for small values, which win the argmax
+    return u.neg_().log1p_().neg_()  # accurate for small values, which win the argmax
 
 
 def _mix_(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words that mixes every bit (Wellons' lowbias32), in place.
+    """Mix every bit of 32-bit words, in place, with a bijection (Wellons' lowbias32).
 
     The masks make the shifts logical.
     """

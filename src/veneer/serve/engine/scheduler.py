@@ -1,24 +1,24 @@
-"""Continuous batching scheduler: picks the sequences and tokens of each step.
+"""Continuous batching scheduler: selects the sequences and tokens that each step computes.
 
 A step has at most `budget` tokens: one per decoding sequence; the rest go to prompts, computed in chunks, so
 that a long prompt never delays the next tokens of other sequences.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
 received (1 per computed prompt token, 2 per generated token) divided by its weight. The tenant with the
-lowest counter gets the next slot and the next prompt tokens. A tenant that returns after a pause is raised to
-the lowest counter of the active
-tenants: idle time earns no credit. A prompt of ordinary length is charged after its first token, so that a
-tenant that arrives at a busy server is not delayed halfway through a prompt. Within a tenant, requests run
-first come, first served, except for sequences whose adapters are still loading. Other tenants' prompts can at
-most double a step that produces a first token.
+lowest counter gets the next slot and the next prompt tokens. The counter of a tenant that returns after a
+pause is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary
+length is charged after its first token, so that a tenant that arrives at a busy server is not delayed halfway
+through a prompt. Within a tenant, requests run first come, first served, except for sequences whose adapters
+are still loading. In a step that produces a sequence's first token, other tenants' prompts can at most
+double the step's prompt tokens.
 
 Slots: if the tenant with the lowest counter has less than its share (by weight, among active tenants) of
 slots and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
 
 Memory: when no block is free, the scheduler preempts the youngest sequence of the tenant with the highest
-counter. The preempted sequence loses its blocks, keeps its tokens, and is recomputed from the blocks that the
-cache still has. The caller of `add` must ensure that each request fits the cache when it runs without others.
-Plain numbers only: no tensors, no clock.
+counter. The preempted sequence loses its blocks, keeps its tokens, and is later recomputed, except for the
+blocks that the cache still has. The caller of `add` must ensure that each request fits in the cache when it
+runs alone. Works on plain numbers, without tensors or a clock.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from veneer.serve.engine.cache import BlockTable, Cache
 from veneer.serve.request import Request, cache_root
 
 _LOOK_AHEAD = 64
-"""Number of waiting requests per tenant that are checked for being ready to run."""
+"""Maximum number of a tenant's waiting requests that are checked for being ready to run."""
 _SHORT = 64
 """Tokens of other tenants' prompts that are always allowed in a step that produces a first token."""
 _GENERATED = 2.0
-"""Cost of a generated token in prompt tokens, as in the paper."""
+"""Cost of a generated token, relative to a prompt token, as in the paper."""
 _CREDIT = 512
-"""Prompt tokens that a tenant can compute before they are charged; a first token charges them too."""
+"""Number of computed prompt tokens above which a tenant is charged; a prompt's end also charges them."""
 
 
 @dataclass(eq=False)
 class Sequence:
     """A running or waiting request.
 
-    `tokens`: prompt and generated tokens. `computed`: tokens whose keys and values are in the cache.
-    `cached`: prompt tokens found in the cache when the sequence first ran. `charged`: prompt tokens charged
-    to the tenant. `last_chunk`: number of the sequence's last chunk, counted over all sequences.
+    `tokens`: prompt and generated tokens. `computed`: number of tokens whose keys and values are in the
+    cache. `cached`: number of prompt tokens found in the cache when the sequence first ran. `charged`: number
+    of prompt tokens charged to the tenant. `last_chunk`: number of the sequence's last chunk, counting the
+    chunks of all sequences.
     """
 
     request: Request
@@ -70,15 +71,15 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether all tokens but the last are computed."""
+        """Whether all tokens except the last have been computed."""
         return self.computed >= len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start to end of a sequence, computed in this step.
+    """Tokens `start` to `end` of a sequence, computed in one step.
 
-    `last`: the step needs the logits after them."""
+    `last`: whether the step needs the logits of the chunk's last token."""
 
     sequence: Sequence
     start: int
@@ -101,9 +102,9 @@ class _Tenant:
 class Scheduler:
     """Schedules the sequences of all tenants.
 
-    `rows`: sequences that run at once. `budget`: tokens per step, at least `rows`. `loaded(sequence)`:
-    whether the sequence's adapters are in memory; called for the next sequences in line, so that it can start
-    to load them. `shares`: whether sequences can share blocks.
+    `rows`: sequences that run at once. `budget`: tokens per step, at least `rows`. `loaded(sequence)`: return
+    whether the sequence's adapters are in memory; also called for the next sequences in line, to start
+    loading their adapters. `shares`: whether sequences can share blocks.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.looked_up = self.found = 0
-        """Prompt tokens looked up in the cache, and found there; each prompt counts once."""
+        """Prompt tokens looked up in the cache, and how many were found; each prompt counts once."""
         self._tenants: dict[str, _Tenant] = {}
         self._floor = 0.0
         self._order = 0
@@ -160,18 +161,18 @@ class Scheduler:
                 following = self._next()
             if begun and (following is None or self._turn(begun[0]) <= self._turn(following)):
                 following = begun.pop(0)
-                if following not in self.running:  # an earlier sequence of this step preempted it
+                if following not in self.running:  # a sequence handled earlier in this step has preempted it
                     continue
             elif following is None:
                 return chunks
             elif not self._start(following):
                 full = True
                 continue
-            else:  # a sequence that was preempted earlier in this step is still in `begun`
+            else:  # a sequence that was preempted in this step is still in `begun`
                 begun = [s for s in begun if s is not following]
                 left -= (
                     following.decodes
-                )  # a preempted row whose prompt is cached: `left` does not include its token yet
+                )  # a preempted sequence whose prompt is cached: `left` does not account for its token yet
             if following.decodes:
                 self._chunk(following, 1, chunks)
                 continue
@@ -197,7 +198,7 @@ class Scheduler:
             tenant.owed += new
             sequence.charged = max(sequence.charged, sequence.cached) + new
         if chunk.last or tenant.owed > _CREDIT:
-            self._record_failure(tenant)
+            self._charge(tenant)
 
     def appended(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
@@ -206,22 +207,22 @@ class Scheduler:
     # -- internals -----------------------------------------------------------------------------------------------------
 
     def _lowest(self) -> float:
-        """Return the lowest counter of the active tenants; without an active tenant, its last value."""
+        """Return the lowest counter of the active tenants, or the last such value if no tenant is active."""
         at_work = [t.counter for t in self._tenants.values() if t.waiting or t.running]
         self._floor = min(at_work, default=self._floor)
         return self._floor
 
-    def _record_failure(self, tenant: _Tenant) -> None:
+    def _charge(self, tenant: _Tenant) -> None:
         tenant.counter += tenant.owed / tenant.weight
         tenant.owed = 0.0
 
     def _turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
-        """Return a sequence's sort key; lower keys are computed first."""
+        """Return a sequence's sort key; sequences with lower keys are computed first."""
         tenant = self._tenants[sequence.request.tenant]
         return tenant.counter, tenant.running, sequence.last_chunk, sequence.order
 
     def _make_room(self) -> None:
-        """Preempt sequences that keep the next sequence in line from its tenant's share."""
+        """Preempt sequences that keep the next sequence in line from getting its tenant's share."""
         following = self._next()
         while following is not None and (victim := self._in_the_way(following)) is not None:
             self._preempt(victim)
@@ -239,8 +240,10 @@ class Scheduler:
             blocks[sequence.request.tenant] += len(sequence.table.blocks) if sequence.table is not None else 0
 
         def above(name: str, slots: int, more_blocks: int) -> float:
-            """Return a tenant's usage over its share, given additional slots and blocks; 1 is exactly its
-            share."""
+            """Return the ratio of a tenant's usage to its share; 1 is exactly the share.
+
+            `slots`, `more_blocks`: added to the current usage.
+            """
             share = at_work[name].weight / weights
             by_slots = (at_work[name].running + slots) / (self.rows * share) if no_slot else 0.0
             by_blocks = (blocks[name] + more_blocks) / (self.cache.size * share) if no_blocks else 0.0
@@ -255,7 +258,10 @@ class Scheduler:
         return max((s for s in self.running if s.request.tenant == most), key=lambda s: s.order)
 
     def _next(self) -> Sequence | None:
-        """Return the first ready sequence of the tenant with the lowest counter, or None."""
+        """Return the first ready sequence of the tenant with the lowest counter, or None.
+
+        Tenants without a ready sequence are skipped.
+        """
         for tenant in sorted((t for t in self._tenants.values() if t.waiting), key=lambda t: (t.counter, t.running)):
             for sequence in itertools.islice(tenant.waiting, _LOOK_AHEAD):
                 if self.loaded(sequence):
@@ -263,10 +269,10 @@ class Scheduler:
         return None
 
     def _start(self, sequence: Sequence) -> bool:
-        """Open the sequence's block table and run the sequence if its tokens fit.
+        """Open the sequence's block table and run the sequence, if its tokens fit.
 
-        Starting never preempts others."""
-        no_cache = sequence.request.sampling.prompt_logprobs  # cached tokens have no logits
+        Returns whether they fit. Never preempts other sequences."""
+        no_cache = sequence.request.sampling.prompt_logprobs  # the cache has no logits of its tokens
         if self.shares and not no_cache:
             table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)
         else:
@@ -314,4 +320,4 @@ class Scheduler:
         sequence.table, sequence.computed = None, 0
         self.running.remove(sequence)
         self._tenants[sequence.request.tenant].running -= 1
-        self._record_failure(self._tenants[sequence.request.tenant])
+        self._charge(self._tenants[sequence.request.tenant])

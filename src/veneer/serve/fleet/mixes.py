@@ -1,17 +1,17 @@
-"""Mixes as folders that vLLM serves with full effect, under names that identify the mix.
+"""Folders of mixes that vLLM serves without loss, under names that identify the mix.
 
 | mix | name | folder |
 | --- | ---- | ------ |
 | one adapter at strength 1 | `veneer-` and its digest | the adapter's own in the library, or a converted copy |
 | any other | `veneer-mix-` and the mix's digest | one adapter of summed rank, Σ strength·ΔW |
 
-vLLM keys its prompt caches by adapter name and remembers names until it ends. A name here always means the
-same weights, so a deleted folder can be written again under its name.
+vLLM keys its prefix caches by adapter name, and remembers each name until vLLM ends. Each name here always
+means the same weights, so a deleted folder can be written again under its old name.
 
 Every distinct vector of strengths is a separate mix. `Mixes` therefore limits the mixes per tenant and the
 total size of the folders. Over a limit, it deletes the least recently used folder, but never a folder with
-running requests or one used in the last `grace` seconds. Several veneer servers can share the folder:
-modification times record the last use by any of them. Each server counts its own tenants.
+running requests or one used in the last `grace` seconds. Several veneer servers can share the parent folder:
+modification times record the last use by any of them. Each server counts only its own tenants' mixes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
 @dataclass(frozen=True)
 class Servable:
-    """A folder to serve. `rank`: the minimum for the server's --max-lora-rank."""
+    """A folder for vLLM to serve. `rank`: the lowest --max-lora-rank that it needs."""
 
     folder: Path
     rank: int
@@ -57,7 +57,7 @@ def is_weighted(mix: DigestMix) -> bool:
 
 
 def served_name(mix: DigestMix) -> str:
-    """Return a mix's name in vLLM."""
+    """Return the name of a mix in vLLM."""
     if is_weighted(mix):
         return f"veneer-mix-{mix_digest(mix).hex()[:32]}"
     return f"veneer-{mix[0][0].removeprefix('sha256:')}"
@@ -69,13 +69,13 @@ def mix_folder() -> Path:
 
 
 def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Servable:
-    """Write the folder for a mix of adapters, given as (path of its files, strength).
+    """Return a mix's folder for vLLM; write the folder if necessary.
 
-    `name`: the mix's `served_name`, its folder in `cache`. Raises AdapterError with every module that vLLM
-    does not support, and a fix.
+    `parts`: (path of an adapter's files, strength). `name`: the mix's `served_name`, and its folder's name in
+    `cache`. Raises AdapterError with every module that vLLM does not support, and a fix.
     """
     first_path, written = parts[0][0], cache / name
-    if (written / CARD_FILE).is_file():  # written last, so the folder is complete
+    if (written / CARD_FILE).is_file():  # written last, so the folder is complete if this file exists
         return Servable(written, int(json.loads((written / CONFIG_FILE).read_text(encoding="utf-8"))["r"]))
     adapters = [(read(path).adapter, strength) for path, strength in parts]
     adapter = adapters[0][0]
@@ -87,7 +87,7 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
 
 
 def vllm_problems(adapter: Adapter) -> list[str]:
-    """Return the parts of an adapter that vLLM supports in no layout, with their modules.
+    """Return what vLLM cannot serve of an adapter in any layout, with the names of the modules.
 
     A catalog checks this before it registers a name.
     """
@@ -99,8 +99,8 @@ def vllm_problems(adapter: Adapter) -> list[str]:
 def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
     """Return whether every vLLM version reads exactly this adapter from its own folder.
 
-    True for a single scale, by vLLM's formula. Writing raises AdapterError later for adapters that vLLM
-    supports in no layout.
+    This requires that all modules have the same rank and scale, and that vLLM's formula gives this scale. If
+    vLLM cannot serve the adapter in any layout, returns False; writing the folder then raises AdapterError.
     """
     if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
         return False
@@ -116,10 +116,10 @@ def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
 
 
 class Mixes:
-    """The folders of weighted mixes, within limits.
+    """The folders of weighted mixes, with limits on their number and size.
 
     `files`: adapter digest -> path of its files. `each`: maximum mixes per tenant. `limit_bytes`: maximum
-    size of all folders. `grace`: seconds for which a folder stays after its last use, because vLLM could
+    size of all folders. `grace`: seconds for which a folder is kept after its last use, because vLLM could
     still be loading it.
     """
 
@@ -142,10 +142,10 @@ class Mixes:
 
     @contextlib.contextmanager
     def using(self, mix: DigestMix, tenant: str) -> Iterator[None]:
-        """Count a running request of a tenant. Call on the event loop.
+        """Count a running request of a tenant inside the block. Call on the event loop.
 
-        Above the tenant's maximum, drops its least recently used mix. Raises Refused (429) if all of its
-        mixes have running requests.
+        If the tenant has too many mixes, drops the least recently used one. Raises Refused (429) if all of
+        the tenant's mixes have running requests.
         """
         if not is_weighted(mix):
             yield
@@ -174,7 +174,7 @@ class Mixes:
             self._running += Counter()  # removes zeros
 
     def write(self, mix: DigestMix) -> None:
-        """Write a mix's folder unless it exists, then delete folders over the limits. Blocking.
+        """Write a mix's folder unless it exists, then delete folders that exceed the limits. Blocking.
 
         Raises AdapterError if vLLM does not support an adapter.
         """
@@ -183,14 +183,14 @@ class Mixes:
             with self._writing:
                 servable([(self.files(digest), strength) for digest, strength in mix], name, self.folder)
                 self._collect()
-        with contextlib.suppress(FileNotFoundError):  # another veneer server deleted it: the request is retried
+        with contextlib.suppress(FileNotFoundError):  # another veneer server has deleted it; the request is retried
             os.utime(self.folder / name)
 
     def _collect(self) -> None:
         """Delete dropped folders, and the least recently used folders over the size limit."""
         folders = []
         for path in self.folder.glob("veneer-mix-*"):
-            with contextlib.suppress(OSError):  # another veneer server deleted it
+            with contextlib.suppress(OSError):  # another veneer server has deleted it
                 folders.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
         total = sum(size for _, size, _ in folders)
         for used, size, path in sorted(folders):
@@ -201,5 +201,5 @@ class Mixes:
             self._dropped.discard(path.name)
             renamed = path.with_name(f".gone-{secrets.token_hex(8)}")
             with contextlib.suppress(OSError):
-                os.rename(path, renamed)  # renamed first, so that no process finds a partial folder
+                os.rename(path, renamed)  # rename first, so that no process finds a partially deleted folder
                 shutil.rmtree(renamed, ignore_errors=True)

@@ -1,20 +1,20 @@
-"""A vLLM server, or a router in front of several, that runs inference for this server, as an `Engine`.
+"""An `Engine` that sends requests to a vLLM server, or to a router in front of several.
 
     upstream = Upstream("http://router:8000", mixes=Mixes(…), decode=…)
     await upstream.begin()
     async for event in upstream.events(request): …
 
-Requests and responses are token ids, on /v1/completions. An adapter is requested by its name (`mixes`), which
-veneer's plug-in resolves in each vLLM from the shared library; a weighted mix is written to the shared folder
-before the request. Balancing is the router's task.
+Requests and responses contain token ids, on /v1/completions. An adapter is requested by its name (`mixes`),
+which veneer's plug-in in each vLLM server resolves in the shared library. The folder of a weighted mix is
+written to the shared folder before the request is sent. Load balancing is the router's task.
 
 | upstream | reaction |
 | -------- | -------- |
 | does not respond, or responds 5xx or 429 | before the first token, retry twice; then 503 with Retry-After |
 | does not know a mix | write its folder again and retry |
-| fails after the first token | Finished with an error, because sent tokens cannot be taken back |
+| fails after the first token | Finished with an error, because tokens already sent cannot be taken back |
 | rejects the adapter | 422 `adapter_unusable`; vLLM's log has the reason |
-| rejects the request | the same response for the client |
+| rejects the request | the client gets the same error |
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ from veneer.serve.transient import internal_error, is_transient, transient_error
 log = logging.getLogger(__name__)
 
 PAUSES = (0.1, 0.5)
-"""Seconds before the second attempt and the third."""
+"""Seconds to wait before the second and the third attempt."""
 _RETRY_AFTER = 2.0
 _CHECK_SECONDS = 5.0
 _SHORT_TIMEOUT = 10.0
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, special tokens included, with the base's tokenizer."""
+"""Converts token ids to text, including special tokens, with the base's tokenizer."""
 
 
 class _Failed(Exception):
     """The upstream did not respond, or failed; another attempt can succeed.
 
-    `refused`: the error if the last attempt fails, None for an outage.
+    `refused`: the error for the client if the last attempt fails; None for an outage.
     """
 
     def __init__(self, message: str, refused: Refused | None = None) -> None:
@@ -78,7 +78,7 @@ class _Failed(Exception):
 
 
 def upstream_url(text: str) -> str:
-    """Return the URL of an --upstream without /v1. Raises ConfigError."""
+    """Return the URL given as --upstream, without /v1. Raises ConfigError."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query:
         raise ConfigError(f"{text!r} is not the URL of a server", where="--upstream", fix="http://host:port")
@@ -86,10 +86,10 @@ def upstream_url(text: str) -> str:
 
 
 class Upstream(Engine[Request, EngineEvent]):
-    """Engine that sends requests to one URL.
+    """An engine that sends requests to one URL.
 
-    `decode`: decodes with the base's tokenizer. `key`: sent as a bearer token. `timeout`: seconds without a
-    byte from the upstream.
+    `decode`: decodes with the base's tokenizer. `key`: sent as a bearer token. `timeout`: maximum seconds
+    between two bytes from the upstream.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Upstream(Engine[Request, EngineEvent]):
             limits=httpx.Limits(max_connections=None),
         )
         self.base, self.context = "", 0
-        """The upstream's name for its base ("" before the first response) and its context (0 if unknown)."""
+        """The base's name in the upstream ("" before the first response) and its context (0 if unknown)."""
         self.closing = False
         self.running = self.prompt_tokens = self.generated_tokens = 0
         self._trouble = ""
@@ -121,11 +121,11 @@ class Upstream(Engine[Request, EngineEvent]):
         await self.client.aclose()
 
     def trouble(self) -> str:
-        """Return the reason why no request can run now, or "" if the upstream passed the last check."""
+        """Return why no request can run now, or "" if the upstream passed the last check."""
         return self._trouble
 
     def stats(self) -> EngineStats:
-        """Return this server's counters; vLLM reports caches and steps at its own /metrics."""
+        """Return this server's counters; vLLM reports cache use and steps at its own /metrics."""
         return EngineStats(self.running, prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
 
     async def _watching(self) -> None:
@@ -134,7 +134,7 @@ class Upstream(Engine[Request, EngineEvent]):
             await self._check()
 
     async def _check(self) -> None:
-        """Read the base's name and context, and set `trouble`."""
+        """Read the base's name and context from the upstream, and set `trouble`."""
         trouble = ""
         try:
             answer = await self.client.get(f"{self.url}/v1/models", timeout=_SHORT_TIMEOUT)
@@ -151,7 +151,7 @@ class Upstream(Engine[Request, EngineEvent]):
         self._trouble = "the upstream does not answer" if trouble else ""
 
     async def events(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
-        """Yield the events of a request: Started with the first token, Tokens, Finished."""
+        """Yield the events of a request: Started at the first token, Tokens, Finished."""
         if self.closing:
             raise shutting_down()
         if request.sampling.prompt_logprobs:
@@ -199,7 +199,7 @@ class Upstream(Engine[Request, EngineEvent]):
         async with aclosing(self._chunks(_body(self._fitted(request), model), model)) as chunks:
             async for chunk in chunks:
                 if model != self.base and chunk.get("model", model) != model:
-                    raise _Failed(f"{self.url} answered as {chunk['model']!r} instead of {model!r}")
+                    raise _Failed(f"{self.url} responded as {chunk['model']!r} instead of {model!r}")
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices") or []:
                     for token in self._tokens(choice, request.sampling):
@@ -234,7 +234,7 @@ class Upstream(Engine[Request, EngineEvent]):
             raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
 
     def _fitted(self, request: Request) -> Request:
-        """Return the request with max_tokens reduced to the upstream's context.
+        """Return the request with max_tokens reduced to fit in the upstream's context.
 
         Raises Refused if the prompt does not fit.
         """
@@ -243,7 +243,7 @@ class Upstream(Engine[Request, EngineEvent]):
             return request
         if left < 1:
             raise Refused(
-                f"the prompt has {len(request.prompt)} tokens, and the context {self.context}",
+                f"the prompt has {len(request.prompt)} tokens, but the context has only {self.context}",
                 status=400,
                 code="context_exceeded",
             )
@@ -251,9 +251,9 @@ class Upstream(Engine[Request, EngineEvent]):
         return replace(request, sampling=fitted)
 
     def _tokens(self, choice: dict[str, Any], sampling: Sampling) -> list[Token]:
-        """Return the tokens of one chunk; the last one has the text of all of them."""
+        """Return the tokens of one chunk; the last token has the text of the whole chunk."""
         text, ids = str(choice.get("text") or ""), choice.get("token_ids")
-        if not ids:  # text without tokens, which the upstream had held back
+        if not ids:  # text that the upstream had held back, without new tokens
             return [Token(-1, text)] if text else []
         logprobs = choice.get("logprobs") or {}
         logprob_list, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
@@ -265,7 +265,7 @@ class Upstream(Engine[Request, EngineEvent]):
         return [*out[:-1], replace(out[-1], text=text)]
 
     async def _chunks(self, body: dict[str, Any], model: str) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the data of a stream of server-sent events. Closing the iterator closes the connection."""
+        """Yield the data of each server-sent event. Closing the iterator closes the connection."""
         try:
             async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
@@ -284,14 +284,14 @@ class Upstream(Engine[Request, EngineEvent]):
 
 
 class UpstreamAdapters(NoAdapters):
-    """The adapter cache of a server with an upstream, for `Catalog`: nothing is loaded in advance."""
+    """The adapter cache of a server with an upstream, for `Catalog`. Loads nothing in advance."""
 
     def load(self, digest: str, adapter: Adapter | None = None) -> None:
         """Do nothing: the upstream loads adapters by name."""
 
 
 def _body(request: Request, model: str) -> dict[str, Any]:
-    """Return the request's body for vLLM's /v1/completions."""
+    """Return the request body for vLLM's /v1/completions."""
     s = request.sampling
     body: dict[str, Any] = {
         "model": model,
@@ -327,7 +327,7 @@ def _body(request: Request, model: str) -> dict[str, Any]:
 
 
 def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
-    """Return the error of a response that is no stream."""
+    """Return the error for a response that is not a stream."""
     text, status = _message(answer), answer.status_code
     message = f"{answer.url}: {status} {text}"
     if model in text and model.startswith("veneer-") and status in (400, 404):
@@ -337,7 +337,7 @@ def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
             f"the upstream cannot load the adapter: it {reason}",
             status=422,
             code="adapter_unusable",
-            fix="see vLLM's log; each vLLM needs veneer's plug-in, the library and a --max-lora-rank of the adapter's",
+            fix="see vLLM's log; each vLLM needs veneer's plug-in, the library, and a sufficient --max-lora-rank",
         )
         return refused if status == 400 else _Failed(message, refused)
     if status >= 500 or status in (401, 403, 404, 408, 424, 429):
@@ -347,7 +347,7 @@ def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
 
 
 def _json(answer: httpx.Response) -> dict[str, Any]:
-    """Return a JSON object, or {} for anything else."""
+    """Return a response's JSON object, or {} if the body is anything else."""
     try:
         body = answer.json()
     except ValueError:

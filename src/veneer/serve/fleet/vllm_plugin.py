@@ -1,19 +1,21 @@
-"""vLLM plugin: `vllm serve` resolves adapter names from the veneer library.
+"""vLLM plugin: `vllm serve` resolves adapter names in the veneer library.
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-lora-rank 64
     POST /v1/chat/completions {"model": "support@prod", …}
 
 vLLM imports this module through the entry point `vllm.general_plugins` in each of its processes and calls
-`register`. The plugin then resolves unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX): to a
-folder if the adapter belongs to the base and vLLM serves it with full effect, otherwise to None, which
-becomes a 404, with the reason in the log. The plugin also resolves the names that a veneer server uses
-(`mixes`).
+`register`. The plugin then looks up unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX). If
+the adapter belongs to the base and vLLM serves it without loss, the name resolves to the adapter's folder.
+Otherwise it resolves to None: vLLM returns a 404, and the log has the reason. The plugin also resolves the
+names that a veneer server uses (`mixes`).
 
-vLLM remembers a name's meaning until the name is unloaded, and keys its prefix cache by adapter name. So a
-name that can move (`support`, `support@prod`) resolves to a name with its version, `support@prod=support@3`:
-after an unload and a moved alias, no cached prompt of the old version can match.
+vLLM remembers what a name means until the name is unloaded, and keys its prefix cache by adapter name. So a
+name whose version can change (`support`, `support@prod`) resolves to a name that includes the version,
+`support@prod=support@3`: after the name is unloaded and its alias moved, no cached prompt of the old version
+can match.
 
-Runs in vLLM's environment, and also needs SQLAlchemy. Implements vLLM's resolver; `mixes` does the rest.
+Runs in vLLM's environment, which must also have SQLAlchemy. Implements vLLM's resolver interface; `mixes`
+provides the folders.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.library.queries import Version
 
-log = logging.getLogger("vllm.veneer")  # vLLM shows only logs under its own name
+log = logging.getLogger("vllm.veneer")  # vLLM shows only logs below its own logger
 
 _Found = tuple[str, Path]
 """The adapter's name in vLLM, and its folder."""
@@ -44,7 +46,7 @@ def register() -> None:
 
     class VeneerResolver(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-            resolved = await asyncio.to_thread(_resolve_or_say, base_model_name, lora_name)
+            resolved = await asyncio.to_thread(_resolve_or_warn, base_model_name, lora_name)
             # vLLM replaces this number with its own
             return None if resolved is None else LoRARequest(resolved[0], 1, str(resolved[1]))
 
@@ -52,7 +54,7 @@ def register() -> None:
         LoRAResolverRegistry.register_resolver("veneer", VeneerResolver())
 
 
-def _resolve_or_say(base: str, name: str) -> _Found | None:
+def _resolve_or_warn(base: str, name: str) -> _Found | None:
     try:
         return resolve_name(base, name)
     except (VeneerError, OSError) as error:
@@ -63,8 +65,8 @@ def _resolve_or_say(base: str, name: str) -> _Found | None:
 def resolve_name(base: str, name: str) -> _Found:
     """Return the adapter that `name` means in the library, for vLLM's `base` (a folder or a hub id).
 
-    Raises ConfigError for text that is no reference (such as a path), AdapterError for an adapter that the
-    library does not have, that belongs to another base, or that vLLM would not serve with full effect.
+    Raises ConfigError for text that is not a reference (such as a path), and AdapterError for an adapter that
+    is not in the library, belongs to another base, or would lose part of its effect in vLLM.
     """
     from veneer.formats.card import CARD_FILE
     from veneer.formats.read import read
@@ -73,17 +75,19 @@ def resolve_name(base: str, name: str) -> _Found:
     from veneer.serve.fleet.mixes import mix_folder, servable, served_name
     from veneer.serve.request import make_mix
 
-    if re.fullmatch("veneer-mix-[0-9a-f]{32}", name):  # a veneer server has written its folder
+    if re.fullmatch("veneer-mix-[0-9a-f]{32}", name):  # a veneer server has written the mix's folder
         folder = mix_folder() / name
         if not (folder / CARD_FILE).is_file():
-            raise AdapterError(f"there is no folder {folder}", fix="set VENEER_VLLM_CACHE to the front door's")
+            raise AdapterError(
+                f"there is no folder {folder}", fix="set VENEER_VLLM_CACHE to the veneer server's folder"
+            )
         _check_modules(base, name, read(folder).adapter)
         return name, folder
     exact = re.fullmatch("veneer-([0-9a-f]{64})", name)
     reference = f"sha256:{exact[1]}" if exact else name
     parse_reference(reference)
     location = library_location()
-    if "://" not in location and not Path(location).is_dir():  # opening a library would create it
+    if "://" not in location and not Path(location).is_dir():  # opening the library would create it
         raise ConfigError(f"there is no library at {location}", fix="set VENEER_LIBRARY")
     with open_library() as library:
         version = library.find(reference)
@@ -97,9 +101,9 @@ def resolve_name(base: str, name: str) -> _Found:
 
 
 def _check_base(base: str, version: Version, adapter: Adapter) -> None:
-    """Raise AdapterError if the adapter belongs to another base, by its modules or the card's fingerprint."""
+    """Raise AdapterError if the adapter's modules or recorded fingerprint belong to another base."""
     if version.kind == "image":
-        raise AdapterError(f"{version.reference} is of an image model, and vLLM serves language models")
+        raise AdapterError(f"{version.reference} is an adapter of an image model, but vLLM serves language models")
     _check_modules(base, version.reference, adapter)
     files = _base_files(base)
     if files and version.fingerprint and version.fingerprint != (base_fingerprint := _fingerprint(files)):
@@ -107,14 +111,14 @@ def _check_base(base: str, version: Version, adapter: Adapter) -> None:
             f"{version.reference} belongs to another base\n"
             f"  its base:  {version.fingerprint} ({version.base})\n"
             f"  this base: {base_fingerprint} ({base})",
-            fix="serve its own base",
+            fix="serve the adapter's own base",
         )
 
 
 def _check_modules(base: str, name: str, adapter: Adapter) -> None:
     """Raise AdapterError if a module's name or shape differs from the base's.
 
-    Skipped if the base's files are not on this machine or have an unknown layout.
+    Skips the check if the base's files are not on this machine or have an unknown layout.
     """
     files = _base_files(base)
     if files is None:
@@ -132,7 +136,7 @@ def _check_modules(base: str, name: str, adapter: Adapter) -> None:
         if shape is None and pair.kind in ("linear", "embedding"):
             problems.append(f"{module}: the base has no such module")
         elif shape is not None and pair.kind in ("linear", "embedding") and shape not in (pair_shape, pair_shape[::-1]):
-            problems.append(f"{module}: {pair_shape[0]}×{pair_shape[1]}, and the base's is {shape[0]}×{shape[1]}")
+            problems.append(f"{module}: {pair_shape[0]}×{pair_shape[1]}, but the base's is {shape[0]}×{shape[1]}")
     if problems:
         lines = "\n".join(f"  - {line}" for line in problems[:6])
         raise AdapterError(f"{name} does not fit {base} in {len(problems)} modules:\n{lines}")
@@ -140,7 +144,7 @@ def _check_modules(base: str, name: str, adapter: Adapter) -> None:
 
 @cache
 def _base_files(base: str) -> Path | None:
-    """Return the folder of vLLM's base if it is on this machine; never contacts the hub."""
+    """Return the folder of vLLM's base, or None if not on this machine. Never contacts the hub."""
     folder = Path(base).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -148,7 +152,7 @@ def _base_files(base: str) -> Path | None:
 
     try:
         file = try_to_load_from_cache(base, "config.json")
-    except ValueError:  # no hub id
+    except ValueError:  # not a hub id
         return None
     return Path(file).parent if isinstance(file, str) else None
 
@@ -161,8 +165,9 @@ def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _tail(name: str) -> str:
-    """Return a parameter's name without the prefix before the decoder, which differs between files and
-    transformers."""
+    """Return a parameter's name without the prefix before the decoder.
+
+    The prefix differs between files and transformers."""
     at = name.find("layers.")
     return name[at:] if at >= 0 else name.removeprefix("model.")
 

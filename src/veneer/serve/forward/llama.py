@@ -2,9 +2,9 @@
 
     x ← x + o(attention(qkv(norm(x))))        x ← x + down(silu(gate(h)) ⊙ up(h)), h = norm(x)
 
-Supports Llama, Mistral, Qwen2, Qwen3, Phi-3 and compatible families; the runner probes whether a base is one
-of them. All layers are one call of ops/cpu/decoder.c if available. Otherwise, or with a DoRA adapter, Python
-runs layer by layer, with the same bits.
+Supports Llama, Mistral, Qwen2, Qwen3, Phi-3 and compatible families; the runner uses a probe to check whether
+a base is compatible. If ops/cpu/decoder.c is available, a single call of it runs all layers. Otherwise, or
+with a DoRA adapter, Python runs the layers one by one, with bit-identical results.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from veneer.serve.forward.weights import in_blocks, invariant
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 _JoinedWeights = Callable[[tuple[str, ...]], PrepackedWeight]
-"""Returns the stacked weight of some linear modules, by module names."""
+"""Returns the stacked weight of the linear modules with these names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One layer. `window`: 0 for none."""
+    """One layer. `window`: sliding window in tokens, or 0."""
 
     norm: Tensor
     qkv: PrepackedWeight
@@ -55,7 +55,7 @@ class _Table(NamedTuple):
     """Arguments of ops/cpu/decoder.c.
 
     `layers`: the values of decoder.c's FIELDS for each layer. `scratch`: elements of scratch memory per
-        token.
+    token.
     """
 
     run: Callable[..., None]
@@ -67,7 +67,7 @@ class _Table(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LlamaForward:
-    """A Llama-like base as tensors. Layout groups: qkv, o, gate-up, down of each layer, then the head."""
+    """The tensors of a Llama-like base. Layout groups: qkv, o, gate-up, down of each layer, then the head."""
 
     embedding: Tensor
     blocks: list[Block]
@@ -81,13 +81,13 @@ class LlamaForward:
     """Rows per block of row-wise functions (weights.in_blocks); 0: all at once."""
 
     def hidden(self, ids: Tensor, batch: PackedRows, segments: AdapterBatch | None) -> Tensor:
-        """Return the normed output of the last layer, (tokens, dim)."""
+        """Return the normalized output of the last layer, (tokens, dim)."""
         x = self._embedded(ids, segments)
         self._run(x, range(len(self.blocks)), batch, segments)
         return self._normed(x, self.norm)
 
     def each_layer(self, ids: Tensor, batch: PackedRows, segments: AdapterBatch | None) -> Iterator[Tensor]:
-        """Yield the output of each layer, (tokens, dim), then the normed output, with the bits of `hidden`.
+        """Yield each layer's output, (tokens, dim), then the normalized output, bit-identical to `hidden`.
 
         The next layer overwrites each yielded tensor. All layers can share the pages of one layer.
         """
@@ -104,7 +104,7 @@ class LlamaForward:
         return x
 
     def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: AdapterBatch | None) -> None:
-        """Run these layers in place."""
+        """Run these layers on x in place."""
         if self._table is not None and (segments is None or not segments.gains):
             self._decode(x, self._table, layers, batch, segments)
         else:
@@ -114,12 +114,12 @@ class LlamaForward:
         return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
 
     def with_windows(self, longest: int) -> LlamaForward:
-        """Return the same weights with windows of at most `longest` tokens."""
+        """Return a copy with the same weights and with windows of at most `longest` tokens."""
         return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
     @property
     def in_one_call(self) -> bool:
-        """Whether one call of ops/cpu/decoder.c runs all layers, unless an adapter uses DoRA."""
+        """Whether one call of ops/cpu/decoder.c runs all layers of a batch without DoRA adapters."""
         return self._table is not None
 
     @cached_property
@@ -212,7 +212,7 @@ class LlamaForward:
 
 
 def layout_of(base: TextBase) -> BaseLayout:
-    """Return the layer groups of a Llama-like base; no groups for other bases."""
+    """Return the layout of a Llama-like base; for other bases, a layout without groups."""
     model: Any = base.model
     groups: list[Group] = []
     modules: dict[str, Any] = dict(base_modules(model))
@@ -244,16 +244,16 @@ def llama_forward(
 ) -> LlamaForward:
     """Build the forward pass of a Llama-like base.
 
-    If `layout.rows` is above 0, its products are batch-invariant (weights.in_blocks). Raises
-    NotImplementedError for a base that is recognizably different; only a probe confirms that the result is
-    right.
+    If `layout.rows` is above 0, the forward pass is batch-invariant (weights.in_blocks). Raises
+    NotImplementedError for a base with a known difference; the absence of an error does not prove that the
+    results are right, so the caller has to probe them.
     """
     root: Any = base.model.model
     config: Any = base.model.config.get_text_config()
     if not layout.groups:
         raise NotImplementedError("its layers are not Llama's")
     if config.hidden_act not in ("silu", "swish"):
-        raise NotImplementedError(f"its gate is {config.hidden_act}")
+        raise NotImplementedError(f"its gate activation is {config.hidden_act}")
     static_positions(config)
     if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
         raise NotImplementedError("its queries are scaled by their position")
@@ -300,9 +300,9 @@ def llama_forward(
 def _add_onto(
     x: Tensor, h: Tensor, weight: PrepackedWeight, bias: Tensor | None, segments: AdapterBatch | None, g: int
 ) -> None:
-    """Compute x += h·Wᵀ + b and its low-rank products, in place."""
+    """Compute x += h·Wᵀ + b in place, and add the low-rank products of the adapters."""
     y = None
-    if segments is not None and segments.gained(g):  # DoRA needs the base's product without the adapters'
+    if segments is not None and segments.gained(g):  # DoRA needs the base's product without the adapters' products
         y = weight(h, bias)
         x.add_(y)
     else:

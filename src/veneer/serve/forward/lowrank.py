@@ -3,15 +3,15 @@
     y[i] += Σ over the mix of row i: strength · s·B·(A·x[i])           for each projection
           +                          strength · (g - 1) ⊙ (y₀[i] - b)  DoRA: g = m / ‖W + s·B·A‖, y₀: base
 
-Projections that share an input (q, k, v; gate, up) form a *group*: their A are stacked, so each adapter takes
-two products per group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
-uses the fast kernel (ops/cpu/serving.c) if available, torch's products otherwise. A row's result does not
-depend on the rest of its batch: bit for bit with the kernel, and with the others if the layout has `rows`;
-else within rounding.
+Projections that share an input (q, k, v; gate, up) form a *group*. Their A matrices are stacked, so each
+adapter needs two products per group for all of its rows, whatever its ranks. Rows without an adapter are not
+touched. `add` uses the fast kernel (ops/cpu/serving.c) if available, torch's products otherwise. A row's
+result does not depend on the rest of its batch: results are bit-identical with the kernel, or if the layout
+has `rows`; otherwise they are equal within rounding.
 
-Anything but a pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no
-low-rank form: `low_rank_problems` reports it, and the runner then runs the base's own modules with core's
-attachment.
+Only pairs on a projection, the embedding or the head have a low-rank form. `low_rank_problems` reports
+everything else (full copies, token rows, LoHa …); for such an adapter, the runner uses the base's own modules
+with core's attachment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from veneer.serve.forward.weights import in_blocks
 
 _PARTS = 3
 _RECORD = 2 + 5 * _PARTS
-"""Integers in an adapter's record in ops/cpu/serving.c, for each group.
+"""Number of integers in an adapter's record for one group, in ops/cpu/serving.c.
 
 The address of A (0: none) and its rank, then for each part the address of B (0: no part), its first column in
 y, number of columns, first row in A, and rank.
@@ -41,7 +41,7 @@ y, number of columns, first row in A, and rank.
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Linear modules with one input: names, output sizes and biases, in the order of the output's columns.
+    """Linear modules that share an input: names, output sizes and biases, in the order of output columns.
 
     `weight(i)`: the i-th module's weight (out, in), as served.
     """
@@ -61,7 +61,7 @@ class Group:
 
     @property
     def bias(self) -> Tensor | None:
-        """Return the bias of all columns, or None if no module has one."""
+        """Return the biases of all columns, concatenated, or None if no module has a bias."""
         some = next((b for b in self.biases if b is not None), None)
         if some is None:
             return None
@@ -71,9 +71,9 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class BaseLayout:
-    """Every group of a base, each of at most three modules, and the name of its embedding.
+    """The groups of a base, each with at most three modules, and the name of its embedding.
 
-    `rows`: rows per block of a product, see weights.in_blocks.
+    `rows`: rows per block of a product; see weights.in_blocks.
     """
 
     groups: tuple[Group, ...]
@@ -89,7 +89,7 @@ class BaseLayout:
 
 @dataclass(eq=False)
 class _PackedB:
-    """One module's B in a group: s·B, its first column in y, its first row in A.
+    """One module's B in a group: s·B, its first column in y, and its first row in A.
 
     Shape (rank/2, columns, 2) for the kernel, (rank, columns) for torch.
     """
@@ -111,13 +111,11 @@ class _PackedB:
 class PackedAdapter:
     """An adapter prepared for batched products.
 
-    `groups`: group -> (A, parts), laid out for the kernel, or for torch, which would otherwise transpose them
-    in every step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ
-    (rank, dim)). `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks
-    of a group.
-        `key`: the
-    adapter's digest; a row sums its adapters in the order of their keys, so that the result does not depend
-    on its batch.
+    `key`: the adapter's digest; a row sums its adapters in the order of their keys, so that the result does
+    not depend on the batch. `groups`: group -> (A, parts), in the layout of the kernel or of torch, so that
+    no step has to transpose them. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows,
+    rank), (s·B)ᵀ (rank, dim)). `records`: the kernel's records of all groups, on the CPU. `rank`: the largest
+    sum of ranks in a group.
     """
 
     adapter: Adapter
@@ -140,9 +138,9 @@ def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
         if name == layout.embedding and pair.kind == "embedding" and pair.magnitude is None:
             continue
         if name not in layer_names or pair.kind != "linear":
-            out.append(f"{name}: a pair on something that is no projection of this base")
+            out.append(f"{name}: a pair on a module that is not a projection of this base")
         elif pair.magnitude is not None and pair.magnitude.ndim > 1:
-            out.append(f"{name}: DoRA with a norm for each input")
+            out.append(f"{name}: DoRA with one norm per input")
     return out
 
 
@@ -150,8 +148,8 @@ def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
 def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedAdapter:
     """Prepare an adapter that has no `low_rank_problems`.
 
-    Each pair's `low_rank()` is converted to the base's dtype and to the layout of the kernel or torch; scales
-    are multiplied in and rounded once.
+    Each pair's `low_rank()` is converted to the base's dtype and to the layout of the kernel or of torch.
+    B is multiplied by the scale before it is rounded.
     """
     groups: dict[int, tuple[Tensor, list[_PackedB]]] = {}
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -219,14 +217,14 @@ def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
 
 
 def _sixteens(A: Tensor) -> Tensor:
-    """Return A in the kernel's layout: (rank, in), `in` even, to (⌈rank/16⌉, in/2, 16, 2), zero-padded."""
+    """Convert A (rank, in), `in` even, to the kernel's layout, zero-padded: (⌈rank/16⌉, in/2, 16, 2)."""
     rank, n = A.shape
     A = torch.nn.functional.pad(A, (0, 0, 0, -rank % 16))
     return A.view(-1, 16, n // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
 def _dense(A: Tensor) -> Tensor:
-    """Return A as (rank, in) again, including its zero rows of padding."""
+    """Convert A back to (rank, in), including the zero rows of the padding."""
     return A if A.ndim == 2 else A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
@@ -242,7 +240,7 @@ def _dora_scale(pair: Pair, weight: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class AdapterBatch:
-    """The rows of one batch by adapter."""
+    """The rows of one batch, grouped by adapter."""
 
     layout: BaseLayout
     adapters: tuple[PackedAdapter, ...]
@@ -253,7 +251,7 @@ class AdapterBatch:
 
     @cached_property
     def starts(self) -> Tensor:
-        """Offsets of each adapter in `rows` and `strengths`: (adapters + 1,)."""
+        """Offsets of each adapter's entries in `rows` and `strengths`: (adapters + 1,)."""
         return put_numbers(self.layout.device, self._bounds)[0]
 
     @cached_property
@@ -268,7 +266,7 @@ class AdapterBatch:
     def build(
         cls, layout: BaseLayout, spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]]
     ) -> AdapterBatch | None:
-        """Build from spans; return None if no row has an adapter."""
+        """Build from (first row, end, mix) spans; return None if no row has an adapter."""
         by_adapter: dict[int, tuple[PackedAdapter, list[int], list[float]]] = {}
         for first, end, mix in spans:
             for adapter, strength in mix:
@@ -287,9 +285,10 @@ class AdapterBatch:
         return cls(layout, adapters, all_rows, strengths, bounds)
 
     def add(self, group: int, x: Tensor, y: Tensor, base_output: Tensor | None = None) -> None:
-        """Add the group's low-rank products to y (rows, columns) in place; x (rows, in). Both are contiguous.
+        """Add the group's low-rank products to y (rows, columns) in place.
 
-        `base_output`: the base's own product, if y contains other terms too.
+        x: (rows, in). Both must be contiguous. `base_output`: the base's own product, if y contains other
+        terms too.
         """
         base_values = self._before_gains(group, y) if base_output is None else base_output
         run = dispatch("rows_low_rank", x, y)
@@ -300,8 +299,9 @@ class AdapterBatch:
         self._add_gains(group, base_values, y)
 
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
-        """Return the arguments of ops/cpu/serving.c for these rows, from `group` on, including scratch in x's
-        dtype."""
+        """Return the arguments of ops/cpu/serving.c for these rows, from `group` on.
+
+        Includes the address of a scratch buffer with x's dtype."""
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
         return (
@@ -321,15 +321,15 @@ class AdapterBatch:
 
     @property
     def gains(self) -> bool:
-        """Whether any adapter of the batch uses DoRA."""
+        """Whether any adapter in the batch uses DoRA."""
         return any(a.gains for a in self.adapters)
 
     def gained(self, group: int) -> bool:
-        """Return whether any adapter uses DoRA in the group, for which `add` needs the base's own output."""
+        """Return whether any adapter uses DoRA in the group. If so, `add` needs the base's own output."""
         return any(group in a.gains for a in self.adapters)
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
-        """Add the embedding's pairs to x (rows, dim) in place; ids (rows,)."""
+        """Add the products of embedding pairs to x (rows, dim) in place; ids (rows,)."""
         for adapter, rows, strengths in self._each:
             if adapter.embedding is not None:
                 A, B = adapter.embedding
@@ -340,7 +340,7 @@ class AdapterBatch:
     def _each(self) -> list[tuple[PackedAdapter, Tensor | slice, Tensor]]:
         """Return each adapter, its rows, and their strengths (rows, 1).
 
-        Contiguous rows are a slice, to which torch adds several times faster.
+        Contiguous rows are given as a slice, because torch adds to a slice several times faster.
         """
         out: list[tuple[PackedAdapter, Tensor | slice, Tensor]] = []
         numbers = self._rows
@@ -367,7 +367,7 @@ class AdapterBatch:
         return y.clone() if self.gained(group) else None
 
     def _add_gains(self, group: int, base_values: Tensor | None, y: Tensor) -> None:
-        """Add DoRA's share of the base's own output (before adapters)."""
+        """Add DoRA's change of the base's own output: strength · (g - 1) ⊙ (y₀ - b)."""
         if base_values is None:
             return
         for adapter, rows, strengths in self._each:

@@ -2,12 +2,12 @@
 
 `Pages` stores the tensors; `engine.cache` assigns blocks to sequences.
 
-    out[t] = softmax(scale · q[t]·Kᵀ) · V     over the positions of t's sequence up to its own, window at most
+    out[t] = softmax(scale · q[t]·Kᵀ) · V     over positions ≤ t of t's sequence, the last `window` if set
 
-On a CPU with AVX512-BF16 the pages have the layout of ops/cpu/serving.c, elsewhere (block, position, head, d)
-for torch. A token's result does not depend on its batch: bit for bit with the kernel and with torch's
-`tiles`, otherwise within rounding, because the order of summation depends on the shape. A block has 16
-tokens.
+On a CPU with AVX512-BF16 the pages have the layout of ops/cpu/serving.c; elsewhere (block, position, head, d)
+for torch. A token's result does not depend on its batch: results are bit-identical with the kernel and with
+torch's `tiles`. Otherwise they are equal within rounding, because the order of summation depends on the
+shape. A block has 16 tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK = 16
 
 @dataclass(eq=False)
 class PackedRows:
-    """The positions and cache slots of a batch's tokens, sequence after sequence.
+    """The positions and cache slots of a batch's tokens, one sequence after another.
 
     `positions`, `slots`: (tokens,). `starts`: (sequences + 1). `tables`: (sequences, longest) block numbers.
     All int64.
@@ -62,10 +62,10 @@ class PackedRows:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Groups of sequences that attend together: equal numbers of tokens in the step, and similar lengths.
+        """Groups of sequences that attend together: each has the same number of tokens, and similar lengths.
 
         For each group: rows (sequences · tokens,), positions (sequences, tokens) and key slots (sequences,
-        longest). Cached for all layers of a step.
+        longest). Cached, because all layers of a step use the same groups.
         """
         device = self.positions.device
         alike: dict[tuple[int, int], list[int]] = {}
@@ -80,7 +80,7 @@ class PackedRows:
             positions = self.positions[rows].view(len(members), queries)
             blocks = self.tables[members, : -(-longest // BLOCK)]
             slots = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)[:, :longest]
-            # Padding slots can contain NaN, and 0 · NaN is NaN, so the sequence's first slot replaces them.
+            # Padding slots can contain NaN, and 0 · NaN is NaN, so replace them with the sequence's first slot.
             valid = torch.arange(longest, device=device) <= positions[:, -1:]
             out.append((rows, positions, torch.where(valid, slots, slots[:, :1])))
         return out
@@ -102,7 +102,7 @@ class Rotary:
 
 
 class Pages:
-    """The cache of every layer. `heads`: query heads; `kv`: key and value heads; `d`: head size."""
+    """The keys and values of every layer. `heads`: query heads; `kv`: key and value heads; `d`: head size."""
 
     def __init__(
         self, layers: int, blocks: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: torch.device
@@ -111,8 +111,8 @@ class Pages:
         self.tiles = False
         """Whether torch attention processes queries in tiles of BLOCK, with one shape for any batch.
 
-        A token's attention then has the same bits however its prompt is chunked. The compiled kernels always
-        do this.
+        A token's attention is then bit-identical however its prompt is divided into chunks. The compiled
+        kernels always work this way.
         """
         probe = torch.empty(0, d, dtype=dtype, device=device)
         self.native = compiled.usable(compiled.PAGED, probe) if d % 16 == 0 else None
@@ -124,7 +124,7 @@ class Pages:
         return 2 * layers * kv * d * BLOCK * dtype.itemsize
 
     def rope_and_cache(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
-        """Norm and rotate queries and keys in place, and store keys and values.
+        """Normalize and rotate queries and keys in place, and store keys and values.
 
         qkv: (tokens, (heads + 2 kv) d)
         """
@@ -182,9 +182,9 @@ class Pages:
     def attend(
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float = 0.0, window: int = 0
     ) -> Tensor:
-        """Return attention of the batch: q (tokens, ≥ heads·d) -> (tokens, heads·d).
+        """Return the attention output of a batch: q (tokens, ≥ heads·d) -> (tokens, heads·d).
 
-        `cap` c > 0: scores c·tanh(s/c).
+        `cap` c > 0: scores become c·tanh(s/c).
         """
         if self.native is None and self.tiles:
             return self._attend_tiles(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
@@ -214,10 +214,10 @@ class Pages:
         return out
 
     def _attend_tiles(self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int) -> Tensor:
-        """Compute `_attend_reference` tile by tile in fixed shapes.
+        """Compute the result of `_attend_reference` tile by tile, with fixed shapes.
 
-        A tile has queries 16 i … 16 i + 15 of a sequence (zeros for those not in this step) over keys 0 … 16
-        i + 15 (zeros for those not computed yet).
+        A tile has queries 16 i … 16 i + 15 of a sequence (zeros for queries not in this step) and keys 0 …
+        16 i + 15 (zeros for keys not computed yet).
         """
         out = torch.empty_like(q)
         for s in range(len(batch.lengths)):

@@ -1,17 +1,17 @@
 """One forward pass of the base over the tokens of many sequences, each with its mix: ids in, logits out.
 
-Three execution paths, tried in this order when a base is loaded. Each is accepted only if it reproduces the
+Three execution paths, tried in this order when a base is loaded. A path is accepted only if it reproduces the
 logits of the base's own forward pass on a probe, token by token (models/text/probe.py):
 
-    fused   Llama-like families (Llama, Mistral, Qwen2, Qwen3 …): veneer's forward pass over the base's weights, with
-            q, k, v and gate, up fused, all layers in one compiled call if possible, low-rank part by
-            `lowrank`
-    packed  any family whose attention goes through transformers' interface: its own modules, every token
-            a row, attention over pages; core's attachment gives each row its mix
+    fused   Llama-like families (Llama, Mistral, Qwen2, Qwen3 …): veneer's forward pass over the base's
+            weights, with q, k, v and gate, up fused, all layers in one compiled call if possible, and
+            adapters through `lowrank`
+    packed  families whose attention goes through transformers' interface: the base's own modules, every token
+            a row, attention over pages; core's attachment applies each row's mix
     alone   other families (recurrent layers, other caches): one sequence at a time with transformers' own cache
 
-On a fused base, adapters without a low-rank form (full copies, token rows, LoHa …) run packed in the same
-step, over the same pages. Independent of scheduling.
+On a fused base, rows with an adapter that has no low-rank form (full copies, token rows, LoHa …) run on the
+packed path in the same step, over the same pages. The runner does not depend on scheduling.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Prepared:
 class RunnerRow:
     """Tokens of one sequence, from position `first` on, stored in `blocks`.
 
-    `wants`: number of last tokens whose logits are needed. `sequence`: its id, for bases with per-sequence
-        state.
+    `wants`: number of tokens at the end whose logits are needed. `sequence`: the sequence's id, for bases
+    with per-sequence state.
     """
 
     tokens: Sequence[int]
@@ -77,11 +77,11 @@ class RunnerRow:
 
 
 PACK_BYTES = 4 << 30
-"""Upper bound in bytes of a prepacked second copy of the projections."""
+"""Maximum bytes of a prepacked second copy of the projections."""
 
 
 def block_bytes(base: TextBase) -> int:
-    """Return the bytes of a cache block: the keys and values of BLOCK tokens in every layer."""
+    """Return the size of a cache block in bytes: keys and values of BLOCK tokens in every layer."""
     heads = layer_heads(base.model.config.get_text_config())
     return sum(Pages.bytes_of_a_block(1, kv, d, base.dtype) for _, kv, d in heads)
 
@@ -89,17 +89,18 @@ def block_bytes(base: TextBase) -> int:
 class Runner:
     """A base prepared for serving.
 
-    `cache_bytes`: memory for keys and values. `pack_bytes`: upper bound of a prepacked second copy of the
+    `cache_bytes`: memory for keys and values. `pack_bytes`: maximum bytes of a prepacked second copy of the
     projections. `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with
-    chunked attention run packed only if a context fits one chunk. `batch_invariant`: a completion's bits do
-    not depend on the other rows of its steps or on how its prompt is chunked, at some cost in speed; requires
-    a Llama-like base and adapters with a low-rank form.
+    chunked attention run packed only if a context fits in one chunk. `batch_invariant`: a completion's bits
+    do not depend on the other rows of its steps or on how its prompt is chunked, at some cost in speed;
+    requires a Llama-like base and adapters with a low-rank form.
 
-    For a quantized Llama-like base in bfloat16, the codes are moved into the compiled step's layout, and the
-    model reads them from there. Other quantized weights do not change and are dequantized for each product.
+    For a quantized Llama-like base in bfloat16, the codes are moved into the layout of the compiled step, and
+    the model reads them from there. Other quantized weights stay as they are and are dequantized for each
+    product.
 
-    `how` and `why`: the selected path, and why not an earlier one. `llama`: the base as tensors if `how` is
-    "fused", otherwise None. `pages`: keys and values, one `Pages` for each shape of attention heads.
+    `how` and `why`: the selected path, and why earlier paths were rejected. `llama`: the base as tensors if
+    `how` is "fused", otherwise None. `pages`: keys and values, one `Pages` for each shape of attention heads.
     `shares`: whether sequences can share blocks. `close` restores the base.
     """
 
@@ -126,7 +127,7 @@ class Runner:
         if self.blocks < 2:
             raise ResourceError(
                 f"a cache of {cache_bytes / 1e6:.1f} MB holds {self.blocks} blocks of {BLOCK} tokens ({size:,} bytes)",
-                fix="give it more memory",
+                fix="give the cache more memory",
             )
         shapes = layer_heads(self.model.config.get_text_config())
         pages = {
@@ -138,7 +139,7 @@ class Runner:
             page.tiles = batch_invariant
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self.llama: LlamaForward | None = None
-        self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # weights of the fused path, by fused modules
+        self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # names of fused modules -> weight on the fused path
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         self.how, self.why = self._choose()
@@ -158,10 +159,12 @@ class Runner:
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def problems(self, adapter: Adapter) -> list[str]:
-        """Return the reasons why an adapter cannot be served with full effect, one line each."""
+        """Return the reasons why an adapter cannot be served in full, one line each."""
         out = fit_problems(self.model, adapter)
         if not out and self.batch_invariant:
-            out = [f"{p}, which a batch-invariant base cannot have" for p in low_rank_problems(adapter, self.layout)]
+            out = [
+                f"{p}, which a batch-invariant base does not support" for p in low_rank_problems(adapter, self.layout)
+            ]
         return out
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
@@ -174,7 +177,7 @@ class Runner:
     def _on_device(self, adapter: Adapter) -> Adapter:
         """Return the adapter on the base's device, with plain pairs in the base's dtype.
 
-        So the first step with an adapter does not wait for copies, and its products do not run in float32.
+        The first step with an adapter then does not wait for copies, and its products do not run in float32.
         """
         device, dtype = self.base.device, self.base.dtype
         pairs = {
@@ -186,12 +189,13 @@ class Runner:
 
     @property
     def attached(self) -> frozenset[str]:
-        """Keys of the adapters attached to the model: those without a low-rank form, or all if the base is
-        not fused."""
+        """Keys of the adapters attached to the model.
+
+        These are the adapters without a low-rank form, or all adapters if the base is not fused."""
         return frozenset() if self._attachment is None else frozenset(self._attachment.adapters)
 
     def drop(self, key: str) -> None:
-        """Drop everything derived from an evicted adapter. Call between two steps."""
+        """Drop everything derived from an evicted adapter. Call between steps."""
         if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
 
@@ -200,8 +204,9 @@ class Runner:
     @torch.no_grad()
     @shared()
     def run(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Return logits (Σ wants, vocabulary), in the order of rows and tokens; the next call can overwrite
-        them."""
+        """Return logits (Σ wants, vocabulary), in the order of rows and tokens.
+
+        The next call can overwrite them."""
         if self.how == "alone":
             return torch.cat([self._alone(row) for row in rows])
         unpacked = [any(p.packed is None for p, _ in row.mix) for row in rows]
@@ -247,8 +252,9 @@ class Runner:
         return batch, put_numbers(self.base.device, [t for r in rows for t in r.tokens])[0]
 
     def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Run the model with every token as a row, so that each module, fused experts included, has a mix per
-        token."""
+        """Run the model with every token as a row.
+
+        Every module, including fused experts, then has a mix per token."""
         batch, ids = self._batch(rows)
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
             out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
@@ -266,21 +272,21 @@ class Runner:
                 position_ids=positions,
                 cache=self._pasts[row.sequence],
                 use_cache=True,
-                logits_to_keep=max(row.wants, 1),  # 0 would keep all
+                logits_to_keep=max(row.wants, 1),  # 0 would compute the logits of all tokens
             )
         logits: Tensor = out.logits[0]
         return logits[len(logits) - row.wants :]
 
     @contextmanager
     def _using(self, mixes: Sequence[tuple[Sequence[tuple[Prepared, float]], int]]) -> Iterator[None]:
-        """Use core's attachment with a mix for each run of tokens, inside the block."""
+        """Use core's attachment inside the block. `mixes`: (mix, number of tokens) for each span."""
         acting = {p.key: p for mix, _ in mixes for p, _ in mix}
         if not acting:
             yield
             return
         if self._attachment is None:
             self._attachment = attach(self.model)
-            if self.base.device.type != "cpu":  # GPU memory is limited to the configured size
+            if self.base.device.type != "cpu":  # GPU memory is limited to what the settings allow
                 self._attachment.cache.limit = 0
         for key, prepared in acting.items():
             if key not in self._attachment.adapters:
@@ -312,9 +318,9 @@ class Runner:
                     make_path()
                     problem = self._problem(reference)
                     if not problem and name == "fused":
-                        if not self.batch_invariant:  # adapters without a low-rank form need the packed path too
+                        if not self.batch_invariant:  # adapters without a low-rank form also need the packed path
                             self._make_packed()
-                        trying = "fused over its codes"
+                        trying = "fused with quantized codes"
                         problem = self._problem(reference) if self._lay_codes() else ""
                 except _UNFIT as error:
                     problem = _first_line(error)
@@ -331,14 +337,14 @@ class Runner:
     def _problem(self, reference: ReferenceForward) -> str:
         """Return how the logits differ from the base's own, or "".
 
-        Runs the probe in chunks of different lengths, so that keys and values come from the pages, and each
-        row's last token separately, as in serving.
+        Runs the probe in chunks of different lengths, so that keys and values are read from the pages. Each
+        row's last token runs separately, as in serving.
         """
         rows, blocks, used = reference.ids.split(LENGTHS), [], 0
         for n in LENGTHS:
             blocks.append(list(range(used, used := used - (-n // BLOCK))))
         if self.blocks < used:
-            return f"a cache of {self.blocks} blocks is too small to try it"
+            return f"a cache of {self.blocks} blocks is too small for the probe"
         starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
         parts, positions, llama = [], [], self.llama
         if llama is not None:
@@ -353,13 +359,13 @@ class Runner:
                 positions += [starts[i] + t for i, a, b in pieces for t in range(a, b)]
         self.llama = llama
         layers = self.model.config.get_text_config().num_hidden_layers
-        if llama is None and len(self._attended) < layers:  # the other layers keep their own state
+        if llama is None and len(self._attended) < layers:  # layers without attention keep a state of their own
             return f"{layers - len(self._attended)} of its {layers} layers have no attention"
         got, at = torch.cat(parts), torch.tensor(positions, device=reference.ids.device)
         if problem := reference.logits_problem(got, at):
             return problem
-        # Rounding can change the choice of experts, which excuses single tokens; so also compare the last
-        # tokens together.
+        # The comparison tolerates differences at single tokens, because rounding can change the choice of
+        # experts. So also compare the rows' last tokens together.
         last = torch.isin(at, torch.tensor([*starts[1:], sum(LENGTHS)], device=at.device) - 1)
         close = near_rows(got[last], reference.logits[at[last]], reference.eps)
         return "" if close else "its logits differ from the base's own"
@@ -375,7 +381,7 @@ class Runner:
                 return QuantizedWeights(weights)
             if packs:
                 packed = prepack_weight(torch.cat(weights))
-                for weight in weights:  # later read only by adapters without a low-rank form
+                for weight in weights:  # from now on, only adapters without a low-rank form read the original weights
                     memory.page_out(weight)
                 return packed
             joint_weight = FusedProjection(parts, self._undo).weight if len(parts) > 1 else weights[0]
@@ -396,9 +402,9 @@ class Runner:
         self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages[0])
 
     def _lay_codes(self) -> bool:
-        """Move the fused path's codes into panels; return whether any fit.
+        """Move the fused path's quantized codes into panels; return whether any were moved.
 
-        Works group by group, so that two full copies never exist at once.
+        Works group by group, so that no more than one group exists twice at a time.
         """
         base, modules = self.base, dict(base_modules(self.model))
         if base.dtype != torch.bfloat16 or base.device.type != "cpu" or not panels_here(8):
@@ -422,7 +428,7 @@ class Runner:
         config = self.model.config.get_text_config()
         static_positions(config)
         chunk = getattr(config, "attention_chunk_size", None)
-        if chunk is not None and self.context > chunk:  # pages support windows, but not chunks
+        if chunk is not None and self.context > chunk:  # pages support attention windows, but not attention chunks
             raise NotImplementedError(
                 f"the base uses chunked attention; context {self.context} exceeds its chunk of {chunk} tokens"
             )
@@ -433,14 +439,14 @@ class Runner:
     def require_low_rank(self) -> None:
         """Declare that all adapters will have a low-rank form.
 
-        On a fused base this restores the model's modules, so that a trainer's fast paths
+        On a fused base, this restores the model's own modules, so that a trainer's fast paths
         (models/text/fast.py) can use them.
         """
         if self.how == "fused":
             self._second.close()
 
     def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: AttentionSettings) -> Tensor:
-        """Return attention of one layer, with every token as a row.
+        """Return the attention output of one layer, with every token as a row.
 
         q: (tokens, heads, d); k, v: (tokens, kv, d)
         """
@@ -454,7 +460,7 @@ class Runner:
 
 
 _UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, NotImplementedError)
-"""Errors with which a path rejects a base."""
+"""Errors that mean a path does not support a base."""
 
 
 def _first_line(error: Exception) -> str:
@@ -462,6 +468,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _logit_indices(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
-    """Return the indices in a batch of the tokens whose logits are needed."""
+    """Return the indices, within a batch, of the tokens whose logits are needed."""
     indices = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
     return put_numbers(batch.positions.device, indices)[0]

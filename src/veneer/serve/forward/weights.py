@@ -1,7 +1,7 @@
-"""Weights used only in serving, in addition to ops/weight_layouts.py.
+"""Weights used only in serving; ops/weight_layouts.py has the others.
 
-A quantized base's unchanged codes, and products in blocks of rows, so that a row's bits do not depend on its
-batch.
+A quantized base's codes in their original layout, and weights whose products are computed in blocks of rows,
+so that a row's bits do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tens
     """Return product(x), a row-wise function, computed in zero-padded blocks of `rows` rows.
 
     torch and oneDNN choose the order of summation by shape, so a fixed shape makes a row's bits independent
-    of its batch. 0 rows: all at once.
+    of its batch. If `rows` is 0, all rows are computed at once.
     """
     if not rows or not len(x):
         return product(x)
@@ -35,7 +35,7 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A packed weight, multiplied in blocks of `rows` rows; see `in_blocks`."""
+    """A weight whose products are computed in blocks of `rows` rows; see `in_blocks`."""
 
     weight: PrepackedWeight
     rows: int
@@ -49,11 +49,11 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeights:
-    """Stacked weights of a quantized base, some of which can be plain; used in place.
+    """Stacked weights of a quantized base, used without a copy.
 
-    Small batches use the quantized kernel if the device has one; otherwise the weight is dequantized once per
-    step.
-    `rows`: see `in_blocks`; the quantized kernel does not use blocks.
+    Some parts can be plain tensors. Small batches use the quantized kernel if the device has one. Otherwise
+    the weight is dequantized once per step. `rows`: see `in_blocks`; if above 0, the quantized kernel is not
+    used.
     """
 
     parts: tuple[Tensor, ...]
@@ -76,7 +76,7 @@ class QuantizedWeights:
 
 
 def invariant(weight: PrepackedWeight, rows: int) -> PrepackedWeight:
-    """Return a weight with batch-invariant products; `Panels` already have them."""
-    if isinstance(weight, QuantizedWeights):  # dequantized once, not once per block
+    """Return the weight with batch-invariant products. `Panels` are returned as they are."""
+    if isinstance(weight, QuantizedWeights):  # dequantize once, not once per block
         return replace(weight, rows=rows)
     return weight if isinstance(weight, Panels) or not rows else Blocks(weight, rows)

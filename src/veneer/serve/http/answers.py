@@ -1,12 +1,12 @@
-"""Run one HTTP request through the engine: admit it, run its engine requests, measure and bill them.
+"""Runs one HTTP request on the engine: admits it, runs its engine requests, measures and bills them.
 
     run        yields (index, event) of all completions as they arrive
     collect    returns complete completions
     stream     returns server-sent events
 
-Events are read from the engine as soon as they arrive and queued here, so that a slow client delays no other
-client. The queue holds at most the tokens of the request's own completions. Closing `run` cancels all running
-work.
+Events are read from the engine as soon as they arrive, and queued here, so that a slow client does not delay
+other clients. The queue holds at most the tokens of the request's own completions. Closing `run` cancels all
+running work.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ IndexedEvent = tuple[int, EngineEvent]
 
 
 class ClientLeft(Exception):
-    """The client closed the connection; its request is cancelled."""
+    """The client has closed the connection, so its request is cancelled."""
 
 
 @dataclass(frozen=True)
 class TextJob:
     """The engine work of one HTTP request.
 
-    One answer for each (prompt, sampling), in order. `choices`: answers to each prompt; answer i belongs to
-    prompt i // choices. `cache_salt`: the client's salt; only prompts with the same salt share cached blocks.
-    `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's. `label`: the name in
-    metrics, if not the model's.
+    Each prompt gets `choices` answers, in order: answer i belongs to prompt i // choices. `cache_salt`: the
+    client's salt; only prompts with the same salt share cached blocks. `keep`: called with the texts of all
+    answers when they are complete; `keep_shadow`: the same for the shadow's answer. `label`: the name in
+    metrics, if it is not the model's.
     """
 
     principal: Principal
@@ -71,7 +71,7 @@ class TextJob:
     label: str = ""
 
     def requests(self, scope: str = "") -> list[Request]:
-        """Return the engine requests. `scope`: the cache scope from the tenancy."""
+        """Return the engine requests. `scope`: the cache scope, from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
         principal, seed = self.principal, self.sampling.seed
         more: dict[str, Any] = {
@@ -82,7 +82,7 @@ class TextJob:
         }
         requests: list[Request] = []
         for prompt in self.prompts:
-            for k in range(self.choices):  # only the first completion uses the client's seed unchanged
+            for k in range(self.choices):  # the seed of the first completion is the client's; others add their index
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
@@ -113,8 +113,8 @@ class TextAnswer:
         assert self.end is not None
         return self.end
 
-    def took(self, prompt: int) -> Usage:
-        """Return the usage so far."""
+    def usage_so_far(self, prompt: int) -> Usage:
+        """Return the usage so far. `prompt`: number of prompt tokens."""
         return self.end.usage if self.end is not None else Usage(prompt, self.cached, len(self.tokens))
 
 
@@ -124,7 +124,10 @@ def finite_logprob(logprob: float | None) -> float:
 
 
 def total(usages: Sequence[Usage], choices: int) -> Usage:
-    """Return a request's usage: each prompt counted once, all completions, and the longest times."""
+    """Return a request's total usage.
+
+    Counts each prompt once, sums all completions, and uses the longest times.
+    """
     firsts = usages[::choices]
     return Usage(
         prompt=sum(u.prompt for u in firsts),
@@ -165,7 +168,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                         raise event.error or _broken(event)
                 if not isinstance(event, Started):
                     texts[i] += event.text
-                if not going:  # bill before the last event, so that a delivered completion is always in the ledger
+                if not going:  # bill before yielding the last event, so that a delivered completion is in the ledger
                     billed = True
                     await bill.used(total(usages, job.choices))
                     if job.keep is not None:
@@ -190,7 +193,7 @@ def _broken(event: Finished) -> Refused:
 async def _pump(
     service: Service, job: TextJob, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
 ) -> None:
-    """Copy one engine request's events into the queue, and record its usage so far in `usages`."""
+    """Copy the events of one engine request into the queue, and record the usage so far in `usages`."""
     reason, meter = "abort", None
     if job.principal is not SHADOWS:
         meter = Meter(service.metrics, job.label or job.model.label)
@@ -222,7 +225,7 @@ async def _pump(
 
 
 async def collect(request: HttpRequest, service: Service, job: TextJob) -> list[TextAnswer]:
-    """Return complete completions. Raises the errors of `run`, and ClientLeft."""
+    """Return all completions of a request. Raises the errors of `run`, and ClientLeft."""
     answers = [TextAnswer() for _ in range(len(job.prompts) * job.choices)]
 
     async def read() -> None:
@@ -242,16 +245,16 @@ async def stream(
     format_error: Callable[[Refused], bytes],
     headers: Mapping[str, str],
 ) -> EventStream:
-    """Stream completions as server-sent events. Until the first event, raises the errors of `collect`.
+    """Stream completions as server-sent events. Raises the errors of `collect` until the first event.
 
-    `lines`: formats the events; `format_error`: formats an error that occurs after the first event.
+    `lines`: formats the events. `format_error`: formats an error that occurs after the first event.
     """
     events = await open_stream(request, run(service, job))
     return EventStream(lines(events), events, format_error, service.settings.stall, headers)
 
 
 class OpenStream(Generic[T]):
-    """Events whose first one has been received, so that immediate errors can set the HTTP status."""
+    """Events of which the first has arrived, so that an error before it can still set the HTTP status."""
 
     def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
         self.first, self.rest = first, rest
@@ -266,7 +269,10 @@ class OpenStream(Generic[T]):
 
 
 async def open_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> OpenStream[T]:
-    """Wait for the first event. Raises its error, or ClientLeft."""
+    """Wait for the first event, then return all events.
+
+    Raises the error of the first event, or ClientLeft.
+    """
     return OpenStream(await unless_left(request, anext(events)), events)
 
 
@@ -293,9 +299,10 @@ _Sent = tuple[str, Usage]
 
 
 def _shadow(service: Service, job: TextJob, salt: str) -> asyncio.Future[_Sent] | None:
-    """Start the shadow's answer to the first prompt, unless too many are running.
+    """Start the shadow's answer to the first prompt, unless too many shadows are running.
 
-    Set the future to the sent text to compare both.
+    Returns a future, or None. The caller sets it to the text and usage that the client got, for comparison
+    with the shadow's.
     """
     if job.model.shadow is None or len(service.shadows) >= service.settings.shadows:
         return None
@@ -309,8 +316,9 @@ def _shadow(service: Service, job: TextJob, salt: str) -> asyncio.Future[_Sent] 
 async def _run_shadow(
     service: Service, job: TextJob, salt: str, name: str, mix: DigestMix | Refused, sent: asyncio.Future[_Sent]
 ) -> None:
-    """Answer with a route's shadow, under its own bill, and record how its answer compares with the sent
-    one."""
+    """Run a request on its route's shadow, under the shadow's own bill.
+
+    Records how the shadow's answer compares with the answer that was sent."""
     answer, error = TextAnswer(), ""
     try:
         if isinstance(mix, Refused):
@@ -320,12 +328,12 @@ async def _run_shadow(
         async with aclosing(run(service, shadow)) as events:
             async for _, event in events:
                 answer.add(event)
-    except Exception as problem:  # an error of a shadow never affects its request
+    except Exception as problem:  # an error of the shadow must not affect the client's request
         error = problem_of(problem)
         log.warning("the shadow %s of %s failed (%s): %s", name, job.model.name, job.id, error)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
-        own = answer.took(len(job.prompts[0]))
+        own = answer.usage_so_far(len(job.prompts[0]))
         names = (job.id, job.principal.tenant, job.model.name, name, job.model.target)
         compared = ShadowAnswer(*names, text, answer.text, usage, own, error)
         service.metrics.shadow(job.model.name, name, compared.outcome)

@@ -1,9 +1,9 @@
 """The application: middleware for all requests, errors in each API's format, and all routes.
 
-`AuthMiddleware` handles each request before any route. It assigns a request ID, checks Host, Origin and
+`AuthMiddleware` handles each request before any route does. It assigns a request ID, checks Host, Origin and
 Content-Type (421, 403, 415), determines the principal (401), refuses new work while the server is loading or
-draining (503), and receives the body within limits on size and memory (413, 429) and time (408). At the end
-it releases the request's resources.
+draining (503), and receives the body within limits on size and memory (413, 429) and time (408). When the
+request ends, the middleware releases the request's resources.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from veneer.serve.request import Refused, not_ready
 from veneer.serve.settings import HttpSettings
 
 _STRANGERS = "?"
-"""Pseudo-tenant for resource shares of requests that need no key; no tenant can have this name."""
+"""Pseudo-tenant whose shares are used by requests that need no key; no tenant can have this name."""
 _STRANGERS_BODY = 4 << 10
 """Maximum bytes of a body on a path that needs no key, such as the sign-in form.
 
-These bodies do not count against the shared limit, so that slow bodies from unknown clients block nobody.
+These bodies do not count against the shared limit, so that slow bodies from unknown clients cannot block
+other requests.
 """
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 _NO_BASE = ("/v1/adapters", "/v1/adapter_", "/v1/files", "/v1/jobs/")
-"""Prefixes of paths that work while the base is loading, for the Studio's pages; other paths return 503."""
+"""Prefixes of paths that already work while the base is loading, for the Studio's pages."""
 
 _GIVEN_BACK = 1 << 20
-"""Bytes from which a body's memory is returned to the system, because the C library would keep it."""
+"""Size from which a body's memory is returned to the system, because the C library would keep it."""
 _LARGE_PACE = 256 << 10
-"""Minimum bytes per second of a large body: its time limit grows with its size."""
+"""Minimum speed of a large body in bytes per second: the time limit grows with the bytes received."""
 
 
 def create_app(
@@ -65,9 +66,9 @@ def create_app(
 ) -> FastAPI:
     """Return the application with all routes; each route reads `request.app.state.service`.
 
-    `routers`: additional routes behind the same middleware. `unguarded`: path prefixes that check their own
-    keys. `large`: regular expressions of full paths -> maximum bytes, for routes that spool bodies to disk;
-    those routes limit their own concurrency.
+    `routers`: additional routes behind the same middleware. `unguarded`: prefixes of paths that check keys
+    themselves. `large`: regular expressions of full paths -> maximum bytes, for routes that spool bodies to
+    disk; those routes limit their own concurrency.
     """
     origins = service.settings.allowed_origins
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
@@ -99,7 +100,7 @@ def create_app(
 
 
 def add_images(app: FastAPI) -> None:
-    """Add the routes of an image base. The kind of base is known only after the base has loaded."""
+    """Add the image routes. The kind of base is known only after the base has loaded."""
     # imported late, because a text server does not need this module
     from veneer.serve.http.surfaces.images import images_routes
 
@@ -115,8 +116,8 @@ class AuthMiddleware:
     """ASGI middleware in front of all routes.
 
     Sets `veneer.id`, `veneer.principal` and `veneer.admitted` in the scope. Matches routes by the scope's
-    path, as the router does. Older Starlettes build `request.url` from the Host header, which can contain
-    another path.
+    path, as the router does. `request.url` is not safe for this purpose: older Starlette versions build it
+    from the Host header, which can contain another path.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class AuthMiddleware:
     def _large(self, request: HttpRequest) -> int | None:
         """Return the size limit of a body that does not count against the memory limit, or None.
 
-        Such a body is spooled to disk, or belongs to a request without a key.
+        Such a body is spooled to disk, or its path needs no key.
         """
         path = request.scope["path"]
         if self._needs_no_key(path):
@@ -204,9 +205,10 @@ class AuthMiddleware:
 
 
 class _Body:
-    """An incoming body, with limits on its size and time.
+    """An incoming request body, with limits on size and time.
 
-    Undeclared bytes are charged as they arrive; bodies with a `large` limit are spooled to disk instead.
+    Undeclared bytes are charged as they arrive. Bodies with a `large` limit are not charged, because their
+    routes spool them to disk.
     """
 
     def __init__(self, receive: Receive, admitted: AdmittedRequest, settings: HttpSettings, large: int | None) -> None:
@@ -214,7 +216,7 @@ class _Body:
         self.received, self.whole, self.begun = 0, False, 0.0
 
     async def receive(self) -> Message:
-        if self.whole:  # the next message reports a disconnect
+        if self.whole:  # the next message will report a disconnect
             return await self.read()
         self.begun = self.begun or asyncio.get_running_loop().time()
         time = self.settings.body_time + (self.received / _LARGE_PACE if self.large is not None else 0)
@@ -222,7 +224,7 @@ class _Body:
             async with asyncio.timeout_at(self.begun + time):
                 message = await self.read()
         except TimeoutError:
-            raise Refused(f"the body did not come within {time:g} s", status=408, code="too_slow") from None
+            raise Refused(f"the body did not arrive within {time:g} s", status=408, code="too_slow") from None
         self.received += len(message.get("body", b""))
         most = self.settings.max_body if self.large is None else self.large
         if self.received > most:

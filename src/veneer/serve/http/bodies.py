@@ -1,19 +1,19 @@
-"""JSON bodies: parsed strictly and within limits into pydantic models that drop nothing silently.
+"""JSON bodies: strict parsing, within limits, into pydantic models that never drop a key silently.
 
     router = APIRouter(route_class=BodyRoute)      parses the bodies of its routes
     read_json(data)                                parses bytes in the same way
     class Load(Body): …                            declares the keys of a route's body
 
 Eight megabytes of text are one value, but eight megabytes of `[],` are millions of values that need twenty
-times as much memory. So values and depth are counted in the bytes first (in numpy, without the GIL), and
+times as much memory. So values and nesting are first counted in the bytes (in numpy, without the GIL), and
 large bodies are parsed in a thread. A duplicate key is an error.
 
-Each key is one of: a field, which is applied; a key in `ignored`, which has no effect and is listed in the
-response's `x-veneer-ignored` header; a key in `refused`, for which any value except null and a neutral value
-is an error; or unknown, which is an error with the nearest name.
+There are four kinds of keys: fields, which are applied; keys in `ignored`, which have no effect and are
+listed in the response's `x-veneer-ignored` header; keys in `refused`, for which any value except null and a
+neutral value is an error; and unknown keys, for which the error suggests the nearest name.
 
-Validation work is bounded: an object has at most `KEYS` keys, a list has a maximum length (`at_most`) and
-stops at its first error, and a union checks only the type that matches the value.
+Validation work is bounded: an object has at most `KEYS` keys; a list has a maximum length (`at_most`), and
+its validation stops at the first error; a union checks only the type that matches the value.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from veneer.serve.principal import Permission
 from veneer.serve.request import Refused, invalid
 
 VALUES = 1 << 18
-"""Maximum values in a body, keys included: enough for two prompts of 128 thousand token ids."""
+"""Maximum number of values and keys in a body: enough for two prompts of 128 thousand token ids."""
 DEPTH = 64
-"""Maximum nesting of a body's lists and objects."""
+"""Maximum nesting of lists and objects in a body."""
 LARGE_BODY = 64 << 10
-"""Bytes from which a body is parsed in a thread."""
+"""Size in bytes from which a body is parsed in a thread."""
 CHUNK = 1 << 20
 KEYS = 256
-"""Maximum keys of an object with known keys."""
+"""Maximum number of keys in an object with known keys."""
 ITEMS = 4096
-"""Maximum items of a list without a bound of its own."""
+"""Maximum number of items in a list that has no limit of its own."""
 
 _NEXT, _OPEN, _CLOSE = 1, 2, 3
 _KINDS = np.zeros(256, dtype=np.uint8)
@@ -60,7 +60,7 @@ _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
 def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple[int, int]:
-    """Return (number of values and keys, maximum nesting) of JSON text.
+    """Return (number of values and keys, maximum nesting) of a JSON text.
 
     Stops counting once a limit is exceeded."""
     values_found, level, deepest = 1, 0, 0
@@ -86,8 +86,9 @@ def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple
 
 
 def _unescaped(part: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], bool]:
-    """Return (uint8 with 1 at each quote that starts or ends a string, whether the byte after this part is
-    escaped)."""
+    """Find the quotes that start or end a string in a part of a JSON text.
+
+    Returns (uint8 array with 1 at each such quote, whether the byte after this part is escaped)."""
     ends = (part == _QUOTE).view(np.uint8)
     at = np.flatnonzero(part == _BACKSLASH)
     if not len(at):
@@ -127,7 +128,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise invalid(f"the body is not JSON: {name} is not a number there")
+    raise invalid(f"the body is not JSON: {name} is not a valid JSON number")
 
 
 async def read_body(request: Request) -> Any:
@@ -157,11 +158,12 @@ class BodyRoute(APIRoute):
 
 
 def check_guarded(router: APIRouter) -> None:
-    """Raise ValueError for a route that declares no permission, or reads a body before it checks its
-    permission."""
+    """Raise ValueError for a route that declares no permission, or that does not use `BodyRoute`.
+
+    Only a `BodyRoute` checks the permission before it reads the body."""
     for route in router.routes:
         if not isinstance(route, BodyRoute) or not permissions_of(route.dependencies):
-            raise ValueError(f"the route {getattr(route, 'path', route)} names no permission")
+            raise ValueError(f"the route {getattr(route, 'path', route)} declares no permission")
 
 
 def _is_json(headers: Headers) -> bool:
@@ -188,7 +190,7 @@ def at_most(n: int) -> BeforeValidator:
 
 
 class Strict(BaseModel):
-    """An object with known keys, and a bounded number of them."""
+    """An object with known keys, and a limit on their number."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
@@ -201,12 +203,12 @@ class Strict(BaseModel):
 
 
 def unsupported(neutral: Any, *keys: str) -> dict[str, Any]:
-    """Entries of `Body.refused` with the same neutral value."""
+    """Return entries for `Body.refused` that share a neutral value."""
     return dict.fromkeys(keys, neutral)
 
 
 class Body(Strict):
-    """A request's body. `refused`: key -> the only value besides null that is accepted."""
+    """A request body. `refused`: key -> the only value that is accepted besides null."""
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, Any]] = {}
@@ -226,7 +228,7 @@ class Body(Strict):
         return model
 
     def ignore(self, key: str) -> None:
-        """Add a key to the ignored keys."""
+        """Report a key as ignored."""
         self._ignored = sorted([*self._ignored, key])
 
     @property
@@ -240,7 +242,7 @@ Objects = Annotated[list[dict[str, Any]], FAIL_FAST, at_most(ITEMS)]
 
 
 class MixPart(Strict):
-    """An adapter with its strength, also as a text such as "name:0.8"."""
+    """An adapter with its strength. Can also be given as a text such as "name:0.8"."""
 
     adapter: str = Field(min_length=1, max_length=512)
     strength: float = 1.0
@@ -255,7 +257,7 @@ class MixPart(Strict):
 
     @classmethod
     def fields_of(cls, text: str) -> dict[str, Any]:
-        """The fields that a text stands for. Raises ConfigError."""
+        """Return the fields that a text such as "name:0.8" stands for. Raises ConfigError."""
         name, strength = split_strength(text)
         return {"adapter": name} if strength is None else {"adapter": name, "strength": strength}
 
@@ -274,7 +276,7 @@ def mix_of(parts: Sequence[MixPart] | None) -> list[tuple[str, float]] | None:
 
 
 def checked(model: type[BaseModel], value: Any, param: str) -> Any:
-    """Validate `value`, a plain object inside a body, as a model. Raises Refused (400)."""
+    """Validate `value`, an object inside a body, with a model. Raises Refused (400)."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -291,11 +293,14 @@ _PLAIN = [
     (re.compile(r"^(Input|Value|String|List|Tuple|Set|Dictionary) should (?=be|have|match)"), "must "),
     (re.compile(r"^Field required$"), "is required"),
 ]
-"""Parts of pydantic's messages -> plainer words."""
+"""Patterns in pydantic's messages -> their plainer replacements."""
 
 
 def problem_text(where: str, problem: Mapping[str, Any]) -> str:
-    """Return one of pydantic's validation errors in plain words. `where`: the key; "" for the whole body."""
+    """Return the text of one pydantic error in plain words.
+
+    `where`: the key; "" for the whole body.
+    """
     text = str(problem["msg"])
     for pattern, instead in _PLAIN:
         text = pattern.sub(instead, text)

@@ -1,13 +1,13 @@
-"""Time limits of HTTP connections, and a limit on their number.
+"""Limits on HTTP connections: their number, and how long they can wait.
 
     head      a request's head must arrive within `head_time`, on new and on reused connections
     body      see app.AuthMiddleware; data still sent after a response must end within `body_time`
     idle      a connection is kept for `idle` seconds after a response
-    unread    if a client reads nothing for `stall` seconds, its connection is closed, its requests cancelled
-    many      above `connections`, the server closes the oldest WebSocket (pages reconnect), or else the
-              connection that has waited longest for a request
+    unread    a client that does not read for `stall` seconds is disconnected and its requests are cancelled
+    many      above `connections`, the server closes the oldest WebSocket (pages reconnect); without
+              WebSockets, the connection that has waited longest for a request
 
-Each connection has one timer, for whichever of these applies.
+Each connection has one timer for its head and body limits.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from veneer.serve.settings import HttpSettings
 
 _OTHER_FILES = 512
-"""Open files besides connections: libraries, databases, logs."""
+"""Number of open files besides connections: libraries, databases, logs."""
 
 
 def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol] | str]:
     """Return uvicorn's protocol classes with these limits, for `http` and `ws` of its Config.
 
-    `sockets`: allow WebSockets.
+    `sockets`: whether WebSockets are allowed.
     """
     all = _All()
     http = type("Connection", (_Connection,), {"settings": settings, "all": all})
@@ -37,7 +37,7 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
         return http, "none"
     from uvicorn.protocols.websockets.websockets_sansio_impl import (
         WebSocketsSansIOProtocol,
-    )  # imported late, because it needs an extra
+    )  # imported late, because this module needs an extra
 
     class Socket(WebSocketsSansIOProtocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -51,8 +51,8 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
     return http, Socket
 
 
-def many_files(count: int) -> None:
-    """Raise this process's limit of open files for `count` connections, up to the hard limit."""
+def raise_file_limit(count: int) -> None:
+    """Raise this process's limit on open files to fit `count` connections, up to the hard limit."""
     with suppress(ImportError):  # Windows has no such limit
         import resource
 
@@ -67,8 +67,8 @@ def many_files(count: int) -> None:
 class _All:
     """All open connections.
 
-    `waiting`: connections waiting for a request -> start of the wait, longest first. `sockets`: WebSockets,
-    oldest first.
+    `waiting`: connections that wait for a request -> when the wait started, oldest first. `sockets`:
+    WebSockets, oldest first.
     """
 
     waiting: dict[_Connection, float] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class _Connection(H11Protocol):
             if self._timer is None:
                 self._await_head()
         elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
-            if self._timer is None:  # the request is answered, but the client still sends
+            if self._timer is None:  # the response is complete, but the client is still sending
                 self._restart_timer(self.settings.body_time)
         else:
             self.all.waiting.pop(self, None)
@@ -125,7 +125,7 @@ class _Connection(H11Protocol):
         self.all.waiting[self] = self.loop.time()
 
     def _restart_timer(self, seconds: float | None) -> None:
-        """Restart the timer: close after `seconds`; None stops it."""
+        """Restart the timer, which closes the connection after `seconds`; None stops the timer."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if seconds is None else self.loop.call_later(seconds, self._close)
@@ -137,7 +137,7 @@ class _Connection(H11Protocol):
         self.all.waiting.pop(self, None)
         super().timeout_keep_alive_handler()
         if self._unread is None:
-            self.pause_writing()  # start the stall timeout for data already written
+            self.pause_writing()  # start the stall timeout for data that is already written
 
     # -- slow readers --------------------------------------------------------------------------------------------------
 

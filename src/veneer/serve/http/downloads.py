@@ -1,4 +1,4 @@
-"""File downloads, read in chunks by a thread, so that no request blocks on a disk."""
+"""File downloads, read in chunks in a thread, so that a slow disk blocks no other request."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def file_response(
 
 
 class _Download(StreamingResponse):
-    """A response that calls `end` even if the client disconnects at once."""
+    """A response that always calls `end`, even if the client disconnects at once."""
 
     def __init__(
         self, chunks: AsyncIterator[bytes], end: Callable[[], Awaitable[None]], headers: Mapping[str, str], kind: str

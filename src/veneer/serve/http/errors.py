@@ -1,6 +1,6 @@
-"""Errors in each API's format: one Refused, four kinds of bodies.
+"""Formats `Refused` errors for each API, in one of four kinds of bodies.
 
-A route's first tag names its API and thus the format. The status is the error's own, unless the API uses
+A route's first tag names its API, and thereby the format. The status is the error's own, unless the API uses
 another (TGI: 422 for an invalid request, 424 for a failed generation).
 """
 
@@ -27,7 +27,10 @@ _T = TypeVar("_T")
 
 
 class Json(Response):
-    """A JSON response without NaN; a lone surrogate becomes "?" instead of an error."""
+    """A JSON response.
+
+    The content must not contain NaN. A lone surrogate becomes "?" instead of an error.
+    """
 
     media_type = "application/json"
 
@@ -40,17 +43,20 @@ def json_bytes(content: Any) -> bytes:
 
 
 def message_of(error: VeneerError) -> str:
-    """Return an error's message in one line."""
+    """Return the message and the fix of an error as one text."""
     return f"{error.what.rstrip('.')}: {error.fix}" if error.fix else error.what
 
 
 def problem_of(error: Exception) -> str:
-    """Return any error in one line, for a log."""
+    """Return the text of any error for a log."""
     return message_of(error) if isinstance(error, Refused) else repr(error)
 
 
 def as_refused(error: Exception) -> Refused:
-    """Return the client error of an unexpected exception. Details go to the log, under the response's id."""
+    """Return the client's error for an exception.
+
+    An unexpected exception is logged in full, under an id that the client's error names.
+    """
     if isinstance(error, Refused):
         return error
     return internal_error("the server", error)
@@ -69,7 +75,7 @@ def _openai(error: Refused) -> tuple[int, Any]:
 
 
 def _openai_code(error: Refused) -> str:
-    """OpenAI's error codes, which its clients check."""
+    """Return OpenAI's code for an error, which OpenAI's clients check."""
     words = {"context_exceeded": "context_length_exceeded", "rate_limited": "rate_limit_exceeded"}
     words["unauthorized"] = "invalid_api_key"
     return words.get(error.code, error.code)
@@ -114,10 +120,10 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
 
 
 def error_body(error: Refused, surface: str) -> tuple[int, Any]:
-    """Return (status, body) of an error in an API's format. An unknown API gets OpenAI's format."""
+    """Return (status, body) for an error in an API's format. Unknown APIs get OpenAI's format."""
     status, body = _FORMS.get(surface, _openai)(error)
     if surface.startswith("OpenAI") and (error.status, error.code) == (404, "not_found"):
-        body["error"]["code"] = None  # OpenAI uses codes only for models and jobs
+        body["error"]["code"] = None  # OpenAI's "not found" errors have no code, except for models and jobs
     return status, body
 
 
@@ -134,15 +140,15 @@ def answer_error(error: Refused, surface: str) -> Json:
 
 
 KnownErrors = Mapping[type[Exception], Callable[[Any], Refused | None]]
-"""Exception type -> error for the client; None: treat as an outage or internal error."""
+"""Exception type -> the client's error, or None for an outage or internal error."""
 
 
 @contextmanager
 def answering(resource: str, known_errors: KnownErrors = MappingProxyType({})) -> Iterator[None]:
-    """Convert exceptions into client errors.
+    """Convert exceptions into errors for the client.
 
-    `resource`: the part of the server in use, named in outages and internal errors. `known_errors`:
-    exceptions that the request caused; the first matching type applies.
+    `resource`: the part of the server that is used inside the block; named in outages and internal errors.
+    `known_errors`: exceptions that the request can cause; the first matching type applies.
     """
     try:
         yield
@@ -159,6 +165,6 @@ async def in_thread(
     run: Callable[[Callable[[], _T]], Awaitable[_T]] = asyncio.to_thread,
     known_errors: KnownErrors = MappingProxyType({}),
 ) -> _T:
-    """Run `do` in a thread through `run`, and convert its errors as `answering` does."""
+    """Call `run(do)`, by default in a thread, and convert errors as `answering` does."""
     with answering(resource, known_errors):
         return await run(do)

@@ -3,13 +3,13 @@
     router = APIRouter(route_class=BodyRoute, dependencies=[needs("train")])      for all routes of a router
     @router.get("/metrics", dependencies=[needs("metrics")])                      for one route
 
-`BodyRoute` (bodies.py) checks the permission before it reads the body, and refuses a route that declares
-none.
+`BodyRoute` (bodies.py) checks the permission before it reads the body. Every route must declare a
+permission.
 
-Any page that a user visits can make the browser send requests to servers on the user's machine, also through
-an attacker's domain that resolves to this machine (DNS rebinding). So a server without keys accepts only
-known hosts, and a request that has a cookie or can change something must come from the server's own pages or
-an `--allowed-origin`.
+Any page that a user visits can make the browser send requests to servers on the user's machine. The page can
+also use an attacker's domain that resolves to this machine (DNS rebinding). So a server without keys accepts
+only known hosts, and a request that has a cookie or can change something must come from the server's own
+pages or an `--allowed-origin`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ _EXEMPT = ("/health", "/ping", "/ready", "/metrics")
 """Paths that accept any Host, because probes and scrapers use IP addresses."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _UNASKED = ("", "text/plain", "application/x-www-form-urlencoded")
-"""Types that browsers send across sites without a preflight; multipart/form-data has its own routes."""
+"""Content types that browsers send across sites without a preflight.
+
+Does not include multipart/form-data, which some routes accept."""
 _PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
 class Need:
-    """Dependency returned by `needs`."""
+    """The dependency that `needs` returns."""
 
     permission: Permission
 
@@ -47,17 +49,20 @@ class Need:
 
 
 def needs(permission: Permission) -> Any:
-    """Return a FastAPI dependency that requires a permission. A request must satisfy all dependencies."""
+    """Return a FastAPI dependency that requires a permission.
+
+    A request needs the permissions of all its dependencies.
+    """
     return Depends(Need(permission))
 
 
 def permissions_of(dependencies: Iterable[Any]) -> list[Permission]:
-    """Return the permissions that a route's or router's dependencies require."""
+    """Return the permissions that the dependencies of a route or router require."""
     return [each.dependency.permission for each in dependencies if isinstance(each.dependency, Need)]
 
 
 def principal_of(scope: Scope) -> Principal:
-    """Return the principal of the request, as set by `serve.http.app.AuthMiddleware`."""
+    """Return the principal of the request, which `serve.http.app.AuthMiddleware` has set."""
     principal: Principal = scope["veneer.principal"]
     return principal
 
@@ -74,15 +79,15 @@ def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
 
 
 def _check_host(headers: Headers, allowed: Collection[str]) -> None:
-    """Raise Refused (421) if the Host is not in `allowed`. Used by servers without keys."""
+    """Raise Refused (421) if the Host is not in `allowed`. For servers without keys."""
     if _hostname(headers.get("host", "")) not in allowed:
-        message = f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}"
+        message = f"a server without keys accepts only the Host {', '.join(sorted(filter(None, allowed)))}"
         fix = "name the Host in allowed_hosts of veneer serve --config, or use --api-keys"
         raise Refused(message, status=421, code="misdirected", fix=fix)
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
-    """Raise Refused (403) for a request of another site's page that has a cookie or can change something."""
+    """Raise Refused (403) for a cross-site request that has a cookie or can change something."""
     origin = headers.get("origin")
     if origin is None or _same_origin(origin, headers.get("host", "")) or origin in allowed:
         return
@@ -93,8 +98,9 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
-    """Raise Refused (415) for a body type that browsers send without a preflight, so that any site could send
-    it."""
+    """Raise Refused (415) for a body type that browsers send without a preflight.
+
+    Any site could send such a request."""
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
         message = f"unsupported Content-Type {kind}" if kind else "the body has no Content-Type"

@@ -5,9 +5,8 @@
     ask_pictures             a body -> DrawingPlan (PictureRequests) and the engine's events
 
 Requests come from an HTTP client or a Studio view, and run under the principal's limits and bill. No field is
-silently
-ignored: unsupported values are rejected with the reason. An image's size is read from its header before the
-image is decoded, and no URL is ever fetched.
+silently ignored: unsupported values are rejected with the reason. An image's size is read from its header
+before the image is decoded, and URLs are never fetched.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from veneer.errors import ConfigError, VeneerError, quoted
 from veneer.formats.strengths import Strength, check_roles, parse_strength, split_factors
 from veneer.imaging.adapters import role_note
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
-from veneer.imaging.generate import fitted_reference, size_for
+from veneer.imaging.generate import fit_reference, size_for
 from veneer.models.image.base import aspect_problem
 from veneer.models.image.generate import (
     SEEDS,
@@ -63,14 +62,14 @@ IndexedPicture = tuple[int, PictureEvent]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
-"""Quality -> factor on the base's default number of steps."""
+"""Quality -> factor applied to the base's default number of steps."""
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
 
 
 def _json(value: Any) -> Any:
-    """Parse JSON text, which forms use for lists and objects."""
+    """Parse a list or object given as JSON text, as in forms; return other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return read_json(value.encode())
@@ -90,12 +89,12 @@ _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 
 
 class PictureMixPart(MixPart):
-    """An adapter, and its strength within the image.
+    """An adapter, and how its strength varies within the image.
 
-    The settings are those after an `@` in `veneer image`. `blocks`: block -> factor; a module uses the last
-    match.
-    `steps`: [from, to] or [from, to, factor], as fractions of the steps; the adapter is inactive outside
-    them. `campaign`: the adapter's role in a stack, instead of `blocks` and `steps`.
+    The settings are the same as after an `@` in `veneer image`. `blocks`: block -> factor; if several match a
+    module, the last one applies. `steps`: [from, to] or [from, to, factor], as fractions of the steps; the
+    adapter is inactive outside these ranges. `campaign`: the adapter's role in a stack, instead of `blocks`
+    and `steps`.
     """
 
     blocks: Annotated[dict[_Block, _Factor] | None, at_most(64), BeforeValidator(_json)] = None
@@ -104,7 +103,10 @@ class PictureMixPart(MixPart):
 
     @classmethod
     def fields_of(cls, text: str) -> dict[str, Any]:
-        """The fields of a text in the syntax of `veneer image --adapter`; never read as a local path."""
+        """Return the fields of a text in the syntax of `veneer image --adapter`.
+
+        The name is never read as a local path.
+        """
         head, factors = split_factors(text)
         parsed = parse_strength(factors) if factors else Strength()
         settings = {"blocks": dict(parsed.blocks), "steps": [[*at] for at in parsed.steps], "campaign": parsed.campaign}
@@ -112,7 +114,7 @@ class PictureMixPart(MixPart):
 
     @property
     def factors(self) -> Strength:
-        """Return the factors at strength 1. Raises ConfigError for conflicting factors."""
+        """Return the factors, with a strength of 1. Raises ConfigError for factors that conflict."""
         ranges = [(at[0], at[1], at[2] if len(at) > 2 else 1.0) for at in self.steps or []]
         return Strength(1.0, tuple((self.blocks or {}).items()), tuple(ranges), self.campaign or "")
 
@@ -126,7 +128,7 @@ class PictureMixPart(MixPart):
 
 
 Data = bytes | str
-"""An image: an uploaded file's bytes; in JSON, base64 or a data: URL."""
+"""An image: the bytes of an uploaded file, or in JSON, base64 or a data: URL."""
 
 
 class ImageReference(Strict):
@@ -169,16 +171,16 @@ class ImageBody(Strict):
 
     @property
     def kind(self) -> str:
-        """Return the file's format."""
+        """Return the image format: png, jpeg or webp."""
         return "jpeg" if self.output_format == "jpg" else self.output_format
 
 
 class EditBody(ImageBody):
     """A request to edit images.
 
-    `image`, or `images` in OpenAI's JSON form; `pictures` contains both, `mask_data` the mask in either form.
-    `denoise`: fraction of the steps that change the image. `input_fidelity`: OpenAI's effort to preserve the
-    input; an editing base always uses the full input.
+    `image`, or `images` in OpenAI's JSON form: the input images; `pictures` returns both. `mask_data`: the
+    mask in either form. `denoise`: fraction of the steps that change the image. `input_fidelity`: OpenAI's
+    setting for how closely to preserve the input; an editing base always uses the full input.
     """
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_as_list)] = Field(default_factory=list)
@@ -197,7 +199,7 @@ class EditBody(ImageBody):
 
 
 def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:
-    """Return the validated body; null means absent. Raises Refused with every error."""
+    """Return the validated body; null fields count as absent. Raises Refused with all errors."""
     try:
         body = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -207,12 +209,12 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
     if body.n > most:
         raise invalid(f"n is {body.n}", "n", f"at most {most}")
     if body.output_compression not in (None, 100) and body.kind == "png":
-        raise invalid("a PNG is never compressed with loss", "output_compression", "output_format jpeg or webp")
+        raise invalid("PNG compression is lossless", "output_compression", "output_format jpeg or webp")
     return body
 
 
 async def image_fields(request: HttpRequest) -> dict[str, Any]:
-    """Return the fields of a JSON body or a form, with uploads as bytes. Raises Refused."""
+    """Return the fields of a JSON body or a form; uploaded files are bytes. Raises Refused."""
     if media_type(request.headers) != "multipart/form-data":
         content = await read_body(request)
         if not isinstance(content, dict):
@@ -225,7 +227,7 @@ async def image_fields(request: HttpRequest) -> dict[str, Any]:
     except HTTPException as error:
         raise invalid(f"the form cannot be read: {error.detail}") from error
     out: dict[str, Any] = {}
-    for key, value in items:  # `image`, `image[]` and `mix[]` are lists
+    for key, value in items:  # keys such as `image`, `image[]` and `mix[]` are lists
         name = re.sub(r"\[\d*\]$", "", key)
         if name != key or name == "image":
             out.setdefault(name, []).append(value)
@@ -237,8 +239,9 @@ async def image_fields(request: HttpRequest) -> dict[str, Any]:
 
 
 def described_body(kind: type[ImageBody]) -> dict[str, Any]:
-    """Return a route's body for /openapi.json; FastAPI cannot describe a body that is either JSON or a
-    form."""
+    """Return the description of a route's body for /openapi.json.
+
+    FastAPI cannot describe a body that is either JSON or a form."""
     schema = kind.model_json_schema()
     defined = schema.pop("$defs", {})
 
@@ -259,10 +262,10 @@ def described_body(kind: type[ImageBody]) -> dict[str, Any]:
 async def ask_pictures(
     service: Service, principal: Principal, body: ImageBody, number: str, *, trial: bool = False
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
-    """Plan an image request; return the plan and its events, which start when first awaited.
+    """Plan an image request; return the plan and an iterator of its events.
 
-    Closing the events cancels all running work. `number`: the request's id. `trial`: see `ResolvedModel`.
-    Raises Refused.
+    Work starts with the first event that is awaited, and closing the iterator cancels it. `number`: the
+    request's id. `trial`: see `ResolvedModel`. Raises Refused.
     """
     if service.engine.makes != "pictures":
         raise invalid("this server has a text base", fix="use /v1/chat/completions")
@@ -277,7 +280,7 @@ async def ask_pictures(
 def _select(
     service: Service, body: ImageBody, principal: Principal
 ) -> tuple[ResolvedModel, dict[str, str], dict[str, Strength]]:
-    """Return the mix, the client's name for each adapter, and factors or roles by adapter."""
+    """Return the mix, the client's name for each adapter, and each adapter's factors or role."""
     parts = body.mix
     if parts is None:
         model = service.choose(principal, model=body.model)
@@ -300,9 +303,10 @@ def _select(
 async def _run(
     service: Service, engine: PictureEngine, plan: DrawingPlan, principal: Principal, model: ResolvedModel, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
-    """The engine's events, under the principal's limits.
+    """Yield the engine's events, under the principal's limits.
 
-    Completed work is billed however it ends. Shadows compare texts only.
+    Completed work is billed, however the request ends. Image requests have no shadow, because shadows compare
+    only texts.
     """
     positions = engine.positions(plan.requests[0].settings)
     usages = [Usage(0, 0, 0) for _ in plan.requests]
@@ -350,7 +354,7 @@ def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
 
 @dataclass(frozen=True)
 class DrawingPlan:
-    """The planned image requests, and notes for the response."""
+    """The engine requests for a body, and notes for the response."""
 
     requests: tuple[PictureRequest, ...]
     notes: tuple[str, ...]
@@ -358,7 +362,7 @@ class DrawingPlan:
     height: int
     text_tokens: int
     image_tokens: int
-    """Latent positions of the input images."""
+    """Number of latent positions of the input images."""
 
 
 def _planned(
@@ -370,9 +374,9 @@ def _planned(
     factors: dict[str, Strength],
     most: int,
 ) -> DrawingPlan:
-    """Decode, fit and check a body's images.
+    """Return the plan of a body: decode, fit and check its images. Blocking.
 
-    Blocking. `most`: maximum pixels of an upload. Raises Refused."""
+    `most`: maximum pixels of an upload. Raises Refused."""
     base = engine.base
     notes: list[str] = []
     for part, digest in zip(body.mix or (), model.digests, strict=False):
@@ -388,7 +392,7 @@ def _planned(
     sent = [flattened(_opened(each.image, "control", f"the {each.type} picture", most)) for each in body.control]
     if base.only_edits and not sources and image is None:
         notes.append(
-            "this base edits images: without one it generates from the prompt; send images to /v1/images/edits"
+            "this base edits images, but without an image it generates from the prompt; send images to /v1/images/edits"
         )
     if body.size in (None, "auto"):
         width, height = size_for(base, None, None, image or next(iter([*sent, *sources]), None))
@@ -407,7 +411,7 @@ def _planned(
     controls, inputs["controls"] = _controls(engine, body.control, sent, width, height, notes)
     if edit and sources:
         inputs["references"] = [_record(picture) for picture in edit.pictures]
-    fitted = [fitted_reference(base, picture, width, height) for picture in sources]
+    fitted = [fit_reference(base, picture, width, height) for picture in sources]
     notes += [note for _, note in fitted if note]
     settings = PictureSettings(
         width,
@@ -440,21 +444,25 @@ def _planned(
 
 
 def _numbers(base: ImageBase, body: ImageBody) -> tuple[int, float, float]:
-    """Return steps, guidance and true guidance. Qwen-Image's guidance is other families' true guidance."""
+    """Return steps, guidance scale and true guidance scale.
+
+    For Qwen-Image, `guidance_scale` means what other families call true guidance."""
     steps, guidance = default_settings(base)
     taken = body.num_inference_steps or max(1, round(steps * _STEPS.get(body.quality, 1.0)))
     scale, true = body.guidance_scale, body.true_cfg_scale
     if base.row.guidance == "true_cfg_scale":
         if scale is not None and true is not None:
-            raise invalid("true_cfg_scale is this base's guidance_scale", "true_cfg_scale", "leave one out")
+            raise invalid(
+                "for this base, true_cfg_scale and guidance_scale mean the same", "true_cfg_scale", "leave one out"
+            )
         scale, true = true if scale is None else scale, None
     return taken, guidance if scale is None else scale, 1.0 if true is None else true
 
 
 def _edited(base: ImageBase, body: EditBody, most: int) -> tuple[Image | None, Image | None, list[Image]]:
-    """Return the start image, its mask in gray, and an editing base's source images.
+    """Return the start image, its grayscale mask, and the source images for an editing base.
 
-    White areas of the mask are regenerated. Without a mask, all images are sources for an editing base, and
+    White areas of the mask are regenerated. For an editing base without a mask, all images are sources, and
     there is no start image.
     """
     images, mask, label = body.pictures, body.mask_data, base.row.label
@@ -477,7 +485,7 @@ def _edited(base: ImageBase, body: EditBody, most: int) -> tuple[Image | None, I
         message = f"input_fidelity high needs reference images of an editing base; here {hint}"
         raise invalid(message, "input_fidelity", "leave it out; use a smaller denoise")
     if len(images) > 1 and not several:
-        further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
+        further = "; further images can be controls" if base.row.control else ", or leave the mask out"
         raise invalid(f"{len(images)} images", "image", f"send one{further}")
     opened = [flattened(_opened(item, "image", "the image", most)) for item in images]
     if several:
@@ -494,7 +502,7 @@ def _edited(base: ImageBase, body: EditBody, most: int) -> tuple[Image | None, I
 
 
 def _opened(data: Data, param: str, label: str, most: int) -> Image:
-    """Return a decoded upload of at most `most` pixels."""
+    """Return a decoded upload. Raises Refused if it has more than `most` pixels."""
     content = _bytes(data, param)
     try:
         return decoded(content, label, formats=FORMATS, max_pixels=most)
@@ -516,19 +524,19 @@ def _fitted(picture: Image | None, width: int, height: int, label: str, notes: l
 def _controls(
     engine: PictureEngine, bodies: list[ControlBody], sent: list[Image], width: int, height: int, notes: list[str]
 ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
-    """Return (controls for the engine, entries for the image's record)."""
+    """Return (the engine's controls, their entries in the image's record)."""
     controls, records = [], []
     for control, picture in zip(bodies, sent, strict=True):
         name, model = engine.control(control.type)
         if control.begin >= control.end:
-            raise invalid(f"a control from {control.begin:g} to {control.end:g} of the steps", "control")
+            raise invalid(f"a control's begin ({control.begin:g}) must be below its end ({control.end:g})", "control")
         try:
             image, found = control_picture(ControlSpec(control.type, "(sent)"), picture, width, height)
         except VeneerError as error:
             raise invalid(error.what, "control", error.fix) from error
         notes += found
         controls.append(Control(model, image, control.strength, control.begin, control.end))
-        public = Path(name).name if Path(name).exists() else name  # without local folders
+        public = Path(name).name if Path(name).exists() else name  # do not reveal local folders
         entry: dict[str, Any] = {"kind": control.type, "model": public, **_record(control.image)}
         records.append(entry | {"weight": control.strength, "begin": control.begin, "end": control.end})
     return tuple(controls), records
@@ -539,8 +547,9 @@ def _record(data: Data) -> dict[str, str]:
 
 
 def _opening(mask: Image) -> Image:
-    """Return the area to regenerate: transparent pixels as in OpenAI, or white if the mask has no
-    transparency."""
+    """Return the area to regenerate, in white.
+
+    This area is transparent in the mask, as with OpenAI; in a mask without transparency, it is white."""
     from PIL import ImageChops
 
     if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:

@@ -1,7 +1,7 @@
-"""Prometheus metrics: vLLM's names where the meaning is the same, and a few per adapter.
+"""Prometheus metrics: vLLM's names for metrics with the same meaning, and a few per adapter.
 
-An adapter's name is a label only for the first `adapters` names; the rest are counted as "other", and
-requests with several adapters as "mix". So the number of series is bounded.
+Only the first `adapters` adapter names become labels. Other adapters are counted as "other", and requests
+with several adapters as "mix", so that the number of series is bounded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _LEDGER_GAUGES = {
 
 
 class Metrics:
-    """All series of one application, in a separate registry."""
+    """All metrics of one application, in a registry of their own."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Metrics:
         adapters: int = 100,
         ledger: Callable[[], LedgerState | None] = lambda: None,
     ) -> None:
-        """Create the series. `ledger`: returns the ledger's state, on a server with a ledger."""
+        """Create the metrics. `ledger`: returns the ledger's state on a server with a ledger."""
         self.registry = registry = CollectorRegistry()
         self.limit, self._named = adapters, set[str]()
         self.labels = (model, "0")
@@ -94,7 +94,7 @@ class Metrics:
         )
         self.first_by_adapter = Histogram(
             "veneer:adapter_time_to_first_token_seconds",
-            "Seconds to the first token, of each adapter.",
+            "Seconds to the first token, by adapter.",
             ("adapter",),
             registry=registry,
             buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
@@ -106,7 +106,7 @@ class Metrics:
         )
 
     def label(self, name: str) -> str:
-        """The label of an adapter: its name while there is room, else "other"."""
+        """Return the label of an adapter: its name, or "other" if there are too many names."""
         if name not in self._named:
             if len(self._named) >= self.limit:
                 return "other"
@@ -121,7 +121,7 @@ class Metrics:
 
 
 class Meter:
-    """Measures one answer; call `end` once, however it ended."""
+    """Measures one answer. Call `end` once, however the answer ended."""
 
     def __init__(self, metrics: Metrics, adapter: str) -> None:
         self.metrics, self.adapter = metrics, metrics.label(adapter)
@@ -176,7 +176,7 @@ class Meter:
 
 
 class _Engine(Collector):
-    """Collects the engine's and ledger's counters when metrics are scraped."""
+    """Reads the engine's and the ledger's counters when metrics are scraped."""
 
     def __init__(
         self, metrics: Metrics, stats: Callable[[], EngineStats], ledger: Callable[[], LedgerState | None]
@@ -197,8 +197,8 @@ class _Engine(Collector):
                 metric = family(name, text, labels=_ENGINE)
                 metric.add_metric(self.metrics.labels, float(getattr(values, attribute)))
                 yield metric
-        # LoRA-aware routers read the comma-separated names of running and waiting adapters from labels; the
-        # value is the time.
+        # LoRA-aware routers read the names of running and waiting adapters, separated by commas, from these
+        # labels. The metric's value is the current time.
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
         hidden = {self.metrics.labels[0], "other", "mix"}

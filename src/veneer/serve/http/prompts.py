@@ -1,9 +1,9 @@
 """Tokenization for the HTTP routes: texts, messages and token ids -> prompts; tokens -> texts and bytes.
 
-A text is measured before it is tokenized: a text with more characters than a context of the longest tokens is
-rejected at once. Other texts are tokenized in admission threads, never on the event loop, with an immutable
-copy of the tokenizer, so that threads do not wait for each other. A tokenizer that cannot be copied (a slow
-tokenizer, or a subclass) encodes in one thread at a time.
+A text's length is checked before the text is tokenized: a text with more characters than the longest text
+that could fit in the context is rejected at once. Other texts are tokenized in admission threads, never on
+the event loop. The threads share an immutable copy of the tokenizer, so that they do not wait for each other.
+A tokenizer that cannot be copied (a slow tokenizer, or a subclass) encodes in one thread at a time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ T = TypeVar("T")
 class TokenizedBase:
     """A base's tokenizer.
 
-    `context`: maximum tokens of prompt and completion; for an image base, the limit of its first text
-        encoder.
+    `context`: maximum tokens of prompt and completion together; for an image base, the limit of its first
+    text encoder.
     """
 
     name: str
@@ -41,7 +41,7 @@ class TokenizedBase:
 
 
 class Prompts:
-    """One base's tokenizer, as used by the HTTP routes."""
+    """Converts between texts and tokens for the HTTP routes, with one base's tokenizer."""
 
     def __init__(self, base: TokenizedBase) -> None:
         self.base = base
@@ -50,10 +50,10 @@ class Prompts:
         self._special = frozenset(map(int, base.tokenizer.all_special_ids))
         self._lock = threading.Lock()
         self.piece = cache(self._piece)
-        """(text, bytes) of a single token; an incomplete character has the text "�" and its exact bytes."""
+        """Returns (text, bytes) of a token. Part of a character has the text "�" and its exact bytes."""
         self._reader = _reader(base.tokenizer)
         self.most = self.context * max(map(len, base.tokenizer.get_vocab()))
-        """Maximum characters of a context in which each token is the vocabulary's longest."""
+        """Maximum characters of a text that can fit in the context, if every token were the longest."""
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 
@@ -69,12 +69,12 @@ class Prompts:
         return await admitted.work(sum(map(len, texts)), lambda: [self.encode(t, special=special) for t in texts])
 
     def measure(self, characters: int, param: str = "prompt") -> None:
-        """Raise Refused (400, context_exceeded) for a text longer than `most`.
+        """Raise Refused (400, context_exceeded) if a text has more than `most` characters.
 
         Called before the text is tokenized."""
         if characters > self.most:
-            message = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
-            message += f"{self.most:,} are read"
+            message = f"the prompt has {characters:,} characters; a context of {self.context:,} tokens holds at most "
+            message += f"{self.most:,}"
             raise Refused(message, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
@@ -86,10 +86,13 @@ class Prompts:
             return tuple(map(int, self.base.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
     def of_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
-        """Return a client's token ids. Raises Refused (400) for an id outside the vocabulary."""
+        """Return token ids from a client as a tuple.
+
+        Raises Refused (400) for an id outside the vocabulary.
+        """
         wrong = [i for i in ids if not 0 <= i < self.size]
         if wrong:
-            raise invalid(f"token id {str(wrong[0])[:20]} is not one of the vocabulary's 0 … {self.size - 1}", param)
+            raise invalid(f"token id {str(wrong[0])[:20]} is outside the vocabulary, 0 … {self.size - 1}", param)
         return tuple(ids)
 
     async def of_messages(
@@ -99,18 +102,18 @@ class Prompts:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[int, ...]:
-        """Return a conversation's token ids, rendered by the chat template.
+        """Return the token ids of a conversation, rendered with the chat template.
 
         `variables`: the client's variables for the template. Raises Refused (400) if the base has no chat
-        template or rendering fails.
+        template or if rendering fails.
         """
         from veneer.models.text.generate import (
             rendered,
-        )  # imported late, because the server listens before it imports torch
+        )  # imported late, because the server starts to listen before it imports torch
 
         settings = set(inspect.signature(self.base.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
         reserved = sorted(set(variables) & (settings - {"add_generation_prompt", "continue_final_message"}))
-        if reserved:  # clients cannot set parameters of the render call
+        if reserved:  # clients cannot set the parameters of `apply_chat_template`
             raise invalid(f"{reserved[0]!r} is not a variable of the template", "chat_template_kwargs")
         if tools:
             variables["tools"] = [dict(tool) for tool in tools]
@@ -138,12 +141,15 @@ class Prompts:
         return any(re.search(r"\btools\b", str(t)) for t in texts)
 
     def fits(self, ids: Sequence[int], param: str = "prompt") -> int:
-        """Return the maximum tokens of a completion. Raises Refused (400) if the prompt fills the context."""
+        """Return how many tokens the context leaves for a completion.
+
+        Raises Refused (400) if the prompt is empty or fills the context.
+        """
         if not ids:
             raise invalid("the prompt has no tokens", param, "write something")
         left = self.context - len(ids)
         if left < 1:
-            message = f"this base's context has {self.context} tokens, and the prompt {len(ids)}"
+            message = f"this base's context has {self.context} tokens, but the prompt has {len(ids)}"
             raise Refused(message, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
         return left
 
@@ -166,7 +172,7 @@ class Prompts:
         if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", raw):  # SentencePiece's bytes
             return text, (int(byte[1], 16),)
         table = _byte_level()
-        if raw and all(c in table for c in raw):  # the alphabet of byte-level BPE
+        if raw and all(c in table for c in raw):  # characters of byte-level BPE's alphabet
             return text, tuple(table[c] for c in raw)
         return text, tuple(text.encode("utf-8", "replace"))
 
@@ -183,17 +189,18 @@ _PROBES = (
 def _ids(reader: Any, text: str, special: bool) -> list[int]:
     """Return a text's token ids, encoded as a batch of one.
 
-    Only batches are tokenized without the GIL, which a long text would otherwise hold for 50 ms, delaying the
-    engine. Batches also skip offsets.
+    Only batches are encoded without the GIL. A long text would otherwise hold the GIL for 50 ms and delay the
+    engine. `encode_batch_fast` also skips offsets.
     """
     ids: list[int] = reader.encode_batch_fast([text], add_special_tokens=special)[0].ids
     return ids
 
 
 def _reader(tokenizer: Any) -> Any:
-    """Return a copy of a fast tokenizer without padding and truncation, or None if its results differ.
+    """Return a copy of a fast tokenizer, without padding and truncation.
 
-    Many threads can use the copy at once.
+    Many threads can use the copy at once. Returns None for a slow tokenizer, or if the copy's results differ
+    from the tokenizer's.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.is_fast:
@@ -211,12 +218,12 @@ def _reader(tokenizer: Any) -> Any:
 
 
 def _clean(text: str) -> str:
-    """Remove lone surrogates, which have no UTF-8 encoding and make tokenizers fail."""
+    """Replace lone surrogates, which have no UTF-8 encoding and make tokenizers fail."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _turn(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with its content as one text."""
+    """Return a message whose content is a single text."""
     turn = {key: value for key, value in message.items() if value is not None}
     content = turn.get("content", "")
     if isinstance(content, list):
@@ -231,13 +238,16 @@ def _part(i: int, part: Any) -> str:
         return str(part[kind])
     if kind in ("text", "refusal"):
         raise invalid(f"messages.{i}.content: a part of type {kind!r} has no text under {kind!r}", "messages")
-    message = f"a part of type {str(kind)[:40]!r}, and this base supports only text"
+    message = f"a part of type {str(kind)[:40]!r}, but this base supports only text"
     raise invalid(f"messages.{i}.content: {message}", "messages")
 
 
 @cache
 def _byte_level() -> dict[str, int]:
-    """Return GPT-2's byte alphabet: printable bytes map to themselves, others to 256, 257, …"""
+    """Return GPT-2's byte alphabet as character -> byte.
+
+    Printable bytes are represented by themselves, other bytes by the characters 256, 257, …
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + n): b for n, b in enumerate(rest)}}

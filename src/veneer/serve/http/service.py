@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 class Service:
     """The parts of one server.
 
-    `reader`: tokenizes prompts. `phase`: the server sets it to draining. `inside`: number of requests in
-    progress. `loaded`: whether the base is loaded. Before that, `engine` and `reader` are placeholders (see
-    `use_base`), and `step` describes the loading progress. `shared_quotas`: the tenancy's quotas.
+    `reader`: tokenizes prompts. `phase`: "draining" while the server shuts down. `inside`: number of
+    requests in progress. `loaded`: whether the base is loaded. Before that, `engine` and `reader` are
+    placeholders (see `use_base`), and `step` describes the loading progress. `shared_quotas`: the tenancy's
+    quotas.
     """
 
     engine: Engine[Any, Any]
@@ -62,7 +63,7 @@ class Service:
         self.staging = UploadStage(s.max_adapter)
 
     def use_base(self, engine: Engine[Any, Any], reader: TokenizedBase, settings: HttpSettings) -> None:
-        """Replace the placeholders once the base is loaded."""
+        """Replace the placeholders with the loaded base's engine and tokenizer."""
         self.engine, self.reader, self.prompts = engine, reader, Prompts(reader)
         if settings != self.settings:
             self.settings, self.admission = settings, _admission(settings)
@@ -74,7 +75,7 @@ class Service:
             self.phase = "ready"
 
     def need_base(self) -> None:
-        """Raise Refused (503) while the base is loading."""
+        """Raise Refused (503) if the base is not loaded yet."""
         if not self.loaded:
             raise not_ready(self.phase)
 
@@ -86,10 +87,11 @@ class Service:
         mix: Sequence[tuple[str, float]] | None = None,
         lora_path: str | None = None,
     ) -> ResolvedModel:
-        """Return the mix that a body names by `model`, `mix`, or SGLang's `lora_path`.
+        """Return the mix that a body names in `model`, `mix`, or SGLang's `lora_path`.
 
-        An empty `mix` means the base. `mix` together with another name is refused, and an unknown name is a
-        404. A `model` that names an adapter takes precedence over `lora_path`, as in SGLang.
+        An empty `mix` means the base. A `mix` together with an adapter in another field is refused; an
+        unknown name is a 404. A `model` that names an adapter takes precedence over `lora_path`, as in
+        SGLang.
         """
         named = model if model and model != self.catalog.base else None
         if mix is None:
@@ -109,7 +111,7 @@ class Service:
         return self.engine.events(request)
 
     def trouble(self) -> str:
-        """Return the reason why new requests should go to another server, or ""."""
+        """Return why new requests should go to another server, or "" if they need not."""
         return self.engine.problem() or self.engine.trouble()
 
 
@@ -126,9 +128,9 @@ def service_of(request: HttpRequest) -> Service:
 
 
 def client_key(request: HttpRequest) -> str | None:
-    """Return the client's key: a bearer token, or a header that other clients use, such as Azure's.
+    """Return the client's key, from a bearer token or from a header such as Azure's `api-key`.
 
-    Tinker's SDK only sends keys with the prefix tml-, which is removed.
+    Tinker's SDK sends only keys with the prefix tml-, so this prefix is removed.
     """
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key.strip():
@@ -138,12 +140,12 @@ def client_key(request: HttpRequest) -> str | None:
 
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Principal:
-    """Return the request's principal, set by the middleware, with the body's `user`."""
+    """Return the request's principal, as set by the middleware, with the body's `user`."""
     principal = principal_of(request.scope)
     return replace(principal, user=user) if user else principal
 
 
 def admission_of(request: HttpRequest) -> AdmittedRequest:
-    """Return the request's hold on the server's resources, to which routes add their own."""
+    """Return the request's reservations, to which a route can add its own."""
     admitted: AdmittedRequest = request.scope["veneer.admitted"]
     return admitted

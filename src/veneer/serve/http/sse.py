@@ -1,7 +1,7 @@
-"""Server-sent events to one client, until the source ends, the client disconnects, or the client stops
-reading.
+"""Server-sent events to one client.
 
-The source is closed in every case, which cancels all its running work.
+Events are sent until the source ends, the client disconnects, or the client stops reading. In every case, the
+source is closed, which cancels all of its running work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Closable(Protocol):
 
 
 def data(content: Any, *, tight: bool = False) -> bytes:
-    """Return one event. `tight`: without a space after the colon, as TGI writes it."""
+    """Return one event. `tight`: omit the space after the colon, as TGI does."""
     body = content.encode() if isinstance(content, str) else json_bytes(content)
     return (b"data:" if tight else b"data: ") + body + b"\n\n"
 
@@ -30,8 +30,8 @@ def data(content: Any, *, tight: bool = False) -> bytes:
 class EventStream(Response):
     """A stream of server-sent events.
 
-    `lines`: bytes of the events, made from `source`. `format_error`: formats an error that occurs after the
-    status was sent. `stall`: seconds for which the client can leave the stream unread.
+    `lines`: the events as bytes, made from `source`. `format_error`: formats an error that occurs after the
+    status was sent. `stall`: seconds after which a client that has not read is disconnected.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def send_timed(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self.stall):  # not wait_for, which can lose a cancellation
+            async with asyncio.timeout(self.stall):  # not asyncio.wait_for, which can lose a cancellation
                 await send(message)
 
         try:

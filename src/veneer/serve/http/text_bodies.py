@@ -1,6 +1,7 @@
 """Request bodies of the text routes, converted to `Sampling`.
 
-An invalid value raises Refused (400) with its field."""
+An invalid value raises Refused (400), which names the field.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from veneer.serve.request import GrammarSpec, Sampling, invalid
 
 
 def _prompt_form(value: Any) -> str:
-    """Return which of a prompt's four forms a value has."""
+    """Return the tag of a prompt value: =text, =ids, =texts or =lists."""
     if not isinstance(value, list):
         return "=text"
     first = value[0] if value else ""
@@ -51,9 +52,9 @@ Texts = Annotated[
     | Annotated[list[Ids], FAIL_FAST, at_most(ITEMS), Tag("=lists")],
     Discriminator(_prompt_form),
 ]
-"""OpenAI's prompts: a text or token ids, or a list of either.
+"""OpenAI's `prompt`: a text, a list of token ids, or a list of either.
 
-Tags start with "=", so that error messages can omit them.
+The tags start with "=", so that error messages can leave them out.
 """
 Stop = Annotated[
     Annotated[str, Tag("=one")] | Annotated[list[str], FAIL_FAST, at_most(KEYS), Tag("=several")],
@@ -93,7 +94,7 @@ class Message(Strict):
     tool_calls: Objects | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    # OpenAI's client sends this field with an assistant's turn; it is always empty here.
+    # OpenAI's client sends these fields back with an assistant message; they must be null.
     refusal: None = None
     audio: None = None
     annotations: None = None
@@ -104,7 +105,7 @@ class Message(Strict):
 
 
 class TextBody(Body):
-    """Keys of both chat completions and completions."""
+    """Fields shared by the bodies of chat completions and completions."""
 
     ignored: ClassVar = frozenset(
         (
@@ -154,7 +155,7 @@ class TextBody(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, max_length=512)
-    store: bool | None = Field(default=None, description="false: not stored for feedback")
+    store: bool | None = Field(default=None, description="if false, the completion is not stored for feedback")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -163,11 +164,11 @@ class TextBody(Body):
         if n > most:
             raise invalid(f"n is {n}", "n", f"at most {most} answers to a prompt")
         if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options goes with stream", "stream_options")
+            raise invalid("stream_options requires stream", "stream_options")
         return n
 
     def adapters(self) -> dict[str, Any]:
-        """Return the arguments of Service.choose."""
+        """Return the keyword arguments for `Service.choose`."""
         return {"model": self.model, "mix": mix_of(self.mix), "lora_path": self.lora_path}
 
     def sampling(
@@ -179,7 +180,10 @@ class TextBody(Body):
         grammar: GrammarSpec | None = None,
         **more: Any,
     ) -> Sampling:
-        """Return a request's Sampling. `available`: tokens left in the context. `more`: logprobs."""
+        """Return the request's sampling parameters.
+
+        `available`: tokens left in the context. `more`: further parameters, such as logprobs.
+        """
         names = "min_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty seed"
         return sampling_of(
             **{name: getattr(self, name) for name in names.split()},
@@ -194,7 +198,7 @@ class TextBody(Body):
         )
 
     def _grammars(self) -> list[GrammarSpec | None]:
-        """Return the grammar under each key that can contain one."""
+        """Return the grammars that the request's fields set."""
         form, structured = self.response_format, self.structured_outputs or StructuredOutputs()
         grammars: list[GrammarSpec | None] = []
         if form is not None and form.type == "json_schema":
@@ -241,13 +245,13 @@ class ChatBody(TextBody):
 
     def alternatives(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
-            raise invalid("top_logprobs goes with logprobs", "top_logprobs", "logprobs: true")
+            raise invalid("top_logprobs requires logprobs", "top_logprobs", "logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def variables(self) -> dict[str, Any]:
-        """Return the chat template's variables other than messages and tools."""
+        """Return the chat template's variables, without messages and tools."""
         if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise invalid("the last message is not the assistant's", "continue_final_message")
+            raise invalid("the last message is not an assistant message", "continue_final_message")
         return template_variables(self.chat_template_kwargs, self.add_generation_prompt, self.continue_final_message)
 
 
@@ -258,7 +262,10 @@ class CompletionBody(TextBody):
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     prompt_logprobs: int | None = Field(
-        default=None, ge=0, le=20, description="most likely tokens at each prompt token, by id, as in vLLM"
+        default=None,
+        ge=0,
+        le=20,
+        description="number of most likely tokens to return for each prompt token, as in vLLM",
     )
     add_special_tokens: bool = True
 
@@ -277,7 +284,7 @@ class CompletionBody(TextBody):
 def template_variables(
     kwargs: dict[str, Any] | None, add_generation_prompt: bool, continue_final_message: bool
 ) -> dict[str, Any]:
-    """Return the chat template's variables other than messages and tools, from a body's keys."""
+    """Convert a body's fields to chat template variables, without messages and tools."""
     variables = dict(kwargs or {})
     if continue_final_message:
         variables["continue_final_message"] = True
@@ -290,7 +297,10 @@ def template_variables(
 
 
 def sampling_of(**values: Any) -> Sampling:
-    """Return a Sampling; None keeps a default. Raises Refused (400) that names the invalid value."""
+    """Return a Sampling in which a value of None keeps the default.
+
+    Raises Refused (400), which names the invalid value.
+    """
     try:
         return Sampling(**{key: value for key, value in values.items() if value is not None})
     except ConfigError as error:
@@ -307,7 +317,7 @@ def stops_of(stop: Stop | None, most: int) -> tuple[str, ...]:
 
 
 def bias_of(bias: Bias | None, prompts: Prompts) -> dict[int, float]:
-    """Return token id -> bias, from JSON's text keys."""
+    """Return logit_bias as token id -> bias; in JSON, the ids are strings."""
     biases: dict[int, float] = {}
     for key, value in (bias or {}).items():
         if not re.fullmatch(r"[0-9]{1,9}", key) or not math.isfinite(value) or abs(value) > 100:
@@ -317,7 +327,7 @@ def bias_of(bias: Bias | None, prompts: Prompts) -> dict[int, float]:
 
 
 def schema_text(schema: Any, param: str) -> str:
-    """Return a JSON schema, an object or text, as text."""
+    """Return a JSON schema as text. `schema`: an object, or JSON text."""
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(parsed, ensure_ascii=False)
@@ -330,30 +340,33 @@ def schema_text(schema: Any, param: str) -> str:
 
 
 def choices_regex(choices: Sequence[str]) -> str:
-    """Return a regular expression that matches exactly these texts."""
+    """Return a regular expression that matches these texts and nothing else."""
     if not choices or any(not c for c in choices):
-        raise invalid("choice needs at least one text, and no empty text", "structured_outputs")
+        raise invalid("choice needs at least one text, and none can be empty", "structured_outputs")
     return "(" + "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", c) for c in choices) + ")"
 
 
 def _one_grammar(grammars: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
     present = [grammar for grammar in grammars if grammar is not None]
     if len(present) > 1:
-        raise invalid("several keys set the answer's format", "response_format", "keep one")
+        raise invalid("several fields set the format of the answer", "response_format", "keep one")
     return present[0] if present else None
 
 
 def limited(requested: int | None, available: int, service: Service) -> int:
-    """Return a completion's token limit. `requested`: None for the maximum.
+    """Return the maximum number of tokens for a completion.
 
-    Raises Refused (400) if more is requested than available.
+    `requested`: None for as many as possible. Raises Refused (400) if `requested` exceeds `available` or the
+    server's limit.
     """
     most = service.settings.max_tokens or available
     if requested is None:
         return max(1, min(available, most))
     if requested > available:
         context = service.prompts.context
-        message = f"{requested} tokens are requested, and the prompt leaves {available} of the context's {context}"
+        message = (
+            f"{requested} tokens are requested, but the prompt leaves {available} of the context's {context} tokens"
+        )
         raise invalid(message, "max_tokens", "request fewer, or shorten the prompt")
     if requested > most:
         raise invalid(f"max_tokens is {requested}", "max_tokens", f"at most {most} on this server")

@@ -34,11 +34,12 @@ async def chat_job(
     cache_salt: str = "",
     stores: bool = True,
 ) -> TextJob:
-    """Return the engine job of a conversation.
+    """Return an engine job that answers a conversation.
 
-    `sampling`: from the number of free tokens to parameters. `id`: the response's. `variables`: chat template
-    variables other than messages and tools. `stores`: whether the completion can be stored for feedback.
-    Raises Refused (429 for too many requests, 400 for a prompt that exceeds the context).
+    `sampling`: called with the number of free tokens in the context. `id`: id of the response. `variables`:
+    variables for the chat template, without messages and tools. `stores`: whether the completion can be
+    stored for feedback. Raises Refused (429 for too many requests, 400 for a prompt that exceeds the
+    context).
     """
     use, variables = use or ToolUse(), variables or {}
     admitted.reserve("answers", n)
@@ -47,7 +48,7 @@ async def chat_job(
     continued = bool(variables.get("continue_final_message"))
 
     def keeping(answered: ResolvedModel, answer_id: str) -> Callable[[Sequence[str]], None] | None:
-        """Return a function that stores completions for feedback as training conversations, or None."""
+        """Return a function that stores completions for feedback, or None."""
         keep = service.tenancy.keeping(principal, answered, answer_id) if stores else None
         if keep is None:
             return None

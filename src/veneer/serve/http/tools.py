@@ -1,13 +1,14 @@
-"""Tools: prompt a model to call functions, and parse the calls from its completion.
+"""Tools: prompt a model to call functions, and parse calls from completions.
 
 | tool_choice | completion | parsed as |
 | --- | --- | --- |
 | none, or no tools | text | text |
 | auto | text with `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen, SmolLM3) | both |
-| required | by grammar, one object {"name", "arguments"} that fits one of the tools | one call |
-| a function | by grammar, such an object for this function | one call |
+| required | one object {"name", "arguments"} for any of the tools, enforced by a grammar | one call |
+| a function | one such object for this function, enforced by a grammar | one call |
 
-The tools are passed to the chat template. A base whose template does not support tools refuses them.
+The chat template gets the tools. If a base's template does not support tools, a request with tools is
+refused.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools of one request, and how they are used."""
+    """The tools of one request, and how the completion can call them."""
 
     mode: Literal["none", "auto", "required", "named"] = "none"
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -50,9 +51,10 @@ class ToolUse:
 
 
 def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools: bool) -> ToolUse:
-    """Return the tool use of a request.
+    """Return the `ToolUse` of a request.
 
-    Raises Refused (400) for tools that are not functions, an unknown choice, or a base without tool support.
+    Raises Refused (400) for tools that are not functions, an unknown tool_choice, or a base without tool
+    support.
     """
     functions = {}
     for i, tool in enumerate(tools or []):
@@ -61,7 +63,9 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
             raise invalid(f'tools.{i} is not {{"type": "function", "function": {{…}}}}', "tools")
         name, parameters = function.get("name"), function.get("parameters") or {}
         if not isinstance(name, str) or not 0 < len(name) <= 64 or not isinstance(parameters, Mapping):
-            raise invalid(f"tools.{i}.function needs a name of 1 to 64 characters, and parameters as a schema", "tools")
+            raise invalid(
+                f"tools.{i}.function needs a name of 1 to 64 characters, and a schema as its parameters", "tools"
+            )
         functions[name] = parameters
     if not functions:
         if choice not in (None, "none", "auto"):
@@ -82,7 +86,7 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
         name = function_choice.get("name") if isinstance(function_choice, Mapping) else None
         if not isinstance(name, str) or name not in functions:
             fix = 'none, auto, required or {"type": "function", "function": {"name": one of the tools}}'
-            raise invalid("tool_choice is not one of the tools", "tool_choice", fix)
+            raise invalid("tool_choice does not name one of the tools", "tool_choice", fix)
         mode, functions = "named", {name: functions[name]}
     forms = [_call_schema(name, parameters) for name, parameters in functions.items()]
     schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
@@ -100,9 +104,10 @@ def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ToolReader:
-    """Parses one completion as it arrives: `feed` and `end` yield texts and calls.
+    """A parser for one completion: `feed` and `end` yield its texts and tool calls.
 
-    `calls`: number of calls."""
+    `calls`: number of calls parsed so far.
+    """
 
     def __init__(self, use: ToolUse) -> None:
         self.use, self.buffer, self.calls, self.inside = use, "", 0, False
@@ -117,7 +122,7 @@ class ToolReader:
                 yield from self._sorted()
 
     def end(self) -> Iterator[str | ToolCall]:
-        """Yield the remaining text: an unclosed call if it can be parsed, otherwise text."""
+        """Yield the buffered rest as a tool call if it parses as one, otherwise as text."""
         rest, self.buffer = self.buffer, ""
         if not rest:
             return
@@ -138,9 +143,7 @@ class ToolReader:
                 held_back = next((n for n in range(len(_OPEN) - 1, 0, -1) if self.buffer.endswith(_OPEN[:n])), 0)
                 end = len(self.buffer) - held_back
                 free, self.buffer = self.buffer[:end], self.buffer[end:]
-                if free.strip() or (
-                    free and not self.calls
-                ):  # line breaks between calls are not part of the completion
+                if free.strip() or (free and not self.calls):  # whitespace between calls is dropped
                     yield free
                 return
             if self.buffer[:start].strip() or (start and not self.calls):
@@ -161,7 +164,7 @@ class ToolReader:
 
 
 def message_of_answer(reader: ToolReader, text: str) -> dict[str, Any]:
-    """Return the assistant's message of a complete completion: its content, and its calls if any."""
+    """Return a finished completion as an assistant message, with its tool calls if any."""
     pieces = [*reader.feed(text), *reader.end()]
     calls = [piece.to_dict() for piece in pieces if isinstance(piece, ToolCall)]
     content = "".join(piece for piece in pieces if isinstance(piece, str))

@@ -1,18 +1,19 @@
 """Adapters in memory: loading, leases, and eviction.
 
-    lease = residents.acquire(request.mix, ready)   at once if all are in memory; otherwise None, then ready(lease)
+    lease = residents.acquire(request.mix, ready)   if all are in memory; otherwise None, then ready(lease)
     … lease.parts: the prepared adapters with their strengths …
     lease.release()
 
-Each adapter has one entry: wanted → loading → loaded → resident. A few threads load (read and prepare).
-Requests for the same adapters wait in one group; groups get memory in order of arrival, for all of a mix or
-none, so that two mixes cannot hold half each. Leased adapters are never evicted. If a group waits longer than
-`patience` for memory that others keep in use, the adapters that were loaded first are drained: they get no
-new requests until the group fits. So with twice as many requested adapters as fit, adapters take turns of at
-least `patience`.
+Each adapter has one entry, whose states are wanted → loading → loaded → resident. A few threads load adapters
+(read and prepare them). Requests that wait for the same adapters form a group. Groups get memory in order of
+arrival. A group gets memory for all its adapters or for none, so that two mixes cannot block each other with
+half their adapters in memory. Leased adapters are never evicted. When a group has waited for memory longer
+than `patience`, the adapters that became resident first are drained: they get no new requests until the group
+fits. So if requests need twice as many adapters as fit, adapters take turns of at least `patience`.
 
-Only `load` blocks. In addition to the limit, loaded adapters can wait for memory: as many as there are
-threads, or as the next group needs. Depends on adapters and sizes; not on models or names.
+Only `load` blocks. Adapters that are loaded but not yet resident use memory beyond the limit: as many
+adapters as there are threads, or as the next group needs. This module knows adapters and sizes, but not
+models or names.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from veneer.serve.transient import internal_error
 
 
 class Sized(Protocol):
-    """A prepared adapter. `bytes`: its share of the limited memory."""
+    """A prepared adapter. `bytes`: memory that counts against the limit."""
 
     @property
     def bytes(self) -> int: ...
@@ -64,7 +65,10 @@ class ResidentAdapter:
 
 
 class Lease(Generic[T]):
-    """Keeps a mix in memory until `release`, which can be called more than once."""
+    """A claim that keeps the adapters of a mix in memory until `release`.
+
+    `release` can be called more than once.
+    """
 
     def __init__(
         self, mix: DigestMix, parts: tuple[tuple[T, float], ...], release: Callable[[DigestMix], None]
@@ -86,8 +90,9 @@ _Ready = Callable[[Lease[T] | Refused], None]
 class _Entry(Generic[T]):
     """The state of one adapter.
 
-    `adapter`: already read, to be prepared. `prepared`: the prepared adapter, once loaded. `dropped`: no name
-    refers to it. `used`: counter value of its last use. `since`: when it became resident.
+    `adapter`: the adapter as read, until it is prepared. `prepared`: the prepared adapter, once loaded.
+    `dropped`: whether the adapter has lost its last name. `used`: tick of the last use; larger is later.
+    `since`: time at which the adapter became resident.
     """
 
     digest: str
@@ -107,7 +112,10 @@ class _Entry(Generic[T]):
 
 @dataclass(eq=False)
 class _Group(Generic[T]):
-    """Requests that wait for the same adapters. `blocked`: since when the group waits for memory, or None."""
+    """Requests that wait for the same adapters.
+
+    `blocked`: time since which the group has waited for memory, or None.
+    """
 
     entries: list[_Entry[T]]
     members: list[tuple[DigestMix, _Ready[T]]] = field(default_factory=list)
@@ -115,11 +123,11 @@ class _Group(Generic[T]):
 
 
 class AdapterCache(Generic[T]):
-    """Loads and evicts adapters.
+    """A cache that loads adapters and evicts idle ones.
 
     `read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) ->
-    the object that the runner needs. Both run on this object's threads. `freed`: called with each evicted
-    object, from any thread. `submit`: runs jobs; by default on `threads` threads.
+    the object that the runner needs. Both run on the cache's threads. `freed`: called with each evicted
+    object, from any thread. `submit`: runs a job in the background; by default on `threads` threads.
     """
 
     def __init__(
@@ -150,10 +158,10 @@ class AdapterCache(Generic[T]):
     # -- for the engine's step: none of these block --------------------------------------------------------------------
 
     def acquire(self, mix: DigestMix, ready: _Ready[T]) -> Lease[T] | None:
-        """Return the lease if all adapters are in memory; otherwise return None and call `ready` once later.
+        """Return a lease if all adapters are in memory; otherwise return None.
 
-        `ready` gets a lease or the error, from another thread or within a later call of this object, so it
-        must only post a message.
+        After None, `ready` is called once, with a lease or an error. The call comes from another thread, or
+        from within a later call of this object, so `ready` must only post a message.
         """
         with self._changing():
             entries = [self._entries.get(digest) for digest, _ in mix]
@@ -164,8 +172,10 @@ class AdapterCache(Generic[T]):
         return None
 
     def withdraw(self, ready: _Ready[T]) -> bool:
-        """Stop waiting; return False if `ready` was or will be called, in which case its lease must be
-        released."""
+        """Stop waiting; return whether `ready` will never be called.
+
+        If False, `ready` was or will be called, and the caller must release the lease.
+        """
         with self._changing():
             waiting = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
             if not waiting:
@@ -180,11 +190,10 @@ class AdapterCache(Generic[T]):
     # -- loading and unloading -----------------------------------------------------------------------------------------
 
     def load(self, digest: str, adapter: Adapter | None = None, *, timeout: float = 60.0) -> None:
-        """Load an adapter and wait until it is in memory; after `timeout` seconds, stop waiting and load it
-        on demand.
+        """Load an adapter and wait until it is in memory.
 
-        `adapter`: the adapter, if already read. Raises Refused if the adapter cannot be prepared or can never
-            fit.
+        After `timeout` seconds, stop waiting; the adapter is then loaded on demand. `adapter`: the adapter,
+        if already read. Raises Refused if the adapter cannot be prepared or can never fit.
         """
         answers: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
         with self._changing():
@@ -228,7 +237,7 @@ class AdapterCache(Generic[T]):
             return ResidentStats(self._bytes, adapters, waiting, self._evictions)
 
     def resident(self) -> dict[str, ResidentAdapter]:
-        """Return the adapters in memory by digest, least recently used first."""
+        """Return digest -> adapter in memory, least recently used first."""
         with self._changing():
             entries = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
             return {e.digest: ResidentAdapter(e.digest, e.size, e.leases) for e in entries}
@@ -241,7 +250,7 @@ class AdapterCache(Generic[T]):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Hold the lock, then run the collected callbacks without it."""
+        """Hold the lock during the block; then, without the lock, run the queued callbacks."""
         with self._lock:
             yield
             calls, self._calls = self._calls, []
@@ -281,7 +290,7 @@ class AdapterCache(Generic[T]):
         self._advance()
 
     def _leave(self, key: tuple[str, ...], error: Refused | None = None) -> None:
-        """Remove a group from the queue; its remaining members get `error`, if given."""
+        """Remove a group from the queue; fail its remaining members if `error` is given."""
         group = self._groups.pop(key)
         if error is not None:
             self._calls += [partial(ready, error) for _, ready in group.members]
@@ -294,7 +303,7 @@ class AdapterCache(Generic[T]):
     def _advance(self) -> None:
         """Start loads for the next groups, and admit groups that fit."""
         loaded = sum(e.state in ("loading", "loaded") for e in self._entries.values())
-        first, blocked = True, False  # whether this is the first waiting group; whether memory is blocked
+        first, blocked = True, False  # first: no earlier group waits; blocked: an earlier group waits for memory
         for key, group in list(self._groups.items()):
             new = [e for e in group.entries if e.state != "resident"]
             for entry in new:
@@ -317,17 +326,19 @@ class AdapterCache(Generic[T]):
 
     def _admit(self, key: tuple[str, ...], group: _Group[T], new: list[_Entry[T]]) -> None:
         for entry in new:
-            self._record_failure(entry)
+            self._make_resident(entry)
         self._calls += [partial(ready, self._lease(mix, group.entries)) for mix, ready in group.members]
         self._leave(key)
 
-    def _record_failure(self, entry: _Entry[T]) -> None:
+    def _make_resident(self, entry: _Entry[T]) -> None:
         entry.state, entry.since = "resident", self._clock()
         self._bytes += entry.size
 
     def _make_room(self, new: Iterable[_Entry[T]], group: _Group[T]) -> bool:
-        """Evict idle adapters, least recently used first, if that makes enough space for `new`; otherwise
-        evict none."""
+        """Evict idle adapters, least recently used first, to make room for `new`.
+
+        If the idle adapters do not free enough memory, evict none and return False.
+        """
         need = sum(e.size for e in new) + self._bytes - self.limit
         idle = [e for e in self._entries.values() if e.state == "resident" and not e.leases]
         idle = sorted((e for e in idle if e not in group.entries), key=lambda e: e.used)
@@ -356,12 +367,12 @@ class AdapterCache(Generic[T]):
             need -= entry.size
 
     def _tidy(self, entries: Iterable[_Entry[T]]) -> None:
-        """Free entries that no group needs; loaded adapters stay resident if they fit."""
+        """Free unused entries; a loaded adapter becomes resident instead if it fits."""
         for entry in entries:
             if entry.leases or entry.state == "loading" or self._is_wanted(entry):
                 continue
             if entry.state == "loaded" and not entry.dropped and self._bytes + entry.size <= self.limit:
-                self._record_failure(entry)
+                self._make_resident(entry)
             if entry.state != "resident" or entry.dropped:
                 self._free(entry)
 

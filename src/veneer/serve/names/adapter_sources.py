@@ -1,4 +1,4 @@
-"""The adapters that a server may read: the library, and files in allowed folders.
+"""The adapters that a server can read: the library, and files in allowed folders.
 
     sources = AdapterSources(base, library=open_library())
     location = sources.locate("support@2")         a library reference, or a path in an allowed folder
@@ -8,22 +8,23 @@
 Adapters that cannot be served raise Refused (adapter_unusable) with a message that starts with a reason:
 
     | reason                       | status | |
-    | not_found                    | 404    | no such reference, or file in an allowed folder |
-    | wrong_base                   | 400    | it belongs to another base |
+    | not_found                    | 404    | no such reference, and no such file in an allowed folder |
+    | wrong_base                   | 400    | the adapter belongs to another base |
     | shape_mismatch               | 400    | names or shapes that this base does not have |
     | unsafe_file                  | 400    | a pickle, an inconsistent header, a link out of its folder |
-    | corrupt                      | 400    | a truncated file, no adapter, contradictory settings |
+    | corrupt                      | 400    | a truncated file, not an adapter, contradictory settings |
     | not_finite                   | 400    | NaN or infinity |
-    | unstated_scale               | 400    | a file in PEFT's names without its configuration |
+    | unstated_scale               | 400    | a file with PEFT's tensor names but no configuration |
     | too_large                    | 400    | more bytes than the limit |
-    | dora_unsupported             | 400    | reported by the runner, whose message follows |
+    | dora_unsupported             | 400    | reported by the runner; the message has the details |
     | modules_to_save_unsupported  | 400    | reported by the runner: full copies of modules, token rows |
     | form_unsupported             | 400    | anything else that the runner cannot serve with full effect |
-    | changed                      | 409    | the file was replaced since it was loaded: load it again |
+    | changed                      | 409    | the file has changed since it was loaded; load it again |
     | damaged                      | 503    | the library's copy is missing or differs from what was added |
 
-A store, database or disk that does not answer is not the adapter's fault: 503 `unavailable`, to be retried.
-Depends on the library, files and one base; not on a server's names or requests.
+A store, database or disk that does not answer is not the adapter's fault: the error is 503 `unavailable`, and
+the client can try again. This module knows the library, files and one base, but not a server's names or
+requests.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ from veneer.serve.transient import internal_error, is_transient, transient_error
 _MOST_LOCATIONS = 1 << 16
 
 Problems = Callable[[Adapter], list[str]]
-"""Returns the reasons why an adapter cannot be served with full effect, one line each; defined by the
-engine."""
+"""Returns why an adapter cannot be served with full effect, one line per reason.
+
+Defined by the engine.
+"""
 
 
 def unusable(reason: str, message: str, *, status: int = 400, fix: str | None = None) -> Refused:
@@ -60,8 +63,9 @@ def unusable(reason: str, message: str, *, status: int = 400, fix: str | None = 
 class AdapterLocation:
     """The location of an adapter's files.
 
-    `root`: the operator's name of the adapter; never a path. `reference`: its library reference by content,
-    with its `entry` and `format` there; "" for a `path`.
+    `root`: the operator's name for the adapter; never a path. `path`: the files, if they are in an allowed
+    folder. Otherwise, the adapter is in the library: `reference` names it by content, and `entry` and
+    `format` are the library's.
     """
 
     root: str
@@ -89,10 +93,10 @@ class UnloadedBase:
 
 
 class AdapterSources:
-    """The readable adapters. Thread-safe.
+    """The adapters that a server can read. Thread-safe.
 
-    `base`: replaced once by the loaded base. `folders`: allowed folders; files anywhere inside them can be
-        loaded.
+    `base`: an `UnloadedBase` is replaced once by the loaded base. `folders`: allowed folders; files anywhere
+    inside them can be loaded.
     """
 
     def __init__(
@@ -111,10 +115,10 @@ class AdapterSources:
     # -- looking up references -----------------------------------------------------------------------------------------
 
     def find_version(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
-        """Look up a reference in the in-memory index; return None if it is unknown or no reference.
+        """Return the version that a reference names, from the index in memory.
 
-        Reads no adapter and queries no database. `sure`: wait for an index refresh that starts now, for
-        callers that can block.
+        Returns None if the reference is unknown or malformed. Reads no adapter and queries no database.
+        `sure`: first wait for an index refresh that starts now; only for callers that can block.
         """
         if self.names is None or len(reference) > 200:
             return None
@@ -151,8 +155,10 @@ class AdapterSources:
         return AdapterLocation(path.name, path=path)
 
     def _path(self, source: str) -> Path | None:
-        """Return the resolved path inside an allowed folder, or None for other paths, as if they did not
-        exist."""
+        """Return the resolved path inside an allowed folder, or None.
+
+        A path outside the allowed folders is treated like a path that does not exist.
+        """
         path = Path(source)
         if not source.isprintable() or len(source) > 4096 or ".." in path.parts:
             return None
@@ -167,7 +173,7 @@ class AdapterSources:
         return None
 
     def _check_inside(self, real: Path, folder: Path) -> None:
-        """Raises Refused for a link out of the allowed folder."""
+        """Raise Refused for a link that leads out of the allowed folder."""
         inner = real / "adapter"
         parts = (
             [real] if real.is_file() else [p for d in (real, inner) if d.is_dir() for p in islice(d.iterdir(), 5000)]
@@ -178,9 +184,10 @@ class AdapterSources:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def keep(self, digest: str, location: AdapterLocation) -> None:
-        """Read the adapter with this digest from `location`, also after its name is unloaded or removed.
+        """Remember `location` as the source of the adapter with this digest.
 
-        Keeps the newest `_MOST_LOCATIONS`.
+        The location is kept even after the adapter's name is unloaded or removed. Only the newest
+        `_MOST_LOCATIONS` locations are kept.
         """
         with self._lock:
             self._loaded.pop(digest, None)
@@ -205,13 +212,13 @@ class AdapterSources:
         return location
 
     def read_from(self, location: AdapterLocation, problems: Problems, digest: str = "") -> Adapter:
-        """Read an adapter, and check that this base serves it with full effect. Raises Refused.
+        """Read an adapter, and check that this base serves it with full effect.
 
-        `digest`: the required digest. Tensors from an allowed folder are copied, because a change of a mapped
-        file would reach running requests.
+        `digest`: the digest that the adapter must have. Tensors from an allowed folder are copied; otherwise,
+        a change to a memory-mapped file would affect running requests. Raises Refused.
         """
         if location.path is not None and not location.path.exists():
-            raise unusable("not_found", f"{location.root} is no longer there", status=404)
+            raise unusable("not_found", f"{location.root} no longer exists", status=404)
         try:
             if isinstance(self.base, UnloadedBase):
                 raise not_ready("loading")
@@ -219,7 +226,7 @@ class AdapterSources:
             adapter = load_adapter(self.base, str(path))
             if location.path is not None:
                 adapter = adapter.mapped(lambda t: t.clone())
-            if digest and adapter.digest() != digest and not self._reads_as(path, digest):
+            if digest and adapter.digest() != digest and not self._has_digest(path, digest):
                 raise unusable("changed", f"{location.root} has changed since it was loaded", status=409)
         except Refused:
             raise
@@ -233,9 +240,10 @@ class AdapterSources:
         return location.path or self._from_library(location)
 
     def _from_library(self, location: AdapterLocation) -> Path:
-        """Return the files in the library, fetched first if stored remotely.
+        """Return the path of an adapter from the library, fetched first if it is remote.
 
-        Errors are not the adapter's fault."""
+        Errors do not blame the adapter.
+        """
         assert self.library is not None
         try:
             return self.library.place(location.root, location.entry, location.format)
@@ -247,8 +255,11 @@ class AdapterSources:
         except Exception as error:
             raise internal_error(f"the library's copy of {location.root}", error) from error
 
-    def _reads_as(self, path: Path, digest: str) -> bool:
-        """Return whether the digest matches when the files are read without a base, as in the library."""
+    def _has_digest(self, path: Path, digest: str) -> bool:
+        """Return whether the files have this digest when they are read without a base.
+
+        The library computes digests this way.
+        """
         return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, location: AdapterLocation, error: Exception) -> Refused:
@@ -266,11 +277,11 @@ class AdapterSources:
         elif isinstance(error, AdapterError) and "does not state the scale" in message:
             return unusable("unstated_scale", f"{location.root}: {message}", fix=error.fix)
         else:
-            reason = "shape_mismatch" if self._sound(location) else "corrupt"
+            reason = "shape_mismatch" if self._is_readable(location) else "corrupt"
         return unusable(reason, f"{location.root}: {message}")
 
     def _paths(self, location: AdapterLocation) -> dict[str, str]:
-        """Return local paths that messages can contain -> their replacements for clients."""
+        """Return local path -> text that replaces the path in messages to clients."""
         paths = {} if location.path is None else {str(location.path): location.root}
         if self.library is not None:
             paths[self.library.location] = "the library"
@@ -278,11 +289,11 @@ class AdapterSources:
             paths[self.base.name] = self.base.short_name
         return paths
 
-    def _sound(self, location: AdapterLocation) -> bool:
+    def _is_readable(self, location: AdapterLocation) -> bool:
         """Return whether the files are a readable adapter, of any base."""
         try:
             reader.read(self._files(location))
-        except Exception:  # the files are present, so any error is their fault
+        except Exception:  # the files exist, so an error means that they are bad
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""The names of one server, and the adapters that they mean.
+"""The names of one server, and the adapters that the names refer to.
 
     sources = AdapterSources(base, library=open_library())
     engine = TextEngine(base, sources.read)
@@ -6,14 +6,14 @@
     served = catalog.resolve("support@prod", principal)
 
 A name is looked up in this order: the base's name; a route (`routes`); a loaded name; a library reference
-(`support`, `support@2`, `support@prod`, `sha256:…`). Each can have the prefix `base:`;
-`ft:base:acme:support:id` is OpenAI's form (library/names.py). Unknown names and names that the principal
-cannot see give the same 404; for the latter, before any lookup.
+(`support`, `support@2`, `support@prod`, `sha256:…`). Each name can have the prefix `base:`.
+`ft:base:acme:support:id` is OpenAI's form of a name (see library/names.py). An unknown name and a name that
+the principal cannot see give the same 404; the latter is refused before any lookup.
 
 Names from clients never reach the file system: they are compared with known names and looked up in the
-library's index. A loaded adapter is fully checked before its name becomes visible. A library adapter that was
-not loaded is checked by the same rules on its first request, outside the engine's thread; the index already
-shows whether it belongs to another base.
+library's index. `load` fully checks an adapter before the adapter's name becomes visible. Any other library
+adapter is checked by the same rules on its first request, outside the engine's thread. Whether it belongs to
+another base is already known from the index.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Meaning:
-    """A client's name, resolved.
+    """The result of resolving a client's name.
 
-    `target`: the adapter's name; for a route, the name that the route chose. `digest`, `operator_name`: the
-    adapter, and the operator's name of the adapter; "" for the base.
+    `target`: the adapter's name; for a route, the name that the route chose. `digest`: the adapter's digest.
+    `operator_name`: the operator's name for the adapter. Both are "" for the base.
     """
 
     target: str
@@ -57,7 +57,7 @@ class _Meaning:
 
 
 class NoAdapters:
-    """The adapter storage of a server whose base is still loading."""
+    """A stand-in for the adapter cache while the base is still loading."""
 
     def load(self, digest: str, adapter: Adapter | None = None) -> None:
         raise not_ready("loading")
@@ -69,11 +69,11 @@ class NoAdapters:
 
 
 class Catalog:
-    """Resolves names, and loads and unloads adapters.
+    """A server's names: resolves them, and loads and unloads adapters.
 
-    `problems`: returns reasons why an adapter cannot be served with full effect, one line each. `memory`:
-    storage of loaded adapters. `name`: the base's served name; by default the last part of its own name.
-    Thread-safe; only `load` and `check` read files.
+    `problems`: see `Problems`. `memory`: the cache of loaded adapters. `name`: the name under which the base
+    is served; by default the last part of the base's own name. Thread-safe; only `load` and `check` read
+    files.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `AdapterSources`).
     """
@@ -101,7 +101,7 @@ class Catalog:
         return self.sources.base.fingerprint
 
     def use_base(self, base: AnyBase, problems: Problems, memory: AdapterCache[Any] | NoAdapters) -> None:
-        """Serve names over a base that has just been loaded."""
+        """Start to serve a base that has just been loaded."""
         self.sources.base, self.problems, self.residents = base, problems, memory
         self._library_models = (None, [])
 
@@ -112,33 +112,36 @@ class Catalog:
 
         `model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`.
         """
-        meaning = self._mean(model, principal)
+        meaning = self._resolve_name(model, principal)
         shadow: tuple[str, DigestMix | Refused] | None = None
         routes = self.routes if meaning.routed else None
-        if routes is not None and (shadow_name := routes.shadow(self._word(model), principal)):
+        if routes is not None and (shadow_name := routes.shadow(self._without_base(model), principal)):
             try:
-                shadow = (shadow_name, _alone(self._adapter(shadow_name, shadow_name)))
+                shadow = (shadow_name, _single_mix(self._adapter(shadow_name, shadow_name)))
             except Refused as error:
                 shadow = (shadow_name, error)
                 _log.warning("the shadow %r of %r cannot be served: %s", shadow_name, model, error.what)
         adapters = (meaning.operator_name,) if meaning.operator_name else ()
-        return ResolvedModel(_alone(meaning), model or self.base, meaning.target, shadow, adapters)
+        return ResolvedModel(_single_mix(meaning), model or self.base, meaning.target, shadow, adapters)
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], principal: Principal) -> ResolvedModel:
         """Resolve a mix of (name, strength); strengths of the same adapter are added."""
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
-        meanings = [(self._mean(word, principal), strength) for word, strength in parts]
+        meanings = [(self._resolve_name(word, principal), strength) for word, strength in parts]
         mix = make_mix([(meaning.digest, strength) for meaning, strength in meanings if meaning.digest])
         same = [[m for m, _ in meanings if m.digest == digest] for digest, _ in mix]
-        adapters = tuple(min(m.operator_name for m in names) for names in same)  # the same name for one adapter
-        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # sums of the client's values
+        adapters = tuple(min(m.operator_name for m in names) for names in same)  # one of the adapter's names
+        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # strengths after adding
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         target = name if len(mix) > 1 else same[0][0].target if same else self.base
         return ResolvedModel(mix, name, target, adapters=adapters, digests=tuple(m.digest for m, _ in meanings))
 
-    def _word(self, model: str) -> str:
-        """Return the name without the `base:` prefix; for OpenAI's `ft:base:…`, the library reference."""
+    def _without_base(self, model: str) -> str:
+        """Return a name without the `base:` prefix.
+
+        For OpenAI's form `ft:base:…`, returns the library reference.
+        """
         word = model.removeprefix(f"{self.base}:") or self.base
         tuned = parse_tuned(word)
         if tuned is None:
@@ -147,9 +150,9 @@ class Catalog:
             raise _missing(model)
         return tuned.reference
 
-    def _mean(self, model: str, principal: Principal) -> _Meaning:
+    def _resolve_name(self, model: str, principal: Principal) -> _Meaning:
         """Resolve a client's name. Raises Refused (404, or `unusable`)."""
-        word = self._word(model)
+        word = self._without_base(model)
         if word == self.base:
             return _Meaning(word)
         if len(word) > _MAX_NAME or not word.isprintable():
@@ -160,7 +163,10 @@ class Catalog:
         return replace(self._adapter(target or word, model), routed=target is not None)
 
     def _adapter(self, name: str, model: str) -> _Meaning:
-        """Resolve an adapter's name. Raises Refused; errors name `model`."""
+        """Resolve an adapter's name. Raises Refused.
+
+        `model`: the client's name, for error messages.
+        """
         if name == self.base:
             return _Meaning(name)
         loaded = self._loaded.get(name)
@@ -177,17 +183,20 @@ class Catalog:
         return _Meaning(name, version.digest, version.reference)
 
     def check(self, name: str) -> None:
-        """Read the adapter of a name as its first request would, unless it is loaded.
+        """Check that a name can be served, by reading its adapter unless it is loaded.
 
-        Raises the same Refused."""
+        Raises the same Refused as the first request for the name would.
+        """
         self.sources.find_version(name, sure=True)
         meaning = self._adapter(name, name)
         if meaning.digest and name not in self._loaded:
             self.sources.read(meaning.digest, self.problems)
 
     def models(self, principal: Principal) -> list[ModelCard]:
-        """Return the base, then everything that the principal can see: loaded adapters, routes, library
-        adapters."""
+        """Return the cards of all models that the principal can see.
+
+        The base comes first, then loaded and library adapters, then routes.
+        """
         cards = {card.id: card for card in self._library_cards()}
         cards |= dict(self._loaded)
         out = [ModelCard(self.base, self.base, None, self._started)]
@@ -198,10 +207,10 @@ class Catalog:
         return out
 
     def card(self, model: str, principal: Principal) -> ModelCard:
-        """Return the card of one model, also under its OpenAI name `ft:base:…`."""
+        """Return the card of one model. `model` can be an OpenAI name, `ft:base:…`."""
         if parse_tuned(model) is not None:
-            meaning = self._mean(model, principal)
-            version = self.sources.find_version(self._word(model))
+            meaning = self._resolve_name(model, principal)
+            version = self.sources.find_version(self._without_base(model))
             if meaning.digest and version is not None:
                 return ModelCard(model, meaning.operator_name, self.base, _seconds(version.added), meaning.digest)
         for card in self.models(principal):
@@ -218,7 +227,7 @@ class Catalog:
         return self._library_models[1]
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
-        """Return (the operator's name, the adapter) of each adapter in memory, most recently used first."""
+        """Return (name, adapter) of each adapter in memory, most recently used first."""
         named = {card.digest: name for name, card in self._loaded.items()}
         adapters = []
         for each in self.residents.resident_adapters():
@@ -227,9 +236,9 @@ class Catalog:
         return adapters
 
     async def fresh(self) -> None:
-        """Wait until current names are visible; routes call this once per request.
+        """Wait until current names are visible; each HTTP request calls this once.
 
-        If the library's index does not respond, its last state is used, without a long wait.
+        If the library's index does not respond soon, its last known state is used.
         """
         await self.sources.fresh()
 
@@ -240,11 +249,11 @@ class Catalog:
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def load(self, name: str, source: str, *, replace: bool = False) -> ModelCard:
-        """Read an adapter, check it against the base and keep it in memory. Blocking: call in a thread.
+        """Read an adapter, check it against the base and keep it in memory.
 
-        A refused load changes nothing. With `replace`, the name switches to the new weights between two
-        requests; running requests keep the old weights, which are freed with the last of them. `source`: a
-        library reference, or a path inside the operator's allowed folders.
+        Blocking: call in a thread. If the load is refused, nothing changes. With `replace`, the name switches
+        to the new weights between two requests; running requests keep the old weights until they end.
+        `source`: a library reference, or a path inside the operator's allowed folders.
         """
         try:
             check_name(name, cased=True)
@@ -278,7 +287,10 @@ class Catalog:
         return card
 
     def unload(self, name: str) -> None:
-        """Remove the name at once; its memory is freed when the last running request with it ends."""
+        """Remove a name at once.
+
+        The adapter's memory is freed once no other name and no running request uses the adapter.
+        """
         with self._lock:
             card = self._loaded.pop(name, None)
         if card is None:
@@ -303,25 +315,28 @@ class Catalog:
         _log.warning("%r now names the loaded adapter instead of the library's %s", name, version.reference)
 
     def _forget(self, digest: str) -> None:
-        """Drop a name's reference to an adapter; free the adapter if no other name uses it."""
+        """Free an adapter, unless a loaded name still refers to it."""
         with self._lock:
             used = any(card.digest == digest for card in self._loaded.values())
         if not used:
             self.residents.drop(digest)
 
 
-def _alone(meaning: _Meaning) -> DigestMix:
+def _single_mix(meaning: _Meaning) -> DigestMix:
     return ((meaning.digest, 1.0),) if meaning.digest else ()
 
 
 def _missing(model: str) -> Refused:
     message = f"The model {quoted(model)} does not exist."
-    fix = "GET /v1/fine_tuning/jobs shows its job" if parse_tuned(model) is not None else None
+    fix = "GET /v1/fine_tuning/jobs shows the job that trains this model" if parse_tuned(model) is not None else None
     return Refused(message, status=404, code="model_not_found", param="model", fix=fix)
 
 
 def _seconds(added: str) -> int:
-    """Return seconds since 1970 of a library time, such as 2026-11-25T10:00:00Z; 0 if malformed."""
+    """Convert a library time, such as 2026-11-25T10:00:00Z, to seconds since 1970.
+
+    Returns 0 for a malformed time.
+    """
     try:
         return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
     except ValueError:

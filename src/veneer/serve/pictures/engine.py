@@ -1,10 +1,11 @@
-"""Image engine: batches image requests of many clients through one image base.
+"""Image engine: generates images for many clients, in batches, with one base.
 
     events([request, …]) -> check, lease adapters -> queue -> fairest batch -> attach, denoise
                          -> Queued, PictureStep …, FinishedPicture for each
 
-Images with equal settings are denoised together, each with its own mix and noise, so that no image depends on
-its batch. One thread denoises; no other code uses the base or its attachment. Independent of HTTP.
+Images with equal settings are denoised together. Each has its own mix and noise, so an image does not depend
+on the rest of its batch. One thread denoises; no other code uses the base or its attachment. This module is
+independent of HTTP.
 """
 
 from __future__ import annotations
@@ -46,16 +47,18 @@ if TYPE_CHECKING:
 
 _MAX_STEPS = 150
 _MOST_PARTS = 64
-"""Maximum parts into which the adapters of one image are split: one for each of an adapter's factors by
-block."""
+"""Maximum parts into which the adapters of one image are split.
+
+An adapter has one part for each distinct factor in its factors by block.
+"""
 _KEPT_SHAPES = 16
-"""Number of adapters that stay attached in parts for the next image with equal factors."""
-_LOST = 3
-"""Consecutive images failed by internal errors, after which the engine reports that it is unhealthy."""
+"""Number of split adapters that stay attached, for later images with the same factors."""
+_MAX_FAILURES = 3
+"""Number of consecutive internal errors after which the engine counts as unhealthy."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class _LoadedAdapter:
     """An adapter in memory, managed by `AdapterCache`."""
 
     key: str
@@ -67,11 +70,12 @@ class _Held:
 
 
 class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
-    """Generates images on one base until closed. A context manager.
+    """An engine that generates images with one base. A context manager.
 
-    `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet;
-    CONTROL_KINDS default to the base's own. `window`: seconds that a first image waits for others to batch
-    with. `adapter_bytes`: memory for adapters. `stuck_seconds`: a longer step counts as stuck.
+    `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet; a
+    kind of CONTROL_KINDS defaults to the base's own ControlNet. `window`: seconds for which an image waits
+    for other images to share its batch. `adapter_bytes`: memory for adapters. `stuck_seconds`: if a step
+    takes longer, the engine counts as stuck.
     """
 
     makes = "pictures"
@@ -96,14 +100,15 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self.attachment = attach(base.model)
         self._modules = [name for name, _ in base_modules(base.model) if name]
         self._divided: dict[tuple[str, Strength], NamedMix] = {}
-        self.residents: AdapterCache[_Held] = AdapterCache(
-            read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
+        self.residents: AdapterCache[_LoadedAdapter] = AdapterCache(
+            read, lambda adapter, digest: _LoadedAdapter(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
         self._evicted: list[str] = []
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
         (tokenizer, limit), *_ = readers(base)
-        # A copy: a tokenizer stores its last call's settings, and the worker thread uses the original.
+        # A copy, because a tokenizer stores the settings of its last call, and the worker thread uses the
+        # original.
         self._counter = copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer)), limit
         self._preparing, self._counting = threading.Lock(), threading.Lock()
         self._wake = threading.Condition()
@@ -111,7 +116,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self._running: list[_Job] = []
         self._turns = PictureTurns()
         self._closing = False
-        self._steps = self._lost = 0
+        self._steps = self._failures = 0
         self._heartbeat = time.monotonic()
         self._thread = threading.Thread(target=copy_context().run, args=(self._loop,), name="pictures", daemon=True)
         self._thread.start()
@@ -123,9 +128,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self.close()
 
     def close(self) -> None:
-        """Refuse new requests, fail waiting ones, stop after the current step, and restore the base.
+        """Stop after the current step, fail waiting requests, and restore the base.
 
-        Blocking; safe to call again.
+        New requests are refused. Blocking; can be called more than once.
         """
         with self._wake:
             self._closing = True
@@ -142,14 +147,14 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
         """Generate images; yield (request index, event).
 
-        Queued for each request, then steps; FinishedPicture is each request's last event. All requests are
-        accepted or none. Closing the iterator cancels them: waiting images leave the queue, and an abandoned
-        batch ends at its next step. Raises Refused, before the first event if possible; the first failure
-        ends all.
+        Each request gets Queued, then a PictureStep for each step, and last FinishedPicture. Either all
+        requests are accepted or none. Closing the iterator cancels the requests: waiting images leave the
+        queue, and a batch without clients ends at its next step. Raises Refused, if possible before the first
+        event; the first failure ends all requests.
         """
         self._refuse_beyond(len(requests))
         await asyncio.to_thread(self._check, requests)
-        lease = await self._leased(make_mix((digest, 1.0) for request in requests for digest, _ in request.mix))
+        lease = await self._acquire_lease(make_mix((digest, 1.0) for request in requests for digest, _ in request.mix))
         inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         adapters = {prepared.key: prepared.adapter for prepared, _ in lease.parts}
@@ -172,15 +177,15 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             lease.release()
 
     def control(self, kind: str) -> tuple[str, Any]:
-        """Return (name, model) of the ControlNet for a kind of control image, loaded once. Blocking.
+        """Return (name, model) of the ControlNet for a kind of control image.
 
-        Raises Refused for a kind without a ControlNet.
+        Blocking; each model is loaded once. Raises Refused for a kind without a ControlNet.
         """
         with self._preparing:
             if kind not in self._controls:
                 if (name := self._control_name(kind)) is None:
                     kinds = self.control_kinds()
-                    available = f"there are {', '.join(kinds)}" if kinds else "this base has none"
+                    available = f"this base has {', '.join(kinds)}" if kinds else "this base has none"
                     raise invalid(f"no control of type {kind!r}: {available}", "control")
                 loaded = dict(self._controls.values())
                 try:
@@ -194,7 +199,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return [kind for kind in sorted({*CONTROL_KINDS, *self._control_names}) if self._control_name(kind)]
 
     def _control_name(self, kind: str) -> str | None:
-        """Return the source of the ControlNet for a kind, or None."""
+        """Return the name or folder of the ControlNet for a kind, or None."""
         if kind in self._control_names or kind not in CONTROL_KINDS:
             return self._control_names.get(kind)
         try:
@@ -203,7 +208,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return None
 
     def in_campaign(self, strength: Strength) -> Strength:
-        """Resolve a strength's role on this base."""
+        """Replace a strength's campaign role by this base's factors for the role."""
         return in_campaign(strength, self.base.prediction, self._modules)
 
     def tokens(self, *texts: str) -> int:
@@ -213,7 +218,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return sum(min(limit, len(tokenizer(text, verbose=False)["input_ids"])) for text in texts)
 
     def positions(self, settings: PictureSettings) -> int:
-        """Return the latent positions that the denoiser processes for an image of this size."""
+        """Return the number of latent positions in an image of this size."""
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
 
@@ -231,22 +236,22 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return "the engine's thread has ended"
         if self._running and (seconds := time.monotonic() - self._heartbeat) > self.stuck_seconds:
             return f"the engine's step has not ended for {seconds:.0f} s"
-        return f"the last {self._lost} pictures failed" if self._lost >= _LOST else ""
+        return f"the last {self._failures} pictures failed" if self._failures >= _MAX_FAILURES else ""
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
-    async def _leased(self, mix: DigestMix) -> Lease[_Held]:
+    async def _acquire_lease(self, mix: DigestMix) -> Lease[_LoadedAdapter]:
         """Wait until all adapters of the mix are in memory. Raises Refused if loading fails."""
         loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()
+        outcome: asyncio.Future[Lease[_LoadedAdapter] | Refused] = loop.create_future()
 
-        def deliver(result: Lease[_Held] | Refused) -> None:
+        def deliver(result: Lease[_LoadedAdapter] | Refused) -> None:
             if not outcome.done():
                 outcome.set_result(result)
             elif isinstance(result, Lease):  # the waiting request is gone
                 result.release()
 
-        def ready(result: Lease[_Held] | Refused) -> None:
+        def ready(result: Lease[_LoadedAdapter] | Refused) -> None:
             loop.call_soon_threadsafe(deliver, result)
 
         if (lease := self.residents.acquire(mix, ready)) is not None:
@@ -259,13 +264,16 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             raise result
         return result
 
-    def _freed(self, prepared: _Held) -> None:
+    def _freed(self, prepared: _LoadedAdapter) -> None:
         with self._wake:
             self._evicted.append(prepared.key)
             self._wake.notify_all()
 
     def _tidy(self) -> None:
-        """Detach evicted adapters. Call under `_wake`, on the worker thread."""
+        """Detach evicted adapters and old split adapters.
+
+        Call on the worker thread, while holding `_wake`.
+        """
         recent = list(self._divided)[-_KEPT_SHAPES:]
         for shape in [s for s in self._divided if s[0] in self._evicted or s not in recent]:
             for part, _ in self._divided.pop(shape):
@@ -278,7 +286,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -- the queue -----------------------------------------------------------------------------------------------------
 
     def _check(self, requests: Sequence[PictureRequest]) -> None:
-        """Check everything that can be refused before queueing."""
+        """Raise Refused for every error that can be found before queueing."""
         for request in requests:
             s = request.settings
             if (s.width or 0) * (s.height or 0) > self.max_pixels:
@@ -298,7 +306,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                     except ConfigError as error:
                         raise invalid(error.what, "mix", error.fix) from error
             if parts > _MOST_PARTS:
-                raise invalid(f"the mix has {parts} different factors by block", "mix", f"at most {_MOST_PARTS}")
+                raise invalid(f"the mix has {parts} distinct factors by block", "mix", f"at most {_MOST_PARTS}")
 
     def _without_effect(self, request: PictureRequest, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
         notes: list[str] = []
@@ -317,7 +325,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             raise Refused(message, status=429, code="overloaded", retry_after=5.0, fix="try again later")
 
     def _submit(self, jobs: Sequence[_Job]) -> int:
-        """Queue jobs; return the number of images ahead."""
+        """Queue jobs; return how many images are ahead of the first job."""
         with self._wake:
             self._refuse_beyond(len(jobs))
             ahead = len(self._waiting) + len(self._running)
@@ -353,16 +361,21 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             self._generate(self._running)
 
     def _patience(self) -> float:
-        """Return the seconds that the oldest image can still wait to be batched; 0 or less if its batch is
-        ready."""
+        """Return for how many more seconds the oldest image waits for others to join.
+
+        Returns 0 or less if the image's batch can start.
+        """
         oldest = self._waiting[0]
         if sum(job.kind == oldest.kind for job in self._waiting) >= self.max_batch:
             return 0.0
         return oldest.arrived + self.window - time.monotonic()
 
     def _next(self) -> list[_Job]:
-        """Return the next batch: the oldest image of the next tenant, and images that fit its batch, in
-        turn."""
+        """Return the next batch.
+
+        The first image is the oldest of the tenant whose turn is next. Images of the same kind follow, with
+        tenants taking turns.
+        """
         batch: list[_Job] = []
         while len(batch) < self.max_batch:
             fitting = [job for job in self._waiting if not batch or job.kind == batch[0].kind]
@@ -385,24 +398,24 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         rows, watch = [job.request.row(job.plan) for job in jobs], partial(self._watch, jobs)
         try:
             pictures = generate_images(self.base, rows, settings, attachment=self.attachment, watch=watch)
-        except _Left:
+        except _Abandoned:
             for job in jobs:
                 job.deliver(shutting_down())
             return
         except Exception as error:
-            if len(jobs) > 1:  # find the failing image: rerun each separately
+            if len(jobs) > 1:  # rerun each image alone, to find the one that fails
                 for job in jobs:
                     self._generate([job])
                 return
             refused = picture_error(error)
-            self._lost += refused.status >= 500
+            self._failures += refused.status >= 500
             jobs[0].deliver(refused)
             return
-        self._lost = 0
+        self._failures = 0
         for job, picture in zip(jobs, pictures, strict=True):
             try:
                 job.deliver(self._finished(job, picture, began))
-            except Exception as error:  # the thread survives any error in one image's record
+            except Exception as error:  # an error in one image's record must not end the thread
                 job.deliver(picture_error(error))
 
     def _attached(self, job: _Job) -> bool:
@@ -417,7 +430,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return True
 
     def _parts(self, digest: str, strength: Strength) -> NamedMix:
-        """Return an attached adapter with its factors by block; recently used parts stay attached longest."""
+        """Return an adapter as attached parts, one for each distinct factor by block.
+
+        The most recently used parts stay attached.
+        """
         key = digest, strength.by_block
         if key[1] == Strength():
             return ((digest, 1.0),)
@@ -427,7 +443,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
     def _watch(self, jobs: Sequence[_Job], moment: Moment) -> None:
         if self._closing or all(job.abandoned for job in jobs):
-            raise _Left
+            raise _Abandoned
         self._steps += 1
         self._heartbeat = time.monotonic()
         for job in jobs[moment.start : moment.start + len(moment.rows)]:
@@ -435,8 +451,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 job.deliver(PictureStep(moment.done, moment.of))
 
     def _finished(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
-        """Return the finished image, with a record of this image only, because its batch has other clients'
-        images."""
+        """Return the finished image with its record.
+
+        The record describes only this image, because other images of the batch can belong to other clients.
+        """
         request, now = job.request, time.monotonic()
         labels = {digest: request.labels.get(digest, "") for digest, _ in request.mix}
         sources = {d: AdapterSource(d, "", d, "", "", "", display_name=label) for d, label in labels.items()}
@@ -451,8 +469,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return FinishedPicture(recorded, usage, len(picture.batch), tuple(notes))
 
 
-class _Left(Exception):
-    """Raised when no client waits for the batch any more."""
+class _Abandoned(Exception):
+    """Raised when the engine closes, or when no client waits for the batch any more."""
 
 
 class _Job:
@@ -474,18 +492,18 @@ class _Job:
         self.abandoned = False
 
     def deliver(self, event: PictureEvent | Refused) -> None:
-        """Send an event, from any thread."""
+        """Send an event to the client. Can be called from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (self.index, event))
-        except RuntimeError:  # the loop is closed, so nobody listens
+        except RuntimeError:  # the event loop is closed, so no client waits
             self.abandoned = True
 
 
 class PictureTurns:
-    """Weighted round robin by images.
+    """Weighted round robin among tenants, counted in images.
 
-    Each tenant has a clock that an image advances by 1/weight; the tenant whose clock is furthest behind is
-    next. A tenant that returns after a pause starts at the current time, without credit.
+    Each image advances its tenant's clock by 1/weight. The tenant whose clock is furthest behind is next. A
+    tenant that returns after a pause starts at the current time, so that pauses earn no credit.
     """
 
     def __init__(self) -> None:

@@ -28,11 +28,11 @@ _numbers = itertools.count()
 class PictureRequest:
     """A request for one image.
 
-    `settings`: sizes and numbers, all set except the scheduler, and the request's `image`, `mask`,
-    `references` and control images. `factors`: digest -> how an adapter's strength varies by block and step,
-    at strength 1, without roles (`PictureEngine.in_campaign`). `labels`: digest -> the client's name of the
-    adapter, for the infotext only. `inputs`: description of the input images for the record. Other fields are
-    as in `Request`.
+    `settings`: sizes and numbers (only the scheduler can be unset), `image`, `mask`, `references` and control
+    images. `factors`: digest -> how the adapter's strength varies by block and step; the strength itself is
+    1, and roles have been replaced (`PictureEngine.in_campaign`). `labels`: digest -> the client's name for
+    the adapter, used only in the infotext. `inputs`: description of the input images, for the record. The
+    other fields are as in `Request`.
     """
 
     prompt: str
@@ -48,7 +48,10 @@ class PictureRequest:
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
 
     def uses(self) -> tuple[Use, ...]:
-        """Return the adapters by digest. Raises ConfigError if a factor makes a strength invalid."""
+        """Return (digest, strength) of each adapter, with its factors.
+
+        Raises ConfigError if a factor makes a strength invalid.
+        """
         return tuple((d, replace(self.factors.get(d, Strength()), strength=strength)) for d, strength in self.mix)
 
     def row(self, plan: MixPlan) -> ImageRow:
@@ -57,7 +60,7 @@ class PictureRequest:
         return ImageRow(self.prompt, self.negative, self.seed, plan, s.image, s.mask, controls, s.references)
 
     def kind(self) -> tuple[Any, ...]:
-        """Batching key: images with equal keys can share a batch."""
+        """Return the batching key: images with equal keys can share a batch."""
         s = self.settings
         numbers = (s.width, s.height, s.steps, s.guidance, s.true_guidance, s.scheduler, s.denoise)
         controls = tuple((id(c.model), c.weight, c.begin, c.end) for c in s.controls)
@@ -81,8 +84,9 @@ class PictureStep:
 class FinishedPicture:
     """The finished image.
 
-    `usage`: `prompt` counts the prompts' tokens, `completion` the latent positions that the denoiser
-    processes, `decode` the seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
+    `usage`: `prompt` is the number of prompt tokens, `completion` the number of latent positions, and
+    `decode` the seconds that the whole batch took. `batch`: number of images in the batch. `notes`: warnings,
+    such as truncated text.
     """
 
     picture: RecordedPicture
@@ -95,9 +99,9 @@ PictureEvent = Queued | PictureStep | FinishedPicture
 
 
 def picture_error(error: BaseException) -> Refused:
-    """Return the client error of an exception.
+    """Return the error that a client gets for an exception.
 
-    A non-finite image is the request's fault, so a retry does not help.
+    A non-finite image is the request's fault (400), because a retry would not help.
     """
     if isinstance(error, Refused):
         return error

@@ -1,4 +1,4 @@
-"""Tenants: who can use which adapter, how much, at what price, and what was used.
+"""Tenants: who can use which adapter, how much, at what price, and what they used.
 
     store       the database: tables, the settings read from them, names and patterns
     keys        API keys, hashed
@@ -6,11 +6,11 @@
     manage      every change of the settings, with its audit entry
     limits      windows and counters in memory
     entry       a request as the ledger records it
-    journal     how usage reaches the database, from a file on a local disk
+    journal     a file on a local disk that keeps usage until the database has it
     ledger      a line for each part of a request, settled once; daily sums, and usage reports
     feedback    stored answers, users' feedback on them, training rows
-    tenants     all of it as the server's Tenancy
+    tenants     the server's Tenancy, built from the other modules
     admin       the routes under /admin
 
-One database holds all of it: a SQLite file, or PostgreSQL for several servers.
+All of this is stored in one database: a SQLite file, or PostgreSQL for several servers.
 """

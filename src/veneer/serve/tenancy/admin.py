@@ -1,9 +1,11 @@
-"""The routes under /admin, for the admin key: tenants, keys, settings, routes, usage, audit.
+"""The routes under /admin, which require the admin key.
+
+They cover tenants, keys, settings, routes, usage and the audit log.
 
     app.include_router(admin_router(tenants, catalog))
 
-Bodies are strict: an unknown key is an error. Errors have OpenAI's format. Names are
-in bodies and queries as well as in paths, because a route's name can contain a slash.
+Bodies are strict: an unknown key is an error. Errors have OpenAI's format. Names of routes and adapters,
+which can contain a slash, are sent in bodies and queries, not in paths.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ class RouteBody(_Body):
     targets: list[Target]
     shadow: str | None = None
     fraction: float = 1.0
-    force: bool = Field(False, description="skip the check of the targets")
-    dry_run: bool = Field(False, description="return the change without making it")
+    force: bool = Field(False, description="do not check whether the targets can be served")
+    dry_run: bool = Field(False, description="return the change, but do not make it")
 
 
 class RouteName(_Body):
@@ -78,7 +80,7 @@ class RouteName(_Body):
 
 
 def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
-    """Return the routes for a server whose `tenants` have an admin key."""
+    """Return the admin routes of a server whose `tenants` have an admin key."""
     router = APIRouter(prefix="/admin", tags=["admin"], route_class=AdminRoute, dependencies=[needs("administer")])
     store = tenants.store
     _tenants(router, store)
@@ -201,7 +203,7 @@ def _records(router: APIRouter, store: Store, catalog: Catalog) -> None:
     ) -> Response | dict[str, Any]:
         names = [name for name in by.split(",") if name]
         if format not in ("json", "csv"):
-            raise ConfigError(f"there is no format {format!r} of usage", where="format", fix="json or csv")
+            raise ConfigError(f"usage has no format {format!r}", where="format", fix="json or csv")
         with store.reading() as c:
             rows = usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
         return PlainTextResponse(as_csv(rows, names), media_type="text/csv") if format == "csv" else {"usage": rows}

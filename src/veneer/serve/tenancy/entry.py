@@ -1,7 +1,8 @@
-"""A request as the ledger records it: the request, one line for each part of its mix, and its final state.
+"""A request as the ledger records it.
 
-The price of a part does not depend on the other parts: each line charges its adapter's price for all of the
-request's tokens, and the request costs the sum of its lines.
+The record has one line for each part of the request's mix, and the request's final state. The price of a part
+does not depend on the other parts: each line charges its adapter's price for all tokens of the request, and a
+request costs the sum of its lines.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _NOTHING = Usage(0, 0, 0)
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """One part of a mix. `digest`: "" for the base. `adapter`: the operator's name of the adapter."""
+    """One part of a mix.
+
+    `digest`: "" for the base. `adapter`: the operator's name for the adapter.
+    """
 
     digest: str
     adapter: str
@@ -30,7 +34,7 @@ class LedgerLine:
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """A request at admission. `name`: the client's name of its mix."""
+    """A request at admission. `name`: the client's name for the request's mix."""
 
     request: str
     tenant: str
@@ -43,7 +47,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class OwedEntry:
-    """A request and its state. `usage` is meaningful only if the request is done."""
+    """A request and its state. `usage` is valid only if the request is done."""
 
     entry: LedgerEntry
     state: EntryState = "open"
@@ -56,18 +60,18 @@ class OwedEntry:
         return [line.price.cost(*tokens) if self.state == "done" else 0 for line in self.entry.lines]
 
     def tokens(self) -> int:
-        """Return the tokens that count towards a token limit."""
+        """Return the tokens that count against a token limit."""
         if self.state == "open":
             return self.entry.asked_prompt + self.entry.asked_completion
         return self.usage.prompt + self.usage.completion
 
     def to_line(self) -> bytes:
-        """The entry as a line of JSON."""
+        """Return the entry as a line of JSON."""
         return f"{json.dumps(asdict(self), separators=(',', ':'))}\n".encode()
 
     @classmethod
     def from_line(cls, text: bytes) -> OwedEntry:
-        """The inverse of `to_line`."""
+        """Return the entry of a line from `to_line`."""
         fields: dict[str, Any] = json.loads(text)
         entry = fields["entry"]
         lines = tuple(LedgerLine(**{**line, "price": Price(**line["price"])}) for line in entry.pop("lines"))

@@ -1,18 +1,20 @@
-"""Feedback: stored completions, users' feedback on them, and training rows from both.
+"""Feedback: stored completions, users' feedback, and training rows from both.
 
-    completion      `keeping` checks whether the tenant allows storing it; then the ledger's thread writes it
-    feedback        on a completion by its id: a thumb, a correction, completions it beats; the last feedback counts
-    rows            exported for `veneer train`
+    completion    stored by the ledger's thread, if `keeping` finds that the tenant allows it
+    feedback      refers to a completion's id: a thumb, a correction, or worse completions
+    rows          exported for `veneer train`
 
-    supervised    the correction of a completion, or a completion with a thumb up   messages, tools?
-    preference    a correction over the original; a completion over each one that    prompt, chosen, rejected, tools?
-                  it was preferred to
-    unpaired      a completion with a thumb                                          prompt, completion, label, tools?
+    supervised    messages, tools?                     a correction, or a completion with a thumb up
+    preference    prompt, chosen, rejected, tools?     a correction chosen over its original;
+                                                       a completion chosen over a worse one
+    unpaired      prompt, completion, label, tools?    a completion with a thumb
 
-Nothing is stored for a tenant without `FeedbackTerms`. A stored completion has an expiry time, after which it
-is hidden until the next sweep deletes it. The request's `user` is stored as a hash, by which all completions
-of a user can be deleted, with or without feedback; late completions of requests from before the deletion are
-not stored either.
+New feedback on a completion replaces earlier values of the same fields.
+
+Nothing is stored for a tenant without `FeedbackTerms`. An expired completion is hidden until the next sweep
+deletes it. The request's `user` is stored as a hash, so that all completions of a user can be deleted,
+whether or not they have feedback. After such a deletion, a completion that arrives late is not stored if its
+request came before the deletion.
 
 While the database is unavailable, feedback returns 503, and completions are sent but not stored, which is
 logged. Completions over a tenant's limits (`files` and `disk` of QuotaLimits) are also sent but not stored.
@@ -50,13 +52,19 @@ _log = logging.getLogger("veneer.serve.tenancy")
 
 FeedbackKind = Literal["supervised", "preference", "unpaired"]
 EVERYTHING = "*"
-"""Deletes all completions of a tenant. Other values are the hash of a user, or the id of a completion."""
+"""The deletion target for all completions of a tenant.
+
+Other targets are the hash of a user, or the id of a completion.
+"""
 _MAX_WAITING = 64 << 20
-"""Maximum bytes of a tenant's completions that wait for the database."""
-_LOCK = 0x66656564  # "feed": the key of PostgreSQL's advisory lock
+"""Maximum bytes of one tenant's completions that wait to be written to the database."""
+_LOCK = 0x66656564  # "feed" in ASCII: the key of PostgreSQL's advisory lock
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _LARGEST = 1 << 20
-"""Maximum characters of a completion with its request, as JSON; larger ones are not stored."""
+"""Maximum characters of a completion with its request, as JSON.
+
+Larger completions are not stored.
+"""
 _MOST, _PAGE = 100, 20
 """Completions per transaction, and feedback rows per read."""
 _MEASURED = 60.0
@@ -68,7 +76,10 @@ _REMEMBERED = 400 * 86400.0
 
 
 class StoredAnswers:
-    """Stores the completions of one process, and feedback on all stored completions. Thread-safe."""
+    """Stores this process's completions, and feedback on all stored completions.
+
+    Thread-safe.
+    """
 
     def __init__(
         self, store: Store, writer: Writer[Connection], wall: Callable[[], float], quotas: Quotas | None = None
@@ -77,11 +88,14 @@ class StoredAnswers:
         self.store, self.writer, self.wall = store, writer, wall
         self.quotas = quotas or Quotas()
         self._logged, self._lock = -10.0, threading.Lock()
-        self._has_files: dict[str, tuple[QuotaHold, float]] = {}
+        self._quota_holds: dict[str, tuple[QuotaHold, float]] = {}
         self._waiting: Counter[str] = Counter()  # tenant -> bytes of unwritten completions
 
     def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
-        """Return a function that stores the completion of a new request, or None."""
+        """Return a function that stores a new request's completions, or None.
+
+        None means that the tenant's settings do not store them.
+        """
         settings = self.store.settings
         keeps = settings.stores_answer.get(principal.tenant)
         names = [name for _, name, _ in model.parts()]
@@ -96,7 +110,7 @@ class StoredAnswers:
             text = json.dumps({**row, "asked": request_body, "choices": choices})
             size = len(text)
             if size > _LARGEST:
-                self._log_lost(f"{request} has {size:,} characters with its request; the limit is {_LARGEST:,}")
+                self._log_lost(f"{request} has {size:,} characters including its request; the limit is {_LARGEST:,}")
             elif not self._reserve(principal.tenant, size):
                 self._log_lost(f"{_MAX_WAITING:,} bytes of {principal.tenant or 'this server'} wait for the database")
             else:
@@ -142,18 +156,18 @@ class StoredAnswers:
         return count
 
     def _fits(self, c: Connection, row: Mapping[str, Any], size: int) -> bool:
-        """Return whether a completion fits into the tenant's quota.
+        """Reserve quota for a completion; return False if the tenant's quota is used up.
 
-        Database usage is measured again after a while, because other servers add and remove rows too.
+        The database's usage is measured again after a while, because other servers add and remove rows too.
         """
         tenant = row["tenant"]
-        hold, until = self._has_files.get(tenant) or (self.quotas.take(tenant), 0.0)
+        hold, until = self._quota_holds.get(tenant) or (self.quotas.take(tenant), 0.0)
         if time.monotonic() >= until:
             a = answer_table.c
             taken = select(func.count(), func.coalesce(func.sum(func.length(a.asked) + func.length(a.choices)), 0))
             files, disk = c.execute(taken.where(a.tenant == tenant)).one()
             hold.set(files=int(files), disk=int(disk))
-            self._has_files[tenant] = hold, time.monotonic() + _MEASURED
+            self._quota_holds[tenant] = hold, time.monotonic() + _MEASURED
         try:
             hold.add(files=1, disk=size)
         except Refused as error:
@@ -164,18 +178,21 @@ class StoredAnswers:
     # -- giving feedback -----------------------------------------------------------------------------------------------
 
     def give(self, tenant: str, feedback: AnswerFeedback) -> dict[str, Any]:
-        """Store feedback on a completion, replacing earlier values of the same fields; return the result.
+        """Store feedback on a completion; return all feedback on the completion.
 
-        Raises Refused: not_found (404) for a completion that is not stored, for whatever reason; 400.
+        New values replace earlier values of the same fields. Raises Refused: not_found (404) for a completion
+        that is not stored, for whatever reason; 400 for invalid feedback.
         """
         self._find(tenant, {feedback.id, *(answer_id for answer_id, _ in feedback.rejected or ())})
         with write_transaction(self.store.engine, _LOCK) as c:
             answered = self._choice(c, tenant, feedback.id, feedback.choice, "choice")
             for answer_id, choice in feedback.rejected or ():
                 if (answer_id, choice) == (feedback.id, feedback.choice):
-                    raise invalid("an answer cannot be chosen over itself", "rejected")
+                    raise invalid("an answer cannot be preferred to itself", "rejected")
                 if self._choice(c, tenant, answer_id, choice, "rejected")[0] != answered[0]:
-                    raise invalid(f"{answer_id} answers another request", "rejected", "answers to the same messages")
+                    raise invalid(
+                        f"{answer_id} is an answer to another request", "rejected", "answers to the same messages"
+                    )
             f = feedback_table.c
             this_choice = (f.tenant == tenant) & (f.answer == feedback.id) & (f.choice == feedback.choice)
             values = feedback.values() | {"at": self.wall()}
@@ -189,18 +206,21 @@ class StoredAnswers:
         return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **values_after}
 
     def _find(self, tenant: str, answers: set[str]) -> None:
-        """Make sure that recent completions are in the database. Raises Refused for invalid ids."""
+        """Write pending completions, unless the database already has all of `answers`.
+
+        Raises Refused for invalid ids.
+        """
         for answer in answers:
             if not _ID.fullmatch(answer):
                 raise self._unknown(tenant, answer)
         a = answer_table.c
         with self.store.reading() as c:
             stored_ids = {*c.scalars(select(a.id).where(a.tenant == tenant, a.id.in_(answers)))}
-        if stored_ids != answers:  # one query for all completions
+        if stored_ids != answers:
             self.flush()
 
     def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
-        """Return (the request, the completion)."""
+        """Return (request, completion) for one choice. Raises Refused."""
         a = answer_table.c
         this_answer = (a.tenant == tenant, a.id == answer, a.expires > self.wall())
         row = c.execute(select(a.asked, a.choices).where(*this_answer)).first()
@@ -212,9 +232,9 @@ class StoredAnswers:
         return json.loads(row.asked), choices[choice]
 
     def _unknown(self, tenant: str, answer: str) -> Refused:
-        """Return the error for a completion that is unknown, not stored, or another tenant's.
+        """Return the error for a completion that the tenant cannot give feedback on.
 
-        The client cannot distinguish these cases.
+        The client cannot tell whether the completion is unknown, not stored, or another tenant's.
         """
         fix = "use the `id` of a stored chat completion of this tenant that has not expired"
         if tenant not in self.store.settings.feedback:
@@ -225,17 +245,19 @@ class StoredAnswers:
     # -- deletion ------------------------------------------------------------------------------------------------------
 
     def forget(self, tenant: str, *, user: str | None = None, id: str | None = None) -> int:
-        """Delete a user's stored completions, one completion, or everything; return the number of
-        deletions."""
+        """Delete a user's completions, one completion, or everything; return how many.
+
+        `user`: the client's ID for its end user. `id`: the completion's id.
+        """
         if id is not None and not _ID.fullmatch(id):
             return 0
         target = user_hash(tenant, user) if user is not None else id if id is not None else EVERYTHING
-        with contextlib.suppress(OSError, sqlite3.Error):  # otherwise they are dropped when they arrive
+        with contextlib.suppress(OSError, sqlite3.Error):  # on failure, `_write` drops pending completions
             self.flush()
         with write_transaction(self.store.engine, _LOCK) as c:
             count = delete_answers(c, tenant, target, self.wall())
-        if tenant in self._has_files:
-            self._has_files[tenant] = self._has_files[tenant][0], 0.0
+        if tenant in self._quota_holds:
+            self._quota_holds[tenant] = self._quota_holds[tenant][0], 0.0
         return count
 
     def sweep(self) -> int:
@@ -255,14 +277,15 @@ class StoredAnswers:
 
 
 def user_hash(tenant: str, user: str) -> str:
-    """Return the stored form of a user: SHA-256 of tenant and user."""
+    """Return the hash that is stored for a user: SHA-256 of tenant and user."""
     return hashlib.sha256(json.dumps([tenant, user]).encode()).hexdigest()
 
 
 def delete_answers(c: Connection, tenant: str, target: str, now: float) -> int:
-    """Delete stored completions with their feedback in a transaction; return their number.
+    """Delete the completions of a target with their feedback; return how many.
 
-    Also records the deletion, so that late completions of requests from before `now` are not stored.
+    `target`: see `EVERYTHING`. Also records the deletion, so that completions of requests from before `now`
+    are not stored if they arrive later.
     """
     a, f = answer_table.c, feedback_table.c
     _erase(c)
@@ -277,7 +300,7 @@ def delete_answers(c: Connection, tenant: str, target: str, now: float) -> int:
 
 
 def _erase(c: Connection) -> None:
-    """Make this connection overwrite deleted data in SQLite's file."""
+    """Make SQLite overwrite data that this connection deletes."""
     if c.dialect.name == "sqlite":
         c.exec_driver_sql("PRAGMA secure_delete = ON")
 
@@ -287,11 +310,11 @@ def _erase(c: Connection) -> None:
 
 @dataclass(frozen=True)
 class AnswerFeedback:
-    """Feedback on a choice of a completion.
+    """Feedback on one choice of a completion.
 
-    `changed`: the fields to change: a value replaces the earlier one, None clears it. `up`: thumb up or down.
-    `corrected`: the message that should have been the completion. `rejected`: (completion, choice) of each
-    completion that this one was preferred to.
+    `changed`: the fields to change; a value replaces the earlier value, and None clears the field. `up`:
+    thumb up or down. `corrected`: the message that the model should have sent. `rejected`: (completion,
+    choice) of each completion that is worse than this one.
     """
 
     id: str
@@ -302,7 +325,7 @@ class AnswerFeedback:
     changed: frozenset[str] = field(default=frozenset({"up", "corrected", "rejected"}))
 
     def values(self) -> dict[str, Any]:
-        """Return the fields in `changed` as columns."""
+        """Return the fields in `changed` as database columns."""
         columns: dict[str, Any] = {"up": self.up}
         columns["corrected"] = None if self.corrected is None else json.dumps(self.corrected)
         columns["rejected"] = json.dumps(self.rejected) if self.rejected else None
@@ -313,7 +336,7 @@ class AnswerFeedback:
 
 
 def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
-    """Return counts of a tenant's stored completions, and of each kind of feedback."""
+    """Count a tenant's stored completions, and each kind of feedback on them."""
     a, f = answer_table.c, feedback_table.c
     stored = (a.tenant == tenant) & (a.expires > now)
     ups, corrected, chosen = func.count().filter(f.up), func.count(f.corrected), func.count(f.rejected)
@@ -329,10 +352,10 @@ def feedback_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield training rows in the order of feedback, without duplicates.
 
-    `adapter`: only completions requested under this name, or sampled from any version of this adapter. Raises
-    ConfigError for an unknown kind.
+    `adapter`: use only completions that were requested under this name, or sampled from any version of this
+    adapter. Raises ConfigError for an unknown kind.
     """
-    one_of(kind, get_args(FeedbackKind), "a kind of rows", "kind")
+    one_of(kind, get_args(FeedbackKind), "a kind of training rows", "kind")
     return _rows(engine, tenant, kind, adapter, time.time() if now is None else now)
 
 
@@ -354,7 +377,7 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
             if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
                 pairs = json.loads(r.rejected or "[]") if kind == "preference" else []
                 rejected = [answer_id for answer_id, _ in pairs]
-                with reading(engine) as c:  # one row at a time, because a completion can have a megabyte
+                with reading(engine) as c:  # per row, because a completion can be a megabyte long
                     other_answers = _answers(c, tenant, rejected, now)
                 yield from _rows_of(kind, r, other_answers)
         if len(page) < _PAGE:

@@ -1,14 +1,14 @@
-"""Delivers usage to the database, despite failures of process, disk or database.
+"""Delivery of usage to the database, even if the process, disk or database fails.
 
-    Writer     a thread that commits other threads' items, in groups
-    Journal    lines that the database does not have yet, in a file on a local disk
-    Sender     a thread that empties the journal into the database, and retries while the database is unavailable
+    Writer     a thread that commits items from other threads, in groups
+    Journal    a file on a local disk, with the lines that the database does not have yet
+    Sender     a thread that empties the journal into the database; retries if the database is unavailable
 
-A lock on a journal shows that its process is alive: the lock ends with the process, however it dies. The next
-server on the folder settles what an unlocked journal contains.
+Each process locks its journal, and the lock ends with the process, however the process dies. The next server
+on the folder settles the requests in unlocked journals.
 
-Committed means written to the operating system: a commit survives a killed process. `synced`: written to
-disk: a commit also survives a power loss, at the cost of one fsync per group.
+A commit writes to the operating system, so it survives a killed process. With `synced`, a commit writes to
+disk, so it also survives a power loss, at the cost of one fsync per group.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from veneer.serve.transient import is_transient
 _log = logging.getLogger("veneer.serve.tenancy")
 
 _BATCH = 1000
-"""Items in one transaction."""
+"""Maximum items in one transaction."""
 
 C = TypeVar("C")
 T = TypeVar("T")
 Write = Callable[[C, list[Any]], object]
-"""Writes items within a transaction. Can be called several times, of which one is committed."""
+"""A function that writes items in a transaction; called again if the commit fails."""
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ Write = Callable[[C, list[Any]], object]
 class Writer(Generic[C]):
     """A thread that commits items in groups, in order.
 
-    `transaction`: commits at its end.
+    `transaction`: returns a context manager that commits at the end of its block.
     """
 
     def __init__(self, transaction: Callable[[], AbstractContextManager[C]], name: str) -> None:
@@ -64,7 +64,7 @@ class Writer(Generic[C]):
         The future completes after the commit, or with the error of `write`.
         """
         done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        done.set_running_or_notify_cancel()  # from here on, the future cannot be cancelled
         if self._closing:
             done.set_exception(ResourceError("the ledger is closed"))
         else:
@@ -72,11 +72,11 @@ class Writer(Generic[C]):
         return done
 
     def flush(self, seconds: float = 10.0) -> None:
-        """Wait until everything queued before is committed."""
+        """Wait until all items queued before this call are committed."""
         self.put(lambda c, items: None).result(seconds)
 
     def close(self, seconds: float = 10.0) -> None:
-        """Commit what is queued and stop."""
+        """Commit all queued items and stop."""
         self._closing = True
         self._items.put(None)
         self._thread.join(seconds)
@@ -94,7 +94,7 @@ class Writer(Generic[C]):
     def _commit(self, batch: Sequence[tuple[Write[C], Any, Future[None]]]) -> None:
         """Commit a batch in one transaction.
 
-        If that fails, each item separately, so only bad items fail.
+        If that fails, commit each item separately, so that only bad items fail.
         """
         try:
             with self.transaction() as c:
@@ -105,7 +105,7 @@ class Writer(Generic[C]):
                 for each in batch:
                     self._commit([each])
                 return
-            for _, _, done in batch:  # an unavailable database fails all of them
+            for _, _, done in batch:  # the one bad item, or all items if the database is unavailable
                 done.set_exception(error)
             return
         for _, _, done in batch:
@@ -118,10 +118,10 @@ def write_all(
     items: Sequence[T],
     describe: Callable[[T], str],
 ) -> int:
-    """Write items in one transaction; returns the sum of what `write` returns.
+    """Write items in one transaction; return the sum of what `write` returns.
 
-    If the database rejects an item, log it as `describe` says and write the others. Raises the error if the
-    database is unavailable.
+    If the database rejects an item, log the item's description from `describe`, and write the other items.
+    Raises the error if the database is unavailable.
     """
     try:
         with transaction() as c:
@@ -136,9 +136,9 @@ def write_all(
 
 
 class Sender:
-    """A thread that calls `step` until it returns False.
+    """A thread that calls `step` until `step` returns False.
 
-    Runs on each `wake`, and after a pause if `step` raised.
+    The thread does so after each `wake`, and again after a pause if `step` raised an error.
     """
 
     def __init__(self, step: Callable[[], bool], label: str) -> None:
@@ -153,7 +153,7 @@ class Sender:
         self._wake.set()
 
     def drain(self) -> None:
-        """Call `step` from this thread until it returns False.
+        """Call `step` from the caller's thread until `step` returns False.
 
         Raises the errors of `step`.
         """
@@ -162,7 +162,7 @@ class Sender:
                 pass
 
     def close(self) -> bool:
-        """Send what is queued and stop; returns whether the thread ended."""
+        """Send all queued items and stop; return whether the thread ended."""
         self._closing.set()
         self._wake.set()
         self._thread.join(15)
@@ -173,11 +173,11 @@ class Sender:
         while True:
             self._wake.wait(pause or None)
             self._wake.clear()
-            last = self._closing.is_set()  # items queued before it was set are sent below
+            last = self._closing.is_set()  # read before `drain`, so that the last drain sends all items
             try:
                 self.drain()
                 pause, self.away = 0.0, False
-            except Exception as error:  # nothing is lost, whatever the error
+            except Exception as error:  # whatever the error, the items stay queued
                 if not self.away:
                     _log.warning("%s stays on this machine until the database responds: %s", self._what, error)
                 self.away, pause = True, min(5.0, pause * 2 or 0.2)
@@ -190,12 +190,12 @@ class Sender:
 
 
 class NoRoom(Exception):
-    """Raised for one item; the other items of its group are written."""
+    """Raised for an item that does not fit; the other items of its group are written."""
 
 
 @dataclass
 class _Group:
-    """Lines of one write. `reserved`: request -> bytes kept free for the end of the request."""
+    """Lines of one write. `reserved`: request -> bytes kept free for the request's end."""
 
     free: int
     reserved: dict[str, int]
@@ -203,11 +203,13 @@ class _Group:
 
 
 class Journal:
-    """Lines that the database does not have yet. Thread-safe; no method waits for the database.
+    """The lines that the database does not have yet, in memory and in a file.
 
-    The file has its full size from the start, and an admission keeps space for its request's end: a full disk
-    never prevents writing the end of an admitted request. `lines`: the lines, oldest first; the file has them
-    too, between zeros or older lines, which the database has already."""
+    Thread-safe; no method waits for the database. The file has its full size from the start, and each
+    admission reserves space for the end of its request. So even on a full disk, the end of an admitted
+    request can be written. `lines`: the lines, oldest first. The file also contains zeros, and older lines
+    that the database already has.
+    """
 
     def __init__(self, folder: Path, server: str, size: int, *, synced: bool = False) -> None:
         """Create the file. Raises ResourceError if the disk does not have `size` bytes."""
@@ -220,7 +222,7 @@ class Journal:
             take_lock(self._fd)
             for at in range(0, size, 1 << 20):
                 self._write_at(bytes(min(1 << 20, size - at)), at)
-            new.replace(self.path)  # the file never appears without its lock
+            new.replace(self.path)  # other processes never see the file without its lock
         except OSError as error:
             os.close(self._fd)
             new.unlink(missing_ok=True)
@@ -231,26 +233,30 @@ class Journal:
     def admit(self, request: str, line: bytes, end_bytes: int) -> Future[None]:
         """Add the line of an admission, and keep `end_bytes` free for the request's end.
 
-        The future completes when the line is written; its error is NoRoom, or the disk's."""
+        The future completes when the line is written. Its error is NoRoom, or the disk's error.
+        """
         return self.writer.put(self._add, (request, line, end_bytes))
 
     def end(self, request: str, line: bytes) -> Future[None]:
-        """Add the line of an admitted request's end. The future completes when the line is written."""
+        """Add the line that ends an admitted request.
+
+        The future completes when the line is written.
+        """
         return self.writer.put(self._add, (request, line, 0))
 
     def remove(self, count: int) -> None:
-        """Remove the oldest lines, which the database has."""
+        """Remove the `count` oldest lines, after the database has received them."""
         with self._mutex:
             del self.lines[:count]
             end = self._end
-            if 2 * sum(map(len, self.lines)) <= end:  # the rest fits before itself: a kill leaves it complete
+            if 2 * sum(map(len, self.lines)) <= end:  # a copy fits in front of the old lines: a kill loses nothing
                 rest = b"".join(self.lines)
                 self._write_at(rest, 0)
                 self._write_at(bytes(end - len(rest)), len(rest))
                 self._end = len(rest)
 
     def close(self) -> None:
-        """Stop, and delete the file if the database has all of it."""
+        """Stop, and delete the file if the database has all of its lines."""
         self.writer.close()
         if not self.lines:
             self.path.unlink(missing_ok=True)
@@ -260,11 +266,11 @@ class Journal:
         for request, line, end_bytes in items:
             kept = group.reserved.pop(request, None)
             if not end_bytes and kept is None:
-                continue  # its admission had no room
+                continue  # the request's admission did not fit
             group.free += (kept or 0) - len(line) - end_bytes
             if end_bytes:
                 if group.free < 0:
-                    raise NoRoom("the journal has no room for one more request")
+                    raise NoRoom("the journal has no space for another request")
                 group.reserved[request] = end_bytes
             group.lines.append(line)
 
@@ -288,10 +294,10 @@ class Journal:
 
 @contextmanager
 def dead_journal(path: Path) -> Iterator[list[bytes]]:
-    """The lines in a dead process's journal, of which the database can have some.
+    """Yield the lines of a dead process's journal.
 
-    The file is deleted after the block, unless the block raises. Raises BlockingIOError if the process is
-    alive, FileNotFoundError if there is no such file.
+    The database can already have some of the lines. After the block, the file is deleted, unless the block
+    raises. Raises BlockingIOError if the process is alive, and FileNotFoundError if the file does not exist.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:

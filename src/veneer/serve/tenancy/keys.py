@@ -1,10 +1,10 @@
 """API keys: generated here, shown once, and stored only as a hash.
 
-    vnr-3f9a0c21d4-Q1x…          vnr-, ten hexadecimal digits that identify the row (its id), and a secret
+    vnr-3f9a0c21d4-Q1x…          vnr-, the id of the key's row (ten hexadecimal digits), and a secret
 
-The secret has 256 random bits, so the hash is plain SHA-256 of the whole key. Slow hashes such as bcrypt
-protect passwords, which can be guessed; 256 random bits cannot be guessed at any speed, and a slow hash per
-request would let a client with wrong keys keep the server busy.
+The secret has 256 random bits, so a plain SHA-256 of the whole key is enough. Slow hashes such as bcrypt
+protect passwords, which can be guessed. Nobody can guess 256 random bits, and with a slow hash per request, a
+client with wrong keys could keep the server busy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEY = re.compile(r"vnr-([0-9a-f]{10})-[A-Za-z0-9_-]{43}")
 
 
 def make_key() -> tuple[str, str]:
-    """Return (id, key) of a new key."""
+    """Return a new key as (id, key)."""
     identity = secrets.token_hex(5)
     return identity, f"vnr-{identity}-{secrets.token_urlsafe(32)}"
 
@@ -33,13 +33,13 @@ def make_admin_key() -> str:
 
 
 def key_id(key: str) -> str | None:
-    """Return a key's id, or None for text that is no key."""
+    """Return a key's id, or None if the text is not a key."""
     match = _KEY.fullmatch(key)
     return match[1] if match else None
 
 
 def hash_key(key: str) -> str:
-    """Return the hash of a key, the only stored part."""
+    """Return the hash of a key. Only the hash is stored."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -54,16 +54,23 @@ def default_database() -> str:
 
 
 def database_here() -> str | None:
-    """Return the default database if it exists."""
+    """Return the default database's location if the database exists, otherwise None."""
     return default_database() if Path(default_database()).is_file() else None
 
 
 def admin_hash(key: str) -> str:
-    """Return the hash of an admin key, given as the key or as `sha256:` and its hash. Raises ConfigError."""
+    """Return the hash of an admin key. Raises ConfigError.
+
+    `key`: the key itself, or `sha256:` and the key's hash.
+    """
     if key.startswith("sha256:"):
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", key):
-            raise ConfigError("the admin key's hash is not a SHA-256 digest", fix="sha256: and 64 hexadecimal digits")
+            raise ConfigError(
+                "the admin key's hash is not a SHA-256 digest", fix="use sha256: followed by 64 hexadecimal digits"
+            )
         return key.removeprefix("sha256:")
     if len(key) < 20:
-        raise ConfigError("the admin key is shorter than 20 characters", fix="openssl rand -base64 32")
+        raise ConfigError(
+            "the admin key is shorter than 20 characters", fix="create a key with: openssl rand -base64 32"
+        )
     return hash_key(key)

@@ -1,17 +1,19 @@
-"""The ledger: a line for each part of each admitted request, settled once.
+"""The ledger: one line for each part of each admitted request, settled only once.
 
-Each admission and each end goes to a journal on the local disk, and a thread posts both to the database from
-there. A request is served once its admission is in the journal, and its last event is sent once its usage is:
-a kill loses no usage. While the database is unavailable, locked or on a full disk, requests continue, until
-the journal has no more space; then no request is admitted.
+The admission and the end of each request are written to a journal on the local disk, and a thread posts both
+from the journal to the database. A request runs only after its admission is in the journal, and its last
+event is sent only after its usage is in the journal. So a killed process loses no usage. While the database
+is unavailable, locked or on a full disk, requests continue until the journal is full; then no more requests
+are admitted.
 
 "Exactly once": a request is identified by (server, request), and a server is one run of one process. Posting
-a request sets its state and never adds to it, so a repeated post changes nothing; states go open,
-interrupted, done, and never back. The next server on the same folder settles what a dead server left: the
-lines of its journal, and `interrupted` (no tokens, no cost) for the rest. If the folder is lost too, the
-server's open requests become interrupted after ten minutes; if that server returns, its usage still counts.
+a request sets its state and never adds to it, so a repeated post changes nothing. States go from open to
+interrupted to done, and never back. The next server that uses the same folder settles the requests of a dead
+server: as its journal says, or as `interrupted` (no tokens, no cost) if the journal does not have the end. If
+the folder is lost too, the dead server's open requests become interrupted after ten minutes; if that server
+comes back, its usage still counts.
 
-Daily sums, and slots of the last minute and day, change in the same transaction by exactly what changed. They
+The same transaction adds each change to the daily sums, and to the slots of the last minute and day. The sums
 are never recounted from the lines, so their cost does not grow with the number of lines. `usage` reports
 usage by tenant, adapter and day, in figures that add up exactly.
 """
@@ -53,17 +55,14 @@ _log = logging.getLogger("veneer.serve.tenancy")
 
 
 _SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
-"""Seconds of a slot -> seconds of its window; a window has 60 slots."""
+"""Seconds of a slot -> seconds of the slot's window. A window has 60 slots."""
 _FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
 _Deltas = dict[tuple[Any, ...], list[Any]]
 _LINE, _SERVER = db.line_table.c, db.server_table.c
 
 
 def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
-    """Write requests and their states within a transaction.
-
-    Returns how many became done.
-    """
+    """Write requests and their states in a transaction; return how many became done."""
     if c.dialect.name == "postgresql":  # one writer per server; SQLite locks the whole database anyway
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
     states: dict[str, str] = {}
@@ -95,7 +94,7 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
 
 
 def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
-    """Return a server's open requests in the database."""
+    """Return a server's requests that are open in the database."""
     open_lines = select(db.line_table).where(_LINE.server == server, _LINE.state == "open")
     rows = c.execute(open_lines.order_by(_LINE.request, _LINE.part)).all()
     entries = []
@@ -110,9 +109,10 @@ def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
 
 
 def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
-    """Add figures to a table's rows by key.
+    """Add `deltas` (key -> figures) to the rows of a table.
 
-    Rows are written in key order, so that writers cannot deadlock."""
+    Rows are written in key order, so that writers cannot deadlock.
+    """
     if not deltas:
         return
     keys = [column.name for column in table.primary_key]
@@ -147,7 +147,7 @@ def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
 
 
 def _count_day(by_day: _Deltas, owed: OwedEntry, previous_state: str | None) -> None:
-    """Add the request and each of its adapters to the daily sums."""
+    """Add a request to the daily sums, in total and for each of its adapters."""
     if owed.state == "open":
         return
     changes = [int(owed.state == "done"), int(owed.state == "interrupted") - int(previous_state == "interrupted")]
@@ -162,7 +162,7 @@ def _count_day(by_day: _Deltas, owed: OwedEntry, previous_state: str | None) -> 
 
 
 def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, previous_state: str | None, now: float) -> None:
-    """Add the request, and each adapter that a limit can name, to the slots."""
+    """Add a request to the slots, in total and for each of its adapter names."""
     entry = owed.entry
     tokens = owed.tokens() - (OwedEntry(entry).tokens() if previous_state == "open" else 0)
     for width, window in _SLOT_WIDTHS.items():
@@ -177,11 +177,11 @@ def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, previous_state:
 
 
 _BATCH = 1000
-"""Requests in one transaction."""
+"""Maximum requests in one transaction."""
 _GONE_SECONDS = 600.0
 _LATE_SECONDS = 2.0
 _PAD = 300
-"""Bytes by which the line of an end can be longer than the line of its admission."""
+"""Maximum bytes by which the end's line is longer than the admission's line."""
 
 
 class Ledger:
@@ -190,16 +190,16 @@ class Ledger:
     def __init__(
         self, store: Store, folder: Path, wall: Callable[[], float], *, synced: bool = False, room: int = 32 << 20
     ) -> None:
-        """Open the ledger, and settle what dead servers left in `folder`.
+        """Open the ledger, and settle the requests of dead servers in `folder`.
 
-        Raises ResourceError if the disk is full. `folder`: on a local disk, for journals. `room`: bytes for
-        this server. `synced`: usage survives a power loss.
+        `folder`: folder for journals, on a local disk. `room`: size of this server's journal in bytes.
+        `synced`: usage survives a power loss. Raises ResourceError if the disk is full.
         """
         self.store, self.wall, self.folder = store, wall, folder
         self.server = secrets.token_hex(8)
         self.journal = Journal(folder, self.server, room, synced=synced)
         self._open: dict[str, LedgerEntry] = {}  # running requests
-        self._ended: dict[str, float] = {}  # end times of requests that the database lacks, oldest first
+        self._ended: dict[str, float] = {}  # request -> end time, until the database has the end; oldest first
         self._sending_since, self._logged = 0.0, -10.0
         try:
             self.beat()
@@ -208,13 +208,14 @@ class Ledger:
             self.journal.close()
             raise
         self.writer: Writer[Connection] = Writer(lambda: write_transaction(store.engine), "veneer-ledger")
-        """For other tables of the same database."""
+        """A writer for other tables of the same database."""
         self._sender = Sender(self._send, "usage")
 
     def open(self, entry: LedgerEntry) -> Future[None]:
-        """Record an admission; the future completes when it is written.
+        """Record an admission; the future completes when the admission is written.
 
-        Its error is Refused: 400 if a request with that id is running, 503 if no more can be written.
+        The future's error is Refused: 400 if a request with the same id is running, 503 if the journal cannot
+        record the admission.
         """
         opened: Future[None] = Future()
         if entry.request in self._open:
@@ -247,7 +248,8 @@ class Ledger:
     def settle(self, request: str, usage: Usage) -> Future[None]:
         """Record a request's usage.
 
-        The future completes once the usage survives this process, and never fails."""
+        The future completes once the usage would survive the process, and never fails.
+        """
         return self._end(request, "done", usage)
 
     def interrupt(self, request: str) -> Future[None]:
@@ -277,7 +279,7 @@ class Ledger:
     # -- into the database ---------------------------------------------------------------------------------------------
 
     def _send(self) -> bool:
-        """Post a batch of the journal's lines; returns whether there can be more."""
+        """Post a batch of the journal's lines; return False if there were none."""
         owed = [OwedEntry.from_line(line) for line in self.journal.lines[:_BATCH]]
         if not owed:
             return False
@@ -296,11 +298,11 @@ class Ledger:
         def write(c: Connection, owed: Sequence[OwedEntry]) -> int:
             return post(c, server, owed, self.wall())
 
-        lost = "a request, recorded only in this log: {}".format
+        lost = "a request, which is recorded only in this log: {}".format
         return write_all(lambda: write_transaction(self.store.engine), write, owed, lost)
 
     def flush(self, seconds: float = 10.0) -> bool:
-        """Wait until the database has all recorded entries; return whether it has."""
+        """Wait until the database has all recorded entries; return False on a timeout."""
         deadline = time.monotonic() + seconds
         self.journal.writer.flush(seconds)
         while self.journal.lines:
@@ -320,13 +322,16 @@ class Ledger:
     # -- recovery of dead servers --------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
-        """Settle what dead servers left.
+        """Settle the requests of dead servers.
 
-        Returns {"done": from their journals, "interrupted": the rest}.
+        Returns {"done": requests whose usage was in a journal, "interrupted": all others}.
         """
         counts = {"done": 0, "interrupted": 0}
         for path in sorted(self.folder.glob("[0-9a-f]" * 16 + ".sqlite")):
-            _log.error("%s can have usage that the database lacks: start the earlier version once to record it", path)
+            _log.error(
+                "%s can contain usage that the database lacks; to record it, start the earlier version of veneer once",
+                path,
+            )
         for path in sorted(self.folder.glob("*.journal")):
             if re.fullmatch(r"[0-9a-f]{16}", path.stem) and path != self.journal.path:
                 with suppress(BlockingIOError, FileNotFoundError), dead_journal(path) as lines:
@@ -379,9 +384,10 @@ class Ledger:
             c.execute(insert(db.server_table), {"server": self.server, "seen": seen})
 
     def prune(self, days: float, most: int = 10_000) -> int:
-        """Delete older rows, and slots that no window needs; sums stay.
+        """Delete rows that are older than `days`, and slots that no window needs.
 
-        Returns the number of deleted rows."""
+        Daily sums are kept. Returns the number of deleted rows.
+        """
         cutoff, count, slot = self.wall() - days * 86400, 0, db.slot_table.c
         expired = (_LINE.opened < cutoff) & (_LINE.state != "open")
         beyond = select(_LINE.opened).where(expired).order_by(_LINE.opened).offset(most).limit(1)
@@ -399,10 +405,10 @@ class Ledger:
     def usage_of_other_servers(
         self, window: float, adapters: Iterable[str] | None = None
     ) -> list[tuple[str, str, float, int, int]]:
-        """Return the usage of other servers and earlier runs in the last `window` seconds.
+        """Return other servers' usage in the last `window` seconds.
 
-        Rows are (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: only
-        these.
+        The other servers include earlier runs of this server. Rows are (tenant, adapter or "" for whole
+        requests, seconds ago, requests, tokens). `adapters`: return rows for these adapters only.
         """
         now, s = self.wall(), db.slot_table.c
         (width,) = (w for w, seconds in _SLOT_WIDTHS.items() if seconds == window)
@@ -414,21 +420,27 @@ class Ledger:
         if adapters is not None:
             query = query.where(s.adapter.in_(sorted(adapters)))
         with reading(self.store.engine) as c:
-            # A slot has the age of its newest entry, so entries can count slightly longer, but never shorter.
+            # A slot has the age of its newest possible entry, so an entry can count slightly too long, but
+            # never too short.
             return [
                 (r.tenant, r.adapter, max(0.0, now - (r.slot + 1) * width), int(r.n), int(r.tokens))
                 for r in c.execute(query)
             ]
 
     def close(self) -> None:
-        """Interrupt running requests and send pending entries. The next start sends the remaining entries."""
+        """Interrupt running requests, and send pending entries.
+
+        Entries that cannot be sent now are sent by the next start.
+        """
         for request in list(self._open):
             self.interrupt(request)
         self.writer.close()
         self.journal.writer.close()
         self._sender.close()
         if self.journal.lines:
-            _log.error("%d requests wait for the next start", self.state().pending)
+            _log.error(
+                "%d finished requests are not in the database yet; the next start records them", self.state().pending
+            )
         else:
             with suppress(SQLAlchemyError, ResourceError), write_transaction(self.store.engine) as c:
                 c.execute(delete(db.server_table).where(db.server_table.c.server == self.server))
@@ -440,10 +452,12 @@ class Ledger:
 
 BY = ("tenant", "adapter", "day")
 _SUMMED = ("requests", "done", "interrupted", "open", *_FIGURES, "cost")
-"""`requests` is done + interrupted + open. Tokens, seconds and cost (in millionths) count done requests only.
+"""The figures of a report.
 
-Grouped by adapter, a request counts for each adapter of its mix, with all of its tokens and that adapter's
-own cost. So costs add up to the total, in whole millionths; the other figures add up only without mixes.
+`requests` is done + interrupted + open. Tokens, seconds and cost (in millionths) count done requests only. In
+a report by adapter, a request counts for each adapter of its mix, with all of its tokens but only that
+adapter's cost. So costs add up to the total, in whole millionths; the other figures add up only if no request
+uses a mix.
 """
 _SECONDS = ("queued", "prefill", "decode")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
@@ -458,9 +472,9 @@ def usage(
     since: str = "",
     until: str = "",
 ) -> list[dict[str, Any]]:
-    """Return usage, one row for each combination of `by`, sorted; one row of totals for ().
+    """Return usage, with one row for each combination of the keys in `by`, sorted.
 
-    `since`, `until`: UTC days of admission, inclusive.
+    If `by` is empty, returns one row with the totals. `since`, `until`: first and last UTC day of admission.
     """
     for name in by:
         one_of(name, BY, "a grouping of usage", "by")
@@ -476,7 +490,7 @@ def usage(
         query = select(*keys, *columns.values()).where(*also).group_by(*keys)
         if tenant is not None:
             query = query.where(t.tenant == tenant)
-        if adapter is not None:  # a name includes all its versions
+        if adapter is not None:  # a name matches all its versions
             query = query.where((t.adapter == adapter) | t.adapter.startswith(f"{adapter}@", autoescape=True))
         if since:
             query = query.where(t.day >= since)
@@ -487,7 +501,7 @@ def usage(
             for name, value in zip(columns, row[len(by) :], strict=True):
                 figures[name] += float(value or 0) if name in _SECONDS else int(value or 0)
 
-    # PostgreSQL sums bigint exactly as numeric; SQLite sums 64-bit integers, or raises.
+    # Sums are exact: PostgreSQL adds bigint as numeric, and SQLite raises an error on 64-bit overflow.
     summed = {name: func.sum(db.sum_table.c[name]) for name in _SUMMED if name not in ("requests", "open")}
     of_adapter = db.sum_table.c.adapter != ALL
     add_up(db.sum_table, summed, of_adapter if apart else ~of_adapter)

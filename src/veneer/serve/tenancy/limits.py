@@ -1,17 +1,16 @@
-"""Limits: usage of the last minute and the last day, and the number of running requests.
+"""Limits: usage in the last minute and day, and the number of running requests.
 
-A window has 60 slots, and a slot counts until all of it is older than the window. So no period of the
-window's length admits more than the limit, not even across a minute boundary, at which a token bucket admits
-twice the limit. In exchange, a slot's amount is released up to one slot late (one second, or 24 minutes for a
-day).
+A window has 60 slots, and a slot counts until all of it is older than the window. So any period of the
+window's length admits at most the limit, even across a minute boundary; a token bucket can admit twice the
+limit. In exchange, a slot's amount is released up to one slot late (one second, or 24 minutes for a day).
 
-A request counts at admission: one request, and the tokens of its prompt and its max_tokens. Its bill corrects
-the tokens in the same slot. A refused request counts nothing.
+At admission, a request counts as one request, and as the tokens of its prompt plus its max_tokens. When the
+request ends, its bill corrects the tokens in the same slot. A refused request does not count.
 
 The `limits` package is not used: its windows handle one amount at a time, cannot take from several scopes
 atomically, cannot correct an amount later or count other servers and earlier runs, and read the system clock.
 
-This module uses only numbers and scopes, no database, and the caller's clock.
+This module uses no database, and takes the time from the caller's clock.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _Scope = tuple[str, str]
 
 
 class Window:
-    """The amounts taken within the last `seconds`, in slots."""
+    """The amounts counted in the last `seconds`, divided into slots."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.width = seconds, seconds / _SLOTS
@@ -46,19 +45,19 @@ class Window:
         self.sum = 0
 
     def used(self, now: float) -> int:
-        """Return the amount that counts now."""
+        """Return the sum of all amounts in the window."""
         while self.slots and self._ends(self.slots[0][0]) <= now:
             self.sum -= self.slots.popleft()[1]
         return self.sum
 
     def add(self, at: float, amount: int) -> int:
-        """Add an amount (negative to return it) at a time; return its slot."""
+        """Add an amount at time `at`; return the slot. A negative amount is a refund."""
         slot = math.floor(at / self.width)
         self.put(slot, amount)
         return slot
 
     def put(self, slot: int, amount: int) -> None:
-        """Correct a slot by an amount. An expired slot does not change."""
+        """Add an amount to a slot. A negative amount for an expired slot is ignored."""
         for i in range(len(self.slots) - 1, -1, -1):
             if self.slots[i][0] == slot:
                 self.slots[i][1] += amount
@@ -94,13 +93,13 @@ class ScopeUsage:
 
 
 class LimitHold:
-    """One request's reservation in the limits; its unused part is returned once."""
+    """The reservation of one request, in all scopes that have a limit."""
 
     def __init__(self, owner: Limits, taken: list[tuple[ScopeUsage, dict[str, int]]], tokens: int) -> None:
         self._owner, self._taken, self._tokens, self._ended = owner, taken, tokens, False
 
     def used(self, tokens: int) -> None:
-        """Correct the tokens from the reserved to the used number."""
+        """Replace the reserved number of tokens by the number of used tokens."""
         with self._owner._lock:
             change, self._tokens = tokens - self._tokens, tokens
             for counter, slots in self._taken:
@@ -116,7 +115,7 @@ class LimitHold:
 
 
 def _scopes(tenant: str, adapters: Iterable[str]) -> list[_Scope]:
-    """Return the scopes in which a request counts: the server, the tenant, and each adapter in both."""
+    """Return a request's scopes: the server and the tenant, each overall and per adapter."""
     of_tenant = [ALL] if tenant == ALL else [ALL, tenant]
     return [(t, a) for a in dict.fromkeys((ALL, *adapters)) for t in of_tenant]
 
@@ -131,9 +130,10 @@ class Limits:
     def take(
         self, limits: Mapping[_Scope, Limit], tenant: str, adapters: Iterable[str], prompt: int, completion: int
     ) -> LimitHold:
-        """Reserve one request in every scope, or nothing.
+        """Reserve one request in all scopes that have a limit, or in none.
 
-        Raises Refused (rate_limited) with the time to retry."""
+        Raises Refused (rate_limited), with the time after which to retry.
+        """
         tokens = prompt + completion
         with self._lock:
             now = self.clock()
@@ -152,7 +152,7 @@ class Limits:
     def set_other_servers(
         self, limits: Mapping[_Scope, Limit], window: float, rows: Iterable[tuple[str, str, float, int, int]]
     ) -> None:
-        """Replace the usage of other servers in windows of this length.
+        """Replace the usage of other servers in all windows of this length.
 
         rows: (tenant, adapter or ALL for whole requests, seconds ago, requests, tokens)
         """
@@ -190,7 +190,7 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
         if maximum is None:
             continue
         if amount > maximum:
-            message = f"the prompt and max_tokens are {amount:,} tokens; {owner} has {maximum:,} {words}"
+            message = f"the prompt and max_tokens are {amount:,} tokens; the limit of {owner} is {maximum:,} {words}"
             raise invalid(message, "max_tokens", "a shorter prompt or a smaller max_tokens")
         here, remote = counter.windows[name], counter.other_servers.get(name)
         over = here.used(now) + (remote.used(now) if remote else 0) + amount - maximum
@@ -200,7 +200,7 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
 
 
 def _wait(local: Window, remote: Window | None, now: float, over: int) -> float:
-    """Return the seconds until `over` of both windows together has expired."""
+    """Return the seconds until the sum of both windows has fallen by `over`."""
     both = Window(local.seconds)
     for window in (local, remote):
         for slot, amount in window.slots if window else ():

@@ -1,8 +1,8 @@
-"""Every change of settings, for the command line and the routes under /admin.
+"""All changes of settings, for the command line and the routes under /admin.
 
-Each function checks, changes, and writes the audit entry in one transaction. `actor`: who changed the
-setting, such as `cli:ana` or `admin`. Raises ConfigError for an unknown name (with the nearest known name), a
-duplicate, or an invalid value.
+Each function checks the change, makes the change, and writes the audit entry in one transaction. `actor`: who
+changed the setting, such as `cli:ana` or `admin`. Raises ConfigError for an unknown name (with the nearest
+known name), a duplicate, or an invalid value.
 
 The audit log records who changed what, when, and the values before and after; each entry contains the hash of
 the previous entry.
@@ -10,8 +10,8 @@ the previous entry.
     hash = sha256(number, at, who, what, subject, before, after, previous), as one JSON list
 
 A changed, removed or inserted entry breaks the chain at its number, and the database itself rejects changes
-and deletes. Truncating the log at its end breaks nothing: store the head (printed by `veneer tenant audit
---verify`) elsewhere from time to time, and check it with `--expect`.
+and deletes. Cutting off the newest entries does not break the chain: to detect such a cut, store the head
+(printed by `veneer tenant audit --verify`) elsewhere from time to time, and check it with `--expect`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from veneer.serve.tenancy.store import ALL, EACH, KeyRow, Limit, Store, Tenant, 
 
 
 FIRST_HASH = "0" * 64
-"""The previous hash of the first entry."""
+"""The previous hash in the first entry."""
 _HASHED = ("number", "at", "who", "what", "subject", "before", "after", "previous")
-"""The fields of an entry that its hash covers."""
+"""The fields that an entry's hash covers."""
 
 
 def append_audit(c: Connection, actor: str, action: str, subject: str, before: Any, after: Any) -> str:
@@ -89,13 +89,13 @@ def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
         if line["number"] != number + 1:
             faults.append(f"lines {number + 1} to {line['number'] - 1} are missing")
         elif line["previous"] != previous:
-            faults.append(f"line {line['number']} does not follow the one before it")
+            faults.append(f"line {line['number']} does not contain the hash of the previous line")
         if line["hash"] != _hash(line):
             faults.append(f"line {line['number']} was changed")
         previous, number = line["hash"], line["number"]
         expected_found = expected_found or previous == expect
     if not expected_found:
-        faults.append(f"no line has the hash {expect}: lines at the end are missing, or all were written anew")
+        faults.append(f"no line has the hash {expect}: lines at the end are missing, or the whole log was rewritten")
     return previous, number, faults
 
 
@@ -113,22 +113,23 @@ _Pattern = Annotated[str, AfterValidator(db.check_pattern)]
 class SettingsChange(BaseModel):
     """Settings of a tenant, of all tenants together (ALL), or of each tenant (EACH).
 
-    A change contains the keys to set; None removes a value. Limits and prices can be set for one adapter.
-    Money is in millionths of the operator's currency.
+    A change contains only the keys to set; None removes a value. Limits and prices can be set for one
+    adapter. Money is in millionths of the operator's currency.
 
     weight: share of the server while requests queue
     enabled: whether the tenant's keys are accepted
-    adapters: patterns of visible adapters; for ALL: visible to every tenant
-    requests_per_minute … concurrency: limits. ALL: total over all tenants. EACH: default for tenants without
-    their own
+    adapters: patterns of visible adapters; with ALL: adapters that every tenant can see
+    requests_per_minute … concurrency: limits; with ALL: totals over all tenants; with EACH: default for
+        tenants without their own limit
     prompt_price, cached_price, completion_price: price per million tokens; an unset cached_price defaults to
         prompt_price
-    training_price: per million trained tokens; training_budget: per calendar month in UTC; training_jobs:
-        maximum running at once; for ALL: defaults for each tenant
-    feedback_days: days for which chats are stored; feedback_names: patterns of routes and adapters, [] for
-        all; for ALL: of requests without a key
-    shared_cache: only for ALL: patterns of adapters, or the base, whose prompt cache tenants share, which
-        lets tenants probe which prompts others have sent
+    training_price: price per million trained tokens; with ALL: default for each tenant
+    training_budget: maximum cost per calendar month in UTC; with ALL: default for each tenant
+    training_jobs: maximum jobs that run at once; with ALL: default for each tenant
+    feedback_days: days for which chats are stored; with ALL: chats without a key
+    feedback_names: patterns of the routes and adapters whose chats are stored, [] for all
+    shared_cache: only with ALL: patterns of adapters, or the base, whose prompt cache all tenants share
+        (tenants can then probe which prompts others have sent)
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -166,7 +167,10 @@ def get_tenant(store: Store, name: str) -> Tenant:
 
 
 def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
-    """Return the settings of a tenant, ALL or EACH, by key. `by_adapter`: settings of single adapters."""
+    """Return the settings of a tenant, ALL or EACH, by key.
+
+    The key `by_adapter` contains settings of single adapters.
+    """
     fields: dict[str, Any] = {"tenant": tenant or "all"}
     if tenant in settings.tenants:
         fields |= asdict(settings.tenants[tenant])
@@ -192,9 +196,13 @@ def _renamed(pattern: str, values: Any) -> dict[str, Any]:
 def add_tenant(
     store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), actor: str, now: float | None = None
 ) -> Tenant:
-    """Add a tenant. `weight`: its share of the engine under load. `adapters`: patterns of visible names."""
+    """Add a tenant.
+
+    `weight`: the tenant's share of the engine under load. `adapters`: patterns of names that the tenant can
+    see.
+    """
     db.check_tenant(name)
-    values = _checked({"weight": weight, "adapters": list(adapters)})
+    values = _validate({"weight": weight, "adapters": list(adapters)})
     row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time() if now is None else now}
     with store.change() as c:
         if c.scalar(select(db.tenant_table.c.name).where(db.tenant_table.c.name == name)):
@@ -208,12 +216,13 @@ def add_tenant(
 def change_settings(
     store: Store, tenant: str, values: Mapping[str, Any], *, adapter: str = ALL, actor: str
 ) -> dict[str, Any]:
-    """Set `values` (see `SettingsChange`) for a tenant, ALL or EACH, with one audit entry; return
-    `show_settings`.
+    """Set `values` (see `SettingsChange`) for a tenant, ALL or EACH.
 
-    adapter: applies to requests that any version of this adapter serves; ALL for all adapters
+    Writes one audit entry; returns the new settings as in `show_settings`.
+
+    adapter: set values for requests that any version of this adapter serves; ALL for all adapters
     """
-    values = _checked(values)
+    values = _validate(values)
     _check_scope(tenant, adapter, values)
     with store.change() as c:
         if tenant not in (ALL, EACH):
@@ -235,13 +244,13 @@ def grant_namespace(store: Store, tenant: str, *, actor: str) -> None:
             append_audit(c, actor, "settings.change", tenant, before, after)
 
 
-def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checked values. Raises ConfigError that names the key."""
+def _validate(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the validated values. Raises ConfigError that names the invalid key."""
     return check_values(SettingsChange, values, "settings").model_dump(exclude_unset=True)
 
 
 def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
-    """Raise ConfigError for a key that a scope does not have, or an invalid scope."""
+    """Raise ConfigError for an invalid scope, or for a key that the scope cannot have."""
     allowed = {*db.LIMITS, *_PRICES}
     if tenant == EACH:
         allowed = {*db.LIMITS}
@@ -263,7 +272,7 @@ def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
 def _apply(
     c: Connection, tenant: str, adapter: str, values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write checked values; return the values before and after."""
+    """Write validated values; return the values before and after."""
     before: dict[str, Any] = {}
     if tenant_values := {key: values[key] for key in ("weight", "enabled") if key in values}:
         before |= {key: value for key, value in db.tenant_row(c, tenant).items() if key in tenant_values}
@@ -306,7 +315,7 @@ def _replace(
     """Change the row of a scope; return the earlier values of the changed keys.
 
     columns: key -> column
-    finish: completes the changed row; None deletes the row
+    finish: returns the row to store, or None to delete the row
     """
     changed = {key: values[key] for key in columns if key in values}
     if not changed:
@@ -331,7 +340,7 @@ def _price_row(row: _Row) -> _Row | None:
     if prompt is None and completion is None:
         return None
     if prompt is None or completion is None:
-        raise ConfigError("a price needs prompt_price and completion_price", where="prompt_price")
+        raise ConfigError("a price needs both prompt_price and completion_price", where="prompt_price")
     return row | {"cached": prompt if row["cached"] is None else row["cached"]}
 
 
@@ -350,7 +359,7 @@ _OF_A_TENANT = ("grants", "limits", "prices", "training", "feedback_terms", "rou
 def remove_tenant(store: Store, name: str, *, actor: str) -> None:
     """Remove a tenant with its keys, settings, routes and stored completions.
 
-    Its usage stays in the ledger, and its history in the audit log.
+    The tenant's usage stays in the ledger, and the tenant's history in the audit log.
     """
     with store.change() as c:
         row = db.tenant_row(c, name)
@@ -375,7 +384,7 @@ def make_tenant_key(
         db.tenant_row(c, tenant)
         created = time.time() if now is None else now
         if expires is not None and expires <= created:
-            raise ConfigError("the key would have expired already", where="expires", fix="a time in the future")
+            raise ConfigError("the expiry time is in the past", where="expires", fix="a time in the future")
         if len(label) > 200:
             raise ConfigError("the label is longer than 200 characters", where="label")
         identity, key = make_key()
@@ -393,7 +402,10 @@ def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
 
 
 def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str, now: float | None = None) -> KeyRow:
-    """Revoke `key` (an id) from the next request on. `tenant`: the required owner."""
+    """Revoke a key; it is refused from the next request on.
+
+    `key`: the key's id. `tenant`: the tenant that must own the key.
+    """
     with store.change() as c:
         old_key = _key(c, key, tenant)
         revoked = old_key.revoked if old_key.revoked is not None else (time.time() if now is None else now)
@@ -404,14 +416,14 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str,
 
 
 def show_key(key: KeyRow) -> dict[str, Any]:
-    """Return a key's public fields."""
+    """Return a key's fields, except the hash."""
     return {name: value for name, value in asdict(key).items() if name != "hash"}
 
 
 def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
     row = c.execute(select(db.key_table).where(db.key_table.c.id == key)).first()
     if row is None or tenant not in (None, row.tenant):
-        raise UnknownName(f"there is no key {key[:20]!r}", where="key", fix="its id: veneer tenant key list")
+        raise UnknownName(f"there is no key {key[:20]!r}", where="key", fix="use a key id from veneer tenant key list")
     return KeyRow(**row._mapping)
 
 
@@ -419,15 +431,15 @@ def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
 
 
 def log_change(store: Store, actor: str, action: str, subject: str, before: Any = None, after: Any = None) -> None:
-    """Write an audit entry for a change made elsewhere, such as adapter.load or adapter.unload."""
+    """Write an audit entry for a change that other code makes, such as adapter.load."""
     with store.change() as c:
         append_audit(c, actor, action, subject, before, after)
 
 
 def when(text: str, now: float) -> float:
-    """Parse a time into seconds since 1970.
+    """Convert a time to seconds since 1970.
 
-    `90d`, `12h`, `30m` from now, or a day or time such as 2027-01-31 (UTC).
+    `text`: `90d`, `12h` or `30m` from now, or a UTC day or time such as 2027-01-31.
     """
     units = {"d": 86400, "h": 3600, "m": 60}
     if match := re.fullmatch("([0-9]{1,6})([dhm])", text):

@@ -1,15 +1,16 @@
-"""Routes: names with weighted targets, such as `support` with v1 for 90% of users and v2 for 10%.
+"""Routes: names with weighted targets.
 
-A user always gets the same target. A shadow's completion is compared and never sent. A rollback undoes the
-last move.
+For example, `support` can mean v1 for 90% of users and v2 for 10%. A user always gets the same target. A
+route can also have a shadow: an adapter whose completion is compared with the target's, but never sent. Each
+change of a route is a numbered move, and a rollback undoes the last move.
 
-A route has 10,000 buckets, each owned by a target. A user is hashed to a bucket; a request without a user is
-hashed by its tenant; without a tenant it gets a random bucket. When weights change, only as many buckets
-change owner as the shares differ, so most users keep their target. A move stores the owners, and a rollback
-makes the previous move current again, which restores every user's target.
+A route has 10,000 buckets, each owned by a target. A request's bucket is the hash of its user, or of its
+tenant if the request has no user; a request with neither gets a random bucket. When weights change, as few
+buckets as possible change their owner, so most users keep their target. A move stores the owner of each
+bucket. A rollback makes the previous move current again, which restores every user's target.
 
-A route belongs to one tenant, or to all (tenant ALL); a tenant's own route takes precedence. A tenant sees
-its own routes and their targets without a grant. Targets are checked before a route moves to them. A library
+A route belongs to one tenant, or to all (tenant ALL); a tenant's own route takes precedence. A tenant needs
+no grant for its own routes and their targets. Targets are checked before a route moves to them. A library
 alias such as `support@prod` is different: it points to one version.
 """
 
@@ -41,14 +42,14 @@ Runs = tuple[tuple[str, int], ...]
 
 
 class RouteMoved(ConfigError):
-    """Raised if a route has moved since a move was planned."""
+    """Raised if a route has changed since a move was planned."""
 
 
 # -- choosing a target -------------------------------------------------------------------------------------------------
 
 
 class TenantRoutes:
-    """The routes at request time, from the last refresh of the settings, which each request triggers."""
+    """The routes as requests see them; each request first refreshes the settings."""
 
     def __init__(
         self, store: Store, put: Callable[..., Future[None]], *, keep: int = 10_000, pick: random.Random | None = None
@@ -58,14 +59,14 @@ class TenantRoutes:
         self._pick = pick or random.Random()
 
     def find(self, route: str, principal: Principal) -> Route | None:
-        """Return the route of that name for the principal, or None."""
+        """Return the route that `route` names for the principal, or None."""
         routes = self._store.settings.routes
         if principal.kind == "tenant" and (principal.tenant, route) in routes:
             return routes[principal.tenant, route]
         return routes.get((ALL, route)) if principal.sees(route) else None
 
     def names(self, principal: Principal) -> list[str]:
-        """Return the names of all routes that the principal sees, for /v1/models."""
+        """Return the names of all routes that the principal can see, for /v1/models."""
         visible = {name for tenant, name in self._store.settings.routes if tenant in (ALL, principal.tenant)}
         return sorted(name for name in visible if self.find(name, principal))
 
@@ -78,7 +79,10 @@ class TenantRoutes:
         return owner(found_route.runs, bucket(route, user) if user else self._pick.randrange(BUCKETS))
 
     def shadow(self, route: str, principal: Principal | None = None) -> str | None:
-        """Return the shadow for this request, or None if there is no shadow or the request is not sampled."""
+        """Return the shadow for this request, or None.
+
+        None means that the route has no shadow, or that this request is not in the shadow's share.
+        """
         found_route = self.find(route, principal or STRANGER)
         if found_route is None or found_route.shadow is None or self._pick.random() >= found_route.fraction:
             return None
@@ -111,7 +115,10 @@ class TenantRoutes:
 
 
 def bucket(route: str, user: str) -> int:
-    """Return a user's bucket, 0 to BUCKETS - 1, uniform and independent between routes."""
+    """Return a user's bucket, from 0 to BUCKETS - 1.
+
+    Buckets are uniformly distributed, and independent between routes.
+    """
     digest = hashlib.sha256(json.dumps([route, user]).encode()).digest()
     return int.from_bytes(digest[:8], "big") % BUCKETS
 
@@ -126,8 +133,10 @@ def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
 
 
 def assign_buckets(targets: Sequence[tuple[str, int]], previous: Sequence[tuple[str, int]] = ()) -> Runs:
-    """Assign buckets to targets by weight (largest remainder), moving as few as possible from `previous`
-    owners."""
+    """Assign buckets to targets by weight, with the largest remainder method.
+
+    As few buckets as possible change their owner in `previous`.
+    """
     total = sum(weight for _, weight in targets)
     quota = {name: weight * BUCKETS // total for name, weight in targets}
     rest = sorted(targets, key=lambda t: (-(t[1] * BUCKETS % total), t[0]))
@@ -162,7 +171,10 @@ def _first_difference(left: str, right: str) -> int | None:
 
 
 def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> Counter[tuple[str, str]]:
-    """Return (from, to) -> number of buckets that change owner; empty if either side is."""
+    """Return (from, to) -> number of buckets that change their owner.
+
+    Empty if `before` or `after` is empty.
+    """
     pairs = zip(_owners(before), _owners(after), strict=False)
     return Counter((old, new) for old, new in pairs if old != new)
 
@@ -170,18 +182,19 @@ def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, 
 def route_change(now: Route | None, planned: Route) -> str:
     """Describe the effect on users when `planned` replaces `now`.
 
-    `planned`: from `planned_route`, or a move to roll back to. Shares are exact to one of the 10,000 buckets.
+    `planned`: from `planned_route`, or a move to roll back to. Percentages are exact to one of the 10,000
+    buckets.
     """
     name, ended = planned.name, not planned.targets
     if now is None or not now.targets:
         text = f"{name} begins: {_describe_shares(planned)}." if not ended else f"{name} has no targets."
     elif ended:
-        text = f"{name} ends: requests for it get 404."
+        text = f"{name} is removed: requests for {name} get 404."
     elif moved := moved_buckets(now.runs, planned.runs):
         parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in moved.most_common()]
         text = f"Of the users of {name}, {_join_words(parts)}; all other users keep their target."
     else:
-        text = f"No user of {name} moves."
+        text = f"No user of {name} changes target."
     return f"{text}{_shadow_change(now, planned)}"
 
 
@@ -189,11 +202,11 @@ def _shadow_change(now: Route | None, planned: Route) -> str:
     if planned.shadow is not None:
         same = now is not None and (now.shadow, now.fraction) == (planned.shadow, planned.fraction)
         return "" if same else f" {shadow_text(planned)}"
-    return f" {now.shadow} no longer answers unseen." if now and now.shadow else ""
+    return f" {now.shadow} is no longer a shadow." if now and now.shadow else ""
 
 
 def shadow_text(route: Route) -> str:
-    """Return a sentence about a route's shadow; "" without one."""
+    """Return a sentence about a route's shadow, or "" if the route has none."""
     if not route.shadow:
         return ""
     share = _percent(route.fraction * BUCKETS)
@@ -224,14 +237,14 @@ def planned_route(
     shadow: str | None = None,
     fraction: float = 1.0,
 ) -> Route:
-    """Return the route that `set_route` would create if `now` is current, without writing it.
+    """Return the route that `set_route` would create, without writing the route.
 
-    Raises ConfigError for an invalid route.
+    `now`: the current route. Raises ConfigError for an invalid route.
     """
     weighted = [(db.check_reference(name), int(weight)) for name, weight in targets if weight]
     db.check_route_name(route)
     if not 0 < len(weighted) <= 100 or len(dict(weighted)) != len(weighted):
-        message = f"{route} needs one target or more, each named once"
+        message = f"{route} needs at least one target, and each target only once"
         raise ConfigError(message, where="targets", fix="as in support@1=90 support@2=10")
     for name, weight in weighted:
         if not 0 < weight <= 1_000_000:
@@ -261,10 +274,11 @@ def set_route(
     check: Callable[[str], object] | None = None,
     from_move: int | None = None,
 ) -> Route:
-    """Point a route to its targets, (adapter, weight), from the next request on.
+    """Point a route to its targets from the next request on.
 
-    `fraction`: share of requests that also go to `shadow`. `check`: raises for a name that cannot be served,
-    before anything moves. `from_move`: the expected current move (0: none); otherwise raises RouteMoved.
+    `targets`: (adapter, weight). `fraction`: share of requests that also go to `shadow`. `check`: called with
+    each name before the route changes; raises for a name that cannot be served. `from_move`: the number of
+    the move that must be current, 0 for none; raises RouteMoved if another move is current.
     """
     planned = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
     _check([name for name, _ in planned.targets], shadow, check)
@@ -273,18 +287,18 @@ def set_route(
             db.tenant_row(c, tenant)
         previous = _current(c, tenant, route)
         if from_move is not None and from_move != (previous.move if previous else 0):
-            raise RouteMoved(f"{route} was changed meanwhile", where="route", fix="check the route and try again")
+            raise RouteMoved(f"{route} has changed in the meantime", where="route", fix="check the route and try again")
         runs = assign_buckets(planned.targets, previous.runs if previous else ())
         spec = {"targets": planned.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
         return _move(c, tenant, route, spec, previous, "route.set", actor)
 
 
 def remove_route(store: Store, route: str, *, tenant: str = ALL, actor: str) -> None:
-    """Remove a route. Its moves stay, so that a rollback can restore it."""
+    """Remove a route. The route's moves are kept, so that a rollback can restore it."""
     with store.change() as c:
         previous = _current(c, tenant, route)
         if previous is None or not previous.targets:
-            raise _lost(c, tenant, route)
+            raise _unknown_route(c, tenant, route)
         spec: dict[str, Any] = {"targets": [], "runs": [], "shadow": None, "fraction": 1.0}
         _move(c, tenant, route, spec, previous, "route.remove", actor)
 
@@ -298,29 +312,29 @@ def rollback_route(
     check: Callable[[str], object] | None = None,
     moves: Iterable[int] = (),
 ) -> Route:
-    """Make the previous move current again; a second rollback goes back one further.
+    """Make the previous move current again; a second rollback goes back one more move.
 
-    `check`: as in `set_route`. `moves`: moves to undo together, including the current one.
+    `check`: as in `set_route`. `moves`: moves to undo together, including the current move.
     """
     undone = set(moves)
     with store.reading() as c:
-        _, led = earlier_route(c, route, tenant=tenant, undone=undone)
-    _check([name for name, _ in led.targets], led.shadow, check)
+        _, restored = earlier_route(c, route, tenant=tenant, undone=undone)
+    _check([name for name, _ in restored.targets], restored.shadow, check)
     with store.change() as c:
         now, earlier = earlier_route(c, route, tenant=tenant, undone=undone)
-        _point(c, tenant, route, earlier.move)
+        _set_current(c, tenant, route, earlier.move)
         append_audit(c, actor, "route.rollback", _subject(tenant, route), _audit_fields(now), _audit_fields(earlier))
         return earlier
 
 
 def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()) -> tuple[Route, Route]:
-    """Return the current move, and the move that a rollback returns to, skipping the moves in `undone`.
+    """Return the current move, and the move to which a rollback returns.
 
-    Raises ConfigError if there is no earlier move.
+    `undone`: moves to skip. Raises ConfigError if there is no earlier move.
     """
     now = _current(c, tenant, route)
     if now is None:
-        raise _lost(c, tenant, route)
+        raise _unknown_route(c, tenant, route)
     if undone and now.move not in undone:
         raise RouteMoved(
             f"{route} changed after it was read", where="route", fix=f"veneer tenant route history {route}"
@@ -331,7 +345,7 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
         number = c.scalar(select(db.move_table.c.before).where(of_route, db.move_table.c.move == number))
     row = c.execute(select(db.move_table).where(of_route, db.move_table.c.move == number)).first()
     if row is None:
-        raise ConfigError(f"{route} has no earlier revision", where="route", fix="remove the route, or set it")
+        raise ConfigError(f"{route} has no earlier revision", where="route", fix="remove the route, or set new targets")
     return now, db.route_of(row)
 
 
@@ -354,10 +368,13 @@ def route_fields(route: Route) -> dict[str, Any]:
 
 
 def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | None = None) -> list[dict[str, Any]]:
-    """Return a route's moves, newest first, at most `limit`. `current`: whether the move is in force."""
+    """Return at most `limit` of a route's moves, newest first.
+
+    The key `current` tells whether the move is in use.
+    """
     now = _current(c, tenant, route)
     if now is None:
-        raise _lost(c, tenant, route)
+        raise _unknown_route(c, tenant, route)
     query = select(db.move_table).where(_belongs_to(db.move_table, tenant, route)).order_by(db.move_table.c.move.desc())
     rows = c.execute(query.limit(limit)).all()
     return [
@@ -368,7 +385,10 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | 
 
 
 def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict[str, Any]]:
-    """Return comparisons with shadows, newest first. `failed`: the shadow produced nothing to compare."""
+    """Return comparisons with shadows, newest first.
+
+    The key `failed` tells whether the shadow produced nothing to compare.
+    """
     query = select(db.shadow_table).order_by(db.shadow_table.c.id.desc()).limit(limit)
     if route:
         query = query.where(db.shadow_table.c.route == route)
@@ -379,8 +399,8 @@ def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict
 def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     """Return totals of the stored comparisons, one row per (route, target, shadow).
 
-    Counts all, equal, different and failed comparisons, and means of tokens and seconds. Means exclude
-    failures, and are None if all comparisons failed.
+    Each row counts all, equal, different and failed comparisons, and has the mean tokens and seconds. The
+    means exclude failed comparisons, and are None if all comparisons failed.
     """
     s = db.shadow_table.c
     failed = s.shadow_sha256 == ""
@@ -419,14 +439,14 @@ def _move(
     number = (c.scalar(select(func.max(db.move_table.c.move)).where(of_route)) or 0) + 1
     row = {"tenant": tenant, "route": route, "move": number, "before": previous.move if previous else None}
     c.execute(insert(db.move_table), row | {"at": time.time(), "who": actor, "spec": json.dumps(spec)})
-    _point(c, tenant, route, number)
+    _set_current(c, tenant, route, number)
     after = _current(c, tenant, route)
     assert after is not None
     append_audit(c, actor, action, _subject(tenant, route), _audit_fields(previous), _audit_fields(after))
     return after
 
 
-def _point(c: Connection, tenant: str, route: str, move: int) -> None:
+def _set_current(c: Connection, tenant: str, route: str, move: int) -> None:
     c.execute(delete(db.route_table).where(_belongs_to(db.route_table, tenant, route)))
     c.execute(insert(db.route_table), {"tenant": tenant, "route": route, "current": move})
 
@@ -441,6 +461,6 @@ def _subject(tenant: str, route: str) -> str:
     return f"{tenant or 'all'}:{route}"
 
 
-def _lost(c: Connection, tenant: str, route: str) -> UnknownName:
+def _unknown_route(c: Connection, tenant: str, route: str) -> UnknownName:
     names = c.scalars(select(db.route_table.c.route).where(db.route_table.c.tenant == tenant))
     return db.unknown_name(f"route of tenant {tenant}" if tenant else "route", route, names)

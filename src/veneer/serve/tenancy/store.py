@@ -1,4 +1,4 @@
-"""The tenants' database: its tables, and the settings that a server keeps in memory.
+"""The tenants' database: its tables, and the settings kept in memory.
 
     tenants 1─n keys, grants            routes ─1 moves (current)           limits, prices: (tenant, adapter)
     training: price and limits of a tenant's training
@@ -7,23 +7,24 @@
     lines: a row for each part of each request                  shadows: the newest comparisons
     sums: lines by day      slots: of the last minute and day   audit: a row per change, chained
 
-Every change of settings increments the revision in the same transaction. A server queries the revision, one
-number, before each request and rereads the settings if the revision changed: a revoked key, a moved route or
-a lower limit applies from the next request on, in every process that uses the database. While the database is
-unavailable, the last settings apply.
+Every change of settings increments the revision in the same transaction. Before each request, a server
+queries the revision, which is one number, and rereads the settings if the revision has changed. So a revoked
+key, a moved route or a lower limit applies from the next request on, in every process that uses the database.
+While the database is unavailable, the last settings apply.
 
 Patterns define which names a tenant sees:
 
-    support      the adapter of that name, every version of it (support@2, support@prod)
+    support      the adapter with that name, in every version (support@2, support@prod)
     support@2    that version only
     acme/*       every name with that prefix; `*` matches any text, and is the only special character
     *            every name
 
-Patterns are only compared with names and never become paths; names that could escape a folder are rejected
-anyway. Digests (sha256:…) belong to no namespace, so only a pattern that contains `sha256:` matches them.
+Patterns are only compared with names, and never become paths; names that could escape a folder are rejected
+anyway. Digests (sha256:…) belong to no namespace, so only a pattern that starts with `sha256:` matches a
+digest.
 
-This module contains tables (their migrations are in `versions`) and connections; changes are in `manage` and
-`routes`, usage is in `ledger`.
+This module contains tables (their migrations are in `versions`) and connections. Changes are in `manage` and
+`routes`, and usage is in `ledger`.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ move_table = _table(
     "tenant_moves",
     *key_columns("tenant", "route"),
     Column("move", Integer, primary_key=True),
-    Column("before", Integer),  # the previously current move, to which a rollback returns
+    Column("before", Integer),  # the move to which a rollback returns
     *columns(Float, "at"),
     *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is removed
 )
@@ -119,29 +120,29 @@ line_table = _table(
     "tenant_lines",
     *key_columns("server", "request"),  # a server is one run of one process
     Column("part", Integer, primary_key=True),  # index in the request's mix, from 0
-    # name: the client's name; digest: of the part, "" for the base; adapter: the operator's name
+    # name: the client's name for the mix; digest: "" for the base; adapter: the operator's name
     *columns(Key(), "tenant", "name", "digest", "adapter"),
     *columns(Float, "strength"),
     Column("opened", Float, nullable=False, index=True),
     Column("closed", Float),
-    *columns(Key(), "day", "state"),  # UTC day of `opened`, such as 2026-11-25; open, done, interrupted
+    *columns(Key(), "day", "state"),  # day: UTC day of `opened`, such as 2026-11-25; state: open, done or interrupted
     *columns(BigInteger, "asked_prompt", "asked_completion", *_TOKENS),
     *columns(Float, *_SECONDS),
     *columns(BigInteger, *(f"price_{name}" for name in _TOKENS), "cost"),  # cost: millionths
     Index("tenant_lines_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
 )
-sum_table = _table(  # closed lines by day; they stay after the lines are deleted
+sum_table = _table(  # sums of closed lines by day, kept after the lines are deleted
     "tenant_sums",
-    *key_columns("day", "tenant", "adapter"),  # adapter "": whole requests of any mix
+    *key_columns("day", "tenant", "adapter"),  # adapter "": sums over whole requests
     *columns(BigInteger, "done", "interrupted", *_TOKENS),
     *columns(Float, *_SECONDS),
     *columns(BigInteger, "cost"),
 )
 slot_table = _table(  # recent admissions, for limits across several servers
     "tenant_slots",
-    Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: 1/60 of a window
+    Column("width", Integer, primary_key=True, autoincrement=False),  # in seconds; 1/60 of the window
     Column("slot", BigInteger, primary_key=True, autoincrement=False),  # opened // width
-    *key_columns("server", "tenant", "adapter"),  # adapter without version; "": whole requests
+    *key_columns("server", "tenant", "adapter"),  # adapter: without version; "" for whole requests
     *columns(BigInteger, "requests", "tokens"),
 )
 server_table = _table("tenant_servers", *key_columns("server"), *columns(Float, "seen"))  # time by the database's clock
@@ -153,8 +154,8 @@ shadow_table = _table(
     Column("route", Key(), nullable=False, index=True),
     *columns(Key(), "request", "target", "shadow"),
     *columns(Boolean, "same"),
-    Column("first_difference", Integer),  # in characters; NULL for equal texts
-    Column("distance", Float),  # NULL; earlier versions compared images
+    Column("first_difference", Integer),  # index of a character; NULL for equal texts
+    Column("distance", Float),  # always NULL; earlier versions used it for images
     *columns(Text, "target_sha256", "shadow_sha256"),
     *columns(Integer, "target_tokens", "shadow_tokens"),
     *columns(Float, "target_seconds", "shadow_seconds"),
@@ -172,7 +173,7 @@ feedback_terms_table = _table(
     *columns(Float, "days"),
     *columns(Text, "names"),  # names: JSON
 )
-answer_table = _table(  # completions that a tenant allows to be stored
+answer_table = _table(  # completions, if the tenant allows storing them
     "tenant_answers",
     *key_columns("tenant", "id"),
     *columns(Float, "at"),
@@ -186,7 +187,7 @@ feedback_table = _table(
     *key_columns("tenant", "answer"),
     Column("choice", Integer, primary_key=True, autoincrement=False),
     *columns(Float, "at"),
-    Column("up", Boolean),  # thumb up or down
+    Column("up", Boolean),  # whether the thumb is up
     *columns(Text, "corrected", "rejected", nullable=True),  # JSON: a message; [[answer, choice], …]
 )
 deletion_table = _table("tenant_forgotten", *key_columns("tenant", "what"), *columns(Float, "at"))
@@ -199,8 +200,11 @@ _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
 
 def check_tenant(name: str) -> str:
-    """Return a valid tenant name (a valid namespace). Raises ConfigError."""
-    with _naming(name, "tenant", "a tenant", "; not `all`"):
+    """Return `name` if it is a valid tenant name, otherwise raise ConfigError.
+
+    A tenant's name is a valid namespace other than `all`.
+    """
+    with _name_errors(name, "tenant", "a tenant", "; not `all`"):
         if name == "all":
             raise ConfigError("'all' means every tenant", fix="another name")
         check_namespace(name)
@@ -208,22 +212,25 @@ def check_tenant(name: str) -> str:
 
 
 def check_route_name(name: str) -> str:
-    """Return a valid route name. Raises ConfigError."""
-    with _naming(name, "route", "a route"):
+    """Return `name` if it is a valid route name, otherwise raise ConfigError."""
+    with _name_errors(name, "route", "a route"):
         check_name(name, cased=True)
     return name
 
 
 def check_reference(text: str) -> str:
-    """Return a text that names an adapter, with or without a version. Raises ConfigError."""
-    with _naming(text, "adapter", "an adapter"):
+    """Return `text` if it can name an adapter, with or without a version.
+
+    Raises ConfigError otherwise.
+    """
+    with _name_errors(text, "adapter", "an adapter"):
         parse_reference(text, cased=True)
     return text
 
 
 @contextlib.contextmanager
-def _naming(text: str, where: str, kind: str, note: str = "") -> Iterator[None]:
-    """Say in the block's ConfigError what `text` cannot name."""
+def _name_errors(text: str, where: str, kind: str, note: str = "") -> Iterator[None]:
+    """Replace a ConfigError in the block: the new one says what `text` cannot name."""
     try:
         yield
     except ConfigError as error:
@@ -231,15 +238,15 @@ def _naming(text: str, where: str, kind: str, note: str = "") -> Iterator[None]:
 
 
 def check_pattern(pattern: str) -> str:
-    """Return a valid pattern. Raises ConfigError."""
+    """Return `pattern` if it is valid, otherwise raise ConfigError."""
     if not _PATTERN.fullmatch(pattern) or {"", ".", ".."} & set(pattern.split("/")):
-        fix = "a name, and * for any text"
-        raise ConfigError(f"{quoted(pattern)} is not a pattern of names", where="adapters", fix=fix)
+        fix = "use a name, in which * matches any text"
+        raise ConfigError(f"{quoted(pattern)} is not a valid pattern for names", where="adapters", fix=fix)
     return pattern
 
 
 def pattern_matcher(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
-    """Return a predicate: whether a name matches one of `patterns` or is in `also`."""
+    """Return a predicate: whether a name matches `patterns`, or is in `also`."""
     exact = frozenset(also)
     regexes = {pattern: ".*".join(map(re.escape, pattern.split("*"))) for pattern in patterns}
     of_digests = _any_of(regex for pattern, regex in regexes.items() if pattern.startswith("sha256:"))
@@ -260,15 +267,19 @@ def _any_of(regexes: Iterable[str]) -> re.Pattern[str]:
 
 
 ALL = ""
-"""In a limit: the total over all tenants or adapters.
+"""The name that stands for all tenants, or for all adapters.
 
-In a price: any tenant or adapter. In a route: all tenants."""
+In a limit: the total over all. In a price: any tenant or adapter. In a route: all tenants.
+"""
 EACH = "*"
-"""In a limit: each tenant without a limit of its own."""
+"""The tenant of a limit that applies to each tenant without its own limit."""
 COMMON = "common prefixes"
-"""Key of the `meta` row with the patterns of adapters whose prompt cache tenants share."""
+"""Key of the `meta` row that lists adapters whose prompt cache all tenants share.
 
-_LOCK = 0x74656E616E74  # "tenant": the key of PostgreSQL's advisory lock for changes of settings
+The row contains patterns of names.
+"""
+
+_LOCK = 0x74656E616E74  # "tenant" in ASCII: the key of PostgreSQL's advisory lock for changes of settings
 
 
 # -- in-memory settings ------------------------------------------------------------------------------------------------
@@ -312,16 +323,16 @@ class Limit:
     concurrency: int | None = None
 
     def in_window(self, seconds: float) -> bool:
-        """Return whether there is a limit over a window of that length."""
+        """Return whether any limit applies to a window of this length."""
         word = "minute" if seconds == 60 else "day"
         return getattr(self, f"requests_per_{word}") is not None or getattr(self, f"tokens_per_{word}") is not None
 
 
 @dataclass(frozen=True)
 class Price:
-    """Price per million tokens, in millionths of the operator's currency.
+    """Prices per million tokens, in millionths of the operator's currency.
 
-    150_000 means 0.15 per million tokens. `cached`: for prompt tokens from the cache; `prompt`: for other
+    150_000 means 0.15 per million tokens. `cached`: for prompt tokens from the cache. `prompt`: for other
     prompt tokens.
     """
 
@@ -339,8 +350,8 @@ class Price:
 class TrainingTerms:
     """Price and limits of a tenant's training; None for no limit.
 
-    `price`: per million trained tokens; `budget`: per calendar month in UTC; both in millionths. `jobs`:
-    maximum number of concurrent jobs.
+    `price`: price per million trained tokens, in millionths. `budget`: maximum cost per calendar month in
+    UTC, in millionths. `jobs`: maximum number of concurrent jobs.
     """
 
     price: int = 0
@@ -352,7 +363,7 @@ class TrainingTerms:
 class FeedbackTerms:
     """Which of a tenant's completions are stored, and for how many `days`.
 
-    `names`: patterns of requested names or sampled adapters; empty for all.
+    `names`: patterns for the requested name or a sampled adapter; empty for all completions.
     """
 
     days: float
@@ -363,8 +374,8 @@ class FeedbackTerms:
 class Route:
     """A route with weighted targets.
 
-    `targets`: (name, weight). `runs`: owners of buckets, as (name, number of consecutive buckets).
-    `fraction`: share of requests that also go to `shadow`.
+    `targets`: (name, weight). `runs`: (owner, number of consecutive buckets with this owner). `fraction`:
+    share of requests that also go to `shadow`.
     """
 
     tenant: str
@@ -392,9 +403,10 @@ class TenantSettings:
     feedback: Mapping[str, FeedbackTerms] = field(default_factory=dict)
 
     def training_terms(self, tenant: str) -> TrainingTerms:
-        """Return the tenant's own terms, or the default.
+        """Return the tenant's own terms, or the default terms.
 
-        A removed or disabled tenant has zero jobs. The operator, tenant "", trains without a price.
+        A removed or disabled tenant has zero jobs. The operator, tenant "", trains for free and without
+        limits.
         """
         if not tenant:
             return TrainingTerms()
@@ -403,23 +415,35 @@ class TenantSettings:
         return self.training.get(tenant, self.training.get(ALL, TrainingTerms()))
 
     def price(self, tenant: str, adapter: str) -> Price:
-        """Return the most specific price (tenant and adapter, tenant, adapter, server), or 0."""
+        """Return the most specific price, or a price of 0.
+
+        The order is: tenant and adapter, tenant, adapter, server.
+        """
         scopes = ((tenant, adapter), (tenant, ALL), (ALL, adapter), (ALL, ALL))
         return next((self.prices[scope] for scope in scopes if scope in self.prices), Price())
 
     @cached_property
     def stores_answer(self) -> dict[str, Callable[[str], bool]]:
-        """Return tenant -> predicate of names whose completions are stored, for tenants that allow any."""
+        """Return tenant -> predicate: whether completions for a name are stored.
+
+        Contains only tenants that allow storage.
+        """
         return {tenant: pattern_matcher(terms.names or ("*", "sha256:*")) for tenant, terms in self.feedback.items()}
 
     @cached_property
     def shares_cache(self) -> Callable[[str], bool]:
-        """Return a predicate: whether tenants share the prompt cache of a name (an adapter, or the base)."""
+        """Return a predicate: whether all tenants share the prompt cache of a name.
+
+        The name can be an adapter's or the base's.
+        """
         return pattern_matcher(self.common)
 
     @cached_property
     def visibility(self) -> dict[str, Callable[[str], bool]]:
-        """Return tenant -> predicate of visible names: granted, shared, or the tenant's own routes."""
+        """Return tenant -> predicate: whether the tenant can see a name.
+
+        Visible names are granted to the tenant, shared with all tenants, or the tenant's own routes.
+        """
         own: dict[str, list[str]] = {}
         for tenant, route in self.routes:
             own.setdefault(tenant, []).append(route)
@@ -446,16 +470,16 @@ def tenant_row(c: Connection, name: str) -> dict[str, Any]:
 
 
 SERVING_PATIENCE = 5.0
-"""Seconds after which a server gives up on a statement."""
+"""Seconds that a server waits for a database statement."""
 
 
 class Store:
-    """The database of one server, or of several. Thread-safe."""
+    """The database of one server, or of several servers. Thread-safe."""
 
     def __init__(self, where: str, *, patience: float = PATIENCE) -> None:
-        """Open a SQLite file or a postgresql:// URL, and create or migrate its tables. Raises ConfigError.
+        """Open a SQLite file or a postgresql:// URL; create or migrate its tables.
 
-        patience: see `open_engine`
+        `patience`: see `open_engine`. Raises ConfigError.
         """
         if ":memory:" in where or where == "sqlite://":
             raise ConfigError("tenants need a database on a disk, not in memory", where=where, fix=URL_FIX)
@@ -471,22 +495,25 @@ class Store:
         return self._settings
 
     def refresh(self) -> TenantSettings:
-        """Read the database's current settings and return them."""
+        """Return the current settings, read from the database."""
         with self.reading() as c:
             if int(c.scalar(_REVISION) or 0) == self._settings.revision:
                 return self._settings
             read = _read(c)
-        if read.revision > self._settings.revision:  # another thread can already have read a later state
+        if read.revision > self._settings.revision:  # another thread may have stored a later state
             self._settings = read
         return read
 
     def reading(self) -> AbstractContextManager[Connection]:
-        """Return a connection for queries."""
+        """Return a context manager that opens a connection for queries."""
         return reading(self.engine)
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Connection]:
-        """Run a transaction that changes settings. Changes are serialized, also across processes."""
+        """Run a transaction that changes settings.
+
+        Only one such transaction runs at a time, in all processes.
+        """
         with write_transaction(self.engine, _LOCK) as c:
             yield c
             raised = int(c.scalar(_REVISION) or 0) + 1
@@ -501,9 +528,11 @@ _REVISION = select(meta_table.c.value).where(meta_table.c.key == "revision")
 
 @contextlib.contextmanager
 def tenants_at(location: str | None) -> Iterator[Store | None]:
-    """Open the named tenants' database, or the veneer home's if it exists; otherwise yield None.
+    """Yield the tenants' database at `location`, or None.
 
-    Raises ConfigError."""
+    Without a location, yields the database in the veneer home if it exists, otherwise None. Raises
+    ConfigError.
+    """
     if (where := location or database_here()) is None:
         yield None
         return
@@ -514,7 +543,7 @@ def tenants_at(location: str | None) -> Iterator[Store | None]:
         store.close()
 
 
-def _first(c: Connection) -> None:
+def _initialize(c: Connection) -> None:
     c.execute(insert(meta_table), {"key": "revision", "value": "0"})
     append_only(c, ("tenant_audit",), "the audit log is", "tenant_audit_fixed")
 
@@ -525,8 +554,8 @@ TENANT_SCHEMA = Schema(
     Path(__file__).parent / "versions",
     "tenant_version",
     _LOCK,
-    _first,
-    older="keep this one for its usage and start a new one: veneer tenant --at ELSEWHERE add NAME",
+    _initialize,
+    older="keep this database for its usage records, and start a new one: veneer tenant --at ELSEWHERE add NAME",
     private=True,
 )
 
@@ -563,7 +592,7 @@ def current_moves() -> Select[Any]:
 
 
 def route_of(row: Any) -> Route:
-    """Return the route at one of the route's revisions."""
+    """Return the route that a row of the `moves` table describes."""
     spec = json.loads(row.spec)
     targets, runs = (tuple((str(name), int(n)) for name, n in spec[side]) for side in ("targets", "runs"))
     return Route(row.tenant, row.route, row.move, targets, runs, spec["shadow"], float(spec["fraction"]))

@@ -2,16 +2,17 @@
 
 `Tenants` needs keys; `OpenTenants` accepts requests without a key.
 
-    authenticate  key -> principal, visible names, share; from the settings now in the database
+    authenticate  key -> principal, visible names, share; from the current settings in the database
     admitted      limits (memory) -> ledger -> served -> bill (ledger)
 
-Limits are counted in this process. Processes that share a database exchange usage through it: every second
-this one reads what the others admitted in the last minute, every minute what they (and its own earlier runs)
-admitted in the last day. So a window holds across processes except for what others admit between two reads; a
-restart forgets nothing. `concurrency` is per process.
+Each process counts usage in memory. Processes that share a database exchange their usage through the
+database: each process reads other processes' usage of the last minute every second, and usage of the last day
+(including its own earlier runs) every minute. So a window covers all processes, except for requests that
+other processes admit between two reads, and a restart loses no usage. `concurrency` is per process.
 
-While the database is unavailable, requests continue: keys, names and limits are those last read, windows
-count this process only, and the journal stores ledger entries. Changes apply once the database is back.
+While the database is unavailable, requests continue: keys, names and limits are those that were read last,
+windows count this process only, and the journal stores ledger entries. Changes of settings apply once the
+database is available again.
 """
 
 from __future__ import annotations
@@ -47,12 +48,15 @@ from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, TenantSet
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _FRESH_SECONDS = 0.5
-"""Seconds that a request waits for fresh settings before it uses the last ones."""
-_NOBODY = hash_key("")  # compared with unknown keys, so that they take the same time
+"""Seconds that a request waits for fresh settings before it uses the old settings."""
+_NOBODY = hash_key("")  # compared with unknown keys, so that these take as long as known keys
 
 
 class Tenants(Tenancy):
-    """Implementation of `Tenancy`, one per process. Close it after the server has drained."""
+    """The tenancy of a server whose requests need keys.
+
+    One per process. Close it after the server has drained.
+    """
 
     def __init__(
         self,
@@ -68,8 +72,8 @@ class Tenants(Tenancy):
         """Open the database and start background work. Raises ConfigError, ResourceError.
 
         `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this object.
-        `admin_key`: see `admin_hash`; None for no admin. `quotas`: limits of each tenant. `watch`: read other
-        servers' usage and settle dead servers, in a thread.
+        `admin_key`: see `admin_hash`; None for no admin. `quotas`: limits for each tenant. `watch`: in a
+        background thread, read other servers' usage and settle the requests of dead servers.
         """
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
@@ -106,7 +110,7 @@ class Tenants(Tenancy):
         matches = matches_hash(key or "", row.hash if row else _NOBODY) and row is not None
         tenant = settings.tenants.get(row.tenant) if row else None
         if not matches or row is None or tenant is None or row.state(self._wall()) != "active" or not tenant.enabled:
-            fix = "Authorization: Bearer vnr-…, one that is active"
+            fix = "send Authorization: Bearer vnr-…, with an active key"
             raise Refused("no valid API key", status=401, code="unauthorized", fix=fix)
         return Principal("tenant", tenant.name, settings.visibility[tenant.name], user, tenant.weight)
 
@@ -116,8 +120,8 @@ class Tenants(Tenancy):
     async def _fresh(self) -> TenantSettings:
         """Return settings that were read after this call started.
 
-        Concurrent calls share one read. If the database does not answer in time, returns the last settings,
-        and later calls do not wait until the database answers again.
+        Concurrent calls share one read. If the database does not answer in time, the call returns the last
+        settings, and later calls return the last settings at once until the database answers again.
         """
         with self._mutex:
             if self._next_refresh is None:
@@ -147,14 +151,14 @@ class Tenants(Tenancy):
 
     def _log_unavailable(self, error: object) -> None:
         if not self._unavailable:
-            _log.warning("the tenants' database does not respond; the settings read last are used: %s", error)
+            _log.warning("the tenants' database does not respond; using the settings that were read last: %s", error)
         self._unavailable = True
 
     def shares(self, principal: Principal, model: ResolvedModel) -> str:
-        """Return a request's cache scope: the tenant, or "" if all tenants share the cache of every part of
-        the mix.
+        """Return a request's cache scope: the tenant, or "" for the shared cache.
 
-        Tenants are separate by default, because a cache hit reveals that somebody sent the same prompt.
+        The cache is shared if tenants share the cache of every part of the mix. By default, tenants have
+        separate caches, because a cache hit reveals that somebody sent the same prompt.
         """
         common = self.store.settings.shares_cache
         return "" if all(common(name) for _, name, _ in model.parts()) else principal.tenant
@@ -165,10 +169,11 @@ class Tenants(Tenancy):
     async def admitted(
         self, principal: Principal, model: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[_Bill]:
-        """Reserve limits and record the admission; the block runs the request.
+        """Check and count a request's usage, record the admission, and run the block.
 
-        Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for a request that exceeds
-        a limit by itself or has a duplicate id, overloaded (503) if the ledger cannot store more.
+        The block runs the request. Raises Refused: rate_limited (429, with retry_after), invalid_request
+        (400) for a request that exceeds a limit by itself or has a duplicate id, overloaded (503) if the
+        ledger cannot store more.
         """
         settings = self.store.settings
         training = Price(settings.training_terms(principal.tenant).price) if model.trained else None
@@ -189,15 +194,19 @@ class Tenants(Tenancy):
             bill.end(opened)
 
     def log_change(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
-        """Write an audit entry for a change made elsewhere, such as adapter.load or adapter.unload.
+        """Write an audit entry for a change that other code makes, such as adapter.load.
 
-        Blocking."""
+        Blocking.
+        """
         from veneer.serve.tenancy.manage import log_change
 
         log_change(self.store, actor, action, subject, before, after)
 
     def grant_namespace(self, tenant: str) -> None:
-        """Grant a tenant its own namespace, with an audit entry only the first time. Blocking."""
+        """Grant a tenant its own namespace. Blocking.
+
+        Only the first call for a tenant changes anything and writes an audit entry.
+        """
         from veneer.serve.tenancy.manage import get_tenant, grant_namespace
 
         if f"{tenant}/*" not in get_tenant(self.store, tenant).adapters:
@@ -233,8 +242,10 @@ class Tenants(Tenancy):
                 self._log_unavailable(error)
 
     def count_other_servers(self, window: float) -> None:
-        """Count the usage of other servers, and of this server's earlier runs, in the last `window`
-        seconds."""
+        """Count the usage of other servers in the last `window` seconds.
+
+        The other servers include earlier runs of this server.
+        """
         limits = self.store.settings.limits
         named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
         if named or self.limits.counters:
@@ -246,7 +257,7 @@ class Tenants(Tenancy):
         return self.ledger.state()
 
     def close(self) -> None:
-        """Write pending entries and stop. The ledger records running requests as interrupted."""
+        """Write pending entries and stop. Running requests are recorded as interrupted."""
         self._stop.set()
         if self._watcher.is_alive():
             self._watcher.join()
@@ -256,19 +267,19 @@ class Tenants(Tenancy):
 
 
 class OpenTenants(Tenants):
-    """Tenants on a server that only this machine can reach.
+    """The tenancy of a server that only this machine can reach.
 
-    Requests without a key are accepted and see everything, so that routes, shadows, feedback and the ledger
+    A request without a key is accepted and can see everything. So routes, shadows, feedback and the ledger
     work before any tenant exists.
     """
 
     keyless = True
 
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
-        """Return the principal of a tenant's or the admin key. Other text counts as no key.
+        """Return the tenant of a tenant's key, or the open principal for any other text.
 
-        Some clients require a key and send a dummy. Raises Refused (unauthorized, 401) for an invalid tenant
-        key.
+        Other text counts as no key, because some clients require a key and send a dummy. Raises Refused
+        (unauthorized, 401) for an invalid tenant key.
         """
         if key and key_id(key) is not None:
             return await super().authenticate(key, user)
@@ -284,9 +295,10 @@ class _Bill:
     def used(self, usage: Usage) -> Awaitable[None]:
         """Record the usage; only the first call counts.
 
-        The awaitable completes once the usage survives this process."""
+        The awaitable completes once the usage would survive this process.
+        """
         if self._settled is not None:
-            _log.warning("request %s was billed twice; the first bill holds", self._request)
+            _log.warning("request %s was billed twice; only the first bill counts", self._request)
         else:
             self._held.used(usage.prompt + usage.completion)
             self._settled = self._ledger.settle(self._request, usage)

@@ -30,7 +30,7 @@ def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[s
     yield from _kind(config)
     named = [f"`adapter.{key}`" for key in changed_keys(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
-        yield f"{', '.join(named)} cannot be combined with `adapter.start`, which has its own"
+        yield f"{', '.join(named)} cannot be combined with `adapter.start`, which brings its own settings"
     if config.memory.activation_checkpointing == "off":
         yield from _unused(config, "memory", "`memory.activation_checkpointing`", "offload_activations")
     yield from _run(config)
@@ -56,7 +56,7 @@ def _unused(config: TrainConfig | ImageTrainConfig, section: str, needs: str, *k
 
 
 def _does_nothing(key: str, needs: str) -> str:
-    return f"`{key}` needs {needs}; without it, it does nothing"
+    return f"`{key}` needs {needs}; otherwise, the key has no effect"
 
 
 def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequence[str]) -> None:
@@ -69,9 +69,11 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
     first = configs[0].model_dump(mode="json")
     for config, name in zip(configs, names, strict=True):
         if isinstance(config, ImageTrainConfig):
-            problems.append(f"{name} is for pictures")
+            problems.append(f"{name} is an image configuration")
         elif len(configs) > 1 and config.sampling is not None:
-            problems.append(f"{config.sampling.named}: {name} draws answers, which the others would wait for")
+            problems.append(
+                f"{config.sampling.named}: {name} samples completions, and the other runs would have to wait"
+            )
         values = config.model_dump(mode="json")
         problems += [
             f"{section}.{key}: {value!r} in {names[0]}, {values[section].get(key)!r} in {name}"
@@ -84,7 +86,9 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
             problems.append(f"output.directory: {folder} in {folders[folder]} and in {name}")
         folders[folder] = name
     if problems:
-        fix = "use one base and memory for all and a separate output for each, or train them one after another"
+        fix = (
+            "use the same base and memory settings and a separate output for each run, or train them one after another"
+        )
         raise ConfigError(f"these configurations cannot be trained in one pass:\n{bullets(problems, None)}", fix=fix)
 
 
@@ -105,7 +109,7 @@ def _batching(config: TrainConfig, user_keys: Collection[str]) -> Iterator[str]:
         yield from _unused(config, "batching", "`batching.mode: pack`", "tokens")
         return
     if batching.tokens is None:
-        yield "`batching.mode: pack` needs `batching.tokens`, the tokens of one step (as 8192)"
+        yield "`batching.mode: pack` needs `batching.tokens`, the number of tokens per step (for example 8192)"
     elif batching.tokens < length:
         yield f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row might not fit"
     if "batching.rows" in user_keys:
@@ -117,7 +121,7 @@ def _preference(config: TrainConfig) -> Iterator[str]:
     if loss is None:
         yield from _unused(config, "preference", "`preference.loss` (dpo, ipo, orpo, kto or simpo)")
         if data.format in preference_formats("kto"):
-            yield f"`data.format: {data.format}` needs `preference.loss`, as dpo"
+            yield f"`data.format: {data.format}` needs `preference.loss`, for example dpo"
         return
     for key in changed_keys(config.preference):
         if key != "loss" and loss not in PREFERENCE_KEYS[key]:
@@ -125,11 +129,11 @@ def _preference(config: TrainConfig) -> Iterator[str]:
     formats = preference_formats(loss)
     if data.format not in ("auto", *formats):
         takes = " or ".join(f"`{name}`" for name in formats)
-        yield f"`data.format: {data.format}` has nothing that {loss} can compare: it takes {takes}"
+        yield f"`data.format: {data.format}` has no answers that {loss} can compare: use {takes}"
     if data.train_on == "all":
         yield "`data.train_on: all` would compare the prompts as well; leave it at `assistant`"
     if loss == "kto" and config.batching.mode == "bucket" and config.batching.rows < 2:
-        yield "`batching.rows: 1` leaves kto no other prompt to estimate its reference point with; give 2 or more"
+        yield "kto estimates its reference point from other prompts of the batch; set `batching.rows` to 2 or more"
 
 
 def _reinforcement(config: TrainConfig) -> Iterator[str]:
@@ -137,18 +141,18 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
     if r.loss is None:
         yield from _unused(config, "reinforcement", "`reinforcement.loss` (as grpo)")
         if data.format == "prompt" and config.sampling is None:
-            yield "`data.format: prompt` has no answers to learn; `reinforcement.loss` draws them"
+            yield "`data.format: prompt` has no answers to train on; set `reinforcement.loss` to sample completions"
         return
     if config.preference.loss is not None:
-        yield "`reinforcement.loss` and `preference.loss` are two ways to learn: keep one"
+        yield "`reinforcement.loss` and `preference.loss` exclude each other: keep one"
     if not r.rewards:
-        yield "`reinforcement.rewards` is empty: name at least one, as - {kind: exact_match}"
+        yield "`reinforcement.rewards` is empty: name at least one, for example - {kind: exact_match}"
     if r.group == 1 and r.with_defaults().baseline in ("group", "others"):
-        text = f"`reinforcement.group: 1` leaves {r.loss} nothing to compare an answer with: give 2 or more, or "
+        text = f"`reinforcement.group: 1` gives {r.loss} no other completion to compare with: set 2 or more, or "
         text += "`reinforcement.baseline: batch`"
         yield text
     if len(r.grammar) > 1:
-        yield f"`reinforcement.grammar` has {len(r.grammar)} kinds: an answer matches one"
+        yield f"`reinforcement.grammar` has {len(r.grammar)} kinds, but a completion can match only one"
     yield from _sampling(config)
 
 
@@ -159,12 +163,12 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
         return
     other_losses = {"reinforcement.loss": config.reinforcement.loss, "preference.loss": config.preference.loss}
     for key in (key for key, loss in other_losses.items() if loss is not None):
-        yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
+        yield f"`distillation.teacher` and `{key}` exclude each other: keep one"
     if d.base is not None and d.teacher != BASE_MODEL:
         yield "`distillation.base` is a teacher without adapters: give `distillation.teacher: base`"
     if d.teacher == BASE_MODEL and d.base is None and not d.system and config.adapter.start is None:
-        text = "`distillation.teacher: base` equals a fresh adapter: set `distillation.system`, "
-        text += "`distillation.base`, or `adapter.start`"
+        text = "`distillation.teacher: base` predicts the same as a new adapter, so there is nothing to learn: "
+        text += "set `distillation.system`, `distillation.base`, or `adapter.start`"
         yield text
     yield from _sampling(config)
 
@@ -173,7 +177,7 @@ def _sampling(config: TrainConfig) -> Iterator[str]:
     """Check the settings of a run that samples completions."""
     data = config.data
     if data.format not in ("auto", *PROMPT_FORMATS):
-        yield f"`data.format: {data.format}` has no prompts to draw answers to"
+        yield f"`data.format: {data.format}` has no prompts to sample completions for"
     if config.adapter.dropout:
         yield "`adapter.dropout` would train a different model than the one that samples completions: set it to 0"
     if config.batching.mode != "bucket":
@@ -183,7 +187,7 @@ def _sampling(config: TrainConfig) -> Iterator[str]:
 
 
 def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
-    """Check for keys that do not apply to LoHa, LoKr or LoRA."""
+    """Check for keys that do not apply to the adapter kind."""
     kind = config.adapter.kind
     if kind != "lokr":
         yield from _unused(config, "adapter", "`adapter.kind: lokr`", "factor", "decompose_both")
@@ -193,7 +197,7 @@ def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     yield from _unused(config, "adapter", "`adapter.kind: lora`", *of_lora)
     yield from _unused(config, "optimizer", "A and B, which only `adapter.kind: lora` has", "loraplus_ratio")
     if isinstance(config, ImageTrainConfig) and config.output.layout == "diffusers":
-        yield f"`adapter.kind: {kind}` has no place in diffusers' files: set `output.layout` to kohya, or to peft"
+        yield f"`adapter.kind: {kind}` cannot be saved in the diffusers layout: set `output.layout` to kohya or peft"
 
 
 def _pictures(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[str]:
@@ -203,7 +207,7 @@ def _pictures(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[
     yield from _held_out(config, "pictures")
     if data.class_count > 0 and data.class_prompt is None:
         text = f"`data.class_count: {data.class_count}` needs `data.class_prompt`, what the class pictures show "
-        text += "(as: a photo of a dog)"
+        text += "(for example: a photo of a dog)"
         yield text
     if data.class_folder is None and not data.class_count:
         yield from _unused(config, "data", "class pictures (`data.class_folder` or `data.class_count`)", "class_prompt")
@@ -220,22 +224,22 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
             yield f"`slider.{key}` is required with `slider.{opposite}`: a direction has two ends"
     ends = [" ".join((end or "").lower().split()) for end in (slider.positive, slider.negative)]
     if None not in (slider.positive, slider.negative) and ends[0] == ends[1]:
-        text = f"`slider.positive` and `slider.negative` say the same ({slider.positive!r}), so there is no direction "
-        text += "between them: say in one what more of it looks like, in the other what less of it does"
+        text = f"`slider.positive` and `slider.negative` are equal ({slider.positive!r}), so there is no direction "
+        text += "between them: describe more of the property in one, and less of it in the other"
         yield text
     if not slider.strengths:
-        yield "`slider.strengths` is empty: give at least one, as [-1, 0, 1]"
+        yield "`slider.strengths` is empty: give at least one, for example [-1, 0, 1]"
     for strength in slider.strengths:
         try:
             check_strength("a column of the sample sheets", strength)
         except ConfigError as error:
             yield f"`slider.strengths`: {error.what}; give {error.fix}"
     if not isinstance(config.data.resolution, int | None):
-        yield "`data.resolution` is one number for a slider: the base draws its scenes in that size"
+        yield "`data.resolution` must be one number for a slider: the base generates the scenes at that size"
     of_pictures = {"loss.guidance", "loss.keep_guidance", "evaluation.patience", "preset"}
     of_pictures |= {key for key in user_keys if key.startswith("data.")} - {"data.resolution", "data.cache"}
     if idle := sorted(of_pictures & set(user_keys)):
-        yield f"{', '.join(f'`{key}`' for key in idle)}: a slider learns from no pictures; leave it out"
+        yield f"{', '.join(f'`{key}`' for key in idle)}: a slider trains without pictures; leave this out"
     if config.adapter.text_encoders:
         yield "`adapter.text_encoders` cannot be used with a slider, which trains the denoiser only; leave it out"
 
@@ -246,10 +250,10 @@ def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
         yield from _unused(config, "samples", "`samples.prompts`: prompts of the sample pictures", "every")
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
         prompt_count = counted(len(samples.prompts), "prompt")
-        yield f"`samples.before`: {len(samples.before)} for {prompt_count}; give 1, or as many"
+        yield f"`samples.before`: {len(samples.before)} for {prompt_count}; give 1, or one per prompt"
     source_counts = {len(paths) for paths in samples.starts}
     if samples.before and (len(source_counts) > 1 or 0 in source_counts):
-        yield "`samples.before`: every prompt is shown as many pictures as the others, one or more"
+        yield "`samples.before`: every prompt needs the same number of source pictures, at least one"
     if samples.prompts and not samples.seeds:
         yield "`samples.seeds` is empty: give at least one"
     if output.layout == "peft" and config.adapter.text_encoders:
@@ -259,14 +263,14 @@ def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
     if config.base.quantize is not None and memory.offload_blocks > 0:
         yield "`base.quantize` and `memory.offload_blocks` exclude each other: quantized weights stay where they are"
     if output.name is not None and ("/" in output.name or "\\" in output.name):
-        yield f"`output.name: {output.name}` is a file's name, without folders"
+        yield f"`output.name: {output.name}` must be a file name without folders"
 
 
 def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     """Check settings that text and image runs share: schedule, optimizer, layers."""
     schedule, optimizer, adapter, warmup = config.schedule, config.optimizer, config.adapter, config.schedule.warmup
     if schedule.epochs is not None and schedule.steps is not None:
-        yield "`schedule.epochs` and `schedule.steps` both say when to end: keep one"
+        yield "`schedule.epochs` and `schedule.steps` both set the length of the run: keep one"
     if isinstance(warmup, float) and warmup >= 1:
         yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; an integer counts steps"
     if isinstance(warmup, int) and schedule.steps is not None and warmup >= schedule.steps:

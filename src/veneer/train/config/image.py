@@ -41,7 +41,7 @@ class ImageBaseSection(BaseSection):
         ..., "built-in name (catalogue-sdxl, catalogue-flux), hub id, diffusers folder or .safetensors checkpoint"
     )
     quantize: Literal["nf4", "int8"] | None = setting(
-        None, "4- or 8-bit denoiser and large text encoders", "full precision"
+        None, "quantize the denoiser and large text encoders to 4 or 8 bits", "full precision"
     )
 
 
@@ -60,39 +60,54 @@ class ImageDataSection(Section):
     class_folder: str | None = setting(None, "class (regularization) pictures, trained without the trigger")
     class_prompt: str | None = setting(None, "default caption of class pictures")
     class_weight: float = setting(1.0, "loss weight of class pictures", "DreamBooth's", ge=0)
-    caption_dropout: float = setting(0.0, "share of empty captions, by epoch", "0.1 also trains guidance", ge=0, le=1)
+    caption_dropout: float = setting(
+        0.0,
+        "share of captions replaced by an empty one, chosen anew each epoch",
+        "0.1 also trains classifier-free guidance",
+        ge=0,
+        le=1,
+    )
     shuffle_tags: bool = setting(False, "shuffle comma-separated tags each epoch")
-    keep_tags: int | None = setting(None, "leading tags that stay", "1 with a trigger, otherwise 0", ge=0)
+    keep_tags: int | None = setting(
+        None, "number of leading tags that are not shuffled", "1 with a trigger, otherwise 0", ge=0
+    )
     resolution: _Side | Annotated[tuple[_Side, ...], Field(min_length=1)] | None = setting(
-        None, "side of a square of the same area; a list trains each picture at each", "the base's"
+        None, "side of a square of the same area; with a list, each picture is trained at each resolution", "the base's"
     )
     buckets: bool = setting(True, "keep aspect ratios; false: squares", "crops least")
     bucket_step: int | None = setting(
-        None, "bucket sides are multiples of this", "64 from 512 pixels on, otherwise the base's unit", gt=0
+        None,
+        "bucket sides are multiples of this",
+        "64 for a resolution of 512 or more, otherwise the base's unit",
+        gt=0,
     )
-    bucket_ratio: float = setting(2.0, "maximum aspect ratio", "bases have seen few beyond", ge=1, le=8)
+    bucket_ratio: float = setting(2.0, "maximum aspect ratio", "bases were trained on few longer pictures", ge=1, le=8)
     small: Literal["keep", "upscale", "drop"] = setting(
-        "keep", "pictures below their bucket: own bucket, enlarge, leave out", "enlarging teaches blur"
+        "keep",
+        "pictures smaller than their bucket: put in a bucket of their own size, enlarge, or leave out",
+        "enlarging teaches blur",
     )
     crop: Literal["center", "random"] = setting("center", "crop position")
-    flip: bool = setting(False, "mirror pictures in half of the epochs", "faces and writing are asymmetric")
+    flip: bool = setting(False, "mirror pictures in half of the epochs", "faces and lettering are asymmetric")
     masks: str = setting(
         "auto", "loss masks: auto (NAME.mask.png or a `masks` folder), off, alpha, or a folder", "used if present"
     )
-    mask_floor: float = setting(0.0, "loss weight of black; white is 1", "not trained", ge=0, le=1)
+    mask_floor: float = setting(
+        0.0, "loss weight of a mask's black areas; white areas have weight 1", "not trained", ge=0, le=1
+    )
     before: str | tuple[str, ...] = setting(
         "auto",
         "source images of edits: auto (NAME.before.png, a `before` folder), off, or folders (one per reference)",
         "used if present",
     )
-    background: str = setting("#ffffff", "color behind transparency: #rrggbb, white, black or grey")
+    background: str = setting("#ffffff", "color behind transparent pixels: #rrggbb, white, black or grey")
     broken: Literal["refuse", "drop"] = setting("refuse", "unreadable files: stop, or leave out")
     most_megapixels: float = setting(120.0, "larger pictures are refused before decoding", "limits memory", gt=0)
     cache: str | None = setting(None, "folder of latents and embeddings", "`cache` in the output folder")
     split: int | float | None = setting(
         None,
         "held-out pictures: a number, or a share; 0 for none",
-        "a tenth of 20 or more, at most 50, without `validation`",
+        "without `validation`, a tenth of 20 or more pictures, at most 50",
         ge=0,
     )
     class_count: int = setting(
@@ -122,7 +137,7 @@ class ImageDataSection(Section):
     def step(self, unit: int, size: int) -> int:
         """Return the bucket step in pixels.
 
-        unit: the base's sides are multiples of `unit`. size: the base's default side."""
+        unit: image sides must be multiples of `unit`. size: the base's default side."""
         if self.bucket_step is not None:
             return self.bucket_step
         return max(unit, 64 // unit * unit) if min(self.resolutions(size)) >= 512 else unit
@@ -131,7 +146,7 @@ class ImageDataSection(Section):
     @classmethod
     def _is_a_colour(cls, value: str) -> str:
         if value not in _NAMED and not re.fullmatch(r"#[0-9a-fA-F]{6}", value):
-            raise ValueError("a colour is #rrggbb, white, black or grey")
+            raise ValueError("a color is #rrggbb, white, black or grey")
         return value
 
     @pydantic.field_validator("trigger")
@@ -142,29 +157,35 @@ class ImageDataSection(Section):
         return value
 
     @pydantic.model_validator(mode="after")
-    def _goes_together(self) -> ImageDataSection:
+    def _check_combinations(self) -> ImageDataSection:
         if self.class_prompt is not None and self.trigger and self.trigger.lower() in self.class_prompt.lower():
-            raise ValueError("class_prompt holds the trigger: class pictures keep the class as it was without it")
+            raise ValueError("class_prompt contains the trigger, but class pictures are trained without the trigger")
         if self.masks not in ("auto", "off", "alpha") and len(self.folders) > 1:
-            raise ValueError("a folder of masks goes with one folder of pictures; masks: auto looks in each")
+            raise ValueError(
+                "a folder of masks requires a single folder of pictures; for several folders, use masks: auto"
+            )
         if not self.before or not all(self.before):
-            raise ValueError("before is empty: name the folder, or the folders, or leave it out")
+            raise ValueError("before is empty: name one or more folders, or leave the key out")
         if self.source_folders and len(self.folders) > 1:
-            raise ValueError("folders of before pictures go with one folder of pictures; before: auto looks in each")
+            raise ValueError(
+                "folders in before require a single folder of pictures; for several folders, use before: auto"
+            )
         return self
 
 
 class ImageAdapterSection(PairsSection):
     """The trained adapter of the denoiser and text encoders."""
 
-    alpha: float = setting(16.0, "scale is alpha / rank", "scale 1, as diffusers' and ai-toolkit's examples", gt=0)
+    alpha: float = setting(
+        16.0, "scale is alpha / rank", "scale 1, as in the examples of diffusers and ai-toolkit", gt=0
+    )
     targets: str | tuple[str, ...] = setting(
         "attention+ff",
         "denoiser modules: attention, attention+ff, attention+ff+conv, all-linear, names, .suffixes, globs, re:REGEX",
         "whole transformer blocks",
     )
     text_encoders: tuple[str, ...] = setting(
-        (), "text encoders to adapt, as [text_encoder, text_encoder_2]", "styles need none"
+        (), "text encoders to adapt, such as [text_encoder, text_encoder_2]", "styles need none"
     )
     text_targets: str | tuple[str, ...] = setting("all-linear", "modules of these text encoders")
 
@@ -194,8 +215,8 @@ class LossSection(Section):
     )
     keep_guidance: float | None = setting(
         None,
-        "distilled base: preserve the effect of this guidance value; trains at the larger of this and `guidance`",
-        "off; two more forward passes a step",
+        "distilled base: preserve the effect of this guidance value; trains at the larger of this value and `guidance`",
+        "off, because it adds two forward passes per step",
         gt=1,
     )
 
@@ -224,7 +245,7 @@ class ImageScheduleSection(ScheduleSection):
 
 
 class ImageEvaluationSection(Section):
-    """Scoring of held-out images. Every run uses the same noise and timesteps."""
+    """Scoring of held-out images. Every evaluation uses the same noise and timesteps."""
 
     every: PositiveInt | Literal["epoch"] = setting(100, "steps between evaluations, or `epoch`")
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
@@ -232,7 +253,8 @@ class ImageEvaluationSection(Section):
     times: int = setting(4, "timesteps at which each picture is scored", gt=0)
     at_start: bool = setting(True, "score the base before step one, as the baseline")
     keep: Literal["best", "last"] = setting(
-        "best", "save the adapter with the lowest held-out loss, or the last one; a style improves beyond that"
+        "best",
+        "save the adapter with the lowest held-out loss, or the last; a style keeps improving after the lowest",
     )
 
 
@@ -244,7 +266,8 @@ class SamplesSection(Section):
     )
     prompts: tuple[str, ...] = setting((), "prompts, with the trigger")
     before: tuple[str | tuple[str, ...], ...] = setting(
-        (), "edit bases: source image for each prompt, or lists; one for all"
+        (),
+        "for edit bases: the source image, or a list of them, for each prompt; a single entry applies to all prompts",
     )
     negative: str = setting("", "negative prompt")
     seeds: tuple[int, ...] = setting((0,), "one picture per prompt and seed")
@@ -273,7 +296,9 @@ class ImageMemorySection(Section):
     )
     limit_gb: float | None = setting(None, "memory limit in GB", "free memory", gt=0)
     free_encoders: bool = setting(True, "drop text encoders and VAE after caching", "half of SDXL's and FLUX's memory")
-    offload_blocks: int = setting(0, "transformer blocks with frozen weights on the CPU (GPU only)", ge=0)
+    offload_blocks: int = setting(
+        0, "number of transformer blocks whose frozen weights stay in CPU memory (GPU only)", ge=0
+    )
 
 
 class ImageOutputSection(OutputSection):
@@ -284,25 +309,27 @@ class ImageOutputSection(OutputSection):
     )
     name: str | None = setting(None, "file name without .safetensors", "the folder's")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "precision of saved tensors", "exactly the trained adapter"
+        "float32", "precision of saved tensors", "saves the trained adapter exactly"
     )
     licence: str = setting("", "metadata license, an SPDX id")
 
 
 class SliderSection(Section):
-    """A direction between two prompts, trained without images. The adapter's strength moves along the
-    direction.
+    """A slider: a direction between two prompts, trained without images.
 
-    Of the `data` section, only `resolution` and `cache` apply."""
+    The adapter's strength moves images along the direction. Of the `data` section, only `resolution` and
+    `cache` apply."""
 
-    positive: str | None = setting(None, "prompt of strength 1, as: a very old person")
-    negative: str | None = setting(None, "prompt of strength -1, as: a very young person")
-    target: str = setting("", "neutral prompt, as: a person", "unconditional")
-    preserve: tuple[str, ...] = setting((), "concepts to keep, added to both prompts in turn, as [man, woman]")
-    guidance: float = setting(
-        3.0, "multiple of the prompts' difference at strength 1", "ai-toolkit's; the paper's code has 4", gt=0
+    positive: str | None = setting(None, "prompt of strength 1, for example: a very old person")
+    negative: str | None = setting(None, "prompt of strength -1, for example: a very young person")
+    target: str = setting("", "neutral prompt, for example: a person", "unconditional")
+    preserve: tuple[str, ...] = setting(
+        (), "concepts to preserve, each added in turn to both prompts, such as [man, woman]"
     )
-    scenes: int = setting(24, "pictures that the base generates for training", "8 of each prompt", gt=0)
+    guidance: float = setting(
+        3.0, "multiple of the prompts' difference at strength 1", "ai-toolkit's value; the paper's code uses 4", gt=0
+    )
+    scenes: int = setting(24, "pictures that the base generates for training", "8 per prompt", gt=0)
     strengths: tuple[float, ...] = setting((-2.0, -1.0, 0.0, 1.0, 2.0), "columns of sample sheets")
 
     @property
@@ -332,7 +359,7 @@ class ImageTrainConfig(Section):
     slider: SliderSection = SliderSection()
     report: ReportSection = ReportSection()
     preset: Literal["style", "subject", "product"] | None = setting(
-        None, "settings for a kind of adapter; your keys win"
+        None, "settings for a kind of adapter; keys that you set take precedence"
     )
     seed: int = setting(0, "seed of initialization, order, noise, timesteps and dropout", ge=0)
 
@@ -363,7 +390,7 @@ class ImageTrainConfig(Section):
 class Preset:
     """Settings for one kind of image adapter, used for keys that the user does not set.
 
-    settings: `section.key` -> (value, evidence). The evidence says if a value is an unmeasured convention."""
+    settings: `section.key` -> (value, evidence). The evidence says which values are just conventions."""
 
     meaning: str
     settings: Mapping[str, tuple[Any, str]]
@@ -375,7 +402,7 @@ _PAIRED = "scale 1 (convention)"
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "style": Preset(
-            "a look: tens of different pictures, captions without the look",
+            "a visual style: tens of different pictures, with captions that do not describe the style",
             {
                 "adapter.rank": (16, "measured: 50 drawings on a FLUX base"),
                 "adapter.alpha": (16.0, _PAIRED),
@@ -403,15 +430,15 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             },
         ),
         "product": Preset(
-            "one object with fixed shape and writing: 10 to 30 pictures, with loss masks",
+            "one object with a fixed shape and lettering: 10 to 30 pictures, with loss masks",
             {
-                "adapter.rank": (32, "detail needs rank (convention)"),
+                "adapter.rank": (32, "fine detail needs a higher rank (convention)"),
                 "adapter.alpha": (32.0, _PAIRED),
                 "optimizer.learning_rate": _RATE,
                 "batching.rows": (2, "few pictures: smaller steps"),
                 "schedule.steps": (1500, "finer detail (convention)"),
                 "data.masks": ("auto", "backgrounds are not trained"),
-                "data.flip": (False, "mirrored writing is wrong"),
+                "data.flip": (False, "mirrored lettering is wrong"),
                 "data.crop": ("center", "random crops cut objects off"),
                 "ema.decay": (0.99, "convention: ai-toolkit"),
             },
@@ -421,7 +448,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def image_reference() -> str:
-    """Return the text of docs/reference/image-config.md. A test compares the two."""
+    """Return the text of docs/reference/image-config.md. A test compares the text with the file."""
     command = "python -m veneer.train.config.image > docs/reference/image-config.md"
     out = [reference(ImageTrainConfig, command, "Configuration for pictures"), "### The presets", ""]
     for name, preset in PRESETS.items():

@@ -34,7 +34,7 @@ import yaml
 from veneer.errors import ConfigError, bullets, nearest
 from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
-from veneer.train.config.rewards import reward_problem, rooted_rewards
+from veneer.train.config.rewards import resolve_reward_paths, reward_problem
 from veneer.train.config.section import SOURCES
 from veneer.train.config.text import TrainConfig, config_keys, default_source, sections
 
@@ -45,8 +45,9 @@ RunConfig = TrainConfig | ImageTrainConfig
 class _Kind:
     """A kind of configuration.
 
-    page: its reference page. paths: keys that have paths as values -> words that are not paths. problems:
-    function that yields invalid combinations, given the user's keys."""
+    page: file name of the reference page
+    paths: keys that have paths as values -> words that are not paths
+    problems: function of (configuration, user's keys) that yields invalid combinations"""
 
     config: type[TrainConfig] | type[ImageTrainConfig]
     page: str
@@ -76,9 +77,9 @@ _SHORT = {"base": "name", "output": "directory"}
 def load_config(path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> tuple[RunConfig, dict[str, str]]:
     """Load a configuration from a YAML file and `section.key=value` overrides.
 
-    Override values are YAML. Without a file (None), the output is `runs/NAME`, named after the data, unless
-    an override gives one. Returns the configuration, for text or for pictures, and the source of each value
-    as text, under its `section.key`. Raises ConfigError with the file and line, the override, and a
+    Override values are YAML. Without a file (None) and without an override for the output, the output is
+    `runs/NAME`, where NAME comes from the data. Returns the configuration (text or image), and the source of
+    each value as text, by `section.key`. Raises ConfigError with the file and line or the override, and a
     correction."""
     if path is None:
         return config_from({}, _with_output(list(overrides)))
@@ -95,11 +96,11 @@ _COMMON = {
     "steps": ("schedule.steps",),
     "learning_rate": ("optimizer.learning_rate",),
 }
-"""Settings with command-line options and fields on the Train page, by short name."""
+"""Short name -> key, for settings that have a command-line option and a field on the Train page."""
 
 
 def common_settings(**values: Any) -> list[str]:
-    """Return common settings (`_COMMON`) as `section.key=value`, without None, "" and ().
+    """Return common settings (`_COMMON`) as `section.key=value`, omitting None, "" and ().
 
     data: one or several files of rows, or a folder of images. output: a name without a slash is a folder in
     `runs`."""
@@ -136,7 +137,7 @@ def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 def settings_of(config: Mapping[str, Any]) -> list[str]:
     """Return a configuration's values as `section.key=value`.
 
-    `load_config` returns the same configuration for them."""
+    Given these as overrides, `load_config` returns the same configuration."""
     out = []
     for section, value in config.items():
         values = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -150,7 +151,7 @@ def _setting(key: str, value: Any) -> str:
 
 
 def _with_output(overrides: list[str]) -> list[str]:
-    """Return the overrides, with an output added if they have none.
+    """Return the overrides, plus a default output if no override sets the output.
 
     The default is named after the data: data.train=desk.jsonl is written to runs/desk."""
     overridden = {key: value for key, _, value in (override.partition("=") for override in overrides)}
@@ -164,8 +165,10 @@ def _with_output(overrides: list[str]) -> list[str]:
 
 
 def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
-    """Return the sections of a YAML file, and the line of each key. Raise ConfigError if it is invalid."""
-    file, fix = Path(path), "give the path of a YAML file; a base's folder or file is named in it, as `base:`"
+    """Return the sections of a YAML file, and the line of each key.
+
+    Raises ConfigError if the file is invalid."""
+    file, fix = Path(path), "give the path of a YAML file; in it, `base:` names the base's folder or file"
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -173,7 +176,7 @@ def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping
         hint = f"did you mean {file.parent / suggestions[0]}?" if suggestions else fix
         raise ConfigError("the configuration file does not exist", where=str(file), fix=hint) from None
     except (OSError, UnicodeDecodeError) as error:
-        why = "it is no text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        why = "it is not text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise ConfigError(f"the configuration file cannot be read: {why}", where=str(file), fix=fix) from None
     data, lines = parse_yaml(text, str(file))
     if data is not None and not isinstance(data, dict):
@@ -191,7 +194,7 @@ def config_from(
 ) -> tuple[RunConfig, dict[str, str]]:
     """Return the configuration for parsed values, like `load_config`.
 
-    An example of values is {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
+    Example of `values`: {"base": "smollm2-135m", "data": {"train": …}, "output": …}"""
     overrides = list(overrides)
     kind = _kind_of(values, overrides)
     raw: dict[str, Any] = {}
@@ -251,7 +254,9 @@ def _override(
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name:
-        problems.append(f"`{override}` is not an override: write section.key=value, as optimizer.learning_rate=5e-4")
+        problems.append(
+            f"`{override}` is not an override: write section.key=value, such as optimizer.learning_rate=5e-4"
+        )
         return
     value = parse_yaml(text, f"override `{override}`")[0]
     if name in _SHORT:
@@ -342,7 +347,7 @@ def _unknown(kind: _Kind, loc: list[str]) -> str:
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w\[\]:%+-]+)?")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 _MODELS = ("base.name", "adapter.start", "distillation.teacher", "distillation.base")
-"""Keys with a name as value, or a path that exists or begins with a dot or `~`."""
+"""Keys whose value is a name or a path. A value is a path if it exists, or begins with a dot or `~`."""
 
 
 def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
@@ -352,7 +357,7 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     if isinstance(value, list | tuple) and name in kind.paths:
         return [_absolute(kind, name, v, folder) for v in value]
     if name == "reinforcement.rewards" and isinstance(value, list | tuple):
-        return rooted_rewards(value, folder)
+        return resolve_reward_paths(value, folder)
     if not isinstance(value, str) or value.startswith(SOURCES) or value in kind.paths.get(name, ()):
         return value
     resolved = os.path.normpath(folder.resolve() / os.path.expanduser(value))
@@ -361,7 +366,7 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     if name not in kind.paths:
         return value
     if not value.strip():
-        raise ConfigError(f"`{name}` is an empty text, and would be the folder {folder.resolve()}", fix="name a path")
+        raise ConfigError(f"`{name}` is empty, which would mean the folder {folder.resolve()}", fix="name a path")
     is_rows = kind is _TEXT and name in ("data.train", "data.validation")
     if is_rows and _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved):
         return f"hub:{value}"

@@ -18,34 +18,37 @@ class ReinforcementSection(Section):
     named: ClassVar[str] = "reinforcement"
 
     loss: Literal["grpo", "dr-grpo", "dapo", "rloo", "gspo", "reinforce", "ppo"] | None = setting(
-        None, "published loss; sets the null keys `baseline` to `length`"
+        None,
+        "published loss; sets `baseline`, `scale`, `ratio`, `clip_low`, `clip_high` and `length` if they are null",
     )
     rewards: RewardList = setting((), "weighted [rewards](rewards.md)")
     most_failed: float = setting(0.1, "maximum share of a step's completions without a reward", ge=0, le=1)
     group: int = setting(8, "completions per prompt", "TRL's", ge=1)
-    max_tokens: int = setting(256, "maximum completion tokens; longer ones are cut and counted", gt=0)
+    max_tokens: int = setting(256, "maximum completion tokens; longer completions are truncated and counted", gt=0)
     temperature: float = setting(1.0, "sampling temperature", "needs no importance weights", gt=0, le=100)
     top_p: float = setting(1.0, "nucleus sampling", gt=0, le=1)
     grammar: dict[Literal["json_schema", "json_object", "regex"], Any] = setting(
-        {}, "{json_schema: {…}}, {json_object: true} or {regex: TEXT} for completions"
+        {}, "grammar that completions must match: {json_schema: {…}}, {json_object: true} or {regex: TEXT}"
     )
     rows: int = setting(64, "completions sampled at once; does not change the result", gt=0)
-    updates: int = setting(1, "optimizer steps per batch of samples", "ratio 1, no clipping", gt=0)
+    updates: int = setting(1, "optimizer steps per batch of samples", "the ratio stays 1 and is never clipped", gt=0)
     baseline: Literal["group", "others", "batch", "none"] | None = setting(
-        None, "reward baseline: mean of group, others in it, or batch", "from `loss`"
+        None, "reward baseline: mean of the group, of the others in the group, or of the batch", "from `loss`"
     )
-    scale: Literal["group", "batch", "none"] | None = setting(None, "standard deviation that divides the advantage")
-    ratio: Literal["token", "sequence"] | None = setting(None, "unit of the clipped ratio")
+    scale: Literal["group", "batch", "none"] | None = setting(
+        None, "divide advantages by the standard deviation of the group or of the batch"
+    )
+    ratio: Literal["token", "sequence"] | None = setting(None, "compute the clipped ratio per token or per sequence")
     clip_low: float | None = setting(None, "clip range below 1", gt=0, le=1)
     clip_high: float | None = setting(None, "clip range above 1", gt=0)
     length: Literal["answer", "batch", "limit", "none"] | None = setting(
-        None, "divisor of token sums: own length, batch mean, `max_tokens`, none"
+        None, "divide a completion's token sum by its length, the mean length of the batch, `max_tokens`, or nothing"
     )
     kl: float = setting(0.0, "KL penalty to the reference", "none", ge=0)
     importance_cap: float = setting(2.0, "maximum importance weight of a token", gt=0)
     mask_cut: bool = setting(False, "exclude truncated completions from the loss (DAPO's overlong filtering)")
     exact: bool = setting(
-        True, "trainer's logprobs equal the sampler's; false: faster kernels, a mismatch", "no mismatch"
+        True, "make the trainer's logprobs equal the sampler's; false: faster kernels, but a mismatch", "no mismatch"
     )
     gap: float = setting(0.05, "maximum mean sampler-trainer mismatch, in nats", gt=0)
 
@@ -75,4 +78,4 @@ _LOSSES: dict[str, tuple[Any, ...]] = {
     "ppo": ("batch", "batch", "token", 0.2, 0.2, "batch"),
 }
 PROMPT_FORMATS = ("messages", "sharegpt", "prompt-completion", "instruction", "prompt")
-"""Row formats with prompts that completions can be sampled for."""
+"""Row formats that contain prompts, for which completions can be sampled."""

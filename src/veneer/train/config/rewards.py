@@ -30,7 +30,7 @@ class RewardSection(Section):
 
     kind: str
     name: str | None = setting(None, "name in the log", "its kind", pattern=r"^\w[\w.-]{0,63}$")
-    weight: float = setting(1.0, "factor of the score; negative is a penalty", ge=-1e6, le=1e6)
+    weight: float = setting(1.0, "factor of the score; a negative factor makes it a penalty", ge=-1e6, le=1e6)
 
     @property
     def called(self) -> str:
@@ -48,7 +48,7 @@ class RewardSection(Section):
 
 
 class _Compared(RewardSection):
-    column: str = setting("answer", "column of the row with the expected answer", "the row's own answer")
+    column: str = setting("answer", "column with the expected answer", "the row's own answer")
 
 
 class ExactMatchReward(_Compared):
@@ -64,7 +64,7 @@ class JsonSchemaReward(RewardSection):
 
     kind: Literal["json_schema"]
     json_schema: dict[str, Any] | None = setting(None, "the schema (JSON Schema 2020-12)")
-    column: str | None = setting(None, "column of the row with its own schema")
+    column: str | None = setting(None, "column with a schema for each row")
 
     def problem(self) -> str:
         is_one = (self.json_schema is None) != (self.column is None)
@@ -80,12 +80,14 @@ class JsonFieldsReward(_Compared):
 class RegexReward(RewardSection):
     """1 if a regular expression matches the completion, else 0.
 
-    With `column`, the expression's group must also equal the value in the column."""
+    With `column`, the text of the expression's group must also equal the value in the column."""
 
     kind: Literal["regex"]
     pattern: str = setting(..., "regular expression of the regex package; `.` matches line ends", min_length=1)
-    whole: bool = setting(False, "match the entire answer, except outer white space")
-    column: str | None = setting(None, "column of the row that the first group, or `answer`, of the last match equals")
+    whole: bool = setting(False, "match the entire answer, ignoring outer whitespace")
+    column: str | None = setting(
+        None, "column whose value must equal the group `answer`, or else the first group, of the last match"
+    )
 
     def problem(self) -> str:
         try:
@@ -93,7 +95,7 @@ class RegexReward(RewardSection):
         except regex.error as error:
             return f"`pattern` is not a regular expression: {error}"
         if self.column is not None and not compiled.groups:
-            return "`column` is compared with a group, and `pattern` has none: put it in parentheses"
+            return "`column` is compared with a group, but `pattern` has none: put the part to compare in parentheses"
         return ""
 
 
@@ -103,7 +105,7 @@ class LengthReward(RewardSection):
     kind: Literal["length"]
     least: int = setting(0, "shortest answer with score 1", ge=0)
     most: int | None = setting(None, "longest answer with score 1", ge=0)
-    slack: int = setting(0, "distance at which the score is 0", "0 outside the range", ge=0)
+    slack: int = setting(0, "distance from this range at which the score reaches 0", "0 outside the range", ge=0)
 
     def problem(self) -> str:
         if self.most is None and not self.least:
@@ -111,8 +113,8 @@ class LengthReward(RewardSection):
         return "`most` is below `least`" if self.most is not None and self.most < self.least else ""
 
 
-class AskedModelReward(RewardSection):
-    """The keys of rewards that ask a model, in this process or on a server."""
+class ModelReward(RewardSection):
+    """The keys of rewards that query a model, in this process or on a server."""
 
     url: str | None = setting(None, "server, as https://api.openai.com/v1", "this process", pattern=r"^https?://\S+$")
     key: str | None = setting(None, "environment variable with the server's key", "none", pattern=r"^[A-Za-z_]\w*$")
@@ -127,42 +129,48 @@ class AskedModelReward(RewardSection):
         return f"{', '.join(server_keys)} belong{'s' * (len(server_keys) == 1)} to a server: give its `url`"
 
 
-class JudgeReward(AskedModelReward):
-    """A number that a model replies, scaled to the range 0 to 1.
+class JudgeReward(ModelReward):
+    """A number from a model's reply, scaled to the range 0 to 1.
 
     The model is the base, another adapter, or a model on an OpenAI-compatible server."""
 
     kind: Literal["judge"]
     prompt: str = setting(
-        ..., "the judge's prompt: {{ sample.output_text }} is the answer, {{ item.COLUMN }} a column", min_length=1
+        ...,
+        "the judge's prompt: {{ sample.output_text }} is the answer, {{ item.COLUMN }} is a column of the row",
+        min_length=1,
     )
-    model: str = setting(BASE_MODEL, "base, an adapter (library name or folder), or with `url` a served model")
-    range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number")
+    model: str = setting(BASE_MODEL, "base, an adapter (library name or folder) or, with `url`, a model on the server")
+    range: tuple[float, float] = setting((0.0, 10.0), "lowest and highest number that the judge can give")
     tokens: int = setting(512, "maximum reply tokens; a truncated reply has no score", gt=0)
 
     def problem(self) -> str:
-        return super().problem() or ("" if self.range[0] < self.range[1] else "`range` has its lowest number first")
+        return super().problem() or (
+            "" if self.range[0] < self.range[1] else "`range` must begin with the lower number"
+        )
 
 
 class PythonReward(RewardSection):
-    """A function in a Python file of the user, run in a separate process."""
+    """A function in the user's Python file, run in a separate process."""
 
     paths: ClassVar[tuple[str, ...]] = ("file",)
 
     kind: Literal["python"]
     file: str = setting(..., "Python file", min_length=1)
-    function: str = setting("score", "function in it: (sample, item) -> number")
+    function: str = setting("score", "name of the function: (sample, item) -> number")
     timeout: float = setting(10.0, "seconds for one answer", gt=0)
     memory_gb: float = setting(2.0, "memory of the process, in GB", gt=0)
-    at_once: int = setting(1, "processes, each within the limits", gt=0, le=64)
+    at_once: int = setting(1, "concurrent processes; the limits apply to each process", gt=0, le=64)
 
 
-class GraderReward(AskedModelReward):
-    """A grader of OpenAI's fine-tuning API. A score_model grader asks the model on the server."""
+class GraderReward(ModelReward):
+    """A grader of OpenAI's fine-tuning API. A score_model grader queries the model on the server."""
 
     kind: Literal["grader"]
     grader: dict[str, Any] = setting(..., "string_check, text_similarity, score_model, python or multi")
-    sandbox: bool = setting(False, "run its Python in the sandbox; jobs of OpenAI's routes always do")
+    sandbox: bool = setting(
+        False, "run the grader's Python code in the sandbox; jobs created through OpenAI's routes always do"
+    )
 
 
 class ReasoningGymReward(RewardSection):
@@ -187,7 +195,7 @@ REWARD_KINDS: dict[str, type[RewardSection]] = {
 def _distinct(rewards: tuple[RewardSection, ...]) -> tuple[RewardSection, ...]:
     for name, count in Counter(reward.called for reward in rewards).items():
         if count > 1:
-            raise ValueError(f"{count} rewards are called {quoted(name)}; give them names of their own")
+            raise ValueError(f"{count} rewards are called {quoted(name)}; give each one a different name")
     return rewards
 
 
@@ -196,14 +204,16 @@ RewardList = Annotated[tuple[AnyReward, ...], pydantic.AfterValidator(_distinct)
 
 
 def reward_problem(loc: Sequence[str], error: Mapping[str, Any]) -> str:
-    """Return an error of an entry as text. `loc`: number, kind and key of the entry, as far as known."""
+    """Return the message for an error in an entry.
+
+    loc: number, kind and key of the entry. The kind and the key can be missing."""
     message, key = str(error["msg"]).removeprefix("Value error, "), loc[2] if len(loc) > 2 else ""
     if len(loc) == 1:
         return f"entry {int(loc[0]) + 1}: {message}"
     fields = REWARD_KINDS[loc[1]].model_fields
     if error["type"] == "extra_forbidden":
         suggestions = [f"did you mean `{name}`?" for name in nearest(key, list(fields), 1)]
-        message = f"unknown key `{key}`; {(suggestions or ['it has ' + ', '.join(fields)])[0]}"
+        message = f"unknown key `{key}`; {(suggestions or ['valid keys: ' + ', '.join(fields)])[0]}"
     elif error["type"] == "missing":
         message = f"`{key}` is required: {fields[key].description}"
     elif key:
@@ -211,7 +221,7 @@ def reward_problem(loc: Sequence[str], error: Mapping[str, Any]) -> str:
     return f"entry {int(loc[0]) + 1} ({loc[1]}): {message}"
 
 
-def rooted_rewards(entries: Sequence[Any], folder: Path) -> list[Any]:
+def resolve_reward_paths(entries: Sequence[Any], folder: Path) -> list[Any]:
     """Return the entries with their paths resolved against `folder`."""
 
     def rooted(entry: Any) -> Any:

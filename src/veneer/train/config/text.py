@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _SAMPLE_TOKENS, _SAMPLE_FROM = 40, 100
-"""Maximum tokens of a card's sample completions, and minimum steps of a run for a card to have them."""
+"""Maximum tokens of a card's sample completions, and minimum steps of a run that samples them."""
 
 
 class BaseSection(Section):
@@ -38,7 +38,9 @@ class BaseSection(Section):
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if present")
     quantize: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
-        None, "4- or 8-bit linear weights (QLoRA; nf4 with double quantization); keep: GGUF blocks", "full precision"
+        None,
+        "4- or 8-bit linear weights (QLoRA; nf4 with double quantization); keep: the quantized blocks of a GGUF file",
+        "full precision",
     )
 
 
@@ -55,14 +57,14 @@ class PairsSection(Section):
         "all linear layers; attention only is worse (same study)",
     )
     exclude: tuple[str, ...] = setting((), "targets to leave out")
-    layers: str | tuple[int, ...] | None = setting(None, "layers to adapt: indices, or ranges as 0-3,28-29", "all")
+    layers: str | tuple[int, ...] | None = setting(None, "layers to adapt: indices, or ranges such as 0-3,28-29", "all")
     rank_pattern: dict[str, PositiveInt] = setting({}, "target: rank; the first match wins")
     alpha_pattern: dict[str, float] = setting({}, "target: alpha; the first match wins")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) (arXiv 2312.03732)")
-    dora: bool = setting(False, "train magnitudes (arXiv 2402.09353); a quarter slower")
+    dora: bool = setting(False, "also train magnitudes (DoRA, arXiv 2402.09353); a quarter slower")
     dropout: float = setting(0.0, "LoRA dropout", "no gain at this size; slower", ge=0, lt=1)
     init: Literal["zero-b", "gaussian", "pissa", "olora", "loftq"] = setting(
-        "zero-b", "initialization; loftq: quantization error", "step 0 equals the base"
+        "zero-b", "initialization; loftq: from the quantization error", "step 0 equals the base"
     )
     kind: Literal["lora", "loha", "lokr"] = setting(
         "lora", "LoRA, LoHa (arXiv 2108.06098) or LoKr (arXiv 2212.10650)", "read by most tools; fastest"
@@ -70,10 +72,12 @@ class PairsSection(Section):
     factor: int | None = setting(
         None,
         "lokr: size of the first factor; with a large rank the second factor is not decomposed",
-        "near square; smallest file",
+        "nearly square, which makes the smallest file",
         gt=0,
     )
-    decompose_both: bool = setting(False, "lokr: decompose the first factor too, if rank is below half")
+    decompose_both: bool = setting(
+        False, "lokr: decompose the first factor too, if the rank is below half of its larger side"
+    )
 
     def recipe_values(self) -> dict[str, Any]:
         """Return the settings for a recipe.
@@ -112,7 +116,7 @@ class DataSection(Section):
     split: int | float | None = setting(
         None,
         "held-out rows: a number, or a share of `train`; 0 for none",
-        "5%, at most 500, without `validation`",
+        "without `validation`, 5%, at most 500",
         ge=0,
     )
     split_seed: int | None = setting(None, "seed of `split`; equal seeds hold out equal rows", "`seed`", ge=0)
@@ -128,7 +132,9 @@ class DataSection(Section):
         "unpaired-preference",
         "prompt",
     ] = setting("auto", "format of the rows", "from the columns")
-    columns: dict[str, str] = setting({}, "veneer's column: yours, as {prompt: question, completion: answer}")
+    columns: dict[str, str] = setting(
+        {}, "maps veneer's columns to yours, such as {prompt: question, completion: answer}"
+    )
     limit: int | None = setting(None, "use only the first rows", gt=0)
     chat_template: str = setting("auto", "auto, none, or a .jinja file", "the tokenizer's, as in inference")
     train_on: Literal["assistant", "last", "completion", "all"] = setting(
@@ -149,8 +155,8 @@ class DataSection(Section):
 class PreferenceSection(Section):
     """Training on pairs of a better and a worse completion.
 
-    A row of a step is a pair (kto: a completion). The reference is the base, or the adapter in
-    `adapter.start` before training."""
+    Each row of a step is a pair or, for kto, a single completion. The reference is the base, or the adapter
+    in `adapter.start` before training."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] | None = setting(
         None, "preference loss; kto also takes single judged answers"
@@ -219,11 +225,11 @@ class BatchingSection(Section):
         "CPU 2,048; GPU 2,048 to 16,384, by speed and memory",
         gt=0,
     )
-    longest_first: bool = setting(True, "run the longest step first", "out of memory shows at once")
+    longest_first: bool = setting(True, "run the longest step first", "out-of-memory errors show at once")
 
     @property
     def at_once(self) -> int:
-        """Return `micro_tokens`, or its minimum if the run has not yet set it for its device."""
+        """Return `micro_tokens`, or the minimum until the run chooses a value for the device."""
         return self.micro_tokens or MICRO_TOKENS
 
 
@@ -231,7 +237,7 @@ class OptimizerSection(Section):
     """The optimizer and its learning rate."""
 
     name: Literal["adamw", "adam", "adafactor", "sgd"] = setting(
-        "adamw", "optimizer", "the evidence below uses it; an adapter's moments are small"
+        "adamw", "optimizer", "used by the studies cited below; an adapter's moments are small"
     )
     learning_rate: float = setting(
         2e-4, "peak learning rate; useful: 1e-4 to 1e-3", "QLoRA's; 10x full fine-tuning's (LoRA Without Regret)", gt=0
@@ -241,14 +247,14 @@ class OptimizerSection(Section):
     momentum: float = setting(0.0, "momentum (sgd)", ge=0, lt=1)
     weight_decay: float = setting(0.0, "weight decay of the adapter", "decaying B undoes training", ge=0)
     loraplus_ratio: float = setting(1.0, "learning rate of B / A (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0)
-    clip: float | None = setting(1.0, "maximum gradient norm; null: none", "one row cannot ruin a run", gt=0)
+    clip: float | None = setting(1.0, "maximum gradient norm; null: none", "a single row cannot ruin a run", gt=0)
 
 
 class ScheduleSection(Section):
     """Learning rate schedule and length of the run."""
 
     name: Literal["constant", "linear", "cosine"] = setting(
-        "linear", "schedule after warm-up", "decay to zero ends lower"
+        "linear", "schedule after warm-up", "decay to zero reaches a lower loss"
     )
     warmup: int | float = setting(0.03, "warm-up steps, or share of all steps", "QLoRA's", ge=0)
     floor: float = setting(0.0, "final learning rate, as share of the peak", ge=0, le=1)
@@ -266,12 +272,12 @@ class EvaluationSection(Section):
     keep: Literal["best", "last"] = setting("best", "save the adapter with the lowest held-out loss, or the last one")
     sample: int | None = setting(
         None,
-        "maximum tokens of the card's sample answers to a held-out prompt; 0: none; one device only",
+        "maximum tokens of the card's sample answers to a held-out prompt; 0: none; only in runs on one device",
         f"{_SAMPLE_TOKENS} for runs of {_SAMPLE_FROM} steps or more, otherwise none",
         ge=0,
     )
 
-    def sampled(self, steps: int) -> int:
+    def sample_tokens(self, steps: int) -> int:
         """Return the maximum tokens of the card's sample completions for a run of `steps` steps."""
         default = _SAMPLE_TOKENS if steps >= _SAMPLE_FROM else 0
         return default if self.sample is None else self.sample
@@ -383,7 +389,7 @@ class TrainConfig(Section):
 
 
 def file_names(value: Any) -> Any:
-    """Return the last part of an absolute path, or those of a list; other values unchanged."""
+    """Return the last part of an absolute path, also in lists; return other values unchanged."""
     if isinstance(value, list):
         return [file_names(v) for v in value]
     return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
@@ -445,7 +451,7 @@ def reference(
     made_by: str = "python -m veneer.train.config.text > docs/reference/config.md",
     title: str = "Configuration",
 ) -> str:
-    """Return the reference page of every key, generated from the fields.
+    """Return the reference page with every key, generated from the fields.
 
     A test compares docs/reference/config.md with the page."""
     out = [
@@ -461,7 +467,7 @@ def reference(
         of_text = set() if config is TrainConfig else {*_rows(SECTIONS.get(name, Section)).values()}
         rows = _rows(model)
         if shared := ", ".join(f"`{key}`" for key, row in rows.items() if row in of_text):
-            out += [f"As for [text](config.md#{name}): {shared}.", ""]
+            out += [f"Same as for [text](config.md#{name}): {shared}.", ""]
         if own := [row for row in rows.values() if row not in of_text]:
             out += ["| key: default | type | meaning |", "| --- | --- | --- |", *own, ""]
     for name, f in config_keys(config):

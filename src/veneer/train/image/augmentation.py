@@ -1,7 +1,7 @@
 """Views of images: buckets, crops, flips, sampled captions, and tensors.
 
     plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)  image x resolution x repeat
-    view, caption = sample_row(plan.rows[i], settings, seed=0, epoch=3)   pure: equal in a resumed run
+    view, caption = sample_row(plan.rows[i], settings, seed=0, epoch=3)   pure: a resumed run gets the same
     tensors = prepare(row.picture, view, settings)                        pixels, mask, SDXL's time ids
 
 A bucket is a (width, height) in multiples of the step, with width * height <= resolution² and a longer side
@@ -40,7 +40,7 @@ _CROPS = 4
 class PictureRow:
     """An image in one bucket.
 
-    repeat: number of the copy of a repeated image. Each copy has its own random numbers."""
+    repeat: number of this copy, if the image is repeated. Each copy has its own random numbers."""
 
     picture: TrainingPicture
     bucket: _Bucket
@@ -88,9 +88,9 @@ class View:
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """Return SDXL's micro-conditioning (arXiv 2307.01952, 2.2).
 
-        The values are original height and width, crop top and left in the resized image, target height and
-        width. The left of a mirrored crop is `resized width - left - width`, measured in the mirrored
-        image."""
+        The values are the original height and width, the crop's top and left in the resized image, and the
+        target height and width. For a mirrored crop, left is measured in the mirrored image:
+        `resized width - left - width`."""
         crop_left = self.resized[0] - self.left - self.width if self.flip else self.left
         return (self.original[1], self.original[0], self.top, crop_left, self.height, self.width)
 
@@ -117,9 +117,9 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
     """Return all maximal (width, height) buckets.
 
     Sides are multiples of `step`, width * height <= resolution², and the longer side is at most `ratio` times
-    the shorter side. The square is always included. The longest bucket can be cut to the ratio if the cut
-    leaves three quarters of the area. No other bucket has space for another step of its longer side. Raises
-    ConfigError if there is no bucket."""
+    the shorter side. The square is always included. A bucket is maximal if its longer side cannot grow by
+    another step. The only exception is the longest bucket, which can be shortened to meet `ratio` if at least
+    three quarters of the area remain. Raises ConfigError if there is no bucket."""
     area = resolution * resolution
     side = resolution // step * step
     shapes: set[_Bucket] = {(side, side)} if side else set()
@@ -130,7 +130,7 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
             last = (short, fits)
             shapes |= {last, last[::-1]}
             continue
-        # Its aspect ratio is larger than that of the last bucket.
+        # Add the shortened bucket only if it is longer in proportion than the last bucket.
         if allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area:
             shapes |= {(short, allowed), (allowed, short)}
         break
@@ -145,8 +145,8 @@ def bucket_for(
 ) -> tuple[_Bucket | None, bool]:
     """Return (bucket for an image of `size`, whether the image is smaller than its bucket).
 
-    The bucket has the nearest aspect ratio in logarithm, and among equals the largest size. None means that
-    the image is dropped."""
+    The bucket is the one with the nearest aspect ratio on a log scale, and the largest of equally near ones.
+    None means that the image is dropped."""
     width, height = size
     ratio = settings.bucket_ratio if settings.buckets else 1.0
     choices = buckets(resolution, step, ratio)
@@ -169,14 +169,14 @@ def bucket_for(
 def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *, size: int, unit: int) -> PicturePlan:
     """Return the rows of an epoch: each image at each resolution, with repeats.
 
-    A small image with the same bucket at several resolutions occurs once.
+    An image that gets the same bucket at several resolutions occurs only once.
 
-    size, unit: side and unit of the base, in pixels.
+    size: the base's default side in pixels. unit: image sides must be multiples of `unit` pixels.
 
     Raises ConfigError if `bucket_step` is not a multiple of `unit`, and DataError if no row is left."""
     step = settings.step(unit, size)
     if step % unit:
-        message = f"data.bucket_step is {step}, but this base's sides are multiples of {unit}"
+        message = f"data.bucket_step is {step}, but this base's image sides are multiples of {unit}"
         raise ConfigError(message, where="data.bucket_step", fix=f"set a multiple of {unit}")
     plan = PicturePlan(step=step)
     for picture in pictures:
@@ -196,7 +196,7 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
         keep = "set data.small to keep or upscale"
         if settings.small == "keep":
             keep = "set data.small to upscale" + (f", or data.bucket_step to {unit}" if step > unit else "")
-        message = f"every picture is smaller than its bucket (in steps of {step} pixels) and left out"
+        message = f"every picture is smaller than its bucket (in steps of {step} pixels) and is left out"
         raise DataError(message, where=", ".join(settings.folders), fix=f"lower data.resolution, or {keep}")
     return plan
 
@@ -223,10 +223,10 @@ def crop_view(
 
     The image is resized by max(bucket / size), so that it covers the bucket, and cropped.
 
-    at: position of the crop in the excess, (vertical, horizontal), each in [0, 1); None for the center."""
+    at: crop position, as (vertical, horizontal) shares of the excess in [0, 1); None for the center."""
     width, height = size
     w, h = bucket
-    if w * height >= h * width:  # the width decides, and the other side is at least h
+    if w * height >= h * width:  # scale to the bucket's width; the height is then at least h
         resized = (w, max(h, _rounded(height * w, width)))
     else:
         resized = (max(w, _rounded(width * h, height)), h)
@@ -238,11 +238,11 @@ def crop_view(
 def source_view(
     view: View, source: TrainingPicture, unit: int = 1, size: Callable[[int, int], tuple[int, int]] | None = None
 ) -> View:
-    """Return the view of a source image that corresponds to `view` of its image.
+    """Return the view of a source image that corresponds to a target image's `view`.
 
-    A source image with the same proportions, of any size, has the same part at the same position, mirrored
-    alike. A source image with other proportions is shown whole, with about the same number of pixels and
-    sides that are multiples of `unit`.
+    A source image with the target's proportions, in any size, gets the same crop and flip. A source image
+    with other proportions is shown whole, with about the same number of pixels and sides that are multiples
+    of `unit`.
 
     size: maps (width, height) to the size for the base."""
     same_aspect = same_shape(source.size, view.original)
@@ -261,10 +261,10 @@ def source_view(
 
 
 def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ...]:
-    """Return (height, width) of the view, then a shape for each source image.
+    """Return (height, width) of the view, then one pair for each source image.
 
-    The shape is the source image's size if its proportions differ from the image's, else zeros. Rows with
-    equal results can form one batch."""
+    The pair is the source image's size if its proportions differ from those of `picture`, else (0, 0). Rows
+    with equal results can form one batch."""
     odd = ((0, 0) if same_shape(b.size, view.original) else b.size for b in picture.sources)
     return ((view.height, view.width), *odd)
 
@@ -272,7 +272,7 @@ def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ..
 def sample_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
     """Return the caption of a row in an epoch.
 
-    The caption is empty with probability `caption_dropout`. Its tags are shuffled if configured."""
+    The caption is empty with probability `caption_dropout`. Otherwise, `shuffle_tags` shuffles its tags."""
     if _row_uniform(seed, epoch, row, "dropout") < settings.caption_dropout:
         return ""
     if not settings.shuffle_tags:
@@ -334,7 +334,7 @@ def _read_unchanged(path: Path, digest: str) -> bytes:
     except UnreadablePicture as error:
         raise DataError(f"a picture of this run can no longer be used: {error}", where=str(path)) from None
     if now != digest:
-        fix = "start the run again: it computes the latents of this picture again"
+        fix = "start the run again; it will recompute the latents of this picture"
         raise DataError("the picture changed during the run", where=str(path), fix=fix)
     return data
 
@@ -346,7 +346,7 @@ def _row_uniform(seed: int, epoch: int, row: PictureRow, purpose: str) -> float:
 def _uniform(*parts: object) -> float:
     """Return a number in [0, 1) from a hash of the arguments.
 
-    With the state of a generator, each row would depend on earlier rows."""
+    With a random generator instead, each row would depend on the rows before it."""
     digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 

@@ -1,6 +1,6 @@
-"""Choose the images of each step, and make the tensors of a micro-batch.
+"""Choose the images of each step, and build the tensors of each micro-batch.
 
-    step         `rows` images of a seeded shuffle, and as many class images if there are any
+    step         `rows` images of a seeded shuffle, plus as many class images if the data has class images
     micro-batch  part of a step: at most `micro_rows` images of one shape
 
 A step can have images of several shapes. Its loss is a sum over images, so the micro-batch size changes
@@ -8,7 +8,7 @@ memory and speed, never the result. The plan is a pure function of seed and epoc
 same plan, and the cache entries to compute are known before the first step. With class images, the loss of a
 step is DreamBooth's (arXiv 2208.12242),
 
-    mean over its images + Σ weight · loss of a class image / number of its images
+    mean over the step's own images + Σ weight · loss of a class image / number of the step's own images
 
 This module does not depend on models or files.
 """
@@ -47,7 +47,7 @@ class ImageBatch:
     """The tensors of a micro-batch.
 
     latents: (n, c, h, w); masks: (n, 1, h, w) or None; sizes: (n, 6) time ids; weights: (n,); rows: the
-    planned rows; sources: for each source image of an edit its latents, (n, c, h, w)."""
+    planned rows; sources: for editing, one (n, c, h, w) tensor of latents for each source image of a row."""
 
     latents: Tensor
     masks: Tensor | None
@@ -62,10 +62,10 @@ class ImageBatch:
         latents: Sequence[tuple[Tensor, Tensor | None, Tensor]],
         sources: Sequence[Sequence[Tensor]] = (),
     ) -> ImageBatch:
-        """Return the batch of rows of one shape.
+        """Build a batch from rows that have one shape.
 
-        latents: (latents, mask, time ids) of each row. sources: latents of the source images of each row.
-        Without a mask, the whole row is trained on."""
+        latents: (latents, mask, time ids) of each row. sources: latents of the source images of each row. A
+        row without a mask is trained on entirely."""
         masks = [mask for _, mask, _ in latents]
         all_masks = None
         if any(mask is not None for mask in masks):
@@ -78,7 +78,7 @@ class ImageBatch:
         return ImageBatch(stacked, all_masks, sizes, weights, rows, source_latents)
 
     def sent(self, device: torch.device) -> ImageBatch:
-        """Return the batch with latents and masks copied asynchronously to a device."""
+        """Return the batch with all latents and masks copied asynchronously to a device."""
         masks = None if self.masks is None else sent(self.masks, device)
         sources = [sent(x, device) for x in self.sources]
         return replace(self, latents=sent(self.latents, device), masks=masks, sources=sources)
@@ -94,8 +94,8 @@ def plan_image_steps(
 
     A step with enough images has at least one micro-batch per device.
 
-    rows: the rows of one epoch. make_batch: function from rows of one shape to their batch, called when the
-    batch is needed."""
+    rows: the rows of one epoch. make_batch: builds the batch from rows of one shape; called when the batch is
+    needed."""
     instance_rows = [row for row in rows if not row.picture.is_class]
     classes = [row for row in rows if row.picture.is_class]
     size = config.batching.rows
@@ -126,8 +126,8 @@ def _sample_rows(
 ) -> list[PlannedRow]:
     """Return the rows of one step with their views and captions.
 
-    The weights are scaled, because the loop divides by the number of all images, and DreamBooth's loss by the
-    number of instance images."""
+    The training loop divides the loss by the number of all images, but DreamBooth divides by the number of
+    instance images. The weights are scaled to correct for this."""
     factor = len(rows) / instances
     out = []
     for slot, row in enumerate(rows):
@@ -138,7 +138,7 @@ def _sample_rows(
 
 
 def _cycle_class_pictures(classes: Sequence[PictureRow], seed: int, start: int) -> Iterator[PictureRow]:
-    """Yield class images endlessly, with another shuffled order in each cycle.
+    """Yield class images endlessly, in a new shuffled order in each cycle.
 
     The first `start` images are skipped. Without class images, nothing is yielded."""
     if not classes:
@@ -155,7 +155,7 @@ def _micros(
 ) -> list[Micro]:
     """Group rows of one shape into micro-batches, largest shape first.
 
-    A step that does not fit in memory then fails immediately."""
+    With this order, a step that does not fit in memory fails at its first micro-batch."""
     shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
     for row in rows:
         shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
@@ -171,9 +171,10 @@ def _micros(
 
 
 def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, limit: int | None) -> list[PlannedRow]:
-    """Return each held-out image once per bucket, with a center crop, not mirrored, and its own caption.
+    """Return each held-out image once per bucket, center-cropped, not mirrored, with its own caption.
 
-    Nothing is random, and the keys do not depend on the run, so curves of different runs can be compared."""
+    Nothing is random, and the random keys do not depend on the run, so curves of different runs can be
+    compared."""
     once = {(row.picture.key, row.bucket): row for row in rows if row.repeat == 0}
     return [
         PlannedRow(row.picture, crop_view(row.picture.size, row.bucket), row.picture.caption, 1.0, (row.picture.key,))
@@ -182,9 +183,9 @@ def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, limi
 
 
 def _shuffled(rows: Sequence[PictureRow], seed: int, epoch: int) -> list[PictureRow]:
-    """Return the rows ordered by a hash of their content.
+    """Return the rows ordered by a hash of seed, epoch and row.
 
-    The order does not depend on library versions or the order of files."""
+    The order does not depend on library versions or on the order of the files."""
     return sorted(rows, key=lambda row: _digest(f"{seed}|{epoch}|{row.picture.key}|{row.bucket}|{row.repeat}".encode()))
 
 

@@ -6,10 +6,10 @@
     entry = texts.get("a red fox", encode)                 encode: prompt -> CacheEntry
 
 The key of a file is the sha256 of the bytes of image and mask, the view, the settings that change pixels, the
-encoder's fingerprint and the version below. A changed image, crop or base has another key, so entries are
-never stale. Entries are safetensors files with a checksum. A damaged entry is counted and recomputed. Each
-entry is encoded separately, so its content does not depend on other entries. Writes are atomic, so runs can
-share a folder.
+encoder's fingerprint and the version below. A changed image, crop or base has a new key, so entries are never
+stale. Entries are safetensors files with a checksum. A damaged entry is counted and recomputed. Each entry is
+encoded separately, so its content does not depend on other entries. Writes are atomic, so runs can share a
+folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import View, latent_mask, prepare
 from veneer.train.image.pictures import TrainingPicture
 
-_VERSION = 1  # version of the format and of the pixel processing; a new version invalidates all entries
+_VERSION = 1  # version of the file format and of the pixel processing; a new version invalidates all entries
 _CHECKSUM = "veneer.sha256"
 _TEXTS = "veneer.texts"
 
@@ -56,12 +56,12 @@ class LatentRow:
 
 
 class _Store:
-    """Entries by key, in memory up to `memory` bytes, and in `folder`.
+    """A store of cache entries by key, in memory up to `memory` bytes, and in `folder`.
 
     Without a folder, entries are in memory only.
 
-    hits, misses, damaged: numbers of entries that were read, computed, and recomputed because the file was
-    invalid."""
+    hits: number of entries that were read. misses: number of entries that were computed. damaged: number of
+    entries that were recomputed because their file was invalid."""
 
     def __init__(self, folder: str | Path | None, *, fingerprint: str, memory: int = 1 << 30) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
@@ -85,7 +85,7 @@ class _Store:
             entry = compute()
             tensors = {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}
             entry = CacheEntry(tensors, dict(entry.texts))
-            _refuse_not_finite(entry, label)
+            _require_finite(entry, label)
             if path is not None:
                 _write(path, key, entry)
             self.misses += 1
@@ -98,8 +98,9 @@ class _Store:
         return entry
 
     def _read(self, path: Path, key: str) -> CacheEntry | None:
-        """Return the entry, or None, counted as damaged, if the file is truncated, altered or has another
-        key."""
+        """Return the entry, or None if the file is truncated, altered or has another key.
+
+        Such files are counted in `damaged`."""
         with contextlib.suppress(AdapterError, ValueError, OSError):
             tensors, metadata = read_tensors(path)
             entry = CacheEntry({n: t.clone() for n, t in tensors.items()}, json.loads(metadata.get(_TEXTS, "{}")))
@@ -112,7 +113,7 @@ class _Store:
 class LatentCache(_Store):
     """A cache of latents.
 
-    fingerprint: the fingerprint of the encoder: the base's, with its dtype."""
+    fingerprint: identifies the encoder: the base's fingerprint, with the dtype."""
 
     def get(
         self, picture: TrainingPicture, view: View, settings: ImageDataSection, encode: Callable[[Tensor], Tensor]
@@ -121,12 +122,12 @@ class LatentCache(_Store):
 
         encode: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f).
 
-        Raises DataError if the image has changed on disk since it was read or its latents are not finite, and
+        Raises DataError if the image has changed on disk since it was read, or if its latents are not finite;
         ResourceError if the disk is full."""
         has_mask = picture.alpha or picture.mask is not None
         content: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
         content += [picture.mask_digest, picture.alpha, settings.mask_floor if has_mask else None]
-        key = self._key("latents", content, *_of_view(view))
+        key = self._key("latents", content, *_view_key(view))
 
         @torch.no_grad()
         def compute() -> CacheEntry:
@@ -153,22 +154,22 @@ class TextCache(_Store):
         references: Sequence[tuple[TrainingPicture, View]] = (),
         settings: ImageDataSection | None = None,
     ) -> CacheEntry:
-        """Return the prompt, encoded by `encode`.
+        """Return the result of `encode` for the prompt, from the cache if possible.
 
         references: images that the encoder reads with the prompt. settings: how to decode these images.
 
-        Raises the errors of LatentCache.get."""
+        Raises the same errors as LatentCache.get."""
         colour = settings.colour if settings is not None else None
-        pictures = [[p.digest, colour if p.transparent else None, *_of_view(view)] for p, view in references]
+        pictures = [[p.digest, colour if p.transparent else None, *_view_key(view)] for p, view in references]
         key = self._key("text", prompt, *([pictures] if pictures else []))
         return self._get(key, f"the prompt {prompt!r}", lambda: encode(prompt))
 
 
-def _of_view(view: View) -> tuple[Any, ...]:
+def _view_key(view: View) -> tuple[Any, ...]:
     return view.resized, view.top, view.left, view.width, view.height, view.flip
 
 
-def _refuse_not_finite(entry: CacheEntry, label: object) -> None:
+def _require_finite(entry: CacheEntry, label: object) -> None:
     for name, tensor in entry.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             fix = "encode in bfloat16 or float32: SDXL's own VAE overflows in float16"

@@ -1,9 +1,9 @@
-"""Write captions for images without one, as NAME.txt next to NAME.png.
+"""Write captions for images that have none, as NAME.txt next to NAME.png.
 
     report = write_captions("drawings", describe, trigger="sks")
 
 Each caption is written atomically as soon as it exists, and images with a caption are skipped, so an
-interrupted call can be repeated. `describe` is a function of the caller.
+interrupted call can be repeated. The caller provides the function `describe`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class WrittenCaption:
     """A written caption.
 
-    picture: name of the image in the folder. file: the caption's file."""
+    picture: name of the image in the folder. file: path of the caption file."""
 
     picture: str
     file: Path
@@ -39,7 +39,7 @@ class WrittenCaption:
 class CaptionReport:
     """The result of a captioning call.
 
-    had: number of skipped images, which already had a caption. failed: `name: reason`."""
+    had: number of images that were skipped because they already had a caption. failed: `name: reason`."""
 
     written: list[WrittenCaption] = field(default_factory=list)
     had: int = 0
@@ -54,12 +54,12 @@ def write_captions(
     overwrite: bool = False,
     on_caption: Callable[[WrittenCaption], None] | None = None,
 ) -> CaptionReport:
-    """Caption the images without a caption (all with `overwrite`), sorted by name.
+    """Caption the images that have no caption, sorted by name; with `overwrite`, all images.
 
-    describe: returns (text, truncated) for an RGB image. trigger: added to the beginning of texts without the
-    trigger.
+    describe: returns (text, truncated) for an RGB image. trigger: prepended to each text that does not
+    contain it.
 
-    Unreadable images and empty descriptions are in the report. Raises DataError for a folder that
+    The report lists unreadable images and empty descriptions. Raises DataError for a folder that
     `read_pictures` refuses, and if overwriting would change another image's caption; ResourceError if the
     disk is full."""
     settings = ImageDataSection(pictures=folder)
@@ -74,7 +74,7 @@ def write_captions(
         except UnreadablePicture as error:
             report.failed.append(f"{file.name}: {error}")
             continue
-        except BaseError as error:  # the model does not know the path of the image
+        except BaseError as error:  # the model does not know the path of the image, so add it
             raise BaseError(error.what, where=error.where or str(file.path), fix=error.fix) from error
         if not text:
             report.failed.append(f"{file.name}: the model's description is empty")
@@ -91,7 +91,7 @@ def write_caption(picture: Path, text: str, folder: str | None = None) -> Writte
 
     folder: the training folder; the default is the image's folder.
 
-    Raises DataError for an unknown image, an empty text, and if writing would change another image's
+    Raises DataError for an unknown image, for an empty text, and if writing would change another image's
     caption."""
     caption = " ".join(text.split())
     if not caption:
@@ -100,7 +100,7 @@ def write_caption(picture: Path, text: str, folder: str | None = None) -> Writte
     path = picture.expanduser().resolve()
     file = next((file for file in files if file.path.resolve() == path), None)
     if file is None:
-        fix = f"it has {counted(len(files), 'picture')}, such as {files[0].name}"
+        fix = f"the folder has {counted(len(files), 'picture')}, such as {files[0].name}"
         raise DataError("there is no such picture in the folder", where=str(picture), fix=fix)
     return _write(file, _caption_files(file, files), caption)
 
@@ -110,7 +110,7 @@ def _list(folder: str) -> list[PictureFile]:
 
 
 def _caption_files(file: PictureFile, files: Sequence[PictureFile]) -> list[Path]:
-    """Return the existing and possible caption files of an image."""
+    """Return the caption files that an image has, or else the one to create."""
     stem = file.path.with_suffix("")
     siblings = [sibling.name for sibling in files if sibling.path.with_suffix("") == stem]
     paths = [place.with_name(place.name + suffix) for place in (stem, file.path) for suffix in CAPTION_SUFFIXES]

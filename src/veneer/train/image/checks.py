@@ -3,8 +3,9 @@
     findings = check_pictures(pictures, summary, plan, settings)
     findings += check_held_out(pictures, held_out)
 
-Findings have the levels of text runs: `stop` ends the run, `warn` is a warning, and `ok` reports a passed
-check. Every count comes with names. Only masks are read from disk, to find masks that are empty in the crop.
+Findings have the same levels as findings about text: `stop` ends the run, `warn` is a warning, and `ok`
+reports a passed check. Every count comes with names. The only files read from disk are masks, to find masks
+that are empty within the crop.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from veneer.train.image.pictures import PictureSummary, TrainingPicture
 from veneer.train.preflight import Finding, about_some, share
 
 _NAMED = 5
-_CROP_WARNING = 0.25  # share of an image outside its bucket that causes a warning
+_CROP_WARNING = 0.25  # warn about an image if more than this share of its area is cropped away
 _BAD_NOTES = ("a color profile that cannot be used", "EXIF that cannot be read")
 
 
@@ -45,8 +46,8 @@ def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[Training
     if not pairs:
         return [Finding("ok", "held out", f"{counted(total, 'held-out picture')}, none of them trained on")]
     names = [f"{held_out[i].name} is {trained[j].name}" for i, j in pairs]
-    text = "held-out pictures are, or look like, ones that are trained on"
-    fix = "put each on one side only: a loss on trained pictures does not show overfitting"
+    text = "held-out pictures are, or look like, training pictures"
+    fix = "keep each picture in only one of the two sets: the loss on training pictures does not show overfitting"
     return [*about_some("held out", len({i for i, _ in pairs}), total, text, names, fix, stops=True)]
 
 
@@ -78,14 +79,19 @@ def _captions(
         yield Finding("ok", "trigger", f"`{settings.trigger}`: {changes}")
         if named := [p.name for p in pictures if p.is_class and has_word(p.caption, settings.trigger)]:
             text = f"{counted(len(named), 'class caption')} with the trigger: {first_few(named, _NAMED)}"
-            yield Finding("warn", "trigger", text, "remove the trigger there: class pictures keep the class unchanged")
+            yield Finding(
+                "warn",
+                "trigger",
+                text,
+                "remove the trigger from these captions: class pictures keep the class unchanged",
+            )
     classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()}
     if shared := [p.name for p in pictures if not p.is_class and p.caption and p.caption.lower() in classes]:
         text = f"{counted(len(shared), 'picture')} with the caption of a class picture: {first_few(shared, _NAMED)}"
         yield Finding("warn", "captions", text, "set data.trigger, or name the subject in each caption")
     if empty := [p.name for p in pictures if not p.caption]:
         text = f"{counted(len(empty), 'empty caption')}: {first_few(empty, _NAMED)}"
-        yield Finding("warn", "captions", text, "write them, or set a trigger")
+        yield Finding("warn", "captions", text, "write captions for them, or set a trigger")
 
 
 def _buckets(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: ImageDataSection) -> Iterator[Finding]:
@@ -95,15 +101,15 @@ def _buckets(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: I
     total = len(pictures)
     action = {"keep": "used at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
     text = f"pictures are smaller than a bucket and {action}"
-    fix = "" if settings.small == "upscale" else "data.small: upscale enlarges them, or give larger files"
+    fix = "" if settings.small == "upscale" else "set data.small: upscale to enlarge them, or use larger files"
     yield from about_some("small", len(plan.small), total, text, plan.small, fix)
     if settings.small == "keep":
-        text = f"pictures are smaller than the step of {plan.step} pixels and left out"
+        text = f"pictures are smaller than the step of {plan.step} pixels and are left out"
         yield from about_some("small", len(plan.dropped), total, text, plan.dropped)
     cuts = {row.picture.name: crop_view(row.picture.size, row.bucket).cut for row in plan.rows}
     cropped = sorted((name for name, cut in cuts.items() if cut > _CROP_WARNING), key=lambda n: -cuts[n])
     names = [f"{name} ({cuts[name]:.0%})" for name in cropped]
-    fix = "crop them by hand, or raise bucket_ratio" if settings.buckets else "data.buckets: true keeps more"
+    fix = "crop them by hand, or increase bucket_ratio" if settings.buckets else "set data.buckets: true to crop less"
     yield from about_some("crops", len(names), len(cuts), "pictures lose more than a quarter to the crop", names, fix)
 
 
@@ -121,20 +127,20 @@ def _masks(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: Ima
         mask = prepare(row.picture, crop_view(row.picture.size, row.bucket), settings).mask
         if mask is not None and not bool((mask > settings.mask_floor).any()):
             empty.append(row.picture.name)
-    text, fix = "masks are black in the entire crop, so nothing is trained there", "white areas are trained"
+    text, fix = "masks are black in the entire crop, so nothing is trained there", "make the areas to train on white"
     yield from about_some("masks", len(empty), len(plan.rows), text, empty, fix, stops=True)
 
 
 def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iterator[Finding]:
     if not summary.sources:
         return
-    yield Finding("ok", "pairs", f"{counted(summary.sources, 'source image')} each; captions are instructions")
+    yield Finding("ok", "pairs", f"{counted(summary.sources, 'source image')} per picture; captions are instructions")
     if summary.unlike:
-        text = f"{counted(len(summary.unlike), 'source image')} with other proportions than the result, not cropped: "
-        fix = "crop both to one proportion if they show the same scene, so that positions match"
+        text = f"{counted(len(summary.unlike), 'source image')} with proportions unlike the result's, not cropped: "
+        fix = "if both show the same scene, crop them to the same proportions, so that positions match"
         yield Finding("warn", "pairs", text + first_few(summary.unlike, _NAMED), fix)
     unchanged = [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]
-    text = "pictures are the same file before and after"
+    text = "pictures are the same file as one of their source images"
     fix = "remove them, unless the instruction is to change nothing"
     yield from about_some("pairs", len(unchanged), len(pictures), text, unchanged, fix)
 
@@ -146,13 +152,13 @@ def _alike(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
         return
     count = len({i for pair in pairs for i in pair})
     names = [f"{pictures[i].name} and {pictures[j].name}" for i, j in pairs]
-    text = f"pictures look like another one, in {counted(len(pairs), 'pair')}"
-    fix = "remove one of each, unless it should weigh twice as much"
+    text = f"pictures look like another picture, in {counted(len(pairs), 'pair')}"
+    fix = "remove one picture of each pair, unless it should count twice"
     yield from about_some("near-duplicates", count, len(pictures), text, names, fix)
     crossing = {i if pictures[j].is_class else j for i, j in pairs if pictures[i].is_class != pictures[j].is_class}
     names, instances = [pictures[i].name for i in sorted(crossing)], sum(not p.is_class for p in pictures)
-    text = "pictures are among the class pictures, so prior preservation undoes them"
-    fix = "give data.class_folder a folder of other things of the class"
+    text = "pictures look like a class picture, so prior preservation counteracts training on them"
+    fix = "set data.class_folder to a folder with other subjects of the class"
     yield from about_some("class pictures", len(names), instances, text, names, fix, stops=True)
 
 
@@ -161,8 +167,8 @@ def _looking_alike(
 ) -> list[tuple[int, int]]:
     """Return the pairs of near-duplicate images.
 
-    Edits are near-duplicates if both the source images and the edited images look alike, because one of the
-    two can differ by the edit only."""
+    With source images, a pair must be similar in both the source images and the edited images, because an
+    edited image can differ from its source only by the edit."""
 
     def alike(side: Callable[[TrainingPicture], TrainingPicture]) -> list[tuple[int, int]]:
         first, second = ([side(p).perceptual_hash for p in group] for group in (pictures, class_pictures or ()))

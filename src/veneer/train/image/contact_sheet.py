@@ -2,9 +2,9 @@
 
     contact_sheet(plan.rows, settings, seed=0, path="pictures.png")
 
-Each view has its bucket's shape. Source images are to the left of their image. The area outside a mask has
-red hatching. Captions use Pillow's built-in font, which has Latin letters only; other letters are shown as
-boxes.
+Each view has its bucket's shape. Source images are to the left of the edited image. The area outside a mask
+has red hatching. Captions use Pillow's built-in font, which has Latin letters only; other letters are shown
+as boxes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veneer.train.image.augmentation import PictureRow, View, ViewTensors, prepa
 
 _FONT = 12
 _LINES = 4
-_GAP = 4  # between the images of a pair
+_GAP = 4  # pixels between a source image and the edited image
 _RED = np.array([220.0, 30.0, 30.0])
 
 
@@ -38,10 +38,10 @@ def contact_sheet(
     columns: int = 6,
     cell: int = 192,
 ) -> int:
-    """Write a PNG with at most `limit` rows, evenly spaced, and return their number.
+    """Write a PNG of at most `limit` rows, evenly spaced, and return their number.
 
-    The views are those of `epoch`. Small images are enlarged by integer factors without smoothing, so that
-    every training pixel is visible."""
+    The views are the views that training uses in `epoch`. Small images are enlarged by integer factors
+    without smoothing, so that every training pixel is visible."""
     shown_rows = [rows[i * len(rows) // limit] for i in range(limit)] if len(rows) > limit else list(rows)
     pictures_per_row = 1 + max((len(row.picture.sources) for row in shown_rows), default=0)
     columns = max(1, min(columns // pictures_per_row, len(shown_rows)))
@@ -66,7 +66,9 @@ def contact_sheet(
         characters = max(8, int(wide_cell / (_FONT * 0.52)))
         pen.text((x, y + cell + 4), _describe_view(row, view), fill="#0044aa", font=font)
         name = row.picture.name
-        name = name if len(name) <= characters else "…" + name[-characters + 1 :]  # the end tells more
+        name = (
+            name if len(name) <= characters else "…" + name[-characters + 1 :]
+        )  # the end of a name identifies the file better than its beginning
         pen.text((x, y + cell + 4 + line), name, fill="#888888", font=font)
         absent = "(caption dropped)" if row.picture.caption else "(no caption)"
         words = textwrap.wrap(caption, characters, max_lines=_LINES, placeholder=" …") or [absent]

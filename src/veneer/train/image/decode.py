@@ -1,15 +1,15 @@
-"""Decode an image file to upright 8-bit sRGB, and note conversions.
+"""Decode an image file to upright 8-bit sRGB, and record the conversions.
 
     opened = decode_picture(data, settings)    opened.colour: RGB; opened.alpha: L or None; opened.notes
 
-    EXIF orientation   rotated upright, so that width and height are those in a viewer
+    EXIF orientation   rotated upright, so that width and height are the same as in an image viewer
     embedded profile   converted to sRGB (littleCMS, the profile's own intent); an unreadable profile is noted
-    CMYK, gray, palette, YCbCr, Lab, 16 bit, 1 bit     to 8-bit RGB
+    CMYK, gray, palette, YCbCr, Lab, 16 bit, 1 bit     converted to 8-bit RGB
     transparency       composited on `settings.background`; the alpha channel is kept
 
-Refused with a reason: files that are not images, are animated, truncated, empty or Git LFS pointers, use
-floating point, or have too many pixels (read from the header, before decoding). This module does not depend
-on captions, buckets or tensors.
+A file is refused, with a reason, if it is not an image, is animated, truncated, empty or a Git LFS pointer,
+has floating-point pixels, or has too many pixels (read from the header, before decoding). This module does
+not depend on captions, buckets or tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class UnreadablePicture(Exception):
-    """Raised for a file that cannot be used, with the reason as text.
+    """Raised for a file that cannot be used, with the reason as its message.
 
     Callers collect these errors into one DataError, or count them."""
 
@@ -50,8 +50,8 @@ class UnreadablePicture(Exception):
 class DecodedPicture:
     """A decoded image.
 
-    colour: RGB on the background. alpha: L if a pixel is transparent, else None. size: (width, height),
-        upright.
+    colour: RGB, composited on the background. alpha: L if a pixel is transparent, else None. size: (width,
+        height), upright.
     notes: the conversions, for the report."""
 
     colour: Image.Image
@@ -69,7 +69,7 @@ def read_bytes(path: Path) -> tuple[bytes, str]:
     Raises UnreadablePicture if the file is missing, empty or a Git LFS pointer."""
     try:
         if path.exists() and not path.is_file():
-            raise UnreadablePicture("is no file" if not path.is_dir() else "is a folder")
+            raise UnreadablePicture("is not a file" if not path.is_dir() else "is a folder")
         data = path.read_bytes()
     except OSError as error:
         raise UnreadablePicture(f"cannot be read: {error.strerror or error}") from None
@@ -97,9 +97,9 @@ def decode_picture(data: bytes, settings: ImageDataSection) -> DecodedPicture:
 
 
 def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
-    """Return a mask file as an upright L image; white is trained on.
+    """Return a mask file as an upright L image, in which make the areas to train on white on.
 
-    If the file is transparent, its alpha channel is the mask. Color profiles are not applied, because the
+    If the file has transparency, its alpha channel is the mask. Color profiles are not applied, because the
     values are weights. Raises UnreadablePicture with the reason."""
     image, alpha = _split_alpha(_decoded(data, settings, []))
     if alpha is not None and alpha.getextrema() != (255, 255):
@@ -108,10 +108,10 @@ def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
 
 
 def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image.Image:
-    """Return the first frame, upright and with all pixels loaded."""
+    """Return the first frame of an image file, upright and with all pixels loaded."""
     limit = int(settings.most_megapixels * 1e6)
     with warnings.catch_warnings():
-        # Pillow warns at 89 and stops at 179 megapixels; the configured limit is checked before decoding.
+        # Pillow warns from 89 megapixels and refuses from 179; the configured limit is checked before decoding.
         warnings.simplefilter("ignore")
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=_DECODERS)
@@ -119,7 +119,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
             if width * height > limit:
                 message = f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
                 raise UnreadablePicture(message)
-            # the other images of an MPO file are previews or the view of the other eye
+            # the other images of an MPO file are previews, or the second view of a stereo pair
             if (frames := 1 if image.format == "MPO" else getattr(image, "n_frames", 1)) > 1:
                 raise UnreadablePicture(f"an animation of {frames} frames: save one frame as a picture")
             image.load()
@@ -145,7 +145,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
 
 def _describe_unknown(data: bytes) -> str:
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
-        return "a HEIC picture, which is not read: save it as JPEG or PNG"
+        return "a HEIC picture, which is not supported: save it as JPEG or PNG"
     return f"not a picture that can be read (it begins with {data[:16]!r})"
 
 
@@ -155,7 +155,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     elif "transparency" in image.info and image.mode not in ("LA", "RGBA", "PA"):
-        image = image.convert("RGBA")  # one color, or some palette entries, are marked as transparent
+        image = image.convert("RGBA")  # one color or some palette entries are marked as transparent
     elif image.mode == "PA":
         image = image.convert("RGBA")
     if image.mode not in ("LA", "RGBA"):
@@ -170,21 +170,21 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """Convert to 8-bit sRGB.
 
-    Without a profile, gray and RGB images are assumed to be sRGB, and CMYK is converted with Pillow's
-    inversion."""
+    Without a profile, gray and RGB images are assumed to be sRGB, and CMYK is converted by Pillow, without
+    color management."""
     data = image.info.get("icc_profile")
     image = _eight_bit(image, notes)
     if data:
         try:
             converted = _by_profile(image, data)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            notes.append("a color profile that cannot be used, taken as sRGB")
+            notes.append("a color profile that cannot be used; sRGB is assumed")
         else:
             if converted is not None:
                 notes.append("color profile converted to sRGB")
                 return converted
     elif image.mode == "CMYK":
-        notes.append("CMYK without a profile, converted plainly")
+        notes.append("CMYK without a profile, converted without color management")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -197,20 +197,20 @@ def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise UnreadablePicture("integers outside 0 to 65535: save it with 8 or 16 bits a channel")
-        notes.append("16 bits to 8")
+        notes.append("reduced from 16 to 8 bits")
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if mode == "F":
         message = "floating-point pixels with an unknown white level: save it with 8 or 16 bits a channel"
         raise UnreadablePicture(message)
     if mode in ("L", "RGB", "CMYK"):
         return image
-    return image.convert("L" if mode == "1" else "RGB")  # 1, P, YCbCr, LAB, HSV, RGBX
+    return image.convert("L" if mode == "1" else "RGB")  # modes 1, P, YCbCr, LAB, HSV and RGBX
 
 
 def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
-    """Convert an image by its embedded profile, or return None if the profile is sRGB.
+    """Convert an image from its embedded profile to sRGB. Return None if the profile is sRGB.
 
-    Converting from sRGB to sRGB would change some values by one."""
+    A conversion from sRGB to sRGB would change some values by one."""
     profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
     mode = _SPACES.get(profile.profile.xcolor_space)
     if mode is None:
@@ -218,7 +218,7 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
     if (ImageCms.getProfileDescription(profile) or "").strip().lower().startswith("srgb"):
         return None
     if image.mode != mode:
-        if "CMYK" in (image.mode, mode) or mode == "L":  # a gray profile does not define a color picture's primaries
+        if "CMYK" in (image.mode, mode) or mode == "L":  # a gray profile does not define the primaries of a color image
             raise ValueError(f"a {mode} profile in a {image.mode} picture")
         image = image.convert(mode)
     intent: Any = ImageCms.getDefaultIntent(profile)

@@ -1,12 +1,12 @@
-"""The base's encoders with caches, and the loss of a batch over its denoiser.
+"""The base's encoders with caches, and the loss of its denoiser on a batch.
 
-    encoders.batch(rows)        rows of one shape -> ImageBatch, with latents from the cache or encoded now
+    encoders.batch(rows)        rows of one shape -> ImageBatch, with latents from the cache or newly encoded
     encoders.text(captions)     -> Conditioning, from the cache, or from text encoders with trained adapters
     ImageLoss(…)(batch)         Σ over rows of weight · min-SNR weight · mean squared error
-    ImageLoss(…).score(…)       the same on held-out images at fixed noise and times
+    ImageLoss(…).score(…)       mean squared error on held-out images, at fixed noise and times
 
-This module uses the base's functions (models.image.predict), without a training loop, and without files
-except the caches.
+This module uses the base's functions (models.image.predict). It has no training loop, and its only files are
+the caches.
 """
 
 from __future__ import annotations
@@ -56,37 +56,36 @@ if TYPE_CHECKING:
 
 
 _References = tuple[tuple[TrainingPicture, View], ...]
-"""Source images of an image, with the view of each."""
+"""Source images of an edited image, each with its view."""
 
 
 class Encoders:
-    """Latents and conditionings of one base.
+    """Latents and text conditioning of one base.
 
-    live: whether text encoders have trained adapters, so that prompts are encoded each time."""
+    live: whether the text encoders have trained adapters, so that prompts must be encoded each time."""
 
     def __init__(self, base: ImageBase, config: ImageTrainConfig, folder: Path | None) -> None:
         self.base, self.config = base, config
         self.live = bool(config.adapter.text_encoders)
-        # For no text, SDXL's pipelines use zeros instead of the encoding of an empty text, unless configured
-        # otherwise.
+        # For an empty prompt, SDXL's pipelines use zeros instead of the encoding, unless configured otherwise.
         self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
         fingerprint = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=fingerprint)
-        # Quantized text encoders give other results, and the base's fingerprint does not include the
+        # Quantized text encoders give different embeddings, and the base's fingerprint does not include the
         # tokenizer.
         text_identity = f"{fingerprint}|{base.quantized}|{text_length(base)}|{_tokenizers(base)}"
         self.texts = TextCache(folder and folder / "texts", fingerprint=text_identity)
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
-        """Return the batch of rows of one shape."""
+        """Return the batch of the given rows, which must have one shape."""
         sources = [self._source_latents(row) for row in rows]
         return ImageBatch.stack(rows, [self._latents(row) for row in rows], sources)
 
     def text(self, captions: Sequence[str], rows: Sequence[PlannedRow] = ()) -> Conditioning:
         """Return the denoiser's conditioning on these captions, on the base's device.
 
-        An empty (dropped) caption has the conditioning that the pipeline uses without a negative prompt,
-        which caption dropout trains.
+        An empty (dropped) caption gets the conditioning that the pipeline uses when there is no negative
+        prompt. Caption dropout trains this unconditional case.
 
         rows: the row of each caption, for a base that encodes source images together with captions."""
         if self.live:
@@ -118,7 +117,7 @@ class Encoders:
         return entry.latents.float(), entry.mask, entry.sizes
 
     def _sources(self, row: PlannedRow) -> _References:
-        """Return a row's source images, with views in the sizes for the base."""
+        """Return a row's source images, with views in the sizes that the base requires."""
         size = partial(reference_size, self.base)
         return tuple((b, source_view(row.view, b, self.base.unit, size)) for b in row.picture.sources)
 
@@ -154,14 +153,14 @@ def _tokenizers(base: ImageBase) -> str:
             tokenizer = getattr(part, "tokenizer", part)  # for FLUX.2, the part is a processor
             backend = getattr(tokenizer, "backend_tokenizer", None)
             content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-            for state in ("truncation", "padding"):  # these states depend on the last call of the tokenizer
+            for state in ("truncation", "padding"):  # these settings depend on the last call of the tokenizer
                 content.pop(state, None)
             h.update(f"{name}|{tokenizer.model_max_length}|{tokenizer.chat_template}|{json.dumps(content)}".encode())
     return h.hexdigest()
 
 
 def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
-    """Set the rows that are `empty` to zero, so that these rows get no gradient."""
+    """Set the conditioning of the rows that are `empty` to zero, so they get no gradient."""
     mask = torch.tensor(empty, device=text.embeds.device)
     pooled = None if text.pooled is None else text.pooled.masked_fill(mask[:, None], 0)
     return replace(text, embeds=text.embeds.masked_fill(mask[:, None, None], 0), pooled=pooled)
@@ -170,8 +169,9 @@ def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
 def time_distribution(base: ImageBase, config: ImageTrainConfig) -> Times:
     """Return the distribution of timesteps of the run.
 
-    `auto` is logit-normal for flow, else uniform. The shift is the scheduler's constant shift. With
-    shift=resolution, the shift depends on the number of tokens, as in FLUX, with the scheduler's numbers."""
+    `auto` is logit-normal for flow models and uniform for others. The default shift is the scheduler's
+    constant shift. With shift=resolution, the shift depends on the number of tokens, as in FLUX, with the
+    parameters of the scheduler."""
     loss = config.loss
     distribution = loss.timesteps
     if distribution == "auto":
@@ -197,7 +197,7 @@ def time_distribution(base: ImageBase, config: ImageTrainConfig) -> Times:
 
 @dataclass
 class ImageLoss:
-    """The loss of a run: a call for training, `score` for held-out images.
+    """The loss of a run: call it for training; use `score` for held-out images.
 
     adapter_off: context manager that disables the adapter, for `keep_guidance`."""
 
@@ -208,7 +208,7 @@ class ImageLoss:
 
     def __post_init__(self) -> None:
         self.times, self.noise = time_distribution(self.base, self.config), self.config.loss.noise_offset
-        # On the CPU, because times are sampled there, so that the host does not wait for the device.
+        # On the CPU, because times are sampled there; on the device, the host would have to wait.
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         distilled = self.base.denoiser.config.get("guidance_embeds")
         guidance = max(self.config.loss.guidance, self.config.loss.keep_guidance or 0.0)
@@ -240,9 +240,9 @@ class ImageLoss:
         predicted = predict(base, noisy, times, text, guidance=self.guidance, **options)
         keep = self.config.loss.keep_guidance
         if keep is not None:
-            # Images contain no guidance: at g > 1, a distilled base predicts beyond them, and an adapter
-            # trained toward them would undo the guidance. The base's own guidance step therefore moves the
-            # target.
+            # A target from images contains no guidance. At g > 1, a distilled base predicts beyond it, and an
+            # adapter trained toward it would undo the guidance. Therefore the base's own guidance step is added
+            # to the target.
             with torch.no_grad(), self.adapter_off():
                 for guidance, sign in ((keep, 1), (1.0, -1)):
                     unadapted = predict(base, noisy, times, text, guidance=guidance, **options)
@@ -255,10 +255,10 @@ class ImageLoss:
     ) -> EvalResult | None:
         """Return the mean squared error of held-out rows, or None once `stopped()` is true.
 
-        Each row is scored at `evaluation.times` times in the middles of equal parts of the range, without
-        weights, and with noise that only depends on the image and the time, so that runs with different
+        The range of times is divided into `evaluation.times` equal parts, and each row is scored at the middle
+        of each part, without weights. The noise depends only on the image and the time, so runs with different
         losses can be compared. `extra` has the loss at each time. With several `devices`, the result covers
-        the share of this process."""
+        only the rows assigned to this process."""
         times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
         sums = torch.zeros(len(times), dtype=torch.float64)
         groups = list(_same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows))

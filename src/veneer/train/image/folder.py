@@ -2,14 +2,14 @@
 
     files, ignored = list_pictures("drawings", settings, settings.prompt, settings.masks)
 
-| of an image   | where                                                                                     |
-| caption       | first of NAME.txt or NAME.caption, metadata.jsonl (.csv, .parquet), kohya's folder        |
-|               | `N_words`, the configured prompt                                                          |
+| an image's    | are searched for in                                                                       |
+| caption       | NAME.txt or NAME.caption, metadata.jsonl (.csv, .parquet), the name of a kohya folder     |
+|               | `N_words`, the configured prompt; the first one found is used                             |
 | mask          | NAME.mask.png, or the same path in the folder `masks` or in the configured folder         |
-| source images | NAME.before.png, the same path in the folder `before` or in the configured folders        |
+| source images | NAME.before.png, or the same path in the folder `before` or in the configured folders     |
 
-A kohya folder repeats each image N times per epoch. A file or row without an image is an error. Only captions
-and metadata are opened, not images.
+A kohya folder repeats each image N times per epoch. A caption, mask, source image or metadata row without an
+image is an error. Only captions and metadata are opened, not images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 _CAPTION_COLUMNS = ("text", "caption", "prompt", "instruction")
 _FILE_COLUMN = "file_name"
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# images that no allowed decoder reads, which are reported as broken instead of skipped
+# image formats that no allowed decoder reads; such files are reported as broken instead of skipped
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
 _NOT_CAPTIONS = ("readme", "license", "licence", "notice", "attribution", "copying", "classes")
 _KOHYA = re.compile(r"(\d+)_(.+)")
@@ -43,8 +43,8 @@ _MOST_REPEATS = 1000
 class PictureFile:
     """An image file and its related files.
 
-    caption: None if the image has none. caption_source: the origin of the caption. sources: source images of
-    an edit."""
+    caption: None if the image has no caption. caption_source: where the caption was found. sources: source
+    images, if the image is an edit."""
 
     path: Path
     name: str
@@ -77,11 +77,11 @@ class _Folder:
         return names
 
     def owners(self, name: Path) -> list[Path]:
-        """Return the images with this path, with or without the suffix."""
+        """Return the images with this path. `name` can omit the suffix of the image."""
         return self._names.get(name, [])
 
     def unowned(self, file: Path) -> str:
-        """Return the message about a file that belongs to no image."""
+        """Return the error message about a file that belongs to no image."""
         return f"{file.relative_to(self.root) if file.is_relative_to(self.root) else file}: no picture of this name"
 
 
@@ -90,7 +90,7 @@ def list_pictures(
 ) -> tuple[list[PictureFile], Counter[str]]:
     """Return the images in a folder and its subfolders, sorted by name, and the ignored files by suffix.
 
-    prompt, masks: the settings, which differ for class images.
+    prompt, masks: the values of these settings, which differ for class images.
 
     Raises DataError."""
     files = _scan(folder, settings)
@@ -126,7 +126,7 @@ def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
         missing = "no source image" if most == 1 else f"fewer than the {most} source images of {example}"
         uneven = [name for name, group in folders.items() if any(len(f.sources) < most for f in group)]
         message = f"{len(fewer)} of {len(files)} pictures have {missing}:\n{bullets(fewer)}"
-        fix = "give all the same number (NAME.before.png, or the same name in the before folder), or set "
+        fix = "give all pictures the same number (NAME.before.png, or the same name in the before folder), or set "
         fix += "data.before: off to train on captions only"
         raise DataError(message, where=", ".join(uneven), fix=fix)
     return most
@@ -135,12 +135,12 @@ def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
 def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
     """Return (caption with the trigger, what was done).
 
-    The second value is "replaced", "already there", "added", or "" without a trigger. Every `[trigger]` in
-    the caption is replaced. A caption without the trigger gets the trigger at its beginning, as a separate
-    tag. Raises ValueError for a placeholder without a trigger."""
+    The second value is "replaced", "already there", "added", or "" if `trigger` is None. Every `[trigger]` in
+    the caption is replaced with the trigger. If the caption does not contain the trigger, it is prepended as
+    a separate tag. Raises ValueError if the caption has a placeholder but `trigger` is None."""
     if trigger is None:
         if "[trigger]" in caption:
-            raise ValueError("holds [trigger], and data.trigger is not set")
+            raise ValueError("contains [trigger], but data.trigger is not set")
         return caption, ""
     if "[trigger]" in caption:
         return caption.replace("[trigger]", trigger), "replaced"
@@ -160,15 +160,15 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
     Hidden files and the other folders in the settings are skipped. Raises DataError if the folder does not
     exist, or if a subfolder cannot be read."""
     root = Path(folder).expanduser()
-    if not os.path.isdir(root):  # does not raise for a name that is too long
+    if not os.path.isdir(root):  # unlike Path.is_dir, does not raise for a name that is too long
         message = "this is a file, not a folder of pictures" if os.path.isfile(root) else "the folder does not exist"
-        raise DataError(message, where=str(root), fix="give a folder that holds pictures")
+        raise DataError(message, where=str(root), fix="give a folder with pictures")
     pictures, captions, masks, source_files, ignored = [], [], [], [], Counter[str]()
     other_folders = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
     other_folders += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
     other_folders += settings.source_folders or [str(root / "before")]
     excluded = {Path(name).expanduser().resolve() for name in other_folders if name} - {root.resolve()}
-    for directory, folders, names in os.walk(root, onerror=_unread):
+    for directory, folders, names in os.walk(root, onerror=_raise_unreadable):
         current = Path(directory)
         folders[:] = sorted(
             f for f in folders if not f.startswith((".", "__")) and (current / f).resolve() not in excluded
@@ -179,7 +179,7 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
             suffix, marker = path.suffix.lower(), Path(path.stem).suffix.lower()
             if name.startswith(".") or name in _METADATA_FILES or name.lower() == "thumbs.db":
                 continue
-            if path.exists() and not path.is_file():  # Reading a pipe or a device can block forever.
+            if path.exists() and not path.is_file():  # reading a pipe or a device can block forever
                 ignored["pipe or device"] += 1
             elif suffix in SUFFIXES and marker == ".mask":
                 masks.append(path)
@@ -195,7 +195,7 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
     return _Folder(root, pictures, captions, masks, source_files, +ignored)
 
 
-def _unread(error: OSError) -> NoReturn:
+def _raise_unreadable(error: OSError) -> NoReturn:
     raise DataError(f"this folder cannot be read: {error.strerror}", where=error.filename) from error
 
 
@@ -213,40 +213,54 @@ def _captions(folder: _Folder) -> dict[Path, str]:
         except (OSError, UnicodeDecodeError) as error:
             bad.append(f"{name}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error.strerror}")
             continue
-        bad += [f"{name}: {o.name} has another caption file" for o in owners if captions.get(o, text) != text]
+        bad += [
+            f"{name}: {o.name} has more than one caption file, with different texts"
+            for o in owners
+            if captions.get(o, text) != text
+        ]
         captions |= dict.fromkeys(owners, text)
-    _stop(folder, bad, "caption file", "name a caption as its picture (cat.txt for cat.png), and save it as UTF-8")
+    _raise_if_bad(
+        folder,
+        bad,
+        "caption file",
+        "give a caption the name of its picture (cat.txt for cat.png), and save it as UTF-8",
+    )
     return captions
 
 
 def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
     """Return image -> mask file. Raise DataError for a mask without an image.
 
-    masks: the setting."""
+    masks: the value of the setting data.masks."""
     if masks in ("off", "alpha"):
         return {}
     mask_folder = folder.root / "masks" if masks == "auto" else Path(masks).expanduser()
     if masks != "auto" and not mask_folder.is_dir():
         raise DataError("the folder of masks does not exist", where=str(mask_folder), fix="correct data.masks")
     matches, bad = _match_files(folder, folder.masks, [(mask_folder, _pictures_in(mask_folder))])
-    _stop(folder, bad, "mask", "name a mask as its picture (cat.mask.png or masks/cat.png), or set data.masks: off")
+    _raise_if_bad(
+        folder,
+        bad,
+        "mask",
+        "give a mask the name of its picture (cat.mask.png or masks/cat.png), or set data.masks: off",
+    )
     return {picture: files[0] for picture, files in matches.items()}
 
 
 def _source_images(folder: _Folder, settings: ImageDataSection) -> dict[Path, list[Path]]:
-    """Return image -> its source images, in the order of the sources.
+    """Return image -> its source images, in the order of the source folders.
 
-    Raises DataError for files without an image."""
+    Raises DataError for source images that belong to no image."""
     if settings.before == "off":
         return {}
     auto = settings.before == "auto"
     roots = [folder.root / "before"] if auto else [Path(name).expanduser() for name in settings.source_folders]
     files_of_root = [(root, _pictures_in(root)) for root in roots]
     if empty := [root for root, files in files_of_root if not files and not auto]:
-        raise DataError("this folder of source images holds no picture", where=str(empty[0]), fix="correct data.before")
+        raise DataError("this folder of source images has no pictures", where=str(empty[0]), fix="correct data.before")
     matches, bad = _match_files(folder, folder.source_files if auto else [], files_of_root)
-    fix = "name both alike (cat.before.png or before/cat.png for cat.png), or set data.before: off"
-    _stop(folder, bad, "source image", fix)
+    fix = "name source images after the picture (cat.before.png or before/cat.png for cat.png), or set data.before: off"
+    _raise_if_bad(folder, bad, "source image", fix)
     return matches
 
 
@@ -257,10 +271,10 @@ def _pictures_in(folder: Path) -> list[Path]:
 def _match_files(
     folder: _Folder, suffixed: Iterable[Path], mirrored: Iterable[tuple[Path, list[Path]]]
 ) -> tuple[dict[Path, list[Path]], list[str]]:
-    """Return image -> the files of the same name, and messages about files without an image.
+    """Return image -> the files that match its name, and messages about files without an image.
 
-    suffixed: files NAME.mask.png or NAME.before.png. mirrored: (folder, files with the same paths as the
-    images)."""
+    suffixed: files named NAME.mask.png or NAME.before.png. mirrored: (folder, files in it whose relative
+    paths match the images' paths)."""
     matches: dict[Path, list[Path]] = {}
     bad: list[str] = []
     pairs = [(file, file.with_suffix("").with_suffix("")) for file in suffixed]
@@ -278,7 +292,7 @@ def _match_files(
 def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
     """Return image -> caption, from all metadata files.
 
-    Paths in a file are relative to the file's folder."""
+    Paths in a metadata file are relative to the folder that contains the file."""
     rows: dict[Path, str] = {}
     bad: list[str] = []
     for directory in sorted({folder.root, *(p.parent for p in folder.pictures)}):
@@ -289,7 +303,7 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
             columns = list(dict.fromkeys(c for record in records for c in record.values))
             text_column = settings.caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
             if _FILE_COLUMN not in columns or text_column not in columns:
-                missing, fix = _FILE_COLUMN, "name the column of pictures so"
+                missing, fix = _FILE_COLUMN, "give the column of picture paths this name"
                 if _FILE_COLUMN in columns:
                     missing, fix = text_column or " or ".join(_CAPTION_COLUMNS), "set data.caption_column"
                 message = f"the metadata has no column {missing}; the columns are {', '.join(columns)}"
@@ -300,21 +314,21 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
                 if not problem and not isinstance(caption, str):
                     problem = f"`{text_column}` should be text, found {type(caption).__name__}"
                 if not problem and directory / str(name) in rows:
-                    problem = f"`{name}` has a row already"
+                    problem = f"`{name}` already has a row"
                 if problem:
                     bad.append(f"{record.where}: {problem}")
                     continue
                 rows[directory / str(name)] = " ".join(str(caption).split())
-    _stop(folder, bad, "metadata row", "correct or remove these rows")
+    _raise_if_bad(folder, bad, "metadata row", "correct or remove these rows")
     return rows
 
 
 def _path_problem(name: object, directory: Path, folder: _Folder) -> str:
-    """Return the problem of an image path in a metadata row, or ""."""
+    """Return what is wrong with an image path in a metadata row, or ""."""
     if not isinstance(name, str) or not name:
         return f"`{_FILE_COLUMN}` should be a picture's path, found {name!r}"
     if os.path.isabs(name) or ".." in Path(name).parts:
-        return f"`{_FILE_COLUMN}`: `{name}` leaves the folder"
+        return f"`{_FILE_COLUMN}`: `{name}` is outside the folder"
     path = directory / name
     return "" if path in folder.owners(path) else f"`{_FILE_COLUMN}`: there is no picture `{name}`"
 
@@ -325,7 +339,9 @@ def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
         if match := _KOHYA.fullmatch(folder.name):
             repeats = int(match[1])
             if not 0 < repeats < _MOST_REPEATS:
-                message = f"a folder named N_words repeats each picture N times (as kohya's), here {repeats:,} times"
+                message = (
+                    f"a folder named N_words (as in kohya's scripts) repeats each picture N times, but N is {repeats:,}"
+                )
                 raise DataError(message, where=str(folder), fix="rename the folder")
             return repeats, match[2].strip()
         if folder == root:
@@ -333,7 +349,7 @@ def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
     return 1, None
 
 
-def _stop(folder: _Folder, bad: Sequence[str], kind: str, fix: str) -> None:
+def _raise_if_bad(folder: _Folder, bad: Sequence[str], kind: str, fix: str) -> None:
     if bad:
         message = f"{counted(len(bad), kind)} cannot be used:\n{bullets(bad)}"
         raise DataError(message, where=str(folder.root), fix=fix)

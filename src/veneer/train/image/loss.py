@@ -31,7 +31,7 @@ _Prediction = Literal["epsilon", "v", "flow"]
 class Times:
     """The distribution of timesteps.
 
-    For flow, u is uniform, or u = sigmoid(z) with normal z (logit-normal, arXiv 2403.03206), and `shift`
+    For flow, u is uniform, or u = sigmoid(z) with z ~ N(0, 1) (logit-normal, arXiv 2403.03206), and `shift`
     moves u toward noise.
 
     shift: a number s, or a function from the number of image tokens to s. patch: latents per token."""
@@ -48,7 +48,7 @@ class Times:
 def generator(*key: int | str) -> torch.Generator:
     """Return a CPU generator seeded with a digest of `key`.
 
-    The random numbers do not depend on the device or on the order of calls."""
+    The random numbers do not depend on the device or on the order in which generators are created."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
@@ -60,12 +60,12 @@ def sample_noise(
     times: Times,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return noise (n, c, h, w) and times (n,), one row per key.
+    """Return noise (n, c, h, w) and times (n,), with one row per key.
 
     Times are integers below `times.steps` for epsilon and v, and float32 sigmas in (0, 1) for flow.
 
-    shape: shape of one row of latents, (c, h, w). offset: adds offset·z to the noise, one z per channel of a
-    row.
+    shape: shape of one row of latents, (c, h, w). offset: scale of a noise offset: offset·z is added to the
+    noise, with one z per channel of each row.
     """
     rows, times_of_rows = [], []
     for key in keys:
@@ -96,7 +96,7 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 def mu_of_tokens(tokens: int, *, low: int = 256, high: int = 4096, at_low: float = 0.5, at_high: float = 1.15) -> float:
     """Return FLUX's μ for an image of `tokens` tokens (2 × 2 latents each).
 
-    μ is on the line through (low, at_low) and (high, at_high)."""
+    μ is linear in `tokens`, through the points (low, at_low) and (high, at_high)."""
     slope = (at_high - at_low) / (high - low)
     return at_low + slope * (tokens - low)
 
@@ -131,8 +131,8 @@ def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tenso
 def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared error of each row: (n,) in float32.
 
-    mask: (n, 1, h, w), weights from 0 to 1 for each position. With a mask, the mean is over the mask, so that
-    a small subject counts as much as a large one."""
+    mask: (n, 1, h, w), weights from 0 to 1 for each position. With a mask, the mean is weighted by the mask,
+    so that a small subject counts as much as a large one."""
     error = (predicted.float() - target.float()).square()
     if mask is None:
         return error.mean(dim=(1, 2, 3))
@@ -141,7 +141,7 @@ def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
 
 def quantile_times(count: int, prediction: _Prediction, steps: int = 1000) -> Tensor:
-    """Return `count` times in the middles of equal parts of the whole range.
+    """Return the middles of `count` equal parts of the range of times.
 
     Used for validation without randomness."""
     middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count

@@ -1,12 +1,12 @@
-"""Near-duplicates: images that look the same although their files differ.
+"""Find near-duplicates: images that look the same although their files differ.
 
     near_duplicates([perceptual_hash(image) for image in images]) -> [(i, j), …]
 
-Two measures must both agree: a difference hash and a 16 x 16 color thumbnail. The difference hash (dHash,
-Krawetz 2013) tells whether each of 16 x 16 gray samples is brighter than its right neighbor, by a margin
-above the JPEG noise of flat areas. The thumbnail is needed because flat drawings can have equal outlines, and
-so equal hashes, without being alike. Re-encoding, resizing and slight color changes remain within both
-bounds.
+Two images are near-duplicates if both a difference hash and a 16 x 16 color thumbnail are similar. The
+difference hash (dHash, Krawetz 2013) records whether each of 16 x 16 gray samples is brighter than its right
+neighbor, by a margin above the JPEG noise of flat areas. The thumbnail is needed because flat drawings can
+have equal outlines, and therefore equal hashes, without looking alike. Re-encoding, resizing and slight color
+changes remain within both limits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from PIL import Image
 
 _SIDE = 16
 _BITS = _SIDE * _SIDE
-_MOST_BITS = 20  # maximum number of differing bits, of 256
-_MOST_COLOUR = 0.03  # maximum root mean square difference of the thumbnails, with values from 0 to 1
-_MARGIN = 2  # minimum difference of a brighter sample, of 255
-_BLOCK = 1024  # number of images that are compared with all others at once
+_MOST_BITS = 20  # maximum number of the 256 bits that differ between near-duplicates
+_MOST_COLOUR = 0.03  # maximum root mean square difference between the thumbnails, with values from 0 to 1
+_MARGIN = 2  # minimum difference (of 255) for a sample to count as brighter
+_BLOCK = 1024  # number of images per block that is compared with all others at once
 
 
 def perceptual_hash(image: Image.Image) -> bytes:
@@ -33,7 +33,7 @@ def perceptual_hash(image: Image.Image) -> bytes:
 
 
 def near_duplicates(hashes: Sequence[bytes], others: Sequence[bytes] | None = None) -> list[tuple[int, int]]:
-    """Return near-duplicates (i, j), i < j within `hashes`.
+    """Return near-duplicates as index pairs (i, j) with i < j.
 
     With `others`, i indexes `hashes` and j indexes `others`. Takes O(n²), a few seconds for 5,000 images."""
     bits, colours = _matrices(hashes)
@@ -49,7 +49,7 @@ def near_duplicates(hashes: Sequence[bytes], others: Sequence[bytes] | None = No
 
 
 def _matrices(hashes: Sequence[bytes]) -> tuple[Any, Any]:
-    """Return (signs of the bits: (n, 256), colors: (n, 768) in 0..1) in float32."""
+    """Return (bits as ±1: (n, 256), colors: (n, 768) in 0..1) in float32."""
     data = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), _BITS // 8 + 3 * _BITS)
     bits = np.unpackbits(data[:, : _BITS // 8], axis=1)
     return bits.astype(np.float32) * 2 - 1, data[:, _BITS // 8 :].astype(np.float32) / 255

@@ -4,8 +4,8 @@
     pictures, summary = read_pictures(settings, "validation")      the images of `settings.validation`
     pictures, held_out, summary = read_split_pictures(settings, seed)
 
-Every file is decoded once, before step one, with its caption and trigger, mask, source images and weight, and
-all problems are reported. This module does not depend on buckets or tensors.
+Before the first step, each image is read and decoded once, together with its caption, mask and source images,
+and all problems are reported. This module does not depend on buckets or tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from veneer.train.image.folder import PictureFile, list_pictures, sources_per_pi
 from veneer.train.image.near_duplicates import perceptual_hash
 from veneer.train.validation_split import hold_out
 
-_SAME_SHAPE = 0.01  # maximum relative difference of equal aspect ratios
+_SAME_SHAPE = 0.01  # maximum relative difference of aspect ratios that count as equal
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class TrainingPicture:
     caption: the caption with the trigger
     size: (width, height) in pixels, upright
     digest: sha256 of the file
-    mask: a mask file
+    mask: path of the mask file
     alpha: whether the image's own transparency is the mask
-    transparent: whether some pixels show the background
-    repeats: times per epoch
-    weight: weight of its loss
+    transparent: whether the background is visible through some pixels
+    repeats: how often the image occurs per epoch
+    weight: weight of the image in the loss
     is_class: whether it is a class image
     sources: source images of an edit, without captions"""
 
@@ -65,7 +65,7 @@ class TrainingPicture:
 
     @cached_property
     def key(self) -> str:
-        """Return the sha256 of all trained content, without the location of the file."""
+        """Return the sha256 of all data that training uses, without the file's location."""
         parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
         parts += [picture.digest for picture in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -75,13 +75,13 @@ class TrainingPicture:
 class PictureSummary:
     """A summary of the images that were read.
 
-    captions: source -> number of images
+    captions: where the caption was found -> number of images
     triggers: added, replaced, already there -> number of images
-    broken: `name: reason` of dropped files
+    broken: `name: reason` of each dropped file
     notes: conversion during decoding -> number of images
-    ignored: suffix -> number of files of other kinds
+    ignored: suffix -> number of files that are not images, captions or masks
     sources: number of source images per image
-    unlike: `name: sizes` of source images with other proportions"""
+    unlike: `name: sizes` of each source image whose proportions differ from the edited image's"""
 
     captions: Counter[str] = field(default_factory=Counter)
     triggers: Counter[str] = field(default_factory=Counter)
@@ -111,9 +111,9 @@ def read_pictures(
     """Return the images of the folders in the settings, sorted by name within each folder.
 
     With "train", the class images follow. Raises DataError for a folder that is missing or has no image; a
-    caption, mask or metadata row without an image; images without a caption (if there is no trigger instead);
-    a mask with other proportions; incomplete pairs; and unreadable files unless `settings.broken` is `drop`.
-    Each error lists all problems, up to 20."""
+    caption, mask or metadata row without an image; images without a caption (unless there is a trigger); a
+    mask whose proportions differ from the image's; images that have fewer source images than others; and
+    unreadable files unless `settings.broken` is `drop`. Each error lists all problems, up to 20."""
     folders = settings.folders if part == "train" else (settings.validation,) if settings.validation else ()
     summary = PictureSummary()
     without_sources = settings.model_copy(update={"before": "off" if settings.before == "off" else "auto"})
@@ -138,9 +138,9 @@ def read_pictures(
 def read_split_pictures(
     settings: ImageDataSection, seed: int
 ) -> tuple[list[TrainingPicture], list[TrainingPicture], PictureSummary]:
-    """Return the training images, the held-out images, and the summary of the training images.
+    """Return the training images, the held-out images, and the summary of the training folders.
 
-    Without `settings.validation`, the held-out images are selected by `split_pictures`. Raises the errors of
+    Without `settings.validation`, `split_pictures` selects the held-out images. Raises the errors of
     `read_pictures`."""
     pictures, summary = read_pictures(settings)
     if settings.validation is None:
@@ -167,9 +167,10 @@ def split_pictures(
 
 
 def count_pictures(settings: ImageDataSection) -> tuple[int, int]:
-    """Return (images in the folders of the settings, source images per image), from file names only.
+    """Return (number of images in the folders of the settings, number of source images per image).
 
-    Raises the DataErrors of `read_pictures` about the content of a folder."""
+    Images are not opened. Raises the same DataErrors as `read_pictures` for problems with a folder's
+    contents."""
     files = {f: list_pictures(f, settings, settings.prompt, settings.masks)[0] for f in settings.folders}
     return sum(map(len, files.values())), sources_per_picture(files)
 
@@ -198,7 +199,7 @@ def _read(
         summary.captions[file.caption_source] += 1
         summary.triggers.update([change] if change else [])
     for bad, kind, fix in (
-        (placeholders, "caption", "set data.trigger, or correct them"),
+        (placeholders, "caption", "set data.trigger, or correct the captions"),
         (broken, "picture", "repair or remove them, or leave them out with data.broken=drop"),
     ):
         if bad and (kind == "caption" or settings.broken == "refuse"):
@@ -213,8 +214,8 @@ def _open(
 ) -> TrainingPicture:
     """Decode an image, its mask and its source images.
 
-    Raises UnreadablePicture for unreadable files, a mask with other proportions, and a source image with an
-    extreme aspect ratio."""
+    Raises UnreadablePicture for unreadable files, for a mask whose proportions differ from the image's, and
+    for a source image with an extreme aspect ratio."""
     data, digest = read_bytes(file.path)
     decoded = decode_picture(data, settings)
     width, height = decoded.size

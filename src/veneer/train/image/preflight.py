@@ -1,7 +1,7 @@
 """Preflight of an image run: data, trained modules, and loss settings.
 
-The checks of the data are in `checks`, and the checks of all kinds of runs in `train.preflight`. No check
-changes anything.
+The checks of the data are in `checks`, and the checks that apply to all kinds of runs are in
+`train.preflight`. No check changes anything.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class ImageData:
     """The data of a run.
 
     training: training images, including class images
-    plan: rows of the training images in an epoch
+    plan: rows of the training images in one epoch
     encoders: encodes the batches
-    scored: rows of the held-out images
+    scored: rows of the held-out images, which evaluations score
     missing_class_pictures: number of class images to generate
-    tags: folder -> tag -> captions per epoch"""
+    tags: folder -> tag -> number of captions per epoch with the tag"""
 
     training: list[TrainingPicture]
     held_out: list[TrainingPicture]
@@ -67,7 +67,7 @@ class ImageData:
 
 @dataclass(kw_only=True)
 class ImageSubject(RunSubject):
-    """A picture run to check."""
+    """An image run to check."""
 
     base: ImageBase
     config: ImageTrainConfig
@@ -75,10 +75,10 @@ class ImageSubject(RunSubject):
 
 
 def adapter_components(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
-    """Return component -> (its module, spec of the adapter to create on it).
+    """Return component -> (its module, spec of the adapter to create on the module).
 
-    The denoiser is first, then the configured text encoders. Raises TargetError for a text encoder that the
-    base does not have, or that the file format does not support."""
+    The denoiser is first, followed by the configured text encoders. Raises TargetError for a text encoder
+    that the base does not have, or that the file format does not support."""
     spec = config.adapter.spec()
     denoiser = base.row.denoiser
     whole = replace(spec, targets=config.adapter.denoiser_targets())
@@ -88,7 +88,7 @@ def adapter_components(base: ImageBase, config: ImageTrainConfig) -> dict[str, t
     for name in config.adapter.text_encoders:
         if name not in base.row.encoders or not hasattr(base.model, name):
             having = ", ".join(n for n in base.row.encoders if hasattr(base.model, n)) or "none"
-            message = f"{base.row.label} has no text encoder {name!r} that adapters are for"
+            message = f"{base.row.label} has no text encoder {name!r} that can have an adapter"
             raise TargetError(message, where="adapter.text_encoders", fix=f"it has: {having}")
         out[name] = (base.model.get_submodule(name), part)
     return out
@@ -103,10 +103,10 @@ def image_preflight(
     cut: Mapping[str, Mapping[str, str]],
     **options: Any,
 ) -> Report:
-    """Inspect a run before anything is attached or encoded; see `inspect_run`.
+    """Check a run before anything is attached or encoded; see `inspect_run`.
 
-    data_findings: findings about the data. cut: kind of text (captions, sample prompts, class prompt) -> each
-    text that is too long -> the part that the base does not read."""
+    data_findings: findings about the data. cut: kind of text (captions, sample prompts, class prompt) -> text
+    that is too long -> the part of the text that the base does not read."""
     instances = sum(not row.picture.is_class for row in data.plan.rows)
     rows = config.batching.rows
     subject = ImageSubject(
@@ -132,7 +132,7 @@ def image_preflight(
 
 
 def _targets(s: ImageSubject) -> Iterator[Finding]:
-    """Report the number of targets in each component."""
+    """Report the number of target modules in each component."""
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
     targets_of: dict[str, int] = {}
     name = s.base.row.denoiser
@@ -152,15 +152,15 @@ def _targets(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _output_outside_data(s: ImageSubject) -> Iterator[Finding]:
-    """Report an output folder inside an image folder.
+    """Report an output folder that is inside an image folder.
 
-    The next run, or a resumed run, would train on the sheets and samples in the output folder."""
+    The next run, or a resumed run, would train on the sheets and samples in such a folder."""
     config = s.config
     out = Path(config.output.directory).expanduser().resolve()
     for folder in filter(None, (*config.data.folders, config.data.validation, config.data.class_folder)):
         if out.is_relative_to(Path(folder).expanduser().resolve()):
             text = f"{config.output.directory} is in the picture folder {folder}: samples would be trained on"
-            yield Finding("stop", "output", text, "set output.directory to a folder outside of it")
+            yield Finding("stop", "output", text, "set output.directory to a folder outside the picture folder")
 
 
 def _loss(s: ImageSubject) -> Iterator[Finding]:
@@ -177,7 +177,7 @@ def _loss(s: ImageSubject) -> Iterator[Finding]:
         only = f"{'is' if len(wrong) == 1 else 'are'} only for {'noise (epsilon, v)' if flow else 'flow'}"
         yield Finding("stop", "loss", f"{label}: {' and '.join(wrong)} {only}", "leave it out")
     elif guidance and not s.base.denoiser.config.get("guidance_embeds"):
-        text = f"{s.base.name} takes no guidance as an input, so {' and '.join(guidance)} would have no effect"
+        text = f"{s.base.name} does not take guidance as an input, so {' and '.join(guidance)} would have no effect"
         yield Finding("stop", "loss", text, "leave it out")
     elif len(guidance) == 2 and (loss.keep_guidance or 0.0) > loss.guidance:
         text = f"loss.keep_guidance {loss.keep_guidance:g} is above loss.guidance {loss.guidance:g}"
@@ -188,7 +188,7 @@ def _loss(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _pairs(s: ImageSubject) -> Iterator[Finding]:
-    """Report problems with edit pairs: a base that does not edit, held-out images, class images."""
+    """Report missing or excess source images, and a base that requires or cannot use them."""
     base, config, data = s.base, s.config, s.data
     sources, folder = data.summary.sources, ", ".join(config.data.folders)
     if sources > base.references:
@@ -198,14 +198,17 @@ def _pairs(s: ImageSubject) -> Iterator[Finding]:
         yield Finding("stop", "pairs", text, fix)
     elif base.only_edits and not sources:
         text = f"{base.name} edits pictures, and {folder} has captions only, without source images"
-        fix = "give each picture a source (NAME.before.png, or data.before: FOLDER), or train on another base"
+        fix = "give each picture a source image (NAME.before.png, or data.before: FOLDER), or train on another base"
         yield Finding("stop", "pairs", text, fix)
     elif sources and config.data.class_count:
         fix = "use data.class_folder with pairs"
         yield Finding("stop", "pairs", "generated class pictures have no source images", fix)
     if mismatched := [p.name for p in data.held_out if len(p.sources) != sources]:
-        text = f"held-out pictures have a different number of source images than {sources}: {mismatched[0]}"
-        fix = "give each as many (NAME.before.png, or its name in a before folder), or set data.before: off"
+        text = (
+            f"held-out pictures must have as many source images as the training pictures ({sources}): {mismatched[0]}"
+        )
+        fix = "give each held-out picture as many source images (NAME.before.png, or before/NAME.png), "
+        fix += "or set data.before: off"
         yield Finding("stop", "held out", text, fix)
 
 
@@ -213,14 +216,14 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
     """Report samples that this base cannot generate, so that the run does not fail at its first samples."""
     base, config, samples, sources = s.base, s.config, s.config.samples, s.data.summary.sources
     if sources and samples.prompts and not samples.before:
-        fix = "samples.before: a picture for each prompt, or one for all"
+        fix = "set samples.before to one picture per prompt, or to one picture for all prompts"
         yield Finding("stop", "samples", "sample prompts are instructions, and have no picture to edit", fix)
     if samples.before and not sources:
-        text = "samples.before is for pairs, and the pictures have no sources"
+        text = "samples.before requires training pictures with source images, and these have none"
         yield Finding("stop", "samples", text, "leave it out")
     most = max(map(len, samples.starts), default=0)
     if most > base.references > 0:
-        text = f"samples.before shows {most} pictures at once, and {base.name} takes {base.references} at most"
+        text = f"samples.before has {most} pictures for one prompt, and {base.name} takes {base.references} at most"
         yield Finding("stop", "samples", text, "leave some out")
     for path in dict.fromkeys(path for paths in samples.starts for path in paths):
         try:
@@ -228,7 +231,9 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
         except UnreadablePicture as error:
             yield Finding("stop", "samples", f"{path} cannot be edited: {error}", "correct samples.before")
             continue
-        if most > 1 and (why := aspect_problem(*size)):  # a single source image is cropped
+        if most > 1 and (
+            why := aspect_problem(*size)
+        ):  # a single source image is cropped, so any aspect ratio is allowed
             yield Finding("stop", "samples", f"{path} has {why}", "crop it")
     if samples.prompts:
         try:
@@ -238,11 +243,13 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _base(s: ImageSubject) -> Iterator[Finding]:
-    """Report a base distilled for few steps, which training on pictures undoes, or one that cannot be
-    offloaded."""
+    """Report a base that is distilled to few steps, or that cannot be offloaded.
+
+    Training on images undoes the distillation."""
     if s.base.few_steps:
-        text = f"{s.base.name} is distilled to few steps, which training undoes"
-        fix = "train on what it was made from (FLUX.1 dev, FLUX.2 klein-base), and draw with the adapter on this one"
+        text = f"{s.base.name} is distilled to few steps, and training undoes the distillation"
+        fix = "train on the model that it was distilled from (FLUX.1 dev, FLUX.2 klein-base), "
+        fix += "then generate with the adapter on this base"
         yield Finding("warn", "distilled", text, fix)
     on_cpu = s.base.device.type == "cpu"
     if s.config.memory.offload_blocks and (on_cpu or s.base.quantized):
@@ -252,12 +259,14 @@ def _base(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
-    """Report the beginnings of captions and prompts that the encoders truncate."""
+    """Report captions and prompts that the encoders truncate."""
     for kind, long in cut.items():
         if long:
             caption, unread = next(iter(long.items()))
             text = f"{counted(len(long), kind.removesuffix('s'))} longer than the base reads; "
-            text += f"unread: of `{_short(caption)}` from `{_short(unread)}` on ({len(unread):,} characters)"
+            text += (
+                f"of `{_short(caption)}`, the part from `{_short(unread)}` on is not read ({len(unread):,} characters)"
+            )
             yield Finding("warn", kind, text + (f" and {len(long) - 1} more" if len(long) > 1 else ""), "shorten them")
 
 

@@ -1,4 +1,4 @@
-"""Run a training configuration on an image base, with images or a slider.
+"""Run a training configuration on an image base, with images or for a slider.
 
 result = run_images(config)                  result.adapter is the file (for peft: the folder)
 """
@@ -29,21 +29,21 @@ def run_images(
 ) -> ImageResult:
     """Train one adapter with `config` and return the result.
 
-    resume: continue from the newest checkpoint in the output folder; on a CPU, the result is the same bit for
-        bit as without the interruption
-    dry_run: stop after preflight and the largest batch
+    resume: continue from the newest checkpoint in the output folder; on a CPU, the result is bit for bit the
+        same as without the interruption
+    dry_run: stop after preflight and one step with the largest batch
     force: start a run that does not fit in memory, with a warning
     on_event: called with every event; the default shows the run in the terminal (stderr)
     base: a base that is already loaded; its encoders are then not freed
     sources: setting -> its origin, from `load_config`
 
-    In processes started by torchrun or similar tools, each process takes a device and a share of every step
-    (train.devices). Only the first process reports events, generates samples, and writes the adapter.
+    In processes started by torchrun or similar tools, each process uses one device and takes a share of every
+    step (train.devices). Only the first process reports events, generates samples, and writes the adapter.
 
-    The random generators, modules and weights of the base are restored, even after an error. Raises DataError
-    for unusable images, PreflightError before step one for predictable failures, TrainingError for a loss
-    that is not finite, Interrupted on Ctrl-C with the state saved, and the errors of the base and
-    checkpoints."""
+    The random generators, modules and weights of the base are restored at the end, even after an error.
+    Raises DataError for unusable images, PreflightError before step one for predictable failures,
+    TrainingError for a loss that is not finite, Interrupted on Ctrl-C after saving the state, and errors from
+    loading the base and from checkpoints."""
     kind = PICTURES
     if config.slider.enabled:
         kind, config = SLIDER, slider_config(config)

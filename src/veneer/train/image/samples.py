@@ -1,7 +1,7 @@
 """Images that a run generates: sample sheets, missing class images, and a thumbnail.
 
-All functions use models.image.generate, like `veneer image`, so a sheet shows the results that the adapter
-will give. The training state (random generators, selected adapters, mode of the layers) is restored.
+All functions use models.image.generate, like `veneer image`, so a sheet shows what the adapter will produce.
+The training state (random generators, selected adapters, mode of the layers) is restored.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
-    """Set the training mode of the adapter's layers, for their dropout.
+    """Set the training mode of the adapter's layers, which controls their dropout.
 
-    The base's own modules are not changed, because their dropout was for training the base."""
+    The base's own modules are not changed, because their dropout was meant for training the base."""
     layers = [m for m in base.model.modules() if isinstance(m, Layer)]
     modes = [layer.training for layer in layers]
     for layer in layers:
@@ -55,9 +55,9 @@ def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
 def generate_samples(
     base: ImageBase, attachment: Attachment, config: ImageTrainConfig, strengths: Sequence[float] = ()
 ) -> list[list[Image]]:
-    """Return images generated with the trained adapter: prompts x seeds.
+    """Return images generated with the trained adapter: a row per prompt, a column per seed.
 
-    With `strengths`, the rows are prompts with seeds, and the columns are strengths."""
+    With `strengths`, there is a row per prompt and seed, and a column per strength."""
     samples = config.samples
     plans = [MixPlan(mix, ((0.0, mix),)) for s in strengths or (1.0,) for mix in [((NAME, s),) if s else ()]]
     sources = _source_images(base, config)
@@ -73,8 +73,8 @@ def generate_samples(
 def _source_images(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
     """Return the source images of each sample prompt.
 
-    A single source image is cropped like a training image. Several source images are whole, each in its own
-    size. Raises DataError."""
+    A single source image is cropped like a training image. Several source images are not cropped, and each
+    keeps its own proportions. Raises DataError."""
     samples = config.samples
     side = samples.size or base.size
 
@@ -105,7 +105,7 @@ def generate_rows(
     columns: int,
     steps: int,
 ) -> list[list[Image]]:
-    """Return an image for each row, in lists of `columns` images."""
+    """Generate an image for each row, and return the images in lists of `columns` images."""
     settings = sample_settings(config, steps)
     random_state = checkpoint.rng_state()
     try:
@@ -125,9 +125,9 @@ def write_sample_sheet(
     title: str,
     strengths: Sequence[float] = (),
 ) -> None:
-    """Write the sample sheet of prompts by seeds or strengths, from `generate_samples`.
+    """Write a sheet of the images from `generate_samples`.
 
-    Source images are at the left."""
+    The rows are prompts, and the columns are seeds or strengths. Source images are at the left."""
     samples = config.samples
     rows, columns = list(samples.prompts), [f"seed {seed}" for seed in samples.seeds]
     sources = _source_images(base, config)
@@ -151,7 +151,7 @@ def jpeg_url(data: bytes) -> str:
 def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path:
     """Return the folder of class images.
 
-    This is the configured folder, or a folder in the cache that is named after a hash of the inputs."""
+    This is the configured folder, or else a cache folder that is named after a hash of the inputs."""
     if config.data.class_folder is not None:
         return Path(config.data.class_folder)
     inputs = [base.fingerprint, config.data.class_prompt, config.samples.steps, config.samples.size, config.seed]
@@ -161,9 +161,9 @@ def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path
 def generate_missing(
     base: ImageBase, config: ImageTrainConfig, rows: Mapping[Path, ImageRow], steps: int, *, at_once: int = 4
 ) -> None:
-    """Generate the image of each row and write it to its file, with the base only.
+    """Generate the image of each row with the base alone, and write it to the row's file.
 
-    A stopped run resumes with the missing images."""
+    The files are written in batches of `at_once`, so an interrupted run loses at most one batch."""
     files = list(rows)
     for folder in {file.parent for file in files}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def generate_missing(
 
 
 def generate_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path, missing: int) -> None:
-    """Generate `missing` images of `data.class_prompt` in `folder`, each with its own seed."""
+    """Add `missing` generated images of `data.class_prompt` to `folder`, each with its own seed."""
     files = ((seed, folder / f"class-{seed:05d}.png") for seed in count())
     new = islice(((seed, file) for seed, file in files if not file.exists()), missing)
     rows = {file: ImageRow(config.data.class_prompt or "", "", seed) for seed, file in new}

@@ -47,8 +47,8 @@ _THUMBNAIL = 256
 class ImageResult(Outcome):
     """The result of an image run.
 
-    loss, validation: mean squared error. hashes: hashes of the file, as in A1111 and CivitAI. samples: the
-    sample sheets. sheet: the contact sheet."""
+    loss, validation: mean squared error. hashes: hashes of the adapter's file, as in A1111 and CivitAI.
+    samples: the sample sheets. sheet: the contact sheet."""
 
     pictures: int = 0
     pictures_per_second: float = 0.0
@@ -58,7 +58,7 @@ class ImageResult(Outcome):
 
 
 def output_path(config: ImageTrainConfig) -> Path:
-    """Return the path of the adapter's file, or of its folder for peft."""
+    """Return the path of the adapter's file, or of its folder if the layout is peft."""
     folder = Path(config.output.directory)
     if config.output.layout == "peft":
         return folder
@@ -66,11 +66,11 @@ def output_path(config: ImageTrainConfig) -> Path:
 
 
 def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
-    """Yield a stop, before training, if the file layout cannot hold the adapter."""
+    """Yield a stop if the file layout cannot hold the adapter."""
     try:
         convert.encode(adapter, config.output.layout, family=base.family)
     except AdapterError as error:
-        fix = "another output.layout (kohya holds most), or another kind of adapter"
+        fix = "use another output.layout (kohya can hold most adapters), or another kind of adapter"
         yield Finding("stop", "layout", error.what, fix)
 
 
@@ -82,7 +82,7 @@ def save_image_adapter(
     picture: Image | None,
     tags: dict[str, dict[str, int]],
 ) -> WriteReport:
-    """Write the adapter in the configured layout, with all metadata and the card.
+    """Write the adapter in the configured layout, with all metadata and the adapter card.
 
     training: the result of `training_facts`, or {}. picture: image for the thumbnail. tags: the result of
     `tag_frequency`."""
@@ -118,7 +118,7 @@ def training_facts(
 ) -> dict[str, Any]:
     """Return the values of sd-scripts' `ss_` keys, without the prefix; None for keys that do not apply.
 
-    kept_step: the saved step. seconds: duration of the steps."""
+    kept_step: the step whose weights are saved. seconds: duration of the steps."""
     now, steps, ends = time.time(), data.steps, data.steps.ends
     instances = [p for p in data.training if not p.is_class]
     classes = [p for p in data.training if p.is_class]
@@ -152,11 +152,13 @@ def training_facts(
 
 
 def tag_frequency(pictures: Iterable[TrainingPicture]) -> dict[str, dict[str, int]]:
-    """Return sd-scripts' ss_tag_frequency: folder -> tag -> captions per epoch."""
+    """Return sd-scripts' ss_tag_frequency: folder -> tag -> number of captions with the tag."""
     out: dict[str, Counter[str]] = {}
     for picture in pictures:
         folder, times = picture.path.parent.name, f"{picture.repeats}_"
-        folder = folder if folder.startswith(times) else times + folder  # kohya's folders already have the prefix
+        folder = (
+            folder if folder.startswith(times) else times + folder
+        )  # the names of kohya's folders already have the prefix
         tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
         out.setdefault(folder, Counter()).update(list(tags))
     return {folder: dict(counts.most_common()) for folder, counts in out.items()}
@@ -173,15 +175,15 @@ def prove_image_adapter(
 ) -> str:
     """Read the saved file and compare its prediction with the trained adapter's prediction.
 
-    The prediction is for a batch of one image and the `text` of its caption; see `train.save.prove`."""
+    The prediction is for a batch of one image and `text`, the encoded caption; see `train.save.prove`."""
     path = output_path(config)
     again = read(path, base=base.model).adapter
-    if config.output.layout == "peft":  # uses the denoiser's own names
+    if config.output.layout == "peft":  # the peft layout has the denoiser's own module names
         start = f"{base.row.denoiser}."
         again = again.renamed(lambda name: name if name.startswith(start) else start + name)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
     latents, sizes = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
-    # Rounding to the dtypes of the file and of the base, through a few layers.
+    # tolerance for rounding to the dtypes of the file and of the base, accumulated over a few layers
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
     return prove(
         attachment,
@@ -216,7 +218,7 @@ def image_report(result: ImageResult, folder: Path, base: ImageBase, config: Ima
 
 
 def _sheets(folder: Path) -> list[tuple[str, str]]:
-    """Return (title, data URL) of the contact sheet and of all logged sample sheets."""
+    """Return (title, data URL) for the contact sheet and for all logged sample sheets."""
     from PIL import Image
 
     paths = {"The model's view": folder / "pictures.png"}
@@ -246,6 +248,6 @@ def _usage(result: ImageResult, base: ImageBase, config: ImageTrainConfig) -> li
         )
         usage.append(("With diffusers", code))
     elif config.output.layout == "kohya":
-        text = f"copy {file.name} into models/Lora; in prompts <lora:{file.stem}:0.8>"
+        text = f"copy {file.name} into models/Lora, and write in the prompt <lora:{file.stem}:0.8>"
         usage.append(("In A1111, Forge or ComfyUI", text))
     return usage

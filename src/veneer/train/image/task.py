@@ -1,16 +1,16 @@
-"""Train an adapter on captioned images, from the folder to a verified adapter.
+"""Train an adapter on captioned images, from the image folder to a verified adapter.
 
-load the base → images → preflight → missing class images → latents and prompts cached → encoders freed →
-attach → memory measured → settings with their sources → largest batch first → loop → save → reload and
-compare predictions → report. A dry run performs the steps before the loop without writing to the output, and
-leaves the contact sheet in a temporary folder.
+load the base → read images → preflight → generate missing class images → cache latents and prompts → free the
+encoders → attach the adapter → measure memory → report the settings with their sources → try the largest
+batch → train → save → reload and compare predictions → write the report. A dry run performs the steps before
+training without writing to the output folder, and leaves the contact sheet in a temporary folder.
 
     output/
       NAME.safetensors, veneer.json                 the adapter (layout peft: PEFT's folder)
       report.html, log.jsonl, pictures.png          report and log of the run, and the contact sheet
       samples/                                      sample sheets generated during training
-      cache/                                        latents, prompts, class images; deletable
-      checkpoints/                                  to resume from; deletable afterwards
+      cache/                                        latents, prompts, class images; can be deleted
+      checkpoints/                                  for resuming; can be deleted after the run
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ if TYPE_CHECKING:
 class _Memory:
     """Decisions about memory.
 
-    because: why activations are recomputed or not. encoders_stay: why the encoders remain in memory. parked:
-    components on the CPU."""
+    because: why activations are recomputed, or why not. encoders_stay: why the encoders remain in memory.
+    parked: components that are moved to the CPU."""
 
     recompute: bool = False
     because: str = ""
@@ -109,11 +109,11 @@ class ImageKind:
     """The functions that differ between a run on images and a slider (train.image.slider).
 
     read: reads the data
-    texts: all texts for the base's encoders, by purpose
-    findings: findings about the data
-    last_findings: findings that need forward passes, computed only if nothing else stops the run
-    loss: the loss to minimize
-    strengths: the columns of the sample sheets, instead of seeds"""
+    texts: returns all texts for the base's encoders, by purpose
+    findings: returns findings about the data
+    last_findings: returns findings that need forward passes; called only if nothing else stops the run
+    loss: returns the loss to minimize
+    strengths: returns the columns of the sample sheets; if empty, the columns are seeds"""
 
     read: Callable[[ImageRun], ImageData]
     texts: Callable[[ImageRun, ImageData], dict[str, Iterable[str]]]
@@ -144,7 +144,7 @@ def image_prompts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
 
 
 def read_image_data(image: ImageRun) -> ImageData:
-    """Read images, held-out images, rows, steps, and missing class images."""
+    """Read images, held-out images, rows and steps, and count the missing class images."""
     config, base, run = image.config, image.base, image.run
     settings = config.data
     missing = 0
@@ -168,7 +168,7 @@ def read_image_data(image: ImageRun) -> ImageData:
 def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
     run, config, base = image.run, image.config, image.base
     texts = image.kind.texts(image, data)
-    # The prompt is only checked for its length, so that a dry run or a wrong setting needs no forward pass.
+    # Only the length of the texts is checked, so a dry run or a wrong setting needs no forward pass.
     if base.reads_references and data.summary.sources:  # prompts with source images are not truncated
         texts |= {"captions": [], "sample prompts": []}
     cut = {
@@ -193,7 +193,8 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
 def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[Task[ImageResult]]:
     """Generate missing class images, fill the caches, free the encoders, and attach the adapter.
 
-    Then measures memory and decides settings. Changes to the base are undone at the end."""
+    After that, memory is measured, and settings that depend on memory are decided. Changes to the base are
+    undone at the end."""
     run, config, base = image.run, image.config, image.base
     memory = _Memory()
     if not run.dry_run:
@@ -209,9 +210,11 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
         del created  # the attachment has a copy
         attachment.use(NAME)
         undo.enter_context(training_layers(base, True))
-        if not config.memory.offload_blocks:  # fast paths hold references to weights
+        if (
+            not config.memory.offload_blocks
+        ):  # fast paths hold references to weights, so they cannot be used with offloading
             run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-        else:  # before free memory is measured, so that the run can use all of the freed memory
+        else:  # offload before free memory is measured, so that the run can use the memory that this frees
             moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
         loss = image.kind.loss(image, data, attachment)
@@ -223,7 +226,7 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
 
 
 def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
-    """Generate missing class images with the base, then read all data again."""
+    """Generate missing class images with the base, then read the data again."""
     if not data.missing_class_pictures:
         return data
     run, folder = image.run, class_folder(image.config, image.base, image.cache)
@@ -232,14 +235,14 @@ def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
         generate_class_pictures(image.base, image.config, folder, data.missing_class_pictures)
     run.devices.gather(None)
     seconds = time.perf_counter() - began
-    run.note(f"drew {counted(data.missing_class_pictures, 'class picture')} into {folder} in {seconds:.0f} s")
+    run.note(f"generated {counted(data.missing_class_pictures, 'class picture')} into {folder} in {seconds:.0f} s")
     return image.kind.read(image)
 
 
 def _fill_caches(image: ImageRun, data: ImageData) -> None:
     """Fill the caches of latents and text embeddings."""
     run, began, devices = image.run, time.perf_counter(), image.run.devices
-    if devices.count > 1:  # Each process encodes a share and then reads the rest. from the cache
+    if devices.count > 1:  # each process encodes a share, and then reads the rest from the cache
         data.encoders.fill(islice(chain(planned_rows(data.steps), data.scored), devices.rank, None, devices.count))
         devices.gather(None)
     views, captions = data.encoders.fill(chain(planned_rows(data.steps), data.scored))
@@ -248,11 +251,13 @@ def _fill_caches(image: ImageRun, data: ImageData) -> None:
     text = f"{counted(views, 'view')} of pictures and {counted(captions, 'caption')} ready: "
     text += f"{latents.misses + texts.misses} encoded, "
     text += f"{latents.hits + texts.hits} from {image.cache}, {time.perf_counter() - began:.1f} s"
-    run.note(text + (f"; {damaged} damaged entries were made again" if damaged else ""))
+    run.note(text + (f"; {damaged} damaged entries were recomputed" if damaged else ""))
 
 
 def _free_encoders(image: ImageRun) -> _Memory:
-    """Free the components that filled the caches or move them to the CPU, or return why not."""
+    """Free the components that filled the caches, or move them to the CPU.
+
+    If the components must stay in memory, the result has the reason."""
     run, base, config = image.run, image.base, image.config
     if not config.memory.free_encoders or not image.owns_base:
         return _Memory()
@@ -260,11 +265,11 @@ def _free_encoders(image: ImageRun) -> _Memory:
     names = [n for n in names if base.parts[n] is not None]
     reason = ""
     if config.adapter.text_encoders:
-        reason = "text encoders learn"
+        reason = "the text encoders are trained"
     elif config.samples.prompts and (base.device.type == "cpu" or base.quantized):
-        reason = "samples draw with them"
+        reason = "samples need the encoders"
     elif config.samples.prompts:
-        run.note(f"{', '.join(names)} wait on the CPU between sheets: {park(base, names) / 1e6:,.0f} MB")
+        run.note(f"{', '.join(names)} stay on the CPU between sample sheets: {park(base, names) / 1e6:,.0f} MB")
         return _Memory(parked=tuple(names))
     if reason:
         run.note(f"text encoders and VAE stay in memory: {reason}")
@@ -276,9 +281,9 @@ def _free_encoders(image: ImageRun) -> _Memory:
 
 
 def _create_adapter(base: ImageBase, config: ImageTrainConfig) -> Adapter:
-    """Return one adapter for the denoiser and the configured text encoders.
+    """Create one adapter for the denoiser and the configured text encoders.
 
-    Module names are canonical."""
+    Its module names are canonical."""
     combined = Adapter()
     targets: list[str] = []
     spec = config.adapter.spec()
@@ -307,7 +312,7 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
             return measured_activations(lambda: loss(batch), frozen)
 
     bytes_per_picture, free = 0, available_memory(config, base.device)
-    # weight, gradient, two moments, and a moving average, in float32
+    # float32 weight, gradient, two moments, and optionally a moving average, in bytes per parameter
     trained = (20 if config.ema.decay else 16) * int(report.numbers.get("trainable", 0))
     offloads = config.memory.offload_blocks > 0
     recompute, because = mode == "on" or offloads, "memory.offload_blocks needs it" if offloads else ""
@@ -340,12 +345,12 @@ def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Ite
     if config.data.resolution is None:
         yield "data.resolution", base.size, "the base's size"
     if config.data.split is None and config.data.validation is None:
-        yield "data.split", len(data.held_out), "a tenth from 20 pictures on, at most 50; none below"
+        yield "data.split", len(data.held_out), "a tenth of the pictures, at most 50; none if there are fewer than 20"
     times = time_distribution(base, config)
     if config.loss.timesteps == "auto":
         yield "loss.timesteps", times.kind, f"the base predicts {base.prediction}"
     if config.loss.shift == "auto" and base.prediction == "flow":
-        yield "loss.shift", times.shift, "the base's scheduler; 1 where that goes by size"
+        yield "loss.shift", times.shift, "the scheduler's constant shift; 1 if its shift depends on the image size"
     if config.schedule.epochs is None and config.schedule.steps is None:
         yield "schedule.steps", config.steps, "1000 if neither epochs nor steps are set"
     if config.memory.activation_checkpointing == "auto" and memory.because:
@@ -368,9 +373,10 @@ def _write_contact_sheet(run: Run, config: ImageTrainConfig, data: ImageData, em
 class ImageTask:
     """The task of minimizing the denoiser's error on the images.
 
-    A moving average and sample sheets are made if configured.
+    If configured, the task also maintains a moving average and writes sample sheets.
 
-    sheet: path of the contact sheet, once written. last_picture: the first image of the last sample sheet."""
+    sheet: path of the contact sheet, once written. last_picture: the image of the latest sample sheet that
+    becomes the thumbnail."""
 
     def __init__(
         self, image: ImageRun, data: ImageData, attachment: Attachment, loss: ImageLoss, memory: _Memory
@@ -386,7 +392,7 @@ class ImageTask:
         if config.samples.prompts:
             self.sample_at |= {total}
         self.emit, self.sheet = image.run.emit, ""
-        self.thumbnail_column = -1 if self.strengths else 0  # the last column, if columns are strengths
+        self.thumbnail_column = -1 if self.strengths else 0  # if the columns are strengths, the last column
         self.last_picture: Image | None = None
 
     def task(self) -> Task[ImageResult]:
@@ -395,7 +401,7 @@ class ImageTask:
         learner = Learner(
             self.parameters,
             self.loss,
-            send=sender(base.device),  # the thread only reads latents from the cache
+            send=sender(base.device),  # the sender's thread only reads latents from the cache
             score=self.score if data.scored else None,
             end_step=self.end_step,
         )
@@ -421,7 +427,7 @@ class ImageTask:
         )
 
     def begin(self, progress: Progress, emit: Listener) -> None:
-        """Write the contact sheet and, unless the run is resumed, samples of the base."""
+        """Write the contact sheet and, unless the run was resumed, samples of the base."""
         self.emit = emit
         if self.run.devices.first:
             self.sheet = _write_contact_sheet(self.run, self.config, self.data, emit)
@@ -435,7 +441,7 @@ class ImageTask:
             self._sample(number)
 
     def score(self, interrupted: Callable[[], bool]) -> EvalResult | None:
-        with training_layers(self.base, False), self.ema.acting() if self.ema else nullcontext():
+        with training_layers(self.base, False), self.ema.using_averages() if self.ema else nullcontext():
             return self.loss.score(self.data.scored, interrupted, self.run.devices)
 
     def result(self, outcome: Outcome, progress: Progress) -> ImageResult:
@@ -443,11 +449,13 @@ class ImageTask:
         return ImageResult(**vars(outcome), pictures=progress.tokens, sheet=self.sheet, pictures_per_second=speed)
 
     def save(self, result: ImageResult, progress: Progress, emit: Listener) -> ImageResult:
-        """Write the adapter's file, with the moving average if configured."""
+        """Write the adapter's file, with the moving average of the weights if configured."""
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
             self.ema.apply()
-            emit(Note(f"saved the moving average of the weights (decay {self.ema.decay:g}), which was scored"))
+            emit(
+                Note(f"saved the moving average of the weights (decay {self.ema.decay:g}), which the evaluations used")
+            )
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
         metadata = training_facts(config, base, data, kept_step=result.kept_step, seconds=progress.seconds)
         written = save_image_adapter(self._adapter(metrics), base, config, metadata, self.last_picture, data.tags)
@@ -460,9 +468,9 @@ class ImageTask:
         return replace(result, adapter=adapter, digest=written.digest, hashes=short_hashes, samples=samples)
 
     def write(self, folder: Path, progress: Progress) -> None:
-        """Write the current adapter, named `adapter`, without a thumbnail."""
+        """Write the current adapter to `folder`, named `adapter`, without a thumbnail."""
         output = self.config.output.model_copy(update={"directory": str(folder), "name": "adapter"})
-        with self.ema.acting() if self.ema else nullcontext():
+        with self.ema.using_averages() if self.ema else nullcontext():
             adapter = self._adapter(progress.metrics())
         folder.mkdir()
         config = self.config.model_copy(update={"output": output})
@@ -497,7 +505,7 @@ class ImageTask:
         if not self.run.devices.first:
             return
         began = time.perf_counter()
-        with self.ema.acting() if self.ema and step else nullcontext(), fetched(self.base, self.memory.parked):
+        with self.ema.using_averages() if self.ema and step else nullcontext(), fetched(self.base, self.memory.parked):
             cells = generate_samples(self.base, self.attachment, self.config, self.strengths)
         self.last_picture = cells[0][self.thumbnail_column]
         name = f"samples/step-{step:08d}.png"
@@ -516,4 +524,4 @@ PICTURES = ImageKind(
     ),
     strengths=lambda config: (),
 )
-"""Captioned images that train the denoiser, and the text encoders if configured."""
+"""Training on captioned images, of the denoiser and, if configured, of the text encoders."""

@@ -1,4 +1,4 @@
-"""Listeners of a run: the JSONL log and the terminal.
+"""Listeners of a run: the JSONL log and the terminal view.
 
     JsonLog      one JSON object per line in `log.jsonl`; a resumed run appends without repeating a step
     ConsoleView  settings with their sources, preflight, a progress bar with loss, speed, memory and time left
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 _MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
-"""Metrics of an evaluation that the terminal shows; the log has all of them."""
+"""Metrics of an evaluation that the terminal shows; the log has all metrics."""
 
 
 class JsonLog:
     """Writes each event as one line and flushes it, so a killed run has a complete log.
 
-    resumed: the progress of a resumed run, or None for a new log. Records of later steps are removed, because
-    these steps run again."""
+    resumed: the progress at which a run is resumed, or None for a new log. Records of later steps are
+    removed, because these steps run again."""
 
     def __init__(self, path: Path, resumed: Progress | None = None) -> None:
         self.path = path
@@ -65,7 +65,7 @@ class JsonLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the log's records, or [] if there is no log.
 
-    An incomplete last line is omitted."""
+    Incomplete lines are omitted."""
     records = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,10 +93,10 @@ def _headline(event: Stepped) -> str:
 
 
 def _sampling_summary(event: Stepped) -> str:
-    """Return a summary of the completions of a step, or "" if the step sampled none.
+    """Return a summary of the step's completions, or "" if the step sampled none.
 
-    The summary has the completions without a training signal, the staleness of the adapter, and the
-    sampler-trainer mismatch."""
+    The summary has the groups without a training signal, the share of truncated completions, the staleness of
+    the adapter, and the sampler-trainer mismatch."""
     metrics, parts = event.extra, []
     if "answer_tokens" not in metrics:
         return ""
@@ -107,7 +107,7 @@ def _sampling_summary(event: Stepped) -> str:
     if metrics.get("policy_lag") and "drift" in metrics:
         parts.append(f"{counted(int(metrics['policy_lag']), 'step')} off-policy (drift {metrics['drift']:.2g})")
     if "gap_mean" in metrics:
-        text = f"gap {metrics['gap_mean']:.2g} (most {metrics['gap_max']:.2g}, {metrics['gap_share']:.1%} beyond 1%)"
+        text = f"gap {metrics['gap_mean']:.2g} (maximum {metrics['gap_max']:.2g}, {metrics['gap_share']:.1%} above 1%)"
         parts.append(text)
     return "  ".join(parts)
 
@@ -115,12 +115,12 @@ def _sampling_summary(event: Stepped) -> str:
 class ConsoleView:
     """Shows a run in a terminal, with a progress bar.
 
-    A pipe or a CI log gets a line about 20 times per run instead.
+    In a pipe or a CI log, about 20 lines per run are printed instead of the progress bar.
 
     unit: the unit of the speed, tokens or pictures. For runs that sample, the speed is the number of sampled
         tokens divided by the time of the whole step: sampling, scoring and training.
     verbose: also show settings with default values.
-    name: the run's name, which begins each line if there are several runs."""
+    name: the run's name, printed at the start of each line if there are several runs."""
 
     def __init__(
         self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False, name: str = ""
@@ -141,7 +141,7 @@ class ConsoleView:
                 self._settings(event)
             case Checked():
                 self.console.print()
-                self._line("Checked before step one", style="bold")
+                self._line("Checks before step one", style="bold")
                 from rich.text import Text
 
                 text = Text(shown(event.text, lines=True))
@@ -195,8 +195,10 @@ class ConsoleView:
             if self.verbose or not event.sources.get(key, "").startswith("default")
         }
         more = len(event.settings) - len(values)
-        head = "Settings and where each came from"
-        self._line(Text(head + f" ({more} more by default: --verbose, or the report)" * bool(more), style="bold"))
+        head = "Settings and their sources"
+        self._line(
+            Text(head + f" ({more} more with default values: see --verbose or the report)" * bool(more), style="bold")
+        )
         left = max(map(len, values), default=0)
         middle = min(28, max(map(len, values.values()), default=0))
         for key, value in values.items():
@@ -205,7 +207,7 @@ class ConsoleView:
             self._line(Text.assemble(f"  {shown(key):<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
 
     def _line(self, content: Any, **style: str) -> None:
-        """Print one line of any length. A terminal wraps the line, a pipe does not."""
+        """Print one line of any length. A terminal wraps the line; a pipe does not."""
         name = [f"{shown(self.name)}:"] if self.name else []
         self.console.print(*name, content, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
@@ -244,7 +246,7 @@ def _progress_bar(console: Console) -> Bar:
 
 
 def size(n: float) -> str:
-    """Format bytes: 3.4 GB (10⁹), 19.6 MB, 812 kB."""
+    """Format a number of bytes: 3.4 GB (10⁹), 19.6 MB, 812 kB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= factor:
             return f"{n / factor:.{1 if n < 100 * factor else 0}f} {unit}"
@@ -252,7 +254,7 @@ def size(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Format a number of seconds: 42 s, 3 min 05 s, 2 h 10 min."""
     rounded = round(seconds)
     if rounded < 60:
         return f"{rounded} s"
@@ -262,7 +264,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: Any) -> str:
-    """Format a setting: booleans as yes and no, lists without brackets, the home folder as `~`."""
+    """Format a setting's value: booleans as yes and no, lists without brackets, the home folder as `~`."""
     if value is None:
         return "none"
     if isinstance(value, bool):

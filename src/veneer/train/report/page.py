@@ -3,8 +3,8 @@
     page = Page(title=…, records=read_log(…), …)
     write_atomically(folder / "report.html", render_page(page).encode())
 
-Curves are inline SVG. The layout is `report.html.j2`, rendered with autoescaping. This module only uses
-records and numbers.
+Curves are inline SVG. The template is `report.html.j2`, rendered with autoescaping. This module depends only
+on records and numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Point = tuple[float, float]
 class Series:
     """One line of a chart.
 
-    kind: "line", "faint" (thin and pale) or "dots" (with a mark at each point)."""
+    kind: "line", "faint" (a thin, pale line) or "dots" (a line with a mark at each point)."""
 
     name: str
     points: Sequence[_Point]
@@ -44,10 +44,11 @@ class Series:
 class Page:
     """The content of a report.
 
-    `base`: its name. `weights`: the file of tensors. `cards`: headline numbers as (label, value, note).
-    `records`: the run's log. `settings`: (section, [(key, value, source, is a default)]). `checks`: a
-    preflight report as JSON values. `usage`: (title, commands). `unit`: what is counted, tokens or pictures.
-    `loss`: the loss in words. `sheets`: (title, picture as a data URL), in the order of the run."""
+    `base`: name of the base. `weights`: path of the adapter's tensors. `cards`: headline numbers as (label,
+    value, note). `records`: the run's log. `settings`: key -> value. `sources`: key -> origin of the value.
+    `checks`: a preflight report as JSON values. `details`: (label, value). `usage`: (title, commands).
+    `unit`: what is counted, tokens or pictures. `loss`: title of the loss chart. `sheets`: (title, image as
+    a data URL), in the order of the run."""
 
     title: str = ""
     subtitle: str = ""
@@ -70,7 +71,7 @@ def write_sweep_page(
 ) -> None:
     """Write one page about several runs, atomically.
 
-    rows: the `name` and values of each run, best first. curves: name -> validation loss by step."""
+    rows: the `name` and the values of each run, best first. curves: name -> (step, validation loss) points."""
     from markupsafe import Markup
 
     best = rows[0]["name"]
@@ -96,7 +97,7 @@ def palette() -> str:
 
 
 def escaping(package: str, folder: str = ".") -> Environment:
-    """Return a Jinja environment for the templates of a package's folder, with autoescaping.
+    """Return a Jinja environment with autoescaping for the templates in a folder of a package.
 
     Characters that reorder or hide text are removed from all texts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -113,7 +114,7 @@ def escaping(package: str, folder: str = ".") -> Environment:
 
 
 def _plain(value: Any, markup: type) -> Any:
-    """Return a text without characters that reorder or hide other characters (`shown`).
+    """Remove characters that reorder or hide other characters from a text, with `shown`.
 
     Numbers and markup are returned unchanged."""
     return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
@@ -135,7 +136,7 @@ def render_page(page: Page) -> str:
 
 
 def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Mapping[str, Any], list[str]]]]:
-    """Return the metric names of the evaluations, and each record with its values.
+    """Return (metric names of the evaluations, [(record, formatted values)]).
 
     The metrics are loss and perplexity, or rewards."""
     rewards = [mean_rewards(r.get("extra", {})) for r in scores]
@@ -151,7 +152,9 @@ def _score_table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[t
 def _charts(
     steps: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], page: Page
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return (title, SVG, legend) of each chart. The first chart shows the loss, or the rewards if any."""
+    """Return (title, SVG, legend) of each chart.
+
+    If the run has rewards, the first chart shows the mean reward, otherwise the loss."""
     out = []
     for i, (title, lines, marked) in enumerate(_curves(steps, scores, page) if steps else ()):
         from_zero = i > 0 and title not in ("Learning rate", "Loss")
@@ -164,7 +167,7 @@ def _charts(
 def _curves(
     steps: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], page: Page
 ) -> Iterator[tuple[str, list[Series], _Point | None]]:
-    """Yield (title, lines, the point to mark with a ring) of each chart."""
+    """Yield (title, lines, point to mark with a ring or None) for each chart."""
     rewards = [means for r in steps if (means := mean_rewards(r.get("extra", {}))) is not None]
     main = {"reward": _MEASURED["reward"]} if rewards else {"loss": page.loss}
     main |= {f"reward_{name}": f"Reward: {name}" for means in rewards for name in means if name != "reward"}
@@ -199,28 +202,28 @@ def _points(name: str, records: Sequence[Mapping[str, Any]]) -> list[_Point]:
 
 
 _MEASURED = {
-    TOKEN_ACCURACY: "Share of tokens than which none was likelier",
-    "reward_margin": "Reward of chosen over rejected",
-    "reward_accuracy": "Share of pairs ranked right",
+    TOKEN_ACCURACY: "Share of tokens that were the most likely token",
+    "reward_margin": "Reward margin of chosen over rejected",
+    "reward_accuracy": "Share of pairs ranked correctly",
     "logp_chosen": "Log-probability of chosen answers, nats",
     "logp_rejected": "Log-probability of rejected answers, nats",
     "reward": "Reward, mean over the sampled completions",
-    "reward_failed": "Answers that could not be judged",
+    "reward_failed": "Answers that could not be scored",
     "gap_mean": "Sampler-trainer mismatch: mean difference of log-probabilities, nats",
     "gap_max": "Sampler-trainer mismatch: largest difference, nats",
     "drift": "Drift since sampling: mean difference of log-probabilities, nats",
-    "answer_tokens": "Tokens of an answer",
-    "cut_share": "Share of answers cut at the limit",
+    "answer_tokens": "Tokens per answer",
+    "cut_share": "Share of answers cut at the token limit",
     "constant_share": "Share of groups with equal rewards",
     "kl": "Divergence from the reference, nats per token",
     "teacher_kl": "Divergence from the teacher, nats per token",
-    "clipped": "Share of tokens beyond the clip",
+    "clipped": "Share of tokens outside the clip range",
 }
-"""Per-step metrics of a text run, except the loss -> chart titles."""
+"""Metrics of a text run's steps -> chart titles. The loss is not included."""
 
 
 def _speed(record: Mapping[str, Any]) -> float:
-    """Return the tokens per second: sampled tokens if the step sampled completions, else all tokens."""
+    """Return tokens per second: only sampled tokens, if the step sampled completions."""
     sampled_tokens = record.get("extra", {}).get("drawn_tokens")
     if sampled_tokens is None:
         return float(record["tokens_per_second"])
@@ -228,7 +231,7 @@ def _speed(record: Mapping[str, Any]) -> float:
 
 
 def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
-    """Return weighted trailing means over a fiftieth of the points."""
+    """Return the weighted mean at each point over a trailing window of 1/50 of the points."""
     window = max(1, len(points) // 50)
     out = []
     for i in range(len(points)):
@@ -247,9 +250,9 @@ def chart(
     label: str = "",
     from_zero: bool = False,
 ) -> str:
-    """Return an SVG of lines over steps, with axes, a grid, and a ring around the point `marked`.
+    """Return an SVG chart of lines over steps, with axes, a grid, and a ring around the point `marked`.
 
-    Colors come from the page's CSS."""
+    The colors come from the page's CSS."""
     width, height, left, bottom, top, right = (900, 300, 58, 28, 12, 14) if wide else (430, 190, 54, 26, 10, 12)
     points = [p for s in series for p in s.points if all(map(math.isfinite, p))]
     if not points:
@@ -319,8 +322,9 @@ def _number(value: float) -> str:
 
 
 def _every_nth(points: Sequence[_Point], most: int) -> Sequence[_Point]:
-    """Return at most about `most` points, including the last, because a chart has that many pixels in
-    width."""
+    """Thin the points to about `most`, including the last point.
+
+    More points would not be visible, because a chart has fewer pixels in width."""
     if len(points) <= most:
         return points
     every = math.ceil(len(points) / most)
@@ -328,7 +332,7 @@ def _every_nth(points: Sequence[_Point], most: int) -> Sequence[_Point]:
 
 
 def _sections(page: Page) -> list[tuple[str, list[tuple[str, str, str, bool]]]]:
-    """Return (section, [(key, value, source, is a default)]) in configuration order."""
+    """Return (section, [(key, value, source, is a default)]) in the configuration's order."""
     out: dict[str, list[tuple[str, str, str, bool]]] = {}
     for key, value in page.settings.items():
         section, _, name = key.rpartition(".")

@@ -1,15 +1,15 @@
 """Trackers for `report.trackers`: TensorBoard and W&B.
 
-They receive a run's scalars and sample sheets.
+A tracker receives a run's scalars and sample sheets.
 
     | name        | package, an extra of the same name | destination |
     | tensorboard | tensorboard | OUTPUT/tensorboard |
     | wandb       | wandb       | set by `wandb login` and WANDB_MODE; files in OUTPUT/wandb |
 
-A resumed run continues its tracker run, with W&B's run id from OUTPUT/trackers.json. The steps since the
-checkpoint run again with the same values, so repeated values change nothing in a tracker. If a tracker cannot
-start, the run stops before step one. If a tracker fails later, the failure is reported once and the run
-continues without the tracker.
+A resumed run continues its run in the tracker; for W&B, the run's id is in OUTPUT/trackers.json. The steps
+since the checkpoint run again and give the same values, so sending them again changes nothing in a tracker.
+If a tracker cannot start, the run stops before step one. If a tracker fails later, the failure is reported
+once and the run continues without the tracker.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from veneer.train.events import Evaluated, Event, Listener, Note, Resolved, Samp
 class Tracker:
     """A run in one tracker.
 
-    The functions are log(step, values), picture(step, path) and finish(failed)."""
+    The fields are functions: log(step, values), picture(step, path) and finish(failed)."""
 
     log: Callable[[int, dict[str, float]], Any]
     picture: Callable[[int, str], Any]
@@ -42,11 +42,11 @@ class Tracker:
 
 
 def check_trackers(report: ReportSection) -> None:
-    """Raise MissingExtraError, with all missing names, if packages of the trackers are not installed."""
+    """Raise MissingExtraError, with the names of all trackers that are not installed."""
     missing = [name for name in report.trackers if find_spec(name) is None]
     if missing:
         text = f"report.trackers names {', '.join(missing)}, but the required package is not installed"
-        fix = f"pip install 'veneer[{','.join(missing)}]', or take it out of report.trackers"
+        fix = f"pip install 'veneer[{','.join(missing)}]', or remove it from report.trackers"
         raise MissingExtraError(text, fix=fix)
 
 
@@ -56,33 +56,35 @@ def tracked(
 ) -> Iterator[Listener]:
     """Yield a listener that sends events to the trackers.
 
-    folder: the run's output folder. emit: receives a note about a tracker that fails.
+    folder: the run's output folder. emit: receives a note if a tracker fails.
 
     Raises ConfigError, with the tracker's message, if a tracker cannot start."""
     running: dict[str, Tracker] = {}
 
-    def each_does(action: Callable[[Tracker], None]) -> None:
+    def for_each_tracker(action: Callable[[Tracker], None]) -> None:
         for name, tracker in list(running.items()):
             try:
                 with redirect_stdout(sys.stderr):
                     action(tracker)
             except Exception as error:
                 del running[name]
-                emit(Note(f"warning: {name} failed and gets no more events: {error}"))
+                emit(Note(f"warning: {name} failed and will not receive further events: {error}"))
 
     def listener(event: Event) -> None:
         if isinstance(event, Sampled):
-            each_does(lambda tracker: tracker.picture(event.step, str(folder / event.path)))
+            for_each_tracker(lambda tracker: tracker.picture(event.step, str(folder / event.path)))
         elif isinstance(event, Stepped | Evaluated):
             values = scalars(event)
-            each_does(lambda tracker: tracker.log(event.step, values))
+            for_each_tracker(lambda tracker: tracker.log(event.step, values))
 
     failed = True
     try:
         for name in report.trackers:
             start = _tensorboard if name == "tensorboard" else _wandb
             try:
-                with redirect_stdout(sys.stderr):  # trackers print greetings, but stdout is reserved for programs
+                with redirect_stdout(
+                    sys.stderr
+                ):  # trackers print greetings, but stdout is reserved for output that programs read
                     running[name] = start(report, folder, settings.settings, resumed)
             except Exception as error:
                 fix = f"correct this, or remove {name} from report.trackers"
@@ -90,11 +92,11 @@ def tracked(
         yield listener
         failed = False
     finally:
-        each_does(lambda tracker: tracker.finish(failed))
+        for_each_tracker(lambda tracker: tracker.finish(failed))
 
 
 def scalars(event: Stepped | Evaluated) -> dict[str, float]:
-    """Return the scalars of a step or an evaluation, by their names in all trackers."""
+    """Return the scalars of a step or an evaluation, by the names that all trackers use."""
     if isinstance(event, Stepped):
         return {
             "train/loss": event.loss,
@@ -159,7 +161,9 @@ def _wandb(report: ReportSection, folder: Path, settings: Mapping[str, Any], res
     )
     write_atomically(ids, json.dumps({"wandb": id}).encode())
     return Tracker(
-        lambda step, values: run.log(values, step=step),  # drops steps that W&B already has, with the same values
+        lambda step, values: run.log(
+            values, step=step
+        ),  # W&B ignores steps that it already has, which have the same values
         lambda step, path: run.log({"samples": wandb.Image(path)}, step=step),
         lambda failed: run.finish(exit_code=int(failed)),
     )

@@ -2,8 +2,8 @@
 
     with build_rewards(config.reinforcement.rewards, ask=ask) as rewards: …
 
-`ask` sends questions to models in this process: the base and adapters by name (`judge.AskModel`). The owner
-of the engine passes `ask`. A judge with a `url` does not use `ask`.
+`ask` sends questions to models in this process: the base, or adapters by name (`judge.AskModel`). The owner
+of the engine provides `ask`. A judge with a `url` does not use `ask`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.train.config.rewards import (
-    AskedModelReward,
     GraderReward,
     JudgeReward,
+    ModelReward,
     PythonReward,
     ReasoningGymReward,
     RewardSection,
@@ -44,10 +44,10 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 def build_rewards(
     sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1
 ) -> Iterator[Rewards]:
-    """Yield the rewards of a configuration, and close their processes and connections at the end.
+    """Yield the rewards of a configuration, and close the rewards' processes and connections at the end.
 
     Raises ConfigError for an invalid schema, grader or file, and for a judge without a model;
-    MissingExtraError for a missing package; ResourceError if a grader needs a sandbox and no sandbox works on
+    MissingExtraError for a missing package; ResourceError if a grader needs a sandbox but no sandbox works on
     this machine."""
     with ExitStack() as opened:
         rewards = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
@@ -55,9 +55,9 @@ def build_rewards(
 
 
 def local_judge_models(sections: Sequence[RewardSection]) -> set[str]:
-    """Return the models in this process that the rewards use: `BASE_MODEL` and adapters.
+    """Return the names of the models in this process that the rewards use.
 
-    Raises ConfigError for an invalid grader."""
+    These are `BASE_MODEL` and adapters. Raises ConfigError for an invalid grader."""
     models: set[str] = set()
     for section in sections:
         if isinstance(section, JudgeReward) and section.url is None:
@@ -72,7 +72,7 @@ def _grader(section: GraderReward) -> Any:
 
 
 def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> Reward:
-    """Build one reward. Resources to close are registered with `opened`."""
+    """Build one reward, and register the resources that must be closed with `opened`."""
     if isinstance(section, JudgeReward):
         return judge_reward(section, _model_of(section, ask, opened))
     if isinstance(section, PythonReward):
@@ -97,12 +97,12 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
     return _RULES[section.kind](section)
 
 
-def _model_of(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
+def _model_of(section: ModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
     """Return the function that sends the reward's questions to its model."""
     if section.url is not None:
         settings = {key: getattr(section, key) for key in SERVER_KEYS}
         return opened.enter_context(ServerJudge(section.url, **settings))
     if ask is None:
-        text = f"the reward {section.called} asks a model of this process, and no model is available"
-        raise ConfigError(text, where="reinforcement.rewards", fix="give the `url` of a server")
+        text = f"the reward {section.called} needs a model in this process, but no model is available"
+        raise ConfigError(text, where="reinforcement.rewards", fix="set `url` to a model server")
     return ask

@@ -1,6 +1,6 @@
-"""OpenAI's graders, as rewards.
+"""Use OpenAI's graders as rewards.
 
-    string_check      1 if eq, ne, like (the reference is in the input) or ilike holds for the texts, else 0
+    string_check      1 if the texts pass eq, ne, like (input contains reference) or ilike, else 0
     text_similarity   fuzzy_match, bleu, gleu or rouge_1 … rouge_l of input and reference, from 0 to 1
     score_model       the number that a model gives, within `range`
     python            `grade(sample, item)` of the source, in a separate process (`limited`) or a sandbox
@@ -8,8 +8,9 @@
 
     reward = grader_reward(parse_grader({"type": "string_check", …}), opened)
 
-If a template reads `sample.output_json` and the answer is not such JSON, the value is 0. A row without a
-column of a template stops the run. Any other fault has no value, and a reason.
+If a template reads `sample.output_json`, but the answer is not JSON with the value that the template reads,
+the grader's value is 0. If a row does not have a column that a template reads, the run stops. After any other
+error, the grader has no value, only the reason.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from veneer.train.rewards.template import MAX_FILLED, NoValue, TextTooLong, fill
 from veneer.train.rewards.text_scores import bleu, fuzzy, gleu, rouge
 
 _SOURCE = 64 << 10
-"""Maximum characters of all python sources in a grader.
+"""Maximum total number of characters in the python sources of a grader.
 
-Parsing this many takes at most 50 ms, during which the GIL is held."""
+Parsing a source of this size takes at most 50 ms, during which the GIL is held."""
 _COMPARED = 64 << 10
-"""Maximum characters of each text that a metric compares."""
+"""Maximum number of characters in each text that a metric compares."""
 _MEMORY = 2e9
-"""Bytes of memory that all python graders within one grader share."""
+"""Bytes of memory that all python graders within one grader share equally."""
 _TIMEOUT = 120.0
-"""Maximum seconds of a python grader for an answer."""
+"""Maximum seconds that a python grader can take for one answer."""
 _Text = Annotated[str, Field(max_length=100_000)]
 _Name = Annotated[str, Field(min_length=1, max_length=100)]
 
@@ -58,7 +59,7 @@ class _Grader(Section):
         return []
 
     @pydantic.model_validator(mode="after")
-    def _templates_are_some(self) -> _Grader:
+    def _check_templates(self) -> _Grader:
         for template in self.templates():
             if problem := template_problem(template):
                 raise ValueError(problem)
@@ -82,7 +83,7 @@ class TextSimilarityGrader(_TextsGrader):
     type: Literal["text_similarity"]
     evaluation_metric: Literal[
         "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
-    ]  # cosine needs an embedding model, and OpenAI only supports cosine for evals
+    ]  # no cosine, because it needs an embedding model, and OpenAI supports it only for evals
 
 
 class _ContentPart(Section):
@@ -122,7 +123,7 @@ class ScoreModelGrader(_Grader):
 
     def templates(self) -> list[str]:
         if self.bounds[0] >= self.bounds[1]:
-            raise ValueError("`range` has its lowest number first")
+            raise ValueError("`range` must begin with the lower number")
         return [message.text for message in self.input]
 
 
@@ -134,14 +135,14 @@ class PythonGrader(_Grader):
     @pydantic.field_validator("source")
     @classmethod
     def _has_grade(cls, source: str) -> str:
-        """Validate the source by parsing it, without running it."""
+        """Check, without running the source, that it is valid Python and defines `grade`."""
         try:
             names = {getattr(statement, "name", "") for statement in ast.parse(source).body}
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             at = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
             raise ValueError(f"the source is not valid Python: {at}{getattr(error, 'msg', error)}") from None
         if "grade" not in names:
-            raise ValueError("the source defines no function grade(sample, item)")
+            raise ValueError("the source does not define a function grade(sample, item)")
         return source
 
 
@@ -158,15 +159,15 @@ class MultiGrader(_Grader):
     @pydantic.field_validator("graders", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        """Return graders by name. A single grader is named after itself, as in OpenAI's API.
+        """Return graders by name. As in OpenAI's API, a single grader can be given directly.
 
-        Checks the total size of the sources before parsing any of them."""
+        The total size of the sources is checked before any source is parsed."""
         if isinstance(value, Mapping) and isinstance(value.get("type"), str) and isinstance(value.get("name"), str):
             value = {value["name"]: dict(value)}
         singles = value.values() if isinstance(value, Mapping) else ()
         sources = [each.get("source") for each in singles if isinstance(each, Mapping)]
         if sum(len(source) for source in sources if isinstance(source, str)) > _SOURCE:
-            raise ValueError(f"the sources of its python graders have more than {_SOURCE:,} characters together")
+            raise ValueError(f"the sources of its python graders have more than {_SOURCE:,} characters in total")
         return value
 
     @pydantic.model_validator(mode="after")
@@ -182,11 +183,11 @@ _ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(
 
 
 def parse_grader(value: Any, where: str = "grader") -> Any:
-    """Parse a JSON grader. Raise ConfigError with the name of an invalid key."""
+    """Validate a JSON grader. Raise ConfigError that names the invalid key."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in _TYPES:
         problem = f"{quoted(str(kind))} is not a type of grader" if kind else "a grader needs a type"
-        raise ConfigError(problem, where=where, fix=f"there are {', '.join(_TYPES)}")
+        raise ConfigError(problem, where=where, fix=f"use one of {', '.join(_TYPES)}")
     try:
         return _ADAPTER.validate_python(value)
     except pydantic.ValidationError as error:
@@ -197,14 +198,14 @@ def parse_grader(value: Any, where: str = "grader") -> Any:
 
 
 def has_python(value: Any) -> bool:
-    """Return whether an unparsed JSON grader is or contains a python grader."""
+    """Return whether a JSON grader is or contains a python grader, without validating it."""
     inner = value.get("graders") if isinstance(value, Mapping) else None
     graders = [value, inner, *(inner.values() if isinstance(inner, Mapping) else ())]
     return any(isinstance(each, Mapping) and each.get("type") == "python" for each in graders)
 
 
 def grader_models(grader: Any) -> set[str]:
-    """Return the models that a grader or its sub-graders use."""
+    """Return the names of the models that a grader or its sub-graders use."""
     graders = grader.graders.values() if isinstance(grader, MultiGrader) else [grader]
     return {each.model for each in graders if isinstance(each, ScoreModelGrader)}
 
@@ -225,11 +226,11 @@ _FUNCTIONS = {function.__name__: function for function in _NUMBERS}
 
 
 def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str, float]], float]:
-    """Compile a formula of numbers, `names` and the functions above.
+    """Compile a formula of numbers, `names` and the functions in `_FUNCTIONS`.
 
-    Returns a function of the names' values. A name that is not an identifier cannot be used in a formula.
-    Raises ValueError for an invalid formula. The returned function raises ArithmeticError or ValueError if
-    the formula has no value, as in 1/0."""
+    Returns a function that computes the formula from the values of the names. A name that is not an
+    identifier cannot be used in a formula. Raises ValueError for an invalid formula. The returned function
+    raises ArithmeticError or ValueError if the formula has no value, as in 1/0."""
     try:
         body = ast.parse(text.replace("^", "**").strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -241,7 +242,7 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
             return lambda values: value
         if isinstance(node, ast.Name):
             if node.id not in names:
-                raise ValueError(f"calculate_output names {quoted(node.id)}, and no grader is called so")
+                raise ValueError(f"calculate_output names {quoted(node.id)}, but no grader has this name")
             name = node.id
             return lambda values: values[name]
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
@@ -259,7 +260,7 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
     try:
         return compiled(body)
     except (RecursionError, OverflowError):
-        raise ValueError("calculate_output is nested too deep, or has a number that is too large") from None
+        raise ValueError("calculate_output is nested too deeply, or has a number that is too large") from None
 
 
 # -- graders as rewards ------------------------------------------------------------------------------------------------
@@ -268,11 +269,11 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
 def grader_reward(
     grader: Any, opened: ExitStack, *, ask: AskModel | None = None, sandbox: Sandbox | None = None
 ) -> Reward:
-    """Return a grader as a reward. `opened` closes its processes.
+    """Return a reward that uses a grader. `opened` closes the reward's processes.
 
-    `ask`: asks the model of score_model. `sandbox`: where Python runs; if None, with this process's rights.
-    The reward raises ConfigError if the source of a python grader cannot be loaded, and MissingExtraError if
-    a metric's package is missing."""
+    `ask`: sends questions to the model of score_model. `sandbox`: where python graders run; if None, they run
+    with this process's permissions. The reward raises ConfigError if the source of a python grader cannot be
+    loaded, and MissingExtraError if a metric's package is missing."""
     graders = grader.graders if isinstance(grader, MultiGrader) else {"": grader}
     memory = _MEMORY / max(1, sum(isinstance(each, PythonGrader) for each in graders.values()))
 
@@ -306,7 +307,7 @@ def _by_function(function: LimitedFunction, answers: Sequence[Answer], /) -> lis
 
 
 def _filled_texts(templates: Sequence[str], answer: Answer) -> list[str] | RewardScore:
-    """Return the filled templates, or the answer's score if it cannot fill one.
+    """Return the filled templates, or the answer's score if a template cannot be filled.
 
     Raises DataError if the row has no value for a template."""
     sample, texts = template_sample(answer), list[str]()
@@ -319,14 +320,15 @@ def _filled_texts(templates: Sequence[str], answer: Answer) -> list[str] | Rewar
         if error.of_sample:
             return RewardScore(0.0)
         where = str(answer.row.get("where") or "") or None
-        raise DataError(f"a grader's template: {error}, and a row lacks it", where=where) from None
+        raise DataError(f"a grader's template reads a column that this row lacks: {error}", where=where) from None
     return texts
 
 
 def _question(grader: ScoreModelGrader, answer: Answer) -> Question | RewardScore:
-    """Return the question: the grader's filled messages and the required answer form.
+    """Return the question for the grader's model: the messages and the form of the reply.
 
-    The `result` of the answer is the grade."""
+    The grade is the `result` in the model's reply. If a template cannot be filled, returns the answer's
+    score."""
     texts = _filled_texts(grader.templates(), answer)
     if isinstance(texts, RewardScore):
         return texts
@@ -356,7 +358,7 @@ def _compare(grader: StringCheckGrader | TextSimilarityGrader, answer: Answer) -
     if isinstance(grader, StringCheckGrader):
         return RewardScore(float(_CHECKS[grader.operation](*texts)))
     if max(map(len, texts)) > _COMPARED:
-        return RewardScore(None, f"text_similarity compares texts of up to {_COMPARED:,} characters")
+        return RewardScore(None, f"text_similarity compares texts of at most {_COMPARED:,} characters")
     return RewardScore(_METRICS[grader.evaluation_metric](*texts))
 
 

@@ -1,12 +1,13 @@
-"""A model as judge: it answers a question about each answer with a number.
+"""Score answers with a model as the judge: the model replies to a question about each answer.
 
     judge    score = (n − low) / (high − low); n: the number in the judge's reply; `range` = (low, high)
 
 Every question asks for JSON, `{"steps": [...], "result": n}`, and includes the schema for judges that support
 constrained decoding. A truncated or ambiguous reply has no score.
 
-`AskModel` answers many questions at once. It is the engine of this process, passed by its owner, or a server
-(`rewards.server`). A question without an answer has no score. Equal questions of one call are asked once.
+The judge is an `AskModel`, a function that answers many questions at once: either the engine of this process,
+passed by its owner, or a server (`rewards.server`). An answer whose question gets no reply has no score.
+Identical questions in one call are sent once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w|\.\d)")
 class Question:
     """A question to a model.
 
-    model: name at the server or engine that replies. tokens: maximum tokens of the reply. form: JSON schema
-    of the reply, enforced if constrained decoding is supported."""
+    model: the model's name at the server or engine. tokens: maximum tokens of the reply. form: JSON schema of
+    the reply, enforced if constrained decoding is supported."""
 
     messages: Sequence[Mapping[str, Any]]
     model: str
@@ -55,7 +56,7 @@ class Question:
 class Reply:
     """A model's reply.
 
-    `error`: why there is no text. `cut`: the reply was truncated at its token limit."""
+    `error`: the reason if there is no text. `cut`: whether the reply was truncated at its token limit."""
 
     text: str = ""
     error: str = ""
@@ -63,7 +64,7 @@ class Reply:
 
 
 AskModel = Callable[[Sequence[Question]], Sequence[Reply]]
-"""Function that returns the replies in order of the questions.
+"""Function that returns one reply per question, in the same order.
 
 Raises UnavailableError if the model is unavailable."""
 
@@ -71,9 +72,10 @@ Raises UnavailableError if the model is unavailable."""
 def asked_reward(
     ask: AskModel, question: Callable[[Answer], Question | RewardScore], low: float, high: float
 ) -> Reward:
-    """Return the reward that asks a question about each answer; the reply has a number from `low` to `high`.
+    """Return a reward that asks a model about each answer and reads a score in the reply.
 
-    Equal questions are asked once. `question` returns a score for an answer without a question."""
+    low, high: bounds of the number in the reply. question: returns the question about an answer, or a score
+    if the model need not be asked. Identical questions are sent once."""
 
     def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
         questions = [question(answer) for answer in answers]
@@ -89,7 +91,7 @@ def asked_reward(
 
 
 def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
-    """Return the instruction on the format of a judge's reply, and its JSON schema."""
+    """Return the instruction that describes the format of a judge's reply, and the JSON schema."""
     instruction = 'Answer with only a JSON object: {"steps": [what you considered, in short sentences], '
     instruction += f'"result": a number from {low:g} to {high:g}}}.'
     schema = {
@@ -107,8 +109,8 @@ def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
 def _reply_score(reply: Reply, low: float, high: float) -> RewardScore:
     """Return the score in a judge's reply, or the reason why the reply has no score.
 
-    The score is the `result` of a JSON object, which can be fenced or inside other text, or the only number
-    of any other text. The score must be from `low` to `high`."""
+    If the reply contains a JSON object with a `result`, possibly fenced or inside other text, `result` is the
+    score. Otherwise, the reply must contain exactly one number. The score must be from `low` to `high`."""
     if reply.error:
         return RewardScore(None, reply.error)
     excerpt = f"{shown(reply.text)[-100:]!r}"
@@ -120,16 +122,17 @@ def _reply_score(reply: Reply, low: float, high: float) -> RewardScore:
     else:
         numbers = list({float(n.replace("\u2212", "-")) for n in _NUMBER.findall(reply.text)})
     if len(numbers) != 1:
-        return RewardScore(None, f"the judge gave {'several numbers' if numbers else 'no number'}: {excerpt}")
-    if not low <= numbers[0] <= high:  # is also true for NaN
-        return RewardScore(None, f"the judge gave {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}")
+        return RewardScore(None, f"the judge's reply has {'several numbers' if numbers else 'no number'}: {excerpt}")
+    if not low <= numbers[0] <= high:  # also rejects NaN
+        return RewardScore(None, f"the judge replied {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}")
     return RewardScore(float(numbers[0]))
 
 
 def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
-    """Return the reward of a judge.
+    """Return the reward that scores answers with a judge.
 
-    A row has no score if it lacks a column of the prompt or its prompt is too long."""
+    An answer has no score if its row lacks a column that the prompt uses, or if the filled prompt is too
+    long."""
     low, high = section.range
     instruction, form = score_form(low, high)
 

@@ -4,17 +4,17 @@
         (score,) = function.score([(sample, item)])
 
 The process starts at the first call. If a call takes longer than `timeout`, the process is killed with its
-process group, and started again for the next call. The function can import installed packages and modules
-next to its file. Its output is discarded. Its random numbers are seeded by the arguments, so the same
-completion gets the same score.
+process group, and a new process is started for the next call. The function can import installed packages and
+modules next to its file. Its output is discarded. Random generators are seeded from the arguments, so the
+same completion gets the same score.
 
 These limits are for the operator's own functions and do not protect against malicious code, because the
 process has the rights of the parent process. Python from clients runs in a `sandbox` (see `sandbox.py` and
-`working_sandbox`). There, `memory` is for all processes together, processes that are left after a call end
-the sandbox, and the sandbox is stopped between calls.
+`working_sandbox`). In a sandbox, `memory` limits the total of all processes. If a call leaves other processes
+running, the sandbox is ended. Between calls, the function's process is stopped (SIGSTOP).
 
-Results are accepted from the function's own process only: on Linux, the kernel identifies the sender of each
-message, messages from other processes are dropped, and a result repeats the token of its call.
+Results are accepted only from the function's own process: on Linux, the kernel identifies the sender of each
+message, and messages from other processes are dropped. Each result must repeat the token of its call.
 
 Raises ConfigError if the file cannot be read or loaded, or does not define the function.
 """
@@ -61,18 +61,18 @@ _LOADING = 120.0
 _ANSWER = 1 << 20
 """Maximum bytes of a result."""
 _MAX_FAILURES = 5
-"""Consecutive failures in one call after which the remaining questions are skipped."""
+"""Consecutive failures in one call after which the remaining inputs are skipped."""
 _WATCH = 0.02
 """Seconds between memory checks of a running sandbox."""
 _CREDENTIALS = struct.Struct("3i")
-"""Layout of a message's sender as reported by the kernel: process, user, group."""
+"""Layout of a sender's credentials as reported by the kernel: process, user, group."""
 
 ScoreInput = tuple[Mapping[str, Any], Mapping[str, Any]]
 """(sample, item), as in OpenAI's graders."""
 
 
 class NoAnswer(Exception):
-    """Raised if a function has no result; `str` is the reason."""
+    """Raised if a function returns no result; `str(error)` is the reason."""
 
 
 class LimitedFunction:
@@ -115,9 +115,9 @@ class LimitedFunction:
             self._idle.put(None)
 
     def score(self, inputs: Sequence[ScoreInput]) -> list[RewardScore]:
-        """Return a score for each question, in order, or the reason for a missing score.
+        """Return the score of each input, in order, or the reason for a missing score.
 
-        The function returns a number. Raises ConfigError as above."""
+        The user's function must return a number. Raises ConfigError if it cannot be loaded."""
         failed = 0
 
         def score_of(pair: ScoreInput) -> RewardScore:
@@ -136,7 +136,9 @@ class LimitedFunction:
             return list(pool.map(score_of, inputs))
 
     def _value(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
-        """Return the function's JSON result. Raises NoAnswer, and ConfigError as above."""
+        """Return the function's JSON result.
+
+        Raises NoAnswer if there is no result, and ConfigError if the function cannot be loaded."""
         text = json.dumps([sample, item], sort_keys=True, default=str)
         seed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:7], "big")
         message = dict(zip(("sample", "item"), json.loads(text), strict=True)) | {"seed": seed}
@@ -148,17 +150,17 @@ class LimitedFunction:
             answer = child.ask(message, self._timeout, f"took longer than {self._timeout:g} s")
         finally:
             self._idle.put(child)
-        # The user's code can have forged the result.
+        # Check the types, because the user's code could have forged this message.
         if "value" in answer:
             return answer["value"]
         why = answer.get("error")
-        raise NoAnswer(why[:2000] if isinstance(why, str) else "the function's process gave no answer")
+        raise NoAnswer(why[:2000] if isinstance(why, str) else "the function's process returned no result")
 
     def _started(self) -> _Child:
         where, label = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
         try:
             child = _Child(self._first["memory"], self._sandbox)
-            answer = child.ask(self._first, _LOADING, f"took longer than {_LOADING:g} s to be loaded")
+            answer = child.ask(self._first, _LOADING, f"took longer than {_LOADING:g} s to load")
         except NoAnswer as ended:
             raise ConfigError(f"{label} cannot be loaded: {ended}", where=where) from None
         error = answer.get("error") or ("its source left other processes running" if child.ended else "")
@@ -170,10 +172,10 @@ class LimitedFunction:
 
 def _number_score(number: Any) -> RewardScore:
     if not isinstance(number, int | float):
-        return RewardScore(None, f"the function gave {repr(number)[:100]}, no number")
+        return RewardScore(None, f"the function returned {repr(number)[:100]}, not a number")
     try:
         return RewardScore(float(number))
-    except OverflowError:  # JSON integers have any size
+    except OverflowError:  # JSON integers can be arbitrarily large
         return RewardScore(math.inf if number > 0 else -math.inf)
 
 
@@ -188,10 +190,10 @@ class _Child:
         if hasattr(socket, "SO_PASSCRED"):
             self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sender: int | None = None
-        """The process that sends results; None if the kernel does not report senders."""
+        """Id of the process that sends results; None if the kernel does not report senders."""
         self._pidfds: list[int] = []
-        """In a sandbox: descriptors of its first process, which ends all others, and of the function's
-        process."""
+        """In a sandbox: pidfds of its init process, whose end kills all other processes, and of the
+        function's process."""
         command = [sys.executable, "-s", "-P", "-B", str(_CHILD)]
         with child_end, tempfile.TemporaryFile() as errors:
             try:
@@ -201,7 +203,7 @@ class _Child:
                 raise NoAnswer(f"the process did not start: {error}") from None
             child_end.close()
             try:
-                # Sent by the child's script, before the function's code runs.
+                # The child's script sends this message before it loads the user's function.
                 self._receive(time.monotonic() + _LOADING)
                 if sandbox is not None and self._sender is not None:
                     init = descendants(self._process.pid)[0]
@@ -214,21 +216,21 @@ class _Child:
                 raise NoAnswer(f"the process did not start{': ' if messages else ''}{messages}") from None
 
     def ask(self, message: Mapping[str, Any], seconds: float, late: str) -> dict[str, Any]:
-        """Send a message and return the process's result.
+        """Send a message to the function's process and return the result.
 
-        Without a result, ends the process and raises NoAnswer. In a sandbox, ends the sandbox if processes
-        other than the function's are left."""
+        If there is no result, ends the process and raises NoAnswer. If other processes remain in a sandbox,
+        ends the sandbox."""
         ends, token = time.monotonic() + seconds, secrets.token_hex(16)
         try:
             self._signal(signal.SIGCONT)
             # A message can exceed the socket's buffer. The process reads the whole message before it runs
-            # anything.
+            # the user's code.
             data = json.dumps({**message, "token": token}).encode()
             self._channel.settimeout(seconds)
             self._channel.sendall(struct.pack(">I", len(data)) + data)
             answer = self._receive(ends)
             if not isinstance(answer, dict) or answer.pop("token", None) != token:
-                raise NoAnswer("the function wrote to the channel of its answers")
+                raise NoAnswer("the function wrote to the socket that carries its results")
             if self._pidfds and descendants(self._process.pid)[1:] != [self._sender]:
                 self.end()
             self._signal(signal.SIGSTOP)
@@ -240,7 +242,7 @@ class _Child:
             how = "" if code is None else f", by {signal.Signals(-code).name}" if code < 0 else f", with code {code}"
             why = f"the function's process ended{how}"
         except (ValueError, RecursionError):
-            why = "the function's process gave no JSON"
+            why = "the function's process sent invalid JSON"
         except NoAnswer as ended:
             why = str(ended)
         self.end()
@@ -254,16 +256,17 @@ class _Child:
     def _receive(self, ends: float) -> Any:
         """Return the next message.
 
-        Raises EOFError if the socket is closed, TimeoutError, and ValueError for invalid JSON."""
+        Raises EOFError if the socket is closed, TimeoutError after the time `ends`, ValueError for invalid
+        JSON, and NoAnswer if the message is too large."""
         size = struct.unpack(">I", self._received(4, ends))[0]
         if size > _ANSWER:
-            raise NoAnswer("the function's answer is over the size limit")
+            raise NoAnswer("the function's result exceeds the size limit")
         return json.loads(self._received(size, ends))
 
     def _received(self, count: int, ends: float) -> bytes:
-        """Return bytes from the function's process.
+        """Return `count` bytes from the function's process.
 
-        Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two
+        Drops bytes from other processes that hold the same socket; the kernel never returns bytes of two
         senders in one part. Raises NoAnswer if a sandbox exceeds its memory limit."""
         received = bytearray()
         while len(received) < count:
@@ -294,7 +297,7 @@ class _Child:
         return None
 
     def end(self) -> None:
-        """Kill the process and its group, or the whole sandbox, and wait for the end."""
+        """Kill the process and its group, or the whole sandbox, and wait until the process has ended."""
         if self.ended:
             return
         self.ended = True
@@ -370,7 +373,8 @@ def working_sandbox() -> Sandbox:
     with tempfile.TemporaryDirectory() as folder:
         hidden = [folder, "/proc/self", "/etc/passwd", *_private(sandbox)]
         sample = {"hidden": hidden, "users": list(users), "variables": list(variables)}
-        # No memory limit: if the sandbox does not isolate /tmp, files in the machine's /tmp would count.
+        # No memory limit: if the sandbox does not isolate /tmp, the files in the machine's /tmp would count
+        # toward the limit.
         with LimitedFunction("look", source=_TRIAL, sandbox=sandbox, timeout=30, memory=1e15) as function:
             try:
                 (score,) = function.score([(sample, {})])
@@ -382,7 +386,7 @@ def working_sandbox() -> Sandbox:
 
 
 def _private(sandbox: Sandbox) -> list[str]:
-    """Return the entries of the user's home and the veneer home, without Python packages."""
+    """Return the entries of the user's home and veneer's home that hold no Python packages."""
     entries: list[str] = []
     for folder in (Path("~").expanduser(), veneer_home()):
         with suppress(OSError):

@@ -4,16 +4,16 @@
 
     limited_child.py [--user ID] [--confined]
 
-Messages are JSON, each preceded by its length in 4 bytes (big-endian), on the socket at descriptor 0. For the
-function, descriptors 0 to 2 are replaced by an empty input and a discarded output. Every message has a token
-that its result repeats, so that data written earlier cannot pass for a result.
+Messages are JSON, each preceded by its length in 4 bytes (big-endian), on the socket at descriptor 0. Before
+the function is loaded, descriptors 0 to 2 are redirected to /dev/null. Every message contains a token, and
+the result must repeat this token, so that data written earlier cannot pass for a result.
 
     start                                                                          -> {}
     first {"file" or "source", "function", "memory" (bytes), "timeout" (seconds)}  -> {} or {"error"}
     then  {"sample", "item", "seed"}                                               -> {"value"} or {"error"}
 
-`--user`: switch to this user first, permanently. `--confined`: the process is in a sandbox, so its limits are
-final.
+`--user`: first switch to this user, permanently. `--confined`: the process is in a sandbox, so the user's
+function must not be able to raise the resource limits.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def _main(arguments: list[str]) -> None:
         _limit(resource.RLIMIT_NPROC, _PROCESSES, final=True)
         _limit(resource.RLIMIT_NOFILE, _FILES, final=True)
         os.nice(19)
-    else:  # a sandbox does not need this, because no process outlives its parent
+    else:  # not needed in a sandbox, where no process outlives its parent
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _write(sink, "{}", process_id)
     first = _read(source)
     assert first is not None
     function, result = None, dict[str, Any]()
     try:
-        # RLIMIT_DATA limits private memory, and excludes address space that numpy only reserves.
+        # RLIMIT_DATA limits private memory, but not the address space that numpy reserves and never uses.
         _limit(resource.RLIMIT_DATA, first["memory"], final=confined)
         _limit(resource.RLIMIT_CORE, 0, final=confined)
         function = _loaded(first)
@@ -85,7 +85,7 @@ def _end_with(parent: int) -> None:
 
 
 def _limit(kind: int, most: int, *, final: bool = False) -> None:
-    """Set a resource limit. With `final`, the function cannot raise the limit again."""
+    """Set a resource limit. With `final`, the user's function cannot raise the limit."""
     hard = resource.getrlimit(kind)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (most, most if final else hard))
@@ -101,7 +101,7 @@ def _loaded(first: dict[str, Any]) -> Any:
         text = first["source"]
     module = types.ModuleType("reward")
     module.__file__ = file
-    sys.modules["reward"] = module  # dataclasses look up their module here
+    sys.modules["reward"] = module  # `dataclasses` looks up a class's module here
     exec(compile(text, _name(first), "exec"), module.__dict__)
     function = getattr(module, first["function"], None)
     if not callable(function):
@@ -123,14 +123,14 @@ def _seed(seed: int) -> None:
 
 
 def _error_text(error: BaseException, first: dict[str, Any]) -> str:
-    """Return the error in one line, with the last line of the user's code that raised it."""
+    """Return the error's type and message, preceded by the last line number in the user's code."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _name(first)]
     at = f"line {lines[-1]} of {os.path.basename(_name(first))}: " if lines else ""
     return f"{at}{type(error).__name__}: {error}"[:2000]
 
 
 def _read(source: BinaryIO) -> Any:
-    """Return the next message, or None at the end."""
+    """Return the next message, or None at the end of the stream."""
     head = source.read(4)
     return json.loads(source.read(struct.unpack(">I", head)[0])) if len(head) == 4 else None
 
@@ -138,7 +138,8 @@ def _read(source: BinaryIO) -> Any:
 def _write(sink: BinaryIO, text: str, process_id: int) -> None:
     """Write a message.
 
-    process_id: the process that must reply. A fork of the user's function exits here."""
+    process_id: id of the only process that can write. Any other process is a fork made by the user's
+    function, and exits here."""
     if os.getpid() != process_id:
         os._exit(0)
     data = text.encode()

@@ -3,7 +3,7 @@
     data.train: reasoning-gym:chain_sum@2000?seed=7&max_terms=3  rows of the task with these settings
     rewards: [{kind: reasoning_gym}]                             the task's score of a completion, from 0 to 1
 
-A row is {prompt, completion, answer, metadata}. The package computes the scores.
+A row is {prompt, completion, answer, metadata}. reasoning-gym itself computes the scores.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _ANSWER = r"<answer>\s*(.*?)\s*</answer>"
 
 
 def generated_rows(spec: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Return the rows of `reasoning-gym:TASK@ROWS?key=value…`.
+    """Return the rows that `reasoning-gym:TASK@ROWS?key=value…` describes.
 
-    A value is parsed as JSON if possible; otherwise the value is text. Raises DataError,
-    MissingExtraError."""
+    Values are parsed as JSON if possible, and are texts otherwise. Raises DataError, and MissingExtraError if
+    reasoning-gym is not installed."""
     match = _SPEC.fullmatch(spec)
     if match is None:
-        message = "this source of rows cannot be read"
+        message = "this source of rows is invalid"
         raise DataError(message, where=spec, fix="reasoning-gym:TASK@ROWS?key=value&key=value")
     task, rows = match["task"], min(int(match["rows"] or _ROWS), limit or int(match["rows"] or _ROWS))
     settings = {key: _parsed(text) for key, text in parse_qsl(match["settings"] or "", keep_blank_values=True)}
@@ -46,7 +46,7 @@ def generated_rows(spec: str, limit: int | None = None) -> list[dict[str, Any]]:
             "prompt": entry["question"],
             "completion": str(entry["answer"]),
             "answer": entry["answer"],
-            # JSON values, as if read from a file
+            # Convert the metadata to JSON values, as if the row had been read from a file.
             "metadata": {"source_dataset": task, **json.loads(json.dumps(entry["metadata"], default=str))},
         }
         for entry in (entries[i] for i in range(rows))
@@ -61,12 +61,12 @@ def _parsed(text: str) -> Any:
 
 
 def _factory(task: str) -> Any:
-    """Return the reasoning-gym module that creates tasks, if it has this task."""
+    """Return `reasoning_gym.factory`, which creates tasks. Raise DataError for an unknown task."""
     try:
         import reasoning_gym  # noqa: F401
         from reasoning_gym import factory
     except ImportError as error:
-        text = "tasks of reasoning-gym need it"
+        text = "reasoning-gym tasks require the reasoning-gym package"
         raise MissingExtraError(text, where=task, fix="pip install 'veneer[reasoning-gym]'") from error
     if task not in factory.DATASETS:
         suggestions = nearest(task, factory.DATASETS, 1)
@@ -78,7 +78,8 @@ def _factory(task: str) -> Any:
 def reasoning_gym_reward(section: ReasoningGymReward) -> Reward:
     """Return the reward that calls `score_answer` of the row's task.
 
-    The last <answer> of a completion is scored, or the whole completion if it has none."""
+    Scores the last match of `section.answer` in the completion. By default, scores the text of the last
+    <answer> element, or the whole completion if there is no such element."""
     pattern = regex.compile(section.answer or _ANSWER, regex.DOTALL)
 
     @functools.cache
@@ -94,7 +95,7 @@ def reasoning_gym_reward(section: ReasoningGymReward) -> Reward:
         score_answer = score_of(task)
         try:
             return RewardScore(float(score_answer(final, entry)))
-        except Exception as error:  # the task computes with arbitrary model output
+        except Exception as error:  # the task's code can fail on a model's output
             return RewardScore(None, f"{task}: {type(error).__name__}: {error}")
 
     return each_answer(score)

@@ -1,18 +1,18 @@
 """Rewards: functions that score many completions at once. Several rewards form a weighted sum.
 
-    judged = Rewards([NamedReward("exact_match", exact, 1.0), NamedReward("length", short,
-    0.2)]).judge(answers)
+    exact_reward, short_reward = NamedReward("exact_match", exact, 1.0), NamedReward("length", short, 0.2)
+    judged = Rewards([exact_reward, short_reward]).judge(answers)
     judged.values                       the sum for each completion; None if one of its rewards failed
     judged.scores["length"]             a reward's scores, for the log
     reward_findings(judged, groups)     counts of groups without a training signal
 
-    value(answer) = Σ weight · score(answer), over the rewards;  None as soon as one of them is None
+    value(answer) = Σ weight · score(answer), over the rewards;  None if any of the scores is None
 
 A reward scores many completions at once, so that a judge can be asked about all of them together. The score
 of a completion is a finite number, or the reason for a missing number. Trainers remove a completion without a
 value from its group. A missing value is never replaced by 0, because an unjudged completion is not
-necessarily bad. If more than the share `most_failed` have no value, the run stops with TrainingError. If a
-judge is unavailable, UnavailableError stops the run, and the run can be resumed.
+necessarily bad. If the share of completions without a value exceeds `most_failed`, the run stops with
+TrainingError. If a judge is unavailable, UnavailableError stops the run, and the run can be resumed.
 
 This module does not depend on models or servers.
 """
@@ -84,7 +84,7 @@ class JudgedAnswers:
     def why(self, answers: Sequence[Answer]) -> list[str]:
         """Return the reasons for missing scores, most common first.
 
-        Each line has the number of completions and the first rows."""
+        Each line names one reason, the number of completions with this reason, and their first rows."""
         reasons: dict[str, list[str]] = {}
         for name, scores in self.scores.items():
             for score, answer in zip(scores, answers, strict=True):
@@ -98,9 +98,9 @@ class JudgedAnswers:
         return lines
 
     def logged(self) -> dict[str, float]:
-        """Return means over the answers with a value, and the number of failures.
+        """Return the log's metrics: the mean of the sum and of each reward, and the number of failures.
 
-        The means are of the sum and of each reward."""
+        Each mean is over the completions that have a value."""
         values = {"reward": self.values} | {
             f"reward_{name}": [score.value for score in scores] for name, scores in self.scores.items()
         }
@@ -122,8 +122,8 @@ class Rewards:
     def judge(self, answers: Sequence[Answer]) -> JudgedAnswers:
         """Score the completions.
 
-        Raises TrainingError, with the first reasons, if too many fail; UnavailableError if a judge is
-        unavailable."""
+        Raises TrainingError, with the most common reasons, if too many completions have no value, and
+        UnavailableError if a judge is unavailable."""
         scores = {each.name: _scored(each.name, each.reward, answers) for each in self.rewards}
         values: list[float | None] = []
         for i in range(len(answers)):
@@ -139,11 +139,13 @@ class Rewards:
 
 
 def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[RewardScore]:
-    """Return the scores of one reward, with a reason for those that are infinite, NaN or above `_LARGEST`."""
+    """Return the scores of one reward.
+
+    A score that is infinite, NaN or above `_LARGEST` is replaced by a missing score with the reason."""
     scores = reward(answers)
     if len(scores) != len(answers):
-        text = f"the reward {name} gave {counted(len(scores), 'score')} for {counted(len(answers), 'answer')}"
-        raise TrainingError(text, fix="it has to give one for each, in their order")
+        text = f"the reward {name} returned {counted(len(scores), 'score')} for {counted(len(answers), 'answer')}"
+        raise TrainingError(text, fix="the reward must return one score per answer, in the same order")
     return [_usable(score) for score in scores]
 
 
@@ -151,7 +153,7 @@ def _usable(score: RewardScore) -> RewardScore:
     if score.value is None or abs(score.value) <= _LARGEST:
         return score
     why = f"more than {_LARGEST:g}" if math.isfinite(score.value) else "no number"
-    return RewardScore(None, f"it is {score.value:g}, and {why}")
+    return RewardScore(None, f"the score is {score.value:g}, which is {why}")
 
 
 # -- groups without a training signal ----------------------------------------------------------------------------------
@@ -160,8 +162,8 @@ def _usable(score: RewardScore) -> RewardScore:
 def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, float]:
     """Count the groups of completions, and the groups without a training signal, for the log.
 
-    groups: the group of each completion. In a constant group, all completions have the same sum, and so no
-    advantage."""
+    groups: the group of each completion. In a constant group, all completions have the same sum, so no
+    completion has an advantage."""
     distinct: dict[int, set[float]] = {group: set() for group in groups}
     for value, group in zip(judged.values, groups, strict=True):
         if value is not None:
@@ -185,7 +187,7 @@ def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:
 
 
 def column(answer: Answer, name: str) -> Any:
-    """Return the column of the completion's row that a reward compares with.
+    """Return the value of a column in the completion's row.
 
     Raises DataError, with the most similar column name, if the row lacks the column. The error stops the run,
     because every row needs the column."""

@@ -2,9 +2,9 @@
 
     exact_match   1 if answer = wanted, by `text_scores.same_text`
     json_schema   1 if the answer is JSON and matches the schema
-    json_fields   |{k : answer[k] = wanted[k]}| / |k|, k: the wanted keys
+    json_fields   |{k : answer[k] = wanted[k]}| / |wanted|, over the keys k of the wanted object
     regex         1 if the pattern matches, and its group equals the wanted value
-    length        max(0, 1 − max(0, least − n, n − most) / slack) of n tokens;  without slack 0 beyond either
+    length        max(0, 1 − max(0, least − n, n − most) / slack) of n tokens;  without slack, 0 out of range
 
 Each function takes its section of the configuration and returns a reward. A missing column or an invalid
 schema stops the run with a DataError, because it affects every answer.
@@ -24,7 +24,7 @@ from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, eac
 from veneer.train.rewards.text_scores import as_json, same_field, same_text
 
 _PATIENCE = 1.0
-"""Maximum seconds for a regular expression on one completion, because some patterns never end."""
+"""Timeout in seconds for a regular expression on one completion; some patterns practically never end."""
 
 
 def exact_match(section: ExactMatchReward) -> Reward:
@@ -39,7 +39,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         from referencing import Registry
         from referencing.exceptions import Unresolvable
     except ImportError as error:
-        text = "a reward by JSON schema needs jsonschema"
+        text = "a json_schema reward requires the jsonschema package"
         raise MissingExtraError(text, fix="pip install 'veneer[rewards]'") from error
     validators: dict[str, Any] = {}
 
@@ -53,7 +53,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         key = json.dumps(schema, sort_keys=True)
         if key not in validators:
             Draft202012Validator.check_schema(schema)
-            validators[key] = bounded(schema, registry=Registry())  # an empty registry, so that no schema is downloaded
+            validators[key] = bounded(schema, registry=Registry())  # with an empty registry, no schema is downloaded
         return validators[key]
 
     def score(answer: Answer) -> RewardScore:
@@ -69,9 +69,9 @@ def json_schema(section: JsonSchemaReward) -> Reward:
                 return RewardScore(0.0)
             return RewardScore(float(matches(value)))
         except TimeoutError:
-            return RewardScore(None, f"a pattern of the schema took longer than {_PATIENCE:g} s over an answer")
+            return RewardScore(None, f"a pattern in the schema took longer than {_PATIENCE:g} s on an answer")
         except RecursionError:
-            return RewardScore(None, "the schema refers to itself deeper than can be followed with this answer")
+            return RewardScore(None, "the schema refers to itself too deeply to check this answer")
         except (SchemaError, Unresolvable) as error:
             where = f"the column {section.column}" if section.column else "json_schema"
             raise DataError(f"invalid JSON schema: {str(error).splitlines()[0]}", where=where) from error
@@ -91,9 +91,9 @@ def json_fields(section: JsonFieldsReward) -> Reward:
         expected = as_json(row_value) if isinstance(row_value, str) else row_value
         if not isinstance(expected, dict):
             raise DataError(
-                f"the reward {section.called} compares with a JSON object, and the column {section.column} is not one",
+                f"the reward {section.called} requires a JSON object in the column {section.column}",
                 where=str(answer.row.get("where") or "") or None,
-                fix="leave the row out, or name another column",
+                fix="remove the row, or name another column",
             )
         value = as_json(answer.text)
         right = sum(same_field(value, expected, key) for key in expected)
@@ -116,7 +116,7 @@ def regular_expression(section: RegexReward) -> Reward:
             else:
                 match = [None, *pattern.finditer(answer.text, timeout=_PATIENCE)][-1]
         except TimeoutError:
-            return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s over an answer")
+            return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s on an answer")
         if match is None or section.column is None:
             return RewardScore(float(match is not None))
         text = match.group(group)

@@ -45,7 +45,7 @@ SANDBOX_VARIABLES = {
     "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "PWD": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
 }  # fmt: skip
-"""All environment variables in a sandbox."""
+"""The environment variables of a sandbox; it has no others."""
 _USERS = range(61184, 65520)
 """User ids without accounts, which systemd reserves for temporary users."""
 _FIX = (
@@ -75,8 +75,8 @@ class Sandbox:
 
         The child script uses its arguments to drop its remaining rights. If the server runs as root, no user
         namespace is needed, and each child switches to a random user id without an account. An ordinary user
-        cannot switch users, so the sandbox is a user namespace with the user `nobody`. The kernel then still
-        accounts the sandbox to the server's user, and the namespaces isolate the sandbox from the server."""
+        cannot switch users, so the sandbox is a user namespace with the user `nobody`. To the kernel, the
+        sandbox then still belongs to the server's user, but the namespaces isolate it from the server."""
         if os.geteuid() == 0:
             user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             inside = ["--user", str(secrets.choice(_USERS))]
@@ -140,7 +140,7 @@ def bubblewrap(script: Path) -> Sandbox:
         each for each in private if os.path.isdir(each) and any(Path(each).is_relative_to(path) for path in visible)
     ]
     if exposed := sorted(visible & private | visible & {"/"}):
-        raise sandbox_error(f"Python is installed in {exposed[0]}, which also holds files that are not Python's")
+        raise sandbox_error(f"Python is installed in {exposed[0]}, which also contains other files")
     return Sandbox(command, tuple(sorted(visible)), tuple(sorted(hidden)))
 
 
@@ -154,7 +154,7 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
     for path in sorted({*paths, *hidden}, key=lambda each: (each.count("/"), each)):
         if path in hidden:
             arguments += ["--perms", "0555", "--size", "4096", "--tmpfs", path]
-        elif os.path.islink(path) and path.count("/") == 1:  # as /lib, a link to usr/lib on most systems
+        elif os.path.islink(path) and path.count("/") == 1:  # such as /lib, on most systems a link to usr/lib
             arguments += ["--symlink", os.readlink(path), path]
         else:
             arguments += ["--ro-bind", path, path]
@@ -165,7 +165,8 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
 def _starter(process: int) -> ThreadPoolExecutor:
     """Return the thread that starts sandboxes.
 
-    process: id of this process, so that a forked process, which has no threads, creates its own."""
+    process: id of this process. A forked process inherits no threads and has another id, so it creates its
+    own thread."""
     return ThreadPoolExecutor(1, "sandbox")
 
 
@@ -184,7 +185,7 @@ def descendants(process: int) -> list[int]:
         try:
             threads = os.listdir(f"/proc/{parent}/task")
             children = " ".join(Path(f"/proc/{parent}/task/{thread}/children").read_text() for thread in threads)
-        except OSError:  # the process has just ended
+        except OSError:  # the process has already ended
             continue
         waiting += [int(child) for child in children.split()]
         processes += [int(child) for child in children.split()]
@@ -194,10 +195,10 @@ def descendants(process: int) -> list[int]:
 def sandbox_memory(processes: Sequence[int], inside: int) -> int:
     """Return the bytes that a sandbox uses.
 
-    The sum has the private and shared memory of its processes, swapped or not, their page tables, and the
-    files in the sandbox's /tmp. Pages that a fork shares with its parent count for both.
+    The total includes the private and shared memory of its processes, in RAM or swapped, their page tables,
+    and the files in the sandbox's /tmp. A page that a forked process shares with its parent counts twice.
 
-    inside: a process that sees the sandbox's files."""
+    inside: id of a process that sees the sandbox's files."""
     total = 0
     for process in processes:
         try:
@@ -226,7 +227,7 @@ _NAMESPACES = 0x7E020000
 
 They are NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
 # fmt: off
-_REFUSED = {  # name: (x86_64, aarch64); -1 if the machine has no such call
+_REFUSED = {  # name: (x86_64, aarch64); -1: the architecture has no such system call
     # access to other processes and their descriptors
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_getfd": (438, 438), "process_madvise": (440, 440),
@@ -254,7 +255,7 @@ _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 """Classic BPF instructions (linux/bpf_common.h).
 
-They load a word of the system call's data into A, jump depending on A, and return the result."""
+They load a word of the system call's data into register A, jump depending on A, and return the result."""
 
 
 def _syscall_filter() -> bytes:
@@ -271,7 +272,7 @@ def _syscall_filter() -> bytes:
 
     program = instruction(_LOAD, 4) + instruction(_EQUAL, _MACHINES[machine], 1, 0) + instruction(_RETURN, _KILL)
     program += instruction(_LOAD, 0)
-    if machine == "x86_64":  # refuses the x32 numbers of the same calls
+    if machine == "x86_64":  # refuse the x32 ABI, which has other numbers for the same calls
         program += instruction(_AT_LEAST, 0x40000000, 0, 1) + instruction(_RETURN, _ERROR | _ENOSYS)
     for numbers in _REFUSED.values():
         if numbers[column] >= 0:

@@ -1,4 +1,4 @@
-"""A judge on a server with OpenAI's chat completions, which can be unavailable for a while.
+"""A judge on a server with OpenAI's chat completions API. Requests are retried during an outage.
 
     with ServerJudge("https://api.openai.com/v1", key="OPENAI_API_KEY") as ask:
         replies = ask([Question([{"role": "user", "content": "…"}], model="gpt-4o-mini")])
@@ -9,7 +9,7 @@
     400, 413, 422                      this question has no reply
     401, 403, 404 and all others       ConfigError: every question would fail
 
-The key is read from the environment and is not part of any message.
+The API key is read from the environment and never appears in a message.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
 
 
 class _Unanswered(Exception):
-    """Raised if a single question has no reply; `str` is the reason."""
+    """Raised if a single question has no reply; `str(error)` is the reason."""
 
 
 class ServerJudge:
     """An `AskModel` over HTTP that retries while its server is unavailable.
 
-    key: the environment variable with the API key. timeout, patience: seconds. at_once: concurrent
-    requests."""
+    key: name of the environment variable with the API key. timeout, patience: seconds. at_once: maximum
+    number of concurrent requests."""
 
     def __init__(
         self, url: str, *, key: str | None = None, timeout: float = 60.0, patience: float = 600.0, at_once: int = 8
@@ -55,14 +55,16 @@ class ServerJudge:
         except httpx.InvalidURL as error:
             raise ConfigError(f"the judge's url is invalid: {error}", where=url) from None
         if has_password:
-            fix = "put the key into a variable of the environment, and name that as `key`"
-            raise ConfigError("the judge's url holds a name or a password", fix=fix)
+            fix = "put the key into an environment variable, and set `key` to the variable's name"
+            raise ConfigError("the judge's url contains a user name or a password", fix=fix)
         headers = {}
         if key is not None:
             value = os.environ.get(key, "").strip()
             if not (value and value.isascii() and value.isprintable()):
                 fix = f"export {key}=…"
-                raise ConfigError(f"the variable {key} does not hold a judge's key", where=url, fix=fix)
+                raise ConfigError(
+                    f"the environment variable {key} does not contain a valid API key", where=url, fix=fix
+                )
             headers["Authorization"] = f"Bearer {value}"
         self.url, self._timeout, self._patience, self._at_once = url, timeout, patience, at_once
         self._http = httpx.Client(headers=headers, timeout=timeout)
@@ -81,7 +83,7 @@ class ServerJudge:
         self._http.close()
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
-        """Return the replies in order. Several questions are sent at once."""
+        """Return the replies in the order of the questions. Questions are sent concurrently."""
         self._away_since, self._stopped = None, threading.Event()
         pool = ThreadPoolExecutor(self._at_once, "judge")
         try:
@@ -91,10 +93,10 @@ class ServerJudge:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, question: Question) -> Reply:
-        """Ask a question, and repeat it without each setting that the server's error names.
+        """Send a question. If the server rejects a setting, send the question again without this setting.
 
-        If the error names no setting, the question is repeated without `response_format`, which many servers
-        do not support. Later questions omit the same settings."""
+        If the server's error names no setting, the rejected setting is assumed to be `response_format`, which
+        many servers do not support. Later questions omit the rejected settings."""
         without = self._without
         try:
             while True:
@@ -127,7 +129,7 @@ class ServerJudge:
         return {"model": question.model, "messages": list(question.messages), **used}
 
     def _response(self, body: Mapping[str, Any]) -> Any:
-        """Return the server's response, of any status, after retries while the server is unavailable."""
+        """Return the server's response, whatever its status. Retry while the server is unavailable."""
         late, wait = 0, 0.5
         while True:
             try:
@@ -139,12 +141,12 @@ class ServerJudge:
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout, TimeoutError):
                 late += 1
                 if late == _TIMEOUTS:
-                    raise _Unanswered(f"the judge gave no answer in time, {_TIMEOUTS} times") from None
+                    raise _Unanswered(f"the judge did not answer in time, {_TIMEOUTS} times") from None
                 continue
             except self._httpx.TransportError as error:
                 reason = f"{type(error).__name__} {shown(str(error))[:200]}".strip()
             except self._httpx.DecodingError as error:
-                raise _Unanswered(f"the judge's answer cannot be read: {shown(str(error))[:100]}") from None
+                raise _Unanswered(f"the judge's response cannot be read: {shown(str(error))[:100]}") from None
             self._wait_or_give_up(reason, wait)
             wait = min(30.0, 2 * wait)
 
@@ -165,18 +167,20 @@ class ServerJudge:
             return self._httpx.Response(answer.status_code, headers=headers, content=bytes(content))
 
     def _wait_or_give_up(self, reason: str, wait: float) -> None:
-        """Wait before a retry. Raise UnavailableError once `patience` is over."""
+        """Wait before a retry. Raise UnavailableError once the server has been away for `patience`."""
         now = time.monotonic()
         with self._lock:
             since = self._away_since = now if self._away_since is None else self._away_since
         left = since + self._patience - now
         if left <= 0 or self._stopped.wait(min(wait, left)):
-            text = f"the judge has been away for {self._patience:g} s: {reason}"
-            fix = "start it, and resume the run; or let it wait longer with the reward's `patience`"
+            text = f"the judge has been unavailable for {self._patience:g} s: {reason}"
+            fix = "start the judge, and resume the run; or raise the reward's `patience`"
             raise UnavailableError(text, where=self.url, fix=fix)
 
     def _reply(self, answer: Any) -> Reply:
-        """Return the reply in a chat completion. Raise _Unanswered and ConfigError as in the table above."""
+        """Return the reply in a chat completion.
+
+        Raises _Unanswered or ConfigError as listed at the top of this module."""
         if answer.status_code != 200:
             reason = f"HTTP {answer.status_code}: {shown(answer.text)[:300]}"
             if answer.status_code in _OF_ONE:
@@ -187,7 +191,7 @@ class ServerJudge:
             choice = answer.json()["choices"][0]
             text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise _Unanswered(f"the judge's answer is no chat completion: {shown(answer.text)[:100]}") from None
+            raise _Unanswered(f"the judge's response is not a chat completion: {shown(answer.text)[:100]}") from None
         text = text if isinstance(text, str) else ""
         if choice.get("finish_reason") == "length":
             return Reply(text, cut=True)

@@ -3,9 +3,9 @@
     filled("{{ item.city }}: {{ sample.output_json.total }}", sample, item)
     template_sample(answer)   the content of `sample`, below
 
-    sample.output_text    the completion's text              sample.output_tools   empty: completions are texts
+    sample.output_text    the completion's text              sample.output_tools   empty: completions are text
     sample.output_json    the text as JSON, if it is JSON    sample.choices        as in chat completions
-    sample.input_text     the last message before it (veneer's own)
+    sample.input_text     the prompt's last message (an extension by veneer)
 
 A path is a name, followed by names and list indices after dots or in brackets: `item.tags[0]`, `item.tags.0`.
 Texts are inserted unchanged, other values as JSON. Nothing is evaluated, and templates inside inserted text
@@ -24,7 +24,7 @@ from veneer.errors import quoted
 from veneer.train.rewards.reward import Answer
 
 MAX_FILLED = 1 << 20
-"""Maximum characters of a filled template, because a template can repeat a long text."""
+"""Maximum characters of a filled template. Without a limit, a template could repeat a long text."""
 _FIELD = re.compile(r"\{\{([^{}]*)\}\}")
 _PATH = re.compile(r"\s*(sample|item)((?:\.[\w-]+|\[\d+\])+)\s*")
 _STEP = re.compile(r"[\w-]+")
@@ -32,13 +32,13 @@ _SAMPLE = ("output_text", "output_json", "output_tools", "choices", "input_text"
 
 
 class TextTooLong(Exception):
-    """A filled template is too long."""
+    """Raised if a filled template is too long."""
 
 
 class NoValue(Exception):
     """Raised if a template's path has no value.
 
-    of_sample: whether the path is in `sample`, so that the completion is at fault."""
+    of_sample: whether the path begins with `sample`, so that the completion is at fault, not the row."""
 
     def __init__(self, path: str, of_sample: bool) -> None:
         super().__init__(f"{path} has no value")
@@ -64,7 +64,7 @@ def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], mo
     Raises NoValue. Raises TextTooLong for more than `most` characters, before building the text."""
     parts: list[str] = []
     size = 0
-    for i, text in enumerate(_FIELD.split(template)):  # literal texts, with a path between any two
+    for i, text in enumerate(_FIELD.split(template)):  # alternates between literal texts and paths
         parts.append(_value(text, sample, item) if i % 2 else text)
         size += len(parts[-1])
         if size > most:
@@ -85,7 +85,7 @@ def _value(path: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str
 
 
 def template_problem(template: str) -> str:
-    """Return the error of a template that is invalid for every row, or ""."""
+    """Return the error if a template is invalid for every row, otherwise ""."""
     texts = _FIELD.split(template)
     if any("{{" in text for text in texts[::2]):
         return "a {{ has no matching }}"

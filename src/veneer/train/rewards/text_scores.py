@@ -1,7 +1,8 @@
 """Compare a completion with the expected text. Rewards, graders and evaluation use these functions.
 
-same_text     equal, ignoring outer white space; JSON by value: key order is ignored, 12.0 equals 12
-bleu, rouge   sacrebleu's and rouge-score's, from 0 to 1                     (extra `metrics`)
+same_text     whether the texts are equal, ignoring leading and trailing white space. JSON is compared by
+              value: key order is ignored, 12.0 equals 12
+bleu, rouge   the scores of sacrebleu and rouge-score, from 0 to 1           (extra `metrics`)
 fuzzy         rapidfuzz's ratio, 2·LCS(a, b) / (|a| + |b|), from 0 to 1      (extra `metrics`)
 gleu          Google's BLEU, from 0 to 1
 """
@@ -47,9 +48,9 @@ def _equal_json(a: Any, b: Any) -> bool:
 
 
 def same_text(answer: str, expected: Any) -> bool:
-    """Return whether a completion equals `expected`, a text or another JSON value.
+    """Return whether a completion equals `expected`, which is a text or another JSON value.
 
-    If both are texts, bare numbers are compared as text."""
+    If `expected` is a text too, bare numbers are compared as text."""
     text = expected if isinstance(expected, str) else json.dumps(expected, ensure_ascii=False)
     if answer.strip() == text.strip():
         return True
@@ -84,7 +85,7 @@ def _rouge_scorer(measure: str) -> Any:
 
 
 def fuzzy(a: str, b: str) -> float:
-    """Return the share of both texts in their longest common subsequence; 1 for two empty texts.
+    """Return rapidfuzz's ratio, 2·LCS(a, b) / (|a| + |b|); 1 for two empty texts.
 
     Raises MissingExtraError if rapidfuzz is missing."""
     return 2 * _common(a, b) / (len(a) + len(b)) if a or b else 1.0

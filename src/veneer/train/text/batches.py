@@ -1,13 +1,13 @@
-"""Choose the rows of each step, and cut steps into micro-batches.
+"""Choose the rows of each step, and divide steps into micro-batches.
 
-    step         one optimizer update; its rows depend on seed, epoch and `rows` or `tokens` only
+    step         one optimizer update; its rows depend only on the seed, the epoch, and `rows` or `tokens`
     micro-batch  part of a step: rows of similar length, concatenated without padding
 
     plan_steps(examples, batching, seed=0, epoch=0)[step][micro-batch] -> indices of examples
 
 `Batch.lengths` holds the row lengths, so attention never crosses rows, packed or not. Loss and gradients are
-sums over tokens, so the micro-batch size changes memory and speed, never the result. This module depends on
-no tokenizer, file or model.
+sums over tokens, so the micro-batch size changes memory and speed, never the result. This module does not
+depend on tokenizers, files or models.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def plan_steps(
     computes the plan again. `examples` can also be a list of lengths. A micro-batch has at most `micro_rows`
     rows and `micro_tokens` tokens; a longer row forms its own micro-batch.
 
-    pieces: each step with enough rows is first divided into this many parts of about the same number of
-    tokens, one per device. With `longest_first`, the step with the longest row runs first in epoch 0."""
+    pieces: number of devices. If a step has enough rows, its rows are first divided into one part per device,
+    with about the same number of tokens. With `longest_first`, the step with the longest row runs first in
+    epoch 0."""
     lengths = [e if isinstance(e, int) else len(e.input_ids) for e in examples]
     steps = step_rows(lengths, batching, seed=seed, epoch=epoch)
     return [_cut(step, lengths, batching, pieces) for step in steps]
@@ -100,7 +101,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def grouped(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Return all indices from long to short, in groups of at most `micro_tokens` tokens.
+    """Return the indices of all rows, longest row first, in groups of at most `micro_tokens` tokens.
 
     Used for batches outside of training steps."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -133,8 +134,8 @@ def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[lis
 def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection, pieces: int) -> list[list[int]]:
     """Return the micro-batches of one step.
 
-    Rows of each part are sorted from long to short and divided at the limits. The largest micro-batch comes
-    first, so that a step that does not fit in memory fails in its first micro-batch."""
+    Within the part of each device, rows are sorted from long to short and divided at the limits. The largest
+    micro-batch comes first, so that a step that does not fit in memory fails in its first micro-batch."""
     micro: list[list[int]] = []
     for piece in balance([lengths[i] for i in rows], pieces):
         free = -1

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class DataSplit:
     """Rows and their tokens.
 
-    texts: the rows that `encoded` was made from: `rows`, or for preferences one row per completion.
-    items: the units of a step: examples, pairs of examples, or prompts."""
+    texts: the rows that were encoded. For preferences, there is one row per completion; otherwise, `texts`
+    equals `rows`. items: the units of a step: examples, pairs of examples, or prompts."""
 
     rows: list[Row]
     texts: list[Row]
@@ -51,7 +51,7 @@ class TextData:
 def read_data(config: TrainConfig, base: TextBase) -> TextData:
     """Read, split and encode the rows.
 
-    Raises DataError if the rows do not fit the loss, and the errors of `read_rows`."""
+    Raises DataError if the rows do not fit the loss; also raises the errors of `read_rows`."""
     loss, options = config.preference.loss, row_options(config)
     rows, metadata = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:

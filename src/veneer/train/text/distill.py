@@ -1,16 +1,18 @@
-"""Distillation: the student learns a teacher's distribution on its own answers.
+"""Distillation: the student learns the teacher's distribution on the student's own answers.
 
-    a step   prompts → draw (`rollouts.Sampler`) → both models over the same answers → KL (`policy_losses.divergences`)
+    a step   prompts → sample (`rollouts.Sampler`) → both models over the same answers → KL
+             (`policy_losses.divergences`)
 
     L = 1/T Σ_t KL_t        T tokens of the step's answers; KL over the whole vocabulary, reverse or forward
 
-The teacher is an adapter on the same base, the base without adapter, or another base with the same tokenizer,
-in this process. The teacher reads the same answers after its own prompt, which can
-contain more (`distillation.system`): the additional instructions are trained into the student, whose prompt
-does not have them. Sampler and trainer are one model as in `reinforce`, and their mismatch (gap) is measured
-in the same way. Answers are sampled anew for every step, and not stored in checkpoints. Logged for each step:
+The teacher runs in this process: an adapter on the same base, the base without adapter, or another base with
+the same tokenizer. The teacher reads the same answers after its own prompt, which can contain additional
+instructions (`distillation.system`). The student is trained to follow these instructions without having them
+in its prompt. Sampler and trainer use the same model, and their mismatch (gap) is measured, as in
+`reinforce`. New answers are sampled for every step, and answers are not stored in checkpoints. Logged for
+each step:
 
-    teacher_kl                         mean KL of a token
+    teacher_kl                         mean KL per token
     answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as in `reinforce`
 """
 
@@ -59,8 +61,8 @@ if TYPE_CHECKING:
 class Teacher:
     """A teacher in this process.
 
-    `attachment` holds the teacher's adapter `name` ("" is the base without adapter). `attachment` is None if
-    the teacher is a separate base."""
+    name: the teacher's adapter on `attachment`; "" is the base without adapter. attachment: None if the
+    teacher is a separate base."""
 
     base: TextBase
     attachment: Attachment | None = None
@@ -75,10 +77,10 @@ class Teacher:
 def open_teacher(
     section: DistillationSection, base: TextBase, attachment: Attachment, log: Callable[[str], None] = lambda line: None
 ) -> Teacher:
-    """Return the configured teacher.
+    """Load the configured teacher.
 
-    Raises MismatchError for a teacher with another tokenizer or an adapter of another base, and loading
-    errors."""
+    Raises MismatchError if the teacher has another tokenizer or is an adapter of another base. Also raises
+    loading errors."""
     if section.base is not None:
         teacher_base = load_text(section.base, dtype=base.dtype, device=base.device, say=log)
         _check_tokenizers(base, teacher_base)
@@ -96,8 +98,8 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
     if ours == theirs:
         return
     apart = sorted(ours.keys() ^ theirs.keys()) or sorted(token for token in ours if ours[token] != theirs[token])
-    text = f"the teacher has another tokenizer: {len(apart):,} tokens differ, as {apart[0]!r}"
-    fix = "take a teacher of the same family; any teacher's answers are rows for training on examples: "
+    text = f"the teacher has another tokenizer: {len(apart):,} tokens differ, for example {apart[0]!r}"
+    fix = "use a teacher of the same model family; or train on answers of any teacher, written to a file with: "
     fix += "veneer data draw CONFIG.yaml rows.jsonl"
     raise MismatchError(text, where=f"distillation.base: {teacher.name}; student: {base.name}", fix=fix)
 
@@ -116,7 +118,7 @@ class Distillation(SampledTraining):
         """Yield log lines about the teacher's prompts, before sampling."""
         if self.settings.system and prompts:
             saved = sum(len(item.teacher_ids) - len(item.ids) for item in prompts) / len(prompts)
-            yield f"{saved:.0f} tokens a request are saved once they are trained in"
+            yield f"{saved:.0f} tokens per request are saved by training the instructions into the adapter"
 
     def sample_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Return step `number`, with newly sampled completions.
@@ -137,7 +139,9 @@ class Distillation(SampledTraining):
         return Step(tuple(micros), step.epoch)
 
     def _groups(self, owners: Sequence[PromptItem], rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Return the answers of each micro-batch, by the longer of both models' rows."""
+        """Return the answers of each micro-batch, as indices.
+
+        An answer's length is taken with the longer of its two prompts, the student's and the teacher's."""
         prompts = [max(len(item.ids), len(item.teacher_ids)) for item in owners]
         return answer_groups([n + len(r.tokens) for n, r in zip(prompts, rollouts, strict=True)], self.config)
 
@@ -152,7 +156,7 @@ class Distillation(SampledTraining):
         return (per_token(batch.loss_weights.to(kl), batch.answers) * kl).sum()
 
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """Return the KL of each completion token, and the student's log p without gradient."""
+        """Return the KL of each completion token, and the student's log p detached from the graph."""
         model, teacher = self.base.model, self.teacher
         teacher_batch = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():

@@ -56,15 +56,15 @@ class Example:
 class Counts:
     """Counts of what happened to the rows during encoding.
 
-    first_rows: the first rows of each count
+    first_rows: name of a count -> the first five rows that it counts
     cut_ends: truncated rows that lost their end, including the end-of-turn token
     changed_turns: turns that render differently when later turns follow
-    control: rows with the base's control tokens in their own text
+    control: rows that contain the base's control tokens as text
     longest: tokens of the longest row before truncation
 
     For preferences, each completion counts as a row:
-    partners: completions dropped because the other completion of their pair was dropped
-    other_prompts: pairs with two differently tokenized prompts"""
+    partners: completions dropped because the other completion of the pair was dropped
+    other_prompts: pairs in which the prompt is tokenized differently for the two completions"""
 
     rows: int = 0
     used: int = 0
@@ -91,7 +91,7 @@ class Counts:
 
 @dataclass
 class EncodedRows:
-    """Rows as examples.
+    """The result of `encode_rows`.
 
     end_ids: token ids that end a completion (end-of-turn, or end-of-text for plain rows)
     cut_rows: indices of truncated rows
@@ -112,8 +112,8 @@ def encode_rows(
 ) -> EncodedRows:
     """Tokenize rows according to `data`.
 
-    Uses chat_template, train_on, max_length and long_rows of `data`. With refuse=False, rows that would stop
-    a run are dropped instead.
+    Uses chat_template, train_on, max_length and long_rows of `data`. With refuse=False, rows that would
+    otherwise raise an error are dropped.
 
     Raises DataError, with a list of rows, for rows that cannot be rendered unambiguously, and for rows that
     are too long if long_rows is "refuse". Raises BaseError for conversations if the base has no chat
@@ -145,7 +145,7 @@ def encode_rows(
             counts.add("doubled_bos", row.where)
         if True not in trained:
             counts.add("untrained", row.where)
-            left[i] = "no token to learn"
+            left[i] = "no token to train on"
             continue
         ids, trained = _without_tail(ids, trained)
         counts.longest = max(counts.longest, len(ids))
@@ -182,13 +182,13 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendere
         for at in range(0, len(texts), _CHUNK):
             batch = tokenizer(texts[at : at + _CHUNK], add_special_tokens=not chat, verbose=False)
             if batch.encodings is None:
-                text = "the base's tokenizer does not tell which characters a token covers"
+                text = "the base's tokenizer does not report which characters a token covers"
                 raise BaseError(text, fix="give the base a fast tokenizer (tokenizer.json)")
             yield from batch.encodings
 
 
 def _tokens(encoding: Any, r: Rendered, eos: int | None) -> tuple[list[int], list[bool]]:
-    """Return (ids, trained) of a text, followed by the end-of-text token if `r.append_eos`."""
+    """Return (ids, trained) of a text. If `r.append_eos`, append the end-of-text token."""
     ids = list(encoding.ids)
     trained = [False] * len(ids)
     for start, end in r.trained_spans:
@@ -206,14 +206,14 @@ def _tokens(encoding: Any, r: Rendered, eos: int | None) -> tuple[list[int], lis
 
 
 def _span(encoding: Any, start: int, end: int) -> tuple[int, int]:
-    """Return the token range of a trained character range, from token offsets.
+    """Return the range of tokens that cover a trained range of characters.
 
     The range includes a token that straddles `start`, because the token contains the first letters of the
     completion."""
     first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
     if first is None:
         return 0, 0
-    # Some tokenizers trim spaces from offsets: a token of spaces over [a, b) has the offsets (b, b).
+    # Some tokenizers trim spaces from offsets: a token of only spaces over [a, b) has the offsets (b, b).
     while first > 0 and (o := encoding.token_to_chars(first - 1)) is not None and o[0] == o[1] and o[0] > start:
         first -= 1
     last = next(t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None) + 1
@@ -233,7 +233,7 @@ def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[
 def _cut(ids: list[int], trained: list[bool], limit: int, bos: int | None) -> tuple[list[int], list[bool], bool]:
     """Truncate a row to at most `limit` tokens. Return (ids, trained, whether the end was cut).
 
-    Drops the oldest tokens before the first target, except a leading BOS and the last token before the
+    Drops the oldest tokens before the first target, but keeps a leading BOS and the token directly before the
     target. If the row is still too long, drops its end. At least one target remains."""
     first = trained.index(True)
     head = 1 if bos is not None and ids[0] == bos and first > 1 and limit > 2 else 0

@@ -3,17 +3,17 @@
     scores = score_mixes(base, rows, {"base": [], "support": ["runs/support"]})
     scores["support"].exact_match
 
-    loss         Σ −log p(target) / targets, over the rows' targets as in training
-    exact_match  share of rows with a greedy completion equal to the expected answer, ignoring outer white
-                 space; JSON is compared by value: key order is ignored, 12.0 equals 12
+    loss         Σ −log p(target) / number of targets, with the same targets as in training
+    exact_match  share of rows with a greedy completion equal to the expected answer, ignoring leading and
+                 trailing white space; JSON is compared by value: key order is ignored, 12.0 equals 12
     valid_json   share of rows with a completion that is a JSON object or array
     json_fields  for each key of the expected JSON objects: share of rows with an equal value
-    likelier     pairs: share with a higher log p of the chosen than of the rejected answer
-    reward_…     pairs: accuracy, the share with log p(chosen) − log p(rejected) above the base's; margin,
-                 the mean difference in nats: dpo's reward with β = 1
+    likelier     share of pairs with log p(chosen) > log p(rejected)
+    reward_…     compares log p(chosen) − log p(rejected) with the same difference of the base (dpo's reward
+                 with β = 1); accuracy: share of pairs with a larger difference, margin: mean increase in nats
 
 Rows of plain text have no answer, so they only have loss and perplexity. For pairs, loss and completions are
-those of the chosen side.
+those of the chosen answer.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ An adapter is "NAME_OR_PATH[:strength]" or (name, strength)."""
 _Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
 """Function (base, adapters by name, rows=) -> context manager.
 
-The context manager returns a function (prompts, mix=, max_new_tokens=) -> completions, which selects the mix
+The context manager yields a function (prompts, mix=, max_new_tokens=) -> completions, which selects the mix
 on the model during the call. `veneer.serve.engine.offline.answering` is an example."""
 
 _MICRO_TOKENS = 4096
@@ -84,7 +84,7 @@ class Scores:
     answers: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self, *, answers: bool = False) -> dict[str, Any]:
-        """Return all fields as plain values, with `answers` only on request."""
+        """Return all fields as plain values; include the field `answers` only if `answers` is true."""
         values = asdict(self)
         if not answers:
             del values["answers"]
@@ -107,11 +107,11 @@ def score_mixes(
 ) -> dict[str, Scores]:
     """Score each mix on `rows`.
 
-    All adapters are attached once; selecting a mix is one assignment.
+    All adapters are attached once; only the selection changes between mixes.
 
-    data: tokenization settings (max_length, train_on, chat_template). The default is the training default,
+    data: tokenization settings (max_length, train_on, chat_template). By default, the defaults of training,
         with rows truncated to the base's context.
-    generate: False computes loss and perplexity only.
+    generate: False computes only loss and perplexity.
     attachment: the base's existing attachment.
     answering: replaces models.text.generate.complete; see `_Answering`.
     on_progress: called as on_progress(mix, answered rows, rows).
@@ -140,7 +140,7 @@ def score_mixes(
         with adapters.off():
             base_margins = _margins(base, pairs)
             answerer = answering(base, adapters.adapters, rows=batch_size) if answering and answered else nullcontext()
-            with answerer as answer:  # opened before any scoring, because the engine can change the model
+            with answerer as answer:  # opened before any scoring, because opening the engine can change the model
                 for mix, spec in specs.items() if answered else ():
                     began = time.perf_counter()
                     adapters.use(*spec)
@@ -165,8 +165,8 @@ def score_mixes(
             scores.trained_tokens = score.trained
             if score.trained:
                 if not math.isfinite(score.loss):
-                    text = f"the loss is not finite under {mix_text(tuple(spec)) or 'the base'}"
-                    raise AdapterError(text, fix="lower strengths, or --dtype float32")
+                    text = f"the loss is not finite with {mix_text(tuple(spec)) or 'the base'}"
+                    raise AdapterError(text, fix="lower the strengths, or use --dtype float32")
                 scores.loss, scores.perplexity = score.loss, score.perplexity
             if pairs:
                 margins = _margins(base, pairs) if spec else base_margins
@@ -205,8 +205,8 @@ def score_examples(
     """Return Σ NLL over the targets of `examples`, or None once `interrupted()` is true.
 
     Runs in eval mode without gradients and restores the model's mode. A row longer than `micro_tokens` forms
-    its own batch. Rows without targets are skipped. With several `devices`, the result covers the share of
-    this process."""
+    its own batch. Rows without targets are skipped. With several `devices`, the result covers only the
+    batches of this process."""
     examples = [e for e in examples if e.trained_tokens]
     groups = grouped([e.tokens for e in examples], micro_tokens)
     total, trained, rows, best = 0.0, 0, 0, 0
@@ -236,7 +236,7 @@ def answers_of(
 ) -> list[str]:
     """Return greedy completions in the order of the prompts.
 
-    Equal prompts are completed once. `answer(prompts, max_new_tokens=)` replaces
+    Identical prompts are completed once. answer: function (prompts, max_new_tokens=) that replaces
     models.text.generate.complete."""
     answer = answer or functools.partial(complete, base, batch_size=batch_size)
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]

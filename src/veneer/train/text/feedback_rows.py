@@ -1,8 +1,8 @@
 """Store human feedback on completions as rows that `veneer train` reads.
 
-A person chooses one of two completions, or corrects a completion.
+A person either chooses one of two completions, or corrects a completion.
 
-    add_row(file, preference_row(messages, chosen, rejected))        a vote       -> the format `preference`
+    add_row(file, preference_row(messages, chosen, rejected))        a choice     -> the format `preference`
     add_row(file, corrected_row(messages, answer))                   a correction -> the format `messages`
 
 A server with tenants stores feedback in its database instead (serve/tenancy/feedback.py).
@@ -25,11 +25,11 @@ _Messages = Sequence[Mapping[str, Any]]
 
 
 def preference_row(messages: _Messages, chosen: str, rejected: str) -> dict[str, Any]:
-    """Return the row for a vote between two completions of `messages`.
+    """Return the row for a choice between two completions of `messages`.
 
     Raises DataError if the completions are equal."""
     if chosen == rejected:
-        raise DataError("both answers are the same, so none is better", fix="ask again with a temperature above 0")
+        raise DataError("both answers are the same, so neither is better", fix="ask again with a temperature above 0")
     return {"prompt": _turns(messages), "chosen": [_answer(chosen)], "rejected": [_answer(rejected)]}
 
 
@@ -51,7 +51,7 @@ def _answer(text: str) -> dict[str, Any]:
 
 
 def feedback_file(base: str, kind: Literal["preference", "messages"]) -> Path:
-    """Return the file in the veneer home for feedback rows of this kind and base.
+    """Return the file for feedback rows of this kind and base, inside the veneer home.
 
     Used on a machine without tenants."""
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "base"
@@ -59,23 +59,25 @@ def feedback_file(base: str, kind: Literal["preference", "messages"]) -> Path:
 
 
 def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
-    """Append a row to a JSONL file, create the file if necessary, and sync it.
+    """Append a row to a JSONL file and sync the file to disk; create the file if it does not exist.
 
-    Returns the number of rows. Raises DataError, without adding the row, if the file has rows of another
-    format or unreadable rows."""
+    Returns the file's number of rows. Raises DataError, without adding the row, if the file has rows of
+    another format or unreadable rows."""
     path = Path(file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     if path.suffix != ".jsonl":
-        raise DataError("rows are added to files of JSON lines", where=str(path), fix="a name that ends in .jsonl")
+        raise DataError(
+            "rows can only be added to JSON Lines files", where=str(path), fix="use a file name that ends in .jsonl"
+        )
     count = 0
     if content.strip():
         rows, metadata = read_rows([str(path)])
         count = len(rows)
         if (format := "preference" if "chosen" in row else "messages") != metadata.format:
-            text = f"this file has rows of {metadata.format}, and this is one of {format}"
-            raise DataError(text, where=str(path), fix="another file")
+            text = f"this file has rows in `{metadata.format}` format, but the new row has `{format}` format"
+            raise DataError(text, where=str(path), fix="use another file")
     lead = b"\n" if content and not content.endswith(b"\n") else b""
     with path.open("ab") as out:  # one write per row, so that concurrent writers do not interleave
         out.write(lead + line)

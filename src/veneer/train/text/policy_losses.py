@@ -6,7 +6,7 @@
     ρ_it   `policy_ratios`: p now / p at sampling, of the token, or the geometric mean over its completion
     f_i    `length_factors`: length normalization of a completion
     k_it   `kl_estimates`: KL to the reference
-    w_it   `importance_weights`: for tokens sampled from another distribution than p (a temperature, a grammar)
+    w_it   `importance_weights`: corrects for sampling from another distribution than p (temperature, grammar)
 
 | loss                     | baseline | scale | ratio    | ε          | f_i          | source           |
 | ppo (only its clip)      | batch    | batch | token    | 0.2 0.2    | batch        | arXiv 1707.06347 |
@@ -17,9 +17,9 @@
 | dapo                     | group    | group | token    | 0.2 0.28   | batch        | arXiv 2503.14476 |
 | gspo                     | group    | group | sequence | 3e-4 4e-4  | answer       | arXiv 2507.18071 |
 
-Without a clip and with one update, ρ is 1 and the gradient of ρ·A is that of A·log p, as in REINFORCE. All
-functions are pure functions of tensors. Completions are concatenated: T tokens of N completions, with the
-completion lengths as a separate argument.
+Without a clip and with one update, ρ is 1 and the gradient of ρ·A equals the gradient of A·log p, as in
+REINFORCE. All functions are pure functions of tensors. Completions are concatenated: T tokens of N
+completions, with the completion lengths as a separate argument.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Spread = Literal["group", "batch", "none"]
 _Lengths = Literal["answer", "batch", "limit", "none"]
 
 _LEAST = 1e-4
-"""Added to a standard deviation, as in TRL."""
+"""Constant added to a standard deviation, as in TRL."""
 
 
 def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, scale: _Spread) -> Tensor:
@@ -44,9 +44,9 @@ def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, s
     rewards: (N,); groups: the group index of each completion.
 
     b: the mean of the group (GRPO, eq. 1 of 2402.03300), of the group's other completions (RLOO, eq. 8 of
-    2402.14740), of all completions, or 0. s + 1e-4: the standard deviation of the group or of all
-    completions, with n − 1; or 1 if scale is `none`. For the first two baselines, a group of one completion
-    has advantage 0, like a group with equal rewards."""
+    2402.14740), of all completions, or 0. s: the standard deviation of the group or of all completions, with
+    divisor n − 1. If scale is `none`, the denominator is 1. For the first two baselines, a group of one
+    completion has advantage 0, like a group with equal rewards."""
     r = rewards.double()
     out = r.clone()
     parts: dict[int, list[int]] = {}
@@ -54,11 +54,11 @@ def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, s
         parts.setdefault(group, []).append(i)
     for members in parts.values():
         if baseline in ("group", "others"):
-            out[members] = _centred(r[members])
+            out[members] = _centered(r[members])
         if baseline == "others" and len(members) > 1:
             out[members] *= len(members) / (len(members) - 1)
     if baseline == "batch":
-        out = _centred(r)
+        out = _centered(r)
     if scale == "group":
         for members in parts.values():
             out[members] /= _spread(r[members])
@@ -67,11 +67,11 @@ def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, s
     return out
 
 
-def _centred(r: Tensor) -> Tensor:
-    """Return r minus its mean, exactly 0 if all numbers are equal.
+def _centered(r: Tensor) -> Tensor:
+    """Return r minus its mean; exactly 0 if all numbers in r are equal.
 
-    The mean of equal numbers can differ in its last bit. Dividing by a standard deviation near 0 would
-    amplify the difference."""
+    The computed mean of equal numbers can differ from these numbers in the last bit. Dividing by a standard
+    deviation near 0 would amplify the difference."""
     return r - r.mean() if bool((r != r[:1]).any()) else torch.zeros_like(r)
 
 
@@ -82,8 +82,8 @@ def _spread(r: Tensor) -> Tensor:
 def policy_ratios(logps: Tensor, old: Tensor, lengths: Sequence[int], *, level: Literal["token", "sequence"]) -> Tensor:
     """Return ρ of each token with its gradient: (T,).
 
-    `token`: p / p_old (PPO, eq. 6). `sequence`: one number for all tokens of a completion, exp of the mean
-    of log p − log p_old (GSPO, eq. 7)."""
+    `token`: p / p_old (PPO, eq. 6). `sequence`: exp of the completion's mean of log p − log p_old, which is
+    the same number for all tokens of a completion (GSPO, eq. 7)."""
     difference = logps - old
     if level == "sequence":
         means = torch.stack([part.mean() for part in difference.split(list(lengths))])
@@ -144,7 +144,8 @@ def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
 def importance_weights(logps: Tensor, sampling_logps: Tensor, cap: float) -> Tensor:
     """Return min(p / q, cap) of each token: (T,).
 
-    q is the sampling distribution and p the model's: truncated importance sampling (Ionides 2008)."""
+    p is the model's distribution, and q the distribution that the tokens were sampled from: truncated
+    importance sampling (Ionides 2008)."""
     return (logps - sampling_logps).exp().clamp(max=cap)
 
 

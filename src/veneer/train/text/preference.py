@@ -1,27 +1,27 @@
 """Preference training: the items that a loss compares, their reference, and the loss.
 
     rows    → answer_rows           a pair as two ordinary rows, chosen and rejected, for `encode_rows`
-    encoded → preference_items      pairs of examples again; for KTO single completions with their labels
+    encoded → preference_items      the examples as pairs again; for KTO, single completions with their labels
     items   → collate_items         the completions concatenated in one batch
               mismatched_examples   KTO: prompts with the completions of other prompts
 
     preference = Preference(config, base, attachment)
-    preference.load_reference(items, log)    the reference's log-probabilities, once, before step one
+    preference.load_reference(items, log)    computes the reference's log-probabilities, before the first step
     preference.loss(batch)                   Σ loss over the batch's pairs (kto: completions)
-    preference.begin(step), .metrics()       kto's reference point of the step; values for the log
-    preference.score(items, …)               the same over held-out pairs
+    preference.begin(step), .metrics()       computes kto's reference point of the step; values for the log
+    preference.score(items, …)               loss and metrics over held-out pairs
 
 The reference is never a second model: it is the same base with the adapter off, or with the adapter that the
 run started from. The formulas are in ops.loss. Metrics, as means over the pairs:
 
     reward_chosen, reward_rejected    β·(log π − log π_ref); orpo and simpo have no reference: β·log π / |y|
-    reward_margin, reward_accuracy    their difference, and the share of pairs with a difference above 0
+    reward_margin, reward_accuracy    reward_chosen − reward_rejected; share of pairs with a margin above 0
     logp_chosen, logp_rejected        log π, in nats: shows whether the chosen completions become less likely
     tokens_chosen, tokens_rejected    lengths
-    kl                                kto: z₀; reward_accuracy is the share of completions on their side of z₀
+    kl                                kto: z₀; reward_accuracy: share of completions on the correct side of z₀
 
 The result does not depend on the number of micro-batches or devices, because each loss depends on one pair
-only, and z₀ on the whole step. Passes without a gradient are distributed over the devices.
+only, and z₀ on the whole step. Forward passes without gradients are distributed over the devices.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 class Item:
     """A (chosen, rejected) pair, or one completion with its label `desirable`.
 
-    row: index of the item's row. reference: log p of each completion under the reference model, once
-    computed; empty if the loss has no reference."""
+    row: index of the item's row. reference: log p of each completion under the reference model; empty if not
+    yet computed, or if the loss has no reference."""
 
     answers: tuple[Example, ...]
     row: int
@@ -89,7 +89,7 @@ _CHUNK = 256
 def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     """Return each completion as a row, and the index of its original row.
 
-    Messages that both completions of a pair begin with are their prompt. The prompt is not trained on, even
+    The prompt of a pair is the messages that both completions begin with. The prompt is not trained on, even
     if it contains assistant messages."""
     out: list[Row] = []
     owners: list[int] = []
@@ -108,9 +108,9 @@ def preference_items(
 ) -> tuple[list[Item], EncodedRows]:
     """Return the items in row order, and `encoded` with the remaining examples.
 
-    rows, owners: the preference rows, and the second result of `answer_rows`. paired: True makes one item of
-    each pair, and drops a completion if the other completion of the pair was dropped (counted as `partners`);
-    False makes one item of each completion."""
+    rows, owners: the preference rows, and the second result of `answer_rows`. paired: if true, makes one item
+    from each pair, and drops a completion if the other completion of the pair was dropped (counted as
+    `partners`). If false, makes one item from each completion."""
     first = {i: at for at, i in reversed(list(enumerate(owners)))}  # for a pair, the position of the chosen completion
     by_row: dict[int, list[Example]] = {}
     for example in encoded.examples:
@@ -127,7 +127,7 @@ def preference_items(
         else:
             chosen, rejected = answers
             if {chosen.row, rejected.row} & encoded.cut_rows:
-                chosen, rejected = _one_prompt(chosen, rejected)
+                chosen, rejected = _with_shorter_prompt(chosen, rejected)
             if chosen.prompt != rejected.prompt:
                 counts.add("other_prompts", row.where)
             items.append(Item((chosen, rejected), i))
@@ -137,9 +137,8 @@ def preference_items(
     return items, replace(encoded, examples=examples, counts=counts)
 
 
-def _one_prompt(a: Example, b: Example) -> tuple[Example, Example]:
-    """Return both examples with the shorter prompt, if the shorter prompt is a truncation of the longer
-    one."""
+def _with_shorter_prompt(a: Example, b: Example) -> tuple[Example, Example]:
+    """Return both examples with the shorter prompt, if it is a truncation of the longer prompt."""
     short = min(a.prompt, b.prompt, key=len)
 
     def after(example: Example) -> Example:
@@ -209,7 +208,7 @@ class Preference:
         start = self.start.digest() if self.start is not None else "base"
         run = f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
         examples = {_digest(run, example): example for item in items for example in item.answers}
-        # Longest first, so that running out of memory shows at once; the order does not depend on the row
+        # Longest first, so that a shortage of memory shows immediately; the order does not depend on the row
         # order.
         order = sorted(examples, key=lambda key: (-examples[key].tokens, key))
         logps: dict[str, float] = {}
@@ -265,7 +264,9 @@ class Preference:
         return EvalResult(total, trained_tokens, len(items), metrics, likelihood=False, units=len(items))
 
     def _losses(self, logps: Tensor, items: Sequence[Item], means: MetricMeans, point: float) -> Tensor:
-        """Return the losses (items,) from log p of each completion (Σ completions,)."""
+        """Return the loss of each item: (items,).
+
+        logps: log p of each completion of the items, (completions,)."""
         s, beta = self.settings, self.settings.beta or 0.0
         lengths = logps.new_tensor([e.trained_tokens for item in items for e in item.answers])
         references = [value for item in items for value in item.reference]

@@ -46,10 +46,10 @@ from veneer.train.text.preference import Item
 from veneer.train.text.prompts import PromptItem, first_rollouts
 from veneer.train.text.rows import leakage
 
-_SAMPLED = 200  # rows with prompts that are tokenized again; a template fails for all rows or for none
-_SPACE_FIX = "end prompts without a space and begin answers with it, so that no token spans both"
+_SAMPLED = 200  # maximum number of rows to check against the template; a wrong template fails for all rows or for none
+_SPACE_FIX = "end prompts without a space and begin answers with the space, so that no token spans both"
 _FEW_PROMPTS = 8
-"""Number of prompts below which a run gets a warning, even if its steps use fewer."""
+"""Number of prompts below which a run gets a warning, even if each step uses fewer prompts."""
 
 
 @dataclass(kw_only=True)
@@ -74,10 +74,10 @@ class TextSubject(RunSubject):
     def rows_with(
         self, count: str, check: str, text: str, fix: str = "", *, stops: bool = False, total: int | None = None
     ) -> Iterator[Finding]:
-        """Yield a finding about the rows in one of the encoding's counts, with the names of the first rows.
+        """Yield a finding about the rows that the encoding counts as `count`; name the first of them.
 
-        stops: stop the run for more than half of `total` (by default all rows). text: the problem of the
-        rows."""
+        text: the problem of the rows. stops: the finding stops the run if it concerns more than half of
+        `total` (by default all rows)."""
         counts = self.encoded.counts
         names = counts.first_rows.get(count, ())
         return about_some(check, getattr(counts, count), total or counts.rows, text, names, fix, stops=stops)
@@ -124,7 +124,7 @@ def data_findings(subject: TextSubject) -> Iterator[Finding]:
 
 
 def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Return the row as pieces (text, trained): consecutive tokens with equal masks."""
+    """Return the row split into pieces (text, trained) wherever the loss mask changes."""
     pairs = zip(example.input_ids, example.trained, strict=True)
     runs = itertools.groupby(pairs, key=lambda pair: bool(pair[1]))
     return [(str(tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
@@ -134,7 +134,9 @@ def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
-    """Check failure class 1: the loss mask excludes all tokens, and the run "succeeds"."""
+    """Report rows that have no token to train on.
+
+    Without this check, a run with a loss mask that excludes all tokens would seem to succeed."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.used, tokens=c.tokens, learned_tokens=c.trained_tokens)
     fix = "check roles, weights and data.train_on; the trained part is the assistant turns"
@@ -150,21 +152,21 @@ def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
 
 
 def _long_rows(s: TextSubject) -> Iterator[Finding]:
-    """Report the number and names of rows that are dropped or truncated."""
+    """Report how many rows are dropped or truncated, and name the first of them."""
     c, limit = s.encoded.counts, s.config.data.max_length
     fix = f"data.max_length={c.longest} avoids truncation"
     text = f"rows are longer than {limit} tokens and dropped"
     yield from s.rows_with("long_dropped", "long rows", text, fix, stops=True)
     text = f"rows are cut to {limit} tokens, the oldest prompt tokens first"
     yield from s.rows_with("cut", "long rows", text, fix)
-    text = "cut rows lose the end of their answer, and with it the token that stops it"
+    text = "cut rows lose the end of the answer, including its end token"
     yield from s.rows_with("cut_ends", "long rows", text, fix, stops=True)
     if not c.long_dropped and not c.cut:
         yield Finding("ok", "long rows", f"longest row: {c.longest:,} tokens of {limit:,}; none dropped or cut")
 
 
 def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
-    """Check failure class 2: a model that never stops, because its end token is not a target."""
+    """Check that the end token is a target; otherwise, the model would never stop."""
     examples, ends = s.encoded.examples, s.encoded.end_ids
     if not examples:
         return
@@ -193,7 +195,7 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
 
 
 def _bos_once(s: TextSubject) -> Iterator[Finding]:
-    """Report rows with two BOS tokens, from the text and the tokenizer, or with none."""
+    """Report rows with no BOS token, or with two (one in the text, one added by the tokenizer)."""
     tokenizer, examples = s.base.tokenizer, s.encoded.examples
     bos = tokenizer.bos_token_id
     if bos is None or not examples:
@@ -207,9 +209,7 @@ def _bos_once(s: TextSubject) -> Iterator[Finding]:
 
 
 def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
-    """Check failure class 6: training rows must begin with the inference prompt.
-
-    The prompts are compared token by token."""
+    """Check that training rows begin with the prompt of inference, token by token."""
     data, renderer, chat = s.config.data, s.encoded.renderer, s.encoded.chat
     tokenizer = s.base.tokenizer
     base_template = tokenizer.chat_template
@@ -217,7 +217,7 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
         text = f"rows use {renderer.source}, not the base's own: prompt the adapter with the same template"
         yield Finding("warn", "template", text, "data.chat_template=auto uses the base's own")
     if base_template and not chat and s.data.train.texts and s.data.train.texts[0].messages:
-        text = "the base has a chat template and rows do not use it: give the adapter plain prompts, not messages"
+        text = "the base has a chat template, but rows do not use it: prompt the adapter with plain text"
         yield Finding("warn", "template", text, "data.chat_template=auto")
     wrong: list[str] = []
     checked = 0
@@ -227,11 +227,11 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
             continue
         prompt = tokenizer(renderer.prompt(row), add_special_tokens=not chat, verbose=False)["input_ids"]
         if example.row in s.encoded.cut_rows or len(prompt) >= len(example.input_ids):
-            continue  # truncated, or its last turn is not trained on
+            continue  # the row is truncated, or its last turn is not trained on
         checked += 1
         if example.input_ids[: len(prompt)] != prompt:
             wrong.append(row.where)
-    text = "prompts are other tokens in training than at inference"
+    text = "prompts are tokenized differently in training and at inference"
     yield from about_some("template", len(wrong), checked, text, wrong, _SPACE_FIX, stops=True)
     if checked and not wrong:
         text = f"prompts at inference match training token for token ({counted(checked, 'row')} checked)"
@@ -241,15 +241,17 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
 def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
     c = s.encoded.counts
     if c.changed_turns:
-        text = f"{c.changed_turns:,} earlier turns are trained without what the template shows only in a last turn "
-        text += f"(thinking, mostly): {', '.join(c.first_rows.get('changed_turns', ()))}"
-        yield Finding("warn", "turns", text, "data.train_on=last learns only turns as inference writes them")
-    fix = "remove them unless they are meant to act as such"
-    yield from s.rows_with("control", "control tokens", "rows hold the base's own control tokens as text", fix)
+        text = f"{c.changed_turns:,} earlier turns are trained without content that the template renders only in the "
+        text += f"last turn (mostly thinking): {', '.join(c.first_rows.get('changed_turns', ()))}"
+        yield Finding(
+            "warn", "turns", text, "data.train_on=last learns only turns in the form that inference generates"
+        )
+    fix = "remove them unless they are meant as control tokens"
+    yield from s.rows_with("control", "control tokens", "rows contain the base's control tokens as text", fix)
 
 
 def _answers_compare(s: TextSubject) -> Iterator[Finding]:
-    """Report which completions a preference run compares."""
+    """Report how many pairs or completions a preference run compares, and pairs that cannot be used."""
     loss = s.config.preference.loss
     items = [item for item in s.data.train.items if isinstance(item, Item)]
     if loss is None or not items:
@@ -259,18 +261,18 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
         good = sum(bool(item.desirable) for item in items)
         text = f"{counted(len(items), 'answer')}, {good:,} desirable and {len(items) - good:,} not"
         if good in (0, len(items)):
-            text += ": there is nothing to tell apart"
-            yield Finding("stop", "preferences", text, "give answers of both kinds")
+            text += ": there is nothing to compare"
+            yield Finding("stop", "preferences", text, "provide desirable and undesirable answers")
             return
     yield Finding("ok", "preferences", text)
-    text = "answers are left out because the other answer of their pair is"
+    text = "answers are dropped because the other answer of the pair is dropped"
     yield from s.rows_with("partners", "preferences", text)
-    text = "pairs have two prompts that are not the same tokens"
+    text = "pairs have a prompt that is tokenized differently for the two answers"
     yield from s.rows_with("other_prompts", "preferences", text, _SPACE_FIX, stops=True, total=len(items))
 
 
 def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
-    """Report what a run samples, and what it learns from."""
+    """Report how many prompts and completions a run samples."""
     r, c = s.config.sampling, s.encoded.counts
     assert r is not None
     if not c.used:
@@ -278,7 +280,7 @@ def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "prompts", text, f"lower {r.named}.max_tokens, or raise data.max_length")
         return
     if s.devices > 1:
-        text = f"completions are sampled by one process, and this run has {s.devices}"
+        text = f"completions are sampled by one process, but this run has {s.devices} processes"
         yield Finding("stop", "prompts", text, "run it on one device")
     each = min(s.config.batching.rows, c.used)
     text = f"{counted(c.used, 'prompt')}; a step samples {each} of them, {counted(r.group, 'completion')} for each"
@@ -290,7 +292,7 @@ def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
 
 
 def _long_prompts(s: TextSubject) -> Iterator[Finding]:
-    """Report the number and names of prompts that leave no space for a completion."""
+    """Report how many prompts leave no space for a completion, and name the first of them."""
     c, data, r = s.encoded.counts, s.config.data, s.config.sampling
     assert r is not None
     limit = min(data.max_length, s.base.context)
@@ -299,20 +301,24 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
         yield Finding("ok", "long rows", text)
     fix = f"shorten them, or lower {r.named}.max_tokens"
     if data.max_length < s.base.context:
-        fix += f"; the base reads {s.base.context:,} tokens: raise data.max_length"
+        fix += f"; the base supports {s.base.context:,} tokens: raise data.max_length"
     text = f"prompts leave no space for a completion in {limit:,} tokens, and are dropped"
     yield from s.rows_with("long_dropped", "long rows", text, fix, stops=True)
 
 
 def _check_rows(s: TextSubject) -> Iterator[Finding]:
-    """Report held-out rows that are also training rows, because they distort the validation loss."""
+    """Report the format, unused columns, duplicates, and held-out rows that are also training rows.
+
+    Held-out rows that are trained on distort the validation loss."""
     metadata = s.data.metadata
     if metadata is not None:
         yield Finding("ok", "format", f"{counted(metadata.rows, 'row')} in `{metadata.format}` format: {metadata.why}")
         if metadata.unused:
-            text = f"columns that nothing uses: {', '.join(metadata.unused)}"
-            yield Finding("warn", "columns", text, "data.columns names the ones to use, as {prompt: question}")
-        text = "rows repeat an earlier one exactly"
+            text = f"unused columns: {', '.join(metadata.unused)}"
+            yield Finding(
+                "warn", "columns", text, "name the columns to use in data.columns, for example {prompt: question}"
+            )
+        text = "rows are exact duplicates of an earlier row"
         yield from about_some("duplicates", metadata.duplicates, metadata.rows, text)
     total = len(s.data.held_out.texts)
     if not total and s.config.evaluation.patience is not None:
@@ -326,7 +332,7 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "held out", "the held-out rows have no trained token", "check data.validation's format")
     leak = leakage(s.data.train.texts, s.data.held_out.texts)
     pairs = [f"{a} is {b}" for a, b in leak.examples]
-    fix = "remove them from one side; data.split never puts equal rows on both"
+    fix = "remove them from the training or the held-out rows; data.split never puts equal rows into both"
     text = "held-out rows are also trained on"
     yield from about_some("held out", leak.identical, total, text, pairs, fix, stops=True)
     overlap = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
@@ -339,15 +345,16 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
 
 
 def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
-    """Check failure classes 3 and 12: an adapter without targets, or with full copies of modules.
+    """Report the trained modules and the size of the adapter.
 
-    Full copies make the adapter huge."""
+    An adapter without targets stops the run. Full copies of modules get a warning if they make the adapter
+    huge."""
     model, spec = s.base.model, s.config.adapter.spec()
     if (start := s.data.start) is not None:
         pairs, full, size = sum(t.numel() for _, t in start.tensors()), 0, gigabytes(start.size_bytes())
         if wrong := {d.form for d in start.deltas.values()} - {"hadamard", "kronecker"}:
             forms = ", ".join(sorted(wrong))
-            text = f"adapter.start holds deltas that are not pairs ({forms}), which cannot be trained"
+            text = f"adapter.start contains deltas that are not pairs ({forms}), which cannot be trained"
             yield Finding("stop", "targets", text, "continue from a LoRA, LoHa or LoKr")
         matched = f"starts from {s.config.adapter.start}: {counted(len(start.pairs), 'pair')}"
     else:
@@ -363,14 +370,16 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     s.numbers.update(base_parameters=total, trainable=pairs + full)
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + full, total)} parameters, a file of {size}")
     if full > pairs:
-        text = f"full copies take {share(full, pairs + full)} of the adapter, a file of {size}: "
+        text = f"full copies of modules take {share(full, pairs + full)} of the adapter, a file of {size}: "
         text += ", ".join([*spec.modules_to_save, *spec.token_rows])
         fix = "train single rows with adapter.token_rows, or drop adapter.modules_to_save"
         yield Finding("warn", "size", text, fix)
 
 
 def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
-    """Check failure class 4: silently frozen experts, which have most weights of a mixture of experts."""
+    """Stop a run that would freeze experts which the configuration does not exclude.
+
+    Experts have most of the weights in a mixture of experts."""
     spec, shape = s.config.adapter.spec(), model_shape(s.base.model)
     if s.data.start is not None:
         return  # the adapter determines the trained modules
@@ -387,14 +396,14 @@ def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
         text = f"{len(frozen)} expert weights get no pair and stay frozen, {of_base} of the base's parameters: "
         text += ", ".join(list(frozen)[:2])
         names = sorted({name.rpartition(".")[2] for name in frozen})
-        fix = f"add {', '.join(names)} to adapter.targets (or all-linear), or say adapter.exclude: ['*experts*']"
+        fix = f"add {', '.join(names)} to adapter.targets (or all-linear), or set adapter.exclude: ['*experts*']"
         yield Finding("stop", "experts", text, fix)
 
 
 def _vocabulary(s: TextSubject) -> Iterator[Finding]:
-    """Report tokens without an embedding row, and tokens of the template with an untrained embedding row.
+    """Report tokens without an embedding row, and added tokens with an untrained embedding row.
 
-    Untrained embedding rows occur with a chat template on a base without one."""
+    Embedding rows are untrained if, for example, the base never saw the tokens of the chat template."""
     embedding = s.base.model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     used = {token for e in s.encoded.examples for token in e.input_ids}
@@ -416,18 +425,18 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     sample, norms = sample_rows.float().norm(dim=1), added_rows.float().norm(dim=1)
     dead = [t for t, norm in zip(added, norms.tolist(), strict=True) if norm < 0.05 * float(sample.median())]
     if dead and not any("embed" in m or "wte" in m for m in config.modules_to_save):
-        text = f"{len(dead)} added tokens of the data have embedding rows near zero, never trained: "
+        text = f"{len(dead)} added tokens in the data have untrained embedding rows (near zero): "
         text += s.tokens(dead, numbered=True)
         yield Finding("warn", "vocabulary", text, "train their rows: adapter.token_rows: {embed_tokens: [IDS]}")
 
 
 def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
-    """Check failure class 8: out of memory hours into a run, at the longest rows."""
+    """Check that the longest rows fit in memory, because a run could otherwise fail after hours."""
     config, device = s.config, computes_on(s.base)
     context = getattr(getattr(s.base.model, "config", None), "max_position_embeddings", None)
     row = max((e.tokens for e in s.encoded.examples), default=0)
     if context and row > context:
-        text = f"the longest row has {row:,} tokens and the base reads {context:,}"
+        text = f"the longest row has {row:,} tokens, but the base supports only {context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
     free, mode = available_memory(config, device, s.free_memory), config.memory.recomputing
     planned = functools.partial(
@@ -469,10 +478,10 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
 
 
 def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
-    """Return the bytes of a quantized base's weights that remain dequantized.
+    """Return the bytes of a quantized base's weights that are kept dequantized.
 
-    Without a setting, a GPU dequantizes most of the weights that the plan has space for. A CPU dequantizes
-    none, because the gain is only 4% (docs/notes/qlora.md)."""
+    By default, a GPU keeps most of the weights that the plan has space for. A CPU keeps none, because the
+    gain is only 4% (docs/notes/qlora.md)."""
     if not getattr(s.base, "quantized", ""):
         return 0
     if s.config.memory.keep_dequantized_gb is not None:
@@ -483,10 +492,10 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
 def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
     """Return the bytes of packed weights for sampling and for training.
 
-    Weights are packed if packing makes their products clearly faster on this machine, up to the configured
-    bytes. Without a setting, all of these weights are packed if the plan has space (for training, only if no
-    activations are recomputed), else none. Only a CPU packs weights, and only if they are neither quantized
-    nor sharded.
+    Only weights that are clearly faster to multiply with when packed are packed, up to the configured number
+    of bytes. By default, either all of these weights are packed or none, depending on the plan's free space;
+    for training, none if activations are recomputed. Only a CPU packs weights, and only if they are neither
+    quantized nor sharded.
 
     Sampling has priority: repacking all weights for each token takes several times as long as the
     products."""

@@ -1,10 +1,10 @@
 """Prompts of a run that samples completions, and the planned steps.
 
     items, encoded = prompt_split(rows, config, base)   rows → prompt tokens
-    steps = planned_rollouts(items, config, rows)       a rollout: `batching.rows` prompts, `updates` steps
+    steps = planned_rollouts(items, config, rows)       per rollout: `batching.rows` prompts, `updates` steps
 
-A planned step has the largest possible size: all completions have the maximum length. When the step runs, the
-sampled completions replace them (`train.text.reinforce`).
+A planned step has the largest possible size: every completion has the maximum length. When the step runs, the
+planned completions are replaced by sampled ones (`train.text.reinforce`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PromptItem:
 
     @property
     def tokens(self) -> int:
-        """Return the maximum tokens: the longer prompt and the longest possible completion."""
+        """Return the maximum number of tokens of the prompt (the teacher's, if longer) and its completion."""
         return max(len(self.ids), len(self.teacher_ids)) + self.most
 
     @property
@@ -87,17 +87,17 @@ class PolicyBatch(Batch):
 
 
 def with_final_turn(row: Row) -> Row:
-    """Return the row with a final assistant turn, which the prompt precedes."""
+    """Return the row with an assistant turn at the end; append an empty turn if there is none."""
     if row.messages and row.messages[-1]["role"] == "assistant":
         return row
     return replace(row, messages=(*row.messages, {"role": "assistant", "content": ""}))
 
 
 def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tuple[list[PromptItem], EncodedRows]:
-    """Return the prompts of the rows, as inference gives them to the model.
+    """Return the rows' prompts, in the form that the model reads at inference.
 
     A prompt that leaves no space for a completion is refused or dropped, depending on `data.long_rows`. In
-    distillation, this holds for the teacher's prompt too. Raises DataError, with a list of rows."""
+    distillation, the teacher's prompt must leave space too. Raises DataError, with a list of refused rows."""
     section, data = config.sampling, config.data
     assert section is not None
     renderer = Renderer(base.tokenizer, data.chat_template)
@@ -119,12 +119,14 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
         if not ids:
             bad.append(f"{row.where}: the prompt is empty")
         elif longest + section.max_tokens > limit:
-            long.append(f"{row.where}: {longest} tokens and {section.max_tokens} of an answer")
+            long.append(f"{row.where}: {longest} prompt tokens and up to {section.max_tokens} completion tokens")
             counts.add("long_dropped", row.where)
         else:
             items.append(PromptItem(ids, i, section.max_tokens, teacher_ids if config.distillation.system else ()))
     if bad:
-        raise DataError(f"{len(bad)} of {len(rows)} rows are not prompts:\n{bullets(bad)}", fix="correct those rows")
+        raise DataError(
+            f"{len(bad)} of {len(rows)} rows cannot be used as prompts:\n{bullets(bad)}", fix="correct those rows"
+        )
     if long and data.long_rows == "refuse":
         text = f"{len(long)} of {len(rows)} prompts leave no space for a completion in {limit} tokens:\n{bullets(long)}"
         fix = f"shorten the prompts, lower {section.named}.max_tokens, raise data.max_length, or drop them with "
@@ -137,13 +139,13 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
 
 
 def _tokens(base: TextBase, renderer: Renderer, row: Row) -> tuple[int, ...]:
-    """Return the tokens of a row's prompt, with special tokens unless a chat template wrote them."""
+    """Return the tokens of a row's prompt; special tokens come from the chat template or the tokenizer."""
     text, chat = renderer.prompt(row), renderer.template is not None
     return tuple(base.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
 
 
 def _with_system(row: Row, system: str, renderer: Renderer) -> Row:
-    """Return the row of the teacher's prompt, which begins with `system`."""
+    """Return the row with the text `system` before its prompt, for the teacher."""
     if not system:
         return row
     if renderer.template is None:
@@ -174,7 +176,7 @@ def completions_micro_batch(
 
 
 def answer_groups(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
-    """Return micro-batches of rows of these lengths, as indices, longest first."""
+    """Divide rows of these lengths into micro-batches of indices, longest rows first."""
     rows = config.batching.micro_rows or len(lengths)
     groups = grouped(lengths, config.batching.at_once)
     return [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
@@ -205,7 +207,7 @@ def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainC
 
 
 def collate_shared(rollouts: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
-    """Return prompts with completions, with the tokens of each prompt stored once.
+    """Return a batch of prompts with completions that stores the tokens of each prompt only once.
 
     `Batch.lengths` are the lengths of the whole rows."""
     ids: list[int] = []
@@ -271,7 +273,7 @@ def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seque
 
 
 def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> PolicyBatch:
-    """Return a batch of completions of maximum length, filled with the prompts' own tokens."""
+    """Return a batch of completions of maximum length, which repeat the tokens of their prompts."""
     rollouts = []
     for item in items:
         completion = tuple(item.ids[i % len(item.ids)] for i in range(item.most))
@@ -296,14 +298,14 @@ def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> Policy
 
 @dataclass(kw_only=True)
 class SampledTraining:
-    """State of a run that samples the answers it learns from. `name`: the trained adapter's name."""
+    """State of a run that samples the completions it trains on. `name`: the trained adapter's name."""
 
     config: TrainConfig
     base: TextBase
     name: str
     sampler: Sampler
     sample_metrics: dict[str, float] = field(default_factory=dict)
-    """Measurements of the answers at sampling."""
+    """Metrics of the last sampling."""
     metric_means: MetricMeans = field(default_factory=MetricMeans)
     mismatch: SamplerMismatch = field(default_factory=SamplerMismatch)
     settings: Any = field(init=False)
@@ -317,9 +319,9 @@ class SampledTraining:
         group: int,
         interrupted: Callable[[], bool],
     ) -> tuple[list[PromptItem], list[Rollout], dict[str, float]] | None:
-        """Sample `group` answers to each prompt for step `number`; None if interrupted.
+        """Sample `group` completions of each prompt for step `number`; return None if interrupted.
 
-        Returns the answers, each one's prompt, and measurements."""
+        Returns (the prompt of each completion, the completions, metrics of the sampling)."""
         owners = [item for item in prompts for _ in range(group)]
         requests = [
             CompletionRequest(item.ids, sampling_seed(self.config.seed, number, item.row, i % group), params, self.name)
@@ -332,22 +334,22 @@ class SampledTraining:
         return owners, rollouts, sampling_metrics(rollouts, time.perf_counter() - began)
 
     def start_notes(self, prompts: Sequence[Any]) -> Iterable[str]:
-        """Return notes before step one."""
+        """Return notes to show before the first step."""
         return ()
 
     def begin(self) -> None:
         self.metric_means, self.mismatch = MetricMeans(), SamplerMismatch()
 
     def means(self) -> MetricMeans:
-        """Return the measurements since `begin`.
+        """Return the metrics since `begin`.
 
-        Raises TrainingError if the sampler's model differs from the trained one."""
+        Raises TrainingError if log-probabilities of the sampler and the trainer differ too much."""
         mismatch = self.mismatch.checked(self.settings, self.mismatch_fix)
         sampled = MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1))
         return MetricMeans.total([self.metric_means, sampled, mismatch])
 
     def step_notes(self, number: int) -> Iterable[str]:
-        """Return notes after step `number`."""
+        """Return notes to show after step `number`."""
         return ()
 
     def extra_state(self, step: int) -> dict[str, Any]:

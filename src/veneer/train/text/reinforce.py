@@ -8,22 +8,24 @@ Sampler and trainer are the same model. The sampler reads the pairs on the attac
 first update after each sampling measures the mismatch of each token. If the gap is above `reinforcement.gap`,
 the run stops before the optimizer step. Logged for each step:
 
-    reward, reward_NAME…               means over completions with a reward; reward_failed: number without a
-                                       reward
-    constant_groups, constant_share    groups with equal rewards only, from which nothing is learned
+    reward, reward_NAME…               means over the completions that have a reward
+    reward_failed                      number of completions without a reward
+    constant_groups, constant_share    groups in which all rewards are equal, so that nothing is learned
     idle                               1 if no completion has an advantage, else 0
     cut_answers, cut_share             completions that ended at max_tokens
-    answer_tokens, drawn_tokens        mean length, and number sampled for this step: 0 for a later update on
-                                       the same completions; drawn_seconds: sampling time
+    answer_tokens                      mean length of the completions
+    drawn_tokens, drawn_seconds        tokens sampled for this step, and sampling time; 0 for later updates on
+                                       the same completions
     prompt_cached                      share of the prompt tokens found in the KV cache
     gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; share of tokens above 1%
     policy_lag                         optimizer steps since the completions were sampled
     drift                              mean |log p − log p at sampling|, if not 0
-    kl, clipped, weight                means over these tokens, with a reference, a clip, a correction
+    kl, clipped, weight                means over the trained tokens, if the loss has a reference, a clip,
+                                       importance weights
 
-Completions of held-out prompts are greedy, and their loss is minus the mean reward. A step's completions are
-a function of the seed, the step and the adapter's values, so a resumed run samples the same completions.
-Completions with remaining updates are part of the checkpoint.
+Completions of held-out prompts are greedy, and their loss is the negative mean reward. A step's completions
+are a function of the seed, the step and the adapter's values, so a resumed run samples the same completions.
+Completions that later updates still need are part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -102,9 +104,9 @@ class _JudgedRollout:
 
 @dataclass(kw_only=True)
 class Reinforcement(SampledTraining):
-    """A run's reinforcement learning.
+    """State of a reinforcement learning run.
 
-    `reference`: name of the reference adapter, "" for the base without adapter."""
+    `reference`: name of the reference adapter; "" for the base without adapter."""
 
     attachment: Attachment
     rewards: Rewards
@@ -113,7 +115,7 @@ class Reinforcement(SampledTraining):
     """The step that the current completions were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    """The completions of the last sampling that are left out, with reasons."""
+    """Reasons why completions of the last sampling have no reward, most common first."""
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.with_defaults()
@@ -125,7 +127,7 @@ class Reinforcement(SampledTraining):
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     def sample_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
-        """Return step `number`, with newly sampled completions at its first update.
+        """Return step `number`. The first of every `updates` steps samples new completions.
 
         rows: all rows of the split, indexed by `PromptItem.row`."""
         update = (number - 1) % self.settings.updates
@@ -135,7 +137,7 @@ class Reinforcement(SampledTraining):
             if not self._sample_answers(prompts, rows, number - update, interrupted):
                 return None
         self.sample_metrics["policy_lag"] = float(update)
-        if update:  # measured once per sampling
+        if update:  # count the sampled tokens only at the first update
             self.sample_metrics |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0}
         return self._step_of(step, rows, fresh=not update)
 
@@ -163,7 +165,7 @@ class Reinforcement(SampledTraining):
         if not self.answers:
             text = f"none of the {len(rollouts)} completions of step {number} can be used: "
             text += f"{metrics['cut_answers']:.0f} are cut at max_tokens, {judged.failed} have no reward"
-            fix = "raise reinforcement.max_tokens, or leave reinforcement.mask_cut out"
+            fix = "raise reinforcement.max_tokens, or unset reinforcement.mask_cut"
             raise TrainingError(text, where="reinforcement", fix=fix)
         self.first, self.sample_metrics, self.failed = number, metrics, judged.why(answers)
         self.sample_metrics["idle"] = float(not gains.any())
@@ -191,13 +193,13 @@ class Reinforcement(SampledTraining):
     def _step_of(self, step: Step, rows: Sequence[Row], *, fresh: bool) -> Step:
         """Return the micro-batches of the current completions.
 
-        Completions without a gradient are not in the micro-batches, but the loss is still divided by their
-        number."""
+        Completions without a gradient are left out of the micro-batches, but the loss is still divided by the
+        number of all completions."""
         s, answers = self.settings, self.answers
         weights = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
         moving = [i for i, a in enumerate(answers) if a.advantage or s.kl]
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # keep at least one completion
-        # The training loop divides by the number of completions it gets.
+        # The training loop divides by the number of completions in the micro-batches.
         weights = weights * (len(moving) / len(answers))
         micros = []
         sizes = [(answers[i].rollout.prompt, len(answers[i].rollout.tokens)) for i in moving]
@@ -264,7 +266,7 @@ class Reinforcement(SampledTraining):
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> EvalResult | None:
-        """Return minus the mean reward of greedy completions, as the loss.
+        """Return the negative mean reward of greedy completions, as the loss.
 
         Returns None once `interrupted()` is true."""
         greedy = replace(self.params, temperature=0.0, top_p=1.0)
@@ -286,7 +288,7 @@ class Reinforcement(SampledTraining):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def extra_state(self, step: int) -> dict[str, Any]:
-        """Return the completions with remaining updates after `step`."""
+        """Return the state to save: the completions that are needed for updates after `step`, if any."""
         if not self.first or step >= self.first + self.settings.updates - 1:
             return {}
         return {"first": self.first, "measured": self.sample_metrics, "answers": [a.to_dict() for a in self.answers]}
@@ -298,7 +300,7 @@ class Reinforcement(SampledTraining):
 
 
 def _answers(rollouts: Sequence[Rollout], prompts: Sequence[PromptItem], rows: Sequence[Row]) -> list[Answer]:
-    """Return the sampled completions in the form that rewards read."""
+    """Return the sampled completions as the `Answer`s that rewards score."""
     answers = []
     for rollout, item in zip(rollouts, prompts, strict=True):
         row = rows[item.row]
@@ -342,7 +344,7 @@ _EASIER = (
 )
 _LONGER = "raise reinforcement.max_tokens, or reward short answers (kind: length)"
 _MOST = 0.5
-"""Share of truncated completions above which to give advice."""
+"""Share of truncated completions above which a warning is shown."""
 
 
 def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -363,11 +365,11 @@ def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapp
 
 
 def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, models: Collection[str]) -> AskModel:
-    """Attach the adapters of the judges, and return the function that asks the judges.
+    """Attach the judges' adapters, and return the function that sends questions to the judges.
 
     The run's sampler generates the replies, so a judge needs no model of its own. `models`: adapters by name
     or folder, and `BASE_MODEL`. Raises AdapterError if an adapter is invalid or the sampler does not support
-    the adapter, MismatchError if an adapter belongs to another base."""
+    it, and MismatchError if an adapter belongs to another base."""
     names = {BASE_MODEL: ""}
     for model in sorted(set(models) - {BASE_MODEL}):
         name = names[model] = f"{model}, as a judge"
@@ -380,7 +382,8 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
         text = rendered(base, question.messages)
         ids = tuple(base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) + question.tokens > base.context:
-            return Reply(error=f"the question has {len(ids)} tokens, and {question.tokens} are left for its answer")
+            text = f"the question ({len(ids)} tokens) and its answer ({question.tokens}) exceed the base's context"
+            return Reply(error=text)
         how = SamplingParams(question.tokens, question.temperature, question.top_p, question.grammar)
         return CompletionRequest(ids, question.seed, how, names[question.model])
 

@@ -37,7 +37,7 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_MARK = "\ue000\ue001\ue002"  # private-use characters, which occur in no text: common prefixes and suffixes stop here
+_MARK = "\ue000\ue001\ue002"  # private-use characters, which no text contains; common prefixes and suffixes end here
 
 
 @dataclass
@@ -46,9 +46,9 @@ class Rendered:
 
     trained_spans: character ranges [start, end) to train on
     chat: whether a template rendered the row; a template writes all special tokens itself
-    append_eos: whether the end-of-text token follows, which is trained on
-    changed_turns: turns that the template renders differently when later turns follow (for example, because
-        it strips earlier thinking); they are trained as in `text`"""
+    append_eos: whether to append the end-of-text token, as a target
+    changed_turns: number of turns that the template renders differently when later turns follow (for example,
+        because the template removes earlier thinking); these turns are trained as they are in `text`"""
 
     text: str
     trained_spans: list[tuple[int, int]] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Renderer:
     def render(self, row: Row, train_on: str) -> Rendered:
         """Return the rendered row.
 
-        Raises ValueError with the reason if the row cannot be rendered unambiguously."""
+        Raises ValueError, with the reason, if the row cannot be rendered unambiguously."""
         if row.format == "text":
             return Rendered(row.text, [(0, len(row.text))], append_eos=True)
         if self.template is None:
@@ -93,9 +93,9 @@ class Renderer:
         return self._chat(row, train_on)
 
     def prompt(self, row: Row) -> str:
-        """Return the text that inference shows the model before the last assistant turn.
+        """Return the text that the model reads at inference before the last assistant turn.
 
-        The same text must precede the turn in training."""
+        In training, the same text must precede the turn."""
         if row.format == "text":
             return row.text
         if self.template is None:
@@ -103,7 +103,7 @@ class Renderer:
         return self._text(row.messages[: row.last_assistant()], row, generate=True)
 
     def plain_prompt(self, row: Row) -> str:
-        """Return the prompt of a row without a chat template.
+        """Return a row's prompt for a base without a chat template.
 
         Raises BaseError for conversations, which need a template."""
         if row.instruction is not None:
@@ -120,9 +120,9 @@ class Renderer:
 
     def _chat(self, row: Row, train_on: str) -> Rendered:
         if row.tools and not re.search(r"\btools\b", self.template or ""):
-            raise ValueError("the row has `tools`, and the chat template does not support them")
+            raise ValueError("the row has `tools`, but the chat template does not support them")
         if any("tool_calls" in m for m in row.messages) and "tool_calls" not in (self.template or ""):
-            raise ValueError("a message has `tool_calls`, and the chat template would leave them out")
+            raise ValueError("a message has `tool_calls`, but the chat template would leave them out")
         text = self._text(row.messages, row)
         out = Rendered(text, chat=True)
         if train_on == "all":
@@ -143,8 +143,8 @@ class Renderer:
         for k in turns:
             prefix = self._text(row.messages[:k], row, generate=True) if k else ""
             if k and not text.startswith(prefix):
-                why = f"the chat template renders what comes before message {k} differently once later turns follow, "
-                why += "so training would show the model another prompt than inference does; use train_on: last, or "
+                why = f"the chat template renders the text before message {k} differently if later turns follow, "
+                why += "so the prompts of training and inference would differ; use train_on: last, or "
                 raise ValueError(why + "end the row with that turn")
             start = len(prefix) if k else self._content(row, text, 0)[0]
             end = len(text)
@@ -152,25 +152,27 @@ class Renderer:
                 upto = self._text(row.messages[: k + 1], row)
                 if text.startswith(upto) and len(upto) > start:
                     end = len(upto)
-                else:  # only the last turn can be rendered differently or be followed by text
+                else:  # the template changed the turn, or added text after it, because it was the last turn
                     end = self._content(row, text, k)[1]
                     following = text[end:]
                     space = len(following) - len(following.lstrip())
                     if not self.end_marker or not following[space:].startswith(self.end_marker):
-                        message = f"the chat template writes no end-of-turn after message {k}; use train_on: last"
+                        message = (
+                            f"the chat template writes no end-of-turn marker after message {k}; use train_on: last"
+                        )
                         raise ValueError(message)
                     end += space + len(self.end_marker)
                     out.changed_turns += upto[start:end] != text[start:end]
             if self._tail and text[start:end].endswith(self._tail):
-                # The model does not write the line break after the marker.
+                # The model does not generate the line break after the marker.
                 end -= len(self._tail) - len(self.end_marker)
             ranges.append((start, end))
         return ranges
 
     def _content(self, row: Row, text: str, k: int) -> tuple[int, int]:
-        """Return the range of the content of message k in `text`.
+        """Return the character range of the content of message k in `text`.
 
-        The range is found by replacing the content and comparing the renderings."""
+        To find the range, replaces the content and compares the two renderings."""
         changed = [dict(m) for m in row.messages]
         changed[k]["content"] = _MARK
         changed_text = self._text(changed, row)
@@ -198,17 +200,19 @@ class Renderer:
     def _turn_tail(self) -> str:
         """Return the text that the template writes after a final assistant turn.
 
-        An example is `<|im_end|>` and a line break."""
+        For example, `<|im_end|>` and a line break."""
         row = Row("messages", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}))
         try:
             return self._text(row.messages, row).rpartition(_MARK)[2]
         except ValueError as error:
             text = f"{self.source} cannot render a plain question and answer: {error}"
-            raise BaseError(text, fix="set data.chat_template to a .jinja file that can, or to none") from None
+            raise BaseError(text, fix="set data.chat_template to another .jinja file, or to none") from None
 
 
 def _learned_turns(row: Row, train_on: str) -> list[int]:
-    """Return the assistant turns to train on, without empty turns and turns of weight 0."""
+    """Return the indices of the assistant turns to train on.
+
+    Empty turns and turns with weight 0 are not trained on."""
     turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
     if train_on == "last":
         turns = turns[-1:]
@@ -241,7 +245,7 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _common(a: str, b: str) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the common prefix of two texts."""
     n = min(len(a), len(b))
     low = 0
     while low < n and a[low] == b[low]:

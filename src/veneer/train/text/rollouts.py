@@ -1,9 +1,9 @@
 """Completions sampled during training: requests, results and the sampler protocol.
 
-    with make(base, attachment, settings) as sampler:        `make` is an argument: sampling is in serve
+    with make(base, attachment, settings) as sampler:        `make` is passed in: sampling is in serve
         rollouts = sampler.sample([CompletionRequest(prompt, seed, how, "run"), …])
-        logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained,
-        "run"))
+        replay = sampler.replay(ids, lengths, trained, "run")
+        logps = replayed_logps(base.model, ids, lengths, trained, replay)
 
 `SamplerMismatch` measures the mismatch of sampler and trainer. The sampler reads the attachment's current
 pairs over its base: nothing is saved, merged or synchronized, and the base is not copied unless the settings
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from veneer.train.config.distillation import DistillationSection
     from veneer.train.config.reinforcement import ReinforcementSection
 
-_MEMORY_FACTOR = 0.01
+_GAP_THRESHOLD = 0.01
 """Relative difference of probabilities above which `gap_share` counts a token."""
 
 
@@ -41,8 +41,8 @@ _MEMORY_FACTOR = 0.01
 class SamplingParams:
     """Sampling parameters of a completion.
 
-    temperature: 0 always selects the most likely token. grammar: (kind, text) that the completion must match,
-    with kind `json_schema`, `json_object` or `regex`. Ranges are as in `veneer.serve.request.Sampling`."""
+    temperature: 0 always selects the most likely token. grammar: (kind, text) that the completion must match;
+    the kind is `json_schema`, `json_object` or `regex`. Ranges are as in `veneer.serve.request.Sampling`."""
 
     max_tokens: int = 256
     temperature: float = 1.0
@@ -85,7 +85,7 @@ class Rollout:
     cached: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, with exact floats."""
+        """Return the fields as JSON values; floats are exact."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
 
     @classmethod
@@ -101,8 +101,8 @@ class SamplerSettings:
 
     rows: completions sampled at once. context: maximum tokens of a prompt and its completion; 0 is the limit
     of the base. pack_bytes: budget for prepacked copies of the base's projections, which are faster for few
-    rows; 0 for none. exact: the bits of a completion do not depend on other requests, and `replay` reproduces
-    them."""
+    rows; 0 for none. exact: a completion is bit for bit the same whatever else is sampled at the same time,
+    and `replay` reproduces its log-probabilities."""
 
     rows: int = 32
     context: int = 0
@@ -111,13 +111,13 @@ class SamplerSettings:
 
 
 class Sampler(Protocol):
-    """Sampler of the current state of an attachment's adapters."""
+    """A sampler that uses the current state of the adapters on an attachment."""
 
     settings: SamplerSettings
 
     @abstractmethod
     def problems(self, adapter: str) -> list[str]:
-        """Return the reasons why an adapter on the attachment cannot be sampled from, one per line."""
+        """Return the reasons why the sampler does not support an adapter on the attachment."""
 
     @abstractmethod
     def sample(
@@ -125,8 +125,8 @@ class Sampler(Protocol):
     ) -> list[Rollout] | None:
         """Return the completions in the order of the requests; None once `interrupted()` is true.
 
-        Adapters must not change meanwhile. Raises VeneerError for requests that cannot be sampled: a prompt
-        longer than the context, an unusable adapter, an invalid grammar."""
+        Adapters must not change during the call. Raises VeneerError for requests that cannot be sampled: a
+        prompt longer than the context, an unusable adapter, an invalid grammar."""
 
     @abstractmethod
     def replay(
@@ -146,9 +146,10 @@ MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractCont
 
 
 def sampling_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float]:
-    """Return the metrics of a sampling: mean tokens per completion, all tokens, seconds, and shares.
+    """Return the metrics of a sampling, for the log.
 
-    The shares are of truncated completions (also as a number) and of prompt tokens found in the KV cache."""
+    They are the mean and total number of sampled tokens, the seconds, the number and share of truncated
+    completions, and the share of prompt tokens found in the KV cache."""
     tokens, cut, count = sum(len(r.logps) for r in rollouts), sum(r.cut for r in rollouts), max(1, len(rollouts))
     return {
         "answer_tokens": tokens / count,
@@ -161,7 +162,7 @@ def sampling_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, f
 
 
 def sampling_seed(*key: int | str) -> int:
-    """Return a seed of 63 bits that is the same on every machine."""
+    """Return a 63-bit seed, a hash of the key, which is the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
 
 
@@ -179,16 +180,16 @@ class SamplerMismatch:
     worst: float = 0.0
 
     def add(self, trainer: Tensor, sampler: Tensor) -> None:
-        """Add log-probabilities of the same tokens from any devices.
+        """Add the trainer's and the sampler's log-probabilities of the same tokens.
 
-        sampler: float64."""
+        The tensors can be on different devices. sampler: float64."""
         trainer_logps = in_float64(trainer.detach())
         difference = (trainer_logps - sampler.to(trainer_logps.device)).abs()
         self.worst = max(self.worst, float(difference.max()))
-        self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _MEMORY_FACTOR)
+        self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _GAP_THRESHOLD)
 
     def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
-        """Return the metrics, if any. Raise TrainingError if the mean is above the bound."""
+        """Return the metrics, if any. Raise TrainingError if the mean difference is above the bound."""
         if "gap_mean" not in self.metric_means.counts:
             return self.metric_means
         mean = self.metric_means.sums["gap_mean"] / self.metric_means.counts["gap_mean"]
@@ -197,7 +198,7 @@ class SamplerMismatch:
                 f"sampler and trainer disagree: log-probabilities of the sampled tokens differ by {mean:.3g} nats on "
                 f"average, {self.worst:.3g} at most",
                 where=f"{section.named}.gap is {section.gap:g}",
-                fix=f"{fix}; base.dtype=float32 has less rounding; a higher {section.named}.gap trains "
-                "off-policy by that much",
+                fix=f"{fix}; base.dtype=float32 reduces rounding; a higher {section.named}.gap permits "
+                "off-policy training up to that gap",
             )
         return MetricMeans.total([self.metric_means, MetricMeans({"gap_max": self.worst}, {"gap_max": 1})])

@@ -1,4 +1,4 @@
-"""Read rows of files or a hub data set, detect their format, and validate them.
+"""Read rows from files or a hub data set, detect their format, and validate them.
 
     rows, about = read_rows(["tickets.jsonl"])
     about.format, about.why          "messages", "a `messages` column of role and content"
@@ -57,8 +57,8 @@ class Row:
     messages: dicts with role and content, as chat templates require; empty for plain text. In a preference
         row, the messages end with the chosen answer.
     text: plain text; empty for all other formats
-    rejected: the same conversation with the rejected answer
-    label: whether the answer of an unpaired row is desirable
+    rejected: in a preference row, the same conversation with the rejected answer
+    label: whether the answer is desirable, in an unpaired preference row
     instruction: (system, instruction, input, output), for the Alpaca prompt on a base without a chat template
     values: all columns of the row, for rewards"""
 
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Return the sha256 of all trained content, without the row's location."""
+        """Return the sha256 of the row's content, which does not include the row's location."""
         parts: list[Any] = [self.format, self.messages, self.text, self.instruction, self.tools]
         if self.rejected or self.label is not None:
             parts += [self.rejected, self.label]
@@ -94,7 +94,7 @@ class Row:
         return turns[-1] if turns else len(self.messages)
 
     def shared(self) -> int:
-        """Return the number of leading messages shared with `rejected`, which are the prompt."""
+        """Return the length of the prompt: the number of leading messages shared with `rejected`."""
         return next(
             (i for i, (a, b) in enumerate(zip(self.messages, self.rejected, strict=False)) if a != b),
             min(len(self.messages), len(self.rejected)),
@@ -134,7 +134,7 @@ class Leak:
 
 
 def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], RowsSummary]:
-    """Read rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
+    """Read rows from files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
 
     options: see `parse_rows`.
 
@@ -157,9 +157,9 @@ def parse_rows(
     formats: Collection[str] | None = None,
     values: bool = False,
 ) -> tuple[list[Row | UnusableRow], RowsSummary]:
-    """Read rows like `read_rows`, but return unusable rows among the others.
+    """Read rows like `read_rows`, but include unusable rows in the result.
 
-    Names within a glob are sorted.
+    The files of a glob are read in alphabetical order.
 
     formats: the candidates for `auto`. The default is all formats except unpaired-preference, because a
     supervised run would learn its completions regardless of their labels. values: keep all columns of each
@@ -187,7 +187,7 @@ def format_columns(format: str) -> tuple[str, ...]:
 
 
 def question_and_answer(row: Row) -> tuple[str, str, str]:
-    """Return a row's prompt, its trained answer and its rejected answer; "" for a missing part."""
+    """Return a row's prompt, trained answer and rejected answer; "" for a missing part."""
 
     def joined_text(messages: Sequence[Mapping[str, Any]]) -> str:
         texts = [m.get("content") or json.dumps(m.get("tool_calls") or "", ensure_ascii=False) for m in messages]
@@ -209,7 +209,7 @@ def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> 
 
 
 def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
-    """Count held-out rows that are also training rows, or share a prompt with a training row."""
+    """Count the held-out rows that are also training rows, and those that share a prompt with one."""
     keys: dict[str, str] = {}
     prompts: dict[str, str] = {}
     for row in train:
@@ -265,13 +265,13 @@ def _choose(
         needed = _FORMATS[format].needed
         missing = [c for c in needed if c not in columns and c not in present]
         text = f"data.format is `{format}`, but there is no column {' or '.join(f'`{c}`' for c in missing)}; {have}"
-        advice = f"name yours: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}"
+        advice = f"name your column: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}"
         raise DataError(text, where=where, fix=advice)
-    fix = "name the format and columns, as data.format: prompt-completion, "
+    fix = "name the format and columns, for example data.format: prompt-completion, "
     fix += "data.columns: {prompt: question, completion: label}"
     if "preference" in formats and "text" not in formats:
         also = " (kto: or prompt, completion and label)" if "unpaired-preference" in formats else ""
-        fix = f"this run needs columns prompt, chosen and rejected{also}; data.columns names yours"
+        fix = f"this run needs columns prompt, chosen and rejected{also}; name your columns in data.columns"
     raise DataError(f"the format cannot be recognised: {have}", where=where, fix=fix)
 
 
@@ -281,7 +281,7 @@ def _hint(name: str, names: Iterable[str]) -> str:
 
 
 def present_column(column: str, present: Sequence[str], taken: Collection[str] = ()) -> str:
-    """Return the name in `present` of one of our columns: its own name or an alias; "" if absent."""
+    """Return the name that a format's column has in `present`: its own name, an alias, or "" if absent."""
     for name in (column, *_ALIASES.get(column, ())):
         if name in present and name not in taken:
             return name
@@ -295,7 +295,7 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
         if values[c] is None:
             theirs = mapping.get(c, c)
             suggestions = nearest(theirs, [k for k in record.values if k not in mapping.values()], 1)
-            raise ValueError(f"no `{theirs}`" + (f"; there is `{suggestions[0]}`" if suggestions else ""))
+            raise ValueError(f"no `{theirs}`" + (f"; did you mean `{suggestions[0]}`?" if suggestions else ""))
     tools = _decoded(values.get("tools")) or ()
     if not isinstance(tools, list | tuple):
         raise ValueError("`tools` is not a list")
@@ -332,9 +332,9 @@ def _from_judged(values: Mapping[str, Any]) -> Row:
 
 
 def _from_openai_pair(values: Mapping[str, Any]) -> Row:
-    """Return a row of OpenAI's preference format.
+    """Return the row for a record in OpenAI's preference format.
 
-    The format has a prompt with its tools, and a message list for each answer."""
+    Such a record has an input, which is the prompt and its tools, and a message list for each answer."""
     prompt_input = values["input"]
     if not isinstance(prompt_input, Mapping):
         raise ValueError(f"`input` should be a mapping with messages, found {_kind(prompt_input)}")
@@ -390,7 +390,7 @@ def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[
 
 
 def unlearned(messages: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Return the messages with weight 0 for assistant turns.
+    """Return the messages, with weight 0 for assistant turns.
 
     The model reads these turns as part of the prompt, but is not trained on them."""
     return tuple({**m, "weight": 0} if m["role"] == "assistant" else m for m in messages)
@@ -406,7 +406,7 @@ def _label(value: Any) -> bool:
 
 
 def _decoded(value: Any) -> Any:
-    """Return a list that a CSV or Parquet file stores as JSON text, decoded; other values unchanged."""
+    """Decode a list that a CSV or Parquet file stores as JSON text; return other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             return json.loads(value)
@@ -462,17 +462,17 @@ def _message(m: Any, name: str) -> dict[str, Any]:
 
 
 def _tool_calls(value: Any, name: str, role: str) -> list[Any]:
-    """Return the valid tool calls of a message, unchanged. Raise ValueError for invalid ones.
+    """Return the tool calls of a message unchanged. Raise ValueError for invalid calls.
 
     Arguments are JSON text in OpenAI's format and a mapping in templates."""
     if role != "assistant":
-        raise ValueError(f"`{name}` belongs to the assistant, and the role is {role!r}")
+        raise ValueError(f"`{name}` is only allowed for the assistant, but the role is {role!r}")
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"`{name}` should be a list of calls, found {_kind(value)}")
     for i, call in enumerate(value):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"`{name}[{i}]` has no function with a name")
+            raise ValueError(f"`{name}[{i}]` has no function name")
         arguments = function.get("arguments", {})
         try:
             is_object = isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, Mapping)
@@ -493,14 +493,14 @@ def _part(part: Any, name: str) -> str:
 def _from_sharegpt(values: Mapping[str, Any]) -> Row:
     turns, system = _decoded(values["conversations"]), values.get("system")
     if not isinstance(turns, list | tuple) or not turns:
-        raise ValueError(f"`conversations` should be a list of from and value, found {_kind(turns)}")
+        raise ValueError(f"`conversations` should be a list of mappings with from and value, found {_kind(turns)}")
     messages: list[dict[str, Any]] = [{"role": "system", "content": _text(system, "system")}] if system else []
     for i, turn in enumerate(turns):
         name = f"conversations[{i}]"
         if isinstance(turn, Mapping) and ("from" in turn or "role" not in turn):
             role = _SHAREGPT.get(str(turn.get("from")))
             if role is None:
-                raise ValueError(f"`{name}.from` is {turn.get('from')!r}; known are {', '.join(_SHAREGPT)}")
+                raise ValueError(f"`{name}.from` is {turn.get('from')!r}; known roles are {', '.join(_SHAREGPT)}")
             if not isinstance(turn.get("value"), str):
                 raise ValueError(f"`{name}.value` should be text, found {_kind(turn.get('value'))}")
             turn = {"role": role, "content": turn["value"], "weight": turn.get("weight")}
@@ -525,7 +525,7 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Format:
-    """A row format: the function that converts its columns, the required columns, the optional columns."""
+    """A row format: the function that converts its columns, and the required and optional columns."""
 
     convert: Callable[[Mapping[str, Any]], Row]
     needed: tuple[str, ...]
@@ -549,6 +549,6 @@ _FORMATS = {
 }
 """Formats, in the order in which `auto` tries them."""
 _UNASKED = _FORMATS.keys() - {
-    "unpaired-preference",  # the columns are those of prompt-completion and a column with an ambiguous name
+    "unpaired-preference",  # has the columns of prompt-completion, plus `label`, which is an ambiguous name
     "prompt",  # has nothing to train on
 }

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 _PROMPT = 1000
-"""Maximum characters of `prompt` in a card: the last user message."""
+"""Maximum characters of `prompt`, the last user message, in a card."""
 _LONGEST = 50_000
-"""Maximum characters of a prompt in a card."""
+"""Maximum characters of all messages of a prompt in a card."""
 
 
 @dataclass
 class RunResult(Outcome):
     """The result of a text run.
 
-    loss, validation: nats per trained token, or for preferences the mean over pairs
-    tokens_per_second: during training only
+    loss, validation: nats per trained token; for preferences, the mean over pairs
+    tokens_per_second: measured during training only
     measured: rewards and other metrics (train.text.preference) of the saved adapter on the held-out split
     measured_before: the same metrics before the first step"""
 
@@ -66,7 +66,8 @@ def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
 def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the prompt of the first row that is a text conversation, or {}.
 
-    messages: all messages before the row's answer; prompt: the beginning of the last message."""
+    The keys are `messages`, all messages before the row's answer, and `prompt`, the beginning of the last of
+    these messages."""
     for row in rows:
         turns = [{"role": m.get("role"), "content": m.get("content")} for m in row.messages]
         prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
@@ -80,9 +81,10 @@ def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
 def sample_answers(
     base: TextBase, attachment: Attachment, name: str, messages: Sequence[Mapping[str, str]], tokens: int
 ) -> dict[str, str]:
-    """Return greedy completions of `messages` of at most `tokens` tokens.
+    """Return greedy completions of `messages`, each of at most `tokens` tokens.
 
-    The keys are `base` and `adapter` (the adapter `name`). Raises BaseError, DataError."""
+    The keys are `base` (without adapter) and `adapter` (with the adapter `name`). Raises BaseError,
+    DataError."""
     answers = {}
     for name_of_mix, mix in (("base", ()), ("adapter", (name,))):
         with attachment.using(*mix):
@@ -93,7 +95,7 @@ def sample_answers(
 def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float, loss: str) -> Page:
     """Return the text-specific parts of the report.
 
-    `seconds`: duration of the steps. `loss`: what the loss is."""
+    `seconds`: duration of all steps. `loss`: description of the loss, for its heading."""
     predicted = result.preflight.get("numbers", {}).get("predicted_seconds")
     detail = f"{result.tokens:,} tokens in {duration(seconds)}"
     detail += "" if predicted is None else f" · {duration(predicted)} predicted"

@@ -2,12 +2,12 @@
 
     run_sweep(file, ["adapter.rank=8,16,64", "optimizer.learning_rate=1e-4,5e-4", "schedule.steps=200"])
 
-Every setting with commas outside of brackets is swept; the other settings are the same for all runs. Each
+Every setting with a comma outside brackets is swept; the other settings are the same for all runs. Each
 combination has a folder in the output, such as `rank=8,learning_rate=1e-4`, with the files of an ordinary
-run. `sweep.html` and `sweep.json` next to the folders compare the results, lowest validation loss first.
+run. `sweep.html` and `sweep.json`, next to these folders, compare the results, lowest validation loss first.
 
-Losses are compared only if they measure the same thing: all runs hold out the same rows, even with different
-seeds (`data.split_seed`), and settings that change what the loss measures are refused.
+Losses are compared only if they measure the same thing. So all runs hold out the same rows, even with
+different seeds (`data.split_seed`), and settings that change what the loss measures cannot be swept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NAME = 120
 """Maximum characters of a combination's folder name."""
 _REPORTED = ("validation", "validation_before", "loss", "kept_step", "steps", "tokens_per_second", "adapter")
 _MOST = 256
-"""Maximum number of combinations, because more are probably a typo."""
+"""Maximum number of combinations; a larger grid is probably a typo."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Combination:
 def grid(overrides: Sequence[str]) -> list[Combination]:
     """Return every combination of the comma-separated values; the last setting changes fastest.
 
-    Raises ConfigError if nothing is swept, for more than 256 combinations, for a repeated setting or value,
-    and for a swept output folder, because one folder contains all combinations."""
+    Raises ConfigError if no setting is swept, if there are more than 256 combinations, if a setting or value
+    is repeated, or if the output folder is swept (one folder contains all combinations)."""
     parsed = [override.partition("=") for override in overrides]
     values = {key: _values(text) for key, _, text in parsed}
     swept = {key: options for key, options in values.items() if len(options) > 1}
@@ -71,7 +71,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     if twice := [name for name, times in given.items() if times > 1]:
         raise ConfigError(f"{twice[0]} is given twice", fix="give it once")
     if outputs := swept.keys() & {"output", "output.directory"}:
-        fix = "one folder: each combination has its own in it"
+        fix = "set one folder; each combination gets a subfolder"
         raise ConfigError("the output cannot be swept", where=outputs.pop(), fix=fix)
     leaves = [key.rpartition(".")[2] for key in swept]
     short = {key: last if leaves.count(last) == 1 else key for key, last in zip(swept, leaves, strict=True)}
@@ -81,7 +81,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     for n, combination in enumerate(itertools.product(*swept.values()), 1):
         selected = dict(zip(swept, combination, strict=True))
         name = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in selected.items())
-        if len(name) > _NAME or name in names:  # two combinations can have equal or too long names
+        if len(name) > _NAME or name in names:  # names of two combinations can be equal, and a name can be too long
             name = f"{name[:_NAME]},{n}"
         names.add(name)
         out.append(Combination(name, selected, [*fixed, *(f"{key}={value}" for key, value in selected.items())]))
@@ -114,7 +114,7 @@ class Sweep:
     report: str = ""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per combination, lowest loss first, failures last.
+        """Return one row per combination, lowest loss first, failed runs last.
 
         The loss is the validation loss, or the training loss if there is no validation."""
         rows = []
@@ -149,11 +149,11 @@ def run_sweep(
 ) -> Sweep:
     """Train every combination of `grid` on the configuration `file`.
 
-    A failed run is a row of the report.
+    A failed run becomes a row of the report.
 
-    listener: returns the listener of the run with the given name.
+    listener: takes a run's name and returns the listener for its events.
 
-    Raises ConfigError for an invalid grid and for runs with losses that cannot be compared, and the errors of
+    Raises ConfigError for an invalid grid or for runs whose losses cannot be compared, and the errors of
     `run_texts`."""
     combinations = grid(overrides)
     fixed = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
@@ -190,12 +190,12 @@ def run_sweep(
 
 
 def _is_split(config: TrainConfig) -> bool:
-    """Return whether a seed selects the held-out rows."""
+    """Return whether the held-out rows depend on the run's seed."""
     return config.data.validation is None and config.data.split != 0 and config.data.split_seed is None
 
 
 def _check_comparable(swept: Collection[str], config: RunConfig) -> None:
-    """Raise ConfigError for swept settings that change the validation rows, tokens or loss formula."""
+    """Raise ConfigError if a swept setting changes the validation rows, tokens or loss formula."""
     if not isinstance(config, TrainConfig):
         return
     problems = [key for key in swept if key.startswith(("data.", "preference.")) or key == "evaluation.rows"]

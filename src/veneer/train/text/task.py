@@ -3,13 +3,14 @@
     result = run_text(config)                    result.adapter is the folder, in PEFT's format
 
 load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop
-→ save → reload and compare logits → report. A dry run performs all steps before the loop, and leaves no file.
-If completions are compared with a reference, the reference's log-probabilities are computed before step one.
+→ save → reload and compare logits → report. A dry run performs all steps before the loop, and writes no file.
+If the loss compares completions with a reference, the reference's log-probabilities are computed before the
+first step.
 
     output/
       adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
       report.html, log.jsonl                                                      report and log of the run
-      checkpoints/                                                                to resume from; deletable later
+      checkpoints/                                      needed to resume; can be deleted after the run
 """
 
 from __future__ import annotations
@@ -79,21 +80,21 @@ def run_text(
 ) -> RunResult:
     """Train one adapter with `config` and return the result.
 
-    resume: continue from the newest checkpoint in the output folder; on a CPU, the result is the same bit for
-        bit as without the interruption
+    resume: continue from the newest checkpoint in the output folder; on a CPU, the result is bit-for-bit the
+        result of an uninterrupted run
     dry_run: stop after preflight and the longest batch, and write no file
-    force: start a run that does not fit in memory according to its plan, with a warning
-    on_event: called with every event; the default shows the run in the terminal (stderr)
+    force: only warn if the plan says that the run does not fit in memory
+    on_event: called with every event; by default, events are shown in the terminal (stderr)
     base: a base that is already loaded
     sources: setting -> its origin, from `load_config`
     sampler: makes the sampler, for a run that samples completions
 
-    In processes started by torchrun or similar tools, each process takes a device and a share of every step
+    In processes started by torchrun or similar tools, each process takes one device and a share of every step
     (train.devices). Only the first process reports and writes. All processes return the same numbers.
 
     Random generators, the base's mode and its modules are restored, even after an error. Raises
     PreflightError before step one for predictable failures, TrainingError for a loss that is not finite,
-    Interrupted on Ctrl-C with the state saved, ResourceError for a full disk or memory, and the errors of
+    Interrupted on Ctrl-C after saving the state, ResourceError if disk or memory is full, and the errors of
     reading configuration, base, data and checkpoints."""
     with opened(
         config,
@@ -118,20 +119,20 @@ def run_text(
 def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
     """Load the base on the device of this process.
 
-    If the base will be sharded, its weights remain in the files. The weights are loaded to the CPU instead if
-    the adapter is initialized from them or if they cannot be read in parts."""
+    If the base will be sharded, its weights are not read yet. But if they cannot be read in parts, or if the
+    adapter is initialized from them, they are loaded to the CPU."""
     sharded = config.memory.shard and run.devices.count > 1
     if base is not None:
         if sharded:
             text = "sharding cannot be undone, and this base belongs to the caller"
-            raise ConfigError(text, where="memory.shard", fix="let the run load it: leave base= out")
+            raise ConfigError(text, where="memory.shard", fix="omit base=, so that the run loads its own")
         return base
     run.fetch(config.base.name)
     adapter = config.adapter
     of_values = adapter.dora or adapter.init not in ("zero-b", "gaussian")
     of_values = of_values or bool(adapter.modules_to_save or adapter.token_rows or adapter.start)
     if sharded and of_values:
-        run.note("each process reads all of the weights: the adapter begins as a part of their values")
+        run.note("each process reads all weights, because the adapter is initialized from them")
     return load_text(
         config.base.name,
         dtype=config.base.dtype,
@@ -143,7 +144,7 @@ def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBas
 
 
 def with_device_micro_tokens(config: TrainConfig, base: TextBase, run: Run) -> TrainConfig:
-    """Return the configuration with `batching.micro_tokens` set, equal on every process."""
+    """Return the configuration with the same `batching.micro_tokens` set on every process."""
     if config.batching.micro_tokens is not None:
         return config
     free = _free_memory(base, run.devices)
@@ -151,12 +152,12 @@ def with_device_micro_tokens(config: TrainConfig, base: TextBase, run: Run) -> T
 
 
 def _free_memory(base: TextBase, devices: Devices) -> int | None:
-    """Return the free bytes for this process if several devices train, else None (measure later)."""
+    """Return the free bytes for this process, or None with a single device (measured later)."""
     if devices.count == 1:
         return None
     device = torch.device(devices.device)
     free = free_memory(device)
-    if device.type == "cpu":  # the processes of a machine share the memory
+    if device.type == "cpu":  # all processes on a machine share its memory
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
     if base.device != device or base.unread is not None:  # the base is moved to the device later, in parts
         free -= whole_bytes(base.model) // devices.count
@@ -165,10 +166,10 @@ def _free_memory(base: TextBase, devices: Devices) -> int | None:
 
 @dataclass(frozen=True)
 class TextRun:
-    """A text run with its data read and checked.
+    """A text run whose data has been read and checked.
 
     `recompute`: whether activations are recomputed, and why. `newest`: the checkpoint to resume from. `name`:
-    its adapter's name on the attachment. `sampler`: makes the sampler of answers, if the run learns from
+    the name of the run's adapter on the attachment. `sampler`: makes the sampler, if the run learns from
     sampled answers (`reinforcement.loss`, `distillation.teacher`)."""
 
     config: TrainConfig
@@ -192,14 +193,14 @@ def checked_text(
     taken: int = 0,
     sampler: MakeSampler | None = None,
 ) -> TextRun:
-    """Read the data, and check everything that can be checked without changing anything.
+    """Read the data, and run every check that changes nothing.
 
     newest: the checkpoint to resume from. taken: bytes that other runs on the same base will use.
 
     Raises DataError, PreflightError."""
     data = read_data(config, base)
     if config.adapter.start is not None:
-        # The adapter to continue from, in the precision of trained pairs.
+        # The adapter to continue from, in float32 like all trained pairs.
         loaded = load_adapter(base, config.adapter.start)
         wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
         data = replace(data, start=replace(wide, dropout=config.adapter.dropout))
@@ -239,13 +240,13 @@ def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
         because = "3 if neither epochs nor steps are set; the best checkpoint is saved"
         yield "schedule.epochs", config.epochs, because
     if base.quantized and config.memory.keep_dequantized_gb is None:
-        because = "as much as the plan has memory for on a GPU; on a CPU dequantizing costs almost nothing"
+        because = "on a GPU, as much as fits in the planned memory; on a CPU, dequantizing costs almost nothing"
         yield "memory.keep_dequantized_gb", int(report.numbers.get("kept_dequantized", 0)) / 1e9, because
-    if run.config.batching != config.batching:  # set by `with_device_micro_tokens`
-        because = "weights that are faster on this device and fit"
+    if run.config.batching != config.batching:  # `with_device_micro_tokens` has set it
+        because = "a size that is fast on this device and fits in its memory"
         yield "batching.micro_tokens", config.batching.at_once, because
     if config.memory.keep_packed_gb is None:
-        because = "weights that are clearly faster when prepacked, as far as the plan has memory"
+        because = "weights that are clearly faster when prepacked, as far as they fit in the planned memory"
         packed = sum(int(report.numbers.get(key, 0)) for key in ("kept_packed", "drawer_packed"))
         yield "memory.keep_packed_gb", packed / 1e9, because
     if config.memory.activation_checkpointing == "auto":
@@ -265,8 +266,8 @@ def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
 def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
     """Attach the runs' adapters to their common base, and select the first adapter.
 
-    The base is in training mode on its fast paths, and sharded if configured. Everything except the sharding
-    is undone at the end."""
+    Inside the with-block, the base is in training mode on its fast paths, and sharded if configured. At the
+    end, everything except the sharding is undone."""
     first = texts[0]
     config, base, run = first.config, first.base, first.run
     model, devices = base.model, run.devices
@@ -279,11 +280,11 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         attachment = undo.enter_context(attach(model))
         fresh = {text.name: _fresh_adapter(text) for text in texts}
         for name in list(fresh):
-            attachment.add(name, fresh.pop(name), trainable=True)  # makes a copy
+            attachment.add(name, fresh.pop(name), trainable=True)  # copies the adapter
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
-        # before weights are fused
+        # must precede the fusion of weights by `fast`
         sampled_texts = [undo.enter_context(_open_sampled(text, attachment)) for text in texts]
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
@@ -296,7 +297,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
             for adapter in attachment.adapters.values():
                 adapter.move(device)
             local = local_bytes(model)
-            read_note = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
+            read_note = "" if base.unread is None else f", after reading {size(base.unread.bytes_read)}"
             run.note(f"sharded over {devices.count} devices: this one holds {size(local)} of {size(total)}{read_note}")
             texts = [replace(text, base=replace(base, device=device)) for text in texts]
         how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
@@ -317,16 +318,18 @@ def _fresh_adapter(text: TextRun) -> Adapter:
 
 
 def offloads_activations(config: TrainConfig, base: TextBase, run: Run) -> bool:
-    """Return whether recomputed layers store their inputs in CPU memory: if configured, and on a GPU."""
+    """Return whether recomputed layers store their inputs in CPU memory.
+
+    This needs the setting `memory.offload_activations` and a GPU."""
     if config.memory.offload_activations and computes_on(base).type != "cuda":
-        run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
+        run.note("memory.offload_activations: this device is the CPU, so activations are already in its memory")
         return False
     return config.memory.offload_activations
 
 
 @contextmanager
 def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforcement | Distillation | None]:
-    """Yield the reinforcement or distillation of a run with its sampler; None for a run without sampling.
+    """Yield a run's reinforcement or distillation with its sampler; None if the run does not sample.
 
     The reference of reinforcement is the base without adapter, or the adapter that the run started from."""
     r = text.config.sampling
@@ -335,7 +338,7 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
         return
     if text.sampler is None:
         message = f"{r.named} needs a sampler"
-        raise ConfigError(message, where=r.named, fix="train by `veneer train` or veneer.train_text")
+        raise ConfigError(message, where=r.named, fix="train with `veneer train` or veneer.train_text")
     judges = local_judge_models(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (text.data.train, text.data.held_out) for item in split.items)
     context = 0 if judges else longest  # the length of the judges' prompts is not limited
@@ -355,30 +358,29 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
             rewards = opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
             reference = ""
             if text.data.start is not None and r.kl:
-                reference = f"{text.name}, as it began"
+                reference = f"{text.name}, before training"
                 attachment.add(reference, text.data.start)
             yield Reinforcement(**shared, attachment=attachment, rewards=rewards, reference=reference)
         else:
             teacher = open_teacher(r, text.base, attachment, text.run.note)
             if teacher.base.context < longest:
-                label = (
-                    f"a prompt and its answer have up to {longest} tokens, and the teacher reads {teacher.base.context}"
-                )
+                label = f"the teacher's context is {teacher.base.context}; prompts with answers have up to {longest}"
                 raise PreflightError(label, where="distillation.base", fix="lower data.max_length")
             yield Distillation(**shared, teacher=teacher)
 
 
 def recompute_activations(model: Any, *, offload: bool = False) -> None:
-    """Make layers store only their inputs, in CPU memory with `offload`.
+    """Make layers store only their inputs, and recompute the rest when needed.
 
-    Replaces the checkpoint function of transformers' `GradientCheckpointingLayer`s. Raises ConfigError if the
-    model does not support checkpointing."""
+    With `offload`, the inputs are stored in CPU memory. This replaces the checkpoint function of
+    transformers' `GradientCheckpointingLayer`s. Raises ConfigError if the model does not support
+    checkpointing."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         text = f"this base cannot recompute activations: {error}"
         where = "memory.activation_checkpointing"
-        raise ConfigError(text, where=where, fix="set it to off, and batching.micro_rows lower") from error
+        raise ConfigError(text, where=where, fix="turn it off, and lower batching.micro_rows") from error
     if not offload:
         return
     layers = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
@@ -397,7 +399,8 @@ def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
 class AttachedText:
     """A text run with its adapter attached to the base.
 
-    call: calls a function that needs the model's weights, sharded or not. task: the task to run."""
+    call: calls a function that needs the model's weights, whether or not they are sharded. task: the task to
+    run."""
 
     task: Task[RunResult]
 
@@ -452,8 +455,9 @@ class AttachedText:
         return span_problem(adapter)
 
     def result(self, outcome: Outcome, progress: Progress) -> RunResult:
-        """Return the result, with the metrics of the saved step and of step 0 if the loss is not a
-        likelihood."""
+        """Return the result.
+
+        Unless the loss is a likelihood, it includes the metrics of the saved step and of step 0."""
         result = RunResult(
             **vars(outcome),
             tokens=progress.tokens,
@@ -467,7 +471,7 @@ class AttachedText:
         return replace(result, measured=by_step.get(result.kept_step, {}), measured_before=by_step.get(0, {}))
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        """Return the run's log records of one kind; [] except on the first process."""
+        """Return the run's log records of one event type; [] except on the first process."""
         log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
         return [record for record in log if record.get("event") == event]
 
@@ -479,11 +483,11 @@ class AttachedText:
         return replace(result, adapter=str(self.run.folder), digest=digest)
 
     def _answers(self, sample: Mapping[str, Any], emit: Listener) -> dict[str, str]:
-        """Return the completions of the card's prompt, or {} if the card has none.
+        """Return completions of the card's prompt, or {} if there should be none.
 
-        A base split over devices would need all devices for a completion, and completions of training rows
-        do not show what was learned."""
-        tokens = self.config.evaluation.sampled(len(self.steps))
+        There are none if several devices train, because a completion would need all of them, and none if the
+        prompt is a training row, because its completion does not show what was learned."""
+        tokens = self.config.evaluation.sample_tokens(len(self.steps))
         if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held_out.rows):
             return {}
         try:
@@ -521,8 +525,8 @@ class AttachedText:
             return out
 
         def proven() -> str:
-            # PiSSA and OLoRA are written with twice the rank, which adds one rounding of the base's dtype in
-            # each layer.
+            # PiSSA and OLoRA are written with twice the rank, which adds one rounding in the base's dtype per
+            # layer.
             rewritten = any(pair.origin is not None for pair in self.attachment.adapters[self.name].pairs.values())
             return prove(
                 self.attachment,
@@ -560,7 +564,7 @@ def _task_of(a: AttachedText, sampled: Reinforcement | Distillation | None) -> T
 
 
 class Likelihood:
-    """Likelihood loss of the rows' targets, with their token accuracy."""
+    """The likelihood loss of the rows' targets, and the token accuracy."""
 
     def __init__(self, text: AttachedText) -> None:
         self.text = text
@@ -573,7 +577,7 @@ class Likelihood:
     def loss(self, batch: Batch) -> Tensor:
         """Return Σ NLL over the trained tokens.
 
-        The batch is on the CPU, so that the host does not wait for a device."""
+        The batch is on the CPU, so reading it does not wait for a device."""
         base = self.text.base
         right = torch.empty(batch.trained_tokens, dtype=torch.bool, device=base.device)
         ids = sent(batch.input_ids, base.device)
@@ -582,7 +586,7 @@ class Likelihood:
         return nll
 
     def add_accuracy(self, right: Tensor) -> None:
-        """Count this step's trained tokens, and the tokens that the model ranks first."""
+        """Count this step's trained tokens, and how many of them the model ranks first."""
         self._right.append(right.sum())
         self._seen += len(right)
 
@@ -608,16 +612,16 @@ class Likelihood:
 def _preference_task(a: AttachedText) -> Task[RunResult]:
     """Return the task of a preference run.
 
-    The loss is over pairs (kto: over completions). The reference is the base without adapter, or the adapter
-    that the run started from."""
-    name = f"{a.name}, as it began"
+    The loss is over pairs (for kto, over completions). The reference is the base without adapter, or the
+    adapter that the run started from."""
+    name = f"{a.name}, before training"
     preference = Preference(a.config, a.base, a.attachment, a.data.start, name, a.call, a.run.devices)
 
     def begin(progress: Progress, emit: Listener) -> None:
-        """Compute the reference's log-probabilities of every pair."""
+        """Compute the reference's log-probabilities of every pair that the run uses."""
         if a.run.dry_run:
             return
-        # A short run does not use every pair.
+        # a short run does not use every pair
         used = {id(item): item for step in a.steps for micro in step.micros for item in micro.items}
         try:
             preference.load_reference([*used.values(), *a.held_out], lambda line: emit(Note(line)))
@@ -634,7 +638,7 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
 
 
 def _sampled_task(a: AttachedText, sampled: Reinforcement | Distillation) -> Task[RunResult]:
-    """Return the task of prompts with sampled answers, which are judged or compared with a teacher."""
+    """Return the task of a run with sampled answers, which are judged or compared with a teacher."""
     rows, emit = a.data.train.rows, a.run.emit
 
     def begin(progress: Progress, listener: Listener) -> None:

@@ -1,17 +1,17 @@
 """Train several text runs on one base, in one pass of the base, each row with its run's adapter.
 
-    results = run_texts(configs)           one RunResult each, or the error that ended it
+    results = run_texts(configs)           one RunResult per run, or the error that ended the run
 
     loss of a pass = Σ over runs  Σ NLL of its rows / trained tokens of its step
 
-The term of one run does not contain parameters of another run, so one backward pass gives each run the same
-gradient as a separate pass. The base, which has most of a step's cost, runs once. ops/lora_segments.py maps
-rows to adapters. A run that cannot share a pass (DoRA, full copies, preferences …) has a separate pass in
-each step, with the same results.
+The loss term of a run does not depend on the parameters of other runs, so one backward pass gives each run
+the same gradient as a separate pass. The base, which has most of a step's cost, runs once.
+ops/lora_segments.py maps rows to adapters. A run that cannot share a pass (DoRA, full copies, preferences …)
+has a separate pass in each step, with the same results.
 
 Each run has its own parameters, optimizer, schedule, evaluations and files. All runs take step k together. If
-a run fails or ends, the other runs continue. All runs write a checkpoint when one of them is due, so a killed
-group resumes bit for bit (`resume_points`).
+a run fails or ends, the other runs continue. When a checkpoint of one run is due, all runs write one, so a
+killed group resumes bit for bit (`resume_points`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from veneer.train.checkpoint import seed_all, seeded_generator
 from veneer.train.config.checks import check_group
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
-from veneer.train.devices import started
+from veneer.train.devices import process_count
 from veneer.train.events import Listener, Note
 from veneer.train.loop import Loop, Micro, StepResult, begin_step, memory_errors, read_losses, train, train_step
 from veneer.train.preflight import memory_finding
@@ -88,11 +88,13 @@ def run_texts(
     names: the names of the runs in messages; the default is their output folders. listeners, sources: one per
     run. The other arguments are as in `run_text`.
 
-    If a run fails, its result is the error, and the other runs are not affected. Raises ConfigError for
-    configurations that cannot share a base, and Interrupted with all states saved."""
+    If a run fails, its result is the error; the other runs are not affected. Raises ConfigError for
+    configurations that cannot share a base, and Interrupted after saving the state of every run."""
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
-    texts = [config for config in configs if isinstance(config, TrainConfig)]  # true for all of them
-    if started() > 1:
+    texts = [
+        config for config in configs if isinstance(config, TrainConfig)
+    ]  # all of them pass the check, which narrows their type
+    if process_count() > 1:
         text = "several configurations in one pass need a single process"
         raise ConfigError(text, fix="leave --devices out, or train one configuration at a time")
     group: list[str] = []
@@ -113,7 +115,7 @@ def run_texts(
 
 
 def _trained(texts: Mapping[int, TextRun]) -> dict[int, RunResult | VeneerError]:
-    """Train the runs; return each one's result by its index."""
+    """Train the runs, and return their results by index."""
     _check_memory(list(texts.values()))
     results: dict[int, RunResult | VeneerError] = {}
     members: dict[Loop, int] = {}
@@ -165,7 +167,7 @@ def _failed(run: Run, error: VeneerError) -> VeneerError:
 
 
 def _checked(runs: Sequence[Run], base: TextBase) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextRun]]:
-    """Return by index: errors of runs that cannot begin; the other runs with data."""
+    """Check every run; return the errors of failed runs, and the other runs, by index."""
     errors: dict[int, RunResult | VeneerError] = {}
     texts: dict[int, TextRun] = {}
     points = resume_points(runs) if runs[0].resume else [None] * len(runs)
@@ -189,7 +191,7 @@ def _checked(runs: Sequence[Run], base: TextBase) -> tuple[dict[int, RunResult |
 def _check_memory(texts: Sequence[TextRun]) -> None:
     """Raise PreflightError if the states of all runs and the largest pass do not fit in memory.
 
-    With `force`, only warns. The preflight of each run has checked that run only."""
+    With `force`, only warns. Preflight has checked each run only separately."""
     free: int | None = texts[0].report.numbers.get("memory_free")
     if free is None:
         return
@@ -204,7 +206,8 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
         each = max(each, (need - state) / largest)
         states, tokens, most = states + state, tokens + largest, max(most, largest, text.config.batching.at_once)
     needed = states + int(each * min(tokens, most))
-    where = f"{gigabytes(states)} of that for the states of {counted(len(texts), 'run')}"
+    runs = counted(len(texts), "run")
+    where = f"{gigabytes(states)} of the needed memory is for parameters, gradients and optimizer states of {runs}"
     fix = "train fewer configurations at once, or lower batching.micro_tokens in all of them"
     finding = memory_finding(needed, free, where, fix=fix, force=texts[0].run.force)
     if finding.level == "stop":
@@ -214,9 +217,9 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
 
 @dataclass(frozen=True)
 class SharedPasses:
-    """Computes the steps of runs on one base.
+    """Computes the training steps of several runs on one base.
 
-    members: the runs that share passes; every other run has separate passes. most: tokens of a pass."""
+    members: the runs that share passes; other runs have separate passes. most: maximum tokens of a pass."""
 
     model: Any
     device: torch.device
@@ -226,7 +229,7 @@ class SharedPasses:
 
     @classmethod
     def create(cls, texts: Mapping[Loop, AttachedText]) -> SharedPasses:
-        """Return the passes of the runs, and report which runs have separate passes, and why."""
+        """Create the shared passes; report which runs need separate passes, and why."""
         first = next(iter(texts.values()))
         together = reason_not_shared(first.base.model)
         members = {}
@@ -235,7 +238,7 @@ class SharedPasses:
             if not why:
                 members[loop] = text
             elif len(texts) > 1:
-                loop.emit(Note(f"its rows have a pass of their own in each step: {why}"))
+                loop.emit(Note(f"its rows need a separate pass in each step: {why}"))
         if len(members) > 1:
             next(iter(texts)).emit(Note(f"{counted(len(members), 'run')} in one pass of the base"))
         most = max(text.config.batching.at_once for text in texts.values())
@@ -269,7 +272,7 @@ class SharedPasses:
             try:
                 with shared(), memory_errors(Micro(sum(micro.tokens for micro in micros), 0, rows, lambda: None)):
                     sums = self._pass(parts)
-            except ResourceError as error:  # without row names, because a run's log must not name rows of another run
+            except ResourceError as error:  # omit row names, because a run's log must not name rows of another run
                 return dict.fromkeys(loops, ResourceError(error.what, where="a pass of several runs", fix=error.fix))
             for (loop, index), micro, nll in zip(parts, micros, sums, strict=True):
                 nlls[loop][index] = nll
@@ -279,10 +282,10 @@ class SharedPasses:
         return {loop: loop.result(losses[loop], each * tokens[loop]) for loop in loops}
 
     def _cut(self, loops: Sequence[Loop]) -> Iterator[list[tuple[Loop, int]]]:
-        """Yield the (run, index of its micro-batch) pairs of each pass.
+        """Yield the (run, micro-batch index) pairs of each pass.
 
-        The first micro-batches of all runs precede their second ones, and so on. A pass has at most `most`
-        tokens."""
+        The first micro-batches of all runs come first, then all second micro-batches, and so on. A pass has
+        at most `most` tokens, or a single micro-batch."""
         order = sorted((index, number) for number, loop in enumerate(loops) for index in range(len(loop.micros)))
         part: list[tuple[Loop, int]] = []
         tokens = 0
@@ -296,7 +299,7 @@ class SharedPasses:
         yield part
 
     def _pass(self, parts: Sequence[tuple[Loop, int]]) -> list[Tensor]:
-        """Run the forward and backward pass of these micro-batches, and return Σ NLL of each."""
+        """Run one forward and backward pass of these micro-batches, and return Σ NLL for each."""
         batches: list[Batch] = [loop.batch(index, range(index + 1, len(loop.micros))) for loop, index in parts]
         seeds = [loop.seed(index) for loop, index in parts]
         seed_all(*seeds[0])
@@ -328,19 +331,19 @@ def reason_not_shared(model: nn.Module) -> str:
         return "this base needs padded rows"
     for name, module in base_modules(model):
         if expert_parameters(module) or ".experts." in name:
-            return f"{name} mixes the tokens of all rows by expert"
+            return f"{name} groups the tokens of all rows by expert"
         if isinstance(module, nn.Dropout) and module.p > 0:
-            return f"{name} drops in training, for all rows at once"
+            return f"{name} applies dropout in training, to all rows at once"
     return ""
 
 
 def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
     """Return the checkpoint that each run continues from; None to start from the beginning.
 
-    Runs that were trained together continue from the last step that all of them have a checkpoint of. A run
-    that was already finished at that step keeps its result. A run that had failed is an error, because
-    training the run now would change the last bits of the others. If one run has only its first checkpoint
-    and the other runs have none, all of them start from the beginning."""
+    Runs that were trained together continue from the last step for which all of them have a checkpoint. A run
+    that had already finished at that step keeps its result. A run that had failed before becomes an error,
+    because training it now would change the last bits of the others. A run that has only its first checkpoint
+    starts from the beginning if another run of its group has no checkpoint."""
     have = {run.name: checkpoint.by_step(run.folder / "checkpoints") for run in runs}
     group: set[str] = set()
     last = -1
@@ -363,13 +366,15 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
             out.append(newest)
         else:
             text = f"this run ended early, after step {max(steps)}; the runs trained with it are at step {last}"
-            fix = "check its data or settings, and resume it alone: veneer train CONFIG.yaml --resume"
+            fix = "check its data or settings, and resume only this run: veneer train CONFIG.yaml --resume"
             out.append(CheckpointError(text, where=str(run.folder), fix=fix))
     return out
 
 
 def _companions(name: str, path: Path) -> set[str]:
-    """Return the runs that the checkpoint's run was trained together with, including itself."""
+    """Return the names of the runs trained together with this run, including its own.
+
+    name: the run's name. path: its checkpoint."""
     metadata = checkpoint.read_checkpoint(path).get("about", {})
     return {name, *metadata.get("together", [])}
 

@@ -33,8 +33,8 @@ PICTURE = b"\xff\xd8\xff picture"
 
 @dataclass
 class Tenants(ToyTenancy):
-    """Keys `acme` and `globex` see their own namespace and `shared`; `key` sees everything and can change
-    nothing."""
+    """Keys `acme` and `globex` see their own namespace and `shared`; `key` sees everything but cannot change
+    anything."""
 
     noted: list[tuple[Any, ...]] = field(default_factory=list)
     let: list[str] = field(default_factory=list)
@@ -219,12 +219,12 @@ def test_an_inspected_file_is_reported_and_converted(served: Served, picture_fil
     assert read(tmp_path / "c.safetensors").adapter.digest() == report["digest"]
 
 
-def test_other_files_are_refused_with_a_reason(served: Served) -> None:
+def test_unsupported_files_are_refused_with_a_reason(served: Served) -> None:
     unknown = save({"nothing.known": torch.ones(2)})
     for path, content, status, says in (
         ("/v1/adapter_inspections?filename=a.pt", b"\x80\x04.", 400, "pickles run whatever code"),
         ("/v1/adapter_inspections?filename=a.safetensors", b"\x80\x04.", 400, "the file is a pickle"),
-        ("/v1/adapter_inspections?filename=a.safetensors", unknown, 400, "no layout known here"),
+        ("/v1/adapter_inspections?filename=a.safetensors", unknown, 400, "unknown layout"),
         ("/v1/adapters?name=acme/x", b"", 400, "empty"),
         ("/v1/adapters?name=acme/X%20Y", unknown, 400, "name"),
         ("/v1/adapters?name=acme/x&filename=a.zip", b"PK", 400, "zip"),

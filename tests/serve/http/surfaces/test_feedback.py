@@ -1,4 +1,4 @@
-"""/v1/feedback on a live server with tenants: stored completions, feedback, export, removal and outages."""
+"""/v1/feedback on a live server with tenants: stored completions, feedback, export, removal, outages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SQL = ResolvedModel((), "sql", "sql")
 
 @dataclass
 class Shop:
-    """A server, its two tenants' keys, and its clock."""
+    """A server with two tenants, their keys, and a clock that tests advance."""
 
     server: Live
     tenants: Tenants
@@ -64,7 +64,7 @@ class Shop:
 
 @pytest.fixture
 def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noqa: F811
-    """A server on SQLite, or on PostgreSQL if the test is parametrized with "postgresql"."""
+    """Yield a shop on SQLite, or on PostgreSQL if the test is parametrized with "postgresql"."""
     at = [1_900_000_000.0]
     remote = getattr(request, "param", "sqlite") == "postgresql"
     where = request.getfixturevalue("postgres")() if remote else str(quick / "tenants.sqlite")
@@ -238,7 +238,7 @@ def test_expired_answers_are_hidden_and_removed(shop: Shop) -> None:
 @pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
 def test_feedback_returns_503_while_the_database_is_unavailable(shop: Shop) -> None:
     locked = psycopg.connect(shop.tenants.store.where)
-    locked.execute("LOCK TABLE tenant_answers")  # until the connection is closed
+    locked.execute("LOCK TABLE tenant_answers")  # the lock is held until the connection is closed
     id = shop.ask("One").json()["id"]
     away = shop.say(id, thumb="up")
     assert away.status_code == 503

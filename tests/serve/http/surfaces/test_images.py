@@ -1,4 +1,4 @@
-"""The images routes, called by OpenAI's client and by hand, over a socket."""
+"""The image routes, called over a socket by OpenAI's client and by plain HTTP requests."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def noise(width: int = SIZE, height: int = SIZE) -> Image.Image:
 
 
 def left_open() -> Image.Image:
-    """Return a mask in OpenAI's convention: transparent where the image is to be edited."""
+    """Return a mask in OpenAI's convention: transparent where the image should be edited."""
     mask = Image.new("RGBA", (SIZE, SIZE), "black")
     mask.paste((0, 0, 0, 0), (0, 0, SIZE // 2, SIZE))
     return mask
@@ -138,7 +138,7 @@ def test_openai_client_gets_images_with_metadata(client: openai.OpenAI, shelf: S
     assert usage.input_tokens == usage.input_tokens_details.text_tokens > 3
 
 
-def test_an_adapter_is_named_in_every_way(client: openai.OpenAI) -> None:
+def test_every_way_to_name_an_adapter_works(client: openai.OpenAI) -> None:
     named = picture(client.images.generate(prompt="a red cat", model="brand", extra_body=FEW).data[0].b64_json)
     others = [
         picture(client.images.generate(prompt="a red cat", model="tiny:brand", extra_body=FEW).data[0].b64_json),
@@ -173,7 +173,7 @@ def test_a_stream_shows_progress_and_the_picture(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-def test_other_formats_hold_the_infotext(client: openai.OpenAI, kind: Any) -> None:
+def test_jpeg_and_webp_contain_the_infotext(client: openai.OpenAI, kind: Any) -> None:
     found = client.images.generate(
         prompt="a red cat", output_format=kind, output_compression=60, response_format="url", extra_body=FEW
     )
@@ -199,7 +199,7 @@ def test_a_shortened_prompt_is_reported(client: openai.OpenAI) -> None:
 # -- edits and controls ------------------------------------------------------------------------------------------------
 
 
-def test_an_edit_changes_what_the_mask_opens(client: openai.OpenAI, url: str) -> None:
+def test_an_edit_changes_only_transparent_mask_areas(client: openai.OpenAI, url: str) -> None:
     given, mask = noise(), left_open()
     more = FEW | {"mix": ["brand:0.5", "look:0.5"]}
     found = client.images.edit(
@@ -247,7 +247,7 @@ def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> 
 
 @pytest.mark.parametrize("family", ["kontext", pytest.param("klein", marks=pytest.mark.slow)])
 def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The pixels are equal for equal seeds."""
+    """Equal seeds give equal pixels."""
     base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), family)))
     shelf = Shelf(brand=random_adapter(base.model, 1))
     guidance = {"guidance_scale": 1.0}
@@ -292,7 +292,7 @@ def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: 
     assert levels(picture(found.data[0].b64_json), picture(found.data[1].b64_json)) > 0
     assert levels(alone.image, picture(drawn["data"][0]["b64_json"])) == 0
     assert found.usage.input_tokens_details.image_tokens >= 64 * len(given)
-    for index in (0, 1):  # both report progress, whether they were batched or not
+    for index in (0, 1):  # both images report progress, whether or not they were batched
         assert any(f'"index": {index}' in line and ".progress" in line for line in streamed.split("\n\n"))
     assert "runs all steps" in refused[0]
     assert f"11 images: {base.row.label} accepts at most {base.references}" in refused[1]
@@ -304,7 +304,7 @@ def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: 
     assert (family == "klein") != ("edits images" in str(drawn["data"][0].get("notes")))
 
 
-# -- by block and by step ----------------------------------------------------------------------------------------------
+# -- factors per block and per step ------------------------------------------------------------------------------------
 
 FACTORS: list[tuple[str, dict[str, Any]]] = [
     ("brand:0.8@double=0.3,single.0=0,text=2", {"strength": 0.8, "blocks": {"double": 0.3, "single.0": 0, "text": 2}}),
@@ -315,7 +315,10 @@ FACTORS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Image.Image]:
-    """Return the image of `veneer image` with the settings of `one`, from a separate base."""
+    """Return a function that generates an image as `veneer image` does, on a separate base.
+
+    The settings are those of `one`.
+    """
     folder = tmp_path_factory.mktemp("by-hand")
     for name in ("brand", "look"):
         write(shelf.adapters[shelf.digest[name]], folder / f"{name}.safetensors", to="kohya", family="flux1")
@@ -391,7 +394,7 @@ def test_different_factors_share_a_batch(base: ImageBase, shelf: Shelf, names: N
 def test_options_without_effect_are_reported_in_notes(client: openai.OpenAI) -> None:
     body = FEW | {"mix": [{"adapter": "brand", "blocks": {"proj_out": 0}, "steps": [[0, 0.5]]}]}
     notes = client.images.generate(prompt="<lora:brand:1> a cat", extra_body=body).data[0].notes
-    for said in ("plain text", "brand changes nothing in 'proj_out'", "brand: its part on the text encoder"):
+    for said in ("plain text", "brand changes nothing in 'proj_out'", "brand: the part on the text encoder"):
         assert any(said in note for note in notes), notes
     alone = FEW | {"mix": [{"adapter": "tiny", "blocks": {"double": 2}}, "tiny@steps=0-0.5", "tiny@campaign=lens"]}
     notes = client.images.generate(prompt="a cat", extra_body=alone).data[0].notes
@@ -402,7 +405,7 @@ def test_options_without_effect_are_reported_in_notes(client: openai.OpenAI) -> 
     assert "brand: steps=0.7-1 contains no step of 3 steps, so the adapter has no effect" in notes
 
 
-def test_the_description_has_the_bodies(url: str) -> None:
+def test_the_openapi_description_has_the_body_schemas(url: str) -> None:
     paths = httpx.get(f"{url}/openapi.json").json()["paths"]
     for path, key in (("generations", "mix"), ("edits", "mask")):
         content = paths[f"/v1/images/{path}"]["post"]["requestBody"]["content"]
@@ -476,7 +479,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"partial_images": 1}, 400, "invalid_request", "partial_images"),
     ({"scheduler": "eulr"}, 400, "invalid_request", "eulr"),
     ({"control": {"type": "pose", "image": b64(noise())}}, 400, "invalid_request", "canny, depth, edges"),
-    ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "another p"),
+    ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "aspect ratio"),
     ({"control": {"type": "edges", "image": "bm90aGluZw=="}}, 400, "invalid_request", "not a picture"),
 ]  # fmt: skip
 
@@ -487,7 +490,7 @@ def test_invalid_requests_have_openais_error_form(client, body, status, code, sa
         client.images.generate(prompt="a red cat", extra_body=body)
     assert (caught.value.status_code, caught.value.code) == (status, code)
     assert said in caught.value.message
-    if code != "adapter_unusable":  # that error names the adapter's path
+    if code != "adapter_unusable":  # the adapter_unusable error names the adapter's path
         assert tempfile.gettempdir() not in caught.value.message  # the base's folder is inside the temporary folder
     assert caught.value.type == "invalid_request_error"
 
@@ -502,11 +505,11 @@ EDIT: list[tuple[dict[str, Any], str]] = [
     ({"image": bomb(3000, 3000)}, "at most 1048576 pixels"),
     ({"image": bomb(60000, 60000)}, "more pixels than veneer opens: 178,956,970: at most 1048576 pixels"),
     ({"image": b64(noise()), "mask": b64(Image.new("RGBA", (SIZE, SIZE), "black"))}, "selects nothing"),
-    ({"image": b64(noise()), "mask": b64(left_open().resize((SIZE, 2 * SIZE)))}, "another proportion"),
+    ({"image": b64(noise()), "mask": b64(left_open().resize((SIZE, 2 * SIZE)))}, "another aspect ratio"),
     ({"image": b64(noise()), "denoise": 2}, "denoise"),
     ({"image": b64(noise()), "input_fidelity": "high"}, "denoise sets how close"),
     ({"image": b64(noise()), "input_fidelity": "hgih"}, "input_fidelity"),
-    ({"image": b64(noise()), "size": "64x32"}, "another proportion"),
+    ({"image": b64(noise()), "size": "64x32"}, "another aspect ratio"),
 ]
 
 
@@ -547,9 +550,9 @@ def test_an_error_in_a_stream_is_an_event(client: openai.OpenAI, url: str, shelf
     assert kind == "event: error"
     told = json.loads(data.removeprefix("data: "))["error"]
     assert (told["code"], told["type"]) == ("invalid_request", "invalid_request_error")
-    assert "not finite" in told["message"]
+    assert "NaN or infinite" in told["message"]
     stream = client.images.generate(prompt="a", model="over", stream=True, extra_body=FEW)
-    with stream, pytest.raises(openai.APIError, match="not finite"):
+    with stream, pytest.raises(openai.APIError, match="NaN or infinite"):
         list(stream)
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt="a", model="nobody", stream=True)
@@ -576,7 +579,7 @@ def test_a_client_that_disconnects_cancels_its_request(url: str, engine: Picture
 
 
 class Tenants(OpenAccess):
-    """A tenancy with keys, a limit and a ledger."""
+    """A tenancy with keys, a tenant over its limit, and a list of bills."""
 
     def __init__(self) -> None:
         self.bills: list[tuple[str, int, int, Usage]] = []
@@ -623,7 +626,7 @@ def test_images_respect_tenant_access_limits_and_billing(base: ImageBase, engine
 
 
 def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) -> None:
-    """Each picture counts once, as a completion does; refused requests count nothing."""
+    """Each picture counts once, as a completion does; refused requests are not counted."""
     with served(picture_app(engine, names)) as at:
 
         def ask(**body: Any) -> int:

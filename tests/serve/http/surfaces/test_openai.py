@@ -48,7 +48,7 @@ def test_model_names_a_base_an_adapter_or_both(client: openai.OpenAI, model: str
     answer = ask(client, "Hi", model=model)
     wanted = "[base] Hi" if digest == "base" else f"[{digest}*1] Hi"
     assert answer.choices[0].message.content == wanted
-    assert answer.model == (model or "toy")  # the response repeats the client's model name
+    assert answer.model == (model or "toy")  # the response repeats the model name that the client sent
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_two_ways_to_name_adapters_are_refused(client: openai.OpenAI) -> None:
         ask(client, "Hi", model="sql", extra_body={"mix": ["polite"]})
 
 
-def test_lora_path_yields_to_an_adapter_in_model(client: openai.OpenAI) -> None:
+def test_an_adapter_in_model_overrides_lora_path(client: openai.OpenAI) -> None:
     assert ask(client, "Hi", extra_body={"lora_path": "sql"}).choices[0].message.content == "[d-sql*1] Hi"
     answer = ask(client, "Hi", model="toy:polite", extra_body={"lora_path": "sql"})
     assert answer.choices[0].message.content == "[d-polite*1] Hi"
@@ -128,7 +128,7 @@ def test_streamed_and_whole_answers_are_equal(client: openai.OpenAI) -> None:
     assert texts[1].endswith("seed 4")
     assert tokens == [[t.token for t in c.logprobs.content] for c in whole.choices]
     joined = b"".join(bytes(t.bytes) for t in whole.choices[0].logprobs.content)
-    assert joined.decode() == texts[0]  # bytes are exact even if a token is part of a character
+    assert joined.decode() == texts[0]  # bytes are exact even if a token is only part of a character
 
 
 def test_a_client_that_disconnects_cancels_its_request(client: openai.OpenAI, server: Live) -> None:
@@ -158,7 +158,7 @@ def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, server: Live)
     assert "secret" not in json.dumps(events)
 
 
-def test_early_errors_of_streams_have_a_status(client: openai.OpenAI) -> None:
+def test_errors_before_a_stream_have_an_http_status(client: openai.OpenAI) -> None:
     for stream in (False, True):
         with pytest.raises(openai.RateLimitError) as refused:
             ask(client, "FULL", stream=stream)
@@ -175,7 +175,7 @@ def test_an_internal_error_is_500_without_details(client: openai.OpenAI) -> None
 
 
 def test_a_slow_reader_does_not_delay_others(text: ToyText) -> None:
-    """The server reads the stalled stream's completion from the engine at once and closes the stream after
+    """The server drains the stalled stream's completion from the engine at once, and closes the stream after
     the timeout."""
     with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(stall=0.5)) as server:
         body = {"model": "toy", "prompt": "SAY:" + "x" * 400, "max_tokens": 400, "n": 8, "stream": True, "logprobs": 20}
@@ -234,7 +234,7 @@ SCHEMA = ("json_schema", '{"type": "integer"}')
         ({"response_format": {"type": "text"}}, None),
     ],
 )
-def test_forms_of_answers(client: openai.OpenAI, server: Live, extra: Any, grammar: Any) -> None:
+def test_response_formats_become_grammars(client: openai.OpenAI, server: Live, extra: Any, grammar: Any) -> None:
     ask(client, "Hi", extra_body=extra)
     assert server.engine.seen[0].sampling.grammar == grammar
 
@@ -264,7 +264,7 @@ def test_messages_in_parts_and_roles(client: openai.OpenAI, server: Live) -> Non
 # -- completions -------------------------------------------------------------------------------------------------------
 
 
-def test_completions_in_every_form_of_prompt(client: openai.OpenAI, server: Live) -> None:
+def test_completions_accept_every_form_of_prompt(client: openai.OpenAI, server: Live) -> None:
     ids = server.engine.text.tokenizer.encode("Hi all", add_special_tokens=False)
     for prompt, wanted in {"text": "Hi all", "texts": ["Hi all", "Bye"], "ids": ids, "lists": [ids, ids]}.items():
         answer = client.completions.create(model="sql", prompt=wanted, max_tokens=50)
@@ -289,9 +289,8 @@ def test_echo_n_and_logprobs(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("words", ["Hi", "Good morning to you"])
-def test_echo_with_logprobs_are_the_prompts_too(client: openai.OpenAI, words: str) -> None:
-    """In the format that evaluation harnesses read: all tokens of the prompt, then the completion's
-    tokens."""
+def test_echo_includes_the_prompts_logprobs(client: openai.OpenAI, words: str) -> None:
+    """The lists have the format that evaluation harnesses read: the prompt's tokens, then the completion's."""
     one = client.completions.create(model="toy", prompt=words, logprobs=2, echo=True, max_tokens=1)
     choice, usage = one.choices[0], one.usage
     found = choice.logprobs
@@ -311,7 +310,7 @@ def test_echo_with_logprobs_are_the_prompts_too(client: openai.OpenAI, words: st
     assert (text, chosen) == (choice.text, found.tokens)
 
 
-def test_prompt_logprobs_have_vllms_form(client: openai.OpenAI) -> None:
+def test_prompt_logprobs_have_vllms_format(client: openai.OpenAI) -> None:
     wanted: dict[str, Any] = {"model": "toy", "prompt": [5, 6, 7], "max_tokens": 1}
     made = client.completions.create(**wanted, extra_body={"prompt_logprobs": 2}).choices[0]
     places = made.model_dump()["prompt_logprobs"]
@@ -321,7 +320,7 @@ def test_prompt_logprobs_have_vllms_form(client: openai.OpenAI) -> None:
     assert [told["logprob"] for told in places[1].values()] == [-0.5, -1.5]
     assert [told["rank"] for told in places[1].values()] == [1, 2]
     assert all(isinstance(told["decoded_token"], str) for told in places[1].values())
-    # completion logprobs are included once, with the requested count
+    # completion logprobs appear only under `logprobs`, with the requested count
     both = client.completions.create(**wanted, logprobs=3, extra_body={"prompt_logprobs": 0}).choices[0]
     assert [list(place) for place in both.model_dump()["prompt_logprobs"][1:]] == [["6"], ["7"]]
     assert len(both.logprobs.tokens or []) == 1
@@ -370,11 +369,11 @@ UNSUPPORTED = {"use_beam_search": True, "reasoning_effort": "high", "functions":
         ({"stop_token_ids": [99999]}, "vocabulary"),
         *(({key: value}, f"{key} is not supported") for key, value in UNSUPPORTED.items()),
         ({"chat_template_kwargs": {"tokenize": True}}, "not a variable"),
-        ({"structured_outputs": {"regex": "a", "json": {}}}, "several keys"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "several fields"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "no json_schema"),
-        ({"top_logprobs": 2}, "goes with logprobs"),
-        ({"stream_options": {"include_usage": True}}, "goes with stream"),
+        ({"top_logprobs": 2}, "requires logprobs"),
+        ({"stream_options": {"include_usage": True}}, "requires stream"),
         ({"messages": []}, "messages"),
         ({"mix": [{"adapter": "sql", "strength": 1e9}]}, "the strength of 'sql' is 1e+09"),
         ({"mix": ["sql:-10001"]}, "the strength of 'sql' is -10001"),
@@ -501,7 +500,7 @@ def test_a_tool_may_be_required_or_named(client: openai.OpenAI, server: Live) ->
     assert [p.name for p in parts if p.name] == ["weather"]
     assert json.loads("".join(p.arguments for p in parts)) == {"city": "text"}
     assert ask(client, "TOOL", tools=[WEATHER], tool_choice="none").choices[0].message.tool_calls is None
-    with pytest.raises(openai.BadRequestError, match="not one of the tools"):
+    with pytest.raises(openai.BadRequestError, match="does not name one of the tools"):
         ask(client, "x", tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "other"}})
 
 

@@ -1,4 +1,4 @@
-"""TGI's routes, and LoRAX's keys on them."""
+"""TGI's routes, including the keys that LoRAX adds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_generate(server: Live) -> None:
     assert server.engine.seen[0].sampling.temperature == 0
 
 
-def test_golden_texts_with_one_adapter_another_and_none(server: Live) -> None:
+def test_golden_texts_of_two_adapters_and_the_base(server: Live) -> None:
     assert generate(server, adapter_id="sql").json()["generated_text"] == "[d-sql*1] Hi"
     assert generate(server, adapter_id="polite").json()["generated_text"] == "[d-polite*1] Hi"
     assert generate(server).json()["generated_text"] == "[base] Hi"
@@ -42,7 +42,7 @@ def test_an_unknown_adapter_is_404_not_the_base(server: Live) -> None:
 
 def test_a_mix_is_a_list(server: Live) -> None:
     answer = generate(server, mix=[{"adapter": "sql", "strength": 0.7}, "polite:0.6"], adapter_source="local").json()
-    assert answer["generated_text"] == "[d-polite*0.6+d-sql*0.7] Hi"  # strengths are not normalized: the sum of w·T
+    assert answer["generated_text"] == "[d-polite*0.6+d-sql*0.7] Hi"  # strengths are not normalized: Σ strength · ΔW
     assert generate(server, mix=["sql"], adapter_id="sql").status_code == 422
     assert generate(server, mix=["nobody"]).status_code == 404
     refused = generate(server, merged_adapters={"ids": ["sql"], "weights": [1]})
@@ -69,7 +69,7 @@ def test_the_stream_has_vllms_events(server: Live) -> None:
     assert raw.startswith('data:{"index":1,')
 
 
-def test_stream_that_ends_by_length_or_stop(server: Live) -> None:
+def test_streams_end_with_length_or_stop_sequence(server: Live) -> None:
     events = server.events("/generate_stream", {"inputs": "abc def", "parameters": {"max_new_tokens": 3}})
     assert len(events) == 3
     assert events[-1]["details"]["finish_reason"] == "length"

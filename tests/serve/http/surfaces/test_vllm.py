@@ -1,4 +1,4 @@
-"""vLLM's and SGLang's own tests of loading and unloading adapters; tokenization; version."""
+"""vLLM's and SGLang's own tests of loading and unloading adapters; tokenization; the version."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_lineage(server: Live) -> None:
     assert say(server, "cat").json()["choices"][0]["text"] == "[c4*1] Hi"
 
 
-def test_a_loaded_name_changes_only_in_place(server: Live) -> None:
+def test_a_loaded_name_changes_only_with_load_inplace(server: Live) -> None:
     load(server, "pet", "lib/cat")
     answer = load(server, "pet", "lib/dog")
     assert answer.status_code == 400
@@ -40,14 +40,14 @@ def test_a_loaded_name_changes_only_in_place(server: Live) -> None:
     assert say(server, "pet").json()["choices"][0]["text"] == "[d0*1] Hi"
 
 
-def test_a_path_that_is_no_adapter_is_not_found(server: Live) -> None:
+def test_a_path_without_an_adapter_is_not_found(server: Live) -> None:
     answer = load(server, "x", "/etc/passwd")
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (404, "NotFoundError", 404)
 
 
 def test_an_adapter_that_cannot_be_served(server: Live) -> None:
-    """vLLM answers 500 here; this is an error of the client."""
+    """vLLM returns 500 here, but the client's request is at fault, so veneer returns 400."""
     answer = load(server, "x", "corrupt")
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError")
     assert "not JSON" in answer.json()["error"]["message"]
@@ -88,7 +88,7 @@ def test_many_adapters_at_once(server: Live) -> None:
 
 
 def test_sglang_update_script(server: Live) -> None:
-    """Load twice, generate, unload, generate, unload again: SGLang's statuses and bodies."""
+    """Load twice, generate, unload, generate, unload again; statuses and bodies are SGLang's."""
 
     def step(route: str, body: Any, status: int) -> Any:
         answer = server.post(route, body)

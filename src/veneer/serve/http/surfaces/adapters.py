@@ -2,18 +2,18 @@
 
 Subresources have separate paths, because names contain slashes.
 
-    GET, POST /v1/adapters               browse; add a posted file
+    GET, POST /v1/adapters               search; add an uploaded file
     GET, PATCH, DELETE /v1/adapters/acme/support@2
     GET /v1/adapter_previews/…, /v1/adapter_files/…?to=kohya
-    POST /v1/adapter_inspections         report on a file, which is kept for an hour
+    POST /v1/adapter_inspections         report on an uploaded file, which is kept for an hour
     GET /v1/adapter_inspections/{id}/file?to=comfyui
 
-A tenant finds adapters visible to it (`Principal.can_see`), and can add, change, remove and download adapters
-in its own namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files,
-recipes and sources are shown only to principals that can change the adapter.
+A tenant can find the adapters that are visible to it (`Principal.can_see`), and can add, change, remove and
+download adapters in its own namespace; an operator can do so in every namespace. An adapter that is not
+visible is a 404. Files, recipes and sources are shown only to principals that can change the adapter.
 
-`add_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the
-Studio: they check the principal and write the audit entry.
+All changes to the library, from here and from the Studio, go through `add_staged`, `change_adapter` and
+`remove_adapter`, which check the principal and write the audit entry.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm"]
 _Names = Annotated[list[Annotated[str, Field(max_length=100)]], at_most(64)]
 _Text = Annotated[str, Field(max_length=512)]
 _Word = Annotated[str, Query(max_length=512)]
-_Base = Annotated[str, Query(max_length=512, description="for gguf: the base that the adapter is of")]
+_Base = Annotated[str, Query(max_length=512, description="for gguf: the adapter's base")]
 
 _AT_ONCE = 16
 _THREADS = 2
-"""Threads that read, convert and hash adapters."""
+"""Number of threads that read, convert and hash adapters."""
 _LINES, _ITEMS = 40, 500
-"""Maximum lines of a file's error, and maximum items of any list in a report."""
+"""Maximum lines in the error of a file, and maximum items in each list of a report."""
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _BINARY}}},
@@ -90,33 +90,33 @@ class AdapterQuery(BaseModel):
 
 
 class AdapterChange(Body):
-    """Aliases and tags to add to a version and to remove from it."""
+    """Aliases and tags to add to and remove from a version."""
 
-    add_aliases: _Names = Field(default_factory=list, description="name@alias means this version from now on")
+    add_aliases: _Names = Field(default_factory=list, description="aliases that will point to this version")
     remove_aliases: _Names = Field(default_factory=list)
     add_tags: _Names = Field(default_factory=list)
     remove_tags: _Names = Field(default_factory=list)
 
 
 def adapter_bodies(stage: UploadStage) -> dict[str, int]:
-    """Return the routes that spool bodies to disk -> their size limits, for `create_app`."""
+    """Return the paths that spool bodies to disk -> size limit, for `create_app`."""
     return dict.fromkeys(("/v1/adapters", "/v1/adapter_inspections"), stage.most)
 
 
 def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> APIRouter:
-    """Return the routes over a library."""
+    """Return the routes for a library."""
     router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
     uploads, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
 
     async def run_work(principal: Principal, size: int, do: Callable[[], T]) -> T:
-        """Run work on `size` bytes in the adapters' thread pool."""
+        """Run `do`, which processes `size` bytes, in the thread pool for adapters."""
         return await in_thread(
             "the library", do, lambda work: working.run(principal.tenant, principal.weight, size, work), _KNOWN
         )
 
     @asynccontextmanager
     async def posted(request: HttpRequest, filename: str) -> AsyncIterator[StagedAdapter]:
-        """Spool the request's body to disk and yield it."""
+        """Spool the request's body to disk and yield the staged file."""
         principal = caller_of(request)
         uploads.take(principal.tenant, principal.weight, 1)
         try:
@@ -144,7 +144,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     @router.post(
         "/v1/adapters",
         dependencies=[needs("write")],
-        summary="Add the posted file to the library under a name.",
+        summary="Add an uploaded file to the library under a name.",
         openapi_extra=_BYTES,
     )
     async def add(
@@ -206,7 +206,10 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         }
         return Response(picture[1], media_type=picture[0], headers=head)
 
-    @router.get("/v1/adapter_files/{reference:path}", summary="Download an adapter's file, also in another layout.")
+    @router.get(
+        "/v1/adapter_files/{reference:path}",
+        summary="Download an adapter's file, optionally converted to another layout.",
+    )
     async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
         principal = caller_of(request)
         version = await _read(lambda: _changeable_version(library, principal, reference))
@@ -216,14 +219,17 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         base = catalog.base if version.fingerprint == catalog.fingerprint else base
         return await file_of(request, path, version.size, stem, to, base)
 
-    @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
+    @router.post("/v1/adapter_inspections", summary="Inspect an uploaded file.", openapi_extra=_BYTES)
     async def inspect(request: HttpRequest, filename: _Word = "adapter.safetensors") -> Response:
         async with posted(request, filename) as staged:
             report = await run_work(caller_of(request), staged.size, lambda: staged_report(staged))
         fields = {"id": staged.id, "object": "adapter.inspection", "filename": staged.name, "bytes": staged.size}
         return Json({**fields, "expires_at": int(staged.until), "report": report})
 
-    @router.get("/v1/adapter_inspections/{id}/file", summary="Download an inspected file, also in another layout.")
+    @router.get(
+        "/v1/adapter_inspections/{id}/file",
+        summary="Download an inspected file, optionally converted to another layout.",
+    )
     async def inspected_file(request: HttpRequest, id: str, to: Layout | None = None, base: _Base = "") -> Response:
         if (staged := stage.get(caller_of(request).tenant, id)) is None:
             fix = "upload it again; uploads expire after an hour"
@@ -233,9 +239,9 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     async def file_of(
         request: HttpRequest, source: Path, size: int, stem: str, to: Layout | None, base: str
     ) -> Response:
-        """Return a file as a download, and delete temporary files afterwards.
+        """Return a download of a file, which deletes temporary files at the end.
 
-        `base`: the adapter's base, as stated by the client or the library.
+        `base`: the adapter's base, from the client or the library.
         """
         principal, catalog = caller_of(request), service_of(request).catalog
         if to == "gguf":
@@ -243,7 +249,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
             if base != catalog.base:
                 fix = f"base={catalog.base}, if it fits; otherwise veneer adapter convert --to {to} --base BASE"
                 raise invalid(f"{to} depends on the base, and this server has {catalog.base}", "base", fix)
-            base = catalog.sources.base.name  # the base's location, because the name can be just the last part of it
+            base = catalog.sources.base.name  # the base's location, because the name can be only a part of it
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
             path = await run_work(principal, 2 * size, lambda: _one_file(source, folder, stem, to, base))
@@ -271,7 +277,7 @@ def add_staged(
     tags: Sequence[str] = (),
     alias: str = "",
 ) -> Added:
-    """Add an uploaded file to the library under one of the principal's names. Blocking.
+    """Add an uploaded file to the library under a name in the principal's namespace. Blocking.
 
     Raises Refused (403; 400 if a quota is exceeded) and the errors of `Library.add`.
     """
@@ -296,9 +302,10 @@ def audit_added(tenancy: Tenancy, principal: Principal, version: Version) -> Non
 def change_adapter(
     library: Library, tenancy: Tenancy, principal: Principal, reference: str, change: AdapterChange
 ) -> Version:
-    """Change a version's aliases and tags. Blocking.
+    """Change the aliases and tags of a version. Blocking.
 
-    Raises Refused (404, 403; 400 if an alias to remove points to another version) and the library's errors.
+    Raises Refused (404, 403; 400 if an alias to remove does not point to this version) and the library's
+    errors.
     """
     current = _changeable_version(library, principal, reference)
     if missing := sorted(set(change.remove_aliases) - set(current.aliases)):
@@ -320,9 +327,9 @@ def change_adapter(
 def remove_adapter(
     library: Library, tenancy: Tenancy, principal: Principal, reference: str, *, with_aliases: bool = False
 ) -> list[str]:
-    """Remove a name with its versions, one version, or an alias; return the removed references. Blocking.
+    """Remove a name with all its versions, one version, or an alias. Blocking.
 
-    Raises Refused (404, 403; 400 if an alias still points to a removed version).
+    Returns the removed references. Raises Refused (404, 403; 400 if an alias points to a version to remove).
     """
     _changeable_version(library, principal, reference)
     try:
@@ -330,13 +337,13 @@ def remove_adapter(
     except NotInLibrary:
         raise
     except AdapterError as error:
-        raise invalid(error.what, "with_aliases", "move them first, or set with_aliases=true") from None
+        raise invalid(error.what, "with_aliases", "move the aliases first, or set with_aliases=true") from None
     tenancy.log_change(principal.actor, "adapter.remove", reference, removed, None)
     return removed
 
 
 def staged_report(staged: StagedAdapter) -> dict[str, Any]:
-    """The report of `adapters.inspect.inspect` on an upload, shortened. Blocks.
+    """Return a shortened report of `adapters.inspect.inspect` on an uploaded file. Blocking.
 
     Raises AdapterError for a file that is not an adapter.
     """
@@ -360,7 +367,7 @@ def _need_namespace(principal: Principal, name: str) -> None:
 def _visible_version(library: Library, principal: Principal, reference: str) -> Version:
     """Return the version if the principal can see it.
 
-    Raises Refused (404), for an operator with the nearest name."""
+    Raises Refused (404). For an operator, the error suggests the nearest name."""
     try:
         version = library.find(reference)
     except AdapterError as error:
@@ -384,7 +391,7 @@ def _changeable_version(library: Library, principal: Principal, reference: str) 
 
 def _unusable(error: AdapterError) -> Refused:
     """Return the error of an unusable adapter file, without its path on the server."""
-    unsafe = isinstance(error, UnsafeFileError)  # the error's advice is for users on their own machine
+    unsafe = isinstance(error, UnsafeFileError)  # the advice of this error is meant for users on their own machine
     lines = (error.what if unsafe else message_of(error)).splitlines()
     text = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
     return Refused(text, status=422, code="adapter_unusable")
@@ -400,7 +407,7 @@ _NAME: KnownErrors = {ConfigError: lambda error: invalid(error.what, "filename",
 
 
 async def _read(do: Callable[[], T]) -> T:
-    """Run `do`, which uses the library, in a thread."""
+    """Run `do`, which reads the library, in a thread."""
     return await in_thread("the library", do, known_errors=_KNOWN)
 
 
@@ -408,14 +415,14 @@ async def _read(do: Callable[[], T]) -> T:
 
 
 def base_for(base: str, principal: Principal) -> str:
-    """Return an adapter's base as displayed to a principal.
+    """Return an adapter's base as a principal can see it.
 
-    Only operators see the base's folder on this server."""
+    Only operators see the folder of a base on this server."""
     return base if principal.can("operate") or not os.path.isabs(base) else os.path.basename(base.rstrip("/"))
 
 
 def facet_of_bases(counts: Mapping[str, int], principal: Principal) -> dict[str, int]:
-    """Return the library's counts by base, under the names of `base_for`."""
+    """Return the library's number of adapters per base, with bases named as in `base_for`."""
     merged: Counter[str] = Counter()
     for base, count in counts.items():
         merged[base_for(base, principal)] += count
@@ -452,7 +459,7 @@ def _adapter_json(v: Version, principal: Principal) -> dict[str, Any]:
 
 
 def _bounded(value: Any) -> Any:
-    """Return a report for JSON, without NaN and infinity, and with shortened lists."""
+    """Return a report for JSON: NaN and infinity become null, and lists are shortened."""
     if isinstance(value, dict):
         return {key: _bounded(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -462,7 +469,7 @@ def _bounded(value: Any) -> Any:
 
 
 def _one_file(source: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
-    """Return the file to download: `source` itself, a conversion in `folder`, or a zip of either."""
+    """Return the file to download, converted to `to` if given. A folder becomes a zip file."""
     if to is not None:
         from veneer.adapters.convert import convert_adapter
 

@@ -1,4 +1,4 @@
-"""/v1/feedback: users' feedback on stored completions, training rows from the feedback, and deletion."""
+"""/v1/feedback: users' feedback on stored completions, training rows made from it, and deletion."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ from veneer.serve.tenancy.store import ALL, Store
 
 _DATABASE = "the tenants' database"
 _LARGEST = 1 << 18
-"""Maximum characters of a correction, with its tool calls as JSON."""
+"""Maximum characters of a correction as JSON, including tool calls."""
 
 
 class ChosenOver(Strict):
-    id: str | None = Field(default=None, max_length=100, description="the answer; by default the same")
+    id: str | None = Field(
+        default=None, max_length=100, description="id of the other answer's completion; by default the same completion"
+    )
     choice: int = Field(default=0, ge=0, lt=1 << 31)
 
 
 class FeedbackBody(Body):
-    """Feedback: at least one of thumb, corrected and rejected; null clears a value."""
+    """Feedback on an answer: thumb, corrected, rejected, or several. null clears a value."""
 
-    id: str = Field(max_length=100, description="of a chat completion")
-    choice: int = Field(default=0, ge=0, lt=1 << 31, description="the index of its choice")
+    id: str = Field(max_length=100, description="id of a chat completion")
+    choice: int = Field(default=0, ge=0, lt=1 << 31, description="index of the choice in the completion")
     thumb: Literal["up", "down"] | None = None
     corrected: str | dict[str, Any] | None = Field(default=None, description="the correct answer")
     rejected: Annotated[list[ChosenOver], FAIL_FAST, at_most(64)] | None = Field(
-        default=None, description="answers to the same messages that this one was chosen over"
+        default=None, description="other answers to the same messages, to which this answer was preferred"
     )
 
     def feedback(self) -> AnswerFeedback:
@@ -67,13 +69,11 @@ class FeedbackBody(Body):
 
 
 def feedback_routes(answers: StoredAnswers) -> APIRouter:
-    """Return the routes over one server's stored completions."""
+    """Return the routes for a server's stored completions."""
     router = APIRouter(tags=["feedback"], route_class=BodyRoute, dependencies=[needs("feedback")])
     store = answers.store
 
-    @router.post(
-        "/v1/feedback", summary="Rate an answer: a thumb, a correction, or the answers that it is better than."
-    )
+    @router.post("/v1/feedback", summary="Rate an answer: a thumb, a correction, or other answers that are worse.")
     async def give(request: HttpRequest, body: FeedbackBody) -> Response:
         tenant, feedback = _tenant(request, store), body.feedback()
         return Json(await in_thread(_DATABASE, lambda: answers.give(tenant, feedback)), headers=body.headers)
@@ -97,11 +97,11 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
         adapter: Annotated[str | None, Query(max_length=512)] = None,
     ) -> Response:
         tenant = _tenant(request, store)
-        admission_of(request).reserve("answers", 1)  # reserved until all rows are sent; each tenant has a share
+        admission_of(request).reserve("answers", 1)  # held until all rows are sent; counts against the tenant's share
         found_rows = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
         first = await in_thread(
             _DATABASE, lambda: next(found_rows, None)
-        )  # read the first row now, so that an outage can set the status
+        )  # read the first row now, so that a database outage can still set the status
 
         def lines() -> Iterator[str]:
             for row in chain([] if first is None else [first], found_rows):
@@ -126,7 +126,10 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
 
 
 def _tenant(request: HttpRequest, store: Store) -> str:
-    """Return the tenant of the feedback; ALL on an open server for requests without a tenant."""
+    """Return the tenant that the feedback belongs to.
+
+    A request without a tenant belongs to ALL. Raises Refused (400) if ALL does not store feedback.
+    """
     tenant = caller_of(request).tenant
     if not tenant and ALL not in store.settings.feedback:
         fix = "a tenant's key; on an open server: veneer tenant set all feedback_days=30"

@@ -7,9 +7,9 @@
     a body's fields -> ImageBody, EditBody -> ask_pictures -> the engine's events -> response
 
 No field is silently ignored: unknown or unsupported values are rejected with the reason. An image's size is
-read from its header before the image is decoded, and no URL is ever fetched. With `stream`, the events are
-`image_generation.progress` at each step and `.completed` for each image (`image_edit.…` for edits). A client
-that disconnects cancels its request. See docs/reference/serving-images.md.
+read from its header before the image is decoded, and URLs are never fetched. With `stream`, the events are
+`image_generation.progress` at each step and `.completed` for each image (`image_edit.…` for edits). If the
+client disconnects, its request is cancelled. See docs/reference/serving-images.md.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def generations(request: HttpRequest) -> Response:
 
 @images_routes.post(
     "/v1/images/edits",
-    summary="Edit images by a prompt, or generate from an image, in its mask or everywhere.",
+    summary="Edit images as a prompt describes, or regenerate an image or its masked area.",
     openapi_extra=described_body(EditBody),
 )
 async def edits(request: HttpRequest) -> Response:
@@ -147,7 +147,7 @@ async def _lines(
 ) -> AsyncGenerator[bytes, None]:
     """Yield server-sent events.
 
-    An error after the first event is sent as an event (`_error_event`), because the status is already sent.
+    After the first event, an error is sent as an event (`_error_event`), because the status has been sent.
     """
     created = int(time.time())
     async for i, item in events:

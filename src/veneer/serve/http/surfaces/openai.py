@@ -1,4 +1,7 @@
-"""OpenAI's text routes: chat completions, completions, models. `model` can name an adapter, `mix` several."""
+"""OpenAI's text routes: chat completions, completions, models.
+
+`model` can name one adapter, and `mix` several.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute, dependencies=[
 async def models(request: HttpRequest) -> Response:
     service, principal = service_of(request), caller_of(request)
     cards = service.catalog.models(principal)
-    cards = [*cards, *_tuned(service.catalog.base, cards, principal)]
+    cards = [*cards, *_tuned_cards(service.catalog.base, cards, principal)]
     return Json({"object": "list", "data": [_card(service, card) for card in cards]})
 
 
@@ -56,17 +59,18 @@ async def model(request: HttpRequest, model: str) -> Response:
     return Json(_card(service, service.catalog.card(model, caller_of(request))))
 
 
-def _tuned(base: str, cards: Sequence[ModelCard], principal: Principal) -> list[ModelCard]:
-    """Return the caller's fine-tuned models a second time, under OpenAI's names."""
+def _tuned_cards(base: str, cards: Sequence[ModelCard], principal: Principal) -> list[ModelCard]:
+    """Return the caller's fine-tuned models again, under their OpenAI names (`ft:…`)."""
     names = {card.id: tuned_of(base, card.id) for card in cards if card.parent is not None}
     tuned = {id: str(name) for id, name in names.items() if name is not None and name.organisation == principal.tenant}
     return [replace(card, id=tuned[card.id]) for card in cards if card.id in tuned]
 
 
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
-    """Return a model in vLLM's format, with the adapter's digest.
+    """Return a model as JSON in vLLM's format, with the adapter's digest.
 
-    A fine-tuned model belongs to its organization."""
+    `owned_by` is the organization of a fine-tuned model, or "veneer".
+    """
     tuned = parse_tuned(card.id)
     return {
         "id": card.id,
@@ -110,7 +114,7 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
     )
     if body.store and job.keep is None:
         body.ignore("store")
-    return await _answered(request, service, job, body, _ChatFormat(service.prompts, job, use))
+    return await _respond(request, service, job, body, _ChatFormat(service.prompts, job, use))
 
 
 @openai_routes.post("/v1/completions", summary="Complete one or several texts.")
@@ -118,7 +122,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     service, principal = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
     texts = body.texts(service)
-    if body.store:  # only conversations are stored
+    if body.store:  # only chat completions can be stored
         body.ignore("store")
     model = service.choose(principal, **body.adapters())
     admitted = admission_of(request)
@@ -130,7 +134,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         prompts = [service.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]
         echoes = [await service.prompts.decode(ids, admitted) for ids in prompts] if body.echo else []
     if body.prompt_logprobs is not None and body.stream:
-        raise invalid("prompt_logprobs requires a response without stream", "prompt_logprobs", "leave stream out")
+        raise invalid("prompt_logprobs cannot be used with stream", "prompt_logprobs", "leave stream out")
     counts = [each for each in (body.logprobs, body.prompt_logprobs) if each is not None]
     settings = body.sampling(
         service,
@@ -142,10 +146,10 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     job = TextJob(
         principal, model, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
     )
-    return await _answered(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
+    return await _respond(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
 
 
-async def _answered(
+async def _respond(
     request: HttpRequest, service: Service, job: TextJob, body: TextBody, form: _ChatFormat | _TextFormat
 ) -> Response:
     if not body.stream:
@@ -189,7 +193,10 @@ def _usage(usage: Usage) -> dict[str, Any]:
 async def _chunks(
     job: TextJob, form: _ChatFormat | _TextFormat, events: OpenStream[IndexedEvent], wants_usage: bool
 ) -> AsyncIterator[bytes]:
-    """Yield the events of a stream. `wants_usage`: end with a separate chunk that has the usage."""
+    """Yield the chunks of a streamed response.
+
+    `wants_usage`: end with a separate chunk that contains the usage.
+    """
     head = _head(job, form.kind) | ({"usage": None} if wants_usage else {})
     usages: dict[int, Usage] = {}
     for i in range(len(job.prompts) * job.choices):
@@ -207,14 +214,17 @@ async def _chunks(
 
 
 def _best(token: Token, count: int) -> list[tuple[int, float]]:
-    """Return the `count` most likely tokens, best first, including the sampled token."""
+    """Return up to `count` (id, logprob) pairs, best first.
+
+    The candidates are the top tokens and the sampled token.
+    """
     logprobs = {id: logprob for id, _, logprob in token.top}
     logprobs.setdefault(token.id, token.logprob if token.logprob is not None else -9999.0)
     return sorted(logprobs.items(), key=lambda pair: -pair[1])[:count]
 
 
 def _is_visible(token: Token) -> bool:
-    """Return whether a token is part of the completion; the special token at its end is not."""
+    """Return whether clients see a token; the special token that ends a text is hidden."""
     return not (token.special and not token.text)
 
 
@@ -226,7 +236,7 @@ class _ChatFormat:
         self.readers = [ToolReader(use) for _ in range(len(job.prompts) * job.choices)]
 
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
-        """Return the i-th complete choice."""
+        """Return choice `i` of a response that is not streamed."""
         message = message_of_answer(self.readers[i], answer.text) | {"refusal": None}
         if "tool_calls" in message and not message["content"].strip():
             message["content"] = None
@@ -277,7 +287,7 @@ class _TextFormat:
         self.prompts, self.choices = prompts, job.choices
         self.echoes = echoes if body.echo else []
         self.count, self.prompt_count = body.logprobs, body.prompt_logprobs
-        # the first token then carries the prompt with its log-probabilities
+        # if true, the first token event also carries the prompt's tokens with log-probabilities
         self.scored = bool(body.echo) and body.logprobs is not None
         self.offsets = [0 if self.scored else len(self.echo(i)) for i in range(len(job.prompts) * job.choices)]
 
@@ -285,7 +295,7 @@ class _TextFormat:
         return self.echoes[i // self.choices] if self.echoes else ""
 
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
-        """Return the i-th complete choice."""
+        """Return choice `i` of a response that is not streamed."""
         logprobs = self.logprobs(i, [each for token in answer.tokens for each in self.reported(token)])
         text, end = self.echo(i) + answer.text, answer.finished
         choice = self.piece(i, text, logprobs) | {"finish_reason": end.reason, "stop_reason": end.stop}
@@ -295,10 +305,10 @@ class _TextFormat:
         return choice
 
     def prompt_logprob(self, token: Token, most: int) -> dict[str, Any] | None:
-        """Return an entry of vLLM's prompt_logprobs: the most likely tokens by id, and the prompt's own
-        token.
+        """Return the entry of one prompt token in vLLM's prompt_logprobs.
 
-        Other ranks are unknown.
+        The entry has the `most` most likely tokens, by id, and the prompt token itself. A token that is not
+        in `token.top` has no rank.
         """
         if token.logprob is None:
             return None
@@ -333,16 +343,18 @@ class _TextFormat:
     def reported(self, token: Token) -> list[Token]:
         """Return the tokens whose log-probabilities are sent with this token.
 
-        The first token also carries the prompt's tokens. If a client requests the prompt's log-probabilities,
-        the end token is included, because such clients count tokens.
+        If the client also requests the prompt's log-probabilities, the first token is sent with the prompt's
+        tokens, and the end token is included, because such clients count tokens.
         """
         if self.scored:
             return [*token.prompt, token]
         return [token] if _is_visible(token) else []
 
     def logprobs(self, i: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        """Return OpenAI's older logprobs format: parallel lists, alternatives by text, always with the
-        sampled token."""
+        """Return log-probabilities in OpenAI's older format.
+
+        The format has parallel lists. Alternatives are keyed by text and always include the sampled token.
+        """
         if self.count is None:
             return None
         lists: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}

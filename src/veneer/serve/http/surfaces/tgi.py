@@ -1,7 +1,7 @@
 """TGI's and LoRAX's routes: /generate, /generate_stream, /info.
 
-`adapter_id` names one adapter, `mix` several. TGI serves the base for an unknown adapter_id; veneer returns
-404.
+`adapter_id` names one adapter, and `mix` several. For an unknown adapter_id, TGI serves the base, but veneer
+returns 404.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Generate(Body):
 
 @tgi_routes.post("/generate", summary="Complete a text.")
 async def generate(request: HttpRequest, body: Generate) -> Response:
-    return Json(await _whole(request, body), headers=body.parameters.headers)
+    return Json(await _complete_generation(request, body), headers=body.parameters.headers)
 
 
 @tgi_routes.post("/generate_stream", summary="Stream the completion of a text.")
@@ -94,9 +94,9 @@ async def generate_stream(request: HttpRequest, body: Generate) -> Response:
     return await stream(request, service, job, lines, error_event, body.parameters.headers)
 
 
-@tgi_routes.post("/", summary="Complete a text, streamed if `stream` is true.")
+@tgi_routes.post("/", summary="Complete a text, and stream the completion if `stream` is true.")
 async def compatible(request: HttpRequest, body: Generate) -> Response:
-    return await generate_stream(request, body) if body.stream else Json([await _whole(request, body)])
+    return await generate_stream(request, body) if body.stream else Json([await _complete_generation(request, body)])
 
 
 @tgi_routes.get("/info", summary="Get the server's model and limits.")
@@ -125,7 +125,7 @@ async def info(request: HttpRequest) -> Response:
 async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJob:
     parameters, principal = body.parameters, caller_of(request)
     model = service.choose(principal, model=parameters.adapter_id, mix=mix_of(parameters.mix))
-    # As in TGI, any setting that only affects sampling enables sampling.
+    # As in TGI, temperature, top_k or top_p turns sampling on.
     sampled = (
         parameters.do_sample
         or parameters.temperature not in (None, 1.0)
@@ -162,7 +162,7 @@ def _reason(end: Finished) -> str:
 
 
 def _text(body: Generate, answer: TextAnswer) -> str:
-    """Return the completion's text with its stop text, as in TGI."""
+    """Return the completion, including the stop text that ended it, as in TGI."""
     stop = answer.finished.stop
     text = answer.text + (stop if isinstance(stop, str) else "")
     return body.inputs + text if body.parameters.return_full_text else text
@@ -173,7 +173,7 @@ def _token(service: Service, token: Token, text: str | None = None) -> dict[str,
     return {"id": token.id, "text": text, "logprob": finite_logprob(token.logprob), "special": token.special}
 
 
-def _tops(service: Service, token: Token, count: int | None) -> list[dict[str, Any]]:
+def _top_tokens(service: Service, token: Token, count: int | None) -> list[dict[str, Any]]:
     best = sorted(token.top, key=lambda t: -t[2])[: count or 0]
     return [
         {
@@ -186,7 +186,7 @@ def _tops(service: Service, token: Token, count: int | None) -> list[dict[str, A
     ]
 
 
-async def _whole(request: HttpRequest, body: Generate) -> dict[str, Any]:
+async def _complete_generation(request: HttpRequest, body: Generate) -> dict[str, Any]:
     service = service_of(request)
     job = await _job(request, service, body)
     parameters = body.parameters
@@ -203,7 +203,7 @@ async def _whole(request: HttpRequest, body: Generate) -> dict[str, Any]:
         }
         if parameters.top_n_tokens:
             body_json["details"]["top_tokens"] = [
-                _tops(service, token, parameters.top_n_tokens) for token in answer.tokens
+                _top_tokens(service, token, parameters.top_n_tokens) for token in answer.tokens
             ]
     return body_json
 
@@ -213,8 +213,8 @@ async def _lines(
 ) -> AsyncIterator[bytes]:
     """Yield one event per token; the last event has the full text and the details.
 
-    The last token is known only once the completion ends. So a token that can be the last one (without text,
-    or at max_tokens) waits for its successor; all other tokens are sent at once.
+    Which token is the last is known only when the completion ends. So a token that could be the last (one
+    without text, or at max_tokens) is held back until the next event. All other tokens are sent at once.
     """
     answer, last_token = TextAnswer(), None
     async for _, event in events:
@@ -244,5 +244,5 @@ async def _lines(
 def _line(service: Service, body: Generate, index: int, token: Token, more: str = "") -> dict[str, Any]:
     line: dict[str, Any] = {"index": index, "token": _token(service, token, token.text + more)}
     if body.parameters.top_n_tokens:
-        line["top_tokens"] = _tops(service, token, body.parameters.top_n_tokens)
+        line["top_tokens"] = _top_tokens(service, token, body.parameters.top_n_tokens)
     return line | {"generated_text": None, "details": None}

@@ -1,6 +1,6 @@
-"""vLLM's and SGLang's additional routes: loading and unloading adapters, tokens, version.
+"""Further routes of vLLM and SGLang: load and unload adapters, tokenize, version.
 
-The catalog checks the source that a client names: a library reference, or a path in an allowed folder.
+As the source of an adapter, the catalog accepts a library reference, or a path in an allowed folder.
 """
 
 from __future__ import annotations
@@ -90,10 +90,13 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
 
 
 def _unusable(error: VeneerError) -> Refused | None:
-    """Return the error of an adapter that failed to load, without its path on the server."""
+    """Return the client's error for an adapter that failed to load.
+
+    The error omits the adapter's path on the server. Returns None for a transient error.
+    """
     if is_transient(error):
         return None
-    log.warning("an adapter was not loaded: %s", error)
+    log.warning("an adapter could not be loaded: %s", error)
     return Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path")
 
 

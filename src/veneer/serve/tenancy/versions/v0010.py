@@ -1,6 +1,6 @@
 """First revision of the tenants' database. `library.migrate` creates its tables, so this script never runs.
 
-Later revisions have their own scripts, and every database from this revision on stays readable.
+Each later revision has its own script. Databases created at this revision or later stay readable.
 """
 
 revision = "0010"
