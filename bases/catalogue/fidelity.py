@@ -25,8 +25,8 @@ from PIL import Image
 from scenes import SIDE, Array, Scene, any_scene, caption, picture
 from words import GUIDANCE, LENGTH
 
-from veneer.models.builtin import packaged_folder
 from veneer.imaging.sheet import sheet
+from veneer.models.builtin import packaged_folder
 
 
 def main() -> None:

@@ -479,7 +479,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"partial_images": 1}, 400, "invalid_request", "partial_images"),
     ({"scheduler": "eulr"}, 400, "invalid_request", "eulr"),
     ({"control": {"type": "pose", "image": b64(noise())}}, 400, "invalid_request", "canny, depth, edges"),
-    ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "aspect ratio"),
+    ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "aspect"),
     ({"control": {"type": "edges", "image": "bm90aGluZw=="}}, 400, "invalid_request", "not a picture"),
 ]  # fmt: skip
 
