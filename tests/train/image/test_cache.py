@@ -15,7 +15,7 @@ from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError, ResourceError
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import View, crop_view, prepare
-from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
+from veneer.train.image.cache import LatentCache, TextCache
 from veneer.train.image.pictures import TrainingPicture, read_pictures
 
 
@@ -121,17 +121,16 @@ def test_a_damaged_entry_is_counted_and_recomputed(tmp_path: Path, damage: str) 
 def test_prompt_embeddings_are_cached_by_fingerprint(tmp_path: Path) -> None:
     calls = []
 
-    def encode(prompt: str) -> CacheEntry:
+    def encode(prompt: str) -> dict[str, Tensor]:
         calls.append(prompt)
         value = torch.full((1, 3, 2), float(len(prompt)), dtype=torch.bfloat16)
-        return CacheEntry({"embeds": value, "mask": torch.ones(1, 3, dtype=torch.bool)}, {"cut": "ünd"})
+        return {"embeds": value, "mask": torch.ones(1, 3, dtype=torch.bool)}
 
     for _ in range(2):
         entry = TextCache(tmp_path, fingerprint="b").get("a fox", encode)
-        assert entry.tensors["embeds"].dtype == torch.bfloat16
-        assert entry.tensors["embeds"].tolist() == [[[5.0, 5.0]] * 3]
-        assert entry.tensors["mask"].dtype == torch.bool
-        assert entry.texts == {"cut": "ünd"}
+        assert entry["embeds"].dtype == torch.bfloat16
+        assert entry["embeds"].tolist() == [[[5.0, 5.0]] * 3]
+        assert entry["mask"].dtype == torch.bool
     TextCache(tmp_path, fingerprint="c").get("a fox", encode)
     TextCache(tmp_path, fingerprint="c").get("", encode)
     assert calls == ["a fox", "a fox", ""]

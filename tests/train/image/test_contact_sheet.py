@@ -30,7 +30,7 @@ def test_the_sheet_shows_the_crops(tmp_path: Path) -> None:
     for (y, x), colour in {(20, 20): (255, 0, 0), (20, 180): (0, 255, 0), (180, 20): (0, 0, 255)}.items():
         assert np.abs(sheet[y + 8, x + 8] - colour).max() < 8
     assert (sheet[208:, :208] < 100).any()  # there is text below the first picture
-    assert contact_sheet(rows * 20, settings(), seed=0, path=path, limit=7, columns=3) == 7
+    assert contact_sheet(rows * 20, settings(), seed=0, path=path) == 24
 
 
 def test_masked_areas_are_hatched_red() -> None:

@@ -144,7 +144,8 @@ def test_placeholder_needs_a_trigger(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "photo of [trigger]")
     assert captions(tmp_path, trigger="ohwx man") == {"a.png": "ohwx man", "b.png": "photo of ohwx man"}
     assert read_pictures(settings(tmp_path, trigger="ohwx"))[1].triggers == {"added": 1, "replaced": 1}
-    assert "b.png: contains [trigger], but data.trigger is not set" in read_error(tmp_path, prompt="x")
+    error = read_error(tmp_path, prompt="x")
+    assert "they contain [trigger] and data.trigger is not set:\n  - b.png" in error
 
 
 @pytest.mark.parametrize("place", ["own/in/a.mask.png", "own/masks/in/a.jpg", "shades/in/a.png"])

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,13 +67,11 @@ class ImageBatch:
 
         latents: (latents, mask, time ids) of each row. sources: latents of the source images of each row. A
         row without a mask is trained on entirely."""
-        masks = [mask for _, mask, _ in latents]
-        all_masks = None
-        if any(mask is not None for mask in masks):
-            first = latents[0][0]
-            ones = torch.ones(1, *first.shape[-2:])
-            all_masks = torch.stack([ones if mask is None else mask for mask in masks])
         stacked, sizes = torch.stack([x for x, _, _ in latents]), torch.stack([sizes for _, _, sizes in latents])
+        masks, all_masks = [mask for _, mask, _ in latents], None
+        if any(mask is not None for mask in masks):
+            ones = torch.ones(1, *stacked.shape[-2:])
+            all_masks = torch.stack([ones if mask is None else mask for mask in masks])
         weights = torch.tensor([row.weight for row in rows])
         source_latents = [torch.stack(each) for each in zip(*sources, strict=True)]
         return ImageBatch(stacked, all_masks, sizes, weights, rows, source_latents)
@@ -156,18 +155,26 @@ def _micros(
     """Group rows of one shape into micro-batches, largest shape first.
 
     With this order, a step that does not fit in memory fails at its first micro-batch."""
+    limit = min(config.batching.micro_rows or len(rows), -(-len(rows) // pieces))
+
+    def largest_first(part: Sequence[PlannedRow]) -> tuple[Any, ...]:
+        return -part[0].view.height * part[0].view.width, shapes_of(part[0].picture, part[0].view)
+
+    out = []
+    for part in sorted(rows_by_shape(rows, limit), key=largest_first):
+        names = tuple(row.picture.name for row in part)
+        pixels = len(part) * part[0].view.height * part[0].view.width
+        make = partial(make_batch, part)
+        out.append(Micro(len(part), len(part), names, make, "pictures", pixels, items=tuple(part)))
+    return out
+
+
+def rows_by_shape(rows: Sequence[PlannedRow], most: int) -> list[Sequence[PlannedRow]]:
+    """Return groups of at most `most` rows of one shape, in the order of the shapes' first rows."""
     shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
     for row in rows:
         shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
-    limit = min(config.batching.micro_rows or len(rows), -(-len(rows) // pieces))
-    out = []
-    for ((height, width), *_), group in sorted(shapes.items(), key=lambda s: (-s[0][0][0] * s[0][0][1], s[0])):
-        for i in range(0, len(group), limit):
-            part = tuple(group[i : i + limit])
-            names = tuple(row.picture.name for row in part)
-            pixels = len(part) * height * width
-            out.append(Micro(len(part), len(part), names, partial(make_batch, part), "pictures", pixels, items=part))
-    return out
+    return [group[i : i + most] for group in shapes.values() for i in range(0, len(group), most)]
 
 
 def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, limit: int | None) -> list[PlannedRow]:
@@ -186,8 +193,9 @@ def _shuffled(rows: Sequence[PictureRow], seed: int, epoch: int) -> list[Picture
     """Return the rows ordered by a hash of seed, epoch and row.
 
     The order does not depend on library versions or on the order of the files."""
-    return sorted(rows, key=lambda row: _digest(f"{seed}|{epoch}|{row.picture.key}|{row.bucket}|{row.repeat}".encode()))
 
+    def order(row: PictureRow) -> bytes:
+        text = f"{seed}|{epoch}|{row.picture.key}|{row.bucket}|{row.repeat}"
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
-def _digest(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=8).digest()
+    return sorted(rows, key=order)

@@ -3,7 +3,7 @@
     latents = LatentCache(folder, fingerprint=base.fingerprint)
     entry = latents.get(picture, view, settings, encode)   encode: (1, 3, h, w) pixels -> (1, c, h/f, w/f)
     texts = TextCache(folder, fingerprint=base.fingerprint)
-    entry = texts.get("a red fox", encode)                 encode: prompt -> CacheEntry
+    tensors = texts.get("a red fox", encode)               encode: prompt -> {name: tensor}
 
 The key of a file is the sha256 of the bytes of image and mask, the view, the settings that change pixels, the
 encoder's fingerprint and the version below. A changed image, crop or base has a new key, so entries are never
@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,8 @@ from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import View, latent_mask, prepare
 from veneer.train.image.pictures import TrainingPicture
 
-_VERSION = 1  # version of the file format and of the pixel processing; a new version invalidates all entries
+_VERSION = 2  # version of the file format and of the pixel processing; a new version invalidates all entries
 _CHECKSUM = "veneer.sha256"
-_TEXTS = "veneer.texts"
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """Named tensors and named texts (for example the text that an encoder truncated)."""
-
-    tensors: Mapping[str, Tensor]
-    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,42 +59,40 @@ class _Store:
         self.fingerprint = fingerprint
         self.hits = self.misses = self.damaged = 0
         self._free_bytes = memory
-        self._entries: dict[str, CacheEntry] = {}
+        self._entries: dict[str, dict[str, Tensor]] = {}
 
-    def _key(self, *parts: Any) -> str:
-        return hashlib.sha256(json.dumps([_VERSION, self.fingerprint, *parts]).encode()).hexdigest()
+    def _get(
+        self, inputs: Sequence[Any], label: object, compute: Callable[[], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the entry of these JSON values, computed if there is none.
 
-    def _path(self, key: str) -> Path | None:
-        return None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"
-
-    def _get(self, key: str, label: object, compute: Callable[[], CacheEntry]) -> CacheEntry:
+        label: what is encoded, for error messages."""
+        key = hashlib.sha256(json.dumps([_VERSION, self.fingerprint, *inputs]).encode()).hexdigest()
         if key in self._entries:
             return self._entries[key]
-        path = self._path(key)
+        path = None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"
         entry = self._read(path, key) if path is not None and path.exists() else None
         if entry is None:
-            entry = compute()
-            tensors = {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}
-            entry = CacheEntry(tensors, dict(entry.texts))
+            entry = {n: t.detach().to("cpu").contiguous() for n, t in compute().items()}
             _require_finite(entry, label)
             if path is not None:
                 _write(path, key, entry)
             self.misses += 1
         else:
             self.hits += 1
-        size = sum(t.nbytes for t in entry.tensors.values())
+        size = sum(t.nbytes for t in entry.values())
         if self.folder is None or size <= self._free_bytes:
             self._free_bytes -= size
             self._entries[key] = entry
         return entry
 
-    def _read(self, path: Path, key: str) -> CacheEntry | None:
+    def _read(self, path: Path, key: str) -> dict[str, Tensor] | None:
         """Return the entry, or None if the file is truncated, altered or has another key.
 
         Such files are counted in `damaged`."""
         with contextlib.suppress(AdapterError, ValueError, OSError):
             tensors, metadata = read_tensors(path)
-            entry = CacheEntry({n: t.clone() for n, t in tensors.items()}, json.loads(metadata.get(_TEXTS, "{}")))
+            entry = {n: t.clone() for n, t in tensors.items()}
             if metadata.get(_CHECKSUM) == _checksum(key, entry):
                 return entry
         self.damaged += 1
@@ -127,17 +116,16 @@ class LatentCache(_Store):
         has_mask = picture.alpha or picture.mask is not None
         content: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
         content += [picture.mask_digest, picture.alpha, settings.mask_floor if has_mask else None]
-        key = self._key("latents", content, *_view_key(view))
 
         @torch.no_grad()
-        def compute() -> CacheEntry:
+        def compute() -> dict[str, Tensor]:
             prepared = prepare(picture, view, settings)
             out = {"latents": encode(prepared.pixels[None])[0]}
             if prepared.mask is not None:
                 out["mask"] = latent_mask(prepared.mask, *out["latents"].shape[-2:])
-            return CacheEntry(out)
+            return out
 
-        tensors = self._get(key, picture.path, compute).tensors
+        tensors = self._get(["latents", content, *_view_key(view)], picture.path, compute)
         sizes = torch.tensor(view.time_ids, dtype=torch.float32)
         return LatentRow(tensors["latents"], tensors.get("mask"), sizes)
 
@@ -150,10 +138,10 @@ class TextCache(_Store):
     def get(
         self,
         prompt: str,
-        encode: Callable[[str], CacheEntry],
+        encode: Callable[[str], Mapping[str, Tensor]],
         references: Sequence[tuple[TrainingPicture, View]] = (),
         settings: ImageDataSection | None = None,
-    ) -> CacheEntry:
+    ) -> dict[str, Tensor]:
         """Return the result of `encode` for the prompt, from the cache if possible.
 
         references: images that the encoder reads with the prompt. settings: how to decode these images.
@@ -161,35 +149,33 @@ class TextCache(_Store):
         Raises the same errors as LatentCache.get."""
         colour = settings.colour if settings is not None else None
         pictures = [[p.digest, colour if p.transparent else None, *_view_key(view)] for p, view in references]
-        key = self._key("text", prompt, *([pictures] if pictures else []))
-        return self._get(key, f"the prompt {prompt!r}", lambda: encode(prompt))
+        inputs = ["text", prompt, *([pictures] if pictures else [])]
+        return self._get(inputs, f"the prompt {prompt!r}", lambda: encode(prompt))
 
 
 def _view_key(view: View) -> tuple[Any, ...]:
     return view.resized, view.top, view.left, view.width, view.height, view.flip
 
 
-def _require_finite(entry: CacheEntry, label: object) -> None:
-    for name, tensor in entry.tensors.items():
+def _require_finite(entry: Mapping[str, Tensor], label: object) -> None:
+    for name, tensor in entry.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             fix = "encode in bfloat16 or float32: SDXL's own VAE overflows in float16"
             raise DataError(f"the encoder's `{name}` are not finite numbers", where=str(label), fix=fix)
 
 
-def _checksum(key: str, entry: CacheEntry) -> str:
-    h = hashlib.sha256(json.dumps([key, dict(entry.texts)], sort_keys=True).encode())
-    for name in sorted(entry.tensors):
-        tensor = entry.tensors[name]
+def _checksum(key: str, entry: Mapping[str, Tensor]) -> str:
+    h = hashlib.sha256(key.encode())
+    for name, tensor in sorted(entry.items()):
         h.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         h.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 
-def _write(path: Path, key: str, entry: CacheEntry) -> None:
-    metadata = {_CHECKSUM: _checksum(key, entry), _TEXTS: json.dumps(dict(entry.texts), sort_keys=True)}
+def _write(path: Path, key: str, entry: Mapping[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, entry.tensors, metadata)
+        write_tensors(path, entry, {_CHECKSUM: _checksum(key, entry)})
     except (OSError, AdapterError) as error:
         message = f"the cache cannot be written: {getattr(error, 'what', None) or getattr(error, 'strerror', error)}"
         fix = "free some space, or set data.cache to a folder that can be written"

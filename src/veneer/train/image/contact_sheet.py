@@ -23,6 +23,7 @@ from veneer.train.image.augmentation import PictureRow, View, ViewTensors, prepa
 
 _FONT = 12
 _LINES = 4
+_MOST_ROWS, _COLUMNS = 24, 6
 _GAP = 4  # pixels between a source image and the edited image
 _RED = np.array([220.0, 30.0, 30.0])
 
@@ -33,30 +34,28 @@ def contact_sheet(
     *,
     seed: int,
     path: str | Path,
-    epoch: int = 0,
-    limit: int = 24,
-    columns: int = 6,
     cell: int = 192,
 ) -> int:
-    """Write a PNG of at most `limit` rows, evenly spaced, and return their number.
+    """Write a PNG of at most 24 rows, evenly spaced, and return their number.
 
-    The views are the views that training uses in `epoch`. Small images are enlarged by integer factors
-    without smoothing, so that every training pixel is visible."""
-    shown_rows = [rows[i * len(rows) // limit] for i in range(limit)] if len(rows) > limit else list(rows)
+    The views are the views that training uses in the first epoch. Small images are enlarged by integer
+    factors without smoothing, so that every training pixel is visible."""
+    count = min(_MOST_ROWS, len(rows))
+    shown_rows = [rows[i * len(rows) // count] for i in range(count)]
     pictures_per_row = 1 + max((len(row.picture.sources) for row in shown_rows), default=0)
-    columns = max(1, min(columns // pictures_per_row, len(shown_rows)))
+    columns = max(1, min(_COLUMNS // pictures_per_row, count))
     wide_cell = (cell + _GAP) * pictures_per_row - _GAP
     font = ImageFont.load_default(size=_FONT)
     line = _FONT + 3
     height, margin = cell + line * (_LINES + 2) + 8, 8
-    down = -(-len(shown_rows) // columns)
+    down = -(-count // columns)
     size = (columns * (wide_cell + margin) + margin, down * (height + margin) + margin)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for number, row in enumerate(shown_rows):
         x = margin + number % columns * (wide_cell + margin)
         y = margin + number // columns * (height + margin)
-        view, caption = sample_row(row, settings, seed=seed, epoch=epoch)
+        view, caption = sample_row(row, settings, seed=seed, epoch=0)
         pairs = [*((source, source_view(view, source)) for source in row.picture.sources), (row.picture, view)]
         for column, (source, part) in enumerate(pairs):
             picture = _fitted(shaded(prepare(source, part, settings)), cell)
@@ -65,17 +64,15 @@ def contact_sheet(
             pen.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline="#888888")
         characters = max(8, int(wide_cell / (_FONT * 0.52)))
         pen.text((x, y + cell + 4), _describe_view(row, view), fill="#0044aa", font=font)
-        name = row.picture.name
-        name = (
-            name if len(name) <= characters else "…" + name[-characters + 1 :]
-        )  # the end of a name identifies the file better than its beginning
+        name = row.picture.name  # the end of a name identifies the file better than its beginning
+        name = name if len(name) <= characters else "…" + name[-characters + 1 :]
         pen.text((x, y + cell + 4 + line), name, fill="#888888", font=font)
         absent = "(caption dropped)" if row.picture.caption else "(no caption)"
         words = textwrap.wrap(caption, characters, max_lines=_LINES, placeholder=" …") or [absent]
         for n, words_of_line in enumerate(words):
             pen.text((x, y + cell + 4 + line * (n + 2)), words_of_line, fill="black", font=font)
     atomic_write(path, [picture_bytes(sheet)])
-    return len(shown_rows)
+    return count
 
 
 def shaded(tensors: ViewTensors) -> Image.Image:
@@ -92,9 +89,7 @@ def shaded(tensors: ViewTensors) -> Image.Image:
 
 
 def _describe_view(row: PictureRow, view: View) -> str:
-    text = f"{view.width} x {view.height}"
-    if view.cut >= 0.005:
-        text += f", {view.cut:.0%} cut"
+    text = f"{view.width} x {view.height}" + (f", {view.cut:.0%} cut" if view.cut >= 0.005 else "")
     return text + (", mirrored" if view.flip else "") + (", class" if row.picture.is_class else "")
 
 

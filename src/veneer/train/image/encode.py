@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,9 +34,9 @@ from veneer.models.image.predict import (
 )
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.devices import ALONE, Devices
-from veneer.train.image.augmentation import View, crop_original, shapes_of, source_view
-from veneer.train.image.batches import ImageBatch, PlannedRow
-from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
+from veneer.train.image.augmentation import View, crop_original, source_view
+from veneer.train.image.batches import ImageBatch, PlannedRow, rows_by_shape
+from veneer.train.image.cache import LatentCache, TextCache
 from veneer.train.image.loss import (
     Times,
     flux_shift,
@@ -132,15 +132,13 @@ class Encoders:
     def _text(self, caption: str, references: _References = ()) -> Conditioning:
         data = self.config.data
 
-        def encode(prompt: str) -> CacheEntry:
+        def encode(prompt: str) -> dict[str, Tensor]:
             with torch.no_grad():
                 text = embed_prompts(self.base, [prompt], [[crop_original(b, view, data) for b, view in references]])
             tensors = {"embeds": text.embeds, "pooled": text.pooled, "mask": text.mask}
-            return CacheEntry({k: t for k, t in tensors.items() if t is not None}, {"cut": (text.cut or [""])[0]})
+            return {name: t for name, t in tensors.items() if t is not None}
 
-        entry = self.texts.get(caption, encode, references, data)
-        t = entry.tensors
-        return Conditioning(t["embeds"], t.get("pooled"), t.get("mask"), [entry.texts.get("cut", "")])
+        return Conditioning(**self.texts.get(caption, encode, references, data))
 
 
 def _tokenizers(base: ImageBase) -> str:
@@ -261,7 +259,7 @@ class ImageLoss:
         only the rows assigned to this process."""
         times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
         sums = torch.zeros(len(times), dtype=torch.float64)
-        groups = list(_same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows))
+        groups = rows_by_shape(rows, self.config.batching.micro_rows or self.config.batching.rows)
         share = [groups[index] for index, _ in devices.deal([len(group) for group in groups])]
         count = sum(map(len, share))
         for group in share:
@@ -274,12 +272,3 @@ class ImageLoss:
                 sums[k] += float(in_float64(self.row_errors(batch, noise, time.expand(len(group)))).sum())
         losses = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
         return EvalResult(float(sums.mean()), count, count, losses, likelihood=False)
-
-
-def _same_shape(rows: Sequence[PlannedRow], most: int) -> Iterator[list[PlannedRow]]:
-    shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
-    for row in rows:
-        shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
-    for group in shapes.values():
-        for i in range(0, len(group), most):
-            yield group[i : i + most]

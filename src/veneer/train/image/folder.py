@@ -137,21 +137,14 @@ def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
 
     The second value is "replaced", "already there", "added", or "" if `trigger` is None. Every `[trigger]` in
     the caption is replaced with the trigger. If the caption does not contain the trigger, it is prepended as
-    a separate tag. Raises ValueError if the caption has a placeholder but `trigger` is None."""
+    a separate tag."""
     if trigger is None:
-        if "[trigger]" in caption:
-            raise ValueError("contains [trigger], but data.trigger is not set")
         return caption, ""
     if "[trigger]" in caption:
         return caption.replace("[trigger]", trigger), "replaced"
-    if has_word(caption, trigger):
+    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         return caption, "already there"
     return f"{trigger}, {caption}" if caption else trigger, "added"
-
-
-def has_word(caption: str, word: str) -> bool:
-    """Return whether a caption contains a whole word or phrase, ignoring case."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def _scan(folder: str, settings: ImageDataSection) -> _Folder:
@@ -170,9 +163,8 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
     excluded = {Path(name).expanduser().resolve() for name in other_folders if name} - {root.resolve()}
     for directory, folders, names in os.walk(root, onerror=_raise_unreadable):
         current = Path(directory)
-        folders[:] = sorted(
-            f for f in folders if not f.startswith((".", "__")) and (current / f).resolve() not in excluded
-        )
+        visible = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = [name for name in visible if (current / name).resolve() not in excluded]
         ignored["link to a folder"] += sum((current / f).is_symlink() for f in folders)
         for name in sorted(names):
             path = current / name
@@ -213,18 +205,11 @@ def _captions(folder: _Folder) -> dict[Path, str]:
         except (OSError, UnicodeDecodeError) as error:
             bad.append(f"{name}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error.strerror}")
             continue
-        bad += [
-            f"{name}: {o.name} has more than one caption file, with different texts"
-            for o in owners
-            if captions.get(o, text) != text
-        ]
+        twice = [owner.name for owner in owners if captions.get(owner, text) != text]
+        bad += [f"{name}: {owner} has more than one caption file, with different texts" for owner in twice]
         captions |= dict.fromkeys(owners, text)
-    _raise_if_bad(
-        folder,
-        bad,
-        "caption file",
-        "give a caption the name of its picture (cat.txt for cat.png), and save it as UTF-8",
-    )
+    fix = "give a caption the name of its picture (cat.txt for cat.png), and save it as UTF-8"
+    _raise_if_bad(folder, bad, "caption file", fix)
     return captions
 
 
@@ -238,12 +223,8 @@ def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
     if masks != "auto" and not mask_folder.is_dir():
         raise DataError("the folder of masks does not exist", where=str(mask_folder), fix="correct data.masks")
     matches, bad = _match_files(folder, folder.masks, [(mask_folder, _pictures_in(mask_folder))])
-    _raise_if_bad(
-        folder,
-        bad,
-        "mask",
-        "give a mask the name of its picture (cat.mask.png or masks/cat.png), or set data.masks: off",
-    )
+    fix = "give a mask the name of its picture (cat.mask.png or masks/cat.png), or set data.masks: off"
+    _raise_if_bad(folder, bad, "mask", fix)
     return {picture: files[0] for picture, files in matches.items()}
 
 
@@ -339,10 +320,8 @@ def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
         if match := _KOHYA.fullmatch(folder.name):
             repeats = int(match[1])
             if not 0 < repeats < _MOST_REPEATS:
-                message = (
-                    f"a folder named N_words (as in kohya's scripts) repeats each picture N times, but N is {repeats:,}"
-                )
-                raise DataError(message, where=str(folder), fix="rename the folder")
+                message = "a folder named N_words (as in kohya's scripts) repeats each picture N times, but N is "
+                raise DataError(f"{message}{repeats:,}", where=str(folder), fix="rename the folder")
             return repeats, match[2].strip()
         if folder == root:
             break

@@ -185,26 +185,24 @@ def _read(
         fix = f"write NAME.txt for each, or a metadata.jsonl, or set data.{key} for all that have none; "
         fix += f"a vision-language model writes them: veneer data caption {shlex.quote(folder)} --model MODEL"
         raise DataError(message, where=folder, fix=fix)
-    pictures, placeholders, broken = [], [], []
+    if trigger is None and (unset := [file.name for file in files if "[trigger]" in (file.caption or "")]):
+        message = f"{len(unset)} of {counted(len(files), 'caption')} cannot be used, because they contain [trigger] "
+        message += f"and data.trigger is not set:\n{bullets(unset)}"
+        raise DataError(message, where=folder, fix="set data.trigger, or correct the captions")
+    pictures, broken = [], []
     for file in files:
+        caption, change = with_trigger(file.caption or "", trigger)
         try:
-            caption, change = with_trigger(file.caption or "", trigger)
             pictures.append(_open(file, caption, settings, summary, is_class))
-        except ValueError as error:
-            placeholders.append(f"{file.name}: {error}")
-            continue
         except UnreadablePicture as error:
             broken.append(f"{file.name}: {error}")
             continue
         summary.captions[file.caption_source] += 1
         summary.triggers.update([change] if change else [])
-    for bad, kind, fix in (
-        (placeholders, "caption", "set data.trigger, or correct the captions"),
-        (broken, "picture", "repair or remove them, or leave them out with data.broken=drop"),
-    ):
-        if bad and (kind == "caption" or settings.broken == "refuse"):
-            message = f"{len(bad)} of {counted(len(files), kind)} cannot be used:\n{bullets(bad)}"
-            raise DataError(message, where=folder, fix=fix)
+    if broken and settings.broken == "refuse":
+        message = f"{len(broken)} of {counted(len(files), 'picture')} cannot be used:\n{bullets(broken)}"
+        fix = "repair or remove them, or leave them out with data.broken=drop"
+        raise DataError(message, where=folder, fix=fix)
     summary.broken += broken
     return pictures
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from veneer.core.targets import resolve_targets
-from veneer.errors import ConfigError, TargetError, counted, gigabytes
+from veneer.errors import ConfigError, TargetError, counted, gigabytes, quoted
 from veneer.models.image.base import aspect_problem
 from veneer.models.image.generate import ImageRow, check_rows
 from veneer.train.image.augmentation import PicturePlan
@@ -204,12 +204,9 @@ def _pairs(s: ImageSubject) -> Iterator[Finding]:
         fix = "use data.class_folder with pairs"
         yield Finding("stop", "pairs", "generated class pictures have no source images", fix)
     if mismatched := [p.name for p in data.held_out if len(p.sources) != sources]:
-        text = (
-            f"held-out pictures must have as many source images as the training pictures ({sources}): {mismatched[0]}"
-        )
-        fix = "give each held-out picture as many source images (NAME.before.png, or before/NAME.png), "
-        fix += "or set data.before: off"
-        yield Finding("stop", "held out", text, fix)
+        text = f"held-out pictures must have as many source images as the training pictures ({sources}): "
+        fix = "add source images (NAME.before.png, or before/NAME.png), or set data.before: off"
+        yield Finding("stop", "held out", text + mismatched[0], fix)
 
 
 def _samples(s: ImageSubject) -> Iterator[Finding]:
@@ -231,9 +228,8 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
         except UnreadablePicture as error:
             yield Finding("stop", "samples", f"{path} cannot be edited: {error}", "correct samples.before")
             continue
-        if most > 1 and (
-            why := aspect_problem(*size)
-        ):  # a single source image is cropped, so any aspect ratio is allowed
+        why = aspect_problem(*size) if most > 1 else ""  # a single source image is cropped
+        if why:
             yield Finding("stop", "samples", f"{path} has {why}", "crop it")
     if samples.prompts:
         try:
@@ -263,16 +259,11 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
     for kind, long in cut.items():
         if long:
             caption, unread = next(iter(long.items()))
-            text = f"{counted(len(long), kind.removesuffix('s'))} longer than the base reads; "
-            text += (
-                f"of `{_short(caption)}`, the part from `{_short(unread)}` on is not read ({len(unread):,} characters)"
-            )
+            text = f"{counted(len(long), kind.removesuffix('s'))} longer than the base reads; of "
+            text += f"{quoted(caption, 40)}, the part from {quoted(unread, 40)} on is not read "
+            text += f"({len(unread):,} characters)"
             yield Finding("warn", kind, text + (f" and {len(long) - 1} more" if len(long) > 1 else ""), "shorten them")
 
 
 _CHECKS: tuple[Callable[[ImageSubject], Iterator[Finding]], ...] = (_targets, learning_rate, check_devices, precision)
 _CHECKS += (_loss, _base, _output_outside_data, check_output, _pairs, _samples)
-
-
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

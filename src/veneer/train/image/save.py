@@ -155,10 +155,8 @@ def tag_frequency(pictures: Iterable[TrainingPicture]) -> dict[str, dict[str, in
     """Return sd-scripts' ss_tag_frequency: folder -> tag -> number of captions with the tag."""
     out: dict[str, Counter[str]] = {}
     for picture in pictures:
-        folder, times = picture.path.parent.name, f"{picture.repeats}_"
-        folder = (
-            folder if folder.startswith(times) else times + folder
-        )  # the names of kohya's folders already have the prefix
+        # The names of kohya's folders already have the prefix.
+        folder = f"{picture.repeats}_" + picture.path.parent.name.removeprefix(f"{picture.repeats}_")
         tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
         out.setdefault(folder, Counter()).update(list(tags))
     return {folder: dict(counts.most_common()) for folder, counts in out.items()}
@@ -185,30 +183,23 @@ def prove_image_adapter(
     latents, sizes = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
     # tolerance for rounding to the dtypes of the file and of the base, accumulated over a few layers
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
-    return prove(
-        attachment,
-        NAME,
-        again,
-        lambda: predict(base, latents, time, text, sizes=sizes, references=batch.sources),
-        path=path,
-        noun="predictions",
-        rounding=rounding,
-    )
+
+    def predicted() -> torch.Tensor:
+        return predict(base, latents, time, text, sizes=sizes, references=batch.sources)
+
+    return prove(attachment, NAME, again, predicted, path=path, noun="predictions", rounding=rounding)
 
 
 def image_report(result: ImageResult, folder: Path, base: ImageBase, config: ImageTrainConfig, seconds: float) -> Page:
     """Return the image-specific parts of the report.
 
     seconds: duration of the steps."""
-    adapter = Path(result.adapter)
-    speed = f"{result.pictures_per_second:,.3g} pictures/s"
+    adapter, trained = Path(result.adapter), f"{counted(result.pictures, 'picture')} in {duration(seconds)}"
+    speed = ("Speed", f"{result.pictures_per_second:,.3g} pictures/s", trained)
     return Page(
         base=base.name,
         weights=adapter if adapter.is_file() else adapter / "adapter_model.safetensors",
-        cards=[
-            ("Steps", f"{result.steps:,}", result.stopped),
-            ("Speed", speed, f"{counted(result.pictures, 'picture')} in {duration(seconds)}"),
-        ],
+        cards=[("Steps", f"{result.steps:,}", result.stopped), speed],
         details=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
         usage=_usage(result, base, config),
         unit="pictures",

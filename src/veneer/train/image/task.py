@@ -65,7 +65,6 @@ from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, memory_errors, peak_memory_bytes, sender
 from veneer.train.optim import Ema
 from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes, used_memory
-from veneer.train.report.page import Page
 from veneer.train.run import NAME, Run, Task, carry_out, due, newest_checkpoint, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome
 
@@ -112,15 +111,13 @@ class ImageKind:
     texts: returns all texts for the base's encoders, by purpose
     findings: returns findings about the data
     last_findings: returns findings that need forward passes; called only if nothing else stops the run
-    loss: returns the loss to minimize
-    strengths: returns the columns of the sample sheets; if empty, the columns are seeds"""
+    loss: returns the loss to minimize"""
 
     read: Callable[[ImageRun], ImageData]
     texts: Callable[[ImageRun, ImageData], dict[str, Iterable[str]]]
     findings: Callable[[ImageRun, ImageData], Iterable[Finding]]
     last_findings: Callable[[ImageRun, ImageData], Iterable[Finding]]
     loss: Callable[[ImageRun, ImageData, Attachment], ImageLoss]
-    strengths: Callable[[ImageTrainConfig], tuple[float, ...]]
 
 
 def train_images(image: ImageRun) -> ImageResult:
@@ -176,10 +173,8 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
         for w, prompts in texts.items()
     }
     data_findings = image.kind.findings(image, data)
-    devices = run.devices.count
-    report = inspect_run(
-        config, base, data, data_findings=data_findings, cut=cut, resume=run.resume, previous=previous, devices=devices
-    )
+    options: dict[str, Any] = {"resume": run.resume, "previous": previous, "devices": run.devices.count}
+    report = inspect_run(config, base, data, data_findings=data_findings, cut=cut, **options)
     if not report.stops:
         report.add(*image.kind.last_findings(image, data))
     if report.stops:
@@ -210,13 +205,11 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
         del created  # the attachment has a copy
         attachment.use(NAME)
         undo.enter_context(training_layers(base, True))
-        if (
-            not config.memory.offload_blocks
-        ):  # fast paths hold references to weights, so they cannot be used with offloading
-            run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
-        else:  # offload before free memory is measured, so that the run can use the memory that this frees
+        if config.memory.offload_blocks:  # before free memory is measured, so that the run can use the freed memory
             moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
+        else:  # fast paths hold references to weights, so they cannot be used with offloading
+            run.note(undo.enter_context(fast_denoiser(base.denoiser)).summary())
         loss = image.kind.loss(image, data, attachment)
         memory = _measure_memory(image, data, loss, report, memory)
         run.emit_checks(report, _resolved_settings(image, data, memory))
@@ -311,7 +304,7 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
         with recomputing(base) if recompute else nullcontext(), memory_errors(largest):
             return measured_activations(lambda: loss(batch), frozen)
 
-    bytes_per_picture, free = 0, available_memory(config, base.device)
+    free = available_memory(config, base.device)
     # float32 weight, gradient, two moments, and optionally a moving average, in bytes per parameter
     trained = (20 if config.ema.decay else 16) * int(report.numbers.get("trainable", 0))
     offloads = config.memory.offload_blocks > 0
@@ -326,11 +319,10 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
     need = trained + bytes_per_picture * largest.tokens
     report.numbers.update(memory_needed=need, memory_free=free, activations_of_one_picture=bytes_per_picture)
     report.numbers["predicted_peak_bytes"] = max(peak_memory_bytes(base.device), used_memory(base.device) + need)
-    count = counted(largest.tokens, "picture")
-    how = "with activations recomputed" if recompute else "all activations kept"
-    less = "" if recompute else "memory.activation_checkpointing=on, "
-    text = f"{how}, at most {count} at once"
-    fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
+    text, fix = "all activations kept", "memory.activation_checkpointing=on, batching.micro_rows=1"
+    if recompute:
+        text, fix = "with activations recomputed", "batching.micro_rows=1"
+    text, fix = f"{text}, at most {counted(largest.tokens, 'picture')} at once", f"{fix}, or a lower data.resolution"
     report.add(memory_finding(need, free, text, fix=fix, force=image.run.force))
     return replace(memory, recompute=recompute, because=because)
 
@@ -382,7 +374,9 @@ class ImageTask:
         self, image: ImageRun, data: ImageData, attachment: Attachment, loss: ImageLoss, memory: _Memory
     ) -> None:
         config = image.config
-        self.config, self.base, self.strengths = config, image.base, image.kind.strengths(config)
+        self.config, self.base = config, image.base
+        # The columns of the sample sheets are strengths for a slider, and seeds otherwise.
+        self.strengths = config.slider.strengths if config.slider.enabled else ()
         self.run, self.data = image.run, data
         self.attachment, self.loss, self.memory = attachment, loss, memory
         self.parameters = attachment.parameters(NAME)
@@ -392,7 +386,6 @@ class ImageTask:
         if config.samples.prompts:
             self.sample_at |= {total}
         self.emit, self.sheet = image.run.emit, ""
-        self.thumbnail_column = -1 if self.strengths else 0  # if the columns are strengths, the last column
         self.last_picture: Image | None = None
 
     def task(self) -> Task[ImageResult]:
@@ -413,7 +406,7 @@ class ImageTask:
             save=self.save,
             write=self.write,
             prove=self.prove,
-            report=self.report,
+            report=lambda result, done: image_report(result, self.run.folder, base, self.config, done.seconds),
             begin=self.begin,
             state={**self.parameters, **(self.ema.averages if self.ema else {})},
             identity={
@@ -453,9 +446,8 @@ class ImageTask:
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
             self.ema.apply()
-            emit(
-                Note(f"saved the moving average of the weights (decay {self.ema.decay:g}), which the evaluations used")
-            )
+            text = f"saved the moving average of the weights (decay {self.ema.decay:g}), which the evaluations used"
+            emit(Note(text))
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
         metadata = training_facts(config, base, data, kept_step=result.kept_step, seconds=progress.seconds)
         written = save_image_adapter(self._adapter(metrics), base, config, metadata, self.last_picture, data.tags)
@@ -498,16 +490,13 @@ class ImageTask:
             text = encoders.text([row.caption], [row])
             return prove_image_adapter(self.attachment, self.base, self.config, text, batch)
 
-    def report(self, result: ImageResult, progress: Progress) -> Page:
-        return image_report(result, self.run.folder, self.base, self.config, progress.seconds)
-
     def _sample(self, step: int) -> None:
         if not self.run.devices.first:
             return
         began = time.perf_counter()
         with self.ema.using_averages() if self.ema and step else nullcontext(), fetched(self.base, self.memory.parked):
             cells = generate_samples(self.base, self.attachment, self.config, self.strengths)
-        self.last_picture = cells[0][self.thumbnail_column]
+        self.last_picture = cells[0][-1 if self.strengths else 0]  # of a slider, the picture at the highest strength
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
         write_sample_sheet(cells, self.base, self.config, self.run.folder / name, title, self.strengths)
@@ -519,9 +508,6 @@ PICTURES = ImageKind(
     texts=image_prompts,
     findings=lambda image, data: check_pictures(data.training, data.summary, data.plan, image.config.data),
     last_findings=lambda image, data: (),
-    loss=lambda image, data, attachment: ImageLoss(
-        image.base, image.config, data.encoders, adapter_off=attachment.using
-    ),
-    strengths=lambda config: (),
+    loss=lambda image, data, attachment: ImageLoss(image.base, image.config, data.encoders, attachment.using),
 )
 """Training on captioned images, of the denoiser and, if configured, of the text encoders."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
 """Metrics of an evaluation that the terminal shows; the log has all metrics."""
+_CHECK_STYLES = {"(?m)^STOP": "bold red", "(?m)^warn": "yellow", "(?m)^  ok": "green", "(?s)⟦.*?⟧": "bold green"}
 
 
 class JsonLog:
@@ -67,29 +69,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
     Incomplete lines are omitted."""
     records = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
     return [record for record in records if isinstance(record, dict)]
 
 
 def _is_before(record: dict[str, Any], progress: Progress) -> bool:
-    if record.get("event") == "evaluated":
-        return int(record.get("step", 0)) <= min(progress.step, progress.evaluated)
-    if record.get("event") == "stopped":
-        return record.get("reason") == "interrupted" and int(record.get("step", 0)) <= progress.step
-    return int(record.get("step", 0)) <= progress.step
-
-
-def _headline(event: Stepped) -> str:
-    """Return a step's loss or mean reward, short enough for a progress bar."""
-    return measure_text(event.loss, {k: v for k, v in event.extra.items() if k in ("reward", "reward_failed")})
+    if record.get("event") == "stopped" and record.get("reason") != "interrupted":
+        return False
+    last = min(progress.step, progress.evaluated) if record.get("event") == "evaluated" else progress.step
+    return int(record.get("step", 0)) <= last
 
 
 def _sampling_summary(event: Stepped) -> str:
@@ -140,19 +130,13 @@ class ConsoleView:
             case Resolved():
                 self._settings(event)
             case Checked():
-                self.console.print()
-                self._line("Checks before step one", style="bold")
                 from rich.text import Text
 
                 text = Text(shown(event.text, lines=True))
-                styles = {
-                    "(?m)^STOP": "bold red",
-                    "(?m)^warn": "yellow",
-                    "(?m)^  ok": "green",
-                    "(?s)⟦.*?⟧": "bold green",
-                }
-                for pattern, style in styles.items():
+                for pattern, style in _CHECK_STYLES.items():
                     text.highlight_regex(pattern, style)
+                self.console.print()
+                self._line("Checks before step one", style="bold")
                 self.console.print(text, soft_wrap=True)
                 self.console.print()
             case Note():
@@ -168,8 +152,8 @@ class ConsoleView:
                 suffix = "  (worse than before training)" if event.worse else suffix
                 perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
                 rows = "pictures" if self.unit == "pictures" else "rows"
-                measures = {n.replace("_", " "): event.extra[n] for n in _MEASURED if n in event.extra}
-                measured = "".join(f", {name} {value:.3f}" for name, value in measures.items())
+                names = [name for name in _MEASURED if name in event.extra]
+                measured = "".join(f", {name.replace('_', ' ')} {event.extra[name]:.3f}" for name in names)
                 message = f"step {event.step}: validation {measure_text(event.loss, event.extra)}{perplexity}"
                 message += f"{measured} on {event.rows} {rows}{suffix}"
                 self._line(message)
@@ -195,10 +179,8 @@ class ConsoleView:
             if self.verbose or not event.sources.get(key, "").startswith("default")
         }
         more = len(event.settings) - len(values)
-        head = "Settings and their sources"
-        self._line(
-            Text(head + f" ({more} more with default values: see --verbose or the report)" * bool(more), style="bold")
-        )
+        note = f" ({more} more with default values: see --verbose or the report)" if more else ""
+        self._line(f"Settings and their sources{note}", style="bold")
         left = max(map(len, values), default=0)
         middle = min(28, max(map(len, values.values()), default=0))
         for key, value in values.items():
@@ -221,7 +203,7 @@ class ConsoleView:
         left = (event.steps - event.step) * seconds / len(self._recent)
         if self.name or not self.console.is_terminal:
             every = max(1, event.steps // 20)
-            if event.step == 1 or event.step == event.steps or event.step - self._printed >= every:
+            if event.step in (1, event.steps) or event.step - self._printed >= every:
                 self._printed = event.step
                 text = f"step {event.step}/{event.steps}  {measure_text(event.loss, event.extra)}  {speed}  "
                 text += f"memory {size(event.memory_bytes)}  {duration(left)} left"
@@ -233,7 +215,8 @@ class ConsoleView:
             self._task = self._bar.add_task("", total=event.steps)
         parts = parts_text(mean_rewards(event.extra) or {})
         below = "  ".join(filter(None, (parts, sampling)))
-        text = f"{_headline(event)} {speed} {size(event.memory_bytes)} {duration(left)} left"
+        headline = measure_text(event.loss, {k: v for k, v in event.extra.items() if k in ("reward", "reward_failed")})
+        text = f"{headline} {speed} {size(event.memory_bytes)} {duration(left)} left"
         self._bar.update(self._task, completed=event.step, description=text + (f"\n{below}" if below else ""))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import shown
 from veneer.train.checkpoint import write_atomically
 from veneer.train.events import TOKEN_ACCURACY, loss_text, mean_rewards
-from veneer.train.report.log import duration, short, size
+from veneer.train.report.log import short
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -78,15 +78,9 @@ def write_sweep_page(
     series = [Series(name, points, "faint", "b") for name, points in curves.items() if name != best and points]
     series += [Series(best, curves[best], "dots")] if curves.get(best) else []
     heads = [*dict.fromkeys(key for row in rows for key in row if key != "name")]
-    cells = [[_cell(row.get(head)) for head in heads] for row in rows]
-    drawn, words = Markup(chart(series, label="validation loss")), [head.replace("_", " ") for head in heads]
+    drawn = Markup(chart(series, label="validation loss"))
     template = escaping("veneer.train.report").get_template("sweep.html.j2")
-    page = template.render(title=title, rows=rows, chart=drawn, cells=cells, heads=words)
-    write_atomically(path, page.encode())
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    write_atomically(path, template.render(title=title, rows=rows, chart=drawn, heads=heads).encode())
 
 
 def palette() -> str:
@@ -109,29 +103,20 @@ def escaping(package: str, folder: str = ".") -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: _plain(value, Markup),
+        finalize=lambda x: shown(x, lines=True) if isinstance(x, str) and not isinstance(x, Markup) else x,
     )
-
-
-def _plain(value: Any, markup: type) -> Any:
-    """Remove characters that reorder or hide other characters from a text, with `shown`.
-
-    Numbers and markup are returned unchanged."""
-    return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
 
 
 def render_page(page: Page) -> str:
     """Return the page as HTML with all texts escaped."""
     from markupsafe import Markup
 
-    env = escaping("veneer.train.report")
-    env.filters |= {"size": size, "duration": duration}
     steps = [r for r in page.records if r.get("event") == "stepped"]
     scores = [r for r in page.records if r.get("event") == "evaluated"]
     notes = [r["text"] for r in page.records if r.get("event") == "note"]
     charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores, page)]
     table, sections = _score_table(scores), _sections(page)
-    template = env.get_template("report.html.j2")
+    template = escaping("veneer.train.report").get_template("report.html.j2")
     return template.render(page=page, charts=charts, scores=table, notes=notes, sections=sections)
 
 
@@ -259,8 +244,7 @@ def chart(
         return ""
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
     y0, y1 = min(y for _, y in points), max(y for _, y in points)
-    if from_zero:
-        y0 = min(0.0, y0)
+    y0 = min(0.0, y0) if from_zero else y0
     ticks = nice_ticks(y0, y1, 5 if wide else 4)
     y0, y1 = min(y0, ticks[0]), max(y1, ticks[-1])
     x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)

@@ -82,9 +82,8 @@ def tracked(
         for name in report.trackers:
             start = _tensorboard if name == "tensorboard" else _wandb
             try:
-                with redirect_stdout(
-                    sys.stderr
-                ):  # trackers print greetings, but stdout is reserved for output that programs read
+                # Trackers print greetings, but stdout is reserved for output that programs read.
+                with redirect_stdout(sys.stderr):
                     running[name] = start(report, folder, settings.settings, resumed)
             except Exception as error:
                 fix = f"correct this, or remove {name} from report.trackers"
@@ -160,10 +159,9 @@ def _wandb(report: ReportSection, folder: Path, settings: Mapping[str, Any], res
         settings=wandb.Settings(silent=True, console="off"),
     )
     write_atomically(ids, json.dumps({"wandb": id}).encode())
+    # W&B ignores steps that it already has, which have the same values.
     return Tracker(
-        lambda step, values: run.log(
-            values, step=step
-        ),  # W&B ignores steps that it already has, which have the same values
+        lambda step, values: run.log(values, step=step),
         lambda step, path: run.log({"samples": wandb.Image(path)}, step=step),
         lambda failed: run.finish(exit_code=int(failed)),
     )
