@@ -64,8 +64,7 @@ def write_captions(
     disk is full."""
     settings = ImageDataSection(pictures=folder)
     files = _list(folder)
-    captioned = [file for file in files if file.caption_source in ("caption files", "metadata")]
-    todo = [file for file in files if overwrite or file not in captioned]
+    todo = [file for file in files if overwrite or file.caption_source not in ("caption files", "metadata")]
     report = CaptionReport(had=len(files) - len(todo))
     targets = {file.path: _caption_files(file, files) for file in todo}
     for file in todo:

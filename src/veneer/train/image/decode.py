@@ -87,24 +87,18 @@ def decode_picture(data: bytes, settings: ImageDataSection) -> DecodedPicture:
     image, alpha = _split_alpha(image)
     colour = _to_srgb(image, notes)
     if alpha is not None:
-        low, _ = alpha.getextrema()
-        if low == 255:
-            alpha = None
-        else:
-            notes.append("transparent pixels on " + settings.background)
-            colour = Image.composite(colour, Image.new("RGB", colour.size, settings.colour), alpha)
+        notes.append("transparent pixels on " + settings.background)
+        colour = Image.composite(colour, Image.new("RGB", colour.size, settings.colour), alpha)
     return DecodedPicture(colour, alpha, tuple(notes))
 
 
 def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
-    """Return a mask file as an upright L image, in which make the areas to train on white on.
+    """Return a mask file as an upright L image, in which the areas to train on are white.
 
     If the file has transparency, its alpha channel is the mask. Color profiles are not applied, because the
     values are weights. Raises UnreadablePicture with the reason."""
     image, alpha = _split_alpha(_decoded(data, settings, []))
-    if alpha is not None and alpha.getextrema() != (255, 255):
-        return alpha
-    return _eight_bit(image, []).convert("L")
+    return _eight_bit(image, []).convert("L") if alpha is None else alpha
 
 
 def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image.Image:
@@ -150,7 +144,7 @@ def _describe_unknown(data: bytes) -> str:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return (image without transparency, alpha as L or None)."""
+    """Return (image without transparency, alpha as L or None if every pixel is opaque)."""
     profile = image.info.get("icc_profile")
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
@@ -164,7 +158,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     opaque = image.getchannel("L") if image.mode == "LA" else Image.merge("RGB", image.split()[:3])
     if profile:
         opaque.info["icc_profile"] = profile
-    return opaque, alpha
+    return opaque, None if alpha.getextrema() == (255, 255) else alpha
 
 
 def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:

@@ -167,11 +167,9 @@ def _loss(s: ImageSubject) -> Iterator[Finding]:
     """Report loss settings that do not apply to the base's prediction type."""
     loss, flow = s.config.loss, s.base.prediction == "flow"
     label = f"{s.base.name} predicts {'a flow' if flow else 'noise' if s.base.prediction == 'epsilon' else 'v'}"
-    wrong = [f"loss.{key}" for key in ("snr_gamma", "noise_offset") if flow and getattr(loss, key)]
-    if not flow and loss.timesteps == "logit-normal":
-        wrong.append("loss.timesteps")
-    if not flow and loss.shift not in ("auto", 1.0):
-        wrong.append("loss.shift")
+    for_noise: dict[str, Any] = {"snr_gamma": loss.snr_gamma, "noise_offset": loss.noise_offset}
+    for_flow = {"timesteps": loss.timesteps == "logit-normal", "shift": loss.shift not in ("auto", 1.0)}
+    wrong = [f"loss.{key}" for key, is_set in (for_noise if flow else for_flow).items() if is_set]
     guidance = [f"loss.{key}" for key in ("guidance", "keep_guidance") if getattr(loss, key) not in (None, 1.0)]
     if wrong:
         only = f"{'is' if len(wrong) == 1 else 'are'} only for {'noise (epsilon, v)' if flow else 'flow'}"

@@ -210,7 +210,11 @@ class ConsoleView:
                 self._line(text + (f"  {sampling}" if sampling else ""))
             return
         if self._bar is None:
-            self._bar = _progress_bar(self.console)
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn())
+            self._bar = Bar(*columns, TextColumn("{task.description}", markup=False), console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("", total=event.steps)
         parts = parts_text(mean_rewards(event.extra) or {})
@@ -218,14 +222,6 @@ class ConsoleView:
         headline = measure_text(event.loss, {k: v for k, v in event.extra.items() if k in ("reward", "reward_failed")})
         text = f"{headline} {speed} {size(event.memory_bytes)} {duration(left)} left"
         self._bar.update(self._task, completed=event.step, description=text + (f"\n{below}" if below else ""))
-
-
-def _progress_bar(console: Console) -> Bar:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    text = TextColumn("{task.description}", markup=False)
-    return Bar(TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), text, console=console)
 
 
 def size(n: float) -> str:

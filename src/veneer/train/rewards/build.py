@@ -76,13 +76,8 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
     if isinstance(section, JudgeReward):
         return judge_reward(section, _model_of(section, ask, opened))
     if isinstance(section, PythonReward):
-        process = LimitedFunction(
-            section.function,
-            file=section.file,
-            timeout=section.timeout,
-            memory=section.memory_gb * 1e9,
-            at_once=section.at_once,
-        )
+        limits = {key: getattr(section, key) for key in ("file", "timeout", "at_once")}
+        process = LimitedFunction(section.function, memory=section.memory_gb * 1e9, **limits)
         function = opened.enter_context(process)
         return lambda answers: function.score(
             [(template_sample(a) | {"messages": list(a.prompt)}, a.row) for a in answers]

@@ -299,10 +299,9 @@ def grader_reward(
 
 
 def _by_function(function: LimitedFunction, answers: Sequence[Answer], /) -> list[RewardScore]:
-    scores = function.score([(template_sample(answer), answer.row) for answer in answers])
     return [
         score if score.value is None or math.isfinite(score.value) else RewardScore(None, f"it gave {score.value}")
-        for score in scores
+        for score in function.score([(template_sample(answer), answer.row) for answer in answers])
     ]
 
 
@@ -378,10 +377,9 @@ _METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def _combined(formula: Callable[[Mapping[str, float]], float], scores: Mapping[str, RewardScore]) -> RewardScore:
-    values = {name: score.value for name, score in scores.items() if score.value is not None}
-    if len(values) < len(scores):
-        errors = [f"{name}: {score.error}" for name, score in scores.items() if score.value is None]
+    if errors := [f"{name}: {score.error}" for name, score in scores.items() if score.value is None]:
         return RewardScore(None, "; ".join(errors))
+    values = {name: score.value for name, score in scores.items() if score.value is not None}
     try:
         value = float(formula(values))
     except (ArithmeticError, ValueError, RecursionError) as error:

@@ -40,7 +40,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.models.home import veneer_home
@@ -53,6 +53,7 @@ from veneer.train.rewards.sandbox import (
     descendants,
     sandbox_error,
     sandbox_memory,
+    start_child,
 )
 
 _CHILD = Path(__file__).with_name("limited_child.py")
@@ -105,9 +106,6 @@ class LimitedFunction:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """End the processes after their current calls."""
         for child in [self._idle.get() for _ in range(self._at_once)]:
             if child is not None:
@@ -157,16 +155,16 @@ class LimitedFunction:
         raise NoAnswer(why[:2000] if isinstance(why, str) else "the function's process returned no result")
 
     def _started(self) -> _Child:
-        where, label = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
         try:
             child = _Child(self._first["memory"], self._sandbox)
             answer = child.ask(self._first, _LOADING, f"took longer than {_LOADING:g} s to load")
+            if error := answer.get("error") or ("its source left other processes running" if child.ended else ""):
+                child.end()
+                raise NoAnswer(error)
         except NoAnswer as ended:
-            raise ConfigError(f"{label} cannot be loaded: {ended}", where=where) from None
-        error = answer.get("error") or ("its source left other processes running" if child.ended else "")
-        if error:
-            child.end()
-            raise ConfigError(f"{label} cannot be loaded: {error}", where=where)
+            where = str(self._first.get("file") or "the grader's source")
+            message = f"the function {self._first['function']} cannot be loaded: {ended}"
+            raise ConfigError(message, where=where) from None
         return child
 
 
@@ -197,7 +195,10 @@ class _Child:
         command = [sys.executable, "-s", "-P", "-B", str(_CHILD)]
         with child_end, tempfile.TemporaryFile() as errors:
             try:
-                self._process = (sandbox.start if sandbox else _start)(command, child_end, errors)
+                if sandbox is not None:
+                    self._process = sandbox.start(command, child_end, errors)
+                else:
+                    self._process = start_child(command, child_end, errors, env={**os.environ, "PYTHONHASHSEED": "0"})
             except OSError as error:
                 self._channel.close()
                 raise NoAnswer(f"the process did not start: {error}") from None
@@ -316,18 +317,6 @@ class _Child:
         self._process.wait()
 
 
-def _start(command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a command with `channel` as standard input, like `Sandbox.start`, but without a sandbox."""
-    return subprocess.Popen(
-        command,
-        stdin=channel.fileno(),
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-        start_new_session=True,
-    )
-
-
 # -- testing this machine's sandbox ------------------------------------------------------------------------------------
 
 _TRIAL = """
@@ -370,8 +359,12 @@ def working_sandbox() -> Sandbox:
     sandbox = bubblewrap(_CHILD)
     users = {0, os.getuid()} - {NOBODY}
     variables = os.environ.keys() - SANDBOX_VARIABLES.keys()
+    private: list[Path] = []  # the entries of the user's home and veneer's home that hold no Python packages
+    for home in (Path("~").expanduser(), veneer_home()):
+        with suppress(OSError):
+            private += [p for p in home.iterdir() if not any(Path(each).is_relative_to(p) for each in sandbox.paths)]
     with tempfile.TemporaryDirectory() as folder:
-        hidden = [folder, "/proc/self", "/etc/passwd", *_private(sandbox)]
+        hidden = [folder, "/proc/self", "/etc/passwd", *map(str, private)]
         sample = {"hidden": hidden, "users": list(users), "variables": list(variables)}
         # No memory limit: if the sandbox does not isolate /tmp, the files in the machine's /tmp would count
         # toward the limit.
@@ -383,12 +376,3 @@ def working_sandbox() -> Sandbox:
     if score.value != 1:
         raise sandbox_error(score.error)
     return sandbox
-
-
-def _private(sandbox: Sandbox) -> list[str]:
-    """Return the entries of the user's home and veneer's home that hold no Python packages."""
-    entries: list[str] = []
-    for folder in (Path("~").expanduser(), veneer_home()):
-        with suppress(OSError):
-            entries += [str(each) for each in folder.iterdir()]
-    return [each for each in entries if not any(Path(path).is_relative_to(each) for path in sandbox.paths)]

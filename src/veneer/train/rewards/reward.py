@@ -101,11 +101,11 @@ class JudgedAnswers:
         """Return the log's metrics: the mean of the sum and of each reward, and the number of failures.
 
         Each mean is over the completions that have a value."""
-        values = {"reward": self.values} | {
-            f"reward_{name}": [score.value for score in scores] for name, scores in self.scores.items()
-        }
-        numbers = {name: [value for value in each if value is not None] for name, each in values.items()}
-        means = {name: math.fsum(each) / len(each) for name, each in numbers.items() if each}
+        means = {}
+        named = {f"reward_{name}": [score.value for score in scores] for name, scores in self.scores.items()}
+        for name, values in {"reward": self.values, **named}.items():
+            if numbers := [value for value in values if value is not None]:
+                means[name] = math.fsum(numbers) / len(numbers)
         return means | {"reward_failed": float(self.failed)}
 
 
@@ -146,14 +146,13 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
     if len(scores) != len(answers):
         text = f"the reward {name} returned {counted(len(scores), 'score')} for {counted(len(answers), 'answer')}"
         raise TrainingError(text, fix="the reward must return one score per answer, in the same order")
-    return [_usable(score) for score in scores]
-
-
-def _usable(score: RewardScore) -> RewardScore:
-    if score.value is None or abs(score.value) <= _LARGEST:
-        return score
-    why = f"more than {_LARGEST:g}" if math.isfinite(score.value) else "no number"
-    return RewardScore(None, f"the score is {score.value:g}, which is {why}")
+    usable = []
+    for score in scores:
+        if score.value is not None and not abs(score.value) <= _LARGEST:
+            why = f"more than {_LARGEST:g}" if math.isfinite(score.value) else "no number"
+            score = RewardScore(None, f"the score is {score.value:g}, which is {why}")
+        usable.append(score)
+    return usable
 
 
 # -- groups without a training signal ----------------------------------------------------------------------------------
@@ -164,11 +163,10 @@ def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, f
 
     groups: the group of each completion. In a constant group, all completions have the same sum, so no
     completion has an advantage."""
-    distinct: dict[int, set[float]] = {group: set() for group in groups}
+    distinct: dict[int, set[float | None]] = {}
     for value, group in zip(judged.values, groups, strict=True):
-        if value is not None:
-            distinct[group].add(value)
-    constant = sum(len(values) <= 1 for values in distinct.values())
+        distinct.setdefault(group, set()).add(value)
+    constant = sum(len(values - {None}) <= 1 for values in distinct.values())
     share = constant / max(1, len(distinct))
     return {"groups": float(len(distinct)), "constant_groups": float(constant), "constant_share": share}
 

@@ -12,6 +12,7 @@ schema stops the run with a DataError, because it affects every answer.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +42,6 @@ def json_schema(section: JsonSchemaReward) -> Reward:
     except ImportError as error:
         text = "a json_schema reward requires the jsonschema package"
         raise MissingExtraError(text, fix="pip install 'veneer[rewards]'") from error
-    validators: dict[str, Any] = {}
 
     def matched(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:
         if isinstance(value, str) and not regex.search(pattern, value, timeout=_PATIENCE):
@@ -49,12 +49,11 @@ def json_schema(section: JsonSchemaReward) -> Reward:
 
     bounded = extend(Draft202012Validator, {"pattern": matched})
 
-    def validator(schema: Any) -> Any:
-        key = json.dumps(schema, sort_keys=True)
-        if key not in validators:
-            Draft202012Validator.check_schema(schema)
-            validators[key] = bounded(schema, registry=Registry())  # with an empty registry, no schema is downloaded
-        return validators[key]
+    @functools.cache
+    def validator(schema_text: str) -> Any:
+        schema = json.loads(schema_text)
+        Draft202012Validator.check_schema(schema)
+        return bounded(schema, registry=Registry())  # with an empty registry, no schema is downloaded
 
     def score(answer: Answer) -> RewardScore:
         schema = section.json_schema
@@ -62,7 +61,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
             schema = column(answer, section.column)
             schema = as_json(schema) if isinstance(schema, str) else schema
         try:
-            matches = validator(schema).is_valid
+            matches = validator(json.dumps(schema, sort_keys=True)).is_valid
             try:
                 value = json.loads(answer.text)
             except (ValueError, RecursionError):
@@ -78,7 +77,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
 
     if section.json_schema is not None:
         try:
-            validator(section.json_schema)
+            validator(json.dumps(section.json_schema, sort_keys=True))
         except SchemaError as error:
             problem = f"invalid JSON schema: {error.message}"
             raise ConfigError(problem, where=f"reinforcement.rewards, {section.called}") from error
@@ -90,11 +89,9 @@ def json_fields(section: JsonFieldsReward) -> Reward:
         row_value = column(answer, section.column)
         expected = as_json(row_value) if isinstance(row_value, str) else row_value
         if not isinstance(expected, dict):
-            raise DataError(
-                f"the reward {section.called} requires a JSON object in the column {section.column}",
-                where=str(answer.row.get("where") or "") or None,
-                fix="remove the row, or name another column",
-            )
+            message = f"the reward {section.called} requires a JSON object in the column {section.column}"
+            where = str(answer.row.get("where") or "") or None
+            raise DataError(message, where=where, fix="remove the row, or name another column")
         value = as_json(answer.text)
         right = sum(same_field(value, expected, key) for key in expected)
         return right / len(expected) if expected else float(isinstance(value, dict))

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from veneer.errors import ResourceError
 from veneer.models.home import veneer_home
@@ -102,22 +102,19 @@ class Sandbox:
             os.write(filters, _syscall_filter())
             os.lseek(filters, 0, os.SEEK_SET)
             full = [self.command, *outside, "--seccomp", str(filters), "--", *command, *inside]
-
-            def begin() -> subprocess.Popen[bytes]:
-                return subprocess.Popen(
-                    full,
-                    stdin=channel.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    env=SANDBOX_VARIABLES,
-                    cwd="/",
-                    start_new_session=True,
-                    pass_fds=[filters],
-                )
-
-            return _starter(os.getpid()).submit(begin).result()
+            options = {"env": SANDBOX_VARIABLES, "cwd": "/", "pass_fds": [filters]}
+            return _starter(os.getpid()).submit(start_child, full, channel, errors, **options).result()
         finally:
             os.close(filters)
+
+
+def start_child(
+    command: Sequence[str], channel: socket.socket, errors: IO[bytes], **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a command in its own session, with `channel` as standard input and without standard output."""
+    return subprocess.Popen(
+        command, stdin=channel, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, **options
+    )
 
 
 def bubblewrap(script: Path) -> Sandbox:
@@ -136,9 +133,8 @@ def bubblewrap(script: Path) -> Sandbox:
     paths += [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
     visible = {os.path.abspath(path) for path in paths if os.path.exists(path)} - {"/usr", "/usr/local"}
     private = {os.path.expanduser("~"), str(veneer_home()), str(veneer_home().resolve())} - {"/"}
-    hidden = [
-        each for each in private if os.path.isdir(each) and any(Path(each).is_relative_to(path) for path in visible)
-    ]
+    folders = [each for each in private if os.path.isdir(each)]
+    hidden = [each for each in folders if any(Path(each).is_relative_to(path) for path in visible)]
     if exposed := sorted(visible & private | visible & {"/"}):
         raise sandbox_error(f"Python is installed in {exposed[0]}, which also contains other files")
     return Sandbox(command, tuple(sorted(visible)), tuple(sorted(hidden)))

@@ -61,10 +61,8 @@ class ServerJudge:
         if key is not None:
             value = os.environ.get(key, "").strip()
             if not (value and value.isascii() and value.isprintable()):
-                fix = f"export {key}=…"
-                raise ConfigError(
-                    f"the environment variable {key} does not contain a valid API key", where=url, fix=fix
-                )
+                message = f"the environment variable {key} does not contain a valid API key"
+                raise ConfigError(message, where=url, fix=f"export {key}=…")
             headers["Authorization"] = f"Bearer {value}"
         self.url, self._timeout, self._patience, self._at_once = url, timeout, patience, at_once
         self._http = httpx.Client(headers=headers, timeout=timeout)
