@@ -57,9 +57,8 @@ def check_strength(label: str, strength: float) -> float:
     label: what the strength belongs to, for the error message."""
     number = float(strength)
     if not abs(number) <= _MOST_STRENGTH:
-        raise ConfigError(
-            f"the strength of {label} is {number:g}", fix=f"a number from -{_MOST_STRENGTH:.0f} to {_MOST_STRENGTH:.0f}"
-        )
+        fix = f"a number from -{_MOST_STRENGTH:.0f} to {_MOST_STRENGTH:.0f}"
+        raise ConfigError(f"the strength of {label} is {number:g}", fix=fix)
     return number
 
 

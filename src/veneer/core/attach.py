@@ -104,9 +104,8 @@ class Attachment:
         if trainable:
             problems += _untrainable(self._base_modules, adapter)
         if problems:
-            raise AdapterError(
-                f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{bullets(problems, None)}"
-            )
+            message = f"adapter {name!r} does not fit this base ({len(problems)} problems)"
+            raise AdapterError(f"{message}:\n{bullets(problems, None)}")
         placed = _on_module_devices(adapter, self._base_modules, trainable)
         try:
             self._wrap(self._wrapped_for(adapter))
@@ -163,9 +162,8 @@ class Attachment:
         if not mixes:
             raise AdapterError("no rows", fix="give one mix for each row of the batch; () selects the base")
         if not self._watched:
-            self._watched = [
-                m.register_forward_pre_hook(self._record_rows, with_kwargs=True) for m in _batch_modules(self.model)
-            ]
+            modules = _batch_modules(self.model)
+            self._watched = [m.register_forward_pre_hook(self._record_rows, with_kwargs=True) for m in modules]
         self.selection = Selection(rows=MixBatch(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     def use_spans(self, names: Sequence[str], spans: LoraSegments) -> None:
@@ -177,12 +175,11 @@ class Attachment:
         (`span_problem`). Reference: `use` on the tokens of each segment separately."""
         adapters = tuple(self._adapter(name) for name in names)
         for name, adapter in zip(names, adapters, strict=True):
-            if why := span_problem(adapter):
-                raise AdapterError(
-                    f"{name!r} cannot act on a part of the tokens: {why}", fix="use it without other adapters"
-                )
-            if nonlinear := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]:
-                problem = f"{name!r} cannot act on a part of the tokens: {nonlinear[0]} is not a linear layer"
+            why = span_problem(adapter)
+            if not why and (nonlinear := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]):
+                why = f"{nonlinear[0]} is not a linear layer"
+            if why:
+                problem = f"{name!r} cannot act on a part of the tokens: {why}"
                 raise AdapterError(problem, fix="use it without other adapters")
         self.selection = Selection(spans=SpanAdapters(adapters, spans))
 
@@ -255,10 +252,10 @@ class Attachment:
                 raise AdapterError(problem, fix="use it at strength 1.0")
             for rival_name, rival, _ in selected:
                 if rival is not adapter and (both := sorted(set(adapter.modules) & self._wrapped_for(rival))):
-                    raise AdapterError(
-                        f"{name!r} replaces the weights of {', '.join(both[:3])}, which {rival_name!r} also changes",
-                        fix="use one of the two",
+                    problem = (
+                        f"{name!r} replaces the weights of {', '.join(both[:3])}, which {rival_name!r} also changes"
                     )
+                    raise AdapterError(problem, fix="use one of the two")
         return Selection(tuple((adapter, s) for _, adapter, s in selected))
 
     def _wrapped_for(self, adapter: Adapter) -> set[str]:
@@ -279,9 +276,8 @@ class Attachment:
             base = self._base_modules[name]
             cls = LoraExperts if expert_parameters(base) else _LAYERS.get(kind_of(base), FullModule)
             sharing = embeddings.get(id(base._parameters.get("weight")), [])
-            self._layers[name] = layer = cls(
-                base, name, self, sorted(sharing, key=lambda sharing_name: sharing_name != name)
-            )
+            own_first = [n for n in sharing if n == name] + [n for n in sharing if n != name]
+            self._layers[name] = layer = cls(base, name, self, own_first)
             self._wrapped[name] = base
             for parent, key in slots[id(base)]:
                 parent._modules[key] = layer

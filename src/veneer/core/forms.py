@@ -218,14 +218,11 @@ def part_problems(delta: Delta) -> list[str]:
     try:
         shape = _shape_of(delta)
     except ValueError as error:
-        return [
-            f"parts {', '.join(f'{n} {tuple(t.shape)}' for n, t in sorted(delta.parts.items()))} do not fit: {error}"
-        ]
-    return (
-        []
-        if shape == tuple(delta.shape)
-        else [f"the parts give the shape {shape}, but the delta's shape is {tuple(delta.shape)}"]
-    )
+        parts = ", ".join(f"{name} {tuple(t.shape)}" for name, t in sorted(delta.parts.items()))
+        return [f"parts {parts} do not fit: {error}"]
+    if shape == tuple(delta.shape):
+        return []
+    return [f"the parts give the shape {shape}, but the delta's shape is {tuple(delta.shape)}"]
 
 
 def _shape_of(delta: Delta) -> tuple[int, ...]:
@@ -247,9 +244,9 @@ def _shape_of(delta: Delta) -> tuple[int, ...]:
     for shape in shapes:
         if math.prod(shape) != math.prod(full_shape):
             raise ValueError(f"the shape {shape} does not match {full_shape}")
-    return (
-        full_shape if delta.rows is None else (len(range(*slice(*delta.rows).indices(full_shape[0]))), *full_shape[1:])
-    )
+    if delta.rows is None:
+        return full_shape
+    return len(range(*slice(*delta.rows).indices(full_shape[0]))), *full_shape[1:]
 
 
 def _factor_shape(p: Mapping[str, tuple[int, ...]], n: str) -> tuple[int, ...]:

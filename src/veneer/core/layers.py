@@ -34,7 +34,7 @@ from veneer.compat import TORCH
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.experts import AdaptedWeight
 from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors, norm_along, product_of
-from veneer.core.merge import adapted_norm, delta_of, low_rank_norm, pair_matrix, to_matrix, weight_of
+from veneer.core.merge import adapted_norm, delta_of, low_rank_norm, pair_matrix, to_matrix, to_sum_dtype, weight_of
 from veneer.core.merge import delta as module_delta
 from veneer.core.mix_cache import CachedModule, MixCache
 from veneer.core.selection import ActiveMix, MixBatch, Selection, SpanAdapters, run_segments
@@ -194,7 +194,7 @@ class FullModule(Layer):
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         sums: dict[str, Tensor] = {}
         for key, change, strength in self._changes(mix):
-            sums[key] = sums.get(key, _wide(self.base.get_parameter(key))) + change * strength
+            sums[key] = sums.get(key, to_sum_dtype(self.base.get_parameter(key))) + change * strength
         return _with_tensors(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
 
     def _changes(self, mix: Sequence[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, float]]:
@@ -202,12 +202,7 @@ class FullModule(Layer):
         for key, delta, strength in self.deltas(mix):
             yield key, module_delta(self.base, delta, key), strength
         for pair, strength, _ in self.pairs(mix):
-            yield "weight", delta_of(_wide(self.base.weight), pair), strength
-
-
-def _wide(t: Tensor) -> Tensor:
-    """Return `t` in the dtype used for sums: float64 for float64, otherwise float32."""
-    return t if t.dtype == torch.float64 else t.float()
+            yield "weight", delta_of(to_sum_dtype(self.base.weight), pair), strength
 
 
 class _Lora(Layer):
@@ -225,14 +220,9 @@ class _Lora(Layer):
     def _may_use(self, cached: CachedModule, mix: ActiveMix, x: Tensor) -> bool:
         """Return whether the cached module can replace the base and the adapters for this x."""
         attributes = self._modules["base"].__dict__
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or "forward" in attributes
-            or (cached.drops and self.training)
-        ):
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
             return False
-        if self.rows(mix):
+        if (cached.drops and self.training) or self.rows(mix):
             return False
         return x.dtype == cached.dtype and not torch.is_autocast_enabled(x.device.type)
 
@@ -476,11 +466,10 @@ class LoraLinear(_Lora):
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = self.linear_map()
-        if plain is None or not plain.products:
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        if plain is None or not plain.products or x.dtype != plain.weight.dtype or is_autocast:
             return super().adapted(mix, x, *args, **kwargs)
-        if x.dtype == plain.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return linear(x, plain)
-        return super().adapted(mix, x, *args, **kwargs)
+        return linear(x, plain)
 
     def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
         if cached.product is None:
@@ -594,9 +583,8 @@ class LoraExperts(Layer):
     """Fused experts: the base's forward, with changed weights as `AdaptedWeight`s."""
 
     def is_changed_by(self, adapter: Adapter) -> bool:
-        return super().is_changed_by(adapter) or any(
-            f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters
-        )
+        pairs = (f"{self.name}.{key}" for key in self.base._parameters)
+        return super().is_changed_by(adapter) or any(name in adapter.pairs for name in pairs)
 
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Run the tokens of each mix through the experts separately.

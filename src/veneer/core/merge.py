@@ -36,7 +36,7 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _wide(t: Tensor) -> Tensor:
+def to_sum_dtype(t: Tensor) -> Tensor:
     """Return `t` in the dtype used for sums: float64 for float64, otherwise float32."""
     t = dequantized(t)
     return t if t.dtype == torch.float64 else t.float()
@@ -78,7 +78,7 @@ def pair_matrix(pair: Pair) -> Tensor:
     The result is float32, or float64 for float64 pairs."""
     total: Tensor | None = None
     for A, B, sign in [(pair.A, pair.B, 1.0), *([(*pair.origin, -1.0)] if pair.origin else [])]:
-        A, B = _wide(A), _wide(B)
+        A, B = to_sum_dtype(A), to_sum_dtype(B)
         if pair.kind == "conv":
             A, B = A.flatten(1), B.flatten(1)
         product = (sign * pair.scale) * (B @ A)
@@ -161,13 +161,13 @@ def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
 
 
 def _full_change(module: nn.Module, key: str, tensor: Tensor) -> Tensor:
-    return _wide(tensor.detach()) - _wide(module.state_dict(keep_vars=True)[key].detach())
+    return to_sum_dtype(tensor.detach()) - to_sum_dtype(module.state_dict(keep_vars=True)[key].detach())
 
 
 def _rows_change(module: nn.Module, rows: TokenRows) -> Tensor:
     weight = weight_of(module)
     index = torch.tensor(rows.indices, device=weight.device)
-    change = _wide(rows.rows.detach()) - _wide(weight[index])
+    change = to_sum_dtype(rows.rows.detach()) - to_sum_dtype(weight[index])
     return change.new_zeros(weight.shape).index_copy_(0, index, change)
 
 
@@ -266,13 +266,13 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
         owner, _, key = name.rpartition(".")
         plain = name in stored and key != "weight"
         weight = dequantized(stored[name].detach() if plain else weight_of(modules[owner], key))
-        total = _wide(weight)
+        total = to_sum_dtype(weight)
         for change, strength in parts:
             total = total + change() * strength
         yield name, weight, total
         for tied in _tied_names(stored, name):
             if tied not in makers:
-                yield tied, stored[tied].detach(), _wide(stored[tied].detach())
+                yield tied, stored[tied].detach(), to_sum_dtype(stored[tied].detach())
 
 
 def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:

@@ -119,7 +119,8 @@ def mix_pairs(
     elif method == "orthogonal":
         product = _orthogonal(pairs)
     else:
-        dense = _ties([_dense(*stacked([pair])) for pair in pairs], density)
+        factors_of_pairs = [stacked([pair]) for pair in pairs]
+        dense = _ties([B.float() @ A.float() for A, B in factors_of_pairs], density)
         approximations = [low_rank(m, _require_bound(bound, name)) for m in dense.reshape(-1, *dense.shape[-2:])]
         A, B = _padded([f[0] for f in approximations], -2), _padded([f[1] for f in approximations], -1)
         lead = truth[0].shape[:-2]
@@ -139,9 +140,8 @@ def mix_pairs(
 
 def _require_bound(bound: Bound | None, name: str) -> Bound:
     if bound is None:
-        raise AdapterError(
-            "the result has full rank", where=name or None, fix="limit the result: give a rank, an energy or an error"
-        )
+        fix = "limit the result: give a rank, an energy or an error"
+        raise AdapterError("the result has full rank", where=name or None, fix=fix)
     return bound
 
 
@@ -174,10 +174,6 @@ def _nearest_orthonormal(U: Tensor, S: Tensor) -> Tensor:
     inverse = torch.where(values > 1e-10, values.clamp_min(1e-10).rsqrt(), 0.0)
     out: Tensor = U @ (E * inverse.unsqueeze(-2)) @ E.mT
     return out
-
-
-def _dense(A: Tensor, B: Tensor) -> Tensor:
-    return B.float() @ A.float()
 
 
 def _ties(tau: list[Tensor], density: float) -> Tensor:
@@ -331,9 +327,7 @@ class _Mix:
         truth = _total(parts)
         if self.method == "orthogonal" and len(parts) > 1:
             raise AdapterError("the method orthogonal takes low-rank changes only", fix="use sum with a bound, or ties")
-        answer = truth
-        if self.method == "ties":
-            answer = _ties(parts, self.density)
+        answer = _ties(parts, self.density) if self.method == "ties" else truth
         if self.bound is None and len(pairs) == 1 and self.method == "svd":
             bound = Bound(rank=pairs[0][0].rank)
         else:
@@ -392,9 +386,7 @@ class _Mix:
             return
         parts = [self._delta(name, d) * s for d, s in deltas]
         truth = _total(parts)
-        answer = truth
-        if self.method == "ties":
-            answer = _ties(parts, self.density)
+        answer = _ties(parts, self.density) if self.method == "ties" else truth
         value = answer.to(self.dtype)
         self.out.adapter.deltas[name] = Delta("dense", {"value": value}, tuple(value.shape))
         self.out.parts[name] = MixedModule(0, float(truth.norm()), float((value.double() - truth).norm()))
@@ -480,8 +472,6 @@ def scaled_by_module(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
             elif factor:
                 getattr(out, kind)[name] = item
     if problems:
-        raise AdapterError(
-            f"these changes cannot be scaled exactly without the base:\n{bullets(problems, None)}",
-            fix="use a factor of 0 or 1 for these modules",
-        )
+        message = f"these changes cannot be scaled exactly without the base:\n{bullets(problems, None)}"
+        raise AdapterError(message, fix="use a factor of 0 or 1 for these modules")
     return out

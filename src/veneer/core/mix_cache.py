@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair
-from veneer.core.merge import delta
+from veneer.core.merge import delta, to_sum_dtype
 from veneer.core.selection import ActiveMix
 from veneer.ops.device_transfer import sent
 from veneer.ops.lowrank import LowRank
@@ -220,10 +220,6 @@ def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device, dtype: 
     return sent(torch.tensor([s for s, rank in scales for _ in range(rank)], dtype=dtype), device)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
-
-
 def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str, CachedModule]:
     """Compute the copies of similar modules together, with grouped matrix products.
 
@@ -269,7 +265,7 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
     plain = [(p, s) for p, s in pairs if p.magnitude is None and p.A[0].numel() == weight[0].numel()]
     unstacked = [(p, s) for p, s in pairs if all(p is not q for q, _ in plain)]
     changes = [(d, s) for a, s in mix if (d := a.deltas.get(f"{name}.weight")) is not None]
-    total = weight.to(_wide(weight)) if unstacked or changes else weight
+    total = to_sum_dtype(weight) if unstacked or changes else weight
     if plain:  # the product is summed in float32 for every dtype, and rounded once
         stack = _stacked_product(plain, total.dtype)
         total = torch.addmm(total.flatten(1), stack.B.flatten(1), stack.A.flatten(1)).view(weight.shape)
@@ -280,7 +276,7 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
     for adapter, strength in mix:
         if (moved := adapter.deltas.get(f"{name}.bias")) is not None:
             bias_change = delta(base, moved, "bias") * strength
-            bias = bias_change if bias is None else bias.to(_wide(bias)) + bias_change
+            bias = bias_change if bias is None else to_sum_dtype(bias) + bias_change
     bias = None if bias is None else bias.to(weight.dtype)
     return _cached(mix, sources, weight=total.to(weight.dtype), bias=bias)
 

@@ -71,9 +71,7 @@ def _is_linear(module: nn.Module) -> bool:
     forward, such as a router that returns scores, is linear only if its class name contains Linear, as the
     names of the quantized classes do."""
     cls = type(module)
-    if (
-        cls.__name__ == "NonDynamicallyQuantizableLinear"
-    ):  # torch's attention reads this module's weight and never calls the module
+    if cls.__name__ == "NonDynamicallyQuantizableLinear":  # torch's attention only reads this module's weight
         return False
     if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
         return True
@@ -156,11 +154,8 @@ def _unmatched(label: str, pattern: str, names: Sequence[str], model: nn.Module)
     unsupported = [(n, type(m).__name__) for n, m in base_modules(model) if n and target_matches(pattern, n)]
     if unsupported and label == "target":
         listing = ", ".join(f"{n} ({cls})" for n, cls in unsupported[:3])
-        return TargetError(
-            f"target {pattern!r} selects only modules that do not support a pair: {listing}",
-            fix="name linear, embedding or convolution modules or 3-d expert parameters, "
-            "or list these under modules_to_save",
-        )
+        fix = "name linear, embedding or convolution modules or 3-d expert parameters, or use modules_to_save"
+        return TargetError(f"target {pattern!r} selects only modules that do not support a pair: {listing}", fix=fix)
     leaves = sorted({n.rsplit(".", 1)[-1] for n in names} - {""})
     similar = nearest(pattern, [*leaves, *names]) or leaves[:8]
     return TargetError(f"{label} {pattern!r} matches nothing in this model", fix=f"nearest: {', '.join(similar)}")
@@ -184,13 +179,10 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
     for pattern in spec.exclude:
         if not any(target_matches(pattern, n) for n in [*names, *(n for n, _ in base_modules(model))]):
             raise _unmatched("exclude", pattern, names, model)
-    blocks = {_block(n) for n in names}
+    blocks = {block for n in names if (block := _block(n)) is not None}
     if missing := sorted(set(spec.layers or ()) - blocks):
-        raise TargetError(
-            f"layers {missing} do not exist in this model",
-            fix=f"its blocks are numbered {min((b for b in blocks if b is not None), default=0)} to "
-            f"{max((b for b in blocks if b is not None), default=0)}",
-        )
+        fix = f"its blocks are numbered {min(blocks, default=0)} to {max(blocks, default=0)}"
+        raise TargetError(f"layers {missing} do not exist in this model", fix=fix)
     full = full_modules(model, spec)
     selectable = {
         n

@@ -43,13 +43,11 @@ class Bound:
         if self.rank is not None and self.rank < 1:
             raise AdapterError(f"rank {self.rank} keeps nothing", fix="a rank of 1 or more")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise AdapterError(
-                f"energy {self.energy:g} must be above 0 and at most 1", fix="give a fraction, for example 0.95"
-            )
+            message = f"energy {self.energy:g} must be above 0 and at most 1"
+            raise AdapterError(message, fix="give a fraction, for example 0.95")
         if self.error is not None and not 0 <= self.error < 1:
-            raise AdapterError(
-                f"error {self.error:g} must be at least 0 and below 1", fix="give a relative error, for example 0.05"
-            )
+            message = f"error {self.error:g} must be at least 0 and below 1"
+            raise AdapterError(message, fix="give a relative error, for example 0.05")
 
 
 @dataclass(frozen=True)
@@ -220,18 +218,15 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
     if bound.rank is not None and 4 * (bound.rank + oversample) < n:
         Q = _subspace(D, bound.rank + oversample, norm, most)
     else:
-        gram = _gram(D)
-        Q = torch.linalg.eigh(gram)[1].flip(-1)
+        Q = torch.linalg.eigh(_gram(D))[1].flip(-1)
     # D·Q: (out, m), with Q orthonormal over n
-    caught = torch.cat([D[at : at + 4096].double() @ Q for at in range(0, len(D), 4096)])
+    caught = torch.cat([rows.double() @ Q for rows in D.split(4096)])
     U, S, V = torch.linalg.svd(caught, full_matrices=False) if Q.shape[1] < n else _columns(caught)
     k = rank_for(S, bound)
     root = S[:k].sqrt()
     B, A = U[:, :k] * root, root.unsqueeze(-1) * (V[:k] @ Q.mT)
-    retained = S[:k].square().sum()
-    error = math.sqrt(max(norm**2 - float(retained), 0.0)) if norm else 0.0
-    if k == n:
-        error = 0.0
+    retained = float(S[:k].square().sum())
+    error = math.sqrt(max(norm**2 - retained, 0.0)) if norm and k < n else 0.0
     if error < 1e-6 * norm:  # the difference of squares is not accurate enough here; compute the distance
         error = float(torch.linalg.vector_norm(D.double() - B @ A))
     return (B.mT, A.mT, Cut(norm, error, k)) if flip else (A, B, Cut(norm, error, k))
@@ -247,11 +242,11 @@ def _columns(caught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, torch.eye(len(order), dtype=torch.float64, device=caught.device)[order]
 
 
-def _gram(D: Tensor, rows: int = 4096) -> Tensor:
+def _gram(D: Tensor) -> Tensor:
     """Return DᵀD in float64, computed in blocks of rows to avoid a copy of D."""
     out = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
-    for at in range(0, len(D), rows):
-        block = D[at : at + rows].double()
+    for rows in D.split(4096):
+        block = rows.double()
         out.addmm_(block.mT, block)
     return out
 

@@ -46,13 +46,8 @@ def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     _run("tensorboard", tmp_path, range(3, 6), resumed=True)
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
-    assert [(s.step, round(s.value, 4)) for s in read.Scalars("train/loss")] == [
-        (1, 1.0),
-        (2, 0.5),
-        (3, 0.3333),
-        (4, 0.25),
-        (5, 0.2),
-    ]
+    losses = [(s.step, round(s.value, 4)) for s in read.Scalars("train/loss")]
+    assert losses == [(n, round(1 / n, 4)) for n in range(1, 6)]
     assert read.Scalars("validation/loss")[-1].step == 5
     assert read.Tags()["images"] == ["samples"]
 
