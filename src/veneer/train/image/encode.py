@@ -138,7 +138,8 @@ class Encoders:
             tensors = {"embeds": text.embeds, "pooled": text.pooled, "mask": text.mask}
             return {name: t for name, t in tensors.items() if t is not None}
 
-        return Conditioning(**self.texts.get(caption, encode, references, data))
+        entry = self.texts.get(caption, encode, references, data)
+        return Conditioning(entry["embeds"], entry.get("pooled"), entry.get("mask"))
 
 
 def _tokenizers(base: ImageBase) -> str:

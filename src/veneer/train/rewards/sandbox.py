@@ -113,7 +113,7 @@ def start_child(
 ) -> subprocess.Popen[bytes]:
     """Start a command in its own session, with `channel` as standard input and without standard output."""
     return subprocess.Popen(
-        command, stdin=channel, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, **options
+        command, stdin=channel.fileno(), stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, **options
     )
 
 
