@@ -43,9 +43,8 @@ class TrainingAccount:
     def check_allowed(self, tenant: str) -> None:
         """Raise Refused (403) unless the tenant is allowed to train."""
         if self.terms(tenant).jobs == 0:
-            raise Refused(
-                "this tenant is not allowed to train", status=403, code="forbidden", fix="the operator can allow it"
-            )
+            message, fix = "this tenant is not allowed to train", "the operator can allow it"
+            raise Refused(message, status=403, code="forbidden", fix=fix)
 
     def spent(self, tenant: str) -> int:
         """Return this month's cost of the tenant's Tinker clients, from the ledger."""

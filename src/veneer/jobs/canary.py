@@ -93,9 +93,8 @@ def _do_once(store: JobStore, lease: JobLease, kind: str, failure: str, do: Call
     instead. Raises LeaseLost, Interrupted and transient errors."""
     for event in store.events_of(None, lease.job.id, kind):
         return event
-    store.get_lease(
-        lease.job.id, lease.token
-    )  # raises LeaseLost if the job was cancelled: its route must then not move
+    # Raises LeaseLost if the job was cancelled: its route must then not move.
+    store.get_lease(lease.job.id, lease.token)
     try:
         event = do()
     except (LeaseLost, Interrupted):

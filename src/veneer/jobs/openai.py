@@ -53,11 +53,9 @@ def _is_auto(value: Any) -> Any:
 
 _Auto = Annotated[Literal["auto"], BeforeValidator(_is_auto)]
 _Number = TypeVar("_Number")
+# "=" occurs in no field name, so these tags cannot be mistaken for fields in errors.
 _OrAuto = Annotated[
-    Annotated[_Number, Tag("=number")]
-    | Annotated[
-        _Auto, Tag("=auto")
-    ],  # "=" occurs in no field name, so these tags cannot be mistaken for fields in errors
+    Annotated[_Number, Tag("=number")] | Annotated[_Auto, Tag("=auto")],
     Discriminator(lambda value: "=auto" if isinstance(value, str) else "=number"),
 ]
 _Batch = _OrAuto[Annotated[int, Field(ge=1, le=_LARGEST)]]

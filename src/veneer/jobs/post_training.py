@@ -177,10 +177,9 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
         one_of(rule.metric, _METRICS, "a metric", "after.promote.metric")
         metrics = [] if after.evaluate is None else after.evaluate.metrics
         if rule.metric not in metrics:
+            message = f"{rule.metric} is used in `promote` but not listed in evaluate.metrics"
             fix = f"evaluate: {{metrics: [{', '.join([*metrics, rule.metric])}]}}"
-            raise ConfigError(
-                f"{rule.metric} is used in `promote` but not listed in evaluate.metrics", where="after.promote", fix=fix
-            )
+            raise ConfigError(message, where="after.promote", fix=fix)
     if after.route is not None:
         check_route_name(after.route.name)
         _check_owner(after.route.name, tenant, tenants)
@@ -199,9 +198,8 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
     known = tenants.refresh().routes
     if tenant and (tenant, route) not in known and (ALL, route) in known:
         message = f"{quoted(route)} belongs to all tenants, and a job of {tenant} can change only {tenant}'s routes"
-        raise ConfigError(
-            message, where=where, fix=f"use another name, such as {tenant}/{route}, or a job without a tenant"
-        )
+        fix = f"use another name, such as {tenant}/{route}, or a job without a tenant"
+        raise ConfigError(message, where=where, fix=fix)
 
 
 def serving_version(route: Route | None, name: str) -> str | None:

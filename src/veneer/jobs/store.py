@@ -623,12 +623,9 @@ class JobStore:
             planned = cost_of(int(plan["tokens"]), price)
             spent = max(spent, _reserved(c, job.tenant, now))
             if budget is not None and planned + (taken := spent + _committed(c, job.tenant, now)) > budget:
-                left, fix = (
-                    money(max(0, budget - taken)),
-                    "use fewer rows or epochs, raise the budget, or wait until next month",
-                )
-                message = f"this job would cost {money(planned)}, but of this month's budget of "
-                raise OverBudget(f"{message}{money(budget)}, only {left} is left", where="budget", fix=fix)
+                left = f"of this month's budget of {money(budget)}, only {money(max(0, budget - taken))} is left"
+                fix = "use fewer rows or epochs, raise the budget, or wait until next month"
+                raise OverBudget(f"this job would cost {money(planned)}, but {left}", where="budget", fix=fix)
             steps, cost = int(plan["steps"]), f", {money(planned)}" if planned else ""
             text = f"validated: {counted(steps, 'step')}, {int(plan['tokens']):,} tokens{cost}"
             values: dict[str, Any] = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": steps}
@@ -691,9 +688,8 @@ class JobStore:
         Also adds the time since the last such transaction to the job's machine time. Raises LeaseLost."""
         mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
         with self._transaction() as (c, now):
-            since = case(
-                (job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0
-            )  # 0 if the clock was set back
+            # The time since the last transaction is 0 if the clock was set back.
+            since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)
             passed = since if lease.job.state == "running" else 0.0
             done = c.execute(update(job_table).where(*mine).values(seconds=job_table.c.seconds + passed, renewed=now))
             if done.rowcount != 1:

@@ -45,9 +45,8 @@ def after_section(job: Job) -> AfterJob | None:
     section = job.about.get("after")
     if section is None:
         return None
-    return AfterJob.model_validate(
-        {key: value for key, value in section.items() if key != "alias"}
-    )  # older jobs have this key
+    # Older jobs have the key "alias".
+    return AfterJob.model_validate({key: value for key, value in section.items() if key != "alias"})
 
 
 def has_evaluation(job: Job) -> bool:

@@ -136,15 +136,12 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     @router.delete("/v1/models/{model:path}", summary="Delete a tuned model or one of its checkpoints")
     def remove(request: HttpRequest, model: str) -> Any:
         principal, library = caller_of(request), jobs.library
-        service_of(request).catalog.card(
-            model, principal
-        )  # raises Refused (404) if the model does not exist or is not visible
+        # Raises Refused (404) if the model does not exist or is not visible.
+        service_of(request).catalog.card(model, principal)
         tuned = parse_tuned(model)
         if tuned is None or tuned.organisation != principal.tenant:
-            message, fix = (
-                f"the model {quoted(model)} cannot be deleted here",
-                "you can delete only your own fine-tuned models: ft:…",
-            )
+            message = f"the model {quoted(model)} cannot be deleted here"
+            fix = "you can delete only your own fine-tuned models: ft:…"
             raise Refused(message, status=403, code="forbidden", param="model", fix=fix)
         try:
             reference = tuned.reference if tuned.step is None else library.find(tuned.reference).reference
@@ -190,10 +187,8 @@ class TuningQueue:
         if body.reinforced is not None:
             grader = _resolve_grader(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
         if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
-            message, fix = (
-                f"{most:,} jobs are not finished, and that is the limit (jobs)",
-                "wait for some, or cancel some",
-            )
+            message = f"{most:,} jobs are not finished, and that is the limit (jobs)"
+            fix = "wait for some, or cancel some"
             raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
         training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
         validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
@@ -204,14 +199,12 @@ class TuningQueue:
         size = sum(file.bytes for file in (training, validation, *held_out) if file)
         _check_input_bytes(jobs, tenant, size, files.quotas.limits.disk)
         tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
-        request = body.model_dump(
-            mode="json", include={"model", "training_file", "validation_file", "suffix", "metadata"}
-        )
+        shown_keys = {"model", "training_file", "validation_file", "suffix", "metadata"}
+        request = body.model_dump(mode="json", include=shown_keys)
         request |= {"kind": body.kind, "hyperparameters": body.numbers.model_dump(), "tuned": str(tuned)}
         request["after"] = None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True)
-        if (
-            body.reinforced is not None and grader is not None
-        ):  # the request is stored with the client's grader; the run uses the resolved grader
+        if body.reinforced is not None and grader is not None:
+            # The request is stored with the client's grader; the run uses the resolved grader.
             request["reinforcement"] = body.reinforced.to_json()
             body.reinforced.grader = grader
         metadata: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
@@ -250,9 +243,8 @@ def _initial_adapter(service: Service, principal: Principal, model: str) -> str 
     Raises Refused if the model is not served here."""
     base = service.catalog.base
     if service.engine.makes != "texts":
-        raise invalid(
-            "this server generates pictures, but fine-tuning jobs need a text model", "model", "see `veneer train`"
-        )
+        message = "this server generates pictures, but fine-tuning jobs need a text model"
+        raise invalid(message, "model", "see `veneer train`")
     if model == base:
         return None
     if (tuned := parse_tuned(model)) is not None and tuned.base == base:
@@ -300,9 +292,7 @@ def _check_input_bytes(jobs: JobStore, tenant: str, more: int, limit: int) -> No
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
     used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
     if used + more > limit:
-        message = (
-            f"the inputs of unfinished jobs have {used:,} bytes, and with {more:,} more they would exceed {limit:,}"
-        )
+        message = f"the inputs of unfinished jobs have {used:,} bytes; {more:,} more would exceed {limit:,}"
         fix = "wait for some jobs to finish, or cancel some"
         raise Refused(message, status=400, code="storage_full", param="training_file", fix=fix)
 

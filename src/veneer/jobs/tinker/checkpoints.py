@@ -119,9 +119,8 @@ class Checkpoints:
         """Raise ConfigError unless a new checkpoint can have this id."""
         if not self._is_valid(id):
             message = f"{id.partition('/')[2][:100]!r} is not a valid checkpoint name"
-            raise ConfigError(
-                message, where="path", fix="at most 100 letters, digits and . _ -; the first is a letter or digit"
-            )
+            fix = "at most 100 letters, digits and . _ -; the first is a letter or digit"
+            raise ConfigError(message, where="path", fix=fix)
 
     def save(
         self, id: str, seq: int, adapter: Adapter, base: TextBase, ttl: int | None, metadata: Mapping[str, str] | None
@@ -154,9 +153,7 @@ class Checkpoints:
     def _remove_adapter(self, reference: str) -> None:
         """Remove a version from the library, unless another checkpoint uses it."""
         if all(checkpoint.reference != reference for checkpoint in self.all()):
-            with suppress(
-                AdapterError
-            ):  # raised if an alias points to the version, or if the version was already removed
+            with suppress(AdapterError):  # an alias points to the version, or the version was already removed
                 self.library.remove(reference)
 
     def sweep(self) -> None:

@@ -341,9 +341,8 @@ class TinkerService:
             checkpoints = self._checkpoints(tenant, session.id, str(number))
             if (existing := self.runs.get(checkpoints.run)) is not None:
                 if existing.lora != lora:
-                    raise ConfigError(
-                        f"the session already has a different model with number {number}", where="model_seq_id"
-                    )
+                    message = f"the session already has a different model with number {number}"
+                    raise ConfigError(message, where="model_seq_id")
                 return existing
             hold = self.quotas.take(tenant, files=1, disk=size, memory=self._object_bytes(metadata))
             id, base_name = checkpoints.run, session.base_name
@@ -383,9 +382,8 @@ class TinkerService:
         """Return whether a request has not been accepted yet. Raises Refused (410), ConfigError."""
         self.check_open(run)
         if not 1 <= seq <= run.applied + _MAX_AHEAD:
-            raise ConfigError(
-                f"seq_id is {seq}", where="seq_id", fix="numbers start at 1 and increase by 1 with each request"
-            )
+            fix = "numbers start at 1 and increase by 1 with each request"
+            raise ConfigError(f"seq_id is {seq}", where="seq_id", fix=fix)
         return seq > run.applied and seq not in run.pending
 
     def submit(self, run: TrainingRun, seq: int, kind: str, body: bytes) -> Future[FutureResult]:
@@ -439,9 +437,8 @@ class TinkerService:
         run, id = parse_path(path)
         if not id.startswith("weights/"):
             message = f"{path[:200]} has weights for sampling, but no training state"
-            raise ConfigError(
-                message, where="path", fix="use a path that save_state returned: tinker://RUN/weights/NAME"
-            )
+            fix = "use a path that save_state returned: tinker://RUN/weights/NAME"
+            raise ConfigError(message, where="path", fix=fix)
         return self.saved(tenant, path), self.run(tenant, run)
 
     def remove(self, run: TrainingRun, saved: SavedWeights) -> None:
@@ -612,9 +609,8 @@ class TinkerService:
         learner = self._learner(run)
         try:
             if not isinstance(body.get("adam_params"), dict):
-                raise ConfigError(
-                    "this server's only optimizer is AdamW", where="optimizer_params", fix="AdamParams(…)"
-                )
+                message = "this server's only optimizer is AdamW"
+                raise ConfigError(message, where="optimizer_params", fix="AdamParams(…)")
             return self._ready_trainer().optimize(learner, checked(Adam, body["adam_params"], "adam_params"))
         except VeneerError:
             learner.forget_gradients()  # the next step must not use the gradients of this failed step
@@ -630,10 +626,9 @@ class TinkerService:
         self._object_bytes(body.user_metadata)
         learner, size = self._learner(run), self._state_bytes(run.lora)
         with self._reserve_quota(run, files=1, disk=size // 4 + with_state * size):
-            folder = (
-                run.checkpoints.folder.parent
-            )  # the description of the run that later processes read is written too
+            folder = run.checkpoints.folder.parent
             folder.mkdir(parents=True, exist_ok=True)
+            # Later processes read the description of the run from these files.
             atomic_write(folder.parent / "session.json", [json.dumps({"tenant": run.tenant}).encode()])
             data = {"lora": asdict(run.lora), "metadata": run.metadata, "base_name": run.base_name}
             atomic_write(folder / "run.json", [json.dumps(data).encode()])
@@ -775,11 +770,9 @@ class TinkerService:
         Raises ConfigError if this is more than `max_memory`."""
         size = state_bytes(self.base.model, lora.spec(self.names))
         if size > self.max_memory:
-            raise ConfigError(
-                f"a client of rank {lora.rank} needs {size:,} bytes; the limit is {self.max_memory:,}",
-                where="lora_config.rank",
-                fix="use a lower rank, or raise the server's --adapter-memory",
-            )
+            message = f"a client of rank {lora.rank} needs {size:,} bytes; the limit is {self.max_memory:,}"
+            fix = "use a lower rank, or raise the server's --adapter-memory"
+            raise ConfigError(message, where="lora_config.rank", fix=fix)
         return size
 
     def _evict_others(self, run: TrainingRun) -> None:
