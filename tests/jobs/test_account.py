@@ -90,10 +90,10 @@ def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenan
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(took, range(20))) == 4
-    account.release_budget("acme", UNIT)
+    account.jobs.release_budget("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
     billed(tenants, trained_name("acme/tinker-b-0"), 3)
-    account.release_budget("acme", UNIT)
+    account.jobs.release_budget("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
     billed(tenants, trained_name("acme/tinker-c-0"), 2)  # a bill from another server
     assert not took(0)
@@ -116,7 +116,7 @@ def test_jobs_count_reservations_that_the_ledger_lacks(store: JobStore, tenants:
     assert store.queue(lease, plan, price=3 * UNIT, budget=9 * UNIT, spent=0).state == "queued"
     with pytest.raises(Refused, match="budget"):
         account.reserve("acme", 1)
-    account.release_budget("acme", UNIT)
+    account.jobs.release_budget("acme", UNIT)
     account.reserve("acme", UNIT)
 
 

@@ -11,11 +11,10 @@ from fastapi import APIRouter, FastAPI
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, responses, toy_app
 from veneer.jobs.http.files import file_routes
-from veneer.jobs.http.samples import sample_routes
 from veneer.jobs.http.tinker import training_routes
 from veneer.jobs.http.tinker_samples import sampling_routes
 from veneer.jobs.http.tinker_weights import weights_routes
-from veneer.jobs.http.tuning import tuning_routes
+from veneer.jobs.http.tuning import sample_routes, tuning_routes
 from veneer.library.upload_stage import UploadStage
 from veneer.serve.access import OpenAccess
 from veneer.serve.http.bodies import BodyRoute

@@ -15,7 +15,6 @@ from veneer.cli.options import AsJson, JobsLibrary, LibraryIndex, Settings, Tena
 from veneer.cli.output import field, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from veneer.jobs.canary import Placement
     from veneer.jobs.store import Job, JobStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit, watch and stop training jobs.")
@@ -199,13 +198,13 @@ def rollback(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, 
 
 
 def _move_route(
-    job: str, tenant: str | None, tenants: str | None, as_json: bool, move: Callable[..., Placement]
+    job: str, tenant: str | None, tenants: str | None, as_json: bool, move: Callable[..., tuple[str, object]]
 ) -> None:
     from veneer.serve.tenancy.store import tenants_at
 
     with _opened() as store, tenants_at(tenants) as tenant_store:
-        moved = move(store, tenant_store, tenant, job)
-    print_json(moved.json) if as_json else print(field(moved.text))
+        text, values = move(store, tenant_store, tenant, job)
+    print_json(values) if as_json else print(field(text))
 
 
 @app.command(epilog="Example: veneer jobs logs ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")

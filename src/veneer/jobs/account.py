@@ -2,7 +2,8 @@
 
     account.terms("acme")                      current price, monthly budget and maximum concurrent jobs
     account.spent("acme")                      this month's cost of Tinker clients, from the ledger
-    cost = account.reserve("acme", tokens)     before a request is accepted; `release_budget` if it fails
+    cost = account.reserve("acme", tokens)     before a request is accepted
+    account.jobs.release_budget("acme", cost)  after the request has failed
 
 The queue bills a job when the job ends; until then, the job's planned cost counts against the budget. For
 Tinker clients, the ledger bills each pass under the name that `trained_name` returns. Amounts of money are in
@@ -13,11 +14,11 @@ from __future__ import annotations
 
 import time
 
-from veneer.jobs.store import JobStore, OverBudget
+from veneer.jobs.store import JobStore, OverBudget, cost_of
 from veneer.library.database import reading
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import Price, Store, TrainingTerms
+from veneer.serve.tenancy.store import Store, TrainingTerms
 
 _TRAINED = "@train"
 
@@ -60,15 +61,10 @@ class TrainingAccount:
         The reservation is in the jobs' database until the ledger has the bill, so that concurrent requests
         and jobs count each other's costs. Raises Refused (402) if the budget is too small."""
         terms = self.terms(tenant)
-        cost = Price(terms.price).cost(tokens, 0, 0) if terms.budget is not None else 0
-        if cost and terms.budget is not None:
-            try:
-                self.jobs.reserve(tenant, cost, terms.budget, self.spent(tenant))
-            except OverBudget as error:
-                raise Refused(error.what, status=402, code="over_budget", fix=error.fix) from error
+        if terms.budget is None or not (cost := cost_of(tokens, terms.price)):
+            return 0
+        try:
+            self.jobs.reserve(tenant, cost, terms.budget, self.spent(tenant))
+        except OverBudget as error:
+            raise Refused(error.what, status=402, code="over_budget", fix=error.fix) from error
         return cost
-
-    def release_budget(self, tenant: str, amount: int) -> None:
-        """Release the amount that was reserved for a failed request."""
-        if amount:
-            self.jobs.release_budget(tenant, amount)

@@ -39,11 +39,10 @@ def training(
     from veneer.jobs.account import TrainingAccount
     from veneer.jobs.files import open_files
     from veneer.jobs.http.files import file_routes, large_bodies
-    from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tinker import TinkerRoutes, training_routes
     from veneer.jobs.http.tinker_samples import sampling_routes
     from veneer.jobs.http.tinker_weights import weights_routes
-    from veneer.jobs.http.tuning import TuningQueue, tuning_routes
+    from veneer.jobs.http.tuning import TuningQueue, sample_routes, tuning_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
     from veneer.serve.tenancy.tenants import Tenants

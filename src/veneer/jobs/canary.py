@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,23 +244,20 @@ def _own_revisions(job: Job, history: list[dict[str, Any]]) -> set[int]:
 # -- manual actions ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The targets of a job's route, as text and as JSON values."""
-
-    text: str
-    json: Mapping[str, Any]
+_Placement = tuple[str, Mapping[str, Any]]
 
 
-def _placement(name: str, route: Route | None) -> Placement:
+def _placement(name: str, route: Route | None) -> _Placement:
     if route is None:
-        return Placement(f"{name} was removed: it did not exist before the job", {"route": None})
+        return f"{name} was removed: it did not exist before the job", {"route": None}
     targets = ", ".join(target for target, _ in route.targets)
-    return Placement(f"{name} points to {targets}", {"route": routes.route_fields(route)})
+    return f"{name} points to {targets}", {"route": routes.route_fields(route)}
 
 
-def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> Placement:
+def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> _Placement:
     """Point the job's route to the job's adapter, for all users.
+
+    Returns the route's targets as (text, JSON values).
 
     Raises UnknownJob, WrongState, ConfigError."""
     job, name = _job_and_route(store, tenant, job_id)
@@ -272,18 +269,18 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_
     if current is not None and current.targets == ((reference, 1),) and current.shadow is None:
         return _placement(name, current)
     options: dict[str, Any] = {"actor": f"job {job.id} by hand", "check": store.library.find}
-    placement = _placement(name, routes.set_route(tenant_store, name, [(reference, 1)], tenant=job.tenant, **options))
-    event = JobEvent("info", "route", f"promoted: {placement.text}", {"route": name, "promoted": True})
+    placed = _placement(name, routes.set_route(tenant_store, name, [(reference, 1)], tenant=job.tenant, **options))
+    event = JobEvent("info", "route", f"promoted: {placed[0]}", {"route": name, "promoted": True})
     store.add_event(job.tenant, job.id, event)
-    return placement
+    return placed
 
 
-def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> Placement:
+def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> _Placement:
     """Restore the targets that the job's route had before the job.
 
-    Each user gets the target from before the job. A route that did not exist before the job is removed. Raises
-    UnknownJob, WrongState, and ConfigError if the job did not move the route, or if the route was moved again
-    since."""
+    Each user gets the target from before the job. A route that did not exist before the job is removed. Returns
+    the route's targets as (text, JSON values). Raises UnknownJob, WrongState, and ConfigError if the job did
+    not move the route, or if the route was moved again since."""
     job, name = _job_and_route(store, tenant, job_id)
     tenant_store = _require(tenants)
     options: dict[str, Any] = {"tenant": job.tenant, "actor": f"job {job.id} taken back"}
@@ -296,15 +293,15 @@ def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job
     before = {int(move["move"]): move["before"] for move in history}
     while number in revisions and before[number] is not None:
         number = int(before[number])
+    moved = None
     if number in revisions:
         routes.remove_route(tenant_store, name, **options)
-        placement = _placement(name, None)
     else:
         moved = routes.rollback_route(tenant_store, name, **options, moves=revisions, check=store.library.find)
-        placement = _placement(name, moved)
-    event = JobEvent("info", "route", f"rolled back: {placement.text}", {"promoted": False})
+    placed = _placement(name, moved)
+    event = JobEvent("info", "route", f"rolled back: {placed[0]}", {"promoted": False})
     store.add_event(job.tenant, job.id, event)
-    return placement
+    return placed
 
 
 def _job_and_route(store: JobStore, tenant: str | None, job_id: str) -> tuple[Job, str]:

@@ -119,15 +119,11 @@ class Files:
         with self._transaction() as c:
             if id is None:
                 self._check_quota(c, tenant, size)
-            if not _exists(c, tenant, file_id):
+            t = job_file_table.c
+            if c.scalar(select(t.id).where(t.id == file_id, t.tenant == tenant)) is None:
                 c.execute(insert(job_file_table), vars(file))
             self._write_missing(file, source)  # write the bytes again if a deletion removed them meanwhile
         return file
-
-    def exists(self, tenant: str, id: str) -> bool:
-        """Return whether the tenant has a file with this id."""
-        with reading(self.engine) as c:
-            return _exists(c, tenant, id)
 
     def get(self, tenant: str, id: str) -> UploadedFile:
         with reading(self.engine) as c:
@@ -253,11 +249,6 @@ class Files:
 
 
 _COLUMNS = [c for c in job_file_table.c if c.name != "number"]
-
-
-def _exists(c: Connection, tenant: str, id: str) -> bool:
-    t = job_file_table.c
-    return c.scalar(select(t.id).where(t.id == id, t.tenant == tenant)) is not None
 
 
 def _path(tenant: str, sha256: str) -> str:

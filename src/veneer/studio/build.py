@@ -51,8 +51,7 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
 
     trains: whether the server also runs training jobs."""
     from veneer.jobs.files import open_files
-    from veneer.jobs.http.samples import sample_routes
-    from veneer.jobs.http.tuning import TuningQueue
+    from veneer.jobs.http.tuning import TuningQueue, sample_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
     from veneer.studio.adapter import adapter_view
@@ -92,9 +91,8 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
     async def stop() -> None:
         await lifespan[0].__aexit__(None, None, None)
 
-    sample_images = (
-        [] if trains else [sample_routes(jobs)]
-    )  # if the server trains, the training extension adds these routes
+    # If the server trains, the training extension adds these routes.
+    sample_images = [] if trains else [sample_routes(jobs)]
     routers = [key_routes(service.tenancy), *sample_images]
     return Extension(routers, unguarded=(ROOT,), start=start, stop=stop, mount=mount)
 

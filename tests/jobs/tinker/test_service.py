@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
@@ -170,7 +171,7 @@ def test_unreadable_checkpoint_is_skipped_and_stays(tmp_path: Path) -> None:
         about = run.checkpoints.folder / "weights" / "one" / "about.json"
         about.write_text("{")
         assert [each.id for each in run.checkpoints.all()] == ["weights/two"]
-        service.remove(run, service.saved("acme", f"tinker://{run.id}/weights/two"))
+        service.remove("acme", f"tinker://{run.id}/weights/two")
     with small_service(tmp_path) as service:
         assert service.run("acme", run.id).checkpoints.all() == []
         assert about.exists()
@@ -384,7 +385,7 @@ def test_ended_session_takes_no_new_requests(tmp_path: Path) -> None:
     with small_service(tmp_path, days=3 / 86400) as service:
         run = begun(service)
         late = service.submit(run, 2, "optim_step", STEP)
-        service.end_session("acme", run.session)
+        service.session("acme", run.session).ended = time.time()
         with pytest.raises(Refused, match="has ended"):
             service.submit(run, 3, "optim_step", STEP)
         with pytest.raises(Refused, match="has ended"):

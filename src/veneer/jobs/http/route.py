@@ -54,10 +54,4 @@ async def blocking(
 
     Raises Refused: 400 for a ConfigError; any other error becomes "unavailable" or an internal error."""
 
-    def call() -> T:
-        try:
-            return do()
-        except ConfigError as error:
-            raise invalid(error.what, error.where, error.fix) from error
-
-    return await in_thread(label, call, run)
+    return await in_thread(label, do, run, {ConfigError: lambda error: invalid(error.what, error.where, error.fix)})

@@ -120,14 +120,17 @@ class Call:
         operator = client_name is not None and self.principal.can("operate")
         return client_name or (str(base.directory) if operator else str(self.http.catalog.base))
 
-    def check_base(self, name: str) -> None:
-        """Raise Refused unless `name` is the base that this server serves.
+    def check_base(self, session_id: str, name: str) -> None:
+        """Record the client's name of the base in the session.
 
-        Compares only the last part of the name, because a client can pass a path on its own machine."""
-        base = self.http.catalog.base
+        Raises Refused if this server does not serve the base. Compares only the last part of the name, because
+        a client can pass a path on its own machine."""
+        base, session = self.http.catalog.base, self.service.session(self.tenant, session_id)
         if name.rstrip("/").rpartition("/")[2].lower() != base.lower():
             message, fix = f"The model {quoted(name)} is not served here", f"base_model={base!r}"
             raise Refused(message, status=400, code="model_not_available", param="base_model", fix=fix)
+        if "/" in name:
+            session.base_name = name[:1000]
 
 
 @dataclass(eq=False)
@@ -289,7 +292,8 @@ class TinkerRoutes:
 
         If the database is down, the budget stays reserved and a warning is logged."""
         try:
-            await tinker_blocking(lambda: self.account.release_budget(tenant, cost))
+            if cost:
+                await tinker_blocking(lambda: self.account.jobs.release_budget(tenant, cost))
         except Refused as error:
             log.warning("%d millionths of tenant %r's budget were not returned: %s", cost, tenant, error.what)
 
@@ -371,12 +375,11 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
 
     @router.post("/sessions/{id}/finish", summary="End a session; saved checkpoints stay")
     def finish(id: str, call: Call = current_call) -> None:
-        call.service.end_session(call.tenant, id)
+        call.service.session(call.tenant, id).ended = time.time()
 
     @router.post("/create_model", summary="Create a LoRA training client")
     async def create_model(body: ModelBody, call: Call = current_call) -> Response:
-        call.check_base(body.base_model)
-        call.service.session(call.tenant, body.session_id).set_base_name(body.base_model)
+        call.check_base(body.session_id, body.base_model)
         _check_optimizer(body.optimizer_config)
         if (config := body.lora_config) is None:
             raise invalid("this server trains only adapters", "lora_config", "create_lora_training_client(…)")
@@ -430,8 +433,7 @@ async def _create_from(state: TinkerRoutes, call: Call, body: Mapping[str, Any])
     if type(number) is not int or not 0 <= number < MAX_NUMBER or not isinstance(path, str):
         raise invalid("model_seq_id and path are needed", "path")
     if body.get("base_model") is not None:
-        call.check_base(str(body["base_model"]))
-        call.service.session(call.tenant, session).set_base_name(str(body["base_model"]))
+        call.check_base(session, str(body["base_model"]))
     _check_optimizer(body.get("optimizer_config") or {})
     optimizer, metadata = bool(body.get("optimizer")), body.get("user_metadata")
     return await state.created(call, session, number, path, metadata, optimizer)

@@ -8,8 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Query
 
 from veneer.jobs.http.tinker import Call, TinkerRoutes, tinker_router
-from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
-from veneer.jobs.tinker.service import TrainingRun, not_found
+from veneer.jobs.tinker.service import TrainingRun
 from veneer.serve.http.bodies import Strict
 
 _LIMIT, _OFFSET = Query(20, ge=1, le=1000), Query(0, ge=0)
@@ -22,16 +21,9 @@ class PathBody(Strict):
 def weights_routes(state: TinkerRoutes) -> APIRouter:
     router, current_call = tinker_router(), Depends(state.call)
 
-    def find(call: Call, id: str, checkpoint_id: str) -> tuple[TrainingRun, SavedWeights]:
-        run = call.service.run(call.tenant, id)
-        checkpoint = run.checkpoints.find(checkpoint_id)
-        if checkpoint is None:
-            raise not_found(f"{id} has no checkpoint {checkpoint_id[:100]!r}", "checkpoint_id")
-        return run, checkpoint
-
     @router.post("/weights_info", summary="Get the settings that a client needs to continue from a checkpoint")
     def info(body: PathBody, call: Call = current_call) -> Any:
-        run, _ = find(call, *parse_path(body.tinker_path))
+        run = call.service.run(call.tenant, call.service.saved(call.tenant, body.tinker_path).run)
         return {
             "base_model": call.model_name(run.base_name),
             "is_lora": True,
@@ -65,7 +57,7 @@ def weights_routes(state: TinkerRoutes) -> APIRouter:
 
     @router.delete("/training_runs/{id}/checkpoints/{kind}/{name}", summary="Delete a checkpoint")
     def remove(id: str, kind: str, name: str, call: Call = current_call) -> None:
-        call.service.remove(*find(call, id, f"{kind}/{name}"))
+        call.service.remove(call.tenant, f"tinker://{id}/{kind}/{name}")
 
     return router
 

@@ -1,10 +1,11 @@
-"""OpenAI's routes for fine-tuning: jobs, events, checkpoints, and tuned models.
+"""Routes for jobs: OpenAI's fine-tuning, its events, checkpoints and tuned models; sample images.
 
     POST /v1/fine_tuning/jobs        model, training_file and the other fields of `jobs.openai.TuningBody`; also
                                      `after`: actions after training, with file ids instead of paths
     GET  …/jobs, …/jobs/ID, …/jobs/ID/events, …/jobs/ID/checkpoints
     POST …/jobs/ID/cancel, /pause, /resume
     DELETE /v1/models/ft:…           deletes one of the tenant's own tuned models
+    GET  /v1/jobs/ID/samples/STEP    a job's sample images after a step, as PNG; also for the operator
 
 The other model routes also accept the names of tuned models. A job is visible only to its owner.
 """
@@ -21,9 +22,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 
-from veneer.errors import quoted
+from veneer.errors import ConfigError, quoted
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import openai_page
 from veneer.jobs.http.route import blocking, thread_route
@@ -43,6 +44,7 @@ from veneer.jobs.openai import (
     tuning_config,
 )
 from veneer.jobs.post_training import AfterJob, check_after
+from veneer.jobs.step_actions import sample_file
 from veneer.jobs.store import UNFINISHED, Job, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
 from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned
@@ -149,6 +151,21 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         except NotInLibrary as error:
             raise Refused("The model does not exist.", status=404, code="model_not_found", param="model") from error
         return {"id": model, "object": "model", "deleted": True}
+
+    return router
+
+
+def sample_routes(jobs: JobStore) -> APIRouter:
+    """Return the route for jobs' sample images."""
+    router = APIRouter(tags=["jobs"], route_class=thread_route(_TABLE), dependencies=[needs("train")])
+
+    @router.get("/v1/jobs/{id}/samples/{step}", summary="Get a job's sample images after a step")
+    def sample(request: HttpRequest, id: str, step: int) -> Response:
+        try:
+            job = jobs.get(caller_of(request).owner, id)
+            return FileResponse(sample_file(jobs, job, step), media_type="image/png")
+        except ConfigError as error:  # the job or the step does not exist
+            raise Refused(error.what, status=404, code="not_found", param=error.where, fix=error.fix) from None
 
     return router
 
@@ -344,8 +361,8 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     if job.state != "succeeded":
         return []
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
-    if files.exists(job.tenant, id):
-        return [id]
+    with suppress(Refused):  # the file does not exist yet
+        return [files.get(job.tenant, id).id]
     content = result_file(jobs.events_of(job.tenant, job.id, *METRIC_KINDS))
     files.add(job.tenant, f"{job.name.replace('/', '-')}.csv", "fine-tune-results", io.BytesIO(content), id=id)
     return [id]

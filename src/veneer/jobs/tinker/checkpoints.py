@@ -93,6 +93,8 @@ def parse_path(path: str) -> tuple[str, str]:
 class Checkpoints:
     """The checkpoints of one run, stored in the run's folder.
 
+    A checkpoint's training state is in the folder `state` of the checkpoint's folder.
+
     name: the name of the run's adapters in the library."""
 
     def __init__(self, run: str, folder: Path, name: str, library: Library) -> None:
@@ -110,10 +112,6 @@ class Checkpoints:
     def find(self, id: str) -> SavedWeights | None:
         saved = self._read(self.folder / id / "about.json") if self._is_valid(id) else None
         return None if saved is None or saved.expired else saved
-
-    def state(self, id: str) -> Path:
-        """Return the folder with a checkpoint's training state."""
-        return self.folder / id / "state"
 
     def check_name(self, id: str) -> None:
         """Raise ConfigError unless a new checkpoint can have this id."""

@@ -134,10 +134,6 @@ class Session:
             raise ended(f"the session {self.id} has ended", "session_id", "make a new ServiceClient")
         self.used = time.time()
 
-    def set_base_name(self, name: str) -> None:
-        if "/" in name:
-            self.base_name = name[:1000]
-
 
 @dataclass(frozen=True)
 class SamplerSource:
@@ -222,7 +218,6 @@ class TinkerService:
         self.sessions: dict[str, Session] = {}
         self.samplers: dict[str, SamplerSource] = {}
         self.runs: dict[str, TrainingRun] = {}
-        self.passes = self.shared_passes = 0
         self._live = folder / "live"
         try:
             self._read_runs()
@@ -312,10 +307,6 @@ class TinkerService:
         if session is None or session.tenant != tenant:
             raise not_found(f"there is no session {id[:60]!r}", "session_id", "make a new ServiceClient")
         return session
-
-    def end_session(self, tenant: str, id: str) -> None:
-        """End a session: no further requests are accepted. Raises Refused (404)."""
-        self.session(tenant, id).ended = time.time()
 
     def create_run(
         self,
@@ -434,15 +425,17 @@ class TinkerService:
         """Return a checkpoint that has a training state, and the checkpoint's run.
 
         Raises Refused (404), ConfigError."""
-        run, id = parse_path(path)
-        if not id.startswith("weights/"):
+        saved = self.saved(tenant, path)
+        if not saved.id.startswith("weights/"):
             message = f"{path[:200]} has weights for sampling, but no training state"
             fix = "use a path that save_state returned: tinker://RUN/weights/NAME"
             raise ConfigError(message, where="path", fix=fix)
-        return self.saved(tenant, path), self.run(tenant, run)
+        return saved, self.run(tenant, saved.run)
 
-    def remove(self, run: TrainingRun, saved: SavedWeights) -> None:
-        """Remove a checkpoint of a run."""
+    def remove(self, tenant: str, path: str) -> None:
+        """Remove the checkpoint of a tinker:// path. Raises Refused (404), ConfigError."""
+        saved = self.saved(tenant, path)
+        run = self.run(tenant, saved.run)
         run.checkpoints.remove(saved)
         self._update_quota(run)
 
@@ -526,7 +519,7 @@ class TinkerService:
         trainer = self._ready_trainer()
         works = {run: run.work for run in runs if run.work is not None}
         try:
-            trained = trainer.step([*works.values()])
+            trainer.step([*works.values()])
         except Exception as error:
             if len(works) == 1:
                 self._fail(runs[0], error)
@@ -540,8 +533,6 @@ class TinkerService:
                 except Exception as own_error:
                     self._fail(run, own_error)
             return
-        self.passes += 1
-        self.shared_passes += len(trained) > 1
         for run, work in works.items():
             if work.done:
                 self._finish_work(run, work)
@@ -633,7 +624,7 @@ class TinkerService:
             data = {"lora": asdict(run.lora), "metadata": run.metadata, "base_name": run.base_name}
             atomic_write(folder / "run.json", [json.dumps(data).encode()])
             if with_state:
-                self._ready_trainer().write(learner, run.checkpoints.state(id), seq)
+                self._ready_trainer().write(learner, run.checkpoints.folder / id / "state", seq)
             ttl, metadata = body.ttl_seconds, body.user_metadata
             return run.checkpoints.save(id, seq, self._adapter(run), self.base, ttl, metadata).path
 
@@ -680,7 +671,7 @@ class TinkerService:
             message = f"{saved.path} differs from this client in rank or targets"
             fix = "create_training_client_from_state creates a client that matches"
             raise ConfigError(message, where="path", fix=fix)
-        learner = self._read_learner(run, source.checkpoints.state(saved.id), bool(body.optimizer))
+        learner = self._read_learner(run, source.checkpoints.folder / saved.id / "state", bool(body.optimizer))
         learner.forget_gradients()
         self._drop(run)
         run.learner = learner
