@@ -389,13 +389,14 @@ def test_invalid_request_number_is_400(client: Any, number: Any) -> None:
     assert "seq_id is" in answer.json()["error"]["message"]
 
 
-def test_invalid_sample_options_give_an_error_result(client: Any) -> None:
+def test_unsupported_sample_options_are_refused(client: Any) -> None:
     acme = client("acme")
     id = sampler(acme)
-    wrong = {"topk_sample_logprobs": 5, "prompt_alt_tokens_k": 2, "prompt_logprobs_last_n": 3}
-    for seq, (name, value) in enumerate(wrong.items()):
-        result = acme.sample(id, seq, **{name: value}).json()
-        assert name in result["error"]
-        assert result["category"] == "user"
+    none = {"topk_prompt_logprobs": 0, "record_stability_info": False, "target_prompt_logprobs": None}
+    assert acme.http.post("/asample", json={"seq_id": 0, **_sample_body(id), **none}).status_code == 200
+    for name, value in {"topk_sample_logprobs": 5, "prompt_alt_tokens_k": 2, "prompt_logprobs_last_n": 3}.items():
+        answer = acme.http.post("/asample", json={"seq_id": 1, **_sample_body(id), name: value})
+        assert answer.status_code == 400
+        assert name in answer.json()["error"]["message"]
     expired = acme.http.post("/retrieve_future", json={"request_id": f"{id}:77"})
     assert expired.status_code == 410

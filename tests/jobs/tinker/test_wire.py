@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.jobs.tinker.small import ROWS, forward_body, part, read_output, varint
-from veneer.jobs.tinker.wire import WireSample, forward_bytes, read_forward, read_head, sample_bytes
+from veneer.jobs.tinker.wire import forward_bytes, read_forward, read_head, sample_bytes
 from veneer.serve.request import Refused
 
 
@@ -96,7 +96,7 @@ def test_messages_match_the_sdk() -> None:
     made = response_conv.deserialize_forward_backward_output(forward_bytes(rows, 2.5))
     assert [each["logprobs"].to_numpy().tolist() for each in made.loss_fn_outputs] == [[0, 1, 2], [[0, 1], [2, 3]]]
     assert made.metrics == {"loss:sum": 2.5}
-    sample = WireSample([5, 6], [-0.5, -1.0], True)
+    sample = [(5, -0.5), (6, -1.0)], True
     told = response_conv.deserialize_sample_response(sample_bytes([sample], prompt=[None, -3.0], cached=16))
     assert told.sequences[0].tokens == [5, 6]
     assert told.sequences[0].stop_reason == "stop"

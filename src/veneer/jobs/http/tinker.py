@@ -37,7 +37,7 @@ from veneer.jobs.tinker.service import FutureResult, TinkerService, TrainingRun,
 from veneer.jobs.tinker.trainer import Lora
 from veneer.jobs.tinker.wire import read_head
 from veneer.serve.access import ResolvedModel
-from veneer.serve.http.bodies import Strict, read_body
+from veneer.serve.http.bodies import Body, Strict, read_body
 from veneer.serve.http.errors import Json, answering, log, message_of
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, caller_of, service_of
@@ -57,7 +57,7 @@ MAX_NUMBER = 10**9
 TINKER_ROUTE = thread_route("the training clients")
 
 
-class TinkerBody(Strict):
+class TinkerBody(Body):
     """A request body of the SDK, which can include a type name."""
 
     type: str = ""

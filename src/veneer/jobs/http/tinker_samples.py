@@ -8,11 +8,11 @@ import asyncio
 import json
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Depends
 from pydantic import Field
@@ -29,10 +29,10 @@ from veneer.jobs.http.tinker import (
     tinker_router,
 )
 from veneer.jobs.tinker.service import FutureResult, SamplerSource
-from veneer.jobs.tinker.wire import WireSample, sample_bytes
+from veneer.jobs.tinker.wire import sample_bytes
 from veneer.serve.access import ResolvedModel
 from veneer.serve.http.answers import TextAnswer, TextJob, run
-from veneer.serve.http.bodies import Strict
+from veneer.serve.http.bodies import Strict, unsupported
 from veneer.serve.http.errors import Json, as_refused, message_of
 from veneer.serve.http.service import Service
 from veneer.serve.names.adapter_sources import AdapterLocation
@@ -75,18 +75,13 @@ class PromptBody(Strict):
 
 
 class SampleBody(TinkerBody):
+    refused: ClassVar[Mapping[str, Any]] = unsupported(0, *_REFUSED)
     num_samples: int = Field(default=1, ge=1, le=4096)
     prompt: PromptBody
     sampling_params: SamplingBody
     sampling_session_id: str
     seq_id: int = Field(ge=0, lt=MAX_NUMBER)
     prompt_logprobs: bool | None = None
-    topk_prompt_logprobs: int = 0
-    topk_sample_logprobs: int = 0
-    prompt_logprobs_last_n: int | None = None
-    target_prompt_logprobs: dict[str, Any] | None = None
-    prompt_alt_tokens_k: int = 0
-    record_stability_info: bool | None = None
 
 
 @dataclass(eq=False)
@@ -176,9 +171,6 @@ async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) ->
 def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
     """Return a sampling request as a TextJob. Raises Refused if it is invalid."""
     params, context = body.sampling_params, call.http.reader.context
-    for name in _REFUSED:
-        if getattr(body, name) not in (None, False, 0):
-            raise invalid(f"this server does not support {name}", name, "leave it out")
     prompt = tuple(token for chunk in body.prompt.chunks for token in chunk.tokens)
     stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
     sampling = SamplingParams(
@@ -211,11 +203,7 @@ def _resolved(call: Call, source: SamplerSource) -> ResolvedModel:
 
 def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer]) -> bytes:
     samples = [
-        WireSample(
-            [token.id for token in answer.tokens],
-            [token.logprob or 0.0 for token in answer.tokens],
-            answer.finished.reason == "stop",
-        )
+        ([(token.id, token.logprob or 0.0) for token in answer.tokens], answer.finished.reason == "stop")
         for answer in answers
     ]
     prompt = next((answer.tokens[0].prompt for answer in answers if answer.tokens), ())

@@ -248,23 +248,19 @@ class TinkerService:
     def _read_runs(self) -> None:
         """Read the runs that have checkpoints; remove other files of earlier processes."""
         shutil.rmtree(self._live, ignore_errors=True)
-        for path in self.folder.glob("*/session.json"):
+        for folder in self.folder.glob("*/train-*"):
             try:
-                tenant = json.loads(path.read_text(encoding="utf-8"))["tenant"]
-            except Exception:
-                _log.exception("the runs of %s are not available: session.json cannot be read", path.parent)
-                continue
-            for folder in path.parent.glob("train-*"):
-                try:
-                    self._read_run(tenant, folder)
-                except Exception:  # continue with the other runs
-                    _log.exception("the run in %s is not available: its files cannot be read", folder)
+                self._read_run(folder)
+            except Exception:  # continue with the other runs
+                _log.exception("the run in %s is not available: its files cannot be read", folder)
+        for path in self.folder.glob("*/session.json"):
             if not any(path.parent.glob("train-*")):
                 shutil.rmtree(path.parent)
 
-    def _read_run(self, tenant: str, folder: Path) -> None:
+    def _read_run(self, folder: Path) -> None:
         """Read a run from its folder, or remove the folder if the run has no checkpoints."""
         session = folder.parent.name
+        tenant = json.loads((folder.parent / "session.json").read_text(encoding="utf-8"))["tenant"]
         checkpoints = self._checkpoints(tenant, session, folder.name.removeprefix("train-"))
         checkpoints.sweep()
         if checkpoints.empty or not (folder / "run.json").is_file():

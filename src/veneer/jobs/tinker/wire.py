@@ -185,26 +185,19 @@ def forward_bytes(logprobs: Sequence[Array], loss: float) -> bytes:
     return bytes(message.SerializeToString())
 
 
-@dataclass(frozen=True, eq=False)
-class WireSample:
-    """A sample. `stopped`: whether a stop token or stop text ended the sample."""
-
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
-    stopped: bool
+Sample = tuple[Sequence[tuple[int, float]], bool]
+"""(id and log-probability of each token, whether a stop token or stop text ended the sample)"""
 
 
-def sample_bytes(
-    samples: Sequence[WireSample], *, prompt: Sequence[float | None] | None = None, cached: int = 0
-) -> bytes:
+def sample_bytes(samples: Sequence[Sample], *, prompt: Sequence[float | None] | None = None, cached: int = 0) -> bytes:
     """Return the result of a sampling request as bytes.
 
     `prompt`: log-probability of each token of the prompt; None for a token without a log-probability."""
     message = _Samples(cached=cached)
-    for sample in samples:
-        sequence = message.sequences.add(stop=0 if sample.stopped else 1)
-        sequence.tokens = np.array(sample.tokens, "<i4").tobytes()
-        sequence.logprobs = np.array(sample.logprobs, "<f4").tobytes()
+    for tokens, stopped in samples:
+        sequence = message.sequences.add(stop=0 if stopped else 1)
+        sequence.tokens = np.array([id for id, _ in tokens], "<i4").tobytes()
+        sequence.logprobs = np.array([logprob for _, logprob in tokens], "<f4").tobytes()
     if prompt is not None:
         message.prompt = np.array([np.nan if p is None else p for p in prompt], "<f4").tobytes()
     return bytes(message.SerializeToString())
