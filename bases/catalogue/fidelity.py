@@ -27,7 +27,6 @@ from words import GUIDANCE, LENGTH
 
 from veneer.imaging.sheet import sheet
 from veneer.models.builtin import packaged_folder
-from veneer.models.image.sheet import sheet
 
 
 def main() -> None:

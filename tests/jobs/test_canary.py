@@ -22,10 +22,11 @@ from veneer.jobs.canary import promote_job, release_job, rollback_job
 from veneer.jobs.post_training import parse_after
 from veneer.jobs.process import run_job
 from veneer.jobs.store import Job, JobStore, WrongState
-from veneer.jobs.validate import device_of, submit_job
+from veneer.jobs.validate import submit_job
 from veneer.library.database import reading
 from veneer.library.library import Library, open_library
 from veneer.models.text.base import TextBase
+from veneer.plan.tables import device_named
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
@@ -41,7 +42,7 @@ class Shop:
     def submit(self, after: Mapping[str, Any], **sections: Any) -> Job:
         config, _ = config_from(small_config(self.folder, **sections) | {"output": str(self.folder / "out")})
         job = {"tenant": "acme", "name": "support", "after": parse_after(after, self.folder)}
-        return submit_job(self.jobs, config, **job, tenants=self.tenants, device=device_of("h100-80gb"))
+        return submit_job(self.jobs, config, **job, tenants=self.tenants, device=device_named("h100-80gb"))
 
     def work(self) -> Job:
         lease = taken(self.jobs, 600)

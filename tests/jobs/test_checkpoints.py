@@ -36,7 +36,5 @@ def test_omitted_checkpoint_is_a_warning_with_the_reason(tmp_path: Path) -> None
     library = open_library(tmp_path / "library")
     references = publish_checkpoints(library, "job", tmp_path / "run", tmp_path / "adapter", messages.append)
     assert references == {1: "job@1"}
-    lacking, more, different = messages
-    assert f"step 2 was not added to the library: the checkpoint lacks {first}" in lacking
-    assert "step 3 was not added to the library: the checkpoint has more" in more
-    assert f"step 4 was not added to the library: {first} is (5, 5) in the checkpoint" in different
+    reason = "was not added to the library: its tensors differ in name or shape from the final adapter's"
+    assert messages == [f"warning: the checkpoint of step {step} {reason}" for step in (2, 3, 4)]

@@ -89,7 +89,7 @@ def test_internal_notes_of_a_run_are_hidden_from_clients(store: JobStore) -> Non
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
 def test_job_matches_the_clients_type(store: JobStore, method: str) -> None:
     """The job validates strictly against OpenAI's own type."""
-    job = job_to_openai(failed_job(store, method, kind="data", message="no row"), "org-acme")
+    job = job_to_openai(failed_job(store, method, kind="data", message="no row"))
     read = FineTuningJob.model_validate(job, strict=True)
     assert read.hyperparameters.to_dict() == {"batch_size": "auto", "n_epochs": 2, "learning_rate_multiplier": "auto"}
     assert read.method.type == method

@@ -20,10 +20,10 @@ from veneer.jobs.checkpoints import checkpoint_name
 from veneer.jobs.process import run_job
 from veneer.jobs.step_actions import sample_file, store_checkpoint
 from veneer.jobs.store import Job, JobStore
-from veneer.jobs.validate import device_of, submit_job
+from veneer.jobs.validate import submit_job
 from veneer.library.library import open_library
 from veneer.models.text.base import load_text
-from veneer.plan.tables import Device
+from veneer.plan.tables import Device, device_named
 from veneer.train.config.load import config_from
 
 
@@ -36,7 +36,7 @@ def store(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:  
 
 @pytest.fixture(scope="module")
 def device() -> Device:
-    return device_of("h100-80gb")  # a fixed device: nothing is benchmarked
+    return device_named("h100-80gb")  # a fixed device: nothing is benchmarked
 
 
 def submitted(store: JobStore, device: Device, values: dict[str, Any]) -> Job:

@@ -14,7 +14,7 @@ import pytest
 from tests.jobs.fakes import FixedTerms, taken
 from tests.jobs.small import small_config
 from veneer.jobs.store import Job, JobStore
-from veneer.jobs.validate import device_of, validate_job
+from veneer.jobs.validate import validate_job
 from veneer.models.text.base import text_without_weights
 from veneer.plan.tables import cpu_device
 from veneer.serve.engine.offline import answering_bytes
@@ -150,7 +150,3 @@ def test_job_that_does_not_fit_is_refused(store: JobStore, folder: Path) -> None
     assert (job.error["kind"], "budget of" in job.error["message"]) == ("overbudget", True)
     job = looked_at(store, small_config(folder), {"jobs": 0})
     assert "cannot train: " in job.error["message"]
-
-
-def test_gpu_has_the_same_name_as_in_a_plan() -> None:
-    assert device_of("h100-80gb", 2).count == 2

@@ -17,8 +17,9 @@ from tests.serve.whole import asking, make_shop, said, served
 from veneer.jobs.build import training
 from veneer.jobs.process import run_job
 from veneer.jobs.store import JobStore
-from veneer.jobs.validate import device_of, validate_job
+from veneer.jobs.validate import validate_job
 from veneer.models.home import veneer_home
+from veneer.plan.tables import device_named
 from veneer.serve.tenancy.store import Store
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -38,7 +39,7 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
     def work() -> None:
         """Validate and train the waiting job, as a worker would."""
         new = jobs.acquire("here", 60, "validating")
-        validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # a fixed device: nothing is benchmarked
+        validate_job(jobs, new, FixedTerms(jobs), device_named("h100-80gb"))  # a fixed device: nothing is benchmarked
         if (lease := jobs.acquire("here", 600)) is not None:
             run_job(shop.library, lease.job.id, lease.token)
 

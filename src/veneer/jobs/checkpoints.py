@@ -10,7 +10,7 @@ the version after all checkpoints, so that the name without a version means the 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,18 @@ def checkpoint_name(job: Job) -> str:
     return f"{job.name}.{job.id[-6:].lower()}"
 
 
+def _published(library: Library, name: str) -> dict[int, str]:
+    """Return version -> reference of a name in the library."""
+    return {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
+
+
 def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
     """Add a run's checkpoints to the library, and return step -> reference.
 
     Only checkpoints with an adapter folder (`checkpoint.adapters`) are added. Versions that already exist are
     not changed."""
     name = checkpoint_name(job)
-    published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
-    references: dict[int, str] = {}
+    references, published = dict[int, str](), _published(library, name)
     for step, folder in by_step(run / "checkpoints").items():
         adapter = folder / "adapter"
         if not adapter.is_dir():
@@ -74,8 +78,7 @@ def publish_checkpoints(
     adapter: the run's final adapter.
     log: called with a warning for each skipped checkpoint."""
     final = load_folder(adapter).adapter
-    references: dict[int, str] = {}
-    published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
+    references, published = dict[int, str](), _published(library, name)
     for folder in sorted((run / "checkpoints").glob("step-*[0-9]")):
         if is_shared(folder):
             continue
@@ -83,7 +86,8 @@ def publish_checkpoints(
         state, _ = read_tensors(folder / "adapter.safetensors")
         checkpoint = final.mapped(torch.clone)
         tensors = dict(checkpoint.tensors())
-        if why := _difference({k: t.shape for k, t in tensors.items()}, {k: t.shape for k, t in state.items()}):
+        if {key: tensor.shape for key, tensor in tensors.items()} != {key: t.shape for key, t in state.items()}:
+            why = "its tensors differ in name or shape from the final adapter's"
             log(f"warning: the checkpoint of step {step} was not added to the library: {why}")
             continue
         for key, tensor in tensors.items():
@@ -96,15 +100,3 @@ def publish_checkpoints(
         library.alias(published[step], checkpoint_alias(step))
         references[step] = published[step]
     return references
-
-
-def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Size]) -> str:
-    """Return how a checkpoint's tensor shapes differ from the adapter's; "" if they match."""
-    for key in sorted(adapter.keys() | state.keys()):
-        if key not in state:
-            return f"the checkpoint lacks {key}, which the adapter has"
-        if key not in adapter:
-            return f"the checkpoint has {key}, which the adapter lacks"
-        if adapter[key] != state[key]:
-            return f"{key} is {tuple(state[key])} in the checkpoint and {tuple(adapter[key])} in the adapter"
-    return ""

@@ -106,17 +106,15 @@ class LocalExecutor:
         if handle not in self._children:
             return ExitStatus("it is not a process of this worker")
         child, max_memory = self._children[handle]
-        code = child.poll()
-        if code is None:
-            resident = _resident(child.pid)
-            if not max_memory or resident <= max_memory:
-                return None
+        code, resident = child.poll(), _resident(child.pid) if max_memory else 0
+        if code is None and resident <= max_memory:
+            return None
+        del self._children[handle]
+        with child:  # closes the pipe and waits for the process
             child.kill()
-            child.wait()
-            self._forget(handle)
+        if code is None:
             why = f"it used {resident / 1e9:.1f} GB of memory; the limit from its plan is {max_memory / 1e9:.1f} GB"
             return ExitStatus(why, memory=True)
-        self._forget(handle)
         if code < 0:
             with contextlib.suppress(ValueError):
                 return ExitStatus(f"ended by {signal.Signals(-code).name}")
@@ -126,11 +124,6 @@ class LocalExecutor:
         if handle in self._children:
             child, _ = self._children[handle]
             child.kill() if hard else child.terminate()
-
-    def _forget(self, handle: str) -> None:
-        child, _ = self._children.pop(handle)
-        if child.stdin is not None:
-            child.stdin.close()
 
 
 def _resident(pid: int) -> int:

@@ -188,30 +188,29 @@ class Files:
             c.execute(delete(job_file_table).where(job_file_table.c.id == id))
         self._delete_unused([(tenant, file.sha256)])
 
-    def sweep(self) -> int:
-        """Remove expired files and leftovers of killed processes; return their number.
+    def sweep(self) -> None:
+        """Remove expired files and leftovers of killed processes.
 
         Safe to run concurrently and to kill: rows and bytes are removed in batches, each in a short
         transaction."""
-        now, count, t = self.clock(), 0, job_file_table.c
-        while True:
+        now, t = self.clock(), job_file_table.c
+        more = True
+        while more:
             with self._transaction() as c:
                 rows = c.execute(select(t.id, t.tenant, t.sha256).where(t.expires <= now).limit(_BATCH)).all()
                 c.execute(delete(job_file_table).where(t.id.in_([row.id for row in rows])))
-            self._delete_unused([(row.tenant, row.sha256) for row in rows])
-            count += len(rows)
-            if len(rows) < _BATCH:
-                break
+            self._delete_unused((row.tenant, row.sha256) for row in rows)
+            more = len(rows) == _BATCH
         if isinstance(self.store, LocalStore):
             self.store.sweep(set())
         old = [_content(path) for path, _, changed in self.store.walk("tenants") if changed <= now - _GRACE]
         with reading(self.engine) as c:  # skip contents that have a row, which are most, without taking the lock
             used = {tuple(row) for row in c.execute(select(t.tenant, t.sha256))}
-        return count + self._delete_unused(content for content in old if content not in used)
+        self._delete_unused(content for content in old if content not in used)
 
-    def _delete_unused(self, contents: Iterable[tuple[str, str]]) -> int:
-        """Remove those of the contents (tenant, sha256) that have no row; return their number."""
-        count, candidates, t = 0, sorted(set(contents)), job_file_table.c
+    def _delete_unused(self, contents: Iterable[tuple[str, str]]) -> None:
+        """Remove those of the contents (tenant, sha256) that have no row."""
+        candidates, t = sorted(set(contents)), job_file_table.c
         for at in range(0, len(candidates), _BATCH):
             batch = candidates[at : at + _BATCH]
             with self._transaction() as c:
@@ -219,8 +218,6 @@ class Files:
                 unused = set(batch) - {(row.tenant, row.sha256) for row in rows}
                 for content in unused:
                     self.store.delete(_path(*content))
-            count += len(unused)
-        return count
 
     def _check_quota(self, c: Connection, tenant: str, size: int) -> None:
         """Raise Refused if another `size` bytes in one file would exceed the tenant's quota."""

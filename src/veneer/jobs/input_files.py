@@ -24,6 +24,8 @@ from veneer.train.text.rows import Row, RowsSummary, UnusableRow, parse_rows
 
 _GRACE = 3600.0
 """Seconds that a folder without a job is kept, because its job may still be created."""
+_ALL = 1 << 31
+"""A limit above any number of unfinished jobs."""
 
 
 LINE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -51,9 +53,8 @@ def preview_file(files: Files, file: UploadedFile, format: str, columns: Mapping
 
     format, columns: as in `parse_rows`."""
     if not file.filename.lower().endswith(LINE_FILES):
-        return FilePreview(
-            problem=f"A preview needs one of these file types: {', '.join(LINE_FILES)}. Paste rows of other file types."
-        )
+        kinds = ", ".join(LINE_FILES)
+        return FilePreview(problem=f"A preview needs one of these file types: {kinds}. Paste rows of other file types.")
     with files.open(file) as source:
         data = source.read(_BEGINNING + 1)
     if cut := len(data) > _BEGINNING:
@@ -96,19 +97,13 @@ def remove_inputs(id: str) -> None:
     shutil.rmtree(_inputs() / id, ignore_errors=True)
 
 
-def sweep_inputs(jobs: JobStore) -> int:
-    """Remove the copies made for jobs that ended or never existed; return their number."""
-    folder = _inputs()
-    if not folder.is_dir():
-        return 0
-    old = [each for each in folder.iterdir() if each.stat().st_mtime < time.time() - _GRACE]
-    needed: set[str] = set()
-    after, more = None, bool(old)
-    while more:
-        page, more = jobs.jobs(None, after=after, limit=1000, states=UNFINISHED)
-        needed |= {str(job.about.get("input")) for job in page}
-        after = page[-1].id if page else None
-    unused = [each for each in old if each.name not in needed]
-    for each in unused:
-        shutil.rmtree(each, ignore_errors=True)
-    return len(unused)
+def sweep_inputs(jobs: JobStore) -> None:
+    """Remove the copies made for jobs that ended or never existed."""
+    old = [each for each in _inputs().glob("*") if each.stat().st_mtime < time.time() - _GRACE]
+    if not old:
+        return
+    unfinished, _ = jobs.jobs(None, limit=_ALL, states=UNFINISHED)
+    needed = {job.about.get("input") for job in unfinished}
+    for each in old:
+        if each.name not in needed:
+            shutil.rmtree(each, ignore_errors=True)

@@ -23,14 +23,11 @@ _STOP_SECONDS = 70.0
 
 
 @contextmanager
-def background_worker(
-    *, library: str | None, tenants: str | None, log: Callable[[str], None], at_once: int = 1
-) -> Iterator[None]:
+def background_worker(*, library: str | None, tenants: str | None, log: Callable[[str], None]) -> Iterator[None]:
     """Run a worker process for the duration of the `with` block.
 
     library, tenants: the same as the server's."""
     command = [sys.executable, "-m", "veneer.cli.main", "worker", "--tied", "--nice", str(_NICE)]
-    command += ["--at-once", str(at_once)]
     # passed as environment variables, because a database URL can contain a password
     settings = {"VENEER_LIBRARY": library, "VENEER_TENANTS": tenants}
     environment = {**os.environ, **{name: value for name, value in settings.items() if value is not None}}
@@ -40,13 +37,9 @@ def background_worker(
         while not stopping.is_set():
             # Through the pipe on standard input, the worker notices when this process ends. The new session
             # keeps the terminal's Ctrl-C from reaching the worker; the server terminates the worker itself.
-            child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, start_new_session=os.name == "posix", env=environment
-            )
-            children[:] = [child]
-            code = child.wait()
-            if child.stdin is not None:
-                child.stdin.close()
+            with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment) as child:
+                children[:] = [child]
+                code = child.wait()
             if not stopping.is_set():
                 log(f"the server's worker exited with code {code}; restarting it in {_RESTART_SECONDS:g} s")
                 stopping.wait(_RESTART_SECONDS)

@@ -32,6 +32,7 @@ from pydantic_core import PydanticCustomError
 
 from veneer.jobs.post_training import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
+from veneer.library.names import organisation_of
 from veneer.serve.http.bodies import Body, Strict, at_most
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig, config_keys
@@ -280,7 +281,7 @@ def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
 # -- responses ---------------------------------------------------------------------------------------------------------
 
 
-def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[str, Any]:
+def job_to_openai(job: Job, results: Sequence[str] = ()) -> dict[str, Any]:
     """Return a job in OpenAI's format. `results`: ids of the job's result files."""
     request, config = job.about["openai"], job.config
     numbers = dict(request["hyperparameters"])
@@ -299,7 +300,7 @@ def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> d
         "finished_at": None if job.ended is None else int(job.ended),
         "status": "validating_files" if job.state == "validating" else job.state,
         "error": error_to_openai(job),
-        "organization_id": organisation,
+        "organization_id": organisation_of(job.tenant),
         "training_file": request["training_file"],
         "validation_file": request["validation_file"],
         "result_files": list(results),

@@ -39,7 +39,7 @@ from veneer.jobs.account import TrainingAccount
 from veneer.jobs.canary import compare_job, release_job
 from veneer.jobs.executors import JOB_VARIABLE
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
-from veneer.jobs.validate import error_json, has_evaluation, is_retryable, job_config, validate_job
+from veneer.jobs.validate import after_section, error_json, is_retryable, job_config, validate_job
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import tenants_at
@@ -152,7 +152,8 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
             from veneer.serve.engine.live import live_sampler
             from veneer.train.text.task import run_text
 
-            if has_evaluation(job):
+            after = after_section(job)
+            if after is not None and after.evaluate is not None:  # the evaluation uses the run's base
                 base = load_text(**config.base.model_dump())
             result = run_text(config, base=base, **options, sampler=live_sampler)
     return dict(result.to_dict()), base

@@ -71,6 +71,8 @@ from veneer.serve.tenancy.store import check_tenant
 
 _JobState = Literal["validating", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 _Waiting = Literal["validating", "queued"]
+_AtOnce, _Order = Callable[[str], int | None], Callable[[str], float]
+"""Tenant -> maximum number of running jobs; tenant -> rank among tenants with equally many running jobs."""
 TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),
     "queued": frozenset({"running", "paused", "cancelled"}),
@@ -126,7 +128,7 @@ class Job:
     attempt: number of times that training was started or resumed
     faults: number of times that the worker or process was lost since the last new checkpoint
     worker, until: holder and expiry of the lease
-    place: the executor's handle of the job's process"""
+    place: the executor's handle of the job's process, for the operator"""
 
     id: str
     number: int
@@ -482,9 +484,9 @@ class JobStore:
         worker: str,
         seconds: float,
         state: _Waiting = "queued",
-        at_once: Callable[[str], int | None] = lambda tenant: None,
+        at_once: _AtOnce = lambda tenant: None,
         only: str | None = None,
-        order: Callable[[str], float] = lambda tenant: 0.0,
+        order: _Order = lambda tenant: 0.0,
     ) -> JobLease | None:
         """Return a lease on the next job to train or validate, or None if there is no job.
 
@@ -495,16 +497,13 @@ class JobStore:
         state: "queued": lease a job to train; "validating": lease a job to validate.
         at_once: returns a tenant's maximum number of running jobs (or validations); None: no limit.
         only: consider only this job."""
-
-        def next_job(c: Connection) -> Job | None:
-            return self._next(c, self._now(c), state, at_once, order, only)
-
+        choice = state, at_once, order, only
         while True:
             with reading(self.engine) as c:  # without a lock, because usually there is no job
-                if next_job(c) is None:
+                if _next(c, self._now(c), *choice) is None:
                     return None
             with self._transaction() as (c, now):
-                if (job := next_job(c)) is None:
+                if (job := _next(c, now, *choice)) is None:
                     return None
                 lost = job.until is not None
                 if lost and job.faults + 1 >= _MAX_FAULTS:
@@ -525,36 +524,6 @@ class JobStore:
                     public = "resumed" if job.attempt else "started"
                     self._set_state(c, job, "running", now, f"{public} by {worker}", public=public)
                 return JobLease(self._row(c, None, job.id), token)
-
-    def _next(
-        self,
-        c: Connection,
-        now: float,
-        state: _Waiting,
-        at_once: Callable[[str], int | None],
-        order: Callable[[str], float],
-        only: str | None,
-    ) -> Job | None:
-        """Return the next job: a job with an expired lease, else a waiting job.
-
-        Among waiting jobs, a job of the tenant with the fewest running jobs comes first; tenants that reached
-        `at_once` are skipped. Ties go to the tenant with the lowest `order`, then to the oldest job."""
-        j, condition = job_table.c, () if only is None else (job_table.c.id == only,)
-        working_state = "running" if state == "queued" else state
-        late = select(job_table).where(j.state == working_state, j.until <= now, *condition).order_by(j.number)
-        if (expired := c.execute(late.limit(1)).first()) is not None:
-            return _job(expired)
-        working = select(j.tenant, func.count()).where(j.state == working_state, j.token.is_not(None))
-        running = {tenant: int(count) for tenant, count in c.execute(working.group_by(j.tenant))}
-        oldest = select(j.tenant, func.min(j.number)).where(j.state == state, j.token.is_(None), *condition)
-        turns = []
-        for tenant, number in c.execute(oldest.group_by(j.tenant)):
-            count, most = running.get(tenant, 0), at_once(tenant)
-            if most is None or count < most:
-                turns.append((count, order(tenant), number))
-        if not turns:
-            return None
-        return _job(c.execute(select(job_table).where(j.number == min(turns)[2])).one())
 
     def get_lease(self, job: str, token: str) -> JobLease:
         """Return the lease with this job and token. Raises LeaseLost if it is not valid."""
@@ -742,6 +711,29 @@ def _unfinished(c: Connection, tenant: str) -> int:
 
 def _select_jobs(tenant: str | None) -> Select[Any]:
     return select(job_table) if tenant is None else select(job_table).where(job_table.c.tenant == tenant)
+
+
+def _next(c: Connection, now: float, state: _Waiting, at_once: _AtOnce, order: _Order, only: str | None) -> Job | None:
+    """Return the next job: a job with an expired lease, else a waiting job.
+
+    Among waiting jobs, a job of the tenant with the fewest running jobs comes first; tenants that reached
+    `at_once` are skipped. Ties go to the tenant with the lowest `order`, then to the oldest job."""
+    j, condition = job_table.c, () if only is None else (job_table.c.id == only,)
+    working_state = "running" if state == "queued" else state
+    late = select(job_table).where(j.state == working_state, j.until <= now, *condition).order_by(j.number)
+    if (expired := c.execute(late.limit(1)).first()) is not None:
+        return _job(expired)
+    working = select(j.tenant, func.count()).where(j.state == working_state, j.token.is_not(None))
+    running = {tenant: int(count) for tenant, count in c.execute(working.group_by(j.tenant))}
+    oldest = select(j.tenant, func.min(j.number)).where(j.state == state, j.token.is_(None), *condition)
+    turns = []
+    for tenant, number in c.execute(oldest.group_by(j.tenant)):
+        count, most = running.get(tenant, 0), at_once(tenant)
+        if most is None or count < most:
+            turns.append((count, order(tenant), number))
+    if not turns:
+        return None
+    return _job(c.execute(select(job_table).where(j.number == min(turns)[2])).one())
 
 
 def _check_transition(job: Job, state: _JobState, only: str | None = None) -> None:

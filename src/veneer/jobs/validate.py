@@ -49,29 +49,17 @@ def after_section(job: Job) -> AfterJob | None:
     return AfterJob.model_validate({key: value for key, value in section.items() if key != "alias"})
 
 
-def has_evaluation(job: Job) -> bool:
-    """Return whether the job's adapter is evaluated after training.
-
-    The evaluation reuses the base that the run has loaded."""
-    after = after_section(job)
-    return after is not None and after.evaluate is not None
-
-
 def job_config(job: Job, output: Path) -> RunConfig:
     """Return a job's configuration with this output folder. Raises ConfigError."""
     return config_from({**job.config, "output": str(output)})[0]
 
 
-def device_of(gpu: str | None = None, count: int = 1) -> Device:
-    """Return the device to plan jobs for.
-
-    This is `count` GPUs named `gpu`, or this machine's device if `gpu` is None."""
+def device_of() -> Device:
+    """Return this machine's device, for which jobs are planned."""
     import torch
 
-    from veneer.plan.tables import cpu_device, device_by_cuda_name, device_named
+    from veneer.plan.tables import cpu_device, device_by_cuda_name
 
-    if gpu is not None:
-        return device_named(gpu, count=count)
     if torch.cuda.is_available():
         return device_by_cuda_name(torch.cuda.get_device_name(), int(torch.cuda.mem_get_info()[1]))
     return cpu_device()

@@ -71,7 +71,6 @@ class Worker:
     """Validates and trains the jobs of a queue. Create one worker per process.
 
     at_once: maximum number of concurrent training processes
-    device: the device that jobs are planned for; default: this machine's
     lease: seconds until a lease expires unless renewed
     poll: seconds between polls
     grace: seconds that a process has to save its state when asked to stop
@@ -85,7 +84,6 @@ class Worker:
         tenants: Store | None = None,
         name: str = "",
         at_once: int = 1,
-        device: Device | None = None,
         lease: float = 60.0,
         poll: float = 0.5,
         grace: float = 60.0,
@@ -96,8 +94,8 @@ class Worker:
         self.account = TrainingAccount(self.store, tenants)
         self.environment = process_environment(library, None if tenants is None else tenants.where)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
-        self.at_once, self.device = at_once, device
-        self.lease, self.poll, self.grace = lease, poll, grace
+        self.at_once, self.lease, self.poll, self.grace = at_once, lease, poll, grace
+        self._device: Device | None = None
         self._swept: float | None = None
         self._running: list[_Running] = []
         self._served: dict[str, float] = {}
@@ -137,11 +135,10 @@ class Worker:
         begun = time.monotonic()
         self._served[lease.job.tenant] = begun
         max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
-        self.device = self.device or device_of()
-        handle = self.executor.start_validation(lease, self.environment, self.device, max_memory)
-        running = _Running(lease, handle, begun + self.lease, max_memory=max_memory)
-        running.deadline = begun + _VALIDATION_SECONDS
-        self._running.append(running)
+        self._device = self._device or device_of()
+        handle = self.executor.start_validation(lease, self.environment, self._device, max_memory)
+        valid_until, deadline = begun + self.lease, begun + _VALIDATION_SECONDS
+        self._running.append(_Running(lease, handle, valid_until, deadline=deadline, max_memory=max_memory))
         return True
 
     def _validating(self) -> int:

@@ -114,7 +114,7 @@ def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
         assert service.quotas.used("acme", "files") == 1
         with pytest.raises(Refused, match=r"limit \(files\)"):
             begun(service)
-        service.remove(service.run("acme", run.id), service.saved("acme", f"tinker://{run.id}/weights/one"))
+        service.remove("acme", f"tinker://{run.id}/weights/one")
         begun(service)
 
 

@@ -47,7 +47,7 @@ from veneer.jobs.post_training import AfterJob, check_after
 from veneer.jobs.step_actions import sample_file
 from veneer.jobs.store import UNFINISHED, Job, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
-from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned
+from veneer.library.names import name_of, new_tuned, parse_tuned
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.http.errors import Json
 from veneer.serve.http.guard import needs
@@ -78,32 +78,27 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune the base or a tuned model on an uploaded file")
     async def create(request: HttpRequest, body: TuningBody) -> Response:
-        principal = caller_of(request)
-        job = await queue.create(service_of(request), principal, body)
-        return Json(job_to_openai(job, organisation_of(principal.tenant)), headers=body.headers)
+        job = await queue.create(service_of(request), caller_of(request), body)
+        return Json(job_to_openai(job), headers=body.headers)
 
     @router.get("/v1/fine_tuning/jobs", summary="List the caller's jobs, newest first")
     def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Any:
-        tenant = caller_of(request).tenant
         if any(key.startswith("metadata") for key in request.query_params):
             raise invalid("this server cannot filter jobs by metadata", "metadata")
-        page_jobs, more = _openai_jobs(jobs, tenant, after, limit)
-        data = [job_to_openai(job, organisation_of(tenant)) for job in page_jobs]
-        return {"object": "list", "data": data, "has_more": more}
+        page_jobs, more = _openai_jobs(jobs, caller_of(request).tenant, after, limit)
+        return {"object": "list", "data": [job_to_openai(job) for job in page_jobs], "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}", summary="Get a job")
     def retrieve(request: HttpRequest, id: str) -> Any:
-        tenant = caller_of(request).tenant
-        job = _job(jobs, tenant, id)
-        return job_to_openai(job, organisation_of(tenant), _results(jobs, files, job))
+        job = _job(jobs, caller_of(request).tenant, id)
+        return job_to_openai(job, _results(jobs, files, job))
 
     def changes(action: str, summary: str, change: Callable[[str, str], Job]) -> None:
         @router.post(f"/v1/fine_tuning/jobs/{{id}}/{action}", summary=summary, name=action)
         def changed(request: HttpRequest, id: str) -> Any:
-            tenant = caller_of(request).tenant
-            _job(jobs, tenant, id)
+            job = _job(jobs, caller_of(request).tenant, id)
             try:
-                return job_to_openai(change(tenant, id), organisation_of(tenant))
+                return job_to_openai(change(job.tenant, id))
             except WrongState as error:
                 param, fix = "fine_tune_id", error.fix
                 raise Refused(error.what, status=400, code="wrong_state", param=param, fix=fix) from error
@@ -114,20 +109,18 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
 
     @router.get("/v1/fine_tuning/jobs/{id}/events", summary="List a job's events, newest first")
     def events(request: HttpRequest, id: str, limit: _Limit = 20, after: _After = None) -> Any:
-        tenant = caller_of(request).tenant
-        job = _job(jobs, tenant, id)
+        job = _job(jobs, caller_of(request).tenant, id)
         number = 0 if after is None else event_number(job, after)
         if number is None:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
-        page_events, more = jobs.events(tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
-        job = jobs.get(tenant, id)  # read after the events, because the job's state decides what the events show
+        page_events, more = jobs.events(job.tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
+        job = jobs.get(job.tenant, id)  # read after the events, because the job's state decides what the events show
         return {"object": "list", "data": [event_to_openai(job, event) for event in page_events], "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="List a job's published checkpoints, newest first")
     def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Any:
-        tenant = caller_of(request).tenant
-        job = _job(jobs, tenant, id)
-        points = [point for point in jobs.checkpoints(tenant, id) if point.reference]
+        job = _job(jobs, caller_of(request).tenant, id)
+        points = [point for point in jobs.checkpoints(job.tenant, id) if point.reference]
         ids = [checkpoint_id(job, point.step) for point in points]
         if after is not None and after not in ids:
             raise invalid(f"the job has no checkpoint {quoted(after)}", "after")
@@ -188,19 +181,12 @@ class TuningQueue:
         """Queue a job on the caller's uploaded files. Raises Refused.
 
         settings: additional settings from the Studio's form."""
-        start = _initial_adapter(service, principal, body.model)
-        do = partial(self._create, service, principal, body, start, settings)
+        do = partial(self._create, service, principal, body, settings)
         return await blocking(_TABLE, do, lambda work: self.copying.run(principal.tenant, principal.weight, 1, work))
 
-    def _create(
-        self,
-        service: Service,
-        principal: Principal,
-        body: TuningBody,
-        start: str | None,
-        settings: FormSettings | None,
-    ) -> Job:
+    def _create(self, service: Service, principal: Principal, body: TuningBody, settings: FormSettings | None) -> Job:
         tenant, jobs, files, grader = principal.tenant, self.jobs, self.files, None
+        start = _initial_adapter(service, principal, body.model)
         if body.reinforced is not None:
             grader = _resolve_grader(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
         if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
