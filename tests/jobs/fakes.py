@@ -53,16 +53,14 @@ class FakeExecutor(LocalExecutor):
         self.asked: list[tuple[str, bool]] = []
         self.stubborn = self.refuse = False
 
-    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+    def start(
+        self, lease: JobLease, environment: Mapping[str, str], device: Device | None = None, max_memory: int = 0
+    ) -> str:
         if self.refuse:
             raise ResourceError("there is no room for a process", fix="wait")
-        handle = f"pretended {lease.job.id} {lease.job.attempt}"
-        self.running[handle] = lease
-        return handle
-
-    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, max_memory: int) -> str:
-        handle = f"validation of {lease.job.id}"
-        self.validating[handle] = lease
+        trains = device is None
+        handle = f"pretended {lease.job.id} {lease.job.attempt}" if trains else f"validation of {lease.job.id}"
+        (self.running if trains else self.validating)[handle] = lease
         return handle
 
     def poll(self, handle: str) -> ExitStatus | None:

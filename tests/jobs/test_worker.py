@@ -29,7 +29,7 @@ pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 @contextmanager
 def working(library: Library, executor: FakeExecutor, **options: Any) -> Iterator[Worker]:
     settings = {"poll": 0.01, "grace": 0.1, "lease": 5.0, **options}
-    worker = Worker(library, executor, name="worker", **settings)
+    worker = Worker(library, executor, **settings)
     failed: list[BaseException] = []
 
     def run() -> None:

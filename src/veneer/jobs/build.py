@@ -93,7 +93,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:
-    """Remove expired files now and every _EVERY seconds; log errors."""
+    """Remove expired files now and every _SWEEP_SECONDS; log errors."""
     from veneer.jobs.input_files import sweep_inputs
 
     while True:

@@ -1,6 +1,7 @@
 """The executor runs jobs' processes on this machine.
 
     place = executor.start(lease, environment)          starts a `jobs.process` process for the lease
+    place = executor.start(lease, environment, device, max_memory)                  the same, to validate the job
     executor.poll(place)                                None while the process runs, then how it ended
     executor.stop(place), .stop(place, hard=True)       SIGTERM, to save and exit; SIGKILL
 
@@ -18,7 +19,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import IO
 
 from veneer.jobs.store import Job, JobLease
 from veneer.plan.tables import Device
@@ -65,40 +65,34 @@ class LocalExecutor:
         self.nice = nice
         self._children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
 
-    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
-        """Start a process for this lease and return its handle. Raises ResourceError."""
-        job = lease.job
-        job.make_folder()
-        with open(job.log, "ab") as log:
-            return self._process(lease, environment, memory_of(job), log, None)
-
-    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, max_memory: int) -> str:
-        """Start a process that validates a new job for `device`, and return its handle.
-
-        The process is killed if it uses more than `max_memory` bytes. It logs to this process's output, so
-        that no job folder is created for a rejected job."""
-        return self._process(lease, environment, max_memory, None, device)
-
-    def _process(
-        self, lease: JobLease, environment: Mapping[str, str], memory: int, log: IO[bytes] | None, device: Device | None
+    def start(
+        self, lease: JobLease, environment: Mapping[str, str], device: Device | None = None, max_memory: int = 0
     ) -> str:
-        """Start a process that trains the job, or validates the job for `device`."""
-        content = {"job": lease.job.id, "token": lease.token, "device": device and asdict(device)}
-        nice = self.nice if device is None else max(self.nice, _VALIDATION_NICE)
+        """Start a process for this lease and return its handle. Raises ResourceError.
+
+        The process trains the job, or validates the job for `device`. A validation is killed if it uses more
+        than `max_memory` bytes. It logs to this process's output, so that no job folder is created for a
+        rejected job."""
+        job, trains = lease.job, device is None
+        content = {"job": job.id, "token": lease.token, "device": device and asdict(device)}
+        nice = self.nice if trains else max(self.nice, _VALIDATION_NICE)
         command = [sys.executable, "-m", "veneer.jobs.process"]
         if nice and os.name == "posix":
             command = ["nice", "-n", str(nice), *command]
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # the child exits when this pipe closes
-            stdout=log,
-            stderr=log and subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **environment, JOB_VARIABLE: json.dumps(content)},
-        )
-        name = f"{lease.job.id}-{lease.job.attempt if device is None else 'validation'}"
+        if trains:
+            job.make_folder()
+        with open(job.log, "ab") if trains else contextlib.nullcontext() as log:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # the child exits when this pipe closes
+                stdout=log,
+                stderr=log and subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **environment, JOB_VARIABLE: json.dumps(content)},
+            )
+        name = f"{job.id}-{job.attempt if trains else 'validation'}"
         handle = f"{name}, process {child.pid}"  # the name makes the handle unique, because the system can reuse a pid
-        self._children[handle] = child, memory
+        self._children[handle] = child, memory_of(job) if trains else max_memory
         return handle
 
     def poll(self, handle: str) -> ExitStatus | None:

@@ -54,5 +54,4 @@ def background_worker(*, library: str | None, tenants: str | None, log: Callable
             child.terminate()
         keeper.join(_STOP_SECONDS)
         for child in children:
-            if child.poll() is None:
-                child.kill()
+            child.kill()

@@ -242,7 +242,7 @@ class _JobReporter:
         if kind == "stepped":
             if step > self.step:
                 self.step, self.steps, self.tokens = step, int(record["steps"]), self.tokens + int(record["tokens"])
-            data = {name: value for name, value in record.items() if name in _MEASURED} | dict(record["extra"])
+            data = {name: value for name, value in record.items() if name not in _UNREPORTED} | record["extra"]
             self.newest = {"step": step, "loss": record["loss"], **_accuracy(record, "token_accuracy")}
             text = f"step {step:,} of {self.steps:,}: {measure_text(record['loss'], record['extra'])}"
             self.events.append(JobEvent("info", "metrics", text, data))
@@ -305,10 +305,8 @@ class _JobReporter:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-_MEASURED = {
-    "step", "steps", "epoch", "loss", "tokens", "learning_rate", "gradient_norm", "seconds", "memory_bytes",
-    "tokens_per_second",
-}  # fmt: skip
+_UNREPORTED = {"event", "extra", "learned_tokens"}
+"""Keys of a step's record that are not reported under their own names."""
 
 
 def _accuracy(record: Mapping[str, Any], name: str) -> dict[str, float]:

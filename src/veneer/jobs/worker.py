@@ -40,9 +40,7 @@ from veneer.train.signals import signal_handler
 _SWEEP = 3600.0
 """Seconds between cleanups of the files of ended jobs."""
 KEEP_DAYS = {"failed": 30.0, "cancelled": 30.0, "succeeded": 365.0}
-"""End state -> days for which a job's folder is kept.
-
-Per-step metrics of all jobs are kept as long as the folder of a succeeded job."""
+"""End state -> days for which a job's folder is kept."""
 _VALIDATIONS = 4
 """Maximum number of concurrent validations."""
 _VALIDATION_SECONDS = 1800.0
@@ -82,7 +80,6 @@ class Worker:
         executor: LocalExecutor,
         *,
         tenants: Store | None = None,
-        name: str = "",
         at_once: int = 1,
         lease: float = 60.0,
         poll: float = 0.5,
@@ -93,7 +90,7 @@ class Worker:
         self.store = JobStore(library)
         self.account = TrainingAccount(self.store, tenants)
         self.environment = process_environment(library, None if tenants is None else tenants.where)
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
+        self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.lease, self.poll, self.grace = at_once, lease, poll, grace
         self._device: Device | None = None
         self._swept: float | None = None
@@ -136,7 +133,7 @@ class Worker:
         self._served[lease.job.tenant] = begun
         max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
         self._device = self._device or device_of()
-        handle = self.executor.start_validation(lease, self.environment, self._device, max_memory)
+        handle = self.executor.start(lease, self.environment, self._device, max_memory)
         valid_until, deadline = begun + self.lease, begun + _VALIDATION_SECONDS
         self._running.append(_Running(lease, handle, valid_until, deadline=deadline, max_memory=max_memory))
         return True
@@ -178,7 +175,6 @@ class Worker:
             if len(self._running) - validating >= self.at_once or (validate_first and validating):
                 return False
             lease = self.store.acquire(self.name, self.lease, at_once=lambda tenant: self.account.terms(tenant).jobs)
-            self._away = False
             if lease is None:
                 return False
             self._start_training(lease)
@@ -187,14 +183,13 @@ class Worker:
         return False
 
     def _sweep(self) -> None:
-        """Once an hour, remove the folders and metrics of jobs that ended long ago."""
+        """Once an hour, remove the folders of jobs that ended long ago."""
         now = time.monotonic()
         if self._swept is None or now - self._swept > _SWEEP:
             self._swept = now
             for state, days in KEEP_DAYS.items():
                 for job in self.store.ended_before(days * 86400, state):
                     shutil.rmtree(jobs_home() / job, ignore_errors=True)
-            self.store.delete_old_metrics(KEEP_DAYS["succeeded"] * 86400)
 
     def _start_training(self, lease: JobLease) -> None:
         valid_until, job = time.monotonic() + self.lease, lease.job
@@ -261,7 +256,7 @@ class Worker:
                 self._request_stop(running)  # the job's state is logged once the process has ended
                 return
             if late:
-                running.renewed, running.valid_until, self._away = now, now + self.lease, False
+                running.renewed, running.valid_until = now, now + self.lease
             return
         if now > running.valid_until:
             self._request_stop(running)
@@ -289,6 +284,7 @@ class Worker:
         """Suppress outages in the `with` block; log only the first of consecutive outages."""
         try:
             yield
+            self._away = False
         except Exception as error:
             if not is_transient(error):
                 raise
