@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -236,8 +237,7 @@ class Files:
             self.store.fill(path, source, file.sha256)
             return
         with tempfile.NamedTemporaryFile() as copy:
-            for chunk in iter(lambda: source.read(CHUNK), b""):
-                copy.write(chunk)
+            shutil.copyfileobj(source, copy)
             copy.flush()
             self.store.put(path, Path(copy.name), file.sha256)
 
@@ -260,12 +260,10 @@ def _content(path: str) -> tuple[str, str]:
 
 def _hash_and_size(source: IO[bytes]) -> tuple[str, int]:
     """Return (sha256, size in bytes) of a stream, read from its beginning."""
-    digest, size = hashlib.sha256(), 0
     source.seek(0)
-    while chunk := source.read(CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-    return digest.hexdigest(), size
+    digest = hashlib.file_digest(source, "sha256")  # type: ignore[arg-type]
+    source.seek(0, os.SEEK_END)
+    return digest.hexdigest(), source.tell()
 
 
 def _base_name(filename: str) -> str:

@@ -24,8 +24,6 @@ from veneer.train.text.rows import Row, RowsSummary, UnusableRow, parse_rows
 
 _GRACE = 3600.0
 """Seconds that a folder without a job is kept, because its job may still be created."""
-_ALL = 1 << 31
-"""A limit above any number of unfinished jobs."""
 
 
 LINE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -102,7 +100,7 @@ def sweep_inputs(jobs: JobStore) -> None:
     old = [each for each in _inputs().glob("*") if each.stat().st_mtime < time.time() - _GRACE]
     if not old:
         return
-    unfinished, _ = jobs.jobs(None, limit=_ALL, states=UNFINISHED)
+    unfinished, _ = jobs.jobs(None, limit=1 << 31, states=UNFINISHED)
     needed = {job.about.get("input") for job in unfinished}
     for each in old:
         if each.name not in needed:

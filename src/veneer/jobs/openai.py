@@ -1,7 +1,7 @@
 """Conversion between OpenAI's fine-tuning API and jobs.
 
     request = TuningBody.model_validate(body)
-    config = tuning_config(request, base="smollm2-135m", train=path, rows=5000)   for `veneer train`
+    config = tuning_config(request, {"base": …, "data": …}, None)      for `veneer train`
     job_to_openai(job), event_to_openai(job, event), checkpoint_to_openai(job, point)
 
 `auto` becomes a number, which in some cases depends on the number of training rows; the job shows the number:
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -34,15 +34,17 @@ from veneer.jobs.post_training import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
 from veneer.library.names import organisation_of
 from veneer.serve.http.bodies import Body, Strict, at_most
+from veneer.serve.http.text_bodies import JsonSchema
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig, config_keys
 from veneer.train.events import TOKEN_ACCURACY
+from veneer.train.records import count_lines
 
 _LONG = 100
 """Maximum steps between checkpoints; longer epochs have checkpoints in between."""
 _LARGEST = 256
 """Maximum number of rows per step."""
-ROWS_COUNTED = _LONG * _LARGEST + 1
+_ROWS_COUNTED = _LONG * _LARGEST + 1
 """Rows to count at most: above this number, the exact number makes no difference."""
 
 
@@ -88,16 +90,9 @@ class ReinforcementHyperparameters(Hyperparameters):
     eval_interval: _Count = "auto"
 
 
-class _ResponseSchema(Strict):
-    name: _Words
-    description: str | None = None
-    form: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
 class _ResponseFormat(Strict):
     type: Literal["json_schema"]
-    json_schema: _ResponseSchema
+    json_schema: JsonSchema
 
 
 class Supervised(Strict):
@@ -141,13 +136,6 @@ class Method(Strict):
         return settings.hyperparameters if settings is not None else None
 
 
-_PLAIN: dict[str, type[Hyperparameters]] = {
-    "supervised": Hyperparameters,
-    "dpo": DpoHyperparameters,
-    "reinforcement": ReinforcementHyperparameters,
-}
-
-
 def _clash(text: str) -> PydanticCustomError:
     return PydanticCustomError("clash", "{text}", {"text": text})
 
@@ -185,7 +173,8 @@ class TuningBody(Body):
     def numbers(self) -> Hyperparameters:
         """Return the method's hyperparameters, else the deprecated top-level hyperparameters."""
         chosen_numbers = self.hyperparameters if self.method is None else self.method.hyperparameters
-        return chosen_numbers or self.hyperparameters or _PLAIN[self.kind]()
+        own = {"dpo": DpoHyperparameters, "reinforcement": ReinforcementHyperparameters}
+        return chosen_numbers or self.hyperparameters or own.get(self.kind, Hyperparameters)()
 
     @model_validator(mode="after")
     def _check_one_source(self) -> TuningBody:
@@ -209,45 +198,29 @@ def suffix_of(text: str | None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
 
 
-def tuning_config(
-    request: TuningBody,
-    *,
-    base: str,
-    train: Path,
-    validation: Path | None,
-    rows: int,
-    context: int,
-    seed: int,
-    start: str | None = None,
-    settings: FormSettings | None = None,
-) -> dict[str, Any]:
+def tuning_config(request: TuningBody, given: Mapping[str, Any], settings: FormSettings | None) -> dict[str, Any]:
     """Return a request's training configuration, with numbers in place of `auto`.
 
-    base: as for `veneer train`
-    start: the adapter from which training continues, or None
-    rows: number of rows in the training file, or ROWS_COUNTED if there are more
-    context: maximum tokens of a row
+    given: the sections `base`, `data` (files and max_length) and, if training continues, `adapter`
+    settings: additional settings from the Studio's form
 
     Raises ConfigError."""
-    numbers = request.numbers
+    numbers, train = request.numbers, Path(given["data"]["train"])
+    rows = count_lines(train, _ROWS_COUNTED)
     batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
     steps = math.ceil(rows / batch)
     epochs = numbers.n_epochs if numbers.n_epochs != "auto" else min(10, max(3, math.ceil(100 / max(1, steps))))
     config: dict[str, Any] = {
-        "base": {"name": base},
-        "data": {"train": str(train), "max_length": context},
+        **given,
         "batching": {"rows": batch},
         "schedule": {"epochs": epochs},
         "checkpoint": {"every": "epoch" if steps <= _LONG else _LONG, "keep": 3},
-        "seed": seed,
+        "seed": secrets.randbelow(1 << 31) if request.seed is None else request.seed,
     }
-    if validation is None:
-        config["data"]["split"] = 0
-    else:
-        config["data"]["validation"] = str(validation)
+    if "validation" in config["data"]:
         config["evaluation"] = {"keep": "last"}  # as at OpenAI, where the client chooses among the checkpoints
-    if start is not None:
-        config["adapter"] = {"start": start}
+    else:
+        config["data"]["split"] = 0
     if isinstance(numbers, DpoHyperparameters):
         config["data"]["format"] = "openai-preference"
         config["preference"] = {"loss": "dpo", "beta": 0.1 if numbers.beta == "auto" else numbers.beta}
@@ -273,7 +246,7 @@ def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
     rewards = [{"kind": "grader", "grader": request.grader, "sandbox": True}]
     config["reinforcement"] = {"loss": "grpo", "rewards": rewards, "group": max(2, round(_GROUP * times))}
     if request.response_format is not None:
-        config["reinforcement"]["grammar"] = {"json_schema": request.response_format.json_schema.form}
+        config["reinforcement"]["grammar"] = {"json_schema": request.response_format.json_schema.json_schema}
     if numbers.eval_interval != "auto" and "validation" in config["data"]:
         config["evaluation"]["every"] = numbers.eval_interval
 
@@ -308,17 +281,11 @@ def job_to_openai(job: Job, results: Sequence[str] = ()) -> dict[str, Any]:
         "method": {"type": kind, kind: {"hyperparameters": numbers, **request.get("reinforcement", {})}},
         "seed": config["seed"],
         "trained_tokens": job.tokens if job.state in ENDS else None,
-        "estimated_finish": _estimated_finish(job),
+        "estimated_finish": None,
         "integrations": [],
         "metadata": request["metadata"],
         "user_provided_suffix": request["suffix"],
     } | ({"after": request["after"]} if request.get("after") else {})
-
-
-def _estimated_finish(job: Job) -> int | None:
-    if job.state != "running" or not job.step:
-        return None
-    return int(time.time() + (job.steps - job.step) * job.seconds / job.step)
 
 
 def error_to_openai(job: Job) -> dict[str, Any] | None:

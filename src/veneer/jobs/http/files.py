@@ -8,6 +8,7 @@ copies the bytes, so that a large file does not delay other requests.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -73,11 +74,8 @@ def file_routes(files: Files) -> APIRouter:
             message, fix = f"the file has more than {files.max_bytes:,} bytes", "send its rows in several files"
             raise Refused(message, status=413, code="too_large", param="file", fix=fix)
         ttl, name = _ttl(form), upload.filename or ""
-        return await in_thread(
-            _DATABASE,
-            lambda: files.add(principal.tenant, name, "fine-tune", upload.file, ttl=ttl),
-            run=lambda work: copying.run(principal.tenant, principal.weight, size, work),
-        )
+        do = partial(files.add, principal.tenant, name, "fine-tune", upload.file, ttl=ttl)
+        return await in_thread(_DATABASE, do, lambda work: copying.run(principal.tenant, principal.weight, size, work))
 
     body = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 

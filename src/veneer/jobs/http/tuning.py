@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -31,7 +31,6 @@ from veneer.jobs.http.route import blocking, thread_route
 from veneer.jobs.input_files import LINE_FILES, copy_input, remove_inputs
 from veneer.jobs.openai import (
     METRIC_KINDS,
-    ROWS_COUNTED,
     FormSettings,
     TuningBody,
     checkpoint_id,
@@ -44,7 +43,6 @@ from veneer.jobs.openai import (
     tuning_config,
 )
 from veneer.jobs.post_training import AfterJob, check_after
-from veneer.jobs.step_actions import sample_file
 from veneer.jobs.store import UNFINISHED, Job, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
 from veneer.library.names import name_of, new_tuned, parse_tuned
@@ -54,10 +52,10 @@ from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, invalid
+from veneer.serve.settings import QuotaLimits
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
 from veneer.train.config.section import BASE_MODEL
-from veneer.train.records import count_lines
 from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader, has_python, parse_grader
 from veneer.train.rewards.sandbox import Sandbox
 
@@ -163,6 +161,21 @@ def sample_routes(jobs: JobStore) -> APIRouter:
     return router
 
 
+def sample_file(store: JobStore, job: Job, step: int) -> Path:
+    """Return the file with a step's sample images.
+
+    Raises ConfigError if there is no such file."""
+    samples = {int(event.data["step"]): str(event.data["file"]) for event in store.events_of(None, job.id, "sample")}
+    attempts = sorted(job.folder.glob("attempt-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for attempt in reversed(attempts):
+        if step in samples and (attempt / samples[step]).is_file():
+            return attempt / samples[step]
+    fix = "set samples.prompts and samples.every"
+    if samples:
+        fix = f"the job has samples after steps {', '.join(map(str, sorted(samples)))}"
+    raise ConfigError(f"job {job.id} has no sample images of step {step}", where="step", fix=fix)
+
+
 class TuningQueue:
     """Queues jobs from OpenAI's route and from the Studio's form.
 
@@ -189,10 +202,6 @@ class TuningQueue:
         start = _initial_adapter(service, principal, body.model)
         if body.reinforced is not None:
             grader = _resolve_grader(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
-        if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
-            message = f"{most:,} jobs are not finished, and that is the limit (jobs)"
-            fix = "wait for some, or cancel some"
-            raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
         training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
         validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
         ids = body.after.evaluate.files if body.after is not None and body.after.evaluate is not None else []
@@ -200,7 +209,7 @@ class TuningQueue:
             raise invalid(f"{len(ids)} files of held-out rows; the maximum is {_HELD_OUT}", "after.evaluate.data")
         held_out = [_file(files, tenant, each, "after.evaluate.data") for each in ids]
         size = sum(file.bytes for file in (training, validation, *held_out) if file)
-        _check_input_bytes(jobs, tenant, size, files.quotas.limits.disk)
+        _check_unfinished(jobs, tenant, size, files.quotas.limits)
         tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
         shown_keys = {"model", "training_file", "validation_file", "suffix", "metadata"}
         request = body.model_dump(mode="json", include=shown_keys)
@@ -212,21 +221,13 @@ class TuningQueue:
             body.reinforced.grader = grader
         metadata: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
         try:
-            train = copy_input(files, tuned.id, "train", training)
-            config = tuning_config(
-                body,
-                base=service.reader.name,
-                train=train,
-                validation=copy_input(files, tuned.id, "validation", validation) if validation else None,
-                rows=count_lines(train, ROWS_COUNTED),
-                context=service.reader.context,
-                seed=body.seed if body.seed is not None else secrets.randbelow(1 << 31),
-                start=start,
-                settings=settings,
-            )
+            uploads = {"train": training} | ({"validation": validation} if validation else {})
+            data: dict[str, Any] = {"max_length": service.reader.context}
+            data |= {part: str(copy_input(files, tuned.id, part, file)) for part, file in uploads.items()}
+            config = tuning_config(body, {"base": {"name": service.reader.name}, "data": data, **start}, settings)
             if body.after is not None:
                 after = _after(files, tuned.id, body.after, held_out)
-                plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
+                plain, _ = config_from({**config, "output": {"directory": str(Path(data["train"]).parent)}})
                 check_after(after, plain, name_of(tuned.reference), tenant, self.tenants)
                 metadata["after"] = after.model_dump(mode="json")
             if tenant:
@@ -240,8 +241,8 @@ class TuningQueue:
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def _initial_adapter(service: Service, principal: Principal, model: str) -> str | None:
-    """Return the adapter from which training continues; None for the base.
+def _initial_adapter(service: Service, principal: Principal, model: str) -> dict[str, Any]:
+    """Return the setting of the adapter from which training continues; {} for the base.
 
     Raises Refused if the model is not served here."""
     base = service.catalog.base
@@ -249,9 +250,9 @@ def _initial_adapter(service: Service, principal: Principal, model: str) -> str 
         message = "this server generates pictures, but fine-tuning jobs need a text model"
         raise invalid(message, "model", "see `veneer train`")
     if model == base:
-        return None
+        return {}
     if (tuned := parse_tuned(model)) is not None and tuned.base == base:
-        return service.catalog.resolve(model, principal).adapters[0]
+        return {"adapter": {"start": service.catalog.resolve(model, principal).adapters[0]}}
     message = f"The model {quoted(model)} is not served here, so it cannot be fine-tuned"
     fix = f"model={base!r}, or a model that was fine-tuned from it"
     raise Refused(message, status=400, code="model_not_available", param="model", fix=fix)
@@ -287,16 +288,18 @@ def _resolve_grader(service: Service, principal: Principal, grader: Any) -> dict
     return values
 
 
-def _check_input_bytes(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
-    """Check the total input bytes of a tenant's unfinished jobs. Raises Refused.
+def _check_unfinished(jobs: JobStore, tenant: str, more: int, limits: QuotaLimits) -> None:
+    """Check the number and the total input bytes of a tenant's unfinished jobs. Raises Refused.
 
-    This limit is separate from uploads: a job keeps its inputs even if the client deletes the uploaded files,
-    and with a remote store each job has its own copies."""
+    The limit on bytes is separate from uploads: a job keeps its inputs even if the client deletes the uploaded
+    files, and with a remote store each job has its own copies."""
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
-    used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
-    if used + more > limit:
-        message = f"the inputs of unfinished jobs have {used:,} bytes; {more:,} more would exceed {limit:,}"
-        fix = "wait for some jobs to finish, or cancel some"
+    used, fix = sum(int(job.about.get("bytes", 0)) for job in unfinished), "wait until jobs finish, or cancel some"
+    if len(unfinished) >= limits.jobs:
+        message = f"{limits.jobs:,} jobs are not finished, and that is the limit (jobs)"
+        raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
+    if used + more > limits.disk:
+        message = f"the inputs of unfinished jobs have {used:,} bytes; {more:,} more would exceed {limits.disk:,}"
         raise Refused(message, status=400, code="storage_full", param="training_file", fix=fix)
 
 
