@@ -16,9 +16,9 @@ from tests.library.conftest import quick  # noqa: F401
 from tests.train.tiny_pictures import image_values
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError, UnavailableError
-from veneer.jobs.checkpoints import checkpoint_name
+from veneer.jobs.checkpoints import checkpoint_name, store_checkpoint
+from veneer.jobs.http.tuning import sample_file
 from veneer.jobs.process import run_job
-from veneer.jobs.step_actions import sample_file, store_checkpoint
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import submit_job
 from veneer.library.library import open_library

@@ -149,4 +149,4 @@ def test_job_that_does_not_fit_is_refused(store: JobStore, folder: Path) -> None
     job = looked_at(store, small_config(folder), {"price": 10**9, "budget": 1000})
     assert (job.error["kind"], "budget of" in job.error["message"]) == ("overbudget", True)
     job = looked_at(store, small_config(folder), {"jobs": 0})
-    assert "cannot train: " in job.error["message"]
+    assert "not allowed to train" in job.error["message"]

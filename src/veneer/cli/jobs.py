@@ -174,7 +174,7 @@ def keep(
     as_json: AsJson = False,
 ) -> None:
     """Store a checkpoint's adapter as the newest version of the job's adapter name."""
-    from veneer.jobs.step_actions import store_checkpoint
+    from veneer.jobs.checkpoints import store_checkpoint
 
     with _opened() as store:
         version = store_checkpoint(store, job, step, alias=alias, tenant=tenant)

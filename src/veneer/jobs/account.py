@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 
-from veneer.jobs.store import JobStore, OverBudget, cost_of
+from veneer.jobs.store import JobStore, cost_of
 from veneer.library.database import reading
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.ledger import usage
@@ -44,7 +44,7 @@ class TrainingAccount:
     def check_allowed(self, tenant: str) -> None:
         """Raise Refused (403) unless the tenant is allowed to train."""
         if self.terms(tenant).jobs == 0:
-            message, fix = "this tenant is not allowed to train", "the operator can allow it"
+            message, fix = "this tenant is not allowed to train", "the operator can allow it: see veneer tenant list"
             raise Refused(message, status=403, code="forbidden", fix=fix)
 
     def spent(self, tenant: str) -> int:
@@ -63,8 +63,5 @@ class TrainingAccount:
         terms = self.terms(tenant)
         if terms.budget is None or not (cost := cost_of(tokens, terms.price)):
             return 0
-        try:
-            self.jobs.reserve(tenant, cost, terms.budget, self.spent(tenant))
-        except OverBudget as error:
-            raise Refused(error.what, status=402, code="over_budget", fix=error.fix) from error
+        self.jobs.reserve(tenant, cost, terms.budget, self.spent(tenant))
         return cost

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, Interrupted, counted
 from veneer.files.atomic import atomic_write
-from veneer.jobs.post_training import AfterJob, CanaryRoute, held_out_rows, serving_version
+from veneer.jobs.post_training import AfterJob, held_out_rows, serving_version
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
 from veneer.jobs.validate import after_section, error_json, is_retryable, job_config
 from veneer.library.database import reading
@@ -74,7 +74,7 @@ def compare_job(
 
 
 def release_job(
-    store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
+    store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: dict[str, Any] | None
 ) -> None:
     """Move the job's route for the adapter `reference`, at most once per job.
 
@@ -82,7 +82,7 @@ def release_job(
     after = after_section(lease.job)
     if after is None or after.route is None:
         return
-    place = partial(_move_route, store.library, tenants, lease.job, after, after.route, reference, compared)
+    place = partial(_move_route, store.library, tenants, lease.job, after, reference, compared)
     _do_once(store, lease, "route", "the route stays as it is", place)
 
 
@@ -177,16 +177,11 @@ def _write_card(folder: Path, data: Mapping[str, Any]) -> None:
 
 
 def _move_route(
-    library: Library,
-    tenants: Store | None,
-    job: Job,
-    after: AfterJob,
-    route: CanaryRoute,
-    reference: str,
-    compared: Mapping[str, Any] | None,
+    library: Library, tenants: Store | None, job: Job, after: AfterJob, reference: str, compared: dict[str, Any] | None
 ) -> JobEvent:
     """Move the route according to the promotion rule, and return the event."""
-    name, rule, met, shadow, text = route.name, after.promote, None, None, ""
+    assert after.route is not None  # checked by `release_job`
+    route, name, rule, met, shadow, text = after.route, after.route.name, after.promote, None, None, ""
 
     def event(action: str, **moved: Any) -> JobEvent:
         return JobEvent("info", "route", action, {"route": name, "reference": reference, "promoted": False} | moved)

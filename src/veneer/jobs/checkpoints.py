@@ -2,9 +2,11 @@
 
     publish_checkpoints(library, "acme/support-kq7vz2mh", run, adapter)   {40: "acme/support-kq7vz2mh@40"}
     publish_steps(library, job, run)           during training: {40: "support.jp8v6w@40"}
+    store_checkpoint(store, job, 300, alias="prod")       support@prod is the adapter of step 300
 
 The checkpoint of step 40 becomes version 40 with the alias `@ckpt-step-40`. The job's final adapter becomes
-the version after all checkpoints, so that the name without a version means the final adapter.
+the version after all checkpoints, so that the name without a version means the final adapter. An adapter that
+was published during training, or as the job's result, can be stored under the job's name.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from typing import Any
 
 import torch
 
+from veneer.errors import ConfigError
 from veneer.files.safetensors import read_tensors
 from veneer.formats.peft import load_folder, write_folder
-from veneer.jobs.store import Job
+from veneer.jobs.store import Job, JobStore
 from veneer.library.library import Library
-from veneer.library.names import checkpoint_alias
+from veneer.library.names import check_alias, checkpoint_alias
+from veneer.library.queries import Version
 from veneer.train.checkpoint import by_step, is_shared
 
 STEPS_TAG = "steps-of:"
@@ -79,10 +83,9 @@ def publish_checkpoints(
     log: called with a warning for each skipped checkpoint."""
     final = load_folder(adapter).adapter
     references, published = dict[int, str](), _published(library, name)
-    for folder in sorted((run / "checkpoints").glob("step-*[0-9]")):
+    for step, folder in by_step(run / "checkpoints").items():
         if is_shared(folder):
             continue
-        step = int(folder.name.rpartition("-")[2])
         state, _ = read_tensors(folder / "adapter.safetensors")
         checkpoint = final.mapped(torch.clone)
         tensors = dict(checkpoint.tensors())
@@ -100,3 +103,34 @@ def publish_checkpoints(
         library.alias(published[step], checkpoint_alias(step))
         references[step] = published[step]
     return references
+
+
+def store_checkpoint(
+    store: JobStore, job_id: str, step: int | None = None, *, alias: str = "", tenant: str | None = None
+) -> Version:
+    """Store a checkpoint's adapter as the newest version of the job's name.
+
+    Returns the version.
+
+    step: default: the job's result if there is one, else the newest step.
+    alias: an alias that will point to the version.
+
+    Raises UnknownJob, and ConfigError (with the available steps) if this step is not in the library."""
+    job, library = store.get(tenant, job_id), store.library
+    if alias:
+        check_alias(alias)
+    references = {point.step: point.reference for point in store.checkpoints(None, job.id) if point.reference}
+    reference = references.get(max(references, default=0) if step is None else step)
+    if step is None and job.result is not None:
+        reference = job.result["reference"]
+    if reference is None:
+        steps = ", ".join(map(str, sorted(references)[-10:]))
+        message = f"the adapter of {'any step' if step is None else f'step {step}'} of {job.id} is not in the library"
+        fix = f"the library has steps {steps}" if steps else "train with checkpoint.adapters=true"
+        raise ConfigError(message, where="step", fix=fix)
+    version = library.find(reference)
+    if version.name != job.name:
+        source = f"step {version.version} of {job.id}"
+        folder = library.resolve(reference)
+        version = library.add(folder, job.name, tags=[f"step-of:{job.id}"], source=source).version
+    return library.alias(version.reference, alias) if alias else version

@@ -42,7 +42,7 @@ import re
 import secrets
 import string
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,14 +65,17 @@ from veneer.library.library import Library
 from veneer.library.migrate import migrate
 from veneer.library.names import check_name
 from veneer.models.home import veneer_home
+from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import check_tenant
 
 # -- states ------------------------------------------------------------------------------------------------------------
 
 _JobState = Literal["validating", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 _Waiting = Literal["validating", "queued"]
-_AtOnce, _Order = Callable[[str], int | None], Callable[[str], float]
-"""Tenant -> maximum number of running jobs; tenant -> rank among tenants with equally many running jobs."""
+_AtOnce = Callable[[str], int | None]
+"""Tenant -> maximum number of running jobs; None: no limit."""
+_Order = Callable[[str], float]
+"""Tenant -> rank among tenants with equally many running jobs."""
 TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
     "validating": frozenset({"queued", "failed", "cancelled"}),
     "queued": frozenset({"running", "paused", "cancelled"}),
@@ -302,7 +305,8 @@ class JobStore:
         check_name(full)
         stored_config = {key: value for key, value in config.items() if key != "output"}
         with self._transaction() as (c, now):
-            if _unfinished(c, tenant) >= _MAX_UNFINISHED:
+            unfinished = job_table.c.tenant == tenant, job_table.c.state.in_(UNFINISHED)
+            if (c.scalar(select(func.count()).where(*unfinished)) or 0) >= _MAX_UNFINISHED:
                 message = f"{_MAX_UNFINISHED:,} jobs of {tenant or 'this machine'} have not ended"
                 raise ConfigError(message, where="jobs", fix="wait for some jobs to finish, or cancel some")
             id, number = _new_id(), (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
@@ -318,7 +322,7 @@ class JobStore:
             return self._row(c, tenant, job)
 
     def jobs(
-        self, tenant: str | None, *, after: str | None = None, limit: int = 20, states: Iterable[str] = ()
+        self, tenant: str | None, *, after: str | None = None, limit: int = 20, states: Collection[str] = ()
     ) -> tuple[list[Job], bool]:
         """Return (one page of jobs, newest first; whether there are more).
 
@@ -327,21 +331,15 @@ class JobStore:
 
         Raises UnknownJob if `after` does not exist, and ConfigError for an unknown state."""
         query = _select_jobs(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
-        selected = [*states]
-        for state in selected:
+        for state in states:
             one_of(state, get_args(_JobState), "a state of jobs", "states")
-        if selected:
-            query = query.where(job_table.c.state.in_(selected))
+        if states:
+            query = query.where(job_table.c.state.in_(states))
         with reading(self.engine) as c:
             if after is not None:
                 query = query.where(job_table.c.number < self._row(c, tenant, after).number)
             rows = [_job(row) for row in c.execute(query)]
         return rows[:limit], len(rows) > limit
-
-    def unfinished(self, tenant: str) -> int:
-        """Return the number of jobs of a tenant that have not ended."""
-        with reading(self.engine) as c:
-            return _unfinished(c, tenant)
 
     def events(
         self,
@@ -401,14 +399,15 @@ class JobStore:
 
         posted: the cost of Tinker training that the ledger already has.
 
-        All amounts are in millionths. Raises OverBudget."""
+        All amounts are in millionths. Raises Refused (402)."""
         r = job_reservation_table.c
         with self._transaction() as (c, now):
             jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
             if jobs + spent + cost > budget:
                 left = money(max(0, budget - jobs - spent))
                 message = f"this request costs {money(cost)}, but only {left} of this month's training budget is left"
-                raise OverBudget(message, where="budget", fix="raise the budget, or wait until next month")
+                fix = "raise the budget, or wait until next month"
+                raise Refused(message, status=402, code="over_budget", fix=fix)
             c.execute(delete(job_reservation_table).where(r.tenant == tenant))
             row = {"tenant": tenant, "month": _day(now)[:7], "spent": spent + cost}
             c.execute(insert(job_reservation_table), row)
@@ -436,15 +435,6 @@ class JobStore:
         with reading(self.engine) as c:
             ended = job_table.c.state.in_(states), job_table.c.ended < self._now(c) - seconds
             return [*c.scalars(select(job_table.c.id).where(*ended))]
-
-    def delete_old_metrics(self, seconds: float) -> None:
-        """Delete metrics events of jobs that ended more than `seconds` ago.
-
-        The job, its other events, checkpoints and bill stay."""
-        e = job_event_table.c
-        with self._transaction() as (c, now):
-            jobs = select(job_table.c.id).where(job_table.c.ended < now - seconds)
-            c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs)))
 
     def pause(self, tenant: str | None, job: str) -> Job:
         """Pause a queued or running job. Raises UnknownJob, WrongState."""
@@ -702,11 +692,6 @@ _NO_LEASE: dict[str, Any] = {"token": None, "worker": None, "until": None, "rene
 
 def _update(c: Connection, job: Job, **values: Any) -> None:
     c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
-
-
-def _unfinished(c: Connection, tenant: str) -> int:
-    query = select(func.count()).where(job_table.c.tenant == tenant, job_table.c.state.in_(UNFINISHED))
-    return int(c.scalar(query) or 0)
 
 
 def _select_jobs(tenant: str | None) -> Select[Any]:

@@ -17,15 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import (
-    CheckpointError,
-    ConfigError,
-    PreflightError,
-    ResourceError,
-    UnavailableError,
-    VeneerError,
-    gigabytes,
-)
+from veneer.errors import CheckpointError, PreflightError, ResourceError, UnavailableError, VeneerError, gigabytes
 from veneer.jobs.account import TrainingAccount
 from veneer.jobs.post_training import AfterJob, check_after, held_out_rows
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
@@ -72,10 +64,7 @@ def validate_job(store: JobStore, lease: JobLease, account: TrainingAccount, dev
     an error, the job is still waiting for validation."""
     terms = account.terms(lease.job.tenant)
     try:
-        if terms.jobs == 0:
-            reason = "the tenant does not exist, is disabled, or has a job limit of 0"
-            message, fix = f"{lease.job.tenant or 'this machine'} cannot train: {reason}", "see veneer tenant list"
-            raise ConfigError(message, where="tenant", fix=fix)
+        account.check_allowed(lease.job.tenant)
         plan = _plan_of_job(lease.job, device)
         spent = 0 if terms.budget is None else account.spent(lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
@@ -96,22 +85,20 @@ def submit_job(
     after: AfterJob | None = None,
     tenants: Store | None = None,
     device: Device | None = None,
-    metadata: Mapping[str, Any] | None = None,
 ) -> Job:
     """Create and validate a job; return it, queued or failed.
 
     name: the adapter's name; default: the name of the output folder
     after: actions to take after training
     tenants: the database with the tenants' training terms and routes
-    metadata: additional data to store with the job
 
     Raises the errors of `JobStore.create` and `check_after`."""
-    name, metadata = name or Path(config.output.directory).name, dict(metadata or {})
+    name, about = name or Path(config.output.directory).name, dict[str, Any]()
     if after is not None:
         check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
-        metadata["after"] = after.model_dump(mode="json")
+        about["after"] = after.model_dump(mode="json")
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
-    job = store.create(tenant, values, name=name, about=metadata)
+    job = store.create(tenant, values, name=name, about=about)
     while (now := store.get(tenant, job.id)).state == "validating":
         lease = store.acquire("submit", 600, "validating", only=job.id)
         if lease is not None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from veneer.jobs.checkpoints import store_checkpoint
 from veneer.jobs.openai import METRIC_KINDS, error_to_openai, event_to_openai
-from veneer.jobs.step_actions import store_checkpoint
 from veneer.jobs.store import ENDS, Job, UnknownJob
 from veneer.library.queries import Version
 from veneer.serve.http.surfaces.adapters import audit_added
