@@ -88,11 +88,6 @@ class RunBody(TinkerBody):
     model_id: str
 
 
-class FutureBody(Strict):
-    request_id: str
-    allow_metadata_only: bool = False
-
-
 # -- requests and results ----------------------------------------------------------------------------------------------
 
 

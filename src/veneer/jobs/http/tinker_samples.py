@@ -21,7 +21,6 @@ from starlette.responses import Response
 from veneer.jobs.http.tinker import (
     MAX_NUMBER,
     Call,
-    FutureBody,
     TinkerBody,
     TinkerRoutes,
     future_response,
@@ -82,6 +81,11 @@ class SampleBody(TinkerBody):
     sampling_session_id: str
     seq_id: int = Field(ge=0, lt=MAX_NUMBER)
     prompt_logprobs: bool | None = None
+
+
+class FutureBody(Strict):
+    request_id: str
+    allow_metadata_only: bool = False
 
 
 @dataclass(eq=False)

@@ -42,16 +42,7 @@ from veneer.errors import ConfigError, ResourceError, VeneerError
 from veneer.files.atomic import atomic_write
 from veneer.files.locks import take_lock
 from veneer.jobs.tinker.checkpoints import Checkpoints, SavedWeights, parse_path
-from veneer.jobs.tinker.trainer import (
-    Adam,
-    Learner,
-    Lora,
-    PassWork,
-    Trainer,
-    check_rows,
-    state_bytes,
-    target_names,
-)
+from veneer.jobs.tinker.trainer import Adam, Learner, Lora, PassWork, Trainer, check_rows, state_bytes, target_names
 from veneer.jobs.tinker.wire import forward_bytes, read_forward
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
@@ -126,7 +117,6 @@ class Session:
     used: float = field(default_factory=time.time)
     ended: float | None = None
     base_name: str = ""
-    samplers: list[str] = field(default_factory=list)
 
     def use(self) -> None:
         """Record a use of the session. Raises Refused (410)."""
@@ -397,7 +387,6 @@ class TinkerService:
         with self._changed:
             if sampler.id not in self.samplers:
                 session.hold.add(memory=_OBJECT_BYTES)
-                session.samplers.append(sampler.id)
             self.samplers[sampler.id] = sampler
         return sampler
 
@@ -535,7 +524,8 @@ class TinkerService:
 
     def _finish_work(self, run: TrainingRun, work: PassWork) -> None:
         least = min(self._served.values(), default=0)
-        self._served[run.tenant] = max(self._served[run.tenant], least) + round(work.tokens / run.weight)
+        tokens = sum(len(row.targets) for row in work.rows)
+        self._served[run.tenant] = max(self._served[run.tenant], least) + round(tokens / run.weight)
         data = forward_bytes([logps.numpy() for logps in work.logps], work.total)
         self._finish(run, FutureResult("proto", data))
 
@@ -708,7 +698,7 @@ class TinkerService:
         """Remove a session and its clients; the clients' checkpoints stay."""
         with self._changed:
             del self.sessions[session.id]
-            for id in session.samplers:
+            for id in [id for id in self.samplers if id.startswith(f"{session.id}:")]:
                 del self.samplers[id]
         session.hold.release()
         for run in [run for run in list(self.runs.values()) if run.session == session.id]:
@@ -722,7 +712,6 @@ class TinkerService:
     def _ready_trainer(self) -> Trainer:
         if self._trainer is None:
             self._trainer = Trainer(self.base)
-            _log.info("training while serving: %s", self._trainer.how)
         return self._trainer
 
     def _live_folder(self, run: TrainingRun) -> Path:

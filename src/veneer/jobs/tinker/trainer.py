@@ -63,6 +63,10 @@ _WRAPPER = "~"
 """Name of an adapter that is attached only to wrap modules and is never active."""
 
 
+TargetNames = Mapping[str, tuple[str, ...]]
+"""Group of modules, as in Lora -> the names of a base's LoRA target modules."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """A client's LoRA configuration. A `seed` of None means 0."""
@@ -79,21 +83,11 @@ class Lora:
         Raises ConfigError if the rank is invalid or the base lacks the modules."""
         if not 1 <= self.rank <= 4096:
             raise ConfigError(f"rank {self.rank} is not possible", where="lora_config.rank", fix="from 1 to 4096")
-        groups = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
-        targets = tuple(name for names_, selected in groups if selected for name in names_)
+        targets = tuple(name for group, modules in names.items() if getattr(self, group) for name in modules)
         if not targets:
             message = "train_mlp, train_attn and train_unembed select no module of this base"
             raise ConfigError(message, where="lora_config")
         return LoraSpec(rank=self.rank, alpha=ALPHA, targets=targets)
-
-
-@dataclass(frozen=True)
-class TargetNames:
-    """The names of a base's LoRA target modules, in Tinker's groups."""
-
-    attention: tuple[str, ...]
-    mlp: tuple[str, ...]
-    head: tuple[str, ...]
 
 
 def target_names(model: Any) -> TargetNames:
@@ -101,7 +95,8 @@ def target_names(model: Any) -> TargetNames:
     linear = [target.name for target in resolve_targets(model, LoraSpec())]
     attention = tuple(name for name in linear if "attn" in name or "attention" in name)
     mlp = tuple(name for name in linear if name not in attention)
-    return TargetNames(attention, mlp, tuple(name for name, module in base_modules(model) if module is head))
+    unembed = tuple(name for name, module in base_modules(model) if module is head)
+    return {"attention": attention, "mlp": mlp, "unembed": unembed}
 
 
 def state_bytes(model: Any, spec: LoraSpec) -> int:
@@ -187,22 +182,17 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
     if more := [name for name in row.inputs if name not in supported]:
         raise wrong(f"{loss} has no input {more[0][:50]!r}", f"supported inputs: {', '.join(sorted(supported))}")
     target_tokens = row.inputs["target_tokens"]
-    if (
-        target_tokens.dtype.kind != "i"
-        or target_tokens.ndim not in (1, 2)
-        or len(target_tokens) != count
-        or not target_tokens.size
-    ):
-        raise wrong(f"target_tokens has the shape {target_tokens.shape}", f"integers, ({count},) or ({count}, k)")
+    shape = target_tokens.shape
+    if target_tokens.dtype.kind != "i" or len(shape) not in (1, 2) or shape[0] != count or 0 in shape:
+        raise wrong(f"target_tokens has the shape {shape}", f"integers, ({count},) or ({count}, k)")
     for name, values in row.inputs.items():  # check all shapes before any values are copied
-        if name in supported and values.shape != target_tokens.shape:
-            raise wrong(f"{name} has the shape {values.shape}, target_tokens {target_tokens.shape}")
+        if values.shape != shape:
+            raise wrong(f"{name} has the shape {values.shape}, target_tokens {shape}")
     targets = torch.tensor(target_tokens)
     for name, ids_ in (("input", ids), ("target_tokens", targets)):
         if bool((ids_ < 0).any() or (ids_ >= vocabulary).any()):
             raise wrong(f"a token of the row's {name} is not in this base's vocabulary of {vocabulary:,}")
-    inputs = {name: torch.tensor(row.inputs[name]).float() for name in supported if name in row.inputs}
-    del inputs["target_tokens"]
+    inputs = {name: torch.tensor(row.inputs[name]).float() for name in names if name in row.inputs}
     if loss == "cross_entropy":
         inputs.setdefault("weights", torch.ones(targets.shape))
     for name in names:
@@ -244,10 +234,6 @@ class PassWork:
     def done(self) -> bool:
         return len(self.logps) == len(self.rows)
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(row.targets) for row in self.rows)
-
 
 class Trainer:
     """Trains clients' adapters on its own modules, which share `base`'s tensors.
@@ -262,7 +248,7 @@ class Trainer:
         self.attachment = self._undo.enter_context(attach(model))
         # Fast paths keep references to modules, so all modules that clients can train are wrapped first.
         self.attachment.add(_WRAPPER, create(model, Lora(1).spec(self.names), seed=0))
-        self.how = self._undo.enter_context(fast(model)).summary()
+        self._undo.enter_context(fast(model))
         self.all_separate_reason = reason_not_shared(model)
         self.most = _PASS if self.base.device.type == "cpu" else _PASS_ON_GPU
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -281,7 +267,7 @@ class Trainer:
         self.attachment.add(name, adapter, trainable=True)
         parameters = self.attachment.parameters(name)
         # The head's pairs cannot prevent sharing, because the head runs separately on each client's rows.
-        body_pairs = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
+        body_pairs = {key: pair for key, pair in adapter.pairs.items() if key not in self.names["unembed"]}
         separate_reason = self.all_separate_reason or span_problem(replace(adapter, pairs=body_pairs))
         optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
         self.learners[name] = learner = Learner(name, parameters, optimizer, separate_reason)
@@ -364,12 +350,9 @@ class Trainer:
             if spans is not None:
                 acting = partial(self.attachment.using, work.learner.name)
             logps = self._logps(work_rows, part, acting)
-            loss = torch.stack(
-                [
-                    row_loss(work.loss, p, {name: sent(t, device) for name, t in row.inputs.items()}, work.options)
-                    for p, row in zip(logps, work_rows, strict=True)
-                ]
-            ).sum()
+            inputs = [{name: sent(t, device) for name, t in row.inputs.items()} for row in work_rows]
+            row_losses = [row_loss(work.loss, p, row, work.options) for p, row in zip(logps, inputs, strict=True)]
+            loss = torch.stack(row_losses).sum()
             losses.append(loss)
             backward += [loss] if work.backward else []
             all_logps.append([p.detach() for p in logps])
