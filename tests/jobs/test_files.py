@@ -141,18 +141,6 @@ def test_concurrent_delete_keeps_bytes_of_a_new_file(files: Files) -> None:
         assert source.read() == ROWS
 
 
-def test_pages_list_every_file_once(files: Files) -> None:
-    ids = [add(files, "acme", b"%d" % n) for n in range(7)]
-    for newest_first, expected in ((True, ids[::-1]), (False, ids)):
-        listed: list[str] = []
-        more = True
-        while more:
-            page, more = files.list("acme", limit=3, after=listed[-1] if listed else None, newest_first=newest_first)
-            listed += [file.id for file in page]
-        assert listed == expected
-    assert files.list("acme", purpose="fine-tune-results")[0] == []
-
-
 def test_file_expires_on_time(files: Files) -> None:
     id, unlimited = add(files, "acme", ttl=HOUR), add(files, "acme", b"kept")
     later(files, HOUR - 1)

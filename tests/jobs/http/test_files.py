@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import threading
 from collections.abc import Iterator
@@ -92,16 +91,6 @@ def test_file_expires_after_the_requested_time(client: openai.OpenAI) -> None:
     assert uploaded.expires_at == uploaded.created_at + 3600
     with pytest.raises(openai.BadRequestError, match="expires_after"):
         sent(client, expires_after={"anchor": "created_at", "seconds": 60})
-
-
-def test_asynchronous_client_uploads_and_reads(server: Live, files: Files) -> None:
-    async def use() -> bytes:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as client:
-            uploaded = await client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
-            assert [file.id async for file in client.files.list()] == [uploaded.id]
-            return (await client.files.content(uploaded.id)).read()
-
-    assert asyncio.run(use()) == ROWS
 
 
 def test_files_of_other_tenants_are_404(client: openai.OpenAI, server: Live) -> None:
