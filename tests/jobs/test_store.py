@@ -27,6 +27,7 @@ from veneer.jobs.store import (
     WrongState,
     cost_of,
 )
+from veneer.library.database import write_transaction
 
 
 def running(store: JobStore, **how: Any) -> JobLease:
@@ -275,6 +276,23 @@ def test_job_name_must_be_in_the_tenants_namespace(store: JobStore) -> None:
         with pytest.raises(ConfigError, match="cannot name"):
             store.create(tenant, CONFIG, name=name)
     assert store.jobs(None) == ([], False)
+
+
+def test_only_old_metrics_are_deleted(store: JobStore) -> None:
+    leases = [running(store, tenant=tenant) for tenant in ("acme", "best", "corp")]
+    for lease in leases:
+        store.record(lease, [step(1), step(2)], trained=trained(2))
+    for lease in leases[:2]:
+        store.finish(lease, result={})
+    old, young, runs = (store.get(None, lease.job.id) for lease in leases)
+    with write_transaction(store.engine) as c:
+        c.execute(text("UPDATE jobs SET ended = ended - 400 * 86400 WHERE id = :id"), {"id": old.id})
+    earlier = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
+    store.delete_old_metrics(365 * 86400)
+    after = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
+    assert after == earlier | {old.id: [event for event in earlier[old.id] if event.kind != "metrics"]}
+    assert (store.bill(None, old.id) or young).tokens == store.get(None, old.id).tokens > 0
+    assert store.ended_before(365 * 86400, "succeeded") == [old.id]
 
 
 def test_bills_are_append_only(store: JobStore) -> None:

@@ -23,6 +23,7 @@ import json
 import math
 import re
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -281,11 +282,17 @@ def job_to_openai(job: Job, results: Sequence[str] = ()) -> dict[str, Any]:
         "method": {"type": kind, kind: {"hyperparameters": numbers, **request.get("reinforcement", {})}},
         "seed": config["seed"],
         "trained_tokens": job.tokens if job.state in ENDS else None,
-        "estimated_finish": None,
+        "estimated_finish": _estimated_finish(job),
         "integrations": [],
         "metadata": request["metadata"],
         "user_provided_suffix": request["suffix"],
     } | ({"after": request["after"]} if request.get("after") else {})
+
+
+def _estimated_finish(job: Job) -> int | None:
+    if job.state != "running" or not job.step:
+        return None
+    return int(time.time() + (job.steps - job.step) * job.seconds / job.step)
 
 
 def error_to_openai(job: Job) -> dict[str, Any] | None:

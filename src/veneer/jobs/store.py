@@ -436,6 +436,15 @@ class JobStore:
             ended = job_table.c.state.in_(states), job_table.c.ended < self._now(c) - seconds
             return [*c.scalars(select(job_table.c.id).where(*ended))]
 
+    def delete_old_metrics(self, seconds: float) -> None:
+        """Delete metrics events of jobs that ended more than `seconds` ago.
+
+        The job, its other events, checkpoints and bill stay."""
+        e = job_event_table.c
+        with self._transaction() as (c, now):
+            jobs = select(job_table.c.id).where(job_table.c.ended < now - seconds)
+            c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs)))
+
     def pause(self, tenant: str | None, job: str) -> Job:
         """Pause a queued or running job. Raises UnknownJob, WrongState."""
         return self._change_state(tenant, job, "paused")

@@ -183,13 +183,14 @@ class Worker:
         return False
 
     def _sweep(self) -> None:
-        """Once an hour, remove the folders of jobs that ended long ago."""
+        """Once an hour, remove the folders and metrics of jobs that ended long ago."""
         now = time.monotonic()
         if self._swept is None or now - self._swept > _SWEEP:
             self._swept = now
             for state, days in KEEP_DAYS.items():
                 for job in self.store.ended_before(days * 86400, state):
                     shutil.rmtree(jobs_home() / job, ignore_errors=True)
+            self.store.delete_old_metrics(KEEP_DAYS["succeeded"] * 86400)
 
     def _start_training(self, lease: JobLease) -> None:
         valid_until, job = time.monotonic() + self.lease, lease.job

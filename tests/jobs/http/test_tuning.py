@@ -142,6 +142,7 @@ def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
     jobs.store.record(lease, events, [point, JobCheckpoint(8)], trained=(4, 9, 400))
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "running"
+    assert job.estimated_finish is not None
     jobs.store.finish(lease, result={"reference": "acme/x@2"})
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert (job.status, job.trained_tokens) == ("succeeded", 400)
