@@ -62,7 +62,6 @@ def load_of(
         checkpointing=checkpointing,
         optimizer=config.optimizer.name,
         full=full_parameters,
-        inputs_on_host=checkpointing and config.memory.offload_activations,
         compared=config.distillation.teacher is not None,
     )
 
@@ -99,7 +98,7 @@ def _micro_tokens(
     All rows are assumed to have the maximum length, with all tokens trained.
 
     available: bytes that are available in addition to the base. loaded: as in `_teacher`."""
-    on = config.memory.recomputing == "on"
+    on = config.memory.activation_checkpointing == "on"
     rows = [config.data.max_length] * _MANY
     available -= _teacher(config, shape, dtype, loaded)[1]
 
@@ -235,7 +234,7 @@ def plan_of_config(
         if longest is not None:
             lengths = [longest, *lengths[1:]]
         lengths = [min(n + answer, config.data.max_length) for n in lengths]
-        checkpointing, available = config.memory.recomputing == "on", usable_memory(device)
+        checkpointing, available = config.memory.activation_checkpointing == "on", usable_memory(device)
     steps = config  # the configuration of the optimizer steps; a run that samples takes these steps on its completions
     if r is not None:
         batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})

@@ -18,21 +18,19 @@ from tests.tiny_base import tiny_base_dir
 from tests.train.stopping import interrupt_at
 from tests.train.text.tiny_runs import TENSORS, train, values_of, write_rows
 from veneer.core.attach import attach
-from veneer.errors import AdapterError, CheckpointError, ConfigError, Interrupted, NoGain, PreflightError, TrainingError
+from veneer.errors import AdapterError, CheckpointError, Interrupted, NoGain, PreflightError, TrainingError
 from veneer.files.safetensors import read_tensors
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
 from veneer.train import checkpoint, loop
 from veneer.train.config.load import config_from
-from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped
 from veneer.train.report.log import read_log
-from veneer.train.run import Run
 from veneer.train.text import task as run
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import offloads_activations, recompute_activations, run_text
+from veneer.train.text.task import run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -386,31 +384,3 @@ def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, m
     assert (result.validation_before, result.validation, result.kept_step) == (2.6, 20.4, 10)
     assert any(isinstance(e, Note) and "warning: validation loss" in e.text for e in notes)
     assert (tmp_path / "wild" / "adapter_model.safetensors").exists()
-
-
-def test_offloaded_activations_leave_gradients_bit_equal(shared: Path, tmp_path: Path) -> None:
-    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
-    gradients = []
-    for offload in (False, True):
-        model = load_text(str(shared / "tiny-base")).model.train().requires_grad_(True)
-        recompute_activations(model, offload=offload)
-        model(ids).logits.square().sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    config, _ = config_from(
-        {"base": "b", "data": {"train": "d.jsonl"}, "output": "o", "memory": {"offload_activations": True}}
-    )
-    run, base = Run(config, tmp_path, ALONE, lambda event: None, []), load_text(str(shared / "tiny-base"))
-    assert not offloads_activations(config, base, run)  # on a CPU, activations are already in host memory
-    base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]
-    assert offloads_activations(config, base, run)
-
-
-def test_offload_refuses_layers_without_a_checkpoint_function() -> None:
-    class Keeps(torch.nn.Linear):
-        def activation_checkpointing_enable(self, how: dict[str, bool]) -> None:
-            """Do nothing, like a model whose layers call torch's checkpoint function themselves."""
-
-    with pytest.raises(ConfigError, match="cannot be offloaded") as error:
-        recompute_activations(Keeps(2, 2), offload=True)
-    assert error.value.where == "memory.offload_activations"

@@ -31,8 +31,6 @@ def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[s
     named = [f"`adapter.{key}`" for key in changed_keys(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
         yield f"{', '.join(named)} cannot be combined with `adapter.start`, which brings its own settings"
-    if config.memory.activation_checkpointing == "off":
-        yield from _unused(config, "memory", "`memory.activation_checkpointing`", "offload_activations")
     yield from _run(config)
 
 

@@ -297,7 +297,6 @@ class MemorySection(Section):
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto", "recompute activations: less memory, a fifth to a third slower", "off if memory allows"
     )
-    offload_activations: bool = setting(False, "GPU: keep activation checkpoints in CPU memory, for long rows")
     limit_gb: float | None = setting(None, "memory limit in GB", "free memory", gt=0)
     shard: bool = setting(False, "split frozen weights over devices (FSDP2); slower")
     keep_dequantized_gb: float | None = setting(
@@ -306,11 +305,6 @@ class MemorySection(Section):
     keep_packed_gb: float | None = setting(
         None, "memory for prepacked weights on a CPU, if faster; 0: none", "as planned", ge=0
     )
-
-    @property
-    def recomputing(self) -> Literal["auto", "on", "off"]:
-        """Return `activation_checkpointing`, or "on" if activations are offloaded."""
-        return "on" if self.offload_activations else self.activation_checkpointing
 
 
 class OutputSection(Section):

@@ -438,7 +438,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     if context and row > context:
         text = f"the longest row has {row:,} tokens, but the base supports only {context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
-    free, mode = available_memory(config, device, s.free_memory), config.memory.recomputing
+    free, mode = available_memory(config, device, s.free_memory), config.memory.activation_checkpointing
     planned = functools.partial(
         plan_of_config,
         config,

@@ -216,7 +216,9 @@ def checked_text(
         force=run.force,
     )
     needed, free = (report.numbers.get(key) for key in ("memory_needed", "memory_free"))
-    recompute = run.devices.gather(recomputes(config.memory.recomputing, needed, free))[0]  # the first process decides
+    recompute = run.devices.gather(recomputes(config.memory.activation_checkpointing, needed, free))[
+        0
+    ]  # the first process decides
     text = TextRun(config, base, run, data, report, recompute, newest, name, sampler)
     run.emit_checks(report, _decided_settings(text))
     raise_if_stopped(run, report)
@@ -288,7 +290,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         sampled_texts = [undo.enter_context(_open_sampled(text, attachment)) for text in texts]
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
-            recompute_activations(model, offload=offloads_activations(config, base, run))
+            recompute_activations(model)
         call: CallWithWeights = call_unsharded
         parted: Sharded | None = None
         if sharded:
@@ -315,16 +317,6 @@ def _fresh_adapter(text: TextRun) -> Adapter:
         return text.data.start
     base, config = text.base, text.config
     return create(base.model, config.adapter.spec(), seed=config.seed, original=base.original)
-
-
-def offloads_activations(config: TrainConfig, base: TextBase, run: Run) -> bool:
-    """Return whether recomputed layers store their inputs in CPU memory.
-
-    This needs the setting `memory.offload_activations` and a GPU."""
-    if config.memory.offload_activations and computes_on(base).type != "cuda":
-        run.note("memory.offload_activations: this device is the CPU, so activations are already in its memory")
-        return False
-    return config.memory.offload_activations
 
 
 @contextmanager
@@ -369,31 +361,16 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
             yield Distillation(**shared, teacher=teacher)
 
 
-def recompute_activations(model: Any, *, offload: bool = False) -> None:
+def recompute_activations(model: Any) -> None:
     """Make layers store only their inputs, and recompute the rest when needed.
 
-    With `offload`, the inputs are stored in CPU memory. This replaces the checkpoint function of
-    transformers' `GradientCheckpointingLayer`s. Raises ConfigError if the model does not support
-    checkpointing."""
+    Raises ConfigError if the model does not support checkpointing."""
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         text = f"this base cannot recompute activations: {error}"
         where = "memory.activation_checkpointing"
         raise ConfigError(text, where=where, fix="turn it off, and lower batching.micro_rows") from error
-    if not offload:
-        return
-    layers = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
-    if not layers:
-        text = "inputs of this base's layers cannot be offloaded"
-        raise ConfigError(text, where="memory.offload_activations", fix="set it to false")
-    for layer in layers:
-        layer._gradient_checkpointing_func = _offloaded_checkpoint
-
-
-def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    with torch.autograd.graph.save_on_cpu(pin_memory=True):
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
 
 class AttachedText:
