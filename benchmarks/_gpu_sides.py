@@ -455,7 +455,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
         torch.cuda.reset_peak_memory_stats()
     with fast(model, keep=8 * plan.dequantizable // 10) as how:  # the memory budget that a run would use
         one = took(load.lengths)
-        work = run_work(text_counts(shape, load, device), load, device)
+        work = run_work(text_counts(shape, load, device), load)
         memory = text_memory(shape, load, device)
         figures = [
             Figure(
@@ -948,7 +948,7 @@ def _train_flux(
             one = statistics.median(_seconds(step, s.device, s.steps, warm=min(2, s.steps)))
     if not torch.isfinite(last):
         raise RuntimeError(f"the loss is {float(last)}")
-    work = run_work(counts, load, device)
+    work = run_work(counts, load)
     figure = Figure("training", 1 / one, "steps/s", _at_most(work, probed), 1 / rates.seconds(work))
     return [figure, _peak(s.device, run_memory(counts, load, device))], how.summary()
 

@@ -159,8 +159,6 @@ def test_a_plan_for_a_card_names_its_assumptions() -> None:
     assert "from CPU memory, assumed" in plan_text(pictures)
     small = text_plan("b", shape, Load((600,), quantize="nf4"), device, TrainingJob(5000, 600.0))
     assert "from CPU memory, assumed" not in plan_text(small)
-    away = Load((600,), quantize="nf4", checkpointing=True, inputs_on_host=True)
-    assert "from CPU memory, assumed" in plan_text(text_plan("b", shape, away, device, TrainingJob(5000, 600.0)))
 
 
 def test_a_cpu_is_as_fast_as_its_profile() -> None:

@@ -61,8 +61,6 @@ transformers, oneDNN and, for images, diffusers. CUDA: `process` is the CUDA con
 GB depending on card and driver. `process` and `unplaced` are assumptions, because no card was measured."""
 CPU_LATER = 130_000_000
 """The part of `process` on a CPU that the first steps add: oneDNN's compiled products, and their heap."""
-_INPUTS_IN_FLIGHT = 4
-"""Number of layer inputs on the device at once, if inputs are offloaded to CPU memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,6 @@ class RunLoad:
     dtype: dtype of the base.
     quantize: nf4, fp4, int8 or None.
     double: whether the quantization constants are quantized too.
-    inputs_on_host: whether inputs of recomputed layers are offloaded to CPU memory.
     offload: number of blocks, counted from the last, that are in CPU memory until needed.
     base_passes: additional forward passes per step of the base without adapter."""
 
@@ -84,7 +81,6 @@ class RunLoad:
     double: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw"
-    inputs_on_host: bool = False
     offload: int = 0
     base_passes: float = 0
 
@@ -247,9 +243,6 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
     working = fit.working * block
     if load.checkpointing:
         saved, working = inputs + ends, working + block
-        if load.inputs_on_host and device.kind == "cuda":
-            host = round(inputs)
-            saved = min(inputs, inputs / max(1, len(counts.blocks)) * _INPUTS_IN_FLIGHT) + ends
     if offloaded_blocks := offloaded(counts, load):
         host = e * sum(offloaded_blocks)
         weights -= host - e * max(offloaded_blocks)  # The block in use is on the device.

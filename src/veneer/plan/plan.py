@@ -185,7 +185,7 @@ def _plan(
         return run_memory(counts_of(load, device), load, device, process=process)
 
     def step_seconds(load: AnyLoad, device: Device) -> float:
-        return rates.seconds(run_work(counts_of(load, device), load, device), device.count)
+        return rates.seconds(run_work(counts_of(load, device), load), device.count)
 
     def peak_of(load: AnyLoad, device: Device) -> int:
         return bytes_per_device(memory_of(load, device), device)

@@ -25,13 +25,11 @@ class Work:
     """The work of one micro-batch, forward and backward.
 
     bytes: bytes of activations and weights that are read or written.
-    fetched: bytes from CPU memory that the device waits for.
-    copied: bytes to and from CPU memory that are copied during computation."""
+    fetched: bytes from CPU memory that the device waits for."""
 
     operations: float = 0.0
     bytes: float = 0.0
     fetched: float = 0.0
-    copied: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Rates:
     def seconds(self, work: Work, count: int = 1) -> float:
         """Return the seconds for `work`, divided among `count` devices."""
         computing = (work.operations / self.operations + work.bytes / self.bandwidth) / count
-        return max(computing, work.copied / HOST_LINK / count) + work.fetched / HOST_LINK
+        return computing + work.fetched / HOST_LINK
 
 
 def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
@@ -68,7 +66,7 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     return Rates(_EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{source}, both assumed")
 
 
-def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
+def run_work(counts: Counts, load: RunLoad) -> Work:
     """Return the operations and bytes of a micro-batch, forward and backward.
 
     Includes forward passes for recomputation, and forward passes of the base without adapter. Saved values
@@ -79,12 +77,10 @@ def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
     moved = 4.0 * (e * (counts.saved + counts.ends) + counts.logits)
     moved += reads * sum(weight_bytes(counts, load.dtype, load.quantize, load.double))
     moved += 2 * reads * e * counts.matrices if load.quantize else 0
-    away = load.checkpointing and load.inputs_on_host and device.kind == "cuda"
     return Work(
         counts.forward * (1 + forwards) + counts.backward + counts.head,
         moved,
         float(reads * e * sum(offloaded(counts, load))),
-        2.0 * e * counts.inputs if away else 0.0,
     )
 
 
