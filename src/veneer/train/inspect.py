@@ -7,8 +7,7 @@
     page = preview_rows(config, limit=50)            each row: learned, cut, held out, left out, and why
     images = preview_pictures(config)                each picture: its crop, its caption, and why it is left out
 
-Without a base, only the base's tokenizer and config are read. Data is cached until its files change, so that
-a change of the rank does not require reading the data again.
+Without a base, only the base's tokenizer and config are read. Previews are cached until their files change.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from veneer.errors import DataError, counted
 from veneer.plan.tables import Device, cpu_device
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig
-from veneer.train.config.text import TrainConfig
+from veneer.train.config.text import DataSection, TrainConfig
 from veneer.train.planning import base_fields, plan_of_config, planned_rows
 from veneer.train.preflight import Finding, Report, RunSubject, learning_rate
 from veneer.train.records import count_records, data_stamp
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
     from veneer.train.image.augmentation import PictureRow
     from veneer.train.image.pictures import TrainingPicture
-    from veneer.train.text.data import TextData
     from veneer.train.text.encode import Example
     from veneer.train.text.rows import Row, UnusableRow
 
@@ -137,12 +135,18 @@ def inspect_run(
 
 
 def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
-    total = count_records(config.data.files("train"))
-    data, looked, findings, sample = _sample(*_key(config, rows))
-    report = Report(sample=list(sample), rows=total, looked=looked)
+    from veneer.train.text.data import read_data
+    from veneer.train.text.preflight import TextSubject, data_findings, marked_pieces
+
+    base, total = _base(config.base.name), count_records(config.data.files("train"))
+    data = read_data(config.model_copy(update={"data": _bounded(config, rows, total)}), base)
+    looked = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
+    examples = data.train.encoded.examples
+    report = Report(rows=total, looked=looked, sample=marked_pieces(examples[0], base.tokenizer) if examples else [])
     wanted = None if total is None else min(total, config.data.limit or total)
     complete = wanted is not None and wanted <= looked
     first = "" if complete else f"of the first {counted(looked, 'row')}: "
+    findings = data_findings(TextSubject(base=base, config=config, data=data))
     report.add(*(replace(finding, text=first + finding.text) for finding in findings))
     if not data.train.items:
         return report
@@ -165,24 +169,17 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     return report
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+def _bounded(config: TrainConfig, rows: int, total: int | None) -> DataSection:
+    """Return the data settings for reading only the first rows, with the same share held out.
 
-
-_Key = tuple[str, tuple[tuple[str, int, int], ...], int]
-_SECTIONS: Any = {"base": {"name"}}
-_SECTIONS |= dict.fromkeys(["data", "preference", "reinforcement", "distillation", "seed"], True)
-
-
-def _key(config: TrainConfig, rows: int) -> _Key:
-    """Return the settings that determine how rows are read, and the state of the files."""
-    values = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
-    stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
-    return values, stamp, rows
-
-
-def _config(kind: type[_C], key: str) -> _C:
-    """Return the configuration that a cache key contains."""
-    return kind.model_validate_json(json.dumps({**json.loads(key), "output": {"directory": "."}}))
+    total: number of rows in the files, if known."""
+    data = config.data
+    changes: dict[str, Any] = {"limit": min(rows, data.limit or rows)}
+    if total is not None and isinstance(data.split, int) and data.split and total > rows:
+        changes["split"] = min(0.9, data.split / total)
+    if data.validation is not None and (count_records(data.files("validation")) or rows + 1) > rows:
+        changes |= {"validation": None, "split": None}
+    return data.model_copy(update=changes)
 
 
 @functools.lru_cache(maxsize=4)
@@ -192,32 +189,17 @@ def _base(name: str) -> TextBase:
     return text_without_weights(name)
 
 
-@functools.lru_cache(maxsize=8)
-def _sample(key: str, stamp: object, rows: int) -> tuple[TextData, int, tuple[Finding, ...], list[tuple[str, bool]]]:
-    """Return (data of the first rows, number of rows read, findings, one row as pieces).
-
-    Raises DataError, BaseError."""
-    from veneer.train.text.data import read_data
-    from veneer.train.text.preflight import TextSubject, data_findings, marked_pieces
-
-    config = _config(TrainConfig, key)
-    base = _base(config.base.name)
-    data = read_data(config.model_copy(update={"data": _bounded(config, rows)}), base)
-    examples = data.train.encoded.examples
-    sample = marked_pieces(examples[0], base.tokenizer) if examples else []
-    looked = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
-    return data, looked, tuple(data_findings(TextSubject(base=base, config=config, data=data))), sample
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _bounded(config: TrainConfig, rows: int) -> Any:
-    """Return the data settings for reading only the first rows, with the same share held out."""
-    data, total = config.data, count_records(config.data.files("train"))
-    changes: dict[str, Any] = {"limit": min(rows, data.limit or rows)}
-    if total is not None and isinstance(data.split, int) and data.split and total > rows:
-        changes["split"] = min(0.9, data.split / total)
-    if data.validation is not None and (count_records(data.files("validation")) or rows + 1) > rows:
-        changes |= {"validation": None, "split": None}
-    return data.model_copy(update=changes)
+_SECTIONS: Any = {"base": {"name"}}
+_SECTIONS |= dict.fromkeys(["data", "preference", "reinforcement", "distillation", "seed"], True)
+"""The settings that determine how rows are read."""
+
+
+def _config(kind: type[_C], key: str) -> _C:
+    """Return the configuration that a cache key contains."""
+    return kind.model_validate_json(json.dumps({**json.loads(key), "output": {"directory": "."}}))
 
 
 def preview_rows(config: TrainConfig, *, limit: int = 50, verdicts: Sequence[RowVerdict] = ()) -> PreviewPage:
@@ -227,7 +209,9 @@ def preview_rows(config: TrainConfig, *, limit: int = 50, verdicts: Sequence[Row
     ConfigError and BaseError if the base cannot be found."""
     from veneer.train.text.preflight import marked_pieces
 
-    rows, examples, format = _table(*_key(config, _MOST_ROWS))
+    key = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
+    stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
+    rows, examples, format = _table(key, stamp)
     tokenizer = _base(config.base.name).tokenizer
     chosen = [(i, row) for i, row in enumerate(rows) if not verdicts or row.verdict in verdicts]
     page = []
@@ -245,7 +229,7 @@ def _beginning(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _table(key: str, stamp: object, most: int) -> tuple[list[PreviewRow], dict[int, list[Example]], str]:
+def _table(key: str, stamp: object) -> tuple[list[PreviewRow], dict[int, list[Example]], str]:
     """Return the first rows without their pieces, the examples of each row by index, and the data format."""
     from veneer.train.text.data import row_options
     from veneer.train.text.encode import encode_rows
@@ -254,7 +238,9 @@ def _table(key: str, stamp: object, most: int) -> tuple[list[PreviewRow], dict[i
 
     config = _config(TrainConfig, key)
     data = config.data
-    parsed, metadata = parse_rows(data.files("train"), limit=min(most, data.limit or most), **row_options(config))
+    parsed, metadata = parse_rows(
+        data.files("train"), limit=min(_MOST_ROWS, data.limit or _MOST_ROWS), **row_options(config)
+    )
     usable = [(i, row) for i, row in enumerate(parsed) if isinstance(row, Row)]
     held_out = set[int]()
     if data.validation is None and usable:
