@@ -330,14 +330,13 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         return
     if s.data.held_out.encoded.counts.trained_tokens == 0:
         yield Finding("stop", "held out", "the held-out rows have no trained token", "check data.validation's format")
-    leak = leakage(s.data.train.texts, s.data.held_out.texts)
-    pairs = [f"{a} is {b}" for a, b in leak.examples]
+    identical, same_prompt = leakage(s.data.train.texts, s.data.held_out.texts)
     fix = "remove them from the training or the held-out rows; data.split never puts equal rows into both"
     text = "held-out rows are also trained on"
-    yield from about_some("held out", leak.identical, total, text, pairs, fix, stops=True)
+    yield from about_some("held out", len(identical), total, text, identical, fix, stops=True)
     overlap = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
-    yield from about_some("held out", leak.same_prompt, total, f"held-out prompts {overlap}", pairs)
-    if not leak.identical and not leak.same_prompt:
+    yield from about_some("held out", len(same_prompt), total, f"held-out prompts {overlap}", same_prompt)
+    if not identical and not same_prompt:
         yield Finding("ok", "held out", f"{counted(total, 'held-out row')}, none of them trained on")
 
 

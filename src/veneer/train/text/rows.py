@@ -122,17 +122,6 @@ class RowsSummary:
     duplicates: int = 0
 
 
-@dataclass
-class Leak:
-    """Overlap of held-out and training rows.
-
-    examples: (location of the held-out row, location of the training row)."""
-
-    identical: int = 0
-    same_prompt: int = 0
-    examples: list[tuple[str, str]] = field(default_factory=list)
-
-
 def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], RowsSummary]:
     """Read rows from files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
 
@@ -208,24 +197,19 @@ def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> 
     return hold_out(rows, split, seed=seed, default=default)
 
 
-def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
-    """Count the held-out rows that are also training rows, and those that share a prompt with one."""
-    keys: dict[str, str] = {}
-    prompts: dict[str, str] = {}
-    for row in train:
-        keys.setdefault(row.key, row.where)
-        prompts.setdefault(row.prompt_key, row.where)
-    leak = Leak()
+def leakage(train: Sequence[Row], held_out: Iterable[Row]) -> tuple[list[str], list[str]]:
+    """Return the held-out rows that are also training rows, and those that only share a prompt with one.
+
+    Each entry names both rows, as `held.jsonl:3 is train.jsonl:8`."""
+    keys = {row.key: row.where for row in reversed(train)}
+    prompts = {row.prompt_key: row.where for row in reversed(train)}
+    identical, same_prompt = list[str](), list[str]()
     for row in held_out:
-        same, same_prompt = keys.get(row.key), prompts.get(row.prompt_key)
-        if same is not None:
-            leak.identical += 1
-        elif same_prompt is not None:
-            leak.same_prompt += 1
-        place = same or same_prompt
-        if place is not None and len(leak.examples) < 3:
-            leak.examples.append((row.where, place))
-    return leak
+        if row.key in keys:
+            identical.append(f"{row.where} is {keys[row.key]}")
+        elif row.prompt_key in prompts:
+            same_prompt.append(f"{row.where} is {prompts[row.prompt_key]}")
+    return identical, same_prompt
 
 
 def data_digest(rows: Iterable[Row]) -> str:
