@@ -22,8 +22,7 @@ from veneer.train.config.load import config_from
 from veneer.train.inspect import inspect_run
 from veneer.train.preflight import Report
 from veneer.train.text import preflight
-from veneer.train.text.data import DataSplit, TextData, read_data
-from veneer.train.text.encode import encode_rows
+from veneer.train.text.data import TextData, encode_split, read_data
 from veneer.train.text.preflight import TextSubject, data_findings
 from veneer.train.text.rows import Row, RowsSummary
 
@@ -34,6 +33,8 @@ class TinyBase:
     tokenizer: Any
     end_of_turn_id: int | None = 2
     quantized: str = ""
+    context: int = 512
+    stop_ids: tuple[int, ...] = (2,)
 
 
 def talk(question: str, answer: str, where: str, **extra: Any) -> Row:
@@ -61,10 +62,8 @@ class Run:
     ) -> Report:
         values = {"base": "tiny", "data": {"train": "data.jsonl"}, "output": str(self.folder / "out")}
         config, _ = config_from(values, overrides)
-        rows = ROWS if rows is None else rows
-        held = HELD if held is None else held
-        encoded, scored = (encode_rows(part, self.base.tokenizer, config.data) for part in (rows, held))
-        split, out = (DataSplit(part, part, done, done.examples) for part, done in ((rows, encoded), (held, scored)))
+        parts = (ROWS if rows is None else rows), (HELD if held is None else held)
+        split, out = (encode_split(part, config, self.base) for part in parts)  # type: ignore[arg-type]
         return inspect_run(config, self.base, TextData(split, out, more.pop("about", None)), **more)
 
 
@@ -324,7 +323,6 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     assert "this run does not fit" in stopped(too_much, "memory")
     assert "fix: memory.keep_packed_gb=0" in too_much.text()
     monkeypatch.setattr(preflight, "panels_here", lambda bits, dtype: True)
-    monkeypatch.setattr(run.base, "context", 512, raising=False)
     sampling = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
     both = run(*sampling).numbers
     assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]

@@ -39,11 +39,9 @@ from veneer.train.preflight import (
     share,
     trainable_parameters,
 )
-from veneer.train.text.batches import plan_steps
-from veneer.train.text.data import TextData
+from veneer.train.text.data import TextData, planned_steps
 from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.preference import Item
-from veneer.train.text.prompts import PromptItem, first_rollouts
 from veneer.train.text.rows import leakage
 
 _SAMPLED = 200  # maximum number of rows to check against the template; a wrong template fails for all rows or for none
@@ -90,22 +88,17 @@ class TextSubject(RunSubject):
 
 def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: int = 1, **options: Any) -> Report:
     """Inspect a run on a loaded base; see `inspect_run`."""
-    encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
-    if config.sampling is not None:
-        prompts = [item for item in data.train.items if isinstance(item, PromptItem)]
-        steps = first_rollouts(prompts, config, data.train.rows)
-        micros = [[micro.tokens for micro in step.micros] for step in steps]
-    else:
-        plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
-        micros = [[sum(lengths[i] for i in micro) for micro in step] for step in plan]
+    encoded = data.train.encoded
+    once = config.model_copy(update={"schedule": config.schedule.model_copy(update={"epochs": 1, "steps": None})})
+    steps = list(planned_steps(data.train.items, once, data.train.rows, devices))
     subject = TextSubject(
         base=base,
         config=config,
         data=data,
         devices=devices,
-        steps_per_epoch=len(micros),
-        largest_micro=max((tokens for step in micros for tokens in step), default=0),
-        micros=[len(step) for step in micros],
+        steps_per_epoch=len(steps),
+        largest_micro=max((micro.tokens for step in steps for micro in step.micros), default=0),
+        micros=[len(step.micros) for step in steps],
         **options,
     )
     report = Report(numbers=subject.numbers)
