@@ -259,17 +259,18 @@ def environment(devices: int = 1) -> dict[str, Any]:
 
 def seed_all(*key: int | str) -> None:
     """Seed the generators of torch and Python with a digest of `key`, equal on every device."""
-    seed = _seed_of(key)
+    seed = seed_of(*key)
     torch.manual_seed(seed)
     random.seed(seed)
 
 
 def seeded_generator(*key: int | str) -> torch.Generator:
     """Return a generator with the state that torch's generator has after `seed_all`."""
-    return torch.Generator().manual_seed(_seed_of(key))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
-def _seed_of(key: tuple[int | str, ...]) -> int:
+def seed_of(*key: int | str) -> int:
+    """Return a 63-bit seed, a hash of the key, which is the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
 
 

@@ -109,11 +109,11 @@ def write_report(folder: Path, result: Outcome, page: Page) -> Path:
     """Write `report.html` from the log, the result and the task's parts in `page`. Return its path."""
     records = run_records(folder)
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
-    headline = _reward_cards(result, records) or _loss_cards(result)
+    headline, today = _reward_cards(result, records) or _loss_cards(result), datetime.date.today()
     page = replace(
         page,
         title=folder.resolve().name,
-        subtitle=f"A LoRA adapter for {page.base}, {_today()}",
+        subtitle=f"A LoRA adapter for {page.base}, {today.day} {today:%B %Y}",
         records=records,
         cards=[*headline, *page.cards, *_size_cards(result, page.weights)],
         settings=resolved["settings"],
@@ -188,9 +188,3 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
     detail = "the entire process, including the base" + ("" if predicted is None else f" · {size(predicted)} predicted")
     cards = [("Peak memory", size(result.peak_memory_bytes), detail)]
     return cards if weights is None else [*cards, ("Adapter", size(weights.stat().st_size), share)]
-
-
-def _today() -> str:
-    """Return today's date in the form 24 November 2026."""
-    date = datetime.date.today()
-    return f"{date.day} {date:%B %Y}"

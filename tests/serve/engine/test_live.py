@@ -22,6 +22,7 @@ from veneer.models.text.logprob_replay import replayed_logps
 from veneer.models.text.loss import token_logps
 from veneer.ops.quantized import quantize
 from veneer.serve.engine.live import live_sampler
+from veneer.train.checkpoint import seed_of
 from veneer.train.text.prompts import collate_shared
 from veneer.train.text.rollouts import (
     CompletionRequest,
@@ -29,7 +30,6 @@ from veneer.train.text.rollouts import (
     Sampler,
     SamplerSettings,
     SamplingParams,
-    sampling_seed,
 )
 
 PROMPTS = [tuple(range(5, 45)), tuple(range(60, 67))]
@@ -54,7 +54,7 @@ def drawing(
 
 
 def asked(adapter: str = "run", how: SamplingParams = HOW, each: int = 2) -> list[CompletionRequest]:
-    return [CompletionRequest(p, sampling_seed(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
+    return [CompletionRequest(p, seed_of(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
 
 
 def rows(drawn: list[Rollout]) -> tuple[Tensor, list[int], Tensor]:

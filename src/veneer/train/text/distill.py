@@ -33,6 +33,7 @@ from veneer.models.patching import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.loss import compared_logits, head_logits, hidden_at
 from veneer.ops.device_transfer import in_float64, sent
+from veneer.train.checkpoint import seed_of
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import EvalResult, Step
 from veneer.train.text.batches import Batch, collate
@@ -47,7 +48,7 @@ from veneer.train.text.prompts import (
     rollout_example,
     with_final_turn,
 )
-from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams, sampling_seed
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplingParams
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def teacher_rows(
     how = SamplingParams(d.max_tokens, d.temperature)
     owners = [item for item in items for _ in range(d.group)]
     requests = [
-        CompletionRequest(item.teacher_ids or item.ids, sampling_seed(config.seed, 0, item.row, i % d.group), how, name)
+        CompletionRequest(item.teacher_ids or item.ids, seed_of(config.seed, 0, item.row, i % d.group), how, name)
         for i, item in enumerate(owners)
     ]
     answer_rows = []

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from veneer.errors import DataError, bullets
 from veneer.ops.attention import SharedRows
+from veneer.train.checkpoint import seed_of
 from veneer.train.config.text import TrainConfig
 from veneer.train.loop import LazySteps, MetricMeans, Micro, Step
 from veneer.train.text.batches import Batch, collate, grouped, step_rows
@@ -31,7 +32,6 @@ from veneer.train.text.rollouts import (
     SamplerMismatch,
     SamplingParams,
     sampling_metrics,
-    sampling_seed,
 )
 from veneer.train.text.rows import Row
 
@@ -266,12 +266,6 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
     return LazySteps(of_epoch, epochs=config.epochs, steps=config.steps)
 
 
-def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> list[Step]:
-    """Return the complete steps of the first epoch."""
-    once = config.schedule.model_copy(update={"epochs": 1, "steps": None})
-    return list(planned_rollouts(items, config.model_copy(update={"schedule": once}), rows))
-
-
 def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> PolicyBatch:
     """Return a batch of completions of maximum length, which repeat the tokens of their prompts."""
     rollouts = []
@@ -324,7 +318,7 @@ class SampledTraining:
         Returns (the prompt of each completion, the completions, metrics of the sampling)."""
         owners = [item for item in prompts for _ in range(group)]
         requests = [
-            CompletionRequest(item.ids, sampling_seed(self.config.seed, number, item.row, i % group), params, self.name)
+            CompletionRequest(item.ids, seed_of(self.config.seed, number, item.row, i % group), params, self.name)
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()

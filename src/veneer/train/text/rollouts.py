@@ -12,7 +12,6 @@ ask for packed weights. `veneer.serve.engine.live` is the only implementation.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -159,11 +158,6 @@ def sampling_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, f
         "cut_share": cut / count,
         "prompt_cached": sum(r.cached for r in rollouts) / max(1, sum(len(r.prompt) for r in rollouts)),
     }
-
-
-def sampling_seed(*key: int | str) -> int:
-    """Return a 63-bit seed, a hash of the key, which is the same on every machine."""
-    return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass
