@@ -185,12 +185,13 @@ class PreferenceSection(Section):
         return self.loss in ("dpo", "ipo", "kto")
 
     def with_defaults(self) -> PreferenceSection:
-        """Return the settings with every None replaced by the default of `loss`."""
+        """Return the settings, with the unset keys that `loss` uses set to its defaults."""
         is_simpo = self.loss == "simpo"
         beta = self.beta or (2.0 if is_simpo else 0.1)
-        defaults = {"beta": beta, "gamma": beta / 2 if is_simpo else 0.0, "length_normalized": self.loss == "ipo"}
+        defaults = {"beta": beta, "gamma": beta / 2, "length_normalized": self.loss == "ipo"}
         defaults["nll"] = 1.0 if self.loss == "orpo" else 0.0
-        return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})
+        unset = [key for key in defaults if getattr(self, key) is None and self.loss in PREFERENCE_KEYS[key]]
+        return self.model_copy(update={key: defaults[key] for key in unset})
 
 
 def preference_formats(loss: str) -> tuple[str, ...]:

@@ -209,13 +209,11 @@ def _batch(answers: Sequence[Rollout], prompts: Sequence[PromptItem], weights: T
     batch = collate([rollout_example(r) for r in answers])
     of_teacher = [replace(r, prompt=item.teacher_ids or item.ids) for r, item in zip(answers, prompts, strict=True)]
     return PolicyBatch(
-        batch.input_ids,
-        batch.lengths,
-        batch.trained,
-        [len(r.logps) for r in answers],
-        torch.ones(len(answers)),
-        weights,
-        torch.tensor([x for r in answers for x in r.logps], dtype=torch.float64),
+        **vars(batch),
+        answers=[len(r.logps) for r in answers],
+        advantage=torch.ones(len(answers)),
+        loss_weights=weights,
+        old=torch.tensor([x for r in answers for x in r.logps], dtype=torch.float64),
         fresh=True,
         teacher=None if of_teacher == answers else collate([rollout_example(r) for r in of_teacher]),
     )

@@ -43,7 +43,7 @@ from veneer.ops import loss as formulas
 from veneer.ops.device_transfer import sent
 from veneer.train.config.text import TrainConfig
 from veneer.train.devices import ALONE, Devices
-from veneer.train.loop import EvalResult, MetricMeans, Step
+from veneer.train.loop import EvalResult, MetricMeans, Step, Stop
 from veneer.train.text.batches import Batch, collate, grouped
 from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.rows import Row, unlearned
@@ -154,8 +154,7 @@ def _with_shorter_prompt(a: Example, b: Example) -> tuple[Example, Example]:
 
 
 def collate_items(items: Sequence[Item]) -> AnswerBatch:
-    batch = collate([e for item in items for e in item.answers])
-    return AnswerBatch(batch.input_ids, batch.lengths, batch.trained, list(items))
+    return AnswerBatch(**vars(collate([e for item in items for e in item.answers])), items=list(items))
 
 
 def mismatched_examples(items: Sequence[Item], max_length: int) -> list[Example]:
@@ -247,12 +246,12 @@ class Preference:
         logps = row_logps(self.base.model, ids, batch.lengths, trained)
         return self._losses(logps, batch.items, self.metric_means, self.point).sum()
 
-    def score(self, items: Sequence[Item], *, interrupted: Callable[[], bool] = lambda: False) -> EvalResult | None:
+    def score(self, items: Sequence[Item], *, interrupted: Stop = lambda: False) -> EvalResult | None:
         """Return the mean loss and the metrics over `items`, in eval mode; None once `interrupted()` is true.
 
         With several devices, the first device returns the whole result, the others an empty result."""
         point = self._point(items) if self.settings.loss == "kto" else 0.0
-        logps = self._logps([e for item in items for e in item.answers], interrupted=interrupted)
+        logps = self._logps([e for item in items for e in item.answers], interrupted)
         if logps is None:
             return None
         if not self.devices.first:
@@ -315,17 +314,9 @@ class Preference:
         assert logps is not None
         return logps
 
-    def _logps(
-        self, examples: Sequence[Example], interrupted: Callable[[], bool] = lambda: False
-    ) -> list[float] | None:
-        return answer_logps(
-            self.base,
-            examples,
-            self.config.batching.at_once,
-            interrupted=interrupted,
-            call=self.call,
-            devices=self.devices,
-        )
+    def _logps(self, examples: Sequence[Example], interrupted: Stop = lambda: False) -> list[float] | None:
+        micro_tokens = self.config.batching.at_once
+        return answer_logps(self.base, examples, micro_tokens, interrupted, self.call, self.devices)
 
     def _point(self, items: Sequence[Item]) -> float:
         """Return z₀.
@@ -342,8 +333,7 @@ def answer_logps(
     base: TextBase,
     examples: Sequence[Example],
     micro_tokens: int,
-    *,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Stop = lambda: False,
     call: CallWithWeights = call_unsharded,
     devices: Devices = ALONE,
 ) -> list[float] | None:

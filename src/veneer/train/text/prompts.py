@@ -277,12 +277,10 @@ def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> Policy
     )
     ones = torch.ones(len(items), dtype=torch.float64)
     return PolicyBatch(
-        batch.input_ids,
-        batch.lengths,
-        batch.trained,
-        [item.most for item in items],
-        ones,
-        ones / max(1, items[0].most),
+        **vars(batch),
+        answers=[item.most for item in items],
+        advantage=ones,
+        loss_weights=ones / max(1, items[0].most),
         shared=shared,
     )
 

@@ -322,16 +322,14 @@ def _batch(answers: Sequence[_JudgedRollout], weights: Tensor, fresh: bool) -> P
 
     changed = any(a.rollout.sampling_logps != a.rollout.logps for a in answers)
     return PolicyBatch(
-        batch.input_ids,
-        batch.lengths,
-        batch.trained,
-        [len(a.rollout.logps) for a in answers],
-        torch.tensor([a.advantage for a in answers], dtype=torch.float64),
-        weights,
-        numbers([a.rollout.logps for a in answers]),
-        numbers([a.rollout.sampling_logps for a in answers]) if changed else None,
-        numbers([a.reference for a in answers]) if answers[0].reference else None,
-        fresh,
+        **vars(batch),
+        answers=[len(a.rollout.logps) for a in answers],
+        advantage=torch.tensor([a.advantage for a in answers], dtype=torch.float64),
+        loss_weights=weights,
+        old=numbers([a.rollout.logps for a in answers]),
+        sampling_logps=numbers([a.rollout.sampling_logps for a in answers]) if changed else None,
+        reference=numbers([a.reference for a in answers]) if answers[0].reference else None,
+        fresh=fresh,
         shared=shared,
     )
 

@@ -40,7 +40,7 @@ from veneer.models.text.loss import text_loss
 from veneer.ops.device_transfer import sent
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection
-from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
+from veneer.train.config.text import TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
@@ -253,15 +253,10 @@ def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
         yield "memory.keep_packed_gb", packed / 1e9, because
     if config.memory.activation_checkpointing == "auto":
         yield "memory.activation_checkpointing", "on" if text.recompute[0] else "off", text.recompute[1]
-    if config.preference.loss is not None:
-        decided = config.preference.with_defaults()
-        for key, losses in PREFERENCE_KEYS.items():
-            if getattr(config.preference, key) is None and config.preference.loss in losses:
-                yield f"preference.{key}", getattr(decided, key), f"what {config.preference.loss} takes"
-    if config.reinforcement.loss is not None:
-        for key, value in config.reinforcement.with_defaults():
-            if value is not None and getattr(config.reinforcement, key) is None:
-                yield f"reinforcement.{key}", value, f"what {config.reinforcement.loss} takes"
+    for name, section in (("preference", config.preference), ("reinforcement", config.reinforcement)):
+        for key, value in section.with_defaults():
+            if section.loss is not None and value is not None and getattr(section, key) is None:
+                yield f"{name}.{key}", value, f"what {section.loss} takes"
 
 
 @contextmanager
