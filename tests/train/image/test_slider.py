@@ -196,7 +196,6 @@ def test_recomputed_activations_have_the_same_strength(shared: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"slider": {"negative": " A  red house"}}, "are equal ('a red house'), so there is no direction"),
         ({"slider": {"positive": None}}, "`slider.positive` is required with `slider.negative`"),
         ({"data": {"pictures": "x"}}, "`data.pictures`: a slider trains without pictures"),
         ({"slider": {"strengths": []}}, "`slider.strengths` is empty"),

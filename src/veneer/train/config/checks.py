@@ -102,14 +102,12 @@ def _held_out(config: TrainConfig | ImageTrainConfig, noun: str) -> Iterator[str
 
 
 def _batching(config: TrainConfig, user_keys: Collection[str]) -> Iterator[str]:
-    batching, length = config.batching, config.data.max_length
+    batching = config.batching
     if batching.mode == "bucket":
         yield from _unused(config, "batching", "`batching.mode: pack`", "tokens")
         return
     if batching.tokens is None:
         yield "`batching.mode: pack` needs `batching.tokens`, the number of tokens per step (for example 8192)"
-    elif batching.tokens < length:
-        yield f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row might not fit"
     if "batching.rows" in user_keys:
         yield _does_nothing("batching.rows", "`batching.mode: bucket`")
 
@@ -220,11 +218,6 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
     for key, opposite in (("positive", "negative"), ("negative", "positive")):
         if getattr(slider, key) is None:
             yield f"`slider.{key}` is required with `slider.{opposite}`: a direction has two ends"
-    ends = [" ".join((end or "").lower().split()) for end in (slider.positive, slider.negative)]
-    if None not in (slider.positive, slider.negative) and ends[0] == ends[1]:
-        text = f"`slider.positive` and `slider.negative` are equal ({slider.positive!r}), so there is no direction "
-        text += "between them: describe more of the property in one, and less of it in the other"
-        yield text
     if not slider.strengths:
         yield "`slider.strengths` is empty: give at least one, for example [-1, 0, 1]"
     for strength in slider.strengths:
@@ -271,8 +264,6 @@ def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
         yield "`schedule.epochs` and `schedule.steps` both set the length of the run: keep one"
     if isinstance(warmup, float) and warmup >= 1:
         yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; an integer counts steps"
-    if isinstance(warmup, int) and schedule.steps is not None and warmup >= schedule.steps:
-        yield f"`schedule.warmup: {warmup}` never ends within `schedule.steps: {schedule.steps}`"
     if optimizer.name != "sgd":
         yield from _unused(config, "optimizer", "`optimizer.name: sgd`", "momentum")
     if not _are_blocks(adapter.layers):
