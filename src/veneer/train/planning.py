@@ -204,7 +204,7 @@ def plan_of_config(
     if base is not None:
         shape, where = model_shape(base.model), computes_on(base)
         device = device_for(where)
-        dtype = str(getattr(base, "dtype", next(base.model.parameters()).dtype)).removeprefix("torch.")
+        dtype = str(base.dtype).removeprefix("torch.")
         lengths = [item.tokens for item in items]
         rows, mean = len(items), sum(lengths) / max(1, len(items))
         trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))

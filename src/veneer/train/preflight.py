@@ -100,10 +100,6 @@ class Report:
         fits = self.looked is None or (self.plan is not None and self.plan.fits)
         return fits and not self.stops
 
-    @property
-    def warnings(self) -> list[Finding]:
-        return [f for f in self.findings if f.level == "warn"]
-
     def add(self, *findings: Finding) -> None:
         """Add findings, and keep all findings sorted by level, stops first."""
         order = {"stop": 0, "warn": 1, "ok": 2}
@@ -263,7 +259,7 @@ def precision(s: RunSubject) -> Iterator[Finding]:
 
 def computes_on(base: Any) -> torch.device:
     """Return the device of the base's weights, or the device to which unread weights will be loaded."""
-    unread = getattr(base, "unread", None) is not None
+    unread = getattr(base, "unread", None) is not None  # an image base has no such attribute
     return torch.device(base.device if unread else next(base.model.parameters()).device)
 
 

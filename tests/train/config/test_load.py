@@ -3,13 +3,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.families import llama3
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
+from tests.train.text.test_preflight import TinyBase
 from veneer.errors import ConfigError
 from veneer.train.config.image import ImageTrainConfig, image_reference
 from veneer.train.config.load import common_settings, config_from, load_config, parse_yaml, settings_of, short_names
@@ -17,8 +17,7 @@ from veneer.train.config.rewards import REWARD_KINDS
 from veneer.train.config.section import Section
 from veneer.train.config.text import SECTIONS, layer_indices, reference, sections
 from veneer.train.inspect import inspect_run
-from veneer.train.text.data import DataSplit, TextData
-from veneer.train.text.encode import encode_rows
+from veneer.train.text.data import TextData, encode_split
 from veneer.train.text.rows import read_rows, split_rows
 
 ROOT = Path(__file__).parents[3]
@@ -126,11 +125,9 @@ def test_on_and_off_are_strings(tmp_path: Path) -> None:
         ("optimizer: {momentum: 0.9}", "`optimizer.momentum` needs `optimizer.name: sgd`"),
         ("batching: {mode: pack}", "`batching.mode: pack` needs `batching.tokens`"),
         ("batching: {tokens: 100}", "`batching.tokens` needs `batching.mode: pack`"),
-        ("batching: {mode: pack, tokens: 100}", "`batching.tokens: 100` is less than `data.max_length: 2048`"),
         ("batching: {mode: pack, tokens: 9999, rows: 4}", "`batching.rows` needs `batching.mode: bucket`"),
         ("schedule: {epochs: 1, steps: 10}", "both set the length of the run"),
         ("schedule: {warmup: 1.5}", "`schedule.warmup: 1.5` is a share of all steps"),
-        ("schedule: {warmup: 10, steps: 10}", "never ends within `schedule.steps: 10`"),
         ("checkpoint: {every: 0}", "`checkpoint.every` should be greater than 0 or 'epoch', found 0"),
         ("evaluation: {every: sometimes}", "`evaluation.every` should be a valid integer or 'epoch', found"),
         ("seed: -1", "`seed` should be greater than or equal to 0"),
@@ -271,14 +268,11 @@ def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
     )
     train, held = split_rows(rows, config.data.split, seed=config.seed)
     model = llama3(vocab_size=VOCAB_SIZE, max_position_embeddings=4096)
-    base = SimpleNamespace(model=model, tokenizer=tiny_tokenizer(), end_of_turn_id=2)
-    encoded, scored = (encode_rows(part, base.tokenizer, config.data) for part in (train, held))
-    data = TextData(
-        DataSplit(train, train, encoded, encoded.examples), DataSplit(held, held, scored, scored.examples), about
-    )
-    report = inspect_run(config, base, data)
+    base: Any = TinyBase(model, tiny_tokenizer(), context=4096)
+    report = inspect_run(config, base, TextData(*(encode_split(part, config, base) for part in (train, held)), about))
     assert [f.text for f in report.findings if f.level == "stop"] == []
-    assert {f.check for f in report.warnings} <= {"schedule", "size", "held out"}, report.text()
+    warned = {f.check for f in report.findings if f.level == "warn"}
+    assert warned <= {"schedule", "held out"}, report.text()
     assert report.sample
 
 

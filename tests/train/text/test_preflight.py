@@ -31,10 +31,11 @@ from veneer.train.text.rows import Row, RowsSummary
 class TinyBase:
     model: Any
     tokenizer: Any
-    end_of_turn_id: int | None = 2
-    quantized: str = ""
-    context: int = 512
     stop_ids: tuple[int, ...] = (2,)
+    context: int = 256
+    dtype: torch.dtype = torch.float32
+    quantized: str = ""
+    unread: Any = None
 
 
 def talk(question: str, answer: str, where: str, **extra: Any) -> Row:
@@ -82,7 +83,7 @@ def stopped(report: Report, check: str) -> str:
 
 def warned(report: Report, check: str) -> str:
     assert not report.stops, report.text()
-    return next(f.text for f in report.warnings if f.check == check)
+    return next(f.text for f in report.findings if f.check == check and f.level == "warn")
 
 
 def test_valid_run_has_no_warning(run: Run) -> None:
@@ -121,9 +122,7 @@ def test_end_token_cut_from_every_row(run: Run) -> None:
 
 
 def test_end_token_unknown_to_generation(run: Run) -> None:
-    run.base.model.generation_config.eos_token_id = 0
-    run.base.tokenizer.eos_token = "<|endoftext|>"
-    run.base.end_of_turn_id = 0
+    run.base.stop_ids = (0,)
     text = stopped(run(), "end")
     assert "answers end with `<|im_end|>`, but generation stops at `<|endoftext|>`" in text
 
@@ -158,7 +157,6 @@ FAULTS = [
     ("warn", "schedule", "schedule.epochs=1", {}, "the whole run is 3 steps"),
     ("warn", "learning rate", "optimizer.learning_rate=2e-6", {}, "is below the range"),
     ("warn", "learning rate", "optimizer.learning_rate=0.1", {}, "is above the range"),
-    ("warn", "size", "adapter.modules_to_save=[embed_tokens,lm_head]", {}, "full copies of modules take"),
     ("stop", "disk", "", {"free_disk": 1000}, "checkpoints and adapter need"),
     ("stop", "learned", "", {"rows": SILENT}, "left to train on: of 20 rows, 20 have nothing to learn"),
     ("stop", "learned", "", {"rows": ROWS[:5] + EMPTY}, f"20 of 25 (80%) {UNTRAINED}: data.jsonl:0"),
@@ -201,7 +199,6 @@ def test_a_repeated_bos_token_or_float16_stops_the_run(run: Run) -> None:
 def test_frozen_experts_stop_the_run_unless_excluded(family: str, run: Run) -> None:
     run.base.model = FAMILIES[family]()
     run.base.model.resize_token_embeddings(384, mean_resizing=False)
-    run.base.model.generation_config.eos_token_id = 2
     text = stopped(run("adapter.targets=[q_proj, v_proj]"), "experts")
     assert "expert weights get no pair and stay frozen" in text
     assert "add down_proj, gate_up_proj to adapter.targets (or all-linear)" in text
@@ -259,7 +256,7 @@ def test_added_tokens_with_untrained_embeddings(run: Run) -> None:
     report = run()
     assert "`<|im_start|>` (1)" in warned(report, "vocabulary")
     cured = run("adapter.token_rows={embed_tokens: [1]}")
-    assert not [f for f in cured.warnings if f.check == "vocabulary"]
+    assert not [f for f in cured.findings if f.check == "vocabulary"]
 
 
 # 8: out of memory from the longest rows
@@ -323,6 +320,7 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     assert "this run does not fit" in stopped(too_much, "memory")
     assert "fix: memory.keep_packed_gb=0" in too_much.text()
     monkeypatch.setattr(preflight, "panels_here", lambda bits, dtype: True)
+    run.base.context = 512
     sampling = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
     both = run(*sampling).numbers
     assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]

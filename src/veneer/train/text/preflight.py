@@ -62,13 +62,6 @@ class TextSubject(RunSubject):
         """Return the encoded training rows; for preferences, the encoded completions."""
         return self.data.train.encoded
 
-    @property
-    def stop_ids(self) -> set[int]:
-        """Return the token ids that end generation with this base."""
-        end_of_turn, tokenizer = getattr(self.base, "end_of_turn_id", None), self.base.tokenizer
-        ids = getattr(getattr(self.base.model, "generation_config", None), "eos_token_id", None)
-        return {end_of_turn, tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-
     def rows_with(
         self, count: str, check: str, text: str, fix: str = "", *, stops: bool = False, total: int | None = None
     ) -> Iterator[Finding]:
@@ -181,8 +174,8 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "end", text, "see long rows: cut rows lose their end")
     else:
         yield Finding("ok", "end", text)
-    if not ends & s.stop_ids:
-        stops = s.tokens(s.stop_ids) or "nothing"
+    if ends.isdisjoint(s.base.stop_ids):
+        stops = s.tokens(s.base.stop_ids) or "nothing"
         text = f"answers end with {names}, but generation stops at {stops}: answers would run on"
         yield Finding("stop", "end", text, "use the chat template that belongs to this base, or set its eos_token")
 
@@ -339,8 +332,7 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
 def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     """Report the trained modules and the size of the adapter.
 
-    An adapter without targets stops the run. Full copies of modules get a warning if they make the adapter
-    huge."""
+    An adapter without targets stops the run."""
     model, spec = s.base.model, s.config.adapter.spec()
     if (start := s.data.start) is not None:
         pairs, full, size = sum(t.numel() for _, t in start.tensors()), 0, gigabytes(start.size_bytes())
@@ -361,11 +353,6 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     total = sum(p.numel() for p in model.parameters())
     s.numbers.update(base_parameters=total, trainable=pairs + full)
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + full, total)} parameters, a file of {size}")
-    if full > pairs:
-        text = f"full copies of modules take {share(full, pairs + full)} of the adapter, a file of {size}: "
-        text += ", ".join([*spec.modules_to_save, *spec.token_rows])
-        fix = "train single rows with adapter.token_rows, or drop adapter.modules_to_save"
-        yield Finding("warn", "size", text, fix)
 
 
 def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
@@ -410,7 +397,7 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     added = sorted((set(s.base.tokenizer.added_tokens_decoder) & used) - trained)
     if not added or not embedding.weight.is_floating_point():
         return
-    weight, unread = embedding.weight.detach(), getattr(s.base, "unread", None)
+    weight, unread = embedding.weight.detach(), s.base.unread
     name = next((n for n, p in s.base.model.named_parameters() if p is embedding.weight), "")
     first = range(min(4096, rows))
     sample_rows, added_rows = (unread.rows(name, at) if unread else weight[list(at)] for at in (first, added))
@@ -425,11 +412,10 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
 def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     """Check that the longest rows fit in memory, because a run could otherwise fail after hours."""
     config, device = s.config, computes_on(s.base)
-    context = getattr(getattr(s.base.model, "config", None), "max_position_embeddings", None)
     row = max((e.tokens for e in s.encoded.examples), default=0)
-    if context and row > context:
-        text = f"the longest row has {row:,} tokens, but the base supports only {context:,}"
-        yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
+    if row > s.base.context:
+        text = f"the longest row has {row:,} tokens, but the base supports only {s.base.context:,}"
+        yield Finding("stop", "memory", text, f"data.max_length={s.base.context} with data.long_rows=cut or drop")
     free, mode = available_memory(config, device, s.free_memory), config.memory.activation_checkpointing
     planned = functools.partial(
         plan_of_config,
@@ -454,8 +440,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     if packs:
         longest += f"; {gigabytes(packs)} of it are prepacked copies of frozen weights"
-    limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
-    more = "a higher memory.limit_gb" if limited else "a machine with more memory"
+    more = "a machine with more memory" if config.memory.limit_gb is None else "a higher memory.limit_gb"
     fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows how much)"
     if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
@@ -474,7 +459,7 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
 
     By default, a GPU keeps most of the weights that the plan has space for. A CPU keeps none, because the
     gain is only 4% (docs/notes/qlora.md)."""
-    if not getattr(s.base, "quantized", ""):
+    if not s.base.quantized:
         return 0
     if s.config.memory.keep_dequantized_gb is not None:
         return int(s.config.memory.keep_dequantized_gb * 1e9)
@@ -492,7 +477,7 @@ def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> 
     Sampling has priority: repacking all weights for each token takes several times as long as the
     products."""
     configured = s.config.memory.keep_packed_gb
-    if configured == 0 or bool(getattr(s.base, "quantized", "")) or s.config.memory.shard or device != "cpu":
+    if configured == 0 or s.base.quantized or s.config.memory.shard or device != "cpu":
         return 0, 0
     dtype = next(s.base.model.parameters()).dtype
     shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
