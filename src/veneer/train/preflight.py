@@ -42,17 +42,14 @@ _WINDOW = (
 _PREFERENCE_WINDOW = (1e-6, 5e-4)  # includes the rates of published LoRA preference runs, 5e-6 to 5e-5
 _NAMED = 5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run can change
-_FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
-_FREE_KEYS |= {
-    "data.pictures",
-    "data.class_folder",
-    "data.cache",
-}  # these are locations; a resumed run compares the contents instead
+_FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "reinforcement.most_failed"}
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
-_FREE_KEYS |= {"reinforcement.most_failed"}
+# these are locations; a resumed run compares the contents instead
+_FREE_KEYS |= {f"data.{key}" for key in ("train", "validation", "pictures", "class_folder", "cache")}
 _FREE_OF_REWARDS = {*SERVER_KEYS, "memory_gb"}
 # keys of earlier versions that old checkpoints contain
 _FREE_KEYS |= {"reinforcement.turns", *(f"distillation.{key}" for key in (*SERVER_KEYS, "most_failed"))}
+_FREE_KEYS |= {"optimizer.momentum"}
 _FREE_OF_REWARDS |= {"ignore_case", "unit", "fields"}
 
 Level = Literal["stop", "warn", "ok"]
@@ -150,7 +147,6 @@ class RunSubject:
     free_memory, free_disk: bytes; None to measure
     largest_micro: size of the largest micro-batch, in `unit`s (token, picture)
     devices: number of devices that share the run
-    micros: number of micro-batches in each step of an epoch
     force: start a run that does not fit in memory according to its plan, with a warning"""
 
     base: Any
@@ -163,7 +159,6 @@ class RunSubject:
     largest_micro: int = 0
     unit: str = "token"
     devices: int = 1
-    micros: Sequence[int] = ()
     force: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
@@ -225,19 +220,11 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
 
 
 def check_devices(s: RunSubject) -> Iterator[Finding]:
-    """Check how several devices share the work of a step."""
-    n, sharded = s.devices, getattr(s.config.memory, "shard", False)
-    if n > 1:
-        most = max(s.micros, default=0)
+    """Check whether several devices share the run."""
+    sharded = getattr(s.config.memory, "shard", False)
+    if s.devices > 1:
         how = "each device holds a part of the frozen weights" if sharded else "each device holds the full base"
-        text = f"{n} devices share each step, at most {-(-most // n)} micro-batches per device; {how}"
-        yield Finding("ok", "devices", text)
-        idle = sum(count < n for count in s.micros)
-        if 10 * idle > len(s.micros):  # one small step at the end of an epoch is normal
-            text = (
-                f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices, so some devices wait"
-            )
-            yield Finding("warn", "devices", text, f"set batching.rows to {n} or more, or use fewer devices")
+        yield Finding("ok", "devices", f"{s.devices} devices share the micro-batches of each step; {how}")
     elif sharded:
         text = "memory.shard splits the weights over several devices, but this run has one device"
         yield Finding("warn", "devices", text, "start the run with --devices N, or remove memory.shard")

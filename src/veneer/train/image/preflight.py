@@ -116,7 +116,6 @@ def image_preflight(
         steps_per_epoch=-(-instances // rows),
         largest_micro=config.batching.micro_rows or min(rows, instances) * (2 if config.data.class_prompt else 1),
         unit="picture",
-        micros=[len(step.micros) for step in data.steps],
         **options,
     )
     report = Report(numbers=subject.numbers)

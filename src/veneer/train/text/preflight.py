@@ -91,7 +91,6 @@ def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: i
         devices=devices,
         steps_per_epoch=len(steps),
         largest_micro=max((micro.tokens for step in steps for micro in step.micros), default=0),
-        micros=[len(step.micros) for step in steps],
         **options,
     )
     report = Report(numbers=subject.numbers)
