@@ -35,7 +35,6 @@ def make_optimizer(
     weight_decay: float = 0.0,
     loraplus_ratio: float = 1.0,
     eps: float = 1e-8,
-    momentum: float = 0.0,
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer over named parameters, with up to four groups per learning rate.
@@ -45,9 +44,7 @@ def make_optimizer(
     biases) have no weight decay. Each group has `base_lr`, which the loop multiplies by the schedule's
     factor."""
     options: dict[str, Any] = {"lr": learning_rate}
-    if name == "sgd":
-        options["momentum"] = momentum
-    elif name != "adafactor":
+    if name in ("adamw", "adam"):
         options |= {"betas": tuple(betas), "eps": eps}
     if name != "adafactor":
         options["fused"] = True

@@ -122,7 +122,6 @@ def test_on_and_off_are_strings(tmp_path: Path) -> None:
         ("optimizer: {name: lion}", "`optimizer.name` should be 'adamw', 'adam'"),
         ("optimizer: 3", "`optimizer` should be a section"),
         ("optimizer: {betas: [0.9, 1.0]}", "`optimizer.betas` should be less than 1, found 1.0"),
-        ("optimizer: {momentum: 0.9}", "`optimizer.momentum` needs `optimizer.name: sgd`"),
         ("batching: {mode: pack}", "`batching.mode: pack` needs `batching.tokens`"),
         ("batching: {tokens: 100}", "`batching.tokens` needs `batching.mode: pack`"),
         ("batching: {mode: pack, tokens: 9999, rows: 4}", "`batching.rows` needs `batching.mode: bucket`"),

@@ -258,14 +258,12 @@ def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
 
 
 def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
-    """Check settings that text and image runs share: schedule, optimizer, layers."""
-    schedule, optimizer, adapter, warmup = config.schedule, config.optimizer, config.adapter, config.schedule.warmup
+    """Check settings that text and image runs share: schedule, layers."""
+    schedule, adapter, warmup = config.schedule, config.adapter, config.schedule.warmup
     if schedule.epochs is not None and schedule.steps is not None:
         yield "`schedule.epochs` and `schedule.steps` both set the length of the run: keep one"
     if isinstance(warmup, float) and warmup >= 1:
         yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; an integer counts steps"
-    if optimizer.name != "sgd":
-        yield from _unused(config, "optimizer", "`optimizer.name: sgd`", "momentum")
     if not _are_blocks(adapter.layers):
         yield f"`adapter.layers: {adapter.layers}` is not a list of block numbers or ranges such as 0-3,28-29"
 

@@ -245,7 +245,6 @@ class OptimizerSection(Section):
     )
     betas: tuple[_Decay, _Decay] = setting((0.9, 0.999), "decay of moments (adam family)")
     eps: float = setting(1e-8, "denominator term (adam family)", gt=0)
-    momentum: float = setting(0.0, "momentum (sgd)", ge=0, lt=1)
     weight_decay: float = setting(0.0, "weight decay of the adapter", "decaying B undoes training", ge=0)
     loraplus_ratio: float = setting(1.0, "learning rate of B / A (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0)
     clip: float | None = setting(1.0, "maximum gradient norm; null: none", "a single row cannot ruin a run", gt=0)
