@@ -148,13 +148,13 @@ def save(
 
 def latest(directory: Path) -> Path | None:
     """Return the newest checkpoint in `directory`, or None."""
-    checkpoints = _all(directory)
-    return checkpoints[-1] if checkpoints else None
+    return next(reversed(by_step(directory).values()), None)
 
 
 def by_step(directory: Path) -> dict[int, Path]:
     """Return step -> checkpoint for all checkpoints in `directory`, oldest first."""
-    return {int(path.name.removeprefix(_PREFIX)): path for path in _all(directory)}
+    folders = sorted(path for path in directory.glob(f"{_PREFIX}*") if path.is_dir())
+    return {int(path.name[len(_PREFIX) :]): path for path in folders if path.name[len(_PREFIX) :].isdigit()}
 
 
 def at_step(directory: Path, step: int) -> Path:
@@ -346,13 +346,6 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot be read: {error.what}", where=str(path)) from error
 
 
-def _all(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    folders = [p for p in directory.iterdir() if p.is_dir() and p.name.startswith(_PREFIX)]
-    return sorted(p for p in folders if p.name[len(_PREFIX) :].isdigit())
-
-
 def _sweep(directory: Path) -> None:
     """Remove incomplete directories that a killed run left."""
     for leftover in directory.glob(f".{_PREFIX}*.tmp"):
@@ -372,7 +365,7 @@ def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> No
 
     Each remaining checkpoint names the best checkpoint of its time, which a resumed run can need. These best
     checkpoints remain too."""
-    checkpoints = _all(directory)
+    checkpoints = list(by_step(directory).values())
     recent = {*[path for path in checkpoints if not is_shared(path)][-max(1, keep) :], *checkpoints[-newest:]}
     bests = {best_step}
     for path in recent:
