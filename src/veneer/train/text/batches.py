@@ -3,7 +3,7 @@
     step         one optimizer update; its rows depend only on the seed, the epoch, and `rows` or `tokens`
     micro-batch  part of a step: rows of similar length, concatenated without padding
 
-    plan_steps(examples, batching, seed=0, epoch=0)[step][micro-batch] -> indices of examples
+    plan_steps(lengths, batching, seed=0, epoch=0)[step][micro-batch] -> indices of rows
 
 `Batch.lengths` holds the row lengths, so attention never crosses rows, packed or not. Loss and gradients are
 sums over tokens, so the micro-batch size changes memory and speed, never the result. This module does not
@@ -52,22 +52,18 @@ class Batch:
         return replace(self, input_ids=sent(self.input_ids, device))
 
 
-_Steps = list[list[list[int]]]
-
-
 def plan_steps(
-    examples: Sequence[Example] | Sequence[int], batching: BatchingSection, *, seed: int, epoch: int, pieces: int = 1
-) -> _Steps:
-    """Return the plan of one epoch: step -> micro-batch -> indices into `examples`.
+    lengths: Sequence[int], batching: BatchingSection, *, seed: int, epoch: int, pieces: int = 1
+) -> list[list[list[int]]]:
+    """Return the plan of one epoch: step -> micro-batch -> indices of rows.
 
     Each index occurs exactly once. The same arguments give the same plan on every machine, so a resumed run
-    computes the plan again. `examples` can also be a list of lengths. A micro-batch has at most `micro_rows`
-    rows and `micro_tokens` tokens; a longer row forms its own micro-batch.
+    computes the plan again. A micro-batch has at most `micro_rows` rows and `micro_tokens` tokens; a longer
+    row forms its own micro-batch.
 
-    pieces: number of devices. If a step has enough rows, its rows are first divided into one part per device,
-    with about the same number of tokens. With `longest_first`, the step with the longest row runs first in
-    epoch 0."""
-    lengths = [e if isinstance(e, int) else len(e.input_ids) for e in examples]
+    lengths: tokens of each row. pieces: number of devices. If a step has enough rows, its rows are first
+    divided into one part per device, with about the same number of tokens. With `longest_first`, the step
+    with the longest row runs first in epoch 0."""
     steps = step_rows(lengths, batching, seed=seed, epoch=epoch)
     return [_cut(step, lengths, batching, pieces) for step in steps]
 
