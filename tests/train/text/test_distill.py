@@ -153,7 +153,7 @@ def test_prompts_over_the_context_are_refused_or_dropped(shared: Path, base: Tex
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
     own = {"teacher": "base", "system": "a" * (base.context - 100)}
-    with pytest.raises(DataError, match=r"1 of 12 prompts leave no space for a completion(.|\n)*rows.jsonl:1"):
+    with pytest.raises(DataError, match=r"1 of 12 rows leave no space for a completion(.|\n)*rows.jsonl:1"):
         train(shared, tmp_path / "refused", base, distillation=own, data=data)
     dropping = data | {"long_rows": "drop"}
     batching = {"rows": 12, "micro_rows": 12}

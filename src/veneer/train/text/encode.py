@@ -130,7 +130,9 @@ def encode_rows(
             left[i] = str(error)
     if refuse:
         bad = [f"{rows[i].where}: {why}" for i, why in left.items()]
-        _refuse(bad, len(rows), "cannot be encoded", "correct these rows, or set data.train_on or data.chat_template")
+        refuse_rows(
+            bad, len(rows), "cannot be encoded", "correct these rows, or set data.train_on or data.chat_template"
+        )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     examples: list[Example] = []
     long: list[str] = []
@@ -165,7 +167,7 @@ def encode_rows(
         counts.trained_tokens += sum(trained)
     if data.long_rows == "refuse" and refuse:
         fix = f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut"
-        _refuse(long, len(rows), f"are longer than data.max_length, {data.max_length} tokens", fix)
+        refuse_rows(long, len(rows), f"are longer than data.max_length, {data.max_length} tokens", fix)
     counts.used = len(examples)
     texts = list(rendered.values())
     chat = any(r.chat for r in texts)
@@ -260,6 +262,7 @@ def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) 
     return ends
 
 
-def _refuse(lines: Sequence[str], rows: int, problem: str, fix: str) -> None:
+def refuse_rows(lines: Sequence[str], rows: int, problem: str, fix: str) -> None:
+    """Raise DataError if there are `lines`, one for each unusable row of `rows` rows."""
     if lines:
         raise DataError(f"{len(lines)} of {rows} rows {problem}:\n{bullets(lines)}", fix=fix)

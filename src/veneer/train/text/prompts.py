@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veneer.errors import DataError, bullets
 from veneer.ops.attention import SharedRows
 from veneer.train.checkpoint import seed_of
 from veneer.train.config.text import TrainConfig
 from veneer.train.loop import LazySteps, MetricMeans, Micro, Step
 from veneer.train.text.batches import Batch, collate, grouped, step_rows
-from veneer.train.text.encode import Counts, EncodedRows, Example
+from veneer.train.text.encode import Counts, EncodedRows, Example, refuse_rows
 from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import (
     CompletionRequest,
@@ -123,15 +122,11 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
             counts.add("long_dropped", row.where)
         else:
             items.append(PromptItem(ids, i, section.max_tokens, teacher_ids if config.distillation.system else ()))
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {len(rows)} rows cannot be used as prompts:\n{bullets(bad)}", fix="correct those rows"
-        )
-    if long and data.long_rows == "refuse":
-        text = f"{len(long)} of {len(rows)} prompts leave no space for a completion in {limit} tokens:\n{bullets(long)}"
+    refuse_rows(bad, len(rows), "cannot be used as prompts", "correct those rows")
+    if data.long_rows == "refuse":
         fix = f"shorten the prompts, lower {section.named}.max_tokens, raise data.max_length, or drop them with "
         fix += "data.long_rows=drop"
-        raise DataError(text, fix=fix)
+        refuse_rows(long, len(rows), f"leave no space for a completion in {limit} tokens", fix)
     examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
     counts.used, counts.tokens = len(items), sum(len(item.ids) for item in items)
     counts.trained_tokens = section.max_tokens * len(items)
