@@ -23,8 +23,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,36 +40,16 @@ from veneer.train.config.text import TrainConfig, config_keys, default_source, s
 RunConfig = TrainConfig | ImageTrainConfig
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of configuration.
+_Kind = type[TrainConfig] | type[ImageTrainConfig]
 
-    page: file name of the reference page
-    paths: keys that have paths as values -> words that are not paths
-    problems: function of (configuration, user's keys) that yields invalid combinations"""
-
-    config: type[TrainConfig] | type[ImageTrainConfig]
-    page: str
-    paths: Mapping[str, tuple[str, ...]]
-    problems: Callable[[Any, Collection[str]], Iterator[str]]
-
-    @property
-    def sections(self) -> Mapping[str, Any]:
-        return sections(self.config)
-
-
-_TEXT_PATHS = {
+_PATHS = {
     **dict.fromkeys(("data.train", "data.validation", "output.directory"), ()),
+    **dict.fromkeys(("data.pictures", "data.class_folder", "data.cache", "samples.before"), ()),
     "data.chat_template": ("auto", "none"),
-}
-_IMAGE_PATHS = {
-    **dict.fromkeys(("data.pictures", "data.validation", "data.class_folder", "data.cache"), ()),
-    **dict.fromkeys(("samples.before", "output.directory"), ()),
     "data.masks": ("auto", "off", "alpha"),
     "data.before": ("auto", "off"),
 }
-_TEXT = _Kind(TrainConfig, "config.md", _TEXT_PATHS, text_problems)
-_IMAGE = _Kind(ImageTrainConfig, "image-config.md", _IMAGE_PATHS, image_problems)
+"""Keys that have paths as values -> words that are not paths."""
 _SHORT = {"base": "name", "output": "directory"}
 
 
@@ -211,24 +190,26 @@ def config_from(
             at = (lines or {}).get((section, key), line)
             name = f"{section}.{key}" if key else section
             key_sources[name] = f"{file or 'given values'}" + (f":{at}" if at else "")
-            if section in kind.sections and isinstance(raw[section], dict):
+            if section in sections(kind) and isinstance(raw[section], dict):
                 raw[section][key] = _absolute(kind, name, raw[section][key], file.parent if file else here)
     for override in overrides:
         _override(kind, raw, key_sources, override, problems, here)
     written = set(key_sources)
     _fill(raw, key_sources)
     config = _validate(kind, raw, key_sources, problems)
-    sources = {name: key_sources.get(name) or default_source(f) for name, f in config_keys(kind.config)}
-    if problems := list(kind.problems(config, written)):
+    sources = {name: key_sources.get(name) or default_source(f) for name, f in config_keys(kind)}
+    found = image_problems(config, written) if isinstance(config, ImageTrainConfig) else text_problems(config, written)
+    if problems := list(found):
         _raise(problems, kind)
     return config, sources
 
 
 def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
-    """Return the image kind if `data.pictures` or `slider` is set, else the text kind."""
+    """Return the image configuration if `data.pictures` or `slider` is set, else the text configuration."""
     data = values.get("data")
     named = (isinstance(data, Mapping) and "pictures" in data) or "slider" in values
-    return _IMAGE if named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides) else _TEXT
+    named = named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides)
+    return ImageTrainConfig if named else TrainConfig
 
 
 def _fill(raw: dict[str, Any], key_sources: dict[str, str]) -> None:
@@ -263,12 +244,12 @@ def _override(
         name = f"{name}.{_SHORT[name]}"
     section, _, rest = name.partition(".")
     key, _, inner = rest.partition(".")
-    if section not in kind.sections:
+    if section not in sections(kind):
         raw[section] = {rest: value} if rest else value
         key_sources[name] = f"override `{override}`"
         return
     if not rest:
-        valid_keys = ", ".join(kind.sections[section].model_fields)
+        valid_keys = ", ".join(sections(kind)[section].model_fields)
         problems.append(f"`{override}`: `{section}` is a section; write {section}.KEY={text} with one of {valid_keys}")
         return
     values = raw.setdefault(section, {})
@@ -286,12 +267,12 @@ def _validate(kind: _Kind, raw: dict[str, Any], key_sources: Mapping[str, str], 
     for name in ("base", "data", "output"):
         raw.setdefault(name, {})
     for name, value in list(raw.items()):  # for example an `adapter:` with all keys commented out
-        if value is None and name in kind.sections:
+        if value is None and name in sections(kind):
             raw[name] = {}
     try:
         # Validation of JSON is strict about types ("16" is not a number, true is not 1), but tuples accept
         # lists.
-        config = kind.config.model_validate_json(json.dumps(raw, default=str), strict=True)
+        config = kind.model_validate_json(json.dumps(raw, default=str), strict=True)
     except pydantic.ValidationError as error:
         _raise(problems + _explain(kind, error, key_sources), kind)
     if problems:
@@ -309,10 +290,10 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[
     expected: dict[str, list[str]] = {}
     values: dict[str, str] = {}
     lines: list[str] = []
-    described = dict(config_keys(kind.config))
+    described = dict(config_keys(kind))
     for e in error.errors():
         loc = [str(part) for part in e["loc"]]
-        name = ".".join(loc[:2]) if loc[0] in kind.sections else loc[0]
+        name = ".".join(loc[:2]) if loc[0] in sections(kind) else loc[0]
         at = key_sources.get(name) or key_sources.get(loc[0])
         suffix = f" ({at})" if at else ""
         if name == "reinforcement.rewards" and len(loc) > 2:
@@ -334,10 +315,10 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[
 
 def _unknown(kind: _Kind, loc: list[str]) -> str:
     name, last = ".".join(loc), loc[-1]
-    valid = list(kind.sections[loc[0]].model_fields) if len(loc) > 1 else list(kind.config.model_fields)
+    valid = list(sections(kind)[loc[0]].model_fields) if len(loc) > 1 else list(kind.model_fields)
     prefix = f"{loc[0]}." if len(loc) > 1 else ""
     named = {key: f"{prefix}{key}" for key in valid}
-    for full_key, _ in config_keys(kind.config):  # the right key in the wrong section
+    for full_key, _ in config_keys(kind):  # the right key in the wrong section
         named.setdefault(full_key.rpartition(".")[2], full_key)
     suggestions = nearest(last, named, 1)
     hint = f"did you mean `{named[suggestions[0]]}`?" if suggestions else f"valid keys: {', '.join(valid)}"
@@ -354,20 +335,20 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     """Return `value` with relative paths resolved against `folder`.
 
     Only keys that have paths as values are resolved. Hub ids are unchanged."""
-    if isinstance(value, list | tuple) and name in kind.paths:
+    if isinstance(value, list | tuple) and name in _PATHS:
         return [_absolute(kind, name, v, folder) for v in value]
     if name == "reinforcement.rewards" and isinstance(value, list | tuple):
         return resolve_reward_paths(value, folder)
-    if not isinstance(value, str) or value.startswith(SOURCES) or value in kind.paths.get(name, ()):
+    if not isinstance(value, str) or value.startswith(SOURCES) or value in _PATHS.get(name, ()):
         return value
     resolved = os.path.normpath(folder.resolve() / os.path.expanduser(value))
     if name in _MODELS:
         return resolved if value.startswith((".", "~")) or os.path.exists(resolved) else value
-    if name not in kind.paths:
+    if name not in _PATHS:
         return value
     if not value.strip():
         raise ConfigError(f"`{name}` is empty, which would mean the folder {folder.resolve()}", fix="name a path")
-    is_rows = kind is _TEXT and name in ("data.train", "data.validation")
+    is_rows = kind is TrainConfig and name in ("data.train", "data.validation")
     if is_rows and _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved):
         return f"hub:{value}"
     return resolved
@@ -378,7 +359,8 @@ def _described(value: Any) -> str:
 
 
 def _raise(problems: list[str], kind: _Kind) -> NoReturn:
-    fix = f"docs/reference/{kind.page} lists every key"
+    page = "config.md" if kind is TrainConfig else "image-config.md"
+    fix = f"docs/reference/{page} lists every key"
     if len(problems) == 1:
         raise ConfigError(problems[0], fix=fix)
     raise ConfigError(f"{len(problems)} things are wrong:\n{bullets(problems, None)}", fix=fix)
