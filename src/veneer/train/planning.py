@@ -2,7 +2,7 @@
 
 plan_of_config(config, device)              rows are counted, tokens estimated from characters
 plan_of_config(config, device, rows=…)      with known numbers of rows and tokens, as from `planned_rows`
-plan_of_config(config, base=…, items=…)     with the loaded base and its encoded rows: exact lengths
+plan_of_run(config, base, items, …)         with the loaded base and its encoded rows: exact lengths
 """
 
 from __future__ import annotations
@@ -166,14 +166,8 @@ def suggested_settings(plan: Plan) -> str:
 
 def plan_of_config(
     config: RunConfig,
-    device: Device | None = None,
+    device: Device,
     *,
-    base: Any = None,
-    items: Sequence[Any] = (),
-    trainable: int = 0,
-    held_out: int = 0,
-    checkpointing: bool = False,
-    available: int = 0,
     rows: int | None = None,
     tokens_per_row: float | None = None,
     longest: int | None = None,
@@ -181,87 +175,102 @@ def plan_of_config(
     source_images: int | None = None,
     traffic: Traffic | None = None,
 ) -> Plan:
-    """Return the plan of a configuration for `device`, or of a text run with its loaded `base`.
+    """Return the plan of a configuration for `device`, for which nothing needs to be downloaded.
 
-    Without `base`, nothing needs to be downloaded. Numbers that are not given are counted in the data's files,
-    with four characters per token. Raises ConfigError for a base whose config cannot be found, and DataError
-    for missing data that must be counted.
+    Numbers that are not given are counted in the data's files, with four characters per token. Raises
+    ConfigError for a base whose config cannot be found, and DataError for missing data that must be counted.
 
-    source_images: number of source images per image, used if `rows` is given.
+    source_images: number of source images per image, used if `rows` is given."""
+    if not isinstance(config, TrainConfig):
+        return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
+    shape = text_shape(base_fields(config.base.name), config.base.name)
+    dtype, quantize = _planned_dtype(config), config.base.quantize
+    if config.batching.micro_tokens is None:
+        spare = memory_after_base(shape, device, dtype, quantize)
+        config = with_micro_tokens(config, _micro_tokens(config, shape, device, spare, dtype, quantize))
+    answer = 0 if config.sampling is None else config.sampling.max_tokens
+    notes: tuple[str, ...] = ()
+    lengths = list[int]()
+    if rows is None or tokens_per_row is None:
+        lengths = _estimated_lengths(config)
+        notes = (f"tokens estimated as one per {_CHARACTERS} characters; set --tokens-per-row to the exact number",)
+    rows = rows or len(lengths)
+    if tokens_per_row is not None:
+        lengths = [round(tokens_per_row)] * min(rows, _MANY)
+    mean = (tokens_per_row or sum(lengths) / max(1, len(lengths))) + answer
+    if longest is not None:
+        lengths = [longest, *lengths[1:]]
+    lengths = [min(n + answer, config.data.max_length) for n in lengths]
+    on = config.memory.activation_checkpointing == "on"
+    load = {"trained": trained, "dtype": dtype, "checkpointing": on}
+    options: dict[str, Any] = {"available": usable_memory(device), "traffic": traffic, "notes": notes}
+    return _plan_of_rows(config, shape, device, rows, mean, lengths, load, **options)
 
-    With `base`, the run is about to start:
+
+def plan_of_run(
+    config: TrainConfig,
+    base: Any,
+    items: Sequence[Any],
+    *,
+    trainable: int,
+    held_out: int,
+    checkpointing: bool,
+    available: int,
+) -> Plan:
+    """Return the plan of a text run that is about to start, with `base` loaded.
 
     items: the encoded rows of a step. trainable: number of trainable parameters. held_out: number of held-out
     rows. checkpointing: whether activations are recomputed. available: bytes that are free in addition to the
     memory in use."""
-    if not isinstance(config, TrainConfig):
-        assert device is not None
-        return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
-    r, process, full = config.sampling, None, 0
-    notes: tuple[str, ...] = ()
-    answer = 0 if r is None else r.max_tokens
-    lengths: Sequence[int]
-    if base is not None:
-        shape, where = model_shape(base.model), computes_on(base)
-        device = device_for(where)
-        dtype = str(base.dtype).removeprefix("torch.")
-        lengths = [item.tokens for item in items]
-        rows, mean = len(items), sum(lengths) / max(1, len(items))
-        trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))
-        full = max(0, trainable - pair_parameters(shape, config.adapter.spec()))
-        weights, process = sum(weight_bytes(shape, dtype, config.base.quantize)), FITS[device.kind, "text"].process
-        if (
-            device.kind == "cpu"
-        ):  # on a CPU, the libraries and rows are already in memory, so their size can be measured
-            unread = sum(unread_bytes(w) for w in base.model.parameters() if not isinstance(w, Quantized))
-            process = max(process, used_memory(where) - (weights - unread) + CPU_LATER)
-            available -= CPU_LATER
-        available += weights + process
-    else:
-        assert device is not None
-        shape = text_shape(base_fields(config.base.name), config.base.name)
-        dtype, quantize = _planned_dtype(config), config.base.quantize
-        if config.batching.micro_tokens is None:
-            spare = memory_after_base(shape, device, dtype, quantize)
-            config = with_micro_tokens(config, _micro_tokens(config, shape, device, spare, dtype, quantize))
-        if rows is None or tokens_per_row is None:
-            lengths = _estimated_lengths(config)
-            notes = (f"tokens estimated as one per {_CHARACTERS} characters; set --tokens-per-row to the exact number",)
-        rows = rows or len(lengths)
-        if tokens_per_row is not None:
-            lengths = [round(tokens_per_row)] * min(rows, _MANY)
-        mean = (tokens_per_row or sum(lengths) / max(1, len(lengths))) + answer
-        if longest is not None:
-            lengths = [longest, *lengths[1:]]
-        lengths = [min(n + answer, config.data.max_length) for n in lengths]
-        checkpointing, available = config.memory.activation_checkpointing == "on", usable_memory(device)
-    steps = config  # the configuration of the optimizer steps; a run that samples takes these steps on its completions
-    if r is not None:
+    shape, where, dtype = model_shape(base.model), computes_on(base), str(base.dtype).removeprefix("torch.")
+    device, lengths = device_for(where), [item.tokens for item in items]
+    weights, process = sum(weight_bytes(shape, dtype, config.base.quantize)), FITS[device.kind, "text"].process
+    if device.kind == "cpu":
+        # the libraries and rows are already in memory, so their size can be measured
+        unread = sum(unread_bytes(w) for w in base.model.parameters() if not isinstance(w, Quantized))
+        process = max(process, used_memory(where) - (weights - unread) + CPU_LATER)
+        available -= CPU_LATER
+    trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))
+    full = max(0, trainable - pair_parameters(shape, config.adapter.spec()))
+    load = {"trained": trained, "dtype": dtype, "checkpointing": checkpointing, "full_parameters": full}
+    options: dict[str, Any] = {"held_out": held_out, "loaded": True, "process": process}
+    options["available"] = available + weights + process
+    mean = sum(lengths) / max(1, len(lengths))
+    return _plan_of_rows(config, shape, device, len(items), mean, lengths, load, **options)
+
+
+def _plan_of_rows(
+    config: TrainConfig,
+    shape: TextShape,
+    device: Device,
+    rows: int,
+    tokens: float,
+    lengths: Sequence[int],
+    load: Mapping[str, Any],
+    held_out: int = 0,
+    loaded: bool = False,
+    **options: Any,
+) -> Plan:
+    """Return the plan of a text run on `rows` rows of `tokens` tokens on average.
+
+    lengths: tokens of every row, or of a sample of the rows. load: arguments of `load_of`. loaded: as in
+    `_teacher`. options: of `text_plan`."""
+    r, steps, sampled = config.sampling, config, None
+    if r is not None:  # the optimizer steps are taken on completions
         batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
         schedule = config.schedule
         if config.epochs is not None:
             schedule = schedule.model_copy(update={"epochs": config.epochs * r.updates})
         steps = config.model_copy(update={"batching": batching, "schedule": schedule})
         lengths, rows = [*lengths] * r.group, rows * r.group
-    load = load_of(steps, lengths, trained=trained, dtype=dtype, checkpointing=checkpointing, full_parameters=full)
-    job, sampled = _job(steps, rows, mean, held_out), None
+    job = _job(steps, rows, tokens, held_out)
     if r is not None:
         total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
-        prompt, together = max(1, max(lengths, default=1) - answer), sampled_at_once(config, job.held_out)
-        teacher = _teacher(config, shape, dtype, base is not None)
-        sampled = SamplingLoad(prompt, answer, r.group, together, total, *teacher)
-    return text_plan(
-        config.base.name,
-        shape,
-        load,
-        device,
-        job,
-        sampled=sampled,
-        process=process,
-        available=available,
-        traffic=traffic,
-        notes=notes,
-    )
+        prompt, together = max(1, max(lengths, default=1) - r.max_tokens), sampled_at_once(config, job.held_out)
+        teacher = _teacher(config, shape, load["dtype"], loaded)
+        sampled = SamplingLoad(prompt, r.max_tokens, r.group, together, total, *teacher)
+    largest = load_of(steps, lengths, **load)
+    return text_plan(config.base.name, shape, largest, device, job, sampled=sampled, **options)
 
 
 def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.shape import layer_pairs, model_shape
 from veneer.train.config.text import TrainConfig
-from veneer.train.planning import plan_of_config, remaining_bytes, suggested_settings
+from veneer.train.planning import plan_of_run, remaining_bytes, suggested_settings
 from veneer.train.preflight import (
     Finding,
     Report,
@@ -417,10 +417,10 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "memory", text, f"data.max_length={s.base.context} with data.long_rows=cut or drop")
     free, mode = available_memory(config, device, s.free_memory), config.memory.activation_checkpointing
     planned = functools.partial(
-        plan_of_config,
+        plan_of_run,
         config,
-        base=s.base,
-        items=s.data.train.items,
+        s.base,
+        s.data.train.items,
         trainable=int(s.numbers.get("trainable", 0)),
         held_out=len(s.data.held_out.encoded.examples),
         available=free,
