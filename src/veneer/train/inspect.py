@@ -154,10 +154,8 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     if not complete:
         read["rows"] = max(1, round((wanted or looked) * read["rows"] / looked))
         total_text = "an unknown number" if total is None else f"{total:,}"
-        text = (
-            f"only the first {counted(looked, 'row')} of {total_text} were read, and the rest are assumed to be similar"
-        )
-        report.guesses.append(text)
+        text = f"only the first {counted(looked, 'row')} of {total_text} were read, "
+        report.guesses.append(text + "and the rest are assumed to be similar")
     report.plan = plan = plan_of_config(config, device, **read)
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)

@@ -380,9 +380,8 @@ class Loop:
         return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
 
     def metrics(self) -> MetricMeans:
-        return MetricMeans.total(
-            [self.learner.metrics()]
-        )  # a copy, so that later additions to the metrics are not included
+        """Return a copy of the learner's metrics, without later additions."""
+        return MetricMeans.total([self.learner.metrics()])
 
 
 Compute = Callable[[Sequence[Loop]], Mapping[Loop, "StepResult | VeneerError | None"]]
@@ -471,9 +470,8 @@ def train_step(loop: Loop) -> StepResult | None:
         stopped = stopped or loop.stop()
         if stopped and not loop.devices.lockstep:
             return None
-        if (
-            not counts and means is None
-        ):  # micro-batches that do not count are last, so all counted metrics are complete
+        if not counts and means is None:
+            # micro-batches that do not count are last, so all counted metrics are complete
             means = loop.metrics()
         seed_all(*loop.seed(index))
         with shared(), memory_errors(micros[index]):

@@ -124,14 +124,10 @@ class Ema:
         self.decay = decay
         self.averages: dict[str, Tensor] = {f"{n}@ema": p.detach().clone() for n, p in parameters.items()}
 
-    def decay_at(self, step: int) -> float:
-        """Return d_n of the average after optimizer step n = `step`, counted from 1."""
-        return 0.0 if step <= 1 else min(self.decay, step / (9 + step))
-
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the averages with the values of the parameters after `step`."""
-        keep = self.decay_at(step)
+        """Update the averages with the values of the parameters after optimizer step n = `step`, from 1."""
+        keep = 0.0 if step <= 1 else min(self.decay, step / (9 + step))
         for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
             average.sub_((1.0 - keep) * (average - parameter))
 

@@ -300,11 +300,8 @@ def _plan_of_images(
     base_passes: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.enabled:
-        rows, directions, base_passes = (
-            config.slider.scenes,
-            2,
-            1.5,
-        )  # base_passes: additional forward passes of the base per row
+        # base_passes: additional forward passes of the base per row
+        rows, directions, base_passes = config.slider.scenes, 2, 1.5
         text = f"a slider: {counted(rows, 'scene')} that the base generates first, trained in both directions, "
         notes = (text + "with three forward passes of the base for both",)
     elif rows is None:

@@ -35,10 +35,8 @@ from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
 """Subfolder of the output for latents and class images, which later runs can reuse."""
-_WINDOW = (
-    1e-5,
-    3e-3,
-)  # below this range, LoRA hardly learns; of 80 runs that diverged in a public sweep, 72 had the upper limit, 3e-3
+# below this range, LoRA hardly learns; of 80 runs that diverged in a public sweep, 72 had the upper limit, 3e-3
+_WINDOW = (1e-5, 3e-3)
 _PREFERENCE_WINDOW = (1e-6, 5e-4)  # includes the rates of published LoRA preference runs, 5e-6 to 5e-5
 _NAMED = 5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run can change
@@ -202,12 +200,10 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     s.numbers.update(steps=total, steps_per_epoch=s.steps_per_epoch, largest_micro_batch=s.largest_micro)
     warm = s.config.schedule.warmup
     if isinstance(warm, int) and 0 < total <= warm:
-        text = (
-            f"warm-up takes {counted(warm, 'step')}, but the run has {total}: the learning rate never reaches its peak"
-        )
-        yield Finding(
-            "stop", "schedule", text, "set schedule.warmup to a share of the steps (0.03), or train for more steps"
-        )
+        text = f"warm-up takes {counted(warm, 'step')}, but the run has {total}: "
+        text += "the learning rate never reaches its peak"
+        fix = "set schedule.warmup to a share of the steps (0.03), or train for more steps"
+        yield Finding("stop", "schedule", text, fix)
     elif 0 < total < 10:
         text = f"the whole run is {counted(total, 'step')}, which is too few to learn much"
         fix = "increase schedule.steps" if steps is not None else "decrease batching.rows, or increase schedule.epochs"
@@ -328,9 +324,8 @@ def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) 
 
     force: if the run does not fit, return a warning instead of a stop."""
     if need <= free:
-        return Finding(
-            "ok", "memory", f"needs about {gigabytes(need)} in addition to the base, {gigabytes(free)} free; {detail}"
-        )
+        text = f"needs about {gigabytes(need)} in addition to the base, {gigabytes(free)} free; {detail}"
+        return Finding("ok", "memory", text)
     text = f"it needs about {gigabytes(need)} in addition to the base, but {gigabytes(free)} are free; {detail}"
     return Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix)
 
@@ -381,8 +376,7 @@ def _pair_parameters(module: Any, target: Target, spec: LoraSpec) -> int:
     if target.kind == "experts":
         experts, *matrix = getattr(module, target.parameter or "").shape
         return int(experts) * form.costs(tuple(matrix), rank).parameters
-    linear = hasattr(
-        module, "in_features"
-    )  # a quantized weight is stored in a different shape, so use the module's features
+    # a quantized weight is stored in a different shape, so use the module's features
+    linear = hasattr(module, "in_features")
     shape = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
     return form.costs(shape, rank).parameters + spec.dora * int(shape[0])

@@ -95,9 +95,8 @@ def _expand(name: str) -> list[str]:
     if os.path.isdir(path):  # unlike Path.is_dir, does not raise for a name that is too long
         matches = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
         if not matches:
-            raise DataError(
-                "this folder has no data files", where=name, fix=f"known extensions: {', '.join(_SUFFIXES)}"
-            )
+            fix = f"known extensions: {', '.join(_SUFFIXES)}"
+            raise DataError("this folder has no data files", where=name, fix=fix)
         return matches
     if os.path.exists(path):
         return [str(path)]

@@ -69,9 +69,8 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
         if isinstance(config, ImageTrainConfig):
             problems.append(f"{name} is an image configuration")
         elif len(configs) > 1 and config.sampling is not None:
-            problems.append(
-                f"{config.sampling.named}: {name} samples completions, and the other runs would have to wait"
-            )
+            text = f"{name} samples completions, and the other runs would have to wait"
+            problems.append(f"{config.sampling.named}: {text}")
         values = config.model_dump(mode="json")
         problems += [
             f"{section}.{key}: {value!r} in {names[0]}, {values[section].get(key)!r} in {name}"
@@ -84,9 +83,8 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
             problems.append(f"output.directory: {folder} in {folders[folder]} and in {name}")
         folders[folder] = name
     if problems:
-        fix = (
-            "use the same base and memory settings and a separate output for each run, or train them one after another"
-        )
+        fix = "use the same base and memory settings and a separate output for each run, "
+        fix += "or train them one after another"
         raise ConfigError(f"these configurations cannot be trained in one pass:\n{bullets(problems, None)}", fix=fix)
 
 

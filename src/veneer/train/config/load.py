@@ -235,9 +235,8 @@ def _override(
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name:
-        problems.append(
-            f"`{override}` is not an override: write section.key=value, such as optimizer.learning_rate=5e-4"
-        )
+        example = "section.key=value, such as optimizer.learning_rate=5e-4"
+        problems.append(f"`{override}` is not an override: write {example}")
         return
     value = parse_yaml(text, f"override `{override}`")[0]
     if name in _SHORT:

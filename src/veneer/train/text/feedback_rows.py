@@ -68,9 +68,8 @@ def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
     content = path.read_bytes() if path.exists() else b""
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     if path.suffix != ".jsonl":
-        raise DataError(
-            "rows can only be added to JSON Lines files", where=str(path), fix="use a file name that ends in .jsonl"
-        )
+        fix = "use a file name that ends in .jsonl"
+        raise DataError("rows can only be added to JSON Lines files", where=str(path), fix=fix)
     count = 0
     if content.strip():
         rows, metadata = read_rows([str(path)])

@@ -162,9 +162,8 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "end", text, fix)
         return
     names = s.tokens(ends)
-    with_end = sum(
-        any(on and token in ends for token, on in zip(e.input_ids, e.trained, strict=True)) for e in examples
-    )
+    trained = ({token for token, on in zip(e.input_ids, e.trained, strict=True) if on} for e in examples)
+    with_end = sum(not ends.isdisjoint(tokens) for tokens in trained)
     text = f"the {end_kind} token {names} is learned in {share(with_end, len(examples))} rows"
     if with_end == 0:
         fix = "check the chat template, data.train_on and data.long_rows"
@@ -228,9 +227,8 @@ def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
     if c.changed_turns:
         text = f"{c.changed_turns:,} earlier turns are trained without content that the template renders only in the "
         text += f"last turn (mostly thinking): {', '.join(c.first_rows.get('changed_turns', ()))}"
-        yield Finding(
-            "warn", "turns", text, "data.train_on=last learns only turns in the form that inference generates"
-        )
+        fix = "data.train_on=last learns only turns in the form that inference generates"
+        yield Finding("warn", "turns", text, fix)
     fix = "remove them unless they are meant as control tokens"
     yield from s.rows_with("control", "control tokens", "rows contain the base's control tokens as text", fix)
 
@@ -300,9 +298,8 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         yield Finding("ok", "format", f"{counted(metadata.rows, 'row')} in `{metadata.format}` format: {metadata.why}")
         if metadata.unused:
             text = f"unused columns: {', '.join(metadata.unused)}"
-            yield Finding(
-                "warn", "columns", text, "name the columns to use in data.columns, for example {prompt: question}"
-            )
+            fix = "name the columns to use in data.columns, for example {prompt: question}"
+            yield Finding("warn", "columns", text, fix)
         text = "rows are exact duplicates of an earlier row"
         yield from about_some("duplicates", metadata.duplicates, metadata.rows, text)
     total = len(s.data.held_out.texts)

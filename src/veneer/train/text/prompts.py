@@ -232,9 +232,8 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
     share_prompt = config.reinforcement.loss is not None  # in distillation, the teacher can have another prompt
 
     def micro(batch_items: list[PromptItem]) -> Micro:
-        prompts = (
-            dict.fromkeys(item.ids for item in batch_items) if share_prompt else [item.ids for item in batch_items]
-        )
+        ids = [item.ids for item in batch_items]
+        prompts = set(ids) if share_prompt else ids
         most = sum(item.most for item in batch_items)
         return Micro(
             tokens=sum(map(len, prompts)) + most,

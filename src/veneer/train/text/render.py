@@ -69,14 +69,13 @@ class Renderer:
         added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(map(str, tokenizer.all_special_tokens), True)
         self._control = _any_of(name for name, special in added.items() if special)
-        self._starts = {name[0] for name in added}
         self._tail = self._turn_tail() if self.template else ""
         match = _any_of(added).search(self._tail)
         self.end_marker = self._tail[: match.end()] if match else self._tail.rstrip()
 
     def has_control(self, text: str) -> bool:
         """Return whether the text contains a special token of the base."""
-        return any(c in text for c in self._starts) and self._control.search(text) is not None
+        return self._control.search(text) is not None
 
     def render(self, row: Row, train_on: str) -> Rendered:
         """Return the rendered row.
@@ -157,10 +156,8 @@ class Renderer:
                     following = text[end:]
                     space = len(following) - len(following.lstrip())
                     if not self.end_marker or not following[space:].startswith(self.end_marker):
-                        message = (
-                            f"the chat template writes no end-of-turn marker after message {k}; use train_on: last"
-                        )
-                        raise ValueError(message)
+                        why = f"the chat template writes no end-of-turn marker after message {k}"
+                        raise ValueError(f"{why}; use train_on: last")
                     end += space + len(self.end_marker)
                     out.changed_turns += upto[start:end] != text[start:end]
             if self._tail and text[start:end].endswith(self._tail):

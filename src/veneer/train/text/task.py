@@ -109,9 +109,8 @@ def run_text(
         base = loaded_base(config, base, run)
         for note in base.notes:
             run.note(note)
-        text = checked_text(
-            run, with_device_micro_tokens(config, base, run), base, newest_checkpoint(run), sampler=sampler
-        )
+        config = with_device_micro_tokens(config, base, run)
+        text = checked_text(run, config, base, newest_checkpoint(run), sampler=sampler)
         with attached_texts([text]) as (attached,):
             return carry_out(run, attached.task, text.report, text.newest)
 
@@ -216,9 +215,8 @@ def checked_text(
         force=run.force,
     )
     needed, free = (report.numbers.get(key) for key in ("memory_needed", "memory_free"))
-    recompute = run.devices.gather(recomputes(config.memory.activation_checkpointing, needed, free))[
-        0
-    ]  # the first process decides
+    own = recomputes(config.memory.activation_checkpointing, needed, free)
+    recompute = run.devices.gather(own)[0]  # the first process decides
     text = TextRun(config, base, run, data, report, recompute, newest, name, sampler)
     run.emit_checks(report, _decided_settings(text))
     raise_if_stopped(run, report)

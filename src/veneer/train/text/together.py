@@ -91,9 +91,8 @@ def run_texts(
     If a run fails, its result is the error; the other runs are not affected. Raises ConfigError for
     configurations that cannot share a base, and Interrupted after saving the state of every run."""
     check_group(configs, [config.output.directory for config in configs] if names is None else names)
-    texts = [
-        config for config in configs if isinstance(config, TrainConfig)
-    ]  # all of them pass the check, which narrows their type
+    # all of them are text configurations, but their type does not say so
+    texts = [config for config in configs if isinstance(config, TrainConfig)]
     if process_count() > 1:
         text = "several configurations in one pass need a single process"
         raise ConfigError(text, fix="leave --devices out, or train one configuration at a time")
