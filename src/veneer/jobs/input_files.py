@@ -67,7 +67,7 @@ def preview_file(files: Files, file: UploadedFile, format: str, columns: Mapping
         path, names = Path(folder) / file.filename.lstrip("."), tuple[str, ...]()
         path.write_bytes(data)
         try:
-            records, _ = read_data_files([str(path)], most)
+            records = read_data_files([str(path)], most)
             names = tuple(dict.fromkeys(str(name) for record in records for name in record.values))
             rows, about = parse_rows([str(path)], format=format, columns=columns, limit=most)
         except DataError as error:

@@ -33,11 +33,10 @@ class Record:
     where: str
 
 
-def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[list[Record], list[str]]:
-    """Return (records, files) of the given files, globs and hub data sets. Raise DataError."""
-    files = [file for name in names for file in _expand(name)]
+def read_data_files(names: Sequence[str], limit: int | None = None) -> list[Record]:
+    """Return the records of the given files, globs and hub data sets. Raise DataError."""
     records: list[Record] = []
-    for file in files:
+    for file in [file for name in names for file in _expand(name)]:
         count_before = len(records)
         left = None if limit is None else limit - len(records)
         if left is not None and left <= 0:
@@ -45,7 +44,7 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
         records += _remote_records(file, left) if file.startswith(SOURCES) else _file(Path(file), left)[:left]
         if len(records) == count_before:
             raise DataError("this file has no rows", where=file, fix="remove it from data.train, or add rows")
-    return records, files
+    return records
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:

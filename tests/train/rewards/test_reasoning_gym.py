@@ -25,7 +25,7 @@ def judged(section: Any, row: dict[str, Any], *texts: str) -> list[RewardScore]:
 @pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "basic_arithmetic", "word_sorting"])
 def test_scores_equal_reasoning_gyms(task: str) -> None:
     factory = pytest.importorskip("reasoning_gym.factory")
-    records, _ = read_data_files([f"reasoning-gym:{task}@4?seed=3"])
+    records = read_data_files([f"reasoning-gym:{task}@4?seed=3"])
     made = factory.create_dataset(task, seed=3, size=4)
     for record, entry in zip(records, made, strict=True):
         assert record.values["prompt"] == entry["question"]

@@ -144,7 +144,7 @@ def long(question: str, count: int, answer: str = "yes") -> list[Row]:
 
 SILENT = [talk(f"q{i}", "an answer", f"data.jsonl:{i}", weight=0) for i in range(20)]
 EMPTY = [talk(f"q{i}", " ", f"data.jsonl:{i}") for i in range(20)]
-UNUSED = RowsSummary("messages", "a `messages` column", 40, [], ["label"], 3)
+UNUSED = RowsSummary("messages", "a `messages` column", 40, ["label"], 3)
 UNTRAINED, CUT = "rows have no token to learn and are left out", "data.max_length=80 data.long_rows"
 PLAIN = {"rows": [Row("prompt-completion", r.messages, where=r.where) for r in ROWS], "held": []}
 OTHER_ANSWER = [talk("Question 1?", "Another answer", "held.jsonl:1")]

@@ -280,7 +280,7 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
         for file in (directory / name for name in _METADATA_FILES):
             if not file.is_file():
                 continue
-            records, _ = read_data_files([str(file)])
+            records = read_data_files([str(file)])
             columns = list(dict.fromkeys(c for record in records for c in record.values))
             text_column = settings.caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
             if _FILE_COLUMN not in columns or text_column not in columns:

@@ -117,7 +117,6 @@ class RowsSummary:
     format: str
     why: str
     rows: int
-    files: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     duplicates: int = 0
 
@@ -153,7 +152,7 @@ def parse_rows(
     formats: the candidates for `auto`. The default is all formats except unpaired-preference, because a
     supervised run would learn its completions regardless of their labels. values: keep all columns of each
     row."""
-    records, files = read_data_files([sources] if isinstance(sources, str) else list(sources), limit)
+    records = read_data_files([sources] if isinstance(sources, str) else sources, limit)
     data_columns = list(dict.fromkeys(column for record in records for column in record.values))
     candidates = _UNASKED if formats is None else formats
     name, mapping, why = _choose(data_columns, format, dict(columns or {}), records, candidates)
@@ -167,7 +166,7 @@ def parse_rows(
     usable = [row for row in rows if isinstance(row, Row)]
     used = {mapping.get(c, c) for c in format_columns(name)}
     unused = [] if values else [c for c in data_columns if c not in used]
-    return rows, RowsSummary(name, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
+    return rows, RowsSummary(name, why, len(usable), unused, len(usable) - len({r.key for r in usable}))
 
 
 def format_columns(format: str) -> tuple[str, ...]:

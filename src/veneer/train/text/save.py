@@ -48,12 +48,9 @@ class RunResult(Outcome):
 
 def text_metrics(result: RunResult) -> dict[str, Any]:
     """Return the metrics for the adapter's card."""
-    return result.metrics(
-        tokens=result.tokens,
-        learned_tokens=result.learned_tokens,
-        measured=result.measured or None,
-        tokens_per_second=round(result.tokens_per_second, 1),
-    )
+    speed, measured = round(result.tokens_per_second, 1), result.measured or None
+    counts = {"tokens": result.tokens, "learned_tokens": result.learned_tokens}
+    return result.metrics(**counts, measured=measured, tokens_per_second=speed)
 
 
 def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
