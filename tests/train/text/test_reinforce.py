@@ -185,7 +185,7 @@ def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: Te
     lines = (shared / "prompts.jsonl").read_text().splitlines()
     rows.write_text("\n".join([lines[0], json.dumps({"prompt": "word " * base.context, "team": "it"}), *lines[1:]]))
     own = {"data": {"train": str(rows), "split": 0, "max_length": 1 << 16}, "schedule": {"steps": 1}}
-    with pytest.raises(DataError, match=rf"1 of 13 prompts .* in {base.context} tokens(.|\n)*rows.jsonl:2"):
+    with pytest.raises(DataError, match=rf"1 of 13 rows .* in {base.context} tokens(.|\n)*rows.jsonl:2"):
         train(shared, tmp_path / "no", base, **own)
     events: list[Event] = []
     own["data"]["long_rows"] = "drop"
