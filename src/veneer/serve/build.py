@@ -169,11 +169,7 @@ def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str
 
 
 def _application(
-    settings: ServeSettings,
-    service: Service,
-    library: Library,
-    log: Callable[[str], None],
-    extends: Sequence[Extend],
+    settings: ServeSettings, service: Service, library: Library, log: Callable[[str], None], extends: Sequence[Extend]
 ) -> Application:
     """Return the application with all routes.
 

@@ -35,13 +35,7 @@ from veneer.imaging.adapters import role_note
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.generate import fit_reference, size_for
 from veneer.models.image.base import aspect_problem
-from veneer.models.image.generate import (
-    SEEDS,
-    Control,
-    PictureSettings,
-    default_settings,
-    fitted_picture,
-)
+from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
 from veneer.serve.access import ResolvedModel
 from veneer.serve.http.bodies import FAIL_FAST, MixPart, Strict, at_most, body_error, read_body, read_json
 from veneer.serve.http.guard import media_type

@@ -100,11 +100,7 @@ class AdapterSources:
     """
 
     def __init__(
-        self,
-        base: AnyBase | UnloadedBase,
-        *,
-        library: Library | None = None,
-        folders: Sequence[str | Path] = (),
+        self, base: AnyBase | UnloadedBase, *, library: Library | None = None, folders: Sequence[str | Path] = ()
     ) -> None:
         self.base, self.library = base, library
         self._folders = [_folder(folder) for folder in folders]

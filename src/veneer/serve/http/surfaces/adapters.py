@@ -67,7 +67,7 @@ _LINES, _ITEMS = 40, 500
 """Maximum lines in the error of a file, and maximum items in each list of a report."""
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _BINARY}}},
+    "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _BINARY}}}
 }
 
 

@@ -43,9 +43,7 @@ class Unload(Body):
 
 
 @vllm_routes.post(
-    "/v1/load_lora_adapter",
-    dependencies=[needs("operate")],
-    summary="Serve an adapter from the library under a name.",
+    "/v1/load_lora_adapter", dependencies=[needs("operate")], summary="Serve an adapter from the library under a name."
 )
 async def load(request: HttpRequest, body: Load) -> Response:
     await _load(request, body, "Both 'lora_name' and 'lora_path' must be provided.")
