@@ -353,13 +353,10 @@ def feedback_rows(
     """Yield training rows in the order of feedback, without duplicates.
 
     `adapter`: use only completions that were requested under this name, or sampled from any version of this
-    adapter. Raises ConfigError for an unknown kind.
+    adapter. Raises ConfigError for an unknown kind, before the first row.
     """
     one_of(kind, get_args(FeedbackKind), "a kind of training rows", "kind")
-    return _rows(engine, tenant, kind, adapter, time.time() if now is None else now)
-
-
-def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: float) -> Iterator[dict[str, Any]]:
+    now = time.time() if now is None else now
     a, f = answer_table.c, feedback_table.c
     order = (f.at, f.answer, f.choice)
     query = (
@@ -374,28 +371,17 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
         with reading(engine) as c:
             page = c.execute(query if after is None else query.where(tuple_(*order) > tuple_(*after))).all()
         for r in page:
-            if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
+            names = {r.name, *json.loads(r.adapters)}
+            if adapter is None or adapter in {*names, *map(name_of, names)}:
                 pairs = json.loads(r.rejected or "[]") if kind == "preference" else []
-                rejected = [answer_id for answer_id, _ in pairs]
+                others = select(a.id, a.choices).where(a.tenant == tenant, a.expires > now)
+                others = others.where(a.id.in_([answer_id for answer_id, _ in pairs]))
                 with reading(engine) as c:  # per row, because a completion can be a megabyte long
-                    other_answers = _answers(c, tenant, rejected, now)
+                    other_answers = {other.id: json.loads(other.choices) for other in c.execute(others)}
                 yield from _rows_of(kind, r, other_answers)
         if len(page) < _PAGE:
             return
         after = (page[-1].at, page[-1].answer, page[-1].choice)
-
-
-def _names(name: str) -> tuple[str, str]:
-    return name, name_of(name)
-
-
-def _answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, Any]:
-    a = answer_table.c
-    query = select(a.id, a.choices).where(a.tenant == tenant, a.expires > now)
-    answers: dict[str, Any] = {}
-    for i in range(0, len(ids), 500):
-        answers |= {r.id: json.loads(r.choices) for r in c.execute(query.where(a.id.in_(ids[i : i + 500])))}
-    return answers
 
 
 def _rows_of(kind: str, r: Any, other_answers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
