@@ -52,7 +52,6 @@ def test_users_move_as_the_description_says(first: list, second: list) -> None:
     wanted = routes.planned_route(now, "support", second)
     said = routes.route_change(now, wanted)
     moved = Counter((a, b) for n in range(BUCKETS) if (a := owner(now.runs, n)) != (b := owner(wanted.runs, n)))
-    assert routes.moved_buckets(now.runs, wanted.runs) == moved
     for (a, b), count in moved.items():
         assert f"{count / 100:g}% move from {a} to {b}" in said
     assert said.count(" move from ") == len(moved)

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -170,15 +171,6 @@ def _first_difference(left: str, right: str) -> int | None:
 # -- planning a move ---------------------------------------------------------------------------------------------------
 
 
-def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> Counter[tuple[str, str]]:
-    """Return (from, to) -> number of buckets that change their owner.
-
-    Empty if `before` or `after` is empty.
-    """
-    pairs = zip(_owners(before), _owners(after), strict=False)
-    return Counter((old, new) for old, new in pairs if old != new)
-
-
 def route_change(now: Route | None, planned: Route) -> str:
     """Describe the effect on users when `planned` replaces `now`.
 
@@ -186,11 +178,12 @@ def route_change(now: Route | None, planned: Route) -> str:
     buckets.
     """
     name, ended = planned.name, not planned.targets
+    owners = zip(_owners(now.runs if now else ()), _owners(planned.runs), strict=False)
     if now is None or not now.targets:
         text = f"{name} begins: {_describe_shares(planned)}." if not ended else f"{name} has no targets."
     elif ended:
         text = f"{name} is removed: requests for {name} get 404."
-    elif moved := moved_buckets(now.runs, planned.runs):
+    elif moved := Counter((old, new) for old, new in owners if old != new):
         parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in moved.most_common()]
         text = f"Of the users of {name}, {_join_words(parts)}; all other users keep their target."
     else:
@@ -256,7 +249,7 @@ def planned_route(
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
     runs = assign_buckets(weighted, now.runs if now else ())
-    return Route(tenant, route, now.move + 1 if now else 1, tuple(weighted), runs, shadow, fraction)
+    return Route(tenant, route, now.move + 1 if now else 1, tuple(weighted), runs, shadow, float(fraction))
 
 
 # -- moves -------------------------------------------------------------------------------------------------------------
@@ -289,8 +282,7 @@ def set_route(
         if from_move is not None and from_move != (previous.move if previous else 0):
             raise RouteMoved(f"{route} has changed in the meantime", where="route", fix="check the route and try again")
         runs = assign_buckets(planned.targets, previous.runs if previous else ())
-        spec = {"targets": planned.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
-        return _move(c, tenant, route, spec, previous, "route.set", actor)
+        return _move(c, replace(planned, runs=runs), previous, "route.set", actor)
 
 
 def remove_route(store: Store, route: str, *, tenant: str = ALL, actor: str) -> None:
@@ -299,8 +291,7 @@ def remove_route(store: Store, route: str, *, tenant: str = ALL, actor: str) -> 
         previous = _current(c, tenant, route)
         if previous is None or not previous.targets:
             raise _unknown_route(c, tenant, route)
-        spec: dict[str, Any] = {"targets": [], "runs": [], "shadow": None, "fraction": 1.0}
-        _move(c, tenant, route, spec, previous, "route.remove", actor)
+        _move(c, Route(tenant, route, 0, (), (), None, 1.0), previous, "route.remove", actor)
 
 
 def rollback_route(
@@ -432,17 +423,16 @@ def _current(c: Connection, tenant: str, route: str) -> Route | None:
     return None if row is None else db.route_of(row)
 
 
-def _move(
-    c: Connection, tenant: str, route: str, spec: dict[str, Any], previous: Route | None, action: str, actor: str
-) -> Route:
-    of_route = _belongs_to(db.move_table, tenant, route)
-    number = (c.scalar(select(func.max(db.move_table.c.move)).where(of_route)) or 0) + 1
-    row = {"tenant": tenant, "route": route, "move": number, "before": previous.move if previous else None}
-    c.execute(insert(db.move_table), row | {"at": time.time(), "who": actor, "spec": json.dumps(spec)})
-    _set_current(c, tenant, route, number)
-    after = _current(c, tenant, route)
-    assert after is not None
-    append_audit(c, actor, action, _subject(tenant, route), _audit_fields(previous), _audit_fields(after))
+def _move(c: Connection, route: Route, previous: Route | None, action: str, actor: str) -> Route:
+    """Write a move to `route`, and return the route with the move's number."""
+    tenant, name = route.tenant, route.name
+    last = c.scalar(select(func.max(db.move_table.c.move)).where(_belongs_to(db.move_table, tenant, name)))
+    after = replace(route, move=(last or 0) + 1)
+    row = {"tenant": tenant, "route": name, "move": after.move, "before": previous.move if previous else None}
+    spec = json.dumps({field: getattr(after, field) for field in ("targets", "runs", "shadow", "fraction")})
+    c.execute(insert(db.move_table), row | {"at": time.time(), "who": actor, "spec": spec})
+    _set_current(c, tenant, name, after.move)
+    append_audit(c, actor, action, _subject(tenant, name), _audit_fields(previous), _audit_fields(after))
     return after
 
 
