@@ -159,10 +159,12 @@ class Tenancy(Protocol):
     """Access and billing.
 
     Tenancies derive from this class for its defaults: no ledger, no logs, no routes. `keyless`: whether
-    requests without a key are accepted; their principals have the kind "open".
+    requests without a key are accepted; their principals have the kind "open". `routes`: the operator's
+    routes, or None if unsupported.
     """
 
     keyless: bool = False
+    routes: Routes | None = None
 
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         """Return the principal of a key. Raises Refused (unauthorized, 401)."""
@@ -179,11 +181,6 @@ class Tenancy(Protocol):
 
         Raises Refused (rate_limited, 429)."""
         ...
-
-    @property
-    def routes(self) -> Routes | None:
-        """Return the operator's routes, or None if unsupported."""
-        return None
 
     def ledger_state(self) -> LedgerState | None:
         """Return how far the ledger is behind, for metrics; None without a ledger."""

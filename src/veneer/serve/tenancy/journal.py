@@ -37,7 +37,6 @@ _BATCH = 1000
 """Maximum items in one transaction."""
 
 C = TypeVar("C")
-T = TypeVar("T")
 Write = Callable[[C, list[Any]], object]
 """A function that writes items in a transaction; called again if the commit fails."""
 
@@ -112,74 +111,41 @@ class Writer(Generic[C]):
             done.set_result(None)
 
 
-def write_all(
-    transaction: Callable[[], AbstractContextManager[C]],
-    write: Callable[[C, Sequence[T]], int],
-    items: Sequence[T],
-    describe: Callable[[T], str],
-) -> int:
-    """Write items in one transaction; return the sum of what `write` returns.
-
-    If the database rejects an item, log the item's description from `describe`, and write the other items.
-    Raises the error if the database is unavailable.
-    """
-    try:
-        with transaction() as c:
-            return write(c, items)
-    except Exception as error:
-        if is_transient(error):
-            raise
-        if len(items) == 1:
-            _log.error("the database refuses %s: %s", describe(items[0]), error)
-            return 0
-        return sum(write_all(transaction, write, [item], describe) for item in items)
-
-
 class Sender:
     """A thread that calls `step` until `step` returns False.
 
     The thread does so after each `wake`, and again after a pause if `step` raised an error.
     """
 
-    def __init__(self, step: Callable[[], bool], label: str) -> None:
-        """Start the thread. `label`: name for the log, such as "usage"."""
-        self.away = False
-        self._step, self._what = step, label
-        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"veneer-{label.replace(' ', '-')}", daemon=True)
+    def __init__(self, step: Callable[[], bool]) -> None:
+        """Start the thread."""
+        self.away, self._step = False, step
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="veneer-usage", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
         self._wake.set()
 
-    def drain(self) -> None:
-        """Call `step` from the caller's thread until `step` returns False.
-
-        Raises the errors of `step`.
-        """
-        with self._lock:
-            while self._step():
-                pass
-
-    def close(self) -> bool:
-        """Send all queued items and stop; return whether the thread ended."""
+    def close(self) -> None:
+        """Send all queued items and stop."""
         self._closing.set()
         self._wake.set()
         self._thread.join(15)
-        return not self._thread.is_alive()
 
     def _run(self) -> None:
         pause = 0.0
         while True:
             self._wake.wait(pause or None)
             self._wake.clear()
-            last = self._closing.is_set()  # read before `drain`, so that the last drain sends all items
+            last = self._closing.is_set()  # read before the steps, so that the last steps send all items
             try:
-                self.drain()
+                while self._step():
+                    pass
                 pause, self.away = 0.0, False
             except Exception as error:  # whatever the error, the items stay queued
                 if not self.away:
-                    _log.warning("%s stays on this machine until the database responds: %s", self._what, error)
+                    _log.warning("usage stays on this machine until the database responds: %s", error)
                 self.away, pause = True, min(5.0, pause * 2 or 0.2)
                 self._closing.wait(pause)
             if last:
@@ -230,19 +196,12 @@ class Journal:
             raise ResourceError(message, where=str(folder), fix=f"{fix}local disk, or a smaller ledger_room") from error
         self.writer = Writer(self._group, "veneer-journal")
 
-    def admit(self, request: str, line: bytes, end_bytes: int) -> Future[None]:
-        """Add the line of an admission, and keep `end_bytes` free for the request's end.
+    def add(self, request: str, line: bytes, end_bytes: int = 0) -> Future[None]:
+        """Add the line of an admission, and keep `end_bytes` free for the request's end; or add the end's line.
 
         The future completes when the line is written. Its error is NoRoom, or the disk's error.
         """
         return self.writer.put(self._add, (request, line, end_bytes))
-
-    def end(self, request: str, line: bytes) -> Future[None]:
-        """Add the line that ends an admitted request.
-
-        The future completes when the line is written.
-        """
-        return self.writer.put(self._add, (request, line, 0))
 
     def remove(self, count: int) -> None:
         """Remove the `count` oldest lines, after the database has received them."""

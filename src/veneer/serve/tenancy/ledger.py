@@ -45,9 +45,10 @@ from veneer.library.names import name_of
 from veneer.serve.access import LedgerState
 from veneer.serve.request import Refused, Usage, invalid
 from veneer.serve.tenancy import store as db
-from veneer.serve.tenancy.entry import EntryState, LedgerEntry, LedgerLine, OwedEntry, day_of
-from veneer.serve.tenancy.journal import Journal, Sender, Writer, dead_journal, write_all
+from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine, OwedEntry, day_of
+from veneer.serve.tenancy.journal import Journal, Sender, Writer, dead_journal
 from veneer.serve.tenancy.store import ALL, Price, Store
+from veneer.serve.transient import is_transient
 
 _log = logging.getLogger("veneer.serve.tenancy")
 
@@ -61,8 +62,8 @@ _Deltas = dict[tuple[Any, ...], list[Any]]
 _LINE, _SERVER = db.line_table.c, db.server_table.c
 
 
-def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
-    """Write requests and their states in a transaction; return how many became done."""
+def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> None:
+    """Write requests and their states in a transaction."""
     if c.dialect.name == "postgresql":  # one writer per server; SQLite locks the whole database anyway
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
     states: dict[str, str] = {}
@@ -74,13 +75,11 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
     changed: list[dict[str, Any]] = []
     by_day: _Deltas = defaultdict(lambda: [0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0])
     by_slot: _Deltas = defaultdict(lambda: [0, 0])
-    done = 0
     for each in owed:
         previous_state = states.get(each.entry.request)
         if previous_state in ("done", each.state) or (previous_state is not None and each.state == "open"):
             continue
         states[each.entry.request] = each.state
-        done += each.state == "done"
         (fresh if previous_state is None else changed).extend(_rows(server, each))
         _count_day(by_day, each, previous_state)
         _count_slots(by_slot, server, each, previous_state, now)
@@ -90,7 +89,6 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
         c.execute(_CHANGE, [{f"_{name}": row[name] for name in (*_KEY, *_CHANGING)} for row in changed])
     _add_figures(c, db.sum_table, by_day)
     _add_figures(c, db.slot_table, by_slot)
-    return done
 
 
 def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
@@ -203,13 +201,13 @@ class Ledger:
         self._sending_since, self._logged = 0.0, -10.0
         try:
             self.beat()
-            self.recovered = self.recover()
+            self.recover()
         except BaseException:
             self.journal.close()
             raise
         self.writer: Writer[Connection] = Writer(lambda: write_transaction(store.engine), "veneer-ledger")
         """A writer for other tables of the same database."""
-        self._sender = Sender(self._send, "usage")
+        self._sender = Sender(self._send)
 
     def open(self, entry: LedgerEntry) -> Future[None]:
         """Record an admission; the future completes when the admission is written.
@@ -235,7 +233,7 @@ class Ledger:
 
         self._open[entry.request] = entry
         line = OwedEntry(entry).to_line()
-        self.journal.admit(entry.request, line, len(line) + _PAD).add_done_callback(written)
+        self.journal.add(entry.request, line, len(line) + _PAD).add_done_callback(written)
         return opened
 
     def _log_refusal(self, error: BaseException) -> None:
@@ -245,25 +243,19 @@ class Ledger:
             pending = self.state().pending
             _log.error("requests are refused because the ledger cannot record them: %s (%d pending)", error, pending)
 
-    def settle(self, request: str, usage: Usage) -> Future[None]:
-        """Record a request's usage.
+    def settle(self, request: str, usage: Usage | None) -> Future[None]:
+        """Record a request's usage; None for a request that was interrupted, which ends without a bill.
 
         The future completes once the usage would survive the process, and never fails.
         """
-        return self._end(request, "done", usage)
-
-    def interrupt(self, request: str) -> Future[None]:
-        """Record that the request ended without a bill. The future is as in `settle`."""
-        return self._end(request, "interrupted", Usage(0, 0, 0))
-
-    def _end(self, request: str, state: EntryState, usage: Usage) -> Future[None]:
         recorded: Future[None] = Future()
         entry = self._open.pop(request, None)
         if entry is None:  # only the first end counts
             recorded.set_result(None)
             return recorded
         now = self.wall()
-        line = OwedEntry(entry, state, now, usage).to_line()
+        owed = self._interrupted(entry) if usage is None else OwedEntry(entry, "done", now, usage)
+        line = owed.to_line()
         self._ended[request] = now
 
         def written(future: Future[None]) -> None:
@@ -273,7 +265,7 @@ class Ledger:
             self._sender.wake()
             recorded.set_result(None)
 
-        self.journal.end(request, line).add_done_callback(written)
+        self.journal.add(request, line).add_done_callback(written)
         return recorded
 
     # -- into the database ---------------------------------------------------------------------------------------------
@@ -292,14 +284,20 @@ class Ledger:
                 self._ended.pop(each.entry.request, None)
         return True
 
-    def _post(self, server: str, owed: Sequence[OwedEntry]) -> int:
-        """Post a server's requests; return the number that became done."""
-
-        def write(c: Connection, owed: Sequence[OwedEntry]) -> int:
-            return post(c, server, owed, self.wall())
-
-        lost = "a request, which is recorded only in this log: {}".format
-        return write_all(lambda: write_transaction(self.store.engine), write, owed, lost)
+    def _post(self, server: str, owed: Sequence[OwedEntry]) -> None:
+        """Post a server's requests. A request that the database rejects is only logged."""
+        try:
+            with write_transaction(self.store.engine) as c:
+                post(c, server, owed, self.wall())
+        except Exception as error:
+            if is_transient(error):
+                raise
+            if len(owed) == 1:
+                lost = "the database refuses a request, which is recorded only in this log: %s: %s"
+                _log.error(lost, owed[0], error)
+                return
+            for each in owed:
+                self._post(server, [each])
 
     def flush(self, seconds: float = 10.0) -> bool:
         """Wait until the database has all recorded entries; return False on a timeout."""
@@ -321,22 +319,13 @@ class Ledger:
 
     # -- recovery of dead servers --------------------------------------------------------------------------------------
 
-    def recover(self) -> dict[str, int]:
-        """Settle the requests of dead servers.
-
-        Returns {"done": requests whose usage was in a journal, "interrupted": all others}.
-        """
-        counts = {"done": 0, "interrupted": 0}
-        for path in sorted(self.folder.glob("[0-9a-f]" * 16 + ".sqlite")):
-            _log.error(
-                "%s can contain usage that the database lacks; to record it, start the earlier version of veneer once",
-                path,
-            )
-        for path in sorted(self.folder.glob("*.journal")):
-            if re.fullmatch(r"[0-9a-f]{16}", path.stem) and path != self.journal.path:
+    def recover(self) -> None:
+        """Settle the requests of dead servers: as their journals say, all others as interrupted."""
+        for path in sorted(self.folder.glob("[0-9a-f]" * 16 + ".journal")):
+            if path != self.journal.path:
                 with suppress(BlockingIOError, FileNotFoundError), dead_journal(path) as lines:
-                    self._recover_lines(path.stem, lines, counts)
-                    counts["interrupted"] += self._interrupt_all(path.stem)
+                    self._recover_lines(path.stem, lines)
+                    self._interrupt_all(path.stem)
         alive = select(_SERVER.server).where(_SERVER.seen > database_clock(self.store.engine) - _GONE_SECONDS)
         dead = select(_LINE.server).where(
             _LINE.state == "open", _LINE.server != self.server, _LINE.server.not_in(alive)
@@ -344,10 +333,9 @@ class Ledger:
         with reading(self.store.engine) as c:
             servers = list(c.scalars(dead.distinct()))
         for server in servers:
-            counts["interrupted"] += self._interrupt_all(server)
-        return counts
+            self._interrupt_all(server)
 
-    def _recover_lines(self, server: str, lines: Sequence[bytes], counts: dict[str, int]) -> None:
+    def _recover_lines(self, server: str, lines: Sequence[bytes]) -> None:
         last: dict[str, OwedEntry] = {}
         for line in lines:
             try:
@@ -361,15 +349,12 @@ class Ledger:
                 last.setdefault(owed.entry.request, self._interrupted(owed.entry))
         ended = list(last.values())
         for i in range(0, len(ended), _BATCH):
-            counts["done"] += self._post(server, ended[i : i + _BATCH])
-        counts["interrupted"] += sum(each.state == "interrupted" for each in ended)
+            self._post(server, ended[i : i + _BATCH])
 
-    def _interrupt_all(self, server: str) -> int:
+    def _interrupt_all(self, server: str) -> None:
         with write_transaction(self.store.engine) as c:
-            owed = [self._interrupted(entry) for entry in _open_entries(c, server)]
-            post(c, server, owed, self.wall())
+            post(c, server, [self._interrupted(entry) for entry in _open_entries(c, server)], self.wall())
             c.execute(delete(db.server_table).where(_SERVER.server == server))
-        return len(owed)
 
     def _interrupted(self, entry: LedgerEntry) -> OwedEntry:
         return OwedEntry(entry, "interrupted", self.wall())
@@ -433,7 +418,7 @@ class Ledger:
         Entries that cannot be sent now are sent by the next start.
         """
         for request in list(self._open):
-            self.interrupt(request)
+            self.settle(request, None)
         self.writer.close()
         self.journal.writer.close()
         self._sender.close()

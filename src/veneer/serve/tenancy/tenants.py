@@ -38,6 +38,7 @@ from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
+from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.feedback import StoredAnswers
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, matches_hash
@@ -87,7 +88,7 @@ class Tenants(Tenancy):
             self.store.close()
             raise
         self.answers = StoredAnswers(self.store, self.ledger.writer, wall, quotas)
-        self._routes = TenantRoutes(self.store, self.ledger.writer.put)
+        self.routes: TenantRoutes = TenantRoutes(self.store, self.ledger.writer.put)
         self._refresher = ThreadPoolExecutor(1, "veneer-tenants")
         self._next_refresh: Future[TenantSettings] | None = None
         self._unavailable = False
@@ -198,29 +199,21 @@ class Tenants(Tenancy):
 
         Blocking.
         """
-        from veneer.serve.tenancy.manage import log_change
-
-        log_change(self.store, actor, action, subject, before, after)
+        manage.log_change(self.store, actor, action, subject, before, after)
 
     def grant_namespace(self, tenant: str) -> None:
         """Grant a tenant its own namespace. Blocking.
 
         Only the first call for a tenant changes anything and writes an audit entry.
         """
-        from veneer.serve.tenancy.manage import get_tenant, grant_namespace
-
-        if f"{tenant}/*" not in get_tenant(self.store, tenant).adapters:
-            grant_namespace(self.store, tenant, actor="jobs")
-
-    @property
-    def routes(self) -> TenantRoutes:
-        return self._routes
+        if f"{tenant}/*" not in manage.get_tenant(self.store, tenant).adapters:
+            manage.grant_namespace(self.store, tenant, actor="jobs")
 
     def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
         return self.answers.keeping(principal, model, request)
 
     def record_shadow(self, answer: ShadowAnswer) -> None:
-        self._routes.record_shadow(answer)
+        self.routes.record_shadow(answer)
 
     # -- other servers -------------------------------------------------------------------------------------------------
 
@@ -310,7 +303,7 @@ class _Bill:
         if self._settled is None:
             self._held.used(0)
             if not (opened.done() and opened.exception()):
-                self._settled = self._ledger.interrupt(self._request)
+                self._settled = self._ledger.settle(self._request, None)
 
 
 def _journal_folder(where: str) -> Path:
