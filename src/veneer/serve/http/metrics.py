@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -24,11 +25,9 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _ENGINE = ("model_name", "engine")
 _FIRST = "vllm:time_to_first_token_seconds"
 _BETWEEN = "vllm:inter_token_latency_seconds"
-_PER_TOKEN = "vllm:request_time_per_output_token_seconds"
 _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     _FIRST: ("Seconds from arrival to the first token.", _SECONDS),
     _BETWEEN: ("Seconds from one token to the next.", _SECONDS),
-    _PER_TOKEN: ("Decoding seconds per token, by request.", _SECONDS),
     "vllm:e2e_request_latency_seconds": ("Seconds from arrival to the last token.", _SECONDS),
     "vllm:request_queue_time_seconds": ("Seconds until the first step.", _SECONDS),
     "vllm:request_prefill_time_seconds": ("Seconds until the first token, after the queue.", _SECONDS),
@@ -60,7 +59,7 @@ _LEDGER_GAUGES = {
 """Series -> (help text, attribute of EngineStats or LedgerState)."""
 
 
-class Metrics:
+class Metrics(Collector):
     """All metrics of one application, in a registry of their own."""
 
     def __init__(
@@ -72,38 +71,23 @@ class Metrics:
     ) -> None:
         """Create the metrics. `ledger`: returns the ledger's state on a server with a ledger."""
         self.registry = registry = CollectorRegistry()
+        counter = partial(Counter, registry=registry)
+        self.stats, self.ledger = stats, ledger
         self.limit, self._named = adapters, set[str]()
         self.labels = (model, "0")
         self.running, self.waiting = Tally[str](), Tally[str]()
-        registry.register(_Engine(self, stats, ledger))
+        registry.register(self)
         self.histograms = {
             name: Histogram(name, text, _ENGINE, registry=registry, buckets=buckets).labels(*self.labels)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
-        self.ended = Counter(
-            "vllm:request_success", "Answers, by finish reason.", (*_ENGINE, "finished_reason"), registry=registry
-        )
+        self.ended = counter("vllm:request_success", "Answers, by finish reason.", (*_ENGINE, "finished_reason"))
         for reason in ("stop", "length", "abort", "error"):
             self.ended.labels(*self.labels, reason)
-        self.answers = Counter(
-            "veneer:adapter_requests", "Answers, by adapter.", ("adapter", "reason"), registry=registry
-        )
-        self.prompts, self.generated = (
-            Counter(f"veneer:adapter_{kind}", f"{text}, by adapter.", ("adapter",), registry=registry)
-            for kind, text in (("prompt_tokens", "Prompt tokens"), ("generation_tokens", "Generated tokens"))
-        )
-        self.first_by_adapter = Histogram(
-            "veneer:adapter_time_to_first_token_seconds",
-            "Seconds to the first token, by adapter.",
-            ("adapter",),
-            registry=registry,
-            buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
-        )
-        names = ("route", "shadow", "outcome")
-        self.shadows = Counter("veneer:shadow_answers", "Answers of shadows, by outcome.", names, registry=registry)
-        self.refused = Counter(
-            "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=registry
-        )
+        self.answers = counter("veneer:adapter_requests", "Answers, by adapter.", ("adapter", "reason"))
+        self.prompts = counter("veneer:adapter_prompt_tokens", "Prompt tokens, by adapter.", ("adapter",))
+        self.generated = counter("veneer:adapter_generation_tokens", "Generated tokens, by adapter.", ("adapter",))
+        self.refused = counter("veneer:requests_refused", "Requests answered with an error.", ("code",))
 
     def label(self, name: str) -> str:
         """Return the label of an adapter: its name, or "other" if there are too many names."""
@@ -113,11 +97,29 @@ class Metrics:
             self._named.add(name)
         return name
 
-    def shadow(self, route: str, name: str, outcome: str) -> None:
-        self.shadows.labels(self.label(route), self.label(name), outcome).inc()
-
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the engine's and the ledger's counters, read when metrics are scraped."""
+        stats, state = self.stats(), self.ledger()
+        tables: list[tuple[Any, Mapping[str, tuple[str, str]], Any]]
+        tables = [(GaugeMetricFamily, _GAUGES, stats), (CounterMetricFamily, _COUNTERS, stats)]
+        if state is not None:
+            tables.append((GaugeMetricFamily, _LEDGER_GAUGES, state))
+        for family, series, values in tables:
+            for name, (text, attribute) in series.items():
+                metric = family(name, text, labels=_ENGINE)
+                metric.add_metric(self.labels, float(getattr(values, attribute)))
+                yield metric
+        # LoRA-aware routers read the names of running and waiting adapters, separated by commas, from these
+        # labels. The metric's value is the current time.
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
+        hidden = {self.labels[0], "other", "mix"}
+        names = [",".join(sorted(set(tally) - hidden)) for tally in (self.running, self.waiting)]
+        info.add_metric(("0", *names), time.time())
+        yield info
 
 
 class Meter:
@@ -125,9 +127,8 @@ class Meter:
 
     def __init__(self, metrics: Metrics, adapter: str) -> None:
         self.metrics, self.adapter = metrics, metrics.label(adapter)
-        self.arrived = self.last = time.perf_counter()
-        self.first: float | None = None
-        self.tokens = 0
+        self.arrived = time.perf_counter()
+        self.last: float | None = None  # time of the last token
         self._state = metrics.waiting
         self._state[self.adapter] += 1
 
@@ -136,11 +137,8 @@ class Meter:
 
     def token(self) -> None:
         now = time.perf_counter()
-        self.tokens += 1
-        if self.first is None:
-            self.first = now
+        if self.last is None:
             self.metrics.histograms[_FIRST].observe(now - self.arrived)
-            self.metrics.first_by_adapter.labels(self.adapter).observe(now - self.arrived)
         else:
             self.metrics.histograms[_BETWEEN].observe(now - self.last)
         self.last = now
@@ -162,8 +160,6 @@ class Meter:
             "vllm:request_prompt_tokens": usage.prompt,
             "vllm:request_generation_tokens": usage.completion,
         }
-        if self.first is not None and self.tokens > 1:
-            observed[_PER_TOKEN] = (self.last - self.first) / (self.tokens - 1)
         for name, value in observed.items():
             metrics.histograms[name].observe(value)
 
@@ -173,35 +169,3 @@ class Meter:
             self._state += Tally()  # drops zeros
             self._state = state
             state[self.adapter] += 1
-
-
-class _Engine(Collector):
-    """Reads the engine's and the ledger's counters when metrics are scraped."""
-
-    def __init__(
-        self, metrics: Metrics, stats: Callable[[], EngineStats], ledger: Callable[[], LedgerState | None]
-    ) -> None:
-        self.metrics, self.stats, self.ledger = metrics, stats, ledger
-
-    def describe(self) -> Iterable[Metric]:
-        return []
-
-    def collect(self) -> Iterable[Metric]:
-        stats, state = self.stats(), self.ledger()
-        tables: list[tuple[Any, Mapping[str, tuple[str, str]], Any]]
-        tables = [(GaugeMetricFamily, _GAUGES, stats), (CounterMetricFamily, _COUNTERS, stats)]
-        if state is not None:
-            tables.append((GaugeMetricFamily, _LEDGER_GAUGES, state))
-        for family, series, values in tables:
-            for name, (text, attribute) in series.items():
-                metric = family(name, text, labels=_ENGINE)
-                metric.add_metric(self.metrics.labels, float(getattr(values, attribute)))
-                yield metric
-        # LoRA-aware routers read the names of running and waiting adapters, separated by commas, from these
-        # labels. The metric's value is the current time.
-        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
-        hidden = {self.metrics.labels[0], "other", "mix"}
-        names = [",".join(sorted(set(tally) - hidden)) for tally in (self.metrics.running, self.metrics.waiting)]
-        info.add_metric(("0", *names), time.time())
-        yield info
