@@ -17,12 +17,12 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
 from veneer.serve.access import BEHIND, SHADOWS, ResolvedModel, ShadowAnswer, shadow_id
-from veneer.serve.http.errors import as_refused, log, problem_of
+from veneer.serve.http.errors import as_refused, log, message_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.service import Service
 from veneer.serve.http.sse import EventStream, client_left
@@ -241,7 +241,7 @@ async def stream(
     request: HttpRequest,
     service: Service,
     job: TextJob,
-    lines: Callable[[OpenStream[IndexedEvent]], AsyncIterator[bytes]],
+    lines: Callable[[AsyncIterator[IndexedEvent]], AsyncIterator[bytes]],
     format_error: Callable[[Refused], bytes],
     headers: Mapping[str, str],
 ) -> EventStream:
@@ -249,31 +249,24 @@ async def stream(
 
     `lines`: formats the events. `format_error`: formats an error that occurs after the first event.
     """
-    events = await open_stream(request, run(service, job))
-    return EventStream(lines(events), events, format_error, service.settings.stall, headers)
+    events = run(service, job)
+    lines_of_events = lines(await opened_stream(request, events))
+    return EventStream(lines_of_events, events, format_error, service.settings.stall, headers)
 
 
-class OpenStream(Generic[T]):
-    """Events of which the first has arrived, so that an error before it can still set the HTTP status."""
+async def opened_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> AsyncIterator[T]:
+    """Wait for the first event, then return all events. An error before it can still set the HTTP status.
 
-    def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
-        self.first, self.rest = first, rest
+    Raises the error of the first event, or ClientLeft. The caller closes `events`.
+    """
+    first = await unless_left(request, anext(events))
 
-    async def __aiter__(self) -> AsyncGenerator[T, None]:
-        yield self.first
-        async for event in self.rest:
+    async def all_events() -> AsyncIterator[T]:
+        yield first
+        async for event in events:
             yield event
 
-    async def aclose(self) -> None:
-        await self.rest.aclose()
-
-
-async def open_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> OpenStream[T]:
-    """Wait for the first event, then return all events.
-
-    Raises the error of the first event, or ClientLeft.
-    """
-    return OpenStream(await unless_left(request, anext(events)), events)
+    return all_events()
 
 
 async def unless_left(request: HttpRequest, work: Awaitable[T]) -> T:
@@ -329,12 +322,11 @@ async def _run_shadow(
             async for _, event in events:
                 answer.add(event)
     except Exception as problem:  # an error of the shadow must not affect the client's request
-        error = problem_of(problem)
+        error = message_of(problem) if isinstance(problem, Refused) else repr(problem)
         log.warning("the shadow %s of %s failed (%s): %s", name, job.model.name, job.id, error)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
         own = answer.usage_so_far(len(job.prompts[0]))
         names = (job.id, job.principal.tenant, job.model.name, name, job.model.target)
         compared = ShadowAnswer(*names, text, answer.text, usage, own, error)
-        service.metrics.shadow(job.model.name, name, compared.outcome)
         service.tenancy.record_shadow(compared)

@@ -89,7 +89,7 @@ class _Connection(H11Protocol):
                 del self.all.sockets[socket]
                 socket.shutdown()
             else:
-                next(iter(self.all.waiting))._close()
+                next(iter(self.all.waiting)).timeout_keep_alive_handler()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._restart_timer(None)
@@ -128,12 +128,10 @@ class _Connection(H11Protocol):
         """Restart the timer, which closes the connection after `seconds`; None stops the timer."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self._close)
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
+        """Close the connection."""
         self.all.waiting.pop(self, None)
         super().timeout_keep_alive_handler()
         if self._unread is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import IO
 
 from starlette.responses import Response, StreamingResponse
@@ -19,7 +19,6 @@ def file_response(
     *,
     headers: Mapping[str, str] | None = None,
     after: Callable[[], object] | None = None,
-    media_type: str = "application/octet-stream",
 ) -> Response:
     """Return a response that sends a file.
 
@@ -36,21 +35,20 @@ def file_response(
         if after is not None:
             await asyncio.to_thread(after)
 
-    head = {"content-length": str(size), "content-disposition": disposition, **(headers or {})}
-    return _Download(chunks(), end, head, media_type)
+    head = {
+        "content-type": "application/octet-stream",
+        "content-length": str(size),
+        "content-disposition": disposition,
+        **(headers or {}),
+    }
 
+    class Download(StreamingResponse):
+        """A response that always calls `end`, even if the client disconnects at once."""
 
-class _Download(StreamingResponse):
-    """A response that always calls `end`, even if the client disconnects at once."""
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await end()
 
-    def __init__(
-        self, chunks: AsyncIterator[bytes], end: Callable[[], Awaitable[None]], headers: Mapping[str, str], kind: str
-    ) -> None:
-        super().__init__(chunks, media_type=kind, headers=headers)
-        self._end = end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._end()
+    return Download(chunks(), headers=head)

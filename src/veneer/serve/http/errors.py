@@ -47,11 +47,6 @@ def message_of(error: VeneerError) -> str:
     return f"{error.what.rstrip('.')}: {error.fix}" if error.fix else error.what
 
 
-def problem_of(error: Exception) -> str:
-    """Return the text of any error for a log."""
-    return message_of(error) if isinstance(error, Refused) else repr(error)
-
-
 def as_refused(error: Exception) -> Refused:
     """Return the client's error for an exception.
 
@@ -65,20 +60,16 @@ def as_refused(error: Exception) -> Refused:
 # -- bodies ------------------------------------------------------------------------------------------------------------
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_OPENAI_CODES = {"context_exceeded": "context_length_exceeded", "rate_limited": "rate_limit_exceeded"}
+_OPENAI_CODES["unauthorized"] = "invalid_api_key"
+"""This server's code -> OpenAI's, which OpenAI's clients check."""
 
 
 def _openai(error: Refused) -> tuple[int, Any]:
     kind = _OPENAI_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     status = 400 if error.status == 422 else error.status
-    body = {"message": message_of(error), "type": kind, "param": error.param, "code": _openai_code(error)}
-    return status, {"error": body}
-
-
-def _openai_code(error: Refused) -> str:
-    """Return OpenAI's code for an error, which OpenAI's clients check."""
-    words = {"context_exceeded": "context_length_exceeded", "rate_limited": "rate_limit_exceeded"}
-    words["unauthorized"] = "invalid_api_key"
-    return words.get(error.code, error.code)
+    code = _OPENAI_CODES.get(error.code, error.code)
+    return status, {"error": {"message": message_of(error), "type": kind, "param": error.param, "code": code}}
 
 
 _VLLM_TYPES = {400: "BadRequestError", 422: "BadRequestError", 404: "NotFoundError", 401: "UnauthorizedError"}

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from veneer.serve.http.errors import as_refused, json_bytes, log
 from veneer.serve.request import Refused
-
-
-class Closable(Protocol):
-    async def aclose(self) -> None: ...
 
 
 def data(content: Any, *, tight: bool = False) -> bytes:
@@ -37,7 +33,7 @@ class EventStream(Response):
     def __init__(
         self,
         lines: AsyncIterator[bytes],
-        source: Closable,
+        source: AsyncGenerator[Any, None],
         format_error: Callable[[Refused], bytes],
         stall: float,
         headers: Mapping[str, str] | None = None,

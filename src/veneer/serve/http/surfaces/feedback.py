@@ -12,7 +12,6 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from veneer.library.database import reading
 from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, Strict, at_most, checked
 from veneer.serve.http.errors import Json, in_thread
 from veneer.serve.http.guard import needs
@@ -83,7 +82,7 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
         tenant = _tenant(request, store)
 
         def count() -> dict[str, int]:
-            with reading(store.engine) as c:
+            with store.reading() as c:
                 return feedback_counts(c, tenant, answers.wall())
 
         counts, terms = await in_thread(_DATABASE, count), store.settings.feedback.get(tenant)

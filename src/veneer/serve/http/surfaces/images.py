@@ -18,7 +18,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -27,7 +27,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer.imaging.infotext import encoded
-from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
+from veneer.serve.http.answers import ClientLeft, opened_stream, unless_left
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, as_refused, error_body
 from veneer.serve.http.guard import needs
@@ -77,8 +77,8 @@ async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> 
         plan, events = await ask_pictures(service, principal, body, request.scope["veneer.id"])
         if not body.stream:
             return Json(await unless_left(request, _collected(events, body, plan)))
-        stream = await open_stream(request, events)
-        return EventStream(_lines(stream, body, plan, event), stream, _error_event, service.settings.stall)
+        lines = _lines(await opened_stream(request, events), body, plan, event)
+        return EventStream(lines, events, _error_event, service.settings.stall)
     except (ClientLeft, Refused):
         raise
     except Exception as error:
@@ -119,11 +119,12 @@ def _file(picture: FinishedPicture, body: ImageBody) -> str:
 
 
 def _settings_fields(body: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
+    settings = plan.requests[0].settings
     return {
         "background": "opaque",
         "output_format": body.kind,
         "quality": _QUALITY.get(body.quality, body.quality),
-        "size": f"{plan.width}x{plan.height}",
+        "size": f"{settings.width}x{settings.height}",
     }
 
 
@@ -143,7 +144,7 @@ def _notes(plan: DrawingPlan, picture: FinishedPicture) -> dict[str, Any]:
 
 
 async def _lines(
-    events: OpenStream[IndexedPicture], body: ImageBody, plan: DrawingPlan, event: str
+    events: AsyncIterator[IndexedPicture], body: ImageBody, plan: DrawingPlan, event: str
 ) -> AsyncGenerator[bytes, None]:
     """Yield server-sent events.
 

@@ -19,7 +19,6 @@ from veneer.library.names import organisation_of, parse_tuned, tuned_of
 from veneer.serve.access import ModelCard
 from veneer.serve.http.answers import (
     IndexedEvent,
-    OpenStream,
     TextAnswer,
     TextJob,
     collect,
@@ -191,7 +190,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 async def _chunks(
-    job: TextJob, form: _ChatFormat | _TextFormat, events: OpenStream[IndexedEvent], wants_usage: bool
+    job: TextJob, form: _ChatFormat | _TextFormat, events: AsyncIterator[IndexedEvent], wants_usage: bool
 ) -> AsyncIterator[bytes]:
     """Yield the chunks of a streamed response.
 

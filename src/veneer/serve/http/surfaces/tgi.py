@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
-from veneer.serve.http.answers import IndexedEvent, OpenStream, TextAnswer, TextJob, collect, finite_logprob, stream
+from veneer.serve.http.answers import IndexedEvent, TextAnswer, TextJob, collect, finite_logprob, stream
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, MixField, Strict, at_most, mix_of, unsupported
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs
@@ -209,7 +209,7 @@ async def _complete_generation(request: HttpRequest, body: Generate) -> dict[str
 
 
 async def _lines(
-    service: Service, job: TextJob, body: Generate, events: OpenStream[IndexedEvent]
+    service: Service, job: TextJob, body: Generate, events: AsyncIterator[IndexedEvent]
 ) -> AsyncIterator[bytes]:
     """Yield one event per token; the last event has the full text and the details.
 
