@@ -20,7 +20,6 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -528,8 +527,7 @@ def _controls(
             raise invalid(error.what, "control", error.fix) from error
         notes += found
         controls.append(Control(model, image, control.strength, control.begin, control.end))
-        public = Path(name).name if Path(name).exists() else name  # do not reveal local folders
-        entry: dict[str, Any] = {"kind": control.type, "model": public, **_record(control.image)}
+        entry: dict[str, Any] = {"kind": control.type, "model": name, **_record(control.image)}
         records.append(entry | {"weight": control.strength, "begin": control.begin, "end": control.end})
     return tuple(controls), records
 

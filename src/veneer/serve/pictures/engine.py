@@ -72,10 +72,9 @@ class _LoadedAdapter:
 class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """An engine that generates images with one base. A context manager.
 
-    `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet; a
-    kind of CONTROL_KINDS defaults to the base's own ControlNet. `window`: seconds for which an image waits
-    for other images to share its batch. `adapter_bytes`: memory for adapters. `stuck_seconds`: if a step
-    takes longer, the engine counts as stuck.
+    `read`: digest -> adapter, checked against the base. `window`: seconds for which an image waits for other
+    images to share its batch. `adapter_bytes`: memory for adapters. `stuck_seconds`: if a step takes longer,
+    the engine counts as stuck.
     """
 
     makes = "pictures"
@@ -85,18 +84,15 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         base: ImageBase,
         read: Callable[[str], Adapter],
         *,
-        controls: Mapping[str, str] | None = None,
         max_batch: int = 4,
         window: float = 0.03,
         max_waiting: int = 64,
-        max_pixels: int | None = None,
-        max_steps: int = _MAX_STEPS,
         adapter_bytes: int = 1 << 30,
         stuck_seconds: float = 600.0,
     ) -> None:
         self.base, self.stuck_seconds = base, stuck_seconds
-        self.max_batch, self.window, self.max_waiting, self.max_steps = max_batch, window, max_waiting, max_steps
-        self.max_pixels = max_pixels or 4 * base.size**2
+        self.max_batch, self.window, self.max_waiting = max_batch, window, max_waiting
+        self.max_pixels = 4 * base.size**2
         self.attachment = attach(base.model)
         self._modules = [name for name, _ in base_modules(base.model) if name]
         self._divided: dict[tuple[str, Strength], NamedMix] = {}
@@ -104,7 +100,6 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             read, lambda adapter, digest: _LoadedAdapter(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
         self._evicted: list[str] = []
-        self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
         (tokenizer, limit), *_ = readers(base)
         # A copy, because a tokenizer stores the settings of its last call, and the worker thread uses the
@@ -182,30 +177,16 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         Blocking; each model is loaded once. Raises Refused for a kind without a ControlNet.
         """
         with self._preparing:
+            if kind not in CONTROL_KINDS:
+                raise invalid(f"no control of type {kind!r}", "control", f"one of {', '.join(sorted(CONTROL_KINDS))}")
             if kind not in self._controls:
-                if (name := self._control_name(kind)) is None:
-                    kinds = self.control_kinds()
-                    available = f"this base has {', '.join(kinds)}" if kinds else "this base has none"
-                    raise invalid(f"no control of type {kind!r}: {available}", "control")
                 loaded = dict(self._controls.values())
                 try:
+                    name = control_model_of(self.base, ControlSpec(kind, ""))
                     self._controls[kind] = name, loaded[name] if name in loaded else load_control(name, self.base)
                 except VeneerError as error:
                     raise invalid(error.what, "control") from error
             return self._controls[kind]
-
-    def control_kinds(self) -> list[str]:
-        """Return the kinds of control images that have a ControlNet."""
-        return [kind for kind in sorted({*CONTROL_KINDS, *self._control_names}) if self._control_name(kind)]
-
-    def _control_name(self, kind: str) -> str | None:
-        """Return the name or folder of the ControlNet for a kind, or None."""
-        if kind in self._control_names or kind not in CONTROL_KINDS:
-            return self._control_names.get(kind)
-        try:
-            return control_model_of(self.base, ControlSpec(kind, ""))
-        except ConfigError:
-            return None
 
     def in_campaign(self, strength: Strength) -> Strength:
         """Replace a strength's campaign role by this base's factors for the role."""
@@ -289,10 +270,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         """Raise Refused for every error that can be found before queueing."""
         for request in requests:
             s = request.settings
-            if (s.width or 0) * (s.height or 0) > self.max_pixels:
-                raise invalid(f"{s.width}×{s.height}: at most {self.max_pixels} pixels", "size")
-            if (s.steps or 0) > self.max_steps:
-                raise invalid(f"{s.steps} steps: at most {self.max_steps}", "num_inference_steps")
+            if (s.steps or 0) > _MAX_STEPS:
+                raise invalid(f"{s.steps} steps: at most {_MAX_STEPS}", "num_inference_steps")
             try:
                 with self._preparing:
                     check_rows(self.base, [request.row(MixPlan())], s)

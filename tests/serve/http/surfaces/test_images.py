@@ -34,6 +34,7 @@ from veneer.imaging.generate import ImageRequest, Options, generate
 from veneer.imaging.infotext import read_record
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.access import NoWait, OpenAccess, ResolvedModel
+from veneer.serve.pictures import engine as pictures
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage
@@ -54,8 +55,9 @@ def shelf(base: ImageBase) -> Shelf:
 
 @pytest.fixture(scope="module")
 def engine(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PictureEngine]:
-    controls = {"edges": str(tiny_control(tmp_path_factory.getbasetemp(), "flux1"))}
-    with PictureEngine(base, shelf.read, controls=controls, window=0.01) as opened:
+    control = str(tiny_control(tmp_path_factory.getbasetemp(), "flux1"))
+    with pytest.MonkeyPatch.context() as patch, PictureEngine(base, shelf.read, window=0.01) as opened:
+        patch.setattr(pictures, "control_model_of", lambda base, spec: control)
         yield opened
 
 
