@@ -22,7 +22,7 @@ from veneer.core.attach import attach
 from veneer.errors import AdapterError
 from veneer.serve.engine import grammar
 from veneer.serve.engine.engine import TextEngine
-from veneer.serve.forward.paged import Pages
+from veneer.serve.forward.runner import block_bytes
 from veneer.serve.names.adapter_sources import Problems
 from veneer.serve.request import BASE, DigestMix, EngineEvent, Finished, Refused, Request, Sampling, Started, Token
 from veneer.serve.settings import EngineSettings
@@ -176,9 +176,7 @@ def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
         asked = [first(engine, Request(p, scoring, mix)) for p in (long, short)]
         return (await asyncio.gather(*others, *asked))[3:]
 
-    config = model.config.get_text_config()
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block = Pages.bytes_of_a_block(config.num_hidden_layers, config.num_key_value_heads, d, torch.float32)
+    block = block_bytes(base_of(model))
     for budget, blocks in ((16, 200), (64, 14)):
         with engine_of(model, shelf, budget=budget, rows=8, cache_bytes=blocks * block) as engine:
             scored, alone = run(work(engine))

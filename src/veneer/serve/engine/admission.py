@@ -90,9 +90,6 @@ class FairPool(ThreadPoolExecutor):
         result: T = await asyncio.wrap_future(self.add(tenant, weight, size, do))
         return result
 
-    def close(self) -> None:
-        self.shutdown(wait=False, cancel_futures=True)
-
     def add(self, tenant: str, weight: float, size: int, do: Callable[[], Any]) -> Future[Any]:
         """Queue a call of `do`; return the future of its result."""
         work = _Work(weight, max(1, size), do)
@@ -164,13 +161,10 @@ class Admission:
         }
         # One thread each: a thread tokenizes megabytes per second, and a second thread would double the time
         # for which the engine waits for the GIL, which each step acquires dozens of times.
-        self._short, self._long = FairPool(1, "short"), FairPool(1, "long")
+        self.short, self.long = FairPool(1, "short"), FairPool(1, "long")
 
     def enter(self, tenant: str = "", weight: float = 1.0) -> AdmittedRequest:
         return AdmittedRequest(self, tenant, weight)
-
-    def pool(self, size: int) -> FairPool:
-        return self._short if size < _LONG else self._long
 
 
 @dataclass(eq=False)
@@ -197,8 +191,9 @@ class AdmittedRequest:
         `size`: characters or bytes that `do` works on; counts against `texts` until the call has ended.
         """
         self.reserve("texts", size)
+        pool = self.admission.short if size < _LONG else self.admission.long
         try:
-            return await self.admission.pool(size).run(self.tenant, self.weight, size, do)
+            return await pool.run(self.tenant, self.weight, size, do)
         finally:
             self.release("texts", size)
 

@@ -70,7 +70,9 @@ class Cache:
             block = self._known.get(key)
             if block is None:
                 break
-            self._hold(block)
+            if not self._holders[block]:
+                del self._evictable[block]
+            self._holders[block] += 1
             table.blocks.append(block)
             table.keys.append(key)
         return table
@@ -117,11 +119,6 @@ class Cache:
         self._key = [None] * self.size
         self._free += self._evictable
         self._evictable.clear()
-
-    def _hold(self, block: int) -> None:
-        if not self._holders[block]:
-            del self._evictable[block]
-        self._holders[block] += 1
 
     def _allocate(self) -> int:
         if self._free:

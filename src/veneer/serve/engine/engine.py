@@ -104,8 +104,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         *,
         pack_bytes: int = 4 << 30,
     ) -> None:
-        self.base, self.settings = base, settings or EngineSettings()
-        settings = self.settings
+        self.base, self.settings = base, (settings := settings or EngineSettings())
         self.runner = Runner(
             base,
             pack_bytes=pack_bytes,
@@ -153,7 +152,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             self._thread.join()
         self.residents.close()
         self._masks.shutdown(wait=True)
-        self._compiles.close()
+        self._compiles.shutdown(wait=False, cancel_futures=True)
         self.runner.close()
 
     async def begin(self) -> None:
@@ -209,7 +208,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     async def events(self, request: Request) -> AsyncIterator[EngineEvent]:
         """Yield the events of a request; see `request.Engine`."""
         self._check(request)
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
+        inbox = asyncio.Queue[EngineEvent]()
         grammar: Matcher | None = None
         if request.sampling.grammar is not None:
             from veneer.serve.engine.grammar import compile_grammar
@@ -222,7 +221,20 @@ class TextEngine(Engine[Request, EngineEvent]):
                 lambda: compile_grammar(kind, text, base.tokenizer, vocabulary=self.vocabulary, ends=base.stop_ids),
             )
             grammar = start.copy()
-        live = self._admit(request, grammar, inbox.put_nowait, loop)
+        row = SampledRow(
+            request.sampling,
+            request.prompt,
+            vocabulary=self.vocabulary,
+            ends=self.base.stop_ids,
+            grammar=grammar,
+            under=request.name if request.mix else "",
+        )
+        answer = AnswerText(self.base.tokenizer, request.sampling, self.base.stop_ids)
+        live = _Live(request, row, answer, inbox.put_nowait, asyncio.get_running_loop(), time.monotonic())
+        if request.id in self._by_id:
+            raise invalid(f"a request {request.id!r} is running")
+        self._by_id[request.id] = live
+        self._box.put(lambda: self._begin(live))
         try:
             while True:
                 event = await inbox.get()
@@ -246,37 +258,14 @@ class TextEngine(Engine[Request, EngineEvent]):
         if self.here - len(self.scheduler.running) >= self.settings.queue:
             raise Refused("too many requests are waiting", status=429, code="overloaded", retry_after=1.0)
 
-    def _admit(
-        self,
-        request: Request,
-        grammar: Matcher | None,
-        deliver: Callable[[EngineEvent], None],
-        loop: asyncio.AbstractEventLoop,
-    ) -> _Live:
-        ends = () if request.sampling.ignore_eos else self.base.stop_ids
-        draws = SampledRow(
-            request.sampling,
-            request.prompt,
-            vocabulary=self.vocabulary,
-            ends=ends,
-            grammar=grammar,
-            under=request.name if request.mix else "",
-        )
-        answer = AnswerText(self.base.tokenizer, request.sampling, self.base.stop_ids)
-        live = _Live(request, draws, answer, deliver, loop, time.monotonic())
-        if request.id in self._by_id:
-            raise invalid(f"a request {request.id!r} is running")
-        self._by_id[request.id] = live
-        self._box.put(lambda: self._begin(live))
-        return live
-
     # -- the step thread -----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while self._state != "closed":
             self._heartbeat = time.monotonic()
             try:
-                self._run_callbacks(wait=not self.scheduler.running and not self._startable())
+                startable = (live.lease is not None or live.request.mix == BASE for live in self._live.values())
+                self._run_callbacks(wait=not self.scheduler.running and not any(startable))
                 self._heartbeat = time.monotonic()
                 self._step()
             except Exception as error:  # an internal error ends the current requests; the engine continues
@@ -288,9 +277,6 @@ class TextEngine(Engine[Request, EngineEvent]):
         for live in list(self._by_id.values()):
             self._end(live, "cancelled")
         self._send()
-
-    def _startable(self) -> bool:
-        return any(live.lease is not None or live.request.mix == BASE for live in self._live.values())
 
     def _run_callbacks(self, wait: bool) -> None:
         """Run all queued callbacks. `wait`: block until the first one arrives, as there is no other work."""

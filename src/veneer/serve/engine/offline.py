@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 from veneer.core.adapter import Adapter, mix_text
@@ -52,7 +53,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
         fused = engine.runner.how == "fused"
         if fused and not any(low_rank_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
             with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:
-                yield EngineAnswers(base, engine, thread)
+                yield partial(_engine_answers, base, engine, thread)
             return
     yield plain
 
@@ -74,34 +75,34 @@ def _cache_bytes(base: TextBase, rows: int) -> int:
     return min(EngineSettings.cache_bytes, blocks * block_bytes(base))
 
 
-class EngineAnswers:
-    """An `AnswerFunction` that uses the engine.
+def _engine_answers(
+    base: TextBase,
+    engine: TextEngine,
+    thread: ThreadPoolExecutor,
+    prompts: Sequence[Prompt],
+    mix: Sequence[tuple[str, float]],
+    *,
+    max_new_tokens: int,
+) -> list[Completion]:
+    """Complete prompts with the engine.
 
     Runs in a separate thread, because the caller's thread can have a running event loop.
     """
+    encoded = encode_prompts(base, prompts)
+    named = make_mix(mix)
 
-    def __init__(self, base: TextBase, engine: TextEngine, thread: ThreadPoolExecutor) -> None:
-        self.base, self.engine, self.thread = base, engine, thread
+    async def complete_prompt(ids: list[int]) -> Completion:
+        sampling = Sampling(max_tokens=min(max_new_tokens, engine.context - len(ids)), temperature=0.0)
+        request = Request(tuple(ids), sampling, named, name=mix_text(tuple(mix)))
+        new: list[int] = []
+        async for event in engine.events(request):
+            if isinstance(event, Token):
+                new.append(event.id)
+            elif isinstance(event, Finished) and event.error is not None:
+                raise event.error
+        return completion_of(base, new, len(ids))
 
-    def __call__(
-        self, prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int
-    ) -> list[Completion]:
-        encoded = encode_prompts(self.base, prompts)
-        named = make_mix(mix)
+    async def complete_all() -> list[Completion]:
+        return await asyncio.gather(*map(complete_prompt, encoded))
 
-        async def complete_prompt(ids: list[int]) -> Completion:
-            limit = min(max_new_tokens, self.engine.context - len(ids))
-            sampling = Sampling(max_tokens=limit, temperature=0.0)
-            request = Request(tuple(ids), sampling, named, name=mix_text(tuple(mix)))
-            new: list[int] = []
-            async for event in self.engine.events(request):
-                if isinstance(event, Token):
-                    new.append(event.id)
-                elif isinstance(event, Finished) and event.error is not None:
-                    raise event.error
-            return completion_of(self.base, new, len(ids))
-
-        async def complete_all() -> list[Completion]:
-            return await asyncio.gather(*map(complete_prompt, encoded))
-
-        return self.thread.submit(asyncio.run, complete_all()).result()
+    return thread.submit(asyncio.run, complete_all()).result()

@@ -296,7 +296,7 @@ class Scheduler:
         end = min(len(sequence.tokens), sequence.computed + left)
         assert sequence.table is not None
         while not self.cache.grow(sequence.table, end):
-            victim = self._victim()
+            victim = max(self.running, key=lambda s: (self._tenants[s.request.tenant].counter, s.order))
             self._preempt(victim)
             chunks[:] = [c for c in chunks if c.sequence is not victim]
             if victim is sequence:
@@ -305,9 +305,6 @@ class Scheduler:
         sequence.last_chunk = self._chunks
         chunks.append(Chunk(sequence, sequence.computed, end))
         return end - sequence.computed
-
-    def _victim(self) -> Sequence:
-        return max(self.running, key=lambda s: (self._tenants[s.request.tenant].counter, s.order))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)

@@ -117,14 +117,12 @@ class LlamaForward:
         """Return a copy with the same weights and with windows of at most `longest` tokens."""
         return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
-    @property
-    def in_one_call(self) -> bool:
-        """Whether one call of ops/cpu/decoder.c runs all layers of a batch without DoRA adapters."""
-        return self._table is not None
-
     @cached_property
     def _table(self) -> _Table | None:
-        """The arguments of ops/cpu/decoder.c, or None if the kernel does not support this base."""
+        """The arguments of ops/cpu/decoder.c, which runs all layers of a batch without DoRA adapters in one call.
+
+        None if the kernel does not support this base.
+        """
         library, pages = compiled.usable("decode", self.embedding), self.pages
         weights = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
         panels = [[m for m in layer_panels if isinstance(m, Panels)] for layer_panels in weights]

@@ -82,10 +82,6 @@ class BaseLayout:
     device: torch.device
     rows: int = 0
 
-    @property
-    def names(self) -> set[str]:
-        return {name for group in self.groups for name in group.modules}
-
 
 @dataclass(eq=False)
 class _PackedB:
@@ -130,7 +126,7 @@ class PackedAdapter:
 
 def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
     """Return the reasons why `adapter` has no low-rank form on this base, one line each."""
-    layer_names = layout.names
+    layer_names = {name for group in layout.groups for name in group.modules}
     out = [f"{n}: a full copy" for n in adapter.modules]
     out += [f"{n}: token rows" for n in adapter.token_rows]
     out += [f"{n}: a {d.form} delta" for n, d in adapter.deltas.items()]
@@ -205,8 +201,8 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
     return PackedAdapter(adapter, key, groups, gains, embedding, table, widest, size)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or is_fake(tensor) else tensor.data_ptr()
+def _address(tensor: Tensor) -> int:
+    return 0 if is_fake(tensor) else tensor.data_ptr()
 
 
 def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
@@ -290,7 +286,7 @@ class AdapterBatch:
         x: (rows, in). Both must be contiguous. `base_output`: the base's own product, if y contains other
         terms too.
         """
-        base_values = self._before_gains(group, y) if base_output is None else base_output
+        base_values = y.clone() if base_output is None and self.gained(group) else base_output
         run = dispatch("rows_low_rank", x, y)
         if run is not None:
             run(x, y, self.pointers(x, group))
@@ -362,9 +358,6 @@ class AdapterBatch:
 
     def _product(self, x: Tensor, W: Tensor) -> Tensor:
         return in_blocks(lambda part: part @ W, x, self.layout.rows)
-
-    def _before_gains(self, group: int, y: Tensor) -> Tensor | None:
-        return y.clone() if self.gained(group) else None
 
     def _add_gains(self, group: int, base_values: Tensor | None, y: Tensor) -> None:
         """Add DoRA's change of the base's own output: strength · (g - 1) ⊙ (y₀ - b)."""

@@ -119,10 +119,6 @@ class Pages:
         shape = (layers, blocks, kv, BLOCK * d) if self.native is not None else (layers, blocks * BLOCK, kv, d)
         self.K, self.V = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
-    @staticmethod
-    def bytes_of_a_block(layers: int, kv: int, d: int, dtype: torch.dtype) -> int:
-        return 2 * layers * kv * d * BLOCK * dtype.itemsize
-
     def rope_and_cache(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
         """Normalize and rotate queries and keys in place, and store keys and values.
 

@@ -83,7 +83,7 @@ PACK_BYTES = 4 << 30
 def block_bytes(base: TextBase) -> int:
     """Return the size of a cache block in bytes: keys and values of BLOCK tokens in every layer."""
     heads = layer_heads(base.model.config.get_text_config())
-    return sum(Pages.bytes_of_a_block(1, kv, d, base.dtype) for _, kv, d in heads)
+    return sum(2 * kv * d * BLOCK * base.dtype.itemsize for _, kv, d in heads)
 
 
 class Runner:
@@ -372,7 +372,9 @@ class Runner:
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))
-        packs = self._projection_bytes() <= self.pack_bytes and packing(self.base.dtype, self.base.device) is not Dense
+        weights = (group.weight(i) for group in self.layout.groups for i in range(len(group.modules)))
+        plain_bytes = sum(weight.nbytes for weight in weights if not isinstance(weight, Quantized))
+        packs = plain_bytes <= self.pack_bytes and packing(self.base.dtype, self.base.device) is not Dense
 
         def joined(names: tuple[str, ...]) -> PrepackedWeight:
             parts = [modules[n] for n in names]
@@ -419,10 +421,6 @@ class Runner:
                     del weight, laid
         self._put_together(self._weights.__getitem__)
         return any_laid
-
-    def _projection_bytes(self) -> int:
-        weights = (group.weight(i) for group in self.layout.groups for i in range(len(group.modules)))
-        return sum(weight.nbytes for weight in weights if not isinstance(weight, Quantized))
 
     def _make_packed(self) -> None:
         config = self.model.config.get_text_config()
