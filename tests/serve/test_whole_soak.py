@@ -147,7 +147,7 @@ def left_over(whole: Whole) -> dict[str, int]:
     wait_for(lambda: engine.residents.stats().waiting == 0)
     assert not service.shadows
     assert engine.runner.attached <= set(engine.residents.resident())
-    used = sum(each.bytes for each in engine.residents.resident_adapters())
+    used = sum(each.bytes for each in engine.residents.resident().values())
     assert engine.residents.stats().bytes == used <= engine.residents.limit
     process = psutil.Process()
     time.sleep(2)  # give connections and pool threads time to close

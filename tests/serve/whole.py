@@ -206,7 +206,7 @@ class Whole:
         """Wait until nothing runs. Assert that no request, cache block or lease remains."""
         engine = self.engine
         wait_for(lambda: not engine.here)
-        wait_for(lambda: not any(each.leases for each in engine.residents.resident_adapters()))
+        wait_for(lambda: not any(each.leases for each in engine.residents.resident().values()))
         assert engine.cache.in_use == 0
         assert engine.residents.stats().waiting == 0
         assert not engine.scheduler.running

@@ -21,7 +21,6 @@ from veneer.serve.request import Refused
 
 log = logging.getLogger("veneer.serve")
 
-_RETRY_AFTER = 2.0
 _KINDS: tuple[type[BaseException], ...] = (UnavailableError, ResourceError, MemoryError)
 _KINDS += (OperationalError, InterfaceError, PoolTimeout)
 _KINDS += (ConnectionError, TimeoutError, PermissionError)
@@ -54,7 +53,7 @@ def is_transient(error: BaseException | None) -> bool:
     return False
 
 
-def transient_error(resource: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
+def transient_error(resource: str, error: object) -> Refused:
     """Return the 503 response for an unavailable resource.
 
     resource: the resource's name for clients, such as "the library".
@@ -62,7 +61,7 @@ def transient_error(resource: str, error: object, *, retry_after: float = _RETRY
     """
     fix = f"try again; the server's log has details under {_logged(resource, error)}"
     message = f"{resource} cannot be used at the moment"
-    return Refused(message, status=503, code="unavailable", retry_after=retry_after, fix=fix)
+    return Refused(message, status=503, code="unavailable", retry_after=2.0, fix=fix)
 
 
 def internal_error(resource: str, error: BaseException) -> Refused:

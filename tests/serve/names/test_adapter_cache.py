@@ -145,7 +145,7 @@ def test_an_evicted_adapter_is_loaded_again() -> None:
     residents.drop("a")
     residents.load("a")
     lease.release()
-    assert {each.digest: each.bytes for each in residents.resident_adapters()} == {"a": UNIT}
+    assert {each.digest: each.bytes for each in residents.resident().values()} == {"a": UNIT}
     assert shop.reads == ["a"]
     residents.close()
 
@@ -155,7 +155,7 @@ def test_load_uses_a_read_adapter_and_waits() -> None:
     residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a", shop.read("a"))
     assert shop.reads == ["a"]
-    assert {each.digest: each.bytes for each in residents.resident_adapters()} == {"a": UNIT}
+    assert {each.digest: each.bytes for each in residents.resident().values()} == {"a": UNIT}
     shop.broken["b"] = AdapterError("no")
     with pytest.raises(Refused):
         residents.load("b")

@@ -25,7 +25,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.core.adapter import Adapter, scale_of
@@ -41,14 +40,6 @@ from veneer.models.home import veneer_home
 from veneer.serve.request import DigestMix, Refused, mix_digest
 
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
-
-
-@dataclass(frozen=True)
-class Servable:
-    """A folder for vLLM to serve. `rank`: the lowest --max-lora-rank that it needs."""
-
-    folder: Path
-    rank: int
 
 
 def is_weighted(mix: DigestMix) -> bool:
@@ -68,7 +59,7 @@ def mix_folder() -> Path:
     return Path(os.environ.get("VENEER_VLLM_CACHE") or veneer_home() / "cache" / "served")
 
 
-def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Servable:
+def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Path:
     """Return a mix's folder for vLLM; write the folder if necessary.
 
     `parts`: (path of an adapter's files, strength). `name`: the mix's `served_name`, and its folder's name in
@@ -76,14 +67,14 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
     """
     first_path, written = parts[0][0], cache / name
     if (written / CARD_FILE).is_file():  # written last, so the folder is complete if this file exists
-        return Servable(written, int(json.loads((written / CONFIG_FILE).read_text(encoding="utf-8"))["r"]))
+        return written
     adapters = [(read(path).adapter, strength) for path, strength in parts]
     adapter = adapters[0][0]
     weighted = len(parts) > 1 or parts[0][1] != 1
     if not weighted and _serves_as_it_is(first_path, adapter):
-        return Servable(first_path, max(p.rank for p in adapter.pairs.values()))
-    report = write(mixed(adapters).adapter if weighted else adapter, written, "vllm")
-    return Servable(written, max(report.ranks))
+        return first_path
+    write(mixed(adapters).adapter if weighted else adapter, written, "vllm")
+    return written
 
 
 def vllm_problems(adapter: Adapter) -> list[str]:

@@ -58,7 +58,6 @@ log = logging.getLogger(__name__)
 
 PAUSES = (0.1, 0.5)
 """Seconds to wait before the second and the third attempt."""
-_RETRY_AFTER = 2.0
 _CHECK_SECONDS = 5.0
 _SHORT_TIMEOUT = 10.0
 
@@ -182,7 +181,7 @@ class Upstream(Engine[Request, EngineEvent]):
                     yield Finished("error", Usage(len(request.prompt), 0, tokens), error=problem)
                     return
                 if pause is None:
-                    raise error.refused or transient_error("the model", error, retry_after=_RETRY_AFTER) from error
+                    raise error.refused or transient_error("the model", error) from error
             await asyncio.sleep(pause)
 
     async def _attempt(self, request: Request) -> AsyncGenerator[Token | Finished, None]:
@@ -259,7 +258,10 @@ class Upstream(Engine[Request, EngineEvent]):
         logprob_list, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
         out = []
         for token, logprob, alternatives in zip_longest(ids, logprob_list[: len(ids)], tops[: len(ids)]):
-            ranked = sorted(((_id(k), v) for k, v in (alternatives or {}).items()), key=lambda pair: -pair[1])
+            ranked = sorted(
+                ((int(k.removeprefix("token_id:")), v) for k, v in (alternatives or {}).items()),
+                key=lambda pair: -pair[1],
+            )
             top = tuple((k, self.decode([k]), v) for k, v in ranked[: sampling.logprobs or 0])
             out.append(Token(token, "", logprob, top))
         return [*out[:-1], replace(out[-1], text=text)]
@@ -362,7 +364,3 @@ def _message(answer: httpx.Response) -> str:
 def _text(body: dict[str, Any]) -> str:
     error = body.get("error", body.get("message") or body.get("detail") or "")
     return str(error.get("message") or error if isinstance(error, dict) else error)
-
-
-def _id(token: str) -> int:
-    return int(token.removeprefix("token_id:"))

@@ -95,9 +95,9 @@ def resolve_name(base: str, name: str) -> _Found:
     adapter = read(path).adapter
     _check_base(base, version, adapter)
     mix = make_mix([(version.digest or f"sha256:{version.entry}", 1.0)])
-    result = servable([(path, 1.0)], served_name(mix), mix_folder())
-    log.info("veneer: %s is %s, rank %d, from %s", name, version.reference, result.rank, result.folder)
-    return name if exact or name == version.reference else f"{name}={version.reference}", result.folder
+    folder = servable([(path, 1.0)], served_name(mix), mix_folder())
+    log.info("veneer: %s is %s, from %s", name, version.reference, folder)
+    return name if exact or name == version.reference else f"{name}={version.reference}", folder
 
 
 def _check_base(base: str, version: Version, adapter: Adapter) -> None:

@@ -242,10 +242,6 @@ class AdapterCache(Generic[T]):
             entries = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
             return {e.digest: ResidentAdapter(e.digest, e.size, e.leases) for e in entries}
 
-    def resident_adapters(self) -> list[ResidentAdapter]:
-        """Return the adapters in memory, most recently used first."""
-        return [*reversed(self.resident().values())]
-
     # -- with the lock held --------------------------------------------------------------------------------------------
 
     @contextmanager

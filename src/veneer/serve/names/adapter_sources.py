@@ -222,7 +222,8 @@ class AdapterSources:
             adapter = load_adapter(self.base, str(path))
             if location.path is not None:
                 adapter = adapter.mapped(lambda t: t.clone())
-            if digest and adapter.digest() != digest and not self._has_digest(path, digest):
+            # The library computes digests from the files, without a base.
+            if digest and adapter.digest() != digest and reader.read(path).adapter.digest() != digest:
                 raise unusable("changed", f"{location.root} has changed since it was loaded", status=409)
         except Refused:
             raise
@@ -233,13 +234,12 @@ class AdapterSources:
         return adapter
 
     def _files(self, location: AdapterLocation) -> Path:
-        return location.path or self._from_library(location)
-
-    def _from_library(self, location: AdapterLocation) -> Path:
-        """Return the path of an adapter from the library, fetched first if it is remote.
+        """Return the path of an adapter's files, fetched first if they are in a remote library.
 
         Errors do not blame the adapter.
         """
+        if location.path is not None:
+            return location.path
         assert self.library is not None
         try:
             return self.library.place(location.root, location.entry, location.format)
@@ -250,13 +250,6 @@ class AdapterSources:
             raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
         except Exception as error:
             raise internal_error(f"the library's copy of {location.root}", error) from error
-
-    def _has_digest(self, path: Path, digest: str) -> bool:
-        """Return whether the files have this digest when they are read without a base.
-
-        The library computes digests this way.
-        """
-        return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, location: AdapterLocation, error: Exception) -> Refused:
         if is_transient(error):

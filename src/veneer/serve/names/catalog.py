@@ -64,8 +64,8 @@ class NoAdapters:
 
     def drop(self, digest: str) -> None: ...
 
-    def resident_adapters(self) -> list[ResidentAdapter]:
-        return []
+    def resident(self) -> dict[str, ResidentAdapter]:
+        return {}
 
 
 class Catalog:
@@ -230,7 +230,7 @@ class Catalog:
         """Return (name, adapter) of each adapter in memory, most recently used first."""
         named = {card.digest: name for name, card in self._loaded.items()}
         adapters = []
-        for each in self.residents.resident_adapters():
+        for each in reversed(self.residents.resident().values()):
             version = None if each.digest in named else self.sources.find_version(each.digest)
             adapters.append((named.get(each.digest) or (version.reference if version else each.digest), each))
         return adapters
@@ -333,11 +333,5 @@ def _missing(model: str) -> Refused:
 
 
 def _seconds(added: str) -> int:
-    """Convert a library time, such as 2026-11-25T10:00:00Z, to seconds since 1970.
-
-    Returns 0 for a malformed time.
-    """
-    try:
-        return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
-    except ValueError:
-        return 0
+    """Convert a library time, such as 2026-11-25T10:00:00Z, to seconds since 1970."""
+    return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
