@@ -157,9 +157,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         try:
             if requests[0].factors:
                 jobs[0].notes = await asyncio.to_thread(self._without_effect, requests[0], adapters)
-            ahead = self._submit(jobs)
+            self._submit(jobs)
             for job in jobs:
-                yield job.index, Queued(ahead + job.index)
+                yield job.index, Queued()
             left = len(jobs)
             while left:
                 index, event = await inbox.get()
@@ -303,16 +303,13 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             message = f"{len(self._waiting)} images are already waiting; the limit is {self.max_waiting}"
             raise Refused(message, status=429, code="overloaded", retry_after=5.0, fix="try again later")
 
-    def _submit(self, jobs: Sequence[_Job]) -> int:
-        """Queue jobs; return how many images are ahead of the first job."""
+    def _submit(self, jobs: Sequence[_Job]) -> None:
         with self._wake:
             self._refuse_beyond(len(jobs))
-            ahead = len(self._waiting) + len(self._running)
             for job in jobs:
                 self._turns.enter(job.request.tenant, {waiting.request.tenant for waiting in self._waiting})
                 self._waiting.append(job)
             self._wake.notify_all()
-        return ahead
 
     def _leave(self, jobs: Sequence[_Job]) -> None:
         with self._wake:

@@ -69,9 +69,7 @@ class PictureRequest:
 
 @dataclass(frozen=True)
 class Queued:
-    """The request is queued. `ahead`: number of images waiting or running."""
-
-    ahead: int
+    """The request is queued."""
 
 
 @dataclass(frozen=True)
