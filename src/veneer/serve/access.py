@@ -146,12 +146,11 @@ StoreAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 class LedgerState:
     """How far the ledger is behind.
 
-    `pending`: number of finished requests that are missing from the database. `lag`: age in seconds of the
-    oldest of these requests. `unavailable`: whether the database is slow or does not answer.
+    `pending`: number of finished requests that are missing from the database. `unavailable`: whether the
+    database is slow or does not answer.
     """
 
     pending: int
-    lag: float
     unavailable: bool
 
 

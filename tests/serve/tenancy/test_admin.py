@@ -173,7 +173,7 @@ def test_admin_routes_need_the_admin_key(call: Call, tenants: Tenants) -> None:
         ("PUT", "/routes", {"route": "../s", "targets": [{"adapter": "v"}]}, {}, "cannot name"),
         ("DELETE", "/routes", None, {"route": "s", "tennant": "acme"}, "unknown key tennant: of route, tenant"),
         ("GET", "/usage", None, {"by": "day,tenants"}, "did you mean tenant?"),
-        ("GET", "/usage", None, {"format": "xml"}, "json or csv"),
+        ("GET", "/usage", None, {"format": "xml"}, "'json' or 'csv'"),
         ("GET", "/usage", None, {"tennant": "acme"}, "unknown key tennant"),
         ("GET", "/audit", None, {"limit": 0}, "limit must be"),
         ("POST", "/tenants/acme/keys", {"expires": "soon"}, {}, "not a time"),

@@ -53,7 +53,6 @@ _COUNTERS = {
 }
 _LEDGER_GAUGES = {
     "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", "pending"),
-    "veneer:ledger_lag_seconds": ("Seconds since the end of the oldest of these requests.", "lag"),
     "veneer:ledger_away": ("1 while the ledger's database does not answer.", "unavailable"),
 }
 """Series -> (help text, attribute of EngineStats or LedgerState)."""

@@ -199,11 +199,9 @@ def _records(router: APIRouter, store: Store, catalog: Catalog) -> None:
         adapter: str | None = None,
         since: str = "",
         until: str = "",
-        format: str = "json",
+        format: Literal["json", "csv"] = "json",
     ) -> Response | dict[str, Any]:
         names = [name for name in by.split(",") if name]
-        if format not in ("json", "csv"):
-            raise ConfigError(f"usage has no format {format!r}", where="format", fix="json or csv")
         with store.reading() as c:
             rows = usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
         return PlainTextResponse(as_csv(rows, names), media_type="text/csv") if format == "csv" else {"usage": rows}

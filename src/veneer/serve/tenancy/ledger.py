@@ -197,7 +197,7 @@ class Ledger:
         self.server = secrets.token_hex(8)
         self.journal = Journal(folder, self.server, room, synced=synced)
         self._open: dict[str, LedgerEntry] = {}  # running requests
-        self._ended: dict[str, float] = {}  # request -> end time, until the database has the end; oldest first
+        self._ended: set[str] = set()  # requests whose end the database does not have yet
         self._sending_since, self._logged = 0.0, -10.0
         try:
             self.beat()
@@ -253,14 +253,13 @@ class Ledger:
         if entry is None:  # only the first end counts
             recorded.set_result(None)
             return recorded
-        now = self.wall()
-        owed = self._interrupted(entry) if usage is None else OwedEntry(entry, "done", now, usage)
+        owed = self._interrupted(entry) if usage is None else OwedEntry(entry, "done", self.wall(), usage)
         line = owed.to_line()
-        self._ended[request] = now
+        self._ended.add(request)
 
         def written(future: Future[None]) -> None:
             if error := future.exception():
-                self._ended.pop(request, None)
+                self._ended.discard(request)
                 _log.error("the end of a request is recorded only in this log: %s: %s", error, line.decode())
             self._sender.wake()
             recorded.set_result(None)
@@ -279,9 +278,7 @@ class Ledger:
         self._post(self.server, owed)
         self._sending_since = 0.0
         self.journal.remove(len(owed))
-        for each in owed:
-            if each.state != "open":
-                self._ended.pop(each.entry.request, None)
+        self._ended -= {each.entry.request for each in owed if each.state != "open"}
         return True
 
     def _post(self, server: str, owed: Sequence[OwedEntry]) -> None:
@@ -312,10 +309,8 @@ class Ledger:
 
     def state(self) -> LedgerState:
         """Return how far the database is behind, for metrics. Does not block."""
-        oldest = next(iter(self._ended.copy().values()), None)
-        lag = 0.0 if oldest is None else max(0.0, self.wall() - oldest)
         late = self._sending_since != 0.0 and time.monotonic() - self._sending_since > _LATE_SECONDS
-        return LedgerState(len(self._ended), lag, self._sender.away or late)
+        return LedgerState(len(self._ended), self._sender.away or late)
 
     # -- recovery of dead servers --------------------------------------------------------------------------------------
 

@@ -193,9 +193,7 @@ def _renamed(pattern: str, values: Any) -> dict[str, Any]:
     return {pattern.format(key): value for key, value in asdict(values).items()}
 
 
-def add_tenant(
-    store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), actor: str, now: float | None = None
-) -> Tenant:
+def add_tenant(store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), actor: str) -> Tenant:
     """Add a tenant.
 
     `weight`: the tenant's share of the engine under load. `adapters`: patterns of names that the tenant can
@@ -203,7 +201,7 @@ def add_tenant(
     """
     db.check_tenant(name)
     values = _validate({"weight": weight, "adapters": list(adapters)})
-    row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time() if now is None else now}
+    row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time()}
     with store.change() as c:
         if c.scalar(select(db.tenant_table.c.name).where(db.tenant_table.c.name == name)):
             raise ConfigError(f"tenant {name} already exists", where="tenant")
@@ -291,7 +289,7 @@ def _apply(
         c.execute(insert(db.meta_table), {"key": db.COMMON, "value": json.dumps(patterns)})
     scope = {"tenant": tenant, "adapter": adapter}
     of_tenant = {"tenant": tenant}
-    before |= _replace(c, db.limit_table, scope, dict(zip(db.LIMITS, db.LIMITS, strict=True)), values, _limit_row)
+    before |= _replace(c, db.limit_table, scope, dict(zip(db.LIMITS, db.LIMITS, strict=True)), values)
     before |= _replace(c, db.price_table, scope, _PRICES, values, _price_row)
     before |= _replace(c, db.training_table, of_tenant, _TRAINING, values, _training_row)
     before |= _replace(c, db.feedback_terms_table, of_tenant, _FEEDBACK, values, _feedback_row)
@@ -310,12 +308,12 @@ def _replace(
     scope: dict[str, str],
     columns: Mapping[str, str],
     values: Mapping[str, Any],
-    finish: Callable[[_Row], _Row | None],
+    finish: Callable[[_Row], _Row | None] = dict,
 ) -> dict[str, Any]:
     """Change the row of a scope; return the earlier values of the changed keys.
 
     columns: key -> column
-    finish: returns the row to store, or None to delete the row
+    finish: returns the row to store, or None to delete the row; a row without values is always deleted
     """
     changed = {key: values[key] for key in columns if key in values}
     if not changed:
@@ -324,15 +322,12 @@ def _replace(
     stored = c.execute(select(table).where(*this_scope)).first()
     row = dict.fromkeys(columns.values()) if stored is None else {n: stored._mapping[n] for n in columns.values()}
     old_values = {key: row[columns[key]] for key in changed}
-    after = finish(row | {columns[key]: value for key, value in changed.items()})
+    row |= {columns[key]: value for key, value in changed.items()}
+    after = None if set(row.values()) == {None} else finish(row)
     c.execute(delete(table).where(*this_scope))
     if after is not None:
         c.execute(insert(table), scope | after)
     return old_values
-
-
-def _limit_row(row: _Row) -> _Row | None:
-    return None if set(row.values()) == {None} else row
 
 
 def _price_row(row: _Row) -> _Row | None:
@@ -344,8 +339,8 @@ def _price_row(row: _Row) -> _Row | None:
     return row | {"cached": prompt if row["cached"] is None else row["cached"]}
 
 
-def _training_row(row: _Row) -> _Row | None:
-    return None if set(row.values()) == {None} else row | {"price": row["price"] or 0}
+def _training_row(row: _Row) -> _Row:
+    return row | {"price": row["price"] or 0}
 
 
 def _feedback_row(row: _Row) -> _Row | None:
@@ -401,14 +396,14 @@ def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
     return [k for k in store.refresh().keys.values() if tenant in (None, k.tenant)]
 
 
-def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str, now: float | None = None) -> KeyRow:
+def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str) -> KeyRow:
     """Revoke a key; it is refused from the next request on.
 
     `key`: the key's id. `tenant`: the tenant that must own the key.
     """
     with store.change() as c:
         old_key = _key(c, key, tenant)
-        revoked = old_key.revoked if old_key.revoked is not None else (time.time() if now is None else now)
+        revoked = old_key.revoked if old_key.revoked is not None else time.time()
         c.execute(update(db.key_table).where(db.key_table.c.id == key).values(revoked=revoked))
         after = KeyRow(**{**asdict(old_key), "revoked": revoked})
         append_audit(c, actor, "key.revoke", old_key.tenant, show_key(old_key), show_key(after))

@@ -486,22 +486,18 @@ class Store:
         self.where = where
         self.engine = open_engine(where, TENANT_SCHEMA.what, patience)
         migrate(self.engine, TENANT_SCHEMA, where)
-        self._settings = TenantSettings(revision=-1)
+        self.settings = TenantSettings(revision=-1)
+        """The settings as of the last `refresh`."""
         self.refresh()
-
-    @property
-    def settings(self) -> TenantSettings:
-        """Return the settings as of the last `refresh`."""
-        return self._settings
 
     def refresh(self) -> TenantSettings:
         """Return the current settings, read from the database."""
         with self.reading() as c:
-            if int(c.scalar(_REVISION) or 0) == self._settings.revision:
-                return self._settings
+            if int(c.scalar(_REVISION) or 0) == self.settings.revision:
+                return self.settings
             read = _read(c)
-        if read.revision > self._settings.revision:  # another thread may have stored a later state
-            self._settings = read
+        if read.revision > self.settings.revision:  # another thread may have stored a later state
+            self.settings = read
         return read
 
     def reading(self) -> AbstractContextManager[Connection]:

@@ -104,7 +104,7 @@ class Tenants(Tenancy):
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         """Return the principal of a key. Raises Refused (unauthorized, 401)."""
         settings = await self._fresh()
-        if key and self.is_admin(key):
+        if key and self.admin_hash is not None and matches_hash(key, self.admin_hash):
             return Principal("operator", user=user)
         id = key_id(key) if key else None
         row = settings.keys.get(id) if id else None
@@ -114,9 +114,6 @@ class Tenants(Tenancy):
             fix = "send Authorization: Bearer vnr-…, with an active key"
             raise Refused("no valid API key", status=401, code="unauthorized", fix=fix)
         return Principal("tenant", tenant.name, settings.visibility[tenant.name], user, tenant.weight)
-
-    def is_admin(self, key: str) -> bool:
-        return self.admin_hash is not None and matches_hash(key, self.admin_hash)
 
     async def _fresh(self) -> TenantSettings:
         """Return settings that were read after this call started.
