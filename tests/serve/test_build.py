@@ -14,7 +14,7 @@ from tests.tiny_base import tiny_base_dir
 from tests.tiny_image_base import tiny_image_base
 from veneer.errors import ConfigError
 from veneer.serve.build import Extend, Extension, build, operator_routes, tenancy_of
-from veneer.serve.checks import open_stores
+from veneer.serve.checks import open_stores, refuse_ledger
 from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
@@ -134,8 +134,6 @@ def test_upstream_options_are_refused_without_upstreams(more: dict[str, Any], tm
     ("option", "more"), [("days", {"days": 3.0}), ("room", {"room": 1 << 20}), ("folder", {"folder": Path("x")}),
                          ("sync", {"synced": True})],
 )  # fmt: skip
-def test_ledger_options_are_refused_without_tenants(option, more, tmp_path, monkeypatch):
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+def test_ledger_options_are_refused_without_tenants(option, more):
     with pytest.raises(ConfigError, match=f"ledger_{option} applies to the ledger of tenants"):
-        tenancy_of(ServeSettings("toy", ledger=LedgerSettings(**more)), print, None)
-    tenancy_of(ServeSettings("toy"), print, None)
+        refuse_ledger(LedgerSettings(**more))

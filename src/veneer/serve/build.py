@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI
 
 from veneer.library.library import Library
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
-from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_idle, refuse_ledger
+from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_idle
 from veneer.serve.http.app import add_images, create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -242,19 +242,17 @@ def tenancy_of(
 ) -> Tenancy:
     """Return the tenancy that the settings describe. `store`: the tenants' database, or None."""
     if store is None:
-        refuse_ledger(settings.ledger)
         if needs_no_key(settings, store):
             if not settings.here:
                 at = f"{settings.host}:{settings.port}"
                 log(f"note: any client that reaches {at} can use this server; see --api-keys and --tenants")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
-    none_yet = not store.settings.tenants
     if needs_no_key(settings, store):
         log(f"this machine needs no key; routes and ledger: {store.where}")
         return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)
     if settings.tenants is None:
         log(f"tenants: {store.where}, so requests need a key, unless --open is set")
-    if none_yet:
+    if not store.settings.tenants:
         log("no tenants yet, so no keys: run veneer tenant add NAME, then veneer tenant key add NAME")
     return Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)

@@ -89,7 +89,8 @@ class Quotas:
         return None
 
     def _over(self, owner: str, name: str, used: int, more: int) -> Refused:
-        message = f"{_owner(owner)} has {used:,} {_WORDS[name]}; {more:,} more would exceed the limit ({name}) of "
+        who = f"tenant {owner}" if owner else "this server"
+        message = f"{who} has {used:,} {_WORDS[name]}; {more:,} more would exceed the limit ({name}) of "
         message += f"{getattr(self.limits, name):,}"
         if name in _STORED:
             return Refused(message, status=400, code="storage_full", fix="delete data that is no longer needed")
@@ -134,18 +135,18 @@ class QuotaHold:
 
     def change(self, **amounts: int) -> None:
         """Set the named resources to these amounts. If it raises Refused, the hold is unchanged."""
-        with self._lock:
-            more = {name: amount - self._held[name] for name, amount in amounts.items()}
-            self._quotas._change(self.owner, more, amounts)
-            self._held.update(more)
+        self._set(amounts, amounts)
 
     def set(self, **amounts: int) -> None:
         """Set the named resources to measured amounts.
 
         Never refused, because the amounts are already in use."""
+        self._set(amounts, None)
+
+    def _set(self, amounts: dict[str, int], total: dict[str, int] | None) -> None:
         with self._lock:
             more = {name: amount - self._held[name] for name, amount in amounts.items()}
-            self._quotas._change(self.owner, more, None)
+            self._quotas._change(self.owner, more, total)
             self._held.update(more)
 
     def release(self) -> None:
@@ -173,7 +174,3 @@ class FairThreads(FairPool):
 
     def most(self, tenant: str) -> int:
         return self.share if tenant else self.threads
-
-
-def _owner(owner: str) -> str:
-    return f"tenant {owner}" if owner else "this server"

@@ -73,20 +73,15 @@ class TextJob:
     def requests(self, scope: str = "") -> list[Request]:
         """Return the engine requests. `scope`: the cache scope, from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
-        principal, seed = self.principal, self.sampling.seed
-        more: dict[str, Any] = {
-            "tenant": BEHIND if principal is SHADOWS else principal.tenant,
-            "weight": principal.weight,
-            "name": self.model.name,
-            "salt": salt,
-        }
+        tenant, seed = BEHIND if self.principal is SHADOWS else self.principal.tenant, self.sampling.seed
         requests: list[Request] = []
         for prompt in self.prompts:
             for k in range(self.choices):  # the seed of the first completion is the client's; others add their index
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
-                requests.append(Request(prompt, sampling, self.model.mix, id=f"{self.id}-{len(requests)}", **more))
+                id, weight = f"{self.id}-{len(requests)}", self.principal.weight
+                requests.append(Request(prompt, sampling, self.model.mix, tenant, weight, self.model.name, salt, id))
         return requests
 
 
@@ -112,10 +107,6 @@ class TextAnswer:
     def finished(self) -> Finished:
         assert self.end is not None
         return self.end
-
-    def usage_so_far(self, prompt: int) -> Usage:
-        """Return the usage so far. `prompt`: number of prompt tokens."""
-        return self.end.usage if self.end is not None else Usage(prompt, self.cached, len(self.tokens))
 
 
 def finite_logprob(logprob: float | None) -> float:
@@ -164,8 +155,10 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                     raise as_refused(event)
                 if isinstance(event, Finished):
                     going -= 1
-                    if event.reason in ("error", "cancelled"):
-                        raise event.error or _broken(event)
+                    if event.reason == "cancelled":
+                        raise event.error or shutting_down()
+                    if event.reason == "error":
+                        raise event.error or Refused("the answer failed", status=500, code="internal")
                 if not isinstance(event, Started):
                     texts[i] += event.text
                 if not going:  # bill before yielding the last event, so that a delivered completion is in the ledger
@@ -182,12 +175,6 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                 bill.used(total(usages, job.choices))
             if shadow is not None:
                 shadow.set_result((texts[0], total(usages, job.choices)))
-
-
-def _broken(event: Finished) -> Refused:
-    if event.reason == "cancelled":
-        return shutting_down()
-    return Refused("the answer failed", status=500, code="internal")
 
 
 async def _pump(
@@ -326,7 +313,8 @@ async def _run_shadow(
         log.warning("the shadow %s of %s failed (%s): %s", name, job.model.name, job.id, error)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
-        own = answer.usage_so_far(len(job.prompts[0]))
+        so_far = Usage(len(job.prompts[0]), answer.cached, len(answer.tokens))
+        own = so_far if answer.end is None else answer.end.usage
         names = (job.id, job.principal.tenant, job.model.name, name, job.model.target)
         compared = ShadowAnswer(*names, text, answer.text, usage, own, error)
         service.tenancy.record_shadow(compared)

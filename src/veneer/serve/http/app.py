@@ -301,7 +301,7 @@ def _health() -> APIRouter:
     )
     async def ready(request: HttpRequest) -> Response:
         service = service_of(request)
-        if service.phase == "ready" and (wrong := service.trouble()):
+        if service.phase == "ready" and (wrong := service.engine.problem() or service.engine.trouble()):
             return Json({"status": "failing", "reason": wrong}, status_code=503)
         return Json({"status": service.phase}, status_code=200 if service.phase == "ready" else 503)
 

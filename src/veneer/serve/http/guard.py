@@ -73,17 +73,12 @@ def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
     `keyless`: the server accepts requests without a key (see Tenancy).
     """
     headers = Headers(scope=scope)
-    if keyless and scope["path"] not in _EXEMPT:
-        _check_host(headers, {*HERE, *settings.allowed_hosts})
-    _check_origin(scope, headers, settings.allowed_origins)
-
-
-def _check_host(headers: Headers, allowed: Collection[str]) -> None:
-    """Raise Refused (421) if the Host is not in `allowed`. For servers without keys."""
-    if _hostname(headers.get("host", "")) not in allowed:
-        message = f"a server without keys accepts only the Host {', '.join(sorted(filter(None, allowed)))}"
+    hosts = {*HERE, *settings.allowed_hosts}
+    if keyless and scope["path"] not in _EXEMPT and _hostname(headers.get("host", "")) not in hosts:
+        message = f"a server without keys accepts only the Host {', '.join(sorted(filter(None, hosts)))}"
         fix = "name the Host in allowed_hosts of veneer serve --config, or use --api-keys"
         raise Refused(message, status=421, code="misdirected", fix=fix)
+    _check_origin(scope, headers, settings.allowed_origins)
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:

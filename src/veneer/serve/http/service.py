@@ -110,10 +110,6 @@ class Service:
             raise invalid("this server has an image base", fix="use /v1/images/generations")
         return self.engine.events(request)
 
-    def trouble(self) -> str:
-        """Return why new requests should go to another server, or "" if they need not."""
-        return self.engine.problem() or self.engine.trouble()
-
 
 def _admission(settings: HttpSettings) -> Admission:
     return Admission(bodies=8 * settings.max_body, answers=settings.queue, texts=4 * settings.max_body)

@@ -175,15 +175,7 @@ def _token(service: Service, token: Token, text: str | None = None) -> dict[str,
 
 def _top_tokens(service: Service, token: Token, count: int | None) -> list[dict[str, Any]]:
     best = sorted(token.top, key=lambda t: -t[2])[: count or 0]
-    return [
-        {
-            "id": i,
-            "text": service.prompts.piece(i)[0],
-            "logprob": finite_logprob(p),
-            "special": service.prompts.special(i),
-        }
-        for i, _, p in best
-    ]
+    return [_token(service, Token(i, text, p, special=service.prompts.special(i))) for i, text, p in best]
 
 
 async def _complete_generation(request: HttpRequest, body: Generate) -> dict[str, Any]:
