@@ -202,11 +202,6 @@ class Strict(BaseModel):
         return data
 
 
-def unsupported(neutral: Any, *keys: str) -> dict[str, Any]:
-    """Return entries for `Body.refused` that share a neutral value."""
-    return dict.fromkeys(keys, neutral)
-
-
 class Body(Strict):
     """A request body. `refused`: key -> the only value that is accepted besides null."""
 

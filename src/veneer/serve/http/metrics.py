@@ -86,6 +86,13 @@ class Metrics(Collector):
         self.answers = counter("veneer:adapter_requests", "Answers, by adapter.", ("adapter", "reason"))
         self.prompts = counter("veneer:adapter_prompt_tokens", "Prompt tokens, by adapter.", ("adapter",))
         self.generated = counter("veneer:adapter_generation_tokens", "Generated tokens, by adapter.", ("adapter",))
+        self.first_by_adapter = Histogram(
+            "veneer:adapter_time_to_first_token_seconds",
+            "Seconds to the first token, by adapter.",
+            ("adapter",),
+            registry=registry,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+        )
         self.refused = counter("veneer:requests_refused", "Requests answered with an error.", ("code",))
 
     def label(self, name: str) -> str:
@@ -138,6 +145,7 @@ class Meter:
         now = time.perf_counter()
         if self.last is None:
             self.metrics.histograms[_FIRST].observe(now - self.arrived)
+            self.metrics.first_by_adapter.labels(self.adapter).observe(now - self.arrived)
         else:
             self.metrics.histograms[_BETWEEN].observe(now - self.last)
         self.last = now

@@ -14,18 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from veneer.errors import ConfigError
-from veneer.serve.http.bodies import (
-    FAIL_FAST,
-    ITEMS,
-    KEYS,
-    Body,
-    MixField,
-    Objects,
-    Strict,
-    at_most,
-    mix_of,
-    unsupported,
-)
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, KEYS, Body, MixField, Objects, Strict, at_most, mix_of
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service
 from veneer.serve.request import GrammarSpec, Sampling, invalid
@@ -121,11 +110,11 @@ class TextBody(Body):
         )
     )
     refused: ClassVar = {
-        **unsupported(False, "use_beam_search", "early_stopping", "include_stop_str_in_output"),
-        **unsupported(False, "return_tokens_as_token_ids", "return_token_ids"),
-        **unsupported([], "bad_words", "allowed_token_ids", "logits_processors"),
-        **unsupported({}, "mm_processor_kwargs", "vllm_xargs"),
-        **unsupported(None, "truncate_prompt_tokens", "kv_transfer_params", "structural_tag"),
+        **dict.fromkeys(("use_beam_search", "early_stopping", "include_stop_str_in_output"), False),
+        **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), False),
+        **{key: [] for key in ("bad_words", "allowed_token_ids", "logits_processors")},
+        **{key: {} for key in ("mm_processor_kwargs", "vllm_xargs")},
+        **dict.fromkeys(("truncate_prompt_tokens", "kv_transfer_params", "structural_tag"), None),
         "skip_special_tokens": True,
         "length_penalty": 1.0,
         "priority": 0,
@@ -219,10 +208,10 @@ class TextBody(Body):
 class ChatBody(TextBody):
     refused: ClassVar = {
         **TextBody.refused,
-        **unsupported(None, "prompt_logprobs", "audio", "web_search_options", "reasoning_effort", "verbosity"),
-        **unsupported(None, "chat_template"),
-        **unsupported(False, "echo", "add_special_tokens"),
-        **unsupported([], "functions", "documents"),
+        **dict.fromkeys(("prompt_logprobs", "audio", "web_search_options", "reasoning_effort", "verbosity"), None),
+        "chat_template": None,
+        **dict.fromkeys(("echo", "add_special_tokens"), False),
+        **{key: [] for key in ("functions", "documents")},
         "function_call": "none",
         "modalities": ["text"],
     }

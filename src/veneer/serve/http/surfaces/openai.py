@@ -17,15 +17,7 @@ from starlette.responses import Response
 from veneer import __version__
 from veneer.library.names import organisation_of, parse_tuned, tuned_of
 from veneer.serve.access import ModelCard
-from veneer.serve.http.answers import (
-    IndexedEvent,
-    TextAnswer,
-    TextJob,
-    collect,
-    finite_logprob,
-    stream,
-    total,
-)
+from veneer.serve.http.answers import IndexedEvent, TextAnswer, TextJob, collect, finite_logprob, stream, total
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs

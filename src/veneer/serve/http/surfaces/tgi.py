@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from veneer import __version__
 from veneer.serve.http.answers import IndexedEvent, TextAnswer, TextJob, collect, finite_logprob, stream
-from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, MixField, Strict, at_most, mix_of, unsupported
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, MixField, Strict, at_most, mix_of
 from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
@@ -43,8 +43,8 @@ class Grammar(Strict):
 
 class Parameters(Body):
     refused: ClassVar = {
-        **unsupported(False, "watermark", "apply_chat_template", "decoder_input_details"),
-        **unsupported(None, "truncate", "api_token", "schema", "merged_adapters"),
+        **dict.fromkeys(("watermark", "apply_chat_template", "decoder_input_details"), False),
+        **dict.fromkeys(("truncate", "api_token", "schema", "merged_adapters"), None),
         "adapter_source": "local",
         "typical_p": 1.0,
         "return_k_alternatives": 0,
