@@ -323,7 +323,7 @@ def _replace(
     row = dict.fromkeys(columns.values()) if stored is None else {n: stored._mapping[n] for n in columns.values()}
     old_values = {key: row[columns[key]] for key in changed}
     row |= {columns[key]: value for key, value in changed.items()}
-    after = None if set(row.values()) == {None} else finish(row)
+    after = finish(row) if any(value is not None for value in row.values()) else None
     c.execute(delete(table).where(*this_scope))
     if after is not None:
         c.execute(insert(table), scope | after)
