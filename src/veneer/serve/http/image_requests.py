@@ -351,6 +351,8 @@ class DrawingPlan:
 
     requests: tuple[PictureRequest, ...]
     notes: tuple[str, ...]
+    width: int
+    height: int
     text_tokens: int
     image_tokens: int
     """Number of latent positions of the input images."""
@@ -431,7 +433,7 @@ def _planned(
     texts = [text for text in (body.prompt, body.negative_prompt) if text]
     positions = engine.positions(settings) * ((image is not None) + len(controls))
     positions += sum(engine.positions(replace(settings, width=r.width, height=r.height)) for r, _ in fitted)
-    return DrawingPlan(requests, tuple(notes), engine.tokens(*texts), positions)
+    return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), positions)
 
 
 def _numbers(base: ImageBase, body: ImageBody) -> tuple[int, float, float]:

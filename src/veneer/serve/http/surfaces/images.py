@@ -119,12 +119,11 @@ def _file(picture: FinishedPicture, body: ImageBody) -> str:
 
 
 def _settings_fields(body: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
-    settings = plan.requests[0].settings
     return {
         "background": "opaque",
         "output_format": body.kind,
         "quality": _QUALITY.get(body.quality, body.quality),
-        "size": f"{settings.width}x{settings.height}",
+        "size": f"{plan.width}x{plan.height}",
     }
 
 
