@@ -23,7 +23,6 @@ from judge import HEADS, Judge, Shown, judge, load_judge
 from pictures import as_line_drawing, is_new
 from PIL import Image
 from scenes import SIDE, Array, Scene, any_scene, caption, picture
-from veneer.models.image.sheet import sheet
 from words import GUIDANCE, LENGTH
 
 from veneer.imaging.sheet import sheet

@@ -78,6 +78,7 @@ def test_triggers_and_class_pictures(tmp_path: Path) -> None:
     found = findings(tmp_path / "own", trigger="sks", class_folder=str(tmp_path / "class"), class_weight=0.5)
     assert "2 pictures and 2 class pictures (weight 0.5)" in texts(found["pictures"])
     assert "`sks`: added in 1, already there in 1" in texts(found["trigger"])
+    assert "1 class caption with the trigger: c.png" in texts(found["trigger"])
     assert "warn 1 of 2 (50%) pictures look like a class picture" in texts(found["class pictures"])
 
 

@@ -31,7 +31,7 @@ from veneer.jobs.tinker.service import FutureResult, SamplerSource
 from veneer.jobs.tinker.wire import sample_bytes
 from veneer.serve.access import ResolvedModel
 from veneer.serve.http.answers import TextAnswer, TextJob, run
-from veneer.serve.http.bodies import Strict, unsupported
+from veneer.serve.http.bodies import Strict
 from veneer.serve.http.errors import Json, as_refused, message_of
 from veneer.serve.http.service import Service
 from veneer.serve.names.adapter_sources import AdapterLocation
@@ -74,7 +74,7 @@ class PromptBody(Strict):
 
 
 class SampleBody(TinkerBody):
-    refused: ClassVar[Mapping[str, Any]] = unsupported(0, *_REFUSED)
+    refused: ClassVar[Mapping[str, Any]] = dict.fromkeys(_REFUSED, 0)
     num_samples: int = Field(default=1, ge=1, le=4096)
     prompt: PromptBody
     sampling_params: SamplingBody

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from veneer.errors import counted, first_few
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.augmentation import PicturePlan, crop_view, prepare
+from veneer.train.image.folder import has_word
 from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.pictures import PictureSummary, TrainingPicture
 from veneer.train.preflight import Finding, about_some, share
@@ -76,6 +77,14 @@ def _captions(
     if settings.trigger is not None:
         changes = ", ".join(f"{change} in {count:,}" for change, count in summary.triggers.most_common())
         yield Finding("ok", "trigger", f"`{settings.trigger}`: {changes}")
+        if named := [p.name for p in pictures if p.is_class and has_word(p.caption, settings.trigger)]:
+            text = f"{counted(len(named), 'class caption')} with the trigger: {first_few(named, _NAMED)}"
+            fix = "remove the trigger from these captions: class pictures keep the class unchanged"
+            yield Finding("warn", "trigger", text, fix)
+    classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()}
+    if shared := [p.name for p in pictures if not p.is_class and p.caption and p.caption.lower() in classes]:
+        text = f"{counted(len(shared), 'picture')} with the caption of a class picture: {first_few(shared, _NAMED)}"
+        yield Finding("warn", "captions", text, "set data.trigger, or name the subject in each caption")
     if empty := [p.name for p in pictures if not p.caption]:
         text = f"{counted(len(empty), 'empty caption')}: {first_few(empty, _NAMED)}"
         yield Finding("warn", "captions", text, "write captions for them, or set a trigger")

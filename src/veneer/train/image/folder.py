@@ -142,9 +142,14 @@ def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
         return caption, ""
     if "[trigger]" in caption:
         return caption.replace("[trigger]", trigger), "replaced"
-    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if has_word(caption, trigger):
         return caption, "already there"
     return f"{trigger}, {caption}" if caption else trigger, "added"
+
+
+def has_word(caption: str, word: str) -> bool:
+    """Return whether a caption contains a whole word or phrase, ignoring case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def _scan(folder: str, settings: ImageDataSection) -> _Folder:
