@@ -133,7 +133,7 @@ def test_route_moved_by_someone_else_is_unchanged(shop: Shop) -> None:
     job = shop.finished_job("acme/new@1", None, after)
     waiting = shop.finished_job("acme/new@1", None, after)
     (event,) = shop.events(waiting, "route")
-    assert (event.level, "shared out already" in event.message) == ("warn", True)
+    assert (event.level, "already has several targets" in event.message) == ("warn", True)
     assert shop.jobs.get("acme", waiting.id).state == "succeeded"
     with pytest.raises(ConfigError, match="did not move support"):
         rollback_job(shop.jobs, shop.tenants, "acme", waiting.id)

@@ -49,7 +49,7 @@ def line_by_line(runner: Runner, patch: pytest.MonkeyPatch) -> None:
     usable = compiled.usable
     patch.setattr(compiled, "usable", lambda names, *tensors: None if names == "decode" else usable(names, *tensors))
     runner.llama = replace(runner.llama)
-    assert runner.llama._table is None
+    assert runner.llama.decode_table is None
 
 
 def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, ...] = (1, 20, 33, 70)) -> list[Tensor]:
@@ -61,7 +61,7 @@ def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, .
 @pytest.mark.parametrize("name", BASES)
 def test_fused_layers_equal_separate_layers_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, llama, adapters = runner_of(name)
-    assert llama._table is not None
+    assert llama.decode_table is not None
     together = answers(runner, adapters)
     line_by_line(runner, monkeypatch)
     apart = answers(runner, adapters)
@@ -105,7 +105,7 @@ def test_bases_without_panels_run_layer_by_layer() -> None:
     model = FAMILIES["llama3"](**(SHAPE | {"intermediate_size": 90})).bfloat16()
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "fused", runner.why
-    assert runner.llama._table is None
+    assert runner.llama.decode_table is None
     (got,) = serve(runner, [(prompts((20,))[0], [])], [20])
     with torch.no_grad():
         want = model(input_ids=torch.tensor(prompts((20,)))).logits[0, -1]

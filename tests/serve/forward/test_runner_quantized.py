@@ -123,7 +123,7 @@ def test_products_with_codes_equal_the_reference(kind: str) -> None:
         with override_ops(panel_linear="compiled" if laid else "torch"):
             runner = Runner(base_of(model), cache_bytes=1 << 20)
         assert runner.how == "fused", runner.why
-        assert (runner.llama._table is not None) == laid
+        assert (runner.llama.decode_table is not None) == laid
         ready = runner.prepare(adapter, "a")
         mixes = [[], [(ready, 1.0)], [], [(ready, -0.5)]]
         found.append(continued(runner, mixes, texts, found[0] if laid else None).double())

@@ -105,8 +105,8 @@ class LlamaForward:
 
     def _run(self, x: Tensor, layers: range, batch: PackedRows, segments: AdapterBatch | None) -> None:
         """Run these layers on x in place."""
-        if self._table is not None and (segments is None or not segments.gains):
-            self._decode(x, self._table, layers, batch, segments)
+        if self.decode_table is not None and (segments is None or not segments.gains):
+            self._decode(x, self.decode_table, layers, batch, segments)
         else:
             self._layer_by_layer(x, layers, batch, segments)
 
@@ -118,10 +118,10 @@ class LlamaForward:
         return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
     @cached_property
-    def _table(self) -> _Table | None:
-        """The arguments of ops/cpu/decoder.c, which runs all layers of a batch without DoRA adapters in one call.
+    def decode_table(self) -> _Table | None:
+        """Return the arguments of ops/cpu/decoder.c, which runs all layers of a batch without DoRA in one call.
 
-        None if the kernel does not support this base.
+        Return None if the kernel does not support this base.
         """
         library, pages = compiled.usable("decode", self.embedding), self.pages
         weights = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
