@@ -228,7 +228,7 @@ def test_dora_is_noted_where_readers_differ():
     assert "A1111" in encode(dora(TO_Q, 0), "kohya", family="sdxl").notes[0]
 
 
-def test_lone_vector_is_a_new_norm_only():
+def test_vector_without_a_pair_replaces_only_norm_weights():
     """`….norm_q.weight` next to pairs is read as a new norm, as in diffusers.
 
     A vector for a linear layer is refused, because it would be an (IA)³ without on_input."""

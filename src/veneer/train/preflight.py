@@ -237,7 +237,7 @@ def precision(s: RunSubject) -> Iterator[Finding]:
         level: Level = "stop" if device.type == "cpu" else "warn"
         yield Finding(level, "precision", text, "set base.dtype=bfloat16 (or float32)")
     else:
-        yield Finding("ok", "precision", f"base in {', '.join(kinds)} on {device.type}, pairs and optimizer in float32")
+        yield Finding("ok", "precision", f"base in {', '.join(kinds)} on {device.type}, adapter, optimizer in float32")
 
 
 def computes_on(base: Any) -> torch.device:

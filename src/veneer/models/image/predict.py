@@ -351,8 +351,8 @@ def _z_image(call: _DenoiserCall) -> Tensor:
 
     Z-Image takes the time as 1 - σ (0 is noise, 1 is a picture), predicts x - ε, and takes the latents and
     the texts as lists."""
-    films = list(call.x[:, :, None].unbind())
-    out = call.denoiser(films, 1 - call.t, call.text.unpadded(), **call.more)[0]
+    frames = list(call.x[:, :, None].unbind())
+    out = call.denoiser(frames, 1 - call.t, call.text.unpadded(), **call.more)[0]
     return -torch.stack(out)[:, :, 0]
 
 

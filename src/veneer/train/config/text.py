@@ -217,8 +217,8 @@ class BatchingSection(Section):
     mode: Literal["bucket", "pack"] = setting(
         "bucket", "bucket: a step is `rows` rows; pack: `tokens` tokens; neither pads", "equal rows per step"
     )
-    rows: int = setting(16, "rows per step (bucket)", "large batches hurt LoRA (TRL: below 32)", gt=0)
-    tokens: int | None = setting(None, "tokens per step (pack)", gt=0)
+    rows: int = setting(16, "rows per step in mode `bucket`", "large batches hurt LoRA (TRL advises below 32)", gt=0)
+    tokens: int | None = setting(None, "tokens per step in mode `pack`", gt=0)
     micro_rows: int | None = setting(None, "maximum rows of a micro-batch; does not change the result", gt=0)
     micro_tokens: int | None = setting(
         None,
