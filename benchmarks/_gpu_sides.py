@@ -43,12 +43,12 @@ LONG = 15.0
 class Sizes:
     """Sizes of the measurements.
 
-    `text`, `large`, `denoiser`: bases in the plan's table, or configurations. `rows`, `length`: a micro-batch
-    has so many rows of so many tokens. `large_row`, `large_tokens`: tokens in a row and in a micro-batch of
-    the large base. `picture`: width and height in pixels. `square`: rows and columns of the probe's matrices.
-    `copied`: bytes that the probe copies. `requests`, `prompt`, `new`: number of served requests, and tokens
-    in each prompt and completion. `many`: adapters of the largest serving test. `cache`: bytes of keys and
-    values."""
+    `text`, `large`, `denoiser`: bases in the plan's table, or configurations. `rows`, `length`: number of rows
+    in a micro-batch, and tokens in each row. `large_row`, `large_tokens`: tokens in a row and in a micro-batch
+    of the large base. `picture`: width and height in pixels. `square`: rows and columns of the probe's
+    matrices. `copied`: bytes that the probe copies. `requests`, `prompt`, `new`: number of served requests,
+    and tokens in each prompt and completion. `many`: adapters of the largest serving test. `cache`: bytes of
+    keys and values."""
 
     device: str = "cuda"
     text: Any = "meta-llama/Meta-Llama-3-8B"
@@ -377,7 +377,7 @@ def _quantizer(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
 
 
 def settled(plan: Any) -> tuple[Any, str]:
-    """Return (the plan's load for one such GPU, ""), or (None, the reason why it does not fit)."""
+    """Return (the plan's load for one GPU of this kind, ""), or (None, the reason why the run does not fit)."""
     if plan.planned is None:
         return None, f"{plan.peak / 1e9:.1f} GB are needed, and {plan.available / 1e9:.1f} GB may be taken"
     load, device = plan.planned
@@ -395,7 +395,7 @@ def _described(plan: Any, load: Any) -> str:
 
 
 def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
-    """Measure AdamW steps on random tokens with the fast paths; all tokens are trained.
+    """Measure AdamW steps on random tokens with the fast paths; all tokens count in the loss.
 
     `others`: row lengths of further micro-batches to measure, in the first half of the time limit. A real run
     chooses among such sizes (ops/step_sizes.py)."""
@@ -432,7 +432,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
         tokens = sum(lengths)
         ids = torch.randint(3, shape.vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).to(where)
         trained = torch.ones(len(lengths), lengths[0], dtype=torch.bool, device=where)
-        trained[:, 0] = False  # no token predicts the first one of a row
+        trained[:, 0] = False  # the first token of a row is not predicted
         trained, count = trained.flatten(), tokens - len(lengths)
 
         def step() -> None:
@@ -1035,6 +1035,6 @@ SIDES = [
     Side("serve", "vLLM", 150, vllm, "vllm"),
     Side("qlora", "Unsloth", 120, unsloth, "unsloth"),
 ]
-"""All sides in the order in which they run; veneer's come first, so that slow peers cost them no time."""
+"""All sides in the order in which they run; veneer's come first, so that slow peers take none of their time."""
 PROBE = Side("probe", "the card", 30, probe)
 PARTS = list(dict.fromkeys(side.part for side in [PROBE, *SIDES]))

@@ -30,7 +30,7 @@ def is_flux(name: str) -> bool:
 def denoiser(name: str, seed: int = 0) -> Any:
     """Return a frozen denoiser in float32 and eval mode.
 
-    The tiny ones have SDXL's block layout or FLUX.1's modules. "sdxl at width 640" has SDXL's second level on
+    Tiny denoisers have SDXL's block layout or FLUX.1's modules. "sdxl at width 640" has SDXL's second level on
     the way down and up (residual blocks, two-layer transformers, heads of size 64) with half as many blocks,
     on 64 × 64 positions, as for images of 1024 × 1024 pixels."""
     import diffusers

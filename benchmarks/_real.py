@@ -1,4 +1,4 @@
-"""Bases with real weights: the loss of each token and the gradients of a pair, with `fast` and without it.
+"""Bases with real weights: token losses and gradients of A and B, with `fast` and without it.
 
 The bases are SmolLM2-135M and Gemma 3 270M (a GGUF file), both from the Python package index. In float32, the
 results differ only by the order of sums. In bfloat16, both are compared with the model's own forward pass in

@@ -5,16 +5,18 @@ Measures veneer's training, serving and generation, and PEFT and diffusers.
     python benchmarks/busy.py [--quick] [--only training,serving,pictures] [--rounds 2] [--seconds 4] [--json]
 
 A neighbor is a process, started by the benchmark, that runs a Python loop. Each side is a process that loads
-its base once. It is measured in rounds, without a neighbor ("quiet"), with one and with two, while the other
-sides sleep. Measuring starts after a side has worked next to its neighbors for a second. The report has the
-median rate over all work items (a step, a batch of completions, or a batch of images) and its share of the
-quiet median. Targets on two processors: 55% with one neighbor, 30% with two.
+its base once. The side is measured in rounds, without a neighbor ("quiet"), with one and with two, while the
+other sides sleep. Measuring starts after a side has worked next to its neighbors for a second. The report has
+the median rate over all work items (a step, a batch of completions, or a batch of images) and its share of
+the quiet median. Targets on two processors: 55% with one neighbor, 30% with two.
 
-training   SmolLM2-135M, rank 16 on all seven projections, 4 rows of 64 tokens, the last quarter trained, AdamW
-serving    the embedded engine on SmolLM2-135M, 4 requests of 32 and 16 tokens, each with another rank-16 adapter
+training   SmolLM2-135M, rank 16 on all seven projections, 4 rows of 64 tokens, loss on each row's last quarter,
+           AdamW
+serving    the embedded engine on SmolLM2-135M, 4 requests of 32 and 16 tokens, each with its own adapter of
+           rank 16
 pictures   catalogue-flux's denoiser, batches of 2, eight steps, three stacked adapters of rank 16
 
-All use the precision that `auto` selects for this processor. Run on an otherwise idle machine: other
+All parts use the precision that `auto` selects for this processor. Run on an otherwise idle machine: other
 processes act as neighbors, and appear in the report as processors that are in use during quiet rounds.
 """
 
@@ -318,7 +320,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "src"))
     if given.side:
         part, name, work = json.loads(given.side)
-        told, sys.stdout = sys.stdout, sys.stderr  # keep output of libraries out of the results
+        told, sys.stdout = sys.stdout, sys.stderr  # libraries print to stderr, not into the results
         SIDES[part][name](Path(work), lambda piece: obey(piece, told))
         return
     parts = given.only.split(",")

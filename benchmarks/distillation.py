@@ -1,6 +1,6 @@
 """Distillation: compress a rank-64 adapter to rank 4, compared with training rank 4 on examples only.
 
-All train on the tickets of examples/tickets.
+All adapters are for the tickets of examples/tickets.
 
     python benchmarks/distillation.py [--folder runs/distillation] [--tickets 200] [--only cut,taught] [--seed 0]
 

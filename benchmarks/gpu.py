@@ -7,7 +7,7 @@ Runs tests, then measures training, serving and image generation at real sizes.
 
 probe    one bfloat16 product and one copy; these limits of the GPU give the roofline of every figure
 tests    the tests marked `gpu`
-train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,096 tokens, all trained
+train    Llama 3 8B, rank 16 on all linears, bfloat16, micro-batches of 2 × 4,096 tokens, loss on all tokens
 qlora    the same on nf4 weights; also bitsandbytes with PEFT, and Unsloth
 large    Llama 3.1 70B in nf4, one step with the settings that `veneer plan` chooses
 serve    Llama 3 8B, 128 requests of 256 + 64 tokens: the base, 8 adapters, 1,000 adapters; also vLLM
@@ -15,12 +15,12 @@ products one weight of Llama 3 8B times few rows, in bfloat16, 4 and 8 bits; the
          attention and loss, each with its library and with torch
 flux     FLUX.1 dev at 1,024²: a training step, and calls with three stacked adapters
 
-Weights are random and created on the GPU from a configuration. Sides run one after another, each in its own
-process with its own time limit. If a side fails, is not installed or exceeds its limit, its results so far
-are reported and the next side starts. Peers come last. CARD.md and CARD.json, named after the GPU, are
-written after each side, so a kill at any time loses only the running side. Ctrl-C, SIGTERM and SIGHUP stop
-that side and its child processes. Parts that do not run keep their earlier results. `--python` names the
-Python interpreter of a peer: vllm, unsloth or bitsandbytes.
+Weights are random and created on the GPU from a configuration. A side is a measurement of veneer or of a peer.
+Sides run one after another, each in its own process with its own time limit. If a side fails, is not installed
+or exceeds its limit, its results so far are reported and the next side starts. Peers come last. CARD.md and
+CARD.json, named after the GPU, are written after each side, so a kill at any time loses only the running side.
+Ctrl-C, SIGTERM and SIGHUP stop that side and its child processes. Parts that do not run keep their earlier
+results. `--python` names the Python interpreter of a peer: vllm, unsloth or bitsandbytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PUBLISHED = (12_473, 402)
 Published by NVIDIA for NeMo AutoModel, not measured by this project."""
 OVER_UNSLOTH = 1.2
 LEAST = 5.0
-"""A side starts only if at least so many seconds remain."""
+"""A side starts only if at least this many seconds remain."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOT_TRIED = ("no time left", "not installed", "stopped")
 """Statuses without results; a side with one of them keeps the results of an earlier run."""
@@ -101,7 +101,7 @@ def watched(command: Sequence[str], limit: float, work: Path) -> Outcome:
     out, err = (
         work / "out.txt",
         work / "err.txt",
-    )  # not pipes: these stay open until every child ends
+    )  # files, because pipes would stay open until every child ends
     start = time.monotonic()
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
@@ -317,8 +317,8 @@ def slug(card: str) -> str:
 def written(result: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
     """Write CARD.md and CARD.json atomically; return the page's path and the result.
 
-    For sides that were not tried, the result has those of an earlier run. If the existing file is not from an
-    earlier run, it is renamed to end with .unread."""
+    For sides that were not tried, the result has the results of an earlier run. If the existing file is not
+    from an earlier run, it is renamed to end with .unread."""
     from veneer.files.atomic import (
         replace_file,
     )  # a late import, as above: the Python of a peer lacks veneer

@@ -79,7 +79,7 @@ def fill(library: Library, count: int, work: Path) -> float:
             row = {"name": name(n), "version": 1, "entry": entry, "added": "2026-01-01T00:00:00Z", "source": ""}
             ix.insert_rows(c, ix.versions, [row])
             ix.insert_rows(c, ix.tags, [{"name": name(n), "version": 1, "tag": t} for t in tags(n)])
-    with library.engine.begin() as c:  # a server would do so within a minute
+    with library.engine.begin() as c:  # as a server does within a minute
         c.exec_driver_sql("ANALYZE")
     return rate
 

@@ -3,9 +3,9 @@
     python benchmarks/plan.py [--quick] [--json] [--only PART] [--memory]
 
 Each run is a process; runs are executed one after another. A run has random weights of a real architecture
-and takes real training steps with AdamW on the fast paths. Measured are the process's peak resident memory
-and the shortest step after the first. With `--memory`, only memory has targets, for a machine with other
-load.
+and takes real training steps with AdamW on the fast paths. The benchmark measures the process's peak resident
+memory and the shortest step after the first. With `--memory`, which is meant for a busy machine, only memory
+has targets.
 
 The text bases are Llamas of several widths and depths, and SmolLM2-135M's shape. In the names of runs,
 `about` precedes a mean length: rows have different lengths, which change in each of sixteen steps. The image

@@ -36,7 +36,7 @@ CARD = device_named("a100-80gb")
 class Figure:
     """A published figure and the planned one, in GB (10^9 bytes).
 
-    `limit`: the published figure is the size of a memory in which the run fits."""
+    `limit`: whether the published figure is only the size of a memory in which the run fits."""
 
     source: str
     what: str

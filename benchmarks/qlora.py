@@ -6,7 +6,7 @@
     python benchmarks/qlora.py --banking77 DIR [--seeds 0] [--json]  adapters trained on nf4 and on bf16
 
 Each side is a process; sides run one after another. For speed: rank 16 on all seven projections, steps of 4
-rows of 512 random tokens, the last quarter of each row trained, AdamW, the same initial adapter for every
+rows of 512 random tokens, loss on the last quarter of each row, AdamW, the same initial adapter for every
 side.
 """
 

@@ -4,11 +4,11 @@
     python benchmarks/serving.py --large [--quick] [--rounds 2] [--json]      a 1B Llama with random weights, no peers
 
 Uses smollm2-135m in bfloat16 and 32 requests of 64 prompt tokens and 64 generated tokens, greedy, ignoring
-end tokens. Adapters have rank 16 on all seven projections; request i uses adapter i modulo their number. Each
-side is a process that uses all cores. Sides run one after another in each round, and the best round counts.
-veneer's side is the embedded engine of `veneer serve`, without HTTP. It is also measured with: a thousand
-rank-8 adapters on q and v whose frequencies follow Zipf's law, compared with eight such adapters; sixteen
-active adapters with memory for eight; a single request; cold loads.
+end tokens. Adapters have rank 16 on all seven projections; request i uses adapter i modulo the number of
+adapters. Each side is a process that uses all cores. Sides run one after another in each round, and the best
+round counts. veneer's side is the embedded engine of `veneer serve`, without HTTP. The engine is also measured
+with: a thousand rank-8 adapters on q and v whose frequencies follow Zipf's law, compared with eight such
+adapters; sixteen active adapters with memory for eight; a single request; cold loads.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 Requests arrive as a Poisson process with the given rate and a fixed seed: times, prompts and adapters are the
 same in every run. Prompts have 16, 64 or 256 words, completions 16, 32 or 64 tokens, greedy, ignoring end
 tokens. Each request uses one of eight rank-16 adapters or the base. Requests do not wait for earlier
-responses, so a slow server gets longer times. Reports the completed requests and tokens per second from the
-first request to the last token, the times to the first token and between tokens as seen by the client, and
-the number of errors, which must be zero.
+responses, so response times grow if the server is too slow. Reports the completed requests and tokens per
+second from the first request to the last token, the times to the first token and between tokens as seen by
+the client, and the number of errors, which must be zero.
 
 Without --url, the script creates adapters and starts a server on smollm2-135m (with --quick, on a tiny base).
 With --url, it uses all models of that server in turn.

@@ -4,9 +4,9 @@ Also writes a strip of screenshots that follow a new user from an empty library 
 
     python benchmarks/studio_pictures.py docs/images
 
-Takes about half an hour on two cores, because it trains on the quickstart's tickets and on an image style. In
-`--home`, existing results are reused, so a repeated screenshot is quick: `--views live`. Writes
-studio/library-light-1280.webp and so on, and studio-strip.webp."""
+Takes about half an hour on two cores, because it trains on the quickstart's tickets and on an image style.
+Existing results in `--home` are reused, so it is quick to take a few screenshots again, e.g. with
+`--views live`. Writes studio/library-light-1280.webp and so on, and studio-strip.webp."""
 
 from __future__ import annotations
 

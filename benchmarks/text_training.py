@@ -4,13 +4,13 @@
     python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA; real bases without peers
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
-Each side is a process. Sides run one after another, in rounds, so that changes of the machine's speed affect
-all of them. All start from the same adapter and use the same tokens. Each prints one JSON object.
+Each side is a process that prints one JSON object. Sides run one after another, in rounds, so that changes of
+the machine's speed affect all sides. All sides start from the same adapter and use the same tokens.
 
-For speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, steps of 4 rows of 512 tokens, the last
-quarter of each row trained, AdamW. The floor is the time of the arithmetic alone: 4 · parameters · tokens (2
-for the forward pass, 2 for the gradient of the input; frozen weights get no gradient), at the median rate of
-bfloat16 products of the model's shapes in the same round.
+For speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, steps of 4 rows of 512 tokens, loss on
+the last quarter of each row, AdamW. The floor is the time that the arithmetic takes without anything else:
+4 · parameters · tokens (2 for the forward pass, 2 for the gradient of the input; frozen weights get no
+gradient), at the median rate of bfloat16 products of the model's shapes in the same round.
 """
 
 from __future__ import annotations

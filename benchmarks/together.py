@@ -1,10 +1,10 @@
-"""Adapters of many customers: trained in one pass of the base, compared with one run after another.
+"""Adapters of many customers: trained together in one pass of the base, compared with one after another.
 
     python benchmarks/together.py [--customers 8] [--rows 1] [--tokens 128] [--steps 12] [--rounds 3] [--json]
 
 Real runs of `run_texts` and `run_text` on SmolLM2-135M in bfloat16, each side in a process: rank 16 on all
-linear layers, AdamW, answers trained, prompts truncated to the length of a row. The time of a run is from the
-end of its first step to the end of its second-last step, which excludes loading, checks, files and
+linear layers, AdamW, loss on the answers, prompts truncated to the length of a row. The time of a run is from
+the end of its first step to the end of its second-last step, which excludes loading, checks, files and
 verification; times of separate runs are added. Peak memory is that of the process. The figures of a single
 run are printed too.
 """

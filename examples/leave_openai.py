@@ -113,7 +113,7 @@ def suffix_of(job: Any) -> str | None:
 
 
 def method_of(job: Any) -> dict[str, Any]:
-    """Return the job's method and hyperparameters, as a request for a new job needs them.
+    """Return the job's method and hyperparameters, in the format of a request for a new job.
 
     The learning rate multiplier is omitted, because it refers to OpenAI's default rate."""
     kind = job.method.type if job.method is not None else "supervised"

@@ -1,4 +1,4 @@
-"""Settings for every test: no access to the hub, a separate veneer home, the same hypothesis examples.
+"""Settings for every test: no access to the hub, a separate veneer home, fixed Hypothesis examples.
 
 `make test-random` uses new examples."""
 
@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # pytest runs one process per core, so 
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
         os.environ.setdefault(name, "1")
 
-gc.disable()  # while tests are collected, because full collections would walk all imported modules
+gc.disable()  # full garbage collections would walk all imported modules while pytest collects tests
 
 # must not be set, otherwise each process compiles the package's sources again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -38,7 +38,7 @@ settings.register_profile("fresh", max_examples=60, deadline=None)
 
 _STARTING = ("subprocess", "Forked", "attack.harness")
 _PROCESSES = 40
-"""For the order of files: the number of tests that a file counts as if it starts processes."""
+"""Length of a test file that starts processes, in tests, where files are ordered by length."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -62,7 +62,7 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             for name, parameter in model.named_parameters():
                 if "norm" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-                    if parameter.numel() >= 16:  # not for the small norms of queries and keys
+                    if parameter.numel() >= 16:  # leaves out the small norms of queries and keys
                         parameter[::9].mul_(2.0).add_(1.0)
                 elif "embed_tokens" in name:
                     parameter[:, ::11].mul_(2.0)
@@ -158,7 +158,7 @@ OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
     ),
     # layer norms with biases, rotary positions in half of each head, an MLP with no gate
     "phi": _family(PhiConfig, partial_rotary_factor=0.5),
-    # head size above hidden / heads; queries are scaled according to their position, from 16 tokens on
+    # head size above hidden / heads; queries are scaled according to their position, from position 16 on
     "ministral3": _family(
         Ministral3Config,
         head_dim=16,

@@ -1,4 +1,4 @@
-"""An adapter trained over the tiny base in 4-bit."""
+"""An adapter trained on the tiny base, which is quantized to 4 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Rules of the package: imports only from lower layers, torch alone for core, line budgets, a fast start."""
+"""Rules of the package.
+
+Packages import only from lower layers, core needs only torch, code stays within line budgets, and veneer
+starts fast.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +154,10 @@ def test_tests_use_no_private_names() -> None:
 
 
 def test_heavy_packages_are_imported_where_allowed() -> None:
-    """Only the listed packages import transformers and other heavy libraries; no package imports a peer."""
+    """Only the listed packages import transformers and other heavy libraries.
+
+    No module imports peft, trl, vllm or unsloth, except that vllm_plugin.py imports vllm.
+    """
     allowed = {
         "transformers": {"models", "train"},
         "datasets": {"train"},

@@ -1,6 +1,6 @@
 """A tiny base on disk: a random llama with a real byte-level BPE tokenizer and SmolLM2's ChatML template.
 
-Tests pass `tiny_base_dir(folder)` as a user passes a base."""
+Tests use `tiny_base_dir(folder)` wherever a user would name a base."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tiny_model(**more: Any) -> PreTrainedModel:
     """Return a two-layer llama with the tiny tokenizer's vocabulary. `more`: values for its configuration."""
     from transformers import GenerationConfig
 
-    from tests.families import llama3  # a late import, because the tokenizer needs no torch
+    from tests.families import llama3  # imported here, because `tiny_tokenizer` does not need torch
 
     model = llama3(
         vocab_size=VOCAB_SIZE,

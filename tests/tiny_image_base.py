@@ -53,7 +53,7 @@ def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Use a fixed seed inside, restore the random state afterwards, and silence warnings."""
+    """Use a fixed seed and silence warnings inside the block; restore the random state afterwards."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)

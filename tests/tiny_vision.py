@@ -1,6 +1,6 @@
 """Tiny vision-language models on disk: the real classes with random weights.
 
-Tests pass `tiny_vision(folder, "llava")` as a user names a model.
+Tests use `tiny_vision(folder, "llava")` wherever a user would give a model name.
 """
 
 from __future__ import annotations

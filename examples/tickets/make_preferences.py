@@ -3,8 +3,8 @@
     python examples/tickets/make_preferences.py [--check]
 
 The chosen reply is short and polite. The rejected reply is long, curt, or both, so that neither the length
-nor one polite word is enough to tell them apart. Tickets come from train.jsonl and test.jsonl, and the
-content of a reply follows from the ticket's routing. No reply sentence occurs in both files. The output is
+nor one polite word is enough to recognize the chosen reply. Tickets come from train.jsonl and test.jsonl, and
+the content of a reply follows from the ticket's routing. No reply sentence occurs in both files. The output is
 deterministic. `--check` compares the files with the output and writes nothing.
 """
 

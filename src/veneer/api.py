@@ -2,7 +2,7 @@
 
     base = load_base("smollm2-135m")
     run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
-    train_together(["a.yaml", "b.yaml"], base=base)          # the runs share each pass of the base
+    train_together(["a.yaml", "b.yaml"], base=base)          # the runs share each forward pass of the base
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
@@ -121,7 +121,7 @@ def train_together(
     force: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
 ) -> list[RunResult | VeneerError]:
-    """Train one adapter per configuration, sharing one pass of the base per step.
+    """Train one adapter per configuration, with one shared forward pass per step.
 
     Does the same as `veneer train a.yaml b.yaml`. Returns one result per configuration, equal to the result
     of `train_text` for that configuration. If a run fails, the error is returned as its result, and the other
@@ -169,7 +169,7 @@ def train_image(
 
     `result.adapter` is the path of the adapter's file (a folder for the peft format). The parameters are
     those of `train_text`, but the configuration has `data.pictures` (docs/reference/image-config.md). If the
-    caller passes a `base`, training does not free its text encoders and VAE."""
+    caller passes a `base`, training does not free that base's text encoders and VAE."""
     from veneer.errors import ConfigError
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.run import run_images
@@ -337,7 +337,8 @@ def image(
         formats.strengths.
     controls: ControlNets, such as "canny=sketch.png:0.7".
     seed: one for all prompts, or one per prompt.
-    say: called with notes on inputs that were resized, truncated or ignored, and on what a role means.
+    say: called with messages, such as which inputs were resized, truncated or ignored, and which blocks and
+        steps a `campaign` role selects.
     options: width, height, steps, guidance, true_guidance, scheduler, batch_size, image, mask, denoise,
         references (imaging.generate.Options)."""
     from veneer.imaging.adapters import ImagePipeline, parse_use

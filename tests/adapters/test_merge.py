@@ -193,7 +193,7 @@ def test_stochastic_merge_is_unbiased_and_seeded(saved, tmp_path):
 
 @pytest.mark.parametrize("case", ["llama", "token rows, tied"])
 def test_loaded_models_and_files_get_the_same_stochastic_rounding(saved, tmp_path, case):
-    """Merging in memory and by shard give equal weights, and tied weights stay tied."""
+    """Merging in memory and merging by shard give equal weights, and tied weights stay tied."""
     net, adapter = saved(case)
     merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out", seed=3)
     report = MergeReport()

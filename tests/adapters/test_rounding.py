@@ -59,4 +59,4 @@ def test_stochastic_rounding_keeps_small_deltas_on_average():
     drawn.add(W, exact, stochastic(exact, torch.bfloat16, seeded(0, "w")))
     assert (near.changed, near.kept, near.error) == (0.0, 0.0, 1.0)
     assert drawn.kept == pytest.approx(1.0, abs=0.15)
-    assert drawn.error > near.error  # the price: each single weight has a larger error
+    assert drawn.error > near.error  # although each single weight has a larger error

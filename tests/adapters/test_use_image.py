@@ -53,7 +53,7 @@ def adapter_for(base: ImageBase, family: str, *targets: str, seed: int = 0) -> A
 def same_pairs(got: Adapter, want: Adapter) -> None:
     """Assert that both adapters change every module equally.
 
-    `got` can also have zero pairs, for unchanged parts of a fused projection."""
+    `got` can also have pairs whose ΔW is zero, for unchanged parts of a fused projection."""
     assert set(want.pairs) <= set(got.pairs)
     for name, pair in got.pairs.items():
         theirs = want.pairs.get(name)

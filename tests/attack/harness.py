@@ -6,7 +6,7 @@
         b.worst                                            maximum seconds between two events of b
         server.memory()                                    the process's resident memory in bytes
 
-All requests use sockets to a separate process, so the figures are those of another tenant's client.
+All requests use sockets to a separate process, so the measured times are those that a tenant's client sees.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GAP = 0.25
 SOON = 1.0
 """Maximum seconds until an invalid request is refused."""
 MEMORY = 64 << 20
-"""Maximum growth of the process's memory in bytes, for what allocators keep."""
+"""Maximum growth of the process's memory in bytes, because allocators keep some freed memory."""
 ADMIN = "an-admin-key-of-some-length"
 
 

@@ -54,7 +54,7 @@ def test_a_connection_with_slow_headers_is_closed(server: Server) -> None:
         assert 0.5 < closed_after(slow, b"x") < 3
 
 
-def test_a_kept_connection_is_closed_when_idle_or_slow(server: Server) -> None:
+def test_a_keep_alive_connection_is_closed_when_idle_or_slow(server: Server) -> None:
     for send in (b"", b"x"):
         with server.raw(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n") as connection:
             assert b"200 OK" in connection.recv(1 << 16)

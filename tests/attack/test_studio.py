@@ -49,7 +49,7 @@ def test_unauthenticated_sockets_are_refused_and_do_not_block_others(server: Ser
 
 
 def test_sockets_are_closed_first(server: Server) -> None:
-    """Requests are still answered when sockets of signed-in pages exceed the limit of connections."""
+    """Requests are still answered when signed-in pages open more sockets than the connection limit allows."""
     with ExitStack() as sockets:
         for _ in range(MOST // 2):
             page = PageSocket(f"{server.url}/studio/", server.keys["a"])

@@ -76,7 +76,7 @@ def test_tensors_of_zeros_take_no_memory(trainer: Server, peak: Any) -> None:
         while (refused := trainer.post(f"{API}/retrieve_future", {"request_id": f"{run}:1"})).status == 408:
             pass
     assert "target_tokens has the shape" in refused.body.decode()
-    assert peak() - initial < 512 << 20  # 266 MB for one request, and the modules that the first request loads
+    assert peak() - initial < 512 << 20  # one request takes 266 MB, and the first request also loads modules
     assert trainer.growth_from(initial) < MEMORY
 
 

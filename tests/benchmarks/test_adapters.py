@@ -10,7 +10,7 @@ from tests.benchmarks.runs import benchmark_module, report_of
 def test_the_shapes_are_those_of_the_real_models(monkeypatch):
     """SDXL has 722 modules and FLUX.1 has 304.
 
-    Rank-4 files of 2-byte weights have 20.3 and 36.5 MiB, computed from the official configurations."""
+    Rank-4 files of 2-byte weights take 20.3 and 36.5 MiB, computed from the official configurations."""
     bench = benchmark_module(monkeypatch, "adapters")
     for shapes, count, size in ((bench.sdxl_shapes(), 722, 20.3), (bench.flux_shapes(), 304, 36.5)):
         assert shapes.total() == count

@@ -1,4 +1,5 @@
-"""The busy-machine benchmark: its load processes are busy and end, and its report has the common format."""
+"""The busy-machine benchmark: its processes keep processors busy until they end, and it reports in the common
+format."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""`make gpu` without a GPU: every line of the sides that run veneer, limits, failures, and the page.
+"""Tests of `make gpu` that need no GPU.
 
-No peer runs and nothing is timed. If a side fails, the assertion prints its output.
+They cover every line of the sides that run veneer, time limits, failures, and the page. No peer runs and
+nothing is timed. If a side fails, the assertion prints its output.
 """
 
 from __future__ import annotations

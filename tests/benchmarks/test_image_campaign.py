@@ -1,6 +1,7 @@
-"""The campaign benchmark measures and draws everything that its page lists; pictures and judge are random.
+"""The campaign benchmark measures and draws everything that its page lists.
 
-The real results take an hour to compute (docs/image-proof.md)."""
+In these tests, the pictures and the judge are random, because the real results take an hour to compute
+(docs/image-proof.md)."""
 
 from __future__ import annotations
 

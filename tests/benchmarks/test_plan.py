@@ -1,4 +1,4 @@
-"""The plan benchmarks: the grid is complete, and both report in the common format."""
+"""The plan benchmarks: the grid is complete, and both benchmarks report in the common format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The benchmark of runs trained together: both sides train the same steps of the requested size."""
+"""The benchmark of runs trained together or one by one: either way, the same number of steps of the requested
+size are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tenant's browser shows the tenant's own objects; links to others look like missing objects."""
+"""A tenant's browser shows the tenant's own objects; other tenants' objects look like missing objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from veneer.serve.tenancy.store import Store
 
 @dataclass
 class Shared:
-    """A server with two tenants. `key`: that of acme. `job`, `file`: those of globex."""
+    """A server with two tenants. `key`: acme's API key. `job`, `file`: a job and a file of globex."""
 
     server: StudioServer
     key: str

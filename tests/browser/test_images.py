@@ -28,7 +28,7 @@ GENERATED = "n => document.querySelectorAll('.drawn img').length === n"
 
 @pytest.fixture(scope="module", params=["tiny", PACKAGED])
 def drawing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """Start a server that generates images and trains, with one adapter."""
+    """Start a server that generates images and trains adapters; its library has one adapter."""
     folder = tmp_path_factory.mktemp("drawing")
     base_dir = tiny_image_base(folder, "flux1") if request.param == "tiny" else Path(request.param)
     base = load_image(str(base_dir))
@@ -64,7 +64,7 @@ LOADED = "[...document.querySelectorAll('img.samples, img.thumb')].every((at) =>
 
 
 @pytest.mark.parametrize("drawing", ["tiny"], indirect=True)
-def test_run_shows_samples_and_its_adapter_an_image(chromium: Any, drawing: StudioServer, tmp_path: Path) -> None:
+def test_run_shows_samples_and_adapter_shows_an_image(chromium: Any, drawing: StudioServer, tmp_path: Path) -> None:
     for n, color in enumerate(("red", "blue", "green", "white")):
         Image.new("RGB", (64, 64), color).save(tmp_path / f"{n}.png")
         (tmp_path / f"{n}.txt").write_text(f"a {color} cat")

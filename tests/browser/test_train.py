@@ -96,7 +96,7 @@ def test_run_is_started_watched_and_a_step_kept(
     assert page.locator("img[src='x']").count() == 0
 
 
-def test_uploaded_file_to_a_run(window: Window, tmp_path: Path, jobs: JobStore) -> None:
+def test_run_trains_on_an_uploaded_file(window: Window, tmp_path: Path, jobs: JobStore) -> None:
     file = tmp_path / "doors.csv"
     file.write_text("question,says\n" + "".join(f"Where is door {n}?,Left {n}.\n" for n in range(30)))
     page = window.open("train").page

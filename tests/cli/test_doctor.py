@@ -83,6 +83,6 @@ def test_ops_are_listed_for_every_device(capsys: pytest.CaptureFixture[str], mon
 
 def test_the_profile_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(run(capsys, "doctor", "--ops").out.split())
-    assert "float32 200, bfloat16 400, float16 70, int8 600 GFLOP/s; memory 30 GB/s; rounds within 5%" in said
+    assert "float32 200, bfloat16 400, float16 70, int8 600 GFLOP/s; memory 30 GB/s; rounds agree within 5%" in said
     told = json.loads(run(capsys, "doctor", "--ops", "--json").out)["profile"]
     assert told["bandwidth"] == profile().bandwidth

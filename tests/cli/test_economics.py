@@ -66,7 +66,7 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     result = economics(tenants, store, 2 * UNIT, **prices, now=START + 2 * DAY)
     # 48 h at 2 cost 96. The requests take 4 · 30 s + 40 s = 160 s; three quarters of that are acme's.
     # acme: 72 for 4 requests, so 18 each; acme pays 30 each, a margin of 12. 2 h of training at 32 cost 64,
-    #     of which acme paid 4; the other 60 are 60/12 margins.
+    #     of which acme paid 4; it takes 60/12 = 5 requests to earn the other 60.
     # A dedicated hour costs 1, so 24 a day, the cost of 24/18 shared requests.
     acme = ["acme", "acme/support", 2, 7200.0, 64 * UNIT, 4 * UNIT, 4, 120.0, 72 * UNIT, 120 * UNIT, 48 * UNIT]
     acme += [18_000 * UNIT, 12_000 * UNIT, 2, 5]

@@ -37,7 +37,7 @@ def hostile(tmp_path: Path) -> list[Path]:
         "veneer.card": json.dumps({"base": EVIL, "trigger_words": [EVIL], "licence": EVIL, "created": EVIL}),
     }
     pair = {f"{TO_Q}.lora_down.weight": torch.ones(2, 6), f"{TO_Q}.lora_up.weight": torch.ones(4, 2)}
-    most = {  # a family is recognized by at least half of the names
+    most = {  # at least half of the names must match for a family to be recognized
         f"lora_unet_{block}_1_transformer_blocks_0_attn1_{to}.lora_{side}.weight": torch.ones(*shape)
         for block in [*(f"input_blocks_{n}" for n in (1, 2, 4, 5, 7, 8)), *(f"output_blocks_{n}" for n in range(3, 12))]
         for to in ("to_q", "to_k", "to_v")

@@ -1,4 +1,4 @@
-"""The same adapter in PEFT, on a copy of the base and with veneer's tensors; and its gradients."""
+"""Apply veneer's adapter with PEFT to a copy of the base, and read PEFT's gradients."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def noisy(adapter: Adapter, seed: int = 0, amount: float = 0.1) -> Adapter:
 def close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
     """Assert equality within RTOL, relative to the largest entry.
 
-    A sum of positive and negative terms can lose more than the last digits of its own value."""
+    If positive and negative terms cancel, a sum can lose more than its last digits."""
     torch.testing.assert_close(
         ours, theirs, rtol=RTOL, atol=RTOL * theirs.abs().max().item(), msg=lambda m: f"{what}: {m}"
     )

@@ -111,7 +111,7 @@ def test_transposed_linear_of_gpt2() -> None:
         torch.testing.assert_close(y, x @ (model[0].weight + change) + model[0].bias)
 
 
-def test_linear_with_a_packed_weight_is_read_by_identity() -> None:
+def test_packed_weight_is_read_through_an_identity_input() -> None:
     """A layer whose stored weight is packed, as in a quantized base.
 
     The adapted layer calls the packed module. DoRA and merging compute the dense weight as the module's

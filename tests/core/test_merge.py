@@ -87,7 +87,7 @@ BESIDE_ROWS = {
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("beside", BESIDE_ROWS)
 def test_token_rows_add_to_other_changes_of_their_weight(beside: str, strength: float) -> None:
-    """Attached for all rows, attached per row, and merged, it is W + s·(rows − W) + ΔW."""
+    """The weight is W + s·(rows − W) + ΔW, whether attached for all rows, attached per row, or merged."""
     model = FAMILIES["llama3"]()
     ids = IDS.clone()
     ids[:, :4] = torch.tensor([5, 77, 9, 3])

@@ -1,4 +1,4 @@
-"""Cluster files are valid for their readers; torchrun commands run if two processes are enough."""
+"""Cluster files are valid for their readers; torchrun commands that need only two processes are run."""
 
 from __future__ import annotations
 

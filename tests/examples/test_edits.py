@@ -1,4 +1,4 @@
-"""The editing example runs from its configuration file, on a tiny Kontext and a few pairs.
+"""The editing example runs from its configuration file, on a tiny Kontext base and a few image pairs.
 
 Its adapter then edits a picture.
 """

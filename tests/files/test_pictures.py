@@ -75,9 +75,9 @@ def test_error_of_a_huge_picture_states_the_pixel_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("first", "size"), [(b"", (4, 8)), (struct.pack("<HHI4s", 256, 2, 4, b"Mak"), (8, 4))])
 def test_damaged_exif_is_ignored(first: bytes, size: tuple[int, int]) -> None:
-    """The Exif data contain a quarter turn.
+    """The Exif data contain a rotation by 90 degrees.
 
-    In the second case, they also contain a width that is text, which Pillow reads but cannot write."""
+    In the second case, the data also contain a width that is text, which Pillow reads but cannot write."""
     turn = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + bool(first)) + first + turn + bytes(4)
     file = io.BytesIO()

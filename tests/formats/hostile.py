@@ -29,7 +29,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
 
 
 def kohya(down: list[int], up: list[int], dtype: str = "F8_E4M3", value: bytes = b"\x01") -> bytes:
-    """Return a valid file with a pair of the given shapes, which a reader must refuse."""
+    """Return a well-formed file with a pair of the given shapes, although a reader must refuse the pair."""
     sizes = [down[0] * down[1], up[0] * up[1]]
     width = {"F8_E4M3": 1, "F32": 4}[dtype]
     at = [sizes[0] * width, (sizes[0] + sizes[1]) * width]
@@ -102,7 +102,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "beyond.safetensors": (safetensors({"a": entry([2_000_000], 0, 8_000_000)}, DATA), "need 8,000,000 bytes of data"),
     "overlap.safetensors": (safetensors({**ONE, "b": entry([2], 4, 12)}, bytes(12)), "inside 'a'"),
     "hole.safetensors": (safetensors({**ONE, "b": entry([2], 16, 24)}, bytes(24)), "a hole of 8 bytes"),
-    "left-over.safetensors": (safetensors(ONE, bytes(64)), "that no tensor owns"),
+    "left-over.safetensors": (safetensors(ONE, bytes(64)), "belong to no tensor"),
     "absurd-shape.safetensors": (safetensors({"a": entry([1 << 59, 1 << 59], 0, 8)}, DATA), "absurd"),
     "empty-absurd.safetensors": (safetensors({"a": entry([0, 1 << 59, 9], 0, 0)}), "absurd"),
     "negative.safetensors": (safetensors({"a": entry([-2], 0, 8)}, DATA), "is not a list of at most 16 sizes"),

@@ -21,7 +21,9 @@ def numbers(shape: Iterable[int], seed: str, dtype: torch.dtype = torch.float32)
 
 
 def shard_rows(family: Family) -> dict[str, int]:
-    """Return canonical module -> rows of its weight; parts of the same fused projection fit together."""
+    """Return canonical module -> rows of its weight.
+
+    Within a fused projection, the rows of the parts are proportional to the parts' units."""
     out = dict.fromkeys(family.modules, 2 * UNIT)
     for places in family.originals.values():
         for place in places:
@@ -31,9 +33,9 @@ def shard_rows(family: Family) -> dict[str, int]:
 
 
 def one_of_each_kind(family: Family, kinds: tuple[str, ...] = ("linear", "conv")) -> list[str]:
-    """Return one module per name, where names are compared without their numbers.
+    """Return one module for each name, ignoring the numbers in names.
 
-    This is the last module with the name, because last blocks can differ from the others."""
+    If several modules have the name, return the last, because last blocks can differ from the others."""
     found: dict[str, str] = {}
     for module, kind in family.modules.items():
         if kind in kinds:

@@ -225,7 +225,7 @@ def test_split_and_rejoin_restores_ranks_and_bytes(tmp_path):
     write(adapter, first, "kohya", family="flux1")
     assert {p.rank for p in read(first).adapter.pairs.values()} == {8, 4}
     written = write(read(first).adapter, between, "diffusers")
-    assert written.ranks == {1: 1, 2: 6}  # the pair of rank 1 is that of to_v: unchanged, so zero
+    assert written.ranks == {1: 1, 2: 6}  # to_v is unchanged, so its pair is zero and has rank 1
     same_changes(read(between).adapter, adapter)
     write(read(between).adapter, last, "kohya")
     ours, theirs = read_tensors(first)[0], read_tensors(last)[0]

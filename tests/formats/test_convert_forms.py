@@ -229,7 +229,7 @@ def test_dora_is_noted_where_readers_differ():
 
 
 def test_vector_without_a_pair_replaces_only_norm_weights():
-    """`….norm_q.weight` next to pairs is read as a new norm, as in diffusers.
+    """`….norm_q.weight` next to pairs replaces the norm's weight, as in diffusers.
 
     A vector for a linear layer is refused, because it would be an (IA)³ without on_input."""
     norm, linear, other = (f"transformer.transformer_blocks.0.attn.{n}" for n in ("norm_q", "to_q", "to_k"))

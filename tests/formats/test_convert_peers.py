@@ -1,4 +1,4 @@
-"""With written files, diffusers' pipelines have the outputs of the attached adapter."""
+"""diffusers' pipelines that load the written files give the outputs of the attached adapter."""
 
 from __future__ import annotations
 

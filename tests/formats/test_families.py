@@ -112,7 +112,7 @@ STRANGERS = {
 @pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize("kind", ["kohya", "peft"])
 @pytest.mark.parametrize("case", STRANGERS)
-def test_other_widths_and_more_blocks_are_no_family(case: str, kind: str, partial: bool) -> None:
+def test_unknown_widths_and_depths_match_no_family(case: str, kind: str, partial: bool) -> None:
     name = lambda own: "lora_unet_" + own.replace(".", "_") if kind == "kohya" else f"diffusion_model.{own}"  # noqa: E731
     tensors = pairs({name(n): s for n, s in STRANGERS[case].items()}, kind)
     for claim in ({}, {"modelspec.architecture": "z-image"}, {"modelspec.architecture": "flux2"}):

@@ -56,7 +56,7 @@ def test_language_models_are_not_image_models(tmp_path, to):
 
 
 def test_lost_name_level_is_refused_before_writing(tmp_path, monkeypatch):
-    """veneer's reader accepts both spellings, so only the check of the loader's rule finds this."""
+    """veneer's reader accepts both spellings, so only the check of PEFT's own rule finds the lost level."""
     adapter = linear_pairs(["transformer.h.0.attn.c_attn"])
     monkeypatch.setattr(convert, "component_of", lambda name: "transformer")  # pretend that the component is a denoiser
     with pytest.raises(AdapterError, match=r"transformer\.h\.0\.attn\.c_attn: PEFT would find no tensors for it"):

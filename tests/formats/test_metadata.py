@@ -64,7 +64,7 @@ def test_a_file_that_is_not_safetensors_has_no_autov3(tmp_path):
 
 @pytest.mark.parametrize("ss", [True, False])
 def test_the_stored_hashes_are_those_of_sd_scripts(tmp_path, tensors, ss):
-    """Compares with sd-scripts, which hashes a file with only ss_ keys, written in memory."""
+    """Compares with sd-scripts, which hashes a file that it writes in memory, with only the ss_ keys."""
     metadata = metadata_of(CARD, family="sdxl", name="dog") if ss else {"modelspec.title": "x"}
     done = sealed(tensors, metadata)
     theirs = safetensors.torch.save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})

@@ -265,7 +265,7 @@ def test_an_embedding_copy_that_differs_is_refused(tmp_path):
     refused(tmp_path / "a", "resize", base=model("mistral", vocab_size=128))
 
 
-def test_saved_whole_embedding_replaces_the_bases(tmp_path):
+def test_saved_whole_embedding_replaces_that_of_the_base(tmp_path):
     """With save_embedding_layers=True, PEFT writes whole embeddings, for example of a larger vocabulary.
 
     When loading, it uses them instead of the base's embeddings."""
@@ -353,7 +353,7 @@ def test_version_and_date_stamps_are_kept_and_shown(folder):
     edit(folder, {"unsloth_version": "2026.9.6", "created_at": "2026-09-20", "astra_config": None})
     found = peft.load_folder(folder)
     assert found.adapter.card.extra["adapter_config"] == {"unsloth_version": "2026.9.6", "created_at": "2026-09-20"}
-    assert any("unsloth_version = 2026.9.6: a stamp, stored unchanged" in note for note in found.notes)
+    assert any("unsloth_version = 2026.9.6: metadata, stored unchanged" in note for note in found.notes)
 
 
 def test_velora_adapter_has_the_outputs_of_peft(tmp_path):
@@ -400,7 +400,7 @@ def pair(kind: str = "linear", **changes: Any) -> Pair:
         (Adapter(modules={"a": {}}), "a full copy without tensors"),
         (Adapter({"a.base_layer": pair()}), "could not read the folder back"),
         (Adapter({"../a": pair()}), "cannot hold"),
-        (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "depends on the base; pass it"),
+        (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "is known only with a base"),
     ],
 )
 def test_unwritable_adapter_leaves_no_files(tmp_path, adapter, words):

@@ -153,8 +153,8 @@ def blocks(
 def test_split_qkv_files_have_the_correct_scale(told: str) -> None:
     """Each part was trained with rank 2 and alpha 1, so its scale is 1/2.
 
-    Dividing alpha by the stored ranks, 6 and 8, would make the scale three and four times too small. A
-    converter that sets alpha to the stored rank means scale 1."""
+    Dividing alpha by the stored ranks, 6 and 8, would make the scale three or four times too small. If a
+    converter has set alpha to the stored rank, the scale is 1."""
     layout = Layout()
     converted = told == "converted"
     for text, places, _, _ in flux(QKV, LINEAR1):
@@ -171,7 +171,7 @@ def test_split_qkv_files_have_the_correct_scale(told: str) -> None:
     ranks = {found.adapter.pairs[p.module].rank for _, places, _, _ in flux(QKV, LINEAR1) for p in places}
     assert ranks == ({6, 8} if told in ("not", "converted") else {2})
     assert any("split_qkv" in n for n in found.notes) is (told.startswith("by"))
-    assert any("not known to be for one part" in n for n in found.notes) is (told == "not")
+    assert any("alpha may be for one part only" in n for n in found.notes) is (told == "not")
 
 
 @pytest.mark.parametrize("plain", [True, False])

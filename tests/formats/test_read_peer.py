@@ -1,4 +1,4 @@
-"""veneer reads the same modules and changes as diffusers' readers, where those are correct.
+"""veneer reads the same modules and changes as diffusers' readers, wherever diffusers is correct.
 
 Each case states what it omits and why. Widths are FLUX.1's real ones if diffusers hard-codes them."""
 

@@ -1,6 +1,6 @@
-"""mlx-lm and Tinker folders have the outputs of their formulas in float64.
+"""Adapters from mlx-lm and Tinker folders give the outputs of the tools' formulas, computed in float64.
 
-Their outputs in PEFT are compared as well."""
+PEFT's outputs are compared with the formulas too."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def text(name: str) -> nn.Module:
             stem = key.removeprefix("model.")
             found = [n for n in inner if n.endswith(f"language_model.{stem}") or n.endswith(f"language_model.{key}")]
             found = found or [n for n in inner if n == key]
-            found = found or [n for n in inner if n.endswith("language_model.embed_tokens.weight")]  # a tied head
+            found = found or [n for n in inner if n.endswith("language_model.embed_tokens.weight")]  # tied to the head
             parameter.copy_(inner[found[0]])
     return net
 

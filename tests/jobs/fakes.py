@@ -40,7 +40,7 @@ class FixedTerms(TrainingAccount):
 
 
 class FakeExecutor(LocalExecutor):
-    """An executor whose pretended processes run until a test ends them.
+    """An executor whose simulated processes run until a test ends them.
 
     `stubborn`: only a hard stop ends a process; `refuse`: processes fail to start. `validating`: handle ->
     lease of each validation."""

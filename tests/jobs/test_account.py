@@ -73,9 +73,10 @@ def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_p
 
 @in_sqlite
 def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenants: Store) -> None:
-    """Of a budget of 9, jobs plan 3 and the ledger records 2, so 4 requests of 1 fit.
+    """The budget is 9. Jobs plan to spend 3 and the ledger records 2, so 4 requests that cost 1 each fit.
 
-    Each failed request returns its 1. Amounts that the ledger records later do not count twice."""
+    A failed request returns its cost to the budget. Amounts that the ledger records later are not counted
+    twice."""
     queued(store, price=3 * UNIT)
     billed(tenants, trained_name("acme/tinker-a-0"), 2)
     account = FixedTerms(store, tenants, price=UNIT, budget=9 * UNIT)
@@ -102,7 +103,7 @@ def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenan
 
 @in_sqlite
 def test_jobs_count_reservations_that_the_ledger_lacks(store: JobStore, tenants: Store) -> None:
-    """Clients on two servers reserve 6 of 9 before the ledger records anything.
+    """Clients on two servers reserve 6 of a budget of 9 before the ledger records anything.
 
     A job that costs 4 is refused; a job that costs 3 is accepted, and leaves nothing for clients."""
     terms = {"price": UNIT, "budget": 9 * UNIT}

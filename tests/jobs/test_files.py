@@ -155,7 +155,7 @@ def test_file_expires_on_time(files: Files) -> None:
 
 
 def test_many_files_expire_in_few_transactions(files: Files) -> None:
-    """There are more files with distinct bytes than one statement can have values."""
+    """There are more files with distinct bytes than one SQL statement can have values."""
     files.quotas, now, count = Quotas(), files.clock(), 1200
     content = b"".join(b"%04d" % n for n in range(count))
     rows: list[dict[str, object]] = []

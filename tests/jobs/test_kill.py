@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None:  # noqa: F811
-    """A worker is killed at a commit, and another continues, up to the route and bill.
+    """A worker is killed at a commit; another worker continues until the job's route and bill are correct.
 
     Covers every twelfth commit; the slow test covers every commit."""
     log = quick / "said"

@@ -68,7 +68,7 @@ def test_steps_are_published_during_training(store, device, tmp_path, monkeypatc
     job = trained(store)
     events, _ = store.events(None, job.id)
     steps = [(event.kind, event.data["step"]) for event in events if event.kind in ("metrics", "checkpoint")]
-    # adding the first checkpoint failed once; no checkpoint waits for the end
+    # although adding the first checkpoint failed once, checkpoints are added before the run ends
     assert [step for kind, step in steps if kind == "checkpoint"] == [1, 2, 3]
     assert steps.index(("checkpoint", 2)) < steps.index(("metrics", 3))
     metrics = next(event.data for event in events if event.kind == "metrics")

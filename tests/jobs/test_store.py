@@ -1,4 +1,4 @@
-"""The job queue: transitions and tenants; nothing is counted twice."""
+"""The job queue: state transitions, and separation of tenants; nothing is counted twice."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _programs() -> Path | None:
 
 
 def _unprivileged() -> dict[str, Any]:
-    """Return Popen arguments that choose PostgreSQL's user, if this process is root's."""
+    """Return Popen arguments that run PostgreSQL as an unprivileged user if this process runs as root."""
     if os.geteuid() != 0:
         return {}
     import pwd

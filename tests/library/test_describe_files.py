@@ -66,7 +66,7 @@ def test_previews_are_images_of_allowed_types() -> None:
     assert card_picture({"extra": []}) is None
 
 
-def test_a_sample_is_whole_or_none() -> None:
+def test_an_incomplete_sample_is_ignored() -> None:
     whole = {"prompt": "p", "base": "b", "adapter": "a"}
     assert card_sample({"extra": {"sample": {**whole, "more": 1}}}) == whole
     for sample in (None, [], {}, {"prompt": "p", "base": "b"}, {**whole, "base": 3}):

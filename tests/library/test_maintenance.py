@@ -36,7 +36,7 @@ def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str)
 def test_collection_during_an_add_loses_nothing(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, there: bool
 ) -> None:
-    """`there`: the store already contains the content, without a name."""
+    """`there`: whether the store already contains the content, although no name refers to it."""
     source = made(tmp_path, 1)
     if there:
         library.add(source, "old", describe=read_made)

@@ -34,7 +34,7 @@ def fill(library: Library, folder: Path) -> list[Version]:
     return out
 
 
-def test_queries_of_one_reading_see_the_same_state(library: Library, tmp_path: Path) -> None:
+def test_queries_in_one_transaction_see_the_same_state(library: Library, tmp_path: Path) -> None:
     version = library.add(made(tmp_path / "a", 1), "style", describe=read_made).version
     with reading(library.engine) as connection:
         before = search(connection)

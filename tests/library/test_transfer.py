@@ -128,7 +128,7 @@ def test_an_interrupted_push_is_refused(own: Library, other: Library, tmp_path: 
     made(tmp_path / "there", 77, name="adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"files differ from the manifest: adapter_model\.safetensors"):
         transfer.pull(other, str(tmp_path / "there"), describe=read_folder)
-    with pytest.raises(AdapterError, match="there is not a file or folder"):
+    with pytest.raises(AdapterError, match="there is no such file or folder"):
         transfer.pull(other, str(tmp_path / "nowhere"))
 
 

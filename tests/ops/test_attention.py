@@ -134,7 +134,7 @@ def test_attention_is_causal_and_separate_per_row() -> None:
 def test_large_scores_and_non_finite_values(name: str) -> None:
     """A dominant key gets all the weight, wherever it is in the row.
 
-    NaN and infinity reach exactly those tokens that see them."""
+    NaN and infinity reach exactly the tokens that attend to them."""
     q, k = torch.full((300, 1, 16), 8.0).bfloat16(), torch.full((300, 1, 16), -8.0).bfloat16()
     v = torch.arange(300.0).bfloat16()[:, None, None].expand(300, 1, 16).contiguous()
     with override_ops(rope_varlen_attention=name):

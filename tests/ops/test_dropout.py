@@ -13,7 +13,7 @@ from veneer.ops.dropout import Dropout
 
 
 def seed_of(generator: int) -> int:
-    """Sample a seed from torch's generator, as a run does.
+    """Draw a seed from torch's generator, as a run does.
 
     torch's generators with seeds 0, 1, 2 … give similar sequences."""
     with torch.random.fork_rng(devices=[]):

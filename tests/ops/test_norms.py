@@ -25,7 +25,7 @@ from veneer.ops.norms import norm_silu, rms_norm
 def test_rms_norm(dtype: torch.dtype, wider: bool) -> None:
     """Results are rounded once, even if the weight has more bits than x.
 
-    16 bits cannot represent the factor 1 + w of Gemma's norms."""
+    16 bits cannot represent the factor 1 + w of Gemma's norms exactly."""
     x = draw(2, 7, 72, dtype=dtype).requires_grad_()
     w = 1 + draw(72, dtype=torch.promote_types(dtype, torch.float32)) if wider else draw(72, dtype=dtype)
     y, xd = rms_norm(x, w, 1e-5), wide(x)

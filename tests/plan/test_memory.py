@@ -145,7 +145,7 @@ def test_packed_bytes_match_a_step_with_equal_gradients(dtype: torch.dtype) -> N
 def test_activations_equal_what_autograd_saves(more: dict[str, Any], lengths: list[int], share: float) -> None:
     """Covers the forward pass of a small Llama on the fast paths.
 
-    The base's weights and the trained pairs are not counted.
+    The weights of the base and of the adapter are not counted.
     """
     torch.manual_seed(0)
     spec = LoraSpec(rank=8, **more)

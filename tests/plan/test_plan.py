@@ -88,7 +88,7 @@ def test_flux_fits_24_gb_with_recomputing_and_nf4() -> None:
 
 
 def test_each_pass_takes_two_operations_per_weight_and_token() -> None:
-    """Frozen weights need no gradient, but pairs do. With DoRA and dropout, each weight is multiplied twice."""
+    """Frozen weights need no gradient, but A and B do. DoRA and dropout together multiply each weight twice."""
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
     counts = text_counts(shape, Load((1,) * 64), device)
     pairs = 2 * 64 * pair_parameters(shape)
@@ -186,7 +186,7 @@ def test_one_request_is_bound_by_bandwidth_many_by_operations() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
     rates = rates_of(device)
     alone = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=1))
-    weights = 2 * (shape.parameters - 128256 * 4096)  # the lookup reads only one row of the embedding
+    weights = 2 * (shape.parameters - 128256 * 4096)  # looking up a token reads only one row of the embedding
     assert alone.tokens_per_second == pytest.approx(rates.bandwidth / weights, rel=0.1)
     many = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=64))
     assert 10 * alone.tokens_per_second < many.tokens_per_second < 64 * alone.tokens_per_second

@@ -1,4 +1,4 @@
-"""The plan on CUDA: the predicted peak against the peak that torch allocates."""
+"""The peak memory predicted by the plan for CUDA, compared with the peak that torch allocates."""
 
 from __future__ import annotations
 

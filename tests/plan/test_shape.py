@@ -49,7 +49,7 @@ def test_every_text_base_of_the_table_has_a_shape(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "z-image", "sd3.5-medium", "flux.1-schnell", "flux.2-dev"])
-def test_pairs_of_a_denoiser_equal_those_in_training(name: str) -> None:
+def test_trainable_counts_of_denoisers_equal_those_in_training(name: str) -> None:
     import diffusers
 
     config = base_config(name)
@@ -72,7 +72,7 @@ def test_built_in_image_bases_match_their_files(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama4", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma3", "phi3"])
-def test_shape_counts_equal_the_models_parameters_and_pairs(family: str) -> None:
+def test_shape_counts_equal_base_and_adapter_parameters(family: str) -> None:
     model, spec = {**families.FAMILIES, **families.OTHERS}[family](), LoraSpec(rank=4)
     shape = module_shape(model)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
@@ -106,7 +106,7 @@ def test_layers_with_different_heads_are_counted_as_built(changes: dict[str, Any
     ],
     ids=["targets", "exclude", "layers", "pattern", "dora", "regex", "loha", "lokr", "lokr by 4"],
 )
-def test_pairs_equal_those_in_training(spec: LoraSpec) -> None:
+def test_trainable_counts_equal_those_in_training(spec: LoraSpec) -> None:
     model = families.llama3()
     made = sum(t.numel() for _, t in create(model, spec, seed=0).tensors())
     assert pair_parameters(module_shape(model), spec) == made

@@ -1,4 +1,7 @@
-"""Fixtures: a tiny base, a library, a folder that the operator allows, and a catalog of adapters in both."""
+"""Fixtures: a tiny base, a library, a folder that the operator allows, and a catalog of adapters.
+
+The adapters come from the library and from the folder.
+"""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_a_failing_disk_is_not_the_adapters_error(make, base, folder, number, ca
     def fails(*a: Any, **k: Any) -> Any:
         try:
             raise OSError(number, SECRET)
-        except OSError as error:  # readers wrap the error of an unreadable file in this way
+        except OSError as error:  # adapter readers wrap the OSError of an unreadable file in an AdapterError
             raise AdapterError(f"cannot be read: {error}") from error
 
     monkeypatch.setattr("veneer.serve.names.adapter_sources.load_adapter", fails)

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "mixtral"])
 def test_each_rows_result_equals_the_row_alone(family: str, dtype: torch.dtype, tolerance: float) -> None:
-    """The reference has float32 weights of equal value. On a CPU, bfloat16 logits differ by at most 0.03."""
+    """The reference uses the same weights in float32. On a CPU, bfloat16 logits differ by at most 0.03."""
     model = FAMILIES[family]().to(torch.bfloat16).float()
     adapters = adapters_of(model, family)
     mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.7), ("b", 0.4)], [("c", 0.5), ("a", 1.0)]]

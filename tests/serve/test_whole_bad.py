@@ -68,7 +68,7 @@ def spoiled(shop: Shop) -> list[str]:
     return [*sources, *outside, "others", str(shop.base_dir), "x" * 5000, "https://example.com/adapter", "plain/../rs"]
 
 
-def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_loads_affect_no_other_request(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # if a pickle were executed, it would write its marker here
     bad = spoiled(shop)
     assert len(bad) > 50

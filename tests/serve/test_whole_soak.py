@@ -31,7 +31,7 @@ CLIENTS = 12
 GROWTH = 24 << 20
 """Maximum growth in bytes after the warm-up. Allocators keep a constant amount, but leaks grow."""
 TENSORS = 500
-"""Maximum growth in tensors: about two adapters, because the adapters cached at the end are random."""
+"""Maximum growth in tensors: about two adapters, because it is random which adapters are cached at the end."""
 PARTS = 3
 SWAPPED = ("one", "two", "three")
 

@@ -230,7 +230,7 @@ def said(answer: Any) -> Said:
 def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
     """Serve the shop's base and library; clients can load adapters from the folder `adapters`.
 
-    `extend`: adds parts from a package of a higher layer.
+    `extend`: an extension for `build`, from a package of a higher layer.
     """
     extend = settings.pop("extend", None)
     small = {"folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu", "library": shop.library.location}

@@ -24,7 +24,7 @@ def cards(studio: StudioServer, query: str) -> set[str]:
 def test_link_filters_the_cards(studio: StudioServer) -> None:
     everything = {"support@2", "acme/tone@1", "globex/tone@1"}
     for query in ("rank=4", "health=unknown", "kind=text", f"rank={'9' * 23}", "rank=²", "rank=-1"):
-        assert everything <= cards(studio, query), query  # superset: other tests add adapters; bad ranks are ignored
+        assert everything <= cards(studio, query), query  # other tests add cards; malformed ranks are ignored
     assert cards(studio, "rank=64") == set()
     assert "No matches" in page_of(studio, "?rank=64")
     with open_library(studio.library) as library:

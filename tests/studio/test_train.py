@@ -1,6 +1,6 @@
 """Training on the page.
 
-Settings are planned while the user types, jobs are queued, and a run is drawn from its events.
+Settings are planned while the user types, jobs are queued, and a run's page is built from the run's events.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_queued_run_publishes_checkpoints(studio: StudioServer, tmp_path: Path, 
 
 @pytest.mark.parametrize("by", ["click", "key"])
 def test_start_uses_the_settings_typed_last(studio: StudioServer, tmp_path: Path, store: JobStore, by: str) -> None:
-    """Holds even if the preview of these settings is not complete yet."""
+    """The job gets the settings typed last, even if the preview of these settings is not complete yet."""
     with open_page(f"{studio.address}/studio/train") as page:
         page.fill("Data file", str(parcel_rows(tmp_path)))
         page.fill("Name", by)

@@ -29,7 +29,7 @@ from veneer.train.events import Evaluated, Event, Note, Stepped
 from veneer.train.text import task as run
 
 ONE_ROW = {"batching": {"rows": 4, "micro_rows": 1}}
-"""Micro-batches of one row, and their dropout masks, are the same for any number of devices."""
+"""With one row per micro-batch, micro-batches and dropout masks are the same for any number of devices."""
 NO_DROPOUT = {"adapter": {"rank": 4, "dropout": 0.0}}
 SHARDED: dict[str, dict[str, Any]] = {
     "shard": {**NO_DROPOUT, "schedule": {"steps": 5}, "memory": {"shard": True}},
@@ -53,7 +53,10 @@ SHARDED: dict[str, dict[str, Any]] = {
 
 
 def preferences(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the preference runs, replicated and sharded. KTO's reference point covers the whole step."""
+    """Return the settings of the preference runs, replicated and sharded.
+
+    KTO's reference point is computed from all rows of a step.
+    """
     common = {
         **NO_DROPOUT,
         "data": {"train": str(folder / "pairs.jsonl"), "split": 6},

@@ -1,7 +1,7 @@
 """One run trained by several processes: losses, adapter and result equal those of one process, replicated
 or sharded.
 
-Uses two gloo processes on the CPU. They add in a different order than one process does: in float32, losses
+Uses two gloo processes on the CPU. Two processes add numbers in a different order than one, so float32 losses
 agree to 1e-5 relative, and adapters to 1e-5 of their largest entry after ten steps of AdamW.
 """
 

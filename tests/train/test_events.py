@@ -9,7 +9,7 @@ def test_loss_is_shown_if_there_are_no_rewards() -> None:
     assert measure_text(-1e-9, {}) == "loss 0.0000"
     assert (
         measure_text(1.25, {"reward_accuracy": 0.5, "reward_margin": 1.0}) == "loss 1.2500"
-    )  # preference runs have such metrics
+    )  # metrics like those of preference runs
     assert validation_text(1.25, False) == "validation loss 1.2500"
 
 

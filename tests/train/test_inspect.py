@@ -1,4 +1,4 @@
-"""`inspect_run` and the row previews agree with the run; each row is shown with how it is used."""
+"""`inspect_run` and the row previews agree with the run; each row's preview shows how the run uses the row."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_counts_for_few_rows_equal_the_runs(base: Path, tmp_path: Path) -> None:
     assert "It fits" in inspection_text(look) or "fits" in inspection_text(look)
 
 
-def test_many_rows_are_sampled_and_changed_files_reread(base: Path, tmp_path: Path) -> None:
+def test_many_rows_are_sampled_and_changed_files_read_again(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i:04}?") for i in range(400)], tmp_path, split=200)
     look = inspect_run(chosen, rows=40, device=device_of())
     assert (look.rows, look.looked) == (400, 40)

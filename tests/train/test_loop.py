@@ -180,13 +180,13 @@ def test_a_non_finite_step_stops_before_the_optimizer(where: str, tmp_path: Path
     torch.testing.assert_close(problem.parameters["w.A"].detach(), before[-1], rtol=0, atol=0)
 
 
-def test_a_step_without_trained_tokens_is_an_error() -> None:
+def test_a_step_without_tokens_in_the_loss_is_an_error() -> None:
     problem = Problem()
     with pytest.raises(TrainingError, match="no trained token"):
         _train(problem, [Step((Micro(5, 0, (3,), lambda: [3]),))])
 
 
-def test_micro_batches_without_trained_tokens_are_not_run() -> None:
+def test_micro_batches_without_tokens_in_the_loss_are_not_run() -> None:
     problem = Problem()
 
     def never() -> list[int]:
@@ -284,7 +284,7 @@ def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
     assert saved == [(0, -1)]
 
 
-def test_probe_runs_the_longest_and_leaves_no_trace() -> None:
+def test_probe_runs_the_longest_batch_and_leaves_no_trace() -> None:
     def loss(rows: list[int]) -> Tensor:
         torch.rand(2)
         return Problem.loss(problem, rows)

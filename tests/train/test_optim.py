@@ -48,7 +48,7 @@ def test_lora_plus_multiplies_updates_of_b_by_the_ratio() -> None:
 
 
 def test_adamw_equals_the_formula_in_float64() -> None:
-    """Compares with the formula of Loshchilov & Hutter; matrices decay, magnitudes do not."""
+    """Compares with the formula of Loshchilov & Hutter. Weight decay applies to matrices, not to magnitudes."""
     parameters = _pair(torch.float64)
     lr, b1, b2, decay, eps = 0.01, 0.9, 0.95, 0.1, 1e-8
     optimizer = make_optimizer(parameters, learning_rate=lr, betas=(b1, b2), weight_decay=decay, eps=eps)

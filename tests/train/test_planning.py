@@ -1,4 +1,4 @@
-"""Plans from a configuration: the micro-batch that needs the most memory, and the texts for the user."""
+"""Plans from a configuration: the micro-batch that needs the most memory, and the text shown to the user."""
 
 from __future__ import annotations
 

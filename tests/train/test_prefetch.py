@@ -36,7 +36,8 @@ class Fitted:
     """Squared error with dropout.
 
     `ahead`: prefetch batches in a thread; a copy stands for the transfer to a device. `made`, `used`: the
-    batches in order. `most`: maximum number of batches that were alive at once."""
+    batches that were created and those that were used, in order. `most`: maximum number of batches that were
+    alive at once."""
 
     def __init__(self, ahead: bool, failing: Callable[[int], None] = lambda number: None) -> None:
         self.parameters = {"w.A": nn.Parameter(torch.ones(3, dtype=torch.float64))}
@@ -74,7 +75,7 @@ class Fitted:
         return value
 
     def steps(self, epochs: int = 2) -> LazySteps:
-        """Return steps in epochs of two."""
+        """Return the steps of `epochs` epochs, with two steps in each."""
 
         def plan(epoch: int) -> list[Step]:
             first = epoch * 2 * MICROS

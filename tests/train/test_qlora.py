@@ -1,4 +1,7 @@
-"""QLoRA: a run on a quantized base equals the run on its dequantized weights; resuming; messages."""
+"""QLoRA: a run on a quantized base equals a run on the dequantized weights.
+
+Also covers resuming and messages.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ def test_fast_paths_support_quantized_weights(shared: Path, dtype: torch.dtype, 
     assert all(p.kept is None for p in base.model.parameters() if isinstance(p, Quantized))
 
 
-def test_activations_can_be_recomputed_over_codes(shared: Path, tmp_path: Path) -> None:
+def test_activations_can_be_recomputed_with_quantized_weights(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     again: list[Event] = []
     _run(shared, tmp_path / "a", on_event=seen.append)

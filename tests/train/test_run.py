@@ -94,7 +94,7 @@ def test_custom_task_gets_a_complete_run(tmp_path: Path) -> None:
 
 
 def test_the_peak_covers_this_run_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.ones(75_000_000)  # 300 MB that only the process used, before the run
+    torch.ones(75_000_000)  # 300 MB that the process allocated before the run
     before = peak_resident()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)

@@ -1,6 +1,6 @@
 """Convert an adapter from any supported layout to another tool's layout.
 
-Used by the command line, the server's downloads and the Studio. Reads and writes with `formats`. Some
+Used by the command line, the server's downloads and the Studio. `formats` reads and writes the files. Some
 layouts need a few numbers from the base's configuration; no layout needs the base's weights.
 """
 
@@ -25,7 +25,7 @@ _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "g
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
-    """The result of a conversion: the input adapter, and a report of the output."""
+    """The result of a conversion: the input adapter as read, and a report on the written adapter."""
 
     reading: Reading
     written: WriteReport
@@ -48,12 +48,12 @@ def convert_adapter(
     to: one of formats.convert.TARGETS.
     family: the image model's family or the GGUF architecture, if it cannot be detected.
     base: for gguf, the name of the base; the conversion reads the base's architecture and head size.
-    allow_partial: convert the readable part of the adapter.
+    allow_partial: if part of the adapter cannot be read, convert the rest instead of raising.
 
     Raises AdapterError if the conversion fails, and ConfigError if `output` is the input adapter."""
     if Path(output).exists() and Path(output).samefile(path):
         raise ConfigError(
-            "the output is the adapter itself, which is never overwritten", where=str(output), fix="another -o"
+            "the output is the input adapter, which is never overwritten", where=str(output), fix="another -o"
         )
     reading = read(path, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
     head_dim = None

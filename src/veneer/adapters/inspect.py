@@ -49,14 +49,14 @@ def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
         verdict: whether veneer can use the adapter; if not, why and how to fix it. The other keys then
             describe the readable part.
         format, reasons: the detected format and why.
-        coverage: the number of tensors used, and the tensors that are not understood or lack their partner.
-            An adapter with such tensors is refused.
+        coverage: the number of tensors used, and the tensors that are not recognized or lack a counterpart,
+            such as an A without its B. An adapter with such tensors is refused.
         assumed_scale: the number of modules whose scale the file does not state. The result assumes an alpha
             equal to the rank for these modules, and the adapter is refused.
         targets: for each last part of a module name, such as "q_proj": count, ranks, alphas, scales, shapes
             and total ‖ΔW‖ (Frobenius; without DoRA's magnitude, which needs the base).
-        deltas: for each form of change that is not a pair: the count, the size in bytes, and the size of the
-            dense ΔW, which are computed one at a time during use.
+        deltas: for each form of change that is not a pair: the count, the size in bytes, and the size of all
+            ΔW as dense matrices. When the adapter is used, only one dense ΔW is in memory at a time.
         hashes: the hashes of the tensor file.
 
     Raises the error of `formats.read.read` if the file is not an adapter."""
@@ -86,9 +86,10 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
     """Check the adapter `name` and return one result per check.
 
     Compares the files' hashes and the adapter's digest with the card, and the hashes in the file header with
-    the tensors. Checks that every tensor is used and paired and that all values are finite. With a base, also
-    checks the base's fingerprint, every name and shape, and that the adapter changes the base's output. A
-    failed check has `ok` False. Raises AdapterError only if the adapter does not exist."""
+    the tensors. Checks that every tensor is recognized and has its counterpart, and that all values are
+    finite. With a base, also checks the base's fingerprint, every name and shape, and that the adapter
+    changes the base's output. A failed check has `ok` False. Raises AdapterError only if the adapter does not
+    exist."""
     path = using.adapter_path(name)
     out: list[AdapterCheck] = []
     card: CardFile | None = None

@@ -43,20 +43,21 @@ if TYPE_CHECKING:
 
 _MERGE_FILE = "merge.json"
 _WARN, _ASK = 0.05, 0.5
-"""Values of `delta_error` at or above which a merge that rounds to nearest warns (`_WARN`) and needs
-`accept_loss` (`_ASK`)."""
+"""Thresholds of `delta_error` for a merge that rounds to nearest. From `_WARN` on, the merge warns; from
+`_ASK` on, it also requires `accept_loss`."""
 
 
 @dataclass
 class MergeReport:
     """The result of a merge.
 
-    changed: of the weights with a nonzero exact delta, the share that still differ from the base after
-        rounding.
+    changed: the share of weights that still differ from the base after rounding, among all weights with a
+        nonzero exact delta.
     delta_error: ‖(W'−W) − Δ‖/‖Δ‖ over these weights, with W' and W rounded to `dtype`. 0 means that the
         delta is intact; 1 means that the result is about as wrong as without the delta.
     delta_kept: ⟨W'−W, Δ⟩/‖Δ‖² over these weights; 1 means that on average all of the delta is kept.
-    untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
+    untied: whether the head no longer shares the embedding's weight, because the mix changes only one of the
+        two.
     rounding: the rounding method.
     seen: the base's quantization, such as nf4, if the merge used dequantized weights; else ""."""
 
@@ -115,9 +116,9 @@ def merge(
 ) -> MergeReport:
     """Write a model folder: `base` with `adapters` merged in, and merge.json.
 
-    The folder includes the tokenizer, and appears complete or not at all. The sum is
-    computed in float32 and rounded once. The report states the share of the change that was lost to rounding.
-    The base does not change.
+    The folder includes the tokenizer, and appears complete or not at all. The sum is computed in float32 and
+    rounded once. The report states the share of the change that was lost to rounding. The base does not
+    change.
 
     base: can be quantized. The written weight is then W' = W̃ + ΔW, where W̃ is the dequantized weight that the
         adapter was trained with.
@@ -126,8 +127,8 @@ def merge(
     seed: round stochastically, without bias (adapters.rounding), with this seed.
     accept_loss: if False, refuse a merge in which rounding loses half of the change or more.
 
-    Raises ConfigError for no adapters, a folder that is not empty, or a base loaded in another 16-bit
-    dtype; and the errors of reading the adapters."""
+    Raises ConfigError if there are no adapters, if the folder is not empty, or if the base is loaded in a
+    16-bit dtype other than `dtype`; and the errors of reading the adapters."""
     folder = Path(folder)
     target = _target(base, dtype)
     _check_request(adapters, folder)
@@ -255,16 +256,17 @@ def merge_shards(
     the mix does not change keep their bytes. All other files are copied. One weight is in memory at a time,
     in float32. The folder appears complete or not at all.
 
-    base: a folder of transformers or diffusers. For diffusers, the first part of an adapter's module names is
-        the component's folder.
+    base: a model folder in the layout of transformers or diffusers. For diffusers, the first part of an
+        adapter's module names is the component's folder.
     seed: round stochastically, without bias (adapters.rounding), with this seed.
     accept_loss: as in `merge`.
-    seen: nf4, fp4 or int8 for adapters trained on weights quantized this way: every weight that is then
-        quantized is written dequantized, with the mix merged in.
+    seen: the quantization (nf4, fp4 or int8) of the base that the adapters were trained on. Each weight that
+        this quantization applies to is quantized and dequantized, and the mix is merged into the result.
 
-    Raises ConfigError for an invalid request; BaseError if the base is not a folder of safetensors files;
-    AdapterError with a list of all changes that have no matching weight, have another shape or dtype than
-    their weight, or change only one of two tied weights (token rows change both)."""
+    Raises ConfigError for an invalid request, and BaseError if the base is not a folder of safetensors files.
+    Raises AdapterError with a list of all changes that cannot be merged: no weight of this name, another
+    shape, a weight dtype that cannot hold the result, or a change of only one of two tied weights (token rows
+    change both)."""
     base, folder = Path(base), Path(folder)
     _check_request(adapters, folder)
     if not base.is_dir():
@@ -307,7 +309,7 @@ def merge_shards(
 
 
 def _quantized_names(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
-    """Return the names of the tensors that a quantized load of this base quantizes."""
+    """Return the names of the tensors that are quantized when this base is loaded with quantization `kind`."""
     from veneer.models.text.base import text_without_weights
 
     if kind not in KINDS:

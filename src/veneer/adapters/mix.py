@@ -3,7 +3,7 @@
     add_mix(library, ["style:0.8", "product:0.5"], "both", alias="prod")
     mix_adapters(["style:0.8", "product:0.5"], "out")
                                          Σ strength·ΔW as one adapter, with a method of core.mix
-    resize                               the best approximation within a rank, share of energy or error
+    resize                               the best approximation of a given rank, energy share or maximum error
     extract                              an adapter from two full models, ΔW = W' − W, one tensor at a time
     diff                                 cosine and norms of two adapters' changes, per module
     strength                             multiply each block's change by a number, exactly
@@ -49,7 +49,7 @@ class MixReport:
     """The result of a mix.
 
     error: relative error over all modules.
-    parts: each module's rank, norm, error and cut (core.mix.MixedModule).
+    parts: the norm and errors of each module (core.mix.MixedModule).
     left: the parts of the inputs that were left out of the result, with reasons."""
 
     path: str = ""
@@ -125,7 +125,8 @@ def add_mix(
 ) -> tuple[Added, MixReport]:
     """Add the exact sum of adapters in the library as the next version of `name`.
 
-    specs: each "support@2[:strength]". The card records the version that each reference currently means.
+    specs: references such as "support@2", each with an optional ":strength". The card records the version
+        that each reference currently resolves to.
     alias: an alias to point to the new version.
     base: as in `mix_adapters`.
 
@@ -166,11 +167,12 @@ def resize(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write an adapter approximated within a rank, a share of energy or an error.
+    """Write a low-rank approximation of an adapter.
 
-    Each module gets its best approximation. Give exactly one of `rank`, `energy` and `error`. An error bound
-    holds for each module, and therefore for all modules together. A module whose rank is already small enough
-    stays exact. DoRA needs `base`, because its change is low-rank only together with the base's weights."""
+    Give exactly one limit: a `rank`, the share of energy to keep (`energy`), or a maximum `error`. Each module
+    gets the best approximation within the limit. An error limit holds for each module, and therefore for all
+    modules together. A module whose rank is already small enough stays exact. DoRA needs `base`, because its
+    change depends on the base's weights."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("a resize needs a size", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
@@ -259,9 +261,10 @@ def _difference(first: Tensor, second: Tensor) -> Tensor | None:
 def diff(a: str, b: str) -> dict[str, Any]:
     """Compare the changes of two adapters and return the comparison, ready for JSON.
 
-    Per module, and over all comparable modules: ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and ‖ΔW_a −
-    ΔW_b‖/‖ΔW_a‖. `only`: modules that the other adapter does not change. `skipped`: changes that cannot be
-    compared without a base, with reasons. The spec "a:0.5" compares adapter a at half strength."""
+    For each module, and for all comparable modules together, the result contains ‖ΔW_a‖, ‖ΔW_b‖, the cosine
+    between ΔW_a and ΔW_b (Frobenius), and ‖ΔW_a − ΔW_b‖/‖ΔW_a‖. `only` lists modules that the other adapter
+    does not change. `skipped` lists changes that cannot be compared without a base, with reasons. The spec
+    "a:0.5" compares adapter a at half strength."""
     (first, s1), (second, s2) = (
         (using.read_adapter(name).adapter, strength) for name, strength in map(using.parse_spec, (a, b))
     )
@@ -325,11 +328,11 @@ def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
 
 
 def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: str | None = None) -> dict[str, Any]:
-    """Return each block's ‖ΔW‖, share and strengths; optionally write the adapter.
+    """Return each block's ‖ΔW‖, share of the total and strengths; optionally write the adapter.
 
     blocks: strengths per block.
-    out: where to write the adapter with these strengths. The result is exact, because only scales change and
-        not tensors."""
+    out: where to write the adapter with these strengths. The result is exact, because only scales change, and
+        tensors stay the same."""
     read = using.read_adapter(name)
     adapter = read.adapter
     modules = _modules(adapter)

@@ -1,7 +1,7 @@
-"""Round to 16 bits, and measure how much of a delta survives.
+"""Round to 16 bits, and measure how much of a delta remains.
 
-    to nearest         a delta below half a step vanishes, a larger one can double; the error per weight is at
-                       most half a step
+    to nearest         a delta below half a step vanishes, and a larger delta can double; the error per weight
+                       is at most half a step
     stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so sums over many
                        weights keep the delta; the error per weight is below one step (arXiv 1502.02551)
 
@@ -26,7 +26,7 @@ def seeded(seed: int, name: str) -> torch.Generator:
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round `x` to `dtype` stochastically: to one of the two neighbors of x, with mean x.
+    """Round `x` stochastically to one of its two neighbors in `dtype`, so that the mean is x.
 
     Values that `dtype` represents exactly are unchanged. Values beyond the largest number of `dtype` are
     rounded to nearest."""
@@ -47,9 +47,9 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
 
 @dataclass
 class Rounding:
-    """How much of the deltas survives rounding, over all tensors passed to `add`.
+    """Statistics on how much of the deltas remains after rounding.
 
-    Computed in float64.
+    Covers all tensors passed to `add`; computed in float64.
 
     changed: the share of weights that change after rounding, among those with a nonzero exact delta.
     error: ‖(W'−W) − Δ‖/‖Δ‖.

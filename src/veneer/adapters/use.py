@@ -87,7 +87,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder
     if here.exists():
-        return here  # reading this path gives a better error
+        return here  # reading this path raises a more specific error
     if here.is_symlink():
         problem = f"{name!r} is a broken or circular symlink"
         advice = "fix the link, or give the path of the folder or file"

@@ -137,7 +137,7 @@ def verify(
 ) -> None:
     """Check an adapter's files, card, configuration, tensors and fit to a base.
 
-    The exit code is 0 if no check fails, otherwise 2. Checks that cannot run do not fail."""
+    The exit code is 0 if no check fails, otherwise 2. A check that cannot run does not count as failed."""
     from veneer.adapters.inspect import verify_adapter as check
     from veneer.adapters.use import adapter_path
 

@@ -48,7 +48,9 @@ def merge_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Merge adapters into a new full model, summed in float32 and rounded once."""
+    """Merge adapters into a base and write a new full model.
+
+    The weights are summed in float32 and rounded once."""
     if into not in ("seen", "original"):
         raise ConfigError(f"--into {into!r} is not a valid value", fix="seen or original")
     from veneer.adapters.merge import merge, merge_shards
@@ -97,7 +99,9 @@ def _trained_precision(adapters: list[str]) -> str:
         folder = adapter_path(parse_spec(spec)[0])
         recipe: Any = read_card(folder).card.recipe if (folder / CARD_FILE).is_file() else {}
         base = recipe.get("base") if isinstance(recipe, dict) else None
-        kind = base.get("quantize", base.get("quantise")) if isinstance(base, dict) else None  # quantise: old cards
+        kind = (
+            base.get("quantize", base.get("quantise")) if isinstance(base, dict) else None
+        )  # old cards use `quantise`
         kinds.setdefault(str(kind or ""), []).append(spec)
     if len(kinds) > 1:
         summary = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())

@@ -86,7 +86,7 @@ def resize(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Approximate an adapter within a rank, a share of energy or an error."""
+    """Write a low-rank approximation of an adapter, limited by rank, energy or error."""
     from veneer.adapters import mix as mixing
 
     report = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
@@ -120,7 +120,7 @@ def extract(
 
 
 def diff(a: AdapterArgument, b: AdapterArgument, as_json: AsJson = False) -> None:
-    """Compare two adapters per module: the ‖ΔW‖ of each, and the cosine between them."""
+    """Show, for each module, the ‖ΔW‖ of two adapters and the cosine of their changes."""
     from veneer.adapters import mix as mixing
 
     difference = mixing.diff(a, b)

@@ -62,7 +62,7 @@ def command(
         names = {
             **function.__globals__,
             str(first.annotation): object,
-        }  # not imported at run time
+        }  # imported only for type checking, so not defined at run time
         hints = get_type_hints(function, names, include_extras=True)
         json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
         options = [*(p.replace(annotation=hints[p.name]) for p in rest), json_option]

@@ -52,9 +52,9 @@ def caption(
 ) -> None:
     """Write captions for images that have none, as files that `veneer train` reads.
 
-    Each caption is saved immediately, so an interrupted call can be repeated and continues where it stopped.
-    The same model always writes the same captions. To set one caption: veneer data caption drawings/cat.png
-    "sks, a cat on a wall"."""
+    Each caption is saved immediately. If the command is interrupted, run it again to continue where it
+    stopped. The same model always writes the same captions. To set one caption:
+    veneer data caption drawings/cat.png "sks, a cat on a wall"."""
     from veneer.models.device import check_device_name, check_dtype_name
     from veneer.train.image.captions import WrittenCaption, write_caption, write_captions
 
@@ -111,7 +111,7 @@ def add(
     system: Annotated[str, typer.Option("--system", help="The system message before the prompt.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Append a training row: a correct answer, or a preferred and a rejected one."""
+    """Append a training row: a correct answer, or a preferred and a rejected answer."""
     from veneer.train.text.feedback_rows import add_row, corrected_row, preference_row
 
     if bool(answer) == bool(chosen or rejected) or bool(chosen) != bool(rejected):
@@ -169,7 +169,7 @@ def show(
     from veneer.train.inspect import VERDICTS, preview_pictures, preview_rows
 
     for word in only or []:
-        one_of(word, VERDICTS, "the use of a row", "--only")
+        one_of(word, VERDICTS, "a row status", "--only")
     verdicts: Any = only or ()
     config = _configured(data, base, overrides)
     if isinstance(config, ImageTrainConfig):

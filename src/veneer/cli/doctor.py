@@ -85,7 +85,7 @@ def _cards() -> list[str]:
 
 
 def _extras() -> _Check:
-    """Report which extras are installed, that is, with all their packages."""
+    """Report which extras have all their packages installed."""
     try:
         package = metadata.metadata("veneer")
     except metadata.PackageNotFoundError:
@@ -185,7 +185,7 @@ def _ops_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"veneer      {report['veneer']}, torch {report['torch']}",
         f"processor   {report['processor']}; {threads}; torch's kernels for {report['instructions']}",
-        f"profile     {', '.join(rates)} GFLOP/s; memory {profile['bandwidth']:,.0f} GB/s; rounds within "
+        f"profile     {', '.join(rates)} GFLOP/s; memory {profile['bandwidth']:,.0f} GB/s; rounds agree within "
         f"{profile['spread']:.0%}; measured {profile['date'][:10]}",
     ]
     for device, ops in report["ops"].items():

@@ -2,19 +2,21 @@
 
     for row in economics(store, jobs, 2_500_000)["rows"]: …
 
-There is one row per tenant and adapter, for all versions together; the base has rows of its own. Amounts of
-money are in millionths. P is the given price of a machine-hour, and H is the number of hours in the period.
-For each row, s is the seconds of prefill and decoding, and n is the number of answered requests. S = Σ s over
-all rows of all tenants.
+There is one row per tenant and adapter, for all versions together; requests for the base alone have separate
+rows. Amounts of money are in millionths. P is the price per hour of a machine (shared, dedicated or training),
+and H is the number of hours in the period. For each row, s is the seconds of prefill and decoding, and n is
+the number of answered requests. S = Σ s over all rows of all tenants.
 
-    training            machine-hours of the adapter's jobs (in any final state) × P of training
+    training            machine-hours of the adapter's jobs (in any final state) × P of a training machine
     training_billed     the tenant's bills for these jobs, at each job's token price
     serving             H · P · s/S: share of the whole cost of the shared machine, including idle hours
     billed              the ledger's charges for the adapter's requests
     dedicated           H · P of a dedicated machine, with the adapter merged into its base
     serving_thousand    1000 · serving/n; dedicated_thousand likewise
-    dedicated_from      24 · P of a dedicated machine / (serving/n): requests per day that break even
-    paid_back_after     (training − training_billed) / (billed/n − serving/n): requests that pay for training
+    dedicated_from      24 · P of a dedicated machine / (serving/n): requests per day at which a dedicated
+                        machine costs as much as serving on the shared machine
+    paid_back_after     (training − training_billed) / (billed/n − serving/n): requests after which the
+                        adapter has earned its training cost
 
 The last two assume the period's average cost and revenue per request. They ignore requests that a dedicated
 machine could not answer or that arrive when the shared machine is full. Both are None if there are no answered
@@ -53,8 +55,8 @@ def economics(
 ) -> dict[str, Any]:
     """Return the cost and revenue of each tenant's adapters.
 
-    Returns {since, until, hours, rows}: `hours` is the paid hours of the shared machine; for `rows`, see the
-    module (seconds are machine time).
+    Returns {since, until, hours, rows}: `hours` is the paid hours of the shared machine, and the table at the
+    top of this module describes `rows` (seconds are machine time).
 
     jobs: None if nothing is trained
     hour: hourly price of all serving machines together, in millionths
@@ -136,7 +138,7 @@ def _ceil(number: float) -> int:
 
 
 def _hours(since: str, until: str, now: float) -> float:
-    """Return the hours from the start of `since` to the end of `until`, at most to `now`.
+    """Return the hours from the start of `since` to the end of `until` or to `now`, if earlier.
 
     Raises ConfigError for an invalid day."""
     if not since:

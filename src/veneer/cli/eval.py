@@ -44,8 +44,8 @@ def evaluate(
 ) -> None:
     """Score the base and each adapter on held-out rows.
 
-    The metrics are exact match, valid JSON, loss and perplexity. For preference pairs, they are how often and
-    by how much the chosen answer is preferred to the rejected one."""
+    The metrics are exact match, valid JSON, loss and perplexity. For preference pairs, the metrics are how
+    often and by how much the model prefers the chosen answer to the rejected answer."""
     specs = adapter or []
     mixes = {"base": [], **{spec: [spec] for spec in specs}}
 
@@ -103,8 +103,8 @@ def _table(results: dict[str, Scores]) -> None:
         ("loss", "loss", "{:.4f}".format),
         ("perplexity", "perplexity", "{:.3f}".format),
         ("chosen is likelier", "likelier", share),
-        ("chosen gained on rejected", "reward_accuracy", share),
-        ("by, in nats", "reward_margin", "{:.2f}".format),
+        ("reward accuracy", "reward_accuracy", share),
+        ("reward margin, nats", "reward_margin", "{:.2f}".format),
         ("seconds", "seconds", "{:.1f}".format),
     ]
     table = Table(box=box.SIMPLE_HEAD)

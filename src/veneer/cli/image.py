@@ -118,8 +118,8 @@ def make_pictures(
 ) -> None:
     """Generate images with a base, adapters and ControlNets.
 
-    Each PNG stores its settings, from which `--from` generates the same image again. For labeled grids, see
-    `veneer image grid`."""
+    Each PNG stores its settings; `--from` uses these settings to generate the same image again. For labeled
+    grids, see `veneer image grid`."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.batch import read_batch
     from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options, generate
@@ -265,7 +265,7 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _files(out: Path, number: int) -> list[Path]:
-    """Return `out`, or `number` numbered files in the same folder.
+    """Return the paths to write: `out`, or `number` numbered paths in the same folder.
 
     Called before a base is loaded. Raises ConfigError for an invalid path."""
     if out.suffix.lower() != ".png":

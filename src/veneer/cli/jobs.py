@@ -191,7 +191,7 @@ def promote(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, a
 
 @app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def rollback(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """Restore the targets of the job's route from before the job, for the same users."""
+    """Restore the targets that the job's route had before the job, for the same users."""
     from veneer.jobs.canary import rollback_job
 
     _move_route(job, tenant, tenants, as_json, rollback_job)

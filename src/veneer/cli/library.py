@@ -265,9 +265,9 @@ def verify(
 ) -> Result:
     """Verify the whole library, or only the given adapters.
 
-    For the whole library, compares every file with its sha256, and the records of names with the index. For
-    given adapters, also checks their contents; `list` and `show` report the most recent result. The exit code
-    is 0 if everything is valid, otherwise 2."""
+    Without arguments, compares every file with its sha256, and the records of names with the index. With
+    arguments, also checks the contents of the given adapters; `list` and `show` report the most recent
+    result. The exit code is 0 if everything is valid, otherwise 2."""
     from veneer.library import maintenance as upkeep
 
     if references:
@@ -308,7 +308,7 @@ def gc(
     ] = 3600.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, but remove nothing.")] = False,
 ) -> Result:
-    """Remove files that no name refers to. Safe during concurrent changes."""
+    """Remove files that no name refers to. Safe to run while the library is being changed."""
     from veneer.library import maintenance as upkeep
 
     done = upkeep.gc(library, grace=grace, dry_run=dry_run)

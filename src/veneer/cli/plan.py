@@ -81,7 +81,7 @@ def plan(
 ) -> None:
     """Estimate a run's memory, time and cost, and whether the run fits.
 
-    If the run does not fit, suggests settings with which it does. Reads only the base's configuration, never
+    If the run does not fit, suggests settings that make it fit. Reads only the base's configuration, never
     its weights. Options override the settings of the configuration file."""
     if list_:
         _list(as_json)

@@ -74,7 +74,7 @@ def serve(
     open_to_all: Annotated[
         bool,
         typer.Option(
-            "--open", help="Accept requests without a key even if tenants exist (tenants' routes: localhost only)."
+            "--open", help="Accept requests without a key even if tenants exist; tenants' routes only on localhost."
         ),
     ] = False,
     upstream: Annotated[

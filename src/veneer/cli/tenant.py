@@ -1,7 +1,7 @@
 """`veneer tenant …`: manage tenants, keys, routes, usage and the audit log.
 
-The commands write to the server's database, and do not need a running server. A running server uses a change
-from the next request on.
+The commands write to the server's database, and do not need a running server. A running server applies a
+change from the next request on.
 """
 
 from __future__ import annotations
@@ -464,9 +464,10 @@ def route_set(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> Result:
-    """Point a route to one or more adapters, with weights.
+    """Point a route to one or more adapters, with a share of the traffic for each.
 
-    Each user stays with one adapter, and new weights move as few users as possible to another adapter."""
+    Each user always gets the same adapter. A change of the shares moves as few users as possible to another
+    adapter."""
     from veneer.serve.tenancy import routes
 
     split = [target.partition("=") for target in targets]

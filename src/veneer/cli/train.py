@@ -118,7 +118,7 @@ def train(
 
 
 def _results(files: list[Path | None], loaded: list[Any], listeners: list[Any], options: dict[str, Any]) -> list[Any]:
-    """Return each run's result; if one of several runs fails, the error instead."""
+    """Return one result per run; if one of several runs fails, its result is the error."""
     from veneer.train.config.image import ImageTrainConfig
 
     if len(files) == 1:
@@ -150,7 +150,7 @@ def _print_result(result: Any, config: Any) -> None:
     pictures = hasattr(result, "pictures")
     if result.dry_run:
         amount = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "
-        amount += "" if pictures else f"{result.learned_tokens:,} of them learned"
+        amount += "" if pictures else f"{result.learned_tokens:,} of them count in the loss"
         preview = f"; the model's view of each picture is in {result.sheet}" if pictures else ""
         print(f"dry run: {result.steps:,} steps, {amount}; nothing was written{preview}", file=sys.stderr)
         return

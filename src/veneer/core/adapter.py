@@ -124,9 +124,9 @@ class Pair:
         return name.rpartition(".")[0] if self.kind == "experts" else name
 
     def low_rank(self, strength: float = 1.0, dropout: float = 0.0) -> LowRank:
-        """Return s·strength·B·A as one product, with `origin`, without the magnitude.
+        """Return s·strength·(B·A − B₀·A₀) as one low-rank product, without the magnitude.
 
-        In one product, the parts that B·A and B₀·A₀ have in common cancel before rounding."""
+        With a single product, the common part of B·A and B₀·A₀ cancels before rounding."""
         collapsed = self.collapsed()
         return LowRank(collapsed.A, collapsed.B, self.scale * strength, dropout)
 
@@ -157,8 +157,8 @@ class TokenRows:
 
     rows: (len(indices), dim).
 
-    In a mix that also has other changes of the same weight, token rows are treated as the
-    change (rows − W[indices]), and all changes are summed."""
+    In a mix that also has other changes of the same weight, token rows are treated as the change
+    (rows − W[indices]), and all changes are summed."""
 
     indices: tuple[int, ...]
     rows: Tensor
@@ -233,7 +233,7 @@ class LoraSpec:
 
 @dataclass
 class Adapter:
-    """All changes of one fine-tune by name, plus the card.
+    """All changes that one fine-tune makes, by name, plus the card.
 
     `pairs`: module name -> pair; for `experts`, the key is the parameter's name (`…experts.gate_up_proj`).
     `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while the
@@ -292,12 +292,12 @@ class Adapter:
         return replace(self, **named)  # type: ignore[arg-type]
 
     def divided(self, by: Callable[[str], float]) -> dict[float, Adapter]:
-        """Split the adapter by strength; return strength -> part of the adapter.
+        """Return strength -> the part of the adapter whose modules have this strength.
 
         by: returns the strength for a module's name. Modules with strength 0 are left out.
 
-        Σ strength·part is exactly the adapter with each module at its own strength, for every form of change:
-        the parts share the adapter's tensors, and scales stay the same."""
+        For every form of change, Σ strength·part equals exactly the adapter with each module at its own
+        strength. The parts share the adapter's tensors and keep its scales."""
         out: dict[float, Adapter] = {}
         for kind in _TABLES:
             for name, item in getattr(self, kind).items():

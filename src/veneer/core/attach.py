@@ -157,8 +157,9 @@ class Attachment:
         The rows are the first dimension of the model's input, and row i gets mixes[i]. With n mixes, a batch
         of k·n rows repeats the list k times, as classifier-free guidance does: [negative…, positive…]. A
         module that is called directly must get n rows. Calling a module that an adapter changes raises
-        AdapterError if the module's input has another number of rows, or if the adapter changes fused
-        experts. For everything else, see `use`. Reference: `use` on each row separately."""
+        AdapterError if the module's input has a different number of rows, or if the adapter changes fused
+        experts. For everything else, see `use`. The reference implementation is `use` on each row
+        separately."""
         if not mixes:
             raise AdapterError("no rows", fix="give one mix for each row of the batch; () selects the base")
         if not self._watched:
@@ -172,7 +173,7 @@ class Attachment:
         Segments index the tokens that linear layers receive, regardless of the rows of the batch. As with
         `use`, do not change the selection between a forward pass and its backward pass. Raises AdapterError
         for an unknown name, and for an adapter that has anything other than plain pairs on linear layers
-        (`span_problem`). Reference: `use` on the tokens of each segment separately."""
+        (`span_problem`). The reference implementation is `use` on the tokens of each segment separately."""
         adapters = tuple(self._adapter(name) for name in names)
         for name, adapter in zip(names, adapters, strict=True):
             why = span_problem(adapter)
@@ -324,9 +325,9 @@ def _changed_modules(adapter: Adapter) -> set[str]:
 def _overlaps(adapters: list[Adapter]) -> list[str]:
     """Return an error for each conflict between changes of the adapters.
 
-    It is a conflict if an adapter replaces a module in full and there is a change to a module inside it,
-    because nested wrappers are ambiguous. It is also a conflict if one adapter both replaces and changes a
-    module, or has both a pair and token rows for the module."""
+    Two changes conflict if one replaces a module in full and the other changes a module inside it, because
+    nested wrappers are ambiguous. Changes of one adapter also conflict if they both replace and change the
+    same module, or if they are a pair and token rows for the same module."""
     replaced = {n for a in adapters for n in a.modules}
     names = {n for a in adapters for n in _changed_modules(a)}
     inside = [(n, w) for n in sorted(names) for w in replaced if n.startswith(w + ".")]

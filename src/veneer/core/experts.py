@@ -23,10 +23,10 @@ from veneer.ops.lowrank import LowRank
 
 
 class AdaptedWeight:
-    """The weight W + Σ s·B·A, multiplied as x·W + Σ s·(x·B)·A and never materialized.
+    """The weight W + Σ s·B·A, multiplied as x·W + Σ s·(x·B)·A.
 
     Overrides linear, matmul and bmm, and the grouped products that transformers calls for tokens sorted by
-    expert. Any other operation receives the sum as a dense tensor, which is correct but needs more memory."""
+    expert. Any other operation computes the sum as a dense tensor, which is correct but needs more memory."""
 
     def __init__(self, weight: Tensor, parts: Sequence[LowRank]) -> None:
         self.weight, self.parts = weight, parts

@@ -1,4 +1,4 @@
-"""Deltas: changes to one parameter other than pairs, in their original form.
+"""Deltas: every form of change to a parameter except pairs.
 
 | form        | parts                                                        | product P                              |
 | dense       | value                                                        | value                                  |

@@ -10,7 +10,7 @@ All initializations except loftq start with a delta of zero.
                                                                                          arXiv 2310.08659
     DoRA        magnitude = ‖W + s·B·A‖, which is ‖W‖ at delta zero                      arXiv 2402.09353
     LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv 2309.14859
-    LoKr        w2 or b2 = 0; each other factor ~ U(−1/√n, 1/√n), n its columns          LyCORIS (PEFT: "lycoris")
+    LoKr        w2 or b2 = 0; each other factor ~ U(−1/√n, 1/√n), n = columns            LyCORIS (PEFT: "lycoris")
 
 PiSSA and OLoRA, as published, subtract the initial s·B·A from the base. Here, `origin` holds the initial A
 and B and is subtracted from the delta, so the base stays unchanged. LoftQ, as published, alternates between

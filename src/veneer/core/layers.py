@@ -218,7 +218,7 @@ class _Lora(Layer):
         return super().under(mix, *args, **kwargs)
 
     def _may_use(self, cached: CachedModule, mix: ActiveMix, x: Tensor) -> bool:
-        """Return whether the cached module can replace the base and the adapters for this x."""
+        """Return whether the cached module can replace the base and the adapters for the input x."""
         attributes = self._modules["base"].__dict__
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
             return False
@@ -374,7 +374,7 @@ class _Lora(Layer):
         raise NotImplementedError
 
     def min_dims(self) -> int:
-        """Return the minimum number of dimensions of an input with rows."""
+        """Return the minimum number of dimensions of an input that has a row dimension."""
         return 2
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:

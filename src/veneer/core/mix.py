@@ -14,9 +14,9 @@ replaces [U₁ U₂ …] by the nearest matrix with orthonormal columns, U·(U�
 without common directions stay unchanged; two equal adapters give their mean.
 
 A change that only one adapter has, at strength 1, is copied unchanged, whatever its form. Every mixed module
-reports its distance from the true sum. Changes that need a weight of the base (DoRA, gains mixed with other
-deltas, full copies whose strengths do not add up to 1) request this weight. This module works on tensors, and
-does not depend on files or bases.
+reports its distance from the true sum. Some changes (DoRA, gains mixed with other deltas, full copies whose
+strengths do not add up to 1) need the base's weight, which the caller provides (`Weights`). This module works
+on tensors, and does not depend on files or bases.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _require_bound(bound: Bound | None, name: str) -> Bound:
 
 
 def _padded(parts: list[Tensor], dim: int) -> Tensor:
-    """Stack matrices along a new dimension, padding those of lower rank with zeros."""
+    """Stack matrices along a new dimension, padding matrices of lower rank with zeros."""
     most = max(t.shape[dim] for t in parts)
     out = []
     for t in parts:

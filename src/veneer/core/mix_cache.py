@@ -6,7 +6,7 @@
 The cache uses copies if the copies of all modules fit in `limit` bytes, stacks if only the stacks fit, and
 nothing otherwise. A mix on a small base therefore costs as much as the base itself, and a large base never
 holds a second set of weights. W' is summed in float32 and rounded once; the base's own W is never written to.
-Low-rank products instead round the base's output a second time. Both are equally far from exact
+A stack instead rounds the base's output a second time. Both methods are equally accurate
 (docs/notes/image-speed.md).
 
 An entry is created when a module is first called with a mix, not when the mix is selected. Entries are keyed
@@ -60,7 +60,7 @@ class CachedModule:
         """Return whether the source tensors are unchanged.
 
         `sources[0]` is the base's weight."""
-        return _changes(self.sources) == self.versions and self.sources[0].data_ptr() == self.data_pointer
+        return _version_sum(self.sources) == self.versions and self.sources[0].data_ptr() == self.data_pointer
 
 
 @dataclass(eq=False)
@@ -300,10 +300,10 @@ def _cached(
 ) -> CachedModule:
     drops = any(a.dropout for a, _ in mix)
     return CachedModule(
-        weight, bias, product, sources[0].dtype, drops, sources, _changes(sources), sources[0].data_ptr()
+        weight, bias, product, sources[0].dtype, drops, sources, _version_sum(sources), sources[0].data_ptr()
     )
 
 
-def _changes(tensors: list[Tensor]) -> int:
+def _version_sum(tensors: list[Tensor]) -> int:
     """Return the sum of the tensors' version counters, which grows with every write."""
     return sum(map(_VERSION, tensors))

@@ -96,7 +96,7 @@ class MixBatch:
         """Return k for a batch of k·n rows.
 
         Raises AdapterError for any other number of rows. Also raises AdapterError if the number differs from
-        the model's own batch size, because a number of flattened tokens can also be k·n."""
+        the model's own batch size, because a number of flattened tokens can happen to be k·n."""
         n = len(self.mixes)
         rows = n if self.batch is None else self.batch
         if rows % n or not 1 <= rows // n <= MAX_REPEATS:
@@ -136,7 +136,7 @@ class MixBatch:
 
 @dataclass(frozen=True, eq=False)
 class SpanAdapters:
-    """Adapters that train in one pass, one per segment of tokens."""
+    """Adapters that are trained in the same forward pass, one per segment of tokens."""
 
     adapters: tuple[Adapter, ...]
     spans: LoraSegments

@@ -9,7 +9,7 @@
 A fused expert parameter is named `module.parameter`. No pattern selects a router: transformers' routers are
 bare parameters or return two tensors, and a pair on a router changes which expert is chosen. An adapter file
 can still contain a pair for a router (`has_bare_weight`). This module identifies modules by class and
-attributes, and does not depend on tensors of pairs, adapters or transformers.
+attributes, and does not depend on the tensors of pairs, on adapters or on transformers.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _patterns(spec: LoraSpec) -> tuple[str, ...]:
 def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]]:
     """Return the names that each target pattern selects.
 
-    Names that `exclude`, `layers` or `modules_to_save` remove are left out. Raises TargetError for any
+    Leaves out the names that `exclude`, `layers` or `modules_to_save` removes. Raises TargetError for any
     target, exclude, rank or alpha pattern, and any layer index, that selects nothing."""
     candidates = list(_candidates(model))
     names = [t.name for t, _ in candidates]

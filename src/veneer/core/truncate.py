@@ -151,7 +151,7 @@ def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular value decomposition (U, S, V), B·A = U·diag(S)·V, in float64.
 
     A: (…, rank, n), B: (…, out, rank). U (…, out, k), S (…, k) descending, V (…, k, n), k = min(rank, out,
-        n). Exact: thin QR of both factors and the decomposition of the small core."""
+        n). Computed exactly, from the thin QR of both factors and the decomposition of the small core."""
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().mT)
     U, S, V = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
@@ -174,7 +174,7 @@ def rank_for(S: Tensor, bound: Bound) -> int:
     square = S.double().square()
     total = square.sum(-1, keepdim=True)
     dropped = total - square.cumsum(-1)
-    # Sum from the small end, so that nothing cancels.
+    # Sum the smallest values first, so that no large values cancel.
     dropped[..., :-1] = square.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     dropped[..., -1] = 0
     allowed = (1 - bound.energy) if bound.energy is not None else (bound.error or 0.0) ** 2

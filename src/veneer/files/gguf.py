@@ -148,8 +148,8 @@ class _Cursor:
     def value(self, kind: int) -> tuple[Any, tuple[int, ...]]:
         """Return the next value, of type `kind`, and its types as in `GgufFile.types`.
 
-        The value is a text, a number, a numpy array of numbers, or a list of texts. An array of arrays is an
-        error."""
+        The value is a string, a number, a numpy array of numbers, or a list of strings. An array of
+        arrays is an error."""
         if kind == TEXT:
             return self.text(), (kind,)
         if kind in SCALARS:
@@ -171,7 +171,7 @@ class _Cursor:
         return self.long_arrays or n <= _LONG_ARRAY
 
     def _texts(self, n: int) -> list[str] | SkippedArray:
-        """Read `n` texts in one pass, which is fast enough for large vocabularies."""
+        """Read `n` strings in one pass, which is fast enough for large vocabularies."""
         data, at, end, out = memoryview(self.data), self.at, len(self.data), []
         reads_all = self._reads_all(n)
         for _ in range(n):
@@ -196,7 +196,7 @@ def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
     long_arrays: if False, long arrays of a tokenizer are skipped and returned as `SkippedArray`.
 
     Raises AdapterError for a file of another kind or version. Raises UnsafeFileError for a header with
-    invalid counts, texts, names, shapes, types or offsets, or with overlapping tensors."""
+    invalid counts, strings, names, shapes, types or offsets, or with overlapping tensors."""
     where = str(path)
     try:
         with Path(path).open("rb") as file:
@@ -284,7 +284,7 @@ def _located_entries(
 def write_gguf_file(path: str | Path, fields: Mapping[str, str | float | int], tensors: Mapping[str, Tensor]) -> None:
     """Write a GGUF file of version 3 atomically; equal contents give equal bytes.
 
-    fields: texts, floats (stored as f32) and integers (stored as u32).
+    fields: strings, floats (stored as f32) and integers (stored as u32).
     tensors: float32, float16 or bfloat16."""
     import torch
 

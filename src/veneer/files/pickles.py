@@ -1,6 +1,6 @@
 """Read tensors from pickle files (.bin, .pt, .pth, .ckpt), on explicit request.
 
-torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses everything else, so
+torch's weights-only loader builds tensors, numbers, strings, lists and dicts, and refuses everything else, so
 no code in the file runs. The result is checked with the rules for safetensors files: names must be valid, and
 sizes must match the file's bytes. Supported layouts: a state dict, a state dict under `state_dict`, and
 nested dicts (joined by dots). This module works on pickles and tensors, and does not depend on adapters.
@@ -27,7 +27,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "lora_state_dict")
 
 
 def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return all tensors of a pickle, sorted by name, and its texts and numbers as metadata.
+    """Return all tensors of a pickle, sorted by name, and its strings and numbers as metadata.
 
     The result has the form of `read_tensors`. Raises UnsafeFileError for a pickle that refers to anything
     except tensors and plain values, and for an archive that unpacks to more bytes than it contains. Raises

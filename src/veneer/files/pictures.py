@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def open_image(path: str | Path) -> Iterator[tuple[Image, bytes]]:
     """Yield the decoded image and the bytes of its file.
 
-    Raises DataError if the file is not a valid image, including decoding errors raised inside the with-block.
-    If the file does not exist, the error suggests the nearest name."""
+    Raises DataError if the file is not a valid image, and for decoding errors raised inside the
+    with-block. If the file does not exist, the error suggests the nearest name."""
     from PIL import Image, UnidentifiedImageError
 
     location = Path(path).expanduser()

@@ -12,8 +12,8 @@ from pathlib import Path
 def make_private(path: Path) -> None:
     """Remove other users' access to a file or folder.
 
-    A group with write access keeps its access, because the owner then shares the path on purpose. Missing
-    paths and paths that belong to other users are left unchanged."""
+    A group with write access keeps its access, because such access means that the owner shares
+    the path on purpose. Missing paths and paths that belong to other users are left unchanged."""
     with contextlib.suppress(OSError):
         mode = stat.S_IMODE(path.stat().st_mode)
         path.chmod(mode & ~(stat.S_IRWXO if mode & stat.S_IWGRP else stat.S_IRWXO | stat.S_IRWXG))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 500_000
-"""Maximum tensors in a file: twice the number that pairs on every expert of the largest mixture-of-experts
-models need (384 experts, 61 layers, alphas)."""
+"""Maximum number of tensors in a file. An adapter with pairs on every expert of the largest mixture-of-experts
+models (384 experts, 61 layers, with alphas) has about half as many."""
 MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
 """Maximum number of metadata entries, and maximum bytes of their JSON. Training statistics and a thumbnail
 take a few MB."""
@@ -303,7 +303,7 @@ def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[st
     if at > size:
         return [f"the tensors need {at:,} bytes of data, but the file has only {size:,}: truncated"]
     if at < size:
-        return [f"{size - at:,} bytes after the last tensor that no tensor owns"]
+        return [f"{size - at:,} bytes after the last tensor belong to no tensor"]
     return []
 
 

@@ -241,7 +241,7 @@ class Checkpoint:
         return name in self.entries
 
     def find(self, name: str) -> str | None:
-        """Return `name` if a tensor has this name, else the only name that differs by a prefix.
+        """Return `name` if a tensor has this name, else the only tensor name that differs by a prefix.
 
         A prefix is, for example, `model.`. Return None if no name, or more than one name, matches."""
         if name in self.entries:

@@ -157,7 +157,7 @@ def opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def is_ours(readme: Path) -> bool:
-    """Return whether a README is missing or has veneer's mark, and can be replaced."""
+    """Return whether a README can be replaced: the file is missing or has veneer's mark."""
     try:
         return MARK in readme.read_text(encoding="utf-8", errors="replace")
     except OSError:

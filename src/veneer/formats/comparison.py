@@ -1,4 +1,4 @@
-"""Compare an adapter before and after writing and reading back, module by module.
+"""Compare an adapter with its copy read back from a file, module by module.
 
     ‖s·B·A − s'·B'·A'‖ / ‖s·B·A‖     from the Gram matrices of the factors [s·B, −s'·B'] and [A; A'], in float64
 
@@ -55,7 +55,7 @@ def differences(source: Adapter, read_back: Adapter) -> list[str]:
 
 
 def _replacement_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Return full copies and token rows by name; the latter names include token ids."""
+    """Return full copies and token rows by name; the names of token rows include the ids."""
     out = {f"{name}.{key}": t for name, tensors in adapter.modules.items() for key, t in tensors.items()}
     return out | {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
 

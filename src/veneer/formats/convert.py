@@ -1,12 +1,12 @@
 """Write an adapter in another tool's layout, exactly or not at all.
 
 | to        | written                                    | names                   | cannot hold                   |
-| peft      | folder: a denoiser's, or a text model's    | the model's own         | what formats/peft.py refuses  |
+| peft      | folder, for one denoiser or text model     | the model's own names   | what formats/peft.py refuses  |
 | kohya     | one .safetensors, lora_down, lora_up,      | formats/kohya.py        | embeddings, whole new weights |
 |           | alpha; LyCORIS' names for the other forms  |                         |                               |
 | comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/kohya.py        | gains, DoRA of the outputs    |
-| diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/diffusers.py          |
-| vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
+| diffusers | one .safetensors, scales in metadata       | the canonical names     | formats/diffusers.py          |
+| vllm      | PEFT folder of one rank, scale 1           | the model's own names   | DoRA, deltas, full copies     |
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same as vllm              |
 
 The parts of a fused projection are joined at the same rank if they share A, otherwise block-diagonally; an
@@ -109,7 +109,7 @@ def encode(
     to: one of TARGETS.
     family: the image model's family, a name in `topology.families()`; by default, found from modules, widths
         and card. For gguf, llama.cpp's name of the architecture.
-    metadata: overrides metadata from the card, in the three layouts with metadata.
+    metadata: overrides the card's metadata, in the layouts kohya, comfyui and diffusers.
     dtype: all tensors are first rounded to this dtype.
     head_dim: the base's rows per head, needed by gguf for Llama's q and k.
 
@@ -217,7 +217,8 @@ def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, li
 def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _EncodingResult]) -> _EncodingResult:
     """Return the result of `build`.
 
-    If `build` raises an AdapterError without a workaround, this function adds the layouts that would work."""
+    If `build` raises an AdapterError without a workaround, this function adds the layouts that would work to
+    the error."""
     try:
         return build()
     except AdapterError as error:
@@ -279,7 +280,7 @@ def _folder_digest(source: Adapter, done: _EncodingResult) -> str | None:
 
 
 def _servable(source: Adapter, to: str) -> Adapter:
-    """Return the adapter unchanged if the server of layout `to` supports all of it.
+    """Return the adapter unchanged if the server for layout `to` supports every change.
 
     Otherwise, raise one AdapterError that lists everything the server does not support."""
     refused: Refusals = defaultdict(list)

@@ -10,7 +10,7 @@ contents as follows:
 | content                                  | diffusers                                                                |
 | dora_scale, LoHa, LoKr, diff, diff_b, …  | dropped, with at most a warning; or an error                             |
 | DoRA of the outputs                      | correct if every module of the component has it (one switch: use_dora)   |
-| a change of the bias, with its pair's s  | correct if every module of the component has one (one switch: lora_bias) |
+| a bias change with the pair's scale      | correct if every module of the component has one (one switch: lora_bias) |
 | text_encoder_2 of FLUX.1, any T5         | dropped                                                                  |
 | a text encoder without attention pairs   | an error                                                                 |
 | FLUX.1's norm_q, norm_k, norm_added_…    | loaded as full replacement weights, by name                              |
@@ -42,7 +42,8 @@ LOADABLE: dict[str, tuple[str, ...]] = {
     "sd3-large": ("transformer", "text_encoder", "text_encoder_2"),
     "flux1": ("transformer", "text_encoder"),
 }
-"""Family -> components into which its pipeline loads an adapter. All other families: only the transformer."""
+"""Family -> components into which the family's pipeline loads an adapter. The pipelines of other families load
+an adapter only into the transformer."""
 
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")

@@ -1,8 +1,8 @@
-"""Split a fused projection's change into row parts, and join parts, keeping ΔW.
+"""Split and join changes of fused projections by rows, without changing ΔW.
 
     split:              W = [W₀; W₁; …]      ΔW = s·B·A  ⇒  ΔWᵢ = s·Bᵢ·A      Bᵢ: rows of B, A the same tensor
     join, A equal:      B = [B₀; B₁; …], the same rank
-    join, A different:  A = [A₀; A₁; …], B = diag(B₀, B₁, …), the ranks add up; an A that parts share counts once
+    join, A different:  A = [A₀; A₁; …], B = diag(B₀, B₁, …), the ranks add up; a shared A counts once
 
 If the scales differ, s is the largest and Bᵢ becomes (sᵢ/s)·Bᵢ, computed in float64 and stored as float32, or
 as float64 if Bᵢ is float64. For 16-bit factors this is exact if sᵢ/s has at most 13 significant bits, like
@@ -32,9 +32,9 @@ T = TypeVar("T", bound=Pair | Delta)
 
 
 def split(item: T, parts: Sequence[RowRange]) -> list[T]:
-    """Return the change of each part of the rows.
+    """Return the change of each row range in `parts`.
 
-    Every tensor is a view. A, and any other tensor that applies to all rows, is shared by the parts.
+    Every tensor is a view. The results share A and any other tensor that applies to all rows.
 
     parts: (begin, end, total), in units of 1/total of the rows.
 
@@ -53,7 +53,7 @@ def split(item: T, parts: Sequence[RowRange]) -> list[T]:
 
 
 def swap_halves(item: T) -> T:
-    """Return the change of [W₁; W₀], given that of [W₀; W₁].
+    """Return the change of [W₁; W₀], given the change of [W₀; W₁].
 
     BFL and diffusers order the final layer's shift and scale differently. Raises AdapterError for an odd
     number of rows, and for a LoKr if its first factor has an odd number of rows."""
@@ -131,7 +131,7 @@ def _describe(item: Pair | Delta) -> str:
 
 
 def trimmed(pair: Pair) -> Pair:
-    """Return the pair without the ranks that B multiplies by zero.
+    """Return the pair without the rank dimensions for which B is zero.
 
     At least one rank is kept. ΔW and scale do not change. If `pair` is one part of a block-diagonal pair
     (from `join_parts`, or from sd-scripts' `split_qkv`), this restores the part's original rank."""
@@ -150,8 +150,8 @@ def join_parts(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> 
     parts: the change of each part; None for an unchanged part.
     rows: the number of rows of each part, required if a part is None.
 
-    Raises AdapterError if no single pair or delta can express the result: different forms, a magnitude on
-    only some parts, a magnitude of the inputs, or LoKr parts of different products."""
+    Raises AdapterError if no single pair or delta can express the result: the forms differ, only some parts
+    have a magnitude, a magnitude has one norm per input, or LoKr parts come from different products."""
     items = [p for p in parts if p is not None]
     if not items:
         raise ValueError("nothing to join")

@@ -5,10 +5,10 @@
 
 For its rotary embedding, llama.cpp permutes the rows of Llama's q and k within each head of d rows: row 2i+s
 of the file is row s·d/2+i of Hugging Face's weight, s in {0, 1}. The rows of B are permuted too, and this
-module reverses the permutation. This requires the head size, which llama.cpp's converter does not write
-(veneer writes it as `<arch>.rope.dimension_count`). A file has a single alpha: if the alphas of the pairs
-differ, B is scaled to compensate. The Llama (and Mistral), Qwen 2 and 3, and Gemma families are supported.
-Magnitudes, deltas and full weights are not supported, because llama.cpp does not apply them.
+module reverses the permutation. To do so, it needs the head size, which llama.cpp's converter does not write
+(veneer writes the head size as `<arch>.rope.dimension_count`). A file has a single alpha; if the alphas of
+the pairs differ, B is scaled to compensate. The Llama (and Mistral), Qwen 2 and 3, and Gemma families are
+supported. Magnitudes, deltas and full weights are not supported, because llama.cpp does not apply them.
 """
 
 from __future__ import annotations
@@ -157,12 +157,12 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
 def write_gguf(
     adapter: Adapter, path: str | Path, *, architecture: str, head_dim: int | None = None, name: str = ""
 ) -> list[str]:
-    """Write an adapter as a llama.cpp LoRA file, and return notes on changes.
+    """Write an adapter as a llama.cpp LoRA file, and return notes on what was changed.
 
     The format is that of llama.cpp's convert_lora_to_gguf. float32, float16 and bfloat16 tensors keep their
     dtype; other tensors are converted to float32. Raises one AdapterError listing everything that the format
-    cannot hold: magnitudes, deltas, full modules, token rows, other kinds of pairs, and modules without a
-    GGUF name."""
+    cannot hold: magnitudes, deltas, full modules, token rows, pairs of kinds other than linear and embedding,
+    and modules without a GGUF name."""
     if architecture not in GGUF_ARCHITECTURES:
         raise AdapterError(
             f"cannot write GGUF for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"

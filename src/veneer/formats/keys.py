@@ -1,12 +1,12 @@
 """Parse tensor names, and detect which tool wrote a file.
 
-    key = module text + suffix    `split_key`: the suffixes of all tools are listed in ROLES; module_tensors.py
-                                  documents them
+    key = module text + suffix    `split_key`. ROLES lists the suffixes of all tools; module_tensors.py
+                                  explains the suffixes
     lora_A.NAME.weight            `check_one_adapter`: PEFT removes the adapter's name from the keys when it
                                   saves an adapter. A state dict taken from a model still has such keys and
                                   can hold several adapters
-    layout                        `detect_format`: the tool, and the reasons for choosing it. For information
-                                  only: a file with names of several tools can be read too
+    layout                        `detect_format` returns the tool and the reasons for choosing it. A file
+                                  that mixes the names of several tools can be read too
 
 | format        | names                                                                                        |
 | xlabs         | ….processor.qkv_lora1.down.weight                                                            |
@@ -20,7 +20,7 @@
 | diffusers     | unet.… transformer.… text_encoder.… with lora_A; also without a prefix                       |
 | plain         | module names without a prefix, with lora_down                                                |
 
-Uses names only; does not need torch.
+This module uses only names, and does not need torch.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ LYCORIS = "lycoris_"
 def kohya_tensors(
     by_module: Mapping[str, ModuleChanges], family: Family, to: str, refused: Refusals
 ) -> tuple[dict[str, Tensor], list[Pair], list[str]]:
-    """Return the tensors in layout `to`, the pairs as written, and notes.
+    """Return the tensors in layout `to`, the pairs that they store, and notes.
 
     to: "kohya" or "comfyui".
 
@@ -94,10 +94,10 @@ def _hint(module: str, family: Family) -> str:
 def _originals(
     by_module: Mapping[str, ModuleChanges], family: Family, refused: Refusals
 ) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
-    """Return the denoiser's changes by original module, joined for fused modules.
+    """Return {original name: (the denoiser's changes, canonical modules)}.
 
-    LoKr changes that cannot be joined stay separate, under LyCORIS' flat diffusers names. ComfyUI maps these
-    names to rows of the original module."""
+    The changes of a fused module's parts are joined. LoKr changes that cannot be joined stay separate, under
+    LyCORIS' flat diffusers names. ComfyUI maps these names to rows of the original module."""
     owner: dict[str, str] = {}
     for name, targets in family.originals.items():
         for target in targets:
@@ -203,9 +203,7 @@ def _unread(name: str, changes: ModuleChanges, family: Family, to: str) -> list[
     """Return a message for each kind of change that readers of `to` ignore or misread."""
     out = []
     if changes.full and (to == "kohya" or set(changes.full) != {"weight"}):
-        out.append(
-            "it cannot express full replacement weights; subtract the base's, or merge the adapter into the base"
-        )
+        out.append("it cannot express full replacement weights; subtract the base's weights, or merge the adapter")
     if to == "kohya":
         return out
     present = [h for h in (changes.pair, changes.deltas.get("weight")) if h is not None]

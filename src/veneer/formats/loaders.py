@@ -13,7 +13,7 @@ reader accepts it.
 
 m is the module's name in the tool's own model class. For a language model, m is the canonical name. For a
 denoiser, m has no component prefix and is the original name (kohya, ComfyUI) or the name in diffusers' class.
-formats/gguf.py handles llama.cpp's names with a table of its own. Uses names; no tensors.
+formats/gguf.py has its own table for llama.cpp's names. This module uses only names.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _PEFT_KEY = re.compile(
 def _class_names(modules: Iterable[str]) -> dict[str, str]:
     """Map canonical names to the names within the model's own class, as PEFT expects.
 
-    The component prefix is removed only if one image family has every module; under the same condition, the
-    reader adds the prefix. (No language model has a module `unet`.)"""
+    The component prefix is removed only if one image family has all the modules. The reader adds the prefix
+    under the same condition. No language model has a module called `unet`."""
     modules = list(modules)
     choice = choose_family(dict.fromkeys(modules))
     is_pipeline = choice.family is not None and all(m in choice.family.modules for m in modules)
@@ -79,7 +79,7 @@ def _module_of(key: str, expected: Mapping[str, Collection[str]]) -> str:
 
 
 def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
-    """Return key -> the canonical modules that tensors with this key in their names change."""
+    """Return {key: canonical modules}; tensors named with the key change these modules."""
     out: dict[str, list[str]] = defaultdict(list)
     for module in family.modules:
         component, _, name = module.partition(".")
@@ -95,6 +95,6 @@ def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
         for original, targets in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
             out[text] += [target.module for target in targets]
-            for target in targets if len(targets) > 1 else ():  # LyCORIS and ComfyUI name each part of the rows
+            for target in targets if len(targets) > 1 else ():  # LyCORIS and ComfyUI also name a fused module's parts
                 out[LYCORIS + flat(target.module.partition(".")[2])].append(target.module)
     return out

@@ -108,7 +108,7 @@ def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
         properties = folders.get(folder)
         images = properties.get("img_count") if isinstance(properties, dict) else None
         if len(counts) == 1:
-            images = next(iter(counts.values()))  # one tag: ai-toolkit's {"1_word": {"word": 1}}, or no captions
+            images = next(iter(counts.values()))  # A single tag is in every caption (ai-toolkit writes the count 1).
         for tag, n in counts.items():
             if images and n >= images and tag.strip():
                 out.setdefault(tag.strip(), "ss_tag_frequency" if len(counts) == 1 else "ss_tag_frequency?")

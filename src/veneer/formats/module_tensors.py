@@ -118,7 +118,7 @@ _WHOLE_NUMBERS = {"alpha", "on_input", "bias_indices", "bias_size", "reshape_wei
 
 @dataclass
 class _Reader:
-    """Converter that takes tensors out of `have`; a tensor that remains is an error."""
+    """Reader that removes the tensors it uses from `have`; any tensor left there is an error."""
 
     have: dict[str, Tensor]
     rslora: bool
@@ -182,7 +182,7 @@ class _Reader:
         return scale * self._scalar()
 
     def _scalar(self) -> float:
-        """Remove and return LyCORIS' trained factor of ΔW, or return 1.0 if missing.
+        """Remove and return LyCORIS' trained scalar, a factor of ΔW; return 1.0 if missing.
 
         Current versions of LyCORIS fold the factor into the weights; some older versions store it."""
         scalar = self.have.pop("scalar", None)

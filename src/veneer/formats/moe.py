@@ -7,11 +7,11 @@
 
 In Mixtral, gate_proj, up_proj and down_proj are called w1, w3 and w2. On a base with fused experts,
 
-    gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up); a single A if both are equal
+    gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up); one A if A_gate = A_up
 
 gpt-oss interleaves the rows as gate_0, up_0, gate_1, up_1, …; its module has `is_concatenated = False`. If
-all scales of an adapter are equal, no value is rounded. A base's files often store experts separately
-although its model fuses the experts; to merge into such files, `as_stored` splits fused pairs again. This
+all scales of an adapter are equal, no value is rounded. Often a base's model class fuses the experts, but the
+base's files store them separately; to merge into such files, `as_stored` splits fused pairs again. This
 module works on names, pairs and a base's structure, and does not access files.
 """
 
@@ -211,7 +211,7 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
     if len(sizes) > 1:
         raise AdapterError(f"pairs of different shapes (out, in): {', '.join(map(str, sorted(sizes)))}")
     (rows, into), parts = sizes.pop(), len(experts_parts[0])
-    shared = parts > 1 and all(_share(pairs) for pairs in experts_parts)
+    shared = parts > 1 and all(_have_same_A(pairs) for pairs in experts_parts)
     ranks = [[p.rank if p is not None else 0 for p in pairs] for pairs in experts_parts]
     rank = max(row[0] if shared else sum(row) for row in ranks)
     A = torch.zeros(len(experts_parts), rank, into, dtype=dtype)
@@ -228,7 +228,7 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
     return Pair(A, B, scale, "experts")
 
 
-def _share(pairs: Sequence[Pair | None]) -> bool:
+def _have_same_A(pairs: Sequence[Pair | None]) -> bool:
     """Return whether every part has a pair and all these pairs have the same A."""
     As = [p.A for p in pairs if p is not None]
     return len(As) == len(pairs) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])

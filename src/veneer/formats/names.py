@@ -13,7 +13,7 @@
 | single_blocks.0.linear1_qkv                                      | an alias for FLUX.1, from ComfyUI (USO)           |
 
 For FLUX.1's T5, kohya uses lora_te3_ and OneTrainer lora_te2_. A `_` is never converted to a `.`, because
-flattening is not invertible. Uses names; no tensors.
+flattening is not invertible. This module uses only names.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ _Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class FamilyChoice:
-    """The chosen family, how many names its tables contain, and the reasons.
+    """The chosen family, the number of the file's names in its tables, and the reasons.
 
     `nearest`: if no family is chosen, the candidate families, for messages. `fitting`: the families whose
     widths and depth match. If all fitting families map the names to the same modules, the file can be read
@@ -250,7 +250,7 @@ def choose_family(
     toy = all(max(shape) < _TOY for shape in shapes.values() if shape)
     wide = {text: shape for text, shape in shapes.items() if shape and shape[1] >= _TOY}
     possible = [n for n in selected if _fits(n, matches[n], wide, shapes)]
-    if not wide and not possible:  # a toy model's proportions can distinguish families, but not rule them out
+    if not wide and not possible:  # a toy model's proportions can favor a family, but cannot rule one out
         possible = [n for n in selected if _fits(n, matches[n], {}, dict.fromkeys(shapes))]
     if len(selected) + len(alternatives) > 1 or not possible:
         fit = [n for n in possible if _depth(_all()[n], matches[n].values())]
@@ -381,7 +381,7 @@ _PROPORTIONS = {
     "flux1": {"linear1": (7, 1), "linear2": (1, 5), "mlp.0": (4, 1), "mlp.2": (1, 4)},
     "flux2": {"linear1": (9, 1), "linear2": (1, 4), "mlp.0": (6, 1), "mlp.2": (1, 3)},
 }
-"""Output-to-input ratios of the modules that have BFL's names in both families."""
+"""Output-to-input ratios of the modules that have BFL's names in both FLUX families."""
 
 
 def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
@@ -410,7 +410,7 @@ def _family_blocks(name: str) -> dict[str, set[int]]:
 
 
 def _blocks(modules: Iterable[str]) -> dict[str, set[int]]:
-    """Return {name up to the first number: block numbers}, without U-Nets."""
+    """Return {name up to the first number: block numbers}; U-Nets are left out."""
     out: dict[str, set[int]] = defaultdict(set)
     for module in modules:
         if not module.startswith("unet.") and (match := re.match(r"(.+?)\.(\d+)\.", module)):

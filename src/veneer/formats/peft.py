@@ -170,7 +170,7 @@ def interpret(
     if parsed.stamps:
         adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
         reader.notes += [
-            f"{key} = {str(value)[:60]}: a stamp, stored unchanged" for key, value in parsed.stamps.items()
+            f"{key} = {str(value)[:60]}: metadata, stored unchanged" for key, value in parsed.stamps.items()
         ]
     return PeftAdapter(adapter, dict(config), reader.notes)
 
@@ -215,7 +215,7 @@ class _Reader:
     base: Structure
     problems: list[str]
     renaming: Renaming | None = None
-    """Renaming of the file's modules, if the file uses the names of another model class than the base."""
+    """Renaming of the file's modules, if file and base use the names of different model classes."""
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -485,7 +485,7 @@ class _Reader:
         idle, all_of_them = cfg.unmatched_targets(config, plain)
         all_of_them = (
             all_of_them and not parameters
-        )  # with target_parameters, PEFT accepts target_modules without a match
+        )  # with target_parameters, PEFT accepts target_modules that match nothing
         if idle and all_of_them:
             self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, but there are no tensors for any")
         for entry in () if all_of_them else idle:
@@ -694,7 +694,7 @@ class ExpertReader:
             )
             return {}
         if len(parameters) > 1 and not self.base.detailed and not set(parameters) <= set(_EXPERT_ORDER):
-            self.problems.append(f"{name}: which tensors belong to which of {parameters} depends on the base; pass it")
+            self.problems.append(f"{name}: which tensors belong to which of {parameters} is known only with a base")
             return {}
         out: dict[str, Pair] = {}
         for depth, parts in depths.items():
@@ -726,7 +726,7 @@ class ExpertReader:
         return {full: Pair(A3.contiguous(), B3.contiguous(), scale, "experts")}
 
     def _by_expert(self, full: str, B: Tensor, experts: int, rank: int) -> Tensor:
-        """Return B, stored as (out, r·E), as (E, out, r).
+        """Return B in the shape (E, out, r), converted from the stored (out, r·E).
 
         The stored layout is the one in the configuration, or PEFT's if the configuration has none."""
         if experts > 1 and rank > 1 and not self.config.b_layout and self.config.unsloth:
@@ -738,9 +738,9 @@ class ExpertReader:
     def _is_flipped(
         self, name: str, full: str, shapes: str, got: tuple[int, int], stored: tuple[int, ...] | None
     ) -> bool:
-        """Return whether the file contains the pair of the transposed parameter.
+        """Return whether the file's LoRA pair was computed for the transposed parameter.
 
-        PEFT before 0.19.1 wrote this layout. The shapes decide; for a square parameter, the PEFT version in
+        PEFT before 0.19.1 wrote such pairs. The shapes decide; for a square parameter, the PEFT version in
         the file decides.
         """
         version = self.config.version
@@ -775,12 +775,12 @@ class ExpertReader:
 
 
 _LAYOUT = "0.21.2"
-"""The PEFT version whose expert layout is written. Readers need the version for square parameters."""
+"""Value of `peft_version` in written files; it tells readers the layout of square expert parameters."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 # Writes the smallest configuration that PEFT's matching rules resolve to exactly these modules, ranks and
-# scales. The result is interpreted again before writing, and the folder is written atomically.
+# scales. As a check, the result is parsed again before it is written. The folder is written atomically.
 
 
 @dataclass(frozen=True)
@@ -817,9 +817,9 @@ def write_folder(
     """Write `adapter` to `folder` as PEFT's two files, `veneer.json` and `README.md`.
 
     base_name: the name of the base, by default the one in the card.
-    base: the model or its structure. With a base, target_modules is a short list of suffixes; without, it is
-        the list of exact names. A base is required for pairs on several expert parameters unless the
-        parameters are named gate_up_proj and down_proj.
+    base: the model or its structure. With a base, target_modules is a short list of suffixes; without a
+        base, it is the list of exact names. A base is required for pairs on several expert parameters
+        unless the parameters are named gate_up_proj and down_proj.
     task_type: "auto" is the task of the PEFT folder that the adapter was read from, else CAUSAL_LM for a text
         adapter.
     digest: the adapter's digest, required if the adapter's module names start with a pipeline component and
@@ -958,9 +958,9 @@ _ROUTER = re.compile(r"(?:.+\.)?layers\.\d+\.(?:mlp|block_sparse_moe|feed_forwar
 def _routers(adapter: Adapter, base: Structure) -> set[str]:
     """Return the names of linear pairs on modules that are not linear layers, such as routers.
 
-    PEFT adapts such a module's `weight` as a parameter. Without a base, the result contains pairs next to
-    fused experts and pairs with a router's name. If one of these modules is a linear layer after all, PEFT
-    accepts its `weight` as a parameter as well."""
+    PEFT adapts such a module's `weight` as a parameter. Without a base, the function guesses: it returns
+    pairs next to fused experts and pairs with a router's name. If one of these modules is in fact a linear
+    layer, PEFT accepts its `weight` as a parameter as well."""
     linear = {n for n, p in adapter.pairs.items() if p.kind == "linear"}
     if base.detailed:
         return {n for n in linear if base.kinds.get(n) == "other"}
@@ -1053,9 +1053,10 @@ def _config(
 
 
 def _target_modules(names: set[str], base_names: set[str]) -> list[str] | str:
-    """Return `_targets`, or a regular expression of all names if they are ambiguous.
+    """Return the list from `_targets`, or one regular expression if the list is ambiguous.
 
-    Names are ambiguous if an entry of `_targets` is also the suffix of another module of the base."""
+    The list is ambiguous if one of its entries is also the suffix of another module of the base. The regular
+    expression then contains all names."""
     targets = _targets(names, base_names)
     if any(k.endswith(f".{t}") for t in targets for k in base_names - names):
         return "|".join(re.escape(name) for name in sorted(names))
@@ -1065,7 +1066,7 @@ def _target_modules(names: set[str], base_names: set[str]) -> list[str] | str:
 def _targets(names: set[str], base_names: set[str], parts: int = 1) -> list[str]:
     """Return the shortest list of suffixes that select exactly `names` among `base_names`.
 
-    Contains a whole name if `base_names` is empty or if the suffix would select more.
+    A whole name replaces a suffix that would select more, and every suffix if `base_names` is empty.
 
     parts: minimum number of parts in a suffix. The first part of a suffix contains letters: PEFT would match
         the bare number `2` of `net.2` with the block `layers.2` too, and `base_names` does not always contain

@@ -38,7 +38,7 @@ _STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
 """The two layouts of B in expert pairs, named as in Unsloth's `lora_B_layout` (see formats/peft.py)."""
 
-UNSUPPORTED = {  # keys that change what the adapter does if set to anything other than null or false
+UNSUPPORTED = {  # if one of these keys is neither null nor false, it changes what the adapter does
     "alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication", "megatron_config",
     "monteclora_config", "nora_config", "nvfp4_merge_aware", "nvfp4_merge_aware_latent_mix", "paca_config",
     "use_bdlora", "use_nora", "use_paca", "use_qalora",
@@ -399,9 +399,9 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
 
 
 def unmatched_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
-    """Return the entries of target_modules that select none of `names`.
+    """Return (the target_modules entries that select none of `names`, whether this is all entries).
 
-    The second value is whether no entry selects any name. A regular expression counts as one entry."""
+    A regular expression counts as one entry."""
     targets, names = config.target_modules, list(names)
     entries = targets if isinstance(targets, list) else [targets] if targets and targets != DUMMY_TARGETS else []
     ending: dict[str, list[str]] = {}  # suffix -> names, because an entry selects by suffix

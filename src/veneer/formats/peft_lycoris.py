@@ -2,9 +2,9 @@
 
     base_model.model.MODULE.PARAMETER                             full copies from modules_to_save
     base_model.model.MODULE.hada_w1_a … hada_w2_b, hada_t1, hada_t2
-    base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2    scale alpha/r, even if both are full
+    base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2    scale alpha/r, even for full w1, w2
 
-PEFT creates empty parts from its configuration before it loads the file. r, `decompose_both` and
+Before PEFT loads the file, it creates empty tensors from the configuration. There, r, `decompose_both` and
 `decompose_factor` determine which factors of a LoKr are full (core.forms.trained_shapes), so written files
 must follow this rule. This module works on a configuration and tensors; formats.peft reads and writes the
 files.
@@ -176,7 +176,7 @@ def _rank_for(delta: Delta, rank: int) -> int:
 
 
 def _factor_of(adapter: Adapter, both: bool) -> int | None:
-    """Return the decompose_factor for which PEFT creates these parts, or None.
+    """Return the decompose_factor for which PEFT creates parts of these shapes, or None.
 
     -1 is PEFT's default."""
     firsts = {n for d in adapter.deltas.values() for n in _first_factor(d)}

@@ -213,12 +213,10 @@ def _split_qkv_alphas(
         elif not split_setting and value != rank and not plain:
             unclear.append(text)
     if out:
-        notes.append(
-            f"{len(out)} fused modules hold split_qkv parts and one part's alpha: scaled with the rank of one part"
-        )
+        notes.append(f"{len(out)} fused modules hold split_qkv parts; their alpha is divided by the rank of one part")
     if unclear:
         notes.append(
-            f"{len(unclear)} fused modules hold blocks, and alpha is not known to be for one part: it is used "
+            f"{len(unclear)} fused modules are block-diagonal; alpha may be for one part only, but it is used "
             f"for all: {', '.join(unclear[:5])}"
         )
     return out
@@ -258,7 +256,7 @@ def _is_block_diagonal(up: Tensor, parts: Sequence[tuple[int, int, int] | None])
 
 
 class ReadOptions(TypedDict, total=False):
-    """Options of `read` that tell what the caller knows or allows; see `read`."""
+    """Options of `read`, for functions that pass them on to `read`."""
 
     from_pickle: bool
     alpha: float | None

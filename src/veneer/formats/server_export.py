@@ -2,13 +2,13 @@
 
     B' = s·B padded to (out, r)    A' = A padded to (r, in)    alpha = r = the largest rank, so that alpha/r = 1
 
-s·B keeps B's dtype if this is exact (s is a power of two), and is converted to float32 otherwise. Contents
+s·B keeps B's dtype if this is exact (s is a power of two), and is converted to float32 otherwise. Changes
 that the loader of vLLM or llama.cpp does not support are refused, each with a workaround.
 
 vLLM (`vllm/lora`) reads lora_A, lora_B, lora_embedding_A and lora_embedding_B; it does not support DoRA,
 biases and modules_to_save. Before 0.32, vLLM reads a single alpha and r, and ignores the patterns.
 
-Uses pairs; no files.
+This module uses pairs, not files.
 """
 
 from __future__ import annotations

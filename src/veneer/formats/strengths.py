@@ -36,9 +36,9 @@ CAMPAIGN: Mapping[str, Mapping[str, str]] = {
 }
 """Prediction type -> role -> factors.
 
-The lens starts after the steps that determine the content of the picture. On flow bases the brand is weaker,
-especially in the double-stream blocks, which determine the content. benchmarks/image_campaign.py compares
-these factors with other factors (docs/image-proof.md)."""
+The role `lens` starts after the steps that determine the content of the picture. On flow bases, the role
+`brand` is weaker, especially in the double-stream blocks, which determine the content.
+benchmarks/image_campaign.py compares these factors with other factors (docs/image-proof.md)."""
 
 
 def split_strength(text: str) -> tuple[str, float | None]:
@@ -276,9 +276,8 @@ def in_campaign(strength: Strength, prediction: str, modules: Sequence[str]) -> 
 
     prediction, modules: the base's prediction type and modules.
 
-    A strength without a role is returned unchanged. If the base lacks a block that `CAMPAIGN` uses, all roles
-    get their plain strength: applying only some of the factors would weaken adapters without separating
-    them."""
+    A strength without a role is returned unchanged. If the base lacks a block that `CAMPAIGN` uses, no role
+    gets factors: applying only some of the factors would weaken adapters without separating their effects."""
     if not strength.campaign:
         return strength
     roles = CAMPAIGN["flow" if prediction == "flow" else "noise"]

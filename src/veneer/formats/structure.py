@@ -1,8 +1,8 @@
 """The structure of a base: module names, kinds and shapes.
 
 Does not import the base's library. A reader checks an adapter against the structure; a writer chooses names
-that match exactly the adapter's modules. Supports any torch model, with or without adapters, including models
-on the meta device. This module does not access files.
+that match the adapter's modules and no others. Supports any torch model, with or without adapters, including
+models on the meta device. This module does not access files.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
 | z-image    | transformer                                               | fused qkv                                 |
 
 Canonical name = component + "." + the name in diffusers' or transformers' class. The two sizes of SD3 are two
-families, because the last block differs from the other blocks and has another number in each size. Block
+families, because the last block differs from the other blocks and its number differs by size. Block
 counts are those of the official models; widths are not used, so a file of any width is read in the same way.
 Sources: diffusers' and transformers' classes and diffusers' checkpoint converters, against which the tests
 check every name. If the original model fuses q, k and v but diffusers does not, q, k and v are each a range
@@ -26,7 +26,7 @@ shift). The U-Nets' names follow from a few counts:
     output_blocks.{3i+j}.0 / .1     up_blocks.i.resnets.j / attentions.j          j = 0, 1, 2
     output_blocks.{3i+2}.n.conv     up_blocks.i.upsamplers.0.conv                 n = 2, or 1 without attentions
 
-Uses names; no tensors, no files.
+This module uses only names.
 """
 
 from __future__ import annotations
@@ -421,7 +421,7 @@ def families() -> Mapping[str, Family]:
 
 @cache
 def other_models() -> Mapping[str, Family]:
-    """Return models that use names of a family but must not be mistaken for the family."""
+    """Return models that share names with a family but must not be mistaken for the family."""
     models = [
         _family("hunyuan-video", "Hunyuan Video", attention_blocks(20, 40, joint=True)),
         _family("ltx-video", "LTX Video", attention_blocks(28, 0, joint=False)),

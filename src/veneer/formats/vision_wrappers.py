@@ -53,7 +53,7 @@ class Renaming:
     def concerns(self, name: str) -> bool:
         """Return whether the file's model has the part that contains the module `name`.
 
-        `name` is the file's name. A text model, for example, has no vision tower."""
+        `name` is a module's name in the file. A text model, for example, has no vision tower."""
         return any(_is(name, start, pattern) for start, pattern in self.parts)
 
     def to_base(self, name: str) -> str:

@@ -183,7 +183,7 @@ class ImagePipeline:
     # -- internals -----------------------------------------------------------------------------------------------------
 
     def _divided(self, name: str, strength: Strength) -> NamedMix:
-        """Return the mix of the adapter's attached parts with the factors of the parts."""
+        """Return the mix of the adapter's attached parts, each with its own factor."""
         shape = strength.by_block
         if (name, shape) not in self._parts:
             self.add(name)
@@ -196,8 +196,8 @@ class ImagePipeline:
 def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Sequence[str]) -> NamedMix:
     """Divide an attached adapter by its block factors, and attach each part.
 
-    Returns the mix of the parts that equals the adapter with these factors. Without factors, the mix contains
-    the adapter itself. Raises ConfigError for a block that the base does not have.
+    Returns a mix of the parts with the same effect as the adapter with these factors. Without factors, the
+    mix contains the adapter itself. Raises ConfigError for a block that the base does not have.
 
     modules: module names of the base."""
     if not shape.blocks:

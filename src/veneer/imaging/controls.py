@@ -71,7 +71,7 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
     if not math.isfinite(weight) or not 0 <= begin < end <= 1:
         raise ConfigError(f"{spec!r} has a weight or a range of steps that is not valid", fix=_EXAMPLE)
     if parsed["kind"] not in CONTROL_KINDS and not parsed["model"]:
-        fix = f"name it, as in {parsed['kind']}@FOLDER={parsed['path']}; {', '.join(CONTROL_KINDS)} take the base's own"
+        fix = f"name it, as in {parsed['kind']}@FOLDER={parsed['path']}; {', '.join(CONTROL_KINDS)} need no name"
         raise ConfigError(f"control {parsed['kind']!r} needs a ControlNet", fix=fix)
     return ControlSpec(parsed["kind"], parsed["path"], weight, parsed["model"] or "", begin, end)
 
@@ -94,7 +94,7 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 
 
 def _one_frame(picture: Image, where: str) -> Image:
-    """Return the image upright.
+    """Return the image, turned upright.
 
     Raises DataError for an animation, because it is unclear which frame to use."""
     frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # an MPO is a photo with a preview

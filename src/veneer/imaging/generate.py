@@ -194,7 +194,7 @@ _SHOWN_UNREAD = 200
 
 
 def unread_notes(picture: GeneratedPicture) -> list[str]:
-    """Return a note for each prompt whose end was not read, quoting part of that end."""
+    """Return a note for each prompt that was cut off, quoting the part that was not read."""
     cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
     return [
         f"the text encoder does not read the end of the {label}: …{cut[:_SHOWN_UNREAD]}"
@@ -273,8 +273,9 @@ _ASPECT_TOLERANCE = 1 / 15
 def fit_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
     """Return a reference resized for the base, and a note ("" if not resized).
 
-    A reference that has the aspect ratio of the generated images gets their size, as in training on pairs.
-    Any other reference keeps its aspect ratio. Qwen-Image-Edit's pipelines resize references themselves.
+    A reference with the aspect ratio of the generated images gets their size, as in training on editing
+    pairs. Any other reference keeps its aspect ratio. Qwen-Image-Edit's pipelines resize references
+    themselves.
     Raises ConfigError for an extreme aspect ratio."""
     from PIL.Image import Resampling
 
@@ -321,7 +322,7 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
         return width or in_units((height or 0) * ratio), height or in_units((width or 0) / ratio)
     whole_units = guide.width % base.unit == 0 == guide.height % base.unit
     if whole_units and base.size**2 / 4 <= guide.width * guide.height <= base.size**2:
-        return guide.size  # not for much smaller guides, because bases generate small images badly
+        return guide.size  # a much smaller guide does not set the size: bases generate small images badly
     return size_in_units(base.unit, base.size, ratio)
 
 

@@ -14,9 +14,9 @@
 Without a serving version, the comparison uses the base, and the first accepted version gets all users.
 
 Each action is recorded as an event of the job before the next action starts, and the route's history shows
-which revisions the job made. A killed worker's job can therefore be continued. An action that fails (for
-example, because the route was moved meanwhile or the serving version cannot be read) is recorded as a warning
-and moves nothing; the adapter is added to the library anyway.
+which revisions the job made. The job of a killed worker can therefore be continued by another worker. An
+action that fails (for example, because the route was moved meanwhile or the serving version cannot be read)
+is recorded as a warning and moves nothing; the adapter is added to the library anyway.
 """
 
 from __future__ import annotations

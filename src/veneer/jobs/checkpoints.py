@@ -46,7 +46,7 @@ def checkpoint_name(job: Job) -> str:
 
 
 def _published(library: Library, name: str) -> dict[int, str]:
-    """Return version -> reference of a name in the library."""
+    """Return {version number: reference} for a name in the library."""
     return {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
 
 
@@ -112,7 +112,7 @@ def store_checkpoint(
 
     Returns the version.
 
-    step: default: the job's result if there is one, else the newest step.
+    step: the checkpoint's step; by default, the job's result is stored, or the newest step if there is none.
     alias: an alias that will point to the version.
 
     Raises UnknownJob, and ConfigError (with the available steps) if this step is not in the library."""

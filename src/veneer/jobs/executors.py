@@ -27,8 +27,8 @@ _VALIDATION_NICE = 10
 JOB_VARIABLE = "veneer_job"
 """Environment variable with the job's id and the lease's token.
 
-To validate a job, it also has the device to plan for. Command-line arguments would be visible to other users;
-the environment is not."""
+When a job is validated, the variable also has the device to plan for. Command-line arguments would be visible
+to other users; the environment is not."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class LocalExecutor:
     ) -> str:
         """Start a process for this lease and return its handle. Raises ResourceError.
 
-        The process trains the job, or validates the job for `device`. A validation is killed if it uses more
-        than `max_memory` bytes. It logs to this process's output, so that no job folder is created for a
-        rejected job."""
+        The process trains the job or, if `device` is given, validates the job for that device. A validation
+        is killed if it uses more than `max_memory` bytes. Its log goes to this process's output, so that no
+        job folder is created for a rejected job."""
         job, trains = lease.job, device is None
         content = {"job": job.id, "token": lease.token, "device": device and asdict(device)}
         nice = self.nice if trains else max(self.nice, _VALIDATION_NICE)

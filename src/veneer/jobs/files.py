@@ -100,7 +100,7 @@ class Files:
         ttl: float | None = None,
         id: str | None = None,
     ) -> UploadedFile:
-        """Store the content of `source`, and return the file. Blocks.
+        """Store the content of `source`, and return the file. This call blocks.
 
         source: a seekable stream, which is read from its beginning and more than once.
         ttl: seconds until the file expires.
@@ -205,12 +205,12 @@ class Files:
         if isinstance(self.store, LocalStore):
             self.store.sweep(set())
         old = [_content(path) for path, _, changed in self.store.walk("tenants") if changed <= now - _GRACE]
-        with reading(self.engine) as c:  # skip contents that have a row, which are most, without taking the lock
+        with reading(self.engine) as c:  # most bytes still have a row: rule them out without taking the lock
             used = {tuple(row) for row in c.execute(select(t.tenant, t.sha256))}
         self._delete_unused(content for content in old if content not in used)
 
     def _delete_unused(self, contents: Iterable[tuple[str, str]]) -> None:
-        """Remove those of the contents (tenant, sha256) that have no row."""
+        """Remove the stored bytes of each (tenant, sha256) that has no row."""
         candidates, t = sorted(set(contents)), job_file_table.c
         for at in range(0, len(candidates), _BATCH):
             batch = candidates[at : at + _BATCH]

@@ -27,9 +27,11 @@ _GRACE = 3600.0
 
 
 LINE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv")
-"""File name extensions of line-based formats, whose first rows can be read alone."""
+"""File name extensions of line-based formats, whose first rows can be read without the rest."""
 _BEGINNING, _QUOTED_LINES = 256 << 10, 200
-"""Bytes read from a file's start; maximum lines dropped so as not to cut a quoted cell."""
+"""Bytes read from a file's start, and maximum lines removed at the end of these bytes.
+
+Lines are removed until no quoted cell is cut off."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class FilePreview:
 
 
 def preview_file(files: Files, file: UploadedFile, format: str, columns: Mapping[str, str], most: int) -> FilePreview:
-    """Read up to `most` rows from the first 256 KiB of a file. Blocks.
+    """Read up to `most` rows from the first 256 KiB of a file. This call blocks.
 
     format, columns: as in `parse_rows`."""
     if not file.filename.lower().endswith(LINE_FILES):
@@ -81,7 +83,7 @@ def _inputs() -> Path:
 
 
 def copy_input(files: Files, id: str, part: str, file: UploadedFile) -> Path:
-    """Copy a file for a job, and return the copy's path. Blocks.
+    """Copy a file for a job, and return the copy's path. This call blocks.
 
     part: train, validation, or held-out/0, held-out/1, …"""
     private_folder(jobs_home())

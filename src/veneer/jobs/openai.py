@@ -46,7 +46,7 @@ _LONG = 100
 _LARGEST = 256
 """Maximum number of rows per step."""
 _ROWS_COUNTED = _LONG * _LARGEST + 1
-"""Rows to count at most: above this number, the exact number makes no difference."""
+"""Maximum number of rows to count; beyond this number, the exact count makes no difference."""
 
 
 def _is_auto(value: Any) -> Any:
@@ -195,14 +195,14 @@ class FormSettings(Strict):
 
 
 def suffix_of(text: str | None) -> str:
-    """Return a text as the suffix of a name: lower-case letters, digits, single dashes."""
+    """Convert a text to a name suffix: lower-case letters, digits and single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
 
 
 def tuning_config(request: TuningBody, given: Mapping[str, Any], settings: FormSettings | None) -> dict[str, Any]:
     """Return a request's training configuration, with numbers in place of `auto`.
 
-    given: the sections `base`, `data` (files and max_length) and, if training continues, `adapter`
+    given: the sections `base`, `data` (files and max_length) and, to train an existing adapter, `adapter`
     settings: additional settings from the Studio's form
 
     Raises ConfigError."""
@@ -322,7 +322,9 @@ _OPERATOR_ERRORS = {
     "died": "the job's process died repeatedly; the server's operator can find the cause in the log",
     "lost": "the job's worker was lost repeatedly; the server's operator can find the cause in the log",
 }
-"""Texts sent instead of errors that can name hosts and paths for the operator only."""
+"""Texts that replace certain errors, whose own messages can name hosts and paths.
+
+Only the operator may see the original messages."""
 
 
 _KEYS = "|".join(re.escape(key) for key, _ in config_keys() if "." in key)

@@ -190,7 +190,7 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
 def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
     where, namespace = "after.route.name", route.rpartition("/")[0]
     if tenants is None:
-        fix = "use veneer tenant add, or --tenants with their database"
+        fix = "use veneer tenant add, or --tenants with a database"
         raise ConfigError("routes need a tenants' database, and this machine has none", where=where, fix=fix)
     if tenant and namespace and namespace != tenant:
         fix = f"{tenant}/{route.rpartition('/')[2]}"

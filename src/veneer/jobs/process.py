@@ -15,8 +15,8 @@ of an uninterrupted run.
 | the run is done                                   | succeeded; its adapter is a version in the library    |
 | an error in the user's input, a non-finite loss   | failed, with the error                                |
 | SIGTERM, or the lease is lost                     | returned to the queue, if the lease is still valid    |
-| an error of memory, a disk or a database          | returned to the queue; failed the third time in a row |
-| a kill                                            | returned by the worker, or once the lease has expired |
+| a memory, disk or database error                  | returned to the queue; failed the third time in a row |
+| a kill                                            | returned to the queue by the worker, or on expiry     |
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ failure. Leases expire according to the database's clock, so the machines' clock
 serializes all writes, as in the library's index.
 
 One transaction ends a job: it sets the final state and writes the last event and the bill. Each step is
-counted and billed once, even if a worker had to repeat the step after a kill: a repeated step, up to the last
-recorded step, is ignored. This module stores jobs; it does not run them.
+counted and billed once, even if a worker had to repeat the step after a kill, because steps up to the last
+recorded step are ignored. This module stores jobs and does not run them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _BILLED = frozenset({"succeeded", "cancelled"})
 _MAX_UNFINISHED = 1000
 """Maximum number of unfinished jobs per tenant."""
 _MAX_FAULTS = 3
-"""A job fails at this many lost workers or processes without a new checkpoint."""
+"""A job fails after losing this many workers or processes without a new checkpoint."""
 
 
 class UnknownJob(ConfigError):
@@ -125,7 +125,7 @@ class Job:
     plan: the planned resources; None before validation
     error: kind, message, fix, where
     result: the result of training, with `reference`, the adapter's reference in the library
-    step, steps, tokens: trained steps, planned steps, trained tokens
+    step, steps, tokens: steps done, steps planned, and tokens trained on so far
     seconds: machine time
     price, planned: price of a million tokens, and the job's planned cost, both in millionths
     attempt: number of times that training was started or resumed
@@ -192,7 +192,7 @@ class JobEvent:
         metrics: step, total steps, metrics
         sample: `file`, in the run's folder
         checkpoint: `reference`, the adapter in the library
-        any kind: `public`, text for the tenant, if the message names workers or quotes a driver
+        any kind: `public`, a text for the tenant, if the message has details only for the operator
     number: from 1, without gaps"""
 
     level: str
@@ -490,8 +490,8 @@ class JobStore:
         """Return a lease on the next job to train or validate, or None if there is no job.
 
         The lease lasts `seconds`. Jobs with an expired lease come first, then the oldest job of the tenant
-        with the fewest running jobs; if tenants are equal, the tenant with the lowest `order` comes first. A
-        job that has lost its worker _MAX_FAULTS times in a row fails instead.
+        with the fewest running jobs; among tenants with equally many, the tenant with the lowest `order`
+        comes first. A job that has lost its worker _MAX_FAULTS times in a row fails instead.
 
         state: "queued": lease a job to train; "validating": lease a job to validate.
         at_once: returns a tenant's maximum number of running jobs (or validations); None: no limit.

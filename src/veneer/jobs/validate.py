@@ -1,11 +1,12 @@
 """Validate a job before it is queued: config, rows, memory, duration, cost.
 
-    validate_job(store, lease, account, device)    the job: queued with its plan, or failed with the reason
+    validate_job(store, lease, account, device)    queue the job with its plan, or mark it as failed
     submit_job(store, config, name=…)              create and validate a job
 
-The base's tokenizer encodes the rows as the run will, so validation reports the first bad line and counts
-tokens exactly. Validation does not load the base's weights; the run itself does the checks that need them
-(vocabulary, the longest batch) before its first step. Validation changes only the job.
+Validation encodes the rows with the base's tokenizer, exactly as training does, so it reports the first bad
+line and counts tokens exactly. Validation does not load the base's weights. The checks that need the weights
+(vocabulary, the longest batch) run at the start of training, before the first step. Validation changes only
+the job.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def job_config(job: Job, output: Path) -> RunConfig:
 
 
 def device_of() -> Device:
-    """Return this machine's device, for which jobs are planned."""
+    """Return this machine's device, which jobs are planned for."""
     import torch
 
     from veneer.plan.tables import cpu_device, device_by_cuda_name
@@ -156,11 +157,11 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
         raise PreflightError(message, where="memory", fix=fix)
     values: dict[str, Any] = {"rows": exact.get("rows", plan.job.rows), "counted": exact}
     if held_out is not None and held_out.answered and base is not None and plan.device.kind == "cpu":
-        values["peak_bytes"] = max(plan.peak, _answering_peak(base, plan))
+        values["peak_bytes"] = max(plan.peak, _generation_peak(base, plan))
     return plan.to_dict() | values
 
 
-def _answering_peak(base: TextBase, plan: Plan) -> int:
+def _generation_peak(base: TextBase, plan: Plan) -> int:
     """Return the process's peak memory in bytes while it generates evaluation answers.
 
     Raises PreflightError if the peak exceeds the memory available to the plan."""

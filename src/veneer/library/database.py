@@ -1,11 +1,11 @@
 """Open, read and write a SQLite or PostgreSQL database with SQLAlchemy.
 
 The library's index and the server's tenants use this module. A commit is on disk when it returns. A writer
-declares at the start of its transaction that it will write, so with SQLite it waits for the lock at the start
-and never in the middle. Every wait has a limit: if PostgreSQL does not respond (stopped, full or
-unreachable), the statement raises OperationalError after `patience` seconds and the connection is closed.
-(PostgreSQL's own statement_timeout has no effect if the server is unreachable.) This module defines no
-tables.
+declares at the start of its transaction that it will write, so with SQLite the writer waits for the lock at
+the start of the transaction, never in the middle. Every wait has a limit: if PostgreSQL does not respond
+(stopped, full or unreachable), the statement raises OperationalError after `patience` seconds and the
+connection is closed. (PostgreSQL's own statement_timeout has no effect if the server is unreachable.) This
+module defines no tables.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _patient_connection() -> Any:
             try:
                 return super().wait(_until(gen, time.monotonic() + self.patience), *arguments, **named)
             except _TimedOut:
-                self.pgconn.finish()  # close, so that a late response is not taken for another statement's
+                self.pgconn.finish()  # close, so that a late response is not read as another statement's response
                 message = f"the database did not answer within {self.patience:g} seconds"
                 raise psycopg.OperationalError(message) from None
 

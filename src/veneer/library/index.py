@@ -72,7 +72,7 @@ objects = _table(
     *key_columns("path"),
     *columns(BigInteger, "size"),
     *columns(Float, "touched"),  # when a process last claimed the object, in seconds since 1970
-    *columns(String, "generation"),  # changes if the object may have been deleted in between
+    *columns(String, "generation"),  # a changed generation means that the object may have been deleted
 )
 entries = _table(
     "entries",
@@ -89,7 +89,7 @@ entries = _table(
 figures = _table(  # one row per entry; a separate table, because columns stored after the long card are slow to read
     "figures",
     _entry(),
-    *columns(Integer, "rank"),  # 0 if the pairs have different ranks or there are no pairs
+    *columns(Integer, "rank"),  # 0 if the adapter's modules have different ranks or no rank
     *columns(Float, "gain", nullable=True),  # `describe.Gain.share`
 )
 files = _table(

@@ -8,13 +8,13 @@ Collection is safe while any number of adds (see `library.library`) and other co
     3. in batches, one transaction each: delete the file, then the row, of each object that is still condemned
 
 A claim between 2 and 3 saves an object, because the claim gives a condemned object a new generation. An add
-that claimed an object before 2 sees another generation when it commits, and stores the file again under the
+that claimed an object before 2 sees a changed generation when it commits, and stores the file again under the
 write lock. So correctness does not depend on the grace period, on clocks or on the duration of an upload; the
 grace period only saves work and keeps removed content for a while. If the process is killed during 3,
 condemned rows without files can remain; a process that claims such a row checks whether the file exists, and
-an add that had seen the file sees another generation. One case is not covered: PostgreSQL takes a process for
-dead and ends its transaction, but the process is alive and keeps deleting its batch. `verify_library` then
-lists the files as missing.
+an add that had found the file in the store sees a changed generation when it commits. One case is not
+covered: PostgreSQL considers a process dead and ends its transaction, although the process is alive and keeps
+deleting its batch. `verify_library` then lists the files as missing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from veneer.library.queries import record
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, canonical, manifest_path
 
 _GRACE = 3600.0
-"""Seconds to keep content after its last name is removed or an unfinished add began."""
+"""Seconds to keep content after its only remaining name is removed, or after an unfinished add began."""
 
 FILES_CHECK = "files"
 """Name of the check that an entry's files are complete and have their sha256."""
@@ -191,7 +191,7 @@ def verify_library(library: Library, *, repair: bool = False, log: Callable[[str
         out.bytes += size
         if log is not None and (at + 1) % 1000 == 0:
             log(f"{at + 1:,} of {len(referenced):,} files")
-    if absent or corrupt:  # files that were collected in between are not errors
+    if absent or corrupt:  # a file that garbage collection removed in the meantime is not an error
         referenced = _referenced(library)
     out.missing = [_with_versions(library, path) for path in absent if path in referenced]
     corrupt_now = [path for path in corrupt if path in referenced]
@@ -279,7 +279,7 @@ def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
         with reading(library.engine) as connection:
             if correction(connection) is None:
                 continue
-        with ix.index_transaction(library.engine) as connection:  # under the lock, no process writes the record
+        with ix.index_transaction(library.engine) as connection:  # the lock keeps other processes from writing
             correct = correction(connection)
             if correct is not None and repair:
                 library.store.replace(path, correct)

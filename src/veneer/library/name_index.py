@@ -85,7 +85,7 @@ class Names:
         return None if version is None else self._kept.get((reference.name, version))
 
     def latest(self, fingerprint: str) -> list[NamedVersion]:
-        """Return the names' latest versions that are for this base, sorted by name."""
+        """Return each name's latest version if it is for this base, sorted by name."""
         versions = (self._kept.get(key) for key in self._latest.items())
         return sorted((k for k in versions if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
 

@@ -7,7 +7,7 @@
     acme/support@2     version 2 of `acme/support`: the name `support` in the namespace `acme`
     sha256:3fa9c1      the adapter (or the entry) whose digest starts with these digits
 
-OpenAI's names for fine-tuned models start with the base; their organization is the namespace:
+OpenAI's names for fine-tuned models start with `ft:` and the base; the organization becomes the namespace:
 
     ft:smollm2-135m:acme:support:kq7vz2mh                  acme/support-kq7vz2mh
     ft:smollm2-135m::support:kq7vz2mh:ckpt-step-40         support-kq7vz2mh@ckpt-step-40

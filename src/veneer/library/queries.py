@@ -49,7 +49,7 @@ class Version:
     entry: the manifest's sha256.
     digest: the adapter's digest, "" if the adapter could not be read.
     size: total bytes of the files.
-    rank: 0 if the adapter has no pairs, or pairs of different ranks.
+    rank: 0 if the adapter's modules have different ranks or no rank.
     gain: relative change of the held-out loss (`describe_files.Gain`).
     health: sound, faulty or unknown.
     aliases: the aliases that point to this version."""
@@ -89,8 +89,8 @@ class SearchPage:
     """A page of search results.
 
     total: number of matches on all pages.
-    facets: for base, kind, rank, tag and health: value -> number of matches if the facet were filtered by
-        this value, most frequent value first."""
+    facets: for each of base, kind, rank, tag and health, a dict from value to number of matches, the most
+        frequent value first. A facet's own filter does not limit its counts, except for tag."""
 
     versions: list[Version]
     total: int
@@ -111,7 +111,7 @@ class AdapterFamily:
     versions: list[Version]
 
     def names(self) -> dict[str, list[str]]:
-        """Return each role's references, and the digests of unknown parents, for JSON."""
+        """Return the family as references, with the digests of unknown parents, for JSON."""
         known_versions = {"parents": self.parents, "children": self.children, "versions": self.versions}
         return {role: [v.reference for v in versions] for role, versions in known_versions.items()} | {
             "unknown_parents": self.unknown
@@ -227,7 +227,8 @@ def browse(
     """Return a page of the versions that match every filter, with counts per facet.
 
     text, base, tags and `more` (name, trigger, parent, all_versions): as in `search`.
-    kind: text or image. rank: 0 for adapters with pairs of different ranks. health: sound, faulty or unknown.
+    kind: text or image. health: sound, faulty or unknown.
+    rank: 0 for adapters whose modules have different ranks or no rank.
     without: exclude versions that have a tag with this prefix.
     can_access: reference -> whether the principal can see the version; None: all are visible.
 
@@ -281,7 +282,9 @@ def browse(
 
 
 def family_of(connection: Connection, version: Version) -> AdapterFamily:
-    """Return a version's parents and children (by digests in cards) and all versions."""
+    """Return the family of a version: parents, children and all versions of its name.
+
+    Parents and children are found by the digests in the cards."""
     v, e, p = ix.versions.c, ix.entries.c, ix.parents.c
 
     def select_versions(condition: ColumnElement[bool]) -> list[Version]:

@@ -237,7 +237,9 @@ class LocalStore:
             _discard(aside)
 
     def sweep(self, entries: set[str]) -> int:
-        """Remove debris in tmp/ and the folders of unlisted entries; return how many."""
+        """Remove debris in tmp/, and folders of entries that are not in `entries`.
+
+        Returns the number of removed files and folders."""
         count = 0
         for path in _entries(self.root / "tmp"):
             try:
@@ -331,7 +333,7 @@ class RemoteStore:
 def store_errors(where: str) -> Iterator[None]:
     """Convert errors of a remote store's client to UnavailableError.
 
-    FileNotFoundError, veneer's errors and a full local disk are raised unchanged."""
+    FileNotFoundError, veneer's own errors and the error for a full local disk are raised unchanged."""
     try:
         yield
     except (FileNotFoundError, VeneerError):

@@ -78,7 +78,7 @@ def pull(
         if location.startswith("hf:"):
             source, last = _from_hub(location, folder)
         else:
-            source, last = _from_place(location, folder)
+            source, last = _from_location(location, folder)
         only = [p for p in folder.iterdir() if p.name not in PEFT_FILES]
         return library.add(
             only[0] if only else folder,
@@ -130,7 +130,7 @@ def _adapter_files(names: list[str], path: str, location: str) -> list[str]:
     raise AdapterError(message, where=location, fix=f"name one: {first_names}" if candidates else None)
 
 
-def _from_place(location: str, into: Path) -> tuple[str, str]:
+def _from_location(location: str, into: Path) -> tuple[str, str]:
     with _client_errors("place", location):
         fs, root = open_remote(location)
         if fs.isfile(root):
@@ -163,7 +163,7 @@ def _client_errors(client: str, location: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(str(error), where=location, fix="pip install 'veneer[s3]' for s3://") from None
     except FileNotFoundError as error:
-        raise AdapterError(f"there is not a file or folder: {error}", where=location) from error
+        raise AdapterError(f"there is no such file or folder: {error}", where=location) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise AdapterError(f"the {client} cannot be used: {reason}", where=location) from error

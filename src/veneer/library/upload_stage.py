@@ -7,8 +7,9 @@
     staging.get("acme", staged.id)               None once expired, and for other tenants
     staging.drop(staged), staging.close()
 
-Only the files of a PEFT folder are unpacked from an archive, each under a fixed name whatever its path, so
-that no file can escape the folder. Nothing is loaded. This module handles files, not adapters.
+Only the files of a PEFT folder are unpacked from an archive, each under a fixed name that ignores its path in
+the archive, so that no file can escape the folder. Nothing is loaded. This module handles files, not
+adapters.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 PRE_NORM_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
 """Family -> decoder layer class that computes h + attention(norm(h)), then h + mlp(norm(h)).
 
-The last decoder layer of these families can run on trained tokens only. models/text/fast.py checks the actual
-model; memory plans assume that the check passes."""
+In these families, the last decoder layer can run, after its attention, for only the tokens that the loss
+needs. models/text/fast.py checks the actual model; memory plans assume that the check passes."""
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Check a base's config.json: errors name file, key, value and expectation.
+"""Check a base's config.json; errors name the file, key, value and valid values.
 
     fields = read_config_json(folder / "config.json")     the file's JSON object, after a check
     check_config(fields, where)                           check a JSON object

@@ -12,7 +12,7 @@ _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
 _NOT = ["original/*", "onnx/*", "consolidated*", "*.bin", "*.pth"]
 _JSON = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 _VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.ema.*"]
-_NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
+_UNUSED_COMPONENTS = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
 
 
 def hub_snapshot(
@@ -41,7 +41,7 @@ def hub_snapshot(
         allow, ignore = _FILES, _NOT
         if (Path(snapshot) / "model_index.json").exists():
             # Skip single-file checkpoints and the components that generation does not need.
-            allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
+            allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_UNUSED_COMPONENTS]
         if say is not None:
             with suppress(Exception):  # The download itself reports the error.
                 files = snapshot_download(
@@ -53,7 +53,7 @@ def hub_snapshot(
         if allow is not _FILES and not any(
             Path(snapshot).glob("*/*.safetensors")
         ):  # The repository contains only variants.
-            ignore = [*_NOT, *_NOT_DRAWN]
+            ignore = [*_NOT, *_UNUSED_COMPONENTS]
             snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
     except GatedRepoError as error:
         message = f"{repo} is gated: it requires an account that has accepted its terms"

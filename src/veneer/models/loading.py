@@ -155,6 +155,6 @@ def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] |
         message = (
             f"{counted(len(wrong), 'stored tensor')} with no matching parameter in the model: {first_few(wrong, 6)}"
         )
-        fix = "the weights can belong to another model, or have an unsupported quantization; use the "
+        fix = "the weights may belong to another model, or have an unsupported quantization; use the "
         fix += "config and 16-bit weights of the same model"
         raise BaseError(message, where=str(path), fix=fix)

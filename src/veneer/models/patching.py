@@ -1,7 +1,7 @@
 """Replace the forward method of modules inside a with-block, and fuse projections.
 
     replace_forward(module, forward, undo)            on this instance; `undo` restores the original forward
-    FusedProjection([q, k, v], undo).linear_map()     projections of one input as one product, with active pairs
+    FusedProjection([q, k, v], undo).linear_map()     the joined weights and active low-rank products
 
 The fast paths in models/text/fast.py and models/image/fast.py use these functions.
 """
@@ -37,7 +37,7 @@ class FastReport:
     swapped: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     rows: bool = False
-    """Whether packed rows without padding give the same result in this model."""
+    """Whether this model gives the same result on packed rows as on padded rows."""
     dequantized_bytes: int = 0
     """Bytes of cached dequantized weights (`cache_dequantized`)."""
     prepack_budget: ByteBudget = field(default_factory=lambda: ByteBudget(0))
@@ -114,7 +114,7 @@ def random_input(*shape: int, like: Tensor) -> Tensor:
 
 
 def projection_of(module: nn.Module) -> LinearMap | None:
-    """Return a linear module's weight, bias and active pairs.
+    """Return a linear module's weight, bias and active low-rank products.
 
     Returns None if only a call of the module gives the right result, for example because it has hooks."""
     if isinstance(module, LoraLinear):
@@ -185,7 +185,7 @@ class FusedProjection:
             p.data = p.data.clone()
 
     def linear_map(self) -> LinearMap | None:
-        """Return the joined projections with the active pairs.
+        """Return the joined projections with their active low-rank products.
 
         Returns None if the modules cannot be computed as one product."""
         parts = [projection_of(m) for m in self.modules]

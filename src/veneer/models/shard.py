@@ -66,7 +66,7 @@ class Sharded:
 
     The first `call` must come before these methods, and every process must call the methods. Tensors of a
     gathered weight can be kept: they are empty while the weight is sharded, and have their values again
-    whenever the weight is gathered, also in a backward pass."""
+    whenever the weight is gathered, including in a backward pass."""
 
     def __init__(self, root: _Root, blocks: Mapping[int, _Block]) -> None:
         self._whole, self._blocks = root, blocks
@@ -122,9 +122,9 @@ def shard(
     Moves the shards to `device` block by block, so no device ever holds the whole model. All later uses of
     the model must go through the returned function.
 
-    `unread`: reader with which each process reads its own shards; the model must be on the meta device.
-    `together`: groups of linear modules with the same input. The gathered weights of a group are rows of one
-    tensor."""
+    `unread`: reader with which each process reads its own shards. With a reader, the model must be on the
+    meta device. `together`: groups of linear modules with the same input. The gathered weights of a group are
+    rows of one tensor."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

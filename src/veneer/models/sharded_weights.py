@@ -43,7 +43,7 @@ class ShardReader:
     `dtype`: dtype of all other float weights. `bytes_read`: bytes read by this process so far.
 
     The weights are read one at a time, long after the files were found. Raises BaseError if a file has
-    changed in the meantime, because the shards would come from two versions."""
+    changed in the meantime, because shards of two versions cannot be combined."""
 
     stored: Mapping[str, StoredTensor]
     kind: str
@@ -57,9 +57,9 @@ class ShardReader:
     def for_model(
         cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype
     ) -> ShardReader | str:
-        """Return a reader of the model's weights, or why the model must be read whole.
+        """Return a reader of the model's weights, or the reason to load the entire model.
 
-        A model must be read whole if its names or shapes differ from the files (transformers renames and
+        The entire model must be loaded if its names or shapes differ from the files (transformers renames and
         joins the weights of some families), or if some weights must stay in float32."""
         stored = {t.name: t for t in table}
         tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **_saved_buffers(model)}

@@ -180,7 +180,7 @@ def _read(part: str, path: Path, read: Callable[[], Any]) -> Any:
             raise
         message = " ".join(str(error).split())[:300] or type(error).__name__
         fix = "try a newer transformers: pip install -U transformers" if "architecture" in message else None
-        if isinstance(error, ImportError):  # such as torchvision or num2words
+        if isinstance(error, ImportError):  # a package is missing, such as torchvision or num2words
             fix = "install the packages that it needs, or use another model"
         raise BaseError(f"cannot read the {part} of this model: {message}", where=str(path), fix=fix) from error
 

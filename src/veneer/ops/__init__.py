@@ -4,7 +4,8 @@
     mlp             gated MLPs and their activations
     attention       attention over packed rows, and attention in denoisers
     norms, loss, dropout, conv
-    quantized       frozen weights in 4 and 8 bits; quantization_formats: their stored forms
+    quantized       frozen weights in 4 and 8 bits
+    quantization_formats                         storage formats of quantized weights
     weight_layouts, weight_panels, prepacked     frozen weights in the order in which products read them
 
 dispatch.py chooses implementations based on profile.py's measurements of the machine. cpu/ and cuda/ contain

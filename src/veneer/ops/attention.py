@@ -7,9 +7,9 @@
 
 For packed rows, the compiled kernel (ops/cpu/tiles.c) saves qkv, the output and log Σ exp for backward.
 Without the kernel, torch's F.scaled_dot_product_attention runs row by row. For denoisers, the compiled kernel
-takes half the time of torch's flash attention on the CPU. In addition to its inputs and output, it saves only
-log Σ exp. Without the kernel, probabilities are saved if they are hardly larger than q, k and v; otherwise
-backward recomputes them for a few heads at a time. References: `varlen_attention_reference` and
+takes half the time of torch's flash attention on the CPU. For backward, the kernel saves only its inputs, its
+output and log Σ exp. Without the kernel, probabilities are saved if they are hardly larger than q, k and v;
+otherwise backward recomputes them for a few heads at a time. References: `varlen_attention_reference` and
 `joint_attention_reference`. This module does not depend on models.
 """
 
@@ -37,10 +37,10 @@ from veneer.ops.norms import rms_norm
 
 @dataclass(frozen=True, eq=False)
 class SharedRows:
-    """Rows with common tokens, for example completions of one prompt.
+    """Rows that share tokens, for example completions of one prompt.
 
     Each of the N tokens is stored once, in the order in which the rows first use it. A token depends only on
-    the tokens before it, so the common tokens are a prefix, which is computed once.
+    the tokens before it, so the shared tokens are a prefix, which is computed once.
 
     places: (Σ lengths,) int64, for each token of each row, its index among the N tokens.
     firsts: (N,), index of each token's first use among the rows' tokens.
@@ -72,7 +72,7 @@ class RowLayout:
     starts: (rows + 1,) on the CPU, start of each row, followed by the end of the last row.
     ends: `starts` as int32 on the tokens' device.
     masks: flex attention's masks, keyed by window.
-    shared: set for rows with common tokens. N then counts each common token once. Only attention, which is
+    shared: set for rows that share tokens. N then counts each shared token once. Only attention, which is
         cheap compared with the products, runs on full rows, with the layout `unshared`."""
 
     keep: Tensor | None = None
@@ -98,7 +98,7 @@ class RowLayout:
 
     @functools.cached_property
     def unshared(self) -> RowLayout:
-        """The layout of the same full rows, with common tokens repeated in each row."""
+        """The layout of the same full rows, with shared tokens repeated in each row."""
         return RowLayout(self.lengths, self.device)
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

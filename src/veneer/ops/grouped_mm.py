@@ -32,14 +32,14 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def has_native_grouped_mm(x: Tensor) -> bool:
     """Return whether torch has a grouped product for x's device and dtype.
 
-    That product does not copy the offsets to the host."""
+    Torch's grouped product reads the offsets on the device and does not copy them to the host."""
     return x.device.type == "cuda" and x.dtype == torch.bfloat16
 
 
 def _native(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Compute `grouped_mm` with torch's grouped product.
 
-    Rows must start at multiples of 16 bytes (8 values), so the sizes are padded."""
+    Torch's product requires each row to start at a multiple of 16 bytes (8 values), so rows are padded."""
     # For rows without a group, torch's product and its gradient contain uninitialized memory.
     in_group = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
     x = torch.where(in_group, x, 0)

@@ -1,11 +1,12 @@
 """Segments of rows, one per adapter, for runs that are trained together.
 
     all tokens of a batch      [ run 0 … | run 1 … | … | padding ]      `tokens[i]` rows for run i
-    at the model's end         [ run 0 . | run 1 . | … | padding ]      `kept[i]` rows, with needed outputs
+    at the model's end         [ run 0 . | run 1 . | … | padding ]      `kept[i]` rows for run i
 
-Each adapter multiplies only its own rows, so that no value (not even NaN) and no mask of one adapter affects
-another. Each run samples its dropout masks from its own generator, in the order of its products and starting
-at its first row, as if the run were trained separately.
+At the model's end, only the rows whose outputs are needed remain. Each adapter multiplies only its own rows,
+so that no value (not even NaN) and no mask of one adapter affects another. Each run samples its dropout masks
+from its own generator, in the order of its products and starting at its first row, as if the run were trained
+separately.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ class LowRank:
 
     A: (…, rank, in), B: (…, out, rank).
     scale: s, including an adapter's strength.
-    dropout: dropout probability of the product's x, 0 outside training.
+    dropout: probability that a value of x is dropped in the low-rank product; 0 outside training.
     first: the row of W that the first row of B is added to, if W is a concatenation of several weights.
         `last` is the row after the last row of B.
     span: the segment of x's rows that the product applies to, if there are several adapters
         (ops/lora_segments.py); otherwise the product applies to all rows.
 
-    Layers, ops, compiled kernels and serving use this form of a pair; `core.adapter.Pair.low_rank` creates
-    it."""
+    Layers, ops, compiled kernels and serving use this class to represent an adapter's A and B for one module;
+    `core.adapter.Pair.low_rank` creates it."""
 
     A: Tensor
     B: Tensor

@@ -332,7 +332,7 @@ def to_format(weight: Tensor, kind: str, double: bool) -> QuantizationFormat:
 
 
 def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> QuantizationFormat:
-    """Return a format with uninitialized values for a weight of this shape.
+    """Return an uninitialized quantized weight of this shape.
 
     4-bit kinds are double-quantized."""
     n, columns = math.prod(shape), shape[-1]

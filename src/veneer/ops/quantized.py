@@ -71,7 +71,7 @@ class Quantized(torch.Tensor):
         return sum(t.numel() * t.element_size() for t in self.stored.tensors().values())
 
     def dense(self) -> Tensor:
-        """Return the dequantized weight. It can be the cached one, so never write to it."""
+        """Return the dequantized weight. Never write to the result, because it can be the cached weight."""
         if self.kept is not None:
             return self.kept
         out = self.stored.dense(self.dtype, self.first, self.last)
@@ -82,8 +82,8 @@ class Quantized(torch.Tensor):
     def keep(self) -> None:
         """Keep the dequantized weight in memory from now on.
 
-        Products then need not dequantize, but in 16 bits the weight takes two or four times the bytes of its
-        codes."""
+        Products then do not dequantize, but a dequantized 16-bit weight takes two or four times the bytes of
+        its codes."""
         self.kept = self.dense()
 
     def part(self, first: int, last: int, shape: Sequence[int]) -> Quantized:
@@ -132,7 +132,8 @@ class Quantized(torch.Tensor):
                 return out
         _refuse_writing(func, args, kwargs)
         result = func(*_dense(args), **_dense(kwargs))
-        # A view of `kept` would allow writes to it, so the result is cloned. Other views are of new tensors.
+        # A view of `kept` is cloned, because writing to the view would change `kept`. Without `kept`, a view
+        # is of a newly dequantized tensor.
         kept = any(isinstance(t, Quantized) and t.kept is not None for t in args)
         return _mapped(result, Tensor.clone) if kept and _is_view(func) else result
 

@@ -73,9 +73,9 @@ def _mkldnn() -> Any:
 
 @functools.cache
 def reorders(dtype: torch.dtype) -> bool:
-    """Return whether a small product in oneDNN's packed order works with this torch.
+    """Return whether a small product in oneDNN's packed order works with this version of torch.
 
-    The operations that this calls are internals of torch's compiler."""
+    The product uses operations that are internal to torch's compiler."""
     x, w = torch.ones(3, 32, dtype=dtype), torch.eye(48, 32, dtype=dtype)
     try:
         with warnings.catch_warnings():

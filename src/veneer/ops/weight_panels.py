@@ -295,10 +295,9 @@ class PanelRows:
 
 
 def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]] | None:
-    """Return panels of a quantized base's weights, and one view per weight.
+    """Return panels of a quantized base's weight matrices, and one view for each matrix.
 
-    The weights are matrices, and are concatenated along the rows. Returns None if panels do not support the
-    weights."""
+    The matrices are concatenated along the rows. Returns None if panels do not support the weights."""
     codes = [w for w in weights if isinstance(w, Quantized) and not w.transposed and w.ndim == 2]
     if len(codes) < len(weights):
         return None

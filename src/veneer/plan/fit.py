@@ -157,8 +157,8 @@ def cheapest(
 ) -> list[Change]:
     """Return changes that reduce each device's peak to at most `limit` bytes, by kind.
 
-    Each change is the smallest of its kind that suffices. Changes to more devices come last if settings
-    suffice. The result is empty if no three changes together suffice.
+    Each change is the smallest of its kind that suffices. If changes of settings suffice, they come first, and
+    changes that add devices come last. The result is empty if no three changes together suffice.
 
     peak: returns the peak bytes of each device.
     seconds: returns the time per token or image."""
@@ -173,7 +173,7 @@ def cheapest(
         return Change(names, settings, own_load, own_device, peak_bytes, slower)
 
     def can_suffice(kinds: tuple[_Kind, ...]) -> bool:
-        """Return whether these kinds of changes suffice if each change is the largest.
+        """Return whether these kinds of changes suffice if each change is as large as possible.
 
         A larger change never takes more memory, so this check avoids a search of several seconds if nothing
         suffices."""
@@ -186,7 +186,9 @@ def cheapest(
         return peak(*now) <= limit
 
     def search(kinds: tuple[_Kind, ...], steps: list[Step]) -> Change | None:
-        """Return the smallest changes that suffice together; the last kind varies first."""
+        """Return the smallest changes that suffice together.
+
+        The search tries all changes of the last kind before it enlarges a change of an earlier kind."""
         now = steps[-1][2:] if steps else (load, device)
         for step in kinds[0](*now):
             change = search(kinds[1:], [*steps, step]) if len(kinds) > 1 else tried([*steps, step])

@@ -1,10 +1,10 @@
 """Counts of an image training step, from one forward pass on the meta device.
 
-    counts = image_counts(config, ImageLoad(1, 1024, 1024, rank=16))     parameters, pairs, saved values, operations
+    counts = image_counts(config, ImageLoad(1, 1024, 1024, rank=16))   parameters, pairs, saved values, operations
 
 diffusers builds the denoiser on the meta device, and a forward pass records the input shapes of its matrices
-and attentions. A block saves the outputs of its matrices, times a coefficient of the model family, and the
-inputs of the matrices that have a pair.
+and attentions. The number of values that a block saves is estimated as the number of output values of its
+matrices, times a coefficient of the model family, plus the input values of the matrices with a LoRA pair.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _KEPT = {"flux": 1.35, "flux2": 1.29, "qwen-image": 1.33, "sd3": 1.8, "sdxl": 0.
 """Values saved for a family's linear layers, per value of their outputs.
 
 The values are inputs of norms, q and k before and after rotation, and inputs of activation functions. SD3 and
-Z-Image also save q and k in float32. Fitted to the values that autograd saves for small denoisers of each
-family with pairs on attention (tests/plan/test_image.py)."""
+Z-Image also save q and k in float32. The numbers are fitted to what autograd saves for a small denoiser of
+each family with LoRA pairs on its attention layers (tests/plan/test_image.py)."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, 
     sides = [(height, width)] * (1 + before)
     mode = next((mode for mode in _editing(config) if mode.references >= before > 0), None)
     if mode is not None and mode.encoded:
-        # Source images have this size, regardless of the size of trained images. The text encoder reads each
-        # source image as tokens of 28 × 28 pixels.
+        # Source images have this size, whatever the size of the images that the run trains on. The text encoder
+        # reads each source image as tokens of 28 × 28 pixels.
         sides[1:] = [(math.isqrt(mode.encoded),) * 2] * before
         text += before * (math.isqrt(mode.read) // 28) ** 2
 

@@ -60,7 +60,7 @@ CPU: fitted to the measured peaks of benchmarks/plan.py (docs/how-to/plan.md). `
 transformers, oneDNN and, for images, diffusers. CUDA: `process` is the CUDA context with cuBLAS, 0.4 to 0.8
 GB depending on card and driver. `process` and `unplaced` are assumptions, because no card was measured."""
 CPU_LATER = 130_000_000
-"""The part of `process` on a CPU that the first steps add: oneDNN's compiled products, and their heap."""
+"""The part of `process` that the first steps on a CPU add, for oneDNN's compiled products and the heap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Load(RunLoad):
 
     lengths: tokens of each row in the largest micro-batch.
     trained: share of these tokens that have a loss.
-    full: trained parameters in addition to the pairs (full copies, token rows).
+    full: number of trained parameters outside the pairs (fully trained weights, token rows).
     compared: whether the loss compares each token's distribution with another model's."""
 
     lengths: tuple[int, ...]
@@ -306,7 +306,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
             values = sum(part.active * part.outputs for part in parts)
             values += parts[0].active * parts[0].inputs * (name != "down")
             saved += n * values * (1.5 if parts[0].times > 1 else 1)  # Experts gather their inputs.
-            if dora and adapted and (name != "gate_up" or dropped):  # saves the input of the DoRA scale
+            if dora and adapted and (name != "gate_up" or dropped):  # backward needs the input of the DoRA scale
                 saved += n * sum(part.outputs for part in parts)
             for part in parts:
                 # With DoRA and dropout, the weight is multiplied by x before and after dropout.

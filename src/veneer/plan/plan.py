@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Return the cost in US dollars, or None if the price is unknown or nothing fits."""
+        """Return the cost in US dollars, or None if the price is unknown or no change makes the run fit."""
         if self.seconds is None or self.planned is None or self.planned[1].price is None:
             return None
         return self.seconds / 3600 * self.planned[1].price * self.planned[1].count
@@ -294,7 +294,7 @@ def text_plan(
     if traffic is not None:
         capacity = serving(shape, device, plan.rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
-    share = "" if load.trained == 1 else f", {load.trained:.0%} of the tokens with a loss"
+    share = "" if load.trained == 1 else f", {load.trained:.0%} of the tokens have a loss"
     adapter = f"{_form_text(PairForm.of(load.spec))}rank {rank}: {plan.trainable:,} parameters, "
     adapter += f"a file of {plan.adapter_bytes / 1e6:,.1f} MB"
     rows = f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_activations(load)}"

@@ -50,8 +50,8 @@ class PairCosts:
 class PairForm:
     """The form of pairs: `kind`, `factor` and `decompose_both` of an adapter.
 
-    A LoHa of rank r is multiplied as a pair of rank r², and a LoKr factor by factor (core.layers). Values
-    that are not saved are recomputed in the backward pass."""
+    A LoHa of rank r is multiplied as a pair of rank r²; a LoKr is multiplied one factor at a time
+    (core.layers). Values that are not saved are recomputed in the backward pass."""
 
     kind: Literal["lora", "loha", "lokr"] = "lora"
     factor: int | None = None
@@ -186,8 +186,8 @@ class TextShape:
 def pair_parameters(shape: TextShape, spec: LoraSpec | None = None, *, rank: int = 16) -> int:
     """Return the number of trainable parameters of `spec` on the base.
 
-    Without a spec, all-linear is the target and `rank` the rank of every pair. Raises TargetError for a
-    pattern that matches nothing."""
+    Without a spec, the target is all-linear and every pair has rank `rank`. Raises TargetError for a pattern
+    that matches nothing."""
     return sum(count for _, _, count in _pairs(shape, spec, rank))
 
 

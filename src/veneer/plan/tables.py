@@ -155,8 +155,8 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
 def device_by_cuda_name(name: str, memory: int) -> Device:
     """Return the device for a card with this CUDA name and `memory` bytes.
 
-    A card from the table has the name that it has in the table. An unknown card is assumed to reach 100
-    TFLOP/s and 800 GB/s."""
+    A card that is in the table gets its name from the table. An unknown card is assumed to reach 100 TFLOP/s
+    and 800 GB/s."""
     for gpu in gpu_names():
         row = device_named(gpu)
         has_name = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(gpu) in _key(name)

@@ -35,11 +35,12 @@ class ResolvedModel:
 
     `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, otherwise
     `name`. `shadow`: the name and mix of a shadow, whose completion is only logged; if the shadow cannot run,
-    the mix is replaced by the reason. `adapters`: the operator's name for each part of `mix`, in order (the
-    loaded name, or the library reference with its version), used by limits, prices and the ledger. `digests`:
-    the digest of each name of a mix, in the client's order, "" for the base. `trained`: whether the request
-    is for training, which has its own price. `trial`: whether the request comes from the Studio instead of a
-    client. A trial has no shadow, and the operator's trials are booked on TRIALS.
+    an error with the reason takes the place of the mix. `adapters`: the operator's name for each part of
+    `mix`, in order (the loaded name, or the library reference with its version), used by limits, prices and
+    the ledger. `digests`: the digest of each name of a mix, in the client's order, "" for the base.
+    `trained`: whether the request is for training, which has its own price. `trial`: whether the request
+    comes from the Studio instead of a client. A trial has no shadow, and the operator's trials are booked on
+    TRIALS.
     """
 
     mix: DigestMix
@@ -91,7 +92,7 @@ class Routes(Protocol):
         ...
 
     def shadow(self, route: str, principal: Principal) -> str | None:
-        """Return the target that completes the request a second time, for the log, or None."""
+        """Return the target that also completes the request, only for the log, or None."""
         ...
 
     def names(self, principal: Principal) -> list[str]:

@@ -80,10 +80,10 @@ Extend = Callable[[Service, Library], Extension]
 def build(
     settings: ServeSettings, log: Callable[[str], None], opened: Opened | None = None, extends: Sequence[Extend] = ()
 ) -> Application:
-    """Build a server without its base from `settings`, which checks.py has checked.
+    """Build a server from `settings`, without loading the base.
 
-    `opened`: the stores that the check opened. `extends`: functions that create extensions. Extensions start
-    in this order and stop in reverse order. Raises ConfigError.
+    `settings`: must have passed checks.py. `opened`: the stores that the check opened. `extends`: functions
+    that create extensions. Extensions start in this order and stop in reverse order. Raises ConfigError.
     """
     opened = opened or open_stores(settings)
     try:
@@ -144,7 +144,9 @@ def _load_pictures(settings: ServeSettings, service: Service, log: Callable[[str
     catalog.use_base(base, lambda adapter: [], engine.residents)
     (tokenizer, limit), *_ = readers(base)
     reader = TokenizedBase(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
-    limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))  # request bodies contain images
+    limits = replace(
+        settings.http, max_body=max(settings.http.max_body, 64 << 20)
+    )  # bodies of image requests contain images
     service.use_base(engine, reader, limits)
 
 

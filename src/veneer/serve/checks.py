@@ -31,7 +31,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
 
 @dataclass(frozen=True)
 class Opened:
-    """The stores that the check opened and the server uses. `store`: the tenants' database, or None."""
+    """The stores that the check opened for the server to use. `store`: the tenants' database, or None."""
 
     library: Library
     store: Store | None

@@ -128,13 +128,13 @@ class QuotaHold:
         self.release()
 
     def add(self, **amounts: int) -> None:
-        """Reserve more. If it raises Refused, the hold is unchanged."""
+        """Reserve additional amounts. If this raises Refused, the hold is unchanged."""
         with self._lock:
             self._quotas._change(self.owner, amounts, amounts)
             self._held.update(amounts)
 
     def change(self, **amounts: int) -> None:
-        """Set the named resources to these amounts. If it raises Refused, the hold is unchanged."""
+        """Set the named resources to these amounts. If this raises Refused, the hold is unchanged."""
         self._set(amounts, amounts)
 
     def set(self, **amounts: int) -> None:

@@ -235,7 +235,7 @@ class Finished:
     """The last event of a completion.
 
     `reason`: stop, length, cancelled or error. `stop`: the stop text or token id that ended the completion.
-    `text`: text that was held back and belongs to the completion. `error`: the error, if that is the reason.
+    `text`: text that was held back and belongs to the completion. `error`: the error, if `reason` is error.
     """
 
     reason: Literal["stop", "length", "cancelled", "error"]

@@ -119,8 +119,8 @@ def serve(
 ) -> None:
     """Serve until a signal arrives.
 
-    `extends`: functions that add parts of higher packages. `page`: the web page, if one of these parts is a
-    web page. Raises errors in the settings before the server listens, and later build errors.
+    `extends`: functions that create extensions, such as the Studio. `page`: the web page, if an extension has
+    one. Raises errors in the settings before the server listens, and build errors afterwards.
     """
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make_app is None else None
@@ -184,7 +184,8 @@ def _serve(
 def listen(host: str, port: int) -> list[socket.socket]:
     """Return a listening socket for each address of `host`.
 
-    Called before anything is loaded: clients that connect then wait. Raises ResourceError.
+    Called before anything is loaded; clients can connect at once, and wait until the server answers. Raises
+    ResourceError.
     """
     sockets: list[socket.socket] = []
     try:

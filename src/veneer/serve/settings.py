@@ -23,10 +23,10 @@ class QuotaLimits:
     See `serve.quota`.
 
     memory: bytes of waiting and unpacked requests, of results to be fetched, and of Tinker sessions
-    disk: bytes, counted separately for adapters, for uploaded files, and for the rest: training clients'
-        states, checkpoints, and answers stored for feedback
-    files: number, counted separately for uploaded files, and for training clients, their checkpoints, and
-        answers stored for feedback
+    disk: bytes; the limit applies separately to adapters, to uploaded files, and to everything else (training
+        clients' states, checkpoints, and answers stored for feedback)
+    files: number of files; the limit applies separately to uploaded files, and to everything else (training
+        clients, their checkpoints, and answers stored for feedback)
     descriptors: concurrent archive downloads
     requests: Tinker requests that run, wait, or have a result to fetch
     threads, thread_share: threads for blocking work (databases, disks), for all owners and for one tenant
@@ -52,12 +52,12 @@ class HttpSettings:
     `max_adapter`: bytes of an uploaded adapter. `max_tokens`: tokens of a completion; 0 for as many as the
     context allows. `queue`: completions that run or wait, for all tenants together. `head_time`, `body_time`:
     time in which a request's head and body must arrive. `idle`: time for which an idle connection stays open.
-    `stall`: close a connection whose client has not read for this long. `connections`: open connections;
-    above this limit, the connection that has been idle longest is closed. `max_pixels`: pixels of an uploaded
-    image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with separate metric
-    series. `allowed_origins`: origins whose pages can use this server from a browser; "*" (any) requires
-    keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts. `quotas`:
-    limits for each owner.
+    `stall`: time after which a connection is closed if its client does not read. `connections`: open
+    connections; above this limit, the connection that has been idle longest is closed. `max_pixels`: pixels
+    of an uploaded image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with
+    separate metric series. `allowed_origins`: origins whose pages can use this server from a browser; "*"
+    (any) requires keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys
+    accepts. `quotas`: limits for each owner.
     """
 
     max_body: int = 8 << 20
@@ -120,8 +120,8 @@ class LedgerSettings:
 
     `days`: how long lines are kept; daily sums are kept forever. `folder`: folder for journals, on a local
     disk; None for a folder next to the SQLite file, or in the veneer home. `room`: size of this server's
-    journal in bytes, allocated at start. `synced`: usage survives a power loss, and not only a killed
-    process.
+    journal in bytes, allocated at start. `synced`: whether usage also survives a power loss; usage survives a
+    killed process in any case.
     """
 
     days: float = 400.0
@@ -152,7 +152,7 @@ class ServeSettings:
     `folders`: folders from which clients can load adapters. `tenants`: the tenants' database. Without this
     database, `keys` are the only keys. If neither is set, the server uses tenants.sqlite in the veneer home
     if the file exists, and otherwise requires no key. `open`: require no key even if there are tenants; the
-    tenants' routes, prices and ledger then stay in use on localhost, but not on other hosts. With an
+    tenants' routes, prices and ledger are then used only if the server listens on localhost. With an
     upstream, only the base's names and tokenizer are read. `quantize`: see models.text.base.load_text.
     `drain`: seconds that running requests have to finish after SIGTERM.
     """

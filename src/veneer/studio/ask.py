@@ -49,8 +49,8 @@ async def ask_texts(
     """Yield (index, event) of `n` completions, as for a chat completion of the principal.
 
     The request is a trial (see `ResolvedModel`). Closing the iterator cancels all running work.
-    `on_resolved`: called with the resolved names before the first event. Call on the server's event loop.
-        Raises Refused.
+    `on_resolved`: called with the resolved names before the first event. Call this function on the server's
+    event loop. Raises Refused.
     """
     if service.phase != "ready":
         raise not_ready(service.phase)

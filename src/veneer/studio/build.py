@@ -140,7 +140,9 @@ def _mount(app: FastAPI, studio: Studio) -> None:
 
 
 def _guard_messages() -> None:
-    """Keep malformed messages and log lines from browsers out of the server's log."""
+    """Stop browsers from filling the server's log.
+
+    Errors from malformed messages are logged at debug level only, and browsers' own log lines are dropped."""
     from nicegui import core
 
     def guard(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,8 +71,9 @@ async def _open_checkpoints(page: ViewPage) -> None:
 def _row_prompt(job: Job) -> tuple[str, str]:
     """Return (system message, user message) of the first held-out row of a run.
 
-    A run without held-out rows uses its training rows, and an image run its first sample prompt. Prompts that
-    are too long are skipped. Returns ("", "") if there is no prompt or the rows cannot be read."""
+    If a run has no held-out rows, returns the first training row instead; for an image run, returns the first
+    sample prompt. Prompts that are too long are skipped. Returns ("", "") if there is no prompt or the rows
+    cannot be read."""
     try:
         config = job_config(job, job.folder)
         if not isinstance(config, TrainConfig):

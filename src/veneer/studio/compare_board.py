@@ -224,7 +224,7 @@ class Board:
         self.columns_changed()
 
     def columns_changed(self) -> None:
-        """Redraw the columns, and repeat the requests if there were any."""
+        """Redraw the columns; if requests have been sent, send them again."""
         self.stop()
         self.draw_columns()
         self.target.set_value("new" if len(self.columns) < MAX_COLUMNS else "1")

@@ -43,7 +43,7 @@ from veneer.train.report.log import duration, size
 from veneer.train.report.page import escaping
 
 Callback = Callable[..., Any]
-"""A function without arguments, or with one: a field's value or the data of a clicked element."""
+"""A function with no argument or one: a field's value, or the data of a clicked element."""
 Attribute = str | int | bool
 
 
@@ -243,8 +243,8 @@ def form_field(
 ) -> Field:
     """Return a labelled form field.
 
-    on_change(value): called `delay` seconds after the last input; for a range, also while it is dragged
-    on_enter(value): called on Enter; in an area, on Ctrl+Enter
+    on_change(value): called `delay` seconds after the last input; for a range, also during a drag
+    on_enter(value): called on Enter; for kind "area", on Ctrl+Enter
     hint: the placeholder
     options: the options of a choice, value -> text
     low, high: bounds of a number or a range
@@ -344,7 +344,7 @@ _CLICKED = """(e) => {
 
 
 def command(*words: str | int, **options: object) -> str:
-    """Return a `veneer` command line that does the same as a page.
+    """Return the `veneer` command line that is equivalent to an action on a page.
 
     command("library", "search", "sql", tag=["a", "b"], all=True)   veneer library search sql --tag a --tag b --all
 

@@ -95,7 +95,7 @@ class _Search:
         if self.filters["health"] not in _HEALTH:
             self.filters["health"] = ""
         self.without = "" if self.filters["tag"] else STEPS_TAG
-        """Prefix of the tags to leave out: tags of runs' checkpoints, which the Run view lists instead."""
+        """Prefix of the tags to leave out: the Run view, not this view, lists the checkpoints of runs."""
         self.narrowed = bool(self.text or any(self.filters.values()))
 
     def run(self, page: ViewPage, limit: int) -> SearchPage:
@@ -184,7 +184,7 @@ async def library_view(page: ViewPage) -> None:
             (rest, shown_count >= _MAX_CARDS and result.total > shown_count),
             (more, shown_count < min(result.total, _MAX_CARDS)),
             (empty, not visible_cards),
-            (find, busy),  # an empty library shows only the ways to add an adapter
+            (find, busy),  # if the library is empty, the view shows only the ways to add an adapter
             (choices, busy),
             (train_link, busy and page.principal.can("train")),
             (bar, bool(marked)),

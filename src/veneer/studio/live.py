@@ -130,9 +130,9 @@ class _LiveView:
         return summary, used, self.page.studio.service.catalog.in_memory()
 
     async def _fill_routes(self, settings: TenantSettings) -> None:
-        """Update the forms of changed routes.
+        """Update the forms of the routes that have changed.
 
-        Other forms stay as they are, so that a redraw does not disturb the user."""
+        All other forms stay as they are, so that a redraw does not disturb the user."""
         now, forms = settings.routes, self.forms
         changed = [key for key, route in now.items() if key not in forms or forms[key].route != route]
 

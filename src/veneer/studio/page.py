@@ -136,7 +136,7 @@ class StudioView:
     key: shortcut letter after g; "" for a view that the navigation does not list
     draw: the function that draws the view
     needs: required permission; without it, the view is "not found"
-    under: path of the view that the navigation marks for this view
+    under: path of the view that the navigation marks as current while this view is open
     uses_base: while the base is loading, show a notice instead of the view"""
 
     path: str
@@ -273,12 +273,12 @@ class ViewPage:
     ) -> None:
         """Set what happens to files dropped on this view.
 
-        By default, they are added to the library.
+        By default, dropped files are added to the library.
 
-        words: text shown over the page while dragging
+        words: text shown over the page while the user drags files
         url(filename): returns the upload URL, from `api`
-        done(answer): called with the route's JSON
-        form: fields of a multipart form; None sends the plain file"""
+        done(answer): called with the JSON that the API route returns
+        form: fields of a multipart form; if None, only the file is sent"""
         self.frame.upload_url, self.frame.uploaded, self.frame.upload_form = url, done, form
         elements.set_attributes(self.frame.browser, words=words)
 

@@ -25,7 +25,7 @@ from veneer.studio.page import ViewPage
 ACTOR = "studio"
 """The audit log's actor for changes made in the Studio."""
 _CANARY = 0.1
-"""Share of users who get a newly added version."""
+"""Share of users who get a version that has just been added."""
 _operate = partial(elements.permit, "operate")
 
 

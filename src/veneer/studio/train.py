@@ -41,7 +41,7 @@ from veneer.train.preflight import Report, free_memory
 _ROWS, _IMAGES, _RUNS = 20, 48, 8
 """Maximum number of rows, images and runs shown."""
 _THUMBNAIL = 260
-"""Maximum width and height of a thumbnail, in pixels."""
+"""Maximum side of a thumbnail, in pixels."""
 _CHECKPOINTS = 8
 """Number of checkpoints that a short run saves by default."""
 _EXAMPLE = Path("examples/tickets/config.yaml")
@@ -78,7 +78,7 @@ class _ServerForm:
 
     The page's link contains the settings, each as section.key=value.
 
-    number: number of the last change, so that an older preview never replaces a newer preview
+    number: number of the last change, so that the preview of an earlier change never replaces a newer preview
     settled: set while no preview is running; `start` waits for it, because a user can click right after
         typing"""
 

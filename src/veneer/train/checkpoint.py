@@ -45,7 +45,7 @@ class Progress:
 
     recent: (Σ NLL, trained tokens or pairs) of the last steps
     evaluated: the last step after which the held-out rows were scored; −1 if they were never scored
-    waited: number of evaluations since the best one
+    waited: number of evaluations since the best evaluation
     first_loss: validation loss before the first step, which is the loss of the base
     last_loss: validation loss of the last evaluation"""
 
@@ -95,15 +95,15 @@ def save(
 ) -> Path:
     """Write the state after `progress.step`, and remove old checkpoints.
 
-    The newest `keep` checkpoints and the best checkpoint remain.
+    The best checkpoint remains, as do the newest `keep` checkpoints that are not shared, and the newest
+    `newest` checkpoints, shared or not.
 
     parameters: the trained tensors, and other tensors of the adapter outside the optimizer (moving averages)
-    identity: JSON values that a resumed run must have in common with this run: data, base
-    shared: another run in the group requested this checkpoint, so it does not count toward `keep`
-    newest: number of checkpoints to keep, including shared ones
+    identity: JSON values that must be the same in a run that resumes from the checkpoint: data, base
+    shared: whether only another run in the group requested this checkpoint
     metadata: stored, but not compared
-    devices: number of devices, which a resumed run can change
-    conditions: further values that must be equal, like the environment, for bit-for-bit equal results
+    devices: number of devices, which can be different in a resumed run
+    conditions: further values that, like the environment, must be equal for bit-for-bit equal results
     fill: function that writes further files into the given folder
 
     An existing checkpoint of this step is not changed, because a run is a function of its step. Raises
@@ -258,7 +258,7 @@ def environment(devices: int = 1) -> dict[str, Any]:
 
 
 def seed_all(*key: int | str) -> None:
-    """Seed the generators of torch and Python with a digest of `key`, equal on every device."""
+    """Seed the generators of torch and Python with a digest of `key`, the same on every device."""
     seed = seed_of(*key)
     torch.manual_seed(seed)
     random.seed(seed)
@@ -363,8 +363,8 @@ def is_shared(path: Path) -> bool:
 def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> None:
     """Remove old checkpoints.
 
-    Each remaining checkpoint names the best checkpoint of its time, which a resumed run can need. These best
-    checkpoints remain too."""
+    Each remaining checkpoint names the best checkpoint up to its step. These best checkpoints are kept too,
+    because a resumed run can need them."""
     checkpoints = list(by_step(directory).values())
     recent = {*[path for path in checkpoints if not is_shared(path)][-max(1, keep) :], *checkpoints[-newest:]}
     bests = {best_step}

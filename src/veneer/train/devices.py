@@ -48,7 +48,7 @@ _ERROR = "veneer/error"
 _TIMEOUT = timedelta(hours=3)
 """Maximum wait for other processes, which can be busy generating samples.
 
-The end of a process is noticed immediately."""
+If a process ends, the others notice at once."""
 PATIENCE = 20.0
 """Seconds that other processes have to notice a failure before `launch` ends them."""
 
@@ -57,8 +57,8 @@ PATIENCE = 20.0
 class Devices:
     """One process of `count` processes.
 
-    local: number of the process on its machine. lockstep: each process has a part of the weights, so all
-    processes must run the same number of forward passes."""
+    local: number of the process on its machine. lockstep: whether each process has only a part of the
+    weights, so that all processes must run the same number of forward passes."""
 
     rank: int = 0
     count: int = 1

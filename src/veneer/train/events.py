@@ -151,10 +151,10 @@ def loss_text(loss: float) -> str:
 
 
 def mean_rewards(metrics: Mapping[str, float]) -> dict[str, float] | None:
-    """Return the mean rewards of a step or an evaluation: `reward`, then each part.
+    """Return the mean rewards of a step or an evaluation: `reward`, the sum, then each part.
 
-    Returns {} if no completion could be scored, and None if the run does not reward sampled completions. A
-    single reward, which equals the sum, is not repeated."""
+    Returns {} if no completion could be scored, and None if the run does not reward sampled completions. If
+    there is only one reward, it is not repeated as a part."""
     if "reward_failed" not in metrics:
         return None
     parts = {
@@ -181,7 +181,7 @@ def parts_text(rewards: Mapping[str, float]) -> str:
 
 
 def validation_text(loss: float, rewarded: bool) -> str:
-    """Format a validation loss or, with `rewarded`, the mean reward, which is the loss negated."""
+    """Format a validation loss or, if `rewarded`, the mean reward, which is minus the loss."""
     return f"validation reward {0.0 - loss:.3f}" if rewarded else f"validation loss {loss_text(loss)}"
 
 

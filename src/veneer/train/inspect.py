@@ -1,11 +1,13 @@
 """Predict a run's memory, duration and trained data, without changing anything.
 
-    report = inspect_run(config)                     without a loaded base: the first 200 rows, report.guesses
-    report = inspect_run(config, base, data)         with the loaded base and the data: everything
+    report = inspect_run(config)                 without a loaded base: reads 200 rows; see report.guesses
+    report = inspect_run(config, base, data)     with the loaded base and the run's data: uses all rows
     report.starts, report.plan, report.findings, report.sample
 
-    page = preview_rows(config, limit=50)            each row: learned, cut, held out, left out, and why
-    images = preview_pictures(config)                each picture: its crop, its caption, and why it is left out
+    page = preview_rows(config, limit=50)        each row with a verdict (learned, cut, held out or left out)
+                                                 and the reason for it
+    images = preview_pictures(config)            each picture with its crop and caption, or the reason why it
+                                                 is left out
 
 Without a base, only the base's tokenizer and config are read. Previews are cached until their files change.
 """
@@ -71,7 +73,7 @@ class PreviewPage:
     """The first rows that match a preview's filter.
 
     `matching`: number of all rows that match. `looked`: number of rows that were read. `counts`: verdict ->
-    number of these rows. `total`: number of rows in the data, None if unknown."""
+    number of read rows with this verdict. `total`: number of rows in the data, None if unknown."""
 
     rows: tuple[PreviewRow, ...]
     matching: int
@@ -228,7 +230,7 @@ def _beginning(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _table(key: str, stamp: object) -> tuple[list[PreviewRow], dict[int, list[Example]], str]:
-    """Return the first rows without their pieces, the examples of each row by index, and the data format."""
+    """Return (the first rows without their pieces, index of a row -> its examples, data format)."""
     from veneer.train.text.data import row_options
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.preference import answer_rows
@@ -261,7 +263,7 @@ def _table(key: str, stamp: object) -> tuple[list[PreviewRow], dict[int, list[Ex
         if i in why:
             verdict, reason = "left out", why[i]
         elif id(row) in held_out:
-            verdict, reason = "held out", "never trained on: its loss says whether the run has learned too much"
+            verdict, reason = "held out", "never trained on: its loss shows whether the run overfits"
         elif i in cut:
             verdict, reason = "cut", f"longer than data.max_length, {data.max_length:,} tokens"
         text = row.text or " → ".join(str(message["content"]) for message in row.messages)

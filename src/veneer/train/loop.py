@@ -66,8 +66,8 @@ class Micro:
 
     rows: names of the rows, for messages
     items: the inputs of `make`
-    size: memory need, in any unit as long as the whole run uses the same; default: the number of tokens
-    units: number of losses that the loss sums, if that is not the number of trained tokens"""
+    size: required memory, in any unit that all micro-batches of the run share; default: the number of tokens
+    units: number of losses in the sum that the loss function returns, if not the number of trained tokens"""
 
     tokens: int
     trained: int
@@ -347,7 +347,7 @@ class Loop:
 
     @property
     def micros(self) -> list[Micro]:
-        """Return the micro-batches of `step` that have trained tokens."""
+        """Return the micro-batches of `step` that contain tokens that count in the loss."""
         return [micro for micro in self.step.micros if micro.trained]
 
     def seed(self, index: int) -> tuple[int | str, ...]:
@@ -368,7 +368,7 @@ class Loop:
         return self.prefetcher.get(micros[index].make, coming[0].make if coming else None)
 
     def deal(self, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
-        """Return (index, whether it counts) of each micro-batch of this process, in order."""
+        """Return (index, whether its loss counts) for each micro-batch that this process runs, in order."""
         return self.devices.deal([micro.tokens for micro in micros])
 
     def result(self, nlls: Mapping[int, float], seconds: float, means: MetricMeans | None = None) -> StepResult:
@@ -380,7 +380,7 @@ class Loop:
         return StepResult(dict(nlls), reached, self.metrics() if means is None else means, seconds)
 
     def metrics(self) -> MetricMeans:
-        """Return a copy of the learner's metrics, without later additions."""
+        """Return a copy of the learner's current metrics. Metrics that are added later do not change the copy."""
         return MetricMeans.total([self.learner.metrics()])
 
 
@@ -398,11 +398,11 @@ def train(
     *,
     on_end: Callable[[Loop, VeneerError | None], None] | None = None,
 ) -> None:
-    """Run each loop (usually one) from its progress to its end, in lockstep.
+    """Run each loop (usually one) from its current progress to its end, in lockstep.
 
-    A checkpoint is written after the steps in `plan.save_at`, at each new lowest validation loss (lower than
-    at step 0, too), and at the end. If a checkpoint is due for one loop, all loops write a checkpoint, so that
-    they can be resumed together.
+    A checkpoint is written after the steps in `plan.save_at`, at each new lowest validation loss (if it is
+    also lower than the loss at step 0), and at the end. If a checkpoint is due for one loop, all loops write a
+    checkpoint, so that they can be resumed together.
 
     After the first Ctrl-C or SIGTERM, the current step is dropped, the random state from the start of the
     step is restored, the state is saved, and Interrupted is raised. A second signal kills the process. The
@@ -471,7 +471,7 @@ def train_step(loop: Loop) -> StepResult | None:
         if stopped and not loop.devices.lockstep:
             return None
         if not counts and means is None:
-            # micro-batches that do not count are last, so all counted metrics are complete
+            # Copy the metrics here: all remaining micro-batches have losses that do not count.
             means = loop.metrics()
         seed_all(*loop.seed(index))
         with shared(), memory_errors(micros[index]):
@@ -663,10 +663,10 @@ def _stop(loop: Loop) -> None:
     """Save the state after the last complete step, and raise Interrupted."""
     _save(loop)
     loop.emit(Stopped(loop.progress.step, "interrupted"))
-    came = max(loop.devices.gather(loop.stop.signal))  # a signal can reach only some of the processes
+    received_signal = max(loop.devices.gather(loop.stop.signal))  # a signal can reach only some of the processes
     end = "the state is saved" if loop.save is not None else "the state is not saved"
     where = f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
-    raise Interrupted(f"{where}; {end}", signal=came or signal.SIGINT)
+    raise Interrupted(f"{where}; {end}", signal=received_signal or signal.SIGINT)
 
 
 def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Probed:

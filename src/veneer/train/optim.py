@@ -115,9 +115,9 @@ class Ema:
 
         E_n = d_n·E_{n−1} + (1 − d_n)·P_n          d_1 = 0,  d_n = min(decay, n / (9 + n))
 
-    The average is usually nearer to the minimum than any single step. The decay schedule is the one of
-    diffusers' EMAModel, in which early steps quickly lose weight. `averages`: float32 averages, keyed by the
-    parameter's name plus `@ema`; the initial averages are copies of the parameters."""
+    The average is usually nearer to the minimum than the parameters after any single step. The decay schedule
+    is that of diffusers' EMAModel, in which early steps quickly lose weight. `averages`: float32 averages,
+    keyed by the parameter's name plus `@ema`; the initial averages are copies of the parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters = dict(parameters)
@@ -126,7 +126,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the averages with the values of the parameters after optimizer step n = `step`, from 1."""
+        """Update the averages with the parameters after optimizer step n = `step`, counted from 1."""
         keep = 0.0 if step <= 1 else min(self.decay, step / (9 + step))
         for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
             average.sub_((1.0 - keep) * (average - parameter))

@@ -120,10 +120,10 @@ def sampled_at_once(config: TrainConfig, held_out: int) -> int:
 def _teacher(config: TrainConfig, shape: TextShape, dtype: str, loaded: bool) -> tuple[TextShape | None, int]:
     """Return (shape, bytes) of the teacher that runs in this process, or (None, 0).
 
-    The bytes are those of the teacher's base, or 0 if the teacher uses the trained base.
+    The bytes are those of the teacher's base, or 0 if the teacher uses the base that is trained.
 
-    shape, dtype: the shape and dtype of the trained base. loaded: whether the run is about to load the
-    teacher; its base can then come from any location.
+    shape, dtype: the shape and dtype of the base that is trained. loaded: whether the run is about to load the
+    teacher. If so, the teacher's base can be in any location that a base can be loaded from.
 
     Raises ConfigError, BaseError for a teacher that cannot be found."""
     d = config.distillation
@@ -156,7 +156,7 @@ def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Traini
 
 
 def suggested_settings(plan: Plan) -> str:
-    """Return the first change in the plan that settings alone can express, as text, or ""."""
+    """Return the settings of the first change in `plan.changes` that needs only settings, or ""."""
     for change in plan.changes:
         if all("=" in setting for setting in change.settings):
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)
@@ -175,7 +175,7 @@ def plan_of_config(
     source_images: int | None = None,
     traffic: Traffic | None = None,
 ) -> Plan:
-    """Return the plan of a configuration for `device`, for which nothing needs to be downloaded.
+    """Return the plan of a configuration for `device`. Nothing needs to be downloaded for this plan.
 
     Numbers that are not given are counted in the data's files, with four characters per token. Raises
     ConfigError for a base whose config cannot be found, and DataError for missing data that must be counted.
@@ -333,7 +333,7 @@ def _plan_of_images(
 
 
 def base_fields(name: str) -> dict[str, Any]:
-    """Return the config.json of a base: packaged, in the veneer home, a folder, or in the table."""
+    """Return the config.json of a base, which can be packaged, in the veneer home, a folder, or in the table."""
     from veneer.models.builtin import packaged_folder
     from veneer.models.home import bases_home
 

@@ -35,7 +35,7 @@ from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
 """Subfolder of the output for latents and class images, which later runs can reuse."""
-# below this range, LoRA hardly learns; of 80 runs that diverged in a public sweep, 72 had the upper limit, 3e-3
+# LoRA hardly learns below this range; in a public sweep, 72 of the 80 runs that diverged used the rate 3e-3
 _WINDOW = (1e-5, 3e-3)
 _PREFERENCE_WINDOW = (1e-6, 5e-4)  # includes the rates of published LoRA preference runs, 5e-6 to 5e-5
 _NAMED = 5
@@ -126,8 +126,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values.
 
-        Without a loaded base, the result has the plan and the rows and assumptions that the plan is based on,
-        instead of the numbers."""
+        Without a loaded base, the result has no measurements. Instead, it has the plan, with the number of rows
+        and the assumptions that the plan is based on."""
         findings = [asdict(f) for f in self.findings]
         sample = [{"text": piece, "learned": learned} for piece, learned in self.sample]
         if self.looked is None:
@@ -139,7 +139,7 @@ class Report:
 
 @dataclass(kw_only=True)
 class RunSubject:
-    """A run that is about to start. Checks read it, and store measurements in `numbers` and `plan`.
+    """A run that is about to start. Checks read these fields, and write to `numbers` and `plan`.
 
     previous: the recipe of the run that is being resumed
     free_memory, free_disk: bytes; None to measure
@@ -280,7 +280,7 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
 def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe that a resumed run cannot change, as JSON values.
 
-    Instead of a server's URL, the result has only whether a URL is set."""
+    For a server's URL, the result contains only whether a URL is set."""
     out: dict[str, Any] = {}
     for section, values in recipe.items():
         settings = values if isinstance(values, Mapping) else {"": values}

@@ -267,7 +267,7 @@ def _hub(name: str, limit: int | None) -> list[Record]:
     ident, _, subset = ident.partition(":")
     try:
         data = datasets.load_dataset(ident, subset or None, split=split or "train")
-    except Exception as error:  # the library raises many types of errors, and after any of them there are no rows
+    except Exception as error:  # the library raises many types of errors, and each means that no rows can be read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = f"the hub data set `{ident}` cannot be loaded: {reason}"
         fix = "check the name and the network, or download the data set and set data.train to its files"

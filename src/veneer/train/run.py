@@ -5,7 +5,7 @@
         result = carry_out(run, task, report, newest)    train → save → verify → report
 
 A `Task` has the functions that differ between tasks; tests/train/test_run.py has a small one. This module
-uses configurations, parameters and steps, but no rows, images or base classes.
+uses configurations, parameters and steps, but does not depend on rows, images, or the kind of base.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def hold_out(
     """Return (training items, held-out items).
 
     The choice depends on a seeded hash of each item's content (`order`), not on the order or names of files,
-    so identical items are always on the same side. Both sides keep the order of `items`.
+    so identical items are always in the same list. Both lists keep the order of `items`.
 
     split: a number (int), a share (float; at least one item), or None for `default`. noun: what the items are
     called in messages.

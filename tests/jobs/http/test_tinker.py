@@ -196,7 +196,7 @@ def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> N
 
 
 def test_many_samples_do_not_delay_other_tenants(client: Any) -> None:
-    """A tenant's single sample finishes before the last of another tenant's many."""
+    """A tenant's single sample finishes before the last of another tenant's many samples."""
     tenants = [client(name) for name in ("acme", "globex")]
     promises: list[list[Any]] = []
     for tenant, count in zip(tenants, (24, 1), strict=True):

@@ -58,7 +58,7 @@ class Process:
 
     @property
     def client_folder(self) -> Path:
-        """The recipes' working folder, with a base and data sets by hub name."""
+        """The recipes' working folder, which contains a base and data sets under their hub names."""
         return self.folder / "client"
 
     @property

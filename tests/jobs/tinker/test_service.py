@@ -95,7 +95,7 @@ def small_quotas(**limits: int) -> Quotas:
 
 
 def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
-    """Clients and checkpoints count; after a restart, only checkpoints count.
+    """Clients and checkpoints count toward the quotas; after a restart, only checkpoints do.
 
     Removed checkpoints do not count."""
     with small_service(tmp_path, quotas=small_quotas(files=2)) as service:
@@ -121,7 +121,7 @@ def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
 def test_full_quotas_refuse_clients_and_sessions(tmp_path: Path) -> None:
     with small_service(tmp_path, quotas=small_quotas(disk=20_000, memory=5_000)) as service:
         session = service.create_session("acme")
-        with pytest.raises(Refused, match=r"limit \(disk\)"):  # the disk is too small to evict the client's state
+        with pytest.raises(Refused, match=r"limit \(disk\)"):  # the evicted state would not fit the disk quota
             service.create_run("acme", session.id, 0, Lora(4))
         service.create_sampler("acme", session.id, 0, None)
         with pytest.raises(Refused, match=r"limit \(memory\)"):
@@ -220,7 +220,7 @@ def test_eviction_changes_no_result(tmp_path: Path) -> None:
 
 
 def test_pending_forwards_of_many_clients_stay_within_the_memory(tmp_path, monkeypatch):
-    """Two small clients fit in memory, or the large one.
+    """Memory is enough for two small clients, or for the large client.
 
     All clients take turns, and none waits until another has finished."""
     resident, step, submitted = [], Trainer.step, Event()

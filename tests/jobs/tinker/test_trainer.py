@@ -59,8 +59,8 @@ def done(trainer: Trainer, *works: PassWork) -> None:
 def test_step_equals_veneer_train_bit_for_bit(trainer: Trainer) -> None:
     """Covers the forward pass, the backward pass and AdamW.
 
-    The loss of `veneer train` is a mean over trained tokens: cross_entropy with weights of one over their
-    number."""
+    The loss of `veneer train` is a mean over n trained tokens, so cross_entropy gets the weight 1/n for each
+    token."""
     lora = Lora(4, seed=3, unembed=False)
     learner = trainer.create("one", lora)
     count = sum(len(row) - 1 for row in ROWS)
@@ -123,7 +123,7 @@ def test_gradients_equal_transformers_with_peft(trainer: Trainer, unembed: bool)
 
 
 def test_shared_pass_equals_separate_passes(trainer: Trainer) -> None:
-    """Log-probabilities and gradients are equal; a pass without backward has none."""
+    """Log-probabilities and gradients are equal; a pass without backward has no gradients."""
     kinds = {"a": Lora(2, 1), "b": Lora(8, 2, mlp=False), "c": Lora(3, 3, attention=False, unembed=False)}
     separately: dict[str, Any] = {}
     for name, lora in kinds.items():

@@ -1,5 +1,7 @@
-"""Every family with its official number of blocks at tiny width: an adapter on every linear module of
-denoiser and the text encoders are traineds in one step and changes the pipeline's picture."""
+"""Image bases of every family, with the official number of blocks at tiny width.
+
+An adapter on every linear module of the denoiser and the text encoders learns in one training step, and
+changes the pipeline's picture."""
 
 from __future__ import annotations
 

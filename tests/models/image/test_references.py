@@ -62,7 +62,7 @@ def theirs(pipe: Any, references: list[Image.Image], seed: int, **more: Any) -> 
     given = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "max_sequence_length": LENGTH} | whole | more
     if type(pipe).__name__ != "FluxKontextPipeline":
         given["max_sequence_length"] = 512
-    if "Qwen" in type(pipe).__name__:  # Qwen's pipeline supports only true guidance
+    if "Qwen" in type(pipe).__name__:  # Qwen's pipeline supports only true classifier-free guidance
         given |= {"true_cfg_scale": given.pop("guidance_scale"), "negative_prompt": ""}
     generator = torch.Generator().manual_seed(seed)
     image = references if len(references) > 1 else references[0]
@@ -101,7 +101,7 @@ def test_rows_of_a_batch_edit_separate_pictures(family: str, bases: dict[str, Im
 
 @pytest.mark.parametrize("family", EDITING)
 def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> None:
-    """A and B of every block get PEFT's gradients, including those from references."""
+    """A and B of every block get PEFT's gradients, including the gradients that come from references."""
     peft = pytest.importorskip("peft")
     place = str(tiny_image_base(places, family))
     ours, twin = load_image(place), load_image(place)

@@ -42,7 +42,7 @@ def test_an_impossible_dtype_or_device_is_a_config_error(tmp_path: Path, setting
         load_text(str(tiny_base_dir(tmp_path)), **setting)
 
 
-# -- what must not pass ------------------------------------------------------------------------------------------------
+# -- bases that are refused or noted -----------------------------------------------------------------------------------
 
 
 def _without(base: Path, name: str) -> None:

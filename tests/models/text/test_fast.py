@@ -210,7 +210,7 @@ def test_a_norm_with_another_formula_is_not_replaced() -> None:
 
 @pytest.mark.parametrize(("settings", "chunk"), [({}, 16), ({"floor_scale": 30}, None)], ids=["chunk", "floor"])
 def test_long_llama4_batches_use_padded_rows(settings: dict[str, Any], chunk: int | None) -> None:
-    """Rows are longer than a chunk, or a batch has positions past the floor.
+    """Rows are longer than a chunk, or the batch has positions beyond `floor_scale`.
 
     Layers without rope scale queries by the position in the row, because transformers does so in batches."""
     model = FAMILIES["llama4"](**settings).requires_grad_(False)
@@ -276,7 +276,7 @@ def test_attention_with_dropout_is_not_swapped() -> None:
 
 
 def test_window_in_the_mask_is_detected() -> None:
-    """The model hides its window from the attention interface; only long rows show it."""
+    """The model hides its window from the attention interface, so only rows longer than the window reveal it."""
     model = FAMILIES["mistral"](sliding_window=64).requires_grad_(False)
     for layer in model.model.layers:
         attention = layer.self_attn

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_fast_gradients_on_cuda_match_the_cpu(family: str, dtype: torch.dtype) -> None:
     """bfloat16 gradients are compared with those of equal weights in float32.
 
-    The tolerance is the error that 8 bits explain in a small model."""
+    The tolerance is the rounding error expected from 8 bits of precision in a small model."""
     model = FAMILIES[family]().to(torch.bfloat16).float()
     attachment = attached(model)
     ids, lengths, trained = rows()

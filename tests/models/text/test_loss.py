@@ -21,7 +21,7 @@ from veneer.ops.attention import SharedRows
 
 
 def some_rows(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """Return rows in which the last third of the tokens is trained."""
+    """Return rows in which only the last third of the tokens counts in the loss."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)
     trained = torch.cat([torch.arange(n) >= max(1, 2 * n // 3) for n in lengths])
@@ -50,7 +50,7 @@ def test_padding_changes_neither_losses_nor_gradients(family: str, lengths: list
                 gradients = torch.autograd.grad(nll.sum(), parameters)
                 found.append([nll.detach(), *gradients])
     for plain, padded in zip(*found, strict=True):
-        assert (padded - plain).norm() <= 1e-5 * plain.norm()  # norms and pairs are float32
+        assert (padded - plain).norm() <= 1e-5 * plain.norm()  # norms and adapter weights are float32
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +86,7 @@ def test_shared_prompts_change_neither_losses_nor_gradients(family: str) -> None
             once = found(ids, lengths, said, shared)
         padded = found(ids, lengths, said, shared)
     for a, b, c in zip(whole, once, padded, strict=True):
-        assert (b - a).norm() <= 1e-5 * a.norm()  # norms and pairs are float32
+        assert (b - a).norm() <= 1e-5 * a.norm()  # norms and adapter weights are float32
         assert (c - a).norm() <= 1e-4 * a.norm()
 
 

@@ -112,7 +112,7 @@ def test_damaged_self_test_record_is_rewritten(content: str, tmp_path: Path, mon
 
 
 def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels call libtorch, so a result with one version says nothing about another.
+    """Kernels call libtorch, so a result with one torch version says nothing about another version.
 
     The library is not compiled again."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))

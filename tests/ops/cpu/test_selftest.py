@@ -1,4 +1,4 @@
-"""The self-test covers every kernel and excludes wrong ones."""
+"""The self-test covers every kernel, and excludes kernels with wrong results."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def in_two_threads(program: str) -> dict[str, float]:
 
 @able
 def test_waiting_threads_sleep_only_on_a_busy_machine() -> None:
-    """Processor time used between two parallel regions is used by waiting threads."""
+    """Measures processor time between two parallel regions, which only waiting threads can use."""
     found = in_two_threads("""
 def waiting():
     used = time.process_time()

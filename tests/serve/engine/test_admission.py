@@ -33,7 +33,7 @@ def flood(share: SharedQuantity, tenant: str, weight: float = 1.0, amount: int =
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
     share = SharedQuantity("things", 1200)
-    for _ in range(200):  # tenants release part of their amounts until all amounts are equal
+    for _ in range(200):  # tenants release and acquire amounts until all hold about the same amount
         for i in range(n):
             flood(share, f"t{i}")
         for i in range(n):
@@ -49,7 +49,7 @@ def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
 def test_a_flooding_tenant_gets_half_or_more_with_weight() -> None:
     assert flood(SharedQuantity("things", 1000), "a") == 500
     assert 600 < flood(SharedQuantity("things", 1000), "a", weight=2.0) < 700
-    assert flood(SharedQuantity("things", 1000), "") == 1000  # "": a server without tenants
+    assert flood(SharedQuantity("things", 1000), "") == 1000  # "": the tenant on servers without tenants
     light = SharedQuantity("answers", 1024)
     light.take("a", 0.01, 256)  # one full-size request is admitted even at a tiny weight
 

@@ -55,7 +55,7 @@ def told(answer: AnswerText, ids: list[int]) -> tuple[str, object]:
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
-    """Cut a text at the first complete stop text, as the definition says.
+    """Cut a text at the first complete stop text, as streaming must do.
 
     If several stop texts are complete at the same position, cut the longest.
     """

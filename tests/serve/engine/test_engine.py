@@ -100,7 +100,7 @@ def prompt(n: int, seed: int = 0) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
-def test_answers_in_a_mixed_batch_equal_those_alone(family: str) -> None:
+def test_answers_in_a_mixed_batch_equal_separate_answers(family: str) -> None:
     model = fresh(family)
     exclude = ("*.experts",) if family == "mixtral" else ()
     shelf = Shelf(
@@ -152,7 +152,7 @@ def test_prefixes_are_shared_only_under_one_mix() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
 def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
-    """Holds even if the prompt is split into chunks, batched, cached, or recomputed after a preemption."""
+    """The logprobs are equal even if the prompt is chunked, batched, cached, or recomputed after a preemption."""
     model = fresh(family)
     adapter = trained(model, 1)
     shelf = Shelf(adapter)

@@ -1,4 +1,4 @@
-"""Grammars as masks: every completion is valid, whatever the model prefers; an invalid grammar is a 400."""
+"""Grammars as token masks: every completion is valid, whatever the model prefers; a bad grammar returns 400."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sampling in training uses the adapter's current values and has the trainer's log-probabilities."""
+"""Sampling during training uses the adapter's current values.
+
+The sampler returns the same log-probabilities that the trainer computes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Offline completions equal those of `complete`, whichever of the engine and `complete` computes them."""
+"""Offline completions equal those of `complete`, whether or not the engine can run the base."""
 
 from __future__ import annotations
 

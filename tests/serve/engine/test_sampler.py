@@ -122,7 +122,7 @@ def test_the_kept_tokens_are_those_of_transformers(seed: int, k: int, p: float, 
     own = (scores - scores.max()) / heat
     stays = own >= sampler.lowest_kept(own, [s])
     other = (stays != (warped > -math.inf)).nonzero()[:, 1].tolist()
-    if other:  # allowed only if the cumulative probability is within rounding of top_p
+    if other:  # allowed only where the cumulative probability equals top_p except for rounding
         order = own.masked_fill(own < own.max() + (math.log(min_p) if min_p else -math.inf), -math.inf)
         order = order.sort(descending=True).values[0, : k or V].softmax(-1).double().cumsum(-1)
         assert (order - p).abs().min() < 1e-5
@@ -346,7 +346,7 @@ def test_logprobs_do_not_depend_on_the_sampling_settings() -> None:
 
 
 def test_equally_likely_alternatives_do_not_depend_on_the_batch() -> None:
-    """In 16 bits many logits tie; a greedy row takes the same token in any batch."""
+    """In 16-bit formats many logits are equal; a greedy row still gets the same token in any batch."""
     scores = logits(6, seed=3, spread=2.0).round().bfloat16()
     scores[0, 5:9] = 0.0
     scores[0, 6] = -0.0

@@ -1,4 +1,4 @@
-"""The scheduler loses and starves no row, and a flood from one tenant does not slow other tenants."""
+"""The scheduler neither loses nor starves a row, and a flood from one tenant does not slow other tenants."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_long_rows_of_one_tenant_yield_to_another() -> None:
     fill(scheduler, 40, 20, 100, "calm", first=200)
     run(scheduler, 20)
     assert Counter(s.request.tenant for s in scheduler.running) == {"flood": 16, "calm": 16}
-    run(scheduler, 40)  # each tenant keeps its share once it has reached it
+    run(scheduler, 40)  # from now on, each tenant keeps its share
     assert scheduler.preemptions == 16
     while scheduler.running or scheduler.waiting:
         advance(scheduler)

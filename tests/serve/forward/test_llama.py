@@ -1,4 +1,7 @@
-"""All layers of a decoder computed in one call equal separately computed layers bit for bit, in any batch."""
+"""Computing all decoder layers in one call gives the same bits as computing each layer separately.
+
+This holds for any batch.
+"""
 
 from __future__ import annotations
 

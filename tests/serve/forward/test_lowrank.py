@@ -1,6 +1,6 @@
-"""Low-rank products of rows with different mixes equal W + ΔW in float64.
+"""Low-rank products in a batch of rows with different mixes equal products with W + ΔW in float64.
 
-Each row's result equals that of the row computed separately.
+Each row's result is the same as when the row is computed alone.
 """
 
 from __future__ import annotations

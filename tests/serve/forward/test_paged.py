@@ -97,7 +97,7 @@ def test_a_tokens_result_does_not_depend_on_its_batch() -> None:
     pages.store(0, k.view(-1, kv, d), v.view(-1, kv, d), batch)
     together = pages.attend(0, q, batch, 0.125)
     for (_, n, blocks), at in zip(rows, batch.bounds, strict=False):
-        for t in {0, n // 2, n - 1}:  # each token separately
+        for t in {0, n // 2, n - 1}:  # compute each of these tokens alone
             alone = pages.attend(
                 0, q[at + t : at + t + 1], PackedRows.build([(t, t + 1, blocks)], torch.device("cpu")), 0.125
             )

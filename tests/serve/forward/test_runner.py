@@ -169,7 +169,7 @@ def test_full_rank_and_low_rank_adapters_share_a_batch(family: str) -> None:
         "words": Adapter(token_rows={"model.embed_tokens": TokenRows((5, 9), torch.randn(2, 32, generator=g))}),
         "loha": Adapter(deltas={f"{q}.weight": loha(model.get_submodule(q), 7)}),
     }
-    if family == "llama3":  # adapter "ends" needs a head that is not tied to the embedding
+    if family == "llama3":  # the adapter "ends" needs a head that is not tied to the embedding
         del adapters["ends"]
     mixes = [[(n, s)] for n, s in zip(adapters, [1.0, 1.0, 1.0, 1.0, -0.8], strict=False)]
     mixes += [[("plain", 0.5), ("loha", 0.5)], []]
@@ -286,7 +286,7 @@ def test_heads_of_two_sizes_serve_mixed_adapters() -> None:
 
 
 def test_unsupported_attention_is_not_paged() -> None:
-    """Paged attention could not honor a keyword that the attention hook does not know."""
+    """Paged attention would ignore a keyword argument that the attention hook does not know."""
     model = FAMILIES["gemma3"]()
     for layer in model.model.layers:
         original = type(layer.self_attn).forward

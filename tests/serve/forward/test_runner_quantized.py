@@ -1,4 +1,4 @@
-"""The runner over a quantized base: each row equals the row computed alone with dequantized weights."""
+"""The runner with a quantized base: each row equals the row computed alone with dequantized weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS = ("nf4", "fp4", "int8", "Q8_0")
 def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float32) -> Any:
     """Return a model as if loaded in a quantized format.
 
-    Linear layers and experts are codes; other weights are unchanged.
+    Linear layers and experts hold quantized codes; other weights are unchanged.
     """
     model: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(dtype)
     for name in quantized_weights(model):
@@ -111,7 +111,7 @@ def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: 
 @pytest.mark.skipif(not compiled.has("decode"), reason="no kernels for a decoder on this processor")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q8_0", "Q4_0"])
 def test_products_with_codes_equal_the_reference(kind: str) -> None:
-    """Compiled steps over codes give the same tokens at temperature 0 as modules that dequantize.
+    """At temperature 0, compiled steps on quantized codes give the same tokens as modules that dequantize.
 
     Ties within bfloat16 rounding are excepted. The base's weights stay equal bit for bit.
     """

@@ -54,7 +54,7 @@ def test_memory_is_granted_in_order_of_requests() -> None:
 
 
 def test_twice_as_many_as_fit_take_turns() -> None:
-    """Although every adapter has a request at any time, all are served about equally, with few loads."""
+    """All adapters are served about equally and with few loads, although each one always has a request."""
     shop = Shop({str(i): 1 for i in range(8)})
     residents = shop.residents(4)
     served = dict.fromkeys(shop.sizes, 0)

@@ -1,4 +1,4 @@
-"""Fixtures: an empty tenants' database on each kind of server, and a clock that tests advance."""
+"""Fixtures: an empty database for tenants on each kind of database server, and a clock that tests advance."""
 
 from __future__ import annotations
 

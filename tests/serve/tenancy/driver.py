@@ -44,7 +44,10 @@ PRICES = {f"{name}_price": value for name, value in asdict(PRICE).items()}
 
 
 def answer(request: str) -> Usage:
-    """Return the usage of a request. It depends only on the name, so the server and clients can compute it."""
+    """Return the usage of a request.
+
+    The usage depends only on the request's name, so both the server and the clients can compute it.
+    """
     pick = random.Random(request)
     return Usage(pick.randrange(10, 500), pick.randrange(0, 10), pick.randrange(1, 400), 0.25, 0.5, 0.125)
 
@@ -182,7 +185,7 @@ def dying(step: int) -> Callable[[Any], Any]:
 def scenario(url: str, folder: Path, told: int, step: int) -> None:
     """Serve three requests in a process that is killed after `step` steps.
 
-    A step is a write to the journal or a client, a database statement or commit, or the removal of a file.
+    A step is a write to the journal or to a client, a database statement or commit, or the removal of a file.
     """
     tenants, stepping = opened(url, folder), dying(step)
     for owner, name in ((Connection, "execute"), (Connection, "commit"), (os, "pwrite"), (os, "write"), (os, "unlink")):
@@ -199,7 +202,7 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
             how = {"request": f"s{step}-x", "prompt_tokens": took.prompt, "max_tokens": 5}
             async with tenants.admitted(Principal("tenant", "t0"), ResolvedModel((), "n", "v1"), **how):
                 await say({"request": f"s{step}-x", "word": "…"})
-                raise ZeroDivisionError  # as a route that fails before it bills
+                raise ZeroDivisionError  # like a route that fails before billing
 
     asyncio.run(run())
     tenants.close()
@@ -247,7 +250,10 @@ def prepare(url: str, folder: Path) -> None:
 
 
 def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]:
-    """Compare the ledger with the clients' records. Starting a server first settles open requests."""
+    """Compare the ledger with the clients' records.
+
+    Opens the database as a restarted server does, which settles open requests.
+    """
     deadline = time.monotonic() + 10
     while True:  # PostgreSQL can take a moment to notice that the killed server's connections are gone
         tenants = opened(url, folder)

@@ -147,9 +147,9 @@ def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock
     assert set(rows(tenants)) == {"new0", "new1", "new2"}
     with reading(tenants.store.engine) as c:
         assert usage(c) == before
-    tenants.ledger.server = "0" * 16  # read as if from another server
+    tenants.ledger.server = "0" * 16  # read the ledger as another server would
     with write_transaction(tenants.store.engine) as c:
-        c.execute(delete(line_table))  # usage within a window must not be summed from these rows
+        c.execute(delete(line_table))  # the usage within a window must not depend on these rows
     seen = tenants.ledger.usage_of_other_servers(86400.0)
     found = [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen]
     assert found == [("acme", "", 3, 6), ("acme", "v1", 3, 6)]
@@ -319,9 +319,9 @@ def test_a_start_on_a_full_disk_states_the_needed_space(quick: Path, small_disk:
 
 
 def test_a_refused_request_fails_alone_in_its_group(quick, postgres, caplog):
-    """One group of writes contains both ends and admissions of requests.
+    """One group of writes contains the admissions of some requests and the ends of others.
 
-    A refused admission must not undo an end.
+    A refused admission must not undo the recorded end of another request.
     """
     where = postgres()
     tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "journals", room=128 << 10), watch=False)

@@ -28,7 +28,7 @@ Steps = some.lists(
         some.sampled_from(["one", "two"]),
         some.integers(0, 60),  # prompt tokens
         some.integers(1, 60),  # max_tokens
-        some.floats(0, 1),  # used share of the reservation
+        some.floats(0, 1),  # share of the reservation that the request uses
         some.integers(0, 4),  # number of later requests that start before this request ends
     ),
     max_size=60,
@@ -111,7 +111,7 @@ def test_a_window_agrees_with_a_list_of_amounts(steps: list) -> None:
         now += pause
         slot = window.add(now, amount)
         kept.append([slot, amount])
-        of = kept[len(kept) // 2]  # correct one of the amounts
+        of = kept[len(kept) // 2]  # change one of the amounts afterwards
         if change > 0 or -change <= of[1]:
             window.put(of[0], change)
             of[1] += change

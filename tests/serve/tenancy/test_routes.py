@@ -136,7 +136,7 @@ def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
     second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], actor="ana")
     third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, actor="bob")
     assert routes.rollback_route(store, "support", actor="ana") == second
-    assert store.refresh().routes["", "support"] == second  # the refreshed route also has the same owners of buckets
+    assert store.refresh().routes["", "support"] == second  # equality includes the target that owns each bucket
     assert routes.rollback_route(store, "support", actor="ana") == first
     with pytest.raises(ConfigError, match="no earlier revision"):
         routes.rollback_route(store, "support", actor="ana")

@@ -112,8 +112,10 @@ def test_the_recipe_names_no_folder_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_target_words_reach_every_block_of_every_family() -> None:
-    """On the real module names, the words select all attention projections and all feed-forwards, and nothing
-    outside the blocks."""
+    """On the real module names, the target words select all attention projections and all feed-forward layers.
+
+    They select nothing outside the blocks.
+    """
     from veneer.core.targets import target_matches
     from veneer.formats.topology import families
 

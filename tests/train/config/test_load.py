@@ -249,7 +249,7 @@ def test_every_key_has_a_description(model: type[Section]) -> None:
 
 @pytest.mark.parametrize(("file", "page"), [("config.md", reference), ("image-config.md", image_reference)])
 def test_the_reference_pages_are_up_to_date(file: str, page: Callable[[], str]) -> None:
-    assert (ROOT / "docs" / "reference" / file).read_text() == page()  # its first lines name the command
+    assert (ROOT / "docs" / "reference" / file).read_text() == page()  # to update: run the command in the file
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -283,7 +283,7 @@ def test_augmentations_have_the_stated_probabilities(tmp_path: Path) -> None:
 
 
 def test_source_and_result_have_equal_crops(tmp_path: Path) -> None:
-    """The source picture is the negative of the result, and must be so in every view.
+    """The source picture is the negative of the result, and every view must preserve this relation.
 
     Covers a source of equal size and one of half the size.
     """

@@ -269,7 +269,7 @@ def test_held_out_pictures_have_equal_scores_in_every_run(shared: Path, base: Im
 
 
 def test_keep_guidance_keeps_the_bases_guidance(shared: Path, base: ImageBase) -> None:
-    """With keep_guidance 4, the base's error equals its error at guidance 1; with guidance 4, it does not.
+    """With keep_guidance 4, the base's error is the same as at guidance 1; with guidance 4, the error differs.
 
     Then an adapter that moves every prediction by a constant is compared with the same adapter at guidance 1.
     """

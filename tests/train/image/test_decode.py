@@ -39,7 +39,7 @@ def array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(np.float64)
 
 
-# per EXIF 2.3, tag 0x0112: which edges of the upright picture the stored row 0 and column 0 are
+# EXIF 2.3, tag 0x0112: the edges of the upright picture at which the stored row 0 and column 0 lie
 @pytest.mark.parametrize(
     ("orientation", "upright"),
     [

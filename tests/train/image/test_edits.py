@@ -224,7 +224,7 @@ def test_plan_counts_tokens_of_source_images() -> None:
     alone, pair = (image_counts(config, ImageLoad(1, 512, 512, targets="attention+ff", before=n)) for n in (0, 1))
     wide = image_counts(config, ImageLoad(1, 512, 1024, targets="attention+ff"))
     assert (pair.parameters, pair.trainable) == (alone.parameters, alone.trainable)
-    assert pair.saved == wide.saved > 1.5 * alone.saved  # a pair saves as much as one picture of double width
+    assert pair.saved == wide.saved > 1.5 * alone.saved  # the same activations as one picture of double width
     assert pair.forward == wide.forward > 1.5 * alone.forward
 
 

@@ -219,7 +219,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd3-large", "klein") else f for f in SCRIPTS]
 )
 def test_loss_and_gradients_equal_diffusers_script_with_peft(family: str, shared: Path) -> None:
-    """A small denoiser has pairs on every linear module and uses the fast paths.
+    """The adapter trains every linear module of a small denoiser with the fast paths.
 
     models/image/test_base_real checks that all modules of real bases learn.
     """

@@ -226,7 +226,7 @@ def test_sd3_without_t5_reads_77_tokens(shared: Path, tmp_path: Path) -> None:
     "family", ["flux2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd3", "z-image", "klein", "qwen-image"))]
 )
 def test_training_on_nf4_equals_training_on_its_values(family: str, shared: Path, tmp_path: Path) -> None:
-    """The run computes in 16 bits, with text encoders in 4 bits too, and trains every linear module."""
+    """The text encoders are quantized to 4 bits too. The run computes in 16 bits and trains every linear module."""
     for name in ("codes", "values"):
         base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantize="nf4")
         held = [
@@ -369,8 +369,8 @@ def test_noise_prediction_base_refuses_flow_settings(
         run(shared, tmp_path / "out", "sdxl", loss=loss)
 
 
-def test_distilled_base_is_warned_of(shared: Path, tmp_path: Path) -> None:
-    """Uses FLUX.2 klein with `is_distilled` in its index. Its sheets are generated without guidance."""
+def test_distilled_base_gives_a_warning(shared: Path, tmp_path: Path) -> None:
+    """Uses FLUX.2 klein with `is_distilled` in its index. Sample sheets are generated without guidance."""
     import shutil
 
     folder = Path(shutil.copytree(tiny_image_base(shared, "klein"), tmp_path / "klein"))

@@ -58,7 +58,7 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     log.close()
     with path.open("a") as file:
         file.write('{"event": "stepped", "st')
-    log = JsonLog(path, Progress(step=2, evaluated=-1))  # the checkpoint precedes the evaluation after step 2
+    log = JsonLog(path, Progress(step=2, evaluated=-1))  # the checkpoint was saved before the evaluation at step 2
     log(score(2))
     log(step(3))
     log.close()

@@ -175,12 +175,12 @@ def test_unusable_reply_has_no_score(message: tuple[int, Any], error: str) -> No
 
 @pytest.mark.parametrize(
     ("part", "pause", "more", "error"),
-    [(b" ", 0.02, {"timeout": 0.2}, "did not answer in time, 3 times"), (bytes(1 << 20), 0.0, {}, "exceeds 64 MB")],
+    [(b" ", 0.02, {"timeout": 0.2}, "timed out 3 times"), (bytes(1 << 20), 0.0, {}, "exceeds 64 MB")],
     ids=["dripping", "pouring"],
 )
 def test_endless_responses_end(part: bytes, pause: float, more: dict[str, Any], error: str) -> None:
-    """Some servers send a space now and then while they work, so that no single read times out. Other responses
-    would fill the memory."""
+    """Some servers send a space now and then while they work, so no single read times out. Others would send data
+    until the memory is full."""
 
     def endless(handler: Any) -> None:
         handler.send_response(200)
@@ -234,7 +234,7 @@ def test_late_reply_has_no_score() -> None:
     with serving(says) as server:
         slow, fine = judged(server, "slow", "x", timeout=0.2)
         gone.set()
-    assert "did not answer in time, 3 times" in slow.error
+    assert "timed out 3 times" in slow.error
     assert fine.value == 0.5
 
 

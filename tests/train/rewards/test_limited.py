@@ -101,7 +101,7 @@ def test_timeout_kills_the_process(function: LimitedFunction) -> None:
 
 
 def test_forks_cannot_answer(function: LimitedFunction) -> None:
-    """If a fork could answer, each later answer would be taken for that of the previous question."""
+    """If a fork could answer, every later answer would be matched to the wrong question."""
     assert [s.value for s in function.score(asked("fork", "a", "fork", "abcd"))] == [7, 1, 7, 4]
 
 

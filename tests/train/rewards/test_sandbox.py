@@ -234,8 +234,8 @@ def test_a_signal_to_the_sandboxs_first_process_stops_only_the_sandbox(function:
 
 
 def test_fork_bomb_is_bounded_and_cleaned_up(sandbox: Sandbox, function: LimitedFunction) -> None:
-    """With too little memory for its processes, the fork bomb is stopped for memory, or it ends before the
-    first check."""
+    """If its processes exceed the memory limit, the fork bomb is killed, unless it ends before the memory is first
+    checked."""
     before = children()
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
         count = attack(roomy, "bomb").value
@@ -340,7 +340,7 @@ def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
     end = time.monotonic() + 20
     while (
         len(actual := psutil.Process(server.pid).children(recursive=True)) < 3
-    ):  # bubblewrap, its init process, the function
+    ):  # the three processes: bubblewrap, its init process, the function
         assert time.monotonic() < end
         time.sleep(0.05)
     server.kill()
@@ -442,7 +442,7 @@ def test_a_leaking_sandbox_is_refused(
 
 
 class Private(Exception):
-    """Raised instead of forbidding inspection of the process."""
+    """Raised by the fake `forbid_inspection`."""
 
 
 @pytest.mark.parametrize(

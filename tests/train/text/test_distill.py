@@ -1,4 +1,4 @@
-"""Distillation on a tiny base: losses equal float64 by hand, students learn, and runs resume."""
+"""Distillation on a tiny base: losses equal float64 calculations by hand, students learn, and runs resume."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def test_student_learns_the_system_message(shared: Path, base: TextBase, tmp_pat
 
 
 def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    """The cache holds the completions of four prompts per step or of two held-out prompts, two completions each,
-    even if the configured maximum is higher."""
+    """The cache is no larger than needed: for four prompts per step or two held-out prompts, with two completions
+    each, even if the configured maximum is higher."""
     taken: list[int] = []
 
     @contextmanager

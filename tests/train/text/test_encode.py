@@ -1,4 +1,4 @@
-"""Loss masks and texts, checked by decoding the trained tokens rather than by literal token ids."""
+"""Loss masks and texts, checked by decoding the tokens that count in the loss, not by literal token ids."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def with_template(template: str | None) -> PreTrainedTokenizerFast:
 
 
 def learned(example: Example, tokenizer: Any = TOKENIZER) -> list[str]:
-    """Return the text of each run of consecutive trained tokens."""
+    """Return the text of each run of consecutive tokens that count in the loss."""
     runs: list[list[int]] = []
     before = False
     for token, trained in zip(example.input_ids, example.trained, strict=True):
@@ -306,9 +306,9 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
 def test_tool_call_is_trained_as_transformers_renders_it() -> None:
-    """The template gets the tool call's arguments, a JSON string in OpenAI's format, as a mapping.
+    """The template gets a tool call's arguments as a mapping; in OpenAI's format, they are a JSON string.
 
-    Only answers with nonzero weight are trained."""
+    Only answers with nonzero weight count in the loss."""
     tokenizer = with_template(templates.TOOLS)
     row = Row("messages", TALK_WITH_TOOLS, tools=(TOOL,), where="data.jsonl:1")
     example = one(row, tokenizer=tokenizer)
@@ -321,8 +321,8 @@ def test_tool_call_is_trained_as_transformers_renders_it() -> None:
 
 
 def test_inference_renders_tool_calls_as_training_does() -> None:
-    """The prompt that a server renders before an answer equals the training text up to the answer's trained
-    part."""
+    """The prompt that a server renders before an answer equals the training text up to the part of the answer that
+    counts in the loss."""
     tokenizer = with_template(templates.TOOLS)
     base = SimpleNamespace(tokenizer=tokenizer, has_chat_template=True, name="tiny")
     example = one(Row("messages", TALK_WITH_TOOLS, tools=(TOOL,)), tokenizer=tokenizer)

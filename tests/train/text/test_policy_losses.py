@@ -58,7 +58,7 @@ def test_single_or_equal_rewards_have_zero_advantage(baseline: str) -> None:
     equals = torch.full((7,), 0.1, dtype=torch.float64)
     assert (
         float(equals.mean()) != 0.1
-    )  # a rounding error; division by a deviation of zero would amplify it a thousandfold
+    )  # rounding error; dividing by the tiny deviation would amplify the error a thousandfold
     actual = advantages(torch.cat([torch.tensor([5.0]), equals]), [0, *[1] * 7], baseline=baseline, scale="group")  # type: ignore[arg-type]
     assert actual.tolist() == [0.0] * 8
 

@@ -75,7 +75,7 @@ def whole(shared: Path, base: TextBase) -> Whole:
     out = {}
     for loss in LOSSES:
         events: list[Event] = []
-        # KTO runs with dropout, because measuring z₀ must use neither dropout nor random numbers
+        # KTO runs use dropout, to show that measuring z₀ uses neither dropout nor random numbers
         dropout = {"dropout": 0.2} if loss == "kto" else {}
         result = train(shared, shared / loss, loss, base, on_event=events.append, adapter=dropout)
         out[loss] = shared / loss, result, events
@@ -130,7 +130,7 @@ def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple
 def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tensor, rl: Tensor, z: Tensor) -> Tensor:
     """Return the loss by its paper's formula, with the defaults of the reference page.
 
-    For kto, the loss is the sum for both answers."""
+    For kto, return the sum of both answers' losses."""
     beta = 2.0 if loss == "simpo" else 0.1
     m_w, m_l = w / n_w, l / n_l
     if loss == "dpo":

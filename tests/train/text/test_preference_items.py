@@ -1,4 +1,7 @@
-"""Preference pairs as tokens: both answers follow one untrained prompt, and no answer loses its partner."""
+"""Preference pairs as tokens: both answers follow one prompt, and no answer loses its partner.
+
+The prompt does not count in the loss.
+"""
 
 from __future__ import annotations
 

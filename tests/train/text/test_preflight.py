@@ -200,7 +200,7 @@ def test_frozen_experts_stop_the_run_unless_excluded(family: str, run: Run) -> N
     run.base.model = FAMILIES[family]()
     run.base.model.resize_token_embeddings(384, mean_resizing=False)
     text = stopped(run("adapter.targets=[q_proj, v_proj]"), "experts")
-    assert "expert weights get no pair and stay frozen" in text
+    assert "expert weights get no adapter and stay frozen" in text
     assert "add down_proj, gate_up_proj to adapter.targets (or all-linear)" in text
     assert not run("adapter.targets=[q_proj, v_proj]", "adapter.exclude=['*experts*']").stops
     assert not run().stops
@@ -274,8 +274,8 @@ def test_run_that_exceeds_free_memory_stops(run: Run) -> None:
 
 
 def test_a_run_that_exceeds_memory_gets_the_cheapest_fix(tmp_path: Path) -> None:
-    # With two layers, only the first would save activations, because the last processes only trained tokens.
-    # So the test uses four.
+    # With two layers, only the first would save activations, because the last layer processes only the tokens
+    # that count in the loss. So the test uses four layers.
     run = Run(TinyBase(tiny_model(num_hidden_layers=4), tiny_tokenizer()), tmp_path)
     rows = [talk("word " * 20, "yes", f"d.jsonl:{i}") for i in range(200)]
     need = run("batching.rows=200", rows=rows).numbers
@@ -324,7 +324,7 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     sampling = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
     both = run(*sampling).numbers
     assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]
-    assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # no copies for gradients
+    assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # sampling needs no copies for gradients
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: False)
     assert (
         run(*sampling).numbers["drawer_packed"] == both["drawer_packed"]
@@ -356,8 +356,8 @@ def test_output_in_use_is_refused(run: Run, tmp_path: Path) -> None:
     assert "is a file, not a folder" in stopped(run(f"output={tmp_path / 'file'}"), "output")
 
 
-def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
-    """Such rows can lack answers, so the warning does not say that the answers differ."""
+def test_sampling_on_held_out_prompts_gives_a_warning(tmp_path: Path) -> None:
+    """Rows for sampling can lack answers, so the warning does not say that the answers differ."""
     base = text_without_weights(str(tiny_base_dir(tmp_path)))
     lines = [{"prompt": "2 * 3 =", "entry": i} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -253,7 +253,7 @@ def test_judged_answers_are_read(tmp_path: Path) -> None:
     parsed, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
     assert about.format == "unpaired-preference"
     assert [r.label for r in parsed] == [True, False]
-    # assistant turns in the prompt are not trained
+    # assistant turns in the prompt do not count in the loss
     assert [m.get("weight") for m in parsed[1].messages] == [None, 0, None, None]
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nHi,Hello,TRUE\nHi,Bye,false\n")
     parsed, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
@@ -280,8 +280,8 @@ def test_openai_rows_with_tools(tmp_path: Path) -> None:
 
 
 def test_openai_pairs(tmp_path: Path) -> None:
-    """The row is the example of OpenAI's guide to preference training. Assistant turns in the prompt are not
-    trained."""
+    """The row is the example of OpenAI's guide to preference training. Assistant turns in the prompt do not count
+    in the loss."""
     earlier = [TURNS[0], BYE, {"role": "user", "content": "Really?"}]
     row = {
         "input": {"messages": earlier, "tools": [TOOL], "parallel_tool_calls": True},

@@ -299,8 +299,8 @@ def test_wrong_adapter_file_is_detected(
 
 
 def test_recomputation_starts_above_nine_tenths_of_memory(tmp_path: Path) -> None:
-    # With two layers, only the first would save activations, because the last processes only trained tokens.
-    # So the test uses four.
+    # With two layers, only the first would save activations, because the last layer processes only the tokens
+    # that count in the loss. So the test uses four layers.
     base = load_text(str(tiny_base_dir(tmp_path, num_hidden_layers=4)))
     write_rows(tmp_path / "rows.jsonl")
     needs = train(tmp_path, tmp_path / "out", base, dry_run=True).preflight["numbers"]

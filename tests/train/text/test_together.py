@@ -1,4 +1,4 @@
-"""Runs that share one pass of their base: each equals its separate run, even if others fail."""
+"""Runs trained in one pass of the base: each equals the run trained separately, even if others fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 from veneer.train.text.together import run_texts
 
-LAW = 1e-5
+TOLERANCE = 1e-5
 """Tolerance relative to the largest entry, in float32, over ten steps."""
 
 
@@ -100,12 +100,12 @@ def group(shared: Path, base: TextBase) -> tuple[Path, dict[str, RunResult | Ven
     return shared / "group", results, events
 
 
-def assert_same(one: Path, other: Path, law: float = LAW) -> None:
-    """Assert that two folders have equal adapters, each tensor within `law` times its largest entry."""
+def assert_same(one: Path, other: Path, tolerance: float = TOLERANCE) -> None:
+    """Assert that two folders have equal adapters, each tensor within `tolerance` times its largest entry."""
     actual, expected = read_tensors(one / TENSORS)[0], read_tensors(other / TENSORS)[0]
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (actual[name] - tensor).abs().max() <= law * tensor.abs().max(), name
+        assert (actual[name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
 
 
 @pytest.mark.parametrize("name", CUSTOMERS)
@@ -236,7 +236,7 @@ def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, f
         if name == "b" and isinstance(event, Stepped) and event.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora has yet to be evaluated
+    with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora is not evaluated yet
         train(shared, tmp_path, base, FEW, on_event=stop)
     last = {name: max(e.step for n, e in events if n == name and isinstance(e, Stepped)) for name in FEW}
     assert set(last.values()) == {5}

@@ -1,8 +1,8 @@
 """OpenAI's routes for files: /v1/files.
 
 Request bodies are written to disk as they arrive; `large_bodies` sets the size limits. At most `_MAX_UPLOADS`
-uploads run concurrently, shared between tenants. A separate thread pool, also shared fairly, hashes and
-copies the bytes, so that a large file does not delay other requests.
+uploads run concurrently, and this number is divided between the tenants. A separate thread pool, also shared
+fairly, hashes and copies the bytes, so that a large file does not delay other requests.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class TinkerRoutes:
         pending.task.add_done_callback(done)
 
     def _drop(self, number: str, pending: _Pending | None = None) -> None:
-        """Drop a result; if `pending` is given, only if the result still belongs to it."""
+        """Drop a result; if `pending` is given, only while `pending` is the entry."""
         if pending is None or self.results.get(number) is pending:
             self.results.pop(number).hold.release()
 

@@ -242,7 +242,7 @@ class TuningQueue:
 
 
 def _initial_adapter(service: Service, principal: Principal, model: str) -> dict[str, Any]:
-    """Return the setting of the adapter from which training continues; {} for the base.
+    """Return the setting for training from an existing adapter; {} for the base.
 
     Raises Refused if the model is not served here."""
     base = service.catalog.base
@@ -259,7 +259,7 @@ def _initial_adapter(service: Service, principal: Principal, model: str) -> dict
 
 
 def _parse_grader(source: Any, sandbox: Sandbox | None) -> Any:
-    """Parse a client's grader. Blocks.
+    """Parse a client's grader. This call blocks.
 
     Raises Refused if the grader is invalid, or if it is a Python grader and there is no sandbox; the Python
     source is then not parsed."""

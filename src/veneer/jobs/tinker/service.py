@@ -6,8 +6,8 @@
     future = service.submit(run, 1, "forward", body)        requests are executed in the order of their numbers
 
 A client numbers its requests, and one thread executes each request once, in the order of the numbers. Each pass
-of the base takes the next rows of all clients that have rows, in one batch if possible; the tenant that has
-been served least comes first. Other requests (an optimizer step, saving, loading) are executed between passes.
+through the base takes pending rows of all clients, in one batch if possible; the tenant that has been served
+least comes first. Other requests (an optimizer step, saving, loading) are executed between passes.
 
 Sessions, clients and pending requests end with this process. A client's saved checkpoints stay on disk
 (checkpoints.py), together with a description of the run, so that another client can continue from them. If
@@ -55,15 +55,15 @@ from veneer.train.text.save import write_adapter
 _log = logging.getLogger("veneer.tinker")
 
 _SNAPSHOTS = 16
-"""Maximum number of unnamed sampler weights per run; the oldest are removed."""
+"""Maximum number of sets of unnamed sampler weights per run; the oldest are removed."""
 _SWEEP_SECONDS, _ENDED_SECONDS = 3600.0, 3600.0
 """Seconds between sweeps; seconds for which an ended session can still be queried."""
 _GAP_SECONDS, _MAX_AHEAD = 400.0, 10_000
-"""Seconds to wait for a missing earlier request; maximum lead of a request number.
+"""Seconds to wait for a missing earlier request; limit on how far ahead requests can be numbered.
 
-The lead is counted from the last executed request."""
+The limit is counted from the last executed request."""
 _LARGE_BYTES = 1 << 20
-"""Size of a request body above which free memory is returned to the system afterwards."""
+"""After a request whose body is larger than this, free heap memory is returned to the system."""
 _OBJECT_BYTES = 2000
 """Memory charged per session, run or sampler, in bytes; a run's metadata is added."""
 _CONTINUE = "create_training_client_from_state continues from a saved checkpoint"
@@ -150,7 +150,7 @@ class _Request:
 
 @dataclass(eq=False)
 class TrainingRun:
-    """A training client on the server, or after its session only the client's checkpoints.
+    """A training client on the server; after its session, only its checkpoints remain.
 
     used: time of the client's last request, in seconds since 1970
     lock: lets the server's event loop accept one request at a time
@@ -215,7 +215,7 @@ class TinkerService:
             os.close(self._lock)
             raise
         self._served: Counter[str] = Counter()
-        """Tenant -> trained tokens divided by the tenant's weight, since the service was last idle."""
+        """Tenant -> number of trained tokens / the tenant's weight, since the service was last idle."""
         self._changed = threading.Condition()
         self._closed = False
         self._pause = min(_SWEEP_SECONDS, days * 86400.0 / 24)
@@ -448,12 +448,12 @@ class TinkerService:
             self._trainer.close()
 
     def _ready(self) -> list[TrainingRun]:
-        """Return the runs with pending requests; the least served tenant comes first."""
+        """Return the runs with pending requests; runs of the least served tenant come first."""
         ready = [run for run in list(self.runs.values()) if run.next is not None]
         return sorted(ready, key=lambda run: (self._served[run.tenant], run.turn))
 
     def _round(self, ready: list[TrainingRun]) -> None:
-        """Execute requests that need no pass, then run one pass for runs with rows.
+        """Execute requests that need no pass, then run one pass over pending rows.
 
         If a run's state does not fit in memory, the run waits, and so do all later runs that need memory."""
         training, waiting = [], False
@@ -475,7 +475,7 @@ class TinkerService:
         return run.next.kind == "forward" or run.learner is None
 
     def _has_memory(self, run: TrainingRun) -> bool:
-        """Return whether a run's state fits in memory next to those of unfinished passes."""
+        """Return whether a run's state fits in memory next to the states of unfinished passes."""
         used = [each.learner.bytes for each in list(self.runs.values()) if each.work is not None and each.learner]
         if not used:
             return True

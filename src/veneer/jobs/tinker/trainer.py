@@ -13,8 +13,9 @@ Rows of clients with different ranks, targets and losses share a pass, as in run
 adapter cannot share a pass (span_problem) gets separate passes. If the base does not support shared passes
 (reason_not_shared), all clients get separate passes.
 
-A row of n tokens runs with its last target appended, as in veneer's own training, so that both give
-bit-identical numbers. This module uses tensors and one base; other modules handle requests and tenants.
+A row of n tokens runs with its last target appended, as in veneer's own training. Training through Tinker and
+`veneer train` therefore give bit-identical numbers. This module uses tensors and one base; other modules
+handle requests and tenants.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ _WRAPPER = "~"
 
 
 TargetNames = Mapping[str, tuple[str, ...]]
-"""Group of modules, as in Lora -> the names of a base's LoRA target modules."""
+"""Group of modules (a field of Lora) -> the names of the base's modules in this group."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
     sample_bytes(samples, …)                   result of a sampling request
 
 `protobuf` reads and writes the messages in `_MESSAGES`. A request's fields are counted before the request is
-unpacked, because an empty row has 2 bytes in the message but 500 in memory. Unknown fields are ignored.
+unpacked, because an empty row takes 2 bytes in the message but 500 in memory. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Needed because sparse tensors can be much larger unpacked than in the message.""
 _FIELDS = 1 << 18
 """Maximum number of fields in a request, including nested messages."""
 _ROW, _COPIES = 512, 3
-"""Memory per row in bytes, without tensors; copies of each tensor during the checks."""
+"""Bytes of memory charged per row; number of copies of each tensor that the checks need."""
 
 
 @dataclass(frozen=True, eq=False)

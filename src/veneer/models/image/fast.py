@@ -10,8 +10,8 @@ What is swapped:
 - FLUX.2's gated MLPs; GEGLU; tanh-gelu
 - group norms in a U-Net's residual blocks, fused with silu and with the added time embedding
 - dropout with p = 0
-- convolutions on a U-Net's up path: they omit the gradient of skip connections that no trained module
-  precedes, which torch computes and discards
+- convolutions on a U-Net's up path: if no trained module precedes a skip connection, the fast version does
+  not compute the connection's gradient, which torch would compute and discard
 
 Before a module is swapped, both implementations run on a small random input and must give the same result.
 When the with-block ends, every module is restored exactly. All other modules keep diffusers' implementation.
@@ -173,7 +173,7 @@ def _gelu(module: Any, undo: ExitStack) -> str:
 
 
 def _dropout(module: Any, undo: ExitStack) -> str:
-    """Replace dropout with p = 0 with the identity; torch would copy the tensor twice."""
+    """Make a dropout module with p = 0 return its input; torch would copy it twice."""
     if module.p:
         return "its p is not 0"
     replace_forward(module, lambda self, x: x, undo)
@@ -203,7 +203,7 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     x = random_input(2, 12, like.shape[1], like=like)
     size = getattr(module, "head_dim", None) or module.inner_dim // module.heads
     arguments: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, size, like)}
-    if processor == _QWEN_PROCESSOR:  # Qwen-Image's positions are complex; picture and text have separate ones
+    if processor == _QWEN_PROCESSOR:  # Qwen-Image has complex positions, in separate tensors for picture and text
         cos, sin = arguments["image_rotary_emb"]
         arguments["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
     if text_parts is not None:
@@ -241,7 +241,7 @@ class _Rotations:
             return None
         first, second = angles
         if self._last is None or self._last[0] is not first:
-            if first.is_complex():  # Qwen-Image: (picture, text); the result has text tokens first
+            if first.is_complex():  # Qwen-Image passes (picture, text); the result has text tokens first
                 self._last = first, torch.cat([second, first])
             else:
                 self._last = first, torch.complex(first[:, ::2].float(), second[:, ::2].float()).contiguous()
@@ -388,7 +388,7 @@ def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tenso
 
 
 _BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Residual block -> number of input channels that precede the skip connection's."""
+"""Residual block -> number of input channels before the skip connection's channels."""
 
 
 def _up(module: Any, undo: ExitStack) -> str:

@@ -8,9 +8,9 @@ Only classes of diffusers and transformers are instantiated, only safetensors fi
 tensor must be used. Components that generation does not need (safety checker, feature extractor) are skipped.
 The network is not used.
 
-A file of original weights has no configs. They come from the diffusers directory `config`, or from the hub
-cache of the repository that diffusers uses for this kind of file. diffusers' converters translate the tensor
-names. For FLUX.2 and Qwen-Image, only the denoiser is loaded from the file.
+A file of original weights contains no configs. The configs come from the diffusers directory `config`, or
+from the hub cache of the repository that diffusers uses for this kind of file. diffusers' converters
+translate the tensor names. For FLUX.2 and Qwen-Image, only the denoiser is loaded from the file.
 """
 
 from __future__ import annotations

@@ -260,8 +260,8 @@ def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None)
     """Split rows into batches of consecutive rows, at most `size` rows each.
 
     All rows of a batch have references of the same sizes, because pipelines resize every row's references to
-    the sizes of the first row's. If an adapter changes a module in `_SHARED_MODULES`, all rows of a batch
-    have the same plan."""
+    the sizes of the first row's references. If an adapter changes a module in `_SHARED_MODULES`, all rows of
+    a batch have the same plan."""
     adapters = attachment.adapters.values() if attachment is not None else ()
     names = (name for adapter in adapters for name in (*adapter.pairs, *adapter.deltas))
     one_plan = any(name.startswith(_SHARED_MODULES) for name in names)

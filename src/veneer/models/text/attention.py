@@ -1,6 +1,6 @@
 """Replace a transformers model's attention with a caller's function.
 
-    undo = divert_attention(model)                    through transformers' attention interface
+    undo = divert_attention(model)                    uses transformers' attention interface
     with attending(attend):
         model(input_ids=ids[:, None], position_ids=…)          every token is a separate row
     undo()

@@ -40,10 +40,10 @@ class TextBase:
     """A frozen language model and its tokenizer.
 
     `dtype_reason`: a sentence that explains the dtype. `end_of_turn_id`: the token that the chat template
-    puts after an assistant message (without a template, the tokenizer's eos); it is also the last trained
-    token of a training example. `stop_ids`: all tokens that end a completion. `pad_id`: the token that pads
-    shorter rows; always masked. `context`: maximum number of tokens in a sequence. `notes`: messages for the
-    user about loading, one sentence each.
+    puts after an assistant message (without a template, the tokenizer's eos); in a training example, it is
+    the last token that counts in the loss. `stop_ids`: all tokens that end a completion. `pad_id`: the token
+    that pads shorter rows; always masked. `context`: maximum number of tokens in a sequence. `notes`:
+    messages for the user about loading, one sentence each.
     """
 
     name: str
@@ -105,11 +105,11 @@ def load_text(
     or int8 quantizes the linear weights while loading; keep leaves the weights of a GGUF file in their
     quantized blocks; None uses the precision of the files and dequantizes GGUF. A bitsandbytes checkpoint
     keeps its quantization. `say`: called with a message before each slow step. `parts`: number of processes
-    to shard the base over. Above 1, the weights are not read yet (`unread`). If the base must be read whole,
-    they are loaded on the CPU, and a note gives the reason. Raises BaseError (not found, incomplete, not a
-    causal language model, weights that do not match the config), ConfigError (an unknown dtype, device or
-    quantization), ResourceError (not enough memory)."""
-    path, table, config, tokenizer = _described(name, say)
+    to shard the base over. Above 1, the weights are not read yet (`unread`). If the shards cannot be read
+    separately, all weights are loaded on the CPU, and a note gives the reason. Raises BaseError (not found,
+    incomplete, not a causal language model, weights that do not match the config), ConfigError (an unknown
+    dtype, device or quantization), ResourceError (not enough memory)."""
+    path, table, config, tokenizer = _describe(name, say)
     where = choose_device(device)
     limit_threads()
     quantized = _choose_quantization(quantize, path, config)
@@ -131,7 +131,7 @@ def load_text(
     model.eval()
     model.requires_grad_(False)
     _check_vocabulary(path, model, tokenizer)
-    turn, stops, more = _ends(model, tokenizer)
+    turn, stops, more = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
@@ -154,7 +154,7 @@ def load_text(
     )
 
 
-def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
+def _describe(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
     """Return the path, tensor table, config and tokenizer of a language model.
 
     Raises BaseError for an image base, and for files that cannot be found or read."""
@@ -172,10 +172,10 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
     base that runs elsewhere. Raises BaseError in the same cases as `load_text`."""
     from transformers import AutoModelForCausalLM
 
-    path, table, config, tokenizer = _described(name, say)
+    path, table, config, tokenizer = _describe(name, say)
     with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    turn, stops, _ = _ends(model, tokenizer)
+    turn, stops, _ = _end_tokens(model, tokenizer)
     digest, meta, reason = fingerprint(path, config, table), torch.device("meta"), "nothing is computed here"
     base = TextBase(name, model, tokenizer, path, digest, torch.float32, meta, reason, turn, stops)
     base.context = _context(model.config)
@@ -253,7 +253,9 @@ def _choose_quantization(quantize: str | None, path: Path, config: PreTrainedCon
 
 
 def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantized: str) -> int:
-    """Return the estimated bytes of the weights, with unquantized embeddings and heads."""
+    """Return the estimated bytes of the weights.
+
+    Embeddings and heads count as unquantized."""
     if quantized in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
@@ -307,7 +309,7 @@ def _unread_model(
 ) -> tuple[Any, ShardReader | None, str]:
     """Return (model on the meta device, reader of its weights, "").
 
-    Returns (None, None, reason) if the base must be read whole."""
+    Returns (None, None, reason) if the entire base must be loaded."""
     from transformers import GenerationConfig
 
     if path.is_file() or (quantized and saved):
@@ -373,7 +375,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def _ends(
+def _end_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
     """Return (token that ends a turn, all stop tokens, notes about missing tokens)."""

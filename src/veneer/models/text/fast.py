@@ -264,8 +264,8 @@ _KNOWN = {
 }  # fmt: skip
 """Attention options that varlen attention supports or ignores.
 
-The options in the last line are meant for the model and do not affect the attention. Any other option that is
-not None (position_bias …) raises an error."""
+The options in the last line of the set are meant for the model and do not affect the attention. Any other
+option that is not None (position_bias …) raises an error."""
 
 
 class _UnsupportedAttention(Exception):
@@ -299,7 +299,7 @@ def _interface(
         raise _UnsupportedAttention(f"{type(module).__name__} attends to later tokens")
     if query.shape[-1] != value.shape[-1]:
         raise _UnsupportedAttention(f"{type(module).__name__} has keys and values of different widths")
-    if kwargs.get("dropout") or _drops(module):
+    if kwargs.get("dropout") or _has_dropout(module):
         raise _UnsupportedAttention(f"{type(module).__name__} uses attention dropout in training")
     layout.attended.add(id(module))
     scale = kwargs.get("scaling")
@@ -309,7 +309,7 @@ def _interface(
     return varlen_attention(q, k, v, VarlenSettings(layout, scale, window, cap or 0.0, sinks))[None], None
 
 
-def _drops(module: nn.Module) -> bool:
+def _has_dropout(module: nn.Module) -> bool:
     """Return whether the module has attention dropout, which no kernel here supports."""
     values = [getattr(module, name, None) for name in ("attention_dropout", "attn_dropout", "dropout")]
     return any(p > 0 for p in (getattr(f, "p", f) for f in values) if isinstance(p, float | int))
@@ -371,7 +371,7 @@ def weights_together(model: nn.Module) -> list[list[nn.Module]]:
 def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadNorms] | None:
     """Return q_norm and k_norm, and their combined parameters.
 
-    Returns None unless both were swapped as norms and have the same ε."""
+    Returns None unless both norms were swapped and have the same ε."""
     head_norms = [module.q_norm, module.k_norm]
     kinds = [type(norm).__name__ for norm in head_norms]
     if not all(
@@ -405,7 +405,7 @@ def _attention_forward(
         first, last = (projection.linear_map(), out.linear_map()) if ours else (None, None)
         if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
-        if _drops(self):
+        if _has_dropout(self):
             raise _UnsupportedAttention(f"{type(self).__name__} uses attention dropout in training")
         layout.attended.add(id(self))
         cos, sin = layout.tables(kwargs["position_embeddings"])
@@ -424,9 +424,9 @@ def _attention_forward(
 def _swap_last_layer(
     model: Any, reference: ReferenceForward, report: FastReport, undo: ExitStack, call: CallWithWeights
 ) -> None:
-    """Compute the last layer only for tokens that predict a trained token.
+    """Compute the last layer only for tokens that predict a token in the loss.
 
-    If a quarter of the tokens are trained, this saves 63% of the layer's work."""
+    If a quarter of the tokens count in the loss, this saves 63% of the layer's work."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or type(layers[-1]).__name__.removeprefix("FSDP") not in PRE_NORM_LAYERS.values():
         return

@@ -140,7 +140,8 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, ba
 def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
     """Yield (prompt indices, maximum number of new tokens), longest prompts first.
 
-    A prompt with less space than `budget` before the context limit forms its own batch."""
+    A prompt forms its own batch if fewer than `budget` tokens fit between the prompt and the context
+    limit."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     roomy = [i for i in order if context - lengths[i] >= budget]
     for i in order[: len(order) - len(roomy)]:

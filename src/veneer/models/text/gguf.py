@@ -1,7 +1,8 @@
-"""Load GGUF files as bases, dequantized or in GGUF blocks, and their tokenizers.
+"""Load bases and their tokenizers from GGUF files.
 
-transformers reads headers with the gguf package, which takes 12 seconds for a vocabulary of 262,144 tokens.
-`fast_headers` makes transformers use the reader in files/gguf.py instead.
+The weights are dequantized, or stay in GGUF's quantized blocks. transformers reads headers with the gguf
+package, which takes 12 seconds for a vocabulary of 262,144 tokens. `fast_headers` makes transformers use the
+reader in files/gguf.py instead.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Pieces:
         return new
 
     def _shorten(self, now: str) -> None:
-        """Shorten the window to a few tokens that decode to the same end of text.
+        """Shorten the window to a few tokens whose text is the end of the current text.
 
         The new window starts at the beginning of a character. If no such token is found before the window has
         4 · _WINDOW tokens, the window is shortened anyway."""

@@ -57,9 +57,9 @@ def token_logps(
 ) -> Tensor:
     """Return log p of each trained token, in order: (M,), float32.
 
-    Arguments are the same as for `text_loss`. `shared`: set for rows with common tokens, which are computed
-    only once. In this case, `input_ids` and `trained` contain the N distinct tokens, `lengths` contains the
-    lengths of the whole rows, and no trained token belongs to two rows."""
+    Arguments are the same as for `text_loss`. `shared`: set for rows that share tokens; shared tokens are
+    computed only once. In this case, `input_ids` and `trained` contain the N distinct tokens, `lengths`
+    contains the lengths of the whole rows, and no trained token belongs to two rows."""
     return -_text_nll(model, input_ids, lengths, trained, shared=shared)
 
 
@@ -216,9 +216,10 @@ def _rows_hidden(
     segments: LoraSegments | None,
     shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (the head's inputs that predict the tokens at the indices `at`, `at`).
+    """Return (the head's inputs for predicting the tokens at indices `at`, `at` itself).
 
-    If `rounded`, both are padded at the end. The last index in `at` can be one past the last token."""
+    If `rounded`, both results are padded at the end. The last index in `at` can be one past the last
+    token."""
     device, count = input_ids.device, len(at)
     if rounded is None:
         weight = model.get_input_embeddings().weight  # On the CPU, oneDNN computes 16-bit products.
@@ -244,8 +245,8 @@ def _rows_hidden(
         row_layout=layout,
     )
     hidden = out.last_hidden_state[0]
-    # If an adapter replaces the last layer completely, the layer returns all positions. These are always more
-    # than len(at), because first tokens are not trained.
+    # If an adapter replaces the last layer completely, the layer returns all positions. Their number is
+    # always greater than len(at), because first tokens are not trained.
     return (hidden if len(hidden) == len(at) else hidden[previous]), at
 
 

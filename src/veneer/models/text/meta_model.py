@@ -36,7 +36,7 @@ def meta_text_model(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: s
     meta = torch.device("meta")
     with loading(), no_init_weights():
         with init_empty_weights(include_buffers=False):
-            model = _built(config, dtype)
+            model = _build_model(config, dtype)
         model.tie_weights()
         if quantize:
             put_empty_codes(model, quantize, dtype, meta)
@@ -45,7 +45,7 @@ def meta_text_model(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: s
     return model.eval().requires_grad_(False)
 
 
-def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+def _build_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """Return a new transformers model for a config.
 
     Raises ConfigError if transformers rejects the config."""

@@ -487,7 +487,7 @@ def _product_of_panels(kernel: str, name: str, *alternatives: Implementation) ->
 IMPLEMENTATIONS["panel_linear"] = _product_of_panels(
     "panel_product", "compiled", _product_of_panels("amx_panel_product", "amx")
 )
-"""For this op, `run` is the name of a kernel, which a weight stores when packed."""
+"""For this op, `run` is a kernel's name; a packed weight stores the name."""
 
 
 def _takes_panels(probe: Tensor) -> bool:

@@ -19,10 +19,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # from glibc's m
 _KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
 _RETURNED = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17}
 _AFTER = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 26}
-"""Settings applied after the last with-block. They are constants, because mallopt cannot read the previous
-settings. By default, glibc raises its thresholds up to these values when larger blocks are freed, and never
-lowers the thresholds; the first mallopt call ends this adaptation. In a process that has loaded or trained a
-model, the thresholds would have reached these values anyway."""
+"""Settings applied when the last with-block of `_allocator` ends. They are constants, because mallopt cannot
+read the previous settings. By default, glibc raises its thresholds up to these values when larger blocks are
+freed, and never lowers the thresholds; the first mallopt call ends this adaptation. In a process that has
+loaded or trained a model, the thresholds would have reached these values anyway."""
 _settings: list[dict[int, int]] = []
 _settings_lock = threading.Lock()
 
@@ -82,7 +82,7 @@ def keep_freed_memory() -> AbstractContextManager[None]:
 
     By default glibc maps every block above 32 MB (and many above 128 kB) from the system and unmaps it when
     freed; the kernel zeroes the pages each time. A training step allocates and frees the same activations
-    repeatedly. Keeping them mapped saved 8% of a step."""
+    repeatedly. Keeping the pages mapped saved 8% of a step."""
     return _allocator(_KEPT)
 
 

@@ -82,8 +82,8 @@ def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable
 
 
 @contextmanager
-def _by(library: Kernels | None) -> Iterator[None]:
-    """Run ops with this library and fill uninitialized memory with NaN in a with-block."""
+def _with_library(library: Kernels | None) -> Iterator[None]:
+    """Run the ops inside a with-block with this library, and fill uninitialized memory with NaN."""
     previous, strict = compiled.kernels, torch.are_deterministic_algorithms_enabled()
     compiled.kernels = lambda: library  # type: ignore[assignment]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -102,7 +102,7 @@ def _library() -> Kernels:
 
 def wrong(library: Kernels, case: Case) -> str:
     """Return a description of a case's failure, or "" if the case passes."""
-    with _by(library):
+    with _with_library(library):
         want = [t.detach().double() for t in case.run(RandomTensors(_F64))]
         for dtype in case.dtypes:
             try:
@@ -143,7 +143,7 @@ def _use_threads(random: RandomTensors) -> list[Tensor]:
 
 @_case("stay", "meet_asleep")
 def _stay(random: RandomTensors) -> list[Tensor]:
-    """Check that the kernels set and restore thread affinity and how threads wait."""
+    """Check that the kernels set and restore which processors threads run on, and how threads wait."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     allowed, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
@@ -268,7 +268,7 @@ def _token_nll(random: RandomTensors) -> list[Tensor]:
 
 @_case("lora_forward", "lora_backward", "lora_weight_gradients")
 def _low_rank(random: RandomTensors) -> list[Tensor]:
-    """Run two pairs: rank 5 on columns 0 … 32, and rank 16 on columns 32 … 112."""
+    """Run a layer with two low-rank products: rank 5 on columns 0 … 32, rank 16 on columns 32 … 112."""
     W = random(112, 48) / 8
 
     def run(x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ _GGML = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144
 
 
 def _ggml_blocks(random: RandomTensors, kind: str) -> GgmlBlocks:
-    """Return a weight with finite scales: three rows of two blocks."""
+    """Return a random weight of three rows, each of two blocks, with finite scales."""
     raw = random.integers(0, 256, 6, _GGML[kind], dtype=torch.uint8)
     for at in [208] if kind == "Q6_K" else [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]:
         raw[:, at : at + 2] = random(6, 1).half().view(torch.uint8)

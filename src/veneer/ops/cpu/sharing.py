@@ -44,20 +44,19 @@ from veneer.ops.cpu import compiled
 
 _OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 _BUSY_ABOVE, _IDLE_BELOW = 0.35, 0.15
-"""Thresholds for the number of missing processors: above the first, other processes count as busy; below the
-second, they count as idle again."""
+"""Thresholds for how many processors this process's threads lack: above the first, other processes count as
+busy; below the second, they count as idle again."""
 _WINDOW = 0.25
 """Minimum seconds between two measurements; /proc/stat has a resolution of a hundredth of a second."""
 
 
 @dataclass
 class OtherProcessLoad:
-    """Measures how busy other processes keep our processors.
+    """Measures how busy other processes keep this process's processors, at most every quarter second.
 
-    Measures at most every quarter second.
-
-    busy_seconds: returns the number of seconds that each processor has worked, for any process.
-    cpu_seconds: returns the number of processor seconds that this process has used."""
+    busy_seconds: returns, for each processor, the seconds for which the processor has been busy with any
+        process.
+    cpu_seconds: returns the processor seconds that this process has used."""
 
     busy_seconds: Callable[[], list[float]]
     cpu_seconds: Callable[[], float] = time.process_time
@@ -103,7 +102,7 @@ class Sharing:
         self.native, self.processors = native, sorted(os.sched_getaffinity(0))
         self.neighbours = OtherProcessLoad(lambda: busy_seconds(self.processors))
         self.lock = threading.Lock()
-        self.here = threading.local()  # `place`: the processor to which this thread's pool is bound
+        self.here = threading.local()  # attribute `place`: the processor that this thread's pool is bound to
         self.leave: threading.Event | None = None
 
     @contextmanager

@@ -47,7 +47,7 @@ def flex_missing() -> str:
 
 
 def takes_flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> bool:
-    """Return whether these inputs need flex attention, and flex attention supports them.
+    """Return whether these inputs need flex attention and flex attention supports the inputs.
 
     Flex attention is needed for capped scores and sinks, which varlen attention does not support. It requires
     a head size of at least 16."""
@@ -65,8 +65,8 @@ def _compiled_flex() -> Any:
 def flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Return each row's causal attention, (N, heads, dim), from flex attention.
 
-    Compiled on a GPU. With a cap c, a score s becomes c·tanh(s/c). With sinks (heads,), the softmax of a head
-    with sink z is multiplied by σ(log Σ exp − z)."""
+    Flex attention is compiled if the inputs are on a GPU. With a cap c, a score s becomes c·tanh(s/c). With
+    sinks (heads,), the softmax of a head with sink z is multiplied by σ(log Σ exp − z)."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     layout, scale, window, cap, sinks = settings

@@ -103,7 +103,7 @@ class Cache:
     def close(self, table: BlockTable) -> None:
         """Release the table's blocks.
 
-        Blocks with a key can be found until they are evicted; a prompt's last blocks are evicted first."""
+        Blocks with a key can be reused until they are evicted; a prompt's last blocks are evicted first."""
         for block in reversed(table.blocks):
             self._holders[block] -= 1
             if not self._holders[block]:

@@ -33,12 +33,13 @@ class Piece:
 class AnswerText:
     """The text of one completion up to its end.
 
-    `ends`: the base's stop ids, which end a completion unless the request ignores them. With a grammar they
-    always apply, because nothing else can follow. The request's own `stop_ids` always apply.
+    `ends`: the base's stop ids, which end a completion unless the request ignores them. With a grammar, the
+    base's stop ids always apply, because nothing else can follow a complete text. The request's own
+    `stop_ids` always apply.
 
     Stop texts are matched after the first `min_tokens` tokens. The first complete match ends the completion;
-    if several complete at the same character, the longest does. It makes no difference how tokens divide the
-    text.
+    if several matches are complete at the same character, the longest one counts. How tokens divide the text
+    makes no difference.
     """
 
     def __init__(self, tokenizer: Decoder, sampling: Sampling, ends: Collection[int] = ()) -> None:

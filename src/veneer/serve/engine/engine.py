@@ -62,7 +62,7 @@ _SCORED = 64
 """Number of prompt tokens scored at once; each needs a row of float32 logits."""
 
 _LOST = 3
-"""Number of consecutive steps that must fail for all rows before the engine reports it is unhealthy."""
+"""Number of consecutive steps that must fail for all rows before the engine reports that it is unhealthy."""
 
 
 _Note = tuple[Callable[[EngineEvent], None], EngineEvent]
@@ -279,7 +279,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._send()
 
     def _run_callbacks(self, wait: bool) -> None:
-        """Run all queued callbacks. `wait`: block until the first one arrives, as there is no other work."""
+        """Run all queued callbacks. `wait`: wait up to a second for the first one if none is queued."""
         try:
             callback = self._box.get(timeout=1.0) if wait else self._box.get_nowait()
             while callback is not None:

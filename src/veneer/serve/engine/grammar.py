@@ -6,8 +6,8 @@
 
 llguidance compiles and matches. A mask takes well under a millisecond. Compiling can take a second; it
 releases the GIL, and results are cached by the grammar's text. Both times grow with the square of a schema's
-size, so that size is limited. Compiling also computes the first mask, so that a grammar without a valid first
-token is refused before the request runs.
+size, which is therefore limited. Compiling also computes the first mask, so that a grammar without a valid
+first token is refused before the request runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ MAX_TEXT = 256 << 10
 _MAX_PARTS = 2000
 """Maximum number of objects and lists in a JSON schema.
 
-A schema with 2000 takes half a second to compile, and 40 ms per mask if all are properties of one object.
+A schema of this size takes half a second to compile. If all parts are properties of one object, each mask
+takes 40 ms.
 """
 _ANY_OBJECT = '{"type": "object"}'
 

@@ -43,7 +43,7 @@ from veneer.serve.request import BASE, DigestMix, Finished, Request, Sampling, S
 from veneer.serve.settings import EngineSettings
 from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplerSettings
 
-_LOOK = 0.1
+_INTERRUPT_CHECK_SECONDS = 0.1
 """Seconds between checks for an interrupt."""
 _CACHE = 1 << 30
 """Maximum bytes of keys and values; the cache is smaller if full contexts of all rows need less."""
@@ -132,7 +132,9 @@ class _LiveSampler(Sampler):
         tasks = [asyncio.ensure_future(complete(request)) for request in requests]
         try:
             while any(not task.done() for task in tasks):
-                done, _ = await asyncio.wait(tasks, timeout=_LOOK, return_when=asyncio.FIRST_EXCEPTION)
+                done, _ = await asyncio.wait(
+                    tasks, timeout=_INTERRUPT_CHECK_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+                )
                 if interrupted():
                     return None
                 for task in done:

@@ -36,10 +36,10 @@ class AnswerFunction(Protocol):
 
 @contextmanager
 def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[AnswerFunction]:
-    """Yield a function that completes prompts with mixes of `adapters`, which are given by name.
+    """Yield a function that completes prompts with mixes of adapters.
 
-    `rows`: completions at once. No adapter can be attached to the model on entry. Raises the errors of
-    `complete`.
+    `adapters`: name -> adapter. `rows`: completions at once. No adapter can be attached to the model on
+    entry. Raises the errors of `complete`.
     """
 
     def plain(prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int) -> list[Completion]:

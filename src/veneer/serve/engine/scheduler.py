@@ -1,16 +1,16 @@
 """Continuous batching scheduler: selects the sequences and tokens that each step computes.
 
-A step has at most `budget` tokens: one per decoding sequence; the rest go to prompts, computed in chunks, so
-that a long prompt never delays the next tokens of other sequences.
+A step has at most `budget` tokens. Each decoding sequence gets one token, and the rest go to prompts, which
+are computed in chunks, so that a long prompt never delays the next tokens of other sequences.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
 received (1 per computed prompt token, 2 per generated token) divided by its weight. The tenant with the
 lowest counter gets the next slot and the next prompt tokens. The counter of a tenant that returns after a
 pause is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary
-length is charged after its first token, so that a tenant that arrives at a busy server is not delayed halfway
-through a prompt. Within a tenant, requests run first come, first served, except for sequences whose adapters
-are still loading. In a step that produces a sequence's first token, other tenants' prompts can at most
-double the step's prompt tokens.
+length is charged only after its last chunk, so that a tenant that arrives at a busy server is not delayed
+halfway through a prompt. Within a tenant, requests run first come, first served, except for sequences whose
+adapters are still loading. In a step that produces a sequence's first token, other tenants' prompts can at
+most double the step's prompt tokens.
 
 Slots: if the tenant with the lowest counter has less than its share (by weight, among active tenants) of
 slots and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
@@ -38,7 +38,7 @@ _SHORT = 64
 _GENERATED = 2.0
 """Cost of a generated token, relative to a prompt token, as in the paper."""
 _CREDIT = 512
-"""Number of computed prompt tokens above which a tenant is charged; a prompt's end also charges them."""
+"""Maximum uncharged prompt tokens of a tenant; above it, or when a prompt is complete, they are charged."""
 
 
 @dataclass(eq=False)
@@ -47,8 +47,8 @@ class Sequence:
 
     `tokens`: prompt and generated tokens. `computed`: number of tokens whose keys and values are in the
     cache. `cached`: number of prompt tokens found in the cache when the sequence first ran. `charged`: number
-    of prompt tokens charged to the tenant. `last_chunk`: number of the sequence's last chunk, counting the
-    chunks of all sequences.
+    of prompt tokens charged to the tenant. `last_chunk`: serial number of the sequence's last chunk, from a
+    counter that all sequences share.
     """
 
     request: Request
@@ -149,7 +149,7 @@ class Scheduler:
             self._tenants[sequence.request.tenant].waiting.remove(sequence)
 
     def step(self) -> list[Chunk]:
-        """Return the chunks to compute now, at most one per sequence, with blocks for their tokens."""
+        """Return the chunks to compute now, at most one per sequence, and allocate blocks for their tokens."""
         self._make_room()
         chunks: list[Chunk] = []
         left = self.budget - sum(s.decodes for s in self.running)
@@ -272,7 +272,7 @@ class Scheduler:
         """Open the sequence's block table and run the sequence, if its tokens fit.
 
         Returns whether they fit. Never preempts other sequences."""
-        no_cache = sequence.request.sampling.prompt_logprobs  # the cache has no logits of its tokens
+        no_cache = sequence.request.sampling.prompt_logprobs  # the cache stores no logits
         if self.shares and not no_cache:
             table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)
         else:

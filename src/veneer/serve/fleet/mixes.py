@@ -78,9 +78,9 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Pat
 
 
 def vllm_problems(adapter: Adapter) -> list[str]:
-    """Return what vLLM cannot serve of an adapter in any layout, with the names of the modules.
+    """Return the parts of an adapter that vLLM cannot serve in any layout, with the names of their modules.
 
-    A catalog checks this before it registers a name.
+    A catalog calls this function before it registers a name.
     """
     refused: Refusals = defaultdict(list)
     refuse_unservable(adapter, changes_by_module(adapter), "vLLM", refused)
@@ -88,7 +88,7 @@ def vllm_problems(adapter: Adapter) -> list[str]:
 
 
 def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
-    """Return whether every vLLM version reads exactly this adapter from its own folder.
+    """Return whether every vLLM version loads exactly this adapter from the adapter's own folder.
 
     This requires that all modules have the same rank and scale, and that vLLM's formula gives this scale. If
     vLLM cannot serve the adapter in any layout, returns False; writing the folder then raises AdapterError.

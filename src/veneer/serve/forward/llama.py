@@ -243,8 +243,8 @@ def llama_forward(
     """Build the forward pass of a Llama-like base.
 
     If `layout.rows` is above 0, the forward pass is batch-invariant (weights.in_blocks). Raises
-    NotImplementedError for a base with a known difference; the absence of an error does not prove that the
-    results are right, so the caller has to probe them.
+    NotImplementedError for a base that is known to differ from Llama. Other differences raise no error, so the
+    caller has to check the results with a probe.
     """
     root: Any = base.model.model
     config: Any = base.model.config.get_text_config()

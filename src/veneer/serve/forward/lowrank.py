@@ -5,9 +5,9 @@
 
 Projections that share an input (q, k, v; gate, up) form a *group*. Their A matrices are stacked, so each
 adapter needs two products per group for all of its rows, whatever its ranks. Rows without an adapter are not
-touched. `add` uses the fast kernel (ops/cpu/serving.c) if available, torch's products otherwise. A row's
-result does not depend on the rest of its batch: results are bit-identical with the kernel, or if the layout
-has `rows`; otherwise they are equal within rounding.
+touched. `add` uses the fast kernel (ops/cpu/serving.c) if available, torch's products otherwise. With the
+kernel, or if the layout has `rows`, a row's result is bit-identical whatever the rest of its batch; otherwise
+the results are equal within rounding.
 
 Only pairs on a projection, the embedding or the head have a low-rank form. `low_rank_problems` reports
 everything else (full copies, token rows, LoHa …); for such an adapter, the runner uses the base's own modules
@@ -283,7 +283,7 @@ class AdapterBatch:
     def add(self, group: int, x: Tensor, y: Tensor, base_output: Tensor | None = None) -> None:
         """Add the group's low-rank products to y (rows, columns) in place.
 
-        x: (rows, in). Both must be contiguous. `base_output`: the base's own product, if y contains other
+        x: (rows, in). x and y must be contiguous. `base_output`: the base's own product, if y contains other
         terms too.
         """
         base_values = y.clone() if base_output is None and self.gained(group) else base_output
@@ -334,7 +334,7 @@ class AdapterBatch:
 
     @cached_property
     def _each(self) -> list[tuple[PackedAdapter, Tensor | slice, Tensor]]:
-        """Return each adapter, its rows, and their strengths (rows, 1).
+        """Return each adapter, its rows, and its strength in each of these rows (rows, 1).
 
         Contiguous rows are given as a slice, because torch adds to a slice several times faster.
         """

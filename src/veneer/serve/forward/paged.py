@@ -2,12 +2,12 @@
 
 `Pages` stores the tensors; `engine.cache` assigns blocks to sequences.
 
-    out[t] = softmax(scale · q[t]·Kᵀ) · V     over positions ≤ t of t's sequence, the last `window` if set
+    out[t] = softmax(scale · q[t]·Kᵀ) · V     over positions ≤ t of t's sequence; only the last `window`, if set
 
-On a CPU with AVX512-BF16 the pages have the layout of ops/cpu/serving.c; elsewhere (block, position, head, d)
-for torch. A token's result does not depend on its batch: results are bit-identical with the kernel and with
-torch's `tiles`. Otherwise they are equal within rounding, because the order of summation depends on the
-shape. A block has 16 tokens.
+On a CPU with AVX512-BF16, the pages have the layout of ops/cpu/serving.c. Elsewhere, torch computes the
+attention, and the layout is (block, position, head, d). With the kernel, and with torch's `tiles`, a token's
+result is bit-identical in any batch. Otherwise results are equal within rounding, because the order of
+summation depends on the shape. A block has 16 tokens.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ class PackedRows:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Groups of sequences that attend together: each has the same number of tokens, and similar lengths.
+        """Groups of sequences whose attention is computed together.
 
-        For each group: rows (sequences · tokens,), positions (sequences, tokens) and key slots (sequences,
-        longest). Cached, because all layers of a step use the same groups.
+        The sequences of a group have the same number of tokens in this step, and similar lengths. For each
+        group: rows (sequences · tokens,), positions (sequences, tokens) and key slots (sequences, longest).
+        Cached, because all layers of a step use the same groups.
         """
         device = self.positions.device
         alike: dict[tuple[int, int], list[int]] = {}

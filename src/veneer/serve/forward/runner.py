@@ -286,7 +286,7 @@ class Runner:
             return
         if self._attachment is None:
             self._attachment = attach(self.model)
-            if self.base.device.type != "cpu":  # GPU memory is limited to what the settings allow
+            if self.base.device.type != "cpu":  # caching the weights of mixes would exceed the memory limits
                 self._attachment.cache.limit = 0
         for key, prepared in acting.items():
             if key not in self._attachment.adapters:

@@ -1,7 +1,7 @@
 """Weights used only in serving; ops/weight_layouts.py has the others.
 
-A quantized base's codes in their original layout, and weights whose products are computed in blocks of rows,
-so that a row's bits do not depend on its batch.
+`QuantizedWeights` uses a quantized base's codes in their original layout. `Blocks` computes products in
+blocks of rows, so that a row's bits do not depend on its batch.
 """
 
 from __future__ import annotations

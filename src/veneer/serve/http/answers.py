@@ -1,4 +1,4 @@
-"""Runs one HTTP request on the engine: admits it, runs its engine requests, measures and bills them.
+"""Runs one HTTP request on the engine: admission, engine requests, metrics and billing.
 
     run        yields (index, event) of all completions as they arrive
     collect    returns complete completions
@@ -242,9 +242,10 @@ async def stream(
 
 
 async def opened_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> AsyncIterator[T]:
-    """Wait for the first event, then return all events. An error before it can still set the HTTP status.
+    """Wait for the first event, then return all events.
 
-    Raises the error of the first event, or ClientLeft. The caller closes `events`.
+    An error before the first event can still set the HTTP status. Raises the error of the first event, or
+    ClientLeft. The caller closes `events`.
     """
     first = await unless_left(request, anext(events))
 
@@ -281,8 +282,8 @@ _Sent = tuple[str, Usage]
 def _shadow(service: Service, job: TextJob, salt: str) -> asyncio.Future[_Sent] | None:
     """Start the shadow's answer to the first prompt, unless too many shadows are running.
 
-    Returns a future, or None. The caller sets it to the text and usage that the client got, for comparison
-    with the shadow's.
+    Returns a future, or None. When the client's answer is complete, the caller sets the future to the answer's
+    text and usage, which are then compared with the shadow's.
     """
     if job.model.shadow is None or len(service.shadows) >= service.settings.shadows:
         return None

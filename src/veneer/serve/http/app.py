@@ -38,9 +38,9 @@ from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused, not_ready
 from veneer.serve.settings import HttpSettings
 
-_STRANGERS = "?"
+_ANONYMOUS = "?"
 """Pseudo-tenant whose shares are used by requests that need no key; no tenant can have this name."""
-_STRANGERS_BODY = 4 << 10
+_ANONYMOUS_BODY = 4 << 10
 """Maximum bytes of a body on a path that needs no key, such as the sign-in form.
 
 These bodies do not count against the shared limit, so that slow bodies from unknown clients cannot block
@@ -177,7 +177,7 @@ class AuthMiddleware:
         """
         path = request.scope["path"]
         if self._needs_no_key(path):
-            return _STRANGERS_BODY
+            return _ANONYMOUS_BODY
         limits = self.large if request.method == "POST" else []
         return next((most for pattern, most in limits if pattern.fullmatch(path)), None)
 
@@ -191,7 +191,7 @@ class AuthMiddleware:
         most = service.settings.max_body if large is None else large
         if size > most or len(length) >= 16:
             raise _too_large(most)
-        request.scope["veneer.admitted"] = admitted = service.admission.enter(_STRANGERS)
+        request.scope["veneer.admitted"] = admitted = service.admission.enter(_ANONYMOUS)
         if self._needs_no_key(path):
             return
         request.scope["veneer.principal"] = principal = await service.tenancy.authenticate(client_key(request))

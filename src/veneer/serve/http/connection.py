@@ -52,7 +52,7 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
 
 
 def raise_file_limit(count: int) -> None:
-    """Raise this process's limit on open files to fit `count` connections, up to the hard limit."""
+    """Raise this process's limit on open files to fit `count` connections, but not above the hard limit."""
     with suppress(ImportError):  # Windows has no such limit
         import resource
 

@@ -138,8 +138,8 @@ KnownErrors = Mapping[type[Exception], Callable[[Any], Refused | None]]
 def answering(resource: str, known_errors: KnownErrors = MappingProxyType({})) -> Iterator[None]:
     """Convert exceptions into errors for the client.
 
-    `resource`: the part of the server that is used inside the block; named in outages and internal errors.
-    `known_errors`: exceptions that the request can cause; the first matching type applies.
+    `resource`: the part of the server that is used inside the block; the errors for outages and internal
+    errors name it. `known_errors`: exceptions that the request can cause; the first matching type applies.
     """
     try:
         yield

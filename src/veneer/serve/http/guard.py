@@ -31,7 +31,7 @@ from veneer.serve.settings import HERE, HttpSettings
 _EXEMPT = ("/health", "/ping", "/ready", "/metrics")
 """Paths that accept any Host, because probes and scrapers use IP addresses."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
-_UNASKED = ("", "text/plain", "application/x-www-form-urlencoded")
+_NO_PREFLIGHT = ("", "text/plain", "application/x-www-form-urlencoded")
 """Content types that browsers send across sites without a preflight.
 
 Does not include multipart/form-data, which some routes accept."""
@@ -97,7 +97,7 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
 
     Any site could send such a request."""
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
-    if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
+    if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _NO_PREFLIGHT:
         message = f"unsupported Content-Type {kind}" if kind else "the body has no Content-Type"
         fix = "use application/json for JSON, application/octet-stream for a file"
         raise Refused(message, status=415, code="unsupported_media_type", fix=fix)

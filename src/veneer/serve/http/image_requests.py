@@ -121,7 +121,7 @@ class PictureMixPart(MixPart):
 
 
 Data = bytes | str
-"""An image: the bytes of an uploaded file, or in JSON, base64 or a data: URL."""
+"""An image: the bytes of an uploaded file or, in a JSON body, a base64 text or a data: URL."""
 
 
 class ImageReference(Strict):
@@ -539,9 +539,9 @@ def _record(data: Data) -> dict[str, str]:
 
 
 def _opening(mask: Image) -> Image:
-    """Return the area to regenerate, in white.
+    """Return the area to regenerate, as a grayscale image in which this area is white.
 
-    This area is transparent in the mask, as with OpenAI; in a mask without transparency, it is white."""
+    This is the mask's transparent area, as in OpenAI's API, or its white area if nothing is transparent."""
     from PIL import ImageChops
 
     if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:

@@ -50,10 +50,11 @@ class Prompts:
         self._special = frozenset(map(int, base.tokenizer.all_special_ids))
         self._lock = threading.Lock()
         self.piece = cache(self._piece)
-        """Returns (text, bytes) of a token. Part of a character has the text "�" and its exact bytes."""
+        """Returns (text, bytes) of a token. If the token is only part of a character, the text is "�".
+        The bytes are always exact."""
         self._reader = _reader(base.tokenizer)
         self.most = self.context * max(map(len, base.tokenizer.get_vocab()))
-        """Maximum characters of a text that can fit in the context, if every token were the longest."""
+        """Maximum characters of a text that fits in the context: its length if every token were the longest."""
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 

@@ -187,7 +187,7 @@ class TextBody(Body):
         )
 
     def _grammars(self) -> list[GrammarSpec | None]:
-        """Return the grammars that the request's fields set."""
+        """Return the grammars that the request asks for, in all fields that can contain a grammar."""
         form, structured = self.response_format, self.structured_outputs or StructuredOutputs()
         grammars: list[GrammarSpec | None] = []
         if form is not None and form.type == "json_schema":
@@ -286,7 +286,7 @@ def template_variables(
 
 
 def sampling_of(**values: Any) -> Sampling:
-    """Return a Sampling in which a value of None keeps the default.
+    """Return a Sampling with these values; a parameter with the value None has its default.
 
     Raises Refused (400), which names the invalid value.
     """

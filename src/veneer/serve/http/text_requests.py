@@ -2,7 +2,7 @@
 
     chat_job    admission, prompt tokens, storage for feedback -> a TextJob, which `answers.run` runs
 
-A request carries its mix: only adapters that it names are loaded, and none is merged.
+Only the adapters in a request's mix are loaded for the request, and no adapter is merged into the base.
 """
 
 from __future__ import annotations

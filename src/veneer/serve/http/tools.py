@@ -3,12 +3,12 @@
 | tool_choice | completion | parsed as |
 | --- | --- | --- |
 | none, or no tools | text | text |
-| auto | text with `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen, SmolLM3) | both |
+| auto | text with `<tool_call>{"name": …, "arguments": {…}}</tool_call>` | text and calls |
 | required | one object {"name", "arguments"} for any of the tools, enforced by a grammar | one call |
 | a function | one such object for this function, enforced by a grammar | one call |
 
-The chat template gets the tools. If a base's template does not support tools, a request with tools is
-refused.
+Hermes, Qwen and SmolLM3 write calls in the format of `auto`. The tools are passed to the chat template. If a
+base's template does not support tools, a request with tools is refused.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class ToolReader:
                 yield from self._sorted()
 
     def end(self) -> Iterator[str | ToolCall]:
-        """Yield the buffered rest as a tool call if it parses as one, otherwise as text."""
+        """Yield the remaining buffered text: as a tool call if it parses as one, otherwise as text."""
         rest, self.buffer = self.buffer, ""
         if not rest:
             return

@@ -6,14 +6,14 @@
 
 Each adapter has one entry, whose states are wanted → loading → loaded → resident. A few threads load adapters
 (read and prepare them). Requests that wait for the same adapters form a group. Groups get memory in order of
-arrival. A group gets memory for all its adapters or for none, so that two mixes cannot block each other with
-half their adapters in memory. Leased adapters are never evicted. When a group has waited for memory longer
-than `patience`, the adapters that became resident first are drained: they get no new requests until the group
-fits. So if requests need twice as many adapters as fit, adapters take turns of at least `patience`.
+arrival. A group gets memory for all its adapters or for none, so that two mixes cannot block each other, each
+with half of its adapters in memory. Leased adapters are never evicted. When a group has waited for memory
+longer than `patience`, the adapters that became resident first are drained: they get no new requests until
+the group fits. So if requests need twice as many adapters as fit, adapters take turns of at least `patience`.
 
-Only `load` blocks. Adapters that are loaded but not yet resident use memory beyond the limit: as many
-adapters as there are threads, or as the next group needs. This module knows adapters and sizes, but not
-models or names.
+Only `load` blocks. Adapters that are loaded but not yet resident use memory beyond the limit. At most as many
+of these exist as there are threads, unless the next group needs more. This module is independent of models
+and of the names of adapters.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ _Ready = Callable[[Lease[T] | Refused], None]
 class _Entry(Generic[T]):
     """The state of one adapter.
 
-    `adapter`: the adapter as read, until it is prepared. `prepared`: the prepared adapter, once loaded.
-    `dropped`: whether the adapter has lost its last name. `used`: tick of the last use; larger is later.
-    `since`: time at which the adapter became resident.
+    `adapter`: an adapter that was passed to `load`, until it is prepared. `prepared`: the prepared adapter,
+    once loaded. `dropped`: whether no name refers to the adapter any more. `used`: tick of the last use;
+    larger is later. `since`: time at which the adapter became resident.
     """
 
     digest: str
@@ -114,7 +114,7 @@ class _Entry(Generic[T]):
 class _Group(Generic[T]):
     """Requests that wait for the same adapters.
 
-    `blocked`: time since which the group has waited for memory, or None.
+    `blocked`: time at which the group started to wait for memory; None if the group does not wait for memory.
     """
 
     entries: list[_Entry[T]]
@@ -160,8 +160,9 @@ class AdapterCache(Generic[T]):
     def acquire(self, mix: DigestMix, ready: _Ready[T]) -> Lease[T] | None:
         """Return a lease if all adapters are in memory; otherwise return None.
 
-        After None, `ready` is called once, with a lease or an error. The call comes from another thread, or
-        from within a later call of this object, so `ready` must only post a message.
+        If None was returned, `ready` is called once, later, with a lease or an error. The call comes from
+        another thread, or from within a later call of one of this object's methods, so `ready` must only post
+        a message.
         """
         with self._changing():
             entries = [self._entries.get(digest) for digest, _ in mix]
@@ -246,7 +247,7 @@ class AdapterCache(Generic[T]):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Hold the lock during the block; then, without the lock, run the queued callbacks."""
+        """Hold the lock during the block; then release the lock and run the queued callbacks."""
         with self._lock:
             yield
             calls, self._calls = self._calls, []

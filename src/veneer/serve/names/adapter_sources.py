@@ -23,8 +23,8 @@ Adapters that cannot be served raise Refused (adapter_unusable) with a message t
     | damaged                      | 503    | the library's copy is missing or differs from what was added |
 
 A store, database or disk that does not answer is not the adapter's fault: the error is 503 `unavailable`, and
-the client can try again. This module knows the library, files and one base, but not a server's names or
-requests.
+the client can try again. This module uses the library, files and one base, and is independent of the names
+and requests of a server.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from veneer.serve.transient import internal_error, is_transient, transient_error
 _MOST_LOCATIONS = 1 << 16
 
 Problems = Callable[[Adapter], list[str]]
-"""Returns why an adapter cannot be served with full effect, one line per reason.
+"""A function that returns why an adapter cannot be served with full effect, one line per reason.
 
-Defined by the engine.
+The engine provides the function.
 """
 
 
@@ -64,8 +64,8 @@ class AdapterLocation:
     """The location of an adapter's files.
 
     `root`: the operator's name for the adapter; never a path. `path`: the files, if they are in an allowed
-    folder. Otherwise, the adapter is in the library: `reference` names it by content, and `entry` and
-    `format` are the library's.
+    folder. Otherwise, the adapter is in the library: `reference` is its digest, and `entry` and `format`
+    locate its files there.
     """
 
     root: str
@@ -111,7 +111,7 @@ class AdapterSources:
     # -- looking up references -----------------------------------------------------------------------------------------
 
     def find_version(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
-        """Return the version that a reference names, from the index in memory.
+        """Look up a reference in the in-memory index, and return its version.
 
         Returns None if the reference is unknown or malformed. Reads no adapter and queries no database.
         `sure`: first wait for an index refresh that starts now; only for callers that can block.
@@ -236,7 +236,7 @@ class AdapterSources:
     def _files(self, location: AdapterLocation) -> Path:
         """Return the path of an adapter's files, fetched first if they are in a remote library.
 
-        Errors do not blame the adapter.
+        Errors say that the copy is missing, damaged or unavailable, never that the adapter is invalid.
         """
         if location.path is not None:
             return location.path
@@ -270,7 +270,7 @@ class AdapterSources:
         return unusable(reason, f"{location.root}: {message}")
 
     def _paths(self, location: AdapterLocation) -> dict[str, str]:
-        """Return local path -> text that replaces the path in messages to clients."""
+        """Return a mapping from local paths to the texts that replace them in messages to clients."""
         paths = {} if location.path is None else {str(location.path): location.root}
         if self.library is not None:
             paths[self.library.location] = "the library"

@@ -12,8 +12,8 @@ the principal cannot see give the same 404; the latter is refused before any loo
 
 Names from clients never reach the file system: they are compared with known names and looked up in the
 library's index. `load` fully checks an adapter before the adapter's name becomes visible. Any other library
-adapter is checked by the same rules on its first request, outside the engine's thread. Whether it belongs to
-another base is already known from the index.
+adapter is checked by the same rules on its first request, outside the engine's thread. Only the check for
+another base needs no files, because the index has each adapter's base.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Catalog:
     def resolve(self, model: str, principal: Principal) -> ResolvedModel:
         """Resolve a client's model name for a principal.
 
-        `model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`.
+        `model`: the name of the base ("" also means the base), of an adapter or of a route, or a library
+        reference; each can have the prefix `base:`.
         """
         meaning = self._resolve_name(model, principal)
         shadow: tuple[str, DigestMix | Refused] | None = None
@@ -132,7 +133,7 @@ class Catalog:
         mix = make_mix([(meaning.digest, strength) for meaning, strength in meanings if meaning.digest])
         same = [[m for m, _ in meanings if m.digest == digest] for digest, _ in mix]
         adapters = tuple(min(m.operator_name for m in names) for names in same)  # one of the adapter's names
-        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # strengths after adding
+        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # the added strengths
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         target = name if len(mix) > 1 else same[0][0].target if same else self.base
         return ResolvedModel(mix, name, target, adapters=adapters, digests=tuple(m.digest for m, _ in meanings))

@@ -3,9 +3,9 @@
     events([request, …]) -> check, lease adapters -> queue -> fairest batch -> attach, denoise
                          -> Queued, PictureStep …, FinishedPicture for each
 
-Images with equal settings are denoised together. Each has its own mix and noise, so an image does not depend
-on the rest of its batch. One thread denoises; no other code uses the base or its attachment. This module is
-independent of HTTP.
+Images with equal settings are denoised together. Each image has its own mix and noise, so an image does not
+depend on the rest of its batch. One thread denoises; no other code uses the base or its attachment. This
+module is independent of HTTP.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MAX_STEPS = 150
 _MOST_PARTS = 64
 """Maximum parts into which the adapters of one image are split.
 
-An adapter has one part for each distinct factor in its factors by block.
+If an adapter has different strengths in different blocks, it has one part for each distinct strength.
 """
 _KEPT_SHAPES = 16
 """Number of split adapters that stay attached, for later images with the same factors."""
@@ -189,7 +189,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return self._controls[kind]
 
     def in_campaign(self, strength: Strength) -> Strength:
-        """Replace a strength's campaign role by this base's factors for the role."""
+        """Return the strength, with this base's factors instead of a campaign role."""
         return in_campaign(strength, self.base.prediction, self._modules)
 
     def tokens(self, *texts: str) -> int:
@@ -285,7 +285,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                     except ConfigError as error:
                         raise invalid(error.what, "mix", error.fix) from error
             if parts > _MOST_PARTS:
-                raise invalid(f"the mix has {parts} distinct factors by block", "mix", f"at most {_MOST_PARTS}")
+                raise invalid(f"the mix has {parts} distinct per-block factors", "mix", f"at most {_MOST_PARTS}")
 
     def _without_effect(self, request: PictureRequest, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
         notes: list[str] = []
@@ -406,7 +406,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return True
 
     def _parts(self, digest: str, strength: Strength) -> NamedMix:
-        """Return an adapter as attached parts, one for each distinct factor by block.
+        """Return an adapter as attached parts, one for each distinct per-block factor.
 
         The most recently used parts stay attached.
         """

@@ -29,9 +29,9 @@ class PictureRequest:
     """A request for one image.
 
     `settings`: sizes and numbers (only the scheduler can be unset), `image`, `mask`, `references` and control
-    images. `factors`: digest -> how the adapter's strength varies by block and step; the strength itself is
-    1, and roles have been replaced (`PictureEngine.in_campaign`). `labels`: digest -> the client's name for
-    the adapter, used only in the infotext. `inputs`: description of the input images, for the record. The
+    images. `factors`: digest -> how the adapter's strength varies by block and step, relative to its strength
+    in the mix; roles have been replaced (`PictureEngine.in_campaign`). `labels`: digest -> the client's name
+    for the adapter, used only in the infotext. `inputs`: description of the input images, for the record. The
     other fields are as in `Request`.
     """
 
@@ -48,7 +48,7 @@ class PictureRequest:
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
 
     def uses(self) -> tuple[Use, ...]:
-        """Return (digest, strength) of each adapter, with its factors.
+        """Return (digest, strength) of each adapter; the strength contains the adapter's factors.
 
         Raises ConfigError if a factor makes a strength invalid.
         """

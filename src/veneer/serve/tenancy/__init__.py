@@ -12,5 +12,6 @@
     tenants     the server's Tenancy, built from the other modules
     admin       the routes under /admin
 
-All of this is stored in one database: a SQLite file, or PostgreSQL for several servers.
+Except for the counters and the journal, everything is stored in one database: a SQLite file, or PostgreSQL
+for several servers.
 """

@@ -55,7 +55,7 @@ class OwedEntry:
     usage: Usage = _NOTHING
 
     def costs(self) -> list[int]:
-        """Return each line's cost in millionths; 0 unless the request is done."""
+        """Return each line's cost in millionths of the currency; 0 unless the request is done."""
         tokens = (self.usage.prompt, self.usage.cached, self.usage.completion)
         return [line.price.cost(*tokens) if self.state == "done" else 0 for line in self.entry.lines]
 

@@ -376,7 +376,7 @@ def feedback_rows(
                 pairs = json.loads(r.rejected or "[]") if kind == "preference" else []
                 others = select(a.id, a.choices).where(a.tenant == tenant, a.expires > now)
                 others = others.where(a.id.in_([answer_id for answer_id, _ in pairs]))
-                with reading(engine) as c:  # per row, because a completion can be a megabyte long
+                with reading(engine) as c:  # one query per row, because a completion can be a megabyte long
                     other_answers = {other.id: json.loads(other.choices) for other in c.execute(others)}
                 yield from _rows_of(kind, r, other_answers)
         if len(page) < _PAGE:

@@ -5,7 +5,7 @@
     Sender     a thread that empties the journal into the database; retries if the database is unavailable
 
 Each process locks its journal, and the lock ends with the process, however the process dies. The next server
-on the folder settles the requests in unlocked journals.
+that uses the folder settles the requests in unlocked journals.
 
 A commit writes to the operating system, so it survives a killed process. With `synced`, a commit writes to
 disk, so it also survives a power loss, at the cost of one fsync per group.
@@ -156,7 +156,7 @@ class Sender:
 
 
 class NoRoom(Exception):
-    """Raised for an item that does not fit; the other items of its group are written."""
+    """Raised for an item that does not fit in the journal; the rest of its group is written."""
 
 
 @dataclass
@@ -197,9 +197,10 @@ class Journal:
         self.writer = Writer(self._group, "veneer-journal")
 
     def add(self, request: str, line: bytes, end_bytes: int = 0) -> Future[None]:
-        """Add the line of an admission, and keep `end_bytes` free for the request's end; or add the end's line.
+        """Add a line for the admission or the end of a request.
 
-        The future completes when the line is written. Its error is NoRoom, or the disk's error.
+        `end_bytes`: for an admission, bytes to reserve for the line of the request's end; 0 for an end. The
+        future completes when the line is written. Its error is NoRoom, or the disk's error.
         """
         return self.writer.put(self._add, (request, line, end_bytes))
 
@@ -208,7 +209,7 @@ class Journal:
         with self._mutex:
             del self.lines[:count]
             end = self._end
-            if 2 * sum(map(len, self.lines)) <= end:  # a copy fits in front of the old lines: a kill loses nothing
+            if 2 * sum(map(len, self.lines)) <= end:  # a copy fits before the old lines, so a kill loses nothing
                 rest = b"".join(self.lines)
                 self._write_at(rest, 0)
                 self._write_at(bytes(end - len(rest)), len(rest))

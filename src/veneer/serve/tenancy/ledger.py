@@ -7,11 +7,11 @@ is unavailable, locked or on a full disk, requests continue until the journal is
 are admitted.
 
 "Exactly once": a request is identified by (server, request), and a server is one run of one process. Posting
-a request sets its state and never adds to it, so a repeated post changes nothing. States go from open to
-interrupted to done, and never back. The next server that uses the same folder settles the requests of a dead
-server: as its journal says, or as `interrupted` (no tokens, no cost) if the journal does not have the end. If
-the folder is lost too, the dead server's open requests become interrupted after ten minutes; if that server
-comes back, its usage still counts.
+sets the state of a request, so posting a request twice has the same result as posting it once. States go from
+open to interrupted to done, and never back. The next server that uses the same folder settles the requests of
+a dead server with the usage in its journal. Requests whose end is not in the journal become `interrupted` (no
+tokens, no cost). If the folder is lost as well, the dead server's open requests become interrupted after ten
+minutes; if that server comes back, its usage still counts.
 
 The same transaction adds each change to the daily sums, and to the slots of the last minute and day. The sums
 are never recounted from the lines, so their cost does not grow with the number of lines. `usage` reports
@@ -191,7 +191,7 @@ class Ledger:
         """Open the ledger, and settle the requests of dead servers in `folder`.
 
         `folder`: folder for journals, on a local disk. `room`: size of this server's journal in bytes.
-        `synced`: usage survives a power loss. Raises ResourceError if the disk is full.
+        `synced`: whether usage also survives a power loss. Raises ResourceError if the disk is full.
         """
         self.store, self.wall, self.folder = store, wall, folder
         self.server = secrets.token_hex(8)
@@ -400,8 +400,8 @@ class Ledger:
         if adapters is not None:
             query = query.where(s.adapter.in_(sorted(adapters)))
         with reading(self.store.engine) as c:
-            # A slot has the age of its newest possible entry, so an entry can count slightly too long, but
-            # never too short.
+            # A slot is as old as its newest possible entry, so an entry can count for slightly too long, but never
+            # for too short a time.
             return [
                 (r.tenant, r.adapter, max(0.0, now - (r.slot + 1) * width), int(r.n), int(r.tokens))
                 for r in c.execute(query)
@@ -410,7 +410,7 @@ class Ledger:
     def close(self) -> None:
         """Interrupt running requests, and send pending entries.
 
-        Entries that cannot be sent now are sent by the next start.
+        Entries that cannot be sent now are sent after the next start.
         """
         for request in list(self._open):
             self.settle(request, None)

@@ -99,7 +99,7 @@ class LimitHold:
         self._owner, self._taken, self._tokens, self._ended = owner, taken, tokens, False
 
     def used(self, tokens: int) -> None:
-        """Replace the reserved number of tokens by the number of used tokens."""
+        """Replace the reserved number of tokens with the number of tokens used."""
         with self._owner._lock:
             change, self._tokens = tokens - self._tokens, tokens
             for counter, slots in self._taken:

@@ -126,10 +126,10 @@ class SettingsChange(BaseModel):
     training_price: price per million trained tokens; with ALL: default for each tenant
     training_budget: maximum cost per calendar month in UTC; with ALL: default for each tenant
     training_jobs: maximum jobs that run at once; with ALL: default for each tenant
-    feedback_days: days for which chats are stored; with ALL: chats without a key
+    feedback_days: days for which chats are stored; with ALL: for chats sent without a key
     feedback_names: patterns of the routes and adapters whose chats are stored, [] for all
-    shared_cache: only with ALL: patterns of adapters, or the base, whose prompt cache all tenants share
-        (tenants can then probe which prompts others have sent)
+    shared_cache: only with ALL: patterns of the adapters (or of the base) whose prompt cache is shared by all
+        tenants (tenants can then probe which prompts others have sent)
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -218,7 +218,7 @@ def change_settings(
 
     Writes one audit entry; returns the new settings as in `show_settings`.
 
-    adapter: set values for requests that any version of this adapter serves; ALL for all adapters
+    adapter: the adapter, in any version, that the values apply to; ALL for all adapters
     """
     values = _validate(values)
     _check_scope(tenant, adapter, values)

@@ -174,8 +174,8 @@ def _first_difference(left: str, right: str) -> int | None:
 def route_change(now: Route | None, planned: Route) -> str:
     """Describe the effect on users when `planned` replaces `now`.
 
-    `planned`: from `planned_route`, or a move to roll back to. Percentages are exact to one of the 10,000
-    buckets.
+    `planned`: a route from `planned_route`, or an earlier move that a rollback would restore. Percentages are
+    exact to one of the 10,000 buckets.
     """
     name, ended = planned.name, not planned.targets
     owners = zip(_owners(now.runs if now else ()), _owners(planned.runs), strict=False)

@@ -5,7 +5,8 @@
     feedback_terms: which completions are stored, and how long
     answers 1─n feedback                                        forgotten: deletions, for late completions
     lines: a row for each part of each request                  shadows: the newest comparisons
-    sums: lines by day      slots: of the last minute and day   audit: a row per change, chained
+    sums: totals of lines by day                                slots: usage in the last minute and day
+    audit: a row per change, chained
 
 Every change of settings increments the revision in the same transaction. Before each request, a server
 queries the revision, which is one number, and rereads the settings if the revision has changed. So a revoked
@@ -113,7 +114,7 @@ move_table = _table(
     Column("move", Integer, primary_key=True),
     Column("before", Integer),  # the move to which a rollback returns
     *columns(Float, "at"),
-    *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is removed
+    *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets if the route is removed
 )
 route_table = _table("tenant_routes", *key_columns("tenant", "route"), *columns(Integer, "current"))
 line_table = _table(
@@ -230,7 +231,7 @@ def check_reference(text: str) -> str:
 
 @contextlib.contextmanager
 def _name_errors(text: str, where: str, kind: str, note: str = "") -> Iterator[None]:
-    """Replace a ConfigError in the block: the new one says what `text` cannot name."""
+    """Replace a ConfigError raised in the block with one that says what `text` cannot name."""
     try:
         yield
     except ConfigError as error:

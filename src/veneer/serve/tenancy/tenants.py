@@ -50,7 +50,7 @@ from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, TenantSet
 _log = logging.getLogger("veneer.serve.tenancy")
 _FRESH_SECONDS = 0.5
 """Seconds that a request waits for fresh settings before it uses the old settings."""
-_NOBODY = hash_key("")  # compared with unknown keys, so that these take as long as known keys
+_NOBODY = hash_key("")  # compared with unknown keys, so that checking them takes as long as checking known keys
 
 
 class Tenants(Tenancy):

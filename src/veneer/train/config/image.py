@@ -130,7 +130,9 @@ class ImageDataSection(Section):
         return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
     def resolutions(self, size: int) -> tuple[int, ...]:
-        """Return the sides in pixels, from small to large. The default is `size`, the side of the base."""
+        """Return the resolutions, as sides of squares in pixels, in ascending order.
+
+        size: the base's default side, used if no resolution is set."""
         sides = (size,) if self.resolution is None else self.resolution
         return tuple(sorted({sides} if isinstance(sides, int) else set(sides)))
 

@@ -7,12 +7,12 @@
 
 Without a file, all settings are overrides. `common_settings` returns overrides for the command-line options.
 
-A configuration with `data.pictures` or `slider` is an image configuration (ImageTrainConfig), any other a
-text configuration (TrainConfig). Validation is strict: one ConfigError lists all misspelled keys, values of
-the wrong type and invalid combinations. Paths in the file are relative to the file's folder, and paths in
-overrides to the current folder.
+A configuration with `data.pictures` or `slider` is an image configuration (ImageTrainConfig); any other
+configuration is a text configuration (TrainConfig). Validation is strict: one ConfigError lists all
+misspelled keys, values of the wrong type and invalid combinations. Paths in the file are relative to the
+file's folder; paths in overrides are relative to the current folder.
 
-The YAML rules differ from PyYAML's (YAML 1.1) where the latter surprise users: `5e-4` is a number, only
+The YAML rules differ from PyYAML's (YAML 1.1) where PyYAML's would surprise users: `5e-4` is a number, only
 `true` and `false` are booleans (`on`, `off`, `yes`, `no` are text), `1:30` and dates are text, and a
 duplicate key is an error. This module does not depend on models, data or torch.
 """
@@ -49,7 +49,7 @@ _PATHS = {
     "data.masks": ("auto", "off", "alpha"),
     "data.before": ("auto", "off"),
 }
-"""Keys that have paths as values -> words that are not paths."""
+"""Keys whose values are paths -> values of these keys that are not paths."""
 _SHORT = {"base": "name", "output": "directory"}
 
 
@@ -57,9 +57,9 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Iterable[str] = 
     """Load a configuration from a YAML file and `section.key=value` overrides.
 
     Override values are YAML. Without a file (None) and without an override for the output, the output is
-    `runs/NAME`, where NAME comes from the data. Returns the configuration (text or image), and the source of
-    each value as text, by `section.key`. Raises ConfigError with the file and line or the override, and a
-    correction."""
+    `runs/NAME`, where NAME comes from the name of the data. Returns the configuration (text or image), and a
+    dictionary from each `section.key` to a text that names the source of its value. Raises ConfigError, which
+    names the file and line or the override, and suggests a correction."""
     if path is None:
         return config_from({}, _with_output(list(overrides)))
     values, lines = read_sections(path)
@@ -116,7 +116,7 @@ def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 def settings_of(config: Mapping[str, Any]) -> list[str]:
     """Return a configuration's values as `section.key=value`.
 
-    Given these as overrides, `load_config` returns the same configuration."""
+    If these values are passed as overrides, `load_config` returns the same configuration."""
     out = []
     for section, value in config.items():
         values = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -213,7 +213,7 @@ def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
 
 
 def _fill(raw: dict[str, Any], key_sources: dict[str, str]) -> None:
-    """Set unset keys to the values of the preset, and the learning rate of a preference run."""
+    """Fill in unset keys: the values of the preset, and the learning rate of a preference run."""
     name, preference = raw.get("preset"), raw.get("preference")
     values: dict[str, tuple[Any, str]] = {}
     if isinstance(name, str) and name in PRESETS:
@@ -285,7 +285,7 @@ _EXPECTED = {"model_type": "a section", "model_attributes_type": "a section", "t
 def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[str, str]) -> list[str]:
     """Return one line per key, with the expected and the actual value, and the location.
 
-    The alternatives of a union are joined."""
+    The errors for the alternatives of a union are joined into one line."""
     expected: dict[str, list[str]] = {}
     values: dict[str, str] = {}
     lines: list[str] = []

@@ -12,8 +12,8 @@ from veneer.train.config.section import Section, setting
 class ReinforcementSection(Section):
     """Trains on the model's own completions and their rewards.
 
-    `batching.rows` is the number of prompts per step. The reference of `kl` is the base, or the adapter in
-    `adapter.start` before training."""
+    `batching.rows` is the number of prompts per step. The reference model of the `kl` penalty is the base, or
+    the adapter in `adapter.start` as it was before training."""
 
     named: ClassVar[str] = "reinforcement"
 

@@ -23,10 +23,10 @@ from veneer.train.config.section import BASE_MODEL, SERVER_KEYS, Section, change
 
 
 class RewardSection(Section):
-    """The keys of every reward. `kind` selects the reward."""
+    """The keys that every reward has. `kind` selects the reward."""
 
     paths: ClassVar[tuple[str, ...]] = ()
-    """Keys that have paths as values, relative to the configuration's folder."""
+    """Keys whose values are paths, relative to the configuration's folder."""
 
     kind: str
     name: str | None = setting(None, "name in the log", "its kind", pattern=r"^\w[\w.-]{0,63}$")

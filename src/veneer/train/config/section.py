@@ -24,7 +24,7 @@ SOURCES = ("hub:", "reasoning-gym:")
 
 
 class Section(BaseModel):
-    """A section of a configuration: frozen, without unknown keys, finite numbers only."""
+    """A section of a configuration. Frozen; rejects unknown keys and numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 

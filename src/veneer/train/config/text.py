@@ -155,8 +155,8 @@ class DataSection(Section):
 class PreferenceSection(Section):
     """Training on pairs of a better and a worse completion.
 
-    Each row of a step is a pair or, for kto, a single completion. The reference is the base, or the adapter
-    in `adapter.start` before training."""
+    Each row of a step is a pair or, for kto, a single completion. The reference model is the base, or the
+    adapter in `adapter.start` as it was before training."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] | None = setting(
         None, "preference loss; kto also takes single judged answers"
@@ -181,11 +181,11 @@ class PreferenceSection(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether the loss needs a reference: the base, or `adapter.start` before training."""
+        """Return whether the loss needs a reference model (see the class)."""
         return self.loss in ("dpo", "ipo", "kto")
 
     def with_defaults(self) -> PreferenceSection:
-        """Return the settings, with the unset keys that `loss` uses set to its defaults."""
+        """Return the settings, where each unset key that `loss` uses has the default for this loss."""
         is_simpo = self.loss == "simpo"
         beta = self.beta or (2.0 if is_simpo else 0.1)
         defaults = {"beta": beta, "gamma": beta / 2, "length_normalized": self.loss == "ipo"}
@@ -215,7 +215,7 @@ class BatchingSection(Section):
     """Size of a step (one optimizer update) and of a micro-batch (rows in memory at once)."""
 
     mode: Literal["bucket", "pack"] = setting(
-        "bucket", "bucket: a step is `rows` rows; pack: `tokens` tokens; neither pads", "equal rows per step"
+        "bucket", "bucket: `rows` rows per step; pack: `tokens` tokens per step; neither pads", "equal row counts"
     )
     rows: int = setting(16, "rows per step in mode `bucket`", "large batches hurt LoRA (TRL advises below 32)", gt=0)
     tokens: int | None = setting(None, "tokens per step in mode `pack`", gt=0)
@@ -230,7 +230,7 @@ class BatchingSection(Section):
 
     @property
     def at_once(self) -> int:
-        """Return `micro_tokens`, or the minimum until the run chooses a value for the device."""
+        """Return `micro_tokens`, or the minimum if the run has not yet chosen a value for the device."""
         return self.micro_tokens or MICRO_TOKENS
 
 
@@ -241,13 +241,13 @@ class OptimizerSection(Section):
         "adamw", "optimizer", "used by the studies cited below; an adapter's moments are small"
     )
     learning_rate: float = setting(
-        2e-4, "peak learning rate; useful: 1e-4 to 1e-3", "QLoRA's; 10x full fine-tuning's (LoRA Without Regret)", gt=0
+        2e-4, "peak learning rate; useful: 1e-4 to 1e-3", "as QLoRA; 10x full fine-tuning (LoRA Without Regret)", gt=0
     )
     betas: tuple[_Decay, _Decay] = setting((0.9, 0.999), "decay of moments (adam family)")
     eps: float = setting(1e-8, "denominator term (adam family)", gt=0)
     weight_decay: float = setting(0.0, "weight decay of the adapter", "decaying B undoes training", ge=0)
-    loraplus_ratio: float = setting(1.0, "learning rate of B / A (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0)
-    clip: float | None = setting(1.0, "maximum gradient norm; null: none", "a single row cannot ruin a run", gt=0)
+    loraplus_ratio: float = setting(1.0, "B's learning rate / A's (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0)
+    clip: float | None = setting(1.0, "maximum gradient norm; null: no limit", "a single row cannot ruin a run", gt=0)
 
 
 class ScheduleSection(Section):
@@ -474,8 +474,9 @@ def _rows(model: type[Section]) -> dict[str, str]:
     """Return the table row of each key of a section."""
     rows = {}
     for key, f in model.model_fields.items():
-        reason = f". Default: {why(f)}" if why(f) else ""
-        meaning = f"{f.description}{reason}".replace("|", "\\|")
+        label = "Default" if f.default in (None, "auto") else "Reason"
+        meaning = f"{f.description}. {label}: {why(f)}" if why(f) else str(f.description)
+        meaning = meaning.replace("|", "\\|")
         rows[key] = f"| {_key(key, f)} | {_kind(f)} | {meaning} |"
     return rows
 

@@ -1,7 +1,7 @@
 """Views of images: buckets, crops, flips, sampled captions, and tensors.
 
     plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)  image x resolution x repeat
-    view, caption = sample_row(plan.rows[i], settings, seed=0, epoch=3)   pure: a resumed run gets the same
+    view, caption = sample_row(plan.rows[i], settings, seed=0, epoch=3)   the same in a resumed run
     tensors = prepare(row.picture, view, settings)                        pixels, mask, SDXL's time ids
 
 A bucket is a (width, height) in multiples of the step, with width * height <= resolution² and a longer side
@@ -145,8 +145,8 @@ def bucket_for(
 ) -> tuple[_Bucket | None, bool]:
     """Return (bucket for an image of `size`, whether the image is smaller than its bucket).
 
-    The bucket is the one with the nearest aspect ratio on a log scale, and the largest of equally near ones.
-    None means that the image is dropped."""
+    The bucket is the one with the nearest aspect ratio on a log scale; of equally near buckets, the largest.
+    Instead of a bucket, None means that the image is dropped."""
     width, height = size
     ratio = settings.bucket_ratio if settings.buckets else 1.0
     choices = buckets(resolution, step, ratio)
@@ -261,9 +261,9 @@ def source_view(
 
 
 def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ...]:
-    """Return (height, width) of the view, then one pair for each source image.
+    """Return (height, width) of the view, then one (height, width) for each source image.
 
-    The pair is the source image's size if its proportions differ from those of `picture`, else (0, 0). Rows
+    A source image with the proportions of `picture` has (0, 0), any other source image has its own size. Rows
     with equal results can form one batch."""
     odd = ((0, 0) if same_shape(b.size, view.original) else b.size for b in picture.sources)
     return ((view.height, view.width), *odd)

@@ -63,10 +63,10 @@ class ImageBatch:
         latents: Sequence[tuple[Tensor, Tensor | None, Tensor]],
         sources: Sequence[Sequence[Tensor]] = (),
     ) -> ImageBatch:
-        """Build a batch from rows that have one shape.
+        """Build a batch from rows of the same shape.
 
-        latents: (latents, mask, time ids) of each row. sources: latents of the source images of each row. A
-        row without a mask is trained on entirely."""
+        latents: (latents, mask, time ids) of each row. sources: latents of the source images of each row. If
+        a row has no mask, its whole image counts in the loss."""
         stacked, sizes = torch.stack([x for x, _, _ in latents]), torch.stack([sizes for _, _, sizes in latents])
         masks, all_masks = [mask for _, mask, _ in latents], None
         if any(mask is not None for mask in masks):

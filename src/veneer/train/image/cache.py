@@ -5,11 +5,11 @@
     texts = TextCache(folder, fingerprint=base.fingerprint)
     tensors = texts.get("a red fox", encode)               encode: prompt -> {name: tensor}
 
-The key of a file is the sha256 of the bytes of image and mask, the view, the settings that change pixels, the
-encoder's fingerprint and the version below. A changed image, crop or base has a new key, so entries are never
-stale. Entries are safetensors files with a checksum. A damaged entry is counted and recomputed. Each entry is
-encoded separately, so its content does not depend on other entries. Writes are atomic, so runs can share a
-folder.
+The key of an entry is a sha256 digest of the bytes of the image file and the mask file, the view, the settings
+that change pixels, the encoder's fingerprint, and `_VERSION`. A changed image, crop or base has a new key, so
+entries are never stale. Entries are safetensors files with a checksum. A damaged entry is counted and
+recomputed. Each entry is encoded separately, so its content does not depend on other entries. Writes are
+atomic, so runs can share a folder.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LatentRow:
 
 
 class _Store:
-    """A store of cache entries by key, in memory up to `memory` bytes, and in `folder`.
+    """A store of cache entries by key, kept in `folder` and, up to `memory` bytes, in memory.
 
     Without a folder, entries are in memory only.
 
@@ -64,7 +64,7 @@ class _Store:
     def _get(
         self, inputs: Sequence[Any], label: object, compute: Callable[[], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Return the entry of these JSON values, computed if there is none.
+        """Return the entry for `inputs`, a list of JSON values. If there is no entry, compute it.
 
         label: what is encoded, for error messages."""
         key = hashlib.sha256(json.dumps([_VERSION, self.fingerprint, *inputs]).encode()).hexdigest()
@@ -87,7 +87,7 @@ class _Store:
         return entry
 
     def _read(self, path: Path, key: str) -> dict[str, Tensor] | None:
-        """Return the entry, or None if the file is truncated, altered or has another key.
+        """Return the entry, or None if the file is truncated or altered, or if it has another key.
 
         Such files are counted in `damaged`."""
         with contextlib.suppress(AdapterError, ValueError, OSError):
@@ -102,7 +102,7 @@ class _Store:
 class LatentCache(_Store):
     """A cache of latents.
 
-    fingerprint: identifies the encoder: the base's fingerprint, with the dtype."""
+    fingerprint: identifies the encoder by the base's fingerprint and the dtype."""
 
     def get(
         self, picture: TrainingPicture, view: View, settings: ImageDataSection, encode: Callable[[Tensor], Tensor]

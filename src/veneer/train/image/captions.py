@@ -39,7 +39,8 @@ class WrittenCaption:
 class CaptionReport:
     """The result of a captioning call.
 
-    had: number of images that were skipped because they already had a caption. failed: `name: reason`."""
+    had: number of images that were skipped because they already had a caption. failed: `name: reason` for
+    each image that could not be captioned."""
 
     written: list[WrittenCaption] = field(default_factory=list)
     had: int = 0
@@ -54,7 +55,9 @@ def write_captions(
     overwrite: bool = False,
     on_caption: Callable[[WrittenCaption], None] | None = None,
 ) -> CaptionReport:
-    """Caption the images that have no caption, sorted by name; with `overwrite`, all images.
+    """Write captions for the images that have none, or for all images if `overwrite` is true.
+
+    Images are processed in order of their names.
 
     describe: returns (text, truncated) for an RGB image. trigger: prepended to each text that does not
     contain it.
@@ -109,7 +112,7 @@ def _list(folder: str) -> list[PictureFile]:
 
 
 def _caption_files(file: PictureFile, files: Sequence[PictureFile]) -> list[Path]:
-    """Return the caption files that an image has, or else the one to create."""
+    """Return the paths of an image's caption files. If it has none, return the path of the file to create."""
     stem = file.path.with_suffix("")
     siblings = [sibling.name for sibling in files if sibling.path.with_suffix("") == stem]
     paths = [place.with_name(place.name + suffix) for place in (stem, file.path) for suffix in CAPTION_SUFFIXES]

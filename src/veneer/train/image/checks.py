@@ -4,8 +4,8 @@
     findings += check_held_out(pictures, held_out)
 
 Findings have the same levels as findings about text: `stop` ends the run, `warn` is a warning, and `ok`
-reports a passed check. Every count comes with names. The only files read from disk are masks, to find masks
-that are empty within the crop.
+reports a passed check. A finding that counts images also names some of them. The only files read from disk are
+masks, to find masks that are empty within the crop.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def check_pictures(
         *_buckets(pictures, plan, settings),
         *_masks(pictures, plan, settings),
         *_pairs(pictures, summary),
-        *_alike(pictures),
+        *_check_near_duplicates(pictures),
     ]
 
 
 def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[TrainingPicture]) -> list[Finding]:
     """Return findings about held-out images that are equal or similar to training images."""
     trained = [p for p in train if not p.is_class]
-    pairs, total = _looking_alike(held_out, trained), len(held_out)
+    pairs, total = _near_duplicate_pairs(held_out, trained), len(held_out)
     if not pairs:
         return [Finding("ok", "held out", f"{counted(total, 'held-out picture')}, none of them trained on")]
     names = [f"{held_out[i].name} is {trained[j].name}" for i, j in pairs]
@@ -141,8 +141,8 @@ def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iter
     yield from about_some("pairs", len(unchanged), len(pictures), text, unchanged, fix)
 
 
-def _alike(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
-    pairs = _looking_alike(pictures)
+def _check_near_duplicates(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
+    pairs = _near_duplicate_pairs(pictures)
     if not pairs:
         yield Finding("ok", "near-duplicates", "no two pictures look the same")
         return
@@ -158,13 +158,13 @@ def _alike(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
     yield from about_some("class pictures", len(names), instances, text, names, fix, stops=True)
 
 
-def _looking_alike(
+def _near_duplicate_pairs(
     pictures: Sequence[TrainingPicture], class_pictures: Sequence[TrainingPicture] | None = None
 ) -> list[tuple[int, int]]:
     """Return the pairs of near-duplicate images.
 
-    With source images, a pair must be similar in both the source images and the edited images, because an
-    edited image can differ from its source only by the edit."""
+    If all images have source images, a pair is returned only if its two source images are near-duplicates
+    too."""
 
     def alike(side: Callable[[TrainingPicture], TrainingPicture]) -> list[tuple[int, int]]:
         first, second = ([side(p).perceptual_hash for p in group] for group in (pictures, class_pictures or ()))

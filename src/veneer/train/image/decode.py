@@ -50,9 +50,10 @@ class UnreadablePicture(Exception):
 class DecodedPicture:
     """A decoded image.
 
-    colour: RGB, composited on the background. alpha: L if a pixel is transparent, else None. size: (width,
-        height), upright.
-    notes: the conversions, for the report."""
+    colour: RGB, composited on the background
+    alpha: an L image if any pixel is transparent, else None
+    size: (width, height), upright
+    notes: the conversions, for the report"""
 
     colour: Image.Image
     alpha: Image.Image | None
@@ -105,7 +106,8 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
     """Return the first frame of an image file, upright and with all pixels loaded."""
     limit = int(settings.most_megapixels * 1e6)
     with warnings.catch_warnings():
-        # Pillow warns from 89 megapixels and refuses from 179; the configured limit is checked before decoding.
+        # Pillow warns above 89 megapixels and raises an error above 179. The configured limit is checked before
+        # decoding.
         warnings.simplefilter("ignore")
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=_DECODERS)

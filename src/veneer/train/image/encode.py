@@ -207,7 +207,8 @@ class ImageLoss:
 
     def __post_init__(self) -> None:
         self.times, self.noise = time_distribution(self.base, self.config), self.config.loss.noise_offset
-        # On the CPU, because times are sampled there; on the device, the host would have to wait.
+        # Keep this tensor on the CPU, where times are sampled. If it were on the device, the host would have to
+        # wait for the device.
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         distilled = self.base.denoiser.config.get("guidance_embeds")
         guidance = max(self.config.loss.guidance, self.config.loss.keep_guidance or 0.0)
@@ -239,9 +240,9 @@ class ImageLoss:
         predicted = predict(base, noisy, times, text, guidance=self.guidance, **options)
         keep = self.config.loss.keep_guidance
         if keep is not None:
-            # A target from images contains no guidance. At g > 1, a distilled base predicts beyond it, and an
-            # adapter trained toward it would undo the guidance. Therefore the base's own guidance step is added
-            # to the target.
+            # A target computed from images contains no guidance, but at g > 1, a guidance-distilled base
+            # predicts guided outputs. An adapter trained toward the target alone would undo the guidance.
+            # Therefore the base's own guidance step is added to the target.
             with torch.no_grad(), self.adapter_off():
                 for guidance, sign in ((keep, 1), (1.0, -1)):
                     unadapted = predict(base, noisy, times, text, guidance=guidance, **options)

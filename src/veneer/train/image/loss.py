@@ -118,7 +118,7 @@ def noised(
 
 
 def min_snr_weight(times: Tensor, prediction: _Prediction, alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """Return the weight min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v: (n,) in float32.
+    """Return min(SNR, γ) / SNR for epsilon, or min(SNR, γ) / (SNR + 1) for v: (n,) in float32.
 
     SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4). At SNR 0 (a schedule with zero terminal SNR), the
     weight for epsilon is its limit, 1."""

@@ -29,7 +29,7 @@ from veneer.train.image.folder import PictureFile, list_pictures, sources_per_pi
 from veneer.train.image.near_duplicates import perceptual_hash
 from veneer.train.validation_split import hold_out
 
-_SAME_SHAPE = 0.01  # maximum relative difference of aspect ratios that count as equal
+_SAME_SHAPE = 0.01  # aspect ratios count as equal if their relative difference is at most this number
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TrainingPicture:
 
     @cached_property
     def key(self) -> str:
-        """Return the sha256 of all data that training uses, without the file's location."""
+        """Return a sha256 digest of everything about the image that training uses, except its location."""
         parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
         parts += [picture.digest for picture in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

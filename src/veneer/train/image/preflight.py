@@ -185,7 +185,7 @@ def _loss(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _pairs(s: ImageSubject) -> Iterator[Finding]:
-    """Report missing or excess source images, and a base that requires or cannot use them."""
+    """Report source images that are missing although the base needs them, or that the base cannot use."""
     base, config, data = s.base, s.config, s.data
     sources, folder = data.summary.sources, ", ".join(config.data.folders)
     if sources > base.references:
@@ -236,7 +236,7 @@ def _samples(s: ImageSubject) -> Iterator[Finding]:
 
 
 def _base(s: ImageSubject) -> Iterator[Finding]:
-    """Report a base that is distilled to few steps, or that cannot be offloaded.
+    """Report a base that is distilled to generate in a few steps, or that cannot be offloaded.
 
     Training on images undoes the distillation."""
     if s.base.few_steps:

@@ -161,7 +161,7 @@ def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path
 def generate_missing(
     base: ImageBase, config: ImageTrainConfig, rows: Mapping[Path, ImageRow], steps: int, *, at_once: int = 4
 ) -> None:
-    """Generate the image of each row with the base alone, and write it to the row's file.
+    """Generate the image of each row with the base, without adapters, and write it to the row's file.
 
     The files are written in batches of `at_once`, so an interrupted run loses at most one batch."""
     files = list(rows)

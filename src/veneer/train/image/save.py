@@ -66,7 +66,7 @@ def output_path(config: ImageTrainConfig) -> Path:
 
 
 def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
-    """Yield a stop if the file layout cannot hold the adapter."""
+    """Yield a finding that stops the run if the file layout does not support the adapter."""
     try:
         convert.encode(adapter, config.output.layout, family=base.family)
     except AdapterError as error:

@@ -1,6 +1,7 @@
 """Sliders: adapters whose strength moves images between two prompts, trained without images.
 
-    the base draws scenes of the three prompts → noise at random times → at strength ±1 the adapter's target is
+    the base generates scenes of the three prompts → noise is added at random times → the adapter's target is,
+    at strength ±1,
 
         target(x_t, t, ±1) = ε(x_t, t, c) ± η·(ε(x_t, t, c₊) − ε(x_t, t, c₋))                  ε: the base's prediction
 
@@ -86,7 +87,7 @@ def _findings(image: ImageRun, data: ImageData) -> Iterator[Finding]:
 
 
 def _same_prompts(image: ImageRun, data: ImageData) -> Iterator[Finding]:
-    """Yield a stop if a positive and a negative prompt have equal encodings.
+    """Yield a finding that stops the run if a positive and a negative prompt have equal encodings.
 
     The encodings are cached, so the training steps can use them."""
     slider, encoders = image.config.slider, data.encoders
@@ -119,7 +120,7 @@ The run's configuration must be the result of `slider_config`."""
 def _directions(slider: SliderSection) -> list[tuple[str, str]]:
     """Return a (positive, negative) prompt pair for each entry of `preserve`.
 
-    If `preserve` is empty, there is one pair, without an entry."""
+    If `preserve` is empty, return the one pair of prompts without an entry."""
     ends = slider.positive or "", slider.negative or ""
     return [(_joined(ends[0], p), _joined(ends[1], p)) for p in slider.preserve or ("",)]
 
@@ -151,7 +152,7 @@ def _signed_batch(micro: Micro, sign: float) -> SignedBatch:
 
 @dataclass
 class SliderLoss(ImageLoss):
-    """The squared error against the base's prediction, after a step along the slider's direction.
+    """The squared error relative to the base's prediction, shifted along the slider's direction.
 
     The adapter is selected at the strength `batch.sign` and remains selected, because activations that are
     recomputed in the backward pass must use the same sign."""

@@ -205,7 +205,7 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
         del created  # the attachment has a copy
         attachment.use(NAME)
         undo.enter_context(training_layers(base, True))
-        if config.memory.offload_blocks:  # before free memory is measured, so that the run can use the freed memory
+        if config.memory.offload_blocks:  # offload before measuring free memory, so that the run can use freed memory
             moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
         else:  # fast paths hold references to weights, so they cannot be used with offloading
@@ -290,7 +290,7 @@ def _create_adapter(base: ImageBase, config: ImageTrainConfig) -> Adapter:
 
 
 def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
-    """Measure the activations of one image of the largest shape, and decide on recomputation.
+    """Measure the activations of one image of the largest shape, and decide whether to recompute them.
 
     Adds a finding about memory to the report."""
     config, base = image.config, image.base
@@ -367,8 +367,8 @@ class ImageTask:
 
     If configured, the task also maintains a moving average and writes sample sheets.
 
-    sheet: path of the contact sheet, once written. last_picture: the image of the latest sample sheet that
-    becomes the thumbnail."""
+    sheet: path of the contact sheet, once written. last_picture: the image from the latest sample sheet that
+    is used as the thumbnail."""
 
     def __init__(
         self, image: ImageRun, data: ImageData, attachment: Attachment, loss: ImageLoss, memory: _Memory
@@ -496,7 +496,7 @@ class ImageTask:
         began = time.perf_counter()
         with self.ema.using_averages() if self.ema and step else nullcontext(), fetched(self.base, self.memory.parked):
             cells = generate_samples(self.base, self.attachment, self.config, self.strengths)
-        self.last_picture = cells[0][-1 if self.strengths else 0]  # of a slider, the picture at the highest strength
+        self.last_picture = cells[0][-1 if self.strengths else 0]  # a slider's image at the highest strength
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
         write_sample_sheet(cells, self.base, self.config, self.run.folder / name, title, self.strengths)
@@ -510,4 +510,4 @@ PICTURES = ImageKind(
     last_findings=lambda image, data: (),
     loss=lambda image, data, attachment: ImageLoss(image.base, image.config, data.encoders, attachment.using),
 )
-"""Training on captioned images, of the denoiser and, if configured, of the text encoders."""
+"""Training of the denoiser and, if configured, the text encoders on captioned images."""

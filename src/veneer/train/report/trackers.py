@@ -159,7 +159,7 @@ def _wandb(report: ReportSection, folder: Path, settings: Mapping[str, Any], res
         settings=wandb.Settings(silent=True, console="off"),
     )
     write_atomically(ids, json.dumps({"wandb": id}).encode())
-    # W&B ignores steps that it already has, which have the same values.
+    # A resumed run repeats steps with the same values, and W&B ignores values for steps that it already has.
     return Tracker(
         lambda step, values: run.log(values, step=step),
         lambda step, path: run.log({"samples": wandb.Image(path)}, step=step),

@@ -72,7 +72,7 @@ def _grader(section: GraderReward) -> Any:
 
 
 def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> Reward:
-    """Build one reward, and register the resources that must be closed with `opened`."""
+    """Build one reward, and register in `opened` the resources that must be closed."""
     if isinstance(section, JudgeReward):
         return judge_reward(section, _model_of(section, ask, opened))
     if isinstance(section, PythonReward):

@@ -3,14 +3,14 @@
     string_check      1 if the texts pass eq, ne, like (input contains reference) or ilike, else 0
     text_similarity   fuzzy_match, bleu, gleu or rouge_1 … rouge_l of input and reference, from 0 to 1
     score_model       the number that a model gives, within `range`
-    python            `grade(sample, item)` of the source, in a separate process (`limited`) or a sandbox
+    python            the result of the source's `grade(sample, item)`, in a process (`limited`) or a sandbox
     multi             a formula of other graders' values: + - * / ^, min max abs floor ceil exp sqrt log
 
     reward = grader_reward(parse_grader({"type": "string_check", …}), opened)
 
 If a template reads `sample.output_json`, but the answer is not JSON with the value that the template reads,
 the grader's value is 0. If a row does not have a column that a template reads, the run stops. After any other
-error, the grader has no value, only the reason.
+error, the answer gets the reason for the error instead of a value.
 """
 
 from __future__ import annotations

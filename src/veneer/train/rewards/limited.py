@@ -5,13 +5,13 @@
 
 The process starts at the first call. If a call takes longer than `timeout`, the process is killed with its
 process group, and a new process is started for the next call. The function can import installed packages and
-modules next to its file. Its output is discarded. Random generators are seeded from the arguments, so the
-same completion gets the same score.
+modules next to its file. Text that the function prints is discarded. Random generators are seeded from the
+arguments, so the same completion gets the same score.
 
 These limits are for the operator's own functions and do not protect against malicious code, because the
-process has the rights of the parent process. Python from clients runs in a `sandbox` (see `sandbox.py` and
-`working_sandbox`). In a sandbox, `memory` limits the total of all processes. If a call leaves other processes
-running, the sandbox is ended. Between calls, the function's process is stopped (SIGSTOP).
+process has the rights of the parent process. Python code from clients runs in a `sandbox` (see `sandbox.py`
+and `working_sandbox`). In a sandbox, `memory` limits the total of all processes. If a call leaves other
+processes running, the sandbox is ended. Between calls, the function's process is stopped (SIGSTOP).
 
 Results are accepted only from the function's own process: on Linux, the kernel identifies the sender of each
 message, and messages from other processes are dropped. Each result must repeat the token of its call.
@@ -190,8 +190,9 @@ class _Child:
         self._sender: int | None = None
         """Id of the process that sends results; None if the kernel does not report senders."""
         self._pidfds: list[int] = []
-        """In a sandbox: pidfds of its init process, whose end kills all other processes, and of the
-        function's process."""
+        """In a sandbox, the pidfds of two processes: the sandbox's init process, and the function's process.
+
+        When the init process ends, the kernel kills all other processes of the sandbox."""
         command = [sys.executable, "-s", "-P", "-B", str(_CHILD)]
         with child_end, tempfile.TemporaryFile() as errors:
             try:
@@ -267,8 +268,8 @@ class _Child:
     def _received(self, count: int, ends: float) -> bytes:
         """Return `count` bytes from the function's process.
 
-        Drops bytes from other processes that hold the same socket; the kernel never returns bytes of two
-        senders in one part. Raises NoAnswer if a sandbox exceeds its memory limit."""
+        Drops bytes from other processes that hold the same socket. The kernel never returns bytes of two
+        senders in one read. Raises NoAnswer if a sandbox exceeds its memory limit."""
         received = bytearray()
         while len(received) < count:
             left = ends - time.monotonic()

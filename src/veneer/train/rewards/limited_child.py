@@ -138,8 +138,8 @@ def _read(source: BinaryIO) -> Any:
 def _write(sink: BinaryIO, text: str, process_id: int) -> None:
     """Write a message.
 
-    process_id: id of the only process that can write. Any other process is a fork made by the user's
-    function, and exits here."""
+    process_id: id of the only process that is allowed to write. Any other process is a fork made by the
+    user's function, and exits here."""
     if os.getpid() != process_id:
         os._exit(0)
     data = text.encode()

@@ -12,8 +12,8 @@ its first use. Inside the sandbox:
 | network | none: an empty network namespace, and `socket` is refused |
 | processes | a separate process namespace: outside processes are invisible, and no process outlives the sandbox |
 | user | not the server's (see `Sandbox.arguments`), with no capabilities and no way to gain any |
-| kernel | the system calls in `_REFUSED` fail: they are attack surface, or use memory charged to no process |
-| memory | `sandbox_memory` adds up all processes and files; `limited` ends a sandbox over its limit |
+| kernel | the system calls in `_REFUSED` fail (attack surface, or memory that is charged to no process) |
+| memory | `sandbox_memory` adds up all processes and files; `limited` ends a sandbox that exceeds its limit |
 """
 
 from __future__ import annotations

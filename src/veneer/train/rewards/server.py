@@ -139,7 +139,7 @@ class ServerJudge:
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout, TimeoutError):
                 late += 1
                 if late == _TIMEOUTS:
-                    raise _Unanswered(f"the judge did not answer in time, {_TIMEOUTS} times") from None
+                    raise _Unanswered(f"the judge timed out {_TIMEOUTS} times") from None
                 continue
             except self._httpx.TransportError as error:
                 reason = f"{type(error).__name__} {shown(str(error))[:200]}".strip()

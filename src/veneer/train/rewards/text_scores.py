@@ -50,7 +50,7 @@ def _equal_json(a: Any, b: Any) -> bool:
 def same_text(answer: str, expected: Any) -> bool:
     """Return whether a completion equals `expected`, which is a text or another JSON value.
 
-    If `expected` is a text too, bare numbers are compared as text."""
+    If `expected` is a text that contains only a number, the number is compared as text, not by value."""
     text = expected if isinstance(expected, str) else json.dumps(expected, ensure_ascii=False)
     if answer.strip() == text.strip():
         return True

@@ -71,8 +71,8 @@ def plan_steps(
 def step_rows(lengths: Sequence[int], batching: BatchingSection, *, seed: int, epoch: int) -> list[list[int]]:
     """Return the rows of each step, from a seeded shuffle.
 
-    Steps end after `rows` rows (bucket) or before exceeding `tokens` tokens (pack). micro_rows and
-    micro_tokens do not affect the result."""
+    In mode `bucket`, each step has `batching.rows` rows. In mode `pack`, each step has as many rows as fit in
+    `batching.tokens` tokens. micro_rows and micro_tokens do not affect the result."""
     order = _shuffled(len(lengths), seed, epoch)
     if batching.mode == "bucket":
         steps = [order[i : i + batching.rows] for i in range(0, len(order), batching.rows)]

@@ -142,7 +142,7 @@ class Distillation(SampledTraining):
     def _groups(self, owners: Sequence[PromptItem], rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Return the answers of each micro-batch, as indices.
 
-        An answer's length is taken with the longer of its two prompts, the student's and the teacher's."""
+        The length of an answer includes a prompt: the student's or the teacher's, whichever is longer."""
         prompts = [max(len(item.ids), len(item.teacher_ids)) for item in owners]
         return answer_groups([n + len(r.tokens) for n, r in zip(prompts, rollouts, strict=True)], self.config)
 

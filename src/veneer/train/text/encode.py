@@ -263,6 +263,8 @@ def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) 
 
 
 def refuse_rows(lines: Sequence[str], rows: int, problem: str, fix: str) -> None:
-    """Raise DataError if there are `lines`, one for each unusable row of `rows` rows."""
+    """Raise DataError if `lines` is not empty.
+
+    lines: a description of each unusable row. rows: total number of rows."""
     if lines:
         raise DataError(f"{len(lines)} of {rows} rows {problem}:\n{bullets(lines)}", fix=fix)

@@ -9,8 +9,8 @@
     valid_json   share of rows with a completion that is a JSON object or array
     json_fields  for each key of the expected JSON objects: share of rows with an equal value
     likelier     share of pairs with log p(chosen) > log p(rejected)
-    reward_…     compares log p(chosen) − log p(rejected) with the same difference of the base (dpo's reward
-                 with β = 1); accuracy: share of pairs with a larger difference, margin: mean increase in nats
+    reward_…     log p(chosen) − log p(rejected), minus the same difference for the base: dpo's reward margin
+                 with β = 1; accuracy: share of pairs with a positive result, margin: mean result in nats
 
 Rows of plain text have no answer, so they only have loss and perplexity. For pairs, loss and completions are
 those of the chosen answer.

@@ -138,7 +138,9 @@ def preference_items(
 
 
 def _with_shorter_prompt(a: Example, b: Example) -> tuple[Example, Example]:
-    """Return both examples with the shorter prompt, if it is a truncation of the longer prompt."""
+    """Return both examples with the same prompt, if one prompt is a truncation of the other.
+
+    The longer prompt is replaced with the shorter one."""
     short = min(a.prompt, b.prompt, key=len)
 
     def after(example: Example) -> Example:
@@ -321,7 +323,7 @@ class Preference:
     def _point(self, items: Sequence[Item]) -> float:
         """Return z₀.
 
-        The mismatched pairs differ in every step, so their reference is not cached."""
+        The mismatched pairs differ in every step, so their reference log-probabilities are not cached."""
         examples = mismatched_examples(items, self.config.data.max_length)
         policy = self._logps(examples)
         assert policy is not None

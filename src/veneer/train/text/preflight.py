@@ -368,7 +368,7 @@ def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
                 frozen[name] = part.parameters
     if frozen:
         of_base = share(sum(frozen.values()), shape.parameters)
-        text = f"{len(frozen)} expert weights get no pair and stay frozen, {of_base} of the base's parameters: "
+        text = f"{len(frozen)} expert weights get no adapter and stay frozen, {of_base} of the base's parameters: "
         text += ", ".join(list(frozen)[:2])
         names = sorted({name.rpartition(".")[2] for name in frozen})
         fix = f"add {', '.join(names)} to adapter.targets (or all-linear), or set adapter.exclude: ['*experts*']"
@@ -465,13 +465,13 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
 def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
     """Return the bytes of packed weights for sampling and for training.
 
-    Only weights that are clearly faster to multiply with when packed are packed, up to the configured number
-    of bytes. By default, either all of these weights are packed or none, depending on the plan's free space;
-    for training, none if activations are recomputed. Only a CPU packs weights, and only if they are neither
+    A weight is packed only if packing clearly speeds up its products, and only up to the configured number of
+    bytes. By default, either all of these weights are packed or none, depending on the plan's free space; for
+    training, none if activations are recomputed. Only a CPU packs weights, and only if they are neither
     quantized nor sharded.
 
-    Sampling has priority: repacking all weights for each token takes several times as long as the
-    products."""
+    Sampling has priority over training. Without stored packed weights, all weights are packed again for each
+    sampled token, which takes several times as long as the products."""
     configured = s.config.memory.keep_packed_gb
     if configured == 0 or s.base.quantized or s.config.memory.shard or device != "cpu":
         return 0, 0

@@ -67,8 +67,9 @@ class PolicyBatch(Batch):
     answers: number of tokens of each completion
     advantage: advantage of each completion
     loss_weights: weight of each completion's token losses
-    old, sampling_logps, reference: (T,) log p at sampling time, of the sampling distribution, and of the
-        reference; None if absent
+    old: (T,) log p of each token when it was sampled; None if absent
+    sampling_logps: (T,) log p in the distribution that the tokens were sampled from; None if absent
+    reference: (T,) log p under the reference; None if absent
     fresh: whether the adapter is unchanged since sampling
     teacher: the same completions after the teacher's prompt; None if the teacher has the same prompt
     shared: set if completions share the tokens of their prompt; `input_ids` and `trained` then contain each
@@ -261,7 +262,7 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
 
 
 def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> PolicyBatch:
-    """Return a batch of completions of maximum length, which repeat the tokens of their prompts."""
+    """Return a batch of completions of maximum length. The tokens of each prompt, repeated, fill its completion."""
     rollouts = []
     for item in items:
         completion = tuple(item.ids[i % len(item.ids)] for i in range(item.most))

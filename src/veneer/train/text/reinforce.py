@@ -3,10 +3,11 @@
     a step   prompts → sample (`rollouts.Sampler`) → rewards (`train.rewards`) → advantages → loss
              (`policy_losses`)
 
-Sampler and trainer are the same model. The sampler reads the pairs on the attachment, and with
+Sampler and trainer are the same model. The sampler reads the adapter weights on the attachment, and with
 `reinforcement.exact` the trainer's forward pass uses the sampler's values (`models.text.logprob_replay`). The
-first update after each sampling measures the mismatch of each token. If the gap is above `reinforcement.gap`,
-the run stops before the optimizer step. Logged for each step:
+first update after each sampling compares the sampler's and the trainer's log-probability of each token. If the
+mean difference (the gap) is above `reinforcement.gap`, the run stops before the optimizer step. Logged for each
+step:
 
     reward, reward_NAME…               means over the completions that have a reward
     reward_failed                      number of completions without a reward
@@ -20,8 +21,8 @@ the run stops before the optimizer step. Logged for each step:
     gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; share of tokens above 1%
     policy_lag                         optimizer steps since the completions were sampled
     drift                              mean |log p − log p at sampling|, if not 0
-    kl, clipped, weight                means over the trained tokens, if the loss has a reference, a clip,
-                                       importance weights
+    kl, clipped, weight                means over the trained tokens; each is logged only if the loss has a
+                                       reference, a clip or importance weights, respectively
 
 Completions of held-out prompts are greedy, and their loss is the negative mean reward. A step's completions
 are a function of the seed, the step and the adapter's values, so a resumed run samples the same completions.

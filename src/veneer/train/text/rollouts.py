@@ -1,12 +1,12 @@
 """Completions sampled during training: requests, results and the sampler protocol.
 
-    with make(base, attachment, settings) as sampler:        `make` is passed in: sampling is in serve
+    with make(base, attachment, settings) as sampler:        the caller provides `make`; see veneer.serve
         rollouts = sampler.sample([CompletionRequest(prompt, seed, how, "run"), …])
         replay = sampler.replay(ids, lengths, trained, "run")
         logps = replayed_logps(base.model, ids, lengths, trained, replay)
 
-`SamplerMismatch` measures the mismatch of sampler and trainer. The sampler reads the attachment's current
-pairs over its base: nothing is saved, merged or synchronized, and the base is not copied unless the settings
+`SamplerMismatch` measures the mismatch of sampler and trainer. The sampler reads the current adapter weights
+from the attachment: nothing is saved, merged or synchronized, and the base is not copied unless the settings
 ask for packed weights. `veneer.serve.engine.live` is the only implementation.
 """
 

@@ -197,7 +197,7 @@ def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> 
 
 
 def leakage(train: Sequence[Row], held_out: Iterable[Row]) -> tuple[list[str], list[str]]:
-    """Return the held-out rows that are also training rows, and those that only share a prompt with one.
+    """Return the held-out rows that are also training rows, and those that only share a prompt with a training row.
 
     Each entry names both rows, as `held.jsonl:3 is train.jsonl:8`."""
     keys = {row.key: row.where for row in reversed(train)}
@@ -355,7 +355,7 @@ def _from_pair(values: Mapping[str, Any]) -> Row:
 
 
 def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """Return (format, messages) of a prompt and an answer; both are texts or message lists.
+    """Return (format, messages) of a prompt and an answer, each of which is a text or a list of messages.
 
     Many data sets repeat the prompt as the first message of each answer. The repeated message is removed."""
     if isinstance(answer, list):
@@ -447,7 +447,7 @@ def _message(m: Any, name: str) -> dict[str, Any]:
 def _tool_calls(value: Any, name: str, role: str) -> list[Any]:
     """Return the tool calls of a message unchanged. Raise ValueError for invalid calls.
 
-    Arguments are JSON text in OpenAI's format and a mapping in templates."""
+    The arguments of a call can be JSON text, as in OpenAI's format, or a mapping, as in chat templates."""
     if role != "assistant":
         raise ValueError(f"`{name}` is only allowed for the assistant, but the role is {role!r}")
     if not isinstance(value, list | tuple) or not value:

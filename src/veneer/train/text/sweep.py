@@ -1,4 +1,4 @@
-"""Train a grid of settings in one pass of the base, and write one report.
+"""Train a grid of settings together on one base, and write one report.
 
     run_sweep(file, ["adapter.rank=8,16,64", "optimizer.learning_rate=1e-4,5e-4", "schedule.steps=200"])
 

@@ -92,10 +92,10 @@ def run_text(
     In processes started by torchrun or similar tools, each process takes one device and a share of every step
     (train.devices). Only the first process reports and writes. All processes return the same numbers.
 
-    Random generators, the base's mode and its modules are restored, even after an error. Raises
-    PreflightError before step one for predictable failures, TrainingError for a loss that is not finite,
-    Interrupted on Ctrl-C after saving the state, ResourceError if disk or memory is full, and the errors of
-    reading configuration, base, data and checkpoints."""
+    Restores the random generators and the base's mode and modules, even after an error. Raises PreflightError
+    before step one for predictable failures, TrainingError for a loss that is not finite, Interrupted on
+    Ctrl-C after saving the state, ResourceError if disk or memory is full, and the errors of the functions
+    that read the configuration, base, data and checkpoints."""
     with opened(
         config,
         unit="tokens",
@@ -118,8 +118,8 @@ def run_text(
 def loaded_base(config: TrainConfig, base: TextBase | None, run: Run) -> TextBase:
     """Load the base on the device of this process.
 
-    If the base will be sharded, its weights are not read yet. But if they cannot be read in parts, or if the
-    adapter is initialized from them, they are loaded to the CPU."""
+    Weights that will be sharded are read later, unless they cannot be read in parts or the adapter is
+    initialized from them; then they are loaded to the CPU now."""
     sharded = config.memory.shard and run.devices.count > 1
     if base is not None:
         if sharded:
@@ -151,7 +151,7 @@ def with_device_micro_tokens(config: TrainConfig, base: TextBase, run: Run) -> T
 
 
 def _free_memory(base: TextBase, devices: Devices) -> int | None:
-    """Return the free bytes for this process, or None with a single device (measured later)."""
+    """Return the free memory in bytes for this process, or None on a single device (measured later)."""
     if devices.count == 1:
         return None
     device = torch.device(devices.device)
@@ -192,14 +192,14 @@ def checked_text(
     taken: int = 0,
     sampler: MakeSampler | None = None,
 ) -> TextRun:
-    """Read the data, and run every check that changes nothing.
+    """Read the data, and run all checks that leave the base unchanged.
 
     newest: the checkpoint to resume from. taken: bytes that other runs on the same base will use.
 
     Raises DataError, PreflightError."""
     data = read_data(config, base)
     if config.adapter.start is not None:
-        # The adapter to continue from, in float32 like all trained pairs.
+        # The adapter to continue from, in float32 like all trained adapter weights.
         loaded = load_adapter(base, config.adapter.start)
         wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
         data = replace(data, start=replace(wide, dropout=config.adapter.dropout))
@@ -427,7 +427,7 @@ class AttachedText:
     def result(self, outcome: Outcome, progress: Progress) -> RunResult:
         """Return the result.
 
-        Unless the loss is a likelihood, it includes the metrics of the saved step and of step 0."""
+        Unless the loss is a likelihood, the result includes the metrics of the saved step and of step 0."""
         result = RunResult(
             **vars(outcome),
             tokens=progress.tokens,
@@ -453,10 +453,10 @@ class AttachedText:
         return replace(result, adapter=str(self.run.folder), digest=digest)
 
     def _answers(self, sample: Mapping[str, Any], emit: Listener) -> dict[str, str]:
-        """Return completions of the card's prompt, or {} if there should be none.
+        """Return completions of the card's prompt, or {} if the card should show none.
 
-        There are none if several devices train, because a completion would need all of them, and none if the
-        prompt is a training row, because its completion does not show what was learned."""
+        The card shows none if several devices train, because a completion would need all of them, or if the
+        prompt is a training row, because its completion would not show what was learned."""
         tokens = self.config.evaluation.sample_tokens(len(self.steps))
         if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held_out.rows):
             return {}
@@ -556,7 +556,9 @@ class Likelihood:
         return nll
 
     def add_accuracy(self, right: Tensor) -> None:
-        """Count this step's trained tokens, and how many of them the model ranks first."""
+        """Add this step's tokens to the token accuracy.
+
+        right: for each token in the loss, whether the model ranks it first."""
         self._right.append(right.sum())
         self._seen += len(right)
 

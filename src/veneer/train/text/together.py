@@ -340,9 +340,10 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
     """Return the checkpoint that each run continues from; None to start from the beginning.
 
     Runs that were trained together continue from the last step for which all of them have a checkpoint. A run
-    that had already finished at that step keeps its result. A run that had failed before becomes an error,
-    because training it now would change the last bits of the others. A run that has only its first checkpoint
-    starts from the beginning if another run of its group has no checkpoint."""
+    that had already finished at that step keeps its result. For a run that had failed before that step, the
+    list has an error, because training this run now would change the last bits of the other runs' weights. A
+    run that has only its first checkpoint starts from the beginning if another run of its group has no
+    checkpoint."""
     have = {run.name: checkpoint.by_step(run.folder / "checkpoints") for run in runs}
     group: set[str] = set()
     last = -1

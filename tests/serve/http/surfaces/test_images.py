@@ -317,10 +317,7 @@ FACTORS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Image.Image]:
-    """Return a function that generates an image as `veneer image` does, on a separate base.
-
-    The settings are those of `one`.
-    """
+    """Return a function that generates the image of `one` as `veneer image` does, on a separate base."""
     folder = tmp_path_factory.mktemp("by-hand")
     for name in ("brand", "look"):
         write(shelf.adapters[shelf.digest[name]], folder / f"{name}.safetensors", to="kohya", family="flux1")

@@ -38,7 +38,7 @@ def test_chat(client: openai.OpenAI, server: Live) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens // 2
     assert server.engine.seen[0].sampling.temperature == 1.0
-    assert answer._request_id  # the client reads x-request-id
+    assert answer._request_id  # the client fills this attribute from the x-request-id header
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_an_internal_error_is_500_without_details(client: openai.OpenAI) -> None
 
 
 def test_a_slow_reader_does_not_delay_others(text: ToyText) -> None:
-    """The server drains the stalled stream's completion from the engine at once, and closes the stream after
-    the timeout."""
+    """Although the client stops reading, the server reads the whole completion from the engine at once. It closes
+    the stream after the timeout."""
     with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(stall=0.5)) as server:
         body = {"model": "toy", "prompt": "SAY:" + "x" * 400, "max_tokens": 400, "n": 8, "stream": True, "logprobs": 20}
         with server.client.stream("POST", "/v1/completions", json=body) as stalled:

@@ -64,7 +64,7 @@ _AT_ONCE = 16
 _THREADS = 2
 """Number of threads that read, convert and hash adapters."""
 _LINES, _ITEMS = 40, 500
-"""Maximum lines in the error of a file, and maximum items in each list of a report."""
+"""Maximum number of lines in an error about a file, and of items in each list of a report."""
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _BINARY}}}
@@ -239,7 +239,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     async def file_of(
         request: HttpRequest, source: Path, size: int, stem: str, to: Layout | None, base: str
     ) -> Response:
-        """Return a download of a file, which deletes temporary files at the end.
+        """Return a response that sends a file, and that deletes temporary files at the end.
 
         `base`: the adapter's base, from the client or the library.
         """

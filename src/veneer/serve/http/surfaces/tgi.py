@@ -1,7 +1,7 @@
 """TGI's and LoRAX's routes: /generate, /generate_stream, /info.
 
-`adapter_id` names one adapter, and `mix` several. For an unknown adapter_id, TGI serves the base, but veneer
-returns 404.
+`adapter_id` names a single adapter; `mix` names several. For an unknown adapter_id, TGI serves the base, but
+veneer returns 404.
 """
 
 from __future__ import annotations
@@ -205,8 +205,9 @@ async def _lines(
 ) -> AsyncIterator[bytes]:
     """Yield one event per token; the last event has the full text and the details.
 
-    Which token is the last is known only when the completion ends. So a token that could be the last (one
-    without text, or at max_tokens) is held back until the next event. All other tokens are sent at once.
+    Until the completion ends, the server does not know which token is the last. So a token that could be the
+    last (because it has no text, or because it reaches max_tokens) is held back until the next event. All
+    other tokens are sent at once.
     """
     answer, last_token = TextAnswer(), None
     async for _, event in events:

@@ -1,6 +1,6 @@
-"""Further routes of vLLM and SGLang: load and unload adapters, tokenize, version.
+"""More of vLLM's and SGLang's routes: load and unload adapters, tokenize, version.
 
-As the source of an adapter, the catalog accepts a library reference, or a path in an allowed folder.
+The source of an adapter is a library reference, or a path in an allowed folder.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
 
 
 def _unusable(error: VeneerError) -> Refused | None:
-    """Return the client's error for an adapter that failed to load.
+    """Return the error to send to the client for an adapter that failed to load.
 
     The error omits the adapter's path on the server. Returns None for a transient error.
     """
