@@ -205,7 +205,7 @@ def test_merge_with_large_rounding_error_needs_accept_loss(capsys, made, base, t
 
     warned = merge("a", "0.01")
     assert "warning: rounding to bfloat16 gives the merged change" in warned
-    assert "--dtype float32 keeps it exactly, --stochastic 0 on average" in warned
+    assert "--dtype float32 is exact; --stochastic 0 keeps it on average" in warned
     refused = merge("b", "0.0005", code=2)
     assert "nothing was written" in refused
     assert "--dtype float32, --stochastic 0, or --accept-loss" in refused

@@ -40,7 +40,7 @@ def test_convert_does_not_overwrite_its_input(tmp_path, capsys):
     before = source.read_bytes()
     for out in (str(source), str(source.parent / "." / source.name)):
         ran = run(capsys, "adapter", "convert", str(source), "--to", "comfyui", "-o", out, code=2)
-        assert "the adapter itself" in ran.err
+        assert "the output is the input adapter" in ran.err
     assert source.read_bytes() == before
 
 

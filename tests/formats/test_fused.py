@@ -216,7 +216,7 @@ ITEMS = [
     (lambda: swap_halves(Delta("kronecker", {"w1": rand(3, 3), "w2": rand(2, 2)}, (6, 6))), "odd"),
     (lambda: join_parts([item_of("pair", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
     (lambda: join_parts([item_of("loha", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
-    (lambda: join_parts([INPUTS, INPUTS]), "of its own part"),
+    (lambda: join_parts([INPUTS, INPUTS]), "of one part only"),
     (lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 5), rand(4, 2), 1.0)]), "inputs differ"),
     (
         lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 6), rand(4, 2), 1.0, magnitude=rand(4))]),

@@ -12,7 +12,7 @@ from tests.tiny_base import tiny_base_dir
 from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings
 from veneer.errors import DataError
-from veneer.jobs.validate import device_of
+from veneer.jobs.validate import this_device
 from veneer.models.text.base import load_text
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
@@ -48,7 +48,7 @@ def row(text: str, answer: str = ANSWER) -> dict[str, str]:
 
 def test_counts_for_few_rows_equal_the_runs(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i}?") for i in range(30)], tmp_path)
-    look = inspect_run(chosen, device=device_of())
+    look = inspect_run(chosen, device=this_device())
     data = read_data(chosen, load_text(str(base)))
     tokens = sum(item.tokens for item in data.train.items)
     assert (look.rows, look.looked) == (30, 30)
@@ -63,12 +63,12 @@ def test_counts_for_few_rows_equal_the_runs(base: Path, tmp_path: Path) -> None:
 
 def test_many_rows_are_sampled_and_changed_files_read_again(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i:04}?") for i in range(400)], tmp_path, split=200)
-    look = inspect_run(chosen, rows=40, device=device_of())
+    look = inspect_run(chosen, rows=40, device=this_device())
     assert (look.rows, look.looked) == (400, 40)
     assert "only the first 40 rows of 400" in look.guesses[0]
     assert look.plan.job.rows == pytest.approx(200, abs=20)
     config(base, [row("")], tmp_path)
-    broken = inspect_run(chosen, rows=40, device=device_of())
+    broken = inspect_run(chosen, rows=40, device=this_device())
     assert broken.stops
     assert "prompt` is empty" in broken.findings[0].text
 
@@ -124,7 +124,7 @@ def test_images_are_shown_with_crops_and_changed_captions(tmp_path: Path) -> Non
     left, top, width, height = wide.crop
     assert (top, height, wide.verdict) == (0, 1, "cut")  # the 32 × 32 square in the center of 48 × 32
     assert (left, width) == (pytest.approx(8 / 48), pytest.approx(32 / 48))
-    look = inspect_run(made, device=device_of())
+    look = inspect_run(made, device=this_device())
     assert look.plan is not None
     assert any(finding.check == "buckets" for finding in look.findings)
     assert preview_picture(made, wide.id).path == folder / wide.name

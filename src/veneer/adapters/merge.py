@@ -379,7 +379,7 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Pla
             elif problem := change_problem(shape_only, entry.shape):
                 problems.append(f"{name}: {problem}")
             else:
-                for each in {tensor, *filter(None, shared.values())}:  # token rows change both of two tied tensors
+                for each in {tensor, *filter(None, shared.values())}:  # changing token rows changes both tied tensors
                     plan[component].setdefault(each, []).append((change, strength))
     if problems:
         raise AdapterError(

@@ -112,7 +112,7 @@ def _trained_precision(adapters: list[str]) -> str:
 
 def _print_report(report: MergeReport, as_json: bool, fix: str = "") -> None:
     if report.warning:
-        say(f"warning: {report.warning}; {fix or '--dtype float32 keeps it exactly, --stochastic 0 on average'}")
+        say(f"warning: {report.warning}; {fix or '--dtype float32 is exact; --stochastic 0 keeps it on average'}")
     if as_json:
         print_json(report.to_dict())
         return

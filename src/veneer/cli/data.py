@@ -212,10 +212,10 @@ def preview(
 
     Takes about a second: reads only the first rows, and marks estimates as such. `veneer train --dry-run`
     reads all data and runs the longest batch. The exit code is 2 if the run would fail."""
-    from veneer.jobs.validate import device_of
+    from veneer.jobs.validate import this_device
     from veneer.train.inspect import inspect_run, inspection_text
 
-    report = inspect_run(_configured(data, base, overrides), rows=rows, device=device_of())
+    report = inspect_run(_configured(data, base, overrides), rows=rows, device=this_device())
     print_json(report.to_dict()) if as_json else print(inspection_text(report))
     if not report.starts:
         raise SystemExit(2)

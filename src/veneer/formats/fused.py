@@ -181,7 +181,7 @@ def _joined_magnitude(parts: Sequence[Pair | Delta | None]) -> Tensor | None:
     if any(m is None for m in magnitudes):
         raise _not_joinable(items, "some have a magnitude and some have none")
     if any(m is not None and m.ndim > 1 for m in magnitudes):
-        raise _not_joinable(items, "a magnitude of the inputs is a norm over the rows of its own part")
+        raise _not_joinable(items, "a magnitude per input is a norm over the rows of one part only")
     return torch.cat([m for m in magnitudes if m is not None])
 
 

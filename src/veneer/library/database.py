@@ -191,10 +191,9 @@ def database_clock(engine: Engine) -> ColumnElement[float]:
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """Yield a connection whose queries all see the same state of the database."""
-    connection = engine.connect()
-    if engine.dialect.name == "postgresql":  # in SQLite, every transaction reads one snapshot
-        connection = connection.execution_options(isolation_level="REPEATABLE READ")
-    with connection:
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":  # in SQLite, every transaction reads one snapshot
+            connection.execution_options(isolation_level="REPEATABLE READ")
         yield connection
 
 

@@ -373,7 +373,7 @@ def low_rank_gradients(output: LinearOutput, g: Tensor, x: Tensor, du: Tensor | 
 
 
 def linear(x: Tensor, linear_map: LinearMap) -> Tensor:
-    """Return y = x·Wᵀ + b, with s·(x·Aᵀ)·Bᵀ added to each product's columns.
+    """Return y = x·Wᵀ + b, with s·(x·Aᵀ)·Bᵀ added to the output columns of each part.
 
     x: (…, in) → (…, Σ out).
 

@@ -100,7 +100,7 @@ def save(
 
     parameters: the trained tensors, and other tensors of the adapter outside the optimizer (moving averages)
     identity: JSON values that must be the same in a run that resumes from the checkpoint: data, base
-    shared: whether only another run in the group requested this checkpoint
+    shared: whether this checkpoint was requested by another run in the group and not by this one
     metadata: stored, but not compared
     devices: number of devices, which can be different in a resumed run
     conditions: further values that, like the environment, must be equal for bit-for-bit equal results

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
     from veneer.train.image.augmentation import PictureRow
     from veneer.train.image.pictures import TrainingPicture
+    from veneer.train.text.data import TextData
     from veneer.train.text.encode import Example
     from veneer.train.text.rows import Row, UnusableRow
 
@@ -137,11 +138,10 @@ def inspect_run(
 
 
 def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
-    from veneer.train.text.data import read_data
     from veneer.train.text.preflight import TextSubject, data_findings, marked_pieces
 
-    base, total = _base(config.base.name), count_records(config.data.files("train"))
-    data = read_data(config.model_copy(update={"data": _bounded(config, rows, total)}), base)
+    base = _base(config.base.name)
+    data, total = _first_rows(*_key(config), rows)
     looked = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
     examples = data.train.encoded.examples
     report = Report(rows=total, looked=looked, sample=marked_pieces(examples[0], base.tokenizer) if examples else [])
@@ -169,6 +169,17 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     return report
 
 
+@functools.lru_cache(maxsize=8)
+def _first_rows(key: str, stamp: object, rows: int) -> tuple[TextData, int | None]:
+    """Return (the data of the first rows, number of rows in the files if known). Raises DataError, BaseError."""
+    from veneer.train.text.data import read_data
+
+    config = _config(TrainConfig, key)
+    total = count_records(config.data.files("train"))
+    bounded = config.model_copy(update={"data": _bounded(config, rows, total)})
+    return read_data(bounded, _base(config.base.name)), total
+
+
 def _bounded(config: TrainConfig, rows: int, total: int | None) -> DataSection:
     """Return the data settings for reading only the first rows, with the same share held out.
 
@@ -194,7 +205,12 @@ def _base(name: str) -> TextBase:
 
 _SECTIONS: Any = {"base": {"name"}}
 _SECTIONS |= dict.fromkeys(["data", "preference", "reinforcement", "distillation", "seed"], True)
-"""The settings that determine how rows are read."""
+
+
+def _key(config: TrainConfig) -> tuple[str, object]:
+    """Return (the settings that determine how rows are read, the state of the files), as a cache key."""
+    values = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
+    return values, data_stamp([*config.data.files("train"), *config.data.files("validation")])
 
 
 def _config(kind: type[_C], key: str) -> _C:
@@ -209,9 +225,7 @@ def preview_rows(config: TrainConfig, *, limit: int = 50, verdicts: Sequence[Row
     ConfigError and BaseError if the base cannot be found."""
     from veneer.train.text.preflight import marked_pieces
 
-    key = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
-    stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
-    rows, examples, format = _table(key, stamp)
+    rows, examples, format = _table(*_key(config))
     tokenizer = _base(config.base.name).tokenizer
     chosen = [(i, row) for i, row in enumerate(rows) if not verdicts or row.verdict in verdicts]
     page = []
@@ -237,10 +251,8 @@ def _table(key: str, stamp: object) -> tuple[list[PreviewRow], dict[int, list[Ex
     from veneer.train.text.rows import Row, parse_rows, split_rows
 
     config = _config(TrainConfig, key)
-    data = config.data
-    parsed, metadata = parse_rows(
-        data.files("train"), limit=min(_MOST_ROWS, data.limit or _MOST_ROWS), **row_options(config)
-    )
+    data, limit = config.data, min(_MOST_ROWS, config.data.limit or _MOST_ROWS)
+    parsed, metadata = parse_rows(data.files("train"), limit=limit, **row_options(config))
     usable = [(i, row) for i, row in enumerate(parsed) if isinstance(row, Row)]
     held_out = set[int]()
     if data.validation is None and usable:

@@ -217,8 +217,11 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
 
 def check_devices(s: RunSubject) -> Iterator[Finding]:
     """Check whether several devices share the run."""
-    sharded = getattr(s.config.memory, "shard", False)
+    sharded, batching = getattr(s.config.memory, "shard", False), s.config.batching
     if s.devices > 1:
+        if batching.rows < s.devices and getattr(batching, "mode", "bucket") == "bucket":
+            text = f"a step has {counted(batching.rows, 'row')}, so some of the {s.devices} devices wait"
+            yield Finding("warn", "devices", text, f"set batching.rows to {s.devices} or more, or use fewer devices")
         how = "each device holds a part of the frozen weights" if sharded else "each device holds the full base"
         yield Finding("ok", "devices", f"{s.devices} devices share the micro-batches of each step; {how}")
     elif sharded:

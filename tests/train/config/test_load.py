@@ -76,7 +76,7 @@ def test_each_value_has_its_source(tmp_path: Path) -> None:
     assert sources["base.name"] == f"{file}:1"
     assert sources["optimizer.learning_rate"] == f"{file}:6"
     assert sources["adapter.rank"] == "override `adapter.rank=8`"
-    assert sources["adapter.targets"].startswith("default (all linear layers")
+    assert sources["adapter.targets"].startswith("default (adapting only attention layers")
     assert set(sources) == {f"{s}.{k}" for s, m in SECTIONS.items() for k in m.model_fields} | {"seed"}
 
 

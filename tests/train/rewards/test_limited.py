@@ -100,7 +100,7 @@ def test_timeout_kills_the_process(function: LimitedFunction) -> None:
         os.kill(int(before.value or 0), 0)
 
 
-def test_forks_cannot_answer(function: LimitedFunction) -> None:
+def test_forked_processes_cannot_return_a_result(function: LimitedFunction) -> None:
     """If a fork could answer, every later answer would be matched to the wrong question."""
     assert [s.value for s in function.score(asked("fork", "a", "fork", "abcd"))] == [7, 1, 7, 4]
 

@@ -216,6 +216,9 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
     for key, opposite in (("positive", "negative"), ("negative", "positive")):
         if getattr(slider, key) is None:
             yield f"`slider.{key}` is required with `slider.{opposite}`: a direction has two ends"
+    first, second = ((end or "").lower().split() for end in (slider.positive, slider.negative))
+    if first and first == second:
+        yield "`slider.positive` and `slider.negative` are equal, so there is no direction between them"
     if not slider.strengths:
         yield "`slider.strengths` is empty: give at least one, for example [-1, 0, 1]"
     for strength in slider.strengths:
@@ -262,6 +265,8 @@ def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
         yield "`schedule.epochs` and `schedule.steps` both set the length of the run: keep one"
     if isinstance(warmup, float) and warmup >= 1:
         yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; an integer counts steps"
+    elif schedule.steps is not None and warmup >= schedule.steps:
+        yield f"`schedule.warmup: {warmup}` never ends within `schedule.steps: {schedule.steps}`"
     if not _are_blocks(adapter.layers):
         yield f"`adapter.layers: {adapter.layers}` is not a list of block numbers or ranges such as 0-3,28-29"
 

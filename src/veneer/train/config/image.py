@@ -59,7 +59,7 @@ class ImageDataSection(Section):
     trigger: str | None = setting(None, "word that activates the adapter: replaces `[trigger]`, or precedes captions")
     class_folder: str | None = setting(None, "class (regularization) pictures, trained without the trigger")
     class_prompt: str | None = setting(None, "default caption of class pictures")
-    class_weight: float = setting(1.0, "loss weight of class pictures", "DreamBooth's", ge=0)
+    class_weight: float = setting(1.0, "loss weight of class pictures", "as in DreamBooth", ge=0)
     caption_dropout: float = setting(
         0.0,
         "share of captions replaced by an empty one, chosen anew each epoch",

@@ -54,7 +54,7 @@ class PairsSection(Section):
     targets: str | tuple[str, ...] = setting(
         "all-linear",
         "modules to adapt: names, .suffixes, globs, re:REGEX, or all-linear",
-        "all linear layers; attention only is worse (same study)",
+        "adapting only attention layers is worse (same study)",
     )
     exclude: tuple[str, ...] = setting((), "targets to leave out")
     layers: str | tuple[int, ...] | None = setting(None, "layers to adapt: indices, or ranges such as 0-3,28-29", "all")

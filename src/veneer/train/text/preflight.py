@@ -349,6 +349,9 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     total = sum(p.numel() for p in model.parameters())
     s.numbers.update(base_parameters=total, trainable=pairs + full)
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + full, total)} parameters, a file of {size}")
+    if full > pairs:
+        text = f"full copies of modules take {share(full, pairs + full)} of the adapter"
+        yield Finding("warn", "size", text, "drop adapter.modules_to_save, or train rows with adapter.token_rows")
 
 
 def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
@@ -436,7 +439,8 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     if packs:
         longest += f"; {gigabytes(packs)} of it are prepacked copies of frozen weights"
-    more = "a machine with more memory" if config.memory.limit_gb is None else "a higher memory.limit_gb"
+    limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
+    more = "a higher memory.limit_gb" if limited else "a machine with more memory"
     fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows how much)"
     if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
