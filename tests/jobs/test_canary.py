@@ -55,8 +55,7 @@ class Shop:
         """Return a finished job with result `reference` and these evaluation scores.
 
         `serving`: the version with which the result was compared."""
-        after = {"alias": "prod", **parse_after(after, self.folder).model_dump()}  # earlier builds also stored an alias
-        job = queued(self.jobs, about={"after": after})
+        job = queued(self.jobs, about={"after": parse_after(after, self.folder).model_dump()})
         lease = taken(self.jobs)
         results = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         compared = {"scores": results, "serving": None if serving is None else f"acme/support@{serving}"}

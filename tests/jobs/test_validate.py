@@ -18,6 +18,7 @@ from veneer.jobs.validate import validate_job
 from veneer.models.text.base import text_without_weights
 from veneer.plan.tables import cpu_device
 from veneer.serve.engine.offline import answering_bytes
+from veneer.serve.request import Refused
 
 in_sqlite = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 
@@ -83,7 +84,7 @@ def test_plan_includes_the_evaluations_completions(store, folder, monkeypatch):
     A peak that exceeds the memory is refused."""
 
     def asked(*metrics: str) -> Job:
-        about = {"after": {"evaluate": {"metrics": metrics}, "alias": None}}
+        about = {"after": {"evaluate": {"metrics": metrics}}}
         store.create("acme", small_config(folder), name="support", about=about)
         return validate_job(store, taken(store, state="validating"), FixedTerms(store), cpu_device())
 
@@ -148,5 +149,25 @@ def test_job_that_does_not_fit_is_refused(store: JobStore, folder: Path) -> None
     assert job.error["fix"]
     job = looked_at(store, small_config(folder), {"price": 10**9, "budget": 1000})
     assert (job.error["kind"], "budget of" in job.error["message"]) == ("overbudget", True)
-    job = looked_at(store, small_config(folder), {"jobs": 0})
-    assert "not allowed to train" in job.error["message"]
+
+
+@in_sqlite
+def test_refused_tenant_is_named_with_the_reasons(store: JobStore, folder: Path) -> None:
+    error = looked_at(store, small_config(folder), {"jobs": 0}).error
+    assert error == {
+        "kind": "config",
+        "where": "tenant",
+        "message": "acme is not allowed to train: the tenant does not exist, is disabled, or has a job limit of 0",
+        "fix": "see veneer tenant list",
+    }
+    with pytest.raises(Refused, match="acme is not allowed to train") as refused:
+        FixedTerms(store, jobs=0).check_allowed("acme")
+    assert "veneer" not in str(refused.value)
+
+
+@in_sqlite
+def test_unknown_key_in_a_stored_section_is_named(store: JobStore, folder: Path) -> None:
+    store.create("acme", small_config(folder), name="support", about={"after": {"alias": "prod", "route": None}})
+    job = validate_job(store, taken(store, state="validating"), FixedTerms(store), cpu_device())
+    assert job.error["kind"] == "config"
+    assert "unknown key `after.alias`" in job.error["message"]

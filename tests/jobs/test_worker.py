@@ -277,6 +277,21 @@ def test_running_jobs_of_a_tenant_are_limited(library: Library, store: JobStore,
     tenants.close()
 
 
+def test_outage_while_stopping_is_logged_once(library: Library, store: JobStore) -> None:
+    executor, messages = FakeExecutor(), list[str]()
+    executor.stubborn = True
+    queued(store)
+
+    def unavailable(*arguments: Any) -> None:
+        raise OperationalError("SELECT", {}, Exception("the server closed the connection"))
+
+    with working(library, executor, log=messages.append, grace=0.3) as worker:
+        wait_for(lambda: executor.running)
+        worker.store.get_lease = unavailable
+        worker.store.acquire = unavailable
+    assert sum("is unavailable" in message for message in messages) == 1
+
+
 def test_job_outlasts_a_database_outage_within_its_lease(library: Library, store: JobStore) -> None:
     executor, job, away = FakeExecutor(), queued(store), threading.Event()
     with working(library, executor, lease=0.8) as worker:

@@ -44,8 +44,9 @@ class TrainingAccount:
     def check_allowed(self, tenant: str) -> None:
         """Raise Refused (403) unless the tenant is allowed to train."""
         if self.terms(tenant).jobs == 0:
-            message, fix = "this tenant is not allowed to train", "the operator can allow it: see veneer tenant list"
-            raise Refused(message, status=403, code="forbidden", fix=fix)
+            reason = "the tenant does not exist, is disabled, or has a job limit of 0"
+            message = f"{tenant or 'this machine'} is not allowed to train: {reason}"
+            raise Refused(message, status=403, code="forbidden", where="tenant", fix="the operator can allow it")
 
     def spent(self, tenant: str) -> int:
         """Return this month's cost of the tenant's Tinker clients, from the ledger."""

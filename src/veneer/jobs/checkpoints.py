@@ -1,8 +1,9 @@
-"""Add a job's checkpoints to the library as adapters.
+"""Add a job's checkpoints to the library as adapters; find a step's sample images.
 
     publish_checkpoints(library, "acme/support-kq7vz2mh", run, adapter)   {40: "acme/support-kq7vz2mh@40"}
     publish_steps(library, job, run)           during training: {40: "support.jp8v6w@40"}
     store_checkpoint(store, job, 300, alias="prod")       support@prod is the adapter of step 300
+    sample_file(store, store.get(…), 300)      the file with the sample images of step 300
 
 The checkpoint of step 40 becomes version 40 with the alias `@ckpt-step-40`. The job's final adapter becomes
 the version after all checkpoints, so that the name without a version means the final adapter. An adapter that
@@ -89,8 +90,10 @@ def publish_checkpoints(
         state, _ = read_tensors(folder / "adapter.safetensors")
         checkpoint = final.mapped(torch.clone)
         tensors = dict(checkpoint.tensors())
-        if {key: tensor.shape for key, tensor in tensors.items()} != {key: t.shape for key, t in state.items()}:
-            why = "its tensors differ in name or shape from the final adapter's"
+        expected, found = ({key: tuple(t.shape) for key, t in each.items()} for each in (tensors, state))
+        key = next((key for key in expected | found if found.get(key) != expected.get(key)), None)
+        if key is not None:
+            why = f"{key} is {found.get(key, 'missing')}, but {expected.get(key, 'missing')} in the final adapter"
             log(f"warning: the checkpoint of step {step} was not added to the library: {why}")
             continue
         for key, tensor in tensors.items():
@@ -131,6 +134,19 @@ def store_checkpoint(
     version = library.find(reference)
     if version.name != job.name:
         source = f"step {version.version} of {job.id}"
-        folder = library.resolve(reference)
-        version = library.add(folder, job.name, tags=[f"step-of:{job.id}"], source=source).version
+        version = library.add(library.resolve(reference), job.name, tags=[f"step-of:{job.id}"], source=source).version
     return library.alias(version.reference, alias) if alias else version
+
+
+def sample_file(store: JobStore, job: Job, step: int) -> Path:
+    """Return the file with a step's sample images.
+
+    Raises ConfigError if there is no such file."""
+    samples = {int(event.data["step"]): str(event.data["file"]) for event in store.events_of(None, job.id, "sample")}
+    attempts = sorted(job.folder.glob("attempt-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for attempt in reversed(attempts):
+        if step in samples and (attempt / samples[step]).is_file():
+            return attempt / samples[step]
+    steps = ", ".join(map(str, sorted(samples)))
+    fix = f"the job has samples after steps {steps}" if steps else "set samples.prompts and samples.every"
+    raise ConfigError(f"job {job.id} has no sample images of step {step}", where="step", fix=fix)

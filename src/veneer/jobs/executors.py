@@ -90,8 +90,8 @@ class LocalExecutor:
                 start_new_session=True,
                 env={**os.environ, **environment, JOB_VARIABLE: json.dumps(content)},
             )
-        name = f"{job.id}-{job.attempt if trains else 'validation'}"
-        handle = f"{name}, process {child.pid}"  # the name makes the handle unique, because the system can reuse a pid
+        # The job and the attempt make the handle unique, because the system can reuse a pid.
+        handle = f"{job.id}-{job.attempt if trains else 'validation'}, process {child.pid}"
         self._children[handle] = child, memory_of(job) if trains else max_memory
         return handle
 
@@ -100,7 +100,8 @@ class LocalExecutor:
         if handle not in self._children:
             return ExitStatus("it is not a process of this worker")
         child, max_memory = self._children[handle]
-        code, resident = child.poll(), _resident(child.pid) if max_memory else 0
+        code = child.poll()
+        resident = _resident(child.pid) if max_memory else 0
         if code is None and resident <= max_memory:
             return None
         del self._children[handle]

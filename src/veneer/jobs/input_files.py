@@ -100,8 +100,6 @@ def remove_inputs(id: str) -> None:
 def sweep_inputs(jobs: JobStore) -> None:
     """Remove the copies made for jobs that ended or never existed."""
     old = [each for each in _inputs().glob("*") if each.stat().st_mtime < time.time() - _GRACE]
-    if not old:
-        return
     unfinished, _ = jobs.jobs(None, limit=1 << 31, states=UNFINISHED)
     needed = {job.about.get("input") for job in unfinished}
     for each in old:

@@ -1,7 +1,7 @@
 """Conversion between OpenAI's fine-tuning API and jobs.
 
     request = TuningBody.model_validate(body)
-    config = tuning_config(request, {"base": …, "data": …}, None)      for `veneer train`
+    config = tuning_config(request, None, base=…, start=None, files=…, length=…)      for `veneer train`
     job_to_openai(job), event_to_openai(job, event), checkpoint_to_openai(job, point)
 
 `auto` becomes a number, which in some cases depends on the number of training rows; the job shows the number:
@@ -199,26 +199,33 @@ def suffix_of(text: str | None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
 
 
-def tuning_config(request: TuningBody, given: Mapping[str, Any], settings: FormSettings | None) -> dict[str, Any]:
+def tuning_config(
+    request: TuningBody, form: FormSettings | None, *, base: str, start: str | None, files: dict[str, Path], length: int
+) -> dict[str, Any]:
     """Return a request's training configuration, with numbers in place of `auto`.
 
-    given: the sections `base`, `data` (files and max_length) and, to train an existing adapter, `adapter`
-    settings: additional settings from the Studio's form
+    form: additional settings from the Studio's form
+    base, start: the base, and the adapter to continue from
+    files: `train` and, if there is one, `validation` -> file
+    length: maximum tokens of a row
 
     Raises ConfigError."""
-    numbers, train = request.numbers, Path(given["data"]["train"])
-    rows = count_lines(train, _ROWS_COUNTED)
+    numbers = request.numbers
+    rows = count_lines(files["train"], _ROWS_COUNTED)
     batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
     steps = math.ceil(rows / batch)
     epochs = numbers.n_epochs if numbers.n_epochs != "auto" else min(10, max(3, math.ceil(100 / max(1, steps))))
     config: dict[str, Any] = {
-        **given,
+        "base": {"name": base},
+        "data": {"max_length": length} | {part: str(path) for part, path in files.items()},
         "batching": {"rows": batch},
         "schedule": {"epochs": epochs},
         "checkpoint": {"every": "epoch" if steps <= _LONG else _LONG, "keep": 3},
         "seed": secrets.randbelow(1 << 31) if request.seed is None else request.seed,
     }
-    if "validation" in config["data"]:
+    if start is not None:
+        config["adapter"] = {"start": start}
+    if "validation" in files:
         config["evaluation"] = {"keep": "last"}  # as at OpenAI, where the client chooses among the checkpoints
     else:
         config["data"]["split"] = 0
@@ -227,15 +234,15 @@ def tuning_config(request: TuningBody, given: Mapping[str, Any], settings: FormS
         config["preference"] = {"loss": "dpo", "beta": 0.1 if numbers.beta == "auto" else numbers.beta}
     if request.reinforced is not None:
         _reinforce(config, request.reinforced)
-    if settings is not None:
-        config["data"] |= {"format": settings.format, "columns": settings.columns}
-        if settings.rank is not None:
-            config["adapter"] = {"rank": settings.rank}
+    if form is not None:
+        config["data"] |= {"format": form.format, "columns": form.columns}
+        if form.rank is not None:
+            config["adapter"] = {"rank": form.rank}
     times = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
-    plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
+    plain, _ = config_from({**config, "output": {"directory": str(files["train"].parent)}})
     assert isinstance(plain, TrainConfig)
     config["base"]["name"] = plain.base.name  # config_from replaces a relative folder with an absolute path
-    rate = None if settings is None else settings.learning_rate
+    rate = None if form is None else form.learning_rate
     config["optimizer"] = {"learning_rate": rate or plain.optimizer.learning_rate * times}
     return config
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import CheckpointError, PreflightError, ResourceError, UnavailableError, VeneerError, gigabytes
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.post_training import AfterJob, check_after, held_out_rows
+from veneer.jobs.post_training import AfterJob, check_after, held_out_rows, parse_after
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
+from veneer.serve.request import Refused
 from veneer.serve.tenancy.store import Store
 from veneer.serve.transient import is_transient
 from veneer.train.config.load import RunConfig, config_from
@@ -34,12 +35,9 @@ if TYPE_CHECKING:
 
 
 def after_section(job: Job) -> AfterJob | None:
-    """Return a job's section `after`; None if it has none."""
-    section = job.about.get("after")
-    if section is None:
-        return None
-    # Older jobs have the key "alias".
-    return AfterJob.model_validate({key: value for key, value in section.items() if key != "alias"})
+    """Return a job's section `after`; None if it has none. Raises ConfigError."""
+    section = {key: value for key, value in (job.about.get("after") or {}).items() if value is not None}
+    return parse_after(section, job.folder) if section else None
 
 
 def job_config(job: Job, output: Path) -> RunConfig:
@@ -47,7 +45,7 @@ def job_config(job: Job, output: Path) -> RunConfig:
     return config_from({**job.config, "output": str(output)})[0]
 
 
-def device_of() -> Device:
+def this_device() -> Device:
     """Return this machine's device, which jobs are planned for."""
     import torch
 
@@ -69,10 +67,10 @@ def validate_job(store: JobStore, lease: JobLease, account: TrainingAccount, dev
         plan = _plan_of_job(lease.job, device)
         spent = 0 if terms.budget is None else account.spent(lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
-    except LeaseLost:
-        raise
+    except Refused as error:  # the tenant is not allowed to train
+        return store.finish(lease, error=error_json(error) | {"kind": "config", "fix": "see veneer tenant list"})
     except Exception as error:
-        if is_retryable(error):
+        if isinstance(error, LeaseLost) or is_retryable(error):
             raise
         return store.finish(lease, error=error_json(error))
 
@@ -94,16 +92,16 @@ def submit_job(
     tenants: the database with the tenants' training terms and routes
 
     Raises the errors of `JobStore.create` and `check_after`."""
-    name, about = name or Path(config.output.directory).name, dict[str, Any]()
+    name = name or Path(config.output.directory).name
     if after is not None:
         check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
-        about["after"] = after.model_dump(mode="json")
+    about = {} if after is None else {"after": after.model_dump(mode="json")}
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     job = store.create(tenant, values, name=name, about=about)
     while (now := store.get(tenant, job.id)).state == "validating":
         lease = store.acquire("submit", 600, "validating", only=job.id)
         if lease is not None:
-            return validate_job(store, lease, TrainingAccount(store, tenants), device or device_of())
+            return validate_job(store, lease, TrainingAccount(store, tenants), device or this_device())
         time.sleep(0.2)  # wait: a worker is already validating the job
     return now
 

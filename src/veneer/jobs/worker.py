@@ -30,7 +30,7 @@ from veneer.jobs.account import TrainingAccount
 from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.process import process_environment
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
-from veneer.jobs.validate import device_of
+from veneer.jobs.validate import this_device
 from veneer.library.library import Library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import Store
@@ -132,7 +132,7 @@ class Worker:
         begun = time.monotonic()
         self._served[lease.job.tenant] = begun
         max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
-        self._device = self._device or device_of()
+        self._device = self._device or this_device()
         handle = self.executor.start(lease, self.environment, self._device, max_memory)
         valid_until, deadline = begun + self.lease, begun + _VALIDATION_SECONDS
         self._running.append(_Running(lease, handle, valid_until, deadline=deadline, max_memory=max_memory))
@@ -175,6 +175,7 @@ class Worker:
             if len(self._running) - validating >= self.at_once or (validate_first and validating):
                 return False
             lease = self.store.acquire(self.name, self.lease, at_once=lambda tenant: self.account.terms(tenant).jobs)
+            self._away = False
             if lease is None:
                 return False
             self._start_training(lease)
@@ -251,13 +252,12 @@ class Worker:
             try:
                 if late:
                     self.store.renew(running.lease, self.lease)
+                    running.renewed, running.valid_until = now, now + self.lease
+                    self._away = False
                 else:
                     self.store.get_lease(running.lease.job.id, running.lease.token)
             except LeaseLost:
                 self._request_stop(running)  # the job's state is logged once the process has ended
-                return
-            if late:
-                running.renewed, running.valid_until = now, now + self.lease
             return
         if now > running.valid_until:
             self._request_stop(running)
@@ -285,7 +285,6 @@ class Worker:
         """Suppress outages in the `with` block; log only the first of consecutive outages."""
         try:
             yield
-            self._away = False
         except Exception as error:
             if not is_transient(error):
                 raise

@@ -18,7 +18,7 @@ from typing import cast
 from veneer.errors import ConfigError, VeneerError, counted, gigabytes
 from veneer.jobs.openai import error_to_openai
 from veneer.jobs.store import Job
-from veneer.jobs.validate import device_of, submit_job
+from veneer.jobs.validate import submit_job, this_device
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.tables import Device
@@ -51,7 +51,7 @@ _preview_lock = threading.Lock()
 
 @functools.lru_cache(maxsize=1)
 def _device() -> Device:
-    return device_of()
+    return this_device()
 
 
 async def train_view(page: ViewPage) -> None:

@@ -171,6 +171,7 @@ def test_training_client_from_session_to_checkpoints(world: SimpleNamespace, cli
     listed = acme.http.get(f"/training_runs/{model}/checkpoints").json()["checkpoints"]
     assert [each["tinker_path"] for each in listed] == [path, named]
     assert acme.post("weights_info", tinker_path=path)["lora_rank"] == 4
+    assert acme.http.delete(f"/training_runs/{model}/checkpoints/badkind/x").status_code == 404
     kind, name = path.rsplit("/", 2)[1:]
     assert acme.http.delete(f"/training_runs/{model}/checkpoints/{kind}/{name}").status_code == 204
     assert acme.http.get(f"/training_runs/{model}").json()["last_checkpoint"] is None

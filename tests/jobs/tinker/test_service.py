@@ -114,7 +114,7 @@ def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
         assert service.quotas.used("acme", "files") == 1
         with pytest.raises(Refused, match=r"limit \(files\)"):
             begun(service)
-        service.remove("acme", f"tinker://{run.id}/weights/one")
+        service.remove("acme", run.id, "weights/one")
         begun(service)
 
 
@@ -171,7 +171,7 @@ def test_unreadable_checkpoint_is_skipped_and_stays(tmp_path: Path) -> None:
         about = run.checkpoints.folder / "weights" / "one" / "about.json"
         about.write_text("{")
         assert [each.id for each in run.checkpoints.all()] == ["weights/two"]
-        service.remove("acme", f"tinker://{run.id}/weights/two")
+        service.remove("acme", run.id, "weights/two")
     with small_service(tmp_path) as service:
         assert service.run("acme", run.id).checkpoints.all() == []
         assert about.exists()

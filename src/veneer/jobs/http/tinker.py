@@ -115,7 +115,7 @@ class Call:
         operator = client_name is not None and self.principal.can("operate")
         return client_name or (str(base.directory) if operator else str(self.http.catalog.base))
 
-    def check_base(self, session_id: str, name: str) -> None:
+    def use_base(self, session_id: str, name: str) -> None:
         """Record the client's name of the base in the session.
 
         Raises Refused if this server does not serve the base. Compares only the last part of the name, because
@@ -235,11 +235,10 @@ class TinkerRoutes:
         """Accept a numbered request, unless it was accepted before.
 
         `memory`: bytes of memory for the unpacked body."""
-        number = f"{run.id}:{seq}"
         async with run.lock:
             if await tinker_blocking(lambda: call.service.is_new(run, seq)):
                 await self._accept(call, run, seq, kind, body, tokens, memory)
-        return future_response(number, run.id)
+        return future_response(f"{run.id}:{seq}", run.id)
 
     async def _accept(
         self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int, memory: int
@@ -374,7 +373,7 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
 
     @router.post("/create_model", summary="Create a LoRA training client")
     async def create_model(body: ModelBody, call: Call = current_call) -> Response:
-        call.check_base(body.session_id, body.base_model)
+        call.use_base(body.session_id, body.base_model)
         _check_optimizer(body.optimizer_config)
         if (config := body.lora_config) is None:
             raise invalid("this server trains only adapters", "lora_config", "create_lora_training_client(…)")
@@ -428,7 +427,7 @@ async def _create_from(state: TinkerRoutes, call: Call, body: Mapping[str, Any])
     if type(number) is not int or not 0 <= number < MAX_NUMBER or not isinstance(path, str):
         raise invalid("model_seq_id and path are needed", "path")
     if body.get("base_model") is not None:
-        call.check_base(session, str(body["base_model"]))
+        call.use_base(session, str(body["base_model"]))
     _check_optimizer(body.get("optimizer_config") or {})
     optimizer, metadata = bool(body.get("optimizer")), body.get("user_metadata")
     return await state.created(call, session, number, path, metadata, optimizer)

@@ -224,7 +224,7 @@ def sampling_routes(state: TinkerRoutes) -> APIRouter:
         if body.model_path is None:
             if body.base_model is None:
                 raise invalid("base_model or model_path is needed", "base_model")
-            call.check_base(body.session_id, body.base_model)
+            call.use_base(body.session_id, body.base_model)
         number = body.sampling_session_seq_id
         sampler_source = call.service.create_sampler(call.tenant, body.session_id, number, body.model_path)
         return {"type": "create_sampling_session", "sampling_session_id": sampler_source.id}

@@ -57,7 +57,7 @@ def weights_routes(state: TinkerRoutes) -> APIRouter:
 
     @router.delete("/training_runs/{id}/checkpoints/{kind}/{name}", summary="Delete a checkpoint")
     def remove(id: str, kind: str, name: str, call: Call = current_call) -> None:
-        call.service.remove(call.tenant, f"tinker://{id}/{kind}/{name}")
+        call.service.remove(call.tenant, id, f"{kind}/{name}")
 
     return router
 

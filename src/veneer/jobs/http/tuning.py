@@ -17,7 +17,6 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -25,6 +24,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, Response
 
 from veneer.errors import ConfigError, quoted
+from veneer.jobs.checkpoints import sample_file
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import openai_page
 from veneer.jobs.http.route import blocking, thread_route
@@ -161,21 +161,6 @@ def sample_routes(jobs: JobStore) -> APIRouter:
     return router
 
 
-def sample_file(store: JobStore, job: Job, step: int) -> Path:
-    """Return the file with a step's sample images.
-
-    Raises ConfigError if there is no such file."""
-    samples = {int(event.data["step"]): str(event.data["file"]) for event in store.events_of(None, job.id, "sample")}
-    attempts = sorted(job.folder.glob("attempt-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for attempt in reversed(attempts):
-        if step in samples and (attempt / samples[step]).is_file():
-            return attempt / samples[step]
-    fix = "set samples.prompts and samples.every"
-    if samples:
-        fix = f"the job has samples after steps {', '.join(map(str, sorted(samples)))}"
-    raise ConfigError(f"job {job.id} has no sample images of step {step}", where="step", fix=fix)
-
-
 class TuningQueue:
     """Queues jobs from OpenAI's route and from the Studio's form.
 
@@ -222,12 +207,12 @@ class TuningQueue:
         metadata: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
         try:
             uploads = {"train": training} | ({"validation": validation} if validation else {})
-            data: dict[str, Any] = {"max_length": service.reader.context}
-            data |= {part: str(copy_input(files, tuned.id, part, file)) for part, file in uploads.items()}
-            config = tuning_config(body, {"base": {"name": service.reader.name}, "data": data, **start}, settings)
+            paths = {part: copy_input(files, tuned.id, part, file) for part, file in uploads.items()}
+            base, length = service.reader.name, service.reader.context
+            config = tuning_config(body, settings, base=base, start=start, files=paths, length=length)
             if body.after is not None:
                 after = _after(files, tuned.id, body.after, held_out)
-                plain, _ = config_from({**config, "output": {"directory": str(Path(data["train"]).parent)}})
+                plain, _ = config_from({**config, "output": {"directory": str(paths["train"].parent)}})
                 check_after(after, plain, name_of(tuned.reference), tenant, self.tenants)
                 metadata["after"] = after.model_dump(mode="json")
             if tenant:
@@ -241,8 +226,8 @@ class TuningQueue:
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def _initial_adapter(service: Service, principal: Principal, model: str) -> dict[str, Any]:
-    """Return the setting for training from an existing adapter; {} for the base.
+def _initial_adapter(service: Service, principal: Principal, model: str) -> str | None:
+    """Return the adapter from which training continues; None for the base.
 
     Raises Refused if the model is not served here."""
     base = service.catalog.base
@@ -250,9 +235,9 @@ def _initial_adapter(service: Service, principal: Principal, model: str) -> dict
         message = "this server generates pictures, but fine-tuning jobs need a text model"
         raise invalid(message, "model", "see `veneer train`")
     if model == base:
-        return {}
+        return None
     if (tuned := parse_tuned(model)) is not None and tuned.base == base:
-        return {"adapter": {"start": service.catalog.resolve(model, principal).adapters[0]}}
+        return service.catalog.resolve(model, principal).adapters[0]
     message = f"The model {quoted(model)} is not served here, so it cannot be fine-tuned"
     fix = f"model={base!r}, or a model that was fine-tuned from it"
     raise Refused(message, status=400, code="model_not_available", param="model", fix=fix)
@@ -294,7 +279,8 @@ def _check_unfinished(jobs: JobStore, tenant: str, more: int, limits: QuotaLimit
     The limit on bytes is separate from uploads: a job keeps its inputs even if the client deletes the uploaded
     files, and with a remote store each job has its own copies."""
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
-    used, fix = sum(int(job.about.get("bytes", 0)) for job in unfinished), "wait until jobs finish, or cancel some"
+    used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
+    fix = "wait until jobs finish, or cancel some"
     if len(unfinished) >= limits.jobs:
         message = f"{limits.jobs:,} jobs are not finished, and that is the limit (jobs)"
         raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
@@ -314,9 +300,8 @@ def _after(files: Files, id: str, after: AfterJob, uploads: Sequence[UploadedFil
             raise invalid(f"at most {most:,}, because evaluations are not billed", f"after.evaluate.{key}")
     held_out = after.evaluate.model_copy(update={"limit": after.evaluate.limit or _HELD_ROWS})
     after = after.model_copy(update={"evaluate": held_out})
-    if held_out.data is None:
-        return after
-    return after.on([str(copy_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(uploads)])
+    paths = [str(copy_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(uploads)]
+    return after.on(paths) if paths else after
 
 
 def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ...] = _LINES) -> UploadedFile:

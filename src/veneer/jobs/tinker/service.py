@@ -400,10 +400,15 @@ class TinkerService:
 
     def saved(self, tenant: str, path: str) -> SavedWeights:
         """Return the checkpoint of a tinker:// path. Raises Refused (404), ConfigError."""
-        run, id = parse_path(path)
+        return self.checkpoint(tenant, *parse_path(path))
+
+    def checkpoint(self, tenant: str, run: str, id: str) -> SavedWeights:
+        """Return a run's checkpoint. Raises Refused (404).
+
+        id: kind and name, as in `SavedWeights`"""
         saved = self.run(tenant, run).checkpoints.find(id)
         if saved is None:
-            raise not_found(f"there is no checkpoint {path[:200]!r}", "path", "the checkpoint may have expired")
+            raise not_found(f"{run} has no checkpoint {id[:200]!r}", "path", "the checkpoint may have expired")
         return saved
 
     def saved_state(self, tenant: str, path: str) -> tuple[SavedWeights, TrainingRun]:
@@ -417,11 +422,10 @@ class TinkerService:
             raise ConfigError(message, where="path", fix=fix)
         return saved, self.run(tenant, saved.run)
 
-    def remove(self, tenant: str, path: str) -> None:
-        """Remove the checkpoint of a tinker:// path. Raises Refused (404), ConfigError."""
-        saved = self.saved(tenant, path)
-        run = self.run(tenant, saved.run)
-        run.checkpoints.remove(saved)
+    def remove(self, tenant: str, run_id: str, id: str) -> None:
+        """Remove a run's checkpoint. Raises Refused (404)."""
+        run = self.run(tenant, run_id)
+        run.checkpoints.remove(self.checkpoint(tenant, run_id, id))
         self._update_quota(run)
 
     # -- training thread -----------------------------------------------------------------------------------------------
