@@ -14,7 +14,7 @@ from tests.tiny_base import tiny_base_dir
 from tests.tiny_image_base import tiny_image_base
 from veneer.errors import ConfigError
 from veneer.serve.build import Extend, Extension, build, operator_routes, tenancy_of
-from veneer.serve.checks import open_stores, refuse_ledger
+from veneer.serve.checks import check_settings, open_stores
 from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
@@ -134,6 +134,9 @@ def test_upstream_options_are_refused_without_upstreams(more: dict[str, Any], tm
     ("option", "more"), [("days", {"days": 3.0}), ("room", {"room": 1 << 20}), ("folder", {"folder": Path("x")}),
                          ("sync", {"synced": True})],
 )  # fmt: skip
-def test_ledger_options_are_refused_without_tenants(option, more):
+def test_ledger_options_are_refused_without_tenants(option, more, tmp_path, monkeypatch):
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    settings = ServeSettings(str(tiny_base_dir(tmp_path)), ledger=LedgerSettings(**more))
     with pytest.raises(ConfigError, match=f"ledger_{option} applies to the ledger of tenants"):
-        refuse_ledger(LedgerSettings(**more))
+        check_settings(settings)
+    check_settings(replace(settings, tenants=str(tmp_path / "tenants.sqlite"))).close()

@@ -43,15 +43,15 @@ def default_fields(kind: str, installed: Mapping[str, Any]) -> dict[str, Any]:
 
     `installed`: the installed library's defaults, used for fields and types that the table does not
     contain."""
-    return _over(installed, _table().get(kind, {}))
+    return _merge_fields(installed, _table().get(kind, {}))
 
 
-def _over(installed: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_fields(installed: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
     out = {**installed, **written}
     for name, value in written.items():
         base_value = installed.get(name)
         if isinstance(value, dict) and "model_type" in value and isinstance(base_value, Mapping):  # a nested config
-            out[name] = _over(base_value, value)
+            out[name] = _merge_fields(base_value, value)
     return out
 
 

@@ -147,11 +147,12 @@ StoreAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 class LedgerState:
     """How far the ledger is behind.
 
-    `pending`: number of finished requests that are missing from the database. `unavailable`: whether the
-    database is slow or does not answer.
+    `pending`: number of finished requests that are missing from the database. `lag`: age in seconds of the
+    oldest of these requests. `unavailable`: whether the database is slow or does not answer.
     """
 
     pending: int
+    lag: float
     unavailable: bool
 
 
@@ -170,7 +171,7 @@ class Tenancy(Protocol):
         """Return the principal of a key. Raises Refused (unauthorized, 401)."""
         ...
 
-    def shares(self, principal: Principal, model: ResolvedModel) -> str:
+    def cache_scope(self, principal: Principal, model: ResolvedModel) -> str:
         """Return the cache scope of the principal's prompts: "" for the scope that all tenants share."""
         ...
 
@@ -230,7 +231,7 @@ class OpenAccess(Tenancy):
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         return Principal("open", user=user)
 
-    def shares(self, principal: Principal, model: ResolvedModel) -> str:
+    def cache_scope(self, principal: Principal, model: ResolvedModel) -> str:
         return ""
 
     @asynccontextmanager

@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI
 
 from veneer.library.library import Library
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
-from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_idle
+from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_unused_options
 from veneer.serve.http.app import add_images, create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -111,7 +111,7 @@ def _load_base(settings: ServeSettings, service: Service, log: Callable[[str], N
     kind: ServerKind = "upstream"
     if settings.fleet.upstream is None:
         kind = "pictures" if is_image_base(find_base(settings.base, say=log)) else "texts"
-    refuse_idle(settings, kind)
+    refuse_unused_options(settings, kind)
     {"upstream": _load_upstream, "pictures": _load_pictures, "texts": _load_texts}[kind](settings, service, log)
 
 

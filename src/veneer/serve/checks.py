@@ -1,7 +1,7 @@
 """Checks of a server's settings, before the server listens and before heavy imports.
 
-    opened = check_settings(settings)  refuses bad values, conflicting options, missing bases and adapters
-    refuse_idle(settings, kind)        refuses options that have no effect on this kind of server
+    opened = check_settings(settings)      refuses bad values, conflicting options, missing bases and adapters
+    refuse_unused_options(settings, kind)  refuses options that have no effect on this kind of server
 
 If the base is on the hub, only its configuration is downloaded. Checks that need the base's weights (memory,
 adapters of another base) run while the server is built.
@@ -94,15 +94,15 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     _check_upstream(settings)
     kind = _server_kind(settings)
     if kind is not None:
-        refuse_idle(settings, kind)
+        refuse_unused_options(settings, kind)
     if _tenants_address(settings) is None:
-        refuse_ledger(settings.ledger)
+        _refuse_ledger_options(settings.ledger)
     opened = open_stores(settings)
     try:
         _check_keyless(settings, opened.store, page)
         for each in settings.preload:
             if not any((Path(folder).expanduser() / each.reference).exists() for folder in settings.folders):
-                _find(opened.library, each.reference)
+                _check_exists(opened.library, each.reference)
     except BaseException:
         opened.close()
         raise
@@ -154,11 +154,10 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream", "mixes with --upstream"),
 )
 """Per row: option or --config key, function that reads its value, server kinds, purpose."""
-_LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder"}
-_LEDGER_OPTIONS["synced"] = "ledger_sync"
+_LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder", "synced": "ledger_sync"}
 
 
-def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
+def refuse_unused_options(settings: ServeSettings, kind: ServerKind) -> None:
     """Raise ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
     why = {"upstream": "the upstream server runs the model", "pictures": "this server has an image base"}
@@ -168,7 +167,7 @@ def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
             raise ConfigError(f"{option} applies to {purpose}, but {reason}", where=option, fix="leave it out")
 
 
-def refuse_ledger(ledger: LedgerSettings) -> None:
+def _refuse_ledger_options(ledger: LedgerSettings) -> None:
     """Raise ConfigError for a ledger option on a server without tenants."""
     usual = LedgerSettings()
     for name, option in _LEDGER_OPTIONS.items():
@@ -189,7 +188,7 @@ def _check_upstream(settings: ServeSettings) -> None:
         raise ConfigError(purpose, where="--allow-folder", fix="veneer library add")
 
 
-def _find(library: Library, reference: str) -> None:
+def _check_exists(library: Library, reference: str) -> None:
     """Raise ConfigError or NotInLibrary if a reference does not exist."""
     try:
         library.find(reference)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from veneer.core.forms import Delta
 from veneer.errors import DataError
 from veneer.models.text.generate import Completion, complete
 from veneer.ops.quantized import quantize
+from veneer.serve.engine import offline
+from veneer.serve.engine.engine import TextEngine
 from veneer.serve.engine.offline import answering
 
 PROMPTS = [
@@ -58,7 +59,14 @@ def test_answers_equal_the_models(family: str, mix: list[tuple[str, float]]) -> 
         assert [c.ids for c in got] != [c.ids for c in both_ways(model, adapters, [])[1]]
 
 
-def test_the_engine_is_used_if_it_can_run_the_base() -> None:
+def test_the_engine_is_used_if_it_can_run_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[TextEngine] = []
+
+    def create_engine(*args: Any) -> TextEngine:
+        engines.append(TextEngine(*args))
+        return engines[-1]
+
+    monkeypatch.setattr(offline, "TextEngine", create_engine)
     model = model_of("llama3")
     plain = trained(model, 1)
     other = trained(model, 2)
@@ -70,7 +78,8 @@ def test_the_engine_is_used_if_it_can_run_the_base() -> None:
         ("gemma3", {}, False),
     ):
         with answering(base_of(model_of(family)), adapters) as answer:
-            assert isinstance(answer, partial) == engine
+            answer(PROMPTS, [], max_new_tokens=2)
+            assert (engines[-1].stats().steps > 0) == engine
 
 
 def test_a_quantized_base_also_uses_the_engine() -> None:

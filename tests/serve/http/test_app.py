@@ -73,6 +73,7 @@ def test_metrics_in_vllms_names(server: Live) -> None:
     assert found["vllm:request_success_total", "length"] == 1
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
         assert found[f"vllm:{name}_seconds_count", ""] == 4
+    assert found["vllm:request_time_per_output_token_seconds_count", ""] == 4
     assert found["vllm:inter_token_latency_seconds_count", ""] > 0
     assert found["veneer:adapter_requests_total", "sql,stop"] == 3
     assert found["veneer:adapter_generation_tokens_total", "sql"] > 0

@@ -265,7 +265,7 @@ class ToyTenancy(Tenancy):
             return Principal("tenant", "acme", lambda name: name in ("sql", "stable"), user)
         raise Refused("this key is not known", status=401, code="unauthorized")
 
-    def shares(self, caller: Principal, served: ResolvedModel) -> str:
+    def cache_scope(self, caller: Principal, served: ResolvedModel) -> str:
         return caller.tenant
 
     @asynccontextmanager

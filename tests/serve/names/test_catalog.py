@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import event
+from sqlalchemy import event, update
 
 from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.formats import peft
+from veneer.library.database import write_transaction
+from veneer.library.index import versions
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.serve.names.adapter_cache import Lease
@@ -81,6 +83,14 @@ def test_adapters_of_the_library_need_no_loading(make: Make, base: TextBase, fol
     assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "support"]
     own = peft.load_folder(folder / "a", base.model).adapter
     assert torch.equal(next(catalog.sources.read(one).tensors())[1], next(own.tensors())[1])
+
+
+def test_a_malformed_time_in_a_record_does_not_hide_models(make, base, folder, library):
+    saved(base, folder / "a", 1)
+    library.add(folder / "a", "support")
+    with write_transaction(library.engine) as c:
+        c.execute(update(versions).values(added="yesterday"))
+    assert [(card.id, card.created) for card in make().models(OPERATOR)][1:] == [("support", 0)]
 
 
 def test_names_are_resolved_without_a_database(make, base, folder, library, monkeypatch):

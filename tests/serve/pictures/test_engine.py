@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.serve.pictures_here import Shelf, ask, collect, drawn, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter, Pair
+from veneer.errors import BaseError
 from veneer.formats.convert import write
 from veneer.imaging.adapters import ImagePipeline
 from veneer.imaging.reproduce import read_recipe, reproduce
@@ -150,6 +152,25 @@ def test_turns_are_shared_by_weight() -> None:
     assert order.count("b") == 2 * order.count("a")
     turns.enter("late", {"a", "b"})
     assert turns.at("late") >= max(map(turns.at, weights)) - 1, "a pause saves nothing up"
+
+
+def test_unknown_controls_are_refused_with_the_bases_kinds(
+    base: ImageBase, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, base: ImageBase) -> None:
+        raise BaseError("not found", fix="download it")
+
+    monkeypatch.setattr(pictures, "load_control", fail)
+    with PictureEngine(base, shelf.read) as engine:
+        for known, fix in (({}, "this base has no ControlNet"), ({"depth": "none/such"}, "use one of depth")):
+            packaged = replace(base.row, control="known", controlnets=known)
+            monkeypatch.setattr(type(base), "row", packaged)
+            with pytest.raises(Refused, match="no control of type 'edges'") as caught:
+                engine.control("edges")
+            assert fix in str(caught.value.fix)
+        with pytest.raises(Refused, match="not found") as caught:
+            engine.control("depth")
+        assert (caught.value.status, caught.value.fix) == (400, "download it")
 
 
 def test_a_busy_tenant_does_not_delay_others(base: ImageBase, shelf: Shelf) -> None:

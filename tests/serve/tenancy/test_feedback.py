@@ -92,4 +92,4 @@ def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
 
 def test_an_unknown_kind_of_rows_is_refused(tenants: Tenants) -> None:
     with pytest.raises(ConfigError, match="'dpo' is not a kind of training rows"):
-        next(feedback_rows(tenants.store.engine, "acme", "dpo"))
+        feedback_rows(tenants.store.engine, "acme", "dpo")

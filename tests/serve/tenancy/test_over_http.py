@@ -58,7 +58,7 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
     assert costs == [cost for _, cost in asked]
     assert names == {"plain@1", "rs@1", server.built.service.catalog.base}
     assert sum(r["cost"] for r in apart) == sum(costs)
-    for name in ("owed", "away"):
+    for name in ("owed", "lag_seconds", "away"):
         (line,) = (line for line in series.splitlines() if line.startswith(f"veneer:ledger_{name}{{"))
         assert line.endswith(" 0.0")
     store.close()

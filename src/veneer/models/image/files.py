@@ -105,21 +105,21 @@ def read_directory(
             tables[name], variant = stored_tensors(path / name)
             if variant:
                 notes.append(f"{name}: using the {variant} weights, because there are no others")
-    device_of_parts = choose_device(device)
-    kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(tables[family.denoiser]))
+    target_device = choose_device(device)
+    kind, reason = choose_dtype(dtype, target_device, stored_dtype(tables[family.denoiser]))
     large = {name for name in tables if name == family.denoiser or classes[name][1] in _LARGE_ENCODERS}
     to_quantize = large if quantize else set[str]()
-    _check_memory(path, tables, kind, device_of_parts, quantize, to_quantize)
+    _check_memory(path, tables, kind, target_device, quantize, to_quantize)
     parts: dict[str, Any] = {}
     for name, (library, classname) in classes.items():
         part_quantize = quantize if name in to_quantize else None
         parts[name], more = _load_component(
-            path / name, library, classname, kind, device_of_parts, part_quantize, name in tables
+            path / name, library, classname, kind, target_device, part_quantize, name in tables
         )
         notes += [f"{name}: {note}" for note in more]
     digest = parts_fingerprint(parts, tables)
     pipelines = _own_pipelines(index)
-    return LoadedParts(family, parts, digest, kind, reason, device_of_parts, notes, pipelines, _flags_of(index))
+    return LoadedParts(family, parts, digest, kind, reason, target_device, notes, pipelines, _flags_of(index))
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -399,9 +399,9 @@ def read_single_file(
     loads_parts = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
     # For the other families, diffusers loads only the denoiser from a single file.
     stored = stored & set(classes) | {family.denoiser} if loads_parts else {family.denoiser}
-    device_of_parts = choose_device(device)
-    kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(table))
-    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, device_of_parts)
+    target_device = choose_device(device)
+    kind, reason = choose_dtype(dtype, target_device, stored_dtype(table))
+    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, target_device)
     parts: dict[str, Any] = {}
     tables = {"file": table}
     notes = [f"configs come from {folder}"]
@@ -415,7 +415,7 @@ def read_single_file(
                 fix = f"set config= to a directory with the weights of {name}"
                 raise BaseError(message, where=str(path), fix=fix) from error
         part = folder / name
-        parts[name], more = _load_component(part, library, classname, kind, device_of_parts, None, name in tables)
+        parts[name], more = _load_component(part, library, classname, kind, target_device, None, name in tables)
         notes += [f"{name}: {note}" for note in more]
     with loading():
         state = _state_of(path, table, kind)
@@ -433,7 +433,7 @@ def read_single_file(
     parts = {name: parts[name] for name in classes}
     for part in parts.values():
         if isinstance(part, nn.Module):
-            part.to(device_of_parts)
+            part.to(target_device)
     with errors_only():
         unused = _unused(table, {name: parts[name] for name in stored})
     other_parts = tuple(prefix for prefix, parts in _PREFIXES.items() if not parts & stored)
@@ -445,7 +445,7 @@ def read_single_file(
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
     pipelines = _own_pipelines(index)
-    return LoadedParts(family, parts, digest, kind, reason, device_of_parts, notes, pipelines, _flags_of(index))
+    return LoadedParts(family, parts, digest, kind, reason, target_device, notes, pipelines, _flags_of(index))
 
 
 def _read_part(

@@ -109,7 +109,7 @@ def load_text(
     separately, all weights are loaded on the CPU, and a note gives the reason. Raises BaseError (not found,
     incomplete, not a causal language model, weights that do not match the config), ConfigError (an unknown
     dtype, device or quantization), ResourceError (not enough memory)."""
-    path, table, config, tokenizer = _describe(name, say)
+    path, table, config, tokenizer = _read_parts(name, say)
     where = choose_device(device)
     limit_threads()
     quantized = _choose_quantization(quantize, path, config)
@@ -154,7 +154,7 @@ def load_text(
     )
 
 
-def _describe(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
+def _read_parts(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
     """Return the path, tensor table, config and tokenizer of a language model.
 
     Raises BaseError for an image base, and for files that cannot be found or read."""
@@ -172,7 +172,7 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
     base that runs elsewhere. Raises BaseError in the same cases as `load_text`."""
     from transformers import AutoModelForCausalLM
 
-    path, table, config, tokenizer = _describe(name, say)
+    path, table, config, tokenizer = _read_parts(name, say)
     with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     turn, stops, _ = _end_tokens(model, tokenizer)

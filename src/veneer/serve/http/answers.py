@@ -132,7 +132,7 @@ def total(usages: Sequence[Usage], choices: int) -> Usage:
 
 async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, None]:
     """Yield (index, event) until every completion has finished. Raises Refused if any completion fails."""
-    requests = job.requests(service.tenancy.shares(job.principal, job.model))
+    requests = job.requests(service.tenancy.cache_scope(job.principal, job.model))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = service.tenancy.admitted(
         job.principal,

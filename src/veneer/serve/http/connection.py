@@ -93,7 +93,7 @@ class _Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._restart_timer(None)
-        self._read()
+        self._cancel_stall_timer()
         self.all.waiting.pop(self, None)
         super().connection_lost(exc)
 
@@ -114,13 +114,13 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self._waits()
+            self._mark_waiting()
 
     def _await_head(self) -> None:
-        self._waits()
+        self._mark_waiting()
         self._restart_timer(self.settings.head_time)
 
-    def _waits(self) -> None:
+    def _mark_waiting(self) -> None:
         self.all.waiting.pop(self, None)
         self.all.waiting[self] = self.loop.time()
 
@@ -146,9 +146,9 @@ class _Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._read()
+        self._cancel_stall_timer()
 
-    def _read(self) -> None:
+    def _cancel_stall_timer(self) -> None:
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None

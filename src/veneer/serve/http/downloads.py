@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import IO
 
 from starlette.responses import Response, StreamingResponse
@@ -42,13 +42,18 @@ def file_response(
         **(headers or {}),
     }
 
-    class Download(StreamingResponse):
-        """A response that always calls `end`, even if the client disconnects at once."""
+    return _Download(chunks(), end, head)
 
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                await end()
 
-    return Download(chunks(), headers=head)
+class _Download(StreamingResponse):
+    """A response that always calls `end`, even if the client disconnects at once."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], end: Callable[[], Awaitable[None]], head: dict[str, str]) -> None:
+        super().__init__(chunks, headers=head)
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._end()

@@ -25,9 +25,11 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _ENGINE = ("model_name", "engine")
 _FIRST = "vllm:time_to_first_token_seconds"
 _BETWEEN = "vllm:inter_token_latency_seconds"
+_PER_TOKEN = "vllm:request_time_per_output_token_seconds"
 _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     _FIRST: ("Seconds from arrival to the first token.", _SECONDS),
     _BETWEEN: ("Seconds from one token to the next.", _SECONDS),
+    _PER_TOKEN: ("Decoding seconds per token after the first, by request.", _SECONDS),
     "vllm:e2e_request_latency_seconds": ("Seconds from arrival to the last token.", _SECONDS),
     "vllm:request_queue_time_seconds": ("Seconds until the first step.", _SECONDS),
     "vllm:request_prefill_time_seconds": ("Seconds until the first token, after the queue.", _SECONDS),
@@ -53,6 +55,7 @@ _COUNTERS = {
 }
 _LEDGER_GAUGES = {
     "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", "pending"),
+    "veneer:ledger_lag_seconds": ("Seconds since the end of the oldest of these requests.", "lag"),
     "veneer:ledger_away": ("1 while the ledger's database does not answer.", "unavailable"),
 }
 """Series -> (help text, attribute of EngineStats or LedgerState)."""
@@ -167,6 +170,8 @@ class Meter:
             "vllm:request_prompt_tokens": usage.prompt,
             "vllm:request_generation_tokens": usage.completion,
         }
+        if self.last is not None and usage.completion > 1:  # `last` is None for images
+            observed[_PER_TOKEN] = usage.decode / (usage.completion - 1)
         for name, value in observed.items():
             metrics.histograms[name].observe(value)
 

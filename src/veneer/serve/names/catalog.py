@@ -334,5 +334,11 @@ def _missing(model: str) -> Refused:
 
 
 def _seconds(added: str) -> int:
-    """Convert a library time, such as 2026-11-25T10:00:00Z, to seconds since 1970."""
-    return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
+    """Convert a library time, such as 2026-11-25T10:00:00Z, to seconds since 1970.
+
+    Returns 0 for a malformed time, which a record in the store can contain.
+    """
+    try:
+        return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return 0

@@ -11,6 +11,7 @@ module is independent of HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import threading
 import time
@@ -100,7 +101,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             read, lambda adapter, digest: _LoadedAdapter(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
         self._evicted: list[str] = []
-        self._controls: dict[str, tuple[str, Any]] = {}
+        self._controls: dict[str, Any] = {}  # name -> loaded ControlNet
         (tokenizer, limit), *_ = readers(base)
         # A copy, because a tokenizer stores the settings of its last call, and the worker thread uses the
         # original.
@@ -177,16 +178,24 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         Blocking; each model is loaded once. Raises Refused for a kind without a ControlNet.
         """
         with self._preparing:
-            if kind not in CONTROL_KINDS:
-                raise invalid(f"no control of type {kind!r}", "control", f"one of {', '.join(sorted(CONTROL_KINDS))}")
-            if kind not in self._controls:
-                loaded = dict(self._controls.values())
+            names = self._control_names()
+            if (name := names.get(kind)) is None:
+                fix = f"use one of {', '.join(names)}" if names else "leave control out; this base has no ControlNet"
+                raise invalid(f"no control of type {kind!r}", "control", fix)
+            if name not in self._controls:
                 try:
-                    name = control_model_of(self.base, ControlSpec(kind, ""))
-                    self._controls[kind] = name, loaded[name] if name in loaded else load_control(name, self.base)
+                    self._controls[name] = load_control(name, self.base)
                 except VeneerError as error:
-                    raise invalid(error.what, "control") from error
-            return self._controls[kind]
+                    raise invalid(error.what, "control", error.fix) from error
+            return name, self._controls[name]
+
+    def _control_names(self) -> dict[str, str]:
+        """Return kind -> name of the ControlNet, for each kind that this base has."""
+        names: dict[str, str] = {}
+        for kind in sorted(CONTROL_KINDS):
+            with contextlib.suppress(ConfigError):
+                names[kind] = control_model_of(self.base, ControlSpec(kind, ""))
+        return names
 
     def in_campaign(self, strength: Strength) -> Strength:
         """Return the strength, with this base's factors instead of a campaign role."""
@@ -366,7 +375,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -- the worker thread ---------------------------------------------------------------------------------------------
 
     def _generate(self, jobs: Sequence[_Job]) -> None:
-        jobs = [job for job in jobs if not job.abandoned and self._attached(job)]
+        jobs = [job for job in jobs if not job.abandoned and self._attach_adapters(job)]
         if not jobs:
             return
         settings = replace(jobs[0].request.settings, image=None, mask=None, references=(), batch_size=len(jobs))
@@ -394,7 +403,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             except Exception as error:  # an error in one image's record must not end the thread
                 job.deliver(picture_error(error))
 
-    def _attached(self, job: _Job) -> bool:
+    def _attach_adapters(self, job: _Job) -> bool:
         try:
             for digest, _ in job.request.mix:
                 if digest not in self.attachment.adapters:

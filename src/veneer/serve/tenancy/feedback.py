@@ -183,7 +183,7 @@ class StoredAnswers:
         New values replace earlier values of the same fields. Raises Refused: not_found (404) for a completion
         that is not stored, for whatever reason; 400 for invalid feedback.
         """
-        self._find(tenant, {feedback.id, *(answer_id for answer_id, _ in feedback.rejected or ())})
+        self._flush_unless_stored(tenant, {feedback.id, *(answer_id for answer_id, _ in feedback.rejected or ())})
         with write_transaction(self.store.engine, _LOCK) as c:
             answered = self._choice(c, tenant, feedback.id, feedback.choice, "choice")
             for answer_id, choice in feedback.rejected or ():
@@ -205,7 +205,7 @@ class StoredAnswers:
         values_after = {"thumb": thumb, "corrected": json.loads(row.corrected or "null"), "rejected": rejected}
         return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **values_after}
 
-    def _find(self, tenant: str, answers: set[str]) -> None:
+    def _flush_unless_stored(self, tenant: str, answers: set[str]) -> None:
         """Write pending completions, unless the database already has all of `answers`.
 
         Raises Refused for invalid ids.
@@ -353,10 +353,13 @@ def feedback_rows(
     """Yield training rows in the order of feedback, without duplicates.
 
     `adapter`: use only completions that were requested under this name, or sampled from any version of this
-    adapter. Raises ConfigError for an unknown kind, before the first row.
+    adapter. Raises ConfigError for an unknown kind, at the call.
     """
     one_of(kind, get_args(FeedbackKind), "a kind of training rows", "kind")
-    now = time.time() if now is None else now
+    return _read_rows(engine, tenant, kind, adapter, time.time() if now is None else now)
+
+
+def _read_rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: float) -> Iterator[dict[str, Any]]:
     a, f = answer_table.c, feedback_table.c
     order = (f.at, f.answer, f.choice)
     query = (
@@ -374,10 +377,12 @@ def feedback_rows(
             names = {r.name, *json.loads(r.adapters)}
             if adapter is None or adapter in {*names, *map(name_of, names)}:
                 pairs = json.loads(r.rejected or "[]") if kind == "preference" else []
-                others = select(a.id, a.choices).where(a.tenant == tenant, a.expires > now)
-                others = others.where(a.id.in_([answer_id for answer_id, _ in pairs]))
-                with reading(engine) as c:  # one query per row, because a completion can be a megabyte long
-                    other_answers = {other.id: json.loads(other.choices) for other in c.execute(others)}
+                other_answers = {}
+                if pairs:  # one query per row, because a completion can be a megabyte long
+                    others = select(a.id, a.choices).where(a.tenant == tenant, a.expires > now)
+                    others = others.where(a.id.in_([answer_id for answer_id, _ in pairs]))
+                    with reading(engine) as c:
+                        other_answers = {other.id: json.loads(other.choices) for other in c.execute(others)}
                 yield from _rows_of(kind, r, other_answers)
         if len(page) < _PAGE:
             return

@@ -197,7 +197,7 @@ class Ledger:
         self.server = secrets.token_hex(8)
         self.journal = Journal(folder, self.server, room, synced=synced)
         self._open: dict[str, LedgerEntry] = {}  # running requests
-        self._ended: set[str] = set()  # requests whose end the database does not have yet
+        self._ended: dict[str, float] = {}  # request -> end time, until the database has the end; oldest first
         self._sending_since, self._logged = 0.0, -10.0
         try:
             self.beat()
@@ -255,11 +255,11 @@ class Ledger:
             return recorded
         owed = self._interrupted(entry) if usage is None else OwedEntry(entry, "done", self.wall(), usage)
         line = owed.to_line()
-        self._ended.add(request)
+        self._ended[request] = self.wall()
 
         def written(future: Future[None]) -> None:
             if error := future.exception():
-                self._ended.discard(request)
+                self._ended.pop(request, None)
                 _log.error("the end of a request is recorded only in this log: %s: %s", error, line.decode())
             self._sender.wake()
             recorded.set_result(None)
@@ -278,7 +278,9 @@ class Ledger:
         self._post(self.server, owed)
         self._sending_since = 0.0
         self.journal.remove(len(owed))
-        self._ended -= {each.entry.request for each in owed if each.state != "open"}
+        for each in owed:
+            if each.state != "open":
+                self._ended.pop(each.entry.request, None)
         return True
 
     def _post(self, server: str, owed: Sequence[OwedEntry]) -> None:
@@ -310,7 +312,9 @@ class Ledger:
     def state(self) -> LedgerState:
         """Return how far the database is behind, for metrics. Does not block."""
         late = self._sending_since != 0.0 and time.monotonic() - self._sending_since > _LATE_SECONDS
-        return LedgerState(len(self._ended), self._sender.away or late)
+        now = self.wall()
+        lag = max(0.0, now - next(iter(self._ended.copy().values()), now))
+        return LedgerState(len(self._ended), lag, self._sender.away or late)
 
     # -- recovery of dead servers --------------------------------------------------------------------------------------
 

@@ -361,7 +361,7 @@ def route_fields(route: Route) -> dict[str, Any]:
 def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | None = None) -> list[dict[str, Any]]:
     """Return at most `limit` of a route's moves, newest first.
 
-    The key `current` tells whether the move is in use.
+    The key `current` says whether the route still has the targets of this move.
     """
     now = _current(c, tenant, route)
     if now is None:

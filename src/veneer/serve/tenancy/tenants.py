@@ -152,7 +152,7 @@ class Tenants(Tenancy):
             _log.warning("the tenants' database does not respond; using the settings that were read last: %s", error)
         self._unavailable = True
 
-    def shares(self, principal: Principal, model: ResolvedModel) -> str:
+    def cache_scope(self, principal: Principal, model: ResolvedModel) -> str:
         """Return a request's cache scope: the tenant, or "" for the shared cache.
 
         The cache is shared if tenants share the cache of every part of the mix. By default, tenants have

@@ -120,7 +120,8 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         principal = caller_of(request)
         uploads.take(principal.tenant, principal.weight, 1)
         try:
-            incoming = await in_thread("the disk", lambda: stage.begin(principal.tenant, filename), known_errors=_NAME)
+            begin = partial(stage.begin, principal.tenant, filename)
+            incoming = await in_thread("the disk", begin, known_errors=_FILENAME_ERRORS)
             try:
                 async for chunk in request.stream():
                     await in_thread("the disk", partial(incoming.write, chunk), known_errors=_KNOWN)
@@ -403,7 +404,7 @@ _KNOWN: KnownErrors = {
     ConfigError: lambda error: invalid(error.what, None, error.fix),
     AdapterError: _unusable,
 }
-_NAME: KnownErrors = {ConfigError: lambda error: invalid(error.what, "filename", error.fix)}
+_FILENAME_ERRORS: KnownErrors = {ConfigError: lambda error: invalid(error.what, "filename", error.fix)}
 
 
 async def _read(do: Callable[[], T]) -> T:
