@@ -325,11 +325,7 @@ def _qwen_image(full: bool, vision: bool = False) -> Any:
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
     )
     transformer = diffusers.QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=60 if full else 2,
-        **FLUX_HEADS,
+        patch_size=2, in_channels=16, out_channels=4, num_layers=60 if full else 2, **FLUX_HEADS
     )
     own_vae = diffusers.AutoencoderKLQwenImage(
         base_dim=8,

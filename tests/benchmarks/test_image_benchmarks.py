@@ -14,8 +14,7 @@ def test_help_says_what_the_benchmark_measures(name: str) -> None:
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("name", "agrees"),
-    [("image_generation.py", "latents' error over PEFT's"), ("image_training.py", "furthest loss")],
+    ("name", "agrees"), [("image_generation.py", "latents' error over PEFT's"), ("image_training.py", "furthest loss")]
 )
 def test_quick_run_agrees_with_peft(name: str, agrees: str) -> None:
     result = report_of(name, "--quick")

@@ -22,15 +22,7 @@ from veneer.models.text.loss import compared_logits, head_logits, text_loss
 from veneer.ops.dispatch import override_ops
 from veneer.ops.linear import keeps_copy
 from veneer.plan.image import ImageLoad, image_counts
-from veneer.plan.memory import (
-    Load,
-    Memory,
-    kept_dequantized,
-    packed_weights,
-    run_memory,
-    text_memory,
-    weight_bytes,
-)
+from veneer.plan.memory import Load, Memory, kept_dequantized, packed_weights, run_memory, text_memory, weight_bytes
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_named
 from veneer.train.text.policy_losses import divergences

@@ -18,13 +18,7 @@ from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.image.captions import write_caption
 from veneer.train.image.pictures import read_pictures
-from veneer.train.inspect import (
-    inspect_run,
-    inspection_text,
-    preview_picture,
-    preview_pictures,
-    preview_rows,
-)
+from veneer.train.inspect import inspect_run, inspection_text, preview_picture, preview_pictures, preview_rows
 from veneer.train.text.data import read_data
 
 ANSWER = "Shelf 3, on the left."

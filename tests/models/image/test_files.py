@@ -114,11 +114,7 @@ def _in_fp8(state: dict[str, torch.Tensor], scale: str, per_row: bool) -> tuple[
 
 @pytest.mark.parametrize(
     ("family", "scale", "per_row"),
-    [
-        ("sd15", "scale_weight", False),
-        ("klein", "weight_scale", False),
-        ("z-image", "weight_scale", True),
-    ],
+    [("sd15", "scale_weight", False), ("klein", "weight_scale", False), ("z-image", "weight_scale", True)],
 )
 def test_scales_of_eight_bit_floats_are_applied_exactly(
     family: str, scale: str, per_row: bool, bases: Path, tmp_path: Path

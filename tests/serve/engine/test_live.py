@@ -27,13 +27,7 @@ from veneer.ops.quantized import quantize
 from veneer.serve.engine.live import live_sampler
 from veneer.train.checkpoint import seed_of
 from veneer.train.text.prompts import collate_shared
-from veneer.train.text.rollouts import (
-    CompletionRequest,
-    Rollout,
-    Sampler,
-    SamplerSettings,
-    SamplingParams,
-)
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplerSettings, SamplingParams
 
 PROMPTS = [tuple(range(5, 45)), tuple(range(60, 67))]
 HOW = SamplingParams(max_tokens=12)

@@ -170,12 +170,7 @@ def test_rounding_to_the_saved_dtype_is_reported(shared: Path, tmp_path: Path) -
         shared,
         tmp_path / "out",
         on_event=seen.append,
-        output={
-            "directory": str(tmp_path / "out"),
-            "dtype": "bfloat16",
-            "name": "look",
-            "licence": "CC0-1.0",
-        },
+        output={"directory": str(tmp_path / "out"), "dtype": "bfloat16", "name": "look", "licence": "CC0-1.0"},
         **STRONG,
     )
     assert Path(result.adapter).name == "look.safetensors"
