@@ -39,8 +39,7 @@ def test_saved_merge_equals_attached_model(tmp_path, case):
     adapter = random_adapter(create(net, spec, seed=0, dtype=torch.float64))
     want = our_outputs(net, adapter)
     report = MergeReport()
-    merged = merged_model(net, [(adapter, 1.0)], torch.float64, report)
-    merged.save_pretrained(tmp_path / "m")
+    merged_model(net, [(adapter, 1.0)], torch.float64, report).save_pretrained(tmp_path / "m")
     again = type(net).from_pretrained(tmp_path / "m", dtype=torch.float64, experts_implementation="eager").eval()
     torch.testing.assert_close(outputs(again), want, rtol=1e-6, atol=1e-6)
     assert report.delta_error < 1e-6

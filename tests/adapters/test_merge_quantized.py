@@ -24,8 +24,7 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> Qlora:
 def test_merge_into_dequantized_base_equals_unmerged(qlora: Qlora, tmp_path: Path) -> None:
     folder, adapter, _ = qlora
     base = load_text(str(folder), dtype="float32", quantize="nf4")
-    report = merge(base, [adapter], tmp_path / "m")
-    assert report.seen == "nf4"
+    assert merge(base, [adapter], tmp_path / "m").seen == "nf4"
     merged = load_text(str(tmp_path / "m"), dtype="float32")
     assert merged.quantized == ""
     ids = torch.arange(24)[None]
@@ -36,10 +35,8 @@ def test_merge_into_dequantized_base_equals_unmerged(qlora: Qlora, tmp_path: Pat
 
 def test_merge_by_shard_equals_merge_in_memory(qlora: Qlora, tmp_path: Path) -> None:
     folder, adapter, _ = qlora
-    base = load_text(str(folder), dtype="float32", quantize="nf4")
-    merge(base, [adapter], tmp_path / "whole")
-    report = merge_shards(folder, [adapter], tmp_path / "shards", seen="nf4")
-    assert report.seen == "nf4"
+    merge(load_text(str(folder), dtype="float32", quantize="nf4"), [adapter], tmp_path / "whole")
+    assert merge_shards(folder, [adapter], tmp_path / "shards", seen="nf4").seen == "nf4"
     one, two = (load_text(str(tmp_path / n), dtype="float32").model.state_dict() for n in ("whole", "shards"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-7)

@@ -205,8 +205,7 @@ def test_strength_by_block_is_exact_and_reported(two, tmp_path):
     assert row["norm"] == pytest.approx(0.5 * float(delta(a, NAMES[1]).norm()))
     assert row["strengths"] == [0.0, 0.5]
     assert sum(r["share"] for r in report["blocks"].values()) == pytest.approx(1)
-    plain = strength(fa)["blocks"]["model.layers.0"]
-    assert plain["norm"] == pytest.approx(float(delta(a, NAMES[0]).norm()))
+    assert strength(fa)["blocks"]["model.layers.0"]["norm"] == pytest.approx(float(delta(a, NAMES[0]).norm()))
 
 
 UNET = [

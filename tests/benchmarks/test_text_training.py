@@ -9,10 +9,6 @@ import pytest
 from tests.benchmarks.runs import BENCH_HOME, report_of, run_benchmark
 
 
-def test_help_says_what_the_benchmark_measures() -> None:
-    assert "share of the floor" in run_benchmark("text_training.py", "--help", **BENCH_HOME).stdout
-
-
 def test_missing_rows_are_reported(tmp_path: Path) -> None:
     ran = run_benchmark("text_training.py", "--banking77", str(tmp_path), **BENCH_HOME)
     assert ran.returncode != 0

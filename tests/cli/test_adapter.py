@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from tests.cli import run as cli
 from tests.edits import edit_json
 from tests.formats.twins import linear_pairs, random_adapter
 from tests.tiny_base import tiny_base_dir
-from veneer.cli.main import main
 from veneer.core.adapter import Adapter, Card, LoraSpec
 from veneer.core.forms import delta_of
 from veneer.core.init import create
@@ -43,10 +43,7 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
     """Run `veneer adapter` and return its output, or its stderr if it fails."""
-    with pytest.raises(SystemExit) as caught:
-        main(["adapter", *map(str, argv)])
-    out = capsys.readouterr()
-    assert (caught.value.code or 0) == code, out.err
+    out = cli.run(capsys, "adapter", *map(str, argv), code=code)
     assert "Traceback" not in out.err
     return out.out if out.out or not code else out.err
 
@@ -98,11 +95,7 @@ def test_verify_without_a_card_skips_the_comparison(capsys, made, tmp_path):
 
 
 def copy(folder: Path, to: Path) -> Path:
-    new = to / "copy"
-    new.mkdir()
-    for file in folder.iterdir():
-        (new / file.name).write_bytes(file.read_bytes())
-    return new
+    return Path(shutil.copytree(folder, to / "copy"))
 
 
 def test_verify_sees_changed_tensors_and_changed_scales(capsys, made, tmp_path):

@@ -47,8 +47,7 @@ def test_convert_does_not_overwrite_its_input(tmp_path, capsys):
 def test_json_has_the_hashes(tmp_path, capsys):
     source, out = kohya(tmp_path), tmp_path / "style-diffusers.safetensors"
     arguments = ("--to", "diffusers", "-o", str(out), "--dtype", "bfloat16", "--json")
-    ran = run(capsys, "adapter", "convert", str(source), *arguments)
-    found = json.loads(ran.out)
+    found = json.loads(run(capsys, "adapter", "convert", str(source), *arguments).out)
     assert (found["to"], found["family"], found["from"]["format"]) == ("diffusers", "sdxl", "kohya")
     assert found["digest"] == read(out).adapter.digest()
     assert found["files"] == {out.name: f"sha256:{found['hashes']['sha256']}"}

@@ -72,8 +72,7 @@ def test_several_prompts_and_a_pipe_in_order(
 ) -> None:
     say(monkeypatch, "five\nsix\n")
     few = ["-n", "16", "--base", str(folder)]
-    ran = run(capsys, "generate", "one", "two", "-", *few, "--json")
-    told = json.loads(ran.out)
+    told = json.loads(run(capsys, "generate", "one", "two", "-", *few, "--json").out)
     prompts = ["one", "two", "five\nsix"]
     assert [r["prompt"] for r in told["results"]] == prompts
     assert [r["text"] for r in told["results"]] == texts(base, [chat_of(p) for p in prompts], max_new_tokens=16)

@@ -26,8 +26,7 @@ from veneer.train.rewards.sandbox import sandbox_error
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("jobs")
-    config = small_config(made) | {"output": "runs/support"}
-    (made / "support.yaml").write_text(yaml.safe_dump(config))
+    (made / "support.yaml").write_text(yaml.safe_dump(small_config(made) | {"output": "runs/support"}))
     return made
 
 
@@ -46,8 +45,7 @@ def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest
     given = yaml.safe_load((folder / "support.yaml").read_text()) | {"after": after}
     (folder / "looped.yaml").write_text(yaml.safe_dump(given))
     asked = ("submit", str(folder / "looped.yaml"), "--tenant", "acme", "--name", "support", "--tenants", tenants)
-    ran = run(capsys, "jobs", *at, *asked, "--json")
-    job = json.loads(ran.out)
+    job = json.loads(run(capsys, "jobs", *at, *asked, "--json").out)
     assert (job["state"], job["name"], job["steps"]) == ("queued", "acme/support", STEPS)
     said: list[str] = []
     with background_worker(library=str(folder / "library"), tenants=tenants, log=said.append):

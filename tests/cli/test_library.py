@@ -35,8 +35,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def result(capsys: Any, *arguments: str) -> Any:
-    ran = run(capsys, "library", *arguments, "--json")
-    return json.loads(ran.out)
+    return json.loads(run(capsys, "library", *arguments, "--json").out)
 
 
 def test_every_subcommand_gives_json(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
@@ -46,8 +45,7 @@ def test_every_subcommand_gives_json(capsys: Any, adapters: list[Path], tmp_path
     assert [v["reference"] for v in result(capsys, "list")["versions"]] == ["support@2"]
     found = result(capsys, "search", "hello", "--base", "base", "--tag", "x", "--all-versions")
     assert [v["reference"] for v in found["versions"]] == ["support@1"]
-    shown = result(capsys, "show", "support@prod")
-    assert (Path(shown["path"]) / "adapter_config.json").is_file()
+    assert (Path(result(capsys, "show", "support@prod")["path"]) / "adapter_config.json").is_file()
     assert result(capsys, "tag", "support@2", "y", "z")["tags"] == ["y", "z"]
     assert result(capsys, "untag", "support@2", "y")["tags"] == ["z"]
     assert result(capsys, "alias", "support@2", "prod")["aliases"] == ["prod"]
@@ -56,17 +54,12 @@ def test_every_subcommand_gives_json(capsys: Any, adapters: list[Path], tmp_path
     assert mixed["mix"]["error"] < 1e-6
     assert result(capsys, "remove", "softer", "--with-aliases")["removed"] == ["softer@prod", "softer@1"]
     assert result(capsys, "push", "support@prod", str(tmp_path / "there"))["place"] == str(tmp_path / "there")
-    assert result(capsys, "pull", str(tmp_path / "there"), "copy")["version"]["digest"] == found_digest(
-        capsys, "support"
-    )
+    digest = result(capsys, "show", "support")["digest"]
+    assert result(capsys, "pull", str(tmp_path / "there"), "copy")["version"]["digest"] == digest
     assert result(capsys, "remove", "support@1")["removed"] == ["support@1"]
     assert result(capsys, "gc", "--grace", "0", "--dry-run")["entries"] == 2
     assert result(capsys, "gc", "--grace", "0")["entries"] == 2
     assert result(capsys, "verify")["ok"] is True
-
-
-def found_digest(capsys: Any, reference: str) -> str:
-    return str(result(capsys, "show", reference)["digest"])
 
 
 def test_text_output_and_error_messages_are_helpful(capsys: Any, adapters: list[Path]) -> None:

@@ -79,13 +79,8 @@ def test_a_configuration_is_planned_from_its_data(capsys: pytest.CaptureFixture[
     ],
 )
 def test_missing_and_unknown_options_are_refused(
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    error: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     _, out, err = run(capsys, *arguments, code=2)
     assert (out, error in err) == ("", True)
 

@@ -21,8 +21,7 @@ def _home(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
 
 
 def result(capsys: Any, *arguments: str) -> Any:
-    ran = run(capsys, "tenant", *arguments, "--json")
-    return json.loads(ran.out)
+    return json.loads(run(capsys, "tenant", *arguments, "--json").out)
 
 
 def test_every_subcommand_gives_json(capsys: Any) -> None:

@@ -48,8 +48,7 @@ def test_collapsed_pair_keeps_product_and_digest() -> None:
 
 
 def test_digest_depends_on_content_not_order() -> None:
-    adapter = sample()
-    digest = adapter.digest()
+    digest = sample().digest()
     assert digest.startswith("sha256:")
     other = sample()
     other.pairs = dict(reversed(other.pairs.items()))

@@ -233,8 +233,7 @@ def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
         model.set_experts_implementation(implementation)
     elif implementation != "eager":
         pytest.skip("Llama 4 has one implementation")
-    spec = LoraSpec(rank=3, targets=("*experts.*_proj",))
-    adapter = noisy(create(model, spec, seed=0), amount=0.3)
+    adapter = noisy(create(model, LoraSpec(rank=3, targets=("*experts.*_proj",)), seed=0), amount=0.3)
     adapter.pairs = {n: p for n, p in adapter.pairs.items() if p.kind == "experts"}
     assert adapter.pairs
     exact = copy.deepcopy(model).double()

@@ -51,8 +51,7 @@ def test_adapter_depends_on_seed_not_global_random_state() -> None:
 
 def test_factors_have_the_stated_distributions() -> None:
     model = nn.Sequential(nn.Linear(400, 30), nn.Embedding(50, 400), nn.Conv2d(100, 12, 2))
-    spec = LoraSpec(rank=16, targets=("0", "1", "2"))
-    plain = create(model, spec, seed=0).pairs
+    plain = create(model, LoraSpec(rank=16, targets=("0", "1", "2")), seed=0).pairs
     for name in ("0", "2"):
         bound = 1 / math.sqrt(400)
         assert plain[name].A.abs().max() <= bound

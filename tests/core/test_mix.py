@@ -272,8 +272,7 @@ def test_mixing_deltas_by_form_and_bound():
         assert not folded.adapter.deltas
         first, second = dense(pair)[0] + product_of(k).double().numpy(), dense(pair)[0]
         close(dense(folded.adapter.pairs["m"])[0], first + second if method == "sum" else elected([first, second]))
-    lone = mix([(Adapter(deltas={"m.weight": k}), 2.0)], bound=Bound(rank=3))
-    assert lone.adapter.pairs["m"].rank == 3
+    assert mix([(Adapter(deltas={"m.weight": k}), 2.0)], bound=Bound(rank=3)).adapter.pairs["m"].rank == 3
     conv = Delta("dense", {"value": noise(4, 3, 2, 2)}, (4, 3, 2, 2))
     folded = mix([(Adapter(deltas={"c.weight": conv}), 1.0)], bound=FULL).adapter.pairs["c"]
     assert folded.kind == "conv"

@@ -223,8 +223,7 @@ def test_shared_expert_with_flattened_rows(tokens: int) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 160, "hidden_size": 16, "intermediate_size": 24, "shared_expert_intermediate_size": 24}
     sizes |= {"moe_intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = Qwen2MoeConfig(**sizes, num_experts=4)
-    model = Qwen2MoeForCausalLM(config).eval().requires_grad_(False)
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts=4)).eval().requires_grad_(False)
     ids = torch.randint(3, 160, (2, tokens), generator=torch.Generator().manual_seed(0))
     mixes: list[Mix] = [(("a", 1.0),), (("b", 1.0),)]
     with attach(model) as attachment, torch.no_grad():

@@ -68,8 +68,7 @@ def test_experts_are_named_by_parameter_and_excluded_by_module() -> None:
 
 
 def test_matches_per_pattern_are_counted_after_exclusions() -> None:
-    spec = LoraSpec(targets=("q_proj", "mlp.*"), layers=(0,))
-    found = matches_per_pattern(FAMILIES["llama3"](), spec)
+    found = matches_per_pattern(FAMILIES["llama3"](), LoraSpec(targets=("q_proj", "mlp.*"), layers=(0,)))
     assert {p: len(n) for p, n in found.items()} == {"q_proj": 1, "mlp.*": 3}
 
 

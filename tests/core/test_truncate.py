@@ -95,8 +95,7 @@ def test_thin_svd_equals_numpys_of_the_dense_matrix(rank, out, n, seed):
 @given(st.integers(1, 8), st.floats(0.01, 1), st.booleans())
 def test_rank_for_returns_the_smallest_rank_within_the_bound(length, share, by_energy):
     S = torch.linspace(1, 0.1, length, dtype=torch.float64)
-    bound = Bound(energy=share) if by_energy else Bound(error=share * 0.99)
-    k = rank_for(S, bound)
+    k = rank_for(S, Bound(energy=share) if by_energy else Bound(error=share * 0.99))
 
     def holds(rank: int) -> bool:
         kept = float(S[:rank].square().sum() / S.square().sum())
@@ -117,8 +116,7 @@ def test_an_error_of_zero_keeps_everything_and_drops_empty_ranks(kind):
 
 
 def test_a_delta_of_zero_is_kept_as_zero():
-    zero = Pair(noise(4, 6), torch.zeros(5, 4), 2.0)
-    out, cut = truncate(zero, Bound(error=0.1))
+    out, cut = truncate(Pair(noise(4, 6), torch.zeros(5, 4), 2.0), Bound(error=0.1))
     assert (cut.norm, cut.error, out.rank) == (0.0, 0.0, 1)
     assert not dense(out).any()
 

@@ -129,8 +129,7 @@ def test_gguf_has_one_rank_and_survives_a_round_trip(tmp_path):
     encoded = encode(adapter, "gguf", family="llama", head_dim=8)
     assert encoded.metadata["general.architecture"] == "llama"
     assert encoded.tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 32)
-    again = write(adapter, tmp_path / "two.gguf", "gguf", family="llama", head_dim=8)
-    assert again.digest == written.digest
+    assert write(adapter, tmp_path / "two.gguf", "gguf", family="llama", head_dim=8).digest == written.digest
 
 
 def test_gguf_without_architecture_writes_nothing(tmp_path):

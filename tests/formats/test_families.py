@@ -173,8 +173,7 @@ def test_official_widths_fit_every_block_group(case: str) -> None:
         found = choose_family(own)
         assert found.family is family, found.reasons
         for group in {re.split(r"\.\d+\.", n)[0] for n in own}:
-            some = {n: s for n, s in own.items() if n.startswith(group)}
-            found = choose_family(some, target_family=name)
+            found = choose_family({n: s for n, s in own.items() if n.startswith(group)}, target_family=name)
             assert found.family is family, (group, found.reasons)
 
 

@@ -141,8 +141,7 @@ def test_different_scales_are_applied_to_b(tmp_path):
     ours.pairs[Q] = Pair(
         rand(4, 32).float(), rand(16, 4).float(), 0.5
     )  # alpha is 2 because of rank 4; the other pairs have alpha 1
-    notes = write_gguf(ours, tmp_path / "x.gguf", architecture="llama", head_dim=HEAD)
-    assert len(notes) == 2
+    assert len(write_gguf(ours, tmp_path / "x.gguf", architecture="llama", head_dim=HEAD)) == 2
     same(ours, read_gguf(tmp_path / "x.gguf").adapter)
 
 
@@ -159,8 +158,7 @@ def test_quantized_tensors_are_dequantized(tmp_path, kind):
     stored = "blk.0.attn_v.weight.lora_"
     written(tmp_path / "x.gguf", {f"{stored}a": (raw, qtype), f"{stored}b": pair.B.numpy()})
     read = read_gguf(tmp_path / "x.gguf").adapter.pairs["model.layers.0.self_attn.v_proj"]
-    want = torch.from_numpy(gguf.quants.dequantize(raw, qtype))
-    assert torch.equal(read.A.float(), want)
+    assert torch.equal(read.A.float(), torch.from_numpy(gguf.quants.dequantize(raw, qtype)))
     torch.testing.assert_close(read.A.float(), pair.A, rtol=0.2, atol=0.4)
 
 

@@ -117,8 +117,7 @@ def test_equal_cards_give_equal_metadata_and_survive():
     for field in ("base", "rank", "alpha", "trigger_words", "licence", "created", "parents", "metrics", "kind"):
         assert getattr(card, field) == getattr(CARD, field), field
     assert card.extra | CARD.extra == card.extra
-    foreign = {k: v for k, v in one.items() if k != "veneer.card"}
-    card = card_from_metadata(foreign)
+    card = card_from_metadata({k: v for k, v in one.items() if k != "veneer.card"})
     assert (card.rank, card.alpha, card.trigger_words) == (16, 8.0, ["sks dog", "naïve"])
     assert card.extra["title"] == "A dog"
     assert card.recipe["network_module"] == "networks.lora"

@@ -27,8 +27,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 
 def qwen2() -> torch.nn.Module:
     """Return a model with biases on q, k and v."""
-    config = Qwen2Config(vocab_size=VOCAB, num_key_value_heads=1, **SMALL)
-    return _moved(build(config).double().eval())
+    return _moved(build(Qwen2Config(vocab_size=VOCAB, num_key_value_heads=1, **SMALL)).double().eval())
 
 
 def gpt2() -> torch.nn.Module:

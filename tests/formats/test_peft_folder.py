@@ -91,8 +91,7 @@ def test_equal_ranks_share_one_pattern():
 
 
 def test_dropout_is_written_except_on_experts(tmp_path):
-    adapter = replace(linear_pairs(NAMES), dropout=0.1)
-    assert peft.write_folder(adapter, tmp_path / "a").notes == []
+    assert peft.write_folder(replace(linear_pairs(NAMES), dropout=0.1), tmp_path / "a").notes == []
     assert peft.read_folder(tmp_path / "a").dropout == 0.1
     net = model("mixtral", torch.float32)
     experts = create(net, LoraSpec(rank=2, alpha=4, dropout=0.1), seed=0)
@@ -167,8 +166,7 @@ def test_every_field_of_the_wrong_type_is_listed(tmp_path):
     wrong = {
         "rank": "4", "alpha": True, "targets": "q", "metrics": [], "licence": 1, "veneer": 2, "files": {"../x": "y"},
     }  # fmt: skip
-    raw = json.loads(card_bytes(Card())) | wrong
-    (tmp_path / CARD_FILE).write_text(json.dumps(raw))
+    (tmp_path / CARD_FILE).write_text(json.dumps(json.loads(card_bytes(Card())) | wrong))
     with pytest.raises(AdapterError) as caught:
         read_card(tmp_path)
     for key in wrong:

@@ -85,8 +85,7 @@ def test_peft_folders_read_with_the_same_outputs(way: str, cores: bool, tmp_path
     again = tmp_path / "again"
     write_folder(adapter, again, base=model)
     torch.testing.assert_close(outputs(model, read_folder(again, model), *given), outputs(model, adapter, *given))
-    config_of = json.loads((again / "adapter_config.json").read_text())
-    assert config_of["peft_type"] == spec["kind"].upper()
+    assert json.loads((again / "adapter_config.json").read_text())["peft_type"] == spec["kind"].upper()
 
 
 def test_adapters_that_peft_cannot_express_are_refused(tmp_path: Path) -> None:

@@ -167,8 +167,7 @@ def test_packed_layouts_become_one_pair_per_expert(tmp_path, name, layout):
                     pairs[f"{module}.{e}.{leaf}"] = first["gate_proj"][0], pairs[f"{module}.{e}.{leaf}"][1]
                 at = f"{module}.{e}.down_proj"
                 pairs[at] = pairs[at][0], first["down_proj"][1]
-    path = folder(tmp_path / "a", packed(pairs, layout))
-    got = peft.load_folder(path, net)
+    got = peft.load_folder(folder(tmp_path / "a", packed(pairs, layout)), net)
     torch.testing.assert_close(our_outputs(net, got.adapter), by_hand(name, pairs), rtol=1e-9, atol=1e-9)
     assert any("read as one pair per expert" in note for note in got.notes)
 

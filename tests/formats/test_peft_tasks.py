@@ -116,8 +116,7 @@ def test_converted_folder_keeps_its_task_in_peft(tmp_path, case):
 
     want = made(case, tmp_path / "a")
     write(read(tmp_path / "a").adapter, tmp_path / "b", "peft")
-    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert config["task_type"] == TASKS[case][0]
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["task_type"] == TASKS[case][0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again = PeftModel.from_pretrained(build(case), str(tmp_path / "b")).eval()

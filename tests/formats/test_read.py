@@ -53,8 +53,7 @@ ALL_FLAT: dict[str, tuple[str, bool, dict[str, str]]] = {
 @pytest.mark.parametrize("case", ALL_FLAT)
 def test_flat_names_of_every_module_are_read(case: str) -> None:
     name, original, te = ALL_FLAT[case]
-    layout = kohya(name, original=original, te=te)
-    found = check(layout, "kohya", name)
+    found = check(kohya(name, original=original, te=te), "kohya", name)
     family = families()[name]
     components = {family.denoiser, *te}
     linears = {m for m, k in family.modules.items() if k in ("linear", "conv") and m.partition(".")[0] in components}

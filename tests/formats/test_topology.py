@@ -145,8 +145,7 @@ def test_flattened_names_stay_unique(name: str) -> None:
 
 
 def test_sdxl_module_counts_match_trainers() -> None:
-    modules = of(families()["sdxl"], "unet")
-    weights = {n for n, k in modules.items() if k != "norm"}
+    weights = {n for n, k in of(families()["sdxl"], "unet").items() if k != "norm"}
     attention = {n for n in weights if ".attentions." in n}
     blocks = {n for n in weights if re.search(r"\.(attentions|resnets|downsamplers|upsamplers)\.", n)}
     assert (len(attention), len(blocks), len(weights)) == (722, 788, 794)

@@ -109,8 +109,7 @@ def test_mlx_lm_dora_equals_pefts(tmp_path: Path) -> None:
 
 def test_mlx_lm_experts_change_fused_weights(tmp_path: Path) -> None:
     pairs, net = pairs_of(EXPERTS), model("qwen3_moe")
-    path = mlx(tmp_path / "a", pairs)
-    got = our_outputs(net, peft.read_folder(path, net))
+    got = our_outputs(net, peft.read_folder(mlx(tmp_path / "a", pairs), net))
     torch.testing.assert_close(got, by_hand("qwen3_moe", pairs), rtol=1e-9, atol=1e-9)
 
 

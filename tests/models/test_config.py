@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.cli.run import run
+from tests.edits import edit_json
 from tests.families import FAMILIES
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError, ConfigError, VeneerError
@@ -92,19 +92,12 @@ WRONG = [
 ]  # fmt: skip
 
 
-def broken(folder: Path, changes: dict[str, Any]) -> Path:
-    base = tiny_base_dir(folder)
-    file = base / "config.json"
-    fields = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**fields, "head_dim": None, **changes}), encoding="utf-8")
-    return base
-
-
 @pytest.mark.parametrize(("changes", "said"), WRONG)
 def test_a_wrong_value_is_named_with_its_file_and_key(
     changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = broken(tmp_path, changes)
+    base = tiny_base_dir(tmp_path)
+    edit_json(base / "config.json", **{"head_dim": None, **changes})
     job = ("--rows", "5", "--tokens-per-row", "9", "--gpu", "h100-80gb")
     ran = run(capsys, "plan", "--base", str(base), *job, code=2)
     served = run(capsys, "serve", "--base", str(base), code=2)

@@ -145,8 +145,7 @@ def test_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
 def test_plan_needs_only_the_file(tmp_path: Path) -> None:
     model = tiny_gguf(tmp_path / "tiny.gguf")
     for name in (tmp_path / "tiny.gguf", tmp_path):
-        shape = text_shape(base_config(str(name)))
-        assert shape.parameters == sum(p.numel() for p in model.parameters())
+        assert text_shape(base_config(str(name))).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_gguf_tokenizer_adds_no_foreign_tokens(tmp_path: Path) -> None:

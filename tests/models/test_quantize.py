@@ -180,25 +180,25 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def saved_by_bitsandbytes(base: Path, folder: Path, dtype: torch.dtype, **asked: Any) -> Any:
+    """Save a base that bitsandbytes quantized, with its tokenizer, and return its model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    how = {"quantization_config": BitsAndBytesConfig(**asked), "dtype": dtype, "device_map": {"": "cpu"}}
+    theirs = AutoModelForCausalLM.from_pretrained(base, **how)
+    theirs.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return theirs
+
+
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_checkpoint_of_bitsandbytes_loads_as_the_same_model(
     wide: Path, tmp_path: Path, kind: str, double: bool
 ) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    asked = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    theirs: Any = AutoModelForCausalLM.from_pretrained(
-        wide, quantization_config=asked, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    theirs.save_pretrained(tmp_path / "m")
-    AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "m")
+    asked = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float32}
+    theirs = saved_by_bitsandbytes(wide, tmp_path / "m", torch.float32, load_in_4bit=True, **asked)
     base = load_text(str(tmp_path / "m"), dtype="float32")
     assert base.quantized == kind
     own = dict(base.model.named_parameters())
@@ -215,14 +215,7 @@ def test_checkpoint_of_bitsandbytes_loads_as_the_same_model(
 
 def test_an_8_bit_checkpoint_of_bitsandbytes_loads(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    asked = BitsAndBytesConfig(load_in_8bit=True)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=asked, dtype=torch.float16, device_map={"": "cpu"}
-    )
-    theirs.save_pretrained(tmp_path / "m")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "m")
+    theirs = saved_by_bitsandbytes(folder, tmp_path / "m", torch.float16, load_in_8bit=True)
     base = load_text(str(tmp_path / "m"), dtype="float32")
     assert base.quantized == "int8"
     for name in quantized_weights(base.model):
@@ -279,8 +272,7 @@ def test_concurrent_quantized_loads_do_not_mix(tmp_path: Path) -> None:
     """transformers' registry of quantizers is global.
 
     Concurrent loads must neither use nor remove each other's entries."""
-    source = FAMILIES["llama3"]()
-    source.save_pretrained(tmp_path / "m")
+    FAMILIES["llama3"]().save_pretrained(tmp_path / "m")
     config, tensors = read_base_config(tmp_path / "m"), tensor_table(tmp_path / "m")
     kinds = ["nf4", "int8", "fp4", "int8"] * 3
     together = threading.Barrier(len(kinds))

@@ -117,8 +117,7 @@ def main(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_three_shards_equal_the_whole_model(tmp_path: Path) -> None:
-    table = tensor_table(tiny_base_dir(tmp_path))
-    stored = sum(t.size for t in table)
+    stored = sum(t.size for t in tensor_table(tiny_base_dir(tmp_path)))
     assert launch(COUNT, [sys.executable, "-m", "tests.models.test_sharded_weights", str(tmp_path)]) == 0
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(COUNT)]
     for kind in KINDS:
@@ -156,8 +155,7 @@ def test_rows_and_full_weights_equal_those_in_files(kind: str, tmp_path: Path) -
 def test_model_with_float32_weights_is_read_whole(tmp_path: Path) -> None:
     model = nn.Linear(2, 2, device="meta")
     model._keep_in_fp32_modules = ["weight"]  # type: ignore[assignment]
-    file = tmp_path / "model.safetensors"
-    write_tensors(file, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
+    write_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
     assert "float32" in str(ShardReader.for_model(model, tensor_table(tmp_path), "", torch.bfloat16))
     assert "no bias" in str(
         ShardReader.for_model(nn.Linear(2, 2, device="meta"), tensor_table(tmp_path)[1:], "", torch.bfloat16)

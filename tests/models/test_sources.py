@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.utils import filter_repo_objects
@@ -79,29 +80,19 @@ def test_offline_error_lists_places_and_alternatives(home: Path) -> None:
     assert all(way in fix for way in WAYS)
 
 
-def _answers(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-
-
 def test_hub_errors_are_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     reply: Any = SimpleNamespace(headers={}, request=None)
-    _answers(monkeypatch, GatedRepoError("gated", response=reply))
-    with pytest.raises(BaseError, match=r"gated[\s\S]*hf auth login"):
-        find_base("some/model")
-    _answers(monkeypatch, RepositoryNotFoundError("404", response=reply))
-    with pytest.raises(BaseError, match="there is no base 'some/model'"):
-        find_base("some/model")
-    _answers(monkeypatch, RevisionNotFoundError("404", response=reply))
-    with pytest.raises(BaseError, match="no revision 'v9'"):
-        find_base("some/model@v9")
-    _answers(monkeypatch, Exception("no route"))
-    with pytest.raises(BaseError, match="no route"):
-        find_base("some/model")
+    for name, error, says in (
+        ("some/model", GatedRepoError("gated", response=reply), r"gated[\s\S]*hf auth login"),
+        ("some/model", RepositoryNotFoundError("404", response=reply), "there is no base 'some/model'"),
+        ("some/model@v9", RevisionNotFoundError("404", response=reply), "no revision 'v9'"),
+        ("some/model", Exception("no route"), "no route"),
+    ):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
+        with pytest.raises(BaseError, match=says):
+            find_base(name)
 
 
 def test_a_base_in_the_hubs_cache_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,25 +146,20 @@ def test_size_of_a_download_is_reported(home: Path, monkeypatch: pytest.MonkeyPa
 
 def test_non_base_directories_are_named(home: Path) -> None:
     work = home.parent
-    adapter = work / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(BaseError, match="an adapter, not a base"):
-        find_base("./adapter")
-    (work / "empty").mkdir()
-    with pytest.raises(BaseError, match=r"no config\.json"):
-        find_base("./empty")
-    tiny_base_dir(work / "empty")
-    with pytest.raises(BaseError, match=r"did you mean empty/tiny-base\?"):
-        find_base("./empty")
-    (work / "two").mkdir()
-    for name in ("a.gguf", "b.gguf"):
-        (work / "two" / name).write_bytes(b"GGUF")
-    with pytest.raises(BaseError, match="2 GGUF files"):
-        find_base("./two")
-    (work / "notes.txt").write_text("x")
-    with pytest.raises(BaseError, match=r"neither \.gguf nor \.safetensors"):
-        find_base("./notes.txt")
+    for folder in ("adapter", "empty", "outer", "two"):
+        (work / folder).mkdir()
+    tiny_base_dir(work / "outer")
+    for file in ("adapter/adapter_config.json", "two/a.gguf", "two/b.gguf", "notes.txt"):
+        (work / file).write_text("{}")
+    for name, says in (
+        ("adapter", "an adapter, not a base"),
+        ("empty", r"no config\.json"),
+        ("outer", r"did you mean outer/tiny-base\?"),
+        ("two", "2 GGUF files"),
+        ("notes.txt", r"neither \.gguf nor \.safetensors"),
+    ):
+        with pytest.raises(BaseError, match=says):
+            find_base(f"./{name}")
 
 
 def test_only_built_in_bases_are_made_from_a_file(home: Path) -> None:

@@ -118,8 +118,7 @@ def test_default_size_comes_from_the_directory(load: Any, bases: Path, tmp_path:
 
 
 def test_sd3_has_two_sizes_whose_last_blocks_differ() -> None:
-    row = FAMILIES["sd3"]
-    assert [topology_name(row, {"num_layers": n}) for n in (24, 38)] == ["sd3", "sd3-large"]
+    assert [topology_name(FAMILIES["sd3"], {"num_layers": n}) for n in (24, 38)] == ["sd3", "sd3-large"]
     for n, name in ((24, "sd3"), (38, "sd3-large")):
         blocks = {m.split(".")[2] for m in families()[name].modules if m.startswith("transformer.transformer_blocks")}
         assert len(blocks) == n
@@ -228,8 +227,7 @@ def copy(bases: Path, tmp_path: Path) -> Path:
 
 def test_truncated_files_and_pickles_are_refused(copy: Path) -> None:
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
+    file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(BaseError, match="truncated"):
         load_image(str(copy))
     file.rename(file.with_suffix(".bin"))
@@ -326,8 +324,7 @@ def test_bitsandbytes_component_is_read_on_cpu(copy: Path) -> None:
     """diffusers saves the quantization constants next to the codes; no GPU is needed."""
     base = load_image(str(copy), dtype="bfloat16", quantize="nf4")
     folder = copy / "unet"
-    state = saved_tensors(base.denoiser.state_dict())
-    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    save_file(saved_tensors(base.denoiser.state_dict()), folder / "diffusion_pytorch_model.safetensors")
     edit_json(folder / "config.json", quantization_config=CONFIG)
     again = load_image(str(copy), dtype="bfloat16")
     for name in quantized_weights(base.denoiser):

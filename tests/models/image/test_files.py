@@ -153,8 +153,7 @@ def test_scales_in_a_directory_are_applied_too(quantize: Any, bases: Path, tmp_p
 
 def test_scales_that_cannot_be_applied_are_refused(bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, "klein")
-    state = original(load_image(str(folder)), prefix="")
-    stored, _ = _in_fp8(state, "weight_scale", False)
+    stored, _ = _in_fp8(original(load_image(str(folder)), prefix=""), "weight_scale", False)
     name = next(n for n in stored if n.endswith("weight_scale"))
     weight = name.removesuffix("_scale")
     for more, said in (
@@ -245,8 +244,7 @@ def test_missing_configs_are_named_without_network(
     bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_image_base(bases, "sd15", full=True)
-    state = original(load_image(str(folder)), True)
-    save_file(state, tmp_path / "one.safetensors")
+    save_file(original(load_image(str(folder)), True), tmp_path / "one.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked a network"))
     with pytest.raises(BaseError, match=r"requires the configs of .*stable-diffusion[\s\S]*config="):

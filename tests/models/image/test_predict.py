@@ -153,8 +153,7 @@ def test_truncated_part_of_a_prompt_changes_nothing(family: str, load: Any) -> N
     read = LONG[: -len(cut)]
     same = embed_prompts(base, ["a dog", f"{read}{cut[:1]} tree tree tree {LONG}"]).embeds
     assert torch.allclose(found.embeds, same, atol=1e-6)
-    other = embed_prompts(base, ["a dog", "x" + read]).embeds
-    assert not torch.allclose(found.embeds, other, atol=1e-3)
+    assert not torch.allclose(found.embeds, embed_prompts(base, ["a dog", "x" + read]).embeds, atol=1e-3)
 
 
 def test_a_prompt_that_just_fits_is_not_cut(load: Any) -> None:
@@ -167,8 +166,7 @@ def test_a_prompt_that_just_fits_is_not_cut(load: Any) -> None:
 
 
 def test_conditioning_of_uneven_lengths_is_padded_and_masked() -> None:
-    parts = [Conditioning(torch.ones(1, n, 2), cut=[str(n)]) for n in (3, 5)]
-    whole = Conditioning.cat(parts)
+    whole = Conditioning.cat([Conditioning(torch.ones(1, n, 2), cut=[str(n)]) for n in (3, 5)])
     assert whole.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert whole.embeds[0, 3:].abs().sum() == 0
     assert whole.cut == ["3", "5"]

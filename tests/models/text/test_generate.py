@@ -205,8 +205,7 @@ def test_samples_depend_on_seed_and_index_only(base: TextBase) -> None:
     assert generate(base, PROMPTS, seed=3, batch_size=1, **how) == first
     assert generate(base, PROMPTS, seed=3, batch_size=3, **how) == first
     assert generate(base, PROMPTS, seed=4, batch_size=8, **how) != first
-    same = generate(base, [PROMPTS[0]] * 4, seed=3, **how)
-    assert len(set(same)) > 1
+    assert len(set(generate(base, [PROMPTS[0]] * 4, seed=3, **how))) > 1
 
 
 # -- streaming ---------------------------------------------------------------------------------------------------------

@@ -24,8 +24,7 @@ def some_rows(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int
     """Return rows in which only the last third of the tokens counts in the loss."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)
-    trained = torch.cat([torch.arange(n) >= max(1, 2 * n // 3) for n in lengths])
-    return ids, lengths, trained
+    return ids, lengths, torch.cat([torch.arange(n) >= max(1, 2 * n // 3) for n in lengths])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,8 +46,7 @@ def test_padding_changes_neither_losses_nor_gradients(family: str, lengths: list
             found = []
             for rounded in (False, True):
                 nll = rows_nll(model, *some_rows(lengths), rounded=rounded)
-                gradients = torch.autograd.grad(nll.sum(), parameters)
-                found.append([nll.detach(), *gradients])
+                found.append([nll.detach(), *torch.autograd.grad(nll.sum(), parameters)])
     for plain, padded in zip(*found, strict=True):
         assert (padded - plain).norm() <= 1e-5 * plain.norm()  # norms and adapter weights are float32
 
