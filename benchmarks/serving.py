@@ -151,11 +151,6 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
             out[name] = best(engine, mixes)
 
     loads = cold_loads(base, work, 5 if quick else 60)
-    for kind in ("int8", "int4"):
-        small = load_text("smollm2-135m", dtype="bfloat16")
-        with TextEngine(small, lambda digest, _: shelf[digest], replace(settings, weights=kind)) as engine:
-            out[f"alone, {kind}"] = best(engine, [BASE], 3)
-            out[f"base, {kind}"] = best(engine, [BASE] * n)
     out["cold loads"] = loads
     out["threads"] = torch.get_num_threads()
     return out
@@ -436,8 +431,6 @@ def run(quick: bool, rounds: int, peers: Sequence[str], vllm: Path, say: Callabl
             t["16 adapters, room for 8"] / t["16 adapters, room for 16"],
         ),
         bar("one request alone over the plain products", 0.70, t["alone, base"] / mine["floor"]["1"]),
-        bar("one request alone, int8 over bfloat16", 1, t["alone, int8"] / t["alone, base"]),
-        bar("one request alone, int4 over bfloat16", 1, t["alone, int4"] / t["alone, base"]),
     ]
     if "PEFT, 8 adapters" in speeds:
         bars.append(bar("8 adapters over PEFT's", 4, t["8 adapters"] / speeds["PEFT, 8 adapters"]))

@@ -19,6 +19,7 @@ from veneer.models.loading import errors_only
 pytestmark = pytest.mark.peers
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT's, for the second adapter
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux1", "sd3"])
 def test_mix_equals_set_adapters(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

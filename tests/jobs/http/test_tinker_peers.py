@@ -249,8 +249,8 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "no advantages": _row_error("ppo needs advantages", lambda: [_bad(logprobs=_ONES)], loss="ppo"),
     "step without a gradient": (lambda s, t: t.optim_step(adam(1e-3)), "there is no gradient"),
     "NaN rate": (lambda s, t: t.optim_step(adam(math.nan)), "learning_rate"),
-    "path as a name": (lambda s, t: t.save_state("../../x"), "cannot name a checkpoint"),
-    "missing state": (lambda s, t: t.load_state(f"tinker://{t.model_id}/weights/none"), "there is no checkpoint"),
+    "path as a name": (lambda s, t: t.save_state("../../x"), "is not a valid checkpoint name"),
+    "missing state": (lambda s, t: t.load_state(f"tinker://{t.model_id}/weights/none"), "has no checkpoint"),
     "empty prompt": (lambda s, t: _sampled(s, []), "prompt"),
     "prompt beyond the context": (lambda s, t: _sampled(s, [5] * 5000), "4,?096|context"),
     "negative temperature": (lambda s, t: _sampled(s, [5], temperature=-1.0), "temperature"),
@@ -344,12 +344,12 @@ def billed(process: Process, run: str) -> int:
     return sum(row["prompt"] for row in rows)
 
 
-def test_code_of_the_tinker_page_runs(process: Process, tmp_path: Path) -> None:
+def test_code_of_the_tinker_page_runs(process: Process) -> None:
     """Runs the Python code of docs/how-to/tinker.md with the tiny base's name."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     command = [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')]
     env = process.env(process.keys["acme"])
-    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600)
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=process.client_folder, timeout=600)
     assert ran.returncode == 0, ran.stderr[-5000:]
     first, *_, last = [float(line.split()[1]) for line in ran.stdout.splitlines() if line[:1].isdigit()]
     assert last < first
