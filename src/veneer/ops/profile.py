@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ SHAPES = ((16, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024))
 """(rows, inputs, outputs) of the measured products: decoding, a short prompt and a training step."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _READ_BYTES = 1 << 28
+WORTH = 1.2
+"""How many times as fast an implementation must be to be chosen instead of the default."""
 SECONDS = 2.0
 _LOCK_SECONDS = 30.0
 
@@ -59,6 +61,13 @@ class Profile:
     def rate(self, dtype: str) -> float:
         """Return the GFLOP/s of a dtype at its fastest shape, or 0 if torch cannot multiply it."""
         return max(self.gflops.get(dtype, {}).values(), default=0.0)
+
+    @cached_property
+    def arithmetic(self) -> str:
+        """Return the dtype in which products of 16-bit weights are computed.
+
+        This is "float32" if float32 is over WORTH times as fast as bfloat16, otherwise "bfloat16"."""
+        return "float32" if self.rate("float32") > WORTH * self.rate("bfloat16") else "bfloat16"
 
 
 def processor_name() -> str:

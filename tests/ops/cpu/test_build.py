@@ -50,11 +50,11 @@ def said(tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(build, "failed_kernels", lambda library: {})
 
     def looked() -> str:
-        compiled.kernels.cache_clear()
+        compiled.kernels_for.cache_clear()
         return compiled.status()
 
     yield looked
-    compiled.kernels.cache_clear()
+    compiled.kernels_for.cache_clear()
 
 
 def test_built_library_is_private_for_any_umask(tmp_path: Path, said: Callable[[], str]) -> None:

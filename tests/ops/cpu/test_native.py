@@ -19,9 +19,9 @@ def status(tmp_path: Path, **environment: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VENEER_HOME": str(tmp_path), **environment}.items():
             patch.setenv(name, value)
-        compiled.kernels.cache_clear()
+        compiled.kernels_for.cache_clear()
         said = compiled.status()
-    compiled.kernels.cache_clear()
+    compiled.kernels_for.cache_clear()
     return said
 
 

@@ -143,7 +143,7 @@ def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CC", str(quick))
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    compiled.kernels.cache_clear()
+    compiled.kernels_for.cache_clear()
     try:
         x, w = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
         assert compiled.kernels() is not None, compiled.status()
@@ -160,10 +160,10 @@ def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytes
         torch.testing.assert_close(geglu(x).float(), up * torch.nn.functional.gelu(gate), rtol=2**-7, atol=1e-3)
         # the result is stored, so the self-test does not run again
         monkeypatch.setattr(build, "failed_kernels", lambda library: pytest.fail("tried again"))
-        compiled.kernels.cache_clear()
+        compiled.kernels_for.cache_clear()
         assert all(says in compiled.status() for says in BROKEN)
     finally:
-        compiled.kernels.cache_clear()
+        compiled.kernels_for.cache_clear()
 
 
 # -- invalid arguments are errors --------------------------------------------------------------------------------------

@@ -107,11 +107,41 @@ static inline __m512 exp2_near(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 #endif
-#if defined(__AVX512BF16__)
-static inline __m512i narrow_two(__m512 low, __m512 high) { /* to bf16: all of low, then all of high */
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
+
+/* Sums of products of pairs of bf16: sum + a[2i] b[2i] + a[2i + 1] b[2i + 1] in each of the 16 lanes.
+
+   BF16_PRODUCTS: whether the processor's bf16 product computes it. Without the instruction, or if
+   float32 is faster by the machine's profile (build.py then defines FLOAT32_PRODUCTS), both bf16 are
+   widened to float32 in registers and multiplied exactly. */
+#if defined(__AVX512BF16__) && !defined(FLOAT32_PRODUCTS)
+#define BF16_PRODUCTS 1
+#else
+#define BF16_PRODUCTS 0
 #endif
+static inline __m512 even_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+static inline __m512 odd_of(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
+}
+static inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
+#if BF16_PRODUCTS
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+    return _mm512_fmadd_ps(odd_of(a), odd_of(b), _mm512_fmadd_ps(even_of(a), even_of(b), sum));
+#endif
+}
+
+static inline __m256i narrow16(__m512 x) { /* to bf16, to nearest even */
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16));
+#endif
+}
+
+static inline __m512i narrow_two(__m512 low, __m512 high) { /* to bf16: all of low, then all of high */
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow16(low)), narrow16(high), 1);
+}
 #endif
 
 #endif

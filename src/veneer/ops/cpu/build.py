@@ -38,13 +38,15 @@ class BuiltKernels:
         self.library, self.rejected, self.notes = library, rejected, notes
 
 
-def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> BuiltKernels:
+def build_kernels(
+    compiler: str, sources: Sequence[Path], headers: Sequence[Path], more: Sequence[str] = ()
+) -> BuiltKernels:
     """Compile and test the kernels, unless a build for this machine already exists.
 
-    Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if there is no trusted
+    more: additional compiler arguments. Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if there is no trusted
     folder for them."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
-    key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS, *more]).encode()).hexdigest()[:16]
     notes: list[str] = []
     folder = trusted_folder(notes)
     library = folder / f"native-{key}.so"
@@ -56,7 +58,7 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
             record.unlink(missing_ok=True)
     if not library.exists():
         record.unlink(missing_ok=True)
-        compile_kernels(compiler, sources, library)
+        compile_kernels(compiler, sources, library, more)
     wrong = _read_record(record)
     if wrong is None:
         wrong = failed_kernels(library)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.build import build_kernels, find_compiler, why_not_compiled
 from veneer.ops.lowrank import LowRank
+from veneer.ops.profile import profile
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _LETTERS = {"p": _pointer, "l": _int64, "f": _float, "i": _int, "u": ctypes.c_uint32}
@@ -173,9 +174,16 @@ def _checked(result: int, function: Any, arguments: Any) -> int:
     return result
 
 
-@functools.cache
 def kernels() -> Kernels | None:
-    """Return the compiled kernels, loaded once per process, or None if unavailable."""
+    """Return the compiled kernels, loaded once per process, or None if unavailable.
+
+    The machine's profile chooses whether their products use bfloat16 instructions or float32 (bf16.h)."""
+    return kernels_for(profile().arithmetic)
+
+
+@functools.cache
+def kernels_for(arithmetic: str) -> Kernels | None:
+    """Return the kernels that multiply in "bfloat16" or "float32", or None if unavailable."""
     global _reason
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         _reason = "turned off by VENEER_NATIVE=0"
@@ -188,7 +196,8 @@ def kernels() -> Kernels | None:
         return None
     here = Path(__file__).parent
     try:
-        build = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
+        more = ["-DFLOAT32_PRODUCTS"] if arithmetic == "float32" else []
+        build = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS], more)
         library = load_library(build.library, build.rejected)
         library.wrong = build.rejected
     except (OSError, ValueError, subprocess.SubprocessError) as error:
