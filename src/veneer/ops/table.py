@@ -22,7 +22,8 @@ in two seconds and stored with the compiled kernels. Equal profiles give equal b
 
 | to | use |
 | --- | --- |
-| see what runs, and why | `veneer doctor --ops` |
+| see the profile; what runs, and why | `veneer doctor`; `veneer doctor --ops` |
+| measure the profile again | `veneer doctor --measure` |
 | run PyTorch only | `VENEER_OPS=torch` |
 | choose for some ops | `VENEER_OPS=rms_norm=torch,attend=torch` |
 | use another profile | `VENEER_PROFILE=FILE` |
