@@ -24,10 +24,11 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,9 +102,24 @@ def processor_name() -> str:
 def profile() -> Profile:
     """Return the profile for the current number of threads.
 
-    The profile comes from the file that VENEER_PROFILE names, from the stored file, or from a new
+    The profile comes from `use_profile`, the file that VENEER_PROFILE names, the stored file, or a new
     measurement. Raises ConfigError if VENEER_PROFILE does not name a valid profile."""
-    return profile_for(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
+    return _in_use or profile_for(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
+
+
+_in_use: Profile | None = None
+
+
+@contextlib.contextmanager
+def use_profile(chosen: Profile) -> Iterator[None]:
+    """Use a profile, for example that of a checkpoint, inside a with-block, in all threads."""
+    global _in_use
+    previous = _in_use
+    _in_use = chosen
+    try:
+        yield
+    finally:
+        _in_use = previous
 
 
 @cache
@@ -164,12 +180,21 @@ def _file(key: str) -> Path:
 def _read(file: Path, key: str | None = None) -> Profile | None:
     """Return the profile in a file; None if missing, invalid or from another machine."""
     try:
-        result = Profile(**json.loads(file.read_text(encoding="utf-8")))
-        rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
-        is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(result.spread, float)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        result = profile_from(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
-    return result if is_valid and (key is None or result.key == key) else None
+    return result if result is not None and (key is None or result.key == key) else None
+
+
+def profile_from(values: Any) -> Profile | None:
+    """Return the profile with these fields, as JSON values; None if they are invalid."""
+    try:
+        result = Profile(**values)
+        rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
+    except (TypeError, AttributeError):
+        return None
+    is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(result.spread, float)
+    return result if is_valid else None
 
 
 def measure(key: str, known: Profile | None = None) -> Profile:
