@@ -131,6 +131,13 @@ def test_unwritable_home_is_tolerated(kernels: Path, monkeypatch: pytest.MonkeyP
     assert profile().rate("float32") > 0
 
 
+@pytest.mark.parametrize(("float32", "arithmetic"), [(239.0, "bfloat16"), (241.0, "float32")])
+def test_float32_arithmetic_needs_a_clear_advantage(float32: float, arithmetic: str) -> None:
+    rates = {"float32": {"1x1x1": float32}, "bfloat16": {"1x1x1": 200.0}}
+    assert replace(PINNED, gflops=rates).arithmetic == arithmetic
+    assert replace(PINNED, gflops={"float32": {"1x1x1": 1.0}}).arithmetic == "float32", "torch has no bfloat16 product"
+
+
 def test_veneer_profile_names_the_file_to_use(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = Path(__file__).parents[1] / "profile.json"
     monkeypatch.setenv("VENEER_PROFILE", str(file))
