@@ -136,6 +136,8 @@ def load_library(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     return library
 
 
+_BF16_ISAS = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
+"""Parts of the values of ONEDNN_MAX_CPU_ISA that include AVX512-BF16."""
 _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 
@@ -145,7 +147,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
 
     The two products, in float32 and bfloat16, are at::native::cpublas::brgemm (CPUBlas.h), looked up by their
     mangled C++ names. The address of a missing function is None. The bfloat16 product is used only on
-    processors with bfloat16 instructions: on others, libtorch throws an exception, which C cannot catch. On
+    processors with bfloat16 instructions that oneDNN may use: on others, it throws an exception, which C cannot
+    catch. On
     processors with AMX, the products run on AMX tiles, which oneDNN requests from the operating system
     (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
@@ -162,7 +165,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     wide = address("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = address("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # This is also true on every processor with AMX.
-    has_narrow = has_bf16 and torch.backends.mkldnn.is_available()
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    has_narrow = has_bf16 and torch.backends.mkldnn.is_available() and any(isa in allowed for isa in _BF16_ISAS)
     return wide, narrow if has_narrow else None, address("14brgemm_releaseEb")
 
 

@@ -34,7 +34,7 @@ class BaseSection(Section):
 
     name: str = setting(..., "built-in name, hub id, folder or .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "precision of frozen weights", "bfloat16 if the hardware supports it, otherwise float32"
+        "auto", "precision of frozen weights", "bfloat16 for weights stored in 16 bits or fewer, otherwise float32"
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if present")
     quantize: Literal["nf4", "fp4", "int8", "keep"] | None = setting(

@@ -71,6 +71,7 @@ def run_text(
     config: TrainConfig,
     *,
     resume: bool = False,
+    allow_other_machine: bool = False,
     dry_run: bool = False,
     force: bool = False,
     on_event: Listener | None = None,
@@ -82,6 +83,8 @@ def run_text(
 
     resume: continue from the newest checkpoint in the output folder; on a CPU, the result is bit-for-bit the
         result of an uninterrupted run
+    allow_other_machine: resume even if this machine runs an op by another implementation than the checkpoint's,
+        which changes the last bits
     dry_run: stop after preflight and the longest batch, and write no file
     force: only warn if the plan says that the run does not fit in memory
     on_event: called with every event; by default, events are shown in the terminal (stderr)
@@ -103,6 +106,7 @@ def run_text(
         lockstep=config.memory.shard,
         sources=sources,
         resume=resume,
+        allow_other_machine=allow_other_machine,
         dry_run=dry_run,
         force=force,
     ) as run:
