@@ -17,7 +17,7 @@ _HEAD = """# Ops and their implementations
 <!-- written by `python -m veneer.ops.table` -->
 
 The first implementation that supports the input runs; PyTorch runs everything else. `compiled` without a condition
-needs contiguous bfloat16. Two rules use the machine's **profile**: speed by dtype and memory bandwidth, measured once
+needs contiguous bfloat16. Some rules use the machine's **profile**: speed by dtype and memory bandwidth, measured once
 in two seconds and stored with the compiled kernels. Equal profiles give equal bits.
 
 | to | use |

@@ -43,8 +43,10 @@ def build_kernels(
 ) -> BuiltKernels:
     """Compile and test the kernels, unless a build for this machine already exists.
 
-    more: additional compiler arguments. Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if there is no trusted
-    folder for them."""
+    more: additional compiler arguments.
+
+    Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if there is no trusted folder
+    for them."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
     key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS, *more]).encode()).hexdigest()[:16]
     notes: list[str] = []
