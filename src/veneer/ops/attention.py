@@ -31,6 +31,7 @@ from veneer.compat import TORCH
 from veneer.ops.device_transfer import sent
 from veneer.ops.dispatch import dispatch
 from veneer.ops.norms import rms_norm
+from veneer.ops.products import widened
 
 # -- packed rows -------------------------------------------------------------------------------------------------------
 
@@ -263,9 +264,11 @@ class _IndexSelect(torch.autograd.Function):
 
 def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Compute `varlen_attention` with torch, one row at a time, without idle tokens."""
+    dtype = q.dtype
+    q, k, v = widened(q, k, v)
     rows = [t.transpose(0, 1).split(settings.layout.lengths, 1) for t in (q, k, v)]
     out = [_attend_row(a, b, c, settings) for a, b, c in zip(*rows, strict=True)]
-    return torch.cat(out, 1).transpose(0, 1)
+    return torch.cat(out, 1).transpose(0, 1).to(dtype)
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
@@ -379,16 +382,17 @@ def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Te
     if run is not None:
         out, lse = run(q, k, v)
         return out.view(n, S, -1), lse, None
-    p = None
-    q, k, v = (_separate_heads(t) for t in (q, k, v))
+    p, dtype = None, q.dtype
+    q, k, v = widened(*(_separate_heads(t) for t in (q, k, v)))
     if keep:
         p = _probabilities(q, k)
         out = torch.bmm(p, v)
+        p = p.to(dtype)
     else:
         out = torch.empty_like(q)
         for at in _chunks(q):
             torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
-    return out.unflatten(0, (n, -1)).transpose(1, 2).flatten(2), None, p
+    return out.to(dtype).unflatten(0, (n, -1)).transpose(1, 2).flatten(2), None, p
 
 
 def _attend_all_backward(
@@ -415,9 +419,9 @@ def _attend_all_backward(
         run(g, out, q, k, v, lse, dq, dk, dv)
         return
     of_q, of_k, of_v = dq, dk, dv
-    q, k, v, g, dq, dk, dv = (_separate_heads(t) for t in (q, k, v, g, dq, dk, dv))
+    q, k, v, g, dq, dk, dv = widened(*(_separate_heads(t) for t in (q, k, v, g, dq, dk, dv)))
     for at in [slice(None)] if p is not None else _chunks(q):
-        probabilities = p if p is not None else _probabilities(q[at], k[at])
+        probabilities = p.to(q.dtype) if p is not None else _probabilities(q[at], k[at])
         torch.bmm(probabilities.transpose(1, 2), g[at], out=dv[at])
         ds = softmax_backward(probabilities, torch.bmm(g[at], v[at].transpose(1, 2)))
         _scaled(ds, k[at], d**-0.5, out=dq[at])
@@ -528,5 +532,6 @@ def _full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q·kᵀ/√d)·v, computed with torch in the given dtype.
 
     q, k, v: (n, tokens, heads, d) → (n, S, heads·d)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    dtype = q.dtype
+    q, k, v = widened(*(t.transpose(1, 2) for t in (q, k, v)))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(dtype)

@@ -62,6 +62,7 @@ OPS = {
     "low_rank": "s·(x·Aᵀ)·Bᵀ of several pairs, with gradients",
     "norm_silu": "silu of a group norm, with gradient",
     "panel_linear": "x·Wᵀ + b with a weight in panels",
+    "product": "a·b + c of 16-bit matrices in float32",
     "quantize_blocks4": "quantize to 4-bit blocks",
     "rms_norm": "RMS norm",
     "rms_norm_autograd": "RMS norm with gradient",
@@ -117,8 +118,20 @@ def _panel_kernel(able: list[str], *_: Any) -> str:
     return "amx" if machine.rate("bfloat16") > WORTH * 2 * machine.rate("float32") else "compiled"
 
 
+def _arithmetic_is_float32() -> bool:
+    return profile().arithmetic == "float32"
+
+
 RULES: dict[str, Rule] = {
     "panel_linear": Rule(_panel_kernel, "amx if bfloat16 is over 2.4 times as fast as float32"),
+    "product": Rule(
+        lambda able, *_: next(iter(able), REFERENCE) if _arithmetic_is_float32() else REFERENCE,
+        "torch unless float32 is over 1.2 times as fast as bfloat16",
+    ),
+    "rope_varlen_attention": Rule(
+        lambda able, *_: "tiles32" if _arithmetic_is_float32() else "tiles",
+        "tiles32 if float32 is over 1.2 times as fast as bfloat16",
+    ),
     # torch's float32 product reorders the weight at each call. A prepacked copy makes the product 1.1 to 1.2
     # times as fast. In 16 bits (also with AMX), a copy makes the product at most 1.06 times as fast, which
     # does not justify the memory.

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from veneer.ops.dispatch import dispatch
 from veneer.ops.prepacked import PrepackedWeights
+from veneer.ops.products import in_float32, product
 from veneer.ops.step_sizes import logits_chunk
 
 _IGNORED = -100
@@ -49,17 +50,18 @@ class _TokenNll(torch.autograd.Function):
             return nll_of_kernel
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dtype = torch.float32 if in_float32(hidden, weight) else hidden.dtype
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
             logits = None if copies is None else copies.product(hidden[part], weight)
-            logits = hidden[part] @ weight.t() if logits is None else logits
+            logits = product(hidden[part], weight.t(), dtype=dtype) if logits is None else logits
             nll[part] = _row_nll_(logits, targets[part], grad is not None, None if correct is None else correct[part])
             if grad is not None:
-                product = None if copies is None else copies.product(logits, weight, transposed=False)
-                if product is None:
-                    torch.mm(logits, weight, out=grad[part])
+                by_copy = None if copies is None else copies.product(logits, weight, transposed=False)
+                if by_copy is None:
+                    product(logits, weight, out=grad[part])
                 else:
-                    grad[part] = product
+                    grad[part] = by_copy
             del logits  # free the logits before the next chunk allocates its own
         ctx.save_for_backward(grad)
         return nll

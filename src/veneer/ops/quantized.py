@@ -22,6 +22,7 @@ from torch import Tensor
 from veneer.compat import TORCH
 from veneer.errors import BaseError
 from veneer.ops.dispatch import dispatch
+from veneer.ops.products import in_float32, product
 from veneer.ops.quantization_formats import KINDS, QuantizationFormat, StackedRows, row_count, to_format, with_tensors
 
 
@@ -256,10 +257,12 @@ def _mm(x: Any, w: Any, **kwargs: Any) -> Any:
 
 
 def _addmm(bias: Any, x: Any, w: Any, **kwargs: Any) -> Any:
-    fits = isinstance(w, Quantized) and w.transposed and w.ndim == 2 and (bias is None or bias.ndim == 1)
+    fits = isinstance(w, Quantized) and w.ndim == 2 and (bias is None or bias.ndim == 1)
     if kwargs or not fits or isinstance(x, Quantized) or isinstance(bias, Quantized):
         return NotImplemented
-    out = quantized_linear(x, _transpose(w), bias)
+    out = quantized_linear(x, _transpose(w), bias) if w.transposed else None
+    if out is None and in_float32(x):
+        out = product(x, w.dense(), bias)
     return NotImplemented if out is None else out
 
 

@@ -48,6 +48,7 @@ _EVERYWHERE = {
     "causal_softmax": "pllllllli",
     "softmax_backward": "pplli",
     "token_nll": "pipppllii",
+    "float_product": "pllipllippliillli",
     "blocks4_dense": "ppppfpllllpii",
     "blocks4_quantize": "pippllppi",
     "ggml_dense": "iplpii",
@@ -107,7 +108,7 @@ class Kernels:
 
 _FALLIBLE = {
     *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
-    *("lora_backward", "lora_weight_gradients", "paged_attend", "decode", *_TILES),
+    *("float_product", "lora_backward", "lora_weight_gradients", "paged_attend", "decode", *_TILES),
 }
 """Kernels that return an error code (bf16.h)."""
 

@@ -294,6 +294,58 @@ IMPLEMENTATIONS["rope_varlen_attention"] = _tiles(
 )
 
 
+# -- products in float32 -----------------------------------------------------------------------------------------------
+
+
+def _takes_product(a: Tensor, b: Tensor, out: Tensor | None) -> bool:
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.dim() == 2 for t in (a, b))
+    dtypes = {a.dtype, b.dtype} if out is None else {a.dtype, b.dtype, out.dtype}
+    return plain and torch.bfloat16 in dtypes and dtypes <= {torch.bfloat16, torch.float32}
+
+
+def _takes_blocks(a: Tensor, b: Tensor, out: Tensor | None) -> bool:
+    return _takes_product(a, b, out) and compiled.has("float_product")
+
+
+def _product_in_blocks(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
+    """Compute the op "product" with a kernel that widens a block at a time in the second-level cache."""
+    c = out if out.stride(-1) == 1 or out.shape[-1] == 1 else out.contiguous()
+    half = [int(t.dtype == torch.bfloat16) for t in (a, b, c)]
+    bias = None if bias is None else bias.to(c.dtype).contiguous()
+    factors = a.data_ptr(), *a.stride(), half[0], b.data_ptr(), *b.stride(), half[1]
+    sizes = *a.shape, b.shape[1]
+    _kernel("float_product")(*factors, *_at(bias, c), c.stride(0), half[2], int(add), *sizes, torch.get_num_threads())
+    if c is not out:
+        out.copy_(c)
+
+
+_COLUMNS = 1 << 22
+"""Maximum number of values of `b` that torch widens at a time."""
+
+
+def _product_by_columns(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
+    """Compute the op "product" with torch, widening a few columns of `b` at a time."""
+    a, step = a.float(), max(256, _COLUMNS // max(1, len(b)))
+    for at in (slice(first, first + step) for first in range(0, b.shape[1], step)):
+        part = a @ b[:, at].float()
+        if bias is not None:
+            part += bias[at]
+        if add:
+            part += out[:, at]
+        out[:, at] = part
+
+
+_FACTORS = "matrices in bfloat16, or bfloat16 and float32"
+IMPLEMENTATIONS["product"] = Implementation(
+    _product_in_blocks,
+    _takes_blocks,
+    _FACTORS,
+    lambda: compiled.why_missing("float_product"),
+    "blocks",
+    (Implementation(_product_by_columns, _takes_product, _FACTORS, lambda: "", "columns"),),
+)
+
+
 # -- products with a frozen weight -------------------------------------------------------------------------------------
 
 _LEAST = 256

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import attention, linear, loss, mlp, norms
+from veneer.ops import attention, linear, loss, mlp, norms, products
 from veneer.ops.cpu import compiled
 from veneer.ops.cpu.compiled import Kernels, load_library
 from veneer.ops.dispatch import override_ops
@@ -253,6 +253,18 @@ def _attend(random: RandomTensors) -> list[Tensor]:
 def _kept_probabilities(random: RandomTensors) -> list[Tensor]:
     with override_ops(attend="torch"):
         results: list[Tensor] = _attend(random)
+    return results
+
+
+@_case("float_product", dtypes=(_BF16,))
+def _product(random: RandomTensors) -> list[Tensor]:
+    """Multiply by weights and by their transposes, with partial blocks and two parts of the summed dimension."""
+    results = list[Tensor]()
+    with override_ops(product="blocks"):
+        for n, k, m in ((197, 74, 150), (35, 4200, 33)):
+            x, W, b = random(n, k) / 8, random(m, k) / 8, random(m)
+            y = products.product(x, W.t(), b)
+            results += [y, products.product(y, W), products.product(y.t(), x, out=W.clone(), add=True)]
     return results
 
 

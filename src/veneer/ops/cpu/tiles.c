@@ -513,3 +513,136 @@ FORWARD(narrow_rope_varlen_attention, 1)
     }
 BACKWARD(rope_varlen_attention_backward, 0)
 BACKWARD(narrow_rope_varlen_attention_backward, 1)
+
+/* -- products in float32 of matrices in bf16 or float32 ------------------------------------------------------------------ */
+
+enum { BLOCK = 128, PANEL = 64, SHALLOW = 1024, DEEP = 4096, ROOM = 1 << 20 };
+
+/* A matrix with any two distances between neighbors, in elements; bf16 if `half`, else float32. */
+typedef struct {
+    const void *x;
+    int64_t down, along;
+    int half;
+} matrix;
+
+static inline float value_of(const matrix *a, int64_t r, int64_t c) {
+    int64_t at = r * a->down + c * a->along;
+    return a->half ? up(((const bf16 *)a->x)[at]) : ((const float *)a->x)[at];
+}
+
+#if defined(__AVX512F__)
+/* The transpose of 16 x 16 cells of 32 bits, as four perfect shuffles of the 256 cells. */
+static inline void transpose16(__m512i *x) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (int turn = 0; turn < 4; turn++) {
+        __m512i y[16];
+        for (int i = 0; i < 8; i++) {
+            y[2 * i] = _mm512_permutex2var_epi32(x[i], low, x[i + 8]);
+            y[2 * i + 1] = _mm512_permutex2var_epi32(x[i], high, x[i + 8]);
+        }
+        memcpy(x, y, sizeof y);
+    }
+}
+
+/* 32 rows and 16 columns of a bf16 matrix whose columns are flat, widened */
+static inline void turned(const bf16 *x, int64_t along, float *out, int64_t ld) {
+    __m512i pairs[16];
+    for (int c = 0; c < 16; c++) pairs[c] = _mm512_loadu_si512(x + c * along);
+    transpose16(pairs);
+    for (int r = 0; r < 16; r++) {
+        _mm512_storeu_ps(out + 2 * r * ld, even_of(pairs[r]));
+        _mm512_storeu_ps(out + (2 * r + 1) * ld, odd_of(pairs[r]));
+    }
+}
+#endif
+
+/* rows x columns of a, from (r, c), widened to (padded, ld): zero past `rows`, and past `columns` up to `wide` */
+static void widen_block(const matrix *a, int64_t r, int64_t c, int64_t rows, int64_t padded, int64_t columns, int64_t wide,
+                        float *out, int64_t ld) {
+    int64_t first = 0;
+#if defined(__AVX512F__)
+    if (a->half && a->down == 1 && columns % 16 == 0)
+        for (; first + 32 <= rows; first += 32)
+            for (int64_t j = 0; j < columns; j += 16)
+                turned((const bf16 *)a->x + r + first + (c + j) * a->along, a->along, out + first * ld + j, ld);
+#endif
+    for (int64_t i = first; i < rows; i++) {
+        float *to = out + i * ld;
+        const bf16 *from = (const bf16 *)a->x + (r + i) * a->down + c;
+        if (a->half && a->along == 1)
+            for (int64_t j = 0; j < columns; j++) to[j] = up(from[j]);
+        else
+            for (int64_t j = 0; j < columns; j++) to[j] = value_of(a, r + i, c + j);
+        memset(to + columns, 0, (wide - columns) * sizeof *to);
+    }
+    for (int64_t i = 0; i < first; i++) memset(out + i * ld + columns, 0, (wide - columns) * sizeof *out);
+    for (int64_t i = rows; i < padded; i++) memset(out + i * ld, 0, wide * sizeof *out);
+}
+
+/* c (m, n) (+)= a (m, k) b (k, n) + bias, computed in float32 and rounded once; bias has c's dtype, or is
+   NULL. b is widened a few panels of PANEL columns at a time, by all threads, and a in blocks of BLOCK rows,
+   by the thread that multiplies them. If k > DEEP, the sums of a part of k wait in a buffer for the next. */
+int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, const void *b, int64_t b_down, int64_t b_along,
+                 int b_half, const void *bias, void *c, int64_t ldc, int c_half, int add, int64_t m, int64_t k, int64_t n,
+                  int threads) {
+    if (m <= 0 || n <= 0) return DONE;
+    matrix A = {a, a_down, a_along, a_half}, B = {b, b_down, b_along, b_half};
+    int64_t deep = lesser(k, DEEP), blocks = (m + BLOCK - 1) / BLOCK, all = up_to(n, STEP);
+    int64_t wide = lesser(up_to(all, PANEL), up_to(greater(ROOM / greater(deep, 1), PANEL), PANEL)), panels = wide / PANEL;
+    /* few blocks: threads share a block's panels */
+    int64_t shares = lesser(panels, (2 * threads + blocks - 1) / blocks), each = (panels + shares - 1) / shares;
+    float *packed = aligned_room(wide * deep * 4), *sums = k > DEEP ? aligned_room(blocks * BLOCK * all * 4) : NULL;
+    int failed = DONE;
+    if (!all_there(packed && (sums || k <= DEEP), &failed)) return free(packed), free(sums), failed;
+#pragma omp parallel num_threads(threads)
+    {
+        float *rows = aligned_room(BLOCK * deep * 4), *tile = aligned_room(BLOCK * PANEL * 4);
+        int there = all_there(rows && tile, &failed);
+        for (int64_t from = 0; from < greater(k, 1); from += DEEP)
+            for (int64_t first = 0; first < n; first += wide) {
+                int64_t depth = lesser(DEEP, k - from), seen_block = -1;
+#pragma omp for schedule(static)
+                for (int64_t p = first; p < lesser(first + wide, n); p += PANEL) {
+                    int64_t real = lesser(PANEL, n - p), ld = up_to(real, STEP);
+                    widen_block(&B, from, p, depth, depth, real, ld, packed + (p - first) * depth, ld);
+                }
+#pragma omp for schedule(static)
+                for (int64_t i = 0; i < blocks * shares; i++) {
+                    if (!there) continue;
+                    int64_t block = i / shares, at = block * BLOCK, real_rows = lesser(BLOCK, m - at), M = up_to(real_rows, STEP);
+                    int64_t low = first + i % shares * each * PANEL, high = lesser(lesser(low + each * PANEL, first + wide), n);
+                    if (block != seen_block && low < high) widen_block(&A, at, from, real_rows, M, depth, depth, rows, depth);
+                    seen_block = low < high ? block : seen_block;
+                    for (int64_t p = low; p < high; p += PANEL) {
+                        int64_t real = lesser(PANEL, n - p), N = up_to(real, STEP), parts = (depth + SHALLOW - 1) / SHALLOW;
+                        int64_t step = up_to((depth + parts - 1) / greater(parts, 1), STEP), ld = sums ? all : N;
+                        float *to = sums ? sums + at * all + p : tile;
+                        if (!depth) memset(tile, 0, BLOCK * PANEL * 4);
+                        for (int64_t d = 0; d < depth; d += step)
+                            of_floats(M, N, lesser(step, depth - d), depth, N, ld, d > 0 || from > 0, rows + d,
+                                      packed + (p - first) * depth + d * N, to, 0);
+                        if (from + depth < k) continue;
+                        for (int64_t r = 0; r < real_rows; r++) {
+                            float *x = to + r * ld;
+                            bf16 *narrow = (bf16 *)c + (at + r) * ldc + p;
+                            float *single = (float *)c + (at + r) * ldc + p;
+                            if (bias)
+                                for (int64_t j = 0; j < real; j++)
+                                    x[j] += c_half ? up(((const bf16 *)bias)[p + j]) : ((const float *)bias)[p + j];
+                            if (c_half && add)
+                                for (int64_t j = 0; j < real; j++) narrow[j] = down(up(narrow[j]) + x[j]);
+                            else if (c_half)
+                                for (int64_t j = 0; j < real; j++) narrow[j] = down(x[j]);
+                            else if (add)
+                                for (int64_t j = 0; j < real; j++) single[j] += x[j];
+                            else memcpy(single, x, real * sizeof *x);
+                        }
+                    }
+                }
+            }
+        free(rows), free(tile);
+    }
+    free(packed), free(sums);
+    return failed;
+}
