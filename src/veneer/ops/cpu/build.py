@@ -25,7 +25,9 @@ from veneer.files.atomic import replace_file
 
 _BUILD_SECONDS = 300
 """Seconds that a compiler, a self-test, or another process that builds may take."""
-_FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
+_MARCH = f"-march={os.environ.get('VENEER_MARCH', 'native')}"
+"""The processor to compile for; VENEER_MARCH names an older one, to imitate it."""
+_FLAGS = ["-O3", _MARCH, "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """Compiler flags, without -ffast-math.
 
 NaN and infinity must keep their meaning, because training uses them to detect a diverged run."""
@@ -200,9 +202,9 @@ def _folders() -> list[Path]:
 def machine_of(compiler: str) -> list[str]:
     """Return everything that determines which instructions the compiler generates.
 
-    Includes the compiler's resolution of -march=native and the processor's feature lists (one list per kind
+    Includes the compiler's resolution of -march and the processor's feature lists (one list per kind
     of core)."""
-    resolve = [compiler, "-march=native"]
+    resolve = [compiler, _MARCH]
     macros = subprocess.run(
         [*resolve, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True, timeout=60
     ).stdout

@@ -60,6 +60,9 @@ _AVX512_BF16 = {
     "lora_forward": "pipppllli",
     "lora_backward": "pipppllli",
     "lora_weight_gradients": "pippppppllli",
+}
+"""Kernels that require AVX512-BF16."""
+_VECTORS = {
     "lora_rows": "plplplppppli",
     "store_rows": "plplpplllppi",
     "rope_and_cache": "plllppppfppplppi",
@@ -68,7 +71,7 @@ _AVX512_BF16 = {
     "amx_panel_product": "pllppplii",
     "decode": "plplppppppplpllplpppplpi",
 }
-"""Kernels that require AVX512-BF16."""
+"""Kernels for serving, which require AVX-512, AVX2 with FMA, or NEON (vec.h)."""
 _AMX = ("amx_panel_product",)
 """Kernels that also require AMX, which a process must request from the operating system."""
 _TILES = {
@@ -80,10 +83,10 @@ _TILES = {
 """Kernels that use libtorch's small matrix products, in float32 or bfloat16."""
 _WIDE = ("rope_varlen_attention", "rope_varlen_attention_backward")
 """The kernels in `_TILES` that compute in float32."""
-SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
+SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _VECTORS | _TILES
 """All kernels: C function name -> letters of its argument types."""
 SOURCES = ("native.c", "quantized.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
-HEADERS = ("bf16.h", "serving.h", "amx.h")
+HEADERS = ("bf16.h", "vec.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
 
 
@@ -108,7 +111,8 @@ class Kernels:
 
 _FALLIBLE = {
     *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
-    *("float_product", "lora_backward", "lora_weight_gradients", "paged_attend", "decode", *_TILES),
+    *("float_product", "lora_backward", "lora_weight_gradients", "paged_attend", "panel_product", "amx_panel_product"),
+    *("decode", *_TILES),
 }
 """Kernels that return an error code (bf16.h)."""
 
@@ -257,7 +261,8 @@ def why_missing(*names: str) -> str:
     elif all(name in _AMX for name in missing):
         why = "this processor has no AMX, or the operating system does not allow it"
     else:
-        why = "this processor has no AVX512-BF16"
+        needs = "vectors (AVX-512, AVX2 or NEON)" if missing[0] in _VECTORS else "AVX512-BF16"
+        why = f"this processor has no {needs}"
     return f"no compiled {', '.join(missing)}: {why}"
 
 

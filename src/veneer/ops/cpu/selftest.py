@@ -328,7 +328,7 @@ def _rows8_dense(random: RandomTensors) -> list[Tensor]:
     return [Rows8((5, 37), codes, absmax).dense(random.dtype, 0, 5)]
 
 
-# -- serving, with AVX512-BF16 -----------------------------------------------------------------------------------------
+# -- serving ----------------------------------------------------------------------------------------------------------
 
 
 def _panel_products(random: RandomTensors, name: str) -> list[Tensor]:
@@ -388,7 +388,7 @@ def _lora_rows(random: RandomTensors) -> list[Tensor]:
         (A.view(1, 16, -1, 2).permute(0, 2, 1, 3).contiguous(), B.view(40, -1, 2).permute(1, 0, 2).contiguous())
         for A, B in pairs
     ]
-    table, u = torch.zeros(2, 17, dtype=torch.int64), torch.empty(7, 16, dtype=_BF16)
+    table, u = torch.zeros(2, 17, dtype=torch.int64), torch.empty(7, 16)
     for record, (A, B) in zip(table, laid, strict=True):
         record[:7] = torch.tensor([A.data_ptr(), 16, B.data_ptr(), 0, 40, 0, 16])
     numbers = [*_at(table), 2, *_at(starts, rows, strengths, u), 16]
