@@ -220,7 +220,7 @@ def measure(key: str, known: Profile | None = None) -> Profile:
         before = {(dtype, shape): rate for dtype, shapes in known.gflops.items() for shape, rate in shapes.items()}
         before[("", "read")] = known.bandwidth
         provisional &= any(rate > (1 + AGREEMENT) * before.get(name, 0) for name, rate in rates.items())
-        rates = {name: max(rate, before.get(name, 0)) for name, rate in rates.items()}
+        rates = {name: max(rates.get(name, 0), before.get(name, 0)) for name in rates | before}
     bandwidth = rates.pop(("", "read"))
     gflops: dict[str, dict[str, float]] = {}
     for (dtype_name, shape), rate in rates.items():
