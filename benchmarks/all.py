@@ -61,8 +61,15 @@ def against(
     return lambda values: over(values, mine, is_peer, less)
 
 
+def found(values: Values, prefix: str, metric: str) -> tuple[str, float]:
+    """Return the first (name, value) whose name begins with `prefix`. Raises LookupError if there is none."""
+    return [
+        (name, v) for (_, name, measured), v in values.items() if name.startswith(prefix) and measured == metric
+    ].pop(0)
+
+
 def products(values: Values) -> str:
-    name, rate = next((n, v) for (_, n, metric), v in values.items() if metric == "products")
+    name, rate = found(values, "floor", "products")
     return f"{rate:,.0f} ({name.removeprefix('floor, ')})"
 
 
@@ -72,7 +79,7 @@ def floor_share(values: Values) -> str:
 
 
 def lines() -> dict[str, Callable[[Values], str]]:
-    """Return the lines of the table: label -> cell from a machine's values. A cell may raise LookupError."""
+    """Return the lines of the table: label -> cell from values. A cell may raise LookupError or ValueError."""
     text, memory = (("text_training", "veneer", m) for m in ("tokens_per_second", "peak_memory"))
     table: dict[str, Callable[[Values], str]] = {
         "products of the model's shapes, GFLOP/s": products,
@@ -80,7 +87,7 @@ def lines() -> dict[str, Callable[[Values], str]]:
         "of what the products allow": floor_share,
         "over PEFT": against(text, "peft", but="compiled"),
         "over PEFT, compiled": against(text, "peft", ending="compiled"),
-        "memory": of(*memory, unit=" GB"),
+        "memory of training": of(*memory, unit=" GB"),
         "PEFT's least memory over it": against(memory, "peft", but="compiled", less=True),
     }
     for base in ("catalogue-sdxl", "catalogue-flux"):
@@ -128,10 +135,7 @@ def loads(peer: str) -> Callable[[Values], str]:
 
 
 def resizing(values: Values) -> str:
-    ours, dense = (
-        next(v for (_, n, m), v in values.items() if n.startswith("SDXL resize") and m == metric)
-        for metric in ("veneer", "dense svd, scaled")
-    )
+    ours, dense = (found(values, "SDXL resize", metric)[1] for metric in ("veneer", "dense svd, scaled"))
     return f"{dense / ours:.0f}×"
 
 
@@ -147,7 +151,7 @@ def table(records: list[list[dict[str, Any]]]) -> str:
         run, values = found[0]["run"], values_of(found)
         cells = []
         for cell in lines().values():
-            with contextlib.suppress(LookupError, ValueError, StopIteration):
+            with contextlib.suppress(LookupError, ValueError):
                 cells.append(cell(values))
                 continue
             cells.append("")

@@ -36,7 +36,7 @@ from _report import ROOT, bar, fastest, options, parsed, peak_bytes, print_repor
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, LENGTH, RANK, ALPHA = 4, 512, 16, 32
 RATE = 2e-4
-ENOUGH = 60.0
+ENOUGH = 25.0
 """Seconds after which no further step begins, if two steps were counted."""
 
 
