@@ -296,9 +296,12 @@ def encoded_chunks(
 ) -> Iterator[EncodedTable]:
     """Yield the encoded texts of each chunk of rows as a part of a table.
 
-    While a chunk is tokenized, which needs no Python, the next chunk is read and rendered.
+    While a chunk is tokenized, which needs no Python, the next chunks are read and rendered.
 
     texts_of: returns the texts of some rows, and the index of each text's row."""
+    if renderer.tokenizer("a", verbose=False).encodings is None:  # the call also turns truncation and padding off
+        text = "the base's tokenizer does not report which characters a token covers"
+        raise BaseError(text, fix="give the base a fast tokenizer (tokenizer.json)")
     marker = _marker(renderer)  # before the thread starts, because the tokenizer cannot be called twice at once
     bases = [0, 0, 0]  # rows, texts and tokens before the chunk
     waiting: list[Callable[[], EncodedTable]] = []
@@ -315,7 +318,7 @@ def encoded_chunks(
             about["key"], about["prompt"] = keys["key"], keys["prompt"]
             about["row_key"] = keys["key"] if texts is rows else keys_of(rows)["key"][list(owners)]
             waiting.append(partial(_finished, texts, rendered, encodings, about, bases, renderer, marker, data))
-            if len(waiting) > 1:
+            if len(waiting) > 2:
                 yield waiting.pop(0)()
         for finish in waiting:
             yield finish()
@@ -382,14 +385,11 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendere
     """Return the encoding of each text.
 
     The tokenizer adds special tokens to plain text only, because a chat template writes BOS and EOS
-    itself."""
+    itself. The library below the tokenizer is called, because making its lists of ids takes as long as
+    finding them. `encoded_chunks` has set it to not truncate."""
     encodings: list[Any] = []
     for chat, some in itertools.groupby(rendered, lambda r: r.chat):
-        batch = tokenizer([r.text for r in some], add_special_tokens=not chat, verbose=False)
-        if batch.encodings is None:
-            text = "the base's tokenizer does not report which characters a token covers"
-            raise BaseError(text, fix="give the base a fast tokenizer (tokenizer.json)")
-        encodings += batch.encodings
+        encodings += tokenizer.backend_tokenizer.encode_batch([r.text for r in some], add_special_tokens=not chat)
     return encodings
 
 
