@@ -22,6 +22,7 @@ from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.shape import layer_pairs, model_shape
 from veneer.train.config.text import TrainConfig
+from veneer.train.lazy import token_counts
 from veneer.train.planning import plan_of_run, remaining_bytes, suggested_settings
 from veneer.train.preflight import (
     Finding,
@@ -83,7 +84,7 @@ def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: i
     """Inspect a run on a loaded base; see `inspect_run`."""
     encoded = data.train.encoded
     once = config.model_copy(update={"schedule": config.schedule.model_copy(update={"epochs": 1, "steps": None})})
-    steps = list(planned_steps(data.train.items, once, data.train.rows, devices))
+    steps = planned_steps(data.train.items, once, data.train.rows, devices)
     subject = TextSubject(
         base=base,
         config=config,
@@ -162,8 +163,7 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "end", text, fix)
         return
     names = s.tokens(ends)
-    trained = ({token for token, on in zip(e.input_ids, e.trained, strict=True) if on} for e in examples)
-    with_end = sum(not ends.isdisjoint(tokens) for tokens in trained)
+    with_end = s.encoded.counts.ended
     text = f"the {end_kind} token {names} is learned in {share(with_end, len(examples))} rows"
     if with_end == 0:
         fix = "check the chat template, data.train_on and data.long_rows"
@@ -187,7 +187,7 @@ def _bos_once(s: TextSubject) -> Iterator[Finding]:
     fix = f"remove {tokenizer.bos_token} from the rows or from the chat template"
     yield from s.rows_with("doubled_bos", "begin", f"rows begin with {tokenizer.bos_token} twice", fix, stops=True)
     if tokenizer("a")["input_ids"][:1] == [bos]:
-        missing = sum(e.input_ids[0] != bos for e in examples)
+        missing = s.encoded.counts.unbegun
         text = f"rows begin without {tokenizer.bos_token}, which the base expects first"
         yield from about_some("begin", missing, len(examples), text, fix="begin the chat template with {{ bos_token }}")
 
@@ -312,7 +312,9 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         return
     if s.data.held_out.encoded.counts.trained_tokens == 0:
         yield Finding("stop", "held out", "the held-out rows have no trained token", "check data.validation's format")
-    identical, same_prompt = leakage(s.data.train.texts, s.data.held_out.texts)
+    identical, same_prompt = leakage(
+        s.data.train.texts, s.data.held_out.texts, s.data.train.keys(), s.data.held_out.keys()
+    )
     fix = "remove them from the training or the held-out rows; data.split never puts equal rows into both"
     text = "held-out rows are also trained on"
     yield from about_some("held out", len(identical), total, text, identical, fix, stops=True)
@@ -384,7 +386,7 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     Embedding rows are untrained if, for example, the base never saw the tokens of the chat template."""
     embedding = s.base.model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
-    used = {token for e in s.encoded.examples for token in e.input_ids}
+    used = set(s.encoded.vocabulary.tolist())
     beyond = sorted(t for t in used if t >= rows)
     if beyond:
         text = f"{len(beyond)} tokens of the data have no row in the base's embedding of {rows:,} rows: "
@@ -411,7 +413,7 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
 def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     """Check that the longest rows fit in memory, because a run could otherwise fail after hours."""
     config, device = s.config, computes_on(s.base)
-    row = max((e.tokens for e in s.encoded.examples), default=0)
+    row = int(token_counts(s.encoded.examples)[0].max(initial=0))
     if row > s.base.context:
         text = f"the longest row has {row:,} tokens, but the base supports only {s.base.context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={s.base.context} with data.long_rows=cut or drop")
