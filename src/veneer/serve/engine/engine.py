@@ -356,7 +356,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             return
         if live.drafter is None:
             root = cache_root(live.request.mix, live.request.salt)
-            live.drafter = self.drafts.drafter(root, sequence.tokens, sequence.prompt)
+            live.drafter = self.drafts.drafter(root, sequence.tokens)
         room = max(0, live.request.sampling.max_tokens - sequence.generated - 1)
         sequence.drafts = live.drafter.propose(min(self.settings.draft, room), rows)
         if sequence.drafts and live.draws.grammar is not None:
@@ -521,7 +521,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         if sequence is not None:
             completion, cached = live.answer.count, sequence.cached
             if live.drafter is not None and reason in ("stop", "length"):
-                self.drafts.finished(live.drafter)
+                self.drafts.finished(live.drafter, sequence.prompt)
             self.scheduler.remove(sequence)
             del self._live[sequence]
             self.runner.forget(id(sequence))
