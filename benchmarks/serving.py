@@ -3,6 +3,7 @@
     python benchmarks/serving.py [--quick] [--rounds 2] [--peers vllm,peft,transformers,llama.cpp] [--json]
                                  [--vllm-python PATH] [--llama-python PATH] [--imitate avx512|avx2]
     python benchmarks/serving.py --large [--quick] [--rounds 2] [--json]      a 1B Llama with random weights, no peers
+    python benchmarks/serving.py --steps [--adapter FOLDER] [--rounds 4]      forced tokens and drafts, no peers
 
 Uses smollm2-135m in bfloat16 and 32 requests of 64 prompt tokens and 64 generated tokens, greedy, ignoring
 end tokens. Adapters have rank 16 on all seven projections; request i uses adapter i modulo the number of
@@ -221,6 +222,124 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
             for name, mixes in (("base", [BASE] * n), ("8 adapters", [under[i % len(under)] for i in range(n)])):
                 out[name] = max(speed(engine, mixes), out.get(name, 0.0))
     return out
+
+
+FIELDS = {
+    "team": ("hardware", "software", "billing", "logistics", "security", "success"),
+    "priority": ("urgent", "high", "normal", "low"),
+    "product_area": ("hub", "panel", "sensor", "lock", "console", "mobile_app", "api", "subscription"),
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {name: {"enum": values} for name, values in FIELDS.items()},
+    "required": list(FIELDS),
+    "additionalProperties": False,
+}
+QUESTIONS = (
+    "Why is the sky blue? Tell me a story about a lighthouse. How do I bake bread? What is a good name for a cat? "
+    "Explain gravity to a child. Write a short poem about rain. What should I see in Rome? How does a battery work? "
+    "Give me three tips for sleeping well. Who was Ada Lovelace? Describe a quiet village. What makes a good friend? "
+    "Plan a picnic for four. How do bees make honey? What is a haiku? Compare tea and coffee."
+)
+
+
+def side_steps(work: Path, quick: bool) -> dict[str, Any]:
+    """Measure one adapter with and without forced tokens and drafts; sides alternate on one engine.
+
+    "without" is measured twice, for the spread. In each round, prompts are new; before the tasks marked
+    "cached", all sides have the prompts in the prefix cache, so that decoding dominates.
+    """
+    from veneer.formats import peft
+    from veneer.models.text.base import load_text
+    from veneer.serve.engine.drafts import Drafts
+    from veneer.serve.engine.engine import TextEngine
+    from veneer.serve.engine.grammar import Matcher
+    from veneer.serve.request import Finished, Request, Sampling
+    from veneer.serve.settings import EngineSettings
+
+    base = load_text("smollm2-135m", dtype="bfloat16")
+    folder = (work / "steps-adapter").read_text() if (work / "steps-adapter").exists() else ""
+    adapter = peft.load_folder(Path(folder), base.model).adapter if folder else some_adapter(base, 0)
+    mix = ((adapter.digest(), 1.0),)
+
+    def encoded(*messages: dict[str, str]) -> tuple[int, ...]:
+        text = base.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    lines = (ROOT / "examples/tickets/test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["messages"][:2] for line in lines]
+    tickets = [encoded(*messages) for messages in rows]
+    copies = [
+        encoded({"role": "user", "content": f"Repeat this text word for word:\n\n{m[1]['content']}"}) for m in rows
+    ]
+    chats = [encoded({"role": "user", "content": q.strip() + "?"}) for q in QUESTIONS.split("?")[:-1]]
+    schema = Sampling(max_tokens=64, temperature=0.0, grammar=("json_schema", json.dumps(SCHEMA)))
+    chat = Sampling(max_tokens=64, temperature=0.7, seed=1, ignore_eos=True)
+    few, many = (2, 4) if quick else (8, 32)
+    tasks = {  # prompts, sampling, requests per round, requests at once, whether prompts are cached
+        "tickets": (tickets, schema, few, 1, False),
+        "tickets, cached": (tickets, schema, few, 1, True),
+        "copies": (copies, replace(schema, max_tokens=96, grammar=None), few, 1, False),
+        "chat": (chats, chat, few // 2, 1, False),
+        "tickets, 32 at once": (tickets, schema, many, many, False),
+        "tickets, 32 at once, cached": (tickets, schema, many, many, True),
+    }
+    span, only = Matcher.span, Matcher.only
+    out: dict[str, Any] = {}
+    with TextEngine(base, lambda *_: adapter, EngineSettings(cache_bytes=1 << 29)) as engine:
+
+        async def answers(prompts: Sequence[Any], sampling: Sampling, at_once: int) -> int:
+            limit = asyncio.Semaphore(at_once)
+
+            async def one(prompt: tuple[int, ...]) -> int:
+                async with limit:
+                    ends = [e async for e in engine.events(Request(prompt, sampling, mix)) if isinstance(e, Finished)]
+                if ends[0].error is not None:
+                    raise ends[0].error
+                return ends[0].usage.completion
+
+            return sum(await asyncio.gather(*map(one, prompts)))
+
+        memories = {side: Drafts() for side in ("without", "without again", "with")}
+        for number in range(2 if quick else 1 + int((work / "rounds").read_text())):  # the first round is not counted
+            for place, (task, (prompts, sampling, count, at_once, cached)) in enumerate(tasks.items()):
+                first = number * count + place * len(prompts) // len(tasks)  # no task repeats another's prompts
+                some = [prompts[(first + i) % len(prompts)] for i in range(count if number else 2)]
+                for side in sorted(memories, key=lambda side: (side == "with") ^ (number % 2)):
+                    on = side == "with"
+                    engine.settings, engine.drafts = replace(engine.settings, draft=8 if on else 0), memories[side]
+                    Matcher.span = span if on else lambda _: []  # type: ignore[method-assign]
+                    Matcher.only = only if on else lambda _: None  # type: ignore[method-assign]
+                    engine.cache.forget()
+                    if cached:
+                        asyncio.run(answers(some, Sampling(max_tokens=1), at_once))
+                    steps, start = engine.stats().steps, time.perf_counter()
+                    tokens = asyncio.run(answers(some, sampling, at_once))
+                    seconds = time.perf_counter() - start
+                    if number:
+                        total = out.setdefault(task, {}).setdefault(side, [0, 0.0, 0])
+                        found = (tokens, seconds, engine.stats().steps - steps)
+                        out[task][side] = [a + b for a, b in zip(total, found, strict=True)]
+    return out
+
+
+def run_steps(quick: bool, rounds: int, adapter: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "rounds").write_text(str(rounds))
+        if adapter:
+            (work / "steps-adapter").write_text(str(Path(adapter).resolve()))
+        found = run_side(__file__, "steps", quick, work=work)
+    rows, speed = [], {}
+    for task, sides in found.items():
+        for side, (tokens, seconds, steps) in sides.items():
+            speed[task, side] = tokens / seconds
+            rows += [row(task, side, tokens / seconds, "tokens/s"), row(task, f"{side}: per step", tokens / steps, "")]
+    ratio = {task: speed[task, "with"] / speed[task, "without"] for task in found}
+    spread = abs(1 - speed["chat", "without again"] / speed["chat", "without"])
+    wants = {"tickets": 2.5, "copies": 1.8, "chat": 1 - max(spread, 0.01), "tickets, 32 at once": 1.4}
+    wants |= {f"{task}, cached": want for task, want in wants.items() if task.startswith("tickets")}
+    return report(rows, [bar(f"{task}: with over without", want, ratio[task]) for task, want in wants.items()], {})
 
 
 def thin_bytes(base: Any, adapter: Any) -> int:
@@ -476,6 +595,7 @@ SIDES: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "peft": side_peft,
     "continuous": side_continuous,
     "large": side_large,
+    "steps": side_steps,
 }
 
 
@@ -562,6 +682,8 @@ def main() -> None:
     parser = options(__doc__, "one round, each figure once; only what peers do too")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="a base of 1B with random weights, without peers")
+    parser.add_argument("--steps", action="store_true", help="forced tokens and drafts, with and without")
+    parser.add_argument("--adapter", default="", help="for --steps: a PEFT folder, trained on examples/tickets")
     parser.add_argument("--peers", default="vllm,peft,transformers,llama.cpp")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")
     parser.add_argument("--llama-python", type=Path, default=ROOT / ".venv-llama/bin/python")
@@ -572,7 +694,9 @@ def main() -> None:
         return
     peers = [p for p in args.peers.split(",") if p]
     rounds = 1 if args.quick else args.rounds
-    if args.large:
+    if args.steps:
+        result = run_steps(args.quick, rounds, args.adapter)
+    elif args.large:
         result = run_large(args.quick, rounds)
     else:
         result = run(args.quick, rounds, peers, {"vllm": args.vllm_python, "llama.cpp": args.llama_python})

@@ -3,6 +3,7 @@
     start = compile_grammar(*sampling.grammar, tokenizer, …)               once per request, in a thread
     matcher = start.copy()
     matcher.mask()    matcher.advance(token)    matcher.done               the sampler, each step
+    matcher.span()    matcher.only()                                       tokens without an alternative
 
 llguidance compiles and matches. A mask takes well under a millisecond. Compiling can take a second; it
 releases the GIL, and results are cached by the grammar's text. Both times grow with the square of a schema's
@@ -13,7 +14,7 @@ first token is refused before the request runs.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +64,27 @@ class Matcher:
         n = min(len(allowed), self.vocabulary)
         out[:n] = torch.from_numpy(allowed[:n])
         return out
+
+    def span(self) -> list[int]:
+        """Return the tokens of the text that must follow, as llguidance divides it into tokens; often none.
+
+        The mask can allow other tokens, which divide the same text in another way. At the end of the text,
+        tokens are left out that later text could join.
+        """
+        tokens: list[int] = self._state.compute_ff_tokens()
+        self._check()
+        return tokens
+
+    def only(self) -> int | None:
+        """Return the next token if the mask allows exactly one, otherwise None."""
+        if not (self.done or self._state.compute_ff_bytes()):  # without forced text, several tokens are allowed
+            return None
+        allowed = self.mask().nonzero().flatten().tolist()
+        return allowed[0] if len(allowed) == 1 else None
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """Return how many of these tokens, from the first one on, the grammar accepts."""
+        return int(self._state.validate_tokens(list(tokens)))
 
     def advance(self, token: int) -> None:
         """Advance by a token that the mask allows. Raises Refused for any other token."""
