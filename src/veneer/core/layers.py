@@ -41,6 +41,7 @@ from veneer.core.selection import ActiveMix, MixBatch, Selection, SpanAdapters, 
 from veneer.errors import AdapterError
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
+from veneer.ops.products import product
 
 
 class Owner(Protocol):
@@ -220,7 +221,7 @@ class _Lora(Layer):
     def _may_use(self, cached: CachedModule, mix: ActiveMix, x: Tensor) -> bool:
         """Return whether the cached module can replace the base and the adapters for the input x."""
         attributes = self._modules["base"].__dict__
-        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or has_other_forward(self.base):
             return False
         if (cached.drops and self.training) or self.rows(mix):
             return False
@@ -404,6 +405,26 @@ def _replaced_rows(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Te
     return new + (out - old) if strength == 1.0 else out + (new - old) * strength
 
 
+def forward_in_float32(self: nn.Linear, x: Tensor) -> Tensor:
+    """Return nn.Linear's result, multiplied in float32 if both x and the frozen weight have 16 bits.
+
+    Set as the `forward` of a base's modules where float32 is faster (models.patching.widen_products)."""
+    weight, bias = self.weight, self.bias
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if not frozen or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return _linear_in_float32(x, weight, bias)
+
+
+def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, LinearMap(weight, bias))
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Return whether an instance's `forward` was replaced by one that computes something else."""
+    return getattr(module.__dict__.get("forward"), "__func__", forward_in_float32) is not forward_in_float32
+
+
 class LoraLinear(_Lora):
     def linear_map(self) -> LinearMap | None:
         """Return this layer as a LinearMap, or None if that is not possible.
@@ -420,7 +441,7 @@ class LoraLinear(_Lora):
             if len(segments) > 1:
                 return None
             mix = segments[0].mix
-        if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__ or base.weight.requires_grad:
+        if type(base).forward is not nn.Linear.forward or has_other_forward(base) or base.weight.requires_grad:
             return None
         if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
             return None
@@ -472,11 +493,12 @@ class LoraLinear(_Lora):
         return linear(x, plain)
 
     def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
+        multiply = _linear_in_float32 if "forward" in self.base.__dict__ else F.linear
         if cached.product is None:
-            return F.linear(x, cached.weight, cached.bias)  # type: ignore[arg-type]
-        y = F.linear(x, self.base.weight, self.base.bias)
-        u = F.linear(x, cached.product.A)
-        y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), cached.product.B.t())
+            return multiply(x, cached.weight, cached.bias)  # type: ignore[arg-type]
+        y = multiply(x, self.base.weight, self.base.bias)
+        u = multiply(x, cached.product.A)
+        product(u.view(-1, u.shape[-1]), cached.product.B.t(), out=y.view(-1, y.shape[-1]), add=True)
         return y
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core.layers import LoraLinear
+from veneer.core.layers import LoraLinear, forward_in_float32, has_other_forward
 from veneer.core.targets import base_of
+from veneer.ops.conv import frozen_conv
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.linear import LinearMap, join_maps
 from veneer.ops.prepacked import ByteBudget, PrepackedWeights
+from veneer.ops.products import in_float32
 from veneer.ops.quantized import Quantized, stacked_rows
 
 _MARK = "_veneer_fast"
@@ -105,6 +107,37 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitSt
     undo.callback(module.__dict__.pop, "forward", None)
 
 
+def widen_products(model: nn.Module, undo: ExitStack | None = None) -> int:
+    """Make linear modules and 2-d convolutions multiply in float32 if the machine's rule prefers that (ops.products).
+
+    Affects modules with 16-bit weights, and returns their number. Without `undo`, the modules stay replaced."""
+    undo, count = undo or ExitStack(), 0
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        kind = _IN_FLOAT32.get(type(module))
+        if weight is None or kind is None or kind[0] in module.__dict__ or not in_float32(weight):
+            continue
+        name, run = kind
+        setattr(module, name, types.MethodType(run, module))
+        undo.callback(module.__dict__.pop, name, None)
+        count += 1
+    return count
+
+
+def _conv_in_float32(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if not frozen or self.padding_mode != "zeros" or isinstance(self.padding, str) or not same_dtype(x, weight):
+        return type(self)._conv_forward(self, x, weight, bias)
+    return frozen_conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+_IN_FLOAT32: dict[type[nn.Module], tuple[str, Callable[..., Tensor]]] = {
+    nn.Linear: ("forward", forward_in_float32),
+    nn.Conv2d: ("_conv_forward", _conv_in_float32),
+}
+"""Class of module -> the method that computes its product, and the method that computes it in float32."""
+
+
 def random_input(*shape: int, like: Tensor) -> Tensor:
     """Return normally distributed values, the same at each call.
 
@@ -121,7 +154,7 @@ def projection_of(module: nn.Module) -> LinearMap | None:
         return module.linear_map()
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return None
-    if module.weight.requires_grad or "forward" in module.__dict__:
+    if module.weight.requires_grad or has_other_forward(module):
         return None
     return LinearMap(module.weight, module.bias)
 

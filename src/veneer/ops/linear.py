@@ -355,7 +355,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, linear_map: LinearMap, dora_scale: Tensor | None, *flat: Tensor) -> Tensor:
         output = linear_forward(x, linear_map)
         # A and B are saved too, so that autograd detects changes to them before backward.
-        ctx.save_for_backward(x, output.u, output.plain, dora_scale, *flat)
+        ctx.save_for_backward(x if flat else None, output.u, output.plain, dora_scale, *flat)
         ctx.products, ctx.weight, ctx.copies = output.products, linear_map.weight, linear_map.copies
         return output.y
 

@@ -44,7 +44,10 @@ def product(
 
 
 def in_float32(a: Tensor, b: Tensor | None = None) -> bool:
-    """Return whether `product` computes a·b in float32 although `a` has 16 bits."""
+    """Return whether `product` computes a·b in float32 although `a` has 16 bits.
+
+    If `a` is not a matrix, return this for matrices of its dtype."""
+    a = a if a.dim() == 2 else a.new_empty(1, 1)
     return a.dtype != torch.float32 and dispatch("product", a, a if b is None else b, None) is not None
 
 

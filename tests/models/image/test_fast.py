@@ -11,9 +11,14 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.core import Attachment, LoraSpec, attach, create
+from veneer.models.image.base import load_image
 from veneer.models.image.fast import fast_denoiser
+from veneer.models.image.predict import embed_prompts, predict
+from veneer.models.patching import widen_products
+from veneer.ops.dispatch import override_ops
 
 TARGETS = (r"re:.*(attn|ff).*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|to_qkv_mlp_proj|linear_in|linear_out)",)
 
@@ -247,13 +252,13 @@ def test_skip_connections_of_frozen_blocks_get_no_gradient(monkeypatch: pytest.M
     from veneer.models.image import fast as speed_image
 
     asked: list[tuple[int, int]] = []
-    real = speed_image.live_conv
+    real = speed_image.frozen_conv
 
-    def counting(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], live: int) -> Tensor:
+    def counting(x: Tensor, *args: Any, live: int, **kwargs: Any) -> Tensor:
         asked.append((x.shape[1], live))
-        return real(x, weight, bias, padding, live)
+        return real(x, *args, live=live, **kwargs)
 
-    monkeypatch.setattr(speed_image, "live_conv", counting)
+    monkeypatch.setattr(speed_image, "frozen_conv", counting)
     torch.manual_seed(0)
     model = sdxl()
     for targets, expected in ((TARGETS, {(24, 18), (24, 16), (16, 8)}), ((*TARGETS, "conv_in"), set())):
@@ -312,3 +317,65 @@ def test_small_wrong_channels_are_found_among_large_ones(dtype: torch.dtype) -> 
     with fast_denoiser(block) as how:
         assert how.skipped == {"GEGLU": "its result differs"}
         assert torch.equal(block(x), want)
+
+
+@pytest.mark.parametrize("name", ["catalogue-flux", "catalogue-sdxl"])
+def test_training_in_float32_arithmetic_gives_the_losses_of_bfloat16(name: str) -> None:
+    """A few steps of a bfloat16 base, loaded with and without float32 arithmetic."""
+    losses: dict[str, list[Tensor]] = {}
+    for arithmetic in ("torch", "columns"):
+        with override_ops(product=arithmetic):
+            base = load_image(name, dtype="bfloat16")
+            widened = [m for m in base.parts["vae"].modules() if type(m) is nn.Conv2d and "_conv_forward" in m.__dict__]
+            assert bool(widened) == (arithmetic == "columns")
+            g = torch.Generator().manual_seed(0)
+            latents = torch.randn(
+                2, base.denoiser.config.in_channels // base.row.patch**2, 8, 8, generator=g
+            ).bfloat16()
+            times, given = torch.tensor([0.2, 0.7]), {"guidance": 3.5}
+            if name == "catalogue-sdxl":
+                times, given = (times * 1000).long(), {"sizes": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)}
+            text = embed_prompts(base, ["a red mug", "a blue lamp"])
+            with attach(base.denoiser.train()) as attachment, fast_denoiser(base.denoiser):
+                adapter = create(base.denoiser, LoraSpec(rank=4), seed=0)
+                attachment.add("a", adapter, trainable=True)
+                attachment.use("a")
+                optimizer = torch.optim.AdamW(list(attachment.parameters("a").values()), lr=1e-3)
+                for _ in range(4):
+                    loss = predict(base, latents, times, text, **given).float().square().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    losses.setdefault(arithmetic, []).append(loss.detach())
+    assert losses["torch"][-1] < losses["torch"][0]
+    torch.testing.assert_close(losses["columns"], losses["torch"], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("make", [flux, sdxl])
+def test_products_in_float32_are_used_everywhere(make: Callable[[], nn.Module]) -> None:
+    """Outside `fast_denoiser`, as in generation: no product with a weight has bfloat16 factors, with any mix."""
+    torch.manual_seed(0)
+    model = make().bfloat16()
+    with override_ops(product="columns"), attached(model) as attachment:
+        assert widen_products(model) == sum(type(m) in (nn.Linear, nn.Conv2d) for m in model.modules())
+        assert widen_products(model) == 0
+        for mix in ((), ("a",), ("a", ("b", 0.5))):
+            attachment.use(*mix)
+            with torch.no_grad(), _Products() as products:
+                call(model)
+            assert {dtype for _, dtype in products.seen} == {torch.float32}, products.seen
+            assert len(products.seen) > 20
+
+
+class _Products(TorchDispatchMode):
+    """Records (operation, dtype) of products of matrices and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "mm_out", "addmm_", "convolution", "linear"):
+            self.seen.append((name, args[-1].dtype if name == "mm" else args[1].dtype))
+        return func(*args, **(kwargs or {}))

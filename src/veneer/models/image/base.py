@@ -28,6 +28,7 @@ from veneer.models.device import limit_threads
 from veneer.models.image.families import EDITING, FAMILIES, Editing, ImageFamily, topology_name
 from veneer.models.image.files import LoadedParts, control_of, read_directory, read_single_file, require_diffusers
 from veneer.models.loading import errors_only
+from veneer.models.patching import widen_products
 from veneer.models.sources import find_base, short_name
 from veneer.ops.quantized import Quantized
 
@@ -194,6 +195,7 @@ def _base(name: str, path: Path, read: LoadedParts, quantize: str | None) -> Ima
         if isinstance(part, nn.Module):
             part.eval()
             part.requires_grad_(False)
+            widen_products(part)
     trainable = {n: read.parts[n] for n in (row.denoiser, *row.encoders) if read.parts.get(n) is not None}
     vae, denoiser = read.parts["vae"], read.parts[row.denoiser]
     scale = vae_scale(vae)

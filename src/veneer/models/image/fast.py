@@ -34,10 +34,11 @@ from veneer.models.patching import (
     random_input,
     replace_forward,
     same_dtype,
+    widen_products,
     without_dropout,
 )
 from veneer.ops.attention import cross_attention, joint_attention
-from veneer.ops.conv import live_conv
+from veneer.ops.conv import frozen_conv
 from veneer.ops.cpu import memory
 from veneer.ops.device_transfer import in_float64
 from veneer.ops.linear import LinearMap, linear, split_map
@@ -59,6 +60,7 @@ def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
     report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(memory.keep_freed_memory())
+        widen_products(denoiser, undo)
         with without_dropout(denoiser):
             _swap(denoiser, report, undo)
         yield report
@@ -424,7 +426,7 @@ def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
     if live >= x.shape[1] or not plain or not x.requires_grad or conv.weight.requires_grad:
         out: Tensor = conv(x)
         return out
-    return live_conv(x, conv.weight, conv.bias, conv.padding, live)
+    return frozen_conv(x, conv.weight, conv.bias, padding=conv.padding, live=live)
 
 
 def _unet_attention(module: Any, undo: ExitStack) -> str:

@@ -37,6 +37,7 @@ from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, INDEX_PIPELINES, ImageFamily, denoiser_family
 from veneer.models.image.processor import PROCESSORS, read_processor
 from veneer.models.loading import check_left_out, check_loaded, errors_only, loading
+from veneer.models.patching import widen_products
 from veneer.models.quantize import lazy_state, load_part, load_state, saved_kind, scaled_weights
 from veneer.models.sources import find_base
 
@@ -356,6 +357,7 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
             raise BaseError(message, where=str(folder))
     model, _ = _load_component(folder, "diffusers", classname, dtype, device, None, True)
     control: nn.Module = model.eval()
+    widen_products(control)
     return control.requires_grad_(False)
 
 
