@@ -59,6 +59,7 @@ OPS = {
     "gelu_tanh_gate_backward": "gradients of gelu_tanh_gate",
     "prepacked_linear": "x·Wᵀ + b with a prepacked weight, with gradient",
     "linear_cross_entropy": "−log softmax(x·Wᵀ) at targets, with gradient",
+    "int8_linear": "x·Wᵀ + b, or x·W, in 8 bits",
     "low_rank": "s·(x·Aᵀ)·Bᵀ of several pairs, with gradients",
     "norm_silu": "silu of a group norm, with gradient",
     "panel_linear": "x·Wᵀ + b with a weight in panels",

@@ -74,6 +74,8 @@ _VECTORS = {
 """Kernels for serving, which require AVX-512, AVX2 with FMA, or NEON (vec.h)."""
 _AMX = ("amx_panel_product",)
 """Kernels that also require AMX, which a process must request from the operating system."""
+_VNNI = {"int8_product": "pllpplilpplppppi"}
+"""Kernels that require AVX512-VNNI."""
 _TILES = {
     "rope_varlen_attention": "plpppllllflippi",
     "rope_varlen_attention_backward": "pppplpppllllflipi",
@@ -83,9 +85,9 @@ _TILES = {
 """Kernels that use libtorch's small matrix products, in float32 or bfloat16."""
 _WIDE = ("rope_varlen_attention", "rope_varlen_attention_backward")
 """The kernels in `_TILES` that compute in float32."""
-SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _VECTORS | _TILES
+SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _VECTORS | _VNNI | _TILES
 """All kernels: C function name -> letters of its argument types."""
-SOURCES = ("native.c", "quantized.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
+SOURCES = ("native.c", "quantized.c", "int8.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "vec.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
 
@@ -112,7 +114,7 @@ class Kernels:
 _FALLIBLE = {
     *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
     *("float_product", "lora_backward", "lora_weight_gradients", "paged_attend", "panel_product", "amx_panel_product"),
-    *("decode", *_TILES),
+    *("decode", *_VNNI, *_TILES),
 }
 """Kernels that return an error code (bf16.h)."""
 
@@ -260,6 +262,8 @@ def why_missing(*names: str) -> str:
         why = "libtorch has no small matrix products for it on this processor"
     elif all(name in _AMX for name in missing):
         why = "this processor has no AMX, or the operating system does not allow it"
+    elif all(name in _VNNI for name in missing):
+        why = "this processor has no AVX512-VNNI"
     else:
         needs = "vectors (AVX-512, AVX2 or NEON)" if missing[0] in _VECTORS else "AVX512-BF16"
         why = f"this processor has no {needs}"

@@ -24,6 +24,7 @@ from veneer.ops.cpu import compiled
 from veneer.ops.cpu.compiled import Kernels, load_library
 from veneer.ops.dispatch import override_ops
 from veneer.ops.dropout import Dropout
+from veneer.ops.int8 import Int8Weight
 from veneer.ops.lowrank import LowRank
 from veneer.ops.quantization_formats import GgmlBlocks, Groups, Rows8, to_format
 from veneer.ops.weight_panels import Panels
@@ -326,6 +327,24 @@ def _ggml_dense(random: RandomTensors) -> list[Tensor]:
 def _rows8_dense(random: RandomTensors) -> list[Tensor]:
     codes, absmax = random.integers(-127, 128, 5, 37, dtype=torch.int8), random.wide(5).float().abs()
     return [Rows8((5, 37), codes, absmax).dense(random.dtype, 0, 5)]
+
+
+@_case("int8_product")
+def _int8_product(random: RandomTensors) -> list[Tensor]:
+    """Multiply in both directions, with full and partial tiles, with and without outlier channels."""
+    results = list[Tensor]()
+    for rows, out, inputs in ((37, 80, 208), (400, 32, 48)):
+        W, x, g, bias = random(out, inputs), random(rows, inputs), random(rows, out), random(out)
+        which = torch.tensor([3, inputs - 1])
+        for large in (1.0, 500.0):
+            x[:, which] *= large
+            copy = Int8Weight(W)
+            for t, transposed in ((x, True), (x, True), (g, False)):
+                y = copy.product(t, W, bias if transposed else None, transposed)
+                results += [] if y is None else [y]
+                if copy.codes is None:
+                    copy.quantize()
+    return results
 
 
 # -- serving ----------------------------------------------------------------------------------------------------------

@@ -44,6 +44,16 @@ class BaseSection(Section):
     )
 
 
+class TextBaseSection(BaseSection):
+    """The base model. `base: NAME` is short for `base: {name: NAME}`."""
+
+    compute: Literal["auto", "int8"] = setting(
+        "auto",
+        "arithmetic of products with frozen weights in training; int8: faster and less exact (arXiv 2304.13013)",
+        "the dtype of the weights",
+    )
+
+
 class PairsSection(Section):
     """Adapted modules, rank and initialization."""
 
@@ -327,7 +337,7 @@ class TrainConfig(Section):
 
     `base.name`, `data.train` and `output.directory` are required."""
 
-    base: BaseSection
+    base: TextBaseSection
     data: DataSection
     output: OutputSection
     adapter: AdapterSection = AdapterSection()
@@ -374,6 +384,8 @@ class TrainConfig(Section):
         unused |= {"distillation"} if self.distillation.teacher is None else set()
         recipe = self.model_dump(mode="json", exclude={"output", "report", *unused})
         recipe["adapter"] = self.adapter.recipe_values()
+        if self.base.compute == "auto":  # recipes written before this key existed do not have it
+            del recipe["base"]["compute"]
         paths = [(recipe["data"], ("train", "validation", "chat_template")), (recipe["base"], ("name",))]
         paths += [(recipe["adapter"], ("start",)), (recipe.get("distillation", {}), ("teacher", "base"))]
         paths += [(reward, ("file", "model")) for reward in recipe.get("reinforcement", {}).get("rewards", ())]

@@ -16,6 +16,7 @@ from typing import Any
 from veneer.core.targets import matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, counted, gigabytes
 from veneer.ops.linear import keeps_copy
+from veneer.ops.profile import WORTH, profile
 from veneer.ops.weight_panels import panels_here
 from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
@@ -432,7 +433,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     on, _ = recomputes(mode, need, free)
     s.plan = plan = again if on else plain
     sampling_packed, training_packed = _packed_bytes(s, plan, device.type, on)
-    keeps, packs = _dequantized_bytes(s, plan, device.type), sampling_packed + training_packed
+    keeps, packs = _dequantized_bytes(s, plan, device.type), sampling_packed + training_packed + _int8_bytes(s)
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
     s.numbers.update(predicted_peak_bytes=plan.memory.peak + keeps + packs)
     s.numbers.update(predicted_parts={**plan.memory.parts, "packed": packs})
@@ -440,7 +441,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     required = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     if packs:
-        longest += f"; {gigabytes(packs)} of it are prepacked copies of frozen weights"
+        longest += f"; {gigabytes(packs)} of it are prepacked or 8-bit copies of frozen weights"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
     fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows how much)"
@@ -456,6 +457,23 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
         yield Finding("ok", "plan", f"plan: a peak of {gigabytes(plan.memory.peak + packs)}, {takes}")
 
 
+def _int8_products(s: TextSubject) -> Iterator[Finding]:
+    """Check that products in 8 bits are available, and report how fast they are by this machine's profile."""
+    if s.config.base.compute != "int8":
+        return
+    if computes_on(s.base).type != "cpu":
+        text = "int8 products run on a CPU only"
+        yield Finding("stop", "int8", text, "remove base.compute, or set base.device=cpu")
+        return
+    dtype, machine = str(next(s.base.model.parameters()).dtype).removeprefix("torch."), profile()
+    faster = machine.rate("int8") / (machine.rate(dtype) or machine.rate("float32"))
+    text = f"int8 products run at {faster:.1f} times the speed of {dtype} here"
+    if faster < WORTH:
+        yield Finding("warn", "int8", text, "remove base.compute: int8")
+    else:
+        yield Finding("ok", "int8", text)
+
+
 def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
     """Return the bytes of a quantized base's weights that are kept dequantized.
 
@@ -466,6 +484,15 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
     if s.config.memory.keep_dequantized_gb is not None:
         return int(s.config.memory.keep_dequantized_gb * 1e9)
     return 8 * plan.dequantizable // 10 if device == "cuda" else 0
+
+
+def _int8_bytes(s: TextSubject) -> int:
+    """Return the bytes of the 8-bit copies of the weights, one for both directions, without the head."""
+    if s.config.base.compute == "auto":
+        return 0
+    shape = model_shape(s.base.model)
+    once = packed_weights(shape, "bfloat16", lambda rows, _, is_forward: is_forward and rows != shape.vocabulary)
+    return once // 2
 
 
 def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
@@ -479,7 +506,8 @@ def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> 
     Sampling has priority over training. Without stored packed weights, all weights are packed again for each
     sampled token, which takes several times as long as the products."""
     configured = s.config.memory.keep_packed_gb
-    if configured == 0 or s.base.quantized or s.config.memory.shard or device != "cpu":
+    is_plain = not s.base.quantized and s.config.base.compute == "auto"
+    if configured == 0 or not is_plain or s.config.memory.shard or device != "cpu":
         return 0, 0
     dtype = next(s.base.model.parameters()).dtype
     shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
@@ -501,4 +529,4 @@ _PROMPT_CHECKS: _Checks = (_prompts_are_sampled, _long_prompts, _bos_once, _chec
 _DATA_CHECKS: _Checks = (_something_is_trained, _long_rows, _end_is_trained, _bos_once, _prompts_match_inference)
 _DATA_CHECKS += (_turns_and_control_tokens, _answers_compare, _check_rows)
 _BASE_CHECKS: _Checks = (_what_is_trained, _experts_are_trained, learning_rate, check_devices, precision)
-_BASE_CHECKS += (_vocabulary, _fits_in_memory, check_output)
+_BASE_CHECKS += (_vocabulary, _int8_products, _fits_in_memory, check_output)

@@ -58,6 +58,7 @@ from veneer.train.text.batches import Batch
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.distill import Distillation, open_teacher
 from veneer.train.text.evaluate import score_examples
+from veneer.train.text.int8 import use_int8
 from veneer.train.text.preference import Preference
 from veneer.train.text.preflight import TextSubject, data_findings
 from veneer.train.text.reinforce import Reinforcement, sampled_judge
@@ -325,6 +326,8 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         attached = [AttachedText(text, attachment, call) for text in texts]
         for each, sampled in zip(attached, sampled_texts, strict=True):
             each.task = _task_of(each, sampled)
+        if config.base.compute == "int8":
+            use_int8(attached[0], first.report)
         yield attached
 
 
