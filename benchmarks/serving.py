@@ -255,7 +255,7 @@ def side_steps(work: Path, quick: bool) -> dict[str, Any]:
         "tickets, 32 at once": (tickets, schema, many, many, False),
         "tickets, 32 at once, cached": (tickets, schema, many, many, True),
     }
-    span, only = Matcher.span, Matcher.only
+    forced = Matcher.forced
     out: dict[str, Any] = {}
     with TextEngine(base, lambda *_: adapter, EngineSettings(cache_bytes=1 << 29)) as engine:
 
@@ -279,8 +279,7 @@ def side_steps(work: Path, quick: bool) -> dict[str, Any]:
                 for side in sorted(memories, key=lambda side: (side == "with") ^ (number % 2)):
                     on = side == "with"
                     engine.settings, engine.drafts = replace(engine.settings, draft=8 if on else 0), memories[side]
-                    Matcher.span = span if on else lambda _: []  # type: ignore[method-assign]
-                    Matcher.only = only if on else lambda _: None  # type: ignore[method-assign]
+                    Matcher.forced = forced if on else lambda _: []  # type: ignore[method-assign]
                     engine.cache.forget()
                     if cached:
                         asyncio.run(answers(some, Sampling(max_tokens=1), at_once))

@@ -110,6 +110,10 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
 @given(schema=schemas(), seed=st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_any_small_schema(schema: dict[str, Any], seed: int) -> None:
+    matcher = compiled("json_schema", json.dumps(schema)).copy()
+    for token in matcher.forced():
+        assert matcher.mask().nonzero().flatten().tolist() == [token]
+        matcher.advance(token)
     text, end = answer(compiled("json_schema", json.dumps(schema)), seed)
     if end:
         jsonschema.validate(json.loads(text), schema)
