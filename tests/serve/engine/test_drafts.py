@@ -33,7 +33,6 @@ SCHEMA = {
     "properties": {"team": {"enum": ["billing", "support"]}, "priority": {"enum": ["high", "low"]}},
     "required": ["team", "priority"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
 }
 TICKET = ("json_schema", json.dumps(SCHEMA))
 MODEL: Any = families.llama3(vocab_size=VOCAB_SIZE)

@@ -119,6 +119,15 @@ def test_any_small_schema(schema: dict[str, Any], seed: int) -> None:
         jsonschema.validate(json.loads(text), schema)
 
 
+def test_answers_have_whitespace_only_if_the_schema_allows_it() -> None:
+    schema = {"const": {"a": [1, 2], "b": "x y"}}
+    assert answer(compiled("json_schema", json.dumps(schema))) == ('{"a":[1,2],"b":"x y"}', True)
+    flexible = compiled("json_schema", json.dumps(schema | {"x-guidance": {"whitespace_flexible": True}})).copy()
+    for token in TOKENIZER.encode('{ "a" : [1,\n2], "b": "x y"}'):
+        flexible.advance(token)
+    assert flexible.complete
+
+
 def test_any_json_object() -> None:
     texts = [text for text, end in (answer(compiled("json_object"), seed) for seed in range(8)) if end]
     assert {type(json.loads(text)) for text in texts} == {dict}

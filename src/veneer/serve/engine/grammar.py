@@ -38,6 +38,11 @@ _MAX_PARTS = 2000
 A schema of this size takes half a second to compile. If all parts are properties of one object, each mask
 takes 40 ms.
 """
+_COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+"""No whitespace between the tokens of JSON under a schema, so that keys and punctuation are forced.
+
+A schema's own `x-guidance` overrides this. Any JSON object keeps free whitespace: it has no known keys.
+"""
 _ANY_OBJECT = '{"type": "object"}'
 
 
@@ -127,7 +132,8 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
 
     try:
         regex = kind == "regex"
-        grammar = LLMatcher.grammar_from_regex(text) if regex else LLMatcher.grammar_from_json_schema(text)
+        defaults = _COMPACT if kind == "json_schema" else None
+        grammar = LLMatcher.grammar_from_regex(text) if regex else LLMatcher.grammar_from_json_schema(text, defaults)
     except ValueError as error:
         raise _refused(str(error)) from error
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
