@@ -65,8 +65,9 @@ def write_table(
                 with contextlib.suppress(OSError):
                     take_lock(lock)
             errors: dict[int, str] = {}
+            if not gc.get_freeze_count():
+                held.callback(gc.unfreeze)
             gc.freeze()  # otherwise, a tenth of the time is spent on looking for garbage among the libraries' objects
-            held.callback(gc.unfreeze)
             with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "texts.bin", "wb") as texts:
                 for chunk in chunks:
                     tokens.write(chunk.tokens.tobytes())
