@@ -63,9 +63,9 @@ def against(
 
 def found(values: Values, prefix: str, metric: str) -> tuple[str, float]:
     """Return the first (name, value) whose name begins with `prefix`. Raises LookupError if there is none."""
-    return [
+    return next(
         (name, v) for (_, name, measured), v in values.items() if name.startswith(prefix) and measured == metric
-    ].pop(0)
+    )
 
 
 def products(values: Values) -> str:
