@@ -200,7 +200,7 @@ static inline __attribute__((always_inline)) void few_rows(const i64 kind, const
                 }
                 continue;
             }
-            const int T = R < 4 && J > 1 ? 2 : 1; /* units at once: a sum waits for the previous one */
+            const int T = R < 4 && REGISTERS == 32 ? 2 : 1; /* units at once: a sum waits for the previous one */
 #pragma GCC unroll 4
             for (int j = 0; j < J; j += T) {
                 unit u[2];
@@ -231,7 +231,7 @@ static inline __attribute__((always_inline)) void few_rows(const i64 kind, const
         BY_KIND(few_rows, w->kind, R, J, a, lda, w, at, half, c) \
     }
 FEW_ROWS(1, (REGISTERS < 32 ? 2 : 4))
-FEW_ROWS(2, (REGISTERS < 32 ? 2 : 4))
+FEW_ROWS(2, (REGISTERS < 32 ? 1 : 4))
 FEW_ROWS(3, (REGISTERS < 32 ? 1 : 4))
 FEW_ROWS(4, (REGISTERS < 32 ? 1 : 4))
 FEW_ROWS(5, 2)
