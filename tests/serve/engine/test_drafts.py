@@ -87,7 +87,7 @@ def test_drafts_change_no_bit_of_an_answer() -> None:
             after = alone(one, Request((*PROMPT, *tokens, 5), greedy, MIX))  # finds the answer in the prefix cache
             found.append([(tokens, end.reason, text((tokens, end))) for tokens, end in [*single, *batch, after]])
             cached = after[1].usage.cached
-            assert cached == (len(PROMPT) + 39) // 16 * 16
+            assert cached >= (len(PROMPT) + 39) // 16 * 16
             stats = one.stats()
             assert (stats.drafted_tokens > stats.accepted_tokens > 100) == bool(draft)
             assert stats.generated_tokens == sum(len(tokens) for tokens, _, _ in found[-1])

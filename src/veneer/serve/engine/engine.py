@@ -130,7 +130,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             limit_bytes=settings.adapter_bytes,
             freed=self._freed,
         )
-        self.cache = Cache(self.runner.blocks, BLOCK)
+        self.cache = Cache(self.runner.blocks, BLOCK, self.runner.copy_block)
         self.scheduler = Scheduler(
             self.cache, rows=settings.rows, budget=settings.budget, loaded=self._loaded, shares=self.runner.shares
         )

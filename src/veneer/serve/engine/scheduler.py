@@ -306,7 +306,7 @@ class Scheduler:
         if needed > self.cache.available - len(self.running) and self.running:
             self.cache.close(table)
             return False
-        sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
+        sequence.table, sequence.computed = table, table.cached
         if not sequence.ran:
             sequence.ran, sequence.cached = True, min(sequence.computed, sequence.prompt)
             self.looked_up += sequence.prompt if self.shares and not no_cache else 0
