@@ -248,8 +248,8 @@ def encoded_rows(
     """Return some texts of a table. Raises the errors of `encode_rows`.
 
     chosen: (texts,) the indices of the texts in the table, in ascending order. texts: the same texts."""
-    about, tokenizer = table.texts[chosen], renderer.tokenizer
-    flags = about["flags"]
+    about = {name: table.texts[name][chosen] for name in ("flags", "tokens", "changed", "kept")}
+    flags, tokenizer = about["flags"], renderer.tokenizer
 
     def lines(bit: int, text: Callable[[int], str]) -> list[str]:
         """Return a line for each text with this bit; only the lines that are shown have words."""
