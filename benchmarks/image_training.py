@@ -1,6 +1,6 @@
 """Training an image adapter: veneer against diffusers + PEFT on the same latents, noise and timesteps.
 
-    python benchmarks/image_training.py [--quick] [--rounds 3] [--json] [--only NAME]
+    python benchmarks/image_training.py [--quick] [--rounds 3] [--json] [--only NAME] [--imitate avx512|avx2]
 
 The peer follows diffusers' train_dreambooth_lora scripts: a frozen denoiser, PEFT's layers on q, k, v and out
 of every attention, rank 16, AdamW (weight decay 1e-4), gradients clipped at 1, latents and text cached. Both
@@ -9,24 +9,19 @@ mixed_precision="bf16" (base in bfloat16, adapter in float32, autocast). For the
 
 Each side is a process with one thread; sides run one after another, in rounds. The shortest step counts, in
 processor time, because other load can only make steps longer. Losses are compared with those in float32.
+With --quick: the built-in bases, in one round.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from _image_bases import ATTENTION, adapter_tensors, as_adapter, denoiser, inputs, is_flux, predict
-from _report import bar, lines_of, peak_bytes, report, row
+from _report import bar, options, parsed, peak_bytes, print_report, report, row, run_side
 
-ROOT = Path(__file__).resolve().parents[1]
 RANK, RATE = 16, 1e-4
 ROWS = {
     "catalogue-sdxl": 16,
@@ -138,25 +133,14 @@ SIDES: dict[str, Callable[[str, int], dict[str, Any]]] = {
 }
 
 
-def run_side(side: str, name: str, steps: int) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, "--side", json.dumps([side, name, steps])]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise SystemExit(f"{side} failed:\n{ran.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return result
-
-
-def run(bases: list[str], rounds: int, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(bases: list[str], rounds: int, steps: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     bars: list[dict[str, Any]] = []
     for name in bases:
         results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for at in range(rounds):
             for side in SIDES:
-                results[side].append(run_side(side, name, steps))
-                say(f"{name}: round {at + 1}: {side}: {results[side][-1]['seconds'] * 1e3:.1f} ms a step")
+                results[side].append(run_side(__file__, side, name, steps, at=at, OMP_NUM_THREADS="1"))
         best = {side: min(r["seconds"] for r in of) for side, of in results.items()}
         memory = {side: min(r["peak_bytes"] for r in of) for side, of in results.items()}
         rows += [row(f"{name}: {side}", "steps_per_second", 1 / s, "steps/s") for side, s in best.items()]
@@ -177,22 +161,17 @@ def run(bases: list[str], rounds: int, steps: int, say: Callable[[str], None]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny base, one round: does it run, not how fast")
+    parser = options(__doc__, "the built-in bases, in one round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=list(ROWS), help="one of the bases")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.side:
-        side, name, steps = json.loads(args.side)
+        side, name, steps = args.side
         print(json.dumps(SIDES[side](name, steps)))
         return
-    bases = ["tiny flux"] if args.quick else [n for n in ROWS if not n.startswith("tiny")]
-    bases = [args.only] if args.only else bases
-    rounds, steps = (1, 3) if args.quick else (args.rounds, 5)
-    result = run(bases, rounds, steps, lambda line: print(line, file=sys.stderr))
-    print(json.dumps(result) if args.json else "\n".join(lines_of(result)))
+    bases = [n for n in ROWS if n.startswith("catalogue" if args.quick else ("catalogue", "flux", "sdxl"))]
+    result = run([args.only] if args.only else bases, 1 if args.quick else args.rounds, 5)
+    print_report(result, args.json)
 
 
 if __name__ == "__main__":

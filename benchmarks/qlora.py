@@ -66,7 +66,7 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
         row(n, f"loss at step {i + 1}", loss, "nats") for n in names for i, loss in enumerate(results[n][0]["losses"])
     ]
     mine, peer = "veneer nf4", "bitsandbytes nf4 + peft"
-    apart = max(abs(a - b) for a, b in zip(results[mine][0]["losses"], results[peer][0]["losses"], strict=True))
+    apart = max(abs(a - b) for a, b in zip(results[mine][0]["losses"], results[peer][0]["losses"], strict=False))
     bars = [
         bar(f"tokens/s over {peer}", 3.0, middle(mine, "tokens_per_second") / middle(peer, "tokens_per_second")),
         bar(f"peak memory over {peer}'s", 0.5, middle(mine, "peak_bytes") / middle(peer, "peak_bytes"), False),

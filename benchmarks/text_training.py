@@ -1,8 +1,9 @@
 """Training a text adapter: veneer against PEFT + transformers and TRL, on the same data, in one run.
 
-    python benchmarks/text_training.py [--quick] [--rounds 3] [--json]    speed, memory, loss curves, share of the floor
+    python benchmarks/text_training.py [--quick] [--rounds 3] [--json] [--imitate avx512|avx2]
+                                                                          speed, memory, loss curves, share of the floor
     python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA; real bases without peers
-    python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
+    python benchmarks/text_training.py --banking77 DIR [--seeds 0,1] [--int8-seeds 0,1] [--peer-seeds 0] [--quick]
 
 Each side is a process that prints one JSON object. Sides run one after another, in rounds, so that changes of
 the machine's speed affect all sides. All sides start from the same adapter and use the same tokens.
@@ -10,32 +11,33 @@ the machine's speed affect all sides. All sides start from the same adapter and 
 For speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, steps of 4 rows of 512 tokens, loss on
 the last quarter of each row, AdamW. The floor is the time that the arithmetic takes without anything else:
 4 · parameters · tokens (2 for the forward pass, 2 for the gradient of the input; frozen weights get no
-gradient), at the median rate of bfloat16 products of the model's shapes in the same round.
+gradient), at the rate of products of the model's shapes in the fastest of float32, bfloat16 and float16,
+measured in the same round. The first step of each side is not counted, which excludes compiling from the rate
+of PEFT under torch.compile. With --quick, each side counts three steps in one round, without TRL, activation
+checkpointing and the slower dtype of torch.compile.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from _real import real
-from _report import bar, lines_of, peak_bytes, report, row
+from _report import ROOT, bar, fastest, options, parsed, peak_bytes, print_report, report, row, run_side, say
 
-ROOT = Path(__file__).resolve().parents[1]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, LENGTH, RANK, ALPHA = 4, 512, 16, 32
 RATE = 2e-4
+ENOUGH = 25.0
+"""Seconds after which no further step begins, if two steps were counted."""
 
 
 # -- the workload ------------------------------------------------------------------------------------------------------
@@ -74,22 +76,26 @@ def workload(work: Path) -> tuple[str, Any]:
 def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
     losses, seconds = [], []
     for rows in ids:
+        if len(seconds) > 2 and sum(seconds[1:]) > ENOUGH:
+            break
         start = time.perf_counter()
         losses.append(step(rows))
         seconds.append(time.perf_counter() - start)
-    counted = seconds[1:]  # the first step includes memory allocation
-    rate = ROWS * LENGTH / statistics.median(counted)
-    return {"tokens_per_second": rate, "seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
+    step_seconds = statistics.median(seconds[1:])  # the first step includes memory allocation and compiling
+    rate = ROWS * LENGTH / step_seconds
+    found = {"tokens_per_second": rate, "seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
+    return found | {"first_step_more_seconds": seconds[0] - step_seconds}
 
 
 # -- the sides ---------------------------------------------------------------------------------------------------------
 
 
-def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[str, Any]:
-    """Measure veneer. `quantize` is passed to `load_text`, `keep` to `fast`."""
+def side_veneer(work: Path, quantize: str | None = None, keep: int = 0, int8: bool = False) -> dict[str, Any]:
+    """Measure veneer. `quantize` is passed to `load_text`, `keep` to `fast`. `int8`: products in 8 bits."""
     import torch
 
     import veneer
+    from veneer.models.patching import recording_int8
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
 
@@ -112,13 +118,16 @@ def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[
 
     base.model.train()
     with fast(base.model, keep=keep) as how:
+        if int8:
+            with recording_int8(how):
+                text_loss(base.model, ids[0].flatten(), [LENGTH] * ROWS, trained.flatten())
         return timed_steps(ids, step) | {"how": how.summary(), "notes": base.notes}
 
 
 def side_peft(work: Path, mode: str) -> dict[str, Any]:
     """Measure PEFT and transformers with a hand-written training loop.
 
-    mode: bf16, fp32-autocast, bf16-checkpointing or nf4"""
+    mode: fp32, bf16, fp32-autocast, bf16-checkpointing, fp32-compiled, bf16-compiled or nf4"""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -142,6 +151,8 @@ def side_peft(work: Path, mode: str) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     model.train()
+    if mode.endswith("compiled"):
+        model.compile()
 
     def step(rows: Any) -> float:
         labels = rows.clone()
@@ -208,7 +219,7 @@ def side_trl(work: Path) -> dict[str, Any]:
 
 
 def side_floor(work: Path) -> dict[str, Any]:
-    """Measure the rate of bfloat16 products of the model's shapes, forward and backward.
+    """Measure the rate of products of the model's shapes, forward and backward, in the fastest dtype.
 
     As in the model, each layer has its own weights."""
     import torch
@@ -217,71 +228,73 @@ def side_floor(work: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(workload(work)[0])
     hidden, mlp = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
-    tokens = ROWS * LENGTH
+    tokens, count = ROWS * LENGTH, config.num_hidden_layers
     shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
-    layers = [[torch.randn(o, i).bfloat16() for o, i in shapes] for _ in range(config.num_hidden_layers)]
-    inputs = {n: torch.randn(tokens, n).bfloat16() for n in (hidden, mlp, kv)}
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        for layer in layers:
-            for W in layer:
-                _ = inputs[W.shape[1]] @ W.t()
-                _ = inputs[W.shape[0]] @ W
-        seconds.append(time.perf_counter() - start)
-    operations = len(layers) * sum(4 * o * i for o, i in shapes) * tokens
-    rate = operations / statistics.median(seconds[1:])
-    body = len(layers) * sum(o * i for o, i in shapes)
-    head = config.vocab_size * hidden
+
+    def prepare(dtype: Any) -> list[Callable[[], Any]]:
+        inputs = {n: torch.randn(tokens, n).to(dtype) for n in (hidden, mlp, kv)}
+        weights = [torch.randn(o, i).to(dtype) for o, i in count * shapes]
+        both = (
+            (partial(torch.matmul, inputs[W.shape[1]], W.t()), partial(torch.matmul, inputs[W.shape[0]], W))
+            for W in weights
+        )
+        return [product for pair in both for product in pair]
+
+    dtype, seconds = fastest(prepare, rounds=3)
+    body, head = count * sum(o * i for o, i in shapes), config.vocab_size * hidden
+    rate = 4 * body * tokens / statistics.median(seconds)
     return {
-        "flops": rate,
+        "dtype": dtype,
+        "gflops": rate / 1e9,
         "floor_all": rate / (4 * (body + head)),
         "floor_trained_head": rate / (4 * (body + head / 4)),
-        "peak_bytes": peak_bytes(),
     }
 
 
 SIDES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "floor": side_floor,
     "veneer": side_veneer,
+    "veneer, int8 products": lambda work: side_veneer(work, int8=True),
     "veneer, torch's operations": side_veneer,
+    "peft float32": lambda work: side_peft(work, "fp32"),
     "peft bf16": lambda work: side_peft(work, "bf16"),
     "peft fp32 under bf16 autocast": lambda work: side_peft(work, "fp32-autocast"),
+    "peft float32, compiled": lambda work: side_peft(work, "fp32-compiled"),
+    "peft bf16, compiled": lambda work: side_peft(work, "bf16-compiled"),
     "peft bf16, checkpointing": lambda work: side_peft(work, "bf16-checkpointing"),
     "trl as it comes": side_trl,
 }
 
 
-def run_side(name: str, work: Path) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    if name == "veneer, torch's operations":
-        env["VENEER_NATIVE"] = "0"
-    command = [sys.executable, "-W", "ignore", __file__, "--side", name, "--work", str(work)]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return result
+def run(name: str, work: Path, *arguments: Any, at: int = 0) -> dict[str, Any]:
+    """Run a side. arguments: what else determines its result, for the record."""
+    env = {"VENEER_NATIVE": "0"} if name == "veneer, torch's operations" else {}
+    if "compiled" in name:
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")  # otherwise, only the machine's first run would compile
+    return run_side(__file__, name, *arguments, work=work, at=at, **env)
 
 
-def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    names = [n for n in SIDES if not (quick and ("checkpointing" in n or "trl" in n))]
+def speed(quick: bool, rounds: int) -> dict[str, Any]:
+    names = [n for n in SIDES if not (quick and ("checkpointing" in n or "trl" in n or "compiled" in n))]
     if importlib.util.find_spec("trl") is None:
         say("trl is not installed: pip install -e '.[peers]'")
         names = [n for n in names if "trl" not in n]
     rounds, steps = (1, 4) if quick else (rounds, 8)
     results: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
+
+    def middle(name: str, key: str) -> float:
+        return statistics.median(r[key] for r in results[name])
+
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_workload(work, steps)
         for at in range(rounds):
             for name in names:
-                results[name].append(run_side(name, work))
-                said = {k: round(v, 1) for k, v in results[name][-1].items() if isinstance(v, float)}
-                say(f"round {at + 1}: {name}: {said}")
-
-    def middle(name: str, key: str) -> float:
-        return statistics.median(r[key] for r in results[name])
+                results[name].append(run(name, work, steps, at=at))
+        if quick:
+            name = max(("peft float32", "peft bf16"), key=lambda n: middle(n, "tokens_per_second")) + ", compiled"
+            names.append(name)
+            results[name] = [run(name, work, steps)]
 
     timed = [n for n in names if n != "floor"]
     rows = [row(n, "tokens_per_second", middle(n, "tokens_per_second"), "tokens/s") for n in timed]
@@ -289,44 +302,49 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
     rows += [
         row("floor, head at every position", "tokens_per_second", middle("floor", "floor_all"), "tokens/s"),
         row("floor, head at trained ones", "tokens_per_second", middle("floor", "floor_trained_head"), "tokens/s"),
-        row("floor", "products", middle("floor", "flops") / 1e9, "GFLOP/s"),
+        row(f"floor, {results['floor'][0]['dtype']}", "products", middle("floor", "gflops"), "GFLOP/s"),
     ]
+    compiled = [n for n in timed if n.endswith("compiled")]
+    rows += [row(n, "compiling", results[n][0]["first_step_more_seconds"], "s") for n in compiled]
     curves = {n: results[n][0]["losses"] for n in timed}
     rows += [row(n, f"loss at step {i + 1}", loss, "nats") for n in timed for i, loss in enumerate(curves[n])]
 
-    tuned = [n for n in timed if n.startswith("peft")]
-    mine, best = middle("veneer", "tokens_per_second"), max(tuned, key=lambda n: middle(n, "tokens_per_second"))
+    eager = [n for n in timed if n.startswith("peft") and n not in compiled]
+    best, best_compiled = (max(of, key=lambda n: middle(n, "tokens_per_second")) for of in (eager, compiled))
+    mine = middle("veneer", "tokens_per_second")
     bars = [
         bar(f"tokens/s over the best PEFT ({best})", 3.0, mine / middle(best, "tokens_per_second")),
         bar(f"its peak memory over {best}'s", 0.5, middle("veneer", "peak_bytes") / middle(best, "peak_bytes"), False),
+        bar(f"tokens/s over {best_compiled}", 1.15, mine / middle(best_compiled, "tokens_per_second")),
         bar("share of the floor, head at every position", 0.7, mine / middle("floor", "floor_all")),
         bar("share of the floor, head at trained ones", 0.7, mine / middle("floor", "floor_trained_head")),
     ]
     if "trl as it comes" in timed:
         bars.append(bar("tokens/s over TRL as it comes", 3.0, mine / middle("trl as it comes", "tokens_per_second")))
     # For comparison: these two PEFT runs (bf16 base; fp32 base under autocast) differ only by rounding.
-    apart = max(abs(a - b) for a, b in zip(curves["veneer"], curves["peft bf16"], strict=True))
-    spread = max(abs(a - b) for a, b in zip(curves["peft bf16"], curves["peft fp32 under bf16 autocast"], strict=True))
+    apart, spread = (
+        max(abs(a - b) for a, b in zip(curves[n], curves["peft bf16"], strict=False))  # a slow side takes fewer steps
+        for n in ("veneer", "peft fp32 under bf16 autocast")
+    )
     bars.append(bar(f"furthest loss from PEFT bf16's (PEFT's own two modes: {spread:.4f})", 0.02, apart, False))
     return report(rows, bars, {"how": results["veneer"][0]["how"], "rounds": rounds, "steps": steps})
 
 
-def kinds(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def kinds(rounds: int) -> dict[str, Any]:
     """Measure training with each kind of adapter in KINDS, with veneer and with PEFT."""
     rows, bars = [], []
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             write_workload(Path(folder), 6, kind)
             found: dict[str, list[dict[str, Any]]] = {"veneer": [], "peft bf16": []}
-            for _ in range(rounds):
+            for at in range(rounds):
                 for name, sides in found.items():
-                    sides.append(run_side(name, Path(folder)))
+                    sides.append(run(name, Path(folder), kind, at=at))
         speeds = {n: statistics.median(r["tokens_per_second"] for r in sides) for n, sides in found.items()}
         for n, sides in found.items():
             peak = statistics.median(r["peak_bytes"] for r in sides)
             rows.append(row(f"{kind}: {n}", "tokens_per_second", speeds[n], "tokens/s"))
             rows.append(row(f"{kind}: {n}", "peak_memory", peak / 1e9, "GB"))
-            say(f"{kind}: {n}: {speeds[n]:.0f} tokens/s")
         bars.append(bar(f"{kind}: tokens/s over PEFT's", 1.5, speeds["veneer"] / speeds["peft bf16"]))
     return report(rows, bars, {"rounds": rounds})
 
@@ -339,7 +357,7 @@ def banking_rows(folder: Path, name: str, count: int) -> list[list[dict[str, str
     return [json.loads(line)["messages"] for line in lines]
 
 
-def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
+def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int, compute: str = "auto") -> dict[str, Any]:
     import veneer
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -348,7 +366,7 @@ def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> 
             (Path(scratch) / f"{name}.jsonl").write_text(text, encoding="utf-8")
         base = veneer.load_base("smollm2-135m", dtype="bfloat16", device="cpu")
         config = {
-            "base": "smollm2-135m",
+            "base": {"name": "smollm2-135m", "compute": compute},
             "seed": seed,
             "output": str(Path(scratch) / "run"),
             "adapter": {"rank": RANK, "alpha": ALPHA, "targets": LINEARS},
@@ -429,39 +447,43 @@ def banking_peft(folder: Path, seed: int, train_rows: int, test_rows: int) -> di
     return {"exact_match": right / len(test), "train_seconds": seconds, "tokens": tokens, "peak_bytes": peak}
 
 
+BANKING: dict[str, Callable[..., dict[str, Any]]] = {
+    "banking77 veneer": banking_veneer,
+    "banking77 veneer int8": partial(banking_veneer, compute="int8"),
+    "banking77 peft": banking_peft,
+}
+
+
 def banking(
-    folder: Path, seeds: list[int], peer_seeds: list[int], quick: bool, say: Callable[[str], None]
+    folder: Path, seeds: list[int], int8_seeds: list[int], peer_seeds: list[int], quick: bool
 ) -> dict[str, Any]:
     if not (folder / "train.jsonl").exists():
         raise SystemExit(f"no train.jsonl in {folder}: this benchmark needs the banking77 rows")
     train_rows, test_rows = (320, 50) if quick else (5000, 500)
-    results: dict[str, list[dict[str, Any]]] = {"veneer": [], "peft": []}
-    order = [("veneer", s) for s in seeds] + [("peft", s) for s in peer_seeds]
+    results: dict[str, list[dict[str, Any]]] = {"veneer": [], "veneer int8": [], "peft": []}
+    order = [(side, s) for side, of in zip(results, (seeds, int8_seeds, peer_seeds), strict=True) for s in of]
     for side, seed in sorted(order, key=lambda pair: (pair[1], pair[0])):
-        argument = json.dumps([side, str(folder), seed, train_rows, test_rows])
-        env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TQDM_DISABLE": "1"}
-        command = [sys.executable, "-W", "ignore", __file__, "--banking-side", argument]
-        ran = subprocess.run(command, env=env, capture_output=True, text=True)
-        if ran.returncode != 0:
-            raise SystemExit(f"{side} failed:\n{ran.stderr[-3000:]}")
-        results[side].append(json.loads(ran.stdout.strip().splitlines()[-1]) | {"seed": seed})
-        say(f"{side}, seed {seed}: {results[side][-1]}")
+        found = run_side(__file__, f"banking77 {side}", seed, train_rows, test_rows, work=folder)
+        results[side].append(found | {"seed": seed})
     rows = []
     for side, runs in results.items():
-        for run in runs:
-            name = f"{side}, seed {run['seed']}"
+        for found in runs:
+            name = f"{side}, seed {found['seed']}"
             rows += [
-                row(name, "exact_match", 100 * run["exact_match"], "%"),
-                row(name, "train_time", run["train_seconds"], "s"),
-                row(name, "peak_memory", run["peak_bytes"] / 1e9, "GB"),
+                row(name, "exact_match", 100 * found["exact_match"], "%"),
+                row(name, "train_time", found["train_seconds"], "s"),
+                row(name, "peak_memory", found["peak_bytes"] / 1e9, "GB"),
             ]
     bars = []
+
+    def mean(side: str, key: str) -> float:
+        return statistics.mean(r[key] for r in results[side])
+
+    if results["veneer"] and results["veneer int8"]:
+        lost = 100 * (mean("veneer", "exact_match") - mean("veneer int8", "exact_match"))
+        bars.append(bar("points that int8 products lose", 0.5, lost, False))
     if results["veneer"] and results["peft"]:
-
-        def mean(side: str, key: str) -> float:
-            return statistics.mean(r[key] for r in results[side])
-
-        bars = [
+        bars += [
             bar("points below PEFT", 1.0, 100 * (mean("peft", "exact_match") - mean("veneer", "exact_match")), False),
             bar(
                 "train time over PEFT's", 1 / 3, mean("veneer", "train_seconds") / mean("peft", "train_seconds"), False
@@ -472,9 +494,7 @@ def banking(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short round: does it run, not how fast")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = options(__doc__, "three steps in one round, fewer sides")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs; medians are reported")
     parser.add_argument("--kinds", action="store_true", help="dropout and DoRA beside plain adapters instead")
     parser.add_argument(
@@ -482,32 +502,24 @@ def main() -> None:
     )
     parser.add_argument("--banking77", type=Path, metavar="DIR", help="accuracy, time and memory on these rows instead")
     parser.add_argument("--seeds", default="0,1,2", help="veneer's seeds on banking77")
+    parser.add_argument("--int8-seeds", default="0,1,2", help="veneer's with base.compute: int8")
     parser.add_argument("--peer-seeds", default="0", help="PEFT's; each takes about half an hour on two cores")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--banking-side", help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(SIDES[arguments.side](arguments.work)))
+    args = parsed(parser)
+    if args.side:
+        side, work, *rest = args.side
+        print(json.dumps(BANKING[side](Path(work), *rest) if side in BANKING else SIDES[side](Path(work))))
         return
-    if arguments.banking_side:
-        side, folder, *rest = json.loads(arguments.banking_side)
-        print(json.dumps((banking_veneer if side == "veneer" else banking_peft)(Path(folder), *rest)))
-        return
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    if arguments.banking77:
-        seeds, peers = ([int(s) for s in text.split(",") if s] for text in (arguments.seeds, arguments.peer_seeds))
-        result = banking(arguments.banking77, seeds, peers, arguments.quick, say)
-    elif arguments.real:
+    if args.banking77:
+        given = (args.seeds, args.int8_seeds, args.peer_seeds)
+        seeds, eights, peers = ([int(s) for s in text.split(",") if s] for text in given)
+        result = banking(args.banking77, seeds, eights, peers, args.quick)
+    elif args.real:
         result = real(say)
-    elif arguments.kinds:
-        result = kinds(arguments.rounds, say)
+    elif args.kinds:
+        result = kinds(args.rounds)
     else:
-        result = speed(arguments.quick, arguments.rounds, say)
-    print(json.dumps(result) if arguments.json else "\n".join(lines_of(result)))
+        result = speed(args.quick, args.rounds)
+    print_report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def train_text(
     *overrides: str,
     base: TextBase | None = None,
     resume: bool = False,
+    allow_other_machine: bool = False,
     dry_run: bool = False,
     force: bool = False,
     on_event: Listener | None = None,
@@ -87,6 +88,7 @@ def train_text(
     config: a TrainConfig, a mapping with the same fields, or the path of a YAML file.
     overrides: settings as "section.key=value".
     base: a base that is already loaded; by default, the base that the configuration names is loaded.
+    resume, allow_other_machine, dry_run, force: the options of `veneer train`.
     on_event: called with each event of the run (train.events); by default the run's progress is printed to
         the terminal.
 
@@ -103,6 +105,7 @@ def train_text(
     return run_text(
         chosen,
         resume=resume,
+        allow_other_machine=allow_other_machine,
         dry_run=dry_run,
         force=force,
         on_event=on_event,
@@ -117,6 +120,7 @@ def train_together(
     *overrides: str,
     base: TextBase | None = None,
     resume: bool = False,
+    allow_other_machine: bool = False,
     dry_run: bool = False,
     force: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
@@ -148,6 +152,7 @@ def train_together(
         chosen,
         names=names,
         resume=resume,
+        allow_other_machine=allow_other_machine,
         dry_run=dry_run,
         force=force,
         listeners=listeners,
@@ -161,6 +166,7 @@ def train_image(
     *overrides: str,
     base: ImageBase | None = None,
     resume: bool = False,
+    allow_other_machine: bool = False,
     dry_run: bool = False,
     force: bool = False,
     on_event: Listener | None = None,
@@ -178,7 +184,14 @@ def train_image(
     if not isinstance(chosen, ImageTrainConfig):
         raise ConfigError("this configuration is for text (it has no data.pictures)", fix="veneer.train_text")
     return run_images(
-        chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources
+        chosen,
+        resume=resume,
+        allow_other_machine=allow_other_machine,
+        dry_run=dry_run,
+        force=force,
+        on_event=on_event,
+        base=base,
+        sources=sources,
     )
 
 

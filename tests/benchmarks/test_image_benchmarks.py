@@ -9,9 +9,10 @@ from tests.benchmarks.runs import report_of
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("name", "agrees"), [("image_generation.py", "latents' error over PEFT's"), ("image_training.py", "furthest loss")]
+    ("name", "base", "agrees"),
+    [("image_generation.py", "--base", "latents' error over PEFT's"), ("image_training.py", "--only", "furthest loss")],
 )
-def test_quick_run_agrees_with_peft(name: str, agrees: str) -> None:
-    result = report_of(name, "--quick")
+def test_quick_run_agrees_with_peft(name: str, base: str, agrees: str) -> None:
+    result = report_of(name, "--quick", base, "tiny flux")
     assert all(b["ok"] for b in result["bars"] if agrees in b["name"])
     assert any(agrees in b["name"] for b in result["bars"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from tests.benchmarks.runs import BENCH_HOME, report_of
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.benchmarks.runs import BENCH_HOME, ROOT, benchmark_module, report_of, run_benchmark
 
 
 @pytest.mark.slow
@@ -24,7 +29,38 @@ def test_http_load_makes_no_errors() -> None:
 @pytest.mark.peers
 def test_the_engines_benchmark_runs() -> None:
     result = report_of("serving.py", "--quick", "--peers", "", **BENCH_HOME)
-    assert len(result["bars"]) >= 6
+    assert {"base", "8 adapters", "alone, 1 adapter"} <= {r["metric"] for r in result["rows"]}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("side", ["many adapters", "more adapters than fit"])
+def test_sides_with_more_adapters_run(side: str, tmp_path: Path) -> None:
+    ran = run_benchmark("serving.py", "--side", json.dumps([f"veneer, {side}", str(tmp_path), True]), **BENCH_HOME)
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert all(v["tokens/s"] > 0 for k, v in result.items() if k != "cold loads")
+
+
+@pytest.mark.peers
+def test_llama_cpp_generates_what_veneer_generates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The files for llama.cpp hold the same base and adapter: greedy tokens begin alike, and the adapter matters."""
+    from peft import PeftModel
+
+    bench = benchmark_module(monkeypatch, "serving")
+    python = ROOT / ".venv-llama/bin/python"
+    if not python.exists():
+        pytest.skip("needs .venv-llama: make .venv-llama/.ready")
+    bench.export(tmp_path)
+    found = [
+        bench.run_script("llama.cpp", bench.LLAMA, python, tmp_path, adapters, True, 0)["tokens"] for adapters in (0, 1)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    ids = torch.tensor(bench.prompts(1))
+    adapted = PeftModel.from_pretrained(model, str(tmp_path / "a0"))
+    with adapted.disable_adapter():
+        base = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, 64:].tolist()
+    own = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, 64:].tolist()
+    assert [tokens[:8] for tokens in found] == [base, own]
+    assert base != own
 
 
 @pytest.mark.peers

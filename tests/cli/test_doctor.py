@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,14 @@ def unwrapped(out: str) -> list[str]:
 def test_doctor_prints_the_verdict_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     first, *lines = unwrapped(run(capsys, "doctor").out)
     assert first == "no problems found"
-    assert [line.split()[0] for line in lines] == ["home", "disk", "compiler", "card", "extras", "hub"]
+    assert [line.split()[0] for line in lines[: lines.index("")]] == [
+        "home",
+        "disk",
+        "compiler",
+        "card",
+        "extras",
+        "hub",
+    ]
     assert json.loads(run(capsys, "doctor", "--json").out)["well"] is True
 
 
@@ -81,8 +89,22 @@ def test_ops_are_listed_for_every_device(capsys: pytest.CaptureFixture[str], mon
         assert sorted(name for line in ours for name in line.rpartition(": ")[2].split(", ")) == sorted(OPS)
 
 
-def test_the_profile_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    said = " ".join(run(capsys, "doctor", "--ops").out.split())
-    assert "float32 200, bfloat16 400, float16 70, int8 600 GFLOP/s; memory 30 GB/s; rounds agree within 5%" in said
-    told = json.loads(run(capsys, "doctor", "--ops", "--json").out)["profile"]
-    assert told["bandwidth"] == profile().bandwidth
+def test_the_profile_is_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(capsys, "doctor").out.splitlines()
+    said = " ".join(" ".join(lines).split())
+    assert "memory 30 GB/s; products of 16-bit weights in bfloat16; rounds differ by 5%; measured 2026" in said
+    table = [line.split() for line in lines[-5:]]
+    assert table[0] == ["GFLOP/s", *profile().gflops["float32"]]
+    for dtype, *rates in table[1:]:
+        assert rates == [f"{rate:.0f}" for rate in profile().gflops[dtype].values()]
+    told = json.loads(run(capsys, "doctor", "--json").out)["profile"]
+    assert told == asdict(profile())
+
+
+def test_measure_renews_the_profile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "unset it to measure" in run(capsys, "doctor", "--measure", code=2).err
+    new = replace(profile(), provisional=True, gflops={"int8": {"1x1x1": 7.0}})
+    monkeypatch.setattr("veneer.ops.profile.renew", lambda: new)
+    said = " ".join(run(capsys, "doctor", "--measure").out.split())
+    assert "provisional, measured again by the next process" in said
+    assert said.endswith("GFLOP/s 1x1x1 int8 7")

@@ -282,7 +282,7 @@ def test_outage_while_stopping_is_logged_once(library: Library, store: JobStore)
     executor.stubborn = True
     queued(store)
 
-    def unavailable(*arguments: Any) -> None:
+    def unavailable(*arguments: Any, **named: Any) -> None:
         raise OperationalError("SELECT", {}, Exception("the server closed the connection"))
 
     with working(library, executor, log=messages.append, grace=0.3) as worker:

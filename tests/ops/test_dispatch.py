@@ -99,7 +99,7 @@ def _profile(**gflops: float) -> Profile:
     return Profile("", "", 2, "", "", rates, 30.0, 0.0)
 
 
-@pytest.mark.parametrize(("bfloat16", "kernel"), [(400.0, "panel_product"), (1600.0, "amx_panel_product")])
+@pytest.mark.parametrize(("bfloat16", "kernel"), [(479.0, "panel_product"), (481.0, "amx_panel_product")])
 def test_profile_decides_which_kernel_multiplies_panels(
     monkeypatch: pytest.MonkeyPatch, bfloat16: float, kernel: str
 ) -> None:

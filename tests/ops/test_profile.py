@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 
 from veneer.errors import ConfigError
 from veneer.ops import profile as module
-from veneer.ops.profile import SHAPES, profile
+from veneer.ops.profile import SHAPES, Profile, profile
+
+PINNED = Profile(**json.loads((Path(__file__).parents[1] / "profile.json").read_text()))
 
 
 @pytest.fixture
@@ -21,6 +25,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VENEER_PROFILE")
     monkeypatch.setattr(module, "SECONDS", 0.0)
+    monkeypatch.setattr(module, "AGREEMENT", 1e9)  # a busy machine's rounds differ by any factor
     module.profile_for.cache_clear()
     yield tmp_path / "kernels"
     module.profile_for.cache_clear()
@@ -36,7 +41,7 @@ def test_measured_profile_is_stored(kernels: Path, monkeypatch: pytest.MonkeyPat
     (file,) = kernels.glob("profile-*.json")
     assert file.stat().st_mode & 0o777 == 0o600
     module.profile_for.cache_clear()
-    monkeypatch.setattr(module, "measure", lambda key: pytest.fail("measured again"))
+    monkeypatch.setattr(module, "measure", lambda key, known: pytest.fail("measured again"))
     assert profile() == found
 
 
@@ -57,11 +62,80 @@ def test_broken_or_foreign_profile_is_measured_again(kernels: Path, content: str
     assert again["bandwidth"] > 0
 
 
+@pytest.mark.parametrize(
+    "name", ["ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "VENEER_MARCH"]
+)
+def test_an_imitated_processor_has_its_own_profile(kernels: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(module, "measure", lambda key, known: replace(PINNED, key=key))
+    found = profile()
+    monkeypatch.setenv(name, "older")
+    module.profile_for.cache_clear()
+    assert profile().key != found.key
+    assert len(list(kernels.glob("profile-*.json"))) == 2
+
+
+def test_provisional_profile_is_measured_again_until_it_is_confirmed(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The seconds of each process's rounds; the fourth process is slower throughout.
+    seconds = iter([(0.1, 0.2, 0.3), (0.1, 0.1, 0.1), (0.05, 0.1, 0.1), (0.2, 0.3, 0.3)])
+
+    def rounds(works: Sequence[tuple[tuple[str, str], float, object]], found: dict[tuple[str, str], object]) -> None:
+        found.update(dict.fromkeys((name for name, *_ in works), next(seconds)))
+
+    monkeypatch.setattr(module, "_run_rounds", rounds)
+    monkeypatch.setattr(module, "AGREEMENT", 0.2)
+    first = profile()
+    assert first.provisional
+    assert first.spread == 1.0
+    assert profile() is first, "a process keeps its profile"
+    module.profile_for.cache_clear()
+    second = profile()
+    assert not second.provisional
+    assert second.gflops == first.gflops
+    module.profile_for.cache_clear()
+    assert profile() == second
+    third = module.renew()
+    assert third.provisional
+    assert third.bandwidth == pytest.approx(2 * first.bandwidth, rel=1e-3)
+    module.profile_for.cache_clear()
+    fourth = profile()
+    assert fourth.gflops == third.gflops, "the higher rates of both measurements"
+    assert not fourth.provisional, "no rate rose by over 20%"
+    monkeypatch.setenv("VENEER_PROFILE", str(Path(__file__).parents[1] / "profile.json"))
+    with pytest.raises(ConfigError, match="VENEER_PROFILE names the profile"):
+        module.renew()
+
+
+def test_missing_and_slow_products_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+
+    def product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callable[[], object]:
+        def work() -> None:
+            if dtype == torch.int8:
+                raise RuntimeError("not implemented")
+            time.sleep(rows / (2000 if dtype == torch.float16 else 200_000))
+
+        return work
+
+    monkeypatch.setattr(module, "_product", product)
+    found = module.measure("key")
+    shapes = {dtype: [int(shape.split("x")[0]) for shape in rates] for dtype, rates in found.gflops.items()}
+    assert shapes == {"float32": [16, 256, 1024], "bfloat16": [16, 256, 1024], "float16": [16]}
+
+
 def test_unwritable_home_is_tolerated(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (kernels.parent / "file").write_text("")
     for name in ("VENEER_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(kernels.parent / "file" / "below"))
     assert profile().rate("float32") > 0
+
+
+@pytest.mark.parametrize(("float32", "arithmetic"), [(239.0, "bfloat16"), (241.0, "float32")])
+def test_float32_arithmetic_needs_a_clear_advantage(float32: float, arithmetic: str) -> None:
+    rates = {"float32": {"1x1x1": float32}, "bfloat16": {"1x1x1": 200.0}}
+    assert replace(PINNED, gflops=rates).arithmetic == arithmetic
+    assert replace(PINNED, gflops={"float32": {"1x1x1": 1.0}}).arithmetic == "float32", "torch has no bfloat16 product"
 
 
 def test_veneer_profile_names_the_file_to_use(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:

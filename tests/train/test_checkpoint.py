@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from veneer.errors import CheckpointError, ResourceError
+from veneer.ops.profile import profile, use_profile
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
 from veneer.train.optim import make_optimizer
@@ -59,14 +61,55 @@ def test_a_restored_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None
         assert torch.equal(p, b[name_])
 
 
-def test_a_different_ops_setting_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_environment_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = _parameters()
     optimizer = make_optimizer(a, learning_rate=0.1)
     path = _save(tmp_path, 1, a, optimizer=optimizer)
-    monkeypatch.setenv("VENEER_OPS", "rms_norm=torch")
-    notes = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).notes
-    assert len(notes) == 1
-    assert "VENEER_OPS was" in notes[0]
+    monkeypatch.setattr(checkpoint, "processor_name", lambda: "another processor")
+    (note,) = checkpoint.restore(path, parameters=a, optimizer=optimizer, identity={}).notes
+    assert note.startswith("processor was ")
+    assert note.endswith("'another processor': results can differ in the last bits")
+
+
+def test_a_checkpoint_keeps_its_profile(tmp_path: Path) -> None:
+    """A resume on a processor with other rates computes as the checkpoint's processor did."""
+    here, notes = profile(), list[str]()
+    there = replace(here, gflops={"float32": {"1x1x1": 311.0}, "bfloat16": {"1x1x1": 167.0}})
+    with use_profile(there):
+        path = _save(tmp_path, 1)
+    assert here.arithmetic == "bfloat16"
+    with checkpoint.machine_of(path, allow_other=False, note=notes.append):
+        assert profile() == there
+        assert profile().arithmetic == "float32"
+    assert profile() == here
+    assert notes == []
+
+
+def test_an_implementation_that_is_missing_here_stops_a_resume(tmp_path: Path) -> None:
+    there, notes = replace(profile(), bandwidth=1.0), list[str]()
+    with use_profile(there):
+        path = _save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    state["machine"]["ops"]["rms_norm"] = "newer"
+    (path / "state.json").write_text(json.dumps(state))
+    with (
+        pytest.raises(CheckpointError, match=r"1 of the checkpoint's ops differently: rms_norm \(newer; here") as error,
+        checkpoint.machine_of(path, allow_other=False, note=notes.append),
+    ):
+        pytest.fail("the run began")
+    assert "--allow-other-machine" in str(error.value.fix)
+    with checkpoint.machine_of(path, allow_other=True, note=notes.append):
+        assert profile() != there
+    (note,) = notes
+    assert "rms_norm (newer; here" in note
+    assert note.endswith("results differ in the last bits")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"machine": {}}', '{"machine": {"profile": {}, "ops": {}}}'])
+def test_a_checkpoint_without_a_profile_changes_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(content)
+    with checkpoint.machine_of(tmp_path, allow_other=False, note=pytest.fail):
+        assert profile().key == "tests"
 
 
 def test_random_generators_are_restored() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from veneer.errors import CheckpointError
 from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.ops.cpu.memory import peak_resident
+from veneer.ops.profile import profile, use_profile
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, write_atomically
 from veneer.train.config.load import config_from
@@ -60,7 +61,7 @@ def lines(folder: Path, slope: float = 3.0) -> Task[Outcome]:
 
 
 def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 3.0, **keys: Any) -> Outcome:
-    options = {key: keys.pop(key) for key in ("resume", "dry_run") if key in keys}
+    options = {key: keys.pop(key) for key in ("resume", "allow_other_machine", "dry_run") if key in keys}
     values = {
         "base": "none",
         "data": {"train": "points"},
@@ -125,6 +126,21 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
     first, second = (tmp_path / name / "line.safetensors" for name in ("alone", "out"))
     assert first.read_bytes() == second.read_bytes()
     assert [r["step"] for r in read_log(tmp_path / "out" / "log.jsonl") if r["event"] == "stepped"] == [*range(1, 13)]
+
+
+def test_a_resumed_run_uses_the_profile_of_its_checkpoint(tmp_path: Path) -> None:
+    there, used = replace(profile(), processor="elsewhere"), list[str]()
+    with use_profile(there):
+        go(tmp_path / "out")
+    go(tmp_path / "out", lambda event: used.append(profile().processor), resume=True)
+    assert set(used) == {"elsewhere"}
+    state = tmp_path / "out" / "checkpoints" / "step-00000012" / "state.json"
+    state.write_text(state.read_text().replace('"rms_norm": "', '"rms_norm": "unknown '))
+    with pytest.raises(CheckpointError, match="rms_norm"):
+        go(tmp_path / "out", resume=True)
+    seen: list[Event] = []
+    go(tmp_path / "out", seen.append, resume=True, allow_other_machine=True)
+    assert any(isinstance(e, Note) and "results differ in the last bits" in e.text for e in seen)
 
 
 def test_due_returns_steps_with_an_evaluation() -> None:

@@ -11,28 +11,35 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from veneer.ops.profile import Profile
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command("doctor", epilog="Example: veneer doctor --ops")
 def command(
-    ops: Annotated[
-        bool, typer.Option("--ops", help="Show this machine's profile and which implementation of each op runs.")
-    ] = False,
+    ops: Annotated[bool, typer.Option("--ops", help="Also show which implementation of each op runs.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's profile again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check the home folder, disk, compiler, extras and Hub.
+    """Check the home folder, disk, compiler, extras and Hub, and show this machine's profile.
 
-    With --ops: show the processor's FLOP/s and memory bandwidth, and which implementation of each op runs and
-    why. The exit code is 1 if there is a problem, otherwise 0."""
+    The profile holds the processor's FLOP/s by dtype and shape, and its memory bandwidth. With --ops: also show
+    which implementation of each op runs and why. The exit code is 1 if there is a problem, otherwise 0."""
+    from veneer.models.device import limit_threads
+    from veneer.ops.profile import profile, renew
+
+    limit_threads()  # use the same number of threads as training, because the profile depends on it
+    found = renew() if measure else profile()
     checks = list(_checks())
     bad = [check for check in checks if check.ok is False]
-    report: dict[str, Any] = {"checks": [asdict(check) for check in checks]}
-    lines = _check_lines(checks, bad)
+    report: dict[str, Any] = {"checks": [asdict(check) for check in checks], "profile": asdict(found)}
+    lines = [*_check_lines(checks, bad), "", *_profile_lines(found)]
     if ops:
         report |= _ops_report()
         lines += ["", *_ops_lines(report)]
@@ -140,16 +147,33 @@ def _check_lines(checks: list[_Check], bad: list[_Check]) -> list[str]:
     return [_wrapped(line) for line in lines]
 
 
+def _profile_lines(profile: Profile) -> list[str]:
+    """Return the profile as a table of GFLOP/s, dtypes by shapes."""
+    from veneer.errors import counted
+
+    state = f"rounds differ by {profile.spread:.0%}"
+    if profile.provisional:
+        state += ": provisional, measured again by the next process"
+    lines = [
+        f"profile     {counted(profile.threads, 'thread')}; memory {profile.bandwidth:,.0f} GB/s; products of 16-bit "
+        f"weights in {profile.arithmetic}; {state}; measured {profile.date[:10]}"
+    ]
+    shapes = list(dict.fromkeys(shape for rates in profile.gflops.values() for shape in rates))
+    rows = [("GFLOP/s", shapes)]
+    for dtype, rates in profile.gflops.items():
+        rows.append((dtype, [f"{rates[shape]:,.0f}" if shape in rates else "–" for shape in shapes]))
+    indent = " " * _INDENT
+    return [_wrapped(lines[0]), *(f"{indent}{name:<9}{''.join(f'{cell:>16}' for cell in row)}" for name, row in rows)]
+
+
 def _ops_report() -> dict[str, Any]:
     import torch
 
     from veneer import __version__
-    from veneer.models.device import limit_threads
     from veneer.ops.cpu import compiled
     from veneer.ops.dispatch import choices
-    from veneer.ops.profile import processor_name, profile
+    from veneer.ops.profile import processor_name
 
-    limit_threads()  # use the same number of threads as training, because the profile depends on it
     cards = _cards()
     return {
         "veneer": __version__,
@@ -159,7 +183,6 @@ def _ops_report() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cards": cards,
         "compiled": compiled.status(),
-        "profile": asdict(profile()),
         "ops": {
             device: {op: choice._asdict() for op, choice in choices(device).items()}
             for device in ("cpu", *(["cuda"] if cards else []))
@@ -179,14 +202,10 @@ def _wrapped(line: str) -> str:
 def _ops_lines(report: dict[str, Any]) -> list[str]:
     from veneer.errors import counted
 
-    profile = report["profile"]
-    rates = [f"{dtype} {max(shapes.values()):,.0f}" for dtype, shapes in profile["gflops"].items()]
     threads = counted(report["threads"], "thread")
     lines = [
         f"veneer      {report['veneer']}, torch {report['torch']}",
         f"processor   {report['processor']}; {threads}; torch's kernels for {report['instructions']}",
-        f"profile     {', '.join(rates)} GFLOP/s; memory {profile['bandwidth']:,.0f} GB/s; rounds agree within "
-        f"{profile['spread']:.0%}; measured {profile['date'][:10]}",
     ]
     for device, ops in report["ops"].items():
         groups: dict[str, list[str]] = {}

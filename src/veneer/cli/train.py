@@ -34,6 +34,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest checkpoint in the output folder.")
     ] = False,
+    allow_other_machine: Annotated[
+        bool,
+        typer.Option("--allow-other-machine", help="Resume even if this machine cannot reproduce the run's last bits."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and run the longest batch; write nothing.")
     ] = False,
@@ -77,7 +81,7 @@ def train(
         if process_count() > 1:
             problem = f"--devices is {devices}, and {process_count()} processes were started already"
             raise ConfigError(problem, fix="omit --devices: the launcher sets the number of processes")
-        flags = {"--resume": resume, "--dry-run": dry_run}
+        flags = {"--resume": resume, "--dry-run": dry_run, "--allow-other-machine": allow_other_machine}
         again += [flag for flag, on in flags.items() if on]
         raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
 
@@ -89,6 +93,7 @@ def train(
         unit = "pictures" if isinstance(config, ImageTrainConfig) else "tokens"
         listeners.append(ConsoleView(unit=unit, verbose=verbose, name=str(file) if several else ""))
     options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force}
+    options["allow_other_machine"] = allow_other_machine
     try:
         with errors_only():
             results = _results(files, loaded, listeners, options)

@@ -1,7 +1,7 @@
 """Choose a base's device, dtype and thread count, and check free memory.
 
-The choice depends on the devices, the environment, the affinity mask and the cgroups. torch is imported only
-to query a device.
+The choice depends on the devices, the machine's profile (ops/profile.py), the environment, the affinity mask and
+the cgroups. torch is imported only to query a device.
 """
 
 from __future__ import annotations
@@ -74,14 +74,20 @@ def choose_device(device: str | torch.device) -> torch.device:
     return selected
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
+PICTURES_IN_FLOAT32 = True
+"""Whether image bases are loaded in float32 on a CPU whose products of 16-bit weights run in float32."""
+
+
+def choose_dtype(
+    dtype: str | torch.dtype, device: torch.device, stored: str, *, pictures: bool = False
+) -> tuple[torch.dtype, str]:
     """Return the dtype to load a base in, and the reason.
 
-    `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …).
+    `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …). `pictures`: whether it is an image base.
 
-    "auto" selects bfloat16 if the weights are stored in 16 bits or fewer and the device supports bfloat16 in
-    hardware (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights
-    stored in float32 are therefore never rounded. Raises ConfigError for an unknown dtype."""
+    "auto" keeps weights that are stored in float32, which are therefore never rounded. Other weights are loaded
+    in bfloat16 on a CPU, where the machine's profile decides in which dtype their products are computed, and on
+    CUDA from compute capability 8; otherwise in float32. Raises ConfigError for an unknown dtype."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -96,24 +102,32 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
             torch.float32,
             "the weights are stored in float32 (bfloat16 would halve the memory but round the weights)",
         )
-    hardware = _bf16_hardware(device)
-    if hardware:
-        return torch.bfloat16, f"{hardware} multiplies bfloat16 in hardware"
+    if device.type == "cpu":
+        return _cpu_dtype(pictures)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (compute {major}.{minor})"
+        return torch.bfloat16, f"{name} multiplies bfloat16 in hardware"
     return torch.float32, f"this {device.type.upper()} does not multiply bfloat16 in hardware, so float32 is faster"
 
 
-def _bf16_hardware(device: torch.device) -> str:
-    """Return the name of the hardware that multiplies bfloat16 on `device`, or ""."""
+def _cpu_dtype(pictures: bool) -> tuple[torch.dtype, str]:
+    """Return the dtype of 16-bit weights in memory, and the reason, which names the dtype of their products."""
     import torch
 
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)} (compute {major}.{minor})" if major >= 8 else ""
-    if device.type == "cpu":
-        for name, probe in {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}.items():
-            if getattr(torch.cpu, probe, lambda: False)():
-                return f"this CPU ({name})"
-    return ""
+    from veneer.ops.profile import profile
+
+    limit_threads()  # the profile depends on the number of threads
+    found = profile()
+    narrow, wide = found.rate("bfloat16"), found.rate("float32")
+    rates = f"(profile: {wide:,.0f} against {narrow:,.0f} GFLOP/s)"
+    if found.arithmetic == "bfloat16":
+        text = f"bfloat16 in memory and in products (profile: {narrow:,.0f} GFLOP/s, float32 {wide:,.0f})"
+        return torch.bfloat16, text
+    faster = f"which is {wide / narrow:.1f} times as fast on this processor {rates}" if narrow else "without bfloat16"
+    if pictures and PICTURES_IN_FLOAT32:
+        return torch.float32, f"float32 in memory and in products, {faster}"
+    return torch.bfloat16, f"bfloat16 in memory; products in float32, {faster}"
 
 
 def free_on_gpu(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from veneer.core.layers import LoraLinear, forward_in_float32, has_other_forward
 from veneer.core.targets import base_of
 from veneer.ops.conv import frozen_conv
 from veneer.ops.cpu import compiled, memory
+from veneer.ops.int8 import Int8Weight
 from veneer.ops.linear import LinearMap, join_maps
 from veneer.ops.prepacked import ByteBudget, PrepackedWeights
 from veneer.ops.products import in_float32
@@ -189,6 +190,7 @@ class FusedProjection:
         self.modules = modules
         self.weight: Tensor | None = None
         self.copies: PrepackedWeights | None = None
+        self.int8: Int8Weight | None = None
         bases = [base_of(m) for m in modules]
         weights = [getattr(b, "weight", None) for b in bases]
         plain = all(type(b) is nn.Linear for b in bases)
@@ -236,7 +238,9 @@ class FusedProjection:
                     return None
                 at += len(p.weight)
         joined = join_maps(maps, self.weight)
-        return joined if self.copies is None else replace(joined, copies=self.copies)
+        # Evaluation, which needs no gradient, runs on the 16-bit weights.
+        copies = self.copies if self.int8 is None or not torch.is_grad_enabled() else self.int8
+        return joined if copies is None else replace(joined, copies=copies)
 
 
 def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
@@ -266,6 +270,26 @@ def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) 
     if head is not None and not isinstance(head.weight, Quantized) and not head.weight.is_inference():
         report.head = PrepackedWeights(head.weight, budget)
         undo.callback(setattr, report, "head", None)
+
+
+@contextmanager
+def recording_int8(report: FastReport) -> Iterator[None]:
+    """Give every projection an 8-bit copy of its weight, which its training products use from then on.
+
+    Inside the with-block, products use the weights themselves, and the copies record the sizes of their
+    inputs (ops/int8.py); at the end, the weights are quantized."""
+    for projection in report.joins:
+        weight = (
+            projection.weight
+            if len(projection.modules) > 1
+            else getattr(base_of(projection.modules[0]), "weight", None)
+        )
+        if weight is not None and not isinstance(weight, Quantized):
+            projection.int8 = Int8Weight(weight)
+    yield
+    for projection in report.joins:
+        if projection.int8 is not None:
+            projection.int8.quantize()
 
 
 def same_dtype(x: Tensor, weight: Tensor) -> bool:

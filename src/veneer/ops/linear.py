@@ -16,6 +16,7 @@ from torch import Tensor
 
 from veneer.ops.dispatch import dispatch
 from veneer.ops.dropout import Dropout
+from veneer.ops.int8 import Int8Weight
 from veneer.ops.lora_segments import LoraSegments
 from veneer.ops.lowrank import LowRank
 from veneer.ops.prepacked import PrepackedWeights
@@ -31,7 +32,7 @@ class LinearMap:
     bias: (out,).
     dora_scale: (out,) float32, DoRA's factor for each output, applied before the bias.
     products: the low-rank products. All use the same dropout mask on x, as in loralib's MergedLinear.
-    copies: prepacked copies of the weight, if any.
+    copies: prepacked copies of the weight, or its 8-bit copy, if any.
     spans: token segments, if several adapters share x. Each product then applies only to its own segment's
         rows of x, with that segment's dropout. Not supported together with a DoRA scale."""
 
@@ -39,7 +40,7 @@ class LinearMap:
     bias: Tensor | None = None
     products: tuple[LowRank, ...] = ()
     dora_scale: Tensor | None = None
-    copies: PrepackedWeights | None = None
+    copies: PrepackedWeights | Int8Weight | None = None
     spans: LoraSegments | None = None
 
     @property
@@ -243,13 +244,13 @@ class LinearOutput(NamedTuple):
     u: x·Aᵀ.
     plain: the input of the DoRA scale.
     products: the low-rank products, saved because rebuilding them is expensive for small layers.
-    copies: the weight's prepacked copies."""
+    copies: the weight's prepacked copies or its 8-bit copy."""
 
     y: Tensor
     u: Tensor | None = None
     plain: Tensor | None = None
     products: _Products | None = None
-    copies: PrepackedWeights | None = None
+    copies: PrepackedWeights | Int8Weight | None = None
 
 
 def frozen_linear(
@@ -257,12 +258,12 @@ def frozen_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     transposed: bool = True,
-    copies: PrepackedWeights | None = None,
+    copies: PrepackedWeights | Int8Weight | None = None,
 ) -> Tensor:
     """Return x·Wᵀ + b, or x·W if not `transposed`, without autograd.
 
     x: (N, in), or (N, out) if not `transposed`.
-    copies: the weight's prepacked copies."""
+    copies: the weight's prepacked copies or its 8-bit copy."""
     if copies is not None and (by_copy := copies.product(x, weight, bias, transposed)) is not None:
         return by_copy
     return product(x, weight.t() if transposed else weight, bias)

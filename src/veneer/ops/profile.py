@@ -1,13 +1,15 @@
 """The profile of this machine: measured rates of matrix products and memory.
 
-    found = profile()                   measured once, in about two seconds, and stored next to the compiled kernels
+    found = profile()                   measured once, in under two seconds, and stored next to the compiled kernels
     found.rate("bfloat16")              GFLOP/s of the fastest of the measured shapes
+    found.arithmetic                    the dtype in which products of 16-bit weights are computed
     found.bandwidth                     GB/s read from memory
 
-The file's name is a hash of the processor, its features, the number of threads and torch's version. An
-invalid file, or a file from another machine, is replaced by a new measurement. If no folder is writable, the
-profile is kept only in this process. VENEER_PROFILE names a profile file to use instead of measuring, so that
-tests can give the same bits on every machine.
+The file's name is a hash of the processor, its features, the number of threads, torch's version and the
+variables that restrict the instruction set. An invalid file, or a file from another machine, is replaced by a
+new measurement. A provisional profile, whose rounds differed too much, is measured again by the next process.
+If no folder is writable, the profile is kept only in this process. VENEER_PROFILE names a profile file to use
+instead of measuring, so that tests can give the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,17 +41,31 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _READ_BYTES = 1 << 28
 WORTH = 1.2
 """How many times as fast an implementation must be to be chosen instead of the default."""
-SECONDS = 2.0
+SECONDS = 1.4
+"""Seconds after which no further round begins."""
+_SLOW = 0.12
+"""Expected seconds of a product above which the shape is not measured."""
+_LONG_ENOUGH = 2e-3
+"""Seconds over which the runs of a short product are averaged."""
+_READS = 4
+"""Reads of memory in each round: a neighbor disturbs them more than it disturbs products."""
+AGREEMENT = 0.2
+"""Difference between rounds above which a profile is provisional."""
 _LOCK_SECONDS = 30.0
+_IMITATIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "VENEER_MARCH")
+"""Variables that restrict torch's, MKL's, oneDNN's and our instructions, and so imitate an older processor."""
 
 
 @dataclass(frozen=True)
 class Profile:
     """Measured rates.
 
-    gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes that torch cannot multiply are missing.
+    threads: threads that computed, at most one for each processor that this process can use.
+    gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes that torch cannot multiply, and shapes that
+        take too long, are missing.
     bandwidth: GB/s.
-    spread: (median time / shortest time) − 1 of the noisiest measurement."""
+    spread: (median time / shortest time) − 1 of the noisiest measurement.
+    provisional: whether the next process measures again, because the rounds differed by more than AGREEMENT."""
 
     processor: str
     key: str
@@ -57,6 +75,7 @@ class Profile:
     gflops: Mapping[str, Mapping[str, float]]
     bandwidth: float
     spread: float
+    provisional: bool = False
 
     def rate(self, dtype: str) -> float:
         """Return the GFLOP/s of a dtype at its fastest shape, or 0 if torch cannot multiply it."""
@@ -83,9 +102,24 @@ def processor_name() -> str:
 def profile() -> Profile:
     """Return the profile for the current number of threads.
 
-    The profile comes from the file that VENEER_PROFILE names, from the stored file, or from a new
+    The profile comes from `use_profile`, the file that VENEER_PROFILE names, the stored file, or a new
     measurement. Raises ConfigError if VENEER_PROFILE does not name a valid profile."""
-    return profile_for(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
+    return _in_use or profile_for(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
+
+
+_in_use: Profile | None = None
+
+
+@contextlib.contextmanager
+def use_profile(chosen: Profile) -> Iterator[None]:
+    """Use a profile, for example that of a checkpoint, inside a with-block, in all threads."""
+    global _in_use
+    previous = _in_use
+    _in_use = chosen
+    try:
+        yield
+    finally:
+        _in_use = previous
 
 
 @cache
@@ -101,57 +135,104 @@ def profile_for(threads: int, pinned: str) -> Profile:
         return result
     from filelock import FileLock
 
-    from veneer.ops.cpu.build import processor_features, trusted_folder
-
-    machine = [processor_name(), *processor_features(), str(threads), torch.__version__]
-    key = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
+    key = _key(threads)
     try:
-        file = trusted_folder([]) / f"profile-{key}.json"
-        if (result := _read(file, key)) is not None:
-            return result
+        file = _file(key)
+        known = _read(file, key)
+        if known is not None and not known.provisional:
+            return known
         # The lock keeps concurrent processes from disturbing each other's timing.
         with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):
-            if (result := _read(file, key)) is None:
-                result = measure(key)
+            if (result := _read(file, key)) is None or result == known:
+                result = measure(key, known)
                 replace_file(file, [(json.dumps(asdict(result), indent=1) + "\n").encode()], mode=0o600)
             return result
     except (OSError, NotImplementedError):  # no folder is writable, or the lock timed out (an OSError)
         return measure(key)
 
 
+def renew() -> Profile:
+    """Discard the stored profile for the current number of threads, and return a new one.
+
+    Raises ConfigError if VENEER_PROFILE is set."""
+    if os.environ.get("VENEER_PROFILE"):
+        raise ConfigError("VENEER_PROFILE names the profile to use", where="VENEER_PROFILE", fix="unset it to measure")
+    with contextlib.suppress(OSError):
+        _file(_key(torch.get_num_threads())).unlink(missing_ok=True)
+    profile_for.cache_clear()
+    return profile()
+
+
+def _key(threads: int) -> str:
+    from veneer.ops.cpu.build import processor_features
+
+    machine = [processor_name(), *processor_features(), str(threads), torch.__version__]
+    machine += [f"{name}={value}" for name in _IMITATIONS if (value := os.environ.get(name))]
+    return hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
+
+
+def _file(key: str) -> Path:
+    from veneer.ops.cpu.build import trusted_folder
+
+    return trusted_folder([]) / f"profile-{key}.json"
+
+
 def _read(file: Path, key: str | None = None) -> Profile | None:
     """Return the profile in a file; None if missing, invalid or from another machine."""
     try:
-        result = Profile(**json.loads(file.read_text(encoding="utf-8")))
-        rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
-        is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(result.spread, float)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        result = profile_from(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
-    return result if is_valid and (key is None or result.key == key) else None
+    return result if result is not None and (key is None or result.key == key) else None
 
 
-def measure(key: str) -> Profile:
-    """Measure this machine, which takes about two seconds."""
-    works: dict[tuple[str, str], tuple[float, Callable[[], object]]] = {("", "read"): (_READ_BYTES / 1e9, _reading())}
+def profile_from(values: Any) -> Profile | None:
+    """Return the profile with these fields, as JSON values; None if they are invalid."""
+    try:
+        result = Profile(**values)
+        rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
+    except (TypeError, AttributeError):
+        return None
+    is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(result.spread, float)
+    return result if is_valid else None
+
+
+def measure(key: str, known: Profile | None = None) -> Profile:
+    """Measure this machine, in under two seconds.
+
+    known: an earlier provisional profile of the same machine. A disturbance only makes a measurement slower,
+        so the higher rate of the two counts. If none became much higher, the result is no longer provisional."""
+    works: list[tuple[_Name, float, Callable[[], object]]] = []
     for dtype in _DTYPES:
         for rows, inputs, outputs in SHAPES:
-            size = 2e-9 * rows * inputs * outputs
             name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
-            works[name] = size, _product(dtype, rows, inputs, outputs)
-    rounds: dict[tuple[str, str], list[float]] = {}
+            works.append((name, 2e-9 * rows * inputs * outputs, _product(dtype, rows, inputs, outputs)))
+    works += _READS * [(("", "read"), _READ_BYTES / 1e9, _reading())]
+    rounds: dict[_Name, list[float]] = {}
     # A new thread is not affected by the caller's autograd and dispatch modes.
     thread = threading.Thread(target=_run_rounds, args=(works, rounds), name="veneer-profile")
     thread.start()
     thread.join()
-    rates = {name: works[name][0] / min(seconds) for name, seconds in rounds.items()}
+    rates = {name: size / min(rounds[name]) for name, size, _ in works if name in rounds}
+    spread = max(statistics.median(seconds) / min(seconds) - 1 for seconds in rounds.values())
+    provisional = spread > AGREEMENT
+    if known is not None:
+        before = {(dtype, shape): rate for dtype, shapes in known.gflops.items() for shape, rate in shapes.items()}
+        before[("", "read")] = known.bandwidth
+        provisional &= any(rate > (1 + AGREEMENT) * before.get(name, 0) for name, rate in rates.items())
+        rates = {name: max(rates.get(name, 0), before.get(name, 0)) for name in rates | before}
     bandwidth = rates.pop(("", "read"))
     gflops: dict[str, dict[str, float]] = {}
     for (dtype_name, shape), rate in rates.items():
         gflops.setdefault(dtype_name, {})[shape] = round(rate, 3)
-    spread = max(statistics.median(seconds) / min(seconds) - 1 for seconds in rounds.values())
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     threads, version = torch.get_num_threads(), torch.__version__
-    return Profile(processor_name(), key, threads, version, date, gflops, round(bandwidth, 3), round(spread, 3))
+    numbers = round(bandwidth, 3), round(spread, 3), provisional
+    return Profile(processor_name(), key, threads, version, date, gflops, *numbers)
+
+
+_Name = tuple[str, str]
+"""(dtype, shape) of a product; ("", "read") for memory."""
 
 
 def _reading() -> Callable[[], object]:
@@ -167,23 +248,28 @@ def _product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callab
 
 
 @torch.no_grad()
-def _run_rounds(
-    works: Mapping[tuple[str, str], tuple[float, Callable[[], object]]], rounds: dict[tuple[str, str], list[float]]
-) -> None:
-    """Run all measurements in turn for SECONDS; the first round is a warm-up.
+def _run_rounds(works: Sequence[tuple[_Name, float, Callable[[], object]]], rounds: dict[_Name, list[float]]) -> None:
+    """Run all measurements in turn for SECONDS, at least twice, after a run of each that is not timed.
 
-    A measurement that raises an exception is dropped."""
-    alive = dict(works)
-    began = time.perf_counter()
-    for turn in range(1000):
-        for name, (_, work) in list(alive.items()):
-            start = time.perf_counter()
-            try:
+    A product that torch does not have is left out, and so are the larger shapes of a slow dtype."""
+    began, alive, pace = time.perf_counter(), [], dict[str, float]()
+    for name, size, work in works:
+        with contextlib.suppress(RuntimeError):
+            if size * pace.get(name[0], 0) < _SLOW:
                 work()
-            except RuntimeError:
-                del alive[name]
-                continue
-            if turn:
-                rounds.setdefault(name, []).append(time.perf_counter() - start)
-        if turn >= 2 and time.perf_counter() - began > SECONDS:
+                seconds = _seconds(work)
+                pace[name[0]] = seconds / size
+                alive.append((name, work, math.ceil(_LONG_ENOUGH / seconds)))
+    for turn in range(1000):
+        for name, work, times in alive:
+            rounds.setdefault(name, []).append(_seconds(work, times))
+        if turn >= 1 and time.perf_counter() - began > SECONDS:
             return
+
+
+def _seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Return the mean seconds of consecutive runs."""
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times

@@ -11,18 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from veneer.ops.dispatch import OPS, RULES, Implementation, implementations
+from veneer.ops.profile import WORTH
 
 _HEAD = """# Ops and their implementations
 
 <!-- written by `python -m veneer.ops.table` -->
 
 The first implementation that supports the input runs; PyTorch runs everything else. `compiled` without a condition
-needs contiguous bfloat16. Some rules use the machine's **profile**: speed by dtype and memory bandwidth, measured once
-in two seconds and stored with the compiled kernels. Equal profiles give equal bits.
+needs contiguous bfloat16. The machine's **profile** decides where speed depends on the processor: GFLOP/s by dtype and
+shape, and memory bandwidth, measured once in under two seconds and stored with the compiled kernels (again in the next
+process if rounds differed by over 20%). Equal profiles give equal bits; a checkpoint holds its profile.
 
 | to | use |
 | --- | --- |
-| see what runs, and why | `veneer doctor --ops` |
+| see the profile; what runs, and why | `veneer doctor`; `veneer doctor --ops` |
+| measure the profile again | `veneer doctor --measure` |
 | run PyTorch only | `VENEER_OPS=torch` |
 | choose for some ops | `VENEER_OPS=rms_norm=torch,attend=torch` |
 | use another profile | `VENEER_PROFILE=FILE` |
@@ -33,10 +36,16 @@ _USUAL = "contiguous bfloat16"
 def ops_page() -> str:
     """Return the page as Markdown."""
     cpu, cuda = implementations("cpu"), implementations("cuda")
-    lines = [_HEAD, "| op | computes | CPU | CUDA |", "| --- | --- | --- | --- |"]
+    lines = [_HEAD, "| choice | from the profile or the dtype |", "| --- | --- |"]
+    lines += [
+        "| products of 16-bit weights, and compiled kernels | "
+        f"float32 if it is over {WORTH} times as fast as bfloat16, otherwise bfloat16 |",
+        "| `veneer plan`, time | rate of the dtype that products run in; bandwidth |",
+    ]
+    lines += [f"| `{op}` | {_plain(rule.why)} |" for op, rule in RULES.items()]
+    lines += ["", "| op | computes | CPU | CUDA |", "| --- | --- | --- | --- |"]
     for op, description in OPS.items():
-        rule = f"; {RULES[op].why}" if op in RULES else ""
-        lines.append(f"| `{op}` | {_plain(description)} | {_cell(cpu, op)}{rule} | {_cell(cuda, op)} |")
+        lines.append(f"| `{op}` | {_plain(description)} | {_cell(cpu, op)} | {_cell(cuda, op)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -252,6 +252,8 @@ EngineEvent = Started | Token | Finished
 class EngineStats:
     """Counters of an engine.
 
+    `forced_tokens`: generated without a forward pass, because a grammar allowed nothing else.
+    `drafted_tokens`, `accepted_tokens`: drafts that were verified, and those that became generated tokens.
     `cache_used`: share of key-value blocks in use. `adapters`, `adapter_bytes`: adapters in memory now.
     `evictions`: number of adapters evicted to make room for others.
     """
@@ -265,6 +267,9 @@ class EngineStats:
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     adapters: int = 0
     adapter_bytes: int = 0
     evictions: int = 0

@@ -101,7 +101,7 @@ class EngineSettings:
     keys and values. `adapter_bytes`: memory for adapters, which is the only limit on their number. `queue`:
     maximum waiting requests. `batch_invariant`: see Runner. `stuck_seconds`: if a step takes longer, the
     engine counts as stuck. `context`: maximum tokens of a sequence; 0 for as many as the base and the cache
-    allow.
+    allow. `draft`: maximum drafted tokens of a sequence in a step (engine.drafts); 0 for no drafts.
     """
 
     rows: int = 32
@@ -111,6 +111,7 @@ class EngineSettings:
     queue: int = HttpSettings.queue
     batch_invariant: bool = False
     context: int = 0
+    draft: int = 8
     stuck_seconds: float = 120.0
 
 

@@ -6,8 +6,8 @@
         optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
         random.safetensors       state of the random generators of torch, Python and each CUDA device
         adapter/                 the adapter in its output format; only with `checkpoint.adapters`
-        state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each
-                                 safetensors file above
+        state.json               the rest: progress, optimizer scalars, identity, the machine's profile and
+                                 implementations of ops, and a sha256 of each safetensors file above
 
 A directory is written under a temporary name, synced and renamed, so it is never incomplete. An old directory
 is renamed before it is removed. Files are safetensors and JSON, never pickles.
@@ -22,7 +22,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ from torch import Tensor
 from veneer.errors import AdapterError, CheckpointError, ResourceError, bullets
 from veneer.files.atomic import flush_folder, replace_file
 from veneer.files.safetensors import encode_tensors, read_tensors
-from veneer.ops.cpu import compiled
+from veneer.ops.dispatch import choices
+from veneer.ops.profile import processor_name, profile, profile_from, use_profile
 
 _PREFIX = "step-"
 _VERSION = 1
@@ -132,6 +133,7 @@ def save(
                 "about": dict(metadata or {}),
                 "extra": shared,
                 "environment": environment(devices) | dict(conditions or {}),
+                "machine": {"profile": asdict(profile()), "ops": _chosen_ops()},
                 "files": digests,
             }
             if fill is not None:
@@ -221,9 +223,9 @@ def restore(
         progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
         current = environment(devices) | dict(conditions or {})
         notes = [
-            f"{key} was {value!r} and is {current.get(key)!r}: results can differ in the last bits"
+            f"{key} was {value!r} and is {current[key]!r}: results can differ in the last bits"
             for key, value in ({"devices": 1} | state["environment"]).items()
-            if current.get(key) != value
+            if key in current and current[key] != value
         ]
         rng_restore(_load(path / "random.safetensors"))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -249,9 +251,39 @@ def environment(devices: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": devices,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "compiled kernels": compiled.kernels() is not None,
-        "VENEER_OPS": os.environ.get("VENEER_OPS", ""),
+        "processor": processor_name(),
     }
+
+
+def _chosen_ops() -> dict[str, str]:
+    """Return op -> the implementations that run it on this processor under the profile in use; {} with a GPU."""
+    return {} if torch.cuda.is_available() else {op: choice.name for op, choice in choices("cpu").items()}
+
+
+@contextmanager
+def machine_of(path: Path, *, allow_other: bool, note: Callable[[str], None]) -> Iterator[None]:
+    """Use a checkpoint's profile inside a with-block, so that the same implementations run as before.
+
+    allow_other: if this machine would run an op by another implementation, use its own profile, and emit a
+        note; otherwise raise CheckpointError, which names the op. Without a readable profile, nothing changes."""
+    try:
+        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["machine"]
+        known, ops = profile_from(saved["profile"]), {str(op): str(name) for op, name in saved["ops"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known, ops = None, {}
+    with ExitStack() as stack:
+        if known is not None:
+            stack.enter_context(use_profile(known))
+            here = _chosen_ops()
+            other = [f"{op} ({name}; here {here[op]})" for op, name in ops.items() if here.get(op, name) != name]
+            if other and not allow_other:
+                text = f"this machine would run {len(other)} of the checkpoint's ops differently: {'; '.join(other)}"
+                fix = "resume on a machine like the first, or add --allow-other-machine, which changes the last bits"
+                raise CheckpointError(text, where=str(path), fix=fix)
+            if other:
+                stack.close()
+                note(f"other implementations than before run {'; '.join(other)}: results differ in the last bits")
+        yield
 
 
 # --- random generators ------------------------------------------------------------------------------------------

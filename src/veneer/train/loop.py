@@ -71,12 +71,12 @@ class Micro:
 
     tokens: int
     trained: int
-    rows: tuple[int | str, ...]
+    rows: Sequence[int | str]
     make: Callable[[], Any]
     unit: str = "tokens"
     size: int | None = None
     units: int | None = None
-    items: tuple[Any, ...] = ()
+    items: Sequence[Any] = ()
 
     @property
     def divisor(self) -> int:
@@ -115,7 +115,7 @@ class LazySteps(Sequence[Step]):
     `epochs` epochs or `steps` steps. `ends`: the number of the last step of each epoch."""
 
     def __init__(
-        self, plan: Callable[[int], list[Step]], *, epochs: int | None = None, steps: int | None = None
+        self, plan: Callable[[int], Sequence[Step]], *, epochs: int | None = None, steps: int | None = None
     ) -> None:
         self._plan = lru_cache(maxsize=1)(plan)
         self._starts = [0]  # number of steps before each epoch, then the total
@@ -695,7 +695,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
         for parameter in learner.parameters.values():
             parameter.grad = None
         rng_restore(previous_rng)
-    event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes(learner.device))
+    event = Probed(longest.tokens, tuple(longest.rows), time.perf_counter() - began, peak_memory_bytes(learner.device))
     on_event(event)
     return event
 

@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from veneer.errors import DataError, counted
 from veneer.ops.cpu.memory import unread_bytes
 from veneer.ops.quantized import Quantized
@@ -25,6 +28,7 @@ from veneer.plan.serving import Traffic
 from veneer.plan.shape import PairForm, TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_for
 from veneer.train.config.text import TrainConfig
+from veneer.train.lazy import token_counts
 from veneer.train.preflight import available_memory, computes_on, used_memory
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ _MANY = 1024
 
 def load_of(
     config: TrainConfig,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | npt.NDArray[np.int64],
     *,
     trained: float,
     dtype: str,
@@ -49,12 +53,12 @@ def load_of(
     """Return the load of the run's largest micro-batch. `lengths`: tokens of every row."""
     from veneer.train.text.batches import plan_steps
 
-    steps = plan_steps(list(lengths), config.batching, seed=config.seed, epoch=0)
-    micros = [[lengths[i] for i in micro] for step in steps for micro in step]
+    steps = plan_steps(lengths, config.batching, seed=config.seed, epoch=0)
+    largest = steps.rows(int(steps.sums(np.asarray(lengths)).argmax())) if steps else []
     return Load(
-        tuple(max(micros, key=sum, default=[1])),
+        tuple(int(lengths[i]) for i in largest) or (1,),
         trained,
-        micros=max((len(step) for step in steps), default=1),
+        micros=int(np.diff(steps.steps).max(initial=1)),
         rank=config.adapter.rank,
         spec=config.adapter.spec(),
         dtype=dtype,
@@ -223,19 +227,19 @@ def plan_of_run(
     rows. checkpointing: whether activations are recomputed. available: bytes that are free in addition to the
     memory in use."""
     shape, where, dtype = model_shape(base.model), computes_on(base), str(base.dtype).removeprefix("torch.")
-    device, lengths = device_for(where), [item.tokens for item in items]
+    device, (lengths, targets) = device_for(where), token_counts(items)
     weights, process = sum(weight_bytes(shape, dtype, config.base.quantize)), FITS[device.kind, "text"].process
     if device.kind == "cpu":
         # the libraries and rows are already in memory, so their size can be measured
         unread = sum(unread_bytes(w) for w in base.model.parameters() if not isinstance(w, Quantized))
         process = max(process, used_memory(where) - (weights - unread) + CPU_LATER)
         available -= CPU_LATER
-    trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))
+    trained = int(targets.sum()) / max(1, int(lengths.sum()))
     full = max(0, trainable - pair_parameters(shape, config.adapter.spec()))
     load = {"trained": trained, "dtype": dtype, "checkpointing": checkpointing, "full_parameters": full}
     options: dict[str, Any] = {"held_out": held_out, "loaded": True, "process": process}
     options["available"] = available + weights + process
-    mean = sum(lengths) / max(1, len(lengths))
+    mean = int(lengths.sum()) / max(1, len(items))
     return _plan_of_rows(config, shape, device, len(items), mean, lengths, load, **options)
 
 
@@ -245,7 +249,7 @@ def _plan_of_rows(
     device: Device,
     rows: int,
     tokens: float,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | npt.NDArray[np.int64],
     load: Mapping[str, Any],
     held_out: int = 0,
     loaded: bool = False,
@@ -262,7 +266,7 @@ def _plan_of_rows(
         if config.epochs is not None:
             schedule = schedule.model_copy(update={"epochs": config.epochs * r.updates})
         steps = config.model_copy(update={"batching": batching, "schedule": schedule})
-        lengths, rows = [*lengths] * r.group, rows * r.group
+        lengths, rows = [*map(int, lengths)] * r.group, rows * r.group
     job = _job(steps, rows, tokens, held_out)
     if r is not None:
         total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
@@ -278,12 +282,12 @@ def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
 
     items: encoded rows. The lengths do not include completions, because the plan adds them."""
     answer = 0 if config.sampling is None else config.sampling.max_tokens
-    lengths, tokens = [item.tokens - answer for item in items], sum(item.tokens for item in items)
+    tokens, trained = token_counts(items)
     return {
-        "rows": len(lengths),
-        "tokens_per_row": sum(lengths) / len(lengths),
-        "longest": max(lengths),
-        "trained": max(0.001, sum(item.trained_tokens for item in items) / tokens),
+        "rows": len(tokens),
+        "tokens_per_row": int((tokens - answer).sum()) / len(tokens),
+        "longest": int(tokens.max()) - answer,
+        "trained": max(0.001, int(trained.sum()) / int(tokens.sum())),
     }
 
 

@@ -7,20 +7,30 @@ interpret the columns: text runs read rows, and image runs read captions.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
+import hashlib
 import io
 import json
 import os
 import re
+import weakref
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import IO, Any
 
 from veneer.errors import DataError, bullets, nearest
 from veneer.train.config.section import SOURCES
+from veneer.train.lazy import Lazy
 
+LARGE = 16 << 20
+"""Bytes of JSONL files above which rows are read when they are needed; a row in memory takes several times as much."""
+_LINE_FIX = "each line must be one JSON object; for a JSON array, use the extension .json"
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -45,6 +55,86 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> list[Reco
         if len(records) == count_before:
             raise DataError("this file has no rows", where=file, fix="remove it from data.train, or add rows")
     return records
+
+
+class Lines(Lazy[Record]):
+    """The records of JSONL files, read from the files when they are needed.
+
+    `digest`: sha256 of the files' bytes. Reading a record raises DataError if its file has changed."""
+
+    def __init__(self, paths: Sequence[Path], limit: int | None = None) -> None:
+        self.paths, self._files, self._stamps = paths, [path.open("rb") for path in paths], list[tuple[int, int]]()
+        self._begins, self._ends, self._numbers, self._starts = array("q"), array("q"), array("q"), array("q")
+        self._lock, h = Lock(), hashlib.sha256()
+        for file in self._files:
+            weakref.finalize(self, file.close)
+            self._starts.append(len(self._begins))
+            self._stamps.append(_stamp(file))
+            begin = 0
+            for number, line in enumerate(file, 1):
+                if len(self._begins) == limit:
+                    break
+                h.update(line)
+                skipped = 3 if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+                if line[skipped:].strip():
+                    self._begins.append(begin + skipped)
+                    self._ends.append(begin + len(line))
+                    self._numbers.append(number)
+                begin += len(line)
+            h.update(b"\xff")  # cannot occur in a file
+            if len(self._begins) == self._starts[-1] != limit:
+                raise DataError("this file has no rows", where=file.name, fix="remove it from data.train, or add rows")
+        self.digest = h.hexdigest()
+        super().__init__(len(self._begins), self._record)
+
+    def columns(self) -> list[str]:
+        """Parse all records, and return their columns. Raises DataError with the malformed lines of a file."""
+        columns: dict[str, None] = {}
+        for n, (path, start) in enumerate(zip(self.paths, self._starts, strict=True)):
+            bad = []
+            for i in range(start, self._starts[n + 1] if n + 1 < len(self._starts) else len(self)):
+                record, why = self._parsed(i)
+                columns |= dict.fromkeys(record.values)
+                bad += [f"{record.where}: {why}"] if why else []
+            _refuse(bad, path, _LINE_FIX)
+        return list(columns)
+
+    def _record(self, i: int) -> Record:
+        record, why = self._parsed(i)
+        _refuse([f"{record.where}: {why}"] if why else [], Path(record.where), _LINE_FIX)
+        return record
+
+    def _parsed(self, i: int) -> tuple[Record, str]:
+        """Return (record i, why it cannot be used or "")."""
+        n = bisect_right(self._starts, i) - 1
+        file, path = self._files[n], self.paths[n]
+        with self._lock:
+            changed = _stamp(file) != self._stamps[n]
+            file.seek(self._begins[i])
+            raw = file.read(self._ends[i] - self._begins[i])
+        if changed:
+            text = "the data file was changed while the run was reading it"
+            raise DataError(text, where=str(path), fix="start the run again")
+        text, where = _decoded(raw, path, self._numbers[i]), f"{path}:{self._numbers[i]}"
+        value, _, why = _parsed(text.removesuffix("\n"))
+        why = why or _unusable(value, text)
+        return Record({} if why else value, where), why
+
+
+def _stamp(file: IO[bytes]) -> tuple[int, int]:
+    stat = os.fstat(file.fileno())
+    return stat.st_mtime_ns, stat.st_size
+
+
+def large_files(names: Sequence[str], limit: int | None = None) -> Lines | None:
+    """Return the records of JSONL files that are too large to be held in memory, otherwise None.
+
+    Raises DataError for a missing file."""
+    if any(name.startswith(SOURCES) for name in names):
+        return None
+    paths = [Path(file) for name in names for file in _expand(name)]
+    large = sum(os.path.getsize(path) for path in paths) > LARGE
+    return Lines(paths, limit) if large and all(path.suffix.lower() in _LINES for path in paths) else None
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
@@ -152,11 +242,12 @@ def _first_lines(path: Path, most: int) -> bytes:
     return b"".join(lines)
 
 
-def _decoded(raw: bytes, path: Path) -> str:
+def _decoded(raw: bytes, path: Path, first: int = 1) -> str:
+    """Return the text of `raw`, which begins in line `first` of the file."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + first
         problem = f"not UTF-8 text: bytes {raw[error.start : error.end].hex(' ')}"
         raise DataError(problem, where=f"{path}:{line}", fix="save the file as UTF-8") from None
 
@@ -171,7 +262,7 @@ def _delimiter(text: str) -> str:
 
 
 def _json(text: str, path: Path, *, is_array: bool) -> list[Record]:
-    fix = "each line must be one JSON object; for a JSON array, use the extension .json"
+    fix = _LINE_FIX
     if is_array:
         fix = "the file must be one array of objects"
         values, line, why = _parsed(text)

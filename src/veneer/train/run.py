@@ -49,7 +49,7 @@ class Run:
     early: events before the log was opened
     devices: the processes of the run; the first process writes and reports
     sources: setting -> its origin
-    resume, dry_run, force: as in `run_text`
+    resume, allow_other_machine, dry_run, force: as in `run_text`
     group: names of all unfinished runs that are trained together, including this run; empty for a single
         run"""
 
@@ -60,6 +60,7 @@ class Run:
     early: list[Event]
     sources: Mapping[str, Any] | None = None
     resume: bool = False
+    allow_other_machine: bool = False
     dry_run: bool = False
     force: bool = False
     group: list[str] = field(default_factory=list)
@@ -151,7 +152,9 @@ def opened(
     the terminal, with its speed in `unit`s per second. If the run is interrupted, the error says how to
     resume.
 
-    lockstep: as in Devices. options: sources, resume, dry_run and force of the Run."""
+    A resumed run uses the profile of its checkpoint (`checkpoint.machine_of`, which raises CheckpointError).
+
+    lockstep: as in Devices. options: further fields of the Run."""
     check_trackers(config.report)
     folder = Path(config.output.directory)
     with joined(config.base.device, lockstep=lockstep) as devices:
@@ -161,7 +164,13 @@ def opened(
         random_before = checkpoint.rng_state()
         forget_peaks()
         try:
-            yield Run(config, folder, devices, fan_out(view or listener, early.append), early, **options)
+            run = Run(config, folder, devices, fan_out(view or listener, early.append), early, **options)
+            newest = checkpoint.latest(folder / "checkpoints") if run.resume else None
+            with ExitStack() as stack:
+                if newest is not None:
+                    allow = run.allow_other_machine
+                    stack.enter_context(checkpoint.machine_of(newest, allow_other=allow, note=run.note))
+                yield run
         except Interrupted as error:
             fix = "run the same command with --resume (in Python: resume=True)"
             raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix, signal=error.signal) from None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
+
+import numpy as np
 
 from veneer.errors import DataError
 
@@ -34,30 +37,48 @@ def hold_out(
     noun: str = "rows",
     order: Callable[[bytes], bytes] = _sha256,
 ) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:
-    """Return (training items, held-out items).
+    """Return (training items, held-out items), selected by `held_out_indices`. Both lists keep their order."""
+    keys = (item.key for item in items)
+    selected = set(held_out_indices(keys, len(items), split, seed=seed, default=default, noun=noun, order=order))
+    training = [item for i, item in enumerate(items) if i not in selected]
+    return training, [items[i] for i in sorted(selected)]
 
-    The choice depends on a seeded hash of each item's content (`order`), not on the order or names of files,
-    so identical items are always in the same list. Both lists keep the order of `items`.
 
-    split: a number (int), a share (float; at least one item), or None for `default`. noun: what the items are
-    called in messages.
+def held_out_indices(
+    keys: Iterable[str],
+    items: int,
+    split: int | float | None,
+    *,
+    seed: int,
+    default: int,
+    noun: str = "rows",
+    order: Callable[[bytes], bytes] = _sha256,
+) -> list[int]:
+    """Return the indices of the held-out items, in ascending order.
+
+    The choice depends on a seeded hash of each item's key (`order`), not on the order or names of files, so
+    items with equal keys are always on the same side.
+
+    items: number of keys. split: a number (int), a share (float; at least one item), or None for `default`.
+    noun: what the items are called in messages.
 
     Raises DataError if no training item would be left."""
     if split is None:
         split = default
-    count = split if isinstance(split, int) else max(1, round(split * len(items))) if split > 0 else 0
+    count = split if isinstance(split, int) else max(1, round(split * items)) if split > 0 else 0
     if count == 0:
-        return list(items), []
-    if count >= len(items):
-        text = f"data.split: {split} holds out {count} {noun} of {len(items)}: nothing is left to train on"
+        return []
+    if count >= items:
+        text = f"data.split: {split} holds out {count} {noun} of {items}: nothing is left to train on"
         raise DataError(text, fix="hold out fewer, or provide more data")
-    groups: dict[str, list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(item.key, []).append(i)
-    selected: set[int] = set()
-    for key in sorted(groups, key=lambda key: order(f"{seed}|{key}".encode())):
-        if len(selected) + len(groups[key]) <= count:
-            selected.update(groups[key])
+    # Eight bytes of each hash, so that the hashes of a million rows take little memory.
+    hashes = np.frombuffer(b"".join(order(f"{seed}|{key}".encode())[:8] for key in keys), ">u8")
+    sequence = np.argsort(hashes, kind="stable")
+    selected: list[int] = []
+    for _, group in itertools.groupby(map(int, sequence), key=hashes.__getitem__):
+        indices = list(group)
+        if len(selected) + len(indices) <= count:
+            selected += indices
         if len(selected) == count:
             break
-    return [item for i, item in enumerate(items) if i not in selected], [items[i] for i in sorted(selected)]
+    return sorted(selected)

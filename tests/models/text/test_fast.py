@@ -243,7 +243,7 @@ def test_unswapped_family_parts_are_reported(family: str, dtype: torch.dtype) ->
         got = gradients(model, attachment)
         nll = -row_logps(model, *rows())
         assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)[:, :5], IDS)
-    tolerance = 3e-5 if dtype == torch.float32 else 0.3
+    tolerance = 1e-4 if dtype == torch.float32 else 0.3
     for a, b in zip(got, wanted, strict=True):
         assert (a - b).norm() <= tolerance * b.norm() + 1e-6
     counts = torch.stack([t.sum() for t in rows()[2].split(LENGTHS)]).tolist()

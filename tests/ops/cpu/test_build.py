@@ -7,8 +7,11 @@ import os
 import shlex
 import shutil
 import stat
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,7 +67,7 @@ def test_built_library_is_private_for_any_umask(tmp_path: Path, said: Callable[[
     finally:
         os.umask(before)
     made = [tmp_path / "home" / "kernels", *(tmp_path / "home" / "kernels").iterdir()]
-    assert {p.suffix for p in made} == {"", ".so", ".json"}
+    assert {p.suffix for p in made} == {"", ".so", ".json", ".lock"}
     assert all(not p.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for p in made)
 
 
@@ -103,7 +106,9 @@ def test_library_of_another_user_is_not_loaded(tmp_path: Path, copying: str, mon
 def test_damaged_self_test_record_is_rewritten(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(build, "failed_kernels", lambda library: {"one": "is wrong"})
-    monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
+    monkeypatch.setattr(
+        build, "compile_kernels", lambda compiler, sources, target, more: target.write_bytes(b"") or None
+    )
     made = build.build_kernels(COMPILER, [HERE / "native.c"], [])
     (record,) = made.library.parent.glob("*.json")
     record.write_text(content)
@@ -118,7 +123,7 @@ def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     compiled_now: list[Path] = []
     monkeypatch.setattr(
-        build, "compile_kernels", lambda c, s, target: compiled_now.append(target.write_bytes(b"") or target)
+        build, "compile_kernels", lambda c, s, target, more: compiled_now.append(target.write_bytes(b"") or target)
     )
     for version in ("2.13.0", "2.14.0", "2.13.0"):
         monkeypatch.setattr(torch, "__version__", version)
@@ -127,11 +132,60 @@ def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pyt
     assert len(compiled_now) == 1
 
 
+def test_sources_are_compiled_at_the_same_time(tmp_path: Path) -> None:
+    compiler, names = tmp_path / "cc", ["one", "two", "three"]
+    # A fake compiler that waits until all sources are being compiled.
+    compiler.write_text(
+        f"""#!/bin/sh
+for last; do :; done
+case "$*" in
+    *" -c "*) cd {tmp_path}; touch "$last" begun-$$; for i in $(seq 600); do
+        [ $(ls begun-* | wc -l) = {len(names)} ] && exit 0; sleep 0.05; done; exit 1;;
+    *one.o*two.o*three.o*) while [ "$1" != -o ]; do shift; done; echo library > "$2";;
+esac
+"""
+    )
+    compiler.chmod(0o700)
+    build.compile_kernels(str(compiler), [tmp_path / f"{name}.c" for name in names], tmp_path / "all.so")
+    assert (tmp_path / "all.so").read_text() == "library\n"
+
+
+def test_processes_that_start_at_once_build_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    compiled_now: list[Path] = []
+
+    def compile_slowly(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str]) -> None:
+        compiled_now.append(target)
+        time.sleep(0.3)
+        target.touch(0o700)
+
+    monkeypatch.setattr(build, "compile_kernels", compile_slowly)
+    monkeypatch.setattr(build, "failed_kernels", lambda library: {})
+    with ThreadPoolExecutor(3) as pool:  # the lock is one of files, and so holds between threads too
+        found = list(pool.map(lambda _: build.build_kernels(COMPILER, [HERE / "native.c"], []).library, range(3)))
+    assert compiled_now == found[:1]
+    assert capsys.readouterr().err.count("compiling kernels for this processor (once") == 1
+
+
+@pytest.mark.skipif(
+    compiled.why_missing("narrow_rope_varlen_attention") != "", reason="no small bfloat16 products on this processor"
+)
+def test_onednn_limit_removes_the_small_bfloat16_products() -> None:
+    """oneDNN throws a C++ exception, which would end the process, if it may not use bfloat16 instructions."""
+    program = "from veneer.ops.cpu import compiled; print(compiled.why_missing('narrow_rope_varlen_attention'))"
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert "libtorch has no small matrix products" in ran.stdout, ran.stderr
+
+
 def test_failed_kernel_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     library = compiled.Kernels(ctypes.CDLL(None), Path("kernels"))
     monkeypatch.setattr(compiled, "kernels", lambda: library)
     assert "this processor" in compiled.why_missing("narrow_rope_varlen_attention")
-    assert "no AVX512-BF16" in compiled.why_missing("decode")
+    assert "no AVX512-BF16" in compiled.why_missing("attend")
+    assert "no vectors" in compiled.why_missing("decode")
     library.wrong = {"narrow_rope_varlen_attention": "is off by 3", "decode": "crashes its process (-11)"}
     assert compiled.why_missing("narrow_rope_varlen_attention").endswith(
         "the self-test failed (narrow_rope_varlen_attention is off by 3)"
@@ -146,7 +200,9 @@ def test_each_processor_type_has_its_own_library(tmp_path: Path, monkeypatch: py
     compiler = tmp_path / "cc"
     found = []
     monkeypatch.setattr(build, "failed_kernels", lambda library: {})
-    monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
+    monkeypatch.setattr(
+        build, "compile_kernels", lambda compiler, sources, target, more: target.write_bytes(b"") or None
+    )
     monkeypatch.setattr(sys, "platform", "elsewhere")  # no /proc/cpuinfo
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     for feature in ("SVE", "SVE2", "SVE"):

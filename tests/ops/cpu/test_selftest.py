@@ -74,6 +74,17 @@ def test_a_kernel_agrees_with_float64_and_writes_nothing_else(
     assert all(bool((margin == 0xFF).all()) for margin in margins)
 
 
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v4"])
+def test_kernels_for_older_processors_pass_the_self_test(march: str, tmp_path: Path) -> None:
+    """Serving runs in bfloat16 with AVX2, and with AVX-512 without its BF16 part."""
+    needs = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}[march]
+    if not any(needs in line.split() for line in build.processor_features()):
+        pytest.skip(f"this processor has no {needs}")
+    build.compile_kernels(COMPILER, SOURCES, tmp_path / "native.so", [f"-march={march}", "-O1"])
+    assert compiled.load_library(tmp_path / "native.so").has("decode", "panel_product", "lora_rows", *compiled.PAGED)
+    assert build.failed_kernels(tmp_path / "native.so") == {}
+
+
 @cases
 def test_self_test_detects_idle_kernels(whole: Path, case: selftest.Case) -> None:
     for name in case.kernels:

@@ -447,6 +447,14 @@ def test_masks_are_built_while_the_model_computes(monkeypatch: pytest.MonkeyPatc
                 allowed[7] = True
                 return allowed
 
+            done = False
+
+            def forced(self) -> list[int]:
+                return []
+
+            def allowed(self, tokens: Any) -> int:
+                return 0
+
             def advance(self, token: int) -> None:
                 assert token == 7
 

@@ -170,7 +170,8 @@ def test_plain_prompt_and_completion_are_concatenated_and_ended() -> None:
     example = one(pair("Q: 2+2\nA:", " four"), tokenizer)
     assert whole(example, tokenizer) == "Q: 2+2\nA: four<|im_end|>"
     assert learned(example, tokenizer) == [" four<|im_end|>"]
-    assert one(pair("Q: 2+2\nA:", " four"), TOKENIZER, chat_template="none") == example
+    same = one(pair("Q: 2+2\nA:", " four"), TOKENIZER, chat_template="none")
+    assert (same.input_ids, same.trained) == (example.input_ids, example.trained)
 
 
 def test_instruction_rows_use_the_alpaca_prompt() -> None:

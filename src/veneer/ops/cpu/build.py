@@ -14,14 +14,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from veneer.files.atomic import replace_file
 
-_FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
+_BUILD_SECONDS = 300
+"""Seconds that a compiler, a self-test, or another process that builds may take."""
+_MARCH = f"-march={os.environ.get('VENEER_MARCH', 'native')}"
+"""The processor to compile for; VENEER_MARCH names an older one, to imitate it."""
+_FLAGS = ["-O3", _MARCH, "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """Compiler flags, without -ffast-math.
 
 NaN and infinity must keep their meaning, because training uses them to detect a diverged run."""
@@ -43,10 +49,8 @@ def build_kernels(
 ) -> BuiltKernels:
     """Compile and test the kernels, unless a build for this machine already exists.
 
-    more: additional compiler arguments.
-
-    Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if there is no trusted folder
-    for them."""
+    more: additional compiler arguments. Raises OSError or subprocess.SubprocessError if the kernels cannot be
+    built, or if there is no trusted folder for them."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
     key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS, *more]).encode()).hexdigest()[:16]
     notes: list[str] = []
@@ -58,14 +62,29 @@ def build_kernels(
             notes.append(f"{path.name} was built again: {why}")
             library.unlink(missing_ok=True)
             record.unlink(missing_ok=True)
-    if not library.exists():
-        record.unlink(missing_ok=True)
-        compile_kernels(compiler, sources, library, more)
-    wrong = _read_record(record)
+    wrong = _read_record(record) if library.exists() else None
     if wrong is None:
-        wrong = failed_kernels(library)
-        replace_file(record, [json.dumps(wrong).encode()], mode=0o600)
+        with _lock(library):  # of several processes that start at once, one builds
+            if not library.exists():
+                record.unlink(missing_ok=True)
+                print("veneer: compiling kernels for this processor (once, about 10 s)", file=sys.stderr, flush=True)
+                compile_kernels(compiler, sources, library, more)
+            wrong = _read_record(record)
+            if wrong is None:
+                wrong = failed_kernels(library)
+                replace_file(record, [json.dumps(wrong).encode()], mode=0o600)
     return BuiltKernels(library, wrong, notes)
+
+
+@contextmanager
+def _lock(library: Path) -> Iterator[None]:
+    """Hold the lock of a library that is being built. Does nothing if the file system does not support locks."""
+    from filelock import FileLock, Timeout
+
+    with ExitStack() as stack:
+        with suppress(Timeout, NotImplementedError):
+            stack.enter_context(FileLock(f"{library}.lock", timeout=_BUILD_SECONDS, mode=0o600))
+        yield
 
 
 def _read_record(record: Path) -> dict[str, str] | None:
@@ -136,18 +155,19 @@ _LAST, _WIDE = 3, 200
 
 
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
-    """Compile `sources` to `target`, and replace `target` atomically.
+    """Compile `sources` in parallel, link them to `target`, and replace `target` atomically.
 
     more: additional compiler arguments."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / target.name
-        subprocess.run(
-            [compiler, *_FLAGS, *more, *map(str, sources), "-o", str(built), "-lm"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
+    flags = [compiler, *_FLAGS, *more]
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, ThreadPoolExecutor(len(sources)) as pool:
+        built, objects = Path(scratch) / target.name, [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+
+        def run(arguments: Sequence[str], result: str) -> None:
+            command = [*flags, *arguments, "-o", result]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=_BUILD_SECONDS)
+
+        list(pool.map(run, (["-c", str(source)] for source in sources), objects))
+        run([*objects, "-lm"], str(built))
         built.chmod(0o700)  # Set the mode explicitly, so that it does not depend on the umask.
         built.replace(target)
 
@@ -162,7 +182,7 @@ def failed_kernels(library: Path) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "VENEER_NATIVE": "0"}
     while True:
         command = [sys.executable, "-c", code, str(library), *wrong]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_BUILD_SECONDS)
         records = [json.loads(line) for line in done.stdout.splitlines()]
         wrong |= {name: line["wrong"] for line in records if line.get("wrong") for name in line["ended"]}
         if done.returncode == 0:
@@ -182,9 +202,9 @@ def _folders() -> list[Path]:
 def machine_of(compiler: str) -> list[str]:
     """Return everything that determines which instructions the compiler generates.
 
-    Includes the compiler's resolution of -march=native and the processor's feature lists (one list per kind
+    Includes the compiler's resolution of -march and the processor's feature lists (one list per kind
     of core)."""
-    resolve = [compiler, "-march=native"]
+    resolve = [compiler, _MARCH]
     macros = subprocess.run(
         [*resolve, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True, timeout=60
     ).stdout

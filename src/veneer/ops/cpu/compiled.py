@@ -60,6 +60,9 @@ _AVX512_BF16 = {
     "lora_forward": "pipppllli",
     "lora_backward": "pipppllli",
     "lora_weight_gradients": "pippppppllli",
+}
+"""Kernels that require AVX512-BF16."""
+_VECTORS = {
     "lora_rows": "plplplppppli",
     "store_rows": "plplpplllppi",
     "rope_and_cache": "plllppppfppplppi",
@@ -68,9 +71,11 @@ _AVX512_BF16 = {
     "amx_panel_product": "pllppplii",
     "decode": "plplppppppplpllplpppplpi",
 }
-"""Kernels that require AVX512-BF16."""
+"""Kernels for serving, which require AVX-512, AVX2 with FMA, or NEON (vec.h)."""
 _AMX = ("amx_panel_product",)
 """Kernels that also require AMX, which a process must request from the operating system."""
+_VNNI = {"int8_product": "pllpplilpplppppi"}
+"""Kernels that require AVX512-VNNI."""
 _TILES = {
     "conv3x3": "ppllipplllllli",
     "rope_varlen_attention": "plpppllllflippi",
@@ -81,10 +86,10 @@ _TILES = {
 """Kernels that use libtorch's small matrix products, in float32 or bfloat16."""
 _WIDE = ("conv3x3", "rope_varlen_attention", "rope_varlen_attention_backward")
 """The kernels in `_TILES` that compute in float32."""
-SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
+SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _VECTORS | _VNNI | _TILES
 """All kernels: C function name -> letters of its argument types."""
-SOURCES = ("native.c", "quantized.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
-HEADERS = ("bf16.h", "serving.h", "amx.h")
+SOURCES = ("native.c", "quantized.c", "int8.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
+HEADERS = ("bf16.h", "vec.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
 
 
@@ -109,7 +114,8 @@ class Kernels:
 
 _FALLIBLE = {
     *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
-    *("float_product", "lora_backward", "lora_weight_gradients", "paged_attend", "decode", *_TILES),
+    *("float_product", "lora_backward", "lora_weight_gradients", "paged_attend", "panel_product", "amx_panel_product"),
+    *("decode", *_VNNI, *_TILES),
 }
 """Kernels that return an error code (bf16.h)."""
 
@@ -138,6 +144,8 @@ def load_library(path: str | Path, without: Iterable[str] = ()) -> Kernels:
     return library
 
 
+_BF16_ISAS = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
+"""Parts of the values of ONEDNN_MAX_CPU_ISA that include AVX512-BF16."""
 _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 
@@ -147,7 +155,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
 
     The two products, in float32 and bfloat16, are at::native::cpublas::brgemm (CPUBlas.h), looked up by their
     mangled C++ names. The address of a missing function is None. The bfloat16 product is used only on
-    processors with bfloat16 instructions: on others, libtorch throws an exception, which C cannot catch. On
+    processors with bfloat16 instructions that oneDNN may use: on others, it throws an exception, which C cannot
+    catch. On
     processors with AMX, the products run on AMX tiles, which oneDNN requests from the operating system
     (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
@@ -164,7 +173,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     wide = address("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = address("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # This is also true on every processor with AMX.
-    has_narrow = has_bf16 and torch.backends.mkldnn.is_available()
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    has_narrow = has_bf16 and torch.backends.mkldnn.is_available() and any(isa in allowed for isa in _BF16_ISAS)
     return wide, narrow if has_narrow else None, address("14brgemm_releaseEb")
 
 
@@ -253,8 +263,11 @@ def why_missing(*names: str) -> str:
         why = "libtorch has no small matrix products for it on this processor"
     elif all(name in _AMX for name in missing):
         why = "this processor has no AMX, or the operating system does not allow it"
+    elif all(name in _VNNI for name in missing):
+        why = "this processor has no AVX512-VNNI"
     else:
-        why = "this processor has no AVX512-BF16"
+        needs = "vectors (AVX-512, AVX2 or NEON)" if missing[0] in _VECTORS else "AVX512-BF16"
+        why = f"this processor has no {needs}"
     return f"no compiled {', '.join(missing)}: {why}"
 
 

@@ -1,5 +1,5 @@
-/* All layers of a Llama-like decoder in one parallel region, and its products. Needs AVX512-BF16;
-   elsewhere serve/forward/llama.py does the same call by call, which is also the reference.
+/* All layers of a Llama-like decoder in one parallel region, and its products. Needs the vectors of
+   vec.h; elsewhere serve/forward/llama.py does the same call by call, which is also the reference.
 
    A step of few tokens is hundreds of products of some tens of microseconds. If each product started its
    own region, waking the threads would take longer than the products; here threads meet at barriers and
@@ -9,11 +9,11 @@
 #include "amx.h"
 #include "serving.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if HAS_VECTORS
 
 const int has_decoder = 1;
 
-enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 512, NEAR = 128, FEW = 8, SOON = 4096 };
+enum { PANEL = 64, ROWS = 64, DEEP = 1024, CHUNK = 512, NEAR = 128, FEW = REGISTERS == 32 ? 8 : 4, SOON = 4096 };
 /* Pairs along the inputs: DEEP per sum in registers; CHUNK are dequantized at once, for the
    second-level cache. Up to FEW rows multiply by codes as they are dequantized; for more rows, the next
    codes are dequantized between the products of a tile, and codes SOON bytes ahead are prefetched. In
@@ -42,79 +42,74 @@ typedef struct {
     const void *table;
 } matrix;
 
-/* c[r][16 J] (+)= sum over p of a_r[p] . b[p][.] for R rows; a and b are pairs of bf16, b a panel's columns. */
-static inline __attribute__((always_inline)) void tile(const int R, const int J, const uint32_t *a, i64 lda, const uint32_t *b,
+/* c[r][16 J] (+)= sum over p of a_r[p] . b[p][.] for R rows; b are pairs of bf16, a panel's columns. */
+static inline __attribute__((always_inline)) void tile(const int R, const int J, const factor *a, i64 lda, const uint32_t *b,
                                                        i64 pairs_in, float *c, int add) {
-    __m512 s[4][4];
+    v16 s[4][4];
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < J; j++) s[r][j] = add ? _mm512_load_ps(c + r * PANEL + 16 * j) : _mm512_setzero_ps();
+        for (int j = 0; j < J; j++) s[r][j] = add ? load16(c + r * PANEL + 16 * j) : set16(0.0f);
     for (i64 p = 0; p < pairs_in; p++) {
-        __m512bh y[4];
-        for (int j = 0; j < J; j++) y[j] = pairs(b + p * PANEL + 16 * j);
-        for (int r = 0; r < R; r++) {
-            __m512bh x = both(a[r * lda + p]);
-            for (int j = 0; j < J; j++) s[r][j] = _mm512_dpbf16_ps(s[r][j], x, y[j]);
-        }
+        columns16 y[4];
+        for (int j = 0; j < J; j++) y[j] = columns_of(load_w16(b + p * PANEL + 16 * j));
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < J; j++) s[r][j] = dot16(s[r][j], a[r * lda + p], y[j]);
     }
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < J; j++) _mm512_store_ps(c + r * PANEL + 16 * j, s[r][j]);
+        for (int j = 0; j < J; j++) store16(c + r * PANEL + 16 * j, s[r][j]);
 }
 
-#define TILES(R)                                                                                                           \
-    static void tile##R(int J, const uint32_t *a, i64 lda, const uint32_t *b, i64 n, float *c, int add) {                    \
-        if (J == 4) tile(R, 4, a, lda, b, n, c, add);                                                                       \
-        else if (J == 3) tile(R, 3, a, lda, b, n, c, add);                                                                  \
-        else if (J == 2) tile(R, 2, a, lda, b, n, c, add);                                                                  \
-        else tile(R, 1, a, lda, b, n, c, add);                                                                              \
+/* WIDE: sixteens of columns at once */
+#define TILES(R, WIDE)                                                                                                \
+    static void tile##R(int J, const factor *a, i64 lda, const uint32_t *b, i64 n, float *c, int add) {               \
+        for (int j = 0, own; j < J; j += own) {                                                                       \
+            own = J - j < WIDE ? J - j : WIDE;                                                                        \
+            if (own == 4) tile(R, 4, a, lda, b + 16 * j, n, c + 16 * j, add);                                         \
+            else if (own == 3) tile(R, 3, a, lda, b + 16 * j, n, c + 16 * j, add);                                    \
+            else if (own == 2) tile(R, 2, a, lda, b + 16 * j, n, c + 16 * j, add);                                    \
+            else tile(R, 1, a, lda, b + 16 * j, n, c + 16 * j, add);                                                  \
+        }                                                                                                             \
     }
-TILES(1)
-TILES(2)
-TILES(3)
-TILES(4)
-
-static inline __m512 wide(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
-}
+TILES(1, 4)
+TILES(2, (REGISTERS < 32 ? 2 : 4))
+TILES(3, (REGISTERS < 32 ? 1 : 4))
+TILES(4, (REGISTERS < 32 ? 1 : 4))
 
 /* Scale and zero of a group of sixteen columns starting at `column`, each twice: first eight columns,
    then the others. */
-static inline void constants_of(const matrix *w, i64 group, i64 column, __m512 *scale, __m512 *zero) {
-    const __m512i twice[2] = {_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                              _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
-    __m512 s, z = _mm512_setzero_ps();
+static inline void constants_of(const matrix *w, i64 group, i64 column, v16 *scale, v16 *zero) {
+    v16 s, z = set16(0.0f);
     if (w->constants == PAIR) {
-        __m512i both_of = _mm512_loadu_si512((const uint32_t *)w->scales + group * PANEL + column);
-        s = _mm512_castsi512_ps(_mm512_slli_epi32(both_of, 16));
-        z = _mm512_castsi512_ps(_mm512_and_si512(both_of, _mm512_set1_epi32((int)0xffff0000)));
+        w16 both = load_w16((const uint32_t *)w->scales + group * PANEL + column);
+        s = even16(both), z = odd16(both);
     } else {
         const float *from = (const float *)w->scales + (w->constants == TWO ? 2 : 1) * group * PANEL + column;
-        s = _mm512_loadu_ps(from);
-        if (w->constants == TWO) z = _mm512_loadu_ps(from + PANEL);
+        s = load16(from);
+        if (w->constants == TWO) z = load16(from + PANEL);
     }
-    for (int h = 0; h < 2; h++) scale[h] = _mm512_permutexvar_ps(twice[h], s), zero[h] = _mm512_permutexvar_ps(twice[h], z);
+    scale[0] = twice16(s, 0), zero[0] = twice16(z, 0);
+    scale[1] = twice16(s, 1), zero[1] = twice16(z, 1);
 }
 
 /* Four pairs of codes of sixteen columns. */
 typedef struct {
     const int8_t *eight;
-    __m512i words[2], both[2];
-    __m512 scale[2], zero[2];
+    w16 words[2];
+    columns16 both[2];
+    v16 scale[2], zero[2];
 } unit;
 
 /* `at`: the panel's number times the pairs of a row, plus the pair in it; the constants are already loaded. */
 static inline __attribute__((always_inline)) void begin(const i64 kind, const matrix *w, i64 at, i64 column, unit *u) {
-    if (kind == FOUR) u->words[0] = _mm512_loadu_si512((const uint32_t *)w->codes + at / 4 * PANEL + column);
+    if (kind == FOUR) u->words[0] = load_w16((const uint32_t *)w->codes + at / 4 * PANEL + column);
     else if (kind == ROWS8)
         for (int i = 0; i < 2; i++)
-            u->words[i] = _mm512_loadu_si512((const uint8_t *)w->codes + (at / 2 + i) * 4 * PANEL + 4 * column);
+            u->words[i] = load_w16((const uint8_t *)w->codes + (at / 2 + i) * 4 * PANEL + 4 * column);
     else u->eight = (const int8_t *)w->codes + (at * PANEL + column) * 2;
 }
 
-static inline __m512 eight_bits(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)); }
-
-/* Both pairs of 64 ROWS8 codes in bf16. */
-static inline __attribute__((always_inline)) void made_of_rows8(__m512i q, const matrix *w, __m512i *out) {
-#if defined(__AVX512VBMI__)
+/* Both pairs of 64 ROWS8 codes. */
+static inline __attribute__((always_inline)) void made_of_rows8(w16 q, const matrix *w, columns16 *out) {
+#if BF16_PRODUCTS && defined(__AVX512VBMI__)
     const uint8_t *table = w->table;
     __asm__("" : "+r"(table)); /* reload each time: in registers it would displace those of a tile's sums */
     __m512i size = _mm512_abs_epi8(q), low, high;
@@ -124,28 +119,23 @@ static inline __attribute__((always_inline)) void made_of_rows8(__m512i q, const
     out[0] = _mm512_unpacklo_epi8(low, high), out[1] = _mm512_unpackhi_epi8(low, high);
 #else
     (void)w;
-    q = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), q);
-    out[0] = narrow_two(eight_bits(_mm512_extracti32x4_epi32(q, 0)), eight_bits(_mm512_extracti32x4_epi32(q, 1)));
-    out[1] = narrow_two(eight_bits(_mm512_extracti32x4_epi32(q, 2)), eight_bits(_mm512_extracti32x4_epi32(q, 3)));
+    w16 first = spread_bytes(q, 0), second = spread_bytes(q, 1);
+    out[0] = columns_from(byte_of(first, 16), byte_of(first, 0));
+    out[1] = columns_from(byte_of(second, 16), byte_of(second, 0));
 #endif
 }
 
-/* Pair e of a unit in bf16; pairs are requested in order. */
-static inline __attribute__((always_inline)) __m512i made_of(const i64 kind, const matrix *w, unit *u, __m512 table,
-                                                             const int e) {
-    __m512 low, high;
+/* Pair e of a unit; pairs are requested in order. */
+static inline __attribute__((always_inline)) columns16 made_of(const i64 kind, const matrix *w, unit *u, v16 table,
+                                                               const int e) {
+    v16 low, high;
     if (kind == ROWS8) {
         if (e % 2 == 0) made_of_rows8(u->words[e / 2], w, u->both);
         return u->both[e % 2];
     }
-    if (kind == FOUR) { /* the permute uses only the low four bits */
-        low = _mm512_permutexvar_ps(_mm512_srli_epi32(u->words[0], 8 * e), table);
-        high = _mm512_permutexvar_ps(_mm512_srli_epi32(u->words[0], 8 * e + 4), table);
-    } else {
-        const __m128i *q = (const __m128i *)(u->eight + 2 * PANEL * e);
-        low = eight_bits(_mm_loadu_si128(q)), high = eight_bits(_mm_loadu_si128(q + 1));
-    }
-    return narrow_two(_mm512_fmadd_ps(low, u->scale[0], u->zero[0]), _mm512_fmadd_ps(high, u->scale[1], u->zero[1]));
+    if (kind == FOUR) low = look_up(u->words[0], 8 * e, table), high = look_up(u->words[0], 8 * e + 4, table);
+    else low = from_int8(u->eight + 2 * PANEL * e), high = from_int8(u->eight + 2 * PANEL * e + 16);
+    return columns_of(pairs16(fma16(low, u->scale[0], u->zero[0]), fma16(high, u->scale[1], u->zero[1])));
 }
 
 static inline int pairs_shift(const matrix *w) { return __builtin_ctzll((unsigned long long)w->size) - 1; }
@@ -154,22 +144,22 @@ static inline int pairs_shift(const matrix *w) { return __builtin_ctzll((unsigne
    `within`, to bf16: out (count, 64, 2). */
 static inline __attribute__((always_inline)) void widen(const i64 kind, const int J, const matrix *w, i64 at, i64 count,
                                                         i64 within, uint32_t *out) {
-    const __m512 table = kind == FOUR ? _mm512_loadu_ps(w->table) : _mm512_setzero_ps();
+    const v16 table = kind == FOUR ? load16(w->table) : set16(0.0f);
     i64 of = kind == ROWS8 ? 2 : w->size / 2;
     for (i64 p = 0; p < count; p += of)
         for (int j = 0; j < J; j++) {
             unit u;
             if (kind == ROWS8) { /* two pairs are the minimum */
-                __m512i q = _mm512_loadu_si512((const uint8_t *)w->codes + (at + p) * 2 * PANEL + 4 * (within + 16 * j));
+                w16 q = load_w16((const uint8_t *)w->codes + (at + p) * 2 * PANEL + 4 * (within + 16 * j));
                 made_of_rows8(q, w, u.both);
-                for (int e = 0; e < 2; e++) _mm512_store_si512(out + PANEL * (p + e) + 16 * j, u.both[e]);
+                for (int e = 0; e < 2; e++) store_w16(out + PANEL * (p + e) + 16 * j, pairs_of(u.both[e]));
                 continue;
             }
             constants_of(w, (at + p) >> pairs_shift(w), within + 16 * j, u.scale, u.zero);
             for (i64 i = p; i < p + of; i += 4) {
                 begin(kind, w, at + i, within + 16 * j, &u);
 #pragma GCC unroll 4
-                for (int e = 0; e < 4; e++) _mm512_store_si512(out + PANEL * (i + e) + 16 * j, made_of(kind, w, &u, table, e));
+                for (int e = 0; e < 4; e++) store_w16(out + PANEL * (i + e) + 16 * j, pairs_of(made_of(kind, w, &u, table, e)));
             }
         }
 }
@@ -188,31 +178,29 @@ static void widen_codes(int J, const matrix *w, i64 at, i64 count, i64 within, u
 
 /* c[r][64] of R rows, all columns of a panel, 16 J at a time, dequantizing codes on the fly: the sums
    of `tile` in the same order. */
-static inline __attribute__((always_inline)) void few_rows(const i64 kind, const int R, const int J, const uint32_t *a, i64 lda,
+static inline __attribute__((always_inline)) void few_rows(const i64 kind, const int R, const int J, const factor *a, i64 lda,
                                                            const matrix *w, i64 at, i64 half, float *c) {
-    const __m512 table = kind == FOUR ? _mm512_loadu_ps(w->table) : _mm512_setzero_ps();
+    const v16 table = kind == FOUR ? load16(w->table) : set16(0.0f);
     i64 of = kind == ROWS8 ? 2 : w->size / 2;
     for (int first = 0; first < 4; first += J) {
-        __m512 s[FEW][4];
+        v16 s[8][4];
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < J; j++) s[r][j] = _mm512_setzero_ps();
+            for (int j = 0; j < J; j++) s[r][j] = set16(0.0f);
         for (i64 p = 0; p < half; p += of) {
             if (kind == ROWS8) {
 #pragma GCC unroll 4
                 for (int j = 0; j < J; j++) {
-                    __m512i q = _mm512_loadu_si512((const uint8_t *)w->codes + (at + p) * 2 * PANEL + 64 * (first + j));
-                    __m512i y_of[2];
-                    made_of_rows8(q, w, y_of);
+                    w16 q = load_w16((const uint8_t *)w->codes + (at + p) * 2 * PANEL + 64 * (first + j));
+                    columns16 y[2];
+                    made_of_rows8(q, w, y);
 #pragma GCC unroll 2
-                    for (int e = 0; e < 2; e++) {
-                        __m512bh y = (__m512bh)y_of[e];
+                    for (int e = 0; e < 2; e++)
 #pragma GCC unroll 8
-                        for (int r = 0; r < R; r++) s[r][j] = _mm512_dpbf16_ps(s[r][j], both(a[r * lda + p + e]), y);
-                    }
+                        for (int r = 0; r < R; r++) s[r][j] = dot16(s[r][j], a[r * lda + p + e], y[e]);
                 }
                 continue;
             }
-            const int T = R < 4 ? 2 : 1; /* units at once: a sum waits for the previous one */
+            const int T = R < 4 && REGISTERS == 32 ? 2 : 1; /* units at once: a sum waits for the previous one */
 #pragma GCC unroll 4
             for (int j = 0; j < J; j += T) {
                 unit u[2];
@@ -226,32 +214,31 @@ static inline __attribute__((always_inline)) void few_rows(const i64 kind, const
                     for (int e = 0; e < 4; e++)
 #pragma GCC unroll 2
                         for (int t = 0; t < T; t++) {
-                            __m512bh y = (__m512bh)made_of(kind, w, &u[t], table, e);
+                            columns16 y = made_of(kind, w, &u[t], table, e);
 #pragma GCC unroll 8
-                            for (int r = 0; r < R; r++)
-                                s[r][j + t] = _mm512_dpbf16_ps(s[r][j + t], both(a[r * lda + i + e]), y);
+                            for (int r = 0; r < R; r++) s[r][j + t] = dot16(s[r][j + t], a[r * lda + i + e], y);
                         }
                 }
             }
         }
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < J; j++) _mm512_store_ps(c + r * PANEL + 16 * (first + j), s[r][j]);
+            for (int j = 0; j < J; j++) store16(c + r * PANEL + 16 * (first + j), s[r][j]);
     }
 }
 
 #define FEW_ROWS(R, J) \
-    static void few_rows##R(const uint32_t *a, i64 lda, const matrix *w, i64 at, i64 half, float *c) { \
+    static void few_rows##R(const factor *a, i64 lda, const matrix *w, i64 at, i64 half, float *c) { \
         BY_KIND(few_rows, w->kind, R, J, a, lda, w, at, half, c) \
     }
-FEW_ROWS(1, 4)
-FEW_ROWS(2, 4)
-FEW_ROWS(3, 4)
-FEW_ROWS(4, 4)
+FEW_ROWS(1, (REGISTERS < 32 ? 2 : 4))
+FEW_ROWS(2, (REGISTERS < 32 ? 1 : 4))
+FEW_ROWS(3, (REGISTERS < 32 ? 1 : 4))
+FEW_ROWS(4, (REGISTERS < 32 ? 1 : 4))
 FEW_ROWS(5, 2)
 FEW_ROWS(6, 2)
 FEW_ROWS(7, 2)
 FEW_ROWS(8, 2)
-static void (*const few_rows_of[FEW + 1])(const uint32_t *, i64, const matrix *, i64, i64, float *) = {
+static void (*const few_rows_of[])(const factor *, i64, const matrix *, i64, i64, float *) = {
     NULL, few_rows1, few_rows2, few_rows3, few_rows4, few_rows5, few_rows6, few_rows7, few_rows8};
 
 /* Codes to dequantize in the meantime: units next … last of a panel's chunk, four adjacent ones. */
@@ -266,31 +253,28 @@ static inline __attribute__((always_inline)) void begin_next(const i64 kind, con
     if (kind != ROWS8) constants_of(j->w, at >> pairs_shift(j->w), column, u->scale, u->zero);
     begin(kind, j->w, at, column, u);
     const char *here = (const char *)j->w->codes + (kind == FOUR ? at * PANEL + 4 * column : 2 * at * PANEL + 8 * column);
-    for (int i = 0; i < (kind == FOUR ? 1 : 2); i++) _mm_prefetch(here + SOON + 64 * i, _MM_HINT_T0);
+    for (int i = 0; i < (kind == FOUR ? 1 : 2); i++) __builtin_prefetch(here + SOON + 64 * i);
 }
 
-static inline __attribute__((always_inline)) void store_next(const i64 kind, const ahead *j, unit *u, __m512 table,
-                                                             const int e) {
-    _mm512_store_si512(j->out + PANEL * (j->next / 4 * 4 + e) + j->next % 4 * 16, made_of(kind, j->w, u, table, e));
+static inline __attribute__((always_inline)) void store_next(const i64 kind, const ahead *j, unit *u, v16 table, const int e) {
+    store_w16(j->out + PANEL * (j->next / 4 * 4 + e) + j->next % 4 * 16, pairs_of(made_of(kind, j->w, u, table, e)));
 }
 
 /* tile(4, 4, …) with a unit for every four pairs: dequantizing uses the execution units that the
    products leave idle. */
-static inline __attribute__((always_inline)) void tile_ahead(const i64 kind, const uint32_t *a, i64 lda, const uint32_t *b,
+static inline __attribute__((always_inline)) void tile_ahead(const i64 kind, const factor *a, i64 lda, const uint32_t *b,
                                                              i64 pairs_in, float *c, int add, ahead *job) {
-    const __m512 table = kind == FOUR ? _mm512_loadu_ps(job->w->table) : _mm512_setzero_ps();
+    const v16 table = kind == FOUR ? load16(job->w->table) : set16(0.0f);
     i64 p = 0;
-    __m512 s[4][4];
+    v16 s[4][4];
     for (int r = 0; r < 4; r++)
-        for (int j = 0; j < 4; j++) s[r][j] = add ? _mm512_load_ps(c + r * PANEL + 16 * j) : _mm512_setzero_ps();
+        for (int j = 0; j < 4; j++) s[r][j] = add ? load16(c + r * PANEL + 16 * j) : set16(0.0f);
 #define STEP(p) \
     { \
-        __m512bh y[4]; \
-        for (int j = 0; j < 4; j++) y[j] = pairs(b + (p) * PANEL + 16 * j); \
-        for (int r = 0; r < 4; r++) { \
-            __m512bh x = both(a[r * lda + (p)]); \
-            for (int j = 0; j < 4; j++) s[r][j] = _mm512_dpbf16_ps(s[r][j], x, y[j]); \
-        } \
+        columns16 y[4]; \
+        for (int j = 0; j < 4; j++) y[j] = columns_of(load_w16(b + (p) * PANEL + 16 * j)); \
+        for (int r = 0; r < 4; r++) \
+            for (int j = 0; j < 4; j++) s[r][j] = dot16(s[r][j], a[r * lda + (p)], y[j]); \
     }
     for (; p + 4 <= pairs_in && job->next < job->last; p += 4, job->next++) {
         unit u;
@@ -304,15 +288,15 @@ static inline __attribute__((always_inline)) void tile_ahead(const i64 kind, con
     for (; p < pairs_in; p++) STEP(p)
 #undef STEP
     for (int r = 0; r < 4; r++)
-        for (int j = 0; j < 4; j++) _mm512_store_ps(c + r * PANEL + 16 * j, s[r][j]);
+        for (int j = 0; j < 4; j++) store16(c + r * PANEL + 16 * j, s[r][j]);
 }
 
-static void tile4_ahead(const uint32_t *a, i64 lda, const uint32_t *b, i64 n, float *c, int add, ahead *job) {
+static void tile4_ahead(const factor *a, i64 lda, const uint32_t *b, i64 n, float *c, int add, ahead *job) {
     BY_KIND(tile_ahead, job->w->kind, a, lda, b, n, c, add, job)
 }
 
 static inline __attribute__((always_inline)) void rest_ahead(const i64 kind, ahead *job) {
-    const __m512 table = kind == FOUR ? _mm512_loadu_ps(job->w->table) : _mm512_setzero_ps();
+    const v16 table = kind == FOUR ? load16(job->w->table) : set16(0.0f);
     for (; job->next < job->last; job->next++) {
         unit u;
         begin_next(kind, job, &u);
@@ -342,7 +326,7 @@ static void shape_tiles(i64 m) {
    bytes apart, are a stream. */
 static inline void ask_ahead(const uint32_t *b, int J) {
     for (int p = 0; p < TILE; p++)
-        for (int j = 0; j < J; j++) _mm_prefetch((const char *)(b + p * PANEL + 16 * j) + 2 * SOON, _MM_HINT_T0);
+        for (int j = 0; j < J; j++) __builtin_prefetch((const char *)(b + p * PANEL + 16 * j) + 2 * SOON);
 }
 
 static inline void step_low(const uint32_t *a, i64 lda, const uint32_t *b, int J) {
@@ -465,27 +449,24 @@ static void put_sums(const float *c, i64 m, int J, const matrix *w, const bf16 *
     for (i64 r = 0; r < m; r++)
         for (int j = 0; j < J; j++) {
             bf16 *o = y + r * ldy + at + 16 * j;
-            __m512 v = _mm512_load_ps(c + r * PANEL + 16 * j);
-            if (w->kind == ROWS8) v = _mm512_mul_ps(v, _mm512_loadu_ps((const float *)w->scales + at + 16 * j));
-            if (bias) v = _mm512_add_ps(v, wide(bias + at + 16 * j));
-            if (onto) { /* the product is rounded before it is added, as if it were a separate tensor */
-                __m256i whole = (__m256i)_mm512_cvtneps_pbh(v);
-                v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(whole), 16));
-                v = _mm512_add_ps(v, wide(o));
-            }
-            _mm256_storeu_si256((__m256i *)o, (__m256i)_mm512_cvtneps_pbh(v));
+            v16 v = load16(c + r * PANEL + 16 * j);
+            if (w->kind == ROWS8) v = mul16(v, load16((const float *)w->scales + at + 16 * j));
+            if (bias) v = add16(v, load_bf16(bias + at + 16 * j));
+            if (onto) v = add16(rounded_bf16(v), load_bf16(o)); /* as if the product were a separate tensor */
+            store_bf16(o, v);
         }
 }
 
 /* Columns from … to (multiples of 16) of y = x Wᵀ + bias, or of y += …; x (n, in). A block has few
-   enough rows for its sums to stay in the first-level cache with the panel's columns. */
-static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 ldy, int onto, i64 from,
-                    i64 to) {
+   enough rows for its sums to stay in the first-level cache with the panel's columns. xs: x as factors. */
+static void columns(const bf16 *x, const factor *xs, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 ldy,
+                    int onto, i64 from, i64 to) {
     float c[ROWS * PANEL] __attribute__((aligned(64)));
     uint32_t made[2][CHUNK * PANEL] __attribute__((aligned(64)));
-    const uint32_t *xs = (const uint32_t *)x;
     i64 half = in / 2, most = w->kind == DENSE ? DEEP : CHUNK;
-#if HAS_TILES
+#if !HAS_TILES
+    (void)x;
+#else
     if (w->tiles) most = w->kind == DENSE ? half : n <= TWO_TILES ? NEAR : CHUNK;
 #endif
     int turn = 0, ready = 0; /* whether made[turn] has the next chunk */
@@ -512,17 +493,17 @@ static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *b
                     turn = !turn;
                     i64 after = k + deep < half ? k + deep : 0, then = after || r0 + ROWS < n ? at : at + width;
                     i64 long_ = half - after < most ? half - after : most;
-                    ready = !w->tiles && J == 4 && m > FEW && then + PANEL <= to && long_ % 4 == 0;
+                    ready = REGISTERS == 32 && !w->tiles && J == 4 && m > FEW && then + PANEL <= to && long_ % 4 == 0;
                     if (ready) job = (ahead){w, then / PANEL * half + after, 0, long_, made[turn]};
                 }
 #if HAS_TILES
                 if (w->tiles) {
-                    rows_in_tiles(m, J, xs + r0 * half + k, half, b, deep, c, k > 0, w->kind == DENSE && r0 == 0);
+                    rows_in_tiles(m, J, (const uint32_t *)x + r0 * half + k, half, b, deep, c, k > 0, w->kind == DENSE && r0 == 0);
                     continue;
                 }
 #endif
                 for (i64 r = 0; r < m; r += 4) {
-                    const uint32_t *a = xs + (r0 + r) * half + k;
+                    const factor *a = xs + (r0 + r) * half + k;
                     float *sums = c + r * PANEL;
                     switch (m - r) {
                     case 1: tile1(J, a, half, b, deep, sums, k > 0); break;
@@ -543,26 +524,39 @@ static void columns(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *b
 #endif
 }
 
-static void product_inside(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto) {
+/* `room`: memory for the factors of x, or NULL if products take bf16. */
+static void product_inside(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto,
+                           factor *room, meeting *m) {
     i64 from, to;
-    share(out, 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
-    columns(x, n, in, w, bias, y, out, onto, from, to);
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+    if (room) {
+        share(n * in / 2, 64, me, all, &from, &to);
+        factors_of(x + 2 * from, to - from, room + from);
+        meet(m);
+    }
+    share(out, 16, me, all, &from, &to);
+    columns(x, room ? room : (const factor *)x, n, in, w, bias, y, out, onto, from, to);
 }
 
 /* y (n, out) = x Wᵀ + bias, or y += …: `columns` for all columns. `out` is a multiple of 16; `in` is
    even, for ROWS8 a multiple of 4, for EIGHT and FOUR of w's size. */
-void panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto, int threads) {
+int panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto, int threads) {
+    factor *room = BF16_PRODUCTS ? NULL : aligned_room(n * in / 2 * (i64)sizeof *room);
+    meeting m = {0};
+    if (!BF16_PRODUCTS && !room) return NO_ROOM;
 #pragma omp parallel num_threads(threads)
-    product_inside(x, n, in, w, bias, y, out, onto);
+    product_inside(x, n, in, w, bias, y, out, onto, room, &m);
+    free(room);
+    return DONE;
 }
 
 #if HAS_TILES
 /* The same in AMX tiles, whatever `w` says. */
-void amx_panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto,
-                       int threads) {
+int amx_panel_product(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto,
+                      int threads) {
     matrix own = *w;
     own.tiles = 1;
-    panel_product(x, n, in, &own, bias, y, out, onto, threads);
+    return panel_product(x, n, in, &own, bias, y, out, onto, threads);
 }
 #endif
 
@@ -584,14 +578,18 @@ enum {
    heads d + 3 ffn) elements. */
 int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const float *numbers, const float *cs,
             const float *sn, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, const i64 *tables, i64 ldt,
-            i64 longest, const i64 *thin, i64 nseg, const i64 *segments, const i64 *rows, const float *strengths, bf16 *u,
+            i64 longest, const i64 *thin, i64 nseg, const i64 *segments, const i64 *rows, const float *strengths, factor *u,
             i64 ldu, bf16 *room, int threads) {
     i64 dim = sizes[0], heads = sizes[1], kv = sizes[2], d = sizes[3], ffn = sizes[4], wide_qkv = (heads + 2 * kv) * d;
     float eps = numbers[0], scale = numbers[1];
     bf16 *h = room, *qkv = h + n * dim, *seen = qkv + n * wide_qkv, *gates = seen + n * heads * d, *act = gates + n * 2 * ffn;
     i64 record = THIN_RECORD * nseg;
+    i64 widest = ffn > dim ? ffn : dim;
+    widest = widest > heads * d ? widest : heads * d;
+    factor *factors = BF16_PRODUCTS ? NULL : aligned_room(n * widest / 2 * (i64)sizeof *factors);
     int failed = DONE;
     meeting m = {0};
+    if (!BF16_PRODUCTS && !factors) return NO_ROOM;
 #pragma omp parallel num_threads(threads)
     for (i64 i = 0; i < count; i++) {
         const i64 *of = layers + i * FIELDS;
@@ -604,7 +602,7 @@ int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const
     }
         norm_inside(x, AT(NORM), h, n, dim, eps);
         meet(&m);
-        product_inside(h, n, dim, MATRIX(QKV), AT(QKV_BIAS), qkv, wide_qkv, 0);
+        product_inside(h, n, dim, MATRIX(QKV), AT(QKV_BIAS), qkv, wide_qkv, 0, factors, &m);
         meet(&m);
         THIN(0, h, dim, qkv, wide_qkv)
         turn_and_store_inside(qkv, heads, kv, d, cs, sn, AT(Q_NORM), AT(K_NORM), eps, positions, slots, starts, nseq,
@@ -613,12 +611,12 @@ int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const
         paged_attend_inside(qkv, wide_qkv, seen, heads, kv, d, positions, starts, nseq, tables, ldt, AT(KEYS), AT(VALUES),
                             scale, 0.0f, of[WINDOW], longest, &failed);
         meet(&m);
-        product_inside(seen, n, heads * d, MATRIX(OUT), AT(OUT_BIAS), x, dim, 1);
+        product_inside(seen, n, heads * d, MATRIX(OUT), AT(OUT_BIAS), x, dim, 1, factors, &m);
         meet(&m);
         THIN(1, seen, heads * d, x, dim)
         norm_inside(x, AT(NORM_AFTER), h, n, dim, eps);
         meet(&m);
-        product_inside(h, n, dim, MATRIX(GATE_UP), NULL, gates, 2 * ffn, 0);
+        product_inside(h, n, dim, MATRIX(GATE_UP), NULL, gates, 2 * ffn, 0, factors, &m);
         meet(&m);
         THIN(2, h, dim, gates, 2 * ffn)
         i64 from, to;
@@ -626,13 +624,14 @@ int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const
         for (i64 r = 0; r < n; r++)
             silu_gate_row(gates + r * 2 * ffn + from, gates + r * 2 * ffn + ffn + from, act + r * ffn + from, to - from);
         meet(&m);
-        product_inside(act, n, ffn, MATRIX(DOWN), NULL, x, dim, 1);
+        product_inside(act, n, ffn, MATRIX(DOWN), NULL, x, dim, 1, factors, &m);
         meet(&m);
         THIN(3, act, ffn, x, dim)
 #undef AT
 #undef MATRIX
 #undef THIN
     }
+    free(factors);
     return failed;
 }
 

@@ -385,6 +385,37 @@ IMPLEMENTATIONS["prepacked_linear"] = Implementation(
 )
 
 
+def _takes_int8(x: Tensor, codes: Tensor, outliers: Any, bias: Tensor | None) -> bool:
+    fits = not any(size % 16 for size in codes.shape) and max(codes.shape) <= _LONGEST_INT8
+    return fits and compiled.usable("int8_product", x, *([] if bias is None else [bias])) is not None
+
+
+_LONGEST_INT8 = 65_536
+"""Maximum reduction length whose sums of 255 · 127 fit in 32 bits."""
+
+
+@_implements(
+    "int8_linear", "int8_product", takes=_takes_int8, wants="contiguous bfloat16, rows and columns a multiple of 16"
+)
+def _int8_linear(
+    x: Tensor,
+    codes: Tensor,
+    factor: Tensor,
+    column: Tensor,
+    transposed: bool,
+    outliers: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+) -> Tensor:
+    (n, k), columns = x.shape, codes.shape[0 if transposed else 1]
+    y, q = x.new_empty(n, columns), torch.empty((n + 7) * k, dtype=torch.int8)
+    which, weights = outliers or (None, None)
+    weight = codes.data_ptr(), codes.shape[1], int(transposed), columns, column.data_ptr()
+    kept = 0 if which is None else len(which)
+    last = kept, *_at(weights, bias, q, y), torch.get_num_threads()
+    _kernel("int8_product")(x.data_ptr(), n, k, factor.data_ptr(), *weight, *_at(which), *last)
+    return y
+
+
 # -- low-rank products -------------------------------------------------------------------------------------------------
 
 _LOW_RANK = ("lora_forward", "lora_backward", "lora_weight_gradients")

@@ -25,6 +25,7 @@ from veneer.ops.cpu import compiled
 from veneer.ops.cpu.compiled import Kernels, load_library
 from veneer.ops.dispatch import override_ops
 from veneer.ops.dropout import Dropout
+from veneer.ops.int8 import Int8Weight
 from veneer.ops.lowrank import LowRank
 from veneer.ops.quantization_formats import GgmlBlocks, Groups, Rows8, to_format
 from veneer.ops.weight_panels import Panels
@@ -341,7 +342,25 @@ def _rows8_dense(random: RandomTensors) -> list[Tensor]:
     return [Rows8((5, 37), codes, absmax).dense(random.dtype, 0, 5)]
 
 
-# -- serving, with AVX512-BF16 -----------------------------------------------------------------------------------------
+@_case("int8_product")
+def _int8_product(random: RandomTensors) -> list[Tensor]:
+    """Multiply in both directions, with full and partial tiles, with and without outlier channels."""
+    results = list[Tensor]()
+    for rows, out, inputs in ((37, 80, 208), (400, 32, 48)):
+        W, x, g, bias = random(out, inputs), random(rows, inputs), random(rows, out), random(out)
+        which = torch.tensor([3, inputs - 1])
+        for large in (1.0, 500.0):
+            x[:, which] *= large
+            copy = Int8Weight(W)
+            for t, transposed in ((x, True), (x, True), (g, False)):
+                y = copy.product(t, W, bias if transposed else None, transposed)
+                results += [] if y is None else [y]
+                if copy.codes is None:
+                    copy.quantize()
+    return results
+
+
+# -- serving ----------------------------------------------------------------------------------------------------------
 
 
 def _panel_products(random: RandomTensors, name: str) -> list[Tensor]:
@@ -401,7 +420,7 @@ def _lora_rows(random: RandomTensors) -> list[Tensor]:
         (A.view(1, 16, -1, 2).permute(0, 2, 1, 3).contiguous(), B.view(40, -1, 2).permute(1, 0, 2).contiguous())
         for A, B in pairs
     ]
-    table, u = torch.zeros(2, 17, dtype=torch.int64), torch.empty(7, 16, dtype=_BF16)
+    table, u = torch.zeros(2, 17, dtype=torch.int64), torch.empty(7, 16)
     for record, (A, B) in zip(table, laid, strict=True):
         record[:7] = torch.tensor([A.data_ptr(), 16, B.data_ptr(), 0, 40, 0, 16])
     numbers = [*_at(table), 2, *_at(starts, rows, strengths, u), 16]

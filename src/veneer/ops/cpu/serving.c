@@ -1,52 +1,51 @@
 /* Serving in bfloat16: low-rank products of many adapters in one call, and attention over a paged
-   cache. Needs AVX512-BF16; elsewhere torch's operations run (serve/forward/lowrank.py,
+   cache. Needs the vectors of vec.h; elsewhere torch's operations run (serve/forward/lowrank.py,
    serve/forward/paged.py), which are also the reference. Arithmetic is float32 inside. Work is divided
    statically, and a row's result does not depend on the other rows. */
 
 #include "serving.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if HAS_VECTORS
 
 const int has_serving = 1;
 
-enum { BLOCK = 16, TILE = 12, PARTS = 3, RECORD = THIN_RECORD };
+enum { BLOCK = 16, TILE = REGISTERS == 32 ? 12 : 4, PARTS = 3, RECORD = THIN_RECORD };
+enum { NEAR = 256, SUMS = REGISTERS == 32 ? 2 : 1 }; /* pairs of x widened at once; sums per row, to wait less */
 
 #define FEW static inline __attribute__((always_inline)) void
 
 /* u[i][16] = s_i A x_i for n rows and sixteen ranks; A as (in / 2, 16, 2): pairs of inputs, sixteen
    ranks adjacent. */
-FEW first(const int n, const bf16 *A, i64 pairs_in, const uint32_t **x, const float *strengths, bf16 *u, i64 ldu) {
-    __m512 c[4][2];
-    for (int i = 0; i < n; i++) c[i][0] = c[i][1] = _mm512_setzero_ps();
-    i64 j = 0;
-    for (; j + 1 < pairs_in; j += 2) {
-        __m512bh a = pairs(A + j * 32), b = pairs(A + j * 32 + 32);
-        for (int i = 0; i < n; i++) {
-            c[i][0] = _mm512_dpbf16_ps(c[i][0], a, both(x[i][j]));
-            c[i][1] = _mm512_dpbf16_ps(c[i][1], b, both(x[i][j + 1]));
-        }
+FEW first(const int n, const bf16 *A, i64 pairs_in, const bf16 **x, const float *strengths, factor *u, i64 ldu) {
+    v16 c[4][2];
+    factor room[4][NEAR];
+    const factor *xs[4];
+    for (int i = 0; i < n; i++) c[i][0] = c[i][1] = set16(0.0f);
+    for (i64 from = 0, to; from < pairs_in; from = to) {
+        to = BF16_PRODUCTS || pairs_in - from <= NEAR ? pairs_in : from + NEAR;
+        for (int i = 0; i < n; i++) xs[i] = factors_of(x[i] + 2 * from, to - from, room[i]) - from;
+        i64 j = from;
+        for (; j + SUMS <= to; j += SUMS)
+            for (int k = 0; k < SUMS; k++) {
+                columns16 a = columns_of(load_w16(A + (j + k) * 32));
+                for (int i = 0; i < n; i++) c[i][k] = dot16(c[i][k], xs[i][j + k], a);
+            }
+        for (; j < to; j++)
+            for (int i = 0; i < n; i++) c[i][0] = dot16(c[i][0], xs[i][j], columns_of(load_w16(A + j * 32)));
     }
-    if (j < pairs_in)
-        for (int i = 0; i < n; i++) c[i][0] = _mm512_dpbf16_ps(c[i][0], pairs(A + j * 32), both(x[i][j]));
-    for (int i = 0; i < n; i++) {
-        __m512 sum = _mm512_mul_ps(_mm512_add_ps(c[i][0], c[i][1]), _mm512_set1_ps(strengths[i]));
-        _mm256_storeu_si256((__m256i *)(u + i * ldu), (__m256i)_mm512_cvtneps_pbh(sum));
-    }
+    for (int i = 0; i < n; i++) store_factors(u + i * ldu, mul16(add16(c[i][0], c[i][1]), set16(strengths[i])));
 }
 
 /* y_i[from … to] += B u_i for n rows; B as (rank / 2, columns, 2). */
-FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const uint32_t **u, bf16 **y, i64 from, i64 to) {
+FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const factor **u, bf16 **y, i64 from, i64 to) {
     for (i64 c = from; c < to; c += 16) {
-        __mmask16 mask = to - c < 16 ? (__mmask16)((1u << (to - c)) - 1) : 0xffff;
-        __m512 sum[4];
-        for (int i = 0; i < n; i++)
-            sum[i] = _mm512_castsi512_ps(
-                _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, y[i] + c)), 16));
+        v16 sum[4];
+        for (int i = 0; i < n; i++) sum[i] = load_some_bf16(y[i] + c, to - c);
         for (i64 k = 0; k < rank / 2; k++) {
-            __m512bh b = (__m512bh)_mm512_maskz_loadu_epi32(mask, B + (k * columns + c) * 2);
-            for (int i = 0; i < n; i++) sum[i] = _mm512_dpbf16_ps(sum[i], b, both(u[i][k]));
+            columns16 b = columns_of(load_some_w16(B + (k * columns + c) * 2, to - c));
+            for (int i = 0; i < n; i++) sum[i] = dot16(sum[i], u[i][k], b);
         }
-        for (int i = 0; i < n; i++) _mm256_mask_storeu_epi16(y[i] + c, mask, (__m256i)_mm512_cvtneps_pbh(sum[i]));
+        for (int i = 0; i < n; i++) store_some_bf16(y[i] + c, sum[i], to - c);
     }
 }
 
@@ -65,12 +64,12 @@ FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const uint32_t **u
    0 is absent.
    Parts of two segments that share a row must have the same columns, or disjoint ones: threads divide a
    part's columns, so otherwise two threads could add to one number at once.
-   u: memory for starts[nseg] rows of ldu; `in` and the parts' ranks are even, a total rank is a multiple
-   of 16. */
+   u: memory for starts[nseg] rows of ldu / 2 factors; `in`, ldu and the parts' ranks are even, a total rank
+   is a multiple of 16. */
 void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts,
-                      const i64 *rows, const float *strengths, bf16 *u, i64 ldu, meeting *m) {
+                      const i64 *rows, const float *strengths, factor *u, i64 ldu, meeting *m) {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
-    i64 turn = 0;
+    i64 turn = 0, half = ldu / 2;
     for (i64 s = 0; s < nseg; s++) {
         const i64 *rec = table + s * RECORD;
         if (!rec[0]) continue;
@@ -78,9 +77,9 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
             for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
                 if (turn++ % all != me) continue;
                 i64 few = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
-                const uint32_t *xs[4];
-                for (i64 i = 0; i < few; i++) xs[i] = (const uint32_t *)(x + rows[i0 + i] * in);
-                BY_FEW(first, few, (const bf16 *)rec[0] + k * in, in / 2, xs, strengths + i0, u + i0 * ldu + k, ldu)
+                const bf16 *xs[4];
+                for (i64 i = 0; i < few; i++) xs[i] = x + rows[i0 + i] * in;
+                BY_FEW(first, few, (const bf16 *)rec[0] + k * in, in / 2, xs, strengths + i0, u + i0 * half + k / 2, half)
             }
     }
     meet(m);
@@ -94,10 +93,10 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
             share(columns, 16, me, all, &from, &to); /* the same for every segment */
             for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
                 i64 few = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
-                const uint32_t *us[4];
+                const factor *us[4];
                 bf16 *ys[4];
                 for (i64 i = 0; i < few; i++) {
-                    us[i] = (const uint32_t *)(u + (i0 + i) * ldu + part[3]);
+                    us[i] = u + (i0 + i) * half + part[3] / 2;
                     ys[i] = y + rows[i0 + i] * ldy + part[1];
                 }
                 BY_FEW(second, few, (const bf16 *)part[0], columns, part[4], us, ys, from, to)
@@ -107,7 +106,7 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
 }
 
 void lora_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts, const i64 *rows,
-               const float *strengths, bf16 *u, i64 ldu, int threads) {
+               const float *strengths, factor *u, i64 ldu, int threads) {
     meeting m = {0};
 #pragma omp parallel num_threads(threads)
     thin_rows_inside(x, in, y, ldy, table, nseg, starts, rows, strengths, u, ldu, &m);
@@ -184,29 +183,28 @@ void rope_and_cache(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const 
     turn_and_store_inside(qkv, heads, kv, d, cs, sn, qn, kn, eps, positions, slots, starts, nseq, K, V, &m);
 }
 
-#define SCORES(N)                                                                                    \
-    static void scores##N(const uint32_t *q, i64 d2, const uint32_t *k, float *s, i64 lds) {         \
-        __m512 c[N];                                                                                 \
-        for (int r = 0; r < N; r++) c[r] = _mm512_setzero_ps();                                      \
-        for (i64 j = 0; j < d2; j++) {                                                               \
-            __m512bh b = pairs(k + j * BLOCK);                                                       \
-            for (int r = 0; r < N; r++) c[r] = _mm512_dpbf16_ps(c[r], b, both(q[r * d2 + j]));       \
-        }                                                                                            \
-        for (int r = 0; r < N; r++) _mm512_storeu_ps(s + r * lds, c[r]);                             \
-    }                                                                                                \
-    static void values##N(const uint32_t *p, i64 ldp, const i64 *blocks, i64 first, i64 last, i64 kv, i64 h, i64 d,     \
-                          const bf16 *V, i64 at, float *out) {                                       \
-        __m512 c[N];                                                                                 \
-        for (int r = 0; r < N; r++) c[r] = _mm512_setzero_ps();                                      \
-        for (i64 b = first; b < last; b++) {                                                         \
-            const uint32_t *v = (const uint32_t *)(V + (blocks[b] * kv + h) * BLOCK * d) + at;       \
-            for (i64 j = 0; j < BLOCK / 2; j++) {                                                    \
-                __m512bh w = pairs(v + j * d);                                                       \
-                for (int r = 0; r < N; r++)                                                          \
-                    c[r] = _mm512_dpbf16_ps(c[r], w, both(p[r * ldp + b * (BLOCK / 2) + j]));        \
-            }                                                                                        \
-        }                                                                                            \
-        for (int r = 0; r < N; r++) _mm512_storeu_ps(out + r * d + at, c[r]);                        \
+#define SCORES(N)                                                                                                     \
+    static void scores##N(const factor *q, i64 d2, const uint32_t *k, float *s, i64 lds) {                            \
+        v16 c[N];                                                                                                     \
+        for (int r = 0; r < N; r++) c[r] = set16(0.0f);                                                               \
+        for (i64 j = 0; j < d2; j++) {                                                                                \
+            columns16 b = columns_of(load_w16(k + j * BLOCK));                                                        \
+            for (int r = 0; r < N; r++) c[r] = dot16(c[r], q[r * d2 + j], b);                                         \
+        }                                                                                                             \
+        for (int r = 0; r < N; r++) store16(s + r * lds, c[r]);                                                       \
+    }                                                                                                                 \
+    static void values##N(const factor *p, i64 ldp, const i64 *blocks, i64 first, i64 last, i64 kv, i64 h, i64 d,     \
+                          const bf16 *V, i64 at, float *out) {                                                        \
+        v16 c[N];                                                                                                     \
+        for (int r = 0; r < N; r++) c[r] = set16(0.0f);                                                               \
+        for (i64 b = first; b < last; b++) {                                                                          \
+            const uint32_t *v = (const uint32_t *)(V + (blocks[b] * kv + h) * BLOCK * d) + at;                        \
+            for (i64 j = 0; j < BLOCK / 2; j++) {                                                                     \
+                columns16 w = columns_of(load_w16(v + j * d));                                                        \
+                for (int r = 0; r < N; r++) c[r] = dot16(c[r], p[r * ldp + b * (BLOCK / 2) + j], w);                  \
+            }                                                                                                         \
+        }                                                                                                             \
+        for (int r = 0; r < N; r++) store16(out + r * d + at, c[r]);                                                  \
     }
 SCORES(1)
 SCORES(3)
@@ -229,9 +227,8 @@ void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i
     first[0] = 0;
     for (i64 s = 0; s < nseq; s++) first[s + 1] = first[s] + ((starts[s + 1] - starts[s]) * group + TILE - 1) / TILE * kv;
     {
-        uint32_t *qs = aligned_room(TILE * d2 * 4);
+        factor *qs = aligned_room(TILE * d2 * (i64)sizeof *qs), *pr = aligned_room(TILE * room / 2 * (i64)sizeof *pr);
         float *sc = aligned_room(TILE * room * 4), *o = aligned_room(TILE * d * 4);
-        bf16 *pr = aligned_room(TILE * room * 2);
         int there = all_there(qs && sc && o && pr, failed);
         for (i64 w = omp_get_thread_num(); there && w < first[nseq]; w += omp_get_num_threads()) {
             i64 s = 0;
@@ -242,7 +239,8 @@ void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i
             i64 low = longest, high = 0;
             for (i64 r = 0; r < n; r++) {
                 i64 row = r < rows ? r0 + r : r0, t = starts[s] + row / group;
-                memcpy(qs + r * d2, q + t * ldq + (h * group + row % group) * d, (size_t)d * 2);
+                const bf16 *query = q + t * ldq + (h * group + row % group) * d;
+                memcpy(qs + r * d2, factors_of(query, d2, qs + r * d2), (size_t)d2 * sizeof *qs);
                 i64 back = window > 0 && positions[t] >= window ? positions[t] - window + 1 : 0;
                 if (back < low) low = back;
                 if (positions[t] + 1 > high) high = positions[t] + 1;
@@ -255,35 +253,27 @@ void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i
                 i64 row = r < rows ? r0 + r : r0, t = starts[s] + row / group, to = positions[t] + 1;
                 i64 from = window > 0 && to > window ? to - window : 0;
                 float *x = sc + r * room;
-                __m512 top = _mm512_set1_ps(-__builtin_inff()), by = _mm512_set1_ps(scale);
-                const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                v16 top = set16(-__builtin_inff());
                 for (i64 b = b0; b < b1; b++) {
-                    __m512i at = _mm512_add_epi32(_mm512_set1_epi32((int)(b * BLOCK)), lanes);
-                    __mmask16 seen = _mm512_cmplt_epi32_mask(at, _mm512_set1_epi32((int)to)) &
-                                     _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32((int)from));
-                    __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + b * BLOCK), by);
-                    if (cap > 0) {
-                        __m512 e = exp512(_mm512_mul_ps(_mm512_abs_ps(v), _mm512_set1_ps(-2.0f / cap)));
-                        __m512 one = _mm512_set1_ps(1.0f);
-                        __m512 tanh = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
-                        __mmask16 minus = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
-                        v = _mm512_mul_ps(_mm512_set1_ps(cap), tanh);
-                        v = _mm512_mask_sub_ps(v, minus, _mm512_setzero_ps(), v);
+                    v16 v = mul16(load16(x + b * BLOCK), set16(scale));
+                    if (cap > 0) { /* tanh(a) = (1 - e^-2a) / (1 + e^-2a), a >= 0 */
+                        v16 e = exp16(mul16(abs16(v), set16(-2.0f / cap))), one = set16(1.0f);
+                        v = with_sign_of(mul16(set16(cap), div16(sub16(one, e), add16(one, e))), v);
                     }
-                    v = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-__builtin_inff()), v);
-                    top = _mm512_max_ps(top, v);
-                    _mm512_storeu_ps(x + b * BLOCK, v);
+                    v = only16(v, (int)(from - b * BLOCK), (int)(to - b * BLOCK), -__builtin_inff());
+                    top = max16(top, v);
+                    store16(x + b * BLOCK, v);
                 }
-                __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(top)), sum = _mm512_setzero_ps();
+                v16 shift = set16(max_of(top)), sum = set16(0.0f);
                 for (i64 b = b0; b < b1; b++) {
-                    __m512 e = exp512(_mm512_sub_ps(_mm512_loadu_ps(x + b * BLOCK), shift));
-                    sum = _mm512_add_ps(sum, e);
-                    _mm256_storeu_si256((__m256i *)(pr + r * room + b * BLOCK), (__m256i)_mm512_cvtneps_pbh(e));
+                    v16 e = exp16(sub16(load16(x + b * BLOCK), shift));
+                    sum = add16(sum, e);
+                    store_factors(pr + (r * room + b * BLOCK) / 2, e);
                 }
-                scales[r] = 1.0f / _mm512_reduce_add_ps(sum);
+                scales[r] = 1.0f / sum_of(sum);
             }
             for (i64 at = 0; at < d; at += 16)
-                BY_ROWS(values, n, (const uint32_t *)pr, room / 2, blocks, b0, b1, kv, h, d, V, at, o);
+                BY_ROWS(values, n, pr, room / 2, blocks, b0, b1, kv, h, d, V, at, o);
             for (i64 r = 0; r < rows; r++) {
                 bf16 *to = out + (starts[s] + (r0 + r) / group) * heads * d + (h * group + (r0 + r) % group) * d;
                 for (i64 j = 0; j < d; j++) to[j] = down(o[r * d + j] * scales[r]);

@@ -4,9 +4,9 @@
 #ifndef VENEER_SERVING_H
 #define VENEER_SERVING_H
 
-#include "bf16.h"
+#include "vec.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if HAS_VECTORS
 #include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -23,6 +23,14 @@ typedef struct {
 
 extern int meeting_spins;
 
+static inline void relax(void) {
+#if defined(__aarch64__)
+    __asm__ volatile("yield");
+#else
+    _mm_pause();
+#endif
+}
+
 static inline void meet(meeting *m) {
     int all = omp_get_num_threads(), turn = atomic_load_explicit(&m->turn, memory_order_relaxed);
     if (all == 1) return;
@@ -32,15 +40,11 @@ static inline void meet(meeting *m) {
         return;
     }
     for (int spins = 0; atomic_load_explicit(&m->turn, memory_order_acquire) == turn; spins++)
-        if (spins < meeting_spins) _mm_pause();
+        if (spins < meeting_spins) relax();
         else sched_yield(); /* another process or thread has the processor that the others need */
 }
 
 enum { THIN_RECORD = 17 }; /* numbers per segment of lora_rows */
-
-static inline __m512bh pairs(const void *p) { return (__m512bh)_mm512_loadu_si512(p); }
-
-static inline __m512bh both(uint32_t pair) { return (__m512bh)_mm512_set1_epi32((int)pair); }
 
 /* a thread's part of 0 … n */
 static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to) {
@@ -50,7 +54,7 @@ static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to
 }
 
 void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts,
-                      const i64 *rows, const float *strengths, bf16 *u, i64 ldu, meeting *m);
+                      const i64 *rows, const float *strengths, factor *u, i64 ldu, meeting *m);
 
 void turn_and_store_inside(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn,
                            const bf16 *kn, float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq,

@@ -86,6 +86,13 @@ class Cache:
             table.blocks.append(self._allocate())
         return True
 
+    def shrink(self, table: BlockTable, tokens: int) -> None:
+        """Free the blocks after the table's first `tokens` tokens. No other sequence can know these blocks."""
+        while len(table.blocks) > max(len(table.keys), -(-tokens // self.block)):
+            block = table.blocks.pop()
+            self._holders[block] = 0
+            self._free.append(block)
+
     def mark_computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Record that the table holds the keys and values of all these tokens.
 

@@ -2,6 +2,10 @@
 
     a step    inbox → scheduler (rows and tokens) → runner (one forward pass) → sampler → text → events
 
+A step of a row has one token, and in two cases more. Tokens that the grammar forces are appended without a
+forward pass of their own; the next step computes their keys and values. Drafts (`drafts`) are computed
+together and verified: the row samples at each position, as it would without drafts, until a sample differs.
+
 Only the step thread changes state; other threads post callbacks to its queue. A request's adapters are leased
 before the request runs and released when it ends, for whatever reason. An error ends only the request that
 caused it: a failed step is rerun row by row, and only rows that fail again end with an error.
@@ -10,6 +14,7 @@ caused it: a failed step is rerun row by row, and only rows that fail again end 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -18,7 +23,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +35,7 @@ from veneer.models.text.base import TextBase
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.engine.cache import Cache
 from veneer.serve.engine.detokenize import AnswerText
+from veneer.serve.engine.drafts import Drafter, Drafts
 from veneer.serve.engine.sampler import SampledRow, SampledToken, sample, scored
 from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence
 from veneer.serve.forward.paged import BLOCK
@@ -47,6 +53,7 @@ from veneer.serve.request import (
     Started,
     Token,
     Usage,
+    cache_root,
     invalid,
     shutting_down,
 )
@@ -64,6 +71,8 @@ _SCORED = 64
 _LOST = 3
 """Number of consecutive steps that must fail for all rows before the engine reports that it is unhealthy."""
 
+
+_Choices = list[SampledToken | Refused]
 
 _Note = tuple[Callable[[EngineEvent], None], EngineEvent]
 """(callback, event that the callback receives)."""
@@ -85,8 +94,11 @@ class _Live:
     began: float | None = None
     first: float | None = None
     last: float | None = None
-    prompt: dict[int, SampledToken] = field(default_factory=dict)
-    """Position in the prompt -> log-probabilities of the token there, if requested."""
+    drafter: Drafter | None = None
+    forced: list[int] = field(default_factory=list)
+    """The sequence's last tokens, if the grammar forced them and their events wait for the next step."""
+    scores: dict[int, SampledToken] = field(default_factory=dict)
+    """Position of a prompt or forced token -> its log-probabilities, if requested."""
 
 
 class TextEngine(Engine[Request, EngineEvent]):
@@ -129,7 +141,9 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._box: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._outbox: dict[asyncio.AbstractEventLoop, list[_Note]] = defaultdict(list)
         self._state: Literal["new", "open", "closed"] = "new"
+        self.drafts = Drafts()
         self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._forced_tokens = self._drafted_tokens = self._accepted_tokens = 0
         self._texts: dict[int, str] = {}
         self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
         self._heartbeat, self._lost = time.monotonic(), 0
@@ -198,6 +212,9 @@ class TextEngine(Engine[Request, EngineEvent]):
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            forced_tokens=self._forced_tokens,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
             adapters=memory.adapters,
             adapter_bytes=memory.bytes,
             evictions=memory.evictions,
@@ -295,6 +312,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         live.sequence = self.scheduler.add(live.request)
         self._live[live.sequence] = live
         self._loaded(live.sequence)
+        self._force(live)
+        self._draft(live, 1 + len(self.scheduler.running))
 
     def _loaded(self, sequence: Sequence) -> bool:
         """Return whether the sequence's adapters are in memory. The first call starts loading them."""
@@ -314,7 +333,39 @@ class TextEngine(Engine[Request, EngineEvent]):
         else:
             result.release()
 
+    def _force(self, live: _Live) -> None:
+        """Append the tokens that the grammar forces, if any, to the sequence."""
+        sequence, sampling = live.sequence, live.request.sampling
+        if sequence is None or live.draws.grammar is None or not self.runner.shares:
+            return
+        try:
+            live.forced = live.draws.force(sampling.max_tokens - sequence.generated)
+        except Exception as error:
+            self._end(live, "error", error=error if isinstance(error, Refused) else internal_error("the answer", error))
+            return
+        for token in live.forced:
+            self.scheduler.appended(sequence, token, forced=True)
+            if live.drafter is not None:
+                live.drafter.add(token, sampled=False)
+        sequence.unscored = 0 if sampling.logprobs is None else len(live.forced)
+        self._forced_tokens += len(live.forced)
+
+    def _draft(self, live: _Live, rows: int) -> None:
+        """Propose the sequence's drafts for the next step, in which `rows` sequences decode."""
+        sequence = live.sequence
+        if sequence is None or not self.settings.draft or not self.runner.shares:
+            return
+        if live.drafter is None:
+            root = cache_root(live.request.mix, live.request.salt)
+            live.drafter = self.drafts.drafter(root, sequence.tokens)
+        room = max(0, live.request.sampling.max_tokens - sequence.generated - 1)
+        sequence.drafts = live.drafter.propose(min(self.settings.draft, room), rows)
+        if sequence.drafts and live.draws.grammar is not None:
+            sequence.drafts = sequence.drafts[: live.draws.grammar.allowed(sequence.drafts)]
+
     def _step(self) -> None:
+        for sequence in self.scheduler.running:
+            self._draft(self._live[sequence], len(self.scheduler.running))
         chunks = self.scheduler.step()
         if not chunks:
             return
@@ -325,44 +376,62 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._prompt_tokens += len(live.request.prompt)
                 self._emit(live, Started(chunk.sequence.cached))
         self._steps += 1
-        sampled = [c for c in chunks if c.last]
-        choices = dict(zip(map(id, sampled), self._choose(chunks, sampled), strict=True))
+        choices = self._choose(chunks)
         now = time.monotonic()
-        for chunk in chunks:
+        for chunk, last in [(chunk, chunk.last) for chunk in chunks]:
             if (still := self._live.get(chunk.sequence)) is not None:  # None if the row failed
-                self.scheduler.mark_computed(chunk)
-                if chunk.last:
-                    self._append_token(still, choices[id(chunk)], now)
+                chosen = choices[id(chunk)]
+                self.scheduler.mark_computed(chunk, max(0, len(chosen) - 1))
+                if last:
+                    self._append_tokens(still, chosen, now)
 
-    def _choose(self, chunks: list[Chunk], sampled: list[Chunk]) -> list[SampledToken | Refused | None]:
-        """Return the next token of each chunk in `sampled`.
+    def _choose(self, chunks: list[Chunk]) -> dict[int, _Choices]:
+        """Return the next tokens by id of the chunk: one for a last chunk, and one for each accepted draft.
 
         If the step fails, each row is rerun separately."""
         rows = [self._row(c) for c in chunks]
-        for chunk in sampled:
-            self._live[chunk.sequence].draws.prefetch_mask(self._masks.submit)
+        out: dict[int, _Choices] = {id(c): [] for c in chunks}
+        for chunk in chunks:
+            if chunk.last:
+                self._live[chunk.sequence].draws.prefetch_mask(self._masks.submit)
+                self._drafted_tokens += len(chunk.drafts)
         try:
-            logits = self._scored(chunks, rows, self.runner.run(rows))
-            choices: list[SampledToken | Refused | None] = (
-                list(sample(logits, [self._live[c.sequence].draws for c in sampled])) if sampled else []
-            )
+            self._sample(chunks, rows, self.runner.run(rows), out)
             self._lost = 0
-            return choices
+            return out
         except Exception:
             log.exception("a step of %d rows failed; each row is rerun separately", len(rows))
-        out: dict[int, SampledToken | Refused | None] = {id(c): None for c in sampled}
         self._lost += 1
         for chunk in chunks:
-            live = self._live[chunk.sequence]
+            if out[id(chunk)]:  # sampled before the step failed
+                continue
             try:
                 row = self._row(chunk, again=not self.runner.shares)
-                logits = self._scored([chunk], [row], self.runner.run([row]))
+                self._sample([chunk], [row], self.runner.run([row]), out)
                 self._lost = 0
-                if chunk.last:
-                    out[id(chunk)] = sample(logits, [live.draws])[0]
             except Exception as error:
-                self._end(live, "error", error=internal_error("the answer", error))
-        return list(out.values())
+                self._end(self._live[chunk.sequence], "error", error=internal_error("the answer", error))
+        return out
+
+    def _sample(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor, out: dict[int, _Choices]) -> None:
+        """Add the next tokens of last chunks to `out`. Drafts are accepted while the samples equal them."""
+        self._score(chunks, rows, logits)
+        ends = itertools.accumulate(row.wants for row in rows)
+        active = [(c, end - 1 - len(c.drafts)) for c, end in zip(chunks, ends, strict=True) if c.last]
+        depth = 0
+        while active:
+            at = [first + depth for _, first in active]
+            part = logits if at == list(range(len(logits))) else logits[at]
+            following = []
+            sampled = sample(part, [self._live[chunk.sequence].draws for chunk, _ in active])
+            for (chunk, first), choice in zip(active, sampled, strict=True):
+                out[id(chunk)].append(choice)
+                token = choice.id if isinstance(choice, SampledToken) else None
+                if depth < len(chunk.drafts) and chunk.drafts[depth] == token:
+                    self._accepted_tokens += 1
+                    if token not in self._live[chunk.sequence].answer.ends:
+                        following.append((chunk, first))
+            active, depth = following, depth + 1
 
     def _row(self, chunk: Chunk, *, again: bool = False) -> RunnerRow:
         """Return the runner's row for a chunk. `again`: recompute the sequence from its start.
@@ -373,49 +442,70 @@ class TextEngine(Engine[Request, EngineEvent]):
         sequence, live = chunk.sequence, self._live[chunk.sequence]
         assert sequence.table is not None
         mix = live.lease.parts if live.lease is not None else ()
-        tokens = sequence.tokens[chunk.start : chunk.end]
-        scored = live.request.sampling.prompt_logprobs and chunk.start < sequence.prompt
-        wants = len(tokens) if scored else int(chunk.last)
-        if again:
-            return RunnerRow(sequence.tokens[: chunk.end], 0, sequence.table.blocks, mix, wants, id(sequence))
-        return RunnerRow(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
+        start, sampling = 0 if again else chunk.start, live.request.sampling
+        tokens = [*sequence.tokens[start : chunk.end], *chunk.drafts]
+        scored = len(sequence.tokens) - sequence.unscored
+        if sampling.prompt_logprobs and chunk.start < sequence.prompt:
+            scored = chunk.start + 1
+        wants = max(0, chunk.end - max(chunk.start, scored - 1)) + len(chunk.drafts)
+        return RunnerRow(tokens, start, sequence.table.blocks, mix, wants, id(sequence))
 
-    def _scored(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor) -> Tensor:
-        """Return the logits to sample from: one row for each sequence whose last chunk is in this batch.
-
-        Also stores the log-probabilities of prompt tokens, if requested."""
-        if sum(row.wants for row in rows) == sum(chunk.last for chunk in chunks):
-            return logits
-        ends, at = [], 0
+    def _score(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor) -> None:
+        """Store the log-probabilities of the rows' prompt and forced tokens, if requested."""
+        at = 0
         for chunk, row in zip(chunks, rows, strict=True):
             live = self._live[chunk.sequence]
-            following = live.request.prompt[chunk.start + 1 : chunk.end + 1]
+            first = chunk.end + len(chunk.drafts) - row.wants + 1
+            known = chunk.sequence.tokens[first : chunk.end + 1]
             count = live.request.sampling.logprobs or 0
-            for k in range(0, len(following), _SCORED) if live.request.sampling.prompt_logprobs else ():
-                ids = torch.tensor(following[k : k + _SCORED], device=logits.device)
+            for k in range(0, len(known), _SCORED):
+                ids = torch.tensor(known[k : k + _SCORED], device=logits.device)
                 tokens = scored(logits[at + k : at + k + len(ids)], ids, [count] * len(ids))
-                live.prompt |= dict(enumerate(tokens, chunk.start + 1 + k))
+                live.scores |= dict(enumerate(tokens, first + k))
             at += row.wants
-            ends += [at - 1] if chunk.last else []
-        return logits[ends]
 
-    def _append_token(self, live: _Live, choice: SampledToken | Refused | None, now: float) -> None:
-        sequence = live.sequence
+    def _append_tokens(self, live: _Live, chosen: _Choices, now: float) -> None:
+        """Append the chosen tokens, and then the tokens that the grammar forces, to the completion."""
+        sequence, sampling = live.sequence, live.request.sampling
         assert sequence is not None
-        if isinstance(choice, Refused):
-            self._end(live, "error", error=choice)
+        forced = self._forced_choices(live, len(sequence.tokens) - max(0, len(chosen) - 1))
+        sequence.unscored = 0
+        if not all(self._append_token(live, choice, now) for choice in forced):
             return
-        assert choice is not None
+        for choice in chosen:
+            if isinstance(choice, Refused):
+                self._end(live, "error", error=choice)
+                return
+            if choice is chosen[-1]:
+                self.scheduler.appended(sequence, choice.id)
+            if live.drafter is not None:
+                live.drafter.add(choice.id)
+            if not self._append_token(live, choice, now):
+                return
+        self._force(live)
+        if sampling.logprobs is None:
+            for choice in self._forced_choices(live, 0):
+                if not self._append_token(live, choice, now):
+                    return
+
+    def _forced_choices(self, live: _Live, end: int) -> list[SampledToken]:
+        """Return the forced tokens whose events wait; they end before position `end`."""
+        tokens, live.forced = live.forced, []
+        scores = [live.scores.get(k, SampledToken(t)) for k, t in enumerate(tokens, end - len(tokens))]
+        return [replace(s, sampled_logprob=0.0) for s in scores] if live.request.sampling.sampled_logprob else scores
+
+    def _append_token(self, live: _Live, choice: SampledToken, now: float) -> bool:
+        """Append a token to the completion's text, and emit it. Return whether the completion continues."""
         self._generated_tokens += 1
         prompt = self._prompt(live) if live.first is None else ()
         live.first, live.last = live.first or now, now
-        self.scheduler.appended(sequence, choice.id)
         piece = live.answer.add(choice.id)
         special = choice.id in self.base.stop_ids
         top = self._top(choice)
         self._emit(live, Token(choice.id, piece.text, choice.logprob, top, special, prompt, choice.sampled_logprob))
         if piece.reason is not None:
             self._end(live, piece.reason, stop=piece.stop)
+        return piece.reason is None
 
     def _end(
         self,
@@ -431,7 +521,9 @@ class TextEngine(Engine[Request, EngineEvent]):
         sequence = live.sequence
         completion = cached = 0
         if sequence is not None:
-            completion, cached = sequence.generated, sequence.cached
+            completion, cached = live.answer.count, sequence.cached
+            if live.drafter is not None and reason in ("stop", "length"):
+                self.drafts.finished(live.drafter, sequence.prompt)
             self.scheduler.remove(sequence)
             del self._live[sequence]
             self.runner.forget(id(sequence))
@@ -465,8 +557,8 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _prompt(self, live: _Live) -> tuple[Token, ...]:
         if not live.request.sampling.prompt_logprobs:
             return ()
-        tokens = [live.prompt.get(k, SampledToken(token)) for k, token in enumerate(live.request.prompt)]
-        live.prompt = {}
+        tokens = [live.scores.get(k, SampledToken(token)) for k, token in enumerate(live.request.prompt)]
+        live.scores = {}
         return tuple(Token(c.id, self._text(c.id), c.logprob, self._top(c)) for c in tokens)
 
     def _top(self, choice: SampledToken) -> tuple[tuple[int, str, float], ...]:

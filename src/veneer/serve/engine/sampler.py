@@ -118,6 +118,21 @@ class SampledRow:
         if self.grammar is not None:
             self.grammar.advance(token)
 
+    def force(self, most: int) -> list[int]:
+        """Record the tokens that the grammar leaves no choice about, at most `most`, and return them.
+
+        `sample` would choose the same tokens. Raises the grammar's errors.
+        """
+        forced: list[int] = []
+        while self.grammar is not None and len(forced) < most:
+            done, tokens = self.grammar.done, self.grammar.forced()[: most - len(forced)]
+            for token in tokens:
+                self.take(token)
+            forced += tokens
+            if done or not tokens:
+                break
+        return forced
+
     def mask(self) -> Tensor | None:
         """Return which tokens the grammar allows next, as a mask on the CPU; None without a grammar.
 

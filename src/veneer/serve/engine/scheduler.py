@@ -1,16 +1,17 @@
 """Continuous batching scheduler: selects the sequences and tokens that each step computes.
 
-A step has at most `budget` tokens. Each decoding sequence gets one token, and the rest go to prompts, which
-are computed in chunks, so that a long prompt never delays the next tokens of other sequences.
+A step has at most `budget` tokens. Each decoding sequence gets one token, more with forced or drafted tokens,
+and the rest go to prompts, which are computed in chunks, so that a long prompt never delays the next tokens of
+other sequences.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
-received (1 per computed prompt token, 2 per generated token) divided by its weight. The tenant with the
-lowest counter gets the next slot and the next prompt tokens. The counter of a tenant that returns after a
-pause is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary
-length is charged only after its last chunk, so that a tenant that arrives at a busy server is not delayed
-halfway through a prompt. Within a tenant, requests run first come, first served, except for sequences whose
-adapters are still loading. In a step that produces a sequence's first token, other tenants' prompts can at
-most double the step's prompt tokens.
+received, divided by its weight: 1 per computed prompt token, forced token and draft, whether accepted or not,
+and 2 per step that samples a token. The tenant with the lowest counter gets the next slot and the next prompt
+tokens. The counter of a tenant that returns after a pause is raised to the lowest counter of the active
+tenants: idle time earns no credit. A prompt of ordinary length is charged only after its last chunk, so that a
+tenant that arrives at a busy server is not delayed halfway through a prompt. Within a tenant, requests run
+first come, first served, except for sequences whose adapters are still loading. In a step that produces a
+sequence's first token, other tenants' prompts can at most double the step's prompt tokens.
 
 Slots: if the tenant with the lowest counter has less than its share (by weight, among active tenants) of
 slots and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
@@ -47,8 +48,11 @@ class Sequence:
 
     `tokens`: prompt and generated tokens. `computed`: number of tokens whose keys and values are in the
     cache. `cached`: number of prompt tokens found in the cache when the sequence first ran. `charged`: number
-    of prompt tokens charged to the tenant. `last_chunk`: serial number of the sequence's last chunk, from a
-    counter that all sequences share.
+    of prompt tokens charged to the tenant. `forced`: number of generated tokens that the grammar forced.
+    `unscored`: number of tokens at the end whose log-probabilities are still needed. `appended`: number of
+    tokens appended since the last step. `drafts`: tokens that the next step is to verify as continuation of
+    `tokens`. `last_chunk`: serial number of the sequence's last chunk, from a counter that all sequences
+    share.
     """
 
     request: Request
@@ -57,6 +61,10 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     charged: int = 0
+    forced: int = 0
+    unscored: int = 0
+    appended: int = 0
+    drafts: tuple[int, ...] = ()
     order: int = 0
     last_chunk: int = -1
     ran: bool = False
@@ -71,23 +79,29 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether all tokens except the last have been computed."""
-        return self.computed >= len(self.tokens) - 1
+        """Whether all tokens have been computed, except the last, or those appended since the last step."""
+        return len(self.tokens) - self.computed <= max(1, self.appended)
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Tokens `start` to `end` of a sequence, computed in one step.
 
-    `last`: whether the step needs the logits of the chunk's last token."""
+    `last`: whether the step needs the logits of the chunk's last token. `drafts`: tokens after `end`, only in a
+    last chunk, which are computed too."""
 
     sequence: Sequence
     start: int
     end: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def last(self) -> bool:
         return self.end == len(self.sequence.tokens)
+
+
+def _wanted(sequence: Sequence) -> int:
+    return len(sequence.tokens) - sequence.computed + len(sequence.drafts)
 
 
 @dataclass
@@ -152,7 +166,8 @@ class Scheduler:
         """Return the chunks to compute now, at most one per sequence, and allocate blocks for their tokens."""
         self._make_room()
         chunks: list[Chunk] = []
-        left = self.budget - sum(s.decodes for s in self.running)
+        share = self.budget // max(1, len(self.running))  # of a decoding sequence
+        left = self.budget - sum(min(share, _wanted(s)) for s in self.running if s.decodes)
         begun = sorted(self.running, key=self._turn)
         first, used, full = "", 0, False
         while True:
@@ -170,11 +185,10 @@ class Scheduler:
                 continue
             else:  # a sequence that was preempted in this step is still in `begun`
                 begun = [s for s in begun if s is not following]
-                left -= (
-                    following.decodes
-                )  # a preempted sequence whose prompt is cached: `left` does not account for its token yet
+                if following.decodes:  # its prompt is cached: `left` does not account for its token yet
+                    left -= min(share, _wanted(following))
             if following.decodes:
-                self._chunk(following, 1, chunks)
+                self._chunk(following, share, chunks)
                 continue
             if first and following.request.tenant != first:
                 left = min(left, max(_SHORT, used))
@@ -183,15 +197,23 @@ class Scheduler:
                 continue
             size = self._chunk(following, left, chunks)
             left, used = left - size, used + size
-            if size and chunks[-1].last and following.generated == 0:
+            if size and chunks[-1].last and following.generated == following.forced:
                 first = following.request.tenant
 
-    def mark_computed(self, chunk: Chunk) -> None:
-        """Record that the chunk's keys and values are in the cache."""
+    def mark_computed(self, chunk: Chunk, accepted: int = 0) -> None:
+        """Record that the chunk's keys and values are in the cache.
+
+        The first `accepted` drafts become tokens of the sequence. The others leave no trace.
+        """
         sequence = chunk.sequence
         assert sequence.table is not None
-        sequence.computed = chunk.end
-        self.cache.mark_computed(sequence.table, sequence.tokens[: chunk.end])
+        sequence.computed, sequence.appended = chunk.end + accepted, 0
+        sequence.tokens += chunk.drafts[:accepted]
+        self.cache.mark_computed(sequence.table, sequence.tokens[: sequence.computed])
+        if chunk.drafts:
+            sequence.drafts = ()
+            self.cache.shrink(sequence.table, sequence.computed)
+            self._tenants[sequence.request.tenant].counter += len(chunk.drafts) / sequence.request.weight
         new = min(chunk.end, sequence.prompt) - max(sequence.charged, sequence.cached)
         tenant = self._tenants[sequence.request.tenant]
         if new > 0:  # recomputed tokens are not charged again
@@ -200,9 +222,11 @@ class Scheduler:
         if chunk.last or tenant.owed > _CREDIT:
             self._charge(tenant)
 
-    def appended(self, sequence: Sequence, token: int) -> None:
+    def appended(self, sequence: Sequence, token: int, *, forced: bool = False) -> None:
         sequence.tokens.append(token)
-        self._tenants[sequence.request.tenant].counter += _GENERATED / sequence.request.weight
+        sequence.appended += 1
+        sequence.forced += forced
+        self._tenants[sequence.request.tenant].counter += (1.0 if forced else _GENERATED) / sequence.request.weight
 
     # -- internals -----------------------------------------------------------------------------------------------------
 
@@ -274,7 +298,8 @@ class Scheduler:
         Returns whether they fit. Never preempts other sequences."""
         no_cache = sequence.request.sampling.prompt_logprobs  # the cache stores no logits
         if self.shares and not no_cache:
-            table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)
+            known = sequence.tokens[: len(sequence.tokens) - sequence.unscored]
+            table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), known)
         else:
             table = BlockTable(f"sequence {sequence.order}".encode())
         needed = -(-(len(sequence.tokens) + 1) // self.cache.block) - len(table.blocks)
@@ -283,7 +308,7 @@ class Scheduler:
             return False
         sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
         if not sequence.ran:
-            sequence.ran, sequence.cached = True, sequence.computed
+            sequence.ran, sequence.cached = True, min(sequence.computed, sequence.prompt)
             self.looked_up += sequence.prompt if self.shares and not no_cache else 0
             self.found += sequence.cached
         tenant = self._tenants[sequence.request.tenant]
@@ -295,6 +320,9 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, left: int, chunks: list[Chunk]) -> int:
         end = min(len(sequence.tokens), sequence.computed + left)
         assert sequence.table is not None
+        drafts = sequence.drafts[: sequence.computed + left - end] if end == len(sequence.tokens) else ()
+        if drafts and not self.cache.grow(sequence.table, end + len(drafts)):
+            drafts = ()  # a draft preempts nobody
         while not self.cache.grow(sequence.table, end):
             victim = max(self.running, key=lambda s: (self._tenants[s.request.tenant].counter, s.order))
             self._preempt(victim)
@@ -303,8 +331,8 @@ class Scheduler:
                 return 0
         self._chunks += 1
         sequence.last_chunk = self._chunks
-        chunks.append(Chunk(sequence, sequence.computed, end))
-        return end - sequence.computed
+        chunks.append(Chunk(sequence, sequence.computed, end, drafts))
+        return end - sequence.computed + len(drafts)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)

@@ -297,9 +297,10 @@ class AdapterBatch:
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
         """Return the arguments of ops/cpu/serving.c for these rows, from `group` on.
 
-        Includes the address of a scratch buffer with x's dtype."""
+        Includes the address of a scratch buffer, which has room for float32."""
         if self.scratch is None:
-            self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
+            ranks = max(a.rank for a in self.adapters)
+            self.scratch = x.new_empty(len(self.rows), ranks, dtype=torch.float32)
         return (
             self.records[group].data_ptr(),
             len(self.adapters),

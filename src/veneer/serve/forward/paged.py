@@ -4,7 +4,7 @@
 
     out[t] = softmax(scale · q[t]·Kᵀ) · V     over positions ≤ t of t's sequence; only the last `window`, if set
 
-On a CPU with AVX512-BF16, the pages have the layout of ops/cpu/serving.c. Elsewhere, torch computes the
+On a CPU with vectors (ops/cpu/vec.h), the pages have the layout of ops/cpu/serving.c. Elsewhere, torch computes the
 attention, and the layout is (block, position, head, d). With the kernel, and with torch's `tiles`, a token's
 result is bit-identical in any batch. Otherwise results are equal within rounding, because the order of
 summation depends on the shape. A block has 16 tokens.

@@ -34,7 +34,7 @@ from veneer.models.patching import FusedProjection
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import route_experts
-from veneer.models.text.probe import LENGTHS, WINDOW, ReferenceForward, near_rows, short_windows
+from veneer.models.text.probe import LENGTHS, WINDOW, ReferenceForward, short_windows
 from veneer.ops.cpu import memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import put_numbers
@@ -367,8 +367,7 @@ class Runner:
         # The comparison tolerates differences at single tokens, because rounding can change the choice of
         # experts. So also compare the rows' last tokens together.
         last = torch.isin(at, torch.tensor([*starts[1:], sum(LENGTHS)], device=at.device) - 1)
-        close = near_rows(got[last], reference.logits[at[last]], reference.eps)
-        return "" if close else "its logits differ from the base's own"
+        return "" if reference.rows_agree(got[last], at[last]) else "its logits differ from the base's own"
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))

@@ -50,6 +50,9 @@ _COUNTERS = {
     "vllm:num_preemptions": ("Preempted requests.", "preemptions"),
     "vllm:prompt_tokens": ("Prompt tokens computed.", "prompt_tokens"),
     "vllm:generation_tokens": ("Generated tokens.", "generated_tokens"),
+    "vllm:spec_decode_num_draft_tokens": ("Tokens drafted by n-gram speculation.", "drafted_tokens"),
+    "vllm:spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted.", "accepted_tokens"),
+    "veneer:forced_tokens": ("Generated tokens that a grammar forced, without a forward pass.", "forced_tokens"),
     "veneer:engine_steps": ("Forward passes.", "steps"),
     "veneer:adapter_evictions": ("Adapters evicted from memory.", "evictions"),
 }

@@ -28,6 +28,7 @@ def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[s
     yield from _reinforcement(config)
     yield from _distillation(config)
     yield from _kind(config)
+    yield from _int8(config)
     named = [f"`adapter.{key}`" for key in changed_keys(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
         yield f"{', '.join(named)} cannot be combined with `adapter.start`, which brings its own settings"
@@ -192,6 +193,19 @@ def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     yield from _unused(config, "optimizer", "A and B, which only `adapter.kind: lora` has", "loraplus_ratio")
     if isinstance(config, ImageTrainConfig) and config.output.layout == "diffusers":
         yield f"`adapter.kind: {kind}` cannot be saved in the diffusers layout: set `output.layout` to kohya or peft"
+
+
+def _int8(config: TrainConfig) -> Iterator[str]:
+    """Check for settings that int8 products do not support."""
+    if config.base.compute != "int8":
+        return
+    if config.base.quantize is not None:
+        yield "`base.compute: int8` multiplies by its own 8-bit copies of the weights: remove `base.quantize`"
+    if config.memory.shard:
+        yield "`base.compute: int8` needs whole weights: remove `memory.shard`"
+    if config.preference.loss is not None or config.sampling is not None:
+        text = "`base.compute: int8` trains on a likelihood only: other losses compare two models' log-probabilities, "
+        yield text + "one of which would be computed in 16 bits"
 
 
 def _pictures(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[str]:

@@ -34,13 +34,23 @@ class BaseSection(Section):
 
     name: str = setting(..., "built-in name, hub id, folder or .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "precision of frozen weights", "bfloat16 if the hardware supports it, otherwise float32"
+        "auto", "precision of frozen weights", "bfloat16 for weights stored in 16 bits or fewer, otherwise float32"
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if present")
     quantize: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
         None,
         "4- or 8-bit linear weights (QLoRA; nf4 with double quantization); keep: the quantized blocks of a GGUF file",
         "full precision",
+    )
+
+
+class TextBaseSection(BaseSection):
+    """The base model. `base: NAME` is short for `base: {name: NAME}`."""
+
+    compute: Literal["auto", "int8"] = setting(
+        "auto",
+        "arithmetic of products with frozen weights in training; int8: faster and less exact (arXiv 2304.13013)",
+        "the dtype of the weights",
     )
 
 
@@ -327,7 +337,7 @@ class TrainConfig(Section):
 
     `base.name`, `data.train` and `output.directory` are required."""
 
-    base: BaseSection
+    base: TextBaseSection
     data: DataSection
     output: OutputSection
     adapter: AdapterSection = AdapterSection()
@@ -374,6 +384,8 @@ class TrainConfig(Section):
         unused |= {"distillation"} if self.distillation.teacher is None else set()
         recipe = self.model_dump(mode="json", exclude={"output", "report", *unused})
         recipe["adapter"] = self.adapter.recipe_values()
+        if self.base.compute == "auto":  # recipes written before this key existed do not have it
+            del recipe["base"]["compute"]
         paths = [(recipe["data"], ("train", "validation", "chat_template")), (recipe["base"], ("name",))]
         paths += [(recipe["adapter"], ("start",)), (recipe.get("distillation", {}), ("teacher", "base"))]
         paths += [(reward, ("file", "model")) for reward in recipe.get("reinforcement", {}).get("rewards", ())]

@@ -21,6 +21,7 @@ def run_images(
     config: ImageTrainConfig,
     *,
     resume: bool = False,
+    allow_other_machine: bool = False,
     dry_run: bool = False,
     force: bool = False,
     on_event: Listener | None = None,
@@ -31,6 +32,8 @@ def run_images(
 
     resume: continue from the newest checkpoint in the output folder; on a CPU, the result is bit for bit the
         same as without the interruption
+    allow_other_machine: resume even if this machine runs an op by another implementation than the checkpoint's,
+        which changes the last bits
     dry_run: stop after preflight and one step with the largest batch
     force: start a run that does not fit in memory, with a warning
     on_event: called with every event; the default shows the run in the terminal (stderr)
@@ -47,9 +50,9 @@ def run_images(
     kind = PICTURES
     if config.slider.enabled:
         kind, config = SLIDER, slider_config(config)
-    with opened(
-        config, unit="pictures", on_event=on_event, sources=sources, resume=resume, dry_run=dry_run, force=force
-    ) as run:
+    options: dict[str, Any] = {"resume": resume, "allow_other_machine": allow_other_machine}
+    options |= {"dry_run": dry_run, "force": force, "sources": sources}
+    with opened(config, unit="pictures", on_event=on_event, **options) as run:
         owns_base = base is None
         if base is None:
             run.fetch(config.base.name)

@@ -2,6 +2,7 @@
 
     encoded = encode_rows(rows, tokenizer, config.data)
     encoded.examples[0].input_ids, .trained        same length; trained[i]: token i is a target
+    table = EncodedTable.joined(encoded_chunks(chunked(rows), renderer, config.data))
 
 Each text is tokenized as a whole, and the loss mask is derived from character positions, so the tokens equal
 the tokens at inference. Tokens after the last target are dropped, because nothing is predicted from them.
@@ -11,45 +12,93 @@ This module does not depend on models.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from veneer.errors import BaseError, DataError, bullets
 from veneer.train.config.text import DataSection
+from veneer.train.lazy import Lazy
 from veneer.train.text.render import Rendered, Renderer
-from veneer.train.text.rows import Row
+from veneer.train.text.rows import Row, keys_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1024  # rows tokenized per call, which limits the tokenizer's memory
+_SCANNED = 1 << 22  # tokens read at once
+_SHOWN = 20  # rows that an error names
+TOKEN_BITS = np.int32(0x7FFFFFFF)
+_TRAINED = np.int32(-0x80000000)
+_Tokens = npt.NDArray[np.int32]
+_Integers = npt.NDArray[Any]
 
 
-@dataclass
 class Example:
     """The tokens of one row.
 
-    trained[i]: whether token i is a target, predicted from the tokens before it in the same row; trained[0]
-    is False. The two lists have the same length. row: index in the rows given to `encode_rows`."""
+    coded: (tokens,) int32, token ids, with the top bit set for targets, which are predicted from the tokens
+    before them in the same row; the first token is never a target. row: index in the rows that were encoded."""
 
-    input_ids: list[int]
-    trained: list[bool]
-    row: int
+    __slots__ = ("coded", "row")
+
+    def __init__(self, input_ids: Sequence[int], trained: Sequence[bool], row: int) -> None:
+        self.coded, self.row = _coded(input_ids, np.array(trained, np.bool_)), row
+
+    @classmethod
+    def of(cls, coded: _Tokens, row: int) -> Example:
+        example = cls.__new__(cls)
+        example.coded, example.row = coded, row
+        return example
+
+    @property
+    def input_ids(self) -> list[int]:
+        ids: list[int] = (self.coded & TOKEN_BITS).tolist()
+        return ids
+
+    @property
+    def trained(self) -> list[bool]:
+        """Return whether each token is a target."""
+        mask: list[bool] = (self.coded < 0).tolist()
+        return mask
 
     @property
     def tokens(self) -> int:
-        return len(self.input_ids)
+        return len(self.coded)
 
     @property
     def trained_tokens(self) -> int:
         """Return the number of targets."""
-        return sum(self.trained)
+        return int(np.count_nonzero(self.coded < 0))
 
     @property
     def prompt(self) -> list[int]:
         """Return the tokens before the first target."""
         return self.input_ids[: self.trained.index(True)]
+
+
+def _coded(ids: Sequence[int], trained: npt.NDArray[np.bool_]) -> _Tokens:
+    """Return token ids as int32, with the top bit set for targets."""
+    return np.array(ids, np.int32) | np.where(trained, _TRAINED, np.int32(0))
+
+
+class Examples(Lazy[Example]):
+    """The examples of an encoded table, read from memory or from a mapped file.
+
+    counts: as in `token_counts`."""
+
+    def __init__(self, table: EncodedTable, texts: _Integers, rows: _Integers) -> None:
+        ends, lengths = table.texts["end"][texts], table.texts["kept"][texts].astype(np.int64)
+        self.counts = lengths, table.texts["trained"][texts].astype(np.int64)
+        begins = ends - lengths
+        super().__init__(
+            len(texts), lambda i: Example.of(table.tokens[begins[i] : begins[i] + lengths[i]], int(rows[i]))
+        )
 
 
 @dataclass
@@ -61,6 +110,8 @@ class Counts:
     changed_turns: turns that render differently when later turns follow
     control: rows that contain the base's control tokens as text
     longest: tokens of the longest row before truncation
+    ended: used rows with a trained token that ends a completion
+    unbegun: used rows that do not begin with the begin-of-text token
 
     For preferences, each completion counts as a row:
     partners: completions dropped because the other completion of the pair was dropped
@@ -80,7 +131,15 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    ended: int = 0
+    unbegun: int = 0
     first_rows: dict[str, list[str]] = field(default_factory=dict)
+
+    def add_rows(self, name: str, numbers: npt.NDArray[Any], rows: Sequence[Row]) -> None:
+        """Add one number per row to a count."""
+        setattr(self, name, getattr(self, name) + int(numbers.sum()))
+        if len(found := np.flatnonzero(numbers)):
+            self.first_rows[name] = [rows[i].where for i in found[:5].tolist()]
 
     def add(self, name: str, where: str, n: int = 1) -> None:
         setattr(self, name, getattr(self, name) + n)
@@ -96,15 +155,62 @@ class EncodedRows:
     end_ids: token ids that end a completion (end-of-turn, or end-of-text for plain rows)
     cut_rows: indices of truncated rows
     chat: whether a chat template rendered any of the rows
+    vocabulary: the different token ids of the examples
     left: index of each dropped row -> reason"""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     counts: Counts
     renderer: Renderer
     end_ids: set[int]
     chat: bool
     cut_rows: set[int]
+    vocabulary: _Integers
     left: dict[int, str] = field(default_factory=dict)
+
+
+def vocabulary_of(tokens: Iterable[_Tokens]) -> _Integers:
+    """Return the different token ids of coded tokens, in ascending order."""
+    seen = np.zeros(0, np.bool_)
+    for part in tokens:
+        for at in range(0, len(part), _SCANNED):
+            found = np.bincount(part[at : at + _SCANNED] & TOKEN_BITS) > 0
+            short, long = sorted((seen, found), key=len)
+            seen = long.copy()
+            seen[: len(short)] |= short
+    return np.flatnonzero(seen)
+
+
+_FLAGS = ("untrained", "long_dropped", "cut", "cut_ends", "control", "doubled_bos")
+"""Counts of `Counts` that have one bit per text in an encoded table, from the lowest bit."""
+_REFUSED, _NO_BOS, _HAS_EOS, _HAS_MARKER, _CHAT, _APPENDS_EOS = (1 << i for i in range(len(_FLAGS), len(_FLAGS) + 6))
+
+# end: position in the tokens where the text ends; kept, trained: its tokens there, and the targets among them;
+# tokens: tokens before truncation; row: index of its row; key, prompt: `Row.key` and half of `Row.prompt_key`;
+# row_key: key of the row, which differs from `key` if the row has several texts
+_FIELDS = (
+    "end <i8, kept <i4, trained <i4, tokens <i4, row <i4, changed <u2, flags <u2, key V32, prompt V16, row_key V32"
+)
+TEXT = np.dtype([(name, kind) for name, kind in (field.split() for field in _FIELDS.split(", "))])
+
+
+@dataclass
+class EncodedTable:
+    """Encoded texts in flat arrays, in memory or in mapped files.
+
+    tokens: (N,) int32, coded as in Example. texts: (texts,) TEXT, in the order of the rows. errors: index of
+    each text that cannot be rendered -> reason."""
+
+    tokens: _Tokens
+    texts: npt.NDArray[np.void]
+    errors: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, chunks: Iterable[EncodedTable]) -> EncodedTable:
+        """Return the chunks of `encoded_chunks` as one table in memory."""
+        parts = list(chunks)
+        tokens = np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)])
+        texts = np.concatenate([np.zeros(0, TEXT), *(part.texts for part in parts)])
+        return cls(tokens, texts, {i: why for part in parts for i, why in part.errors.items()})
 
 
 def encode_rows(
@@ -120,91 +226,186 @@ def encode_rows(
     template.
     """
     renderer = Renderer(tokenizer, data.chat_template)
-    counts = Counts(rows=len(rows))
-    rendered: dict[int, Rendered] = {}
-    left: dict[int, str] = {}
-    for i, row in enumerate(rows):
-        try:
-            rendered[i] = renderer.render(row, data.train_on)
-        except ValueError as error:
-            left[i] = str(error)
+    table = EncodedTable.joined(encoded_chunks(chunked(rows), renderer, data))
+    return encoded_rows(table, np.arange(len(rows)), rows, renderer, data, refuse=refuse)
+
+
+def chunked(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield the rows in chunks that limit the tokenizer's memory."""
+    for at in range(0, len(rows), _CHUNK):
+        yield [*rows[at : at + _CHUNK]]
+
+
+def encoded_rows(
+    table: EncodedTable,
+    chosen: _Integers,
+    texts: Sequence[Row],
+    renderer: Renderer,
+    data: DataSection,
+    *,
+    refuse: bool = True,
+) -> EncodedRows:
+    """Return some texts of a table. Raises the errors of `encode_rows`.
+
+    chosen: (texts,) the indices of the texts in the table, in ascending order. texts: the same texts."""
+    about, tokenizer = table.texts[chosen], renderer.tokenizer
+    flags = about["flags"]
+
+    def lines(bit: int, text: Callable[[int], str]) -> list[str]:
+        """Return a line for each text with this bit; only the lines that are shown have words."""
+        found = np.flatnonzero(flags & bit).tolist()
+        return [f"{texts[i].where}: {text(i)}" if n < _SHOWN else "" for n, i in enumerate(found)]
+
     if refuse:
-        bad = [f"{rows[i].where}: {why}" for i, why in left.items()]
-        refuse_rows(
-            bad, len(rows), "cannot be encoded", "correct these rows, or set data.train_on or data.chat_template"
-        )
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    examples: list[Example] = []
-    long: list[str] = []
-    cut_rows: set[int] = set()
-    for (i, r), encoding in zip(rendered.items(), _encode_texts(tokenizer, list(rendered.values())), strict=True):
-        row, (ids, trained) = rows[i], _tokens(encoding, r, eos)
-        if r.changed_turns:
-            counts.add("changed_turns", row.where, r.changed_turns)
-        if any(renderer.has_control(str(m["content"])) for m in row.messages) or renderer.has_control(row.text):
-            counts.add("control", row.where)
-        if bos is not None and ids[:2] == [bos, bos]:
-            counts.add("doubled_bos", row.where)
-        if True not in trained:
-            counts.add("untrained", row.where)
-            left[i] = "no token to train on"
-            continue
-        ids, trained = _without_tail(ids, trained)
-        counts.longest = max(counts.longest, len(ids))
-        if len(ids) > data.max_length and data.long_rows != "cut":
-            long.append(f"{row.where}: {len(ids)} tokens")
-            left[i] = f"{len(ids):,} tokens, more than data.max_length, {data.max_length:,}"
-            counts.add("long_dropped", row.where)
-            continue
-        if len(ids) > data.max_length:
-            counts.add("cut", row.where)
-            cut_rows.add(i)
-            ids, trained, lost = _cut(ids, trained, data.max_length, bos)
-            if lost:
-                counts.add("cut_ends", row.where)
-        examples.append(Example(ids, trained, i))
-        counts.tokens += len(ids)
-        counts.trained_tokens += sum(trained)
+        fix = "correct these rows, or set data.train_on or data.chat_template"
+        bad = lines(_REFUSED, lambda i: table.errors[int(chosen[i])])
+        refuse_rows(bad, len(texts), "cannot be encoded", fix)
+    counts = Counts(rows=len(texts), longest=int(about["tokens"].max(initial=0)))
     if data.long_rows == "refuse" and refuse:
         fix = f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut"
-        refuse_rows(long, len(rows), f"are longer than data.max_length, {data.max_length} tokens", fix)
-    counts.used = len(examples)
-    texts = list(rendered.values())
-    chat = any(r.chat for r in texts)
-    return EncodedRows(examples, counts, renderer, _end_ids(renderer, texts, eos), chat, cut_rows, left)
+        long = lines(_bit("long_dropped"), lambda i: f"{about['tokens'][i]} tokens")
+        refuse_rows(long, len(texts), f"are longer than data.max_length, {data.max_length} tokens", fix)
+    for name in _FLAGS:
+        counts.add_rows(name, flags & _bit(name) > 0, texts)
+    counts.add_rows("changed_turns", about["changed"], texts)
+    left = {i: table.errors[int(chosen[i])] for i in np.flatnonzero(flags & _REFUSED).tolist()}
+    left |= dict.fromkeys(np.flatnonzero(flags & _bit("untrained")).tolist(), "no token to train on")
+    for i in np.flatnonzero(flags & _bit("long_dropped")).tolist():
+        left[i] = f"{about['tokens'][i]:,} tokens, more than data.max_length, {data.max_length:,}"
+    kept = np.flatnonzero(about["kept"])
+    examples = Examples(table, chosen[kept], kept)
+    counts.used, counts.tokens, counts.trained_tokens = len(kept), *(int(n.sum()) for n in examples.counts)
+    end_ids = set[int]()
+    ended: _Integers = np.zeros(len(kept), np.uint16)
+    for how, has, token in ((_APPENDS_EOS, _HAS_EOS, tokenizer.eos_token_id), (_CHAT, _HAS_MARKER, _marker(renderer))):
+        if token is not None and (flags & how).any():
+            end_ids, ended = end_ids | {token}, ended | flags[kept] & has
+    counts.ended, counts.unbegun = int(np.count_nonzero(ended)), int(np.count_nonzero(flags[kept] & _NO_BOS))
+    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1) if len(chosen) else []
+    ends = ((table.texts["end"][run[0]] - table.texts["kept"][run[0]], table.texts["end"][run[-1]]) for run in runs)
+    vocabulary = vocabulary_of(table.tokens[start:end] for start, end in ends)
+    cut_rows = set(np.flatnonzero(flags & _bit("cut")).tolist())
+    return EncodedRows(examples, counts, renderer, end_ids, bool((flags & _CHAT).any()), cut_rows, vocabulary, left)
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> Iterator[Any]:
-    """Yield the encoding of each text.
+def encoded_chunks(
+    chunks: Iterable[Sequence[Row]],
+    renderer: Renderer,
+    data: DataSection,
+    texts_of: Callable[[Sequence[Row]], tuple[Sequence[Row], Sequence[int]]] = lambda rows: (rows, range(len(rows))),
+) -> Iterator[EncodedTable]:
+    """Yield the encoded texts of each chunk of rows as a part of a table.
+
+    While a chunk is tokenized, which needs no Python, the next chunks are read and rendered.
+
+    texts_of: returns the texts of some rows, and the index of each text's row."""
+    if renderer.tokenizer("a", verbose=False).encodings is None:  # the call also turns truncation and padding off
+        text = "the base's tokenizer does not report which characters a token covers"
+        raise BaseError(text, fix="give the base a fast tokenizer (tokenizer.json)")
+    marker = _marker(renderer)  # before the thread starts, because the tokenizer cannot be called twice at once
+    bases = [0, 0, 0]  # rows, texts and tokens before the chunk
+    waiting: list[Callable[[], EncodedTable]] = []
+    with ThreadPoolExecutor(1) as pool:
+        for rows in chunks:
+            texts, owners = texts_of(rows)
+            rendered = [_rendered(renderer, text, data) for text in texts]
+            usable = [r for r in rendered if isinstance(r, Rendered)]
+            encodings = pool.submit(_encode_texts, renderer.tokenizer, usable)
+            about = np.zeros(len(texts), TEXT)
+            about["row"] = np.array(owners, np.int64) + bases[0]
+            bases[0] += len(rows)
+            keys = keys_of(texts)
+            about["key"], about["prompt"] = keys["key"], keys["prompt"]
+            about["row_key"] = keys["key"] if texts is rows else keys_of(rows)["key"][list(owners)]
+            waiting.append(partial(_finished, texts, rendered, encodings, about, bases, renderer, marker, data))
+            if len(waiting) > 2:
+                yield waiting.pop(0)()
+        for finish in waiting:
+            yield finish()
+
+
+def _rendered(renderer: Renderer, row: Row, data: DataSection) -> Rendered | str:
+    try:
+        return renderer.render(row, data.train_on)
+    except ValueError as error:
+        return str(error)
+
+
+def _finished(
+    texts: Sequence[Row],
+    rendered: Sequence[Rendered | str],
+    encodings: Future[list[Any]],
+    about: npt.NDArray[np.void],
+    bases: list[int],
+    renderer: Renderer,
+    marker: int | None,
+    data: DataSection,
+) -> EncodedTable:
+    """Return a chunk's texts as a part of a table; `bases` is moved to the next chunk."""
+    bos, eos = renderer.tokenizer.bos_token_id, renderer.tokenizer.eos_token_id
+    encoded, parts, errors = iter(encodings.result()), [np.zeros(0, np.int32)], dict[int, str]()
+    for i, (row, r) in enumerate(zip(texts, rendered, strict=True)):
+        if isinstance(r, str):
+            errors[bases[1] + i] = r
+            about["flags"][i], about["end"][i] = _REFUSED, bases[2]
+            continue
+        coded, flags = _tokens(next(encoded), r, eos), _CHAT * r.chat | _APPENDS_EOS * r.append_eos
+        if any(renderer.has_control(str(m["content"])) for m in row.messages) or renderer.has_control(row.text):
+            flags |= _bit("control")
+        if bos is not None and (coded[:2] & TOKEN_BITS).tolist() == [bos, bos]:
+            flags |= _bit("doubled_bos")
+        targets = np.flatnonzero(coded < 0)
+        full = coded = coded[: targets[-1] + 1 if len(targets) else 0]  # nothing is predicted from the rest
+        if not len(coded):
+            flags |= _bit("untrained")
+        elif len(coded) > data.max_length and data.long_rows == "cut":
+            coded, lost = _cut(coded, data.max_length, bos)
+            flags |= _bit("cut") | _bit("cut_ends") * lost
+        elif len(coded) > data.max_length:
+            flags |= _bit("long_dropped")
+            coded = coded[:0]
+        trained = coded[coded < 0] & TOKEN_BITS
+        for token, bit in ((eos, _HAS_EOS), (marker, _HAS_MARKER)):
+            flags |= bit * (token is not None and token in trained)
+        flags |= _NO_BOS * (bos is not None and len(coded) > 0 and coded[0] & TOKEN_BITS != bos)
+        bases[2] += len(coded)
+        values = (bases[2], len(coded), len(trained), len(full), min(r.changed_turns, 0xFFFF), flags)
+        for name, value in zip(("end", "kept", "trained", "tokens", "changed", "flags"), values, strict=True):
+            about[name][i] = value
+        parts.append(coded)
+    bases[1] += len(texts)
+    return EncodedTable(np.concatenate(parts), about, errors)
+
+
+def _bit(name: str) -> int:
+    return 1 << _FLAGS.index(name)
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> list[Any]:
+    """Return the encoding of each text.
 
     The tokenizer adds special tokens to plain text only, because a chat template writes BOS and EOS
-    itself."""
+    itself. The library below the tokenizer is called, because making its lists of ids takes as long as
+    finding them. `encoded_chunks` has set it to not truncate."""
+    encodings: list[Any] = []
     for chat, some in itertools.groupby(rendered, lambda r: r.chat):
-        texts = [r.text for r in some]
-        for at in range(0, len(texts), _CHUNK):
-            batch = tokenizer(texts[at : at + _CHUNK], add_special_tokens=not chat, verbose=False)
-            if batch.encodings is None:
-                text = "the base's tokenizer does not report which characters a token covers"
-                raise BaseError(text, fix="give the base a fast tokenizer (tokenizer.json)")
-            yield from batch.encodings
+        encodings += tokenizer.backend_tokenizer.encode_batch([r.text for r in some], add_special_tokens=not chat)
+    return encodings
 
 
-def _tokens(encoding: Any, r: Rendered, eos: int | None) -> tuple[list[int], list[bool]]:
-    """Return (ids, trained) of a text. If `r.append_eos`, append the end-of-text token."""
+def _tokens(encoding: Any, r: Rendered, eos: int | None) -> _Tokens:
+    """Return the coded tokens of a text. If `r.append_eos`, append the end-of-text token."""
     ids = list(encoding.ids)
-    trained = [False] * len(ids)
+    trained = np.zeros(len(ids) + 1, np.bool_)
     for start, end in r.trained_spans:
         first, last = _span(encoding, start, end)
-        trained[first:last] = [True] * (last - first)
+        trained[first:last] = True
     if r.append_eos and eos is not None:
-        if ids and ids[-1] == eos:
-            trained[-1] = True
-        else:
+        if not ids or ids[-1] != eos:
             ids.append(eos)
-            trained.append(True)
-    if trained:
-        trained[0] = False
-    return ids, trained
+        trained[len(ids) - 1] = True
+    trained[0] = False
+    return _coded(ids, trained[: len(ids)])
 
 
 def _span(encoding: Any, start: int, end: int) -> tuple[int, int]:
@@ -225,41 +426,25 @@ def _span(encoding: Any, start: int, end: int) -> tuple[int, int]:
     return first, last
 
 
-def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
-    end = len(trained)
-    while end and not trained[end - 1]:
-        end -= 1
-    return ids[:end], trained[:end]
-
-
-def _cut(ids: list[int], trained: list[bool], limit: int, bos: int | None) -> tuple[list[int], list[bool], bool]:
-    """Truncate a row to at most `limit` tokens. Return (ids, trained, whether the end was cut).
+def _cut(coded: _Tokens, limit: int, bos: int | None) -> tuple[_Tokens, bool]:
+    """Truncate a row to at most `limit` tokens. Return (tokens, whether the end was cut).
 
     Drops the oldest tokens before the first target, but keeps a leading BOS and the token directly before the
     target. If the row is still too long, drops its end. At least one target remains."""
-    first = trained.index(True)
-    head = 1 if bos is not None and ids[0] == bos and first > 1 and limit > 2 else 0
-    spare = max(0, first - 1 - head)
-    drop = min(spare, len(ids) - limit)
-    ids = ids[:head] + ids[head + drop :]
-    trained = trained[:head] + trained[head + drop :]
-    lost = len(ids) > limit
-    ids, trained = _without_tail(ids[:limit], trained[:limit])
-    return ids, trained, lost
+    first = int(np.argmax(coded < 0))
+    head = 1 if bos is not None and coded[0] == bos and first > 1 and limit > 2 else 0
+    drop = min(max(0, first - 1 - head), len(coded) - limit)
+    coded = np.concatenate([coded[:head], coded[head + drop :]])
+    lost = len(coded) > limit
+    return coded[: np.flatnonzero(coded[:limit] < 0)[-1] + 1], lost
 
 
-def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) -> set[int]:
-    """Return the token ids that end a completion.
-
-    They are the template's end marker, and EOS if plain rows end with EOS."""
-    ends: set[int] = set()
-    if any(r.append_eos for r in rendered) and eos is not None:
-        ends.add(eos)
-    if any(r.chat for r in rendered) and renderer.end_marker:
-        marker = renderer.tokenizer(renderer.end_marker, add_special_tokens=False)["input_ids"]
-        if marker:
-            ends.add(marker[-1])
-    return ends
+def _marker(renderer: Renderer) -> int | None:
+    """Return the last token of the template's end marker, which ends a completion."""
+    if not renderer.end_marker:
+        return None
+    ids: list[int] = renderer.tokenizer(renderer.end_marker, add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids else None
 
 
 def refuse_rows(lines: Sequence[str], rows: int, problem: str, fix: str) -> None:

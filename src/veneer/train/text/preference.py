@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +44,10 @@ from veneer.ops import loss as formulas
 from veneer.ops.device_transfer import sent
 from veneer.train.config.text import TrainConfig
 from veneer.train.devices import ALONE, Devices
+from veneer.train.lazy import token_counts
 from veneer.train.loop import EvalResult, MetricMeans, Step, Stop
 from veneer.train.text.batches import Batch, collate, grouped
-from veneer.train.text.encode import EncodedRows, Example
+from veneer.train.text.encode import TOKEN_BITS, EncodedRows, Example, vocabulary_of
 from veneer.train.text.rows import Row, unlearned
 
 if TYPE_CHECKING:
@@ -133,8 +135,12 @@ def preference_items(
             items.append(Item((chosen, rejected), i))
     examples = [e for item in items for e in item.answers]
     counts.used = len(examples)
-    counts.tokens, counts.trained_tokens = sum(e.tokens for e in examples), sum(e.trained_tokens for e in examples)
-    return items, replace(encoded, examples=examples, counts=counts)
+    counts.tokens, counts.trained_tokens = (int(numbers.sum()) for numbers in token_counts(examples))
+    bos, ends = encoded.renderer.tokenizer.bos_token_id, list(encoded.end_ids)
+    counts.ended = sum(bool(np.isin(e.coded[e.coded < 0] & TOKEN_BITS, ends).any()) for e in examples)
+    counts.unbegun = sum(int(e.coded[0]) != bos for e in examples)
+    vocabulary = vocabulary_of(e.coded for e in examples)
+    return items, replace(encoded, examples=examples, counts=counts, vocabulary=vocabulary)
 
 
 def _with_shorter_prompt(a: Example, b: Example) -> tuple[Example, Example]:

@@ -16,12 +16,14 @@ from typing import Any
 from veneer.core.targets import matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, counted, gigabytes
 from veneer.ops.linear import keeps_copy
+from veneer.ops.profile import WORTH, profile
 from veneer.ops.weight_panels import panels_here
 from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.shape import layer_pairs, model_shape
 from veneer.train.config.text import TrainConfig
+from veneer.train.lazy import token_counts
 from veneer.train.planning import plan_of_run, remaining_bytes, suggested_settings
 from veneer.train.preflight import (
     Finding,
@@ -83,7 +85,7 @@ def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: i
     """Inspect a run on a loaded base; see `inspect_run`."""
     encoded = data.train.encoded
     once = config.model_copy(update={"schedule": config.schedule.model_copy(update={"epochs": 1, "steps": None})})
-    steps = list(planned_steps(data.train.items, once, data.train.rows, devices))
+    steps = planned_steps(data.train.items, once, data.train.rows, devices)
     subject = TextSubject(
         base=base,
         config=config,
@@ -162,8 +164,7 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "end", text, fix)
         return
     names = s.tokens(ends)
-    trained = ({token for token, on in zip(e.input_ids, e.trained, strict=True) if on} for e in examples)
-    with_end = sum(not ends.isdisjoint(tokens) for tokens in trained)
+    with_end = s.encoded.counts.ended
     text = f"the {end_kind} token {names} is learned in {share(with_end, len(examples))} rows"
     if with_end == 0:
         fix = "check the chat template, data.train_on and data.long_rows"
@@ -187,7 +188,7 @@ def _bos_once(s: TextSubject) -> Iterator[Finding]:
     fix = f"remove {tokenizer.bos_token} from the rows or from the chat template"
     yield from s.rows_with("doubled_bos", "begin", f"rows begin with {tokenizer.bos_token} twice", fix, stops=True)
     if tokenizer("a")["input_ids"][:1] == [bos]:
-        missing = sum(e.input_ids[0] != bos for e in examples)
+        missing = s.encoded.counts.unbegun
         text = f"rows begin without {tokenizer.bos_token}, which the base expects first"
         yield from about_some("begin", missing, len(examples), text, fix="begin the chat template with {{ bos_token }}")
 
@@ -312,7 +313,9 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
         return
     if s.data.held_out.encoded.counts.trained_tokens == 0:
         yield Finding("stop", "held out", "the held-out rows have no trained token", "check data.validation's format")
-    identical, same_prompt = leakage(s.data.train.texts, s.data.held_out.texts)
+    identical, same_prompt = leakage(
+        s.data.train.texts, s.data.held_out.texts, s.data.train.keys(), s.data.held_out.keys()
+    )
     fix = "remove them from the training or the held-out rows; data.split never puts equal rows into both"
     text = "held-out rows are also trained on"
     yield from about_some("held out", len(identical), total, text, identical, fix, stops=True)
@@ -384,7 +387,7 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     Embedding rows are untrained if, for example, the base never saw the tokens of the chat template."""
     embedding = s.base.model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
-    used = {token for e in s.encoded.examples for token in e.input_ids}
+    used = set(s.encoded.vocabulary.tolist())
     beyond = sorted(t for t in used if t >= rows)
     if beyond:
         text = f"{len(beyond)} tokens of the data have no row in the base's embedding of {rows:,} rows: "
@@ -411,7 +414,7 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
 def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     """Check that the longest rows fit in memory, because a run could otherwise fail after hours."""
     config, device = s.config, computes_on(s.base)
-    row = max((e.tokens for e in s.encoded.examples), default=0)
+    row = int(token_counts(s.encoded.examples)[0].max(initial=0))
     if row > s.base.context:
         text = f"the longest row has {row:,} tokens, but the base supports only {s.base.context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={s.base.context} with data.long_rows=cut or drop")
@@ -430,7 +433,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     on, _ = recomputes(mode, need, free)
     s.plan = plan = again if on else plain
     sampling_packed, training_packed = _packed_bytes(s, plan, device.type, on)
-    keeps, packs = _dequantized_bytes(s, plan, device.type), sampling_packed + training_packed
+    keeps, packs = _dequantized_bytes(s, plan, device.type), sampling_packed + training_packed + _int8_bytes(s)
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
     s.numbers.update(predicted_peak_bytes=plan.memory.peak + keeps + packs)
     s.numbers.update(predicted_parts={**plan.memory.parts, "packed": packs})
@@ -438,7 +441,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     required = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     if packs:
-        longest += f"; {gigabytes(packs)} of it are prepacked copies of frozen weights"
+        longest += f"; {gigabytes(packs)} of it are prepacked or 8-bit copies of frozen weights"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
     fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows how much)"
@@ -454,6 +457,23 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
         yield Finding("ok", "plan", f"plan: a peak of {gigabytes(plan.memory.peak + packs)}, {takes}")
 
 
+def _int8_products(s: TextSubject) -> Iterator[Finding]:
+    """Check that products in 8 bits are available, and report how fast they are by this machine's profile."""
+    if s.config.base.compute != "int8":
+        return
+    if computes_on(s.base).type != "cpu":
+        text = "int8 products run on a CPU only"
+        yield Finding("stop", "int8", text, "remove base.compute, or set base.device=cpu")
+        return
+    dtype, machine = str(next(s.base.model.parameters()).dtype).removeprefix("torch."), profile()
+    faster = machine.rate("int8") / (machine.rate(dtype) or machine.rate("float32"))
+    text = f"int8 products run at {faster:.1f} times the speed of {dtype} here"
+    if faster < WORTH:
+        yield Finding("warn", "int8", text, "remove base.compute: int8")
+    else:
+        yield Finding("ok", "int8", text)
+
+
 def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
     """Return the bytes of a quantized base's weights that are kept dequantized.
 
@@ -464,6 +484,15 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
     if s.config.memory.keep_dequantized_gb is not None:
         return int(s.config.memory.keep_dequantized_gb * 1e9)
     return 8 * plan.dequantizable // 10 if device == "cuda" else 0
+
+
+def _int8_bytes(s: TextSubject) -> int:
+    """Return the bytes of the 8-bit copies of the weights, one for both directions, without the head."""
+    if s.config.base.compute == "auto":
+        return 0
+    shape = model_shape(s.base.model)
+    once = packed_weights(shape, "bfloat16", lambda rows, _, is_forward: is_forward and rows != shape.vocabulary)
+    return once // 2
 
 
 def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
@@ -477,7 +506,8 @@ def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> 
     Sampling has priority over training. Without stored packed weights, all weights are packed again for each
     sampled token, which takes several times as long as the products."""
     configured = s.config.memory.keep_packed_gb
-    if configured == 0 or s.base.quantized or s.config.memory.shard or device != "cpu":
+    is_plain = not s.base.quantized and s.config.base.compute == "auto"
+    if configured == 0 or not is_plain or s.config.memory.shard or device != "cpu":
         return 0, 0
     dtype = next(s.base.model.parameters()).dtype
     shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
@@ -499,4 +529,4 @@ _PROMPT_CHECKS: _Checks = (_prompts_are_sampled, _long_prompts, _bos_once, _chec
 _DATA_CHECKS: _Checks = (_something_is_trained, _long_rows, _end_is_trained, _bos_once, _prompts_match_inference)
 _DATA_CHECKS += (_turns_and_control_tokens, _answers_compare, _check_rows)
 _BASE_CHECKS: _Checks = (_what_is_trained, _experts_are_trained, learning_rate, check_devices, precision)
-_BASE_CHECKS += (_vocabulary, _fits_in_memory, check_output)
+_BASE_CHECKS += (_vocabulary, _int8_products, _fits_in_memory, check_output)

@@ -22,7 +22,7 @@ from veneer.train.checkpoint import seed_of
 from veneer.train.config.text import TrainConfig
 from veneer.train.loop import LazySteps, MetricMeans, Micro, Step
 from veneer.train.text.batches import Batch, collate, grouped, step_rows
-from veneer.train.text.encode import Counts, EncodedRows, Example, refuse_rows
+from veneer.train.text.encode import Counts, EncodedRows, Example, refuse_rows, vocabulary_of
 from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import (
     CompletionRequest,
@@ -131,7 +131,9 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
     examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
     counts.used, counts.tokens = len(items), sum(len(item.ids) for item in items)
     counts.trained_tokens = section.max_tokens * len(items)
-    return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), renderer.template is not None, set())
+    counts.unbegun = sum(item.ids[0] != base.tokenizer.bos_token_id for item in items)
+    vocabulary, chat = vocabulary_of(e.coded for e in examples), renderer.template is not None
+    return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), chat, set(), vocabulary)
 
 
 def _tokens(base: TextBase, renderer: Renderer, row: Row) -> tuple[int, ...]:

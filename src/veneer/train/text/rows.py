@@ -29,6 +29,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from veneer.errors import DataError, bullets, nearest
 from veneer.train.records import Record, read_data_files
 from veneer.train.validation_split import hold_out
@@ -130,9 +133,8 @@ def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], 
     and if the format cannot be recognized from the columns."""
     parsed, metadata = parse_rows(sources, **options)
     rows = [row for row in parsed if isinstance(row, Row)]
-    if bad := [f"{row.where}: {row.why}" for row in parsed if isinstance(row, UnusableRow)]:
-        text = f"{len(bad)} of {len(parsed)} rows are not usable as `{metadata.format}`:\n{bullets(bad)}"
-        raise DataError(text, fix=f"correct or remove them; if they are not `{metadata.format}`, set data.format")
+    bad = [f"{row.where}: {row.why}" for row in parsed if isinstance(row, UnusableRow)]
+    refuse_unusable(bad, len(parsed), metadata.format)
     return rows, metadata
 
 
@@ -154,19 +156,43 @@ def parse_rows(
     row."""
     records = read_data_files([sources] if isinstance(sources, str) else sources, limit)
     data_columns = list(dict.fromkeys(column for record in records for column in record.values))
+    parse, summary = row_parser(records, data_columns, format=format, columns=columns, formats=formats, values=values)
+    rows = [parse(record) for record in records]
+    keys = [row.key for row in rows if isinstance(row, Row)]
+    return rows, replace(summary, rows=len(keys), duplicates=len(keys) - len(set(keys)))
+
+
+def row_parser(
+    records: Sequence[Record],
+    data_columns: list[str],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    formats: Collection[str] | None = None,
+    values: bool = False,
+) -> tuple[Callable[[Record], Row | UnusableRow], RowsSummary]:
+    """Return the function that converts a record, and a summary that counts no rows yet.
+
+    data_columns: the columns of all records. The other arguments are as in `parse_rows`."""
     candidates = _UNASKED if formats is None else formats
     name, mapping, why = _choose(data_columns, format, dict(columns or {}), records, candidates)
-    rows: list[Row | UnusableRow] = []
-    for record in records:
+
+    def parse(record: Record) -> Row | UnusableRow:
         try:
             row = _row(name, record, mapping)
-            rows.append(replace(row, values=dict(record.values)) if values else row)
         except ValueError as error:
-            rows.append(UnusableRow(record.where, str(error), record.values))
-    usable = [row for row in rows if isinstance(row, Row)]
+            return UnusableRow(record.where, str(error), record.values)
+        return replace(row, values=dict(record.values)) if values else row
+
     used = {mapping.get(c, c) for c in format_columns(name)}
-    unused = [] if values else [c for c in data_columns if c not in used]
-    return rows, RowsSummary(name, why, len(usable), unused, len(usable) - len({r.key for r in usable}))
+    return parse, RowsSummary(name, why, 0, [] if values else [c for c in data_columns if c not in used])
+
+
+def refuse_unusable(bad: Sequence[str], rows: int, format: str) -> None:
+    """Raise DataError if `bad`, a line for each unusable row, is not empty."""
+    if bad:
+        text = f"{len(bad)} of {rows} rows are not usable as `{format}`:\n{bullets(bad)}"
+        raise DataError(text, fix=f"correct or remove them; if they are not `{format}`, set data.format")
 
 
 def format_columns(format: str) -> tuple[str, ...]:
@@ -188,27 +214,61 @@ def question_and_answer(row: Row) -> tuple[str, str, str]:
     return joined_text(row.messages[:at]), row.text or joined_text(row.messages[at:]), joined_text(row.rejected[at:])
 
 
+KEYS = np.dtype([("key", "V32"), ("prompt", "V16")])
+"""`Row.key` and half of `Row.prompt_key` of a row."""
+
+
+def keys_of(rows: Iterable[Row]) -> npt.NDArray[np.void]:
+    """Return the keys of the rows: (rows,) KEYS."""
+    pairs = (bytes.fromhex(row.key + row.prompt_key[:32]) for row in rows)
+    return np.frombuffer(b"".join(pairs), KEYS)
+
+
 def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return (training rows, held-out rows), selected by `hold_out`.
-
-    If `split` is None, 5% of the rows are held out, at most 500, and none if there are fewer than 20 rows."""
-    default = min(500, max(1, round(0.05 * len(rows)))) if len(rows) >= 20 else 0
-    return hold_out(rows, split, seed=seed, default=default)
+    """Return (training rows, held-out rows), selected by `hold_out`. See `split_default`."""
+    return hold_out(rows, split, seed=seed, default=split_default(len(rows)))
 
 
-def leakage(train: Sequence[Row], held_out: Iterable[Row]) -> tuple[list[str], list[str]]:
+def split_default(rows: int) -> int:
+    """Return how many rows are held out if `data.split` is not set: 5%, at most 500, and none below 20 rows."""
+    return min(500, max(1, round(0.05 * rows))) if rows >= 20 else 0
+
+
+def leakage(
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    train_keys: npt.NDArray[np.void] | None = None,
+    held_keys: npt.NDArray[np.void] | None = None,
+) -> tuple[list[str], list[str]]:
     """Return the held-out rows that are also training rows, and those that only share a prompt with a training row.
 
-    Each entry names both rows, as `held.jsonl:3 is train.jsonl:8`."""
-    keys = {row.key: row.where for row in reversed(train)}
-    prompts = {row.prompt_key: row.where for row in reversed(train)}
-    identical, same_prompt = list[str](), list[str]()
-    for row in held_out:
-        if row.key in keys:
-            identical.append(f"{row.where} is {keys[row.key]}")
-        elif row.prompt_key in prompts:
-            same_prompt.append(f"{row.where} is {prompts[row.prompt_key]}")
-    return identical, same_prompt
+    Each entry names both rows, as `held.jsonl:3 is train.jsonl:8`.
+
+    train_keys, held_keys: `keys_of` the rows, if they are known."""
+    train_keys = keys_of(train) if train_keys is None else train_keys
+    held_keys = keys_of(held_out) if held_keys is None else held_keys
+    shared: list[dict[int, int]] = []  # for keys, then for prompts: held-out row -> first training row
+    for column in ("key", "prompt"):
+        theirs, ours = (_first_bytes(keys[column]) for keys in (train_keys, held_keys))
+        candidates = np.flatnonzero(np.isin(theirs, ours)).tolist()
+        first = {train_keys[column][i].tobytes(): i for i in reversed(candidates)}
+        found = ((i, first.get(key.tobytes())) for i, key in enumerate(held_keys[column]))
+        shared.append({i: at for i, at in found if at is not None})
+    identical, prompts = shared
+    return (
+        [f"{held_out[i].where} is {train[at].where}" for i, at in identical.items()],
+        [f"{held_out[i].where} is {train[at].where}" for i, at in prompts.items() if i not in identical],
+    )
+
+
+def _first_bytes(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """Return the first eight bytes of each key as a number, because NumPy sorts numbers a hundred times as fast."""
+    return np.frombuffer(keys.tobytes(), np.uint64).reshape(len(keys), keys.dtype.itemsize // 8)[:, 0]
+
+
+def count_duplicates(keys: npt.NDArray[np.void]) -> int:
+    """Return how many keys equal an earlier key."""
+    return len(keys) - len(np.unique(_first_bytes(keys)))
 
 
 def data_digest(rows: Iterable[Row]) -> str:
@@ -531,6 +591,8 @@ _FORMATS = {
     "prompt": _Format(_from_prompt, ("prompt",), ("tools",)),
 }
 """Formats, in the order in which `auto` tries them."""
+PAIR_FORMATS = ("preference", "openai-preference")
+"""Formats of rows with a chosen and a rejected answer."""
 _UNASKED = _FORMATS.keys() - {
     "unpaired-preference",  # has the columns of prompt-completion, plus `label`, which is an ambiguous name
     "prompt",  # has nothing to train on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
     return peft.write_folder(adapter, folder, base_name=base.name, base=base.model).digest
 
 
-def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
+def sample_prompt(rows: Iterable[Row]) -> dict[str, Any]:
     """Return the prompt of the first row that is a text conversation, or {}.
 
     The keys are `messages`, all messages before the row's answer, and `prompt`, the beginning of the last of

@@ -15,6 +15,7 @@ first step.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of
-from veneer.errors import ConfigError, Interrupted, PreflightError, VeneerError, bullets
+from veneer.errors import ConfigError, Interrupted, PreflightError, VeneerError, bullets, counted
 from veneer.formats import peft
 from veneer.models.patching import fast_report, without_dropout
 from veneer.models.shard import CallWithWeights, Sharded, blocks, call_unsharded, local_bytes, shard, whole_bytes
@@ -44,6 +45,7 @@ from veneer.train.config.text import TrainConfig
 from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
+from veneer.train.lazy import token_counts
 from veneer.train.loop import EvalResult, Learner, MetricMeans, Step, Stop, sender
 from veneer.train.planning import micro_tokens_of_run, sampled_at_once, with_micro_tokens
 from veneer.train.preflight import Report, computes_on, free_memory, recomputes
@@ -56,10 +58,11 @@ from veneer.train.text.batches import Batch
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.distill import Distillation, open_teacher
 from veneer.train.text.evaluate import score_examples
+from veneer.train.text.int8 import use_int8
 from veneer.train.text.preference import Preference
+from veneer.train.text.preflight import TextSubject, data_findings
 from veneer.train.text.reinforce import Reinforcement, sampled_judge
 from veneer.train.text.rollouts import MakeSampler, SamplerSettings
-from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, sample_answers, sample_prompt, text_metrics, text_report, write_adapter
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ def run_text(
     config: TrainConfig,
     *,
     resume: bool = False,
+    allow_other_machine: bool = False,
     dry_run: bool = False,
     force: bool = False,
     on_event: Listener | None = None,
@@ -82,6 +86,8 @@ def run_text(
 
     resume: continue from the newest checkpoint in the output folder; on a CPU, the result is bit-for-bit the
         result of an uninterrupted run
+    allow_other_machine: resume even if this machine runs an op by another implementation than the checkpoint's,
+        which changes the last bits
     dry_run: stop after preflight and the longest batch, and write no file
     force: only warn if the plan says that the run does not fit in memory
     on_event: called with every event; by default, events are shown in the terminal (stderr)
@@ -103,6 +109,7 @@ def run_text(
         lockstep=config.memory.shard,
         sources=sources,
         resume=resume,
+        allow_other_machine=allow_other_machine,
         dry_run=dry_run,
         force=force,
     ) as run:
@@ -197,7 +204,7 @@ def checked_text(
     newest: the checkpoint to resume from. taken: bytes that other runs on the same base will use.
 
     Raises DataError, PreflightError."""
-    data = read_data(config, base)
+    data = _read(run, config, base)
     if config.adapter.start is not None:
         # The adapter to continue from, in float32 like all trained adapter weights.
         loaded = load_adapter(base, config.adapter.start)
@@ -221,6 +228,25 @@ def checked_text(
     run.emit_checks(report, _decided_settings(text))
     raise_if_stopped(run, report)
     return text
+
+
+def _read(run: Run, config: TrainConfig, base: TextBase) -> TextData:
+    """Read the data; of a large file that is not tokenized yet, check a sample first.
+
+    The processes of a machine share the tokens, so only the first of them tokenizes a large file."""
+
+    def look(sample: TextData, rows: int) -> None:
+        first = f"in a sample of {counted(len(sample.train.rows), 'row')} of {rows:,}: "
+        subject = TextSubject(base=base, config=config, data=sample)
+        found = (f for f in data_findings(subject) if f.check != "held out" and f.level != "ok")
+        report = Report([replace(finding, text=first + finding.text) for finding in found])
+        run.note(report.text() or f"{first}nothing to report")
+        report.raise_if_stopped()
+
+    if run.devices.count > 1 and run.devices.local == 0:
+        read_data(config, base, say=run.note, look=look)
+    run.devices.gather(None)
+    return read_data(config, base, say=run.note, look=look)
 
 
 def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
@@ -300,6 +326,8 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         attached = [AttachedText(text, attachment, call) for text in texts]
         for each, sampled in zip(attached, sampled_texts, strict=True):
             each.task = _task_of(each, sampled)
+        if config.base.compute == "int8":
+            use_int8(attached[0], first.report)
         yield attached
 
 
@@ -325,7 +353,7 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
         message = f"{r.named} needs a sampler"
         raise ConfigError(message, where=r.named, fix="train with `veneer train` or veneer.train_text")
     judges = local_judge_models(r.rewards) if isinstance(r, ReinforcementSection) else set()
-    longest = max(item.tokens for split in (text.data.train, text.data.held_out) for item in split.items)
+    longest = max(int(token_counts(split.items)[0].max(initial=0)) for split in (text.data.train, text.data.held_out))
     context = 0 if judges else longest  # the length of the judges' prompts is not limited
     exact = isinstance(r, ReinforcementSection) and r.exact
     pack = int(text.report.numbers.get("drawer_packed", 0))
@@ -391,7 +419,7 @@ class AttachedText:
         base, data = self.base, self.data
         identity = {
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
-            "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held_out.rows)},
+            "data": {"training rows": data.train.digest, "held-out rows": data.held_out.digest},
         } | ({"start": data.start.digest()} if data.start is not None else {})
         packed, tokens = fast_report(base.model).prepack_budget.most, self.config.batching.at_once
         environment = {"tokens of a micro-batch": tokens, "bytes of prepacked weights": packed}
@@ -476,12 +504,16 @@ class AttachedText:
             base=base.name,
             base_fingerprint=base.fingerprint,
             kind="text",
-            data_digest=data_digest(data.train.rows),
+            data_digest=data.train.digest,
             recipe=self.config.recipe(),
             metrics=metrics,
             parents=[data.start.digest()] if data.start is not None else [],
         )
-        sample = {} if self.config.evaluation.sample == 0 else sample_prompt([*data.held_out.rows, *data.train.rows])
+        sample = (
+            {}
+            if self.config.evaluation.sample == 0
+            else sample_prompt(itertools.chain(data.held_out.rows, data.train.rows))
+        )
         if sample:
             card.extra = {**card.extra, "sample": sample}
         return replace(trained, card=card)

@@ -77,6 +77,7 @@ def run_texts(
     *,
     names: Sequence[str] | None = None,
     resume: bool = False,
+    allow_other_machine: bool = False,
     dry_run: bool = False,
     force: bool = False,
     listeners: Sequence[Listener | None] | None = None,
@@ -100,6 +101,7 @@ def run_texts(
     with ExitStack() as stack:
         runs: list[Run] = []
         options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force, "group": group}
+        options["allow_other_machine"] = allow_other_machine
         for i, config in enumerate(texts):
             listener, origins = listeners[i] if listeners else None, sources[i] if sources else None
             run = opened(config, unit="tokens", on_event=listener, sources=origins, **options)

@@ -1,0 +1,124 @@
+"""Encoded tables on disk, memory-mapped, in `tokens/` of the veneer home.
+
+    tokens/NAME/tokens.bin, texts.bin, about.json      NAME: sha256 of all that determines the tokens
+
+A table is written under a temporary name and renamed when it is complete, so a killed writer leaves nothing
+that is read, and concurrent runs can write the same table. The least recently used tables are deleted when
+all tables together exceed `MOST_BYTES`; a run keeps the table that it has open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from veneer.errors import ResourceError
+from veneer.files.atomic import flush_folder, new_folder, replace_file
+from veneer.files.locks import take_lock
+from veneer.models.home import veneer_home
+from veneer.train.text.encode import TEXT, EncodedTable
+
+MOST_BYTES = 20_000_000_000
+_ABOUT = "about.json"
+_ABANDONED = 60
+"""Seconds after which a temporary folder without a lock belongs to a killed writer."""
+
+
+def read_table(name: str) -> tuple[EncodedTable, dict[str, Any]] | None:
+    """Return a table and what `write_table` stored with it, or None if there is no complete table."""
+    folder = veneer_home() / "tokens" / name
+    try:
+        about = json.loads((folder / _ABOUT).read_bytes())
+        table = _mapped(folder)
+        os.utime(folder)
+    except (OSError, ValueError):
+        return None
+    return (table, about) if about.get("sizes") == [len(table.tokens), len(table.texts)] else None
+
+
+def write_table(
+    name: str, chunks: Iterable[EncodedTable], check: Callable[[EncodedTable], dict[str, Any]]
+) -> tuple[EncodedTable, dict[str, Any]]:
+    """Write the chunks as one table, and return the table, mapped, with what `check` returns.
+
+    check: called with the whole table before it is published; an error that it raises discards the table.
+
+    Raises ResourceError if the files cannot be written."""
+    folder = veneer_home() / "tokens" / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_room(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged table; a complete one would have been read
+        with new_folder(folder) as temporary, contextlib.ExitStack() as held:
+            if os.name == "posix":
+                lock = os.open(temporary, os.O_RDONLY)
+                held.callback(os.close, lock)
+                with contextlib.suppress(OSError):
+                    take_lock(lock)
+            errors: dict[int, str] = {}
+            if not gc.get_freeze_count():
+                held.callback(gc.unfreeze)
+            gc.freeze()  # otherwise, a tenth of the time is spent on looking for garbage among the libraries' objects
+            with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "texts.bin", "wb") as texts:
+                for chunk in chunks:
+                    tokens.write(chunk.tokens.tobytes())
+                    texts.write(chunk.texts.tobytes())
+                    errors |= chunk.errors
+                for file in (tokens, texts):
+                    file.flush()
+                    os.fsync(file.fileno())
+            table = _mapped(temporary)
+            table.errors = errors
+            about = check(table) | {"sizes": [len(table.tokens), len(table.texts)]}
+            replace_file(temporary / _ABOUT, [json.dumps(about).encode()])
+            flush_folder(temporary)
+            del table  # some systems cannot rename a folder with open files
+    except OSError as error:
+        if (found := read_table(name)) is not None:  # another run was faster
+            return found
+        text = f"the tokens of the data cannot be written: {error.strerror or error}"
+        fix = "free some space (four bytes per token), or set VENEER_HOME to a folder that can be written"
+        raise ResourceError(text, where=str(folder), fix=fix) from None
+    _make_room(folder.parent, keep=folder)
+    return _mapped(folder), about
+
+
+def _mapped(folder: Path) -> EncodedTable:
+    """Return the table of a folder. Raises OSError, ValueError."""
+
+    def mapped(name: str, dtype: Any) -> Any:
+        path = folder / name
+        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
+
+    return EncodedTable(mapped("tokens.bin", np.int32), mapped("texts.bin", TEXT))
+
+
+def _make_room(home: Path, keep: Path | None = None) -> None:
+    """Delete what killed writers left, and the least recently used tables beyond `MOST_BYTES`."""
+    tables: list[tuple[float, Path, int]] = []
+    for folder in home.iterdir():
+        with contextlib.suppress(OSError):  # another run deletes it too
+            used = folder.stat().st_mtime
+            if folder.suffix != ".tmp":
+                tables.append((used, folder, sum(file.stat().st_size for file in folder.iterdir())))
+            elif time.time() - used > _ABANDONED:
+                lock = os.open(folder, os.O_RDONLY)
+                try:
+                    take_lock(lock)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)
+    total = sum(size for _, _, size in tables)
+    for _, folder, size in sorted(tables):
+        if total > MOST_BYTES and folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
