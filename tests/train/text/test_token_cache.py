@@ -96,7 +96,7 @@ def test_rows_on_disk_equal_rows_in_memory(
     for limit in (records.LARGE, -1, -1):  # in memory, written, read again
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(records, "LARGE", limit)
-            patch.setattr("veneer.train.text.encode._CHUNK", 3)
+            patch.setattr("veneer.train.text.encode.CHUNK", 3)
             results.append(contents(read(shared, base, file, **sections)))
     assert results[0] == results[1] == results[2]
 
