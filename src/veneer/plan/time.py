@@ -35,7 +35,10 @@ class Fit(NamedTuple):
 
 
 _FITS = {"text": Fit(0.82, 1.4, 0.37, 0.00026), "image": Fit(0.82, 1.4, 0.37, 0.00026)}
-"""Coefficients fitted by least squares to measured steps (docs/how-to/plan.md)."""
+"""Coefficients by kind of run.
+
+Those of text runs are fitted by least squares to measured steps (tests/plan/test_time.py). Image runs use the
+same values, which were not compared with measured steps."""
 
 
 @dataclass(frozen=True)
