@@ -442,7 +442,7 @@ def write_base_gguf(model: Any, path: Path) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             W = W.reshape(-1, 2, c.head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
         if name != "lm_head.weight":  # the same as the embedding
-            tensors[names.get_name(name, (".weight",)) + ".weight"] = W.bfloat16() if W.ndim > 1 else W.float()
+            tensors[names.get_name(name, (".weight",))] = W.bfloat16() if W.ndim > 1 else W.float()
     write_gguf_file(path, fields, tensors)
 
 
@@ -546,6 +546,7 @@ def quiet(level, text, data): pass
 L.llama_log_set(quiet, ctypes.c_void_p(0))
 L.llama_backend_init()
 model = L.llama_model_load_from_file(f"{work}/base.gguf".encode(), L.llama_model_default_params())
+assert model, "llama.cpp does not read base.gguf"
 words = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
 p = L.llama_context_default_params()
 p.n_ctx, p.n_batch, p.n_seq_max = 128 * len(prompts), 64 * len(prompts), len(prompts)
