@@ -16,6 +16,7 @@ from veneer.core.init import create
 from veneer.models.patching import fast_report
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import padded_nll, row_logps, text_loss
+from veneer.ops.dispatch import override_ops
 
 LENGTHS = [20, 3, 37]
 IDS = torch.tensor([[4, 8, 6, 3, 9]])
@@ -68,6 +69,30 @@ def test_loss_and_gradients_equal_the_padded_reference(family: str, spec: dict[s
         quick = gradients(model, attachment)
     for a, b in zip(quick, slow, strict=True):
         assert (a - b).norm() <= 3e-5 * b.norm() + 1e-7
+
+
+@pytest.mark.parametrize("spec", [{}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("name", ["blocks", "columns"])
+def test_training_in_float32_arithmetic_gives_the_losses_of_float32(spec: dict[str, Any], name: str) -> None:
+    """A few steps of a bfloat16 base, compared with the same base in float32, up to the activations' rounding."""
+
+    def losses(dtype: torch.dtype, **ops: str) -> torch.Tensor:
+        model = FAMILIES["llama3"]().bfloat16().to(dtype)
+        attachment = attached(model, **spec)
+        optimizer = torch.optim.AdamW(attachment.parameters("a").values(), lr=1e-3)
+        found = []
+        with override_ops(**ops), fast(model):
+            for step in range(4):
+                loss = text_loss(model, *rows(step)) / 10
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(loss.detach())
+        return torch.stack(found)
+
+    tiles = "torch" if name == "columns" else "tiles32"
+    found, exact = losses(torch.bfloat16, product=name, rope_varlen_attention=tiles), losses(torch.float32)
+    assert (found - exact).abs().max() <= 0.004 * exact.abs().max()
 
 
 @FAMILY

@@ -184,7 +184,7 @@ def test_failed_kernel_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPat
     library = compiled.Kernels(ctypes.CDLL(None), Path("kernels"))
     monkeypatch.setattr(compiled, "kernels", lambda: library)
     assert "this processor" in compiled.why_missing("narrow_rope_varlen_attention")
-    assert "no AVX512-BF16" in compiled.why_missing("attend")
+    assert "no AVX-512" in compiled.why_missing("attend")
     assert "no vectors" in compiled.why_missing("decode")
     library.wrong = {"narrow_rope_varlen_attention": "is off by 3", "decode": "crashes its process (-11)"}
     assert compiled.why_missing("narrow_rope_varlen_attention").endswith(

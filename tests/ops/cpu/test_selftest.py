@@ -76,12 +76,14 @@ def test_a_kernel_agrees_with_float64_and_writes_nothing_else(
 
 @pytest.mark.parametrize("march", ["x86-64-v3", pytest.param("x86-64-v4", marks=pytest.mark.slow)])
 def test_kernels_for_older_processors_pass_the_self_test(march: str, tmp_path: Path) -> None:
-    """Serving runs in bfloat16 with AVX2, and with AVX-512 without its BF16 part."""
+    """Serving and training multiply bfloat16 with AVX2, and with AVX-512 without its BF16 part."""
     needs = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}[march]
     if not any(needs in line.split() for line in build.processor_features()):
         pytest.skip(f"this processor has no {needs}")
     build.compile_kernels(COMPILER, SOURCES, tmp_path / "native.so", [f"-march={march}", "-O1"])
-    assert compiled.load_library(tmp_path / "native.so").has("decode", "panel_product", "lora_rows", *compiled.PAGED)
+    library = compiled.load_library(tmp_path / "native.so")
+    assert library.has("decode", "panel_product", "lora_rows", "float_product", *compiled.PAGED)
+    assert library.has("attend", "lora_forward") == (march == "x86-64-v4")
     assert build.failed_kernels(tmp_path / "native.so") == {}
 
 

@@ -48,20 +48,19 @@ _EVERYWHERE = {
     "causal_softmax": "pllllllli",
     "softmax_backward": "pplli",
     "token_nll": "pipppllii",
-    "float_product": "pllipllippliillli",
     "blocks4_dense": "ppppfpllllpii",
     "blocks4_quantize": "pippllppi",
     "ggml_dense": "iplpii",
     "rows8_dense": "ppllpii",
 }
-_AVX512_BF16 = {
+_AVX512 = {
     "attend": "pppppplllllfi",
     "attend_backward": "pppppppppplllllfi",
     "lora_forward": "pipppllli",
     "lora_backward": "pipppllli",
     "lora_weight_gradients": "pippppppllli",
 }
-"""Kernels that require AVX512-BF16."""
+"""Kernels that require AVX-512."""
 _VECTORS = {
     "lora_rows": "plplplppppli",
     "store_rows": "plplpplllppi",
@@ -78,15 +77,16 @@ _VNNI = {"int8_product": "pllpplilpplppppi"}
 """Kernels that require AVX512-VNNI."""
 _TILES = {
     "conv3x3": "ppllipplllllli",
+    "float_product": "pllipllippliillli",
     "rope_varlen_attention": "plpppllllflippi",
     "rope_varlen_attention_backward": "pppplpppllllflipi",
     "narrow_rope_varlen_attention": "plpppllllflippi",
     "narrow_rope_varlen_attention_backward": "pppplpppllllflipi",
 }
 """Kernels that use libtorch's small matrix products, in float32 or bfloat16."""
-_WIDE = ("conv3x3", "rope_varlen_attention", "rope_varlen_attention_backward")
+_WIDE = ("conv3x3", "float_product", "rope_varlen_attention", "rope_varlen_attention_backward")
 """The kernels in `_TILES` that compute in float32."""
-SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _VECTORS | _VNNI | _TILES
+SIGNATURES = _EVERYWHERE | _AVX512 | _VECTORS | _VNNI | _TILES
 """All kernels: C function name -> letters of its argument types."""
 SOURCES = ("native.c", "quantized.c", "int8.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "vec.h", "serving.h", "amx.h")
@@ -114,7 +114,7 @@ class Kernels:
 
 _FALLIBLE = {
     *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
-    *("float_product", "lora_backward", "lora_weight_gradients", "paged_attend", "panel_product", "amx_panel_product"),
+    *("lora_backward", "lora_weight_gradients", "paged_attend", "panel_product", "amx_panel_product"),
     *("decode", *_VNNI, *_TILES),
 }
 """Kernels that return an error code (bf16.h)."""
@@ -266,7 +266,7 @@ def why_missing(*names: str) -> str:
     elif all(name in _VNNI for name in missing):
         why = "this processor has no AVX512-VNNI"
     else:
-        needs = "vectors (AVX-512, AVX2 or NEON)" if missing[0] in _VECTORS else "AVX512-BF16"
+        needs = "vectors (AVX-512, AVX2 or NEON)" if missing[0] in _VECTORS else "AVX-512"
         why = f"this processor has no {needs}"
     return f"no compiled {', '.join(missing)}: {why}"
 

@@ -44,8 +44,7 @@ void rms_norm_backward(const bf16 *g, const bf16 *x, const bf16 *w, bf16 *dx, in
 
 /* Compilers vectorize loops over both 16 and 32 bits poorly: rows are widened, processed as floats in
    the first-level cache, and narrowed again. */
-#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 static inline void widen(const bf16 *x, float add, float *y, int64_t n) { /* y = x + add */
     int64_t j = 0;
@@ -59,7 +58,7 @@ static inline void widen(const bf16 *x, float add, float *y, int64_t n) { /* y =
 static inline void narrow_to(const float *x, bf16 *y, int64_t n) {
     int64_t j = 0;
     for (; j + 16 <= n; j += 16)
-        _mm256_storeu_si256((__m256i *)(y + j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
+        _mm256_storeu_si256((__m256i *)(y + j), narrow16(_mm512_loadu_ps(x + j)));
     for (; j < n; j++) y[j] = down(x[j]);
 }
 
@@ -426,27 +425,35 @@ int token_nll(
    v, out and their gradients are (n, tokens, heads, d) in any layout with contiguous d: `at` has the
    other three strides of each, in elements, in the order of the pointers. d is even; tiles are padded
    with zeros beyond it. */
-#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-enum { TILE = 4, ROWS = 192, PANEL = 64, KEYS = 256 };
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+enum { TILE = 4, ROWS = 192, PANEL = 64, KEYS = 256, DEPTH = 256 };
 #define LOG2E 1.44269504088896341f
 
 const int has_products = 1;
 
+/* Cells of a: one pair of bf16, or both halves widened to float32, the second at distance `odd`. */
+#if BF16_PRODUCTS
+typedef uint32_t cell;
+#define ACCUMULATE(s, a, y) s = dot_pairs(s, _mm512_set1_epi32((int)*(a)), y)
+#else
+typedef float cell;
+#define ACCUMULATE(s, a, y) \
+    s = _mm512_fmadd_ps(_mm512_set1_ps((a)[DEPTH * TILE]), odd_of(y), _mm512_fmadd_ps(_mm512_set1_ps(*(a)), even_of(y), s))
+#endif
+
 /* C (4, 16 * n), n = 1 ... 4: c[r][.] (+)= sum over p of a[r * rs + p * ps] . b[p * ldb + .]; a and b
    are pairs of bf16. */
 #define PRODUCT(n)                                                                                                            \
-    static void product##n(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b, int64_t ldb, int64_t pairs, float *c, \
+    static void product##n(const cell *a, int64_t rs, int64_t ps, const uint32_t *b, int64_t ldb, int64_t pairs, float *c,     \
                            int64_t ldc, int add) {                                                                            \
         __m512 s[TILE][n];                                                                                                    \
         for (int r = 0; r < TILE; r++)                                                                                        \
             for (int j = 0; j < n; j++) s[r][j] = add ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();          \
         for (int64_t p = 0; p < pairs; p++) {                                                                                 \
-            __m512bh y[n];                                                                                                    \
-            for (int j = 0; j < n; j++) y[j] = (__m512bh)_mm512_loadu_si512(b + p * ldb + 16 * j);                            \
-            for (int r = 0; r < TILE; r++) {                                                                                  \
-                __m512bh x = (__m512bh)_mm512_set1_epi32((int)a[r * rs + p * ps]);                                            \
-                for (int j = 0; j < n; j++) s[r][j] = _mm512_dpbf16_ps(s[r][j], x, y[j]);                                     \
-            }                                                                                                                 \
+            __m512i y[n];                                                                                                     \
+            for (int j = 0; j < n; j++) y[j] = _mm512_loadu_si512(b + p * ldb + 16 * j);                                      \
+            for (int r = 0; r < TILE; r++)                                                                                    \
+                for (int j = 0; j < n; j++) ACCUMULATE(s[r][j], a + r * rs + p * ps, y[j]);                                   \
         }                                                                                                                     \
         for (int r = 0; r < TILE; r++)                                                                                        \
             for (int j = 0; j < n; j++) _mm512_storeu_ps(c + r * ldc + 16 * j, s[r][j]);                                      \
@@ -456,20 +463,44 @@ PRODUCT(2)
 PRODUCT(3)
 PRODUCT(4)
 
+static void product_strip(const cell *x, int64_t rs, int64_t ps, const uint32_t *y, int64_t ldb, int64_t pairs, float *z,
+                          int64_t ldc, int64_t left, int add) {
+    if (left >= 64) product4(x, rs, ps, y, ldb, pairs, z, ldc, add);
+    else if (left == 48) product3(x, rs, ps, y, ldb, pairs, z, ldc, add);
+    else if (left == 32) product2(x, rs, ps, y, ldb, pairs, z, ldc, add);
+    else product1(x, rs, ps, y, ldb, pairs, z, ldc, add);
+}
+
 /* The same for any number of rows (a multiple of 4) and columns (a multiple of 16). */
 static void product(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b, int64_t ldb, int64_t pairs, float *c,
                     int64_t ldc, int64_t rows, int64_t columns, int add) {
-    for (int64_t j = 0; j < columns; j += 64) {
-        int64_t left = (columns - j) / 16;
-        for (int64_t r = 0; r < rows; r += TILE) {
-            const uint32_t *x = a + r * rs, *y = b + j;
-            float *z = c + r * ldc + j;
-            if (left >= 4) product4(x, rs, ps, y, ldb, pairs, z, ldc, add);
-            else if (left == 3) product3(x, rs, ps, y, ldb, pairs, z, ldc, add);
-            else if (left == 2) product2(x, rs, ps, y, ldb, pairs, z, ldc, add);
-            else product1(x, rs, ps, y, ldb, pairs, z, ldc, add);
+#if BF16_PRODUCTS
+    for (int64_t j = 0; j < columns; j += 64)
+        for (int64_t r = 0; r < rows; r += TILE)
+            product_strip(a + r * rs, rs, ps, b + j, ldb, pairs, c + r * ldc + j, ldc, columns - j, add);
+#else
+    /* Four rows are widened once, and multiplied by all columns. */
+    float wide[2 * DEPTH * TILE];
+    for (int64_t r = 0; r < rows; r += TILE)
+        for (int64_t from = 0; from < pairs; from += DEPTH) {
+            int64_t some = pairs - from < DEPTH ? pairs - from : DEPTH, wrs = ps == 1 ? DEPTH : 1, wps = ps == 1 ? 1 : TILE;
+            for (int64_t i = 0; i < TILE; i++) {
+                const uint32_t *x = a + (r + i) * rs + from * ps;
+                int64_t p = 0;
+                for (; ps == 1 && p + 16 <= some; p += 16) {
+                    __m512i both = _mm512_loadu_si512(x + p);
+                    _mm512_storeu_ps(wide + i * DEPTH + p, even_of(both));
+                    _mm512_storeu_ps(wide + i * DEPTH + p + DEPTH * TILE, odd_of(both));
+                }
+                for (; p < some; p++) {
+                    wide[i * wrs + p * wps] = up((bf16)x[p * ps]);
+                    wide[i * wrs + p * wps + DEPTH * TILE] = up((bf16)(x[p * ps] >> 16));
+                }
+            }
+            for (int64_t j = 0; j < columns; j += 64)
+                product_strip(wide, wrs, wps, b + from * ldb + j, ldb, some, c + r * ldc + j, ldc, columns - j, add || from);
         }
-    }
+#endif
 }
 
 /* n rows of x -> panels of 64 rows, each (D / 2, 64) pairs along d, zero past n and d. For products
@@ -562,7 +593,7 @@ int attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, c
                         for (int64_t j = 0; j < wide; j += 16) {
                             __m512 e = exp2_near(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), by, shift));
                             total = _mm512_add_ps(total, e);
-                            _mm256_storeu_si256((__m256i *)(p + r * KEYS + j), (__m256i)_mm512_cvtneps_pbh(e));
+                            _mm256_storeu_si256((__m256i *)(p + r * KEYS + j), narrow16(e));
                         }
                         float less = was == now ? 1.0f : exp32((was - now) / LOG2E);
                         sum[r] = sum[r] * less + _mm512_reduce_add_ps(total);
@@ -725,7 +756,7 @@ static void add_rows(const float *c, int64_t rows, int64_t columns, bf16 *y, int
             __m256i *to = (__m256i *)(y + r * ld + j);
             __m512i was = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(to)), 16);
             __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(was), _mm512_loadu_ps(c + r * columns + j));
-            _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(sum));
+            _mm256_storeu_si256(to, narrow16(sum));
         }
 }
 
