@@ -28,7 +28,7 @@ def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -
     place = str(tmp_path / "tenants.sqlite")
     store = Store(place)
     keys = {name: new_tenant(store, name, ["*"]) for name in ("acme", "globex")}
-    ids, most = prompt(100), 96
+    ids, most = prompt(97), 96
     with served(shop, tenants=place) as whole:
         for model in ("tiny", "plain", "rs"):
             assert asked(whole, keys["acme"], model, ids) == (200, 0)

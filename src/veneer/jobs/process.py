@@ -155,7 +155,7 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
 
             after = after_section(job)
             if after is not None and after.evaluate is not None:  # the evaluation uses the run's base
-                base = load_text(**config.base.model_dump())
+                base = load_text(**config.base.model_dump(exclude={"compute"}))
             result = run_text(config, base=base, **options, sampler=live_sampler)
     return dict(result.to_dict()), base
 

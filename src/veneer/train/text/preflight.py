@@ -441,7 +441,8 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     required = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     if packs:
-        longest += f"; {gigabytes(packs)} of it are prepacked or 8-bit copies of frozen weights"
+        kind = "int8" if config.base.compute == "int8" else "prepacked"
+        longest += f"; {gigabytes(packs)} of it are {kind} copies of frozen weights"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
     fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows how much)"
