@@ -75,9 +75,12 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         answers = [said(acme.completions.create(**asking(name, PROMPT))).logprobs for name in names]
         assert len({tuple(answer) for answer in answers}) == 4  # the base and each checkpoint give different results
         whole = said(acme.completions.create(**asking(model, PROMPT)))
-        assert whole.logprobs == answers[-1]  # the result equals the last checkpoint
+        # The result equals the last checkpoint, up to rounding: its prompt is cached by then, and its tokens drafted.
+        assert whole.logprobs == pytest.approx(answers[-1], abs=1e-5)
         # the promotion rule has moved the route to the result
-        assert said(acme.completions.create(**asking("help", PROMPT))).logprobs == whole.logprobs
+        assert said(acme.completions.create(**asking("help", PROMPT))).logprobs == pytest.approx(
+            whole.logprobs, abs=1e-5
+        )
         with pytest.raises(openai.NotFoundError):
             globex.completions.create(**asking("help", PROMPT))
         card = acme.models.retrieve(model)
