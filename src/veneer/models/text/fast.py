@@ -39,6 +39,7 @@ from veneer.models.patching import (
     marked,
     replace_forward,
     same_dtype,
+    widen_products,
     without_dropout,
 )
 from veneer.models.shard import CallWithWeights, Sharded, call_unsharded
@@ -86,6 +87,7 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
                 report.skipped["model"] = f"its original forward fails on padded rows: {type(error).__name__}: {error}"
             else:
                 _swap(model, reference, report, undo, sharded)
+            widen_products(model, undo)
             if keep:
                 cache_dequantized(report, keep, undo)
             if pack:
