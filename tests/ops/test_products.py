@@ -15,6 +15,7 @@ from tests.core.exact import draw, same, seeded, wide  # noqa: F401, seeded acts
 from tests.ops.draws import factors
 from veneer.ops.attention import RowLayout, VarlenSettings, cross_attention, varlen_attention
 from veneer.ops.dispatch import dispatch, override_ops
+from veneer.ops.grouped_mm import grouped_mm
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.loss import token_nll
 from veneer.ops.lowrank import LowRank
@@ -128,6 +129,22 @@ def test_quantized_weights_multiply_in_float32(name: str) -> None:
         y = linear(x, LinearMap(W))
         dx = product(y, W)
     same([y, dx], [x.double() @ W.dense().double().t(), y.double() @ W.dense().double()], 3e-3)
+
+
+@BOTH
+def test_experts_multiply_in_float32(name: str) -> None:
+    x, W, ends = draw(40, 32, dtype=_BF16).requires_grad_(), draw(2, 32, 64, dtype=_BF16), torch.tensor([25, 40])
+    with override_ops(product=name):
+        y = grouped_mm(x, W, ends)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    same(
+        [y, dx],
+        [
+            torch.cat([a.double() @ w.double() for a, w in zip(x.split([25, 15]), W, strict=True)]).detach(),
+            W.double().sum(2).repeat_interleave(torch.tensor([25, 15]), 0),
+        ],
+        3e-3,
+    )
 
 
 def test_profile_chooses_the_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.compat import TORCH
+from veneer.ops.linear import LinearMap, linear
+from veneer.ops.products import in_float32
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -23,7 +25,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out, start = [], 0
     for end, w in zip(offsets.tolist(), weight.unbind(0), strict=True):
         if end > start:
-            out.append(x[start:end] @ w)
+            rows, wide = x[start:end], in_float32(x, w) and not w.requires_grad
+            out.append(linear(rows, LinearMap(w.t())) if wide else rows @ w)
         start = end
     joined: Tensor = torch.cat([*out, x.new_zeros(len(x) - start, weight.shape[-1])])
     return joined

@@ -80,7 +80,8 @@ def test_training_in_float32_arithmetic_gives_the_losses_of_float32(spec: dict[s
         model = FAMILIES["llama3"]().bfloat16().to(dtype)
         attachment = attached(model, **spec)
         optimizer = torch.optim.AdamW(attachment.parameters("a").values(), lr=1e-3)
-        found = []
+        found, sums = [], set[torch.dtype]()
+        model.model.layers[1].register_forward_pre_hook(lambda _, inputs: sums.add(inputs[0].dtype))
         with override_ops(**ops), fast(model):
             for step in range(4):
                 loss = text_loss(model, *rows(step)) / 10
@@ -88,6 +89,7 @@ def test_training_in_float32_arithmetic_gives_the_losses_of_float32(spec: dict[s
                 optimizer.step()
                 optimizer.zero_grad()
                 found.append(loss.detach())
+        assert torch.float32 in sums
         return torch.stack(found)
 
     tiles = "torch" if name == "columns" else "tiles32"
