@@ -76,7 +76,7 @@ _AMX = ("amx_panel_product",)
 _VNNI = {"int8_product": "pllpplilpplppppi"}
 """Kernels that require AVX512-VNNI."""
 _TILES = {
-    "float_product": "pllipllippliillli",
+    "float_product": "pllipllipplllppliillli",
     "rope_varlen_attention": "plpppllllflippi",
     "rope_varlen_attention_backward": "pppplpppllllflipi",
     "narrow_rope_varlen_attention": "plpppllllflippi",
