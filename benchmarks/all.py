@@ -63,9 +63,10 @@ def against(
 
 def found(values: Values, prefix: str, metric: str) -> tuple[str, float]:
     """Return the first (name, value) whose name begins with `prefix`. Raises LookupError if there is none."""
-    return [
-        (name, v) for (_, name, measured), v in values.items() if name.startswith(prefix) and measured == metric
-    ].pop(0)
+    for (_, name, measured), value in values.items():
+        if name.startswith(prefix) and measured == metric:
+            return name, value
+    raise LookupError(metric)
 
 
 def products(values: Values) -> str:

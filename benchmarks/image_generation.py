@@ -48,8 +48,10 @@ def side_veneer(name: str, rows: int, rounds: int, targets: list[str]) -> dict[s
     import torch
 
     import veneer
+    from veneer.models.patching import widen_products
 
     model = denoiser(name).bfloat16()
+    widen_products(model)  # as in load_image
     given = inputs(name, rows, torch.bfloat16)
     adapters = [as_adapter(adapter_tensors(name, i, RANK, targets)).mapped(lambda t: t.bfloat16()) for i in range(3)]
     mix = [(f"a{i}", s) for i, s in enumerate(MIX)]

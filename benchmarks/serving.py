@@ -237,9 +237,11 @@ SCHEMA = {
 }
 QUESTIONS = (
     "Why is the sky blue? Tell me a story about a lighthouse. How do I bake bread? What is a good name for a cat? "
-    "Explain gravity to a child. Write a short poem about rain. What should I see in Rome? How does a battery work? "
-    "Give me three tips for sleeping well. Who was Ada Lovelace? Describe a quiet village. What makes a good friend? "
-    "Plan a picnic for four. How do bees make honey? What is a haiku? Compare tea and coffee."
+    "Can you explain gravity to a child? What should I see in Rome? How does a battery work? Who was Ada Lovelace? "
+    "What helps against bad sleep? What makes a good friend? How do bees make honey? What is a haiku? Why do leaves "
+    "fall? How do I plan a picnic for four? What is the difference between tea and coffee? How do ships float? Who "
+    "built the pyramids? How do I start running? What is inflation? How do vaccines work? Why do cats purr? How is "
+    "paper made? What is a good gift for a teacher? How do I learn a language?"
 )
 
 
@@ -260,7 +262,8 @@ def side_steps(work: Path, quick: bool) -> dict[str, Any]:
     base = load_text("smollm2-135m", dtype="bfloat16")
     folder = (work / "steps-adapter").read_text() if (work / "steps-adapter").exists() else ""
     adapter = peft.load_folder(Path(folder), base.model).adapter if folder else some_adapter(base, 0)
-    mix = ((adapter.digest(), 1.0),)
+    shelf = {each.digest(): each for each in (adapter, some_adapter(base, 1))}
+    routing, other = (((digest, 1.0),) for digest in shelf)
 
     def encoded(*messages: dict[str, str]) -> tuple[int, ...]:
         text = base.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
@@ -280,15 +283,16 @@ def side_steps(work: Path, quick: bool) -> dict[str, Any]:
         "tickets": (tickets, schema, few, 1, False),
         "tickets, cached": (tickets, schema, few, 1, True),
         "copies": (copies, replace(schema, max_tokens=96, grammar=None), few, 1, False),
-        "chat": (chats, chat, few // 2, 1, False),
+        "chat": (chats, chat, few // 4 * 3, 1, False),
         "tickets, 32 at once": (tickets, schema, many, many, False),
         "tickets, 32 at once, cached": (tickets, schema, many, many, True),
     }
-    span, only = Matcher.span, Matcher.only
+    forced = Matcher.forced
     out: dict[str, Any] = {}
-    with TextEngine(base, lambda *_: adapter, EngineSettings(cache_bytes=1 << 29)) as engine:
+    with TextEngine(base, lambda digest, _: shelf[digest], EngineSettings(cache_bytes=1 << 29)) as engine:
 
         async def answers(prompts: Sequence[Any], sampling: Sampling, at_once: int) -> int:
+            mix = routing if prompts[0] in tickets else other
             limit = asyncio.Semaphore(at_once)
 
             async def one(prompt: tuple[int, ...]) -> int:
@@ -308,8 +312,7 @@ def side_steps(work: Path, quick: bool) -> dict[str, Any]:
                 for side in sorted(memories, key=lambda side: (side == "with") ^ (number % 2)):
                     on = side == "with"
                     engine.settings, engine.drafts = replace(engine.settings, draft=8 if on else 0), memories[side]
-                    Matcher.span = span if on else lambda _: []  # type: ignore[method-assign]
-                    Matcher.only = only if on else lambda _: None  # type: ignore[method-assign]
+                    Matcher.forced = forced if on else lambda _: []  # type: ignore[method-assign]
                     engine.cache.forget()
                     if cached:
                         asyncio.run(answers(some, Sampling(max_tokens=1), at_once))
@@ -439,7 +442,7 @@ def write_base_gguf(model: Any, path: Path) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             W = W.reshape(-1, 2, c.head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
         if name != "lm_head.weight":  # the same as the embedding
-            tensors[names.get_name(name, (".weight",)) + ".weight"] = W.bfloat16() if W.ndim > 1 else W.float()
+            tensors[names.get_name(name, (".weight",))] = W.bfloat16() if W.ndim > 1 else W.float()
     write_gguf_file(path, fields, tensors)
 
 
@@ -543,6 +546,7 @@ def quiet(level, text, data): pass
 L.llama_log_set(quiet, ctypes.c_void_p(0))
 L.llama_backend_init()
 model = L.llama_model_load_from_file(f"{work}/base.gguf".encode(), L.llama_model_default_params())
+assert model, "llama.cpp does not read base.gguf"
 words = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
 p = L.llama_context_default_params()
 p.n_ctx, p.n_batch, p.n_seq_max = 128 * len(prompts), 64 * len(prompts), len(prompts)

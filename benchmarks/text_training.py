@@ -3,7 +3,7 @@
     python benchmarks/text_training.py [--quick] [--rounds 3] [--json] [--imitate avx512|avx2]
                                                                           speed, memory, loss curves, share of the floor
     python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA; real bases without peers
-    python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
+    python benchmarks/text_training.py --banking77 DIR [--seeds 0,1] [--int8-seeds 0,1] [--peer-seeds 0] [--quick]
 
 Each side is a process that prints one JSON object. Sides run one after another, in rounds, so that changes of
 the machine's speed affect all sides. All sides start from the same adapter and use the same tokens.
@@ -90,11 +90,12 @@ def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
 # -- the sides ---------------------------------------------------------------------------------------------------------
 
 
-def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[str, Any]:
-    """Measure veneer. `quantize` is passed to `load_text`, `keep` to `fast`."""
+def side_veneer(work: Path, quantize: str | None = None, keep: int = 0, int8: bool = False) -> dict[str, Any]:
+    """Measure veneer. `quantize` is passed to `load_text`, `keep` to `fast`. `int8`: products in 8 bits."""
     import torch
 
     import veneer
+    from veneer.models.patching import recording_int8
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
 
@@ -117,6 +118,9 @@ def side_veneer(work: Path, quantize: str | None = None, keep: int = 0) -> dict[
 
     base.model.train()
     with fast(base.model, keep=keep) as how:
+        if int8:
+            with recording_int8(how):
+                text_loss(base.model, ids[0].flatten(), [LENGTH] * ROWS, trained.flatten())
         return timed_steps(ids, step) | {"how": how.summary(), "notes": base.notes}
 
 
@@ -250,6 +254,7 @@ def side_floor(work: Path) -> dict[str, Any]:
 SIDES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "floor": side_floor,
     "veneer": side_veneer,
+    "veneer, int8 products": lambda work: side_veneer(work, int8=True),
     "veneer, torch's operations": side_veneer,
     "peft float32": lambda work: side_peft(work, "fp32"),
     "peft bf16": lambda work: side_peft(work, "bf16"),
@@ -352,7 +357,7 @@ def banking_rows(folder: Path, name: str, count: int) -> list[list[dict[str, str
     return [json.loads(line)["messages"] for line in lines]
 
 
-def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
+def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int, compute: str = "auto") -> dict[str, Any]:
     import veneer
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -361,7 +366,7 @@ def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> 
             (Path(scratch) / f"{name}.jsonl").write_text(text, encoding="utf-8")
         base = veneer.load_base("smollm2-135m", dtype="bfloat16", device="cpu")
         config = {
-            "base": "smollm2-135m",
+            "base": {"name": "smollm2-135m", "compute": compute},
             "seed": seed,
             "output": str(Path(scratch) / "run"),
             "adapter": {"rank": RANK, "alpha": ALPHA, "targets": LINEARS},
@@ -442,15 +447,21 @@ def banking_peft(folder: Path, seed: int, train_rows: int, test_rows: int) -> di
     return {"exact_match": right / len(test), "train_seconds": seconds, "tokens": tokens, "peak_bytes": peak}
 
 
-BANKING = {"banking77 veneer": banking_veneer, "banking77 peft": banking_peft}
+BANKING: dict[str, Callable[..., dict[str, Any]]] = {
+    "banking77 veneer": banking_veneer,
+    "banking77 veneer int8": partial(banking_veneer, compute="int8"),
+    "banking77 peft": banking_peft,
+}
 
 
-def banking(folder: Path, seeds: list[int], peer_seeds: list[int], quick: bool) -> dict[str, Any]:
+def banking(
+    folder: Path, seeds: list[int], int8_seeds: list[int], peer_seeds: list[int], quick: bool
+) -> dict[str, Any]:
     if not (folder / "train.jsonl").exists():
         raise SystemExit(f"no train.jsonl in {folder}: this benchmark needs the banking77 rows")
     train_rows, test_rows = (320, 50) if quick else (5000, 500)
-    results: dict[str, list[dict[str, Any]]] = {"veneer": [], "peft": []}
-    order = [("veneer", s) for s in seeds] + [("peft", s) for s in peer_seeds]
+    results: dict[str, list[dict[str, Any]]] = {"veneer": [], "veneer int8": [], "peft": []}
+    order = [(side, s) for side, of in zip(results, (seeds, int8_seeds, peer_seeds), strict=True) for s in of]
     for side, seed in sorted(order, key=lambda pair: (pair[1], pair[0])):
         found = run_side(__file__, f"banking77 {side}", seed, train_rows, test_rows, work=folder)
         results[side].append(found | {"seed": seed})
@@ -464,12 +475,15 @@ def banking(folder: Path, seeds: list[int], peer_seeds: list[int], quick: bool) 
                 row(name, "peak_memory", found["peak_bytes"] / 1e9, "GB"),
             ]
     bars = []
+
+    def mean(side: str, key: str) -> float:
+        return statistics.mean(r[key] for r in results[side])
+
+    if results["veneer"] and results["veneer int8"]:
+        lost = 100 * (mean("veneer", "exact_match") - mean("veneer int8", "exact_match"))
+        bars.append(bar("points that int8 products lose", 0.5, lost, False))
     if results["veneer"] and results["peft"]:
-
-        def mean(side: str, key: str) -> float:
-            return statistics.mean(r[key] for r in results[side])
-
-        bars = [
+        bars += [
             bar("points below PEFT", 1.0, 100 * (mean("peft", "exact_match") - mean("veneer", "exact_match")), False),
             bar(
                 "train time over PEFT's", 1 / 3, mean("veneer", "train_seconds") / mean("peft", "train_seconds"), False
@@ -488,6 +502,7 @@ def main() -> None:
     )
     parser.add_argument("--banking77", type=Path, metavar="DIR", help="accuracy, time and memory on these rows instead")
     parser.add_argument("--seeds", default="0,1,2", help="veneer's seeds on banking77")
+    parser.add_argument("--int8-seeds", default="0,1,2", help="veneer's with base.compute: int8")
     parser.add_argument("--peer-seeds", default="0", help="PEFT's; each takes about half an hour on two cores")
     args = parsed(parser)
     if args.side:
@@ -495,8 +510,9 @@ def main() -> None:
         print(json.dumps(BANKING[side](Path(work), *rest) if side in BANKING else SIDES[side](Path(work))))
         return
     if args.banking77:
-        seeds, peers = ([int(s) for s in text.split(",") if s] for text in (args.seeds, args.peer_seeds))
-        result = banking(args.banking77, seeds, peers, args.quick)
+        given = (args.seeds, args.int8_seeds, args.peer_seeds)
+        seeds, eights, peers = ([int(s) for s in text.split(",") if s] for text in given)
+        result = banking(args.banking77, seeds, eights, peers, args.quick)
     elif args.real:
         result = real(say)
     elif args.kinds:

@@ -275,8 +275,8 @@ def test_help_is_fast_and_loads_no_torch(arguments: str) -> None:
 
 
 LINES = {
-    "files": 1_100, "core": 2_600, "ops": 3_600, "formats": 5_600, "models": 5_700, "library": 2_400, "plan": 1_400,
-    "adapters": 1_100, "train": 12_600, "imaging": 1_100, "serve": 11_300, "jobs": 4_600, "studio": 3_100, "cli": 3_400,
+    "files": 1_100, "core": 2_600, "ops": 4_000, "formats": 5_600, "models": 5_800, "library": 2_400, "plan": 1_400,
+    "adapters": 1_100, "train": 13_500, "imaging": 1_100, "serve": 11_900, "jobs": 4_600, "studio": 3_100, "cli": 3_400,
 }  # fmt: skip
 """Maximum lines of code per package, without blank lines, comments and docstrings.
 

@@ -46,6 +46,7 @@ def test_llama_cpp_generates_what_veneer_generates(monkeypatch: pytest.MonkeyPat
     from peft import PeftModel
 
     bench = benchmark_module(monkeypatch, "serving")
+    monkeypatch.setattr(bench, "REQUESTS", 2)
     python = ROOT / ".venv-llama/bin/python"
     if not python.exists():
         pytest.skip("needs .venv-llama: make .venv-llama/.ready")

@@ -45,7 +45,6 @@ def test_auto_dtype_on_a_cpu_is_read_from_the_profile(rates: Callable[[float, fl
         dtype, reason = choose_dtype("auto", CPU, stored)
         assert dtype == torch.bfloat16
         assert reason == "bfloat16 in memory and in products (profile: 400 GFLOP/s, float32 200)"
-    assert choose_dtype("auto", CPU, "BF16", pictures=True)[0] == torch.bfloat16
     rates(311.0, 167.0)
     assert choose_dtype("auto", CPU, "BF16") == (torch.bfloat16, f"bfloat16 in memory; {WIDE}")
     rates(311.0, 0.0)
@@ -56,18 +55,6 @@ def test_auto_dtype_on_a_cpu_is_read_from_the_profile(rates: Callable[[float, fl
         assert dtype == torch.float32
         assert reason.startswith("the weights are stored in float32")
     assert choose_dtype("float16", CPU, "BF16") == (torch.float16, "as requested")
-
-
-def test_auto_dtype_of_pictures_can_follow_the_products(
-    rates: Callable[[float, float], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates(311.0, 167.0)
-    monkeypatch.setattr("veneer.models.device.PICTURES_IN_FLOAT32", True)
-    dtype, reason = choose_dtype("auto", CPU, "BF16", pictures=True)
-    assert dtype == torch.float32
-    assert reason == f"float32 in memory and in {WIDE.replace(' in float32', '')}"
-    monkeypatch.setattr("veneer.models.device.PICTURES_IN_FLOAT32", False)
-    assert choose_dtype("auto", CPU, "BF16", pictures=True) == choose_dtype("auto", CPU, "BF16")
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), torch.float32), ((9, 0), torch.bfloat16)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from logging import getLogger
@@ -9,7 +10,22 @@ from logging import getLogger
 import pytest
 from transformers.utils import logging
 
-from veneer.models.loading import errors_only
+from veneer.models.loading import errors_only, uncollected
+
+
+def test_collections_pause_only_while_loading() -> None:
+    enabled = gc.isenabled()
+    try:
+        gc.enable()
+        with uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        gc.disable()
+        with uncollected():
+            pass
+        assert not gc.isenabled(), "the caller had paused them"
+    finally:
+        (gc.enable if enabled else gc.disable)()
 
 
 def test_settings_are_restored_after_the_last_context_exits() -> None:

@@ -15,6 +15,7 @@ from veneer.ops.dispatch import override_ops
 _SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "3 x 3": ((2, 32, 8, 8), (48, 32, 3, 3), {"padding": (1, 1)}),
     "odd sides": ((3, 20, 7, 5), (18, 20, 3, 3), {"padding": (1, 1)}),
+    "wide": ((1, 70, 3, 150), (20, 70, 3, 3), {"padding": (1, 1)}),
     "half the sides": ((2, 16, 8, 8), (16, 16, 3, 3), {"padding": (1, 1), "stride": (2, 2)}),
     "1 x 1": ((2, 16, 4, 4), (24, 16, 1, 1), {}),
     "dilated, in groups": ((1, 16, 9, 9), (16, 8, 3, 3), {"dilation": (2, 2), "groups": 2}),
@@ -27,13 +28,14 @@ def _results(x: Tensor, weight: Tensor, bias: Tensor, run: Any, **how: Any) -> l
     return [y.detach(), *torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16().to(y.dtype))]
 
 
+@pytest.mark.parametrize("kernel_of", ["compiled", "torch"])
 @pytest.mark.parametrize("name", _SHAPES)
-def test_16_bit_convolutions_round_once_in_float32_arithmetic(name: str) -> None:
+def test_16_bit_convolutions_round_once_in_float32_arithmetic(name: str, kernel_of: str) -> None:
     shape, kernel, how = _SHAPES[name]
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=g).bfloat16() for s in (shape, kernel, kernel[:1]))
     exact = _results(x.double(), weight.double(), bias.double(), F.conv2d, **how)
-    with override_ops(product="columns"):
+    with override_ops(product="columns", conv3x3=kernel_of):
         y, dx = _results(x, weight, bias, frozen_conv, **how)
     torch.testing.assert_close(y, exact[0].bfloat16(), rtol=2**-7, atol=1e-5)
     torch.testing.assert_close(dx, exact[1].bfloat16(), rtol=2**-7, atol=1e-5)

@@ -83,7 +83,7 @@ def test_provisional_profile_is_measured_again_until_it_is_confirmed(
     def rounds(works: Sequence[tuple[tuple[str, str], float, object]], found: dict[tuple[str, str], object]) -> None:
         found.update(dict.fromkeys((name for name, *_ in works), next(seconds)))
 
-    monkeypatch.setattr(module, "_run_rounds", rounds)
+    monkeypatch.setattr(module, "run_rounds", rounds)
     monkeypatch.setattr(module, "AGREEMENT", 0.2)
     first = profile()
     assert first.provisional
@@ -118,7 +118,7 @@ def test_missing_and_slow_products_are_left_out(monkeypatch: pytest.MonkeyPatch)
 
         return work
 
-    monkeypatch.setattr(module, "_product", product)
+    monkeypatch.setattr(module, "product_of", product)
     found = module.measure("key")
     shapes = {dtype: [int(shape.split("x")[0]) for shape in rates] for dtype, rates in found.gflops.items()}
     assert shapes == {"float32": [16, 256, 1024], "bfloat16": [16, 256, 1024], "float16": [16]}

@@ -166,6 +166,7 @@ def serve(
             adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
             batch_invariant=batch_invariant,
             context=more.context,
+            draft=more.draft_tokens,
         ),
         http=HttpSettings(
             max_tokens=more.max_tokens,

@@ -417,7 +417,9 @@ def forward_in_float32(self: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, LinearMap(weight, bias))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return linear(x, LinearMap(weight, bias))
+    return product(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], len(weight))
 
 
 def has_other_forward(module: nn.Module) -> bool:

@@ -96,7 +96,7 @@ def _image_directory(name: str, path: Path) -> dict[str, Any]:
             tables[part], _ = stored_tensors(path / part)
     denoiser, vae = parts[family.denoiser], parts["vae"]
     stored = stored_dtype(tables[family.denoiser])
-    dtype, reason = choose_dtype("auto", choose_device("auto"), stored, pictures=True)
+    dtype, reason = choose_dtype("auto", choose_device("auto"), stored)
     scale = vae_scale(vae)
     tree = Components({n: parts[n] for n in (family.denoiser, *family.encoders) if parts.get(n) is not None})
     linear = Counter(

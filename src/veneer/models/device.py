@@ -74,16 +74,10 @@ def choose_device(device: str | torch.device) -> torch.device:
     return selected
 
 
-PICTURES_IN_FLOAT32 = True
-"""Whether image bases are loaded in float32 on a CPU whose products of 16-bit weights run in float32."""
-
-
-def choose_dtype(
-    dtype: str | torch.dtype, device: torch.device, stored: str, *, pictures: bool = False
-) -> tuple[torch.dtype, str]:
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
     """Return the dtype to load a base in, and the reason.
 
-    `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …). `pictures`: whether it is an image base.
+    `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …).
 
     "auto" keeps weights that are stored in float32, which are therefore never rounded. Other weights are loaded
     in bfloat16 on a CPU, where the machine's profile decides in which dtype their products are computed, and on
@@ -103,7 +97,7 @@ def choose_dtype(
             "the weights are stored in float32 (bfloat16 would halve the memory but round the weights)",
         )
     if device.type == "cpu":
-        return _cpu_dtype(pictures)
+        return _cpu_dtype()
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (compute {major}.{minor})"
@@ -111,7 +105,7 @@ def choose_dtype(
     return torch.float32, f"this {device.type.upper()} does not multiply bfloat16 in hardware, so float32 is faster"
 
 
-def _cpu_dtype(pictures: bool) -> tuple[torch.dtype, str]:
+def _cpu_dtype() -> tuple[torch.dtype, str]:
     """Return the dtype of 16-bit weights in memory, and the reason, which names the dtype of their products."""
     import torch
 
@@ -125,8 +119,6 @@ def _cpu_dtype(pictures: bool) -> tuple[torch.dtype, str]:
         text = f"bfloat16 in memory and in products (profile: {narrow:,.0f} GFLOP/s, float32 {wide:,.0f})"
         return torch.bfloat16, text
     faster = f"which is {wide / narrow:.1f} times as fast on this processor {rates}" if narrow else "without bfloat16"
-    if pictures and PICTURES_IN_FLOAT32:
-        return torch.float32, f"float32 in memory and in products, {faster}"
     return torch.bfloat16, f"bfloat16 in memory; products in float32, {faster}"
 
 

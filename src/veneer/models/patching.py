@@ -128,7 +128,8 @@ def widen_products(model: nn.Module, undo: ExitStack | None = None) -> int:
 def _conv_in_float32(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     if not frozen or self.padding_mode != "zeros" or isinstance(self.padding, str) or not same_dtype(x, weight):
-        return type(self)._conv_forward(self, x, weight, bias)
+        out: Tensor = nn.Conv2d._conv_forward(self, x, weight, bias)
+        return out
     return frozen_conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 

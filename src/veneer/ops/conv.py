@@ -12,21 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from veneer.ops.products import widened
+from veneer.ops.dispatch import dispatch
+from veneer.ops.products import in_float32, widened
 
-_Pair = tuple[int, int]
+_Sizes = tuple[int, ...]
 
 
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, live: int, *how: Any) -> Tensor:
         ctx.how = x.shape, weight[:, :live], live, how
-        wide_x, wide_weight, *wide_bias = widened(x, weight, *([] if bias is None else [bias]))
-        return F.conv2d(wide_x, wide_weight, *(wide_bias or [None]), *how).to(x.dtype)
+        if (run := _kernel_of(x, weight, how)) is not None:
+            y = x.new_empty(len(x), len(weight), *x.shape[2:])
+            run(x, weight, bias, False, y)
+            return y
+        wide_x, wide_weight = widened(x, weight)
+        bias = None if bias is None else bias.to(wide_x.dtype)
+        return F.conv2d(wide_x, wide_weight, bias, *how).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         shape, weight, live, how = ctx.how
+        if (run := _kernel_of(g := g.contiguous(), weight, how)) is not None:
+            dx = g.new_empty(shape)
+            run(g, weight.transpose(0, 1), None, True, dx)
+            dx[:, live:] = 0
+            return dx, *[None] * (3 + len(how))
         wide_g, wide_weight = widened(g, weight)
         dx = conv2d_input((shape[0], live, *shape[2:]), wide_weight, wide_g, *how).to(g.dtype)
         if live < shape[1]:
@@ -35,13 +46,18 @@ class _FrozenConv(torch.autograd.Function):
         return dx, *[None] * (3 + len(how))
 
 
+def _kernel_of(x: Tensor, weight: Tensor, how: tuple[Any, ...]) -> Any:
+    """Return the implementation of "conv3x3", or None if it does not fit or float32 is not faster."""
+    return dispatch("conv3x3", x, weight) if how == ((1, 1), (1, 1), (1, 1), 1) and in_float32(x) else None
+
+
 def frozen_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: _Pair = (1, 1),
-    padding: _Pair | str = (0, 0),
-    dilation: _Pair = (1, 1),
+    stride: _Sizes = (1, 1),
+    padding: _Sizes = (0, 0),
+    dilation: _Sizes = (1, 1),
     groups: int = 1,
     live: int | None = None,
 ) -> Tensor:

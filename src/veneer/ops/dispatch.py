@@ -42,6 +42,7 @@ OPS = {
     "attend_backward": "gradients of attend",
     "varlen_attention": "causal attention of packed rows, with gradients",
     "causal_softmax": "softmax with a causal mask",
+    "conv3x3": "3 × 3 convolution in float32",
     "quantized_linear": "x·Wᵀ + b with a quantized weight",
     "dequantize_blocks4": "dequantize 4-bit blocks",
     "dequantize_ggml": "dequantize GGUF blocks",

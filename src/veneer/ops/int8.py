@@ -19,10 +19,10 @@ from veneer.ops.dispatch import dispatch
 
 CODES = 127
 """The largest int8 code; -128 is not used."""
-_OUTLIERS = 8
+_OUTLIERS = 16
 """Most outlier channels of a weight."""
-_OUTLIER = 4.0
-"""Channels are outliers if their largest |x / m| exceeds this many times the 16th largest channel's."""
+_OUTLIER = 1.5
+"""Channels are outliers if their largest |x / m| exceeds this many times the 32nd largest channel's."""
 
 
 def int8_linear(
@@ -89,7 +89,7 @@ class Int8Weight:
         self.balance, self._back, self._inverse = m, 1 / m, 1 / m
         scaled = self.largest * self._inverse
         order = scaled.argsort(descending=True, stable=True)
-        which = order[:_OUTLIERS][scaled[order[:_OUTLIERS]] > _OUTLIER * scaled[order[min(16, len(order) - 1)]]]
+        which = order[:_OUTLIERS][scaled[order[:_OUTLIERS]] > _OUTLIER * scaled[order[min(31, len(order) // 2)]]]
         self._outliers = None
         if len(which):
             self._inverse = self._inverse.index_fill(0, which, 0.0)

@@ -206,11 +206,11 @@ def measure(key: str, known: Profile | None = None) -> Profile:
     for dtype in _DTYPES:
         for rows, inputs, outputs in SHAPES:
             name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
-            works.append((name, 2e-9 * rows * inputs * outputs, _product(dtype, rows, inputs, outputs)))
+            works.append((name, 2e-9 * rows * inputs * outputs, product_of(dtype, rows, inputs, outputs)))
     works += _READS * [(("", "read"), _READ_BYTES / 1e9, _reading())]
     rounds: dict[_Name, list[float]] = {}
     # A new thread is not affected by the caller's autograd and dispatch modes.
-    thread = threading.Thread(target=_run_rounds, args=(works, rounds), name="veneer-profile")
+    thread = threading.Thread(target=run_rounds, args=(works, rounds), name="veneer-profile")
     thread.start()
     thread.join()
     rates = {name: size / min(rounds[name]) for name, size, _ in works if name in rounds}
@@ -240,7 +240,7 @@ def _reading() -> Callable[[], object]:
     return values.sum
 
 
-def _product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callable[[], object]:
+def product_of(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callable[[], object]:
     x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
     if dtype == torch.int8:
         return lambda: torch._int_mm(x, weight.t())
@@ -248,7 +248,7 @@ def _product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callab
 
 
 @torch.no_grad()
-def _run_rounds(works: Sequence[tuple[_Name, float, Callable[[], object]]], rounds: dict[_Name, list[float]]) -> None:
+def run_rounds(works: Sequence[tuple[_Name, float, Callable[[], object]]], rounds: dict[_Name, list[float]]) -> None:
     """Run all measurements in turn for SECONDS, at least twice, after a run of each that is not timed.
 
     A product that torch does not have is left out, and so are the larger shapes of a slow dtype."""

@@ -142,6 +142,7 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
         block=n * per_picture.block,
         forward=n * per_picture.forward,
         backward=n * per_picture.backward,
+        attention=n * per_picture.attention,
     )
 
 
@@ -168,6 +169,8 @@ def _image_counts(
         inputs=float(forward.entering),
         forward=forward.attention,
         backward=2 * forward.attention,
+        attention=forward.attention,
+        calls=len(forward.weights),
     )
     saved = {block: float(values) for block, values in forward.norms.items()}
     for weight in forward.weights:

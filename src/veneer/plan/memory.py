@@ -137,6 +137,8 @@ class Counts:
     ends: values that are saved after the last block.
     delta_values: float32 values computed from an adapter's parts.
     forward, backward: operations of each pass.
+    attention: the part of `forward` that multiplies queries, keys and values; twice as many in `backward`.
+    calls: products in one pass, of which each has a cost that does not depend on its size.
     head: operations of the head in both passes.
     logits: bytes of one chunk of logits.
     blocks: parameters of each block."""
@@ -155,6 +157,8 @@ class Counts:
     delta_values: int = 0
     forward: float = 0.0
     backward: float = 0.0
+    attention: float = 0.0
+    calls: int = 0
     head: float = 0.0
     logits: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -303,6 +307,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
         saved = float(tokens * layer.normed)
         for name, parts in layer.products.items():
             n, adapted = tokens if name == "qkv" else last_tokens, [part for part in parts if part.name in pairs]
+            counts.calls += 1 + (dora and bool(adapted))
             values = sum(part.active * part.outputs for part in parts)
             values += parts[0].active * parts[0].inputs * (name != "down")
             saved += n * values * (1.5 if parts[0].times > 1 else 1)  # Experts gather their inputs.
@@ -322,6 +327,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
                 counts.backward += uses * (pair.operations - pair.forward)
         visible = sum(visible_keys(length, layer.window) for length in load.lengths)
         attention = 4.0 * layer.heads * layer.head_dim * visible
+        counts.attention += attention
         counts.forward += attention
         counts.backward += 2 * attention
         counts.saved += saved

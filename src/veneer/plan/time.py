@@ -1,69 +1,102 @@
 """Duration of a run: counted operations and bytes divided by measured (CPU) or assumed (GPU) rates.
 
-seconds = operations / rate + bytes / bandwidth
+seconds = (products + a · attention) / rate + bytes / bandwidth + b · number of products
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from veneer.models.device import limit_threads
 from veneer.plan.memory import Counts, Load, RunLoad, dtype_bytes, offloaded, visible_keys, weight_bytes
 from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
-_EFFICIENCY = 0.4
-"""Share of a device's matrix-product rate that training reaches.
-
-On a CPU, steps of smollm2-135m reached 0.33 to 0.68. The value for a GPU is an assumption."""
+_ASSUMED = 0.4
+"""Share of a GPU's matrix-product rate that training reaches."""
 _BANDWIDTH = 0.7
 HOST_LINK = 20e9
 """Bytes per second between CPU memory and a GPU: an assumption for PCIe 4.0 × 16."""
+
+
+class Fit(NamedTuple):
+    """Coefficients of a step's time on a CPU.
+
+    products: share of the profile's rate that products reach.
+    attention: how many times as long an operation of attention takes.
+    bandwidth: share of the profile's bandwidth.
+    call: seconds of a product that do not depend on its size."""
+
+    products: float
+    attention: float
+    bandwidth: float
+    call: float
+
+
+_FITS = {"text": Fit(0.82, 1.4, 0.37, 0.00026), "image": Fit(0.82, 1.4, 0.37, 0.00026)}
+"""Coefficients by kind of run.
+
+Those of text runs are fitted by least squares to measured steps (tests/plan/test_time.py). Image runs use the
+same values, which were not compared with measured steps."""
 
 
 @dataclass(frozen=True)
 class Work:
     """The work of one micro-batch, forward and backward.
 
+    attention: the part of `operations` that multiplies queries, keys and values.
+    calls: number of products.
     bytes: bytes of activations and weights that are read or written.
     fetched: bytes from CPU memory that the device waits for."""
 
     operations: float = 0.0
     bytes: float = 0.0
     fetched: float = 0.0
+    attention: float = 0.0
+    calls: float = 0.0
 
 
 @dataclass(frozen=True)
 class Rates:
     """Operations and bytes per second of a device.
 
-    source: where the numbers come from, as text."""
+    source: where the numbers come from, as text.
+    attention, call: as in `Fit`."""
 
     operations: float
     bandwidth: float
     source: str
+    attention: float = 1.0
+    call: float = 0.0
 
     def seconds(self, work: Work, count: int = 1) -> float:
         """Return the seconds for `work`, divided among `count` devices."""
-        computing = (work.operations / self.operations + work.bytes / self.bandwidth) / count
-        return computing + work.fetched / HOST_LINK
+        operations = work.operations + (self.attention - 1) * work.attention
+        computing = (operations / self.operations + work.bytes / self.bandwidth) / count
+        return computing + work.fetched / HOST_LINK + self.call * work.calls
 
 
-def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
-    """Return the rates of a device.
+def rates_of(device: Device, dtype: str = "bfloat16", kind: str = "text") -> Rates:
+    """Return the rates of a device for runs of a kind ("text", "image").
 
-    The rates of this machine's CPU are shares of the product rate and the bandwidth in its profile
-    (ops/profile.py). The rates of other devices are assumed shares of the numbers in their data sheets;
-    float32 runs at a fourteenth of the bfloat16 rate (H100: 67 of 989 TFLOP/s)."""
+    The rates of this machine's CPU are shares of the rate and the bandwidth in its profile (ops/profile.py);
+    bfloat16 runs at the rate of the dtype in which the profile computes products. The rates of other devices are
+    assumed shares of the numbers in their data sheets; float32 runs at a fourteenth of the bfloat16 rate (H100:
+    67 of 989 TFLOP/s)."""
     if device.kind == "cpu":
         from veneer.ops.profile import profile
 
-        speeds = profile()
-        rate, bandwidth = 1e9 * (speeds.rate(dtype) or speeds.rate("float32")), 1e9 * speeds.bandwidth
-        source = f"{_EFFICIENCY:.0%} of {rate / 1e9:,.0f} GFLOP/s and of {bandwidth / 1e9:,.1f} GB/s, measured here"
-        return Rates(_EFFICIENCY * rate, _EFFICIENCY * bandwidth, source)
+        limit_threads()  # the profile depends on the number of threads
+        found, fit = profile(), _FITS[kind]
+        computed = found.arithmetic if dtype == "bfloat16" else dtype
+        rate, bandwidth = 1e9 * (found.rate(computed) or found.rate("float32")), 1e9 * found.bandwidth
+        source = f"{fit.products:.0%} of {rate / 1e9:,.0f} GFLOP/s in {computed}, {fit.bandwidth:.0%} of "
+        source += f"{bandwidth / 1e9:,.1f} GB/s, measured here"
+        return Rates(fit.products * rate, fit.bandwidth * bandwidth, source, fit.attention, fit.call)
     best = device.flops / (1 if dtype != "float32" else 14)
-    source = f"{_EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
-    return Rates(_EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{source}, both assumed")
+    source = f"{_ASSUMED:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
+    return Rates(_ASSUMED * best, _BANDWIDTH * device.bandwidth, f"{source}, both assumed")
 
 
 def run_work(counts: Counts, load: RunLoad) -> Work:
@@ -81,6 +114,8 @@ def run_work(counts: Counts, load: RunLoad) -> Work:
         counts.forward * (1 + forwards) + counts.backward + counts.head,
         moved,
         float(reads * e * sum(offloaded(counts, load))),
+        attention=counts.attention * (3 + forwards),
+        calls=float(counts.calls * reads),
     )
 
 
@@ -88,8 +123,9 @@ def reading_work(shape: TextShape, load: Load) -> Work:
     """Return the operations and bytes of one forward pass of a base without adapters.
 
     This is the work of a teacher that reads completions. The head runs only on trained tokens."""
-    operations = 2.0 * load.trained_tokens * shape.vocabulary * shape.hidden
+    operations, attention = 2.0 * load.trained_tokens * shape.vocabulary * shape.hidden, 0.0
     for layer in shape.layers:
         operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)
-        operations += 4.0 * layer.heads * layer.head_dim * sum(visible_keys(n, layer.window) for n in load.lengths)
-    return Work(operations, float(sum(weight_bytes(shape, load.dtype, load.quantize))))
+        attention += 4.0 * layer.heads * layer.head_dim * sum(visible_keys(n, layer.window) for n in load.lengths)
+    read = float(sum(weight_bytes(shape, load.dtype, load.quantize)))
+    return Work(operations + attention, read, attention=attention)

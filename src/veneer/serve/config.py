@@ -25,6 +25,7 @@ class ServerConfig(BaseModel):
     allowed_hosts: accepted Host headers, besides localhost and --host, on a server without keys
     context: maximum tokens of a sequence; 0: as many as the base and the cache allow
     max_tokens: maximum tokens of a completion; 0: as many as the context allows
+    draft_tokens: maximum tokens that n-gram speculation drafts per completion and step; 0: no speculation
     queue: maximum completions that run or wait at once; one tenant can use half
     max_connections: maximum open connections; above it, the longest-idle connection is closed
     head_seconds, body_seconds: time limits for receiving a request's head and body
@@ -42,6 +43,7 @@ class ServerConfig(BaseModel):
     allowed_hosts: list[str] = Field(default_factory=list)
     context: int = Field(default=EngineSettings.context, ge=0)
     max_tokens: int = Field(default=HttpSettings.max_tokens, ge=0)
+    draft_tokens: int = Field(default=EngineSettings.draft, ge=0, le=64)
     queue: int = Field(default=HttpSettings.queue, ge=2)
     max_connections: int = Field(default=HttpSettings.connections, ge=2)
     head_seconds: _Seconds = HttpSettings.head_time

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ class Lines(Lazy[Record]):
         self._begins, self._ends, self._numbers, self._starts = array("q"), array("q"), array("q"), array("q")
         self._lock, h = Lock(), hashlib.sha256()
         for file in self._files:
+            weakref.finalize(self, file.close)
             self._starts.append(len(self._begins))
             self._stamps.append(_stamp(file))
             begin = 0

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from veneer.errors import DataError
-
-
-class Keyed(Protocol):
-    """An item that can be held out: a row or an image.
-
-    key: a hash of all its trained content."""
-
-    @property
-    def key(self) -> str: ...
-
-
-_AnyKeyed = TypeVar("_AnyKeyed", bound=Keyed)
 
 
 def _sha256(text: bytes) -> bytes:
@@ -29,22 +16,6 @@ def _sha256(text: bytes) -> bytes:
 
 
 def hold_out(
-    items: Sequence[_AnyKeyed],
-    split: int | float | None,
-    *,
-    seed: int,
-    default: int,
-    noun: str = "rows",
-    order: Callable[[bytes], bytes] = _sha256,
-) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:
-    """Return (training items, held-out items), selected by `held_out_indices`. Both lists keep their order."""
-    keys = (item.key for item in items)
-    selected = set(held_out_indices(keys, len(items), split, seed=seed, default=default, noun=noun, order=order))
-    training = [item for i, item in enumerate(items) if i not in selected]
-    return training, [items[i] for i in sorted(selected)]
-
-
-def held_out_indices(
     keys: Iterable[str],
     items: int,
     split: int | float | None,

@@ -74,7 +74,7 @@ def test_a_kernel_agrees_with_float64_and_writes_nothing_else(
     assert all(bool((margin == 0xFF).all()) for margin in margins)
 
 
-@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("march", ["x86-64-v3", pytest.param("x86-64-v4", marks=pytest.mark.slow)])
 def test_kernels_for_older_processors_pass_the_self_test(march: str, tmp_path: Path) -> None:
     """Serving and training multiply bfloat16 with AVX2, and with AVX-512 without its BF16 part."""
     needs = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}[march]

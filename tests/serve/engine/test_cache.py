@@ -101,3 +101,24 @@ class Blocks(RuleBasedStateMachine):
 
 def test_any_order_of_opening_and_closing() -> None:
     run_state_machine_as_test(Blocks, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+
+
+def test_the_start_of_an_incomplete_block_is_copied() -> None:
+    copies: list[tuple[int, int]] = []
+    cache = Cache(4, 4, lambda *blocks: copies.append(blocks))
+    first = cache.open(b"", [*range(10)])
+    assert cache.grow(first, 10)
+    cache.mark_computed(first, [*range(10)])
+    same, other = cache.open(b"", [*range(10), 99]), cache.open(b"", [*range(9), 98, 99])
+    assert (same.cached, same.blocks[:2], other.cached) == (10, first.blocks[:2], 8)  # no block is left for the second
+    assert copies == [(first.blocks[2], same.blocks[2])]
+    assert cache.open(b"salt", [*range(10)]).cached == 0
+    for table in (same, other):
+        cache.close(table)
+    other = cache.open(b"", [*range(9), 98, 99])
+    assert other.cached == 9
+    cache.close(other)
+    cache.close(first)
+    reused = cache.open(b"x", [7])
+    assert cache.grow(reused, 8)  # overwrites the incomplete block
+    assert cache.open(b"", [*range(10)]).cached == 8

@@ -449,11 +449,8 @@ def test_masks_are_built_while_the_model_computes(monkeypatch: pytest.MonkeyPatc
 
             done = False
 
-            def span(self) -> list[int]:
+            def forced(self) -> list[int]:
                 return []
-
-            def only(self) -> None:
-                return None
 
             def allowed(self, tokens: Any) -> int:
                 return 0

@@ -110,9 +110,22 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
 @given(schema=schemas(), seed=st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_any_small_schema(schema: dict[str, Any], seed: int) -> None:
+    matcher = compiled("json_schema", json.dumps(schema)).copy()
+    for token in matcher.forced():
+        assert matcher.mask().nonzero().flatten().tolist() == [token]
+        matcher.advance(token)
     text, end = answer(compiled("json_schema", json.dumps(schema)), seed)
     if end:
         jsonschema.validate(json.loads(text), schema)
+
+
+def test_answers_have_whitespace_only_if_the_schema_allows_it() -> None:
+    schema = {"const": {"a": [1, 2], "b": "x y"}}
+    assert answer(compiled("json_schema", json.dumps(schema))) == ('{"a":[1,2],"b":"x y"}', True)
+    flexible = compiled("json_schema", json.dumps(schema | {"x-guidance": {"whitespace_flexible": True}})).copy()
+    for token in TOKENIZER.encode('{ "a" : [1,\n2], "b": "x y"}'):
+        flexible.advance(token)
+    assert flexible.complete
 
 
 def test_any_json_object() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.serve.engine.cache import Cache
-from veneer.serve.engine.scheduler import Scheduler, Sequence
+from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence
 from veneer.serve.request import DigestMix, Request, Sampling
 
 
@@ -222,3 +222,53 @@ def test_prefixes_need_equal_mixes_and_salts() -> None:
                 found[turn, mix, salt] = sequence.cached
     assert {cached for (turn, _, _), cached in found.items() if turn == 0} == {0}
     assert {cached for (turn, _, _), cached in found.items() if turn == 1} == {16}
+
+
+def test_rejected_drafts_leave_no_trace_and_preempt_nobody() -> None:
+    scheduler = Scheduler(Cache(10, 4), rows=2, budget=64)
+    sequence = scheduler.add(request(6, 50))
+    advance(scheduler)
+    sequence.drafts = tuple(range(9))
+    (chunk,) = scheduler.step()
+    assert (chunk.start, chunk.end, len(chunk.drafts), chunk.last) == (6, 7, 9, True)
+    assert scheduler.cache.in_use == 4
+    scheduler.mark_computed(chunk, 2)
+    scheduler.appended(sequence, 7)
+    assert sequence.tokens[6:] == [7, 0, 1, 7]
+    assert (sequence.computed, scheduler.cache.in_use, sequence.drafts) == (9, 3, ())
+    other = scheduler.add(request(16, 50, salt=1))
+    advance(scheduler)
+    sequence.drafts = tuple(range(40))  # more than the cache holds
+    assert [chunk.drafts for chunk in scheduler.step()] == [(), ()]
+    assert other in scheduler.running
+    assert scheduler.preemptions == 0
+
+
+def test_forced_tokens_are_computed_in_the_next_step() -> None:
+    scheduler = Scheduler(Cache(1000, 4), rows=2, budget=16)
+    sequence, other = scheduler.add(request(6, 99)), scheduler.add(request(6, 99, salt=1))
+    advance(scheduler)
+    for token in range(12):
+        scheduler.appended(sequence, token, forced=True)
+    sizes = []
+    for _ in range(3):
+        sizes.append([c.end - c.start for c in scheduler.step()])
+        for chunk in (Chunk(s, s.computed, s.computed + n) for s, n in zip((sequence, other), sizes[-1], strict=True)):
+            scheduler.mark_computed(chunk)
+            if chunk.last:
+                scheduler.appended(chunk.sequence, 7)
+    assert sizes == [[8, 1], [5, 1], [1, 1]]  # half the budget each
+
+
+def test_drafts_are_charged_to_their_tenant() -> None:
+    for drafts, first in (((), "a"), ((1,) * 8, "b")):
+        scheduler = Scheduler(Cache(1000, 4), rows=3, budget=64)
+        running = scheduler.add(request(4, 99, "a"))
+        scheduler.add(request(4, 99, "b", salt=1))
+        for _ in range(5):
+            advance(scheduler)
+            running.drafts = drafts
+        for salt, tenant in ((2, "a"), (3, "b")):
+            scheduler.add(request(4, 99, tenant, salt=salt))
+        advance(scheduler)
+        assert [s.request.tenant for s in scheduler.running][2] == first

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
-from veneer.ops.cpu import compiled
+from veneer.ops.cpu import build, compiled
 from veneer.ops.weight_panels import panels_here
 from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.runner import Prepared, Runner
@@ -69,6 +70,24 @@ def test_fused_layers_equal_separate_layers_bit_for_bit(name: str, monkeypatch: 
     line_by_line(runner, monkeypatch)
     apart = answers(runner, adapters)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_fused_layers_equal_separate_layers_with_avx2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX512-BF16, weights in bfloat16 are multiplied in float32. The runner checks the logits."""
+    if not any("avx2" in line.split() for line in build.processor_features()):
+        pytest.skip("this processor has no AVX2")
+    library, here = tmp_path / "native.so", Path(compiled.__file__).parent
+    sources = [here / source for source in compiled.SOURCES]
+    build.compile_kernels(
+        build.find_compiler("CC", ("cc", "gcc", "clang"))[0], sources, library, ["-march=x86-64-v3", "-O1"]
+    )
+    older = compiled.load_library(library)
+    monkeypatch.setattr(compiled, "kernels", lambda: older)
+    runner, llama, adapters = runner_of("norms of q and k")
+    assert llama.decode_table.run is older.decode
+    at_once = answers(runner, adapters)
+    line_by_line(runner, monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(at_once, answers(runner, adapters), strict=True))
 
 
 def test_a_dora_does_not_change_other_rows() -> None:

@@ -27,7 +27,7 @@ from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.device import limit_threads
 from veneer.models.image.families import EDITING, FAMILIES, Editing, ImageFamily, topology_name
 from veneer.models.image.files import LoadedParts, control_of, read_directory, read_single_file, require_diffusers
-from veneer.models.loading import errors_only
+from veneer.models.loading import errors_only, uncollected
 from veneer.models.patching import widen_products
 from veneer.models.sources import find_base, short_name
 from veneer.ops.quantized import Quantized
@@ -157,6 +157,7 @@ class _TextModelLevel(nn.Module):
         self.text_model = text_model
 
 
+@uncollected()
 def load_image(
     name: str,
     *,

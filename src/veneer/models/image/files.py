@@ -107,7 +107,7 @@ def read_directory(
             if variant:
                 notes.append(f"{name}: using the {variant} weights, because there are no others")
     target_device = choose_device(device)
-    kind, reason = choose_dtype(dtype, target_device, stored_dtype(tables[family.denoiser]), pictures=True)
+    kind, reason = choose_dtype(dtype, target_device, stored_dtype(tables[family.denoiser]))
     large = {name for name in tables if name == family.denoiser or classes[name][1] in _LARGE_ENCODERS}
     to_quantize = large if quantize else set[str]()
     _check_memory(path, tables, kind, target_device, quantize, to_quantize)
@@ -402,7 +402,7 @@ def read_single_file(
     # For the other families, diffusers loads only the denoiser from a single file.
     stored = stored & set(classes) | {family.denoiser} if loads_parts else {family.denoiser}
     target_device = choose_device(device)
-    kind, reason = choose_dtype(dtype, target_device, stored_dtype(table), pictures=True)
+    kind, reason = choose_dtype(dtype, target_device, stored_dtype(table))
     check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, target_device)
     parts: dict[str, Any] = {}
     tables = {"file": table}

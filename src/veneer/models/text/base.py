@@ -22,7 +22,7 @@ from veneer.files.weights import StoredTensor, stored_dtype, tensor_table
 from veneer.models.config import check_config, read_config_json
 from veneer.models.device import check_memory, choose_device, choose_dtype, limit_threads
 from veneer.models.fingerprint import fingerprint
-from veneer.models.loading import check_loaded, device_map_to, errors_only, loading
+from veneer.models.loading import check_loaded, device_map_to, errors_only, loading, uncollected
 from veneer.models.quantize import check_kind, load_quantized, original_weight, quantized_bytes, saved_kind
 from veneer.models.sharded_weights import ShardReader
 from veneer.models.sources import find_base, is_image_base, short_name
@@ -90,6 +90,7 @@ class TextBase:
         return bool(self.tokenizer.chat_template)
 
 
+@uncollected()
 def load_text(
     name: str,
     *,

@@ -76,6 +76,7 @@ _AMX = ("amx_panel_product",)
 _VNNI = {"int8_product": "pllpplilpplppppi"}
 """Kernels that require AVX512-VNNI."""
 _TILES = {
+    "conv3x3": "ppllipplllllli",
     "float_product": "pllipllipplllppliillli",
     "rope_varlen_attention": "plpppllllflippi",
     "rope_varlen_attention_backward": "pppplpppllllflipi",
@@ -83,7 +84,7 @@ _TILES = {
     "narrow_rope_varlen_attention_backward": "pppplpppllllflipi",
 }
 """Kernels that use libtorch's small matrix products, in float32 or bfloat16."""
-_WIDE = ("float_product", "rope_varlen_attention", "rope_varlen_attention_backward")
+_WIDE = ("conv3x3", "float_product", "rope_varlen_attention", "rope_varlen_attention_backward")
 """The kernels in `_TILES` that compute in float32."""
 SIGNATURES = _EVERYWHERE | _AVX512 | _VECTORS | _VNNI | _TILES
 """All kernels: C function name -> letters of its argument types."""

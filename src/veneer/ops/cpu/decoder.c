@@ -200,7 +200,7 @@ static inline __attribute__((always_inline)) void few_rows(const i64 kind, const
                 }
                 continue;
             }
-            const int T = R < 4 && J > 1 ? 2 : 1; /* units at once: a sum waits for the previous one */
+            const int T = R < 4 && REGISTERS == 32 ? 2 : 1; /* units at once: a sum waits for the previous one */
 #pragma GCC unroll 4
             for (int j = 0; j < J; j += T) {
                 unit u[2];
@@ -228,10 +228,10 @@ static inline __attribute__((always_inline)) void few_rows(const i64 kind, const
 
 #define FEW_ROWS(R, J) \
     static void few_rows##R(const factor *a, i64 lda, const matrix *w, i64 at, i64 half, float *c) { \
-        BY_KIND(few_rows, w->kind, R, J, a, lda, w, at, half, c) \
+        if (R <= FEW) BY_KIND(few_rows, w->kind, R, J, a, lda, w, at, half, c) \
     }
 FEW_ROWS(1, (REGISTERS < 32 ? 2 : 4))
-FEW_ROWS(2, (REGISTERS < 32 ? 2 : 4))
+FEW_ROWS(2, (REGISTERS < 32 ? 1 : 4))
 FEW_ROWS(3, (REGISTERS < 32 ? 1 : 4))
 FEW_ROWS(4, (REGISTERS < 32 ? 1 : 4))
 FEW_ROWS(5, 2)
@@ -510,11 +510,11 @@ static void columns(const bf16 *x, const factor *xs, i64 n, i64 in, const matrix
                     case 2: tile2(J, a, half, b, deep, sums, k > 0); break;
                     case 3: tile3(J, a, half, b, deep, sums, k > 0); break;
                     default:
-                        if (job.next < job.last) tile4_ahead(a, half, b, deep, sums, k > 0, &job);
+                        if (REGISTERS == 32 && job.next < job.last) tile4_ahead(a, half, b, deep, sums, k > 0, &job);
                         else tile4(J, a, half, b, deep, sums, k > 0);
                     }
                 }
-                if (ready) finish_ahead(&job);
+                if (REGISTERS == 32 && ready) finish_ahead(&job);
             }
             put_sums(c, m, J, w, bias, y + r0 * ldy, ldy, onto, at);
         }

@@ -356,6 +356,20 @@ IMPLEMENTATIONS["product"] = Implementation(
 )
 
 
+def _takes_conv(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
+    fits = weight.shape[2:] == (3, 3) and weight[0, 0].is_contiguous() and x.numel() > 0
+    return fits and x.dtype == torch.bfloat16 == weight.dtype and x.is_contiguous() and compiled.has("conv3x3")
+
+
+@_implements("conv3x3", takes=_takes_conv, wants="bfloat16, contiguous kernels")
+def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, out: Tensor) -> None:
+    """Write the convolution of x to the leading channels of `out`."""
+    bias = None if bias is None else bias.contiguous()
+    kernels = weight.data_ptr(), weight.stride(0), weight.stride(1), int(turned)
+    sizes = out.stride(0), *x.shape[:2], len(weight), *x.shape[2:]
+    _kernel("conv3x3")(x.data_ptr(), *kernels, *_at(bias, out), *sizes, torch.get_num_threads())
+
+
 # -- products with a frozen weight -------------------------------------------------------------------------------------
 
 _LEAST = 256

@@ -9,6 +9,7 @@ is filled with NaN, so that missing writes are detected. Sizes are not multiples
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import attention, linear, loss, mlp, norms, products
+from veneer.ops import attention, conv, linear, loss, mlp, norms, products
 from veneer.ops.cpu import compiled
 from veneer.ops.cpu.compiled import Kernels, load_library
 from veneer.ops.dispatch import override_ops
@@ -268,6 +269,18 @@ def _product(random: RandomTensors) -> list[Tensor]:
             v[:9, :70] = v[5:, 70:] = 0
             y = products.product(x, W.t(), b, more=(u, v))
             results += [y, products.product(y, W), products.product(y.t(), x, out=W.clone(), add=True)]
+    return results
+
+
+@_case("conv3x3")
+def _conv(random: RandomTensors) -> list[Tensor]:
+    """Convolve odd and even sides, blocks of several pictures, and leading channels only in backward."""
+    results = list[Tensor]()
+    with override_ops(product="columns"):
+        for n, channels, outputs, height, width, live in ((5, 35, 18, 5, 7, 35), (2, 70, 33, 4, 140, 20)):
+            x, W, b = random(n, channels, height, width), random(outputs, channels, 3, 3) / 8, random(outputs)
+            run = functools.partial(conv.frozen_conv, weight=W, bias=b, padding=(1, 1), live=live)
+            results += random.gradients(run, x)
     return results
 
 

@@ -665,3 +665,137 @@ int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, co
     free(packed), free(packed_v), free(sums);
     return failed;
 }
+
+/* -- 3 x 3 convolutions in float32 ------------------------------------------------------------------------------------- */
+
+/* Winograd's minimal filtering F(2 x 2, 3 x 3) (arXiv 1509.09308): with 16 instead of 36 multiplications for 2 x 2
+   outputs,
+
+       y = Aᵀ (Σ over channels of (G g Gᵀ) ⊙ (Bᵀ d B)) A      d: 4 x 4 inputs, g: 3 x 3 weights
+
+   For each of the 16 places, the sum over channels is a product of matrices. A block has TILES tiles of 2 x 2
+   outputs, in segments: a segment is one row of tiles of one picture, and a tile that is ignored. */
+
+enum { TILES = 64, KERNELS = 1 << 21 };
+
+/* G g Gᵀ for the kernels of one output channel, each `along` after the one before: place k at u + k place */
+static void kernel_places(const bf16 *w, int64_t along, int turned, int64_t channels, float *u, int64_t place) {
+    enum { FEW = 64 };
+    for (int64_t first = 0; first < channels; first += FEW) {
+        int64_t n = lesser(FEW, channels - first);
+        float g[9][FEW], a[4][3][FEW];
+        for (int e = 0; e < 9; e++)
+            for (int64_t c = 0; c < n; c++) g[e][c] = up(w[(first + c) * along + (turned ? 8 - e : e)]);
+        for (int j = 0; j < 3; j++)
+            for (int64_t c = 0; c < n; c++) {
+                float outer = 0.5f * (g[j][c] + g[6 + j][c]), inner = 0.5f * g[3 + j][c];
+                a[0][j][c] = g[j][c], a[1][j][c] = outer + inner, a[2][j][c] = outer - inner, a[3][j][c] = g[6 + j][c];
+            }
+        for (int i = 0; i < 4; i++) {
+            float *to = u + 4 * i * place + first;
+            for (int64_t c = 0; c < n; c++) {
+                float outer = 0.5f * (a[i][0][c] + a[i][2][c]), inner = 0.5f * a[i][1][c];
+                to[c] = a[i][0][c], to[place + c] = outer + inner;
+                to[2 * place + c] = outer - inner, to[3 * place + c] = a[i][2][c];
+            }
+        }
+    }
+}
+
+/* Short rows are copied without a call. */
+static inline void copy_row(bf16 *to, const bf16 *from, int64_t n) {
+    if (n == 4) memcpy(to, from, 8);
+    else if (n == 8) memcpy(to, from, 16);
+    else if (n == 16) memcpy(to, from, 32);
+    else memcpy(to, from, n * 2);
+}
+
+/* Bᵀ d B of T tiles of one channel: d has 4 rows of 2 T + 2 inputs, place k goes to v + k place */
+static void input_places(const bf16 *strip, int64_t T, float *restrict v, int64_t place) {
+    int64_t R = 2 * T + 2;
+    float d[4 * R], b[4 * R];
+    for (int64_t j = 0; j < 4 * R; j++) d[j] = up(strip[j]);
+    for (int64_t j = 0; j < R; j++) {
+        float d0 = d[j], d1 = d[R + j], d2 = d[2 * R + j], d3 = d[3 * R + j];
+        b[j] = d0 - d2, b[R + j] = d1 + d2, b[2 * R + j] = d2 - d1, b[3 * R + j] = d1 - d3;
+    }
+    for (int i = 0; i < 4; i++) {
+        float *restrict v0 = v + 4 * i * place, *restrict v1 = v0 + place, *restrict v2 = v1 + place, *restrict v3 = v2 + place;
+        const float *row = b + i * R;
+        for (int64_t t = 0; t < T; t++) {
+            float b0 = row[2 * t], b1 = row[2 * t + 1], b2 = row[2 * t + 2], b3 = row[2 * t + 3];
+            v0[t] = b0 - b2, v1[t] = b1 + b2, v2[t] = b2 - b1, v3[t] = b1 - b3;
+        }
+    }
+}
+
+/* Aᵀ m A + bias of T tiles of one output channel: 2 rows of 2 T outputs */
+static void outputs_of(const float *m, int64_t place, int64_t T, float bias, bf16 *y) {
+    float rows[2][4][T], line[2 * T];
+    for (int j = 0; j < 4; j++) {
+        const float *m0 = m + j * place, *m1 = m0 + 4 * place, *m2 = m1 + 4 * place, *m3 = m2 + 4 * place;
+        for (int64_t t = 0; t < T; t++) rows[0][j][t] = m0[t] + m1[t] + m2[t], rows[1][j][t] = m1[t] - m2[t] - m3[t];
+    }
+    for (int i = 0; i < 2; i++) {
+        for (int64_t t = 0; t < T; t++) {
+            float s0 = rows[i][0][t], s1 = rows[i][1][t], s2 = rows[i][2][t], s3 = rows[i][3][t];
+            line[2 * t] = s0 + s1 + s2 + bias, line[2 * t + 1] = s1 - s2 - s3 + bias;
+        }
+        for (int64_t j = 0; j < 2 * T; j++) y[2 * T * i + j] = down(line[j]);
+    }
+}
+
+/* y (n, outputs, height, width) = x (n, channels, height, width) convolved with w, with padding 1, plus bias
+   (outputs) or NULL. The kernel of an output and a channel is at w + output w_down + channel w_along; if `turned`,
+   its 9 weights are read from the last. The pictures of y are y_picture apart. */
+int conv3x3(const bf16 *x, const bf16 *w, int64_t w_down, int64_t w_along, int turned, const bf16 *bias, bf16 *y, int64_t y_picture,
+            int64_t n, int64_t channels, int64_t outputs, int64_t height, int64_t width, int threads) {
+    int64_t per = (width + 1) / 2 + 1, high = (height + 1) / 2, segments = n * high, each = greater(1, TILES / per);
+    int64_t T = up_to(lesser(each, segments) * per, STEP), blocks = (segments + each - 1) / each, R = 2 * T + 2;
+    int64_t wide = lesser(outputs, greater(STEP, KERNELS / (16 * channels))), parts = (channels + SHALLOW - 1) / SHALLOW;
+    int64_t step = up_to((channels + parts - 1) / parts, STEP);
+    float *kernels = aligned_room(16 * wide * channels * 4);
+    int failed = DONE;
+    if (!all_there(kernels != NULL, &failed)) return failed;
+#pragma omp parallel num_threads(threads)
+    {
+        float *inputs = aligned_room(16 * channels * T * 4), *sums = aligned_room(16 * wide * T * 4);
+        bf16 *strip = aligned_room(4 * R * 2), *lines = aligned_room(4 * T * 2);
+        int there = all_there(inputs && sums && strip && lines, &failed);
+        for (int64_t first = 0; first < outputs; first += wide) {
+            int64_t real = lesser(wide, outputs - first);
+#pragma omp for schedule(static)
+            for (int64_t o = 0; o < real; o++)
+                kernel_places(w + (first + o) * w_down, w_along, turned, channels, kernels + o * channels, wide * channels);
+#pragma omp for schedule(static)
+            for (int64_t block = 0; block < blocks; block++) {
+                if (!there) continue;
+                int64_t from = block * each, count = lesser(each, segments - from);
+                int64_t picture[TILES], top[TILES]; /* of the segments */
+                for (int64_t s = 0; s < count; s++) picture[s] = (from + s) / high, top[s] = (from + s) % high * 2;
+                memset(strip, 0, 4 * R * 2);
+                for (int64_t c = 0; c < channels; c++) {
+                    for (int64_t s = 0; s < count; s++)
+                        for (int64_t i = 0, row = top[s] - 1; i < 4; i++, row++)
+                            if (row >= 0 && row < height)
+                                copy_row(strip + i * R + s * 2 * per + 1, x + ((picture[s] * channels + c) * height + row) * width, width);
+                    input_places(strip, T, inputs + c * T, channels * T);
+                }
+                for (int k = 0; k < 16; k++)
+                    for (int64_t d = 0; d < channels; d += step)
+                        of_floats(real, T, lesser(step, channels - d), channels, T, T, d > 0, kernels + k * wide * channels + d,
+                                  inputs + (k * channels + d) * T, sums + k * wide * T, 0);
+                for (int64_t o = 0; o < real; o++) {
+                    outputs_of(sums + o * T, wide * T, T, bias ? up(bias[first + o]) : 0.0f, lines);
+                    for (int64_t s = 0; s < count; s++)
+                        for (int64_t i = 0; i < lesser(2, height - top[s]); i++)
+                            copy_row(y + picture[s] * y_picture + ((first + o) * height + top[s] + i) * width,
+                                     lines + 2 * T * i + s * 2 * per, width);
+                }
+            }
+        }
+        free(inputs), free(sums), free(strip), free(lines);
+    }
+    free(kernels);
+    return failed;
+}

@@ -89,6 +89,11 @@ typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint32_t whole __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+/* in memory, at any address and of any type */
+typedef float loose_lanes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t loose_words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+typedef int8_t loose_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef struct {
     lanes of[SETS];
 } v16;
@@ -111,8 +116,10 @@ static inline lanes either(words first, lanes a, lanes b) { return (lanes)((firs
 static inline lanes all_of(float x) { return x - (lanes){0}; }
 
 static inline v16 set16(float x) { v16 r; EACH(r, all_of(x)) return r; }
-static inline v16 load16(const float *p) { v16 r; memcpy(&r, p, sizeof r); return r; }
-static inline void store16(float *p, v16 x) { memcpy(p, &x, sizeof x); }
+static inline v16 load16(const float *p) { v16 r; EACH(r, *(const loose_lanes *)(p + LANES * i)) return r; }
+static inline void store16(float *p, v16 x) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < SETS; i++) *(loose_lanes *)(p + LANES * i) = x.of[i];
+}
 static inline v16 add16(v16 a, v16 b) { EACH(a, a.of[i] + b.of[i]) return a; }
 static inline v16 sub16(v16 a, v16 b) { EACH(a, a.of[i] - b.of[i]) return a; }
 static inline v16 mul16(v16 a, v16 b) { EACH(a, a.of[i] * b.of[i]) return a; }
@@ -155,8 +162,10 @@ static inline v16 only16(v16 x, int from, int to, float other) {
     for (int i = 0; i < 16; i++) all[i] = from <= i && i < to ? all[i] : other;
     return load16(all);
 }
-static inline w16 load_w16(const void *p) { w16 r; memcpy(&r, p, sizeof r); return r; }
-static inline void store_w16(void *p, w16 x) { memcpy(p, &x, sizeof x); }
+static inline w16 load_w16(const void *p) { w16 r; EACH(r, ((const loose_words *)p)[i]) return r; }
+static inline void store_w16(void *p, w16 x) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < SETS; i++) ((loose_words *)p)[i] = x.of[i];
+}
 static inline v16 even16(w16 x) { v16 r; EACH(r, (lanes)(x.of[i] << 16)) return r; }
 static inline v16 odd16(w16 x) { v16 r; EACH(r, (lanes)(x.of[i] & (int32_t)0xffff0000)) return r; }
 static inline v16 rounded_bf16(v16 x) {
@@ -164,17 +173,14 @@ static inline v16 rounded_bf16(v16 x) {
     return x;
 }
 static inline v16 load_bf16(const bf16 *p) {
-    halves h[SETS];
     v16 r;
-    memcpy(h, p, sizeof h);
-    EACH(r, (lanes)(__builtin_convertvector(h[i], whole) << 16))
+    EACH(r, (lanes)(__builtin_convertvector((halves) * (const loose_halves *)(p + LANES * i), whole) << 16))
     return r;
 }
 static inline void store_bf16(bf16 *p, v16 x) {
-    halves h[SETS];
     x = rounded_bf16(x);
-    for (int i = 0; i < SETS; i++) h[i] = __builtin_convertvector((whole)x.of[i] >> 16, halves);
-    memcpy(p, h, sizeof h);
+    for (int i = 0; i < SETS; i++)
+        *(loose_halves *)(p + LANES * i) = __builtin_convertvector((whole)x.of[i] >> 16, halves);
 }
 static inline w16 load_some_w16(const void *p, int64_t n) {
     w16 r = {0};
@@ -194,11 +200,12 @@ static inline void store_some_bf16(bf16 *p, v16 x, int64_t n) {
     if (n < 16) memcpy(p, all, (size_t)n * 2);
 }
 static inline v16 from_int8(const int8_t *q) {
-    typedef int8_t bytes __attribute__((vector_size(LANES)));
-    bytes b[SETS];
     v16 r;
-    memcpy(b, q, sizeof b);
-    EACH(r, __builtin_convertvector(b[i], lanes))
+#if defined(__AVX2__)
+    EACH(r, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(q + LANES * i)))))
+#else
+    EACH(r, __builtin_convertvector(*(const loose_bytes *)(q + LANES * i), lanes))
+#endif
     return r;
 }
 static inline w16 join16(v16 even, v16 odd) {
@@ -207,16 +214,21 @@ static inline w16 join16(v16 even, v16 odd) {
     return r;
 }
 static inline w16 pairs16(v16 low, v16 high) {
-    typedef uint64_t longs __attribute__((vector_size(4 * LANES)));
-    typedef uint32_t parts __attribute__((vector_size(2 * LANES)));
-    parts p[2 * SETS];
     w16 r;
     low = rounded_bf16(low), high = rounded_bf16(high);
-    for (int i = 0; i < SETS; i++) {
-        p[i] = __builtin_convertvector((longs)low.of[i] >> 16 | (longs)low.of[i] >> 32, parts);
-        p[SETS + i] = __builtin_convertvector((longs)high.of[i] >> 16 | (longs)high.of[i] >> 32, parts);
+#if defined(__AVX2__)
+    for (int i = 0; i < SETS; i++) { /* the permute puts in order what the pack takes from halves of registers */
+        v16 x = i ? high : low;
+        __m256i both = _mm256_packus_epi32(_mm256_srli_epi32((__m256i)x.of[0], 16), _mm256_srli_epi32((__m256i)x.of[1], 16));
+        r.of[i] = (words)_mm256_permute4x64_epi64(both, 0xd8);
     }
-    memcpy(&r, p, sizeof r);
+#else
+    for (int i = 0; i < SETS; i++) {
+        v16 x = i < SETS / 2 ? low : high;
+        uint16x4_t first = vmovn_u32(vshrq_n_u32((uint32x4_t)x.of[2 * i % SETS], 16));
+        r.of[i] = (words)vcombine_u16(first, vmovn_u32(vshrq_n_u32((uint32x4_t)x.of[2 * i % SETS + 1], 16)));
+    }
+#endif
     return r;
 }
 static inline w16 spread_bytes(w16 q, const int last) {
@@ -247,10 +259,14 @@ static inline v16 look_up(w16 x, const int shift, v16 table) {
     return r;
 }
 static inline v16 twice16(v16 x, const int last) {
-    float from[16], to[16];
-    store16(from, x);
-    for (int i = 0; i < 16; i++) to[i] = from[8 * last + i / 2];
-    return load16(to);
+    v16 r;
+#if defined(__AVX2__)
+    r.of[0] = _mm256_permutevar8x32_ps(x.of[last], _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    r.of[1] = _mm256_permutevar8x32_ps(x.of[last], _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+#else
+    EACH(r, i % 2 ? vzip2q_f32(x.of[2 * last + i / 2], x.of[2 * last + i / 2]) : vzip1q_f32(x.of[2 * last + i / 2], x.of[2 * last + i / 2]))
+#endif
+    return r;
 }
 #else
 #define HAS_VECTORS 0

@@ -10,6 +10,9 @@ block's end, the mix, and the salt. Salts separate tenants, because a cache hit 
 same prompt. A mix is identified by its adapters' digests and strengths, so a renamed, reloaded or replaced
 adapter never finds another adapter's blocks.
 
+A prompt also reuses the tokens at the start of another sequence's incomplete block, which is copied: with
+`copy`, a group of completions computes its prompt once, except for the last token.
+
 A block is free (empty), in use (one or more holders), or evictable (no holder, but a known key). When no
 block is free, evictable blocks are reused, least recently used first. Works on plain numbers, without
 tensors.
@@ -18,9 +21,10 @@ tensors.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -31,23 +35,31 @@ def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
 
 @dataclass(eq=False)
 class BlockTable:
-    """The blocks of one sequence, in order. `keys`: cache keys of the sequence's computed full blocks."""
+    """The blocks of one sequence, in order. `keys`: cache keys of the sequence's computed full blocks.
+
+    `cached`: number of tokens found when the table was opened."""
 
     root: bytes
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    cached: int = 0
 
 
 class Cache:
-    """Bookkeeping of a key-value cache with `blocks` blocks of `block` tokens each."""
+    """Bookkeeping of a key-value cache with `blocks` blocks of `block` tokens each.
 
-    def __init__(self, blocks: int, block: int) -> None:
-        self.size, self.block = blocks, block
+    `copy(source, target)`: copies a block's keys and values; None if incomplete blocks are not to be shared.
+    """
+
+    def __init__(self, blocks: int, block: int, copy: Callable[[int, int], None] | None = None) -> None:
+        self.size, self.block, self.copy = blocks, block, copy
         self._free = list(range(blocks - 1, -1, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * blocks
         self._key: list[bytes | None] = [None] * blocks
         self._known: dict[bytes, int] = {}
+        self._tails: dict[bytes, tuple[int, Sequence[int]]] = {}  # key -> (the next block, its first tokens)
+        self._tail_keys: list[bytes] = [b""] * blocks
 
     @property
     def available(self) -> int:
@@ -75,7 +87,20 @@ class Cache:
             self._holders[block] += 1
             table.blocks.append(block)
             table.keys.append(key)
+        table.cached = len(table.blocks) * self.block
+        self._copy_tail(table, tokens)
         return table
+
+    def _copy_tail(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        source, known = self._tails.get(table.keys[-1] if table.keys else table.root, (0, ()))
+        pairs = zip(known, tokens[table.cached : -1], strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if common and self.copy is not None and self.available:
+            block = self._allocate()
+            if block != source:
+                self.copy(source, block)
+            table.blocks.append(block)
+            table.cached += common
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
         """Extend the table to `tokens` tokens. Without enough blocks, change nothing and return False."""
@@ -106,6 +131,9 @@ class Cache:
             if key not in self._known:
                 block = table.blocks[i]
                 self._known[key], self._key[block] = block, key
+        if tail := tokens[len(table.keys) * self.block :]:
+            key, block = table.keys[-1] if table.keys else table.root, table.blocks[len(table.keys)]
+            self._tails[key], self._tail_keys[block] = (block, tail), key
 
     def close(self, table: BlockTable) -> None:
         """Release the table's blocks.
@@ -123,6 +151,7 @@ class Cache:
     def forget(self) -> None:
         """Forget all keys, so that no block can be found. Blocks in use stay in use. For benchmarks."""
         self._known.clear()
+        self._tails.clear()
         self._key = [None] * self.size
         self._free += self._evictable
         self._evictable.clear()
@@ -136,4 +165,6 @@ class Cache:
             assert key is not None
             del self._known[key]
         self._holders[block] = 1
+        if self._tails.get(self._tail_keys[block], (None,))[0] == block:
+            del self._tails[self._tail_keys[block]]
         return block

@@ -130,7 +130,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             limit_bytes=settings.adapter_bytes,
             freed=self._freed,
         )
-        self.cache = Cache(self.runner.blocks, BLOCK)
+        self.cache = Cache(self.runner.blocks, BLOCK, self.runner.copy_block)
         self.scheduler = Scheduler(
             self.cache, rows=settings.rows, budget=settings.budget, loaded=self._loaded, shares=self.runner.shares
         )
@@ -347,6 +347,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             self.scheduler.appended(sequence, token, forced=True)
             if live.drafter is not None:
                 live.drafter.add(token, sampled=False)
+        sequence.unscored = 0 if sampling.logprobs is None else len(live.forced)
         self._forced_tokens += len(live.forced)
 
     def _draft(self, live: _Live, rows: int) -> None:
@@ -443,7 +444,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         mix = live.lease.parts if live.lease is not None else ()
         start, sampling = 0 if again else chunk.start, live.request.sampling
         tokens = [*sequence.tokens[start : chunk.end], *chunk.drafts]
-        scored = len(sequence.tokens) - (0 if sampling.logprobs is None else len(live.forced))
+        scored = len(sequence.tokens) - sequence.unscored
         if sampling.prompt_logprobs and chunk.start < sequence.prompt:
             scored = chunk.start + 1
         wants = max(0, chunk.end - max(chunk.start, scored - 1)) + len(chunk.drafts)
@@ -468,6 +469,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         sequence, sampling = live.sequence, live.request.sampling
         assert sequence is not None
         forced = self._forced_choices(live, len(sequence.tokens) - max(0, len(chosen) - 1))
+        sequence.unscored = 0
         if not all(self._append_token(live, choice, now) for choice in forced):
             return
         for choice in chosen:

@@ -3,7 +3,7 @@
     start = compile_grammar(*sampling.grammar, tokenizer, …)               once per request, in a thread
     matcher = start.copy()
     matcher.mask()    matcher.advance(token)    matcher.done               the sampler, each step
-    matcher.span()    matcher.only()                                       tokens without an alternative
+    matcher.forced()                                                       tokens without an alternative
 
 llguidance compiles and matches. A mask takes well under a millisecond. Compiling can take a second; it
 releases the GIL, and results are cached by the grammar's text. Both times grow with the square of a schema's
@@ -38,6 +38,11 @@ _MAX_PARTS = 2000
 A schema of this size takes half a second to compile. If all parts are properties of one object, each mask
 takes 40 ms.
 """
+_COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+"""No whitespace between the tokens of JSON under a schema, so that keys and punctuation are forced.
+
+A schema's own `x-guidance` overrides this. Any JSON object keeps free whitespace: it has no known keys.
+"""
 _ANY_OBJECT = '{"type": "object"}'
 
 
@@ -65,22 +70,18 @@ class Matcher:
         out[:n] = torch.from_numpy(allowed[:n])
         return out
 
-    def span(self) -> list[int]:
-        """Return the tokens of the text that must follow, as llguidance divides it into tokens; often none.
+    def forced(self) -> list[int]:
+        """Return the next tokens for which the mask allows no alternative; often none.
 
-        The mask can allow other tokens, which divide the same text in another way. At the end of the text,
-        tokens are left out that later text could join.
+        Where only one text can follow, llguidance's masks allow only the tokens into which the tokenizer divides
+        that text. The last tokens are left out if later text could join them.
         """
         tokens: list[int] = self._state.compute_ff_tokens()
         self._check()
+        if not tokens and (self.done or self._state.compute_ff_bytes()):
+            allowed = self.mask().nonzero().flatten().tolist()
+            tokens = allowed if len(allowed) == 1 else []
         return tokens
-
-    def only(self) -> int | None:
-        """Return the next token if the mask allows exactly one, otherwise None."""
-        if not (self.done or self._state.compute_ff_bytes()):  # without forced text, several tokens are allowed
-            return None
-        allowed = self.mask().nonzero().flatten().tolist()
-        return allowed[0] if len(allowed) == 1 else None
 
     def allowed(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens, from the first one on, the grammar accepts."""
@@ -131,7 +132,8 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
 
     try:
         regex = kind == "regex"
-        grammar = LLMatcher.grammar_from_regex(text) if regex else LLMatcher.grammar_from_json_schema(text)
+        defaults = _COMPACT if kind == "json_schema" else None
+        grammar = LLMatcher.grammar_from_regex(text) if regex else LLMatcher.grammar_from_json_schema(text, defaults)
     except ValueError as error:
         raise _refused(str(error)) from error
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)

@@ -121,19 +121,14 @@ class SampledRow:
     def force(self, most: int) -> list[int]:
         """Record the tokens that the grammar leaves no choice about, at most `most`, and return them.
 
-        Each is the only token that the mask allows, or belongs to text without an alternative; such text is
-        divided into tokens as llguidance does. Logit bias and `min_tokens` can change the choice among
-        several tokens for that text, so they leave it to `sample`. Raises the grammar's errors.
+        `sample` would choose the same tokens. Raises the grammar's errors.
         """
         forced: list[int] = []
         while self.grammar is not None and len(forced) < most:
-            done, tokens = self.grammar.done, [] if self.sampling.logit_bias else self.grammar.span()
-            if not tokens or not set(tokens).isdisjoint(self.forbidden):
-                only = self.grammar.only()
-                tokens = [] if only is None else [only]
-            for token in tokens[: most - len(forced)]:
+            done, tokens = self.grammar.done, self.grammar.forced()[: most - len(forced)]
+            for token in tokens:
                 self.take(token)
-                forced.append(token)
+            forced += tokens
             if done or not tokens:
                 break
         return forced

@@ -49,9 +49,10 @@ class Sequence:
     `tokens`: prompt and generated tokens. `computed`: number of tokens whose keys and values are in the
     cache. `cached`: number of prompt tokens found in the cache when the sequence first ran. `charged`: number
     of prompt tokens charged to the tenant. `forced`: number of generated tokens that the grammar forced.
-    `appended`: number of tokens appended since the last step. `drafts`: tokens that the next step is to verify
-    as continuation of `tokens`. `last_chunk`: serial number of the sequence's last chunk, from a
-    counter that all sequences share.
+    `unscored`: number of tokens at the end whose log-probabilities are still needed. `appended`: number of
+    tokens appended since the last step. `drafts`: tokens that the next step is to verify as continuation of
+    `tokens`. `last_chunk`: serial number of the sequence's last chunk, from a counter that all sequences
+    share.
     """
 
     request: Request
@@ -61,6 +62,7 @@ class Sequence:
     cached: int = 0
     charged: int = 0
     forced: int = 0
+    unscored: int = 0
     appended: int = 0
     drafts: tuple[int, ...] = ()
     order: int = 0
@@ -296,14 +298,15 @@ class Scheduler:
         Returns whether they fit. Never preempts other sequences."""
         no_cache = sequence.request.sampling.prompt_logprobs  # the cache stores no logits
         if self.shares and not no_cache:
-            table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)
+            known = sequence.tokens[: len(sequence.tokens) - sequence.unscored]
+            table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), known)
         else:
             table = BlockTable(f"sequence {sequence.order}".encode())
         needed = -(-(len(sequence.tokens) + 1) // self.cache.block) - len(table.blocks)
         if needed > self.cache.available - len(self.running) and self.running:
             self.cache.close(table)
             return False
-        sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
+        sequence.table, sequence.computed = table, table.cached
         if not sequence.ran:
             sequence.ran, sequence.cached = True, min(sequence.computed, sequence.prompt)
             self.looked_up += sequence.prompt if self.shares and not no_cache else 0

@@ -222,6 +222,13 @@ class Runner:
         logits = [next(parts[t]) for row, t in zip(rows, unpacked, strict=True) for _ in range(row.wants)]
         return torch.stack(logits) if logits else torch.empty(0)
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in all layers."""
+        for pages in self.pages:
+            for part in (pages.K, pages.V):
+                blocks = part if pages.native is not None else part.unflatten(1, (-1, BLOCK))
+                blocks[:, target] = blocks[:, source]
+
     def forget(self, sequence: int) -> None:
         """Drop the state of a sequence that has ended or restarts."""
         self._pasts.pop(sequence, None)

@@ -93,7 +93,7 @@ class Catalog:
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # limits the memory of concurrent loads
         self._loaded: dict[str, ModelCard] = {}
-        self._library_models: tuple[object, list[ModelCard]] = (None, [])
+        self._library_models: tuple[object, dict[str, ModelCard]] = (None, {})
 
     @property
     def fingerprint(self) -> str:
@@ -103,7 +103,7 @@ class Catalog:
     def use_base(self, base: AnyBase, problems: Problems, memory: AdapterCache[Any] | NoAdapters) -> None:
         """Start to serve a base that has just been loaded."""
         self.sources.base, self.problems, self.residents = base, problems, memory
-        self._library_models = (None, [])
+        self._library_models = (None, {})
 
     # -- resolving names -----------------------------------------------------------------------------------------------
 
@@ -198,8 +198,7 @@ class Catalog:
 
         The base comes first, then loaded and library adapters, then routes.
         """
-        cards = {card.id: card for card in self._library_cards()}
-        cards |= dict(self._loaded)
+        cards = self._library_cards() | self._loaded
         out = [ModelCard(self.base, self.base, None, self._started)]
         out += [card for name, card in sorted(cards.items()) if principal.sees(name)]
         for route in self.routes.names(principal) if self.routes is not None else []:
@@ -214,17 +213,22 @@ class Catalog:
             version = self.sources.find_version(self._without_base(model))
             if meaning.digest and version is not None:
                 return ModelCard(model, meaning.operator_name, self.base, _seconds(version.added), meaning.digest)
-        for card in self.models(principal):
-            if card.id == model:
-                return card
+        if model == self.base:
+            return ModelCard(self.base, self.base, None, self._started)
+        found = self._loaded.get(model) or self._library_cards().get(model)
+        if found is not None and principal.sees(model):
+            return found
+        if found is None and self.routes is not None and model in self.routes.names(principal):
+            return ModelCard(model, model, self.base, self._started)
         raise _missing(model)
 
-    def _library_cards(self) -> list[ModelCard]:
+    def _library_cards(self) -> dict[str, ModelCard]:
+        """Return name -> card of the library's adapters; renewed when the library's names change."""
         now = None if self.sources.names is None else self.sources.names.now
         if self._library_models[0] is not now:
             versions = self.sources.latest_versions(self.fingerprint)
             cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
-            self._library_models = (now, cards)
+            self._library_models = (now, {card.id: card for card in cards})
         return self._library_models[1]
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:

@@ -161,7 +161,9 @@ def split_pictures(
     def order(text: bytes) -> bytes:
         return hashlib.blake2b(text, digest_size=8).digest()
 
-    _, held_out = hold_out(candidates, split, seed=seed, default=default, noun="pictures", order=order)
+    keys = (p.key for p in candidates)
+    selected = hold_out(keys, len(candidates), split, seed=seed, default=default, noun="pictures", order=order)
+    held_out = [candidates[i] for i in selected]
     held_ids = {id(p) for p in held_out}
     return [p for p in pictures if id(p) not in held_ids], held_out
 

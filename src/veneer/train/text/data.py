@@ -43,7 +43,7 @@ from veneer.train.text.rows import (
     split_default,
 )
 from veneer.train.text.token_cache import read_table, write_table
-from veneer.train.validation_split import held_out_indices
+from veneer.train.validation_split import hold_out
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -116,7 +116,7 @@ def read_data(
         return TextData(training, validation, train.summary)
     hexadecimal = (key.tobytes().hex() for key in keys)
     default = split_default(len(rows))
-    selected = held_out_indices(hexadecimal, len(rows), data.split, seed=config.split_seed, default=default)
+    selected = hold_out(hexadecimal, len(rows), data.split, seed=config.split_seed, default=default)
     held_out = np.array(selected, np.int64)
     splits: list[DataSplit] = []
     for chosen in (np.delete(np.arange(len(rows)), held_out), held_out):
@@ -142,7 +142,7 @@ class _Source:
 def _opened(files: Sequence[str], limit: int | None, config: TrainConfig, base: TextBase) -> _Source:
     """Read the rows of small files, or find the rows of large ones. Raises the errors of `read_rows`."""
     options = row_options(config)
-    lines = large_files(files, limit)
+    lines = None if config.sampling is not None else large_files(files, limit)  # prompts are few
     if lines is None:
         return _Source(*read_rows(files, limit=limit, **options))
     name = _table_name(lines, config, base)
@@ -181,17 +181,14 @@ def _encode(
     """Set the table and the duplicates of a source. Return the key of each row."""
     rows, summary = source.rows, source.summary
     if config.sampling is not None:
-        bad = [f"{row.where}: {row.why}" for row in rows if isinstance(row, UnusableRow)]
-        refuse_unusable(bad, len(rows), summary.format)
         keys: npt.NDArray[np.void] = keys_of(rows)["key"]
-        source.summary = replace(summary, duplicates=count_duplicates(keys))
         return keys
     if not source.name:
         source.table = EncodedTable.joined(_chunks(chunked(rows), config, base))
     elif source.table is None:
         _look(source, config, base, look)
-        bad = []
-        began, said = time.monotonic(), time.monotonic()
+        bad: list[str] = []
+        began = said = time.monotonic()
 
         def chunks() -> Iterator[list[Row]]:
             nonlocal said

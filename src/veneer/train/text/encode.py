@@ -30,7 +30,7 @@ from veneer.train.text.rows import Row, keys_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024  # rows tokenized per call, which limits the tokenizer's memory
+CHUNK = 1024  # rows tokenized per call, which limits the tokenizer's memory
 _SCANNED = 1 << 22  # tokens read at once
 _SHOWN = 20  # rows that an error names
 TOKEN_BITS = np.int32(0x7FFFFFFF)
@@ -232,8 +232,8 @@ def encode_rows(
 
 def chunked(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield the rows in chunks that limit the tokenizer's memory."""
-    for at in range(0, len(rows), _CHUNK):
-        yield [*rows[at : at + _CHUNK]]
+    for at in range(0, len(rows), CHUNK):
+        yield [*rows[at : at + CHUNK]]
 
 
 def encoded_rows(
@@ -248,8 +248,8 @@ def encoded_rows(
     """Return some texts of a table. Raises the errors of `encode_rows`.
 
     chosen: (texts,) the indices of the texts in the table, in ascending order. texts: the same texts."""
-    about, tokenizer = table.texts[chosen], renderer.tokenizer
-    flags = about["flags"]
+    about = {name: table.texts[name][chosen] for name in ("flags", "tokens", "changed", "kept")}
+    flags, tokenizer = about["flags"], renderer.tokenizer
 
     def lines(bit: int, text: Callable[[int], str]) -> list[str]:
         """Return a line for each text with this bit; only the lines that are shown have words."""

@@ -226,7 +226,10 @@ def keys_of(rows: Iterable[Row]) -> npt.NDArray[np.void]:
 
 def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:
     """Return (training rows, held-out rows), selected by `hold_out`. See `split_default`."""
-    return hold_out(rows, split, seed=seed, default=split_default(len(rows)))
+    keys = (row.key for row in rows)
+    selected = hold_out(keys, len(rows), split, seed=seed, default=split_default(len(rows)))
+    training = sorted({*range(len(rows))} - {*selected})
+    return [rows[i] for i in training], [rows[i] for i in selected]
 
 
 def split_default(rows: int) -> int:
@@ -245,20 +248,17 @@ def leakage(
     Each entry names both rows, as `held.jsonl:3 is train.jsonl:8`.
 
     train_keys, held_keys: `keys_of` the rows, if they are known."""
-    train_keys = keys_of(train) if train_keys is None else train_keys
-    held_keys = keys_of(held_out) if held_keys is None else held_keys
-    shared: list[dict[int, int]] = []  # for keys, then for prompts: held-out row -> first training row
-    for column in ("key", "prompt"):
-        theirs, ours = (_first_bytes(keys[column]) for keys in (train_keys, held_keys))
-        candidates = np.flatnonzero(np.isin(theirs, ours)).tolist()
-        first = {train_keys[column][i].tobytes(): i for i in reversed(candidates)}
-        found = ((i, first.get(key.tobytes())) for i, key in enumerate(held_keys[column]))
-        shared.append({i: at for i, at in found if at is not None})
-    identical, prompts = shared
-    return (
-        [f"{held_out[i].where} is {train[at].where}" for i, at in identical.items()],
-        [f"{held_out[i].where} is {train[at].where}" for i, at in prompts.items() if i not in identical],
+    theirs, ours = (
+        keys_of(rows) if keys is None else keys for rows, keys in ((train, train_keys), (held_out, held_keys))
     )
+    shared = list[dict[int, str]]()  # for keys, then for prompts: held-out row -> the names of both rows
+    for column in ("key", "prompt"):
+        candidates = np.flatnonzero(np.isin(_first_bytes(theirs[column]), _first_bytes(ours[column]))).tolist()
+        first = {theirs[column][i].tobytes(): i for i in reversed(candidates)}
+        found = ((i, first.get(key.tobytes())) for i, key in enumerate(ours[column]))
+        shared.append({i: f"{held_out[i].where} is {train[at].where}" for i, at in found if at is not None})
+    identical, prompts = shared
+    return [*identical.values()], [text for i, text in prompts.items() if i not in identical]
 
 
 def _first_bytes(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:

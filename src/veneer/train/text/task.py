@@ -327,7 +327,9 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         for each, sampled in zip(attached, sampled_texts, strict=True):
             each.task = _task_of(each, sampled)
         if config.base.compute == "int8":
-            use_int8(attached[0], first.report)
+            parameters = list(attachment.parameters(attached[0].name).values())
+            batches = [micro.make() for micro in attached[0].steps[0].micros]
+            run.note(use_int8(base, attached[0].call, parameters, batches, first.report))
         yield attached
 
 

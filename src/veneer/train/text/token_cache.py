@@ -23,14 +23,13 @@ import numpy as np
 
 from veneer.errors import ResourceError
 from veneer.files.atomic import flush_folder, new_folder, replace_file
-from veneer.files.locks import take_lock
 from veneer.models.home import veneer_home
 from veneer.train.text.encode import TEXT, EncodedTable
 
 MOST_BYTES = 20_000_000_000
 _ABOUT = "about.json"
-_ABANDONED = 60
-"""Seconds after which a temporary folder without a lock belongs to a killed writer."""
+_ABANDONED = 3600
+"""Seconds without a write after which a temporary folder belongs to a killed writer."""
 
 
 def read_table(name: str) -> tuple[EncodedTable, dict[str, Any]] | None:
@@ -59,14 +58,10 @@ def write_table(
         _make_room(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged table; a complete one would have been read
         with new_folder(folder) as temporary, contextlib.ExitStack() as held:
-            if os.name == "posix":
-                lock = os.open(temporary, os.O_RDONLY)
-                held.callback(os.close, lock)
-                with contextlib.suppress(OSError):
-                    take_lock(lock)
             errors: dict[int, str] = {}
+            if not gc.get_freeze_count():
+                held.callback(gc.unfreeze)
             gc.freeze()  # otherwise, a tenth of the time is spent on looking for garbage among the libraries' objects
-            held.callback(gc.unfreeze)
             with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "texts.bin", "wb") as texts:
                 for chunk in chunks:
                     tokens.write(chunk.tokens.tobytes())
@@ -106,16 +101,11 @@ def _make_room(home: Path, keep: Path | None = None) -> None:
     tables: list[tuple[float, Path, int]] = []
     for folder in home.iterdir():
         with contextlib.suppress(OSError):  # another run deletes it too
-            used = folder.stat().st_mtime
+            used, files = folder.stat().st_mtime, [file.stat() for file in folder.iterdir()]
             if folder.suffix != ".tmp":
-                tables.append((used, folder, sum(file.stat().st_size for file in folder.iterdir())))
-            elif time.time() - used > _ABANDONED:
-                lock = os.open(folder, os.O_RDONLY)
-                try:
-                    take_lock(lock)
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(lock)
+                tables.append((used, folder, sum(file.st_size for file in files)))
+            elif time.time() - max([used, *(file.st_mtime for file in files)]) > _ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
     total = sum(size for _, _, size in tables)
     for _, folder, size in sorted(tables):
         if total > MOST_BYTES and folder != keep:

@@ -1,0 +1,244 @@
+"""Large files: rows read from disk and tokens from mapped files, compared with the same rows in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.train.text.tiny_runs import TENSORS, train, values_of, write_rows
+from veneer.errors import DataError, Interrupted
+from veneer.models.home import veneer_home
+from veneer.models.text.base import TextBase
+from veneer.train import records
+from veneer.train.config.load import config_from
+from veneer.train.text import data as data_module
+from veneer.train.text import token_cache
+from veneer.train.text.data import TextData, read_data
+from veneer.train.text.encode import TEXT, EncodedTable, Example
+from veneer.train.text.token_cache import read_table, write_table
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat every file as large, with an empty cache."""
+    monkeypatch.setattr(records, "LARGE", -1)
+    shutil.rmtree(veneer_home() / "tokens", ignore_errors=True)
+
+
+def read(folder: Path, base: TextBase, file: Path, **sections: Any) -> TextData:
+    data = {"train": str(file), **sections.pop("data", {})}
+    config: Any = config_from(values_of(folder, folder / "run", data=data, **sections))[0]
+    return read_data(config, base)
+
+
+def contents(data: TextData) -> list[Any]:
+    """Return everything that a run reads of its data."""
+    out: list[Any] = [data.metadata]
+    for split in (data.train, data.held_out):
+        encoded = split.encoded
+        out += [(e.input_ids, e.trained, e.tokens, e.trained_tokens, e.row) for e in encoded.examples]
+        out += [vars(encoded.counts), encoded.end_ids, encoded.chat, encoded.cut_rows, encoded.left, split.digest]
+        out += [encoded.vocabulary.tolist(), split.keys().tolist(), [*split.rows], [*split.texts], len(split.items)]
+    return out
+
+
+WORDS = st.text("ab é\u2028😀", max_size=30).map(lambda text: f"x{text}")
+CHATS = st.lists(WORDS, min_size=2, max_size=5).map(
+    lambda texts: {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]}
+)
+PAIRS = st.tuples(WORDS, WORDS, WORDS).map(lambda t: {"prompt": t[0], "chosen": f"a{t[1]}", "rejected": f"b{t[2]}"})
+SETTINGS = st.fixed_dictionaries(
+    {
+        "max_length": st.integers(8, 60),
+        "long_rows": st.sampled_from(["cut", "drop"]),
+        "train_on": st.sampled_from(["assistant", "last", "all"]),
+        "limit": st.none() | st.integers(2, 9),
+        "split": st.integers(0, 1),
+    }
+)
+
+
+@given(
+    st.lists(CHATS, min_size=2, max_size=9) | st.lists(PAIRS, min_size=2, max_size=6),
+    SETTINGS,
+    st.sampled_from(["dpo", "kto"]),
+    st.sampled_from(["\n", "\r\n", "\n \n"]),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_on_disk_equal_rows_in_memory(
+    shared: Path,
+    base: TextBase,
+    tmp_path: Path,
+    rows: list[Any],
+    section: dict[str, Any],
+    loss: str,
+    newline: str,
+    bom: bytes,
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(bom + "".join(json.dumps(row, ensure_ascii=False) + newline for row in rows).encode())
+    sections: dict[str, Any] = {"data": section}
+    if "chosen" in rows[0]:
+        sections = {"data": section | {"train_on": "assistant"}, "preference": {"loss": loss}}
+    results = []
+    for limit in (records.LARGE, -1, -1):  # in memory, written, read again
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(records, "LARGE", limit)
+            patch.setattr("veneer.train.text.encode.CHUNK", 3)
+            results.append(contents(read(shared, base, file, **sections)))
+    assert results[0] == results[1] == results[2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans())))
+def test_tokens_and_mask_survive_in_one_number(tokens: list[tuple[int, bool]]) -> None:
+    ids, trained = [token for token, _ in tokens], [on for _, on in tokens]
+    example = Example(ids, trained, 3)
+    assert (example.input_ids, example.trained, example.row) == (ids, trained, 3)
+    assert (example.tokens, example.trained_tokens) == (len(ids), sum(trained))
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_file_trains_the_same_adapter_and_resumes(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "LARGE", 1 << 20)
+        whole = train(shared, tmp_path / "whole", base)
+
+    def stop(event: Any) -> None:
+        if getattr(event, "step", 0) == 5 and type(event).__name__ == "Stepped":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    notes: list[str] = []
+    with pytest.raises(Interrupted):
+        train(shared, tmp_path / "cut", base, on_event=lambda e: (notes.append(getattr(e, "text", "")), stop(e)))
+    assert any(note.startswith("tokenized 40 rows") for note in notes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module, "encoded_chunks", None)  # the second start finds the tokens
+        result = train(shared, tmp_path / "cut", base, resume=True)
+    assert result.loss == whole.loss
+    first, second = ((tmp_path / name / TENSORS).read_bytes() for name in ("whole", "cut"))
+    assert first == second
+
+
+@pytest.mark.usefixtures("large")
+def test_bad_rows_are_named_with_their_line_and_leave_no_tokens(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file = tmp_path / "bad.jsonl"
+    cases = [
+        ("{", "malformed"),
+        (json.dumps({"messages": []}), "empty list"),
+        (json.dumps({"messages": [good["messages"][0], {"role": "assistant", "content": "long " * 300}]}), "longer"),
+    ]
+    for bad, problem in cases:
+        file.write_text("".join(json.dumps(good) + "\n" if n != 1500 else f"{bad}\n" for n in range(1, 2501)))
+        with pytest.raises(DataError, match=problem) as error:
+            read(shared, base, file, data={"max_length": 64})
+        assert f"{file}:1500: " in str(error.value)
+    assert not [*(veneer_home() / "tokens").iterdir()]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_sample_is_checked_first_and_says_so(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    file = tmp_path / "silent.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n' * 3000)
+    with pytest.raises(Exception, match=r"in a sample of 2,000 rows of 3,000: no row is left to train on"):
+        train(shared, tmp_path / "run", base, data={"train": str(file), "split": 0})
+    assert not (veneer_home() / "tokens").exists()
+
+
+@pytest.mark.usefixtures("large")
+def test_every_setting_that_changes_tokens_has_its_own_table(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    file, template = tmp_path / "rows.jsonl", tmp_path / "own.jinja"
+    write_rows(file)
+    template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    tables = veneer_home() / "tokens"
+
+    def written(**section: Any) -> int:
+        read(shared, base, file, data=section)
+        return len([*tables.iterdir()])
+
+    changes: list[dict[str, Any]] = [{}, {"train_on": "last"}, {"max_length": 100}, {"long_rows": "cut"}, {"limit": 30}]
+    changes += [{"format": "messages"}, {"columns": {"messages": "messages"}}, {"chat_template": str(template)}]
+    assert [written(**change) for change in changes] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert written(split=3, split_seed=5) == 8  # the split selects rows of the same table
+    template.write_text("{% for m in messages %}{{ m.content }}!\n{% endfor %}")
+    assert written(chat_template=str(template)) == 9
+    base.tokenizer.add_tokens(["printer"])
+    assert written() == 10
+    file.write_text(file.read_text().replace("printer", "scanner"))
+    assert written() == 11
+
+
+@pytest.mark.usefixtures("large")
+def test_a_file_that_changes_during_the_run_is_noticed(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_rows(file)
+    rows = read(shared, base, file).train.rows
+    with file.open("a") as more:
+        more.write("{}\n")
+    with pytest.raises(DataError, match="changed while the run"):
+        rows[3]
+
+
+def table(*numbers: int) -> EncodedTable:
+    return EncodedTable(np.array(numbers, np.int32), np.zeros(1, TEXT))
+
+
+def no_errors(made: EncodedTable) -> dict[str, Any]:
+    return {"tokens": len(made.tokens)}
+
+
+@pytest.mark.usefixtures("large")
+def test_a_killed_writer_leaves_nothing_that_is_read() -> None:
+    def killed() -> Iterator[EncodedTable]:
+        yield table(1, 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        write_table("a", killed(), no_errors)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    tables = veneer_home() / "tokens"
+    (left,) = tables.iterdir()
+    assert read_table("a") is None
+    for path in (left, *left.iterdir()):
+        os.utime(path, (0, 0))
+    made, about = write_table("a", [table(1, 2), table(3)], no_errors)
+    assert (made.tokens.tolist(), about["tokens"], [*tables.iterdir()]) == ([1, 2, 3], 3, [tables / "a"])
+    (tables / "a" / "tokens.bin").write_bytes(b"1234")  # damaged: not read, and replaced
+    assert read_table("a") is None
+    assert write_table("a", [table(7)], no_errors)[0].tokens.tolist() == [7]
+
+
+@pytest.mark.usefixtures("large")
+def test_of_two_writers_the_slower_one_accepts_the_table_of_the_faster_one() -> None:
+    def slow() -> Iterator[EncodedTable]:
+        yield table(1)
+        assert write_table("a", [table(1)], no_errors)[0].tokens.tolist() == [1]
+
+    assert write_table("a", slow(), no_errors)[0].tokens.tolist() == [1]
+    assert [folder.name for folder in (veneer_home() / "tokens").iterdir()] == ["a"]
+
+
+@pytest.mark.usefixtures("large")
+def test_least_recently_used_tables_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 1200)
+    for n, name in enumerate("abc"):
+        made, _ = write_table(name, [table(*[n] * 50)], no_errors)
+        os.utime(veneer_home() / "tokens" / name, (1000 + n,) * 2)
+    assert read_table("a") is not None  # now the newest
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 800)
+    write_table("d", [table(*range(50))], no_errors)
+    assert [read_table(name) is not None for name in "abcd"] == [True, False, False, True]
+    assert made.tokens.tolist() == [2] * 50  # a run keeps the table that it has open
+    assert read_table("d") is not None
