@@ -114,6 +114,24 @@ def test_every_op_of_a_step_agrees_with_float64(name: str, run: Callable[..., Te
 
 
 @BOTH
+def test_a_small_adapter_is_not_lost_in_rounding(name: str) -> None:
+    """Its output is below half the distance of neighboring values of y, and y is not rounded before it is added."""
+    x, W = draw(512, 64, dtype=_BF16).requires_grad_(), draw(64, 64, dtype=_BF16)
+    A, B = (t.detach() for t in factors(_BF16, (4, 64), (64, 4)))
+    B, g = B * 2e-3, draw(512, 64, dtype=_BF16)
+    with override_ops(product=name, low_rank="torch"):
+        y = _linear(x, W, A, B)
+        (dx,) = torch.autograd.grad(y, x, g)
+    BA = 2.0 * B.double() @ A.double()
+    for got, base, small in (
+        (y, x.double() @ W.double().t(), x.double() @ BA.t()),
+        (dx, g.double() @ W.double(), g.double() @ BA),
+    ):
+        share = ((got.double() - base) * small).sum() / small.square().sum()
+        assert abs(float(share.detach()) - 1) < 0.1
+
+
+@BOTH
 def test_a_scaled_layer_agrees_with_float64(name: str) -> None:
     x, W, scale = draw(40, 32, dtype=_BF16), draw(64, 32, dtype=_BF16), draw(64, dtype=torch.float32)
     A, B = (t.detach() for t in factors(_BF16, (4, 32), (64, 4)))

@@ -125,6 +125,10 @@ def _arithmetic_is_float32() -> bool:
 
 
 RULES: dict[str, Rule] = {
+    "low_rank": Rule(
+        lambda able, *_: REFERENCE if _arithmetic_is_float32() else "compiled",
+        "torch, added to the frozen product before rounding, if float32 is over 1.2 times as fast as bfloat16",
+    ),
     "panel_linear": Rule(_panel_kernel, "amx if bfloat16 is over 2.4 times as fast as float32"),
     "product": Rule(
         lambda able, *_: next(iter(able), REFERENCE) if _arithmetic_is_float32() else REFERENCE,

@@ -139,9 +139,13 @@ class LowRankProducts:
         for p, block in zip(products, self.blocks, strict=True):
             self.sB[block] = p.B * p.scale
 
+    def down(self, x: Tensor) -> Tensor:
+        """Return u = x·Aᵀ."""
+        return product(x, self.A.t(), dtype=self.A.dtype)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add u·(s·B)ᵀ to y; return u."""
-        u = product(x, self.A.t(), dtype=self.A.dtype)
+        u = self.down(x)
         for rows, columns in self.blocks:
             product(u[:, columns], self.sB[rows, columns].t(), out=y[:, rows], add=True)
         return u
@@ -219,8 +223,9 @@ class _InSpans:
         return [t for index in sorted(out) for t in out[index]]
 
 
-def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
+def _products(x: Tensor, linear_map: LinearMap) -> _Products:
     """Return the low-rank products of a map, from the implementation of "low_rank" in use."""
+    y = x.new_empty(0, len(linear_map.weight))
     if linear_map.spans is not None:
         return _InSpans(x, linear_map.products, y, linear_map.spans)
     drop = Dropout.sample(linear_map.dropout) if linear_map.dropout else None
@@ -259,14 +264,16 @@ def frozen_linear(
     bias: Tensor | None = None,
     transposed: bool = True,
     copies: PrepackedWeights | Int8Weight | None = None,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return x·Wᵀ + b, or x·W if not `transposed`, without autograd.
 
     x: (N, in), or (N, out) if not `transposed`.
-    copies: the weight's prepacked copies or its 8-bit copy."""
+    copies: the weight's prepacked copies or its 8-bit copy.
+    more: as in `product`."""
     if copies is not None and (by_copy := copies.product(x, weight, bias, transposed)) is not None:
-        return by_copy
-    return product(x, weight.t() if transposed else weight, bias)
+        return by_copy if more is None else product(*more, out=by_copy, add=True)
+    return product(x, weight.t() if transposed else weight, bias, more=more)
 
 
 def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> bool:
@@ -284,24 +291,39 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     """Run `linear` on x (N, in), for functions that define their own backward pass."""
     W, b, dora_scale, copies = linear_map.weight, linear_map.bias, linear_map.dora_scale, linear_map.copies
     if dora_scale is None:
-        y = frozen_linear(x, W, b, copies=copies)
-        products = _products(x, linear_map, y) if linear_map.products else None
-        return LinearOutput(y, None if products is None else products.forward(x, y), None, products, copies)
+        products = _products(x, linear_map) if linear_map.products else None
+        y, u = _with_low_rank(x, W, b, copies, products)
+        return LinearOutput(y, u, None, products, copies)
     if not linear_map.dropout:
-        plain = frozen_linear(x, W, copies=copies)
-        products = _products(x, linear_map, plain)
-        u = products.forward(x, plain)
+        products = _products(x, linear_map)
+        plain, u = _with_low_rank(x, W, None, copies, products)
         return LinearOutput(scale_outputs(plain, dora_scale, b), u, plain, products, copies)
     # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, where d is x
     # after dropout
     y = frozen_linear(x, W, b, copies=copies)
-    products = _products(x, linear_map, y)
+    products = _products(x, linear_map)
     assert isinstance(products, _Dropped)
     dropped = products.drop(x)
     plain, low_rank_output = frozen_linear(dropped, W, copies=copies), torch.zeros_like(y)
     u = products.products.forward(dropped, low_rank_output)
     y = (plain * (dora_scale - 1)).add_(low_rank_output * dora_scale).add_(y).to(y.dtype)
     return LinearOutput(y, u, plain.add_(low_rank_output), products, copies)
+
+
+def _with_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    copies: PrepackedWeights | Int8Weight | None,
+    products: _Products | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return x·Wᵀ + b with low-rank products added, and u = x·Aᵀ."""
+    inner = products.products if isinstance(products, _Dropped) else products
+    if isinstance(inner, LowRankProducts) and in_float32(x, weight):
+        u = inner.down(products.drop(x) if isinstance(products, _Dropped) else x)
+        return frozen_linear(x, weight, bias, copies=copies, more=(u, inner.sB.t())), u
+    y = frozen_linear(x, weight, bias, copies=copies)
+    return y, None if products is None else products.forward(x, y)
 
 
 def linear_backward(
@@ -312,16 +334,24 @@ def linear_backward(
     g' is the gradient with respect to the low-rank products' output; du = g'·s·B."""
     products, plain = output.products, output.plain
 
-    def input_gradient(t: Tensor) -> Tensor:
-        return frozen_linear(t, weight, transposed=False, copies=output.copies)
+    def input_gradient(t: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return frozen_linear(t, weight, transposed=False, copies=output.copies, more=more)
+
+    def both_gradients(t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return dx and du."""
+        if need_dx and isinstance(products, LowRankProducts) and in_float32(t, weight):
+            du = products.backward(t, None)
+            return input_gradient(t, (du, products.A)), du
+        dx = input_gradient(t) if need_dx else None
+        return dx, None if products is None else products.backward(t, dx)
 
     if dora_scale is None or plain is None or products is None:
-        dx = input_gradient(g) if need_dx else None
-        return dx, g, None if products is None else products.backward(g, dx), None
+        dx, du = both_gradients(g)
+        return dx, g, du, None
     inner, d_scale = _scale_gradients(g, plain, dora_scale)
     if not isinstance(products, _Dropped):
-        dx = input_gradient(inner) if need_dx else None
-        return dx, inner, products.backward(inner, dx), d_scale
+        dx, du = both_gradients(inner)
+        return dx, inner, du, d_scale
     dx, dropped = (input_gradient(g), input_gradient(inner - g)) if need_dx else (None, None)
     du = products.products.backward(inner, dropped)
     if dx is not None and dropped is not None:

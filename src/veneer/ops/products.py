@@ -23,11 +23,14 @@ def product(
     *,
     out: Tensor | None = None,
     add: bool = False,
+    more: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return a·b + bias without autograd: a (N, k), b (k, M) → (N, M).
 
     out: the tensor that the result is written to, or added to with `add`; contiguous rows.
+    more: contiguous u (N, r) and v (r, M), both float32; u·v is added before rounding. Only with `out` None, and
+        if `in_float32` is true. Small sums would be lost if a rounded a·b were rounded again.
     dtype: the result's dtype if `out` is None, by default that of `a`.
 
     In float32 arithmetic, a and b can be float32 or bfloat16, in any combination. Reference: a @ b + bias."""
@@ -35,10 +38,11 @@ def product(
     if run is not None:
         if out is None:
             out, add = a.new_empty(len(a), b.shape[1], dtype=dtype or a.dtype), False
-        run(a, b, bias, out, add)
+        run(a, b, bias, out, add, more)
         return out
     if out is None:
         result = a @ b if bias is None else F.linear(a, b.t(), bias)
+        result = result if more is None else result.addmm(*more)
         return result if dtype is None else result.to(dtype)
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 

@@ -77,7 +77,7 @@ _VNNI = {"int8_product": "pllpplilpplppppi"}
 """Kernels that require AVX512-VNNI."""
 _TILES = {
     "conv3x3": "ppllipplllllli",
-    "float_product": "pllipllippliillli",
+    "float_product": "pllipllipplllppliillli",
     "rope_varlen_attention": "plpppllllflippi",
     "rope_varlen_attention_backward": "pppplpppllllflipi",
     "narrow_rope_varlen_attention": "plpppllllflippi",

@@ -307,14 +307,20 @@ def _takes_blocks(a: Tensor, b: Tensor, out: Tensor | None) -> bool:
     return _takes_product(a, b, out) and compiled.has("float_product")
 
 
-def _product_in_blocks(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
+def _product_in_blocks(
+    a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool, more: tuple[Tensor, Tensor] | None
+) -> None:
     """Compute the op "product" with a kernel that widens a block at a time in the second-level cache."""
     c = out if out.stride(-1) == 1 or out.shape[-1] == 1 else out.contiguous()
     half = [int(t.dtype == torch.bfloat16) for t in (a, b, c)]
     bias = None if bias is None else bias.to(c.dtype).contiguous()
     factors = a.data_ptr(), *a.stride(), half[0], b.data_ptr(), *b.stride(), half[1]
+    u, v = more or (None, None)
+    low_rank = (None, None, 0, 0, 0) if u is None or v is None else (*_at(u, v), *v.stride(), len(v))
     sizes = *a.shape, b.shape[1]
-    _kernel("float_product")(*factors, *_at(bias, c), c.stride(0), half[2], int(add), *sizes, torch.get_num_threads())
+    _kernel("float_product")(
+        *factors, *low_rank, *_at(bias, c), c.stride(0), half[2], int(add), *sizes, torch.get_num_threads()
+    )
     if c is not out:
         out.copy_(c)
 
@@ -323,11 +329,15 @@ _COLUMNS = 1 << 22
 """Maximum number of values of `b` that torch widens at a time."""
 
 
-def _product_by_columns(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
+def _product_by_columns(
+    a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool, more: tuple[Tensor, Tensor] | None
+) -> None:
     """Compute the op "product" with torch, widening a few columns of `b` at a time."""
     a, step = a.float(), max(256, _COLUMNS // max(1, len(b)))
     for at in (slice(first, first + step) for first in range(0, b.shape[1], step)):
         part = a @ b[:, at].float()
+        if more is not None:
+            part.addmm_(more[0], more[1][:, at])
         if bias is not None:
             part += bias[at]
         if add:

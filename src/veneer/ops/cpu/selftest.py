@@ -265,7 +265,9 @@ def _product(random: RandomTensors) -> list[Tensor]:
     with override_ops(product="blocks"):
         for n, k, m in ((197, 74, 150), (35, 4200, 33)):
             x, W, b = random(n, k) / 8, random(m, k) / 8, random(m)
-            y = products.product(x, W.t(), b)
+            u, v = random.wide(n, 24), random.wide(24, m) / 8
+            v[:9, :70] = v[5:, 70:] = 0
+            y = products.product(x, W.t(), b, more=(u, v))
             results += [y, products.product(y, W), products.product(y.t(), x, out=W.clone(), add=True)]
     return results
 

@@ -580,25 +580,35 @@ static void widen_block(const matrix *a, int64_t r, int64_t c, int64_t rows, int
     for (int64_t i = rows; i < padded; i++) memset(out + i * ld, 0, wide * sizeof *out);
 }
 
-/* c (m, n) (+)= a (m, k) b (k, n) + bias, computed in float32 and rounded once; bias has c's dtype, or is
-   NULL. b is widened a few panels of PANEL columns at a time, by all threads, and a in blocks of BLOCK rows,
+static inline int all_zero(const float *x, int64_t n) {
+    for (int64_t j = 0; j < n; j++)
+        if (x[j] != 0.0f) return 0;
+    return 1;
+}
+
+/* c (m, n) (+)= a (m, k) b (k, n) + u (m, rank) v (rank, n) + bias, computed in float32 and rounded once. u and v
+   are float32; of v, only rows that are not zero in a panel are multiplied. rank is 0 without them. bias has c's
+   dtype, or is NULL. b is widened a few panels of PANEL columns at a time, by all threads, and a in blocks of BLOCK rows,
    by the thread that multiplies them. If k > DEEP, the sums of a part of k wait in a buffer for the next. */
 int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, const void *b, int64_t b_down, int64_t b_along,
-                 int b_half, const void *bias, void *c, int64_t ldc, int c_half, int add, int64_t m, int64_t k, int64_t n,
-                  int threads) {
+                  int b_half, const float *u, const float *v, int64_t v_down, int64_t v_along, int64_t rank, const void *bias,
+                  void *c, int64_t ldc, int c_half, int add, int64_t m, int64_t k, int64_t n, int threads) {
     if (m <= 0 || n <= 0) return DONE;
     matrix A = {a, a_down, a_along, a_half}, B = {b, b_down, b_along, b_half};
+    matrix U = {u, rank, 1, 0}, V = {v, v_down, v_along, 0};
     int64_t deep = lesser(k, DEEP), blocks = (m + BLOCK - 1) / BLOCK, all = up_to(n, STEP);
     int64_t wide = lesser(up_to(all, PANEL), up_to(greater(ROOM / greater(deep, 1), PANEL), PANEL)), panels = wide / PANEL;
     /* few blocks: threads share a block's panels */
     int64_t shares = lesser(panels, (2 * threads + blocks - 1) / blocks), each = (panels + shares - 1) / shares;
     float *packed = aligned_room(wide * deep * 4), *sums = k > DEEP ? aligned_room(blocks * BLOCK * all * 4) : NULL;
+    float *packed_v = aligned_room(wide * rank * 4);
     int failed = DONE;
-    if (!all_there(packed && (sums || k <= DEEP), &failed)) return free(packed), free(sums), failed;
+    if (!all_there(packed && packed_v && (sums || k <= DEEP), &failed)) return free(packed), free(packed_v), free(sums), failed;
 #pragma omp parallel num_threads(threads)
     {
         float *rows = aligned_room(BLOCK * deep * 4), *tile = aligned_room(BLOCK * PANEL * 4);
-        int there = all_there(rows && tile, &failed);
+        float *thin = aligned_room(BLOCK * rank * 4);
+        int there = all_there(rows && tile && thin, &failed);
         for (int64_t from = 0; from < greater(k, 1); from += DEEP)
             for (int64_t first = 0; first < n; first += wide) {
                 int64_t depth = lesser(DEEP, k - from), seen_block = -1;
@@ -606,14 +616,18 @@ int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, co
                 for (int64_t p = first; p < lesser(first + wide, n); p += PANEL) {
                     int64_t real = lesser(PANEL, n - p), ld = up_to(real, STEP);
                     widen_block(&B, from, p, depth, depth, real, ld, packed + (p - first) * depth, ld);
+                    widen_block(&V, 0, p, rank, rank, real, ld, packed_v + (p - first) * rank, ld);
                 }
 #pragma omp for schedule(static)
                 for (int64_t i = 0; i < blocks * shares; i++) {
                     if (!there) continue;
                     int64_t block = i / shares, at = block * BLOCK, real_rows = lesser(BLOCK, m - at), M = up_to(real_rows, STEP);
                     int64_t low = first + i % shares * each * PANEL, high = lesser(lesser(low + each * PANEL, first + wide), n);
-                    if (block != seen_block && low < high) widen_block(&A, at, from, real_rows, M, depth, depth, rows, depth);
-                    seen_block = low < high ? block : seen_block;
+                    if (block != seen_block && low < high) {
+                        widen_block(&A, at, from, real_rows, M, depth, depth, rows, depth);
+                        widen_block(&U, at, 0, real_rows, M, rank, rank, thin, rank);
+                        seen_block = block;
+                    }
                     for (int64_t p = low; p < high; p += PANEL) {
                         int64_t real = lesser(PANEL, n - p), N = up_to(real, STEP), parts = (depth + SHALLOW - 1) / SHALLOW;
                         int64_t step = up_to((depth + parts - 1) / greater(parts, 1), STEP), ld = sums ? all : N;
@@ -623,6 +637,11 @@ int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, co
                             of_floats(M, N, lesser(step, depth - d), depth, N, ld, d > 0 || from > 0, rows + d,
                                       packed + (p - first) * depth + d * N, to, 0);
                         if (from + depth < k) continue;
+                        const float *last = packed_v + (p - first) * rank;
+                        int64_t begin = 0, end = rank;
+                        while (begin < end && all_zero(last + begin * N, N)) begin++;
+                        while (begin < end && all_zero(last + (end - 1) * N, N)) end--;
+                        if (begin < end) of_floats(M, N, end - begin, rank, N, ld, 1, thin + begin, last + begin * N, to, 0);
                         for (int64_t r = 0; r < real_rows; r++) {
                             float *x = to + r * ld;
                             bf16 *narrow = (bf16 *)c + (at + r) * ldc + p;
@@ -641,9 +660,9 @@ int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, co
                     }
                 }
             }
-        free(rows), free(tile);
+        free(rows), free(tile), free(thin);
     }
-    free(packed), free(sums);
+    free(packed), free(packed_v), free(sums);
     return failed;
 }
 
