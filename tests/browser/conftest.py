@@ -133,7 +133,7 @@ def crowded(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
         with ix.index_transaction(library.engine) as connection:
             connection.execute(insert(ix.names), [{"name": name, "latest": 1, "next": 2} for name in names])
             connection.execute(insert(ix.versions), [version | {"name": name, "source": ""} for name in names])
-            ix.changed(connection)
+            ix.announce_changes(connection)
     with StudioServer(folder, tiny_library[0], folder / "library") as server:
         yield server
 
