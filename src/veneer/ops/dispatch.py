@@ -102,7 +102,8 @@ class Implementation(NamedTuple):
 class Rule(NamedTuple):
     """A rule that chooses between implementations.
 
-    prefer: (names of the implementations that support the inputs, the op's arguments) -> the name to run.
+    prefer: (the op's arguments) -> the name to run. If this implementation does not support the inputs, or the
+        name is "", the first implementation that supports them runs.
     why: the rule in words.
 
     A rule that reads the profile chooses an implementation over the default only if it is more than WORTH times
@@ -112,9 +113,7 @@ class Rule(NamedTuple):
     why: str
 
 
-def _panel_kernel(able: list[str], *_: Any) -> str:
-    if "amx" not in able:
-        return "compiled"
+def _panel_kernel(*_: Any) -> str:
     machine = profile()
     # AVX512-BF16 runs at twice the rate of float32, and AMX at eight times that rate or more.
     return "amx" if machine.rate("bfloat16") > WORTH * 2 * machine.rate("float32") else "compiled"
@@ -124,26 +123,21 @@ def _arithmetic_is_float32() -> bool:
     return profile().arithmetic == "float32"
 
 
+_FLOAT32_IS_FASTER = f"float32 is over {WORTH} times as fast as bfloat16"
 RULES: dict[str, Rule] = {
     "low_rank": Rule(
-        lambda able, *_: REFERENCE if _arithmetic_is_float32() else "compiled",
-        "torch, added to the frozen product before rounding, if float32 is over 1.2 times as fast as bfloat16",
+        lambda *_: REFERENCE if _arithmetic_is_float32() else "compiled",
+        f"torch, added to the frozen product before rounding, if {_FLOAT32_IS_FASTER}",
     ),
-    "panel_linear": Rule(_panel_kernel, "amx if bfloat16 is over 2.4 times as fast as float32"),
-    "product": Rule(
-        lambda able, *_: next(iter(able), REFERENCE) if _arithmetic_is_float32() else REFERENCE,
-        "torch unless float32 is over 1.2 times as fast as bfloat16",
-    ),
+    "panel_linear": Rule(_panel_kernel, f"amx if bfloat16 is over {2 * WORTH} times as fast as float32"),
+    "product": Rule(lambda *_: "" if _arithmetic_is_float32() else REFERENCE, f"torch unless {_FLOAT32_IS_FASTER}"),
     "rope_varlen_attention": Rule(
-        lambda able, *_: "tiles32" if _arithmetic_is_float32() else "tiles",
-        "tiles32 if float32 is over 1.2 times as fast as bfloat16",
+        lambda *_: "tiles32" if _arithmetic_is_float32() else "tiles", f"tiles32 if {_FLOAT32_IS_FASTER}"
     ),
     # torch's float32 product reorders the weight at each call. A prepacked copy makes the product 1.1 to 1.2
     # times as fast. In 16 bits (also with AMX), a copy makes the product at most 1.06 times as fast, which
     # does not justify the memory.
-    "prepacked_linear": Rule(
-        lambda able, x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"
-    ),
+    "prepacked_linear": Rule(lambda x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"),
 }
 """op -> rule that chooses among its implementations. An op without a rule runs the first implementation that
 supports the inputs."""
@@ -202,13 +196,13 @@ def dispatch(op: str, first: Tensor, *args: Any) -> Any:
         return None
     if not implementation.alternatives and op not in RULES and not _overrides:
         return implementation.run if implementation.takes(first, *args) else None
-    able = [candidate for candidate in (implementation, *implementation.alternatives) if candidate.takes(first, *args)]
     name = _override_of(op)
     if name is None and op in RULES:
-        name = RULES[op].prefer([candidate.name for candidate in able], first, *args)
-    if not able or name == REFERENCE:
+        name = RULES[op].prefer(first, *args)
+    if name == REFERENCE:
         return None
-    return next((candidate.run for candidate in able if candidate.name == name), able[0].run)
+    able = [candidate for candidate in (implementation, *implementation.alternatives) if candidate.takes(first, *args)]
+    return next((candidate.run for candidate in able if candidate.name == name), able[0].run if able else None)
 
 
 def _override_of(op: str) -> str | None:

@@ -40,7 +40,7 @@ def int8_linear(
     factor: multiplies the channels of x before they are quantized, float32; 0 for outliers.
     column: multiplies the columns of the result, float32.
     outliers: indices (k,) int32 of channels of x, and their weights (k, columns) float32."""
-    run = dispatch("int8_linear", x, codes, outliers, bias)
+    run = dispatch("int8_linear", x, codes, bias)
     if run is not None:
         result: Tensor = run(x, codes, factor, column, transposed, outliers, bias)
         return result

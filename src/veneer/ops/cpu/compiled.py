@@ -156,9 +156,8 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     The two products, in float32 and bfloat16, are at::native::cpublas::brgemm (CPUBlas.h), looked up by their
     mangled C++ names. The address of a missing function is None. The bfloat16 product is used only on
     processors with bfloat16 instructions that oneDNN may use: on others, it throws an exception, which C cannot
-    catch. On
-    processors with AMX, the products run on AMX tiles, which oneDNN requests from the operating system
-    (docs/notes/amx.md)."""
+    catch. On processors with AMX, the products run on AMX tiles, which oneDNN requests from the operating
+    system (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     library_path = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
     if library_path is None:

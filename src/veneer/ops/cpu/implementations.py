@@ -356,7 +356,7 @@ IMPLEMENTATIONS["product"] = Implementation(
 )
 
 
-def _takes_conv(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
+def _takes_conv(x: Tensor, weight: Tensor) -> bool:
     fits = weight.shape[2:] == (3, 3) and weight[0, 0].is_contiguous() and x.numel() > 0
     return fits and x.dtype == torch.bfloat16 == weight.dtype and x.is_contiguous() and compiled.has("conv3x3")
 
@@ -395,7 +395,7 @@ IMPLEMENTATIONS["prepacked_linear"] = Implementation(
 )
 
 
-def _takes_int8(x: Tensor, codes: Tensor, outliers: Any, bias: Tensor | None) -> bool:
+def _takes_int8(x: Tensor, codes: Tensor, bias: Tensor | None) -> bool:
     fits = not any(size % 16 for size in codes.shape) and max(codes.shape) <= _LONGEST_INT8
     return fits and compiled.usable("int8_product", x, *([] if bias is None else [bias])) is not None
 
