@@ -81,6 +81,13 @@ class Profile:
         """Return the GFLOP/s of a dtype at its fastest shape, or 0 if torch cannot multiply it."""
         return max(self.gflops.get(dtype, {}).values(), default=0.0)
 
+    def product_rate(self, dtype: str) -> tuple[str, float]:
+        """Return (the dtype in which products of weights in `dtype` are computed, its GFLOP/s).
+
+        The rate is float32's if torch cannot multiply the dtype."""
+        computed = self.arithmetic if dtype == "bfloat16" else dtype
+        return computed, self.rate(computed) or self.rate("float32")
+
     @cached_property
     def arithmetic(self) -> str:
         """Return the dtype in which products of 16-bit weights are computed.

@@ -179,7 +179,7 @@ def _plan(
     """Return a plan without its facts.
 
     limit: usable bytes of each device."""
-    rates = rates_of(device, load.dtype, "text" if isinstance(load, Load) else "image")
+    rates = rates_of(device, load.dtype)
 
     def memory_of(load: AnyLoad, device: Device) -> Memory:
         return run_memory(counts_of(load, device), load, device, process=process)

@@ -6,7 +6,6 @@ seconds = (products + a · attention) / rate + bytes / bandwidth + b · number o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from veneer.models.device import limit_threads
 from veneer.plan.memory import Counts, Load, RunLoad, dtype_bytes, offloaded, visible_keys, weight_bytes
@@ -20,25 +19,14 @@ HOST_LINK = 20e9
 """Bytes per second between CPU memory and a GPU: an assumption for PCIe 4.0 × 16."""
 
 
-class Fit(NamedTuple):
-    """Coefficients of a step's time on a CPU.
-
-    products: share of the profile's rate that products reach.
-    attention: how many times as long an operation of attention takes.
-    bandwidth: share of the profile's bandwidth.
-    call: seconds of a product that do not depend on its size."""
-
-    products: float
-    attention: float
-    bandwidth: float
-    call: float
-
-
-_FITS = {"text": Fit(0.82, 1.4, 0.37, 0.00026), "image": Fit(0.82, 1.4, 0.37, 0.00026)}
-"""Coefficients by kind of run.
-
-Those of text runs are fitted by least squares to measured steps (tests/plan/test_time.py). Image runs use the
-same values, which were not compared with measured steps."""
+# Coefficients of a step's time on a CPU, fitted by least squares to measured steps of text runs
+# (tests/plan/test_time.py). Image runs use them too, but were not compared with measured steps.
+_CPU_PRODUCTS, _CPU_BANDWIDTH = 0.82, 0.37
+"""Shares of the profile's rate and bandwidth that training reaches."""
+_ATTENTION = 1.4
+"""How many times as long an operation of attention takes."""
+_CALL = 0.00026
+"""Seconds of a product that do not depend on its size."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,8 @@ class Rates:
     """Operations and bytes per second of a device.
 
     source: where the numbers come from, as text.
-    attention, call: as in `Fit`."""
+    attention: how many times as long an operation of attention takes.
+    call: seconds of a product that do not depend on its size."""
 
     operations: float
     bandwidth: float
@@ -77,8 +66,8 @@ class Rates:
         return computing + work.fetched / HOST_LINK + self.call * work.calls
 
 
-def rates_of(device: Device, dtype: str = "bfloat16", kind: str = "text") -> Rates:
-    """Return the rates of a device for runs of a kind ("text", "image").
+def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
+    """Return the rates of a device.
 
     The rates of this machine's CPU are shares of the rate and the bandwidth in its profile (ops/profile.py);
     bfloat16 runs at the rate of the dtype in which the profile computes products. The rates of other devices are
@@ -88,12 +77,11 @@ def rates_of(device: Device, dtype: str = "bfloat16", kind: str = "text") -> Rat
         from veneer.ops.profile import profile
 
         limit_threads()  # the profile depends on the number of threads
-        found, fit = profile(), _FITS[kind]
-        computed = found.arithmetic if dtype == "bfloat16" else dtype
-        rate, bandwidth = 1e9 * (found.rate(computed) or found.rate("float32")), 1e9 * found.bandwidth
-        source = f"{fit.products:.0%} of {rate / 1e9:,.0f} GFLOP/s in {computed}, {fit.bandwidth:.0%} of "
-        source += f"{bandwidth / 1e9:,.1f} GB/s, measured here"
-        return Rates(fit.products * rate, fit.bandwidth * bandwidth, source, fit.attention, fit.call)
+        found = profile()
+        computed, rate = found.product_rate(dtype)
+        source = f"{_CPU_PRODUCTS:.0%} of {rate:,.0f} GFLOP/s in {computed}, {_CPU_BANDWIDTH:.0%} of "
+        source += f"{found.bandwidth:,.1f} GB/s, measured here"
+        return Rates(1e9 * _CPU_PRODUCTS * rate, 1e9 * _CPU_BANDWIDTH * found.bandwidth, source, _ATTENTION, _CALL)
     best = device.flops / (1 if dtype != "float32" else 14)
     source = f"{_ASSUMED:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
     return Rates(_ASSUMED * best, _BANDWIDTH * device.bandwidth, f"{source}, both assumed")

@@ -466,8 +466,9 @@ def _int8_products(s: TextSubject) -> Iterator[Finding]:
         text = "int8 products run on a CPU only"
         yield Finding("stop", "int8", text, "remove base.compute, or set base.device=cpu")
         return
-    dtype, machine = str(next(s.base.model.parameters()).dtype).removeprefix("torch."), profile()
-    faster = machine.rate("int8") / (machine.rate(dtype) or machine.rate("float32"))
+    machine = profile()
+    dtype, rate = machine.product_rate(str(s.base.dtype).removeprefix("torch."))
+    faster = machine.rate("int8") / rate
     text = f"int8 products run at {faster:.1f} times the speed of {dtype} here"
     if faster < WORTH:
         yield Finding("warn", "int8", text, "remove base.compute: int8")
