@@ -215,6 +215,12 @@ class FusedProjection:
         self.weight = joined
         undo.callback(self._part, parameters)
 
+    @property
+    def whole_weight(self) -> Tensor | None:
+        """The joined weight, or that of the only module; None if it is quantized or not joined."""
+        weight = self.weight if len(self.modules) > 1 else getattr(base_of(self.modules[0]), "weight", None)
+        return None if isinstance(weight, Quantized) else weight
+
     def _part(self, parameters: list[nn.Parameter]) -> None:
         self.weight = None
         for p in parameters:
@@ -261,9 +267,9 @@ def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) 
     Each weight is prepacked when it is first used."""
     report.prepack_budget = budget = ByteBudget(most)
     for projection in report.joins:
-        parts = [getattr(base_of(m), "weight", None) for m in projection.modules]
-        weight = projection.weight if len(parts) > 1 else parts[0]
-        if weight is not None and not isinstance(weight, Quantized) and not weight.is_inference():
+        weight = projection.whole_weight
+        if weight is not None and not weight.is_inference():
+            parts = [getattr(base_of(m), "weight", None) for m in projection.modules]
             projection.copies = PrepackedWeights(weight, budget, [part for part in parts if part is not None])
             undo.callback(setattr, projection, "copies", None)
     head = projection_of(model.get_output_embeddings())
@@ -279,12 +285,7 @@ def recording_int8(report: FastReport) -> Iterator[None]:
     Inside the with-block, products use the weights themselves, and the copies record the sizes of their
     inputs (ops/int8.py); at the end, the weights are quantized."""
     for projection in report.joins:
-        weight = (
-            projection.weight
-            if len(projection.modules) > 1
-            else getattr(base_of(projection.modules[0]), "weight", None)
-        )
-        if weight is not None and not isinstance(weight, Quantized):
+        if (weight := projection.whole_weight) is not None:
             projection.int8 = Int8Weight(weight)
     yield
     for projection in report.joins:

@@ -22,6 +22,9 @@ from veneer.ops.lowrank import LowRank
 from veneer.ops.prepacked import PrepackedWeights
 from veneer.ops.products import in_float32, product
 
+WeightCopies = PrepackedWeights | Int8Weight
+"""Copies of a frozen weight, which compute its products instead of the weight."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinearMap:
@@ -40,7 +43,7 @@ class LinearMap:
     bias: Tensor | None = None
     products: tuple[LowRank, ...] = ()
     dora_scale: Tensor | None = None
-    copies: PrepackedWeights | Int8Weight | None = None
+    copies: WeightCopies | None = None
     spans: LoraSegments | None = None
 
     @property
@@ -255,7 +258,7 @@ class LinearOutput(NamedTuple):
     u: Tensor | None = None
     plain: Tensor | None = None
     products: _Products | None = None
-    copies: PrepackedWeights | Int8Weight | None = None
+    copies: WeightCopies | None = None
 
 
 def frozen_linear(
@@ -263,7 +266,7 @@ def frozen_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     transposed: bool = True,
-    copies: PrepackedWeights | Int8Weight | None = None,
+    copies: WeightCopies | None = None,
     more: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return x·Wᵀ + b, or x·W if not `transposed`, without autograd.
@@ -314,7 +317,7 @@ def _with_low_rank(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    copies: PrepackedWeights | Int8Weight | None,
+    copies: WeightCopies | None,
     products: _Products | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return x·Wᵀ + b with low-rank products added, and u = x·Aᵀ."""

@@ -30,7 +30,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from veneer.ops.device_transfer import in_float64
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
 from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Note, Probed, Saved, Stepped, Stopped, silent
+from veneer.train.lazy import Lazy
 from veneer.train.optim import Schedule
 from veneer.train.prefetch import Prefetcher
 from veneer.train.signals import signal_handler
@@ -108,7 +109,7 @@ class Step:
         return tuple(row for micro in self.micros for row in micro.rows)
 
 
-class LazySteps(Sequence[Step]):
+class LazySteps(Lazy[Step]):
     """All steps of a run, with the plan of only one epoch in memory at a time.
 
     plan: plan(epoch) returns the steps of an epoch and must be a pure function. The length of the run is
@@ -124,27 +125,18 @@ class LazySteps(Sequence[Step]):
             if not planned:
                 break
             self._starts.append(self._starts[-1] + len(planned))
-        self._count = self._starts[-1] if steps is None else min(steps, self._starts[-1])
-        self.ends = [end for end in self._starts[1:] if end <= self._count]
+        super().__init__(self._starts[-1] if steps is None else min(steps, self._starts[-1]), self._step)
+        self.ends = [end for end in self._starts[1:] if end <= len(self)]
 
     def mapped(self, change: Callable[[Step], Step]) -> LazySteps:
         """Return the same steps, with `change` applied to each step when it is planned."""
         out = copy.copy(self)
         plan = self._plan
         out._plan = lru_cache(maxsize=1)(lambda epoch: [change(step) for step in plan(epoch)])
+        out._make = out._step  # otherwise, the copy would read the plan of this object
         return out
 
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Step: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Step]: ...
-    def __getitem__(self, index: int | slice) -> Step | list[Step]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        at = range(self._count)[index]  # range handles negative indices and raises IndexError
+    def _step(self, at: int) -> Step:
         epoch = bisect_right(self._starts, at) - 1
         return self._plan(epoch)[at - self._starts[epoch]]
 

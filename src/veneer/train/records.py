@@ -93,18 +93,18 @@ class Lines(Lazy[Record]):
         for n, (path, start) in enumerate(zip(self.paths, self._starts, strict=True)):
             bad = []
             for i in range(start, self._starts[n + 1] if n + 1 < len(self._starts) else len(self)):
-                record, why = self._parsed(i)
+                record, why = self._read(i)
                 columns |= dict.fromkeys(record.values)
                 bad += [f"{record.where}: {why}"] if why else []
             _refuse(bad, path, _LINE_FIX)
         return list(columns)
 
     def _record(self, i: int) -> Record:
-        record, why = self._parsed(i)
+        record, why = self._read(i)
         _refuse([f"{record.where}: {why}"] if why else [], Path(record.where), _LINE_FIX)
         return record
 
-    def _parsed(self, i: int) -> tuple[Record, str]:
+    def _read(self, i: int) -> tuple[Record, str]:
         """Return (record i, why it cannot be used or "")."""
         n = bisect_right(self._starts, i) - 1
         file, path = self._files[n], self.paths[n]
