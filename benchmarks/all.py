@@ -244,7 +244,10 @@ def run_all(names: list[str], quick: bool) -> bool:
     compiling = sum(
         r["value"] for line in recorded() for r in line.get("report", {}).get("rows", []) if r["metric"] == "compiling"
     )
-    say(f"{time.time() - ready:.0f} s, {compiling:.0f} s of which compiled; set-up took {ready - began:.0f} s before")
+    took = time.time() - ready
+    say(
+        f"set-up took {ready - began:.0f} s; the benchmarks took {took:.0f} s, including {compiling:.0f} s of compiling"
+    )
     if not failed and set(names) == set(BENCHMARKS):
         record({"done": True})
     return not failed

@@ -49,8 +49,8 @@ def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
         verdict: whether veneer can use the adapter; if not, why and how to fix it. The other keys then
             describe the readable part.
         format, reasons: the detected format and why.
-        coverage: the number of tensors used, and the tensors that are not recognized or lack a counterpart,
-            such as an A without its B. An adapter with such tensors is refused.
+        coverage: the number of tensors used, and the tensors that are not recognized or incomplete, such as an A
+            without its B. An adapter with such tensors is refused.
         assumed_scale: the number of modules whose scale the file does not state. The result assumes an alpha
             equal to the rank for these modules, and the adapter is refused.
         targets: for each last part of a module name, such as "q_proj": count, ranks, alphas, scales, shapes

@@ -423,7 +423,7 @@ def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Return whether an instance's `forward` was replaced by one that computes something else."""
+    """Return whether an instance's `forward` was replaced, except by `forward_in_float32`."""
     return getattr(module.__dict__.get("forward"), "__func__", forward_in_float32) is not forward_in_float32
 
 

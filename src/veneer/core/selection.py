@@ -136,7 +136,7 @@ class MixBatch:
 
 @dataclass(frozen=True, eq=False)
 class SpanAdapters:
-    """Adapters that are trained in the same forward pass, one per segment of tokens."""
+    """Adapters that are trained in one forward pass. Each segment of tokens has its own adapter."""
 
     adapters: tuple[Adapter, ...]
     spans: LoraSegments

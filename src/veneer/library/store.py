@@ -237,7 +237,7 @@ class LocalStore:
             _discard(aside)
 
     def sweep(self, entries: set[str]) -> int:
-        """Remove debris in tmp/, and folders of entries that are not in `entries`.
+        """Remove leftover files in tmp/, and folders of entries that are not in `entries`.
 
         Returns the number of removed files and folders."""
         count = 0

@@ -79,7 +79,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
 
     `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …).
 
-    "auto" keeps weights that are stored in float32, which are therefore never rounded. Other weights are loaded
+    "auto" never rounds weights that are stored in float32: it keeps them in float32. Other weights are loaded
     in bfloat16 on a CPU, where the machine's profile decides in which dtype their products are computed, and on
     CUDA from compute capability 8; otherwise in float32. Raises ConfigError for an unknown dtype."""
     import torch
@@ -114,12 +114,14 @@ def _cpu_dtype() -> tuple[torch.dtype, str]:
     limit_threads()  # the profile depends on the number of threads
     found = profile()
     narrow, wide = found.rate("bfloat16"), found.rate("float32")
-    rates = f"(profile: {wide:,.0f} against {narrow:,.0f} GFLOP/s)"
     if found.arithmetic == "bfloat16":
         text = f"bfloat16 in memory and in products (profile: {narrow:,.0f} GFLOP/s, float32 {wide:,.0f})"
         return torch.bfloat16, text
-    faster = f"which is {wide / narrow:.1f} times as fast on this processor {rates}" if narrow else "without bfloat16"
-    return torch.bfloat16, f"bfloat16 in memory; products in float32, {faster}"
+    text = "bfloat16 in memory; products in float32, without bfloat16"
+    if narrow:
+        text = f"bfloat16 in memory; products in float32, which is {wide / narrow:.1f} times as fast on this processor "
+        text += f"(profile: {wide:,.0f} against {narrow:,.0f} GFLOP/s)"
+    return torch.bfloat16, text
 
 
 def free_on_gpu(device: torch.device) -> int:
