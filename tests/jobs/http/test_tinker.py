@@ -21,7 +21,7 @@ import pytest
 from tests.homes import home_with_kernels
 from tests.jobs.tinker.small import ROWS, fields, forward_body, read_output
 from tests.serve.tenancy.conftest import new_tenant
-from tests.serve.whole import served
+from tests.serve.whole import served, slowed
 from tests.tiny_base import tiny_base_dir
 from veneer.jobs.build import training
 from veneer.jobs.http.tinker import TinkerRoutes
@@ -196,20 +196,21 @@ def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> N
         client("idle")
 
 
-def test_many_samples_do_not_delay_other_tenants(client: Any) -> None:
+def test_many_samples_do_not_delay_other_tenants(world: SimpleNamespace, client: Any) -> None:
     """A tenant's single sample finishes before the last of another tenant's many samples."""
     tenants = [client(name) for name in ("acme", "globex")]
     promises: list[list[Any]] = []
-    for tenant, count in zip(tenants, (24, 1), strict=True):
-        session = sampler(tenant)
-        prompt = {"chunks": [{"tokens": ROWS[0][:6]}]}
-        params = {"max_tokens": 24, "stop": []}
-        body = {"sampling_session_id": session, "num_samples": 4, "prompt": prompt, "sampling_params": params}
-        promises.append([tenant.post("asample", seq_id=i, **body) for i in range(count)])
-    (many, few), (acme, globex) = promises, tenants
-    assert globex.result(few[0]).headers["content-type"] == "application/x-protobuf"
-    with pytest.raises(httpx.ReadTimeout):
-        acme.http.post("/retrieve_future", json={"request_id": many[-1]["request_id"]}, timeout=0.05)
+    with slowed(world.running.engine):
+        for tenant, count in zip(tenants, (24, 1), strict=True):
+            session = sampler(tenant)
+            prompt = {"chunks": [{"tokens": ROWS[0][:6]}]}
+            params = {"max_tokens": 24, "stop": []}
+            body = {"sampling_session_id": session, "num_samples": 4, "prompt": prompt, "sampling_params": params}
+            promises.append([tenant.post("asample", seq_id=i, **body) for i in range(count)])
+        (many, few), (acme, globex) = promises, tenants
+        assert globex.result(few[0]).headers["content-type"] == "application/x-protobuf"
+        with pytest.raises(httpx.ReadTimeout):
+            acme.http.post("/retrieve_future", json={"request_id": many[-1]["request_id"]}, timeout=0.05)
     assert acme.result(many[-1]).headers["content-type"] == "application/x-protobuf"
 
 

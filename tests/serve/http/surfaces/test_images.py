@@ -560,7 +560,17 @@ def test_an_error_in_a_stream_is_an_event(client: openai.OpenAI, url: str, shelf
 # -- tenants and disconnects -------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_disconnects_cancels_its_request(url: str, engine: PictureEngine) -> None:
+def test_a_client_that_disconnects_cancels_its_request(
+    url: str, engine: PictureEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = engine._watch
+
+    def watch(jobs: Any, moment: Any) -> None:
+        time.sleep(0.01)  # a fast processor would finish 150 steps before the client disconnects
+        own(jobs, moment)
+
+    monkeypatch.setattr(engine, "_watch", watch)
+
     def idle() -> None:
         wait_for(lambda: not engine.stats().running and not engine.stats().waiting)
 
