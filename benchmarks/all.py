@@ -45,7 +45,11 @@ def over(values: Values, mine: tuple[str, str, str], peers: Callable[[str, str],
 
 
 def of(benchmark: str, name: str, metric: str, unit: str = "") -> Callable[[Values], str]:
-    return lambda values: f"{values[benchmark, name, metric]:,.3g}{unit}".strip()
+    def cell(values: Values) -> str:
+        value = values[benchmark, name, metric]
+        return f"{value:,.0f}{unit}" if value >= 100 else f"{value:.3g}{unit}"
+
+    return cell
 
 
 def against(
