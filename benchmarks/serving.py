@@ -7,13 +7,13 @@
 
 Uses smollm2-135m in bfloat16 and 32 requests of 64 prompt tokens and 64 generated tokens, greedy, ignoring
 end tokens. Adapters have rank 16 on all seven projections; request i uses adapter i modulo the number of
-adapters. Each side is a process that uses all cores. Sides run one after another in each round, and the best
-round counts. veneer's side is the embedded engine of `veneer serve`, without HTTP and without drafts. transformers and PEFT
-compute in bfloat16 or float32, whichever generates faster here. llama.cpp gets the same weights in bfloat16;
-its requests all use one adapter, because it applies adapters to a whole batch. The engine is also measured
-with: a thousand rank-8 adapters on q and v whose frequencies follow Zipf's law, compared with eight such
-adapters; sixteen active adapters with memory for eight; cold loads. --quick leaves these out, and
-transformers' continuous batching.
+adapters. Each side is a process that uses all cores. Sides run one after another in each round, and the
+best round counts. veneer's side is the embedded engine of `veneer serve`, without HTTP and without drafts.
+transformers and PEFT compute in bfloat16 or float32, whichever generates faster here. llama.cpp gets the
+same weights in bfloat16; its requests all use one adapter, because it applies adapters to a whole batch.
+The engine is also measured with: a thousand rank-8 adapters on q and v whose frequencies follow Zipf's
+law, compared with eight such adapters; sixteen active adapters with memory for eight; cold loads. --quick
+leaves these out, and transformers' continuous batching.
 """
 
 from __future__ import annotations
