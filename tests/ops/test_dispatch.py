@@ -110,6 +110,18 @@ def test_profile_decides_which_kernel_multiplies_panels(
     assert dispatch("panel_linear", torch.empty(0, dtype=BF16), 16) == kernel
 
 
+@pytest.mark.parametrize(("int8", "chosen"), [(959.0, "compiled"), (961.0, "onednn")])
+def test_profile_decides_which_kernel_multiplies_in_8_bits(
+    monkeypatch: pytest.MonkeyPatch, int8: float, chosen: str
+) -> None:
+    monkeypatch.setattr(module, "profile", lambda: _profile(float32=200.0, int8=int8))
+    here = module.implementations("cpu")["int8_linear"]
+    everything = [each._replace(run=each.name, takes=lambda *_: True) for each in (here, *here.alternatives)]
+    both = everything[0]._replace(alternatives=tuple(everything[1:]))
+    monkeypatch.setattr(module, "implementations", lambda device: {"int8_linear": both})
+    assert dispatch("int8_linear", torch.empty(1, 16, dtype=BF16)) == chosen
+
+
 def test_only_float32_weights_are_prepacked() -> None:
     for dtype in (torch.float32, BF16):
         x, weight = torch.ones(4, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +25,7 @@ def quantized(W: Tensor, x: Tensor) -> Int8Weight:
     """Return the 8-bit copy of W for inputs like x."""
     copy = Int8Weight(W)
     assert copy.product(x, W) is None
-    copy.quantize()
+    copy.quantize(W)
     return copy
 
 
@@ -114,6 +118,17 @@ def test_rows_do_not_depend_on_their_batch() -> None:
     parts = [copy.product(part, W) for part in x.split([1, 60, 40])]
     assert whole is not None
     assert torch.equal(whole, torch.cat([part for part in parts if part is not None]))
+
+
+def test_sums_are_exact_without_vnni() -> None:
+    """All codes are 127, so without VNNI, oneDNN would cut off each sum."""
+    code = (
+        "import torch; from veneer.ops.int8 import Int8Weight\nx = torch.ones(40, 64); copy = Int8Weight(x)\n"
+        "copy.product(x); copy.quantize(x); print((copy.product(x) - 64).abs().max().item() < 1e-3)"
+    )
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "VENEER_OPS": "torch"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert ran.stdout.strip() == "True"
 
 
 def test_low_rank_products_stay_as_they_were() -> None:

@@ -44,6 +44,7 @@ def refusal(capsys: pytest.CaptureFixture[str], base: str, *options: str) -> str
         (["--quantize", "nf5"], "'nf5' is not a quantization | --quantize | did you mean nf4? Choose one of nf4, fp4"),
         (["--quantize", "NF4"], "'NF4' is not a quantization | did you mean nf4?"),
         (["--quantize", ""], "'' is not a quantization"),
+        (["--compute", "int4"], "'int4' is not an arithmetic | --compute"),
         (["--dtype", "bfloat61"], "'bfloat61' is not a dtype | --dtype | did you mean bfloat16?"),
         (["--device", "cudda"], "'cudda' is not a device | --device | did you mean cuda?"),
         (["--device", "cuda:99"], "there is no CUDA device cuda:99"),

@@ -97,6 +97,9 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Make answers independent of the batch, bit for bit; slower.")
     ] = False,
+    compute: Annotated[
+        str, typer.Option("--compute", help="auto, or int8: read prompts with 8-bit products; faster, less exact.")
+    ] = EngineSettings.compute,
     dtype: LoadedDtype = ServeSettings.dtype,
     device: ChosenDevice = ServeSettings.device,
     allowed_origin: Annotated[
@@ -165,6 +168,7 @@ def serve(
             cache_bytes=bytes_of(cache_memory, "--cache-memory"),
             adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
             batch_invariant=batch_invariant,
+            compute=compute,  # type: ignore[arg-type]
             context=more.context,
             draft=more.draft_tokens,
         ),

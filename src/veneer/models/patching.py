@@ -289,8 +289,8 @@ def recording_int8(report: FastReport) -> Iterator[None]:
             projection.int8 = Int8Weight(weight)
     yield
     for projection in report.joins:
-        if projection.int8 is not None:
-            projection.int8.quantize()
+        if projection.int8 is not None and (weight := projection.whole_weight) is not None:
+            projection.int8.quantize(weight)
 
 
 def same_dtype(x: Tensor, weight: Tensor) -> bool:

@@ -119,12 +119,19 @@ def _panel_kernel(*_: Any) -> str:
     return "amx" if machine.rate("bfloat16") > WORTH * 2 * machine.rate("float32") else "compiled"
 
 
+def _int8_kernel(*_: Any) -> str:
+    machine = profile()
+    # VNNI runs at four times the rate of float32, and AMX at eight times VNNI's; oneDNN uses AMX.
+    return "onednn" if machine.rate("int8") > WORTH * 4 * machine.rate("float32") else "compiled"
+
+
 def _arithmetic_is_float32() -> bool:
     return profile().arithmetic == "float32"
 
 
 _FLOAT32_IS_FASTER = f"float32 is over {WORTH} times as fast as bfloat16"
 RULES: dict[str, Rule] = {
+    "int8_linear": Rule(_int8_kernel, f"onednn, with AMX, if int8 is over {4 * WORTH} times as fast as float32"),
     "low_rank": Rule(
         lambda *_: REFERENCE if _arithmetic_is_float32() else "compiled",
         f"torch, added to the frozen product before rounding, if {_FLOAT32_IS_FASTER}",

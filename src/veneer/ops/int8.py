@@ -12,6 +12,8 @@ arXiv 2208.07339). As in SwitchBack (arXiv 2304.13013), only products with the f
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -40,17 +42,39 @@ def int8_linear(
     factor: multiplies the channels of x before they are quantized, float32; 0 for outliers.
     column: multiplies the columns of the result, float32.
     outliers: indices (k,) int32 of channels of x, and their weights (k, columns) float32."""
-    run = dispatch("int8_linear", x, codes, bias)
-    if run is not None:
-        result: Tensor = run(x, codes, factor, column, transposed, outliers, bias)
-        return result
+    run = dispatch("int8_linear", x, codes, bias) or int8_linear_in_torch
+    result: Tensor = run(x, codes, factor, column, transposed, outliers, bias)
+    return result
+
+
+def int8_linear_in_torch(
+    x: Tensor,
+    codes: Tensor,
+    factor: Tensor,
+    column: Tensor,
+    transposed: bool,
+    outliers: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return `int8_linear` with torch's products."""
     scaled = x * factor
     most = scaled.abs().amax(1, keepdim=True)
     q = (scaled * (CODES / most).nan_to_num_(0.0, 0.0, 0.0)).round_().to(torch.int8)
-    y = torch._int_mm(q, codes.t() if transposed else codes) * (most / CODES * column)
+    other = codes.t() if transposed else codes
+    sums = torch._int_mm(q, other) if torch_sums_are_exact() else q.float() @ other.float()
+    y = sums * (most / CODES * column)
     if outliers is not None:
         y += x[:, outliers[0].long()].to(y.dtype) @ outliers[1].to(y.dtype)
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+@functools.cache
+def torch_sums_are_exact() -> bool:
+    """Return whether torch's products of int8 matrices are exact on this processor.
+
+    Without VNNI, oneDNN adds pairs of products in 16 bits, and sums above 32,767 are cut off."""
+    q = torch.full((32, 64), CODES, dtype=torch.int8)
+    return bool((torch._int_mm(q, q.t()) == 64 * CODES**2).all())
 
 
 class Int8Weight:
@@ -60,7 +84,6 @@ class Int8Weight:
     channel."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.detach()
         self.largest = torch.zeros(weight.shape[1], device=weight.device)
         self.codes: Tensor | None = None
         self._outliers: tuple[Tensor, Tensor] | None = None
@@ -70,7 +93,9 @@ class Int8Weight:
         """The number of outlier channels."""
         return 0 if self._outliers is None else len(self._outliers[0])
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = True) -> Tensor | None:
+    def product(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, transposed: bool = True
+    ) -> Tensor | None:
         """Return x·Wᵀ + b, or x·W if not `transposed`; None if the caller must use the weight itself."""
         if self.codes is None:
             if transposed and len(x):
@@ -80,9 +105,9 @@ class Int8Weight:
             return int8_linear(x, self.codes, self._inverse, self._steps, True, self._outliers, bias)
         return int8_linear(x, self.codes, self._steps, self._back, False)
 
-    def quantize(self) -> None:
+    def quantize(self, weight: Tensor) -> None:
         """Quantize the weight, with the balance and the outlier channels that the recorded inputs give."""
-        wide = self.weight.float()
+        wide = weight.detach().float()
         floor = float(self.largest.amax()) * 1e-4 or 1.0
         ratio = self.largest.clamp(min=floor) / wide.abs().amax(0).clamp(min=1e-6)
         m = ratio.sqrt_().log2_().round_().exp2_()

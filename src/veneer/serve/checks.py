@@ -20,7 +20,7 @@ from veneer.library.library import Library, open_library
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
-from veneer.serve.settings import LedgerSettings, QuantizeKind, ServeSettings
+from veneer.serve.settings import ComputeKind, LedgerSettings, QuantizeKind, ServeSettings
 from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
@@ -80,6 +80,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     """
     if settings.quantize is not None:
         one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")
+    one_of(settings.engine.compute, get_args(ComputeKind), "an arithmetic", "--compute")
     check_dtype_name(settings.dtype, "--dtype")
     check_device_name(settings.device, "--device")
     for origin in settings.http.allowed_origins:
@@ -148,6 +149,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("max_tokens", lambda s: s.http.max_tokens, "texts upstream", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "bases on this server"),
     ("--quantize", lambda s: s.quantize, "texts", _HERE),
+    ("--compute", lambda s: s.engine.compute, "texts", _HERE),
     ("--dtype", lambda s: s.dtype, "texts pictures", "bases on this server"),
     ("--device", lambda s: s.device, "texts pictures", "bases on this server"),
     ("tenant_mixes", lambda s: s.fleet.mixes, "upstream", "mixes with --upstream"),

@@ -91,6 +91,7 @@ class Preload:
 
 
 QuantizeKind = Literal["nf4", "fp4", "int8", "keep"]
+ComputeKind = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class EngineSettings:
 
     `rows`: maximum sequences in one step. `budget`: maximum tokens in one step. `cache_bytes`: memory for
     keys and values. `adapter_bytes`: memory for adapters, which is the only limit on their number. `queue`:
-    maximum waiting requests. `batch_invariant`: see Runner. `stuck_seconds`: if a step takes longer, the
-    engine counts as stuck. `context`: maximum tokens of a sequence; 0 for as many as the base and the cache
+    maximum waiting requests. `batch_invariant`, `compute`: see Runner. `stuck_seconds`: if a step takes longer,
+    the engine counts as stuck. `context`: maximum tokens of a sequence; 0 for as many as the base and the cache
     allow. `draft`: maximum drafted tokens of a sequence in a step (engine.drafts); 0 for no drafts.
     """
 
@@ -110,6 +111,7 @@ class EngineSettings:
     adapter_bytes: int = 1 << 30
     queue: int = HttpSettings.queue
     batch_invariant: bool = False
+    compute: ComputeKind = "auto"
     context: int = 0
     draft: int = 8
     stuck_seconds: float = 120.0

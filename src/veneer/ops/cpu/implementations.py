@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.ops.attention import VarlenSettings
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import Implementation
+from veneer.ops.int8 import int8_linear_in_torch
 from veneer.ops.lowrank import LowRank
 from veneer.ops.step_sizes import SMALL_INPUT
 from veneer.ops.weight_layouts import Reordered, reorders
@@ -424,6 +425,23 @@ def _int8_linear(
     last = kept, *_at(weights, bias, q, y), torch.get_num_threads()
     _kernel("int8_product")(x.data_ptr(), n, k, factor.data_ptr(), *weight, *_at(which), *last)
     return y
+
+
+def _takes_amx(x: Tensor, *_: Any) -> bool:
+    return compiled.usable("amx_panel_product", x) is not None
+
+
+IMPLEMENTATIONS["int8_linear"] = IMPLEMENTATIONS["int8_linear"]._replace(
+    alternatives=(
+        Implementation(
+            int8_linear_in_torch,
+            _takes_amx,
+            "contiguous bfloat16",
+            lambda: compiled.why_missing("amx_panel_product"),
+            "onednn",
+        ),
+    )
+)
 
 
 # -- low-rank products -------------------------------------------------------------------------------------------------

@@ -358,7 +358,7 @@ def _int8_product(random: RandomTensors) -> list[Tensor]:
                 y = copy.product(t, W, bias if transposed else None, transposed)
                 results += [] if y is None else [y]
                 if copy.codes is None:
-                    copy.quantize()
+                    copy.quantize(W)
     return results
 
 

@@ -122,6 +122,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             pack_bytes=pack_bytes,
             cache_bytes=settings.cache_bytes,
             batch_invariant=settings.batch_invariant,
+            int8=settings.compute == "int8",
             context=settings.context,
         )
         self.residents: AdapterCache[Prepared] = AdapterCache(

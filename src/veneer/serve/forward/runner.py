@@ -38,13 +38,14 @@ from veneer.models.text.probe import LENGTHS, WINDOW, ReferenceForward, short_wi
 from veneer.ops.cpu import memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import put_numbers
+from veneer.ops.int8 import Int8Weight
 from veneer.ops.quantized import Quantized
 from veneer.ops.weight_layouts import Dense, PrepackedWeight, packing, prepack_weight
 from veneer.ops.weight_panels import panels_here, panels_of_codes
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import AdapterBatch, PackedAdapter, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
-from veneer.serve.forward.weights import ROWS, QuantizedWeights
+from veneer.serve.forward.weights import ROWS, EightBits, QuantizedWeights
 
 
 @dataclass(eq=False)
@@ -76,6 +77,8 @@ class RunnerRow:
     sequence: int = 0
 
 
+INT8_ROWS = 64
+"""Minimum tokens of a row in 8 bits: with fewer tokens, packing the weights takes longer than 8 bits save."""
 PACK_BYTES = 4 << 30
 """Maximum bytes of a prepacked second copy of the projections."""
 
@@ -93,7 +96,9 @@ class Runner:
     projections. `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with
     chunked attention run packed only if a context fits in one chunk. `batch_invariant`: a completion's bits
     do not depend on the other rows of its steps or on how its prompt is chunked, at some cost in speed;
-    requires a Llama-like base and adapters with a low-rank form.
+    requires a Llama-like base and adapters with a low-rank form. `int8`: rows of INT8_ROWS tokens or more use
+    8-bit copies of the layers' weights (ops/int8.py), unless an adapter of the row has no low-rank form; requires
+    a Llama-like base on a CPU whose weights are not quantized.
 
     For a quantized Llama-like base in bfloat16, the codes are moved into the layout of the compiled step, and
     the model reads them from there. Other quantized weights stay as they are and are dequantized for each
@@ -111,6 +116,7 @@ class Runner:
         cache_bytes: int = 1 << 30,
         pack_bytes: int = PACK_BYTES,
         batch_invariant: bool = False,
+        int8: bool = False,
         context: int = 0,
     ) -> None:
         self.pack_bytes, self.batch_invariant = pack_bytes, batch_invariant
@@ -139,6 +145,7 @@ class Runner:
             page.tiles = batch_invariant
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self.llama: LlamaForward | None = None
+        self._eight: LlamaForward | None = None
         self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # names of fused modules -> weight on the fused path
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
@@ -150,6 +157,8 @@ class Runner:
                 f"batch-invariant answers need a base of the Llama architecture; this one runs {self.how}: {self.why}",
                 fix="serve it without --batch-invariant",
             )
+        if int8:
+            self._eight = self._with_int8()
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -209,18 +218,26 @@ class Runner:
         The next call can overwrite them."""
         if self.how == "alone":
             return torch.cat([self._alone(row) for row in rows])
-        unpacked = [any(p.packed is None for p, _ in row.mix) for row in rows]
-        if self.llama is None or all(unpacked):
-            return self._packed(rows)
-        if not any(unpacked):
-            return self._fused(rows)
-        forwards = {False: self._fused, True: self._packed}
+        llamas = [self._llama_for(row) for row in rows]
+        if all(llama is llamas[0] for llama in llamas):
+            return self._forward(rows, llamas[0])
         parts = {
-            t: iter(forward([r for r, is_unpacked in zip(rows, unpacked, strict=True) if is_unpacked == t]))
-            for t, forward in forwards.items()
+            llama: iter(self._forward([r for r, own in zip(rows, llamas, strict=True) if own is llama], llama))
+            for llama in dict.fromkeys(llamas)
         }
-        logits = [next(parts[t]) for row, t in zip(rows, unpacked, strict=True) for _ in range(row.wants)]
+        logits = [next(parts[llama]) for row, llama in zip(rows, llamas, strict=True) for _ in range(row.wants)]
         return torch.stack(logits) if logits else torch.empty(0)
+
+    def _llama_for(self, row: RunnerRow) -> LlamaForward | None:
+        """Return the tensors that compute a row, or None for the packed path.
+
+        The choice depends only on the row, so other rows of a step do not change a row's result."""
+        if any(p.packed is None for p, _ in row.mix):
+            return None
+        return self.llama if self._eight is None or len(row.tokens) < INT8_ROWS else self._eight
+
+    def _forward(self, rows: Sequence[RunnerRow], llama: LlamaForward | None) -> Tensor:
+        return self._packed(rows) if llama is None else self._fused(rows, llama)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy the keys and values of a block, in all layers."""
@@ -233,9 +250,8 @@ class Runner:
         """Drop the state of a sequence that has ended or restarts."""
         self._pasts.pop(sequence, None)
 
-    def _fused(self, rows: Sequence[RunnerRow]) -> Tensor:
-        llama, mixes = self.llama, [row.mix for row in rows]
-        assert llama is not None
+    def _fused(self, rows: Sequence[RunnerRow], llama: LlamaForward) -> Tensor:
+        mixes = [row.mix for row in rows]
         batch, ids = self._batch(rows)
         spans = [
             (a, b, [(p.packed, s) for p, s in mix])
@@ -427,6 +443,41 @@ class Runner:
                     del weight, laid
         self._put_together(self._weights.__getitem__)
         return any_laid
+
+    def _with_int8(self) -> LlamaForward:
+        """Return the fused path with 8-bit copies of the layers' weights.
+
+        256 random tokens run in 16 bits and determine the balance and the outlier channels of the copies."""
+        groups = self.layout.groups[:-1]
+        weights = [[group.weight(i) for i in range(len(group.modules))] for group in groups]
+        quantized = any(isinstance(part, Quantized) for parts in weights for part in parts)
+        if self.llama is None or quantized or self.base.device.type != "cpu" or self.batch_invariant:
+            self.close()
+            raise ConfigError(
+                "8-bit products need a Llama-like base on a CPU, without --quantize and --batch-invariant",
+                where="--compute int8",
+                fix="leave --compute out",
+            )
+        copies = [Int8Weight(parts[0]) for parts in weights]
+        left = iter(copies)
+
+        def of(weight: PrepackedWeight) -> EightBits:
+            return EightBits(weight, next(left))
+
+        blocks = [
+            replace(b, qkv=of(b.qkv), out=of(b.out), gate_up=of(b.gate_up), down=of(b.down)) for b in self.llama.blocks
+        ]
+        eight = replace(self.llama, blocks=blocks)
+        count, vocabulary = min(256, self.context), len(self.llama.embedding)
+        tokens = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=torch.Generator().manual_seed(0))
+        batch, ids = self._batch([RunnerRow(tokens.tolist(), 0, range(-(-count // BLOCK)))])
+        with torch.no_grad(), memory.return_freed_memory():
+            eight.hidden(ids, batch, None)
+            for parts, copy in zip(weights, copies, strict=True):
+                copy.quantize(torch.cat(parts))
+                for part in parts:
+                    memory.page_out(part)
+        return eight
 
     def _make_packed(self) -> None:
         config = self.model.config.get_text_config()

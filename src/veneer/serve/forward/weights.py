@@ -1,7 +1,7 @@
 """Weights used only in serving; ops/weight_layouts.py has the others.
 
 `QuantizedWeights` uses a quantized base's codes in their original layout. `Blocks` computes products in
-blocks of rows, so that a row's bits do not depend on its batch.
+blocks of rows, so that a row's bits do not depend on its batch. `EightBits` rounds both factors to 8 bits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.ops.int8 import Int8Weight
 from veneer.ops.quantized import Quantized, dequantized, quantized_linear, stacked_rows
 from veneer.ops.weight_layouts import PrepackedWeight
 from veneer.ops.weight_panels import Panels
@@ -70,6 +71,21 @@ class QuantizedWeights:
         else:
             weight = torch.cat([dequantized(part) for part in self.parts])
         return in_blocks(lambda part: F.linear(part, weight, bias), x, self.rows)
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
+
+
+@dataclass(frozen=True, eq=False)
+class EightBits:
+    """A weight with an 8-bit copy, which computes the products once it is quantized (ops/int8.py)."""
+
+    weight: PrepackedWeight
+    copy: Int8Weight
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = self.copy.product(x, bias=bias)
+        return self.weight(x, bias) if product is None else product
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
         y.add_(self(x, bias))

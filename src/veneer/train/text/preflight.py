@@ -15,6 +15,7 @@ from typing import Any
 
 from veneer.core.targets import matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, counted, gigabytes
+from veneer.ops.int8 import torch_sums_are_exact
 from veneer.ops.linear import keeps_copy
 from veneer.ops.profile import WORTH, profile
 from veneer.ops.weight_panels import panels_here
@@ -468,7 +469,8 @@ def _int8_products(s: TextSubject) -> Iterator[Finding]:
         return
     machine = profile()
     dtype, rate = machine.product_rate(str(s.base.dtype).removeprefix("torch."))
-    faster = machine.rate("int8") / rate
+    is_exact = torch_sums_are_exact()  # otherwise, the products of the codes run in float32
+    faster = machine.rate("int8" if is_exact else "float32") / rate
     text = f"int8 products run at {faster:.1f} times the speed of {dtype} here"
     if faster < WORTH:
         yield Finding("warn", "int8", text, "remove base.compute: int8")
