@@ -307,18 +307,25 @@ def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[st
     return []
 
 
+def map_file(path: str | Path) -> tuple[Header, mmap.mmap]:
+    """Return the checked header, and a private memory map of the file.
+
+    Raises the errors of `read_header`."""
+    path = Path(path)
+    try:
+        with _opened(path) as file:
+            header = _checked(file.fileno(), path)
+            return header, mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors, sorted by name, and the metadata.
 
     The tensors are views of a private memory map; writing to them does not change the file. Raises the errors
     of `read_header`."""
-    path = Path(path)
-    try:
-        with _opened(path) as file:
-            header = _checked(file.fileno(), path)
-            mapped = mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+    header, mapped = map_file(path)
     tensors = {name: _view(mapped, header.data_start, entry) for name, entry in sorted(header.entries.items())}
     return tensors, header.metadata
 
