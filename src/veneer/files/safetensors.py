@@ -39,6 +39,7 @@ MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
 take a few MB."""
 _MAX_NAME_LENGTH = 1024
 _MAX_DIMENSIONS = 16
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_ENTRY = _MAX_NAME_LENGTH + 512
 """Approximate maximum bytes of JSON for one tensor."""
 
@@ -254,7 +255,7 @@ def name_problem(name: str) -> str | None:
     """Return why `name` is invalid for a tensor, or None if valid."""
     if not name or len(name) > _MAX_NAME_LENGTH:
         return f"a tensor's name has 1 to {_MAX_NAME_LENGTH} characters"
-    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+    if _CONTROL.search(name):
         return "control characters in a name"
     if "/" in name or "\\" in name or ".." in name or name.startswith(".") or name.endswith("."):
         return "a name that looks like a path"
