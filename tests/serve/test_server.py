@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -24,7 +25,7 @@ from veneer.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
-import asyncio, sys
+import asyncio, gc, sys
 from veneer.serve.server import serve
 from veneer.serve.settings import ServeSettings
 
@@ -36,10 +37,12 @@ def make():
     service.phase, service.loaded = "loading", False
     async def load():
         await asyncio.sleep(1)
+        assert not gc.isenabled()
         service.mark_ready()
     return Application(app, load=load)
 
 serve(ServeSettings("toy", port=int(sys.argv[1]), drain=20), print, make)
+assert gc.isenabled()
 print("ended")
 """
 
@@ -112,6 +115,8 @@ def test_a_failed_start_reports_its_reason(make: Callable[[], Application]) -> N
     finally:
         logging.getLogger("veneer").setLevel(level)
         sys.setswitchinterval(interval)
+        gc.unfreeze()
+    assert gc.isenabled()
     assert len(said) == 1
     assert "listening on http://127.0.0.1:" in said[0]
 

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter
-from veneer.core.attach import attach
 from veneer.core.forms import BASED, product_of
 from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
@@ -69,7 +66,7 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
     """Return the readable part of an adapter, and the error that prevents its use.
 
     The error is None if veneer can use the adapter. If nothing can be read, raises the error instead."""
-    how = {**how, "assume_scale": True}
+    how = {**how, "assume_scale": True, "as_arrays": True}
     try:
         reading = reader.read(path, **how)
         return reading, reader.scale_error(reading, path) if reading.assumed_scale else None
@@ -186,6 +183,10 @@ def _not_zero(adapter: Adapter) -> AdapterCheck:
 
 
 def _base_checks(base: TextBase, name: str, card: CardFile | None, how: reader.ReadOptions) -> list[AdapterCheck]:
+    import torch
+
+    from veneer.core.attach import attach
+
     want = card.card.base_fingerprint if card else ""
     if card is None or not want:
         out = [AdapterCheck("base", None, "the card names no base's fingerprint")]

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, Card, all_finite, mix_text
+from veneer.core.factors import factors, inner
 from veneer.core.forms import BASED, product_of
 from veneer.core.merge import dtype_of
 from veneer.core.mix import Mixed, MixedModule, Weights, mix, scaled_by_module
-from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
+from veneer.core.truncate import Bound, distance, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError, first_few
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.formats import convert

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack
 
 from veneer.core.adapter import check_strength
-from veneer.core.attach import Attachment, attach
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest, quoted
 from veneer.formats import peft
 from veneer.formats import read as reader
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from veneer.core.adapter import Adapter
+    from veneer.core.attach import Attachment
 
 AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """An adapter by folder, file or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
@@ -249,6 +249,8 @@ def attach_adapters(
         raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
     have = attachment.adapters if attachment else {}
     adapters = {n: load_adapter(base, n, allow_other_base=allow_other_base) for n in names if n not in have}
+    from veneer.core.attach import attach
+
     attached = attachment or attach(base.model)
     try:
         for name, adapter in adapters.items():

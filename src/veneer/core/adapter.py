@@ -377,6 +377,8 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
     """Return the bytes of the tensor's values, in the order that files store them."""
     if not tensor.numel():
         return b""
+    if hasattr(tensor, "tobytes"):  # an array that stands for a tensor
+        return bytes(tensor.tobytes())
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.factors import factors
 from veneer.core.forms import BASED, Delta, change_of, delta_of, product_of
 from veneer.core.truncate import (
     Bound,
     distance,
-    factors,
     like,
     low_rank,
     rebuilt,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Pair
+from veneer.core.factors import factors, inner
 from veneer.errors import AdapterError
 
 
@@ -68,18 +69,6 @@ class Cut:
 # -- pairs as factors --------------------------------------------------------------------------------------------------
 
 
-def factors(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Return float64 factors (A, B) of the pair's change.
-
-    B·A is the change without the magnitude. A is (…, rank, n), and B is (…, out, rank) and includes the
-    scale. For experts, there is a leading dimension."""
-    collapsed = pair.collapsed()
-    A, B = collapsed.A.detach().double(), collapsed.B.detach().double()
-    if collapsed.kind == "conv":
-        A, B = A.flatten(1), B.flatten(1)
-    return A, B * collapsed.scale
-
-
 def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float32) -> Pair:
     """Return a pair of scale 1 from factors, with the kind and the shapes of `model`.
 
@@ -111,12 +100,6 @@ def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
         listing = "; ".join(f"{kind} {(*lead, out, n)}" for kind, lead, n, out in sorted(shapes, key=str))
         raise AdapterError(f"changes of unlike shapes cannot be added: {listing}")
     return torch.cat([A for A, _, _ in parts], -2), torch.cat([B * w for _, B, w in parts], -1)
-
-
-def inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """Return ⟨B₁·A₁, B₂·A₂⟩ (Frobenius) = tr((B₁ᵀB₂)·(A₂A₁ᵀ)) of factors (A, B)."""
-    (A1, B1), (A2, B2) = first, second
-    return float(((B1.mT @ B2) * (A1 @ A2.mT)).sum())
 
 
 def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> float:

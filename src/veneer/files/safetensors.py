@@ -39,6 +39,7 @@ MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
 take a few MB."""
 _MAX_NAME_LENGTH = 1024
 _MAX_DIMENSIONS = 16
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_ENTRY = _MAX_NAME_LENGTH + 512
 """Approximate maximum bytes of JSON for one tensor."""
 
@@ -254,7 +255,7 @@ def name_problem(name: str) -> str | None:
     """Return why `name` is invalid for a tensor, or None if valid."""
     if not name or len(name) > _MAX_NAME_LENGTH:
         return f"a tensor's name has 1 to {_MAX_NAME_LENGTH} characters"
-    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+    if _CONTROL.search(name):
         return "control characters in a name"
     if "/" in name or "\\" in name or ".." in name or name.startswith(".") or name.endswith("."):
         return "a name that looks like a path"
@@ -307,18 +308,25 @@ def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[st
     return []
 
 
+def map_file(path: str | Path) -> tuple[Header, mmap.mmap]:
+    """Return the checked header, and a private memory map of the file.
+
+    Raises the errors of `read_header`."""
+    path = Path(path)
+    try:
+        with _opened(path) as file:
+            header = _checked(file.fileno(), path)
+            return header, mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors, sorted by name, and the metadata.
 
     The tensors are views of a private memory map; writing to them does not change the file. Raises the errors
     of `read_header`."""
-    path = Path(path)
-    try:
-        with _opened(path) as file:
-            header = _checked(file.fileno(), path)
-            mapped = mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+    header, mapped = map_file(path)
     tensors = {name: _view(mapped, header.data_start, entry) for name, entry in sorted(header.entries.items())}
     return tensors, header.metadata
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
+from veneer.core.factors import factors
 from veneer.core.forms import BASED, Delta, product_of
-from veneer.core.truncate import distance, factors
+from veneer.core.truncate import distance
 
 TOLERANCE = 1e-6
 Refusals = defaultdict[str, list[str]]

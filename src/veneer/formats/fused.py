@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import pairwise
-from typing import TypeVar, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError
 from veneer.formats.topology import RowRange
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T", bound=Pair | Delta)
 
@@ -182,7 +184,7 @@ def _joined_magnitude(parts: Sequence[Pair | Delta | None]) -> Tensor | None:
         raise _not_joinable(items, "some have a magnitude and some have none")
     if any(m is not None and m.ndim > 1 for m in magnitudes):
         raise _not_joinable(items, "a magnitude per input is a norm over the rows of one part only")
-    return torch.cat([m for m in magnitudes if m is not None])
+    return _cat([m for m in magnitudes if m is not None])
 
 
 def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magnitude: Tensor | None) -> Pair:
@@ -202,9 +204,7 @@ def _blocks(blocks: Sequence[tuple[int, Tensor] | None], ranks: Sequence[int], s
 
     The block of a part is in the rows of this part and in the columns of its A; other entries are zero."""
     some = [b[1] for b in blocks if b is not None]
-    dtype = some[0].dtype
-    for t in some:
-        dtype = torch.promote_types(dtype, t.dtype)
+    dtype = _common_dtype(some)
     tail = some[0].shape[2:]
     starts = [sum(ranks[:i]) for i in range(len(ranks))]
     bands = []
@@ -213,16 +213,18 @@ def _blocks(blocks: Sequence[tuple[int, Tensor] | None], ranks: Sequence[int], s
         if block is not None and len(ranks) == 1:
             bands.append(block[1].to(dtype))
             continue
-        band = torch.zeros(size, sum(ranks), *tail, dtype=dtype)
+        band = some[0].new_zeros(size, sum(ranks), *tail, dtype=dtype)
         if block is not None:
             band[:, starts[block[0]] : starts[block[0]] + ranks[block[0]]] = block[1]
         bands.append(band)
-    return torch.cat(bands)
+    return _cat(bands)
 
 
 def _join_deltas(
     first: Delta, parts: Sequence[Delta | None], sizes: Sequence[int | None], magnitude: Tensor | None
 ) -> Delta:
+    import torch
+
     have = [p for p in parts if p is not None]
     if len({p.shape[1:] for p in have}) > 1:
         raise _not_joinable(have, "their inputs differ")
@@ -289,12 +291,12 @@ def _join_rows(have: Sequence[Delta], covers_all: bool, magnitude: Tensor | None
 def _folded(t: Tensor, scale: float, into: float) -> Tensor:
     if scale == into:
         return t
-    wide = torch.float64 if t.dtype == torch.float64 else torch.float32
-    return (t.double() * (scale / into)).to(wide)
+    wide = t.double() * (scale / into)
+    return wide if t.dtype == wide.dtype else wide.float()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.equal(b))
 
 
 def _all_same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
@@ -314,7 +316,13 @@ def _index(tensors: Sequence[Tensor], t: Tensor) -> int:
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    dtype = tensors[0].dtype
-    for t in tensors:
-        dtype = torch.promote_types(dtype, t.dtype)
+    import torch
+
+    dtype = _common_dtype(tensors)
     return torch.cat([t.to(dtype) for t in tensors])
+
+
+def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    import torch
+
+    return reduce(torch.promote_types, (t.dtype for t in tensors))

@@ -26,14 +26,15 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from veneer.core.adapter import Adapter, Pair, PairKind, alpha_of, scale_of
 from veneer.core.forms import Delta, part_problems
 from veneer.errors import AdapterError, bullets
 from veneer.formats.keys import REFUSED, ROLES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_RANK = 1 << 16
 
@@ -73,7 +74,7 @@ def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     bfloat16 represents every value of both 8-bit formats exactly and supports arithmetic. Other tensors do
     not change."""
     narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
-    out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
+    out = {key: t.bfloat16() if key in narrow else t for key, t in tensors.items()}
     message = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
     return out, [message] if narrow else []
 
@@ -235,6 +236,8 @@ class _Reader:
         if math.prod(mid.shape[2:]) * A.numel() > _MAX_ELEMENTS:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: the product is too large")
             return A, B
+        import torch
+
         wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
         return torch.einsum("pq...,qi->pi...", mid.double(), A.double().flatten(1)).to(wide), B.to(wide)
 
@@ -249,14 +252,14 @@ class _Reader:
         if math.prod(flat) > _MAX_ELEMENTS:
             self.problems.append(f"bias_size {tuple(size.shape)} of a weight {flat}: too large")
             return
-        wrap = (lambda t: t.long() & 0xFFFF) if indices.dtype == torch.int16 else (lambda t: t.long())
+        wrap = (lambda t: t.long() & 0xFFFF) if str(indices.dtype) == "torch.int16" else (lambda t: t.long())
         at, values = wrap(indices), values.reshape(-1)
         fits = at.ndim == 2 and at.shape == (2, len(values)) and wrap(size).tolist() == list(flat)
         if not fits or (len(values) and bool((at.amin() < 0) | (at[0].amax() >= flat[0]) | (at[1].amax() >= flat[1]))):
             stated = size.reshape(-1)[:4].tolist()
             self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {stated}: do not fit {flat}")
             return
-        value = torch.zeros(flat, dtype=values.dtype).index_put((at[0], at[1]), values, accumulate=True)
+        value = values.new_zeros(flat).index_put((at[0], at[1]), values, accumulate=True)
         self._change(changes, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, changes.pair.scale))
 
     def _hadamard(self, changes: ModuleChanges) -> None:
@@ -349,7 +352,7 @@ class _Reader:
             shape = (changes.pair.B.shape[0], *changes.pair.A.shape[1:])
             changes.pair.magnitude = self._along(stored, shape)
         elif delta is not None and delta.form in ("hadamard", "kronecker"):
-            if delta.shape[1] != stored.shape[1:2].numel() and stored.ndim == 4 and stored.shape[0] == 1:
+            if delta.shape[1] != math.prod(stored.shape[1:2]) and stored.ndim == 4 and stored.shape[0] == 1:
                 delta.shape = _unflattened(delta.shape, stored.shape[1])
             delta.magnitude = self._along(stored, delta.shape)
         else:
@@ -458,7 +461,7 @@ def _write_delta(name: str, delta: Delta, changes: ModuleChanges, out: dict[str,
         problems.append(label)
     elif delta.form == "gain":
         value = _times(delta.parts["value"], delta.scale)
-        out["weight"], out["on_input"] = value.reshape(-1), torch.tensor(int(value.ndim > 1))
+        out["weight"], out["on_input"] = value.reshape(-1), value.new_tensor(value.ndim > 1).long()
     else:
         _write_product(delta, out)
 
@@ -487,6 +490,8 @@ def _dora_scale(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _number(value: float) -> Tensor:
+    import torch
+
     single = torch.tensor(value, dtype=torch.float32)
     return single if float(single) == value else torch.tensor(value, dtype=torch.float64)
 
@@ -494,4 +499,4 @@ def _number(value: float) -> Tensor:
 def _times(value: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return value
-    return value * scale if value.dtype == torch.float64 else value.float() * scale
+    return value * scale if value.dtype.itemsize == 8 else value.float() * scale

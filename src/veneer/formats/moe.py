@@ -21,13 +21,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from veneer.core.adapter import Pair
 from veneer.errors import AdapterError, counted
 from veneer.formats.structure import Structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PROJECTION = "gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3"
 _ONE = re.compile(rf"(?P<module>.+\.experts)\.(?P<index>\d{{1,6}})\.(?P<projection>{_PROJECTION})")
@@ -199,6 +200,8 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
     """Return one fused pair, joined from the pairs of single experts.
 
     experts_parts: for each expert, one pair per part of the rows, or None for an unchanged part."""
+    import torch
+
     have = [p for pairs in experts_parts for p in pairs if p is not None]
     scale = max((p.scale for p in have), key=abs)
     folded = any(p.scale != scale for p in have)
@@ -231,7 +234,7 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
 def _have_same_A(pairs: Sequence[Pair | None]) -> bool:
     """Return whether every part has a pair and all these pairs have the same A."""
     As = [p.A for p in pairs if p is not None]
-    return len(As) == len(pairs) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])
+    return len(As) == len(pairs) and all(A.shape == As[0].shape and A.equal(As[0]) for A in As[1:])
 
 
 def _is_reversed(module: str, parameters: Sequence[str], base: Structure) -> bool:

@@ -33,10 +33,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from veneer.core.adapter import Adapter, Card, Pair, PairKind, TokenRows, hub_id, scale_of
 from veneer.core.forms import Delta
@@ -55,9 +52,12 @@ from veneer.formats.tensors import check_finite, read_adapter_tensors
 from veneer.formats.translated import translated
 from veneer.formats.vision_wrappers import Renaming, renaming
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
 SUFFIXES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias", ".lora_embedding_A": "rows A",
@@ -65,7 +65,7 @@ SUFFIXES = {
     ".token_adapter.trainable_tokens_delta": "tokens", ".base_layer.weight": "copy", ".base_layer.bias": "copy",
 }  # fmt: skip
 
-BaseLike = nn.Module | Structure | Iterable[str] | Callable[[], Any] | None
+BaseLike: TypeAlias = "nn.Module | Structure | Iterable[str] | Callable[[], Any] | None"
 """A base as an argument: a model, its structure, its module names, or a function that returns any of
 these."""
 
@@ -105,17 +105,20 @@ class PeftFolder:
     in_file: bool = False
 
 
-def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> PeftFolder:
+def open_folder(
+    folder: str | Path, *, file: Path | None = None, from_pickle: bool = False, as_arrays: bool = False
+) -> PeftFolder:
     """Return the configuration, the tensors and the card of a folder.
 
     file: the tensor file, if its name is not adapter_model.
     from_pickle: allow a pickle.
+    as_arrays: see `read_adapter_tensors`.
 
     Raises the errors of `read_folder`."""
     folder = Path(folder)
     config = read_config(folder)
     file = file or tensor_file(folder, from_pickle)
-    tensors, _ = read_adapter_tensors(file, from_pickle=from_pickle)
+    tensors, _ = read_adapter_tensors(file, from_pickle=from_pickle, as_arrays=as_arrays)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
     if (translation := translated(config, tensors)) is not None:
         return PeftFolder(translation.config, translation.tensors, card, translation.format, translation.reason)
@@ -279,7 +282,7 @@ class _Reader:
             )
         for key in sorted(set(tensors) - set(stray)):
             tensor, path = tensors[key], key.removeprefix(PREFIX)
-            if tensor.dtype not in _FLOATS:
+            if str(tensor.dtype) not in _FLOATS:
                 self.problems.append(f"{key} {tuple(tensor.shape)}: dtype {tensor.dtype} cannot hold weights")
                 continue
             suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), None)
@@ -457,7 +460,7 @@ class _Reader:
                     f"{path} {shape}: the base has {tuple(weight.shape)}; the adapter was trained on a resized "
                     "embedding; resize the base's embedding first"
                 )
-            elif not torch.equal(tensor.to(weight), weight):
+            elif not tensor.to(weight).equal(weight):
                 changed = int((tensor.to(weight) != weight).any(dim=-1).sum())
                 self.problems.append(
                     f"{path} {shape}: {changed} rows differ from the base's; the adapter was trained on a base with "
@@ -511,7 +514,7 @@ class _Reader:
             return False
         twins = [p for p in self.pairs.values() if p.kind == "embedding"]
         mine = self.pairs[name]
-        return any(torch.equal(mine.A, p.B.T) and torch.equal(mine.B, p.A.T) for p in twins)
+        return any(mine.A.equal(p.B.T) and mine.B.equal(p.A.T) for p in twins)
 
     def _check_expected(self) -> None:
         """Check that the file has tensors for everything that the configuration selects."""
@@ -591,7 +594,7 @@ def _trained_biases(
         match = _WITHIN.fullmatch(path)
         assert match is not None
         copy = remaining.get(f"{match[1]}.{match[3]}")
-        if copy is not None and (match[2] == "original_module" or torch.equal(copy, remaining[path])):
+        if copy is not None and (match[2] == "original_module" or copy.equal(remaining[path])):
             del remaining[path]
     saved = [f".{entry}." for entry in config.modules_to_save]
     biases: dict[str, Tensor] = {}
@@ -1087,7 +1090,7 @@ def _differences(original: Adapter, read: Adapter) -> list[str]:
     mine, theirs = dict(original.tensors()), dict(read.tensors())
     for name in sorted(set(mine) | set(theirs)):
         a, b = mine.get(name), theirs.get(name)
-        if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b):
+        if a is None or b is None or a.dtype != b.dtype or not a.equal(b):
             out.append(f"{name} would come back {'changed' if a is not None and b is not None else 'or go missing'}")
     for name in set(original.pairs) & set(read.pairs):
         expected, got = original.pairs[name].scale, read.pairs[name].scale

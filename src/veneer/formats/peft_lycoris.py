@@ -16,9 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter, scale_of
 from veneer.core.forms import Delta, trained_shapes
@@ -26,6 +24,9 @@ from veneer.errors import AdapterError
 from veneer.formats import peft_config as cfg
 from veneer.formats.module_tensors import ModuleChanges as _Leaf
 from veneer.formats.module_tensors import read_module, write_module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FORMS = {"hadamard": "LOHA", "kronecker": "LOKR"}
 _COMMON = {

@@ -15,10 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
@@ -35,6 +32,9 @@ from veneer.formats.reading import Reading
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import DENOISERS, Family, ModuleTarget, families
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SCALED = re.compile(r"lora[_.]|hada_|lokr_|down\.|up\.")
 """Pattern of the suffixes of tensors that alpha scales."""
@@ -247,12 +247,10 @@ def _is_block_diagonal(up: Tensor, parts: Sequence[tuple[int, int, int] | None])
     for i, part in enumerate(parts):
         assert part is not None
         unit = up.shape[0] // part[2]
-        used = up[part[0] * unit : part[1] * unit].ne(0)
-        block = torch.zeros(up.shape[1], dtype=torch.bool)
-        block[i * rank : (i + 1) * rank] = True
-        if bool(used[:, ~block].any()):
+        rows = up[part[0] * unit : part[1] * unit]
+        if rows[:, : i * rank].any() or rows[:, (i + 1) * rank :].any():
             return False
-    return bool(up.ne(0).any())
+    return bool(up.any())
 
 
 class ReadOptions(TypedDict, total=False):
@@ -261,6 +259,7 @@ class ReadOptions(TypedDict, total=False):
     from_pickle: bool
     alpha: float | None
     assume_scale: bool
+    as_arrays: bool
 
 
 def read(
@@ -272,6 +271,7 @@ def read(
     family: str | None = None,
     alpha: float | None = None,
     assume_scale: bool = False,
+    as_arrays: bool = False,
 ) -> Reading:
     """Read the adapter in a file or folder of any tool.
 
@@ -283,6 +283,7 @@ def read(
     alpha: the alpha used in training, for modules whose alpha the file does not state.
     assume_scale: if neither the file nor `alpha` states the scale, use the rank as alpha and list the modules
         in `Reading.assumed_scale`. Only for reports; do not apply such an adapter.
+    as_arrays: read safetensors files without torch, as formats.arrays.Array. Only for reports.
 
     A file with PEFT's names is read with the adapter_config.json next to it, if there is one.
 
@@ -293,15 +294,15 @@ def read(
     opened: peft.PeftFolder | None = None
     path = location if location.is_dir() and (location / CONFIG_FILE).is_file() else tensor_file(location, from_pickle)
     if path.is_dir():
-        opened = peft.open_folder(path, from_pickle=from_pickle)
+        opened = peft.open_folder(path, from_pickle=from_pickle, as_arrays=as_arrays)
     elif path.suffix.lower() == ".gguf":
         return _from_gguf(path, base, alpha)
     elif (path.parent / CONFIG_FILE).is_file():
-        opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
+        opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle, as_arrays=as_arrays)
         if opened.format == "peft" and not any(key.startswith("base_model.model.") for key in opened.tensors):
             opened = None
     if opened is None:
-        tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
+        tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle, as_arrays=as_arrays)
         if isinstance(config := json_value(metadata, CONFIG_KEY), dict):
             opened = peft.PeftFolder(config, dict(tensors), None, in_file=True)
     if opened is not None:

@@ -10,17 +10,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
-from veneer.core.truncate import distance, factors
+from veneer.core.factors import factors, inner
 from veneer.errors import AdapterError
 from veneer.files.hashes import hashes
 from veneer.formats.card import CARD_FILE, CardFile, read_card
 from veneer.formats.folder import tensor_file
 from veneer.formats.names import component_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -48,7 +49,8 @@ def delta_norm(pair: Pair) -> float:
     """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64.
 
     For experts, this is the norm over all experts together."""
-    return distance(factors(pair))
+    change = factors(pair)
+    return math.sqrt(max(inner(change, change), 0.0))
 
 
 def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter
-from veneer.core.attach import fit_problems
-from veneer.core.targets import base_modules, expert_parameters, kind_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,11 @@ def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any
     If only module names are given, the structure has no kinds and shapes."""
     if isinstance(model, Structure):
         return model
+    from torch import nn
+
+    from veneer.core.attach import fit_problems
+    from veneer.core.targets import base_modules, expert_parameters, kind_of
+
     if not isinstance(model, nn.Module):
         source = model() if callable(model) else model
         return Structure({str(name): "unknown" for name in source})
@@ -113,7 +117,7 @@ def _find(model: nn.Module, method: str) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     module = getattr(module, "base", module) if getattr(type(module), "is_veneer_layer", False) else module
-    return module if isinstance(module, nn.Module) else None
+    return module if hasattr(module, "_parameters") else None
 
 
 def _data(module: nn.Module | None) -> Tensor | None:

@@ -18,13 +18,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterError
 from veneer.formats import peft_config as cfg
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
@@ -152,6 +152,8 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
         else:
             out[f"{_PREFIX}{_renamed(module)}.lora_{half}"] = tensor
     settings = {**config, "peft_type": "LORA"}
+    if cut:
+        import torch
     for start, parts in cut.items():
         if sorted(parts) != ["kA", "kB", "qA", "qB", "vA", "vB"] or any(t.ndim != 2 for t in parts.values()):
             raise AdapterError(f"{start}q, _k and _v are one projection of the base, but the file has {sorted(parts)}")

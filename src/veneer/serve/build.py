@@ -9,6 +9,7 @@ This module decides which parts a server has, and in which order they start and 
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -124,6 +125,7 @@ def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], 
     log(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         log(f"note: {note}")
+    gc.freeze()  # so that collecting garbage after prepacking does not visit every module
     engine = TextEngine(base, catalog.sources.read, replace(settings.engine, queue=settings.http.queue))
     log(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)

@@ -11,6 +11,7 @@ ended       once running requests have finished, or after `drain` seconds; a sec
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -86,6 +87,9 @@ class _Server(uvicorn.Server):
             await self.built.load()
         except Exception as error:
             self.failure = error
+        finally:
+            gc.freeze()  # modules and the base live as long as the process
+            gc.enable()
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.failure is not None
@@ -155,9 +159,11 @@ def _serve(
             log(f"the page: {address}{page.path}/")
             page.show(f"{address}{page.path}/")
 
+    gc.disable()  # until the base is loaded; collections would take a sixth of the time
     try:
         built = make_app()
     except BaseException:
+        gc.enable()
         for each in sockets:
             each.close()
         raise

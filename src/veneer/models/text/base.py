@@ -26,7 +26,6 @@ from veneer.models.loading import check_loaded, device_map_to, errors_only, load
 from veneer.models.quantize import check_kind, load_quantized, original_weight, quantized_bytes, saved_kind
 from veneer.models.sharded_weights import ShardReader
 from veneer.models.sources import find_base, is_image_base, short_name
-from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
 from veneer.models.text.meta_model import meta_text_model
 from veneer.ops.quantization_formats import KINDS
 from veneer.ops.quantized import Quantized
@@ -198,6 +197,8 @@ def read_base_config(path: Path) -> PreTrainedConfig:
     with errors_only():
         try:
             if path.is_file():
+                from veneer.models.text.gguf import fast_headers
+
                 with fast_headers():
                     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             else:
@@ -222,6 +223,8 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     with errors_only():
         try:
             if path.is_file():
+                from veneer.models.text.gguf import read_gguf_tokenizer
+
                 tokenizer = read_gguf_tokenizer(path)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -281,10 +284,13 @@ def _load_model(
 
     with loading():
         try:
-            if quantized == "gguf":
-                return load_gguf(path, dtype, keep=True), ("the weights keep the quantized blocks of their GGUF file",)
             if path.is_file():
-                return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantized",)
+                from veneer.models.text.gguf import load_gguf
+
+                kept = quantized == "gguf"
+                note = "keep the quantized blocks of their" if kept else "come from a"
+                note = f"the weights {note} GGUF file{'' if kept else ', dequantized'}"
+                return load_gguf(path, dtype, keep=kept), (note,)
             if quantized:
                 model, info = load_quantized(path, config, table, "" if saved else quantized, dtype, device)
                 return model, (*check_loaded(path, info), _size_note(model, quantized))
