@@ -277,7 +277,7 @@ def predicted(run: dict[str, Any]) -> tuple[int, float]:
         )
         shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
         counts = text_counts(shape, load, device)
-    seconds = rates_of(device, load.dtype).seconds(run_work(counts, load))
+    seconds = rates_of(device, load.dtype, counts.kind).seconds(run_work(counts, load))
     return run_memory(counts, load, device).peak, seconds
 
 

@@ -92,9 +92,9 @@ def test_ops_are_listed_for_every_device(capsys: pytest.CaptureFixture[str], mon
 def test_the_profile_is_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "doctor").out.splitlines()
     said = " ".join(" ".join(lines).split())
-    assert "memory 30 GB/s; products of 16-bit weights in bfloat16; rounds differ by 5%; measured 2026" in said
+    assert "memory is read at 30 GB/s; bfloat16 weights are multiplied in bfloat16" in said
     table = [line.split() for line in lines[-5:]]
-    assert table[0] == ["GFLOP/s", *profile().gflops["float32"]]
+    assert table[0] == ["GFLOP/s", "16", "rows", "256", "rows", "1024", "rows"]
     for dtype, *rates in table[1:]:
         assert rates == [f"{rate:.0f}" for rate in profile().gflops[dtype].values()]
     told = json.loads(run(capsys, "doctor", "--json").out)["profile"]
@@ -106,5 +106,5 @@ def test_measure_renews_the_profile(capsys: pytest.CaptureFixture[str], monkeypa
     new = replace(profile(), provisional=True, gflops={"int8": {"1x1x1": 7.0}})
     monkeypatch.setattr("veneer.ops.profile.renew", lambda: new)
     said = " ".join(run(capsys, "doctor", "--measure").out.split())
-    assert "provisional, measured again by the next process" in said
-    assert said.endswith("GFLOP/s 1x1x1 int8 7")
+    assert "the next command that needs the profile measures again" in said
+    assert said.endswith("GFLOP/s 1 rows int8 7")

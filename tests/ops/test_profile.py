@@ -15,6 +15,7 @@ from veneer.errors import ConfigError
 from veneer.ops import profile as module
 from veneer.ops.profile import SHAPES, Profile, profile
 
+_Rounds = dict[tuple[str, str], object]
 PINNED = Profile(**json.loads((Path(__file__).parents[1] / "profile.json").read_text()))
 
 
@@ -26,6 +27,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("VENEER_PROFILE")
     monkeypatch.setattr(module, "SECONDS", 0.0)
     monkeypatch.setattr(module, "AGREEMENT", 1e9)  # a busy machine's rounds differ by any factor
+    monkeypatch.setattr(module, "IDLE", 0.0)
     module.profile_for.cache_clear()
     yield tmp_path / "kernels"
     module.profile_for.cache_clear()
@@ -80,8 +82,9 @@ def test_provisional_profile_is_measured_again_until_it_is_confirmed(
     # The seconds of each process's rounds; the fourth process is slower throughout.
     seconds = iter([(0.1, 0.2, 0.3), (0.1, 0.1, 0.1), (0.05, 0.1, 0.1), (0.2, 0.3, 0.3)])
 
-    def rounds(works: Sequence[tuple[tuple[str, str], float, object]], found: dict[tuple[str, str], object]) -> None:
+    def rounds(works: Sequence[tuple[tuple[str, str], float, object]], found: _Rounds, shares: list[float]) -> None:
         found.update(dict.fromkeys((name for name, *_ in works), next(seconds)))
+        shares.append(1.0)
 
     monkeypatch.setattr(module, "run_rounds", rounds)
     monkeypatch.setattr(module, "AGREEMENT", 0.2)
@@ -107,18 +110,44 @@ def test_provisional_profile_is_measured_again_until_it_is_confirmed(
         module.renew()
 
 
+def test_a_steadily_busy_machine_gives_a_provisional_profile(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that sleeps gets no processor time, as if other processes used the processors in every round."""
+
+    def products(*_: object) -> list[Callable[[], object]]:
+        return [lambda: time.sleep(0.001)]
+
+    monkeypatch.setattr(module, "products_of", products)
+    monkeypatch.setattr(module, "_reading", lambda: lambda: time.sleep(0.001))
+    monkeypatch.setattr(module, "IDLE", 0.9)
+    found = profile()
+    assert found.provisional
+    assert found.share < 0.5
+
+
+def test_the_fastest_product_of_a_dtype_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+
+    def products(*_: object) -> list[Callable[[], object]]:
+        return [lambda: time.sleep(0.05), lambda: time.sleep(0.005)]
+
+    monkeypatch.setattr(module, "products_of", products)
+    found = module.measure("key")
+    size = 2e-9 * 16 * 1024**2
+    assert size / 0.05 < found.gflops["float32"]["16x1024x1024"] <= size / 0.005
+
+
 def test_missing_and_slow_products_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 0.0)
 
-    def product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callable[[], object]:
+    def products(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> list[Callable[[], object]]:
         def work() -> None:
             if dtype == torch.int8:
                 raise RuntimeError("not implemented")
             time.sleep(rows / (2000 if dtype == torch.float16 else 200_000))
 
-        return work
+        return [work]
 
-    monkeypatch.setattr(module, "product_of", product)
+    monkeypatch.setattr(module, "products_of", products)
     found = module.measure("key")
     shapes = {dtype: [int(shape.split("x")[0]) for shape in rates] for dtype, rates in found.gflops.items()}
     assert shapes == {"float32": [16, 256, 1024], "bfloat16": [16, 256, 1024], "float16": [16]}

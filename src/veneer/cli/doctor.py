@@ -150,20 +150,20 @@ def _check_lines(checks: list[_Check], bad: list[_Check]) -> list[str]:
 def _profile_lines(profile: Profile) -> list[str]:
     """Return the profile as a table of GFLOP/s, dtypes by shapes."""
     from veneer.errors import counted
+    from veneer.ops.profile import IDLE
 
-    state = f"rounds differ by {profile.spread:.0%}"
+    text = f"profile     measured {profile.date[:10]} with {counted(profile.threads, 'thread')}: memory is read at "
+    text += f"{profile.bandwidth:,.0f} GB/s; bfloat16 weights are multiplied in {profile.arithmetic}"
+    if profile.share < IDLE:
+        text += f"; other processes used {1 - profile.share:.0%} of the processors, so the rates can be too low"
     if profile.provisional:
-        state += ": provisional, measured again by the next process"
-    lines = [
-        f"profile     {counted(profile.threads, 'thread')}; memory {profile.bandwidth:,.0f} GB/s; products of 16-bit "
-        f"weights in {profile.arithmetic}; {state}; measured {profile.date[:10]}"
-    ]
+        text += f"; repetitions differ by {profile.spread:.0%}; the next command that needs the profile measures again"
     shapes = list(dict.fromkeys(shape for rates in profile.gflops.values() for shape in rates))
-    rows = [("GFLOP/s", shapes)]
+    rows = [("GFLOP/s", [f"{shape.split('x')[0]} rows" for shape in shapes])]
     for dtype, rates in profile.gflops.items():
         rows.append((dtype, [f"{rates[shape]:,.0f}" if shape in rates else "–" for shape in shapes]))
     indent = " " * _INDENT
-    return [_wrapped(lines[0]), *(f"{indent}{name:<9}{''.join(f'{cell:>16}' for cell in row)}" for name, row in rows)]
+    return [_wrapped(text), *(f"{indent}{name:<9}{''.join(f'{cell:>16}' for cell in row)}" for name, row in rows)]
 
 
 def _ops_report() -> dict[str, Any]:

@@ -51,6 +51,8 @@ _READS = 4
 """Reads of memory in each round: a neighbor disturbs them more than it disturbs products."""
 AGREEMENT = 0.2
 """Difference between rounds above which a profile is provisional."""
+IDLE = 0.9
+"""Share of the processors below which other processes slowed every round, so that a profile is provisional."""
 _LOCK_SECONDS = 30.0
 _IMITATIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "VENEER_MARCH")
 """Variables that restrict torch's, MKL's, oneDNN's and our instructions, and so imitate an older processor."""
@@ -65,7 +67,9 @@ class Profile:
         take too long, are missing.
     bandwidth: GB/s.
     spread: (median time / shortest time) − 1 of the noisiest measurement.
-    provisional: whether the next process measures again, because the rounds differed by more than AGREEMENT."""
+    provisional: whether the next process measures again, because the rounds differed by more than AGREEMENT, or
+        because the measurement got less than IDLE of the processors.
+    share: processor time / (wall time · threads) of the measurement, which is below 1 if other processes ran."""
 
     processor: str
     key: str
@@ -76,6 +80,7 @@ class Profile:
     bandwidth: float
     spread: float
     provisional: bool = False
+    share: float = 1.0
 
     def rate(self, dtype: str) -> float:
         """Return the GFLOP/s of a dtype at its fastest shape, or 0 if torch cannot multiply it."""
@@ -213,16 +218,19 @@ def measure(key: str, known: Profile | None = None) -> Profile:
     for dtype in _DTYPES:
         for rows, inputs, outputs in SHAPES:
             name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
-            works.append((name, 2e-9 * rows * inputs * outputs, product_of(dtype, rows, inputs, outputs)))
+            size = 2e-9 * rows * inputs * outputs
+            works += [(name, size, product) for product in products_of(dtype, rows, inputs, outputs)]
     works += _READS * [(("", "read"), _READ_BYTES / 1e9, _reading())]
     rounds: dict[_Name, list[float]] = {}
+    shares: list[float] = []
     # A new thread is not affected by the caller's autograd and dispatch modes.
-    thread = threading.Thread(target=run_rounds, args=(works, rounds), name="veneer-profile")
+    thread = threading.Thread(target=run_rounds, args=(works, rounds, shares), name="veneer-profile")
     thread.start()
     thread.join()
     rates = {name: size / min(rounds[name]) for name, size, _ in works if name in rounds}
     spread = max(statistics.median(seconds) / min(seconds) - 1 for seconds in rounds.values())
-    provisional = spread > AGREEMENT
+    share = min(1.0, shares[0])
+    provisional = spread > AGREEMENT or share < IDLE
     if known is not None:
         before = {(dtype, shape): rate for dtype, shapes in known.gflops.items() for shape, rate in shapes.items()}
         before[("", "read")] = known.bandwidth
@@ -234,7 +242,7 @@ def measure(key: str, known: Profile | None = None) -> Profile:
         gflops.setdefault(dtype_name, {})[shape] = round(rate, 3)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     threads, version = torch.get_num_threads(), torch.__version__
-    numbers = round(bandwidth, 3), round(spread, 3), provisional
+    numbers = round(bandwidth, 3), round(spread, 3), provisional, round(share, 3)
     return Profile(processor_name(), key, threads, version, date, gflops, *numbers)
 
 
@@ -247,19 +255,32 @@ def _reading() -> Callable[[], object]:
     return values.sum
 
 
-def product_of(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callable[[], object]:
+def products_of(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> list[Callable[[], object]]:
+    """Return implementations of a product, of which the fastest counts.
+
+    In float32, oneDNN is measured as well as torch's library, MKL: on some processors, oneDNN is twice as fast,
+    and the kernel that computes 16-bit weights in float32 (products.py) uses oneDNN's products."""
     x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
     if dtype == torch.int8:
-        return lambda: torch._int_mm(x, weight.t())
-    return lambda: x @ weight.t()
+        return [lambda: torch._int_mm(x, weight.t())]
+    products: list[Callable[[], object]] = [lambda: x @ weight.t()]
+    if dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
+    return products
 
 
 @torch.no_grad()
-def run_rounds(works: Sequence[tuple[_Name, float, Callable[[], object]]], rounds: dict[_Name, list[float]]) -> None:
+def run_rounds(
+    works: Sequence[tuple[_Name, float, Callable[[], object]]], rounds: dict[_Name, list[float]], shares: list[float]
+) -> None:
     """Run all measurements in turn for SECONDS, at least twice, after a run of each that is not timed.
 
-    A product that torch does not have is left out, and so are the larger shapes of a slow dtype."""
+    shares: receives the share of the processors that the rounds got.
+
+    A product that torch does not have is left out, and so are the larger shapes of a slow dtype, and the slower
+    implementations of a product."""
     began, alive, pace = time.perf_counter(), [], dict[str, float]()
+    fastest: dict[_Name, tuple[float, Callable[[], object]]] = {}
     for name, size, work in works:
         with contextlib.suppress(RuntimeError):
             if size * pace.get(name[0], 0) < _SLOW:
@@ -267,11 +288,16 @@ def run_rounds(works: Sequence[tuple[_Name, float, Callable[[], object]]], round
                 seconds = _seconds(work)
                 pace[name[0]] = seconds / size
                 alive.append((name, work, math.ceil(_LONG_ENOUGH / seconds)))
+                if name not in fastest or seconds < fastest[name][0]:
+                    fastest[name] = seconds, work
+    alive = [each for each in alive if each[1] is fastest[each[0]][1]]
+    start, used = time.perf_counter(), time.process_time()
     for turn in range(1000):
         for name, work, times in alive:
             rounds.setdefault(name, []).append(_seconds(work, times))
         if turn >= 1 and time.perf_counter() - began > SECONDS:
-            return
+            break
+    shares.append((time.process_time() - used) / ((time.perf_counter() - start) * torch.get_num_threads()))
 
 
 def _seconds(work: Callable[[], object], times: int = 1) -> float:

@@ -20,7 +20,8 @@ _HEAD = """# Ops and their implementations
 The first implementation that supports the input runs; PyTorch runs everything else. `compiled` without a condition
 needs contiguous bfloat16. The machine's **profile** decides where speed depends on the processor: GFLOP/s by dtype and
 shape, and memory bandwidth, measured once in under two seconds and stored with the compiled kernels (again in the next
-process if rounds differed by over 20%). Equal profiles give equal bits; a checkpoint holds its profile.
+process if rounds differed by over 20% or other processes ran). Equal profiles give equal bits; a
+checkpoint holds its profile.
 
 | to | use |
 | --- | --- |

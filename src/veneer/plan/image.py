@@ -64,6 +64,7 @@ class _Weight:
     positions: number of output positions.
     inputs: number of input values.
     new: whether no earlier module reads the same input.
+    trained: whether a trained module precedes it, so that its input needs a gradient.
     block: index of the block, or None outside the blocks."""
 
     name: str
@@ -71,19 +72,24 @@ class _Weight:
     positions: int
     inputs: int
     new: bool
+    trained: bool
     block: int | None
 
 
 @dataclass
 class _Forward:
-    """Records of one forward pass of `model` on one image.
+    """Records of one forward pass of a denoiser on one image.
 
+    targets: names of the adapted modules.
+    parameters, buffers: values of the denoiser.
     attention: operations of all attentions.
     norms: values that group norms receive, by block.
     blocks: parameters of each block.
     entering: values that blocks receive."""
 
-    model: Any
+    targets: frozenset[str]
+    parameters: int
+    buffers: int
     weights: list[_Weight] = field(default_factory=list)
     attention: float = 0.0
     norms: dict[int | None, int] = field(default_factory=dict)
@@ -140,6 +146,7 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
         saved=n * per_picture.saved,
         inputs=n * per_picture.inputs,
         block=n * per_picture.block,
+        adapted=n * per_picture.adapted,
         forward=n * per_picture.forward,
         backward=n * per_picture.backward,
         attention=n * per_picture.attention,
@@ -153,41 +160,36 @@ def _image_counts(
     """Return the counts of one image.
 
     image: (height, width, text tokens, source images)."""
-    from veneer.core.adapter import LoraSpec
-    from veneer.core.targets import resolve_targets
-
-    forward = _forward(fields, *image)
-    model, share = forward.model, _KEPT[kind_of(json.loads(fields))]
-    spec = LoraSpec(rank=rank, targets=tuple(TARGET_WORDS.get(word, word) for word in target_words))
-    targets = {target.module_name for target in resolve_targets(model, spec)}
-    parameters = sum(p.numel() for p in model.parameters())
+    forward, share = _forward(fields, *image, target_words), _KEPT[kind_of(json.loads(fields))]
     counts = Counts(
         kind="image",
-        parameters=parameters,
-        buffers=sum(t.numel() for t in model.state_dict().values()) - parameters,
+        parameters=forward.parameters,
+        buffers=forward.buffers,
         blocks=forward.blocks,
         inputs=float(forward.entering),
         forward=forward.attention,
         backward=2 * forward.attention,
         attention=forward.attention,
-        calls=len(forward.weights),
+        # between the products, diffusers calls elementwise operations, about as many as their values are saved
+        calls=share * sum(weight.new * (1 + weight.trained) for weight in forward.weights) / 2,
     )
     saved = {block: float(values) for block, values in forward.norms.items()}
     for weight in forward.weights:
         elements, positions = math.prod(weight.shape), weight.positions
         counts.forward += 2.0 * positions * elements
-        counts.backward += 2.0 * positions * elements
+        counts.backward += 2.0 * positions * elements * weight.trained
         if linear := len(weight.shape) == 2:
             counts.matrices += elements
             counts.rows += weight.shape[0]
             counts.largest = max(counts.largest, elements)
         values = share * positions * weight.shape[0] if linear else weight.new * weight.inputs
-        if weight.name in targets:
+        if weight.name in forward.targets:
             pair = form.costs(weight.shape, rank)
             counts.trainable += pair.parameters
             counts.forward += positions * pair.forward
             counts.backward += positions * (pair.operations - pair.forward)
             counts.delta_values += pair.delta_values
+            counts.adapted += positions * weight.shape[0] + weight.new * weight.inputs
             if linear:
                 values += positions * pair.rank + weight.new * weight.inputs
             else:  # an adapter's convolutions A and B run in float32, on copies of their inputs
@@ -199,30 +201,38 @@ def _image_counts(
 
 
 @functools.lru_cache(maxsize=16)
-def _forward(fields: str, height: int, width: int, text: int, before: int) -> _Forward:
+def _forward(fields: str, height: int, width: int, text: int, before: int, target_words: tuple[str, ...]) -> _Forward:
     """Record a forward pass of a denoiser on one image, on the meta device."""
+    from veneer.core.adapter import LoraSpec
+    from veneer.core.targets import resolve_targets
+    from veneer.models.image.files import meta_denoiser
+
     config = json.loads(fields)
-    kind = kind_of(config)
+    kind, problem = kind_of(config), "diffusers cannot build and call a denoiser"
     fix = "provide the full config.json; the only U-Nets that can be planned are SD1.5's and SDXL's"
-    with build_errors("diffusers cannot build and call a denoiser", where=f"{kind}'s config", fix=fix):
-        return _record_forward(config, kind, height, width, text, before)
+    with build_errors(problem, where=f"{kind}'s config", fix=fix):
+        model = meta_denoiser(PLANNED_FAMILIES[kind].classname, config).requires_grad_(False)
+    spec = LoraSpec(targets=tuple(TARGET_WORDS.get(word, word) for word in target_words))
+    targets = frozenset(target.module_name for target in resolve_targets(model, spec))
+    with build_errors(problem, where=f"{kind}'s config", fix=fix):
+        return _record_forward(model, targets, config, height, width, text, before)
 
 
-def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, text: int, before: int) -> _Forward:
+def _record_forward(
+    model: Any, targets: frozenset[str], config: Config, height: int, width: int, text: int, before: int
+) -> _Forward:
     import torch
     from torch import Tensor, nn
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
-    from veneer.models.image.files import meta_denoiser
     from veneer.models.image.memory import blocks_of
     from veneer.models.image.predict import Conditioning, predict
     from veneer.models.loading import loading
 
-    classname = PLANNED_FAMILIES[kind].classname
-    model = meta_denoiser(classname, config)
+    kind = kind_of(config)
     fields = model.config
-    row = denoiser_family(classname, fields) or PLANNED_FAMILIES[kind]
+    row = denoiser_family(PLANNED_FAMILIES[kind].classname, fields) or PLANNED_FAMILIES[kind]
     step = int(config.get("vae_scale", 8)) * (2 if row.patched else 1)
     channels = fields["in_channels"] // (4 if row.packed else 1)
     text_width = fields.get("joint_attention_dim") or fields.get("cross_attention_dim") or fields["cap_feat_dim"]
@@ -241,7 +251,10 @@ def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, 
         return torch.empty(*shape, device="meta")
 
     blocks = blocks_of(model)
-    forward = _Forward(model, blocks=[sum(p.numel() for p in block.parameters()) for block in blocks])
+    parameters = sum(p.numel() for p in model.parameters())
+    buffers = sum(t.numel() for t in model.state_dict().values()) - parameters
+    sizes_of_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    forward = _Forward(targets, parameters, buffers, blocks=sizes_of_blocks)
     block_of = {id(module): i for i, block in enumerate(blocks) for module in block.modules()}
     names = {id(module): name for name, module in model.named_modules()}
     read, entered = dict[int, Tensor](), dict[int, Tensor]()
@@ -255,8 +268,10 @@ def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, 
         if isinstance(module, nn.GroupNorm):
             forward.norms[block] = forward.norms.get(block, 0) + new * x.numel()
             return
-        positions = output.numel() // weight.shape[0]
-        forward.weights.append(_Weight(names[id(module)], tuple(weight.shape), positions, x.numel(), new, block))
+        name, shape, positions = names[id(module)], tuple(weight.shape), output.numel() // weight.shape[0]
+        forward.weights.append(_Weight(name, shape, positions, x.numel(), new, x.requires_grad, block))
+        if name in targets:
+            output.requires_grad_()
 
     def on_block(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         tensors = [x for x in (*inputs, *named.values()) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -269,16 +284,16 @@ def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, 
                 forward.attention += 4.0 * arguments["query"].numel() * arguments["key"].shape[-2]
             return func(*args, **(kwargs or {}))
 
-    hooks = [block.register_forward_pre_hook(on_block, with_kwargs=True) for block in blocks]
-    kinds = (nn.Linear, nn.Conv2d, nn.GroupNorm)
-    hooks += [m.register_forward_hook(on_weight) for m in model.modules() if isinstance(m, kinds)]
+    for block in blocks:
+        block.register_forward_pre_hook(on_block, with_kwargs=True)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
+            module.register_forward_hook(on_weight)
     base: Any = SimpleNamespace(denoiser=model, dtype=torch.float32, row=row, short_name=kind)
     mask = None if row.mask is None else torch.ones(1, text)
     prompt = Conditioning(meta(1, text, text_width), None if pooled is None else meta(1, pooled), mask)
     latents, *references = [meta(1, channels, h // step, w // step) for h, w in sides]
     sizes = meta(1, 6) if row.time_ids else None
-    with torch.no_grad(), loading(), Attention():
+    with torch.enable_grad(), loading(), Attention():
         predict(base, latents, meta(1), prompt, sizes=sizes, references=references)
-    for hook in hooks:
-        hook.remove()
     return forward

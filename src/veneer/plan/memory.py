@@ -70,6 +70,7 @@ class RunLoad:
     micros: micro-batches per step.
     dtype: dtype of the base.
     quantize: nf4, fp4, int8 or None.
+    compute: "int8" if products with frozen weights run in 8 bits, else "auto".
     double: whether the quantization constants are quantized too.
     offload: number of blocks, counted from the last, that are in CPU memory until needed.
     base_passes: additional forward passes per step of the base without adapter."""
@@ -78,6 +79,7 @@ class RunLoad:
     rank: int = 16
     dtype: str = "bfloat16"
     quantize: str | None = None
+    compute: str = "auto"
     double: bool = True
     checkpointing: bool = False
     optimizer: str = "adamw"
@@ -135,10 +137,12 @@ class Counts:
     inputs: values in the inputs of all blocks.
     block: values that the widest block saves.
     ends: values that are saved after the last block.
+    adapted: values in the inputs and outputs of adapted layers, which the low-rank products read and write again.
     delta_values: float32 values computed from an adapter's parts.
     forward, backward: operations of each pass.
     attention: the part of `forward` that multiplies queries, keys and values; twice as many in `backward`.
-    calls: products in one pass, of which each has a cost that does not depend on its size.
+    calls: products in one pass, on average over both, of which each has a cost that does not depend on its size.
+    frozen: the part of `forward` that multiplies by frozen weights of linear layers, without the head.
     head: operations of the head in both passes.
     logits: bytes of one chunk of logits.
     blocks: parameters of each block."""
@@ -154,11 +158,13 @@ class Counts:
     inputs: float = 0.0
     block: float = 0.0
     ends: float = 0.0
+    adapted: float = 0.0
     delta_values: int = 0
     forward: float = 0.0
     backward: float = 0.0
     attention: float = 0.0
-    calls: int = 0
+    frozen: float = 0.0
+    calls: float = 0.0
     head: float = 0.0
     logits: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -317,8 +323,12 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
                 # With DoRA and dropout, the weight is multiplied by x before and after dropout.
                 times = 2 if dropped and part in adapted else 1
                 counts.forward += 2.0 * times * n * part.multiplied
+                counts.frozen += 2.0 * times * n * part.multiplied
                 # The first layer's q, k and v need no input gradient: no trained parameter precedes them.
                 counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")
+            if adapted:
+                counts.adapted += n * sum(part.active * part.outputs for part in adapted)
+                counts.adapted += n * parts[0].active * parts[0].inputs
             for part in adapted:
                 pair, uses = pairs[part.name], initial_copies * n * part.active
                 saved += uses * pair.rank

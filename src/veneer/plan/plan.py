@@ -179,7 +179,8 @@ def _plan(
     """Return a plan without its facts.
 
     limit: usable bytes of each device."""
-    rates = rates_of(device, load.dtype)
+    counts = counts_of(load, device)
+    rates = rates_of(device, load.dtype, counts.kind)
 
     def memory_of(load: AnyLoad, device: Device) -> Memory:
         return run_memory(counts_of(load, device), load, device, process=process)
@@ -193,7 +194,6 @@ def _plan(
     def item_seconds(load: AnyLoad, device: Device) -> float:
         return step_seconds(load, device) / max(1, load.size)
 
-    counts = counts_of(load, device)
     memory = memory_of(load, device)
     peak, changes = bytes_per_device(memory, device), []
     if peak > limit:

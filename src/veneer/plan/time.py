@@ -19,13 +19,12 @@ HOST_LINK = 20e9
 """Bytes per second between CPU memory and a GPU: an assumption for PCIe 4.0 × 16."""
 
 
-# Coefficients of a step's time on a CPU, fitted by least squares to measured steps of text runs
-# (tests/plan/test_time.py). Image runs use them too, but were not compared with measured steps.
-_CPU_PRODUCTS, _CPU_BANDWIDTH = 0.82, 0.37
-"""Shares of the profile's rate and bandwidth that training reaches."""
-_ATTENTION = 1.4
-"""How many times as long an operation of attention takes."""
-_CALL = 0.00026
+# Coefficients of a step's time on a CPU, fitted to measured steps (tests/plan/test_time.py).
+_CPU_PRODUCTS, _CPU_BANDWIDTH = 1.07, 0.25
+"""Shares of the profile's rate and bandwidth that training reaches; products are larger than the profile's."""
+_ATTENTION = {"text": 1.9, "image": 4.5}
+"""How many times as long an operation of attention takes, by kind of run."""
+_CALL = 0.00022
 """Seconds of a product that do not depend on its size."""
 
 
@@ -34,6 +33,7 @@ class Work:
     """The work of one micro-batch, forward and backward.
 
     attention: the part of `operations` that multiplies queries, keys and values.
+    int8: the part of `operations` that runs in 8 bits.
     calls: number of products.
     bytes: bytes of activations and weights that are read or written.
     fetched: bytes from CPU memory that the device waits for."""
@@ -42,6 +42,7 @@ class Work:
     bytes: float = 0.0
     fetched: float = 0.0
     attention: float = 0.0
+    int8: float = 0.0
     calls: float = 0.0
 
 
@@ -50,24 +51,27 @@ class Rates:
     """Operations and bytes per second of a device.
 
     source: where the numbers come from, as text.
+    int8: operations per second in 8 bits, 0 if the same as in the run's dtype.
     attention: how many times as long an operation of attention takes.
     call: seconds of a product that do not depend on its size."""
 
     operations: float
     bandwidth: float
     source: str
+    int8: float = 0.0
     attention: float = 1.0
     call: float = 0.0
 
     def seconds(self, work: Work, count: int = 1) -> float:
         """Return the seconds for `work`, divided among `count` devices."""
-        operations = work.operations + (self.attention - 1) * work.attention
-        computing = (operations / self.operations + work.bytes / self.bandwidth) / count
+        operations = work.operations - work.int8 + (self.attention - 1) * work.attention
+        products = operations / self.operations + work.int8 / (self.int8 or self.operations)
+        computing = (products + work.bytes / self.bandwidth) / count
         return computing + work.fetched / HOST_LINK + self.call * work.calls
 
 
-def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
-    """Return the rates of a device.
+def rates_of(device: Device, dtype: str = "bfloat16", kind: str = "text") -> Rates:
+    """Return the rates of a device, for runs of a kind ("text" or "image").
 
     The rates of this machine's CPU are shares of the rate and the bandwidth in its profile (ops/profile.py);
     bfloat16 runs at the rate of the dtype in which the profile computes products. The rates of other devices are
@@ -81,7 +85,8 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
         computed, rate = found.product_rate(dtype)
         source = f"{_CPU_PRODUCTS:.0%} of {rate:,.0f} GFLOP/s in {computed}, {_CPU_BANDWIDTH:.0%} of "
         source += f"{found.bandwidth:,.1f} GB/s, measured here"
-        return Rates(1e9 * _CPU_PRODUCTS * rate, 1e9 * _CPU_BANDWIDTH * found.bandwidth, source, _ATTENTION, _CALL)
+        operations, int8 = (1e9 * _CPU_PRODUCTS * each for each in (rate, found.product_rate("int8")[1]))
+        return Rates(operations, 1e9 * _CPU_BANDWIDTH * found.bandwidth, source, int8, _ATTENTION[kind], _CALL)
     best = device.flops / (1 if dtype != "float32" else 14)
     source = f"{_ASSUMED:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
     return Rates(_ASSUMED * best, _BANDWIDTH * device.bandwidth, f"{source}, both assumed")
@@ -91,11 +96,12 @@ def run_work(counts: Counts, load: RunLoad) -> Work:
     """Return the operations and bytes of a micro-batch, forward and backward.
 
     Includes forward passes for recomputation, and forward passes of the base without adapter. Saved values
-    are written twice and read twice. Each pass reads the weights; if the base is quantized, each pass also
+    are written twice and read twice, and so are the inputs and outputs of adapted layers, for the low-rank
+    products. Each pass reads the weights; if the base is quantized, each pass also
     writes and reads the dequantized weights."""
     e, forwards = dtype_bytes(load.dtype), load.base_passes + load.checkpointing
     reads = 2 + forwards
-    moved = 4.0 * (e * (counts.saved + counts.ends) + counts.logits)
+    moved = 4.0 * (e * (counts.saved + counts.ends + counts.adapted) + counts.logits)
     moved += reads * sum(weight_bytes(counts, load.dtype, load.quantize, load.double))
     moved += 2 * reads * e * counts.matrices if load.quantize else 0
     return Work(
@@ -103,6 +109,7 @@ def run_work(counts: Counts, load: RunLoad) -> Work:
         moved,
         float(reads * e * sum(offloaded(counts, load))),
         attention=counts.attention * (3 + forwards),
+        int8=counts.frozen * (2 + forwards) if load.compute == "int8" else 0.0,
         calls=float(counts.calls * reads),
     )
 

@@ -63,6 +63,7 @@ def load_of(
         spec=config.adapter.spec(),
         dtype=dtype,
         quantize=config.base.quantize,
+        compute=config.base.compute,
         checkpointing=checkpointing,
         optimizer=config.optimizer.name,
         full=full_parameters,
