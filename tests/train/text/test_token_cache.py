@@ -231,6 +231,25 @@ def test_of_two_writers_the_slower_one_accepts_the_table_of_the_faster_one() -> 
 
 
 @pytest.mark.usefixtures("large")
+def test_processes_that_start_together_get_the_same_table(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_rows(file)
+    children = []
+    for n in range(2):
+        if not (child := os.fork()):
+            examples = read(shared, base, file).train.encoded.examples
+            (tmp_path / f"{n}.json").write_text(json.dumps([e.input_ids for e in examples]))
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "LARGE", 1 << 20)
+        wanted = [e.input_ids for e in read(shared, base, file).train.encoded.examples]
+    assert [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2)] == [wanted, wanted]
+    assert len([*(veneer_home() / "tokens").iterdir()]) == 1
+
+
+@pytest.mark.usefixtures("large")
 def test_least_recently_used_tables_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "MOST_BYTES", 1200)
     for n, name in enumerate("abc"):

@@ -344,15 +344,16 @@ def _finished(
     """Return a chunk's texts as a part of a table; `bases` is moved to the next chunk."""
     bos, eos = renderer.tokenizer.bos_token_id, renderer.tokenizer.eos_token_id
     encoded, parts, errors = iter(encodings.result()), [np.zeros(0, np.int32)], dict[int, str]()
+    values: list[tuple[int, ...]] = []
     for i, (row, r) in enumerate(zip(texts, rendered, strict=True)):
         if isinstance(r, str):
             errors[bases[1] + i] = r
-            about["flags"][i], about["end"][i] = _REFUSED, bases[2]
+            values.append((bases[2], 0, 0, 0, 0, _REFUSED))
             continue
         coded, flags = _tokens(next(encoded), r, eos), _CHAT * r.chat | _APPENDS_EOS * r.append_eos
         if any(renderer.has_control(str(m["content"])) for m in row.messages) or renderer.has_control(row.text):
             flags |= _bit("control")
-        if bos is not None and (coded[:2] & TOKEN_BITS).tolist() == [bos, bos]:
+        if bos is not None and len(coded) > 1 and coded[0] == bos and coded[1] & TOKEN_BITS == bos:
             flags |= _bit("doubled_bos")
         targets = np.flatnonzero(coded < 0)
         full = coded = coded[: targets[-1] + 1 if len(targets) else 0]  # nothing is predicted from the rest
@@ -364,15 +365,16 @@ def _finished(
         elif len(coded) > data.max_length:
             flags |= _bit("long_dropped")
             coded = coded[:0]
-        trained = coded[coded < 0] & TOKEN_BITS
+        trained = (coded[coded < 0] & TOKEN_BITS).tolist()
         for token, bit in ((eos, _HAS_EOS), (marker, _HAS_MARKER)):
             flags |= bit * (token is not None and token in trained)
-        flags |= _NO_BOS * (bos is not None and len(coded) > 0 and coded[0] & TOKEN_BITS != bos)
+        flags |= _NO_BOS * (bos is not None and len(coded) > 0 and coded[0] != bos)
         bases[2] += len(coded)
-        values = (bases[2], len(coded), len(trained), len(full), min(r.changed_turns, 0xFFFF), flags)
-        for name, value in zip(("end", "kept", "trained", "tokens", "changed", "flags"), values, strict=True):
-            about[name][i] = value
+        values.append((bases[2], len(coded), len(trained), len(full), min(r.changed_turns, 0xFFFF), flags))
         parts.append(coded)
+    fields = ("end", "kept", "trained", "tokens", "changed", "flags")
+    for name, column in zip(fields, np.array(values, np.int64).reshape(-1, len(fields)).T, strict=True):
+        about[name] = column
     bases[1] += len(texts)
     return EncodedTable(np.concatenate(parts), about, errors)
 
@@ -395,17 +397,16 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendere
 
 def _tokens(encoding: Any, r: Rendered, eos: int | None) -> _Tokens:
     """Return the coded tokens of a text. If `r.append_eos`, append the end-of-text token."""
-    ids = list(encoding.ids)
-    trained = np.zeros(len(ids) + 1, np.bool_)
-    for start, end in r.trained_spans:
-        first, last = _span(encoding, start, end)
-        trained[first:last] = True
+    ids, spans = encoding.ids, [_span(encoding, start, end) for start, end in r.trained_spans]
     if r.append_eos and eos is not None:
         if not ids or ids[-1] != eos:
             ids.append(eos)
-        trained[len(ids) - 1] = True
-    trained[0] = False
-    return _coded(ids, trained[: len(ids)])
+        spans.append((len(ids) - 1, len(ids)))
+    coded = np.array(ids, np.int32)
+    for first, last in spans:
+        coded[first:last] |= _TRAINED
+    coded[:1] &= TOKEN_BITS
+    return coded
 
 
 def _span(encoding: Any, start: int, end: int) -> tuple[int, int]:

@@ -69,6 +69,7 @@ class Renderer:
         added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(map(str, tokenizer.all_special_tokens), True)
         self._control = _any_of(name for name, special in added.items() if special)
+        self._special = tokenizer.special_tokens_map
         self._tail = self._turn_tail() if self.template else ""
         match = _any_of(added).search(self._tail)
         self.end_marker = self._tail[: match.end()] if match else self._tail.rstrip()
@@ -180,15 +181,17 @@ class Renderer:
         return start, end
 
     def _text(self, messages: Sequence[dict[str, Any]], row: Row, *, generate: bool = False) -> str:
+        """Return what `apply_chat_template` of the tokenizer returns, in half the time."""
         import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            text = self.tokenizer.apply_chat_template(
-                [template_turn(m) for m in messages],
+            (text,), _ = render_jinja_template(
+                [[template_turn(m) for m in messages]],
                 tools=list(row.tools) or None,
                 chat_template=self.template,
                 add_generation_prompt=generate,
-                tokenize=False,
+                **self._special,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise ValueError(f"the chat template raises an error: {error}") from None

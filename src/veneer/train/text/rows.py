@@ -51,6 +51,8 @@ _ALIASES = {
     "output": ("response",),
 }
 
+_JSON = json.JSONEncoder(sort_keys=True, default=str).encode  # once, because `json.dumps` makes an encoder per call
+
 
 @dataclass(frozen=True)
 class Row:
@@ -83,13 +85,13 @@ class Row:
             parts += [self.rejected, self.label]
         if self.values:
             parts.append(dict(self.values))
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(_JSON(parts).encode()).hexdigest()
 
     @property
     def prompt_key(self) -> str:
         """Return the sha256 of the content before the last assistant turn, or of all plain text."""
         messages: Sequence[Any] = self.messages[: self.last_assistant()]
-        return hashlib.sha256(json.dumps([messages, self.text], sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(_JSON([messages, self.text]).encode()).hexdigest()
 
     def last_assistant(self) -> int:
         """Return the index of the last assistant message, or the number of messages if there is none."""
