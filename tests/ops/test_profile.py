@@ -117,7 +117,7 @@ def test_a_steadily_busy_machine_gives_a_provisional_profile(kernels: Path, monk
         return [lambda: time.sleep(0.001)]
 
     monkeypatch.setattr(module, "products_of", products)
-    monkeypatch.setattr(module, "_reading", lambda: lambda: time.sleep(0.001))
+    monkeypatch.setattr(module, "reading_of", lambda count: lambda: time.sleep(0.001))
     monkeypatch.setattr(module, "IDLE", 0.9)
     found = profile()
     assert found.provisional

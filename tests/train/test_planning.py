@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,16 @@ def test_a_configuration_without_data_is_planned_from_options(tmp_path: Path) ->
     assert (found.job.total_steps, found.job.tokens) == (8, 12800)
     with pytest.raises(ConfigError, match="no base 'smolm'"):
         plan_of_config(load_config(file, ("base.name=smolm",))[0], cpu_device(), rows=64, tokens_per_row=100)
+
+
+@pytest.mark.parametrize(("key", "stored"), [("dtype", "float32"), ("torch_dtype", "float32"), ("dtype", "bfloat16")])
+def test_auto_plans_the_dtype_that_the_base_is_stored_in(tmp_path: Path, key: str, stored: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**base_config("smollm2-135m"), key: stored}))
+    base = f"base.name={tmp_path}"
+    found = plan_of_config(config(base), cpu_device(), rows=64, tokens_per_row=100)
+    given = plan_of_config(config(base, f"base.dtype={stored}"), cpu_device(), rows=64, tokens_per_row=100)
+    assert found.memory == given.memory
+    assert found.seconds == given.seconds
 
 
 def test_sampling_adds_its_kv_cache_and_time() -> None:

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import BaseError, ConfigError, bullets, counted, first_few, lacks_memory
+from veneer.errors import BaseError, ConfigError, VeneerError, bullets, counted, first_few, lacks_memory
 
 if TYPE_CHECKING:
     import torch
@@ -61,12 +61,12 @@ def uncollected() -> Iterator[None]:
 def build_errors(action: str, *, where: str, fix: str) -> Iterator[None]:
     """Convert exceptions raised while a library builds a model to ConfigError.
 
-    `action`: the start of the message, such as "transformers cannot build a model". Out-of-memory errors are
-    not converted."""
+    `action`: the start of the message, such as "transformers cannot build a model". Out-of-memory errors and
+    veneer's own errors are not converted."""
     try:
         yield
     except Exception as error:  # Each model class parses its own fields and can raise any exception type.
-        if lacks_memory(error):
+        if lacks_memory(error) or isinstance(error, VeneerError):
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{action} from this configuration: {why:.300}", where=where, fix=fix) from error

@@ -38,7 +38,7 @@ from veneer.files.atomic import replace_file
 SHAPES = ((16, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024))
 """(rows, inputs, outputs) of the measured products: decoding, a short prompt and a training step."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-_READ_BYTES = 1 << 28
+READ_BYTES = 1 << 28
 WORTH = 1.2
 """How many times as fast an implementation must be to be chosen instead of the default."""
 SECONDS = 1.4
@@ -53,6 +53,8 @@ AGREEMENT = 0.2
 """Difference between rounds above which a profile is provisional."""
 IDLE = 0.9
 """Share of the processors below which other processes slowed every round, so that a profile is provisional."""
+_VERSION = "2"
+"""Changes with what is measured, so that earlier profiles are not used."""
 _LOCK_SECONDS = 30.0
 _IMITATIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "VENEER_MARCH")
 """Variables that restrict torch's, MKL's, oneDNN's and our instructions, and so imitate an older processor."""
@@ -178,7 +180,7 @@ def renew() -> Profile:
 def _key(threads: int) -> str:
     from veneer.ops.cpu.build import processor_features
 
-    machine = [processor_name(), *processor_features(), str(threads), torch.__version__]
+    machine = [_VERSION, processor_name(), *processor_features(), str(threads), torch.__version__]
     machine += [f"{name}={value}" for name in _IMITATIONS if (value := os.environ.get(name))]
     return hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
 
@@ -220,7 +222,7 @@ def measure(key: str, known: Profile | None = None) -> Profile:
             name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
             size = 2e-9 * rows * inputs * outputs
             works += [(name, size, product) for product in products_of(dtype, rows, inputs, outputs)]
-    works += _READS * [(("", "read"), _READ_BYTES / 1e9, _reading())]
+    works += _READS * [(("", "read"), READ_BYTES / 1e9, reading_of(READ_BYTES))]
     rounds: dict[_Name, list[float]] = {}
     shares: list[float] = []
     # A new thread is not affected by the caller's autograd and dispatch modes.
@@ -250,8 +252,9 @@ _Name = tuple[str, str]
 """(dtype, shape) of a product; ("", "read") for memory."""
 
 
-def _reading() -> Callable[[], object]:
-    values = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
+def reading_of(count: int) -> Callable[[], object]:
+    """Return a function that reads `count` bytes of memory."""
+    values = torch.ones(count // 8, dtype=torch.int64)
     return values.sum
 
 

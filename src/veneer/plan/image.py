@@ -60,14 +60,15 @@ class ImageLoad(RunLoad):
 class _Weight:
     """A matrix or convolution of a denoiser.
 
+    adapted: whether an adapter targets it.
     shape: (out, in) or (out, in, k, k).
     positions: number of output positions.
     inputs: number of input values.
     new: whether no earlier module reads the same input.
-    trained: whether a trained module precedes it, so that its input needs a gradient.
+    trained: whether an adapted module precedes it, so that its input needs a gradient.
     block: index of the block, or None outside the blocks."""
 
-    name: str
+    adapted: bool
     shape: tuple[int, ...]
     positions: int
     inputs: int
@@ -78,18 +79,14 @@ class _Weight:
 
 @dataclass
 class _Forward:
-    """Records of one forward pass of a denoiser on one image.
+    """Records of one forward pass of `model` on one image.
 
-    targets: names of the adapted modules.
-    parameters, buffers: values of the denoiser.
     attention: operations of all attentions.
     norms: values that group norms receive, by block.
     blocks: parameters of each block.
     entering: values that blocks receive."""
 
-    targets: frozenset[str]
-    parameters: int
-    buffers: int
+    model: Any
     weights: list[_Weight] = field(default_factory=list)
     attention: float = 0.0
     norms: dict[int | None, int] = field(default_factory=dict)
@@ -161,10 +158,11 @@ def _image_counts(
 
     image: (height, width, text tokens, source images)."""
     forward, share = _forward(fields, *image, target_words), _KEPT[kind_of(json.loads(fields))]
+    parameters = sum(p.numel() for p in forward.model.parameters())
     counts = Counts(
         kind="image",
-        parameters=forward.parameters,
-        buffers=forward.buffers,
+        parameters=parameters,
+        buffers=sum(t.numel() for t in forward.model.state_dict().values()) - parameters,
         blocks=forward.blocks,
         inputs=float(forward.entering),
         forward=forward.attention,
@@ -183,7 +181,7 @@ def _image_counts(
             counts.rows += weight.shape[0]
             counts.largest = max(counts.largest, elements)
         values = share * positions * weight.shape[0] if linear else weight.new * weight.inputs
-        if weight.name in forward.targets:
+        if weight.adapted:
             pair = form.costs(weight.shape, rank)
             counts.trainable += pair.parameters
             counts.forward += positions * pair.forward
@@ -203,36 +201,34 @@ def _image_counts(
 @functools.lru_cache(maxsize=16)
 def _forward(fields: str, height: int, width: int, text: int, before: int, target_words: tuple[str, ...]) -> _Forward:
     """Record a forward pass of a denoiser on one image, on the meta device."""
-    from veneer.core.adapter import LoraSpec
-    from veneer.core.targets import resolve_targets
-    from veneer.models.image.files import meta_denoiser
-
     config = json.loads(fields)
-    kind, problem = kind_of(config), "diffusers cannot build and call a denoiser"
+    kind = kind_of(config)
     fix = "provide the full config.json; the only U-Nets that can be planned are SD1.5's and SDXL's"
-    with build_errors(problem, where=f"{kind}'s config", fix=fix):
-        model = meta_denoiser(PLANNED_FAMILIES[kind].classname, config).requires_grad_(False)
-    spec = LoraSpec(targets=tuple(TARGET_WORDS.get(word, word) for word in target_words))
-    targets = frozenset(target.module_name for target in resolve_targets(model, spec))
-    with build_errors(problem, where=f"{kind}'s config", fix=fix):
-        return _record_forward(model, targets, config, height, width, text, before)
+    with build_errors("diffusers cannot build and call a denoiser", where=f"{kind}'s config", fix=fix):
+        return _record_forward(config, kind, target_words, height, width, text, before)
 
 
 def _record_forward(
-    model: Any, targets: frozenset[str], config: Config, height: int, width: int, text: int, before: int
+    config: Config, kind: str, target_words: tuple[str, ...], height: int, width: int, text: int, before: int
 ) -> _Forward:
     import torch
     from torch import Tensor, nn
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
+    from veneer.core.adapter import LoraSpec
+    from veneer.core.targets import resolve_targets
+    from veneer.models.image.files import meta_denoiser
     from veneer.models.image.memory import blocks_of
     from veneer.models.image.predict import Conditioning, predict
     from veneer.models.loading import loading
 
-    kind = kind_of(config)
+    classname = PLANNED_FAMILIES[kind].classname
+    model = meta_denoiser(classname, config).requires_grad_(False)
+    spec = LoraSpec(targets=tuple(TARGET_WORDS.get(word, word) for word in target_words))
+    targets = {id(model.get_submodule(target.module_name)) for target in resolve_targets(model, spec)}
     fields = model.config
-    row = denoiser_family(PLANNED_FAMILIES[kind].classname, fields) or PLANNED_FAMILIES[kind]
+    row = denoiser_family(classname, fields) or PLANNED_FAMILIES[kind]
     step = int(config.get("vae_scale", 8)) * (2 if row.patched else 1)
     channels = fields["in_channels"] // (4 if row.packed else 1)
     text_width = fields.get("joint_attention_dim") or fields.get("cross_attention_dim") or fields["cap_feat_dim"]
@@ -251,12 +247,8 @@ def _record_forward(
         return torch.empty(*shape, device="meta")
 
     blocks = blocks_of(model)
-    parameters = sum(p.numel() for p in model.parameters())
-    buffers = sum(t.numel() for t in model.state_dict().values()) - parameters
-    sizes_of_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    forward = _Forward(targets, parameters, buffers, blocks=sizes_of_blocks)
+    forward = _Forward(model, blocks=[sum(p.numel() for p in block.parameters()) for block in blocks])
     block_of = {id(module): i for i, block in enumerate(blocks) for module in block.modules()}
-    names = {id(module): name for name, module in model.named_modules()}
     read, entered = dict[int, Tensor](), dict[int, Tensor]()
 
     def is_new(tensor: Tensor, visited: dict[int, Tensor]) -> bool:
@@ -268,10 +260,9 @@ def _record_forward(
         if isinstance(module, nn.GroupNorm):
             forward.norms[block] = forward.norms.get(block, 0) + new * x.numel()
             return
-        name, shape, positions = names[id(module)], tuple(weight.shape), output.numel() // weight.shape[0]
-        forward.weights.append(_Weight(name, shape, positions, x.numel(), new, x.requires_grad, block))
-        if name in targets:
-            output.requires_grad_()
+        adapted, shape, positions = id(module) in targets, tuple(weight.shape), output.numel() // weight.shape[0]
+        forward.weights.append(_Weight(adapted, shape, positions, x.numel(), new, x.requires_grad, block))
+        output.requires_grad_(adapted or output.requires_grad)
 
     def on_block(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         tensors = [x for x in (*inputs, *named.values()) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -326,9 +326,8 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
                 counts.frozen += 2.0 * times * n * part.multiplied
                 # The first layer's q, k and v need no input gradient: no trained parameter precedes them.
                 counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")
-            if adapted:
-                counts.adapted += n * sum(part.active * part.outputs for part in adapted)
-                counts.adapted += n * parts[0].active * parts[0].inputs
+            outputs = sum(part.active * part.outputs for part in adapted)
+            counts.adapted += n * (outputs + bool(adapted) * parts[0].active * parts[0].inputs)
             for part in adapted:
                 pair, uses = pairs[part.name], initial_copies * n * part.active
                 saved += uses * pair.rank

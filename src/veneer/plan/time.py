@@ -20,11 +20,11 @@ HOST_LINK = 20e9
 
 
 # Coefficients of a step's time on a CPU, fitted to measured steps (tests/plan/test_time.py).
-_CPU_PRODUCTS, _CPU_BANDWIDTH = 1.07, 0.25
-"""Shares of the profile's rate and bandwidth that training reaches; products are larger than the profile's."""
-_ATTENTION = {"text": 1.9, "image": 4.5}
+_CPU_PRODUCTS, _CPU_BANDWIDTH = 0.95, 0.36
+"""Shares of the profile's rate and bandwidth that training reaches."""
+_ATTENTION = {"text": 1.5, "image": 3.5}
 """How many times as long an operation of attention takes, by kind of run."""
-_CALL = 0.00022
+_CALL = 0.00018
 """Seconds of a product that do not depend on its size."""
 
 
@@ -65,9 +65,8 @@ class Rates:
     def seconds(self, work: Work, count: int = 1) -> float:
         """Return the seconds for `work`, divided among `count` devices."""
         operations = work.operations - work.int8 + (self.attention - 1) * work.attention
-        products = operations / self.operations + work.int8 / (self.int8 or self.operations)
-        computing = (products + work.bytes / self.bandwidth) / count
-        return computing + work.fetched / HOST_LINK + self.call * work.calls
+        seconds = operations / self.operations + work.int8 / (self.int8 or self.operations)
+        return (seconds + work.bytes / self.bandwidth) / count + work.fetched / HOST_LINK + self.call * work.calls
 
 
 def rates_of(device: Device, dtype: str = "bfloat16", kind: str = "text") -> Rates:
@@ -85,7 +84,7 @@ def rates_of(device: Device, dtype: str = "bfloat16", kind: str = "text") -> Rat
         computed, rate = found.product_rate(dtype)
         source = f"{_CPU_PRODUCTS:.0%} of {rate:,.0f} GFLOP/s in {computed}, {_CPU_BANDWIDTH:.0%} of "
         source += f"{found.bandwidth:,.1f} GB/s, measured here"
-        operations, int8 = (1e9 * _CPU_PRODUCTS * each for each in (rate, found.product_rate("int8")[1]))
+        operations, int8 = (1e9 * _CPU_PRODUCTS * each for each in (rate, found.rate("int8")))
         return Rates(operations, 1e9 * _CPU_BANDWIDTH * found.bandwidth, source, int8, _ATTENTION[kind], _CALL)
     best = device.flops / (1 if dtype != "float32" else 14)
     source = f"{_ASSUMED:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
@@ -97,8 +96,8 @@ def run_work(counts: Counts, load: RunLoad) -> Work:
 
     Includes forward passes for recomputation, and forward passes of the base without adapter. Saved values
     are written twice and read twice, and so are the inputs and outputs of adapted layers, for the low-rank
-    products. Each pass reads the weights; if the base is quantized, each pass also
-    writes and reads the dequantized weights."""
+    products. Each pass reads the weights; if the base is quantized, each pass also writes and reads the
+    dequantized weights."""
     e, forwards = dtype_bytes(load.dtype), load.base_passes + load.checkpointing
     reads = 2 + forwards
     moved = 4.0 * (e * (counts.saved + counts.ends + counts.adapted) + counts.logits)

@@ -188,8 +188,9 @@ def plan_of_config(
     source_images: number of source images per image, used if `rows` is given."""
     if not isinstance(config, TrainConfig):
         return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
-    shape = text_shape(base_fields(config.base.name), config.base.name)
-    dtype, quantize = _planned_dtype(config), config.base.quantize
+    fields = base_fields(config.base.name)
+    shape = text_shape(fields, config.base.name)
+    dtype, quantize = _planned_dtype(config, fields), config.base.quantize
     if config.batching.micro_tokens is None:
         spare = memory_after_base(shape, device, dtype, quantize)
         config = with_micro_tokens(config, _micro_tokens(config, shape, device, spare, dtype, quantize))
@@ -292,8 +293,11 @@ def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _planned_dtype(config: RunConfig) -> str:
-    return config.base.dtype if config.base.dtype != "auto" else "bfloat16"
+def _planned_dtype(config: RunConfig, fields: Mapping[str, Any]) -> str:
+    """Return the dtype of the base. "auto" keeps float32 weights, as `choose_dtype` does."""
+    stored = fields.get("dtype") or fields.get("torch_dtype")
+    automatic = "float32" if stored == "float32" else "bfloat16"
+    return config.base.dtype if config.base.dtype != "auto" else automatic
 
 
 def _plan_of_images(
@@ -324,7 +328,7 @@ def _plan_of_images(
         side,
         micros=directions * -(-batch // at_once),
         rank=config.adapter.rank,
-        dtype=_planned_dtype(config),
+        dtype=_planned_dtype(config, fields),
         quantize=config.base.quantize,
         checkpointing=config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
         targets=config.adapter.targets,
