@@ -431,17 +431,10 @@ def _takes_amx(x: Tensor, *_: Any) -> bool:
     return compiled.usable("amx_panel_product", x) is not None
 
 
-IMPLEMENTATIONS["int8_linear"] = IMPLEMENTATIONS["int8_linear"]._replace(
-    alternatives=(
-        Implementation(
-            int8_linear_in_torch,
-            _takes_amx,
-            "contiguous bfloat16",
-            lambda: compiled.why_missing("amx_panel_product"),
-            "onednn",
-        ),
-    )
+_WITH_AMX = Implementation(
+    int8_linear_in_torch, _takes_amx, "bfloat16", lambda: compiled.why_missing("amx_panel_product"), "onednn"
 )
+IMPLEMENTATIONS["int8_linear"] = IMPLEMENTATIONS["int8_linear"]._replace(alternatives=(_WITH_AMX,))
 
 
 # -- low-rank products -------------------------------------------------------------------------------------------------
