@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import weakref
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,7 +31,7 @@ from veneer.train.config.section import SOURCES
 from veneer.train.lazy import Lazy
 
 LARGE = 16 << 20
-"""Bytes of JSONL files above which rows are read when they are needed; a row in memory takes several times as much."""
+"""Bytes of files above which rows are read when they are needed; a row in memory takes several times as much."""
 _LINE_FIX = "each line must be one JSON object; for a JSON array, use the extension .json"
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -126,15 +128,44 @@ def _stamp(file: IO[bytes]) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-def large_files(names: Sequence[str], limit: int | None = None) -> Lines | None:
-    """Return the records of JSONL files that are too large to be held in memory, otherwise None.
+class ArrowRows(Lazy[Record]):
+    """The records of a data set of the library `datasets`, which maps its Arrow files instead of reading them.
 
-    Raises DataError for a missing file."""
+    where: returns the name of record i. name: identifies the rows among those of the same files."""
+
+    def __init__(self, data: Any, where: Callable[[int], str], name: str = "") -> None:
+        self._data, self._name = data, name
+        self._files = [Path(file["filename"]) for file in data.cache_files]
+        self.bytes = sum(file.stat().st_size for file in self._files)
+        super().__init__(len(data), lambda i: Record(data[i], where(i)))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Return the sha256 of the name and of the files' bytes."""
+        h = hashlib.sha256(self._name.encode())
+        for path in self._files:
+            with path.open("rb") as file:
+                h.update(hashlib.file_digest(file, "sha256").digest())
+        return h.hexdigest()
+
+    def columns(self) -> list[str]:
+        return list(self._data.column_names)
+
+
+def large_files(names: Sequence[str], limit: int | None = None) -> Lines | ArrowRows | None:
+    """Return the records of JSONL files, Parquet files or a hub data set if they are too large to be held in memory.
+
+    Otherwise, returns None. Raises DataError for a missing file."""
+    if len(names) == 1 and names[0].startswith("hub:"):
+        rows = _hub(names[0][4:], limit)
+        return rows if rows.bytes > LARGE else None
     if any(name.startswith(SOURCES) for name in names):
         return None
     paths = [Path(file) for name in names for file in _expand(name)]
-    large = sum(os.path.getsize(path) for path in paths) > LARGE
-    return Lines(paths, limit) if large and all(path.suffix.lower() in _LINES for path in paths) else None
+    suffixes = {path.suffix.lower() for path in paths}
+    if sum(os.path.getsize(path) for path in paths) <= LARGE:
+        return None
+    return Lines(paths, limit) if suffixes <= {*_LINES} else _mapped(paths, limit) if suffixes == {".parquet"} else None
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
@@ -200,7 +231,7 @@ def _expand(name: str) -> list[str]:
     raise DataError("the data file does not exist", where=name, fix=hint)
 
 
-def _remote_records(name: str, limit: int | None) -> list[Record]:
+def _remote_records(name: str, limit: int | None) -> Sequence[Record]:
     if name.startswith("hub:"):
         return _hub(name[4:], limit)
     from veneer.train.rewards.reasoning_gym import generated_rows
@@ -348,7 +379,28 @@ def _parquet(path: Path) -> Iterator[Record]:
         yield Record(value, f"{path} row {n}")
 
 
-def _hub(name: str, limit: int | None) -> list[Record]:
+def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
+    """Return the records of Parquet files, or None if they cannot be read as one data set.
+
+    `datasets` keeps its copy of the files in its own cache."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        ends = [*itertools.accumulate(pq.read_metadata(path).num_rows for path in paths)]
+        data = datasets.Dataset.from_parquet([*map(str, paths)])
+    except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError):
+        return None  # `_parquet` reads files with different columns, or says what is wrong
+
+    def where(i: int) -> str:
+        n = bisect_right(ends, i)
+        return f"{paths[n]} row {i - (ends[n - 1] if n else 0) + 1}"
+
+    return ArrowRows(data if limit is None else data.select(range(min(limit, len(data)))), where)
+
+
+def _hub(name: str, limit: int | None) -> ArrowRows:
     """Return the records of a hub data set.
 
     name: `ID`, `ID@SPLIT`, `ID@SPLIT[:1000]` or `ID:CONFIG@SPLIT`. The default split is `train`."""
@@ -364,7 +416,7 @@ def _hub(name: str, limit: int | None) -> list[Record]:
         fix = "check the name and the network, or download the data set and set data.train to its files"
         raise DataError(text, where=f"hub:{name}", fix=fix) from None
     rows = data.select(range(min(limit, len(data)))) if limit is not None else data
-    return [Record(row, f"hub:{name} row {n}") for n, row in enumerate(rows, 1)]
+    return ArrowRows(rows, lambda i: f"hub:{name} row {i + 1}", name)
 
 
 def _refuse(bad: list[str], path: Path, fix: str) -> None:

@@ -29,8 +29,9 @@ from veneer.train.text.token_cache import read_table, write_table
 
 
 @pytest.fixture
-def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat every file as large, with an empty cache."""
+def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Treat every file as large, with empty caches."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(records, "LARGE", -1)
     shutil.rmtree(veneer_home() / "tokens", ignore_errors=True)
 
@@ -98,6 +99,46 @@ def test_rows_on_disk_equal_rows_in_memory(
             patch.setattr("veneer.train.text.encode.CHUNK", 3)
             results.append(contents(read(shared, base, file, **sections)))
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("source", ["parquet", "hub"])
+@pytest.mark.parametrize("limit", [None, 30])
+def test_mapped_rows_equal_rows_in_memory(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, limit: int | None
+) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in (shared / "rows.jsonl").read_text().splitlines()]
+    for n, part in enumerate((rows[:17], rows[17:])):
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / f"{n}.parquet")
+    files = [str(tmp_path / f"{n}.parquet") for n in range(2)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_parquet(files))
+    data = {"train": "hub:org/set" if source == "hub" else files, "limit": limit}
+    results = []
+    for size in (1 << 24, -1, -1):  # in memory, written, read again
+        monkeypatch.setattr(records, "LARGE", size)
+        results.append(contents(read(shared, base, tmp_path, data=data)))
+    assert results[0] == results[1] == results[2]
+    assert len([*(veneer_home() / "tokens").iterdir()]) == 1
+
+
+@pytest.mark.usefixtures("large")
+def test_large_parquet_files_that_are_no_data_set(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    """Files with different columns are read into memory; damaged files are named."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = [{"prompt": f"a{i}", "completion": "b"} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(turns), tmp_path / "0.parquet")
+    pq.write_table(pa.Table.from_pylist([{**turn, "more": 1} for turn in turns]), tmp_path / "1.parquet")
+    assert len(read(shared, base, tmp_path, data={"train": str(tmp_path), "split": 0}).train.rows) == 8
+    (tmp_path / "1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="not a Parquet file") as error:
+        read(shared, base, tmp_path, data={"train": str(tmp_path)})
+    assert "1.parquet" in str(error.value)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans())))

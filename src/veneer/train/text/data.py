@@ -22,7 +22,7 @@ from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.lazy import Lazy, token_counts
 from veneer.train.loop import LazySteps, Micro, Step
-from veneer.train.records import Lines, large_files
+from veneer.train.records import ArrowRows, Lines, large_files
 from veneer.train.text.batches import Batch, collate, plan_steps
 from veneer.train.text.encode import EncodedRows, EncodedTable, Example, chunked, encoded_chunks, encoded_rows
 from veneer.train.text.preference import Item, answer_rows, collate_items, preference_items
@@ -95,7 +95,7 @@ def read_data(
 ) -> TextData:
     """Read, split and encode the rows.
 
-    Rows of large JSONL files are tokenized once and then read from mapped files (`token_cache`).
+    Rows of large files, except CSV and JSON, are tokenized once and then read from mapped files (`token_cache`).
 
     say: called with the progress of tokenizing a large file. look: called before that, with the data of a
     sample of its rows and the number of all rows.
@@ -153,8 +153,8 @@ def _opened(files: Sequence[str], limit: int | None, config: TrainConfig, base: 
     return _Source(Lazy(len(lines), lambda i: parse(lines[i])), summary, columns, name, table)
 
 
-def _table_name(lines: Lines, config: TrainConfig, base: TextBase) -> str:
-    """Return the digest of all that determines the table of some lines."""
+def _table_name(lines: Lines | ArrowRows, config: TrainConfig, base: TextBase) -> str:
+    """Return the digest of all that determines the table of some records."""
     import tokenizers
     import transformers
 
