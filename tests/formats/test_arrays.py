@@ -126,3 +126,13 @@ assert "torch" not in sys.modules
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("usable\n")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_arrays_compute_what_tensors_compute(tmp_path: Path, dtype: torch.dtype) -> None:
+    t = torch.arange(-4.0, 5.0).reshape(3, 3).to(dtype)
+    save_file({"t": t}, tmp_path / "t.safetensors")
+    a = read_arrays(tmp_path / "t.safetensors")[0]["t"]
+    for mine, theirs in ((a * 2.0, t * 2.0), (a * a, t * t), (a @ a, t @ t), (a.sum(), t.sum())):
+        assert str(mine.dtype) == str(theirs.dtype)
+        assert mine.tolist() == theirs.tolist()

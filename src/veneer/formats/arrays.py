@@ -49,6 +49,7 @@ class Array:
 
     def __init__(self, stored: np.ndarray[Any, Any], dtype: _Dtype) -> None:
         self.stored, self.dtype, self.shape, self.ndim = stored, dtype, stored.shape, stored.ndim
+        self._is_numpy = not dtype.startswith(("torch.bfloat", "torch.float8"))  # otherwise, `stored` are bits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)
@@ -96,10 +97,14 @@ class Array:
     def __bool__(self) -> bool:
         return bool(self.values().item())
 
-    def __matmul__(self, other: Array) -> Array:
+    def __matmul__(self, other: Array) -> Any:
+        if not self._is_numpy or self.dtype != other.dtype:
+            return self.tensor() @ other.tensor()
         return self._like(self.stored @ other.stored)
 
-    def __mul__(self, other: Array | float) -> Array:
+    def __mul__(self, other: Array | float) -> Any:
+        if not self._is_numpy or (isinstance(other, Array) and self.dtype != other.dtype):
+            return self.tensor() * _as_tensors(other)
         return self._like(self.stored * (other.stored if isinstance(other, Array) else other))
 
     @property
@@ -131,8 +136,8 @@ class Array:
     def double(self) -> Array:
         return Array(self.values().astype(np.float64), _DTYPES["F64"])
 
-    def sum(self) -> Array:
-        return self._like(np.asarray(self.stored.sum()))
+    def sum(self) -> Any:
+        return self._like(np.asarray(self.stored.sum())) if self.dtype == _DTYPES["F64"] else self.tensor().sum()
 
     def any(self) -> bool:
         return bool(self.values().any())
