@@ -26,7 +26,7 @@ BENCH_FLAGS ?=
 GPU_FLAGS ?=
 STUDIO_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart studio test test-fast test-light test-browser test-slow test-random test-peers test-gpu gpu attack check format bench clean distclean
+.PHONY: help quickstart image-quickstart studio test test-fast test-light test-browser test-slow test-random test-peers test-fleet test-gpu gpu attack check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -62,7 +62,10 @@ test-browser: $(VENV)/.ready-browser ## the page in Chromium (Debian and Ubuntu:
 	@$(RUN) -m pytest -m browser tests/browser $(TEST_FLAGS)
 
 attack: $(VENV)/.ready-dev ## every attack on real server processes: floods, kills, full disks, outages; the long ones too
-	@$(RUN) -m pytest $(ATTACKS) -m "not gpu and not peers and not network and not browser" $(TEST_FLAGS)
+	@$(RUN) -m pytest $(ATTACKS) -m "not gpu and not peers and not network and not browser and not fleet" $(TEST_FLAGS)
+
+test-fleet: $(VENV)/.ready-fleet ## real routers, Ray, Redis, Prometheus (Debian and Ubuntu: apt install haproxy nginx redis-server prometheus)
+	@$(RUN) -m pytest -m fleet $(TEST_FLAGS)
 
 test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
 	@TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu $(TEST_FLAGS)
@@ -124,6 +127,10 @@ $(VENV)/.ready-browser: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 	@$(PIP) -e '.[dev]'
 	@touch $@
+
+$(VENV)/.ready-fleet: pyproject.toml | $(VENV)/bin/python
+	@$(PIP) -e '.[fleet-tests]'
+	@touch $@ $(VENV)/.ready-dev
 
 $(VENV)/.ready-peers: pyproject.toml | $(VENV)/bin/python
 	@$(PIP) -e '.[dev,peers]'

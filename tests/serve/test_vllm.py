@@ -28,8 +28,8 @@ from veneer.library.library import open_library
 from veneer.models.sources import find_base
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.fleet.mixes import Mixes, served_name
-from veneer.serve.fleet.upstream import Upstream
 from veneer.serve.request import DigestMix, Refused, Request, Sampling, Token, make_mix
+from veneer.serve.upstream import Upstream
 
 pytestmark = pytest.mark.peers
 

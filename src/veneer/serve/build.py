@@ -156,7 +156,7 @@ def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str
     """Connect to the upstream, whose vLLM servers read the same library."""
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.mixes import Mixes, mix_folder, vllm_problems
-    from veneer.serve.fleet.upstream import Upstream, UpstreamAdapters
+    from veneer.serve.upstream import Upstream, UpstreamAdapters
 
     assert settings.fleet.upstream is not None
     base, fleet = text_without_weights(settings.base, say=log), settings.fleet

@@ -182,7 +182,7 @@ def _check_upstream(settings: ServeSettings) -> None:
     """Raise ConfigError for a bad --upstream, or sources that the upstream cannot read."""
     if settings.fleet.upstream is None:
         return
-    from veneer.serve.fleet.upstream import upstream_url  # imports httpx
+    from veneer.serve.upstream import upstream_url  # imports httpx
 
     upstream_url(settings.fleet.upstream)
     if settings.folders:

@@ -18,8 +18,8 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.errors import ConfigError
 from veneer.formats import peft
 from veneer.serve.fleet.mixes import Mixes, served_name
-from veneer.serve.fleet.upstream import Upstream, upstream_url
 from veneer.serve.request import DigestMix, EngineEvent, Finished, Refused, Request, Sampling, Started, Token, make_mix
+from veneer.serve.upstream import Upstream, upstream_url
 
 Q = "model.layers.0.self_attn.q_proj"
 ONE, TWO, DORA = (make_mix([(f"sha256:{c * 64}", 1.0)]) for c in "123")
