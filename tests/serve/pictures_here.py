@@ -99,6 +99,9 @@ class Names:
     async def fresh(self) -> None:
         """Do nothing, because the names never change."""
 
+    def in_memory(self) -> list[Any]:
+        return []
+
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         name = model.removeprefix("tiny:")
         if name in ("", "tiny"):

@@ -57,6 +57,11 @@ class ResolvedModel:
         """The label in metrics: `target`, or "mix" for several adapters."""
         return "mix" if len(self.mix) > 1 else self.target
 
+    @property
+    def router_name(self) -> str | None:
+        """The value of `model` by which a router sees the request; None if the client sent a mix."""
+        return None if self.digests or len(self.mix) > 1 else self.name
+
     def as_trial(self) -> ResolvedModel:
         """Return this model as a trial in the Studio."""
         return replace(self, trial=True, shadow=None)

@@ -173,7 +173,8 @@ class Request:
 
     `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
     client's name for the mix; used in metrics and messages, but never as a cache key. `salt`: requests share
-    cached prompt blocks only if their salts are equal.
+    cached prompt blocks only if their salts are equal. `router_name`: the value of `model` by which a router
+    sees the request; None for a mix, which has no such name.
     """
 
     prompt: tuple[int, ...]
@@ -184,6 +185,7 @@ class Request:
     name: str = ""
     salt: str = ""
     id: str = field(default_factory=lambda: f"r{next(_numbers)}")
+    router_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,10 @@ class EngineStats:
 
     `forced_tokens`: generated without a forward pass, because a grammar allowed nothing else.
     `drafted_tokens`, `accepted_tokens`: drafts that were verified, and those that became generated tokens.
-    `cache_used`: share of key-value blocks in use. `adapters`, `adapter_bytes`: adapters in memory now.
-    `evictions`: number of adapters evicted to make room for others.
+    `cache_used`: share of key-value blocks in use. `blocks`, `block_size`: number of these blocks, and tokens
+    per block; 0 for an engine without a cache of its own. `adapters`, `adapter_bytes`: adapters in memory now.
+    `slow_adapters`: adapters in a memory from which they cannot run at once. `adapter_slots`: how many adapters
+    fit in memory. `evictions`: number of adapters evicted to make room for others.
     """
 
     running: int = 0
@@ -273,6 +277,14 @@ class EngineStats:
     adapters: int = 0
     adapter_bytes: int = 0
     evictions: int = 0
+    slow_adapters: int = 0
+    adapter_slots: int = 0
+    blocks: int = 0
+    block_size: int = 0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        return self.prefix_hits / self.prefix_lookups if self.prefix_lookups else 0.0
 
 
 _RequestT = TypeVar("_RequestT", contravariant=True)

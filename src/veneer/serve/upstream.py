@@ -60,6 +60,7 @@ PAUSES = (0.1, 0.5)
 """Seconds to wait before the second and the third attempt."""
 _CHECK_SECONDS = 5.0
 _SHORT_TIMEOUT = 10.0
+_SLOTS = 1 << 20
 
 Decode = Callable[[Sequence[int]], str]
 """Converts token ids to text, including special tokens, with the base's tokenizer."""
@@ -103,7 +104,7 @@ class Upstream(Engine[Request, EngineEvent]):
         self.base, self.context = "", 0
         """The base's name in the upstream ("" before the first response) and its context (0 if unknown)."""
         self.closing = False
-        self.running = self.prompt_tokens = self.generated_tokens = 0
+        self.running = self.waiting = self.prompt_tokens = self.generated_tokens = 0
         self._trouble = ""
         self._watch: asyncio.Task[None] | None = None
 
@@ -124,8 +125,11 @@ class Upstream(Engine[Request, EngineEvent]):
         return self._trouble
 
     def stats(self) -> EngineStats:
-        """Return this server's counters; vLLM reports cache use and steps at its own /metrics."""
-        return EngineStats(self.running, prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
+        """Return this server's counters; vLLM reports cache use and steps at its own /metrics.
+
+        A request waits until its first token. This server loads no adapter, so any number fits."""
+        tokens = {"prompt_tokens": self.prompt_tokens, "generated_tokens": self.generated_tokens}
+        return EngineStats(self.running, self.waiting, adapter_slots=_SLOTS, **tokens)
 
     async def _watching(self) -> None:
         while True:
@@ -156,13 +160,16 @@ class Upstream(Engine[Request, EngineEvent]):
         if request.sampling.prompt_logprobs:
             raise invalid("the upstream does not support prompt_logprobs", "prompt_logprobs")
         with self.mixes.using(request.mix, request.tenant):
-            self.running += 1
+            self.waiting, waits = self.waiting + 1, True
             try:
                 async with aclosing(self._attempts(request)) as events:
                     async for event in events:
+                        if waits:
+                            self.waiting, self.running, waits = self.waiting - 1, self.running + 1, False
                         yield event
             finally:
-                self.running -= 1
+                self.waiting -= waits
+                self.running -= not waits
 
     async def _attempts(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
         tokens = 0

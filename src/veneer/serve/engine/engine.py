@@ -219,6 +219,10 @@ class TextEngine(Engine[Request, EngineEvent]):
             adapters=memory.adapters,
             adapter_bytes=memory.bytes,
             evictions=memory.evictions,
+            # The size of adapters is unknown before the first one. A batch holds at most `rows` of them.
+            adapter_slots=memory.slots or self.settings.rows,
+            blocks=self.cache.size,
+            block_size=self.cache.block,
         )
 
     # -- async interface -----------------------------------------------------------------------------------------------

@@ -80,8 +80,9 @@ class TextJob:
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
-                id, weight = f"{self.id}-{len(requests)}", self.principal.weight
-                requests.append(Request(prompt, sampling, self.model.mix, tenant, weight, self.model.name, salt, id))
+                id, weight, model = f"{self.id}-{len(requests)}", self.principal.weight, self.model
+                names = (model.name, salt, id, model.router_name)
+                requests.append(Request(prompt, sampling, model.mix, tenant, weight, *names))
         return requests
 
 
@@ -183,7 +184,7 @@ async def _pump(
     """Copy the events of one engine request into the queue, and record the usage so far in `usages`."""
     reason, meter = "abort", None
     if job.principal is not SHADOWS:
-        meter = Meter(service.metrics, job.label or job.model.label)
+        meter = Meter(service.metrics, job.label or job.model.label, request.router_name, request.mix)
     try:
         events: Any = service.texts(request)
         async with aclosing(events):

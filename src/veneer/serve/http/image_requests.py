@@ -307,7 +307,7 @@ async def _run(
         principal, model, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
     )
     async with admitted as bill:
-        meters = [Meter(service.metrics, model.label) for _ in usages]
+        meters = [Meter(service.metrics, model.label, model.router_name, model.mix) for _ in usages]
         reasons = ["abort"] * len(usages)
         billed = False
         try:

@@ -2,13 +2,25 @@
 
 Only the first `adapters` adapter names become labels. Other adapters are counted as "other", and requests
 with several adapters as "mix", so that the number of series is bounded.
+
+Routers read three groups of series, in which an adapter has the name that clients send as `model`:
+
+| series | read by | fact taken from |
+| ------ | ------- | --------------- |
+| `vllm:lora_requests_info`, `vllm:cache_config_info` | llm-d, GIE | llm-d-router docs/plugin-metric-protocol.md |
+| `vllm:lora_adapter_loaded`, `vllm:*_lora_adapters` | llm-d | the same file; vllm#54830 |
+| `vllm:gpu_cache_usage_perc`, `vllm:gpu_prefix_cache_*` | production-stack | src/vllm_router/stats/engine_stats.py |
+
+llm-d's lora-affinity-scorer gives 0.8 to a server with fewer active adapters than `max_lora`. So `max_lora` is
+the number of adapters of the present mean size that fit in the memory for adapters.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +29,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from veneer.serve.access import LedgerState
-from veneer.serve.request import EngineStats, Usage
+from veneer.serve.names.adapter_cache import ResidentAdapter
+from veneer.serve.request import BASE, DigestMix, EngineStats, Usage
 
 _SECONDS: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
 _SECONDS += (1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
@@ -41,12 +54,19 @@ _GAUGES = {
     "vllm:num_requests_running": ("Requests in the engine's batch.", "running"),
     "vllm:num_requests_waiting": ("Requests that wait for the engine.", "waiting"),
     "vllm:kv_cache_usage_perc": ("Share of the cache's blocks in use; 1 is all.", "cache_used"),
+    "vllm:gpu_cache_usage_perc": ("Old name of vllm:kv_cache_usage_perc.", "cache_used"),
+    "vllm:gpu_prefix_cache_hit_rate": ("Share of prompt tokens found in the prefix cache.", "prefix_hit_rate"),
+    "vllm:num_gpu_loaded_lora_adapters": ("Adapters in memory.", "adapters"),
+    "vllm:num_cpu_loaded_lora_adapters": ("Adapters in a second, slower memory.", "slow_adapters"),
+    "vllm:max_gpu_lora_adapters": ("Adapters of the present mean size that fit in memory.", "adapter_slots"),
     "veneer:adapters_resident": ("Adapters in memory.", "adapters"),
     "veneer:adapters_resident_bytes": ("Bytes of the adapters in memory.", "adapter_bytes"),
 }
 _COUNTERS = {
     "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", "prefix_lookups"),
     "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", "prefix_hits"),
+    "vllm:gpu_prefix_cache_queries": ("Old name of vllm:prefix_cache_queries.", "prefix_lookups"),
+    "vllm:gpu_prefix_cache_hits": ("Old name of vllm:prefix_cache_hits.", "prefix_hits"),
     "vllm:num_preemptions": ("Preempted requests.", "preemptions"),
     "vllm:prompt_tokens": ("Prompt tokens computed.", "prompt_tokens"),
     "vllm:generation_tokens": ("Generated tokens.", "generated_tokens"),
@@ -62,6 +82,8 @@ _LEDGER_GAUGES = {
     "veneer:ledger_away": ("1 while the ledger's database does not answer.", "unavailable"),
 }
 """Series -> (help text, attribute of EngineStats or LedgerState)."""
+_RESIDENT = 1000
+"""Maximum series of `vllm:lora_adapter_loaded`, and of client names remembered for these series."""
 
 
 class Metrics(Collector):
@@ -73,11 +95,17 @@ class Metrics(Collector):
         stats: Callable[[], EngineStats],
         adapters: int = 100,
         ledger: Callable[[], LedgerState | None] = lambda: None,
+        resident: Callable[[], Sequence[tuple[str, ResidentAdapter]]] = lambda: (),
     ) -> None:
-        """Create the metrics. `ledger`: returns the ledger's state on a server with a ledger."""
+        """Create the metrics.
+
+        `ledger`: returns the ledger's state on a server with a ledger. `resident`: returns (the server's name,
+        adapter) of the adapters in memory, most recently used first.
+        """
         self.registry = registry = CollectorRegistry()
         counter = partial(Counter, registry=registry)
-        self.stats, self.ledger = stats, ledger
+        self.stats, self.ledger, self.resident = stats, ledger, resident
+        self._client_names: dict[str, str] = {}  # name -> digest, most recently used last
         self.limit, self._named = adapters, set[str]()
         self.labels = (model, "0")
         self.running, self.waiting = Tally[str](), Tally[str]()
@@ -128,21 +156,48 @@ class Metrics(Collector):
         # labels. The metric's value is the current time.
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
-        hidden = {self.labels[0], "other", "mix"}
-        names = [",".join(sorted(set(tally) - hidden)) for tally in (self.running, self.waiting)]
-        info.add_metric(("0", *names), time.time())
+        names = [",".join(sorted(tally)) for tally in (self.running, self.waiting)]
+        info.add_metric((str(stats.adapter_slots), *names), time.time())
         yield info
+        if stats.blocks:
+            size = (*_ENGINE, "block_size", "num_gpu_blocks")
+            cache = GaugeMetricFamily("vllm:cache_config_info", "Blocks of the key-value cache.", labels=size)
+            cache.add_metric((*self.labels, str(stats.block_size), str(stats.blocks)), 1)
+            yield cache
+        # Level "gpu" means that the adapter can run at once, which is true of all adapters in memory.
+        sent = defaultdict[str, set[str]](set)
+        for name, digest in list(self._client_names.items()):
+            sent[digest].add(name)
+        known = {n: 1 for name, each in self.resident() for n in sorted({name, *sent[each.digest]})}
+        residence = (*_ENGINE, "adapter_name", "level", "pinned")
+        loaded = GaugeMetricFamily("vllm:lora_adapter_loaded", "1: the adapter is in memory.", labels=residence)
+        for name in list(known)[:_RESIDENT]:
+            loaded.add_metric((*self.labels, name, "gpu", "false"), 1)
+        yield loaded
+
+    def remember(self, name: str, digest: str) -> None:
+        """Remember that clients send this name for the adapter with this digest."""
+        self._client_names.pop(name, None)
+        self._client_names[name] = digest
+        if len(self._client_names) > _RESIDENT:
+            del self._client_names[next(iter(self._client_names))]
 
 
 class Meter:
-    """Measures one answer. Call `end` once, however the answer ended."""
+    """Measures one answer. Call `end` once, however the answer ended.
 
-    def __init__(self, metrics: Metrics, adapter: str) -> None:
+    `router_name`: see Request; None for requests that routers cannot see as an adapter's.
+    """
+
+    def __init__(self, metrics: Metrics, adapter: str, router_name: str | None = None, mix: DigestMix = BASE) -> None:
         self.metrics, self.adapter = metrics, metrics.label(adapter)
+        self.name = router_name if mix else None
+        if self.name is not None:
+            metrics.remember(self.name, mix[0][0])
         self.arrived = time.perf_counter()
         self.last: float | None = None  # time of the last token
-        self._state = metrics.waiting
-        self._state[self.adapter] += 1
+        self._state: Tally[str] | None = None
+        self._move(metrics.waiting)
 
     def started(self) -> None:
         self._move(self.metrics.running)
@@ -179,8 +234,10 @@ class Meter:
             metrics.histograms[name].observe(value)
 
     def _move(self, state: Tally[str]) -> None:
-        if self._state is not state:
-            self._state[self.adapter] -= 1
+        if self.name is None or self._state is state:
+            return
+        if self._state is not None:
+            self._state[self.name] -= 1
             self._state += Tally()  # drops zeros
-            self._state = state
-            state[self.adapter] += 1
+        self._state = state
+        state[self.name] += 1

@@ -55,9 +55,8 @@ class Service:
         self.quotas = self.shared_quotas or Quotas(s.quotas)
         if self.loaded:
             self.prompts = Prompts(self.reader)
-        self.metrics = Metrics(
-            self.catalog.base, lambda: self.engine.stats(), s.metric_adapters, self.tenancy.ledger_state
-        )
+        engine, adapters = (lambda: self.engine.stats()), (lambda: self.catalog.in_memory())
+        self.metrics = Metrics(self.catalog.base, engine, s.metric_adapters, self.tenancy.ledger_state, adapters)
         self.admission = _admission(s)
         self.shadows: set[asyncio.Task[None]] = set()
         self.staging = UploadStage(s.max_adapter)

@@ -47,12 +47,17 @@ T = TypeVar("T", bound=Sized)
 
 @dataclass(frozen=True)
 class ResidentStats:
-    """Counters. `waiting`: requests that wait for adapters."""
+    """Counters.
+
+    `waiting`: requests that wait for adapters. `slots`: how many adapters of the mean size of those in memory
+    fit in the memory for adapters; 0 while no adapter is in memory.
+    """
 
     bytes: int
     adapters: int
     waiting: int
     evictions: int
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,8 @@ class AdapterCache(Generic[T]):
         adapters = len(self.resident())
         with self._changing():
             waiting = sum(len(group.members) for group in self._groups.values())
-            return ResidentStats(self._bytes, adapters, waiting, self._evictions)
+            slots = max(adapters, self.limit * adapters // self._bytes) if self._bytes else 0
+            return ResidentStats(self._bytes, adapters, waiting, self._evictions, slots)
 
     def resident(self) -> dict[str, ResidentAdapter]:
         """Return digest -> adapter in memory, least recently used first."""

@@ -217,7 +217,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             running, waiting, steps = len(self._running), len(self._waiting), self._steps
         memory = self.residents.stats()
         held = {"adapters": memory.adapters, "adapter_bytes": memory.bytes, "evictions": memory.evictions}
-        return EngineStats(running, waiting, steps=steps, **held)
+        return EngineStats(running, waiting, steps=steps, adapter_slots=memory.slots or self.max_batch, **held)
 
     def problem(self) -> str:
         if self._closing:
