@@ -32,7 +32,7 @@ from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
 from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
-from veneer.serve.http.surfaces.vllm import sglang_routes, vllm_routes
+from veneer.serve.http.surfaces.vllm import aibrix_routes, dynamo_routes, sglang_routes, vllm_routes
 from veneer.serve.principal import STRANGER
 from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused, not_ready
@@ -74,7 +74,7 @@ def create_app(
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
-    builtin = [openai_routes, vllm_routes, sglang_routes, tgi_routes, _health()]
+    builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes, _health()]
     for router in builtin:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
     for router in (*builtin, *routers):
@@ -153,7 +153,7 @@ class AuthMiddleware:
                 check_content_type(scope, request.headers)
             await self._enter(request, large)
         except Exception as error:
-            surface = self.surfaces.get(request.scope["path"], "OpenAI")
+            surface = _surface(self.surfaces, request.scope["path"])
             refused = as_refused(error)
             if (admitted := scope.get("veneer.admitted")) is not None:
                 admitted.leave()
@@ -235,6 +235,11 @@ class _Body:
         return message
 
 
+def _surface(surfaces: Mapping[str, str], path: str) -> str:
+    """Return the API whose error format a path uses. `surfaces`: path -> API."""
+    return surfaces.get("/v1/loras" if path.startswith("/v1/loras/") else path, "OpenAI")
+
+
 def _too_large(most: int) -> Refused:
     return Refused(f"the body has more than {most:,} bytes", status=413, code="too_large")
 
@@ -247,7 +252,7 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_reques
 def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
     def respond(request: HttpRequest, error: Refused) -> Response:
         service_of(request).metrics.refused.labels(error.code).inc()
-        return answer_error(error, surfaces.get(request.scope["path"], "OpenAI"))
+        return answer_error(error, _surface(surfaces, request.scope["path"]))
 
     @app.exception_handler(Refused)
     @app.exception_handler(Exception)

@@ -81,7 +81,14 @@ def _vllm(error: Refused) -> tuple[int, Any]:
     if error.code in ("adapter_exists", "invalid_request"):
         kind = "InvalidUserInput"
     status = 400 if error.status == 422 else error.status
-    return status, {"error": {"message": message_of(error), "type": kind, "param": error.param, "code": status}}
+    flat = {"message": message_of(error), "type": kind, "param": error.param, "code": status}
+    # Older versions of vLLM did not nest the error. production-stack's controller still reads `type` and
+    # `message` at the top (operator/internal/controller/loraadapter_controller.go).
+    return status, {"error": flat, "object": "error", **flat}
+
+
+def _lora_error(error: Refused) -> tuple[int, Any]:
+    return (400 if error.status == 422 else error.status), {"status": "error", "message": message_of(error)}
 
 
 def _tgi(error: Refused) -> tuple[int, Any]:
@@ -107,6 +114,8 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
     "vLLM": _vllm,
     "TGI": _tgi,
     "SGLang": _sglang,
+    "AIBrix": _vllm,
+    "Dynamo": _lora_error,
 }
 
 

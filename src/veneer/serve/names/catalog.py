@@ -240,6 +240,10 @@ class Catalog:
             adapters.append((named.get(each.digest) or (version.reference if version else each.digest), each))
         return adapters
 
+    def loaded_names(self) -> list[str]:
+        """Return the names that `load` has added."""
+        return sorted(self._loaded)
+
     async def fresh(self) -> None:
         """Wait until current names are visible; each HTTP request calls this once.
 
