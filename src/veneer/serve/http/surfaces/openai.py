@@ -80,6 +80,20 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
 
 @openai_routes.post("/v1/chat/completions", summary="Answer a conversation.")
 async def chat(request: HttpRequest, body: ChatBody) -> Response:
+    job, use = await _chat_job(request, body)
+    if body.store and job.keep is None:
+        body.ignore("store")
+    service = service_of(request)
+    return await _respond(request, service, job, body, _ChatFormat(service.prompts, job, use))
+
+
+@openai_routes.post("/v1/chat/completions/render", summary="Get the tokens of a conversation's prompt, as vLLM does.")
+async def render_chat(request: HttpRequest, body: ChatBody) -> Response:
+    job, _ = await _chat_job(request, body)
+    return Json(_rendered(job, body)[0], headers=body.headers)
+
+
+async def _chat_job(request: HttpRequest, body: ChatBody) -> tuple[TextJob, ToolUse]:
     service, principal = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
     model = service.choose(principal, **body.adapters())
@@ -103,13 +117,24 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
         cache_salt=body.cache_salt or "",
         stores=body.store is not False,
     )
-    if body.store and job.keep is None:
-        body.ignore("store")
-    return await _respond(request, service, job, body, _ChatFormat(service.prompts, job, use))
+    return job, use
 
 
 @openai_routes.post("/v1/completions", summary="Complete one or several texts.")
 async def completions(request: HttpRequest, body: CompletionBody) -> Response:
+    job, echoes = await _text_job(request, body)
+    service = service_of(request)
+    return await _respond(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
+
+
+@openai_routes.post("/v1/completions/render", summary="Get the tokens of prompts, as vLLM does.")
+async def render(request: HttpRequest, body: CompletionBody) -> Response:
+    job, _ = await _text_job(request, body)
+    return Json(_rendered(job, body), headers=body.headers)
+
+
+async def _text_job(request: HttpRequest, body: CompletionBody) -> tuple[TextJob, list[str]]:
+    """Return the engine job, and the texts of the prompts to echo."""
     service, principal = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
     texts = body.texts(service)
@@ -137,7 +162,20 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     job = TextJob(
         principal, model, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
     )
-    return await _respond(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
+    return job, echoes
+
+
+def _rendered(job: TextJob, body: TextBody) -> list[dict[str, Any]]:
+    """Return one GenerateRequest for each prompt, with the keys of
+    vllm/entrypoints/scale_out/token_in_token_out/protocol.py.
+
+    Routers read `token_ids`; the sampling parameters have vLLM's names."""
+    names = {"stop_ids": "stop_token_ids", "grammar": "", "sampled_logprob": "", "prompt_logprobs": ""}
+    sampling = {names.get(key, key): value for key, value in vars(job.sampling).items() if names.get(key, key)}
+    shared: dict[str, Any] = {"sampling_params": sampling | {"n": job.choices}, "features": None, "priority": 0}
+    shared |= {"model": job.model.name, "stream": bool(body.stream), "cache_salt": body.cache_salt}
+    ids = [f"{job.id}-{i}" for i in range(len(job.prompts))] if len(job.prompts) > 1 else [job.id]
+    return [shared | {"request_id": i, "token_ids": p} for i, p in zip(ids, job.prompts, strict=True)]
 
 
 async def _respond(
