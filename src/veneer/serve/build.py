@@ -92,7 +92,7 @@ def build(
         tenancy = tenancy_of(settings, log, opened.store, quotas)
         folders = () if settings.fleet.upstream else settings.folders
         sources = AdapterSources(base, library=opened.library, folders=folders)
-        catalog = Catalog(sources, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
+        catalog = Catalog(sources, lambda adapter: [], NoAdapters(), name=settings.served_name, routes=tenancy.routes)
         reader = TokenizedBase(base.name, None, 0)
         service = Service(
             LoadingEngine(), catalog, tenancy, reader, settings.http, "loading", loaded=False, shared_quotas=quotas
@@ -119,14 +119,19 @@ def _load_base(settings: ServeSettings, service: Service, log: Callable[[str], N
 def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
+    from veneer.serve.engine.kv_events import KvEvents
 
-    catalog = service.catalog
+    catalog, publish = service.catalog, settings.engine
+    events = None
+    if publish.kv_events:
+        events = KvEvents(publish.kv_events, catalog.base, port=settings.port, replay=publish.kv_replay)
     base = load_text(settings.base, dtype=settings.dtype, device=settings.device, quantize=settings.quantize, say=log)
     log(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         log(f"note: {note}")
     gc.freeze()  # so that collecting garbage after prepacking does not visit every module
-    engine = TextEngine(base, catalog.sources.read, replace(settings.engine, queue=settings.http.queue))
+    tuned = replace(settings.engine, queue=settings.http.queue)
+    engine = TextEngine(base, catalog.sources.read, tuned, events=events)
     log(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)
     # The engine's cache can limit the context to less than the base's.

@@ -146,6 +146,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
     ("context", lambda s: s.engine.context, "texts", _HERE),
+    ("kv_events", lambda s: s.engine.kv_events, "texts", _HERE),
     ("max_tokens", lambda s: s.http.max_tokens, "texts upstream", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "bases on this server"),
     ("--quantize", lambda s: s.quantize, "texts", _HERE),

@@ -36,6 +36,7 @@ class ServerConfig(BaseModel):
     tenant_mixes, mix_disk: with --upstream, maximum mixes per tenant, and total bytes of all mixes on disk
     ledger_days: with tenants, days for which the ledger keeps its rows; daily sums are not deleted
     ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
+    kv_events, kv_replay: ZeroMQ addresses, such as tcp://*:5557, for routers that follow the prompt cache
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -58,6 +59,8 @@ class ServerConfig(BaseModel):
     ledger_folder: Path | None = None
     ledger_room: int | str = LedgerSettings.room
     ledger_sync: bool = False
+    kv_events: str = ""
+    kv_replay: str = ""
 
     def bytes(self, key: str) -> int:
         """Return the value of a size key in bytes. Raises ConfigError."""

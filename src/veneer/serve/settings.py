@@ -103,6 +103,8 @@ class EngineSettings:
     maximum waiting requests. `batch_invariant`, `compute`: see Runner. `stuck_seconds`: if a step takes longer,
     the engine counts as stuck. `context`: maximum tokens of a sequence; 0 for as many as the base and the cache
     allow. `draft`: maximum drafted tokens of a sequence in a step (engine.drafts); 0 for no drafts.
+    `kv_events`, `kv_replay`: ZeroMQ addresses on which changes of the cache are published and replayed
+    (engine.kv_events), or "".
     """
 
     rows: int = 32
@@ -114,6 +116,8 @@ class EngineSettings:
     compute: ComputeKind = "auto"
     context: int = 0
     draft: int = 8
+    kv_events: str = ""
+    kv_replay: str = ""
     stuck_seconds: float = 120.0
 
 
@@ -157,7 +161,8 @@ class ServeSettings:
     if the file exists, and otherwise requires no key. `open`: require no key even if there are tenants; the
     tenants' routes, prices and ledger are then used only if the server listens on localhost. With an
     upstream, only the base's names and tokenizer are read. `quantize`: see models.text.base.load_text.
-    `drain`: seconds that running requests have to finish after SIGTERM.
+    `drain`: seconds that running requests have to finish after SIGTERM. `served_name`: the name under which
+    the base is served; "" for the last part of the base's own name.
     """
 
     base: str
@@ -174,6 +179,7 @@ class ServeSettings:
     device: str = "auto"
     quantize: str | None = None
     drain: float = 30.0
+    served_name: str = ""
     engine: EngineSettings = field(default_factory=EngineSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)

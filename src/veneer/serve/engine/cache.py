@@ -16,6 +16,9 @@ A prompt also reuses the tokens at the start of another sequence's incomplete bl
 A block is free (empty), in use (one or more holders), or evictable (no holder, but a known key). When no
 block is free, evictable blocks are reused, least recently used first. Works on plain numbers, without
 tensors.
+
+With `listen`, the cache announces the blocks that can be found, if the table that found or computed them has a
+name.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
@@ -33,26 +37,52 @@ def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(previous + array("q", tokens).tobytes()).digest()
 
 
+@dataclass(frozen=True)
+class CacheEvent:
+    """Blocks that can now be found, an announced block that no longer can, or none can be found any more.
+
+    For `stored`: `keys` belong to consecutive blocks of `tokens`, `parent` is the key of the block before them
+    (None at a prompt's start), and `name` is the table's.
+    """
+
+    kind: Literal["stored", "removed", "cleared"]
+    keys: Sequence[bytes] = ()
+    parent: bytes | None = None
+    tokens: Sequence[int] = ()
+    name: str = ""
+
+
 @dataclass(eq=False)
 class BlockTable:
     """The blocks of one sequence, in order. `keys`: cache keys of the sequence's computed full blocks.
 
-    `cached`: number of tokens found when the table was opened."""
+    `cached`: number of tokens found when the table was opened. `name`: the name under which the blocks are
+    announced, or None. `announced`: number of keys that need no announcement any more."""
 
     root: bytes
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     cached: int = 0
+    name: str | None = None
+    announced: int = 0
 
 
 class Cache:
     """Bookkeeping of a key-value cache with `blocks` blocks of `block` tokens each.
 
     `copy(source, target)`: copies a block's keys and values; None if incomplete blocks are not to be shared.
+    `listen`: called with each event; must not block.
     """
 
-    def __init__(self, blocks: int, block: int, copy: Callable[[int, int], None] | None = None) -> None:
-        self.size, self.block, self.copy = blocks, block, copy
+    def __init__(
+        self,
+        blocks: int,
+        block: int,
+        copy: Callable[[int, int], None] | None = None,
+        listen: Callable[[CacheEvent], None] | None = None,
+    ) -> None:
+        self.size, self.block, self.copy, self.listen = blocks, block, copy, listen
+        self._announced = set[bytes]()
         self._free = list(range(blocks - 1, -1, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._holders = [0] * blocks
@@ -70,12 +100,12 @@ class Cache:
     def in_use(self) -> int:
         return self.size - self.available
 
-    def open(self, root: bytes, tokens: Sequence[int]) -> BlockTable:
+    def open(self, root: bytes, tokens: Sequence[int], name: str | None = None) -> BlockTable:
         """Return a table that holds the cached blocks at the start of `tokens`.
 
-        The last token is never included, because its logits have to be computed.
+        The last token is never included, because its logits have to be computed. `name`: see BlockTable.
         """
-        table = BlockTable(root)
+        table = BlockTable(root, name=name)
         key = root
         for start in range(0, len(tokens) - self.block, self.block):
             key = chain(key, tokens[start : start + self.block])
@@ -131,9 +161,23 @@ class Cache:
             if key not in self._known:
                 block = table.blocks[i]
                 self._known[key], self._key[block] = block, key
+        if self.listen is not None and table.name is not None:
+            self._announce(table, table.name, tokens)
         if tail := tokens[len(table.keys) * self.block :]:
             key, block = table.keys[-1] if table.keys else table.root, table.blocks[len(table.keys)]
             self._tails[key], self._tail_keys[block] = (block, tail), key
+
+    def _announce(self, table: BlockTable, name: str, tokens: Sequence[int]) -> None:
+        """Announce the table's blocks that are not announced yet, in runs of consecutive blocks."""
+        keys, start, table.announced = table.keys, table.announced, len(table.keys)
+        for new, run in itertools.groupby(range(start, len(keys)), key=lambda i: keys[i] not in self._announced):
+            first, *more = run
+            end = first + len(more) + 1
+            if new and self.listen is not None:
+                self._announced.update(keys[first:end])
+                parent = keys[first - 1] if first else None
+                covered = tokens[first * self.block : end * self.block]
+                self.listen(CacheEvent("stored", keys[first:end], parent, covered, name))
 
     def close(self, table: BlockTable) -> None:
         """Release the table's blocks.
@@ -155,6 +199,9 @@ class Cache:
         self._key = [None] * self.size
         self._free += self._evictable
         self._evictable.clear()
+        self._announced.clear()
+        if self.listen is not None:
+            self.listen(CacheEvent("cleared"))
 
     def _allocate(self) -> int:
         if self._free:
@@ -164,6 +211,9 @@ class Cache:
             key, self._key[block] = self._key[block], None
             assert key is not None
             del self._known[key]
+            if key in self._announced and self.listen is not None:
+                self._announced.discard(key)
+                self.listen(CacheEvent("removed", (key,)))
         self._holders[block] = 1
         if self._tails.get(self._tail_keys[block], (None,))[0] == block:
             del self._tails[self._tail_keys[block]]

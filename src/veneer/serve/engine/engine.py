@@ -62,6 +62,7 @@ from veneer.serve.transient import internal_error
 
 if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher
+    from veneer.serve.engine.kv_events import KvEvents
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ class TextEngine(Engine[Request, EngineEvent]):
     """Serves a text base.
 
     `read(digest, problems)`: reads an adapter from disk and raises Refused if `problems` reports any.
-    `pack_bytes`: see Runner. Call `start` before use and `stop` at the end.
+    `pack_bytes`: see Runner. `events`: publishes changes of the cache. Call `start` before use and `stop` at
+    the end.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         settings: EngineSettings | None = None,
         *,
         pack_bytes: int = 4 << 30,
+        events: KvEvents | None = None,
     ) -> None:
         self.base, self.settings = base, (settings := settings or EngineSettings())
+        self.kv_events = events
         self.runner = Runner(
             base,
             pack_bytes=pack_bytes,
@@ -131,7 +135,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             limit_bytes=settings.adapter_bytes,
             freed=self._freed,
         )
-        self.cache = Cache(self.runner.blocks, BLOCK, self.runner.copy_block)
+        self.cache = Cache(self.runner.blocks, BLOCK, self.runner.copy_block, events.put if events else None)
         self.scheduler = Scheduler(
             self.cache, rows=settings.rows, budget=settings.budget, loaded=self._loaded, shares=self.runner.shares
         )
@@ -169,6 +173,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._masks.shutdown(wait=True)
         self._compiles.shutdown(wait=False, cancel_futures=True)
         self.runner.close()
+        if self.kv_events is not None:
+            self.kv_events.stop()
 
     async def begin(self) -> None:
         self.start()

@@ -299,7 +299,9 @@ class Scheduler:
         no_cache = sequence.request.sampling.prompt_logprobs  # the cache stores no logits
         if self.shares and not no_cache:
             known = sequence.tokens[: len(sequence.tokens) - sequence.unscored]
-            table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), known)
+            request = sequence.request
+            name = None if request.salt else request.router_name
+            table = self.cache.open(cache_root(request.mix, request.salt), known, name)
         else:
             table = BlockTable(f"sequence {sequence.order}".encode())
         needed = -(-(len(sequence.tokens) + 1) // self.cache.block) - len(table.blocks)
