@@ -13,6 +13,7 @@ import typer
 
 from veneer.cli.options import ChosenDevice, LoadedDtype
 from veneer.cli.output import say
+from veneer.cli.vllm_flags import ServeCommand
 from veneer.errors import ConfigError
 from veneer.serve.settings import (
     EngineSettings,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: veneer serve --base smollm2-135m --adapter support=acme/support --port 8000")
+@app.command(
+    cls=ServeCommand, epilog="Example: veneer serve --base smollm2-135m --adapter support=acme/support --port 8000"
+)
 def serve(
     base: Annotated[str, typer.Option("--base", help="Built-in name, hub id, directory or .gguf file.")],
     library: Annotated[
@@ -77,6 +80,9 @@ def serve(
             "--open", help="Accept requests without a key even if tenants exist; tenants' routes only on localhost."
         ),
     ] = False,
+    served_model_name: Annotated[
+        str, typer.Option("--served-model-name", help="Name of the base in requests; default: the base's own name.")
+    ] = ServeSettings.served_name,
     upstream: Annotated[
         list[str] | None,
         typer.Option("--upstream", help="Run inference on this vLLM server, or on a router in front of several."),
@@ -163,6 +169,7 @@ def serve(
         device=device,
         quantize=quantize,
         drain=more.drain_seconds,
+        served_name=served_model_name,
         engine=EngineSettings(
             rows=max_batch,
             cache_bytes=bytes_of(cache_memory, "--cache-memory"),
@@ -171,12 +178,15 @@ def serve(
             compute=compute,  # type: ignore[arg-type]
             context=more.context,
             draft=more.draft_tokens,
+            kv_events=more.kv_events,
+            kv_replay=more.kv_replay,
         ),
         http=HttpSettings(
             max_tokens=more.max_tokens,
             slots=max_batch,
             allowed_origins=tuple(allowed_origin or []),
-            allowed_hosts=(host.lower(), *map(str.lower, more.allowed_hosts)),
+            # Kubernetes' controllers address pods by IP; an IP address cannot be another site's domain
+            allowed_hosts=(host.lower(), *map(str.lower, more.allowed_hosts), *os.environ.get("POD_IP", "").split()),
             queue=more.queue,
             connections=more.max_connections,
             head_time=more.head_seconds,
