@@ -22,15 +22,18 @@ from veneer.serve.http.guard import permissions_of
 from veneer.serve.http.surfaces.adapters import adapter_routes
 from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.http.surfaces.images import images_routes
-from veneer.serve.principal import PERMISSIONS, STRANGER, Permission, Principal
+from veneer.serve.principal import PERMISSIONS, ROLES, STRANGER, Permission, Principal
 from veneer.serve.request import Refused
-from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.admin import admin_router, tenant_router
 from veneer.studio.access import key_routes
 
 KINDS = {
     "key": Principal("key"),
     "acme": Principal("tenant", "acme", lambda name: name.startswith("acme/")),
     "globex": Principal("tenant", "globex", lambda name: name.startswith("globex/")),
+    "acme-caller": Principal("tenant", "acme", roles=("caller",)),
+    "acme-auditor": Principal("tenant", "acme", roles=("auditor",)),
+    "acme-owner": Principal("tenant", "acme", roles=("owner",)),
     "open": Principal("open"),
     "operator": Principal("operator"),
 }
@@ -47,6 +50,8 @@ def permission_of(method: str, path: str) -> Permission:
         return "metrics"
     if path.startswith("/admin"):
         return "administer"
+    if path.startswith("/v1/tenant/"):
+        return "keys" if path.startswith("/v1/tenant/keys") else "audit"
     if path in OPERATE:
         return "operate"
     if path.startswith(TRAIN) or (method, path) == ("DELETE", "/v1/models/{model:path}"):
@@ -76,6 +81,7 @@ def app() -> Iterator[FastAPI]:
     makers = (feedback_routes, file_routes, tuning_routes, sample_routes, training_routes, sampling_routes)
     routers = [images_routes, key_routes(ByName()), *(each(nothing) for each in (*makers, weights_routes))]
     routers += [adapter_routes(nothing, staging, ByName()), admin_router(nothing, ToyCatalog())]
+    routers.append(tenant_router(nothing))
     yield toy_app(ToyEngine(ToyText()), ToyCatalog(), ByName(), routers=routers, unguarded=("/studio",))
     staging.close()
 
@@ -120,6 +126,7 @@ def test_a_route_is_refused_without_its_permission(app: FastAPI, name: str | Non
 
 def test_a_route_is_allowed_with_its_permission(app: FastAPI) -> None:
     wanted = {(name, path): 200 for name in KINDS for path in ("/v1/models", "/health", "/info")}
+    wanted |= {("acme-auditor", path): 403 for path in ("/v1/models", "/info")}
     wanted |= {("key", "/metrics"): 200, ("acme", "/metrics"): 403, ("operator", "/metrics"): 200}
     wanted["open", "/metrics"] = 200
     requests = [{"method": "GET", "url": path, "headers": {"authorization": f"Bearer {n}"}} for n, path in wanted]
@@ -159,3 +166,9 @@ def test_a_tenant_changes_its_namespace_and_a_key_nothing() -> None:
 def test_permissions_grow_from_stranger_to_operator() -> None:
     assert PERMISSIONS["stranger"] < PERMISSIONS["key"] < PERMISSIONS["open"] < PERMISSIONS["operator"]
     assert PERMISSIONS["stranger"] < PERMISSIONS["tenant"] < PERMISSIONS["open"]
+    assert PERMISSIONS["stranger"] < ROLES["caller"] < ROLES["trainer"] < ROLES["owner"] < PERMISSIONS["operator"]
+    assert PERMISSIONS["stranger"] < ROLES["auditor"] < ROLES["owner"]
+    assert not ROLES["auditor"] & (ROLES["trainer"] - PERMISSIONS["stranger"])
+    assert not {"metrics", "operate", "administer"} & ROLES["owner"]
+    both = Principal("tenant", "acme", roles=("caller", "auditor"))
+    assert [both.can(each) for each in ("infer", "audit", "train")] == [True, True, False]

@@ -203,6 +203,8 @@ def serve(
             mixes=more.tenant_mixes,
             mix_bytes=more.bytes("mix_disk"),
         ),
+        oidc=more.oidc,
+        redis=os.environ.get("VENEER_REDIS_URL"),
     )
     if python_graders and not train:
         raise ConfigError("--python-graders applies to training jobs", where="--python-graders", fix="add --train")

@@ -262,18 +262,20 @@ def admin_key(as_json: AsJson = False) -> None:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-@key_command("add", "veneer tenant key add acme --label web --expires 90d")
+@key_command("add", "veneer tenant key add acme --role caller --label web --expires 90d")
 def key_add(
     store: Store,
     tenant: Tenant,
     label: Annotated[str, typer.Option(help="A note on the key's purpose.")] = "",
     expires: Annotated[str, typer.Option(help="Lifetime or last day: 90d, 12h or 2027-01-31.")] = "",
+    role: Annotated[str, typer.Option(help="owner, trainer, caller or auditor.")] = "trainer",
 ) -> Result:
     """Create a key and print its secret, which cannot be shown again."""
     from veneer.serve.tenancy import manage
 
     until = manage.when(expires, time.time()) if expires else None
-    row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, actor=_user())
+    more: dict[str, Any] = {"label": label, "expires": until, "role": role}
+    row, key = manage.make_tenant_key(store, tenant, **more, actor=_user())
     return Result({**manage.show_key(row), "key": key}, key)
 
 
@@ -285,8 +287,8 @@ def key_list(store: Store, tenant: AnyTenant = None) -> Result:
     now = time.time()
     keys = manage.list_keys(store, tenant)
     value = {"keys": [manage.show_key(k) | {"state": k.state(now)} for k in keys]}
-    rows = [(k.id, k.tenant, k.label, k.state(now), _day(k.created), _day(k.expires)) for k in keys]
-    head = ("id", "tenant", "label", "state", "created", "expires")
+    rows = [(k.id, k.tenant, k.role, k.label, k.state(now), _day(k.created), _day(k.expires)) for k in keys]
+    head = ("id", "tenant", "role", "label", "state", "created", "expires")
     return _rows(value, head, rows, "no keys: veneer tenant key add NAME")
 
 

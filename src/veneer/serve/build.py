@@ -29,7 +29,7 @@ from veneer.serve.names.catalog import Catalog, NoAdapters
 from veneer.serve.quota import FairThreads, Quotas
 from veneer.serve.request import LoadingEngine
 from veneer.serve.settings import ServeSettings
-from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.admin import admin_router, tenant_router
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import OpenTenants, Tenants
 
@@ -226,7 +226,7 @@ def _application(
     routers = operator_routes(settings, service.tenancy, service.catalog)
     routers.append(adapter_routes(library, staging, service.tenancy))
     if isinstance(service.tenancy, Tenants):
-        routers.append(feedback_routes(service.tenancy.answers))
+        routers += [feedback_routes(service.tenancy.answers), tenant_router(service.tenancy)]
     unguarded: list[str] = []
     large = adapter_bodies(staging)
     for each in extensions:
@@ -257,11 +257,13 @@ def tenancy_of(
                 log(f"note: any client that reaches {at} can use this server; see --api-keys and --tenants")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
+    shared: dict[str, Any] = {"admin_key": settings.admin_key, "ledger": settings.ledger, "quotas": quotas}
+    shared |= {"oidc": settings.oidc, "redis": settings.redis}
     if needs_no_key(settings, store):
         log(f"this machine needs no key; routes and ledger: {store.where}")
-        return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)
+        return OpenTenants(store, **shared)
     if settings.tenants is None:
         log(f"tenants: {store.where}, so requests need a key, unless --open is set")
     if not store.settings.tenants:
         log("no tenants yet, so no keys: run veneer tenant add NAME, then veneer tenant key add NAME")
-    return Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)
+    return Tenants(store, **shared)

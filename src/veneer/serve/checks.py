@@ -98,6 +98,9 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
         refuse_unused_options(settings, kind)
     if _tenants_address(settings) is None:
         _refuse_ledger_options(settings.ledger)
+        if settings.oidc is not None:
+            message = "oidc gives tenants' users access, but this server has no tenants"
+            raise ConfigError(message, where="oidc", fix="leave it out, or name a database with --tenants")
     opened = open_stores(settings)
     try:
         _check_keyless(settings, opened.store, page)

@@ -14,7 +14,15 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import ConfigError, nearest
-from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings, bytes_of
+from veneer.serve.settings import (
+    EngineSettings,
+    FleetSettings,
+    HttpSettings,
+    LedgerSettings,
+    OidcSettings,
+    ServeSettings,
+    bytes_of,
+)
 
 _Seconds = Annotated[float, Field(ge=0.1)]
 
@@ -37,6 +45,7 @@ class ServerConfig(BaseModel):
     ledger_days: with tenants, days for which the ledger keeps its rows; daily sums are not deleted
     ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
     kv_events, kv_replay: ZeroMQ addresses, such as tcp://*:5557, for routers that follow the prompt cache
+    oidc: the issuer of tokens, see `OidcSettings`
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -61,6 +70,7 @@ class ServerConfig(BaseModel):
     ledger_sync: bool = False
     kv_events: str = ""
     kv_replay: str = ""
+    oidc: OidcSettings | None = None
 
     def bytes(self, key: str) -> int:
         """Return the value of a size key in bytes. Raises ConfigError."""
@@ -76,7 +86,7 @@ def check_values(model: type[_Model], values: Mapping[str, Any], where: str) -> 
         return model.model_validate(values)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        key = str(problem["loc"][0])
+        key = ".".join(part for part in problem["loc"] if isinstance(part, str))
         if problem["type"] == "extra_forbidden":
             suggestions = nearest(key, model.model_fields, 1)
             fix = f"did you mean {suggestions[0]}?" if suggestions else f"there are {', '.join(model.model_fields)}"

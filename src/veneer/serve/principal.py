@@ -10,9 +10,15 @@ Each route of the server and each handler of the Studio declares the permission 
     kind        who                                         permissions
     stranger    sent no key, on a path that requires none   public
     key         a key from --api-keys                       public, infer, read, metrics
-    tenant      a tenant's key                              public, infer, read, feedback, write, train
-    open        anyone, on a server without keys            all except administer
+    tenant      a tenant's key, or a token of its users     those of its roles
+    open        anyone, on a server without keys            all except administer, keys, audit
     operator    the admin key; the server itself            all
+
+    role of a tenant's key or user                          permissions
+    caller                                                  public, infer, read, feedback
+    trainer     (keys without a role)                       a caller's, write, train
+    auditor                                                 public, audit
+    owner                                                   a trainer's, keys, audit
 """
 
 from __future__ import annotations
@@ -23,7 +29,9 @@ from typing import Literal, get_args
 
 from veneer.serve.request import Refused
 
-Permission = Literal["public", "infer", "read", "metrics", "feedback", "write", "train", "operate", "administer"]
+Permission = Literal[
+    "public", "infer", "read", "metrics", "feedback", "write", "train", "keys", "audit", "operate", "administer"
+]
 """What each permission allows.
 
 public: check health, sign in
@@ -33,24 +41,38 @@ metrics: read /metrics
 feedback: rate answers
 write: add, change and remove the principal's own adapters
 train: use the principal's own files, jobs and Tinker sessions
+keys: list, create and revoke the keys of the principal's own tenant
+audit: read the usage and the audit log of the principal's own tenant
 operate: change the server for all users, read the server's own files
 administer: manage tenants, keys, limits and prices; read the audit log
 """
 _Kind = Literal["stranger", "key", "tenant", "open", "operator"]
+Role = Literal["owner", "trainer", "caller", "auditor"]
 
 _ALL = frozenset(get_args(Permission))
+_CALLER: frozenset[Permission] = frozenset({"public", "infer", "read", "feedback"})
+ROLES: dict[Role, frozenset[Permission]] = {
+    "caller": _CALLER,
+    "trainer": _CALLER | {"write", "train"},
+    "auditor": frozenset({"public", "audit"}),
+    "owner": _CALLER | {"write", "train", "keys", "audit"},
+}
 PERMISSIONS: dict[_Kind, frozenset[Permission]] = {
     "stranger": frozenset({"public"}),
     "key": frozenset({"public", "infer", "read", "metrics"}),
-    "tenant": frozenset({"public", "infer", "read", "feedback", "write", "train"}),
-    "open": _ALL - {"administer"},
+    "tenant": ROLES["trainer"],
+    "open": _ALL - {"administer", "keys", "audit"},
     "operator": _ALL,
 }
 _DENIED: dict[Permission, tuple[str, str]] = {
+    "infer": ("this key is not allowed to use models", "use a key with the role caller, trainer or owner"),
+    "read": ("this key is not allowed to browse adapters", "use a key with the role caller, trainer or owner"),
     "metrics": ("this key is not allowed to read metrics, which cover all tenants", "use the admin key"),
     "feedback": ("this key is not allowed to give feedback", "use a tenant's key or the admin key"),
-    "write": ("this key is not allowed to change adapters", "use a tenant's key or the admin key"),
-    "train": ("this key is not allowed to train", "use a tenant's key or the admin key"),
+    "write": ("this key is not allowed to change adapters", "use a tenant's key (trainer, owner) or the admin key"),
+    "train": ("this key is not allowed to train", "use a tenant's key (trainer, owner) or the admin key"),
+    "keys": ("this key is not allowed to manage keys", "use a key with the role owner"),
+    "audit": ("this key is not allowed to read usage and the audit log", "use a key with the role owner or auditor"),
     "operate": ("admin key required", "use the admin key"),
     "administer": ("only the operator can manage tenants", "use the admin key"),
 }
@@ -62,7 +84,8 @@ class Principal:
 
     `tenant`: "" except for kind "tenant". `sees(name)`: whether an adapter or route of this name is visible.
     `user`: the client's ID for its end user; a route gives each user the same target every time. `weight`:
-    relative share of the engine.
+    relative share of the engine. `roles`: of kind "tenant", whose permissions are those of all its roles.
+    `identity`: `key:` and the key's id, or `oidc:` and the user's subject.
     """
 
     kind: _Kind
@@ -70,9 +93,13 @@ class Principal:
     sees: Callable[[str], bool] = field(default=lambda name: True, repr=False)
     user: str | None = None
     weight: float = 1.0
+    roles: tuple[Role, ...] = ("trainer",)
+    identity: str = ""
 
     def can(self, permission: Permission) -> bool:
         """Return whether this principal has the permission."""
+        if self.kind == "tenant":
+            return any(permission in ROLES[role] for role in self.roles)
         return permission in PERMISSIONS[self.kind]
 
     def require(self, permission: Permission | None) -> None:
@@ -104,7 +131,7 @@ class Principal:
     @property
     def actor(self) -> str:
         """The principal's name in the audit log."""
-        return self.tenant or "operator"
+        return "/".join(filter(None, (self.tenant or "operator", self.identity)))
 
 
 STRANGER = Principal("stranger")

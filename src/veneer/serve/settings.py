@@ -6,6 +6,7 @@ Imports nothing heavy, so that the command line can read its defaults from this 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -138,6 +139,23 @@ class LedgerSettings:
 
 
 @dataclass(frozen=True)
+class OidcSettings:
+    """An OpenID Connect issuer whose tokens are accepted beside API keys.
+
+    `issuer`: an https:// URL, or http:// on localhost. `audience`: the token's `aud`. `tenant_claim`,
+    `role_claim`: claims with the tenant and the roles; a name or a path with dots. `roles`: value of the role
+    claim -> role, for values that are not names of roles.
+    """
+
+    issuer: str
+    audience: str
+    tenant_claim: str = "tenant"
+    role_claim: str = "roles"
+    roles: Mapping[str, Literal["owner", "trainer", "caller", "auditor"]] = field(default_factory=dict)
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
 class FleetSettings:
     """Settings of a server in front of vLLM.
 
@@ -162,7 +180,8 @@ class ServeSettings:
     tenants' routes, prices and ledger are then used only if the server listens on localhost. With an
     upstream, only the base's names and tokenizer are read. `quantize`: see models.text.base.load_text.
     `drain`: seconds that running requests have to finish after SIGTERM. `served_name`: the name under which
-    the base is served; "" for the last part of the base's own name.
+    the base is served; "" for the last part of the base's own name. `redis`: URL of the Redis server that
+    counts limits for all servers.
     """
 
     base: str
@@ -184,6 +203,8 @@ class ServeSettings:
     http: HttpSettings = field(default_factory=HttpSettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)
     fleet: FleetSettings = field(default_factory=FleetSettings)
+    oidc: OidcSettings | None = None
+    redis: str | None = field(default=None, repr=False)
 
     @property
     def here(self) -> bool:

@@ -17,6 +17,7 @@ from veneer.library.names import parse_reference
 from veneer.serve.access import TRIALS
 from veneer.serve.request import Refused
 from veneer.serve.tenancy import routes
+from veneer.serve.tenancy.entry import day_of
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import ALL, EACH, Limit, TenantSettings
 from veneer.serve.tenancy.tenants import Tenants
@@ -26,6 +27,7 @@ from veneer.studio.routes import RouteForm
 
 _REVISIONS = 8
 """Maximum number of revisions shown for a route."""
+_USAGE_DAYS = 7
 
 
 async def live_view(page: ViewPage) -> None:
@@ -60,7 +62,7 @@ class _LiveView:
             self.new = RouteForm(page, self.store, self.refresh)
         heading("Shadows")
         self.shadows = Fragment("shadows.html.j2")
-        heading("Usage and cost")
+        heading(f"Usage and cost of the last {_USAGE_DAYS} days")
         self.usage = Fragment("used.html.j2")
         Command(command("tenant", "usage", by="tenant,adapter"))
         heading("Adapters in memory")
@@ -125,8 +127,9 @@ class _LiveView:
 
     def _read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
         """Return the shadows' summary, the usage and the loaded adapters. Blocking."""
+        since = day_of(time.time() - (_USAGE_DAYS - 1) * 86400)
         with reading(self.store.engine) as c:
-            summary, used = routes.shadow_summary(c), usage(c, by=("tenant", "adapter"))
+            summary, used = routes.shadow_summary(c), usage(c, by=("tenant", "adapter"), since=since)
         return summary, used, self.page.studio.service.catalog.in_memory()
 
     async def _fill_routes(self, settings: TenantSettings) -> None:

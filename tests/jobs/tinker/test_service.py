@@ -163,6 +163,18 @@ def test_restart_keeps_checkpoints_and_ends_clients(tmp_path: Path) -> None:
         assert left - {"live"} == {"lock", run.session}
 
 
+def test_another_server_has_none_of_the_clients_and_says_so(tmp_path: Path) -> None:
+    """Sessions live in one process: behind several servers, a router keeps each client on one of them."""
+    with small_service(tmp_path / "one") as one, small_service(tmp_path / "two") as two:
+        session = one.create_session("acme")
+        assert one.session("acme", session.id) is session
+        with pytest.raises(Refused, match="this server has no session") as refused:
+            two.session("acme", session.id)
+        assert (refused.value.status, "router" in str(refused.value.fix)) == (404, True)
+        with pytest.raises(ConfigError, match="another server on this machine"), small_service(tmp_path / "one"):
+            pass
+
+
 def test_unreadable_checkpoint_is_skipped_and_stays(tmp_path: Path) -> None:
     with small_service(tmp_path) as service:
         run = begun(service)

@@ -289,9 +289,9 @@ class TinkerService:
 
     def session(self, tenant: str, id: str) -> Session:
         """Return a session. Raises Refused (404)."""
-        session = self.sessions.get(id)
-        if session is None or session.tenant != tenant:
-            raise not_found(f"there is no session {id[:60]!r}", "session_id", "make a new ServiceClient")
+        if (session := self.sessions.get(id)) is None or session.tenant != tenant:
+            fix = "make a new ServiceClient; a router in front of several servers must send a client to one of them"
+            raise not_found(f"this server has no session {id[:60]!r}", "session_id", fix)
         return session
 
     def create_run(

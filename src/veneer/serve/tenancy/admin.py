@@ -1,8 +1,9 @@
-"""The routes under /admin, which require the admin key.
+"""The routes under /admin, which require the admin key, and those under /v1/tenant for a tenant's own records.
 
 They cover tenants, keys, settings, routes, usage and the audit log.
 
     app.include_router(admin_router(tenants, catalog))
+    app.include_router(tenant_router(tenants))
 
 Bodies are strict: an unknown key is an error. Errors have OpenAI's format. Names of routes and adapters,
 which can contain a slash, are sent in bodies and queries, not in paths.
@@ -13,16 +14,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.guard import needs
+from veneer.serve.http.guard import needs, principal_of
+from veneer.serve.principal import Role
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog
 
 _WHO = "admin"
+_Lines: TypeAlias = Annotated[int, Query(ge=1, le=1000)]
+_Skipped: TypeAlias = Annotated[int, Query(ge=0)]
 
 
 class _Body(BaseModel):
@@ -55,6 +59,7 @@ class SettingsBody(manage.SettingsChange):
 class NewKey(_Body):
     label: str = ""
     expires: str | None = Field(None, description="90d, 12h, 30m, or a day such as 2027-01-31")
+    role: Role = "trainer"
 
 
 class Target(_Body):
@@ -88,6 +93,68 @@ def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     _routes(router, store, catalog)
     _records(router, store, catalog)
     return router
+
+
+def tenant_router(tenants: Tenants) -> APIRouter:
+    """Return the routes for a tenant's own keys, usage and audit log. The operator has `admin_router`."""
+    router = APIRouter(prefix="/v1/tenant", tags=["tenant"], route_class=AdminRoute)
+    store, keys, audit = tenants.store, [needs("keys")], [needs("audit")]
+
+    def own(request: Request) -> str:
+        if tenant := principal_of(request.scope).tenant:
+            return tenant
+        raise invalid("the admin key belongs to no tenant", fix="use the routes under /admin")
+
+    @router.get("/keys", dependencies=keys)
+    def list_keys(tenant: str = Depends(own)) -> dict[str, Any]:
+        return _keys_json(store, tenant)
+
+    @router.post("/keys", status_code=201, dependencies=keys)
+    def make_key(request: Request, body: NewKey, tenant: str = Depends(own)) -> dict[str, Any]:
+        return _new_key(store, tenant, body, principal_of(request.scope).actor)
+
+    @router.delete("/keys/{key}", dependencies=keys)
+    def revoke_key(request: Request, key: str, tenant: str = Depends(own)) -> dict[str, Any]:
+        actor = principal_of(request.scope).actor
+        return manage.show_key(manage.revoke_key(store, key, tenant=tenant, actor=actor))
+
+    @router.get("/usage", response_model=None, dependencies=audit)
+    def show_usage(
+        by: str = "adapter,day",
+        adapter: str | None = None,
+        since: str = "",
+        until: str = "",
+        format: Literal["json", "csv"] = "json",
+        tenant: str = Depends(own),
+    ) -> Response | dict[str, Any]:
+        return _usage_response(store, by, format, tenant=tenant, adapter=adapter, since=since, until=until)
+
+    @router.get("/audit", dependencies=audit)
+    def show_audit(
+        what: str = "", limit: _Lines = 100, skip: _Skipped = 0, tenant: str = Depends(own)
+    ) -> dict[str, Any]:
+        with store.reading() as c:
+            return {"lines": manage.audit_lines(c, tenant=tenant, action=what, limit=limit, skip=skip)}
+
+    return router
+
+
+def _keys_json(store: Store, tenant: str) -> dict[str, Any]:
+    now = time.time()
+    return {"keys": [manage.show_key(k) | {"state": k.state(now)} for k in manage.list_keys(store, tenant)]}
+
+
+def _new_key(store: Store, tenant: str, body: NewKey, actor: str) -> dict[str, Any]:
+    expires = manage.when(body.expires, time.time()) if body.expires else None
+    row, key = manage.make_tenant_key(store, tenant, label=body.label, expires=expires, role=body.role, actor=actor)
+    return {**manage.show_key(row), "key": key}
+
+
+def _usage_response(store: Store, by: str, format: str, **filters: Any) -> Response | dict[str, Any]:
+    names = [name for name in by.split(",") if name]
+    with store.reading() as c:
+        rows = usage(c, by=names, **filters)
+    return PlainTextResponse(as_csv(rows, names), media_type="text/csv") if format == "csv" else {"usage": rows}
 
 
 def _tenants(router: APIRouter, store: Store) -> None:
@@ -128,14 +195,11 @@ def _tenants(router: APIRouter, store: Store) -> None:
 def _keys(router: APIRouter, store: Store) -> None:
     @router.get("/tenants/{tenant}/keys")
     def list_keys(tenant: str) -> dict[str, Any]:
-        now = time.time()
-        return {"keys": [manage.show_key(k) | {"state": k.state(now)} for k in manage.list_keys(store, tenant)]}
+        return _keys_json(store, tenant)
 
     @router.post("/tenants/{tenant}/keys", status_code=201)
     def make_key(tenant: str, body: NewKey) -> dict[str, Any]:
-        expires = manage.when(body.expires, time.time()) if body.expires else None
-        row, key = manage.make_tenant_key(store, tenant, label=body.label, expires=expires, actor=_WHO)
-        return {**manage.show_key(row), "key": key}
+        return _new_key(store, tenant, body, _WHO)
 
     @router.delete("/tenants/{tenant}/keys/{key}")
     def revoke_key(tenant: str, key: str) -> dict[str, Any]:
@@ -181,7 +245,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
             return {"moves": routes.route_history(c, route, tenant=tenant)}
 
     @router.get("/shadows")
-    def shadow_log(route: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+    def shadow_log(route: str = "", limit: _Lines = 100) -> dict[str, Any]:
         with store.reading() as c:
             summary = routes.shadow_summary(c, route=route)
             return {"summary": summary, "comparisons": routes.shadow_log(c, route=route, limit=limit)}
@@ -201,18 +265,10 @@ def _records(router: APIRouter, store: Store, catalog: Catalog) -> None:
         until: str = "",
         format: Literal["json", "csv"] = "json",
     ) -> Response | dict[str, Any]:
-        names = [name for name in by.split(",") if name]
-        with store.reading() as c:
-            rows = usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
-        return PlainTextResponse(as_csv(rows, names), media_type="text/csv") if format == "csv" else {"usage": rows}
+        return _usage_response(store, by, format, tenant=tenant, adapter=adapter, since=since, until=until)
 
     @router.get("/audit")
-    def show_audit(
-        subject: str = "",
-        what: str = "",
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        skip: Annotated[int, Query(ge=0)] = 0,
-    ) -> dict[str, Any]:
+    def show_audit(subject: str = "", what: str = "", limit: _Lines = 100, skip: _Skipped = 0) -> dict[str, Any]:
         with store.reading() as c:
             return {"lines": manage.audit_lines(c, subject=subject, action=what, limit=limit, skip=skip)}
 

@@ -38,14 +38,20 @@ def key_id(key: str) -> str | None:
     return match[1] if match else None
 
 
-def hash_key(key: str) -> str:
-    """Return the hash of a key. Only the hash is stored."""
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+def hash_key(key: str, role: str = "trainer") -> str:
+    """Return the hash of a key. Only the hash is stored.
+
+    The hash of a key with another role than `trainer` covers the role. So a server of an earlier version,
+    which knows no roles and runs beside this one during an upgrade, refuses the key instead of accepting the
+    key with a trainer's permissions.
+    """
+    text = key if role == "trainer" else f"{role}:{key}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def matches_hash(key: str, stored_hash: str) -> bool:
+def matches_hash(key: str, stored_hash: str, role: str = "trainer") -> bool:
     """Return whether `stored_hash` is the hash of `key`, compared in constant time."""
-    return hmac.compare_digest(hash_key(key), stored_hash)
+    return hmac.compare_digest(hash_key(key, role), stored_hash)
 
 
 def default_database() -> str:

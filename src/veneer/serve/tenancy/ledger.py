@@ -361,7 +361,10 @@ class Ledger:
     # -- maintenance ---------------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """Record that this server is alive; call at least every ten minutes."""
+        """Record that this server is alive.
+
+        Without a call for ten minutes, other servers settle this server's requests.
+        """
         with write_transaction(self.store.engine) as c:
             c.execute(delete(db.server_table).where(_SERVER.server == self.server))
             seen = c.scalar(select(database_clock(self.store.engine)))
@@ -410,6 +413,19 @@ class Ledger:
                 (r.tenant, r.adapter, max(0.0, now - (r.slot + 1) * width), int(r.n), int(r.tokens))
                 for r in c.execute(query)
             ]
+
+    def running_on_other_servers(self, seconds: float) -> list[tuple[str, str, int]]:
+        """Return the running requests of other servers that were alive in the last `seconds`.
+
+        Rows are (tenant, adapter or "" for whole requests, requests).
+        """
+        alive = select(_SERVER.server).where(_SERVER.seen > database_clock(self.store.engine) - seconds)
+        key = (_LINE.tenant, _LINE.adapter, _LINE.part)
+        query = select(*key, func.count().label("n")).where(_LINE.state == "open", _LINE.server.in_(alive))
+        with reading(self.store.engine) as c:
+            rows = c.execute(query.where(_LINE.server != self.server).group_by(*key)).all()
+        whole = [(r.tenant, ALL, int(r.n)) for r in rows if r.part == 0]
+        return whole + [(r.tenant, name_of(r.adapter), int(r.n)) for r in rows]
 
     def close(self) -> None:
         """Interrupt running requests, and send pending entries.

@@ -26,11 +26,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, Table, delete, insert, select, update
+from sqlalchemy import Connection, Table, delete, func, insert, or_, select, update
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, one_of
 from veneer.library.names import name_of
 from veneer.serve.config import check_values
+from veneer.serve.principal import ROLES, Role
 from veneer.serve.tenancy import store as db
 from veneer.serve.tenancy.feedback import EVERYTHING, delete_answers
 from veneer.serve.tenancy.keys import hash_key, make_key
@@ -62,12 +63,16 @@ def append_audit(c: Connection, actor: str, action: str, subject: str, before: A
 
 
 def audit_lines(
-    c: Connection, *, subject: str = "", action: str = "", limit: int = 100, skip: int = 0
+    c: Connection, *, subject: str = "", action: str = "", tenant: str = "", limit: int = 100, skip: int = 0
 ) -> list[dict[str, Any]]:
     """Return entries of the log, newest first.
 
-    `action`: an action or its prefix, such as key or key.revoke."""
+    `action`: an action or its prefix, such as key or key.revoke. `tenant`: only entries about this tenant, its
+    routes, and adapters in its namespace."""
     query = select(db.audit_table).order_by(db.audit_table.c.number.desc()).limit(limit).offset(skip)
+    if tenant:
+        about = db.audit_table.c.subject
+        query = query.where((about == tenant) | about.startswith(f"{tenant}/", autoescape=True))
     if subject:
         query = query.where(db.audit_table.c.subject == subject)
     if action:
@@ -367,23 +372,39 @@ def remove_tenant(store: Store, name: str, *, actor: str) -> None:
 
 # -- keys --------------------------------------------------------------------------------------------------------------
 
+MOST_KEYS = 1000
+"""Maximum stored keys of a tenant, because each server keeps all keys in memory."""
+
 
 def make_tenant_key(
-    store: Store, tenant: str, *, label: str = "", expires: float | None = None, actor: str, now: float | None = None
+    store: Store,
+    tenant: str,
+    *,
+    label: str = "",
+    expires: float | None = None,
+    role: Role = "trainer",
+    actor: str,
+    now: float | None = None,
 ) -> tuple[KeyRow, str]:
     """Create a key; return the stored row and the key, which cannot be shown again.
 
-    `expires`: seconds since 1970.
+    `expires`: seconds since 1970. Keys that ended 90 days ago are deleted; the audit log still has them.
     """
+    one_of(role, ROLES, "a role", "role")
     with store.change() as c:
         db.tenant_row(c, tenant)
         created = time.time() if now is None else now
+        k, ended = db.key_table.c, created - 90 * 86400
+        c.execute(delete(db.key_table).where(k.tenant == tenant, or_(k.revoked < ended, k.expires < ended)))
+        if (c.scalar(select(func.count()).where(k.tenant == tenant)) or 0) >= MOST_KEYS:
+            problem = f"tenant {tenant} has {MOST_KEYS:,} keys, with those that ended in the last 90 days"
+            raise ConfigError(problem, where="tenant", fix="revoke unused keys, and use keys for longer")
         if expires is not None and expires <= created:
             raise ConfigError("the expiry time is in the past", where="expires", fix="a time in the future")
         if len(label) > 200:
             raise ConfigError("the label is longer than 200 characters", where="label")
         identity, key = make_key()
-        row = KeyRow(identity, tenant, hash_key(key), label, created, expires, None)
+        row = KeyRow(identity, tenant, hash_key(key, role), label, created, expires, None, role)
         c.execute(insert(db.key_table), asdict(row))
         append_audit(c, actor, "key.add", tenant, None, show_key(row))
     return row, key

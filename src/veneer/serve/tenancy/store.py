@@ -72,6 +72,7 @@ from veneer.library.database import (
 )
 from veneer.library.migrate import Schema, append_only, migrate
 from veneer.library.names import check_name, check_namespace, name_of, parse_reference
+from veneer.serve.principal import Role
 from veneer.serve.tenancy.keys import database_here
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -98,6 +99,7 @@ key_table = _table(
     *columns(Text, "hash", "label"),
     *columns(Float, "created"),
     *columns(Float, "expires", "revoked", nullable=True),
+    Column("role", Text, nullable=False, server_default="trainer"),  # servers before 0011 insert no role
 )
 grant_table = _table("tenant_grants", *key_columns("tenant", "pattern"))
 limit_table = _table("tenant_limits", *key_columns("tenant", "adapter"), *columns(BigInteger, *LIMITS, nullable=True))
@@ -138,6 +140,8 @@ sum_table = _table(  # sums of closed lines by day, kept after the lines are del
     *columns(BigInteger, "done", "interrupted", *_TOKENS),
     *columns(Float, *_SECONDS),
     *columns(BigInteger, "cost"),
+    Index("tenant_sums_tenant", "tenant", "adapter", "day"),
+    Index("tenant_sums_adapter", "adapter", "day"),
 )
 slot_table = _table(  # recent admissions, for limits across several servers
     "tenant_slots",
@@ -297,7 +301,7 @@ class Tenant:
 
 @dataclass(frozen=True)
 class KeyRow:
-    """A stored key. `hash` never leaves the process."""
+    """A stored key. `hash` never leaves the process; it covers the role (see `keys.hash_key`)."""
 
     id: str
     tenant: str
@@ -306,6 +310,7 @@ class KeyRow:
     created: float
     expires: float | None
     revoked: float | None
+    role: Role = "trainer"
 
     def state(self, now: float) -> str:
         if self.revoked is not None:

@@ -5,10 +5,11 @@
     authenticate  key -> principal, visible names, share; from the current settings in the database
     admitted      limits (memory) -> ledger -> served -> bill (ledger)
 
-Each process counts usage in memory. Processes that share a database exchange their usage through the
-database: each process reads other processes' usage of the last minute every second, and usage of the last day
-(including its own earlier runs) every minute. So a window covers all processes, except for requests that
-other processes admit between two reads, and a restart loses no usage. `concurrency` is per process.
+Each process counts usage in memory. Processes that share a Redis server also count there, exactly. Processes
+that share only a database exchange their usage through the database: each process reads other processes'
+usage of the last minute and their running requests every second, and usage of the last day (including its own
+earlier runs) every minute. So a limit covers all processes, except for requests that other processes admit
+between two reads, and a restart loses no usage.
 
 While the database is unavailable, requests continue: keys, names and limits are those that were read last,
 windows count this process only, and the journal stores ledger entries. Changes of settings apply once the
@@ -34,18 +35,20 @@ from veneer.library.database import shown_url
 from veneer.library.names import name_of
 from veneer.models.home import veneer_home
 from veneer.serve.access import TRIALS, LedgerState, ResolvedModel, ShadowAnswer, StoreAnswer, Tenancy
-from veneer.serve.principal import Principal
+from veneer.serve.principal import Principal, Role
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, Usage
-from veneer.serve.settings import LedgerSettings
+from veneer.serve.settings import LedgerSettings, OidcSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.feedback import StoredAnswers
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, matches_hash
 from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
+from veneer.serve.tenancy.oidc import OidcUsers, is_token, token_refused
+from veneer.serve.tenancy.redis_limits import LEASE, RedisLimits
 from veneer.serve.tenancy.routes import TenantRoutes
-from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, TenantSettings
+from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, Tenant, TenantSettings
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _FRESH_SECONDS = 0.5
@@ -66,6 +69,8 @@ class Tenants(Tenancy):
         admin_key: str | None = None,
         ledger: LedgerSettings | None = None,
         quotas: Quotas | None = None,
+        oidc: OidcSettings | None = None,
+        redis: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         watch: bool = True,
@@ -73,14 +78,16 @@ class Tenants(Tenancy):
         """Open the database and start background work. Raises ConfigError, ResourceError.
 
         `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this object.
-        `admin_key`: see `admin_hash`; None for no admin. `quotas`: limits for each tenant. `watch`: in a
-        background thread, read other servers' usage and settle the requests of dead servers.
+        `admin_key`: see `admin_hash`; None for no admin. `quotas`: limits for each tenant. `oidc`: the issuer of
+        tokens; `redis`: URL of the Redis server that counts limits for all servers. `watch`: in a background
+        thread, read other servers' usage and settle the requests of dead servers.
         """
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
         self.store = Store(where, patience=SERVING_PATIENCE) if isinstance(where, str) else where
         self._wall, self.keep_days = wall, ledger.days
-        self.limits = Limits(clock)
+        self.oidc = None if oidc is None else OidcUsers(oidc)
+        self.limits = Limits(clock, None if redis is None else RedisLimits(redis))
         folder = ledger.folder or _journal_folder(self.store.where)
         try:
             self.ledger = Ledger(self.store, folder, wall, synced=ledger.synced, room=ledger.room)
@@ -106,14 +113,20 @@ class Tenants(Tenancy):
         settings = await self._fresh()
         if key and self.admin_hash is not None and matches_hash(key, self.admin_hash):
             return Principal("operator", user=user)
+        if key and self.oidc is not None and is_token(key):
+            signed = await self.oidc.user(key)
+            tenant = settings.tenants.get(signed.tenant)
+            if tenant is None or not tenant.enabled:
+                raise token_refused("the token's tenant is unknown or disabled on this server")
+            return _principal(settings, tenant, user, signed.roles, f"oidc:{signed.subject}")
         id = key_id(key) if key else None
         row = settings.keys.get(id) if id else None
-        matches = matches_hash(key or "", row.hash if row else _NOBODY) and row is not None
+        matches = matches_hash(key or "", *((row.hash, row.role) if row else (_NOBODY,))) and row is not None
         tenant = settings.tenants.get(row.tenant) if row else None
         if not matches or row is None or tenant is None or row.state(self._wall()) != "active" or not tenant.enabled:
             fix = "send Authorization: Bearer vnr-…, with an active key"
             raise Refused("no valid API key", status=401, code="unauthorized", fix=fix)
-        return Principal("tenant", tenant.name, settings.visibility[tenant.name], user, tenant.weight)
+        return _principal(settings, tenant, user, (row.role,), f"key:{row.id}")
 
     async def _fresh(self) -> TenantSettings:
         """Return settings that were read after this call started.
@@ -180,7 +193,8 @@ class Tenants(Tenancy):
             for digest, name, strength in model.parts()
         )
         names = [name_of(line.adapter) for line in lines]
-        reserved = self.limits.take(settings.limits, principal.tenant, names, prompt_tokens, max_tokens)
+        asked = (settings.limits, principal.tenant, names, prompt_tokens, max_tokens)
+        reserved = await self.limits.reserve(*asked)
         tenant = TRIALS if model.trial and principal.kind != "tenant" else principal.tenant
         entry = LedgerEntry(request, tenant, model.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
@@ -219,9 +233,12 @@ class Tenants(Tenancy):
         while not self._stop.wait(1.0):
             rounds += 1
             try:
+                if self.limits.redis is not None:
+                    self.limits.redis.beat()
                 self.count_other_servers(MINUTE)
-                if rounds % 60 == 0:
+                if rounds % (LEASE // 3) == 0:
                     self.ledger.beat()
+                if rounds % 60 == 0:
                     self.count_other_servers(DAY)
                     self.ledger.recover()
                 if rounds % 600 == 60:
@@ -241,6 +258,8 @@ class Tenants(Tenancy):
         if named or self.limits.counters:
             used = self.ledger.usage_of_other_servers(window, named) if named else ()
             self.limits.set_other_servers(limits, window, used)
+        if window == MINUTE and any(limit.concurrency is not None for limit in limits.values()):
+            self.limits.set_running_elsewhere(limits, self.ledger.running_on_other_servers(LEASE))
 
     def ledger_state(self) -> LedgerState:
         """Return how far the ledger is behind, for metrics."""
@@ -253,6 +272,8 @@ class Tenants(Tenancy):
             self._watcher.join()
         self._refresher.shutdown()
         self.ledger.close()
+        if self.limits.redis is not None:
+            self.limits.redis.close()
         self.store.close()
 
 
@@ -271,10 +292,16 @@ class OpenTenants(Tenants):
         Other text counts as no key, because some clients require a key and send a dummy. Raises Refused
         (unauthorized, 401) for an invalid tenant key.
         """
-        if key and key_id(key) is not None:
+        if key and (key_id(key) is not None or (self.oidc is not None and is_token(key))):
             return await super().authenticate(key, user)
         await self._fresh()
         return Principal("open", user=user)
+
+
+def _principal(
+    settings: TenantSettings, tenant: Tenant, user: str | None, roles: tuple[Role, ...], identity: str
+) -> Principal:
+    return Principal("tenant", tenant.name, settings.visibility[tenant.name], user, tenant.weight, roles, identity)
 
 
 class _Bill:
