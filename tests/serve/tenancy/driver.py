@@ -2,6 +2,7 @@
 
     python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  kill a server under load at random times
     python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    kill one scenario at every STRIDEth step
+    python -m tests.serve.tenancy.driver doors URL FOLDER KILLS SEED [REDIS]    two servers, each killed at random
 
 This is a separate program so that it can fork safely. The server writes to a socket, so clients record
 exactly what was delivered before the kill. The program prints a summary and exits with code 0 if the ledger
@@ -16,9 +17,10 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from tests.forks import expect, fork
 from veneer.library.database import reading
 from veneer.serve.access import ResolvedModel
 from veneer.serve.principal import Principal
-from veneer.serve.request import Usage
+from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import ledger as ledger_module
 from veneer.serve.tenancy import manage
@@ -56,8 +58,8 @@ def tenant_of(request: str) -> str:
     return f"t{sum(request.encode()) % 3}"
 
 
-def opened(url: str, folder: Path, *, watch: bool = False) -> Tenants:
-    return Tenants(url, ledger=LedgerSettings(folder=folder / "journals", room=1 << 20), watch=watch)
+def opened(url: str, folder: Path, *, watch: bool = False, redis: str | None = None) -> Tenants:
+    return Tenants(url, ledger=LedgerSettings(folder=folder / "journals", room=1 << 20), watch=watch, redis=redis)
 
 
 async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:
@@ -81,10 +83,10 @@ def done_in(url: str) -> int:
         return int(usage(c, by=())[0]["done"])
 
 
-def server(url: str, folder: Path, socket: str) -> None:
+def server(url: str, folder: Path, socket: str, redis: str | None = None) -> None:
     async def run() -> None:
         before = done_in(url)
-        tenants = opened(url, folder, watch=True)
+        tenants = opened(url, folder, watch=True, redis=redis)
         with (folder / "recovered").open("a") as file:
             file.write(f"{done_in(url) - before}\n")
         post = ledger_module.post
@@ -103,7 +105,10 @@ def server(url: str, folder: Path, socket: str) -> None:
 
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 while request := (await reader.readline()).decode().strip():
-                    await serve_one(tenants, request, say, 0.01)
+                    try:
+                        await serve_one(tenants, request, say, 0.01)
+                    except Refused as error:
+                        await say({"request": request, "refused": error.status})
 
         ended = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
@@ -160,7 +165,81 @@ def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
         asyncio.run(clients(socket, f"{seed}-{n}", lambda: os.kill(child, end), pick.uniform(0.05, 0.6), saw))  # noqa: B023
         expect(child, killed=not last)
     from_journal = sum(map(int, (folder / "recovered").read_text().split()))
-    return {"kills": kills, "from_journal": from_journal, **balance(url, folder, saw)}
+    return {"kills": kills, "from_journal": from_journal, **balance(url, [folder], saw)}
+
+
+# -- two servers under load --------------------------------------------------------------------------------------------
+
+MINUTES_LIMIT = 60
+"""Requests per minute of tenant t0 in `run_doors`."""
+
+
+def run_doors(url: str, folder: Path, kills: int, seed: int, redis: str | None = None) -> dict[str, int]:
+    """Kill one of two servers at a time, and start it again, while clients send each request to a random one."""
+    pick, saw, folders = random.Random(seed), dict[str, list[Any]](), [folder / "one", folder / "two"]
+    for each in folders:
+        each.mkdir()
+    prepare(url, folders[0])
+    with tenants_at(url) as store:
+        manage.change_settings(store, "t0", {"requests_per_minute": MINUTES_LIMIT}, actor="driver")
+
+    def start(n: int) -> subprocess.Popen[bytes]:
+        (folders[n] / "socket").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "tests.serve.tenancy.driver", "serve", url, str(folders[n])]
+        return subprocess.Popen([*command, str(folders[n] / "socket"), *([redis] if redis else [])])
+
+    async def client(number: int, ended: asyncio.Event) -> None:
+        for n in range(1_000_000):
+            if ended.is_set():
+                return
+            request, door = f"{seed}-{number}-{n}", pick.choice(folders)
+            try:
+                reader, writer = await asyncio.open_unix_connection(str(door / "socket"))
+            except OSError:  # the server is not there, so another request goes to another server
+                await asyncio.sleep(0.01)
+                continue
+            saw[request] = []
+            with contextlib.suppress(ConnectionError):
+                writer.write(f"{request}\n".encode())
+                while (line := await reader.readline()).endswith(b"\n"):
+                    saw[request].append(json.loads(line))
+                    if {"used", "refused"} & saw[request][-1].keys():
+                        break
+            writer.close()
+            await asyncio.sleep(0.02)
+
+    def answered() -> int:
+        return sum("used" in lines[-1] for lines in saw.values() if lines)
+
+    async def run() -> None:
+        doors, ended = [start(0), start(1)], asyncio.Event()
+        running = [asyncio.create_task(client(n, ended)) for n in range(CLIENTS)]
+        for _ in range(kills):
+            before = answered()
+            while answered() < before + 40:  # both servers can be starting
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(pick.uniform(0.0, 0.5))
+            victim = pick.randrange(2)
+            doors[victim].kill()
+            doors[victim].wait()
+            doors[victim] = start(victim)
+        ended.set()
+        await asyncio.wait(running, timeout=30)
+        for each in doors:
+            each.terminate()
+        assert [each.wait(60) for each in doors] in ([0, 0], [0, -15], [-15, 0], [-15, -15])  # -15: still starting
+
+    asyncio.run(run())
+    refused = {request for request, lines in saw.items() if lines and "refused" in lines[-1]}
+    assert all(tenant_of(request) == "t0" for request in refused), "only t0 has a limit"
+    with tenants_at(url) as store, reading(store.engine) as c:
+        rows = c.execute(select(ledger.c.request, ledger.c.opened).where(ledger.c.tenant == "t0")).all()
+    times = sorted(row.opened for row in rows)
+    most = max(sum(at - 59 < other <= at for other in times) for at in times)
+    assert most <= MINUTES_LIMIT * (1 if redis else 2), f"{most} requests in a minute"
+    assert not refused & {row.request for row in rows}, "a refused request was recorded"
+    totals = balance(url, folders, {request: lines for request, lines in saw.items() if request not in refused})
+    return {"refused": len(refused), "most": most, **totals}
 
 
 # -- every step of one scenario ----------------------------------------------------------------------------------------
@@ -232,7 +311,7 @@ def run_points(url: str, folder: Path, stride: int) -> dict[str, int]:
         saw |= {name: [] for name in (f"s{steps}-0", f"s{steps}-1", f"s{steps}-x")}
         for heard in told:
             saw[heard["request"]].append(heard)
-    return {"steps": steps, **balance(url, folder, saw)}
+    return {"steps": steps, **balance(url, [folder], saw)}
 
 
 # -- comparison with the ledger ----------------------------------------------------------------------------------------
@@ -249,19 +328,20 @@ def prepare(url: str, folder: Path) -> None:
     expect(fork(make), killed=False)
 
 
-def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]:
+def balance(url: str, folders: Sequence[Path], saw: dict[str, list[Any]]) -> dict[str, int]:
     """Compare the ledger with the clients' records.
 
     Opens the database as a restarted server does, which settles open requests.
     """
     deadline = time.monotonic() + 10
     while True:  # PostgreSQL can take a moment to notice that the killed server's connections are gone
-        tenants = opened(url, folder)
-        with reading(tenants.store.engine) as c:
+        servers = [opened(url, folder) for folder in folders]
+        with reading(servers[0].store.engine) as c:
             rows = c.execute(select(ledger)).all()
             totals = usage(c, by=())
             by_tenant = usage(c, by=("tenant",))
-        tenants.close()
+        for each in servers:
+            each.close()
         if not any(r.state == "open" for r in rows) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
@@ -290,12 +370,15 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
     assert totals[0]["completion"] == sum(t.completion for t in done)
     assert totals[0]["cost"] == sum(PRICE.cost(t.prompt, t.cached, t.completion) for t in done)
     assert sum(r["cost"] for r in by_tenant) == totals[0]["cost"]
-    assert not [path for path in (folder / "journals").iterdir() if path.stat().st_size], "debris"
+    assert not [p for folder in folders for p in (folder / "journals").iterdir() if p.stat().st_size], "debris"
     interrupted = sum(r.state == "interrupted" for r in rows)
     return {"answered": finals, "done": len(done), "interrupted": interrupted}
 
 
 if __name__ == "__main__":
-    what, url, folder, *numbers = sys.argv[1:]
-    do = {"load": run_load, "points": run_points}[what]
-    print(json.dumps(do(url, Path(folder), *map(int, numbers))))  # type: ignore[operator]
+    what, url, folder, *rest = sys.argv[1:]
+    if what == "serve":
+        server(url, Path(folder), *rest)
+    else:
+        do: Any = {"load": run_load, "points": run_points, "doors": run_doors}[what]
+        print(json.dumps(do(url, Path(folder), *(int(each) if each.isdigit() else each for each in rest))))

@@ -33,60 +33,60 @@ def rows(tenants: Tenants, kind: str) -> list[Any]:
     return list(feedback_rows(tenants.store.engine, "acme", kind, now=NOW))
 
 
-def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock: Clock) -> None:
-    manage.add_tenant(tenants.store, "acme", actor="me")
-    manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, actor="me")
-    tenants.store.refresh()
+def test_stored_answers_are_counted_exported_and_removed(one_door: Tenants, clock: Clock) -> None:
+    manage.add_tenant(one_door.store, "acme", actor="me")
+    manage.change_settings(one_door.store, "acme", {"feedback_days": 30.0}, actor="me")
+    one_door.store.refresh()
     for n in range(230):  # more than one batch when reading and writing
-        keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
+        keep(one_door, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
     for n in range(230):
-        tenants.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, changed=frozenset({"up"})))
+        one_door.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, changed=frozenset({"up"})))
     better = {"role": "assistant", "content": "better"}
-    tenants.answers.give("acme", AnswerFeedback("a-1", corrected=better, changed=frozenset({"corrected"})))
+    one_door.answers.give("acme", AnswerFeedback("a-1", corrected=better, changed=frozenset({"corrected"})))
     chosen = AnswerFeedback("a-2", rejected=(("a-3", 0), ("a-4", 0)), changed=frozenset({"rejected"}))
-    tenants.answers.give("acme", chosen)
-    with reading(tenants.store.engine) as c:
+    one_door.answers.give("acme", chosen)
+    with reading(one_door.store.engine) as c:
         counts = feedback_counts(c, "acme", NOW)
     assert counts == {"answers": 230, "up": 172, "down": 58, "corrected": 1, "chosen": 1}
-    labels = rows(tenants, "unpaired")
+    labels = rows(one_door, "unpaired")
     texts = [row["completion"][0]["content"] for row in labels]
     assert sorted(texts) == sorted(f"answer {n} \0 \ud83d" for n in range(230))
-    assert sum(row["label"] for row in labels) == len(rows(tenants, "supervised")) == 172
-    both = [(row["chosen"], row["rejected"]) for row in rows(tenants, "preference")]
+    assert sum(row["label"] for row in labels) == len(rows(one_door, "supervised")) == 172
+    both = [(row["chosen"], row["rejected"]) for row in rows(one_door, "preference")]
     pairs = [(chosen[0]["content"][:8], rejected[0]["content"][:8]) for chosen, rejected in both]
     assert sorted(pairs) == [("answer 2", "answer 3"), ("answer 2", "answer 4"), ("better", "answer 1")]
 
-    assert tenants.answers.forget("acme", user="u-1") == 115, "a-1 and a-3 among them"
-    assert [row["rejected"][0]["content"][:8] for row in rows(tenants, "preference")] == ["answer 4"]
-    assert tenants.answers.forget("acme", id="a-4") == 1
-    assert rows(tenants, "preference") == []
+    assert one_door.answers.forget("acme", user="u-1") == 115, "a-1 and a-3 among them"
+    assert [row["rejected"][0]["content"][:8] for row in rows(one_door, "preference")] == ["answer 4"]
+    assert one_door.answers.forget("acme", id="a-4") == 1
+    assert rows(one_door, "preference") == []
     clock.now += 31 * 86400
-    assert tenants.answers.sweep() == 114
-    with reading(tenants.store.engine) as c:
+    assert one_door.answers.sweep() == 114
+    with reading(one_door.store.engine) as c:
         assert set(feedback_counts(c, "acme", 0.0).values()) == {0}
-    manage.remove_tenant(tenants.store, "acme", actor="me")
+    manage.remove_tenant(one_door.store, "acme", actor="me")
     with pytest.raises(Refused, match="no answer 'a-0' is stored"):
-        tenants.answers.give("acme", AnswerFeedback("a-0", up=True))
+        one_door.answers.give("acme", AnswerFeedback("a-0", up=True))
 
 
-def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
+def test_answers_over_a_tenants_quota_are_not_kept(one_door: Tenants) -> None:
     for name in ("acme", "best"):
-        manage.add_tenant(tenants.store, name, actor="me")
-        manage.change_settings(tenants.store, name, {"feedback_days": 30.0}, actor="me")
-    tenants.store.refresh()
-    tenants.answers.quotas = Quotas(QuotaLimits(files=3))
+        manage.add_tenant(one_door.store, name, actor="me")
+        manage.change_settings(one_door.store, name, {"feedback_days": 30.0}, actor="me")
+    one_door.store.refresh()
+    one_door.answers.quotas = Quotas(QuotaLimits(files=3))
 
     def kept(tenant: str) -> int:
-        tenants.answers.flush()
-        with reading(tenants.store.engine) as c:
+        one_door.answers.flush()
+        with reading(one_door.store.engine) as c:
             return feedback_counts(c, tenant, NOW)["answers"]
 
     for n in range(5):
-        keep(tenants, f"a-{n}", f"u-{n}", "well")
-    keep(tenants, "b-0", "u", "well", tenant="best")
+        keep(one_door, f"a-{n}", f"u-{n}", "well")
+    keep(one_door, "b-0", "u", "well", tenant="best")
     assert (kept("acme"), kept("best")) == (3, 1)
-    assert tenants.answers.forget("acme", user="u-0") == 1
-    keep(tenants, "a-9", "u", "well")
+    assert one_door.answers.forget("acme", user="u-0") == 1
+    keep(one_door, "a-9", "u", "well")
     assert kept("acme") == 3
 
 

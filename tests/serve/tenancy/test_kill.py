@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.serve.tenancy.conftest import RedisServer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -61,3 +64,20 @@ def test_kill_at_each_step_of_a_request(where: str, quick: Path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_longer_soak(where: str, quick: Path, seed: int) -> None:
     assert drive("load", where, str(quick), "25", str(seed))["answered"] > 200
+
+
+@pytest.mark.slow
+def test_two_servers_lose_no_bill_and_exceed_no_limit_when_killed(postgres: Callable[[], str], quick: Path) -> None:
+    """Without Redis, two servers admit at most twice the limit (see `docs/how-to/several-doors.md`)."""
+    done = drive("doors", postgres(), str(quick), "4", "1")
+    assert done["answered"] > 100
+    assert done["refused"] > 0
+
+
+@pytest.mark.fleet
+def test_with_redis_two_killed_servers_never_exceed_a_limit(
+    postgres: Callable[[], str], quick: Path, redis_server: RedisServer
+) -> None:
+    done = drive("doors", postgres(), str(quick), "4", "1", redis_server.url)
+    assert done["answered"] > 100
+    assert done["refused"] > 0

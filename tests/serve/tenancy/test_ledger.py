@@ -132,25 +132,25 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
 # -- retention ---------------------------------------------------------------------------------------------------------
 
 
-def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock) -> None:
-    set_price(tenants.store, 1_000_000, 0, 1_000_000)
-    tenants.store.refresh()
+def test_pruned_lines_keep_their_sums_and_windows(one_door: Tenants, clock: Clock) -> None:
+    set_price(one_door.store, 1_000_000, 0, 1_000_000)
+    one_door.store.refresh()
     for n in range(25):
-        run(ask(tenants, Principal("tenant", "acme"), f"old{n}", Usage(1, 0, 1)))
+        run(ask(one_door, Principal("tenant", "acme"), f"old{n}", Usage(1, 0, 1)))
     clock.now += 40 * 86400
     for n in range(3):
-        run(ask(tenants, Principal("tenant", "acme"), f"new{n}", Usage(1, 0, 1)))
-    rows(tenants)
-    with reading(tenants.store.engine) as c:
+        run(ask(one_door, Principal("tenant", "acme"), f"new{n}", Usage(1, 0, 1)))
+    rows(one_door)
+    with reading(one_door.store.engine) as c:
         before = usage(c)
-    assert tenants.ledger.prune(30, most=10) == 25
-    assert set(rows(tenants)) == {"new0", "new1", "new2"}
-    with reading(tenants.store.engine) as c:
+    assert one_door.ledger.prune(30, most=10) == 25
+    assert set(rows(one_door)) == {"new0", "new1", "new2"}
+    with reading(one_door.store.engine) as c:
         assert usage(c) == before
-    tenants.ledger.server = "0" * 16  # read the ledger as another server would
-    with write_transaction(tenants.store.engine) as c:
+    one_door.ledger.server = "0" * 16  # read the ledger as another server would
+    with write_transaction(one_door.store.engine) as c:
         c.execute(delete(line_table))  # the usage within a window must not depend on these rows
-    seen = tenants.ledger.usage_of_other_servers(86400.0)
+    seen = one_door.ledger.usage_of_other_servers(86400.0)
     found = [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen]
     assert found == [("acme", "", 3, 6), ("acme", "v1", 3, 6)]
 
