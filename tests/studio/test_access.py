@@ -223,7 +223,8 @@ def test_change_on_the_page_is_audited(shared: Shared) -> None:
         page.until("Removed the alias beta")
     audit = httpx.get(f"{server.address}/admin/audit", headers={"authorization": f"Bearer {OPERATOR}"})
     rows = [row for row in audit.json()["lines"] if row["what"] == "adapter.change"]
-    assert [(row["who"], row["subject"]) for row in rows] == [("acme", "acme/tone@1")] * 2
+    who = f"acme/key:{keys['acme'][4:14]}"
+    assert [(row["who"], row["subject"]) for row in rows] == [(who, "acme/tone@1")] * 2
 
 
 def test_socket_needs_an_open_page_of_its_key(shared: Shared) -> None:
