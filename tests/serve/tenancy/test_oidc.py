@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from joserfc import jwk, jwt
 
+from tests.test_readme import ROOT, blocks
 from veneer.errors import ConfigError
 from veneer.serve.config import server_config
 from veneer.serve.principal import Principal
@@ -255,3 +257,10 @@ def test_incomplete_and_unsafe_settings_are_refused(keys: dict[str, Any], words:
     settings = server_config({"oidc": good}, Path("server.yaml")).oidc
     assert settings == OidcSettings("https://id.example.com/r/a", "x", roles={"staff": "caller"})
     assert server_config({}, Path("server.yaml")).oidc is None
+
+
+def test_the_pages_example_is_a_valid_configuration() -> None:
+    (example,) = blocks((ROOT / "docs" / "how-to" / "tenants.md").read_text(encoding="utf-8"), "yaml")
+    settings = server_config(yaml.safe_load(example), Path("server.yaml")).oidc
+    assert settings is not None
+    assert OidcUsers(settings).settings.roles == {"ml-team": "trainer"}
