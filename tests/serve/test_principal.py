@@ -39,6 +39,7 @@ KINDS = {
 }
 PUBLIC = {"/health", "/ping", "/ready", "/version", "/studio/enter", "/studio/leave"}
 OPERATE = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"}
+OPERATE |= {"/v1/lora_adapter/load", "/v1/lora_adapter/unload", "/v1/loras", "/v1/loras/{lora_name:path}"}
 TRAIN = ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/jobs/", "/api/v1/")
 
 

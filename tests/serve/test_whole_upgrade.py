@@ -106,6 +106,8 @@ def door(source: Path, shop: Shop, home: Path, url: str) -> Iterator[tuple[subpr
         wait_for(lambda: server.poll() is not None or is_ready(address), 240)
         assert server.poll() is None, (home / "log").read_text(errors="replace")[-3000:]
         yield server, address
+        server.terminate()  # a killed server's last bills would wait in its journal for the next start
+        server.wait(120)
     finally:
         server.kill()
         server.wait()
