@@ -13,6 +13,7 @@ Everything that is assumed is a field of `Fleet`, with its source. See docs/scal
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 import statistics
@@ -128,12 +129,15 @@ class Replica:
     def adapter(self, name: int) -> tuple[simpy.Event, bool]:
         """Return an event for the adapter in memory, and whether it has to be loaded."""
         is_cold = name not in self.adapters
-        if is_cold:
-            self.adapters[name] = self.env.process(self._load())
-            if len(self.adapters) > self.fleet.resident:
-                self.adapters.popitem(last=False)
+        return self.keep(name, self.env.process(self._load()) if is_cold else self.adapters[name]), is_cold
+
+    def keep(self, name: int, loaded: simpy.Event) -> simpy.Event:
+        """Keep an adapter in memory, in place of the one used least recently if there is no room."""
+        self.adapters[name] = loaded
         self.adapters.move_to_end(name)
-        return self.adapters[name], is_cold
+        if len(self.adapters) > self.fleet.resident:
+            self.adapters.popitem(last=False)
+        return loaded
 
     def _load(self) -> Generator[Any, Any, None]:
         with self.loads.request() as stream:
@@ -150,11 +154,13 @@ class Replica:
 
 
 def simulate(fleet: Fleet) -> Result:
-    """Return what clients saw after an eighth of the time, in which the adapters come into memory."""
+    """Return what clients saw after an eighth of the time, in which the queues fill.
+
+    The replicas begin with adapters in memory, as if they had already answered many requests."""
     env, draws, result = simpy.Environment(), random.Random(fleet.seed), Result()
     replicas = [Replica(env, fleet, i % fleet.zones) for i in range(fleet.gpus)]
     choose = {"random": _random, "least": _least, "affinity": _affinity}[fleet.router]
-    up, owners = list(replicas), dict[int, list[Replica]]()
+    up, cached = list(replicas), dict[int, list[Replica]]()
 
     def target(adapter: int) -> Replica:
         return choose(
@@ -162,6 +168,11 @@ def simulate(fleet: Fleet) -> Result:
         )
 
     sigma = math.sqrt(math.log(1 + fleet.variation**2))
+
+    def owners(adapter: int) -> list[Replica]:
+        if adapter not in cached:
+            cached[adapter] = owners_of(adapter, min(fleet.copies, len(up)), replicas)
+        return cached[adapter]
 
     def duration() -> float:
         if fleet.variation == 1:
@@ -197,15 +208,14 @@ def simulate(fleet: Fleet) -> Result:
         for each in failed:
             each.fail()
         up[:] = [r for r in replicas if r.is_up]
-        owners.clear()
+        cached.clear()
         yield env.timeout(fleet.away)
         for each in failed:
             each.start()
         up[:] = replicas
-        owners.clear()
+        cached.clear()
 
     def arrivals() -> Generator[Any, Any, None]:
-        names = zipf(fleet.adapters, fleet.zipf, draws)
         while env.now < fleet.seconds:
             yield env.timeout(draws.expovariate(fleet.rate))
             is_heavy = draws.random() < fleet.heavy
@@ -213,6 +223,11 @@ def simulate(fleet: Fleet) -> Result:
             result.requests += env.now >= warm
             env.process(request(0 if is_heavy else 1 + adapter % fleet.tenants, adapter))
 
+    names = zipf(fleet.adapters, fleet.zipf, draws)
+    loaded = env.event()
+    loaded.succeed()
+    for adapter in itertools.islice(names, 4 * fleet.gpus * min(fleet.resident, fleet.adapters)):
+        choose(fleet, adapter, up, draws, owners).keep(adapter, loaded)
     warm = fleet.seconds / 8
     env.process(arrivals())
     if fleet.fails < math.inf:
@@ -243,20 +258,26 @@ def _least(fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Rand
 
 
 def _affinity(
-    fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Random, owners: dict[int, list[Replica]]
+    fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Random, owners: Callable[[int], list[Replica]]
 ) -> Replica:
-    """Return the least loaded of the adapter's replicas by rendezvous hashing, unless all are above the bound."""
-    if adapter not in owners:
-        ranked = heapq.nlargest(fleet.copies, enumerate(up), key=lambda item: _hash(adapter, item[0]))
-        owners[adapter] = [replica for _, replica in ranked]
-    best = min(owners[adapter], key=lambda replica: replica.load)
+    """Return the less loaded of the adapter's own replicas, unless they have no room."""
+    best = min(owners(adapter), key=lambda replica: replica.load)
     # A replica may have as many requests as seats without a queue, so the bound applies only above that.
     limit = max(fleet.seats, fleet.bound * fleet.load * fleet.seats)
     return best if best.load < limit else _least(fleet, adapter, up, draws, owners)
 
 
-def _hash(adapter: int, replica: int) -> int:
-    return hash((adapter * 2_654_435_761 % 2**32, replica * 40_503 % 2**16, 7))
+def owners_of(adapter: int, copies: int, replicas: Sequence[Replica]) -> list[Replica]:
+    """Return the adapter's replicas: the first `copies` that are up in an order that the adapter's name determines.
+
+    If a replica fails, only its adapters move, and they return with it, as with rendezvous hashing."""
+    found: list[Replica] = []
+    order = random.Random(adapter)
+    while len(found) < copies:
+        replica = replicas[int(order.random() * len(replicas))]
+        if replica.is_up and replica not in found:
+            found.append(replica)
+    return found
 
 
 # -- theory, for tests -------------------------------------------------------------------------------------------------
@@ -290,8 +311,8 @@ LEDGER_BYTES = 250
 
 
 def scaled(fleet: Fleet, budget: int) -> Fleet:
-    """Return the fleet for as many seconds as give `budget` requests, between 40 seconds and 10 minutes."""
-    return replace(fleet, seconds=min(600.0, max(40.0, budget / fleet.rate)))
+    """Return the fleet for as many seconds as give `budget` requests, between 30 seconds and 10 minutes."""
+    return replace(fleet, seconds=min(600.0, max(30.0, budget / fleet.rate)))
 
 
 def described(fleet: Fleet, result: Result) -> dict[str, float]:
@@ -319,7 +340,7 @@ def sizes(budget: int, gpus: Sequence[int], adapters: Sequence[int]) -> list[tup
 
 
 def run(quick: bool, plots: Path | None) -> dict[str, Any]:
-    budget = 20_000 if quick else 200_000
+    budget = 20_000 if quick else 60_000
     rows: list[dict[str, Any]] = []
     gpus, adapters = ((20, 200), (10_000, 100_000)) if quick else ((20, 200, 2_000), (10_000, 100_000, 1_000_000))
     units = {"requests/s": "requests/s", "cold, %": "%", "loads/s": "loads/s", "dollars": "$ for a million requests"}
