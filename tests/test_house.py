@@ -348,7 +348,7 @@ def test_tests_mirror_the_package() -> None:
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
     assert packages <= folders, f"no tests for {sorted(packages - folders)}"
-    assert folders <= packages | {"attack", "examples", "benchmarks", "bases", "browser"}, sorted(folders - packages)
+    assert folders <= packages | {"attack", "examples", "benchmarks", "bases", "browser", "deploy"}, sorted(folders - packages)
 
 
 def test_every_module_has_a_docstring() -> None:
