@@ -1,7 +1,8 @@
-"""`veneer worker`: run training jobs on this machine."""
+"""`veneer worker`: run training jobs on this machine, on Ray or on Kubernetes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,10 @@ def worker(
     lease: Annotated[
         float, typer.Option("--lease-seconds", min=1, help="Seconds after which a lost worker's job is queued again.")
     ] = 60.0,
+    executor: Annotated[
+        Path | None,
+        typer.Option("--executor", help="YAML file: run jobs on Ray or Kubernetes instead of this machine."),
+    ] = None,
     tied: Annotated[bool, typer.Option("--tied", hidden=True, help="Exit when standard input closes.")] = False,
 ) -> None:
     """Take jobs from the queue and train them until Ctrl-C or SIGTERM.
@@ -33,7 +38,7 @@ def worker(
     workers can share a queue. If a worker is killed, another worker continues its jobs from their last
     checkpoints."""
     from veneer.files.rights import forbid_inspection
-    from veneer.jobs.executors import LocalExecutor
+    from veneer.jobs.cluster import executor_at
     from veneer.jobs.process import end_with_input
     from veneer.jobs.worker import Worker
     from veneer.library.library import open_library
@@ -43,7 +48,7 @@ def worker(
     with open_library(library, index) as opened, tenants_at(tenants) as tenant_store:
         job_worker = Worker(
             opened,
-            LocalExecutor(nice=nice),
+            executor_at(executor, nice=nice),
             tenants=tenant_store,
             at_once=at_once,
             lease=lease,

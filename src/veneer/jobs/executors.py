@@ -6,7 +6,7 @@
     executor.stop(place), .stop(place, hard=True)       SIGTERM, to save and exit; SIGKILL
 
 The executor only starts, polls and stops processes; the queue manages leases. If there are several machines,
-each machine runs its own worker.
+each machine runs its own worker, or one worker uses an executor of `jobs.cluster`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class LocalExecutor:
 
     A handle that has no process counts as ended and raises no error. The child processes end when this
     process ends. A child process that exceeds the memory limit from its job's plan is killed."""
+
+    device: Device | None = None
+    """Device for which jobs are planned; None: the worker's."""
 
     def __init__(self, *, nice: int = 0) -> None:
         """Create an executor whose child processes have the niceness `nice`."""

@@ -1,10 +1,12 @@
 """A job's process: train, report to the queue, publish the adapter, end the job.
 
     veneer_job=… python -m veneer.jobs.process
+    python -m veneer.jobs.process JOB ATTEMPT           in a pod: claims the lease in the database
 
 The parent process (`executors`) holds and renews the lease; this process writes with the lease's token.
 `veneer_job`: see `executors.JOB_VARIABLE`. This process ends as soon as its standard input closes, which
-happens when the parent process ends.
+happens when the parent process ends. In a pod, this process instead ends when the pod is deleted, or when the
+lease is lost.
 
 Each lease has its own folder, `attempt-N`. At the start, this process renames the previous lease's folder,
 including its checkpoints. If the previous process was wrongly considered dead, it can therefore not write to
@@ -344,10 +346,13 @@ def end_with_input(end: Callable[[], object]) -> None:
 
 def main() -> int:
     forbid_inspection()
-    end_with_input(lambda: os._exit(75))
-    job, token, device = json.loads(os.environ.pop(JOB_VARIABLE)).values()
+    job, token, device = sys.argv[1] if len(sys.argv) == 3 else "", "", None
+    if not job:
+        end_with_input(lambda: os._exit(75))
+        job, token, device = json.loads(os.environ.pop(JOB_VARIABLE)).values()
     try:
         with open_library() as library:
+            token = token or JobStore(library).claim(job, int(sys.argv[2])).token
             return run_job(library, job, token, device and Device(**device))
     except VeneerError as error:  # for example, the library or the database is unavailable
         print(error, file=sys.stderr)

@@ -532,6 +532,20 @@ class JobStore:
             raise _lease_lost(job)
         return JobLease(_job(row), token)
 
+    def claim(self, job: str, attempt: int) -> JobLease:
+        """Return the lease of this attempt to the first process that asks; raise LeaseLost to all others."""
+        t = job_table.c
+        with reading(self.engine) as c:
+            row = c.execute(select(job_table).where(t.id == job, t.attempt == attempt, t.state == "running")).first()
+        if row is None or row.token is None:
+            raise _lease_lost(job)
+        lease = JobLease(_job(row), row.token)
+        try:
+            (lease.job.make_folder() / f"claimed-{attempt}").touch(exist_ok=False)
+        except FileExistsError:
+            raise _lease_lost(job) from None
+        return lease
+
     def renew(self, lease: JobLease, seconds: float) -> Job:
         """Extend a lease so that it lasts `seconds` from now. Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):

@@ -132,7 +132,7 @@ class Worker:
         begun = time.monotonic()
         self._served[lease.job.tenant] = begun
         max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
-        self._device = self._device or this_device()
+        self._device = self._device or self.executor.device or this_device()
         handle = self.executor.start(lease, self.environment, self._device, max_memory)
         valid_until, deadline = begun + self.lease, begun + _VALIDATION_SECONDS
         self._running.append(_Running(lease, handle, valid_until, deadline=deadline, max_memory=max_memory))
