@@ -19,6 +19,7 @@ from tests.jobs.test_whole import ROWS
 from tests.library.conftest import postgres, quick  # noqa: F401
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.tenancy.conftest import new_tenant
+from tests.serve.test_ray import SLOW_MACHINE
 from tests.serve.whole import ROOT, make_shop, served
 from veneer.jobs.build import training
 from veneer.jobs.cluster import executor_at
@@ -66,10 +67,12 @@ def job_processes() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
-    import ray
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in SLOW_MACHINE.items():
+            patch.setenv(name, seconds)
+        import ray  # reads these variables
+        from ray.cluster_utils import Cluster
+
         patch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT}")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -28,6 +28,8 @@ from veneer.serve.ray import adapter_name, app, serve_settings
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules
 DEPLOYED = ROOT / "deploy" / "ray" / "serve.yaml"
 REPLICAS = 3
+SLOW_MACHINE = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300", "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300"}
+"""Ray's own limits on the start of its dashboard are 60 and 30 seconds (ray_constants.py, dashboard/consts.py)."""
 PASSWORD = "password-of-the-database"
 
 
@@ -108,6 +110,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        **SLOW_MACHINE,
     }
     log = (folder / "log").open("wb")
     short = Path("/tmp") / f"ray-{os.getpid()}"  # socket paths have a maximum length
