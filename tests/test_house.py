@@ -276,7 +276,7 @@ def test_help_is_fast_and_loads_no_torch(arguments: str) -> None:
 
 LINES = {
     "files": 1_100, "core": 2_600, "ops": 4_000, "formats": 5_600, "models": 5_800, "library": 2_400, "plan": 1_400,
-    "adapters": 1_100, "train": 13_500, "imaging": 1_100, "serve": 12_830, "jobs": 4_817, "studio": 3_100, "cli": 3_492,
+    "adapters": 1_100, "train": 13_500, "imaging": 1_100, "serve": 12_990, "jobs": 4_817, "studio": 3_100, "cli": 3_492,
 }  # fmt: skip
 """Maximum lines of code per package, without blank lines, comments and docstrings.
 
@@ -348,7 +348,9 @@ def test_tests_mirror_the_package() -> None:
     packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
     assert packages <= folders, f"no tests for {sorted(packages - folders)}"
-    assert folders <= packages | {"attack", "examples", "benchmarks", "bases", "browser", "deploy"}, sorted(folders - packages)
+    assert folders <= packages | {"attack", "examples", "benchmarks", "bases", "browser", "deploy"}, sorted(
+        folders - packages
+    )
 
 
 def test_every_module_has_a_docstring() -> None:

@@ -193,6 +193,7 @@ def serve(
             body_time=more.body_seconds,
             idle=more.idle_seconds,
             stall=more.stall_seconds,
+            access_log=more.access_log,
         ),
         ledger=LedgerSettings(
             days=more.ledger_days, folder=more.ledger_folder, room=more.bytes("ledger_room"), synced=more.ledger_sync

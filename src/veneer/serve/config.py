@@ -30,6 +30,7 @@ _Seconds = Annotated[float, Field(ge=0.1)]
 class ServerConfig(BaseModel):
     """The keys of the configuration file. Sizes are numbers of bytes, or text such as 64M.
 
+    access_log: whether to write one line of JSON per request to stderr
     allowed_hosts: accepted Host headers, besides localhost and --host, on a server without keys
     context: maximum tokens of a sequence; 0: as many as the base and the cache allow
     max_tokens: maximum tokens of a completion; 0: as many as the context allows
@@ -50,6 +51,7 @@ class ServerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    access_log: bool = False
     allowed_hosts: list[str] = Field(default_factory=list)
     context: int = Field(default=EngineSettings.context, ge=0)
     max_tokens: int = Field(default=HttpSettings.max_tokens, ge=0)

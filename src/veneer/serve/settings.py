@@ -58,7 +58,7 @@ class HttpSettings:
     of an uploaded image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with
     separate metric series. `allowed_origins`: origins whose pages can use this server from a browser; "*"
     (any) requires keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys
-    accepts. `quotas`: limits for each owner.
+    accepts. `access_log`: write a line to stderr per request. `quotas`: limits for each owner.
     """
 
     max_body: int = 8 << 20
@@ -80,6 +80,7 @@ class HttpSettings:
     slots: int = 256
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    access_log: bool = False
     quotas: QuotaLimits = field(default_factory=QuotaLimits)
 
 

@@ -36,6 +36,7 @@ import httpx
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.fleet.mixes import Mixes, is_weighted, served_name
+from veneer.serve.http.telemetry import current
 from veneer.serve.names.catalog import NoAdapters
 from veneer.serve.request import (
     DigestMix,
@@ -276,7 +277,9 @@ class Upstream(Engine[Request, EngineEvent]):
     async def _chunks(self, body: dict[str, Any], model: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the data of each server-sent event. Closing the iterator closes the connection."""
         try:
-            async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
+            trail = current.get()
+            headers = {"traceparent": trail.traceparent} if trail is not None and trail.span is not None else {}
+            async with self.client.stream("POST", f"{self.url}/v1/completions", json=body, headers=headers) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
                     raise _error(answer, model)

@@ -26,6 +26,7 @@ from veneer.serve.http.errors import as_refused, log, message_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.service import Service
 from veneer.serve.http.sse import EventStream, client_left
+from veneer.serve.http.telemetry import current
 from veneer.serve.principal import Principal
 from veneer.serve.request import (
     DigestMix,
@@ -135,6 +136,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
     """Yield (index, event) until every completion has finished. Raises Refused if any completion fails."""
     requests = job.requests(service.tenancy.cache_scope(job.principal, job.model))
     usages = [Usage(0, 0, 0) for _ in requests]
+    trail = None if job.principal is SHADOWS else current.get()  # a shadow's task inherits the request's trail
     admitted = service.tenancy.admitted(
         job.principal,
         job.model,
@@ -164,7 +166,15 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                     texts[i] += event.text
                 if not going:  # bill before yielding the last event, so that a delivered completion is in the ledger
                     billed = True
-                    await bill.used(total(usages, job.choices))
+                    used = total(usages, job.choices)
+                    if trail is not None:
+                        trail.used(job.model.name, used)
+                    ledger = trail.child("ledger") if trail is not None and trail.span is not None else None
+                    try:
+                        await bill.used(used)
+                    finally:
+                        if ledger is not None:
+                            ledger.end()
                     if job.keep is not None:
                         job.keep(texts)
                 yield i, event
@@ -173,6 +183,8 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if not billed:
+                if trail is not None:
+                    trail.used(job.model.name, total(usages, job.choices))
                 bill.used(total(usages, job.choices))
             if shadow is not None:
                 shadow.set_result((texts[0], total(usages, job.choices)))

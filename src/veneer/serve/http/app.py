@@ -33,6 +33,7 @@ from veneer.serve.http.service import Service, client_key, service_of
 from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import aibrix_routes, dynamo_routes, sglang_routes, vllm_routes
+from veneer.serve.http.telemetry import begin, default_tracer
 from veneer.serve.principal import STRANGER
 from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused, not_ready
@@ -129,6 +130,7 @@ class AuthMiddleware:
         large: Mapping[str, int],
     ) -> None:
         self.app, self.service, self.surfaces = app, service, surfaces
+        self.tracer = default_tracer()
         self.keyless, self.prefixes = {*OPEN, *unguarded}, tuple(f"{prefix}/" for prefix in unguarded)
         self.large = [(re.compile(path), most) for path, most in large.items()]
 
@@ -138,12 +140,20 @@ class AuthMiddleware:
         scope["veneer.id"] = request_id = uuid.uuid4().hex
 
         async def send_with_request_id(message: Message) -> None:
+            trail.answered(message)
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         request = HttpRequest(scope)
         scope["veneer.principal"] = STRANGER
+        trail = begin(scope, request_id, self.tracer)
+        try:
+            await self._handle(scope, receive, send_with_request_id, request)
+        finally:
+            trail.end(scope, self.service.settings.access_log)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, request: HttpRequest) -> None:
         large = self._large(request)
         try:
             check_source(scope, self.service.settings, self.service.tenancy.keyless)
@@ -158,12 +168,12 @@ class AuthMiddleware:
             if (admitted := scope.get("veneer.admitted")) is not None:
                 admitted.leave()
             self.service.metrics.refused.labels(refused.code).inc()
-            return await answer_error(refused, surface)(scope, receive, send_with_request_id)
+            return await answer_error(refused, surface)(scope, receive, send)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.service.inside += working
         incoming = _Body(receive, request.scope["veneer.admitted"], self.service.settings, large)
         try:
-            await self.app(scope, incoming.receive, send_with_request_id)
+            await self.app(scope, incoming.receive, send)
         finally:
             self.service.inside -= working
             incoming.admitted.leave()
