@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeVar
@@ -50,6 +51,23 @@ def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
 def mix_digest(mix: DigestMix) -> bytes:
     """Return a mix's digest for cache keys: equal only for equal mixes, b"" for the base."""
     return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
+
+
+def is_weighted(mix: DigestMix) -> bool:
+    """Return whether a mix is neither the base nor one adapter at strength 1."""
+    return len(mix) > 1 or any(strength != 1 for _, strength in mix)
+
+
+def served_name(mix: DigestMix) -> str:
+    """Return the name of a mix between servers: a server with an upstream sends this name as `model`."""
+    if is_weighted(mix):
+        return f"veneer-mix-{mix_digest(mix).hex()[:32]}"
+    return f"veneer-{mix[0][0].removeprefix('sha256:')}"
+
+
+def served_digest(name: str) -> str:
+    """Return the digest in a `served_name` of one adapter; "" for other names."""
+    return f"sha256:{name[7:]}" if re.fullmatch("veneer-[0-9a-f]{64}", name) else ""
 
 
 def cache_root(mix: DigestMix, salt: str = "") -> bytes:
@@ -174,7 +192,7 @@ class Request:
     `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
     client's name for the mix; used in metrics and messages, but never as a cache key. `salt`: requests share
     cached prompt blocks only if their salts are equal. `router_name`: the value of `model` by which a router
-    sees the request; None for a mix, which has no such name.
+    sees the request; None for a mix, which has no such name. `user`: the tenant's end user, for routers.
     """
 
     prompt: tuple[int, ...]
@@ -186,6 +204,7 @@ class Request:
     salt: str = ""
     id: str = field(default_factory=lambda: f"r{next(_numbers)}")
     router_name: str | None = None
+    user: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, TokenizedBase
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
-from veneer.serve.request import Engine, EngineEvent, Request, check_strengths, invalid, not_ready
+from veneer.serve.request import Engine, EngineEvent, Request, check_strengths, invalid, not_ready, served_name
 from veneer.serve.settings import HttpSettings
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ class Service:
         named = model if model and model != self.catalog.base else None
         if mix is None:
             return self.catalog.resolve(named or lora_path or model or "", principal)
+        resolved = self.catalog.resolve_mix(mix, principal) if named and named.startswith("veneer-mix-") else None
+        if resolved is not None and served_name(resolved.mix) == named:  # from a server with an upstream
+            return replace(resolved, name=named)
         if named or lora_path:
             fields = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
             raise invalid(f"adapters are named in {len(fields)} fields: {', '.join(fields)}", "mix", "keep one")

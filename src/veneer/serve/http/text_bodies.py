@@ -111,7 +111,6 @@ class TextBody(Body):
     )
     refused: ClassVar = {
         **dict.fromkeys(("use_beam_search", "early_stopping", "include_stop_str_in_output"), False),
-        **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), False),
         **{key: [] for key in ("bad_words", "allowed_token_ids", "logits_processors")},
         **{key: {} for key in ("mm_processor_kwargs", "vllm_xargs")},
         **dict.fromkeys(("truncate_prompt_tokens", "kv_transfer_params", "structural_tag"), None),
@@ -211,6 +210,7 @@ class ChatBody(TextBody):
         **dict.fromkeys(("prompt_logprobs", "audio", "web_search_options", "reasoning_effort", "verbosity"), None),
         "chat_template": None,
         **dict.fromkeys(("echo", "add_special_tokens"), False),
+        **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), False),
         **{key: [] for key in ("functions", "documents")},
         "function_call": "none",
         "modalities": ["text"],
@@ -257,6 +257,10 @@ class CompletionBody(TextBody):
         description="number of most likely tokens to return for each prompt token, as in vLLM",
     )
     add_special_tokens: bool = True
+    return_token_ids: bool = Field(default=False, description="also return token ids, as in vLLM")
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="in logprobs, write each token as token_id:N, as in vLLM"
+    )
 
     def texts(self, service: Service) -> list[str | list[int]]:
         """Return the prompts as a list."""

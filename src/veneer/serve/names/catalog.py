@@ -34,7 +34,7 @@ from veneer.serve.access import ModelCard, ResolvedModel, Routes
 from veneer.serve.names.adapter_cache import AdapterCache, ResidentAdapter
 from veneer.serve.names.adapter_sources import AdapterSources, Problems, location_of, unusable
 from veneer.serve.principal import Principal
-from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready
+from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready, served_digest
 
 _MAX_NAME = 200
 MAX_MIX = 64
@@ -93,6 +93,8 @@ class Catalog:
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # limits the memory of concurrent loads
         self._loaded: dict[str, ModelCard] = {}
+        self._served: dict[str, ModelCard] = {}
+        """Digest -> card under the name that a server with an upstream sends; the adapters in memory matter."""
         self._library_models: tuple[object, dict[str, ModelCard]] = (None, {})
 
     @property
@@ -173,7 +175,7 @@ class Catalog:
         loaded = self._loaded.get(name)
         if loaded is not None:
             return _Meaning(name, loaded.digest, name)
-        version = self.sources.find_version(name)
+        version = self.sources.find_version(served_digest(name) or name)
         if version is None:
             raise _missing(model)
         if not version.digest:
@@ -181,6 +183,10 @@ class Catalog:
         if version.fingerprint not in ("", self.fingerprint):
             raise unusable("wrong_base", f"{quoted(name)} belongs to {version.base or version.fingerprint}")
         self.sources.keep(version.digest, location_of(version))
+        if name.startswith("veneer-") and version.digest not in self._served and served_digest(name):
+            card = ModelCard(name, version.reference, self.base, _seconds(version.added), version.digest)
+            resident = self.residents.resident()
+            self._served = {d: c for d, c in self._served.items() if d in resident} | {version.digest: card}
         return _Meaning(name, version.digest, version.reference)
 
     def check(self, name: str) -> None:
@@ -198,7 +204,9 @@ class Catalog:
 
         The base comes first, then loaded and library adapters, then routes.
         """
-        cards = self._library_cards() | self._loaded
+        resident = self.residents.resident() if self._served else {}
+        served = {card.id: card for card in self._served.values() if card.digest in resident}
+        cards = self._library_cards() | self._loaded | served
         out = [ModelCard(self.base, self.base, None, self._started)]
         out += [card for name, card in sorted(cards.items()) if principal.sees(name)]
         for route in self.routes.names(principal) if self.routes is not None else []:
@@ -233,7 +241,7 @@ class Catalog:
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
         """Return (name, adapter) of each adapter in memory, most recently used first."""
-        named = {card.digest: name for name, card in self._loaded.items()}
+        named = {card.digest: card.id for card in [*self._served.values(), *self._loaded.values()]}
         adapters = []
         for each in reversed(self.residents.resident().values()):
             version = None if each.digest in named else self.sources.find_version(each.digest)

@@ -253,8 +253,10 @@ def _best(token: Token, count: int) -> list[tuple[int, float]]:
 
 
 def _is_visible(token: Token) -> bool:
-    """Return whether clients see a token; the special token that ends a text is hidden."""
-    return not (token.special and not token.text)
+    """Return whether clients see a token.
+
+    The special token that ends a text is hidden; an upstream's held-back text has no token id."""
+    return token.id >= 0 and not (token.special and not token.text)
 
 
 class _ChatFormat:
@@ -313,7 +315,11 @@ class _TextFormat:
     kind = whole_kind = "text_completion"
 
     def __init__(self, prompts: Prompts, job: TextJob, body: CompletionBody, echoes: list[str]) -> None:
-        self.prompts, self.choices = prompts, job.choices
+        self.prompts, self.choices, self.ids = prompts, job.choices, body.return_token_ids
+        self.inputs = [list(prompt) for prompt in job.prompts] if self.ids else []
+        self.word = (
+            (lambda id: f"token_id:{id}") if body.return_tokens_as_token_ids else lambda id: prompts.piece(id)[0]
+        )
         self.echoes = echoes if body.echo else []
         self.count, self.prompt_count = body.logprobs, body.prompt_logprobs
         # if true, the first token event also carries the prompt's tokens with log-probabilities
@@ -328,6 +334,9 @@ class _TextFormat:
         logprobs = self.logprobs(i, [each for token in answer.tokens for each in self.reported(token)])
         text, end = self.echo(i) + answer.text, answer.finished
         choice = self.piece(i, text, logprobs) | {"finish_reason": end.reason, "stop_reason": end.stop}
+        choice |= self.token_ids(answer.tokens)
+        if self.ids:
+            choice["prompt_token_ids"] = self.inputs[i // self.choices]
         if self.prompt_count is not None:
             prompt = answer.tokens[0].prompt if answer.tokens else ()
             choice["prompt_logprobs"] = [self.prompt_logprob(token, self.prompt_count) for token in prompt]
@@ -364,7 +373,11 @@ class _TextFormat:
         reported = self.reported(event)
         logprobs = self.logprobs(i, reported) if reported else None
         text = (self.echo(i) if event.prompt else "") + event.text
-        return [self.piece(i, text, logprobs)] if text or logprobs else []
+        ids = self.token_ids([event])
+        return [self.piece(i, text, logprobs) | ids] if text or logprobs or ids else []
+
+    def token_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {"token_ids": [token.id for token in tokens if token.id >= 0]} if self.ids else {}
 
     def piece(self, i: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": None}
@@ -373,11 +386,12 @@ class _TextFormat:
         """Return the tokens whose log-probabilities are sent with this token.
 
         If the client also requests the prompt's log-probabilities, the first token is sent with the prompt's
-        tokens, and the end token is included, because such clients count tokens.
+        tokens, and the end token is included, because such clients count tokens. With token ids, each token
+        with an id has a log-probability.
         """
         if self.scored:
             return [*token.prompt, token]
-        return [token] if _is_visible(token) else []
+        return [token] if (token.id >= 0 if self.ids else _is_visible(token)) else []
 
     def logprobs(self, i: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Return log-probabilities in OpenAI's older format.
@@ -388,12 +402,12 @@ class _TextFormat:
             return None
         lists: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for token in tokens:
-            text = self.prompts.piece(token.id)[0]
+            text = self.word(token.id)
             logprob = None if token.logprob is None else finite_logprob(token.logprob)
-            best = {self.prompts.piece(id)[0]: finite_logprob(p) for id, p in _best(token, self.count)}
+            best = {self.word(id): finite_logprob(p) for id, p in _best(token, self.count)}
             lists["text_offset"].append(self.offsets[i])
             lists["token_logprobs"].append(logprob)
             lists["tokens"].append(text)
             lists["top_logprobs"].append(None if logprob is None else best | {text: logprob})
-            self.offsets[i] += 0 if self.prompts.special(token.id) else len(text)
+            self.offsets[i] += 0 if self.prompts.special(token.id) else len(self.prompts.piece(token.id)[0])
         return lists
