@@ -203,6 +203,7 @@ def serve(
             key=os.environ.get("VENEER_UPSTREAM_KEY"),
             mixes=more.tenant_mixes,
             mix_bytes=more.bytes("mix_disk"),
+            mix_days=more.mix_days,
         ),
         oidc=more.oidc,
         redis=os.environ.get("VENEER_REDIS_URL"),

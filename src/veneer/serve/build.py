@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 
 from veneer.library.library import Library
+from veneer.library.store import RemoteStore
 from veneer.serve.access import KeyAccess, OpenAccess, Tenancy
 from veneer.serve.checks import Opened, ServerKind, needs_no_key, open_stores, refuse_unused_options
 from veneer.serve.http.app import add_images, create_app
@@ -165,7 +166,10 @@ def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str
 
     assert settings.fleet.upstream is not None
     base, fleet = text_without_weights(settings.base, say=log), settings.fleet
-    mixes = Mixes(service.catalog.sources.files, mix_folder(), each=fleet.mixes, limit_bytes=fleet.mix_bytes)
+    sources, limits = service.catalog.sources, {"each": fleet.mixes, "limit_bytes": fleet.mix_bytes}
+    store = sources.library.store if sources.library is not None else None
+    remote = store if isinstance(store, RemoteStore) else None
+    mixes = Mixes(sources.files, mix_folder(), days=fleet.mix_days, store=remote, **limits)
     engine = Upstream(
         settings.fleet.upstream,
         mixes=mixes,

@@ -158,6 +158,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--device", lambda s: s.device, "texts pictures", "bases on this server"),
     ("tenant_mixes", lambda s: s.fleet.mixes, "upstream", "mixes with --upstream"),
     ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream", "mixes with --upstream"),
+    ("mix_days", lambda s: s.fleet.mix_days, "upstream", "mixes with --upstream"),
 )
 """Per row: option or --config key, function that reads its value, server kinds, purpose."""
 _LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder", "synced": "ledger_sync"}

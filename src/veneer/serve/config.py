@@ -43,6 +43,7 @@ class ServerConfig(BaseModel):
     drain_seconds: how long running completions can continue after SIGTERM
     session_days: with --train, days for which an unused Tinker session is kept
     tenant_mixes, mix_disk: with --upstream, maximum mixes per tenant, and total bytes of all mixes on disk
+    mix_days: with --upstream, days for which a mix is kept after its last use
     ledger_days: with tenants, days for which the ledger keeps its rows; daily sums are not deleted
     ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
     kv_events, kv_replay: ZeroMQ addresses, such as tcp://*:5557, for routers that follow the prompt cache
@@ -66,6 +67,7 @@ class ServerConfig(BaseModel):
     session_days: float = Field(default=30.0, ge=0.01)
     tenant_mixes: int = Field(default=FleetSettings.mixes, ge=1)
     mix_disk: int | str = FleetSettings.mix_bytes
+    mix_days: float = Field(default=FleetSettings.mix_days, ge=0.01)
     ledger_days: float = Field(default=LedgerSettings.days, ge=1)
     ledger_folder: Path | None = None
     ledger_room: int | str = LedgerSettings.room

@@ -162,13 +162,14 @@ class FleetSettings:
 
     `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent
     to the upstream as a bearer token. `mixes`: maximum weighted mixes per tenant. `mix_bytes`: maximum bytes
-    of all mixes on disk.
+    of all mixes on disk, and in a library on S3. `mix_days`: days for which a mix is kept after its last use.
     """
 
     upstream: str | None = None
     key: str | None = None
     mixes: int = 64
     mix_bytes: int = 16 << 30
+    mix_days: float = 7.0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ def register() -> None:
     from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # type: ignore[import-not-found]
 
+    from veneer.serve.fleet.mixes import drop_copies
+
+    drop_copies()
+
     class VeneerResolver(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             resolved = await asyncio.to_thread(_resolve_or_warn, base_model_name, lora_name)
@@ -72,19 +76,18 @@ def resolve_name(base: str, name: str) -> _Found:
     from veneer.formats.read import read
     from veneer.library.library import library_location, open_library
     from veneer.library.names import parse_reference
-    from veneer.serve.fleet.mixes import mix_folder, servable, served_name
-    from veneer.serve.request import make_mix
+    from veneer.serve.fleet.mixes import fetch_mix, mix_folder, servable
+    from veneer.serve.request import make_mix, served_digest, served_name
 
     if re.fullmatch("veneer-mix-[0-9a-f]{32}", name):  # a veneer server has written the mix's folder
         folder = mix_folder() / name
-        if not (folder / CARD_FILE).is_file():
-            raise AdapterError(
-                f"there is no folder {folder}", fix="set VENEER_VLLM_CACHE to the veneer server's folder"
-            )
+        if not (folder / CARD_FILE).is_file() and not ("://" in library_location() and fetch_mix(name)):
+            fix = "set VENEER_VLLM_CACHE to the veneer server's folder, or keep the library on S3"
+            raise AdapterError(f"there is no folder {folder}", fix=fix)
         _check_modules(base, name, read(folder).adapter)
         return name, folder
-    exact = re.fullmatch("veneer-([0-9a-f]{64})", name)
-    reference = f"sha256:{exact[1]}" if exact else name
+    exact = served_digest(name)
+    reference = exact or name
     parse_reference(reference)
     location = library_location()
     if "://" not in location and not Path(location).is_dir():  # opening the library would create it
