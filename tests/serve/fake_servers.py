@@ -26,7 +26,8 @@ class FakeVLLM:
     `resolve`: stands in for the plug-in: adapter name -> folder or None. `load_fails`: respond as vLLM does
     if it cannot load the resolved folder. `wrong`: (status, message) of the next error responses, in order.
     `breaks_after`: number of tokens before the stream breaks. `delay`: seconds before each token. `calls`:
-    bodies of the completion requests received. `left`: number of streams whose client disconnected.
+    bodies of the completion requests received; `headers`: their headers. `left`: number of streams whose client
+    disconnected.
     """
 
     resolve: Callable[[str], Path | None] = lambda name: None
@@ -36,6 +37,7 @@ class FakeVLLM:
     delay: float = 0.0
     context: int = 64
     calls: list[Any] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     left: int = 0
 
     def app(self) -> FastAPI:
@@ -52,6 +54,7 @@ class FakeVLLM:
     async def _complete(self, request: Request) -> Any:
         body = await request.json()
         self.calls.append(body)
+        self.headers.append(dict(request.headers))
         if self.wrong:
             return _error(*self.wrong.pop(0))
         model, folder = body["model"], None

@@ -17,8 +17,19 @@ from tests.serve.fake_servers import FakeVLLM, running
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import ConfigError
 from veneer.formats import peft
-from veneer.serve.fleet.mixes import Mixes, served_name
-from veneer.serve.request import DigestMix, EngineEvent, Finished, Refused, Request, Sampling, Started, Token, make_mix
+from veneer.serve.fleet.mixes import Mixes
+from veneer.serve.request import (
+    DigestMix,
+    EngineEvent,
+    Finished,
+    Refused,
+    Request,
+    Sampling,
+    Started,
+    Token,
+    make_mix,
+    served_name,
+)
 from veneer.serve.upstream import Upstream, upstream_url
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -108,6 +119,34 @@ def test_requests_and_answers_are_translated_for_vllm(setup):
     wanted = {"prompt": [1, 2, 3], "structured_outputs": {"regex": "a+"}, "logit_bias": {"4": 1.0}}
     wanted |= {"stop_token_ids": [9], **same}
     assert {name: body[name] for name in wanted} == wanted
+
+
+def test_headers_identify_the_tenant_the_user_and_the_model(setup):
+    """A router can group requests by these headers, but cannot read tenants and users."""
+
+    def headers(i: int) -> tuple[str, ...]:
+        names = ("x-llm-d-inference-fairness-id", "x-session-id", "x-veneer-model", "x-request-id")
+        return tuple(fake.headers[i].get(name, "") for name in names)
+
+    async def work(engine: Upstream) -> None:
+        for i, (mix, tenant, user) in enumerate(
+            [(ONE, "acme", "ann"), (TWO, "acme", "ann"), (ONE, "acme", ""), (TWO, "acme", ""), (ONE, "other", "ann")]
+        ):
+            request = Request((1, 2), Sampling(max_tokens=2), mix, tenant=tenant, user=user, id=f"cmpl-{i}")
+            [event async for event in engine.events(request)]
+        await answer(engine)
+
+    setup.run(fake := FakeVLLM(), work)
+    fairness, sessions, models, ids = zip(*map(headers, range(6)), strict=True)
+    assert len(set(fairness[:4])) == 1
+    assert fairness[4] not in fairness[:4]
+    assert fairness[5] == ""
+    assert sessions[0] == sessions[1]
+    assert len(set(sessions)) == 5
+    assert models == (*(served_name(m) for m in (ONE, TWO, ONE, TWO, ONE)), "base")
+    assert ids[:5] == tuple(f"cmpl-{i}" for i in range(5))
+    sent = " ".join(" ".join(h.values()) for h in fake.headers)
+    assert not any(word in sent for word in ("acme", "ann", "other"))
 
 
 def test_a_plain_adapter_is_requested_by_its_digest(setup):

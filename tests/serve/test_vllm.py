@@ -27,8 +27,8 @@ from veneer.formats import peft
 from veneer.library.library import open_library
 from veneer.models.sources import find_base
 from veneer.models.text.base import TextBase, load_text
-from veneer.serve.fleet.mixes import Mixes, served_name
-from veneer.serve.request import DigestMix, Refused, Request, Sampling, Token, make_mix
+from veneer.serve.fleet.mixes import Mixes
+from veneer.serve.request import DigestMix, Refused, Request, Sampling, Token, make_mix, served_name
 from veneer.serve.upstream import Upstream
 
 pytestmark = pytest.mark.peers

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import json
 import logging
 import time
@@ -35,7 +36,7 @@ import httpx
 
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, VeneerError
-from veneer.serve.fleet.mixes import Mixes, is_weighted, served_name
+from veneer.serve.fleet.mixes import Mixes
 from veneer.serve.http.telemetry import current
 from veneer.serve.names.catalog import NoAdapters
 from veneer.serve.request import (
@@ -51,6 +52,8 @@ from veneer.serve.request import (
     Token,
     Usage,
     invalid,
+    is_weighted,
+    served_name,
     shutting_down,
 )
 from veneer.serve.transient import internal_error, is_transient, transient_error
@@ -97,6 +100,7 @@ class Upstream(Engine[Request, EngineEvent]):
         self, url: str, *, mixes: Mixes, decode: Decode, key: str | None = None, timeout: float = 300.0
     ) -> None:
         self.url, self.mixes, self.decode = upstream_url(url), mixes, decode
+        self._secret = (key or "").encode()
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(timeout, connect=5.0),
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -184,6 +188,7 @@ class Upstream(Engine[Request, EngineEvent]):
                         yield event
                 return
             except _Failed as error:
+                self.mixes.stored.pop(served_name(request.mix) if request.mix else "", None)  # store the mix again
                 if tokens:
                     problem = transient_error("the rest of the answer", error)
                     yield Finished("error", Usage(len(request.prompt), 0, tokens), error=problem)
@@ -203,7 +208,7 @@ class Upstream(Engine[Request, EngineEvent]):
         began, first, count = time.monotonic(), 0.0, 0
         reason = stop = last = None
         usage: dict[str, Any] = {}
-        async with aclosing(self._chunks(_body(self._fitted(request), model), model)) as chunks:
+        async with aclosing(self._chunks(self._fitted(request), model)) as chunks:
             async for chunk in chunks:
                 if model != self.base and chunk.get("model", model) != model:
                     raise _Failed(f"{self.url} responded as {chunk['model']!r} instead of {model!r}")
@@ -274,12 +279,32 @@ class Upstream(Engine[Request, EngineEvent]):
             out.append(Token(token, "", logprob, top))
         return [*out[:-1], replace(out[-1], text=text)]
 
-    async def _chunks(self, body: dict[str, Any], model: str) -> AsyncGenerator[dict[str, Any], None]:
+    def _headers(self, request: Request, model: str) -> dict[str, str]:
+        """Return the headers that routers read. A router sees tenants and users only as keyed hashes.
+
+        x-llm-d-inference-fairness-id: the tenant, for the flow control of llm-d (llm-d-router,
+            pkg/epp/metadata/consts.go)
+        x-session-id: the tenant's user, or tenant and model without a user; the first key of `consistent_hash`
+            (vllm-project/router, docs/load_balancing/README.md)
+        x-veneer-model: `model` of the body, for routers that cannot parse bodies
+        x-request-id: the id in this server's own response, and the number of the completion
+        """
+
+        def hashed(*parts: str) -> str:
+            text = json.dumps(parts).encode()
+            return hmac.new(self._secret, text, "sha256").hexdigest()[:32]
+
+        session = hashed(request.tenant, request.user or model, "user" if request.user else "model")
+        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": model}
+        return ids | ({"x-llm-d-inference-fairness-id": hashed(request.tenant)} if request.tenant else {})
+
+    async def _chunks(self, request: Request, model: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the data of each server-sent event. Closing the iterator closes the connection."""
         try:
-            trail = current.get()
-            headers = {"traceparent": trail.traceparent} if trail is not None and trail.span is not None else {}
-            async with self.client.stream("POST", f"{self.url}/v1/completions", json=body, headers=headers) as answer:
+            body, headers, trail = _body(request, model), self._headers(request, model), current.get()
+            headers |= {"traceparent": trail.traceparent} if trail is not None and trail.span is not None else {}
+            url = f"{self.url}/v1/completions"
+            async with self.client.stream("POST", url, json=body, headers=headers) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
                     raise _error(answer, model)
@@ -328,6 +353,8 @@ def _body(request: Request, model: str) -> dict[str, Any]:
     body |= {"stop": list(s.stop)} if s.stop else {}
     body |= {"logprobs": s.logprobs} if s.logprobs is not None else {}
     body |= {"logit_bias": {str(i): b for i, b in s.logit_bias.items()}} if s.logit_bias else {}
+    if is_weighted(request.mix):  # for embedded engines; vLLM ignores the field
+        body["mix"] = [{"adapter": digest, "strength": strength} for digest, strength in request.mix]
     if request.salt:  # hashed, so that tenant names stay private
         body["cache_salt"] = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).hexdigest()
     if s.grammar is not None:

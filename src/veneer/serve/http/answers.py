@@ -75,6 +75,7 @@ class TextJob:
         """Return the engine requests. `scope`: the cache scope, from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
         tenant, seed = BEHIND if self.principal is SHADOWS else self.principal.tenant, self.sampling.seed
+        user = self.principal.user or ""
         requests: list[Request] = []
         for prompt in self.prompts:
             for k in range(self.choices):  # the seed of the first completion is the client's; others add their index
@@ -82,7 +83,7 @@ class TextJob:
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
                 id, weight, model = f"{self.id}-{len(requests)}", self.principal.weight, self.model
-                names = (model.name, salt, id, model.router_name)
+                names = (model.name, salt, id, model.router_name, user)
                 requests.append(Request(prompt, sampling, model.mix, tenant, weight, *names))
         return requests
 
