@@ -387,10 +387,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 lost += [f"{name} away: {problem}" for problem in seen.lost]
     finally:
         cluster.stop()
-    print(
-        "\n| killed | answered | streams cut | lost | first token, p95 | slowest |\n| --- | --- | --- | --- | --- | --- |"
-    )
-    print("\n".join(rows))
+    head = ["", "| killed | answered | streams cut | lost | first token, p95 | slowest |", "| --- " * 6 + "|"]
+    print("\n".join([*head, *rows]))
     if lost:
         counts = Counter(lost)
         raise SystemExit("\n".join(["", *(f"{n} × {text[:300]}" for text, n in counts.most_common(8))]))
