@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,21 @@ def recorded(file: str | Path = "") -> list[dict[str, Any]]:
     file = Path(file or os.environ.get(RECORD, ""))
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [found for line in lines if (found := _object(line))]
+
+
+def without_slow_dtypes(sides: Iterable[str]) -> list[str]:
+    """Return the sides of a benchmark without those in bfloat16 if bfloat16 is unusable here.
+
+    Without AVX-512, oneDNN multiplies bfloat16 in a plain loop, about 50 times slower than float32; one step of
+    training would take eight minutes."""
+    import torch
+
+    a = torch.randn(512, 512)
+    full, half = (min(_seconds([lambda x=x: x @ x]) for _ in range(3)) for x in (a, a.bfloat16()))
+    slow = [side for side in sides if "bf16" in side] if half > 20 * full else []
+    if slow:
+        say(f"left out, because products in bfloat16 take {half / full:.0f} times as long: {'; '.join(slow)}")
+    return [side for side in sides if side not in slow]
 
 
 # -- floors ------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from _report import (
     run_process,
     run_side,
     say,
+    without_slow_dtypes,
 )  # fmt: skip
 
 PROMPT, NEW, REQUESTS, ADAPTERS = 64, 64, 32, 8
@@ -472,10 +473,11 @@ def side_peft(work: Path, quick: bool) -> dict[str, Any]:
         out[name] = speed(*arguments, **more)
         part(name, speed=out[name])
 
+    dtypes = {"float32": "float32", "bf16": "bfloat16"}
     with torch.inference_mode():
         models = {
-            kind: AutoModelForCausalLM.from_pretrained(work / "base", dtype=kind).eval()
-            for kind in ("bfloat16", "float32")
+            dtypes[kind]: AutoModelForCausalLM.from_pretrained(work / "base", dtype=dtypes[kind]).eval()
+            for kind in without_slow_dtypes(dtypes)
         }
         for m in models.values():
             speed(m, 1, 4)
@@ -499,7 +501,8 @@ def side_continuous(work: Path, quick: bool) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16).eval()
+    dtype = torch.bfloat16 if without_slow_dtypes(["bf16"]) else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=dtype).eval()
     n = REQUESTS
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=2)
     ids = [list(p) for p in prompts(n)]
