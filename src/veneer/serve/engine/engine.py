@@ -379,11 +379,11 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._steps += 1
         choices = self._choose(chunks)
         now = time.monotonic()
-        for chunk, last in [(chunk, chunk.last) for chunk in chunks]:
+        for chunk in chunks:
             if (still := self._live.get(chunk.sequence)) is not None:  # None if the row failed
                 chosen = choices[id(chunk)]
                 self.scheduler.mark_computed(chunk, max(0, len(chosen) - 1))
-                if last:
+                if chunk.last:
                     self._append_tokens(still, chosen, now)
 
     def _choose(self, chunks: list[Chunk]) -> dict[int, _Choices]:
