@@ -36,6 +36,7 @@ from veneer.train.text.rows import (
     UnusableRow,
     count_duplicates,
     data_digest,
+    digest_of_keys,
     keys_of,
     read_rows,
     refuse_unusable,
@@ -287,7 +288,7 @@ def encode_split(
         out["key"], out["prompt"] = table.texts["key"][indices], table.texts["prompt"][indices]
         return out
 
-    digest = "sha256:" + hashlib.sha256(table.texts["row_key"][indices[first]].tobytes()).hexdigest()
+    digest = digest_of_keys(table.texts["row_key"][indices[first]].tobytes())
     return DataSplit(rows, texts, encoded, items, digest, keys)
 
 
