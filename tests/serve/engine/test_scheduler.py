@@ -246,7 +246,8 @@ def test_rejected_drafts_leave_no_trace_and_preempt_nobody() -> None:
 
 def test_forced_tokens_are_computed_in_the_next_step() -> None:
     scheduler = Scheduler(Cache(1000, 4), rows=2, budget=16)
-    sequence, other = scheduler.add(request(6, 99)), scheduler.add(request(6, 99, salt=1))
+    sequence = scheduler.add(request(6, 99))
+    scheduler.add(request(6, 99, salt=1))
     advance(scheduler)
     for token in range(12):
         scheduler.appended(sequence, token, forced=True)
