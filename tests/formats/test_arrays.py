@@ -133,6 +133,9 @@ def test_arrays_compute_what_tensors_compute(tmp_path: Path, dtype: torch.dtype)
     t = torch.arange(-4.0, 5.0).reshape(3, 3).to(dtype)
     save_file({"t": t}, tmp_path / "t.safetensors")
     a = read_arrays(tmp_path / "t.safetensors")[0]["t"]
-    for mine, theirs in ((a * 2.0, t * 2.0), (a * a, t * t), (a @ a, t @ t), (a.sum(), t.sum())):
+    pairs = [(a * 2.0, t * 2.0), (a * a, t * t), (a @ a, t @ t), (a.sum(), t.sum())]
+    pairs += [(2.0 * a, 2.0 * t), (a + a, t + t), (a == a.mT, t == t.mT), (-a, -t), (a * t.double(), t * t.double())]
+    assert len(a) == len(t)
+    for mine, theirs in pairs:
         assert str(mine.dtype) == str(theirs.dtype)
         assert mine.tolist() == theirs.tolist()

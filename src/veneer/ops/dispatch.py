@@ -250,10 +250,8 @@ def _choice(op: str, device: str) -> Choice:
     here = [candidate for candidate in (implementation, *implementation.alternatives) if not candidate.missing()]
     if not here:
         return Choice(REFERENCE, implementation.missing())
-    names, wants = (
-        [candidate.name for candidate in here],
-        "; ".join(dict.fromkeys(candidate.wants for candidate in here)),
-    )
+    names = [candidate.name for candidate in here]
+    wants = "; ".join(dict.fromkeys(candidate.wants for candidate in here))
     if (name := _override_of(op)) is not None:
         if name == REFERENCE:
             return Choice(name, "set by VENEER_OPS")

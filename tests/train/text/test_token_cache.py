@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -239,16 +240,26 @@ def no_errors(made: EncodedTable) -> dict[str, Any]:
     return {"tokens": len(made.tokens)}
 
 
+def forked(work: Callable[[], object]) -> int:
+    """Return the id of a child that does `work` and ends, with 1 after an error: it must not run further tests."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
 @pytest.mark.usefixtures("large")
 def test_a_killed_writer_leaves_nothing_that_is_read() -> None:
     def killed() -> Iterator[EncodedTable]:
         yield table(1, 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = os.fork()
-    if child == 0:
-        write_table("a", killed(), no_errors)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert os.waitpid(forked(lambda: write_table("a", killed(), no_errors)), 0)[1] == signal.SIGKILL
     tables = veneer_home() / "tokens"
     (left,) = tables.iterdir()
     assert read_table("a") is None
@@ -275,13 +286,12 @@ def test_of_two_writers_the_slower_one_accepts_the_table_of_the_faster_one() -> 
 def test_processes_that_start_together_get_the_same_table(shared: Path, base: TextBase, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     write_rows(file)
-    children = []
-    for n in range(2):
-        if not (child := os.fork()):
-            examples = read(shared, base, file).train.encoded.examples
-            (tmp_path / f"{n}.json").write_text(json.dumps([e.input_ids for e in examples]))
-            os._exit(0)
-        children.append(child)
+
+    def start(n: int) -> None:
+        examples = read(shared, base, file).train.encoded.examples
+        (tmp_path / f"{n}.json").write_text(json.dumps([e.input_ids for e in examples]))
+
+    children = [forked(functools.partial(start, n)) for n in range(2)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "LARGE", 1 << 20)

@@ -87,17 +87,14 @@ class Sequence:
 class Chunk:
     """Tokens `start` to `end` of a sequence, computed in one step.
 
-    `last`: whether the step needs the logits of the chunk's last token. `drafts`: tokens after `end`, only in a
-    last chunk, which are computed too."""
+    `last`: whether the step needs the logits of the chunk's last token, which is the sequence's last token when
+    the step begins. `drafts`: tokens after `end`, only in a last chunk, which are computed too."""
 
     sequence: Sequence
     start: int
     end: int
+    last: bool
     drafts: tuple[int, ...] = ()
-
-    @property
-    def last(self) -> bool:
-        return self.end == len(self.sequence.tokens)
 
 
 def _wanted(sequence: Sequence) -> int:
@@ -331,7 +328,7 @@ class Scheduler:
                 return 0
         self._chunks += 1
         sequence.last_chunk = self._chunks
-        chunks.append(Chunk(sequence, sequence.computed, end, drafts))
+        chunks.append(Chunk(sequence, sequence.computed, end, end == len(sequence.tokens), drafts))
         return end - sequence.computed + len(drafts)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -277,10 +277,12 @@ def data_digest(rows: Iterable[Row]) -> str:
     """Return the sha256 of the rows' contents in order.
 
     The digest does not depend on file names and file formats."""
-    h = hashlib.sha256()
-    for row in rows:
-        h.update(bytes.fromhex(row.key))
-    return "sha256:" + h.hexdigest()
+    return digest_of_keys(b"".join(bytes.fromhex(row.key) for row in rows))
+
+
+def digest_of_keys(keys: bytes) -> str:
+    """Return the `data_digest` of rows with these keys, of 32 bytes each."""
+    return "sha256:" + hashlib.sha256(keys).hexdigest()
 
 
 def _choose(

@@ -235,7 +235,7 @@ def _read(run: Run, config: TrainConfig, base: TextBase) -> TextData:
 
     The processes of a machine share the tokens, so only the first of them tokenizes a large file."""
 
-    def look(sample: TextData, rows: int) -> None:
+    def check(sample: TextData, rows: int) -> None:
         first = f"in a sample of {counted(len(sample.train.rows), 'row')} of {rows:,}: "
         subject = TextSubject(base=base, config=config, data=sample)
         found = (f for f in data_findings(subject) if f.check != "held out" and f.level != "ok")
@@ -244,9 +244,9 @@ def _read(run: Run, config: TrainConfig, base: TextBase) -> TextData:
         report.raise_if_stopped()
 
     if run.devices.count > 1 and run.devices.local == 0:
-        read_data(config, base, say=run.note, look=look)
+        read_data(config, base, say=run.note, on_sample=check)
     run.devices.gather(None)
-    return read_data(config, base, say=run.note, look=look)
+    return read_data(config, base, say=run.note, on_sample=check)
 
 
 def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
