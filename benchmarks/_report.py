@@ -137,7 +137,7 @@ def options(text: str | None, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--imitate", choices=IMITATIONS, default=imitated(), help="use an older processor's instructions"
+        "--imitate", choices=IMITATIONS, default=imitated(), help="use only the instructions of an older processor"
     )
     parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
     return parser
@@ -198,7 +198,7 @@ def run_process(key: list[Any], command: Sequence[str], **env: str) -> dict[str,
     name = f"{key[0]}: {key[1]}"
     for line in recorded():
         if line.get("side") == key:
-            say(f"{name}: already in the record")
+            say(f"{name}: skipped, because its result is already recorded")
             return line["result"]
     say(f"{name} …")
     began, result = time.time(), None
@@ -275,7 +275,7 @@ def fastest(
 ) -> tuple[str, list[float]]:
     """Return the dtype in which the calls take the least time, and the seconds of all calls in each round.
 
-    prepare: dtype -> calls. An eighth of the calls decides which dtype it is."""
+    prepare: dtype -> calls. An eighth of the calls is timed to choose the dtype."""
     import torch
 
     trials: dict[str, float] = {}
@@ -289,7 +289,7 @@ def fastest(
 
 
 def _seconds(calls: Sequence[Callable[[], Any]], limit: float = float("inf")) -> float:
-    """Return the seconds of the calls; infinity if they reach the limit, which ends them."""
+    """Return the seconds of the calls, or infinity as soon as they reach the limit."""
     start = time.perf_counter()
     for call in calls:
         call()

@@ -112,7 +112,7 @@ class Bench:
         from veneer.serve.engine.engine import TextEngine
         from veneer.serve.settings import EngineSettings
 
-        # The prompts are arbitrary tokens, for which greedy answers repeat: drafts would be right too often.
+        # Greedy answers to arbitrary tokens repeat, so that drafts would be right too often.
         settings = {"cache_bytes": 1 << 29, "draft": 0, **settings}
         return TextEngine(self.base, lambda digest, _: self.shelf[digest], EngineSettings(**settings))
 
@@ -687,10 +687,10 @@ def run_large(quick: bool, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options(__doc__, "one round, each figure once; only what peers do too")
+    parser = options(__doc__, "one round, each figure once, and only figures that peers have too")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="a base of 1B with random weights, without peers")
-    parser.add_argument("--steps", action="store_true", help="forced tokens and drafts, with and without")
+    parser.add_argument("--steps", action="store_true", help="compare with and without forced tokens and drafts")
     parser.add_argument("--adapter", default="", help="for --steps: a PEFT folder, trained on examples/tickets")
     parser.add_argument("--peers", default="vllm,peft,transformers,llama.cpp")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")

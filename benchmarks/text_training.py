@@ -518,7 +518,7 @@ def main() -> None:
     )
     parser.add_argument("--banking77", type=Path, metavar="DIR", help="accuracy, time and memory on these rows instead")
     parser.add_argument("--seeds", default="0,1,2", help="veneer's seeds on banking77")
-    parser.add_argument("--int8-seeds", default="0,1,2", help="veneer's with base.compute: int8")
+    parser.add_argument("--int8-seeds", default="0,1,2", help="seeds of veneer with base.compute: int8")
     parser.add_argument("--peer-seeds", default="0", help="PEFT's; each takes about half an hour on two cores")
     args = parsed(parser)
     if args.side:

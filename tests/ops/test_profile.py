@@ -106,7 +106,7 @@ def test_provisional_profile_is_measured_again_until_it_is_confirmed(
     assert fourth.gflops == third.gflops, "the higher rates of both measurements"
     assert not fourth.provisional, "no rate rose by over 20%"
     monkeypatch.setenv("VENEER_PROFILE", str(Path(__file__).parents[1] / "profile.json"))
-    with pytest.raises(ConfigError, match="VENEER_PROFILE names the profile"):
+    with pytest.raises(ConfigError, match="while VENEER_PROFILE is set"):
         module.renew()
 
 

@@ -1,7 +1,7 @@
 """A pair's change as a product of two float64 factors, and inner products of such changes.
 
-This module uses only methods of tensors, so it also works on objects with the methods of a tensor and does not
-import torch.
+This module calls only methods of tensors and does not import torch. It therefore also works on objects with the same
+methods (formats.arrays.Array).
 """
 
 from __future__ import annotations

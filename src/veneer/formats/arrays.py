@@ -1,8 +1,8 @@
-"""Tensors of a file as numpy arrays, for reports that need not import torch.
+"""A file's tensors as NumPy arrays, so that reports need not import torch.
 
-An `Array` stands for a torch tensor: it has the tensor's shape, dtype and values. The methods that reports of
-usual files call are computed with numpy. Every other method, operator and torch function converts the array to a
-tensor, which imports torch. A file is therefore read by the same code with or without torch.
+An `Array` replaces a torch tensor: it has the tensor's shape, dtype and values. The methods that reports of
+usual files call are computed with NumPy. Every other method, operator and torch function converts the array to a
+tensor, which imports torch. The same code therefore reads a file with or without torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Dtype(str):
-    """A torch dtype's name, such as "torch.bfloat16", which equals the dtype itself."""
+    """The name of a torch dtype, such as "torch.bfloat16". It compares equal to the dtype itself."""
 
     __slots__ = ("itemsize",)
     itemsize: int
@@ -44,9 +44,9 @@ _DTYPES = {kind: _Dtype(kind) for kind in STORED_DTYPES}
 
 
 class Array:
-    """A numpy array with the interface of a torch tensor.
+    """A NumPy array with the interface of a torch tensor.
 
-    stored: the values, or for dtypes that numpy lacks (bfloat16 and 8-bit floats) their bits as integers."""
+    stored: the values; for dtypes that NumPy lacks (bfloat16 and 8-bit floats), their bits as integers."""
 
     def __init__(self, stored: np.ndarray[Any, Any], dtype: _Dtype) -> None:
         self.stored, self.dtype, self.shape, self.ndim = stored, dtype, stored.shape, stored.ndim
@@ -66,7 +66,7 @@ class Array:
         return torch.from_numpy(self.stored).view(dtype)
 
     def values(self) -> np.ndarray[Any, Any]:
-        """Return the values in a dtype that numpy has; 8-bit floats need torch."""
+        """Return the values in a dtype that NumPy has. Imports torch for 8-bit floats."""
         if self.dtype == _DTYPES["BF16"]:
             return (self.stored.astype(np.uint32) << 16).view(np.float32)
         if self.is_floating_point() and self.dtype.itemsize == 1:

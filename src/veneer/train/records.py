@@ -31,7 +31,7 @@ from veneer.train.config.section import SOURCES
 from veneer.train.lazy import Lazy
 
 LARGE = 16 << 20
-"""Bytes of files above which rows are read when they are needed; a row in memory takes several times as much."""
+"""Bytes above which rows stay in their files until needed, because a row in memory takes several times as much."""
 _LINE_FIX = "each line must be one JSON object; for a JSON array, use the extension .json"
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -83,7 +83,7 @@ class Lines(Lazy[Record]):
                     self._ends.append(begin + len(line))
                     self._numbers.append(number)
                 begin += len(line)
-            h.update(b"\xff")  # cannot occur in a file
+            h.update(b"\xff")  # separates files, because UTF-8 text cannot contain this byte
             if len(self._begins) == self._starts[-1] != limit:
                 raise DataError("this file has no rows", where=file.name, fix="remove it from data.train, or add rows")
         self.digest = h.hexdigest()
@@ -131,7 +131,7 @@ def _stamp(file: IO[bytes]) -> tuple[int, int]:
 class ArrowRows(Lazy[Record]):
     """The records of a data set of the library `datasets`, which maps its Arrow files instead of reading them.
 
-    where: returns the name of record i. name: identifies the rows among those of the same files."""
+    where: returns the name of record i. name: distinguishes data sets that come from the same files."""
 
     def __init__(self, data: Any, where: Callable[[int], str], name: str = "") -> None:
         self._data, self._name = data, name
@@ -153,9 +153,9 @@ class ArrowRows(Lazy[Record]):
 
 
 def large_files(names: Sequence[str], limit: int | None = None) -> Lines | ArrowRows | None:
-    """Return the records of JSONL files, Parquet files or a hub data set if they are too large to be held in memory.
+    """Return the records of large JSONL files, large Parquet files or a large hub data set; None for other data.
 
-    Otherwise, returns None. Raises DataError for a missing file."""
+    Records are read when they are needed. Raises DataError for a missing file."""
     if len(names) == 1 and names[0].startswith("hub:"):
         rows = _hub(names[0][4:], limit)
         return rows if rows.bytes > LARGE else None
@@ -274,7 +274,7 @@ def _first_lines(path: Path, most: int) -> bytes:
 
 
 def _decoded(raw: bytes, path: Path, first: int = 1) -> str:
-    """Return the text of `raw`, which begins in line `first` of the file."""
+    """Return the text of `raw`, which begins at line `first` of the file."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -382,7 +382,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
     """Return the records of Parquet files, or None if they cannot be read as one data set.
 
-    `datasets` keeps its copy of the files in its own cache."""
+    `datasets` writes a copy of the files to its own cache."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -391,7 +391,7 @@ def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
         ends = [*itertools.accumulate(pq.read_metadata(path).num_rows for path in paths)]
         data = datasets.Dataset.from_parquet([*map(str, paths)])
     except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError):
-        return None  # `_parquet` reads files with different columns, or says what is wrong
+        return None  # `_parquet` then reads files with different columns, or raises DataError
 
     def where(i: int) -> str:
         n = bisect_right(ends, i)

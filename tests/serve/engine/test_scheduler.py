@@ -224,7 +224,7 @@ def test_prefixes_need_equal_mixes_and_salts() -> None:
     assert {cached for (turn, _, _), cached in found.items() if turn == 1} == {16}
 
 
-def test_rejected_drafts_leave_no_trace_and_preempt_nobody() -> None:
+def test_rejected_drafts_are_discarded_and_preempt_no_sequence() -> None:
     scheduler = Scheduler(Cache(10, 4), rows=2, budget=64)
     sequence = scheduler.add(request(6, 50))
     advance(scheduler)

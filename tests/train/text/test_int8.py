@@ -36,9 +36,7 @@ def trained(shared: Path, loaded: TextBase, output: Path, **more: Any) -> tuple[
     return train(shared, output, loaded, on_event=events.append, **more), events
 
 
-def test_a_run_says_how_far_it_is_from_16_bits_and_learns_the_same(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_a_run_reports_its_distance_from_16_bits(shared: Path, base: TextBase, tmp_path: Path) -> None:
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     result, events = trained(shared, base, tmp_path / "int8", base=INT8)
     (line,) = [e.text for e in events if isinstance(e, Note) and e.text.startswith("int8 products")]

@@ -127,7 +127,7 @@ def test_mapped_rows_equal_rows_in_memory(
 
 
 @pytest.mark.usefixtures("large")
-def test_large_parquet_files_that_are_no_data_set(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_large_parquet_files_that_are_not_one_data_set(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Files with different columns are read into memory; damaged files are named."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -190,10 +190,10 @@ def test_bad_rows_are_named_with_their_line_and_leave_no_tokens(shared: Path, ba
 
 
 @pytest.mark.usefixtures("large")
-def test_a_sample_is_checked_first_and_says_so(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_a_sample_of_a_large_file_is_checked_first(shared: Path, base: TextBase, tmp_path: Path) -> None:
     file = tmp_path / "silent.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n' * 3000)
-    with pytest.raises(Exception, match=r"in a sample of 2,000 rows of 3,000: no row is left to train on"):
+    with pytest.raises(Exception, match=r"in a sample of 2,000 of 3,000 rows: no row is left to train on"):
         train(shared, tmp_path / "run", base, data={"train": str(file), "split": 0})
     assert not (veneer_home() / "tokens").exists()
 
@@ -222,7 +222,7 @@ def test_every_setting_that_changes_tokens_has_its_own_table(shared: Path, base:
 
 
 @pytest.mark.usefixtures("large")
-def test_a_file_that_changes_during_the_run_is_noticed(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_a_file_that_changes_during_the_run_is_an_error(shared: Path, base: TextBase, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     write_rows(file)
     rows = read(shared, base, file).train.rows
@@ -254,7 +254,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.usefixtures("large")
-def test_a_killed_writer_leaves_nothing_that_is_read() -> None:
+def test_tables_of_killed_writers_are_never_read() -> None:
     def killed() -> Iterator[EncodedTable]:
         yield table(1, 2)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -273,7 +273,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read() -> None:
 
 
 @pytest.mark.usefixtures("large")
-def test_of_two_writers_the_slower_one_accepts_the_table_of_the_faster_one() -> None:
+def test_the_slower_of_two_writers_uses_the_faster_ones_table() -> None:
     def slow() -> Iterator[EncodedTable]:
         yield table(1)
         assert write_table("a", [table(1)], no_errors)[0].tokens.tolist() == [1]

@@ -10,8 +10,8 @@ block's end, the mix, and the salt. Salts separate tenants, because a cache hit 
 same prompt. A mix is identified by its adapters' digests and strengths, so a renamed, reloaded or replaced
 adapter never finds another adapter's blocks.
 
-A prompt also reuses the tokens at the start of another sequence's incomplete block, which is copied: with
-`copy`, a group of completions computes its prompt once, except for the last token.
+With `copy`, a prompt also reuses the first tokens of another sequence's incomplete block, by copying the block.
+A group of completions then computes its prompt once, except for the last token.
 
 A block is free (empty), in use (one or more holders), or evictable (no holder, but a known key). When no
 block is free, evictable blocks are reused, least recently used first. Works on plain numbers, without
@@ -37,7 +37,7 @@ def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
 class BlockTable:
     """The blocks of one sequence, in order. `keys`: cache keys of the sequence's computed full blocks.
 
-    `cached`: number of tokens found when the table was opened."""
+    `cached`: number of tokens found in the cache when the table was opened."""
 
     root: bytes
     blocks: list[int] = field(default_factory=list)
@@ -48,7 +48,7 @@ class BlockTable:
 class Cache:
     """Bookkeeping of a key-value cache with `blocks` blocks of `block` tokens each.
 
-    `copy(source, target)`: copies a block's keys and values; None if incomplete blocks are not to be shared.
+    `copy(source, target)`: copies a block's keys and values; None if incomplete blocks are not shared.
     """
 
     def __init__(self, blocks: int, block: int, copy: Callable[[int, int], None] | None = None) -> None:
@@ -112,7 +112,7 @@ class Cache:
         return True
 
     def shrink(self, table: BlockTable, tokens: int) -> None:
-        """Free the blocks after the table's first `tokens` tokens. No other sequence can know these blocks."""
+        """Free the blocks after the table's first `tokens` tokens. No other sequence holds these blocks."""
         while len(table.blocks) > max(len(table.keys), -(-tokens // self.block)):
             block = table.blocks.pop()
             self._holders[block] = 0

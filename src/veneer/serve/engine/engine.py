@@ -2,8 +2,8 @@
 
     a step    inbox → scheduler (rows and tokens) → runner (one forward pass) → sampler → text → events
 
-A step of a row has one token, and in two cases more. Tokens that the grammar forces are appended without a
-forward pass of their own; the next step computes their keys and values. Drafts (`drafts`) are computed
+In a step, a row computes and samples one token, except in two cases. Tokens that the grammar forces are appended
+without a forward pass of their own; the next step computes their keys and values. Drafts (`drafts`) are computed
 together and verified: the row samples at each position, as it would without drafts, until a sample differs.
 
 Only the step thread changes state; other threads post callbacks to its queue. A request's adapters are leased
@@ -96,7 +96,7 @@ class _Live:
     last: float | None = None
     drafter: Drafter | None = None
     forced: list[int] = field(default_factory=list)
-    """The sequence's last tokens, if the grammar forced them and their events wait for the next step."""
+    """Tokens at the end of the sequence that the grammar forced and whose events are not emitted yet."""
     scores: dict[int, SampledToken] = field(default_factory=dict)
     """Position of a prompt or forced token -> its log-probabilities, if requested."""
 
@@ -389,7 +389,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                     self._append_tokens(still, chosen, now)
 
     def _choose(self, chunks: list[Chunk]) -> dict[int, _Choices]:
-        """Return the next tokens by id of the chunk: one for a last chunk, and one for each accepted draft.
+        """Return id of a chunk -> next tokens: one for a last chunk, and one for each accepted draft.
 
         If the step fails, each row is rerun separately."""
         rows = [self._row(c) for c in chunks]
@@ -489,7 +489,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             self._append_forced(live, len(sequence.tokens), now)
 
     def _append_forced(self, live: _Live, end: int, now: float) -> bool:
-        """Append the forced tokens whose events wait. Return whether the completion continues.
+        """Append the forced tokens whose events are not emitted yet. Return whether the completion continues.
 
         end: position in the sequence after the last of these tokens."""
         assert live.sequence is not None

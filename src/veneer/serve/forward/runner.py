@@ -78,7 +78,7 @@ class RunnerRow:
 
 
 INT8_ROWS = 64
-"""Minimum tokens of a row in 8 bits: with fewer tokens, packing the weights takes longer than 8 bits save."""
+"""Minimum tokens of a row that runs in 8 bits. With fewer tokens, packing the weights takes longer than 8 bits save."""
 PACK_BYTES = 4 << 30
 """Maximum bytes of a prepacked second copy of the projections."""
 
@@ -456,7 +456,7 @@ class Runner:
             raise ConfigError(
                 "8-bit products need a Llama-like base on a CPU, without --quantize and --batch-invariant",
                 where="--compute int8",
-                fix="leave --compute out",
+                fix="remove --compute int8",
             )
         copies = {group.modules: Int8Weight(parts[0]) for group, parts in zip(groups, weights, strict=True)}
 

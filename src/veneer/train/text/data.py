@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _VERSION = 1
-"""A new version makes veneer tokenize all data again."""
+"""Changing this makes veneer tokenize all data again."""
 _SAMPLED = 2000
 """Rows of a large file that are checked before all of it is tokenized."""
 _SAY_EVERY = 10
@@ -98,8 +98,8 @@ def read_data(
 
     Rows of large files, except CSV and JSON, are tokenized once and then read from mapped files (`token_cache`).
 
-    say: called with the progress of tokenizing a large file. on_sample: called before that, with the data of a
-    sample of its rows and the number of all rows.
+    say: called with progress messages while a large file is tokenized. on_sample: called before a large file is
+    tokenized, with the data of a sample of its rows and the number of all its rows.
 
     Raises DataError if the rows do not fit the loss; also raises the errors of `read_rows`."""
     data = config.data
@@ -128,7 +128,7 @@ def read_data(
 
 @dataclass
 class _Source:
-    """The rows of some files. table: their tokens, except for prompts.
+    """The rows of some files. table: the tokens of the rows; None for prompts.
 
     For a large file, `rows` are read when they are needed. columns: the columns of its records. name: the name
     of its table in `token_cache`."""
@@ -141,9 +141,9 @@ class _Source:
 
 
 def _opened(files: Sequence[str], limit: int | None, config: TrainConfig, base: TextBase) -> _Source:
-    """Read the rows of small files, or find the rows of large ones. Raises the errors of `read_rows`."""
+    """Read the rows of small files, or index the rows of large files. Raises the errors of `read_rows`."""
     options = row_options(config)
-    lines = None if config.sampling is not None else large_files(files, limit)  # prompts are few
+    lines = None if config.sampling is not None else large_files(files, limit)  # data sets of prompts are small
     if lines is None:
         return _Source(*read_rows(files, limit=limit, **options))
     name = _table_name(lines, config, base)
@@ -155,7 +155,7 @@ def _opened(files: Sequence[str], limit: int | None, config: TrainConfig, base: 
 
 
 def _table_name(lines: Lines | ArrowRows, config: TrainConfig, base: TextBase) -> str:
-    """Return the digest of all that determines the table of some records."""
+    """Return the digest of everything that determines the table of some records."""
     import tokenizers
     import transformers
 
@@ -179,7 +179,7 @@ def _encode(
     say: Callable[[str], None],
     on_sample: Callable[[TextData, int], None],
 ) -> npt.NDArray[np.void]:
-    """Set the table and the duplicates of a source. Return the key of each row."""
+    """Set a source's table and number of duplicates, and return the key of each row."""
     rows = source.rows
     if config.sampling is not None:
         keys: npt.NDArray[np.void] = keys_of(rows)["key"]
@@ -234,7 +234,8 @@ def _sample(source: _Source, config: TrainConfig, base: TextBase, on_sample: Cal
         refuse_unusable(bad, len(rows), summary.format)
         sample = TextData(encode_split(rows, config, base), encode_split([], config, base), summary)
     except DataError as error:
-        raise DataError(f"in a sample of {count:,} rows, {error.what}", where=error.where, fix=error.fix) from None
+        text = f"in a sample of {len(rows):,} of {count:,} rows: {error.what}"
+        raise DataError(text, where=error.where, fix=error.fix) from None
     on_sample(sample, count)
 
 

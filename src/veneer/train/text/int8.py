@@ -1,4 +1,4 @@
-"""Start a run whose products with frozen weights are in 8 bits (`base.compute: int8`)."""
+"""Start a run that multiplies by frozen weights in 8 bits (`base.compute: int8`)."""
 
 from __future__ import annotations
 

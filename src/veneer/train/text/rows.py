@@ -51,7 +51,7 @@ _ALIASES = {
     "output": ("response",),
 }
 
-_JSON = json.JSONEncoder(sort_keys=True, default=str).encode  # once, because `json.dumps` makes an encoder per call
+_JSON = json.JSONEncoder(sort_keys=True, default=str).encode  # once, because `json.dumps` creates an encoder per call
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def question_and_answer(row: Row) -> tuple[str, str, str]:
 
 
 KEYS = np.dtype([("key", "V32"), ("prompt", "V16")])
-"""`Row.key` and half of `Row.prompt_key` of a row."""
+"""A row's `key`, and the first half of its `prompt_key`."""
 
 
 def keys_of(rows: Iterable[Row]) -> npt.NDArray[np.void]:
@@ -264,7 +264,7 @@ def leakage(
 
 
 def _first_bytes(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
-    """Return the first eight bytes of each key as a number, because NumPy sorts numbers a hundred times as fast."""
+    """Return the first eight bytes of each key as a number, which NumPy sorts a hundred times as fast."""
     return np.frombuffer(keys.tobytes(), np.uint64).reshape(len(keys), keys.dtype.itemsize // 8)[:, 0]
 
 
