@@ -141,12 +141,8 @@ class ArrowRows(Lazy[Record]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Return the sha256 of the name and of the files' bytes."""
-        h = hashlib.sha256(self._name.encode())
-        for path in self._files:
-            with path.open("rb") as file:
-                h.update(hashlib.file_digest(file, "sha256").digest())
-        return h.hexdigest()
+        """Return a sha256 of the name and of the files' bytes."""
+        return _content_digest(self._files, self._name)
 
     def columns(self) -> list[str]:
         return list(self._data.column_names)
@@ -382,14 +378,16 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
     """Return the records of Parquet files, or None if they cannot be read as one data set.
 
-    `datasets` keeps its copy of the files in its own cache."""
+    `datasets` keeps its copy of the files in its own cache, in a folder for their content: it would otherwise
+    return the old rows of a file that was replaced by one with the same modification time."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         ends = [*itertools.accumulate(pq.read_metadata(path).num_rows for path in paths)]
-        data = datasets.Dataset.from_parquet([*map(str, paths)])
+        cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "veneer", _content_digest(paths))
+        data = datasets.Dataset.from_parquet([*map(str, paths)], cache_dir=cache)
     except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError):
         return None  # `_parquet` reads files with different columns, or says what is wrong
 
@@ -398,6 +396,14 @@ def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
         return f"{paths[n]} row {i - (ends[n - 1] if n else 0) + 1}"
 
     return ArrowRows(data if limit is None else data.select(range(min(limit, len(data)))), where)
+
+
+def _content_digest(paths: Sequence[Path], name: str = "") -> str:
+    h = hashlib.sha256(name.encode())
+    for path in paths:
+        with path.open("rb") as file:
+            h.update(hashlib.file_digest(file, "sha256").digest())
+    return h.hexdigest()
 
 
 def _hub(name: str, limit: int | None) -> ArrowRows:

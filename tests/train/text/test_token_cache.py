@@ -126,6 +126,20 @@ def test_mapped_rows_equal_rows_in_memory(
 
 
 @pytest.mark.usefixtures("large")
+def test_a_replaced_parquet_file_with_the_same_time_is_read_again(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "rows.parquet"
+    for text in ("old", "new"):
+        pq.write_table(pa.Table.from_pylist([{"text": text}]), file)
+        os.utime(file, (1, 1))
+        rows = records.large_files([str(file)])
+        assert rows is not None
+        assert rows[0].values == {"text": text}
+
+
+@pytest.mark.usefixtures("large")
 def test_large_parquet_files_that_are_no_data_set(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Files with different columns are read into memory; damaged files are named."""
     import pyarrow as pa
