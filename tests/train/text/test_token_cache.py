@@ -273,6 +273,9 @@ def test_a_killed_writer_leaves_nothing_that_is_read() -> None:
     (tables / "a" / "tokens.bin").write_bytes(b"1234")  # damaged: not read, and replaced
     assert read_table("a") is None
     assert write_table("a", [table(7)], no_errors)[0].tokens.tolist() == [7]
+    for about in ("null", "[]", "{}"):
+        (tables / "a" / "about.json").write_text(about)
+        assert read_table("a") is None
 
 
 @pytest.mark.usefixtures("large")
@@ -283,6 +286,12 @@ def test_of_two_writers_the_slower_one_accepts_the_table_of_the_faster_one() -> 
 
     assert write_table("a", slow(), no_errors)[0].tokens.tolist() == [1]
     assert [folder.name for folder in (veneer_home() / "tokens").iterdir()] == ["a"]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_table_that_another_run_has_written_since_is_kept() -> None:
+    write_table("a", [table(1)], no_errors)
+    assert write_table("a", [table(2)], no_errors)[0].tokens.tolist() == [1]
 
 
 @pytest.mark.usefixtures("large")
