@@ -65,11 +65,13 @@ class Lines(Lazy[Record]):
     `digest`: sha256 of the files' bytes. Reading a record raises DataError if its file has changed."""
 
     def __init__(self, paths: Sequence[Path], limit: int | None = None) -> None:
-        self.paths, self._files, self._stamps = paths, [path.open("rb") for path in paths], list[tuple[int, int]]()
+        self.paths, self._files, self._stamps = paths, list[IO[bytes]](), list[tuple[int, int]]()
         self._begins, self._ends, self._numbers, self._starts = array("q"), array("q"), array("q"), array("q")
         self._lock, h = Lock(), hashlib.sha256()
-        for file in self._files:
+        for path in paths:
+            file = path.open("rb")
             weakref.finalize(self, file.close)
+            self._files.append(file)
             self._starts.append(len(self._begins))
             self._stamps.append(_stamp(file))
             begin = 0
@@ -159,9 +161,14 @@ def large_files(names: Sequence[str], limit: int | None = None) -> Lines | Arrow
         return None
     paths = [Path(file) for name in names for file in _expand(name)]
     suffixes = {path.suffix.lower() for path in paths}
-    if sum(os.path.getsize(path) for path in paths) <= LARGE:
+    try:
+        if sum(os.path.getsize(path) for path in paths) <= LARGE:
+            return None
+        if suffixes <= {*_LINES}:
+            return Lines(paths, limit)
+    except OSError:  # `_file` says what is wrong, or reads more files than can be open at once
         return None
-    return Lines(paths, limit) if suffixes <= {*_LINES} else _mapped(paths, limit) if suffixes == {".parquet"} else None
+    return _mapped(paths, limit) if suffixes == {".parquet"} else None
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:

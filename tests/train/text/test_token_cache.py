@@ -155,6 +155,26 @@ def test_large_parquet_files_that_are_no_data_set(shared: Path, base: TextBase, 
     assert "1.parquet" in str(error.value)
 
 
+@pytest.mark.usefixtures("large")
+def test_large_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A folder among the files is named; more files than can be open at once are read into memory."""
+    import resource
+
+    for n in range(80):
+        write_rows(tmp_path / f"{n}.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        assert records.large_files([str(tmp_path)]) is None
+        assert records.read_data_files([str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (tmp_path / "x.jsonl").mkdir()
+    assert records.large_files([str(tmp_path)]) is None
+    with pytest.raises(DataError, match="Is a directory"):
+        records.read_data_files([str(tmp_path)])
+
+
 @given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans())))
 def test_tokens_and_mask_survive_in_one_number(tokens: list[tuple[int, bool]]) -> None:
     ids, trained = [token for token, _ in tokens], [on for _, on in tokens]
