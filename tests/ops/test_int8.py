@@ -35,7 +35,9 @@ def steps(t: Tensor, dim: int) -> Tensor:
 
 @BOTH
 @DTYPES
-@pytest.mark.parametrize(("rows", "out", "inputs"), [(37, 80, 208), (400, 48, 64), (3, 33, 50), (0, 32, 32)])
+@pytest.mark.parametrize(
+    ("rows", "out", "inputs"), [(37, 80, 208), (400, 48, 64), (3, 33, 50), (0, 32, 32), (17, 1, 16), (17, 16, 1)]
+)
 def test_both_directions_are_within_the_bound_of_rounding(
     name: str, dtype: torch.dtype, rows: int, out: int, inputs: int
 ) -> None:

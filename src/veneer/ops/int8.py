@@ -62,7 +62,8 @@ def int8_linear_in_torch(
     most = scaled.abs().amax(1, keepdim=True)
     q = (scaled * (CODES / most).nan_to_num_(0.0, 0.0, 0.0)).round_().to(torch.int8)
     other = codes.t() if transposed else codes
-    sums = torch._int_mm(q, other) if torch_sums_are_exact() else q.float() @ other.float()
+    # With one column, torch's product returns unrelated numbers.
+    sums = torch._int_mm(q, other) if q.shape[1] > 1 and torch_sums_are_exact() else q.float() @ other.float()
     y = sums * (most / CODES * column)
     if outliers is not None:
         y += x[:, outliers[0].long()].to(y.dtype) @ outliers[1].to(y.dtype)

@@ -143,9 +143,8 @@ def profile_for(threads: int, pinned: str) -> Profile:
     pinned: the value of VENEER_PROFILE, or ""."""
     if pinned:
         if (result := _read(Path(pinned))) is None:
-            raise ConfigError(
-                f"VENEER_PROFILE={pinned} is not a profile of a machine", where="VENEER_PROFILE", fix="unset it"
-            )
+            problem = f"VENEER_PROFILE={pinned} is not a file with a profile of a machine"
+            raise ConfigError(problem, where="VENEER_PROFILE", fix="unset it")
         return result
     from filelock import FileLock
 
@@ -159,7 +158,8 @@ def profile_for(threads: int, pinned: str) -> Profile:
         with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):
             if (result := _read(file, key)) is None or result == known:
                 result = measure(key, known)
-                replace_file(file, [(json.dumps(asdict(result), indent=1) + "\n").encode()], mode=0o600)
+                with contextlib.suppress(OSError):  # a full disk
+                    replace_file(file, [(json.dumps(asdict(result), indent=1) + "\n").encode()], mode=0o600)
             return result
     except (OSError, NotImplementedError):  # no folder is writable, or the lock timed out (an OSError)
         return measure(key)
@@ -170,11 +170,12 @@ def renew() -> Profile:
 
     Raises ConfigError if VENEER_PROFILE is set."""
     if os.environ.get("VENEER_PROFILE"):
-        raise ConfigError("no profile is measured while VENEER_PROFILE is set", fix="unset VENEER_PROFILE")
-    with contextlib.suppress(OSError):
-        _file(_key(torch.get_num_threads())).unlink(missing_ok=True)
+        raise ConfigError("VENEER_PROFILE names the profile to use", where="VENEER_PROFILE", fix="unset it to measure")
     profile_for.cache_clear()
-    return profile()
+    with contextlib.suppress(OSError):
+        _file(key := _key(torch.get_num_threads())).unlink(missing_ok=True)
+        return profile()
+    return measure(key)  # the stored profile cannot be deleted
 
 
 def _key(threads: int) -> str:
@@ -205,10 +206,11 @@ def profile_from(values: Any) -> Profile | None:
     try:
         result = Profile(**values)
         rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
+        "".join([result.processor, result.key, result.torch, result.date])  # TypeError unless all are texts
+        is_valid = all(0 < n < math.inf for n in [result.threads, *rates]) and result.spread >= 0 <= result.share
     except (TypeError, AttributeError):
         return None
-    is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(result.spread, float)
-    return result if is_valid else None
+    return result if is_valid and result.rate("float32") else None
 
 
 def measure(key: str, known: Profile | None = None) -> Profile:

@@ -65,11 +65,13 @@ class Lines(Lazy[Record]):
     `digest`: sha256 of the files' bytes. Reading a record raises DataError if its file has changed."""
 
     def __init__(self, paths: Sequence[Path], limit: int | None = None) -> None:
-        self.paths, self._files, self._stamps = paths, [path.open("rb") for path in paths], list[tuple[int, int]]()
+        self.paths, self._files, self._stamps = paths, list[IO[bytes]](), list[tuple[int, int]]()
         self._begins, self._ends, self._numbers, self._starts = array("q"), array("q"), array("q"), array("q")
         self._lock, h = Lock(), hashlib.sha256()
-        for file in self._files:
+        for path in paths:
+            file = path.open("rb")
             weakref.finalize(self, file.close)
+            self._files.append(file)
             self._starts.append(len(self._begins))
             self._stamps.append(_stamp(file))
             begin = 0
@@ -141,12 +143,8 @@ class ArrowRows(Lazy[Record]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Return the sha256 of the name and of the files' bytes."""
-        h = hashlib.sha256(self._name.encode())
-        for path in self._files:
-            with path.open("rb") as file:
-                h.update(hashlib.file_digest(file, "sha256").digest())
-        return h.hexdigest()
+        """Return a sha256 of the name and of the files' bytes."""
+        return _content_digest(self._files, self._name)
 
     def columns(self) -> list[str]:
         return list(self._data.column_names)
@@ -163,9 +161,14 @@ def large_files(names: Sequence[str], limit: int | None = None) -> Lines | Arrow
         return None
     paths = [Path(file) for name in names for file in _expand(name)]
     suffixes = {path.suffix.lower() for path in paths}
-    if sum(os.path.getsize(path) for path in paths) <= LARGE:
+    try:
+        if sum(os.path.getsize(path) for path in paths) <= LARGE:
+            return None
+        if suffixes <= {*_LINES}:
+            return Lines(paths, limit)
+    except OSError:  # `_file` says what is wrong, or reads more files than can be open at once
         return None
-    return Lines(paths, limit) if suffixes <= {*_LINES} else _mapped(paths, limit) if suffixes == {".parquet"} else None
+    return _mapped(paths, limit) if suffixes == {".parquet"} else None
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
@@ -382,14 +385,16 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
     """Return the records of Parquet files, or None if they cannot be read as one data set.
 
-    `datasets` writes a copy of the files to its own cache."""
+    `datasets` keeps its copy of the files in its own cache, in a folder for their content: it would otherwise
+    return the old rows of a file that was replaced by one with the same modification time."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         ends = [*itertools.accumulate(pq.read_metadata(path).num_rows for path in paths)]
-        data = datasets.Dataset.from_parquet([*map(str, paths)])
+        cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "veneer", _content_digest(paths))
+        data = datasets.Dataset.from_parquet([*map(str, paths)], cache_dir=cache)
     except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError):
         return None  # `_parquet` then reads files with different columns, or raises DataError
 
@@ -398,6 +403,14 @@ def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
         return f"{paths[n]} row {i - (ends[n - 1] if n else 0) + 1}"
 
     return ArrowRows(data if limit is None else data.select(range(min(limit, len(data)))), where)
+
+
+def _content_digest(paths: Sequence[Path], name: str = "") -> str:
+    h = hashlib.sha256(name.encode())
+    for path in paths:
+        with path.open("rb") as file:
+            h.update(hashlib.file_digest(file, "sha256").digest())
+    return h.hexdigest()
 
 
 def _hub(name: str, limit: int | None) -> ArrowRows:

@@ -127,6 +127,20 @@ def test_mapped_rows_equal_rows_in_memory(
 
 
 @pytest.mark.usefixtures("large")
+def test_a_replaced_parquet_file_with_the_same_time_is_read_again(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "rows.parquet"
+    for text in ("old", "new"):
+        pq.write_table(pa.Table.from_pylist([{"text": text}]), file)
+        os.utime(file, (1, 1))
+        rows = records.large_files([str(file)])
+        assert rows is not None
+        assert rows[0].values == {"text": text}
+
+
+@pytest.mark.usefixtures("large")
 def test_large_parquet_files_that_are_not_one_data_set(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Files with different columns are read into memory; damaged files are named."""
     import pyarrow as pa
@@ -140,6 +154,26 @@ def test_large_parquet_files_that_are_not_one_data_set(shared: Path, base: TextB
     with pytest.raises(DataError, match="not a Parquet file") as error:
         read(shared, base, tmp_path, data={"train": str(tmp_path)})
     assert "1.parquet" in str(error.value)
+
+
+@pytest.mark.usefixtures("large")
+def test_large_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A folder among the files is named; more files than can be open at once are read into memory."""
+    import resource
+
+    for n in range(80):
+        write_rows(tmp_path / f"{n}.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        assert records.large_files([str(tmp_path)]) is None
+        assert records.read_data_files([str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (tmp_path / "x.jsonl").mkdir()
+    assert records.large_files([str(tmp_path)]) is None
+    with pytest.raises(DataError, match="Is a directory"):
+        records.read_data_files([str(tmp_path)])
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans())))
@@ -270,6 +304,9 @@ def test_tables_of_killed_writers_are_never_read() -> None:
     (tables / "a" / "tokens.bin").write_bytes(b"1234")  # damaged: not read, and replaced
     assert read_table("a") is None
     assert write_table("a", [table(7)], no_errors)[0].tokens.tolist() == [7]
+    for about in ("null", "[]", "{}"):
+        (tables / "a" / "about.json").write_text(about)
+        assert read_table("a") is None
 
 
 @pytest.mark.usefixtures("large")
@@ -280,6 +317,12 @@ def test_the_slower_of_two_writers_uses_the_faster_ones_table() -> None:
 
     assert write_table("a", slow(), no_errors)[0].tokens.tolist() == [1]
     assert [folder.name for folder in (veneer_home() / "tokens").iterdir()] == ["a"]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_table_that_another_run_has_written_since_is_kept() -> None:
+    write_table("a", [table(1)], no_errors)
+    assert write_table("a", [table(2)], no_errors)[0].tokens.tolist() == [1]
 
 
 @pytest.mark.usefixtures("large")

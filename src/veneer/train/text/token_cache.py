@@ -39,9 +39,10 @@ def read_table(name: str) -> tuple[EncodedTable, dict[str, Any]] | None:
         about = json.loads((folder / _ABOUT).read_bytes())
         table = _mapped(folder)
         os.utime(folder)
-    except (OSError, ValueError):
+        is_complete = about["sizes"] == [len(table.tokens), len(table.texts)]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (table, about) if about.get("sizes") == [len(table.tokens), len(table.texts)] else None
+    return (table, about) if is_complete else None
 
 
 def write_table(
@@ -56,7 +57,9 @@ def write_table(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _make_room(folder.parent)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged table; a complete one would have been read
+        if (found := read_table(name)) is not None:  # another run wrote it since this run looked
+            return found
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged table
         with new_folder(folder) as temporary, contextlib.ExitStack() as held:
             errors: dict[int, str] = {}
             if not gc.get_freeze_count():
