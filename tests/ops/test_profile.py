@@ -38,7 +38,8 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_measured_profile_is_stored(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = profile()
     assert (found.threads, found.torch) == (torch.get_num_threads(), torch.__version__)
-    assert set(found.gflops["float32"]) == {"x".join(map(str, shape)) for shape in SHAPES}
+    # On a busy machine, the larger shapes can be left out.
+    assert set(found.gflops["float32"]) <= {"x".join(map(str, shape)) for shape in SHAPES}
     assert found.rate("float32") == max(found.gflops["float32"].values()) > 0
     assert found.rate("no dtype") == 0
     assert found.bandwidth > 0

@@ -170,7 +170,7 @@ def renew() -> Profile:
 
     Raises ConfigError if VENEER_PROFILE is set."""
     if os.environ.get("VENEER_PROFILE"):
-        raise ConfigError("VENEER_PROFILE names the profile to use", where="VENEER_PROFILE", fix="unset it to measure")
+        raise ConfigError("no profile is measured while VENEER_PROFILE is set", fix="unset VENEER_PROFILE")
     profile_for.cache_clear()
     with contextlib.suppress(OSError):
         _file(key := _key(torch.get_num_threads())).unlink(missing_ok=True)
