@@ -82,7 +82,7 @@ format: $(VENV)/.ready-dev ## write the formatting that `make check` wants
 	@$(RUN) -m ruff format .
 	@$(RUN) -m ruff check --fix .
 
-bench: $(VENV)/.ready-peers $(if $(filter all serving,$(BENCH)),$(VLLM_VENV)/.ready $(LLAMA_VENV)/.ready) ## veneer beside its peers: 20 minutes with BENCH_FLAGS=--quick; one of them with BENCH=serving
+bench: $(VENV)/.ready-peers $(if $(filter all serving,$(BENCH)),$(VLLM_VENV)/.ready $(LLAMA_VENV)/.ready) ## compare veneer with other tools; BENCH_FLAGS=--quick takes 20 minutes, BENCH=serving runs one benchmark
 	@$(RUN) benchmarks/$(BENCH).py $(BENCH_FLAGS)
 
 clean: ## remove what runs, builds and tools left behind
@@ -156,12 +156,12 @@ $(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	fi
 	@touch $@
 
-# llama.cpp is compiled here, for this processor (GGML_NATIVE). Without a compiler, the benchmarks leave it out.
+# Compiles llama.cpp for this processor (GGML_NATIVE). Without a C++ compiler, the benchmarks skip llama.cpp.
 $(LLAMA_VENV)/.ready: | $(VENV)/bin/python
 	@$(RUN) -m venv $(LLAMA_VENV)
 	@CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) nice $(LLAMA_VENV)/bin/python -m pip install \
 	  --disable-pip-version-check 'llama-cpp-python>=0.3.36,<0.4' || { rm -rf $(LLAMA_VENV)/bin; mkdir -p $(LLAMA_VENV); \
-	  echo "llama-cpp-python could not be built here (it needs a C++ compiler): benchmarks/serving.py leaves llama.cpp out"; }
+	  echo "llama-cpp-python could not be built (it needs a C++ compiler): benchmarks/serving.py skips llama.cpp"; }
 	@touch $@
 
 # Tinker's cookbook wants an older transformers than veneer's: its recipes are clients, in an environment without veneer.

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def options(text: str | None, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--imitate", choices=IMITATIONS, default=imitated(), help="use an older processor's instructions"
+        "--imitate", choices=IMITATIONS, default=imitated(), help="use only the instructions of an older processor"
     )
     parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
     return parser
@@ -198,7 +198,7 @@ def run_process(key: list[Any], command: Sequence[str], **env: str) -> dict[str,
     name = f"{key[0]}: {key[1]}"
     for line in recorded():
         if line.get("side") == key:
-            say(f"{name}: already in the record")
+            say(f"{name}: skipped, because its result is already recorded")
             return line["result"]
     say(f"{name} …")
     began, result = time.time(), None
@@ -250,6 +250,21 @@ def recorded(file: str | Path = "") -> list[dict[str, Any]]:
     return [found for line in lines if (found := _object(line))]
 
 
+def without_slow_dtypes(sides: Iterable[str]) -> list[str]:
+    """Return the sides of a benchmark without those in bfloat16 if bfloat16 is unusable here.
+
+    Without AVX-512, oneDNN multiplies bfloat16 in a plain loop, about 50 times slower than float32; one step of
+    training would take eight minutes."""
+    import torch
+
+    a = torch.randn(512, 512)
+    full, half = (min(_seconds([lambda x=x: x @ x]) for _ in range(3)) for x in (a, a.bfloat16()))
+    slow = [side for side in sides if "bf16" in side] if half > 20 * full else []
+    if slow:
+        say(f"left out, because products in bfloat16 take {half / full:.0f} times as long: {'; '.join(slow)}")
+    return [side for side in sides if side not in slow]
+
+
 # -- floors ------------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +275,7 @@ def fastest(
 ) -> tuple[str, list[float]]:
     """Return the dtype in which the calls take the least time, and the seconds of all calls in each round.
 
-    prepare: dtype -> calls. An eighth of the calls decides which dtype it is."""
+    prepare: dtype -> calls. An eighth of the calls is timed to choose the dtype."""
     import torch
 
     trials: dict[str, float] = {}
@@ -274,7 +289,7 @@ def fastest(
 
 
 def _seconds(calls: Sequence[Callable[[], Any]], limit: float = float("inf")) -> float:
-    """Return the seconds of the calls; infinity if they reach the limit, which ends them."""
+    """Return the seconds of the calls, or infinity as soon as they reach the limit."""
     start = time.perf_counter()
     for call in calls:
         call()

@@ -1,9 +1,9 @@
-"""Every comparison with other tools, one after another, and a table by kind of processor.
+"""Run all comparisons with other tools, and print a table with a column for each kind of processor.
 
     python benchmarks/all.py [--quick] [--only text_training,serving] [--imitate avx512|avx2] [--json]
     python benchmarks/all.py --table                                  print the table of the records, run nothing
 
-With --quick, all of it takes at most 20 minutes on two cores, without set-up and compiling. Each result is
+With --quick, a run takes at most 20 minutes on two cores, without set-up and compiling. Each result is
 added to a file in runs/bench (JSON lines) when its side ends. If a run was stopped, the next one on the same
 kind of processor and the same commit continues it. The table has a column for each kind of processor with a
 record in runs/bench: to add a column, copy the record of another machine there, or use --imitate.
@@ -89,7 +89,7 @@ def lines() -> dict[str, Callable[[Values], str]]:
     table: dict[str, Callable[[Values], str]] = {
         "products of the model's shapes, GFLOP/s": products,
         "**training text**, tokens/s": of(*text),
-        "of what the products allow": floor_share,
+        "share of what the products allow": floor_share,
         "over PEFT": against(text, "peft", but="compiled"),
         "over PEFT, compiled": against(text, "peft", ending="compiled"),
         "memory of training": of(*memory, unit=" GB"),
@@ -101,7 +101,7 @@ def lines() -> dict[str, Callable[[Values], str]]:
         table |= {
             f"**training {base}**, steps/s": of(*steps),
             f"{base}: steps over diffusers + PEFT": against(steps, peer),
-            f"**drawing with {base}**, three adapters: over the base alone": of(calls[0], mine, "mix over base", "%"),
+            f"**calls of {base}**, three adapters: over the base alone": of(calls[0], mine, "mix over base", "%"),
             f"{base}: calls over diffusers + PEFT": against(calls, peer, less=True),
         }
     for label, metric, ending in (("32 requests", "base", "no LoRA"), ("one request", "alone, base", "no LoRA, alone")):
@@ -198,7 +198,7 @@ def record_of(run: dict[str, Any], folder: Path) -> Path:
                 break
             if not (text := file.read_text(encoding="utf-8")).endswith("\n"):  # its last line was cut off
                 file.write_text(text + "\n", encoding="utf-8")
-            say(f"continues {file}, which was stopped; remove it to start anew")
+            say(f"continuing the stopped run in {file}; delete the file to start over")
             return file
     slug = "".join(c if c.isalnum() else "-" for c in run["kind"].lower()).strip("-")
     return folder / f"{run['date'].replace(':', '')}-{slug}{'-quick' * run['quick']}.jsonl"
@@ -234,7 +234,7 @@ def run_all(names: list[str], quick: bool) -> bool:
     done = {line["benchmark"] for line in recorded() if "report" in line}
     for at, name in enumerate(names):
         if name in done:
-            say(f"{name}: already in the record")
+            say(f"{name}: skipped, because its results are already recorded")
             continue
         say(f"benchmark {at + 1} of {len(names)}: {name}")
         command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--json", *["--quick"] * quick]

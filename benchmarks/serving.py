@@ -44,6 +44,7 @@ from _report import (
     run_process,
     run_side,
     say,
+    without_slow_dtypes,
 )  # fmt: skip
 
 PROMPT, NEW, REQUESTS, ADAPTERS = 64, 64, 32, 8
@@ -111,7 +112,7 @@ class Bench:
         from veneer.serve.engine.engine import TextEngine
         from veneer.serve.settings import EngineSettings
 
-        # The prompts are arbitrary tokens, for which greedy answers repeat: drafts would be right too often.
+        # Greedy answers to arbitrary tokens repeat, so that drafts would be right too often.
         settings = {"cache_bytes": 1 << 29, "draft": 0, **settings}
         return TextEngine(self.base, lambda digest, _: self.shelf[digest], EngineSettings(**settings))
 
@@ -472,10 +473,11 @@ def side_peft(work: Path, quick: bool) -> dict[str, Any]:
         out[name] = speed(*arguments, **more)
         part(name, speed=out[name])
 
+    dtypes = {"float32": "float32", "bf16": "bfloat16"}
     with torch.inference_mode():
         models = {
-            kind: AutoModelForCausalLM.from_pretrained(work / "base", dtype=kind).eval()
-            for kind in ("bfloat16", "float32")
+            dtypes[kind]: AutoModelForCausalLM.from_pretrained(work / "base", dtype=dtypes[kind]).eval()
+            for kind in without_slow_dtypes(dtypes)
         }
         for m in models.values():
             speed(m, 1, 4)
@@ -499,7 +501,8 @@ def side_continuous(work: Path, quick: bool) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16).eval()
+    dtype = torch.bfloat16 if without_slow_dtypes(["bf16"]) else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=dtype).eval()
     n = REQUESTS
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=2)
     ids = [list(p) for p in prompts(n)]
@@ -684,10 +687,10 @@ def run_large(quick: bool, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options(__doc__, "one round, each figure once; only what peers do too")
+    parser = options(__doc__, "one round, each figure once, and only figures that peers have too")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="a base of 1B with random weights, without peers")
-    parser.add_argument("--steps", action="store_true", help="forced tokens and drafts, with and without")
+    parser.add_argument("--steps", action="store_true", help="compare with and without forced tokens and drafts")
     parser.add_argument("--adapter", default="", help="for --steps: a PEFT folder, trained on examples/tickets")
     parser.add_argument("--peers", default="vllm,peft,transformers,llama.cpp")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")

@@ -1,4 +1,4 @@
-"""The run of all benchmarks: stopped runs go on, and the table has a column for each kind of processor."""
+"""The run of all benchmarks: a stopped run continues, and the table has a column for each kind of processor."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_table_has_a_column_for_each_kind_of_processor(bench: ModuleType, tm
     for line in (
         "| products of the model's shapes, GFLOP/s | 310 (float32) | |",
         "| **training text**, tokens/s | 420 | |",
-        "| of what the products allow | 70% | |",
+        "| share of what the products allow | 70% | |",
         "| over PEFT | 1.40× (peft float32) | |",
         "| over PEFT, compiled | 1.20× (peft float32, compiled) | |",
         "| PEFT's least memory over it | 2.30× (peft bf16) | |",

@@ -37,7 +37,7 @@ def side(shared: ModuleType, folder: Path, name: str, code: int = 0) -> dict:
     return shared.run_process(["some", name, 0], command)
 
 
-def test_a_stopped_run_keeps_its_sides_and_goes_on_with_the_others(
+def test_a_stopped_run_continues_with_the_sides_not_recorded(
     shared: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert side(shared, tmp_path, "one") == {"speed": 25.0}
@@ -107,7 +107,7 @@ def test_torch_obeys_the_imitation(shared: ModuleType) -> None:
 
 
 def test_the_floor_is_the_fastest_arithmetic(shared: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock counts the products: float32 is twice as fast as bfloat16, and float16 takes too long to finish."""
+    """A fake clock counts the products: float32 is twice as fast as bfloat16, and float16 takes too long to finish."""
     now, made = [0.0], []
     monkeypatch.setattr(shared.time, "perf_counter", lambda: now[0])
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
-from tests.browser.conftest import ANSWERED, LONG, ROUTE, Window
+from tests.browser.conftest import ANSWERED, LONG, ROUTE, TIMEOUT, Window
 from tests.formats.image_adapters import random_adapter
 from tests.studio.conftest import StudioServer
 from tests.studio.recorded_jobs import parcel_rows
@@ -34,8 +35,12 @@ def test_compare_by_keys(window: Window) -> None:
     window.tab_to("Answer of support@2")
     window.keys("ArrowRight")
     window.until("log-probability")
-    window.keys("2")
-    window.until("Better than 1 other")
+    vote = page.get_by_text("Better than 1 other").first
+    deadline = time.monotonic() + TIMEOUT / 1000
+    while not vote.is_visible() and time.monotonic() < deadline:
+        window.keys("2")  # ignored while the answer at the new strength is being written
+        page.wait_for_timeout(500)
+    assert vote.is_visible()
 
 
 def test_train_and_run_by_keys(window: Window, job: str, tmp_path: Path) -> None:

@@ -102,9 +102,9 @@ def test_the_profile_is_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_measure_renews_the_profile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "unset it to measure" in run(capsys, "doctor", "--measure", code=2).err
+    assert "unset VENEER_PROFILE" in run(capsys, "doctor", "--measure", code=2).err
     new = replace(profile(), provisional=True, gflops={"int8": {"1x1x1": 7.0}})
     monkeypatch.setattr("veneer.ops.profile.renew", lambda: new)
     said = " ".join(run(capsys, "doctor", "--measure").out.split())
-    assert "the next command that needs the profile measures again" in said
+    assert "the next command that needs the profile measures it again" in said
     assert said.endswith("GFLOP/s 1 rows int8 7")

@@ -1,4 +1,4 @@
-"""Arrays give the same report as tensors, and `adapter inspect` reads usual files without torch."""
+"""Arrays give the same report as tensors, and `adapter inspect` reads common files without torch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_arrays_count_values_that_are_not_finite(dtype: torch.dtype, tmp_path: P
     assert ": 3 of " in errors[0]
 
 
-def test_an_array_becomes_a_tensor_where_torch_is_called(tmp_path: Path) -> None:
+def test_torch_functions_convert_arrays_to_tensors(tmp_path: Path) -> None:
     want = {"half": torch.randn(3, 4).bfloat16(), "empty": torch.empty(0, 2), "count": torch.tensor(5)}
     save_file(want, tmp_path / "a.safetensors")
     got, _ = read_arrays(tmp_path / "a.safetensors")
@@ -133,6 +133,9 @@ def test_arrays_compute_what_tensors_compute(tmp_path: Path, dtype: torch.dtype)
     t = torch.arange(-4.0, 5.0).reshape(3, 3).to(dtype)
     save_file({"t": t}, tmp_path / "t.safetensors")
     a = read_arrays(tmp_path / "t.safetensors")[0]["t"]
-    for mine, theirs in ((a * 2.0, t * 2.0), (a * a, t * t), (a @ a, t @ t), (a.sum(), t.sum())):
+    pairs = [(a * 2.0, t * 2.0), (a * a, t * t), (a @ a, t @ t), (a.sum(), t.sum())]
+    pairs += [(2.0 * a, 2.0 * t), (a + a, t + t), (a == a.mT, t == t.mT), (-a, -t), (a * t.double(), t * t.double())]
+    assert len(a) == len(t)
+    for mine, theirs in pairs:
         assert str(mine.dtype) == str(theirs.dtype)
         assert mine.tolist() == theirs.tolist()

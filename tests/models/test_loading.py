@@ -13,7 +13,7 @@ from transformers.utils import logging
 from veneer.models.loading import errors_only, uncollected
 
 
-def test_collections_pause_only_while_loading() -> None:
+def test_garbage_collection_pauses_only_while_loading() -> None:
     enabled = gc.isenabled()
     try:
         gc.enable()
@@ -23,7 +23,7 @@ def test_collections_pause_only_while_loading() -> None:
         gc.disable()
         with uncollected():
             pass
-        assert not gc.isenabled(), "the caller had paused them"
+        assert not gc.isenabled(), "the caller had paused collection"
     finally:
         (gc.enable if enabled else gc.disable)()
 

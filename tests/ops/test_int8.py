@@ -35,7 +35,9 @@ def steps(t: Tensor, dim: int) -> Tensor:
 
 @BOTH
 @DTYPES
-@pytest.mark.parametrize(("rows", "out", "inputs"), [(37, 80, 208), (400, 48, 64), (3, 33, 50), (0, 32, 32)])
+@pytest.mark.parametrize(
+    ("rows", "out", "inputs"), [(37, 80, 208), (400, 48, 64), (3, 33, 50), (0, 32, 32), (17, 1, 16), (17, 16, 1)]
+)
 def test_both_directions_are_within_the_bound_of_rounding(
     name: str, dtype: torch.dtype, rows: int, out: int, inputs: int
 ) -> None:
@@ -69,7 +71,7 @@ def _bound(a: Tensor, b: Tensor, step_a: Tensor, step_b: Tensor) -> Tensor:
 
 @BOTH
 def test_outlier_channels_are_exact(name: str) -> None:
-    """The first product's inputs are zero except for the outlier channels; the others have none in x's rounding."""
+    """With inputs only in the outlier channels, the product is exact; large outliers do not coarsen other channels."""
     W, x = draw(64, 96, dtype=torch.bfloat16), draw(40, 96, dtype=torch.bfloat16)
     x[:, [5, 71]] *= 3000
     copy = quantized(W, x)
@@ -111,7 +113,7 @@ def test_infinite_inputs_stay_visible(name: str, value: float) -> None:
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
-    """This makes k micro-batches equal to one batch."""
+    """Therefore, k micro-batches give the same result as one batch."""
     W, x = draw(80, 208, dtype=torch.bfloat16), draw(101, 208, dtype=torch.bfloat16)
     copy = quantized(W, x)
     whole = copy.product(x, W)
@@ -121,7 +123,7 @@ def test_rows_do_not_depend_on_their_batch() -> None:
 
 
 def test_sums_are_exact_without_vnni() -> None:
-    """All codes are 127, so without VNNI, oneDNN would cut off each sum."""
+    """All codes are 127, so without VNNI, oneDNN would saturate each sum."""
     code = (
         "import torch; from veneer.ops.int8 import Int8Weight\nx = torch.ones(40, 64); copy = Int8Weight(x)\n"
         "copy.product(x); copy.quantize(x); print((copy.product(x) - 64).abs().max().item() < 1e-3)"
@@ -131,7 +133,7 @@ def test_sums_are_exact_without_vnni() -> None:
     assert ran.stdout.strip() == "True"
 
 
-def test_low_rank_products_stay_as_they_were() -> None:
+def test_low_rank_products_are_unchanged() -> None:
     W, x, g = (draw(*shape, dtype=torch.bfloat16) for shape in ((64, 96), (40, 96), (40, 64)))
     A, B = draw(4, 96, dtype=torch.float32).requires_grad_(), draw(64, 4, dtype=torch.float32).requires_grad_()
     copy = quantized(W, x)

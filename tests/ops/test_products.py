@@ -115,7 +115,7 @@ def test_every_op_of_a_step_agrees_with_float64(name: str, run: Callable[..., Te
 
 @BOTH
 def test_a_small_adapter_is_not_lost_in_rounding(name: str) -> None:
-    """Its output is below half the distance of neighboring values of y, and y is not rounded before it is added."""
+    """The adapter's output is below half the distance of neighboring values of y, but is added before y is rounded."""
     x, W = draw(512, 64, dtype=_BF16).requires_grad_(), draw(64, 64, dtype=_BF16)
     A, B = (t.detach() for t in factors(_BF16, (4, 64), (64, 4)))
     B, g = B * 2e-3, draw(512, 64, dtype=_BF16)

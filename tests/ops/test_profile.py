@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 from veneer.errors import ConfigError
 from veneer.ops import profile as module
-from veneer.ops.profile import SHAPES, Profile, profile
+from veneer.ops.profile import SHAPES, Profile, profile, profile_from
 
 _Rounds = dict[tuple[str, str], object]
 PINNED = Profile(**json.loads((Path(__file__).parents[1] / "profile.json").read_text()))
@@ -36,7 +38,8 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_measured_profile_is_stored(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = profile()
     assert (found.threads, found.torch) == (torch.get_num_threads(), torch.__version__)
-    assert set(found.gflops["float32"]) == {"x".join(map(str, shape)) for shape in SHAPES}
+    # On a busy machine, the larger shapes can be left out.
+    assert set(found.gflops["float32"]) <= {"x".join(map(str, shape)) for shape in SHAPES}
     assert found.rate("float32") == max(found.gflops["float32"].values()) > 0
     assert found.rate("no dtype") == 0
     assert found.bandwidth > 0
@@ -48,7 +51,13 @@ def test_measured_profile_is_stored(kernels: Path, monkeypatch: pytest.MonkeyPat
 
 
 BROKEN = ["", "{", "[]", "{}", "[" * 100_000, '{"bandwidth": 1}']
-FOREIGN = [{"key": "another machine"}, {"bandwidth": "fast"}, {"gflops": {"float32": {"": -1.0}}}]
+FOREIGN: list[dict[str, object]] = [
+    {"key": "another machine"},
+    {"bandwidth": "fast"},
+    *({"gflops": {"float32": {"": rate}}} for rate in (-1.0, math.inf, math.nan, None)),
+    {"gflops": {"bfloat16": {"": 1.0}}},
+    *({name: None} for name in ("processor", "threads", "torch", "date", "spread", "share")),
+]
 
 
 @pytest.mark.parametrize("content", [*BROKEN, *FOREIGN])
@@ -106,7 +115,7 @@ def test_provisional_profile_is_measured_again_until_it_is_confirmed(
     assert fourth.gflops == third.gflops, "the higher rates of both measurements"
     assert not fourth.provisional, "no rate rose by over 20%"
     monkeypatch.setenv("VENEER_PROFILE", str(Path(__file__).parents[1] / "profile.json"))
-    with pytest.raises(ConfigError, match="VENEER_PROFILE names the profile"):
+    with pytest.raises(ConfigError, match="while VENEER_PROFILE is set"):
         module.renew()
 
 
@@ -160,6 +169,29 @@ def test_unwritable_home_is_tolerated(kernels: Path, monkeypatch: pytest.MonkeyP
     assert profile().rate("float32") > 0
 
 
+def test_a_profile_that_cannot_be_stored_is_measured_once(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "replace_file", full)
+    monkeypatch.setattr(module, "measure", lambda key, known=None: measured.append(key) or PINNED)
+    assert profile() is PINNED
+    assert len(measured) == 1
+
+
+def test_a_profile_that_cannot_be_deleted_is_measured_again(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(module, "measure", lambda key, known=None: replace(PINNED, key=key))
+    stored = profile()
+    monkeypatch.setattr(Path, "unlink", read_only)
+    monkeypatch.setattr(module, "measure", lambda key, known=None: replace(PINNED, key=key, bandwidth=31.0))
+    assert (stored.bandwidth, module.renew().bandwidth) == (30.0, 31.0)
+
+
 @pytest.mark.parametrize(("float32", "arithmetic"), [(239.0, "bfloat16"), (241.0, "float32")])
 def test_float32_arithmetic_needs_a_clear_advantage(float32: float, arithmetic: str) -> None:
     rates = {"float32": {"1x1x1": float32}, "bfloat16": {"1x1x1": 200.0}}
@@ -172,6 +204,11 @@ def test_veneer_profile_names_the_file_to_use(kernels: Path, monkeypatch: pytest
     monkeypatch.setenv("VENEER_PROFILE", str(file))
     assert profile().rate("bfloat16") == 400
     assert not kernels.exists()
-    monkeypatch.setenv("VENEER_PROFILE", str(kernels / "none"))
-    with pytest.raises(ConfigError, match="not a profile of a machine"):
-        profile()
+    for name in (kernels / "none", Path(__file__)):
+        monkeypatch.setenv("VENEER_PROFILE", str(name))
+        with pytest.raises(ConfigError, match="not a file with a profile"):
+            profile()
+
+
+def test_a_profile_written_by_hand_can_have_whole_numbers() -> None:
+    assert profile_from({**asdict(PINNED), "bandwidth": 30}) == PINNED

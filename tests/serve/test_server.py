@@ -103,10 +103,14 @@ def not_built() -> Application:
 
 
 @pytest.mark.parametrize(
-    "make", [not_built, lambda: Application(toy_app(ToyEngine(ToyText()), ToyCatalog()), load=no_base)]
+    "make",
+    [
+        not_built,
+        lambda: Application(toy_app(ToyEngine(ToyText()), ToyCatalog()), start=no_base),
+        lambda: Application(toy_app(ToyEngine(ToyText()), ToyCatalog()), load=no_base),
+    ],
 )
 def test_a_failed_start_reports_its_reason(make: Callable[[], Application]) -> None:
-
     said: list[str] = []
     level, interval = logging.getLogger("veneer").level, sys.getswitchinterval()
     try:

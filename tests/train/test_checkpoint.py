@@ -93,7 +93,7 @@ def test_an_implementation_that_is_missing_here_stops_a_resume(tmp_path: Path) -
     state["machine"]["ops"]["rms_norm"] = "newer"
     (path / "state.json").write_text(json.dumps(state))
     with (
-        pytest.raises(CheckpointError, match=r"1 of the checkpoint's ops differently: rms_norm \(newer; here") as error,
+        pytest.raises(CheckpointError, match=r"1 of the checkpoint's ops differently: rms_norm \(newer there") as error,
         checkpoint.machine_of(path, allow_other=False, note=notes.append),
     ):
         pytest.fail("the run began")
@@ -101,7 +101,7 @@ def test_an_implementation_that_is_missing_here_stops_a_resume(tmp_path: Path) -
     with checkpoint.machine_of(path, allow_other=True, note=notes.append):
         assert profile() != there
     (note,) = notes
-    assert "rms_norm (newer; here" in note
+    assert "rms_norm (newer there" in note
     assert note.endswith("results differ in the last bits")
 
 

@@ -157,7 +157,7 @@ def _profile_lines(profile: Profile) -> list[str]:
     if profile.share < IDLE:
         text += f"; other processes used {1 - profile.share:.0%} of the processors, so the rates can be too low"
     if profile.provisional:
-        text += f"; repetitions differ by {profile.spread:.0%}; the next command that needs the profile measures again"
+        text += f"; rounds differ by {profile.spread:.0%}; the next command that needs the profile measures it again"
     shapes = list(dict.fromkeys(shape for rates in profile.gflops.values() for shape in rates))
     rows = [("GFLOP/s", [f"{shape.split('x')[0]} rows" for shape in shapes])]
     for dtype, rates in profile.gflops.items():

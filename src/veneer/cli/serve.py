@@ -104,7 +104,7 @@ def serve(
         bool, typer.Option("--batch-invariant", help="Make answers independent of the batch, bit for bit; slower.")
     ] = False,
     compute: Annotated[
-        str, typer.Option("--compute", help="auto, or int8: read prompts with 8-bit products; faster, less exact.")
+        str, typer.Option("--compute", help="auto, or int8: process prompts with 8-bit products (faster, less exact).")
     ] = EngineSettings.compute,
     dtype: LoadedDtype = ServeSettings.dtype,
     device: ChosenDevice = ServeSettings.device,

@@ -36,7 +36,7 @@ def train(
     ] = False,
     allow_other_machine: Annotated[
         bool,
-        typer.Option("--allow-other-machine", help="Resume even if this machine cannot reproduce the run's last bits."),
+        typer.Option("--allow-other-machine", help="Resume even if this machine cannot match the run bit for bit."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and run the longest batch; write nothing.")

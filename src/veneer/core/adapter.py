@@ -377,7 +377,7 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
     """Return the bytes of the tensor's values, in the order that files store them."""
     if not tensor.numel():
         return b""
-    if hasattr(tensor, "tobytes"):  # an array that stands for a tensor
+    if hasattr(tensor, "tobytes"):  # formats.arrays.Array, which replaces a tensor
         return bytes(tensor.tobytes())
     import torch
 

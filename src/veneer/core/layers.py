@@ -406,9 +406,9 @@ def _replaced_rows(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Te
 
 
 def forward_in_float32(self: nn.Linear, x: Tensor) -> Tensor:
-    """Return nn.Linear's result, multiplied in float32 if both x and the frozen weight have 16 bits.
+    """Return nn.Linear's output, computed in float32 if both x and the frozen weight have 16 bits.
 
-    Set as the `forward` of a base's modules where float32 is faster (models.patching.widen_products)."""
+    On machines where float32 is faster, models.patching.widen_products makes this the `forward` of linear modules."""
     weight, bias = self.weight, self.bias
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     if not frozen or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):

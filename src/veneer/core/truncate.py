@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Pair
-from veneer.core.factors import factors, inner
+from veneer.core.factors import factors, inner, norm
 from veneer.errors import AdapterError
 
 
@@ -107,10 +107,9 @@ def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None 
 
     Computed from Gram matrices, which are accurate down to 1e-6 of the larger norm. Below that, the Gram sums
     cancel, and the distance is computed from the singular values of the difference."""
-    square = inner(first, first)
     if second is None:
-        return math.sqrt(max(square, 0.0))
-    second_square = inner(second, second)
+        return norm(first)
+    square, second_square = inner(first, first), inner(second, second)
     total = square + second_square - 2 * inner(first, second)
     if total > 1e-12 * max(square, second_square):
         return math.sqrt(total)

@@ -1,13 +1,15 @@
-"""Tensors of a file as numpy arrays, for reports that need not import torch.
+"""A file's tensors as NumPy arrays, so that reports need not import torch.
 
-An `Array` stands for a torch tensor: it has the tensor's shape, dtype and values, and the methods that readers
-call most. Every other method and every torch function converts it to a tensor, which imports torch. A file is
-therefore read by the same code with or without torch.
+An `Array` replaces a torch tensor: it has the tensor's shape, dtype and values. The methods that reports of
+usual files call are computed with NumPy. Every other method, operator and torch function converts the array to a
+tensor, which imports torch. The same code therefore reads a file with or without torch.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,10 +24,15 @@ if TYPE_CHECKING:
 
 
 class _Dtype(str):
-    """A torch dtype's name, such as "torch.bfloat16", which equals the dtype itself."""
+    """The name of a torch dtype, such as "torch.bfloat16". It compares equal to the dtype itself."""
 
     __slots__ = ("itemsize",)
     itemsize: int
+
+    def __new__(cls, kind: str) -> _Dtype:
+        dtype = super().__new__(cls, f"torch.{STORED_DTYPES[kind]}")
+        dtype.itemsize = BITS[kind] // 8
+        return dtype
 
     def __eq__(self, other: object) -> bool:
         return str(self) == str(other)
@@ -33,23 +40,16 @@ class _Dtype(str):
     __hash__ = str.__hash__
 
 
-def _dtype(kind: str) -> _Dtype:
-    dtype = _Dtype(f"torch.{STORED_DTYPES[kind]}")
-    dtype.itemsize = BITS[kind] // 8
-    return dtype
-
-
-_DTYPES = {kind: _dtype(kind) for kind in STORED_DTYPES}
+_DTYPES = {kind: _Dtype(kind) for kind in STORED_DTYPES}
 
 
 class Array:
-    """A numpy array with the interface of a torch tensor.
+    """A NumPy array with the interface of a torch tensor.
 
-    stored: the values, or for dtypes that numpy lacks (bfloat16 and 8-bit floats) their bits as integers."""
+    stored: the values; for dtypes that NumPy lacks (bfloat16 and 8-bit floats), their bits as integers."""
 
     def __init__(self, stored: np.ndarray[Any, Any], dtype: _Dtype) -> None:
         self.stored, self.dtype, self.shape, self.ndim = stored, dtype, stored.shape, stored.ndim
-        self._is_numpy = not dtype.startswith(("torch.bfloat", "torch.float8"))  # otherwise, `stored` are bits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)
@@ -66,7 +66,7 @@ class Array:
         return torch.from_numpy(self.stored).view(dtype)
 
     def values(self) -> np.ndarray[Any, Any]:
-        """Return the values in a dtype that numpy has; 8-bit floats need torch."""
+        """Return the values in a dtype that NumPy has. Imports torch for 8-bit floats."""
         if self.dtype == _DTYPES["BF16"]:
             return (self.stored.astype(np.uint32) << 16).view(np.float32)
         if self.is_floating_point() and self.dtype.itemsize == 1:
@@ -85,43 +85,30 @@ class Array:
 
     # -- methods of torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.stored)
-
     def __getitem__(self, at: Any) -> Array:
         return self._like(self.stored[at])
 
     def __float__(self) -> float:
         return float(self.values().item())
 
-    def __bool__(self) -> bool:
-        return bool(self.values().item())
+    def _computed(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+        """Return function(self, other), with numpy in float64. In other dtypes, torch rounds in its own way."""
+        is_wide = self.dtype == getattr(other, "dtype", self.dtype) == _DTYPES["F64"]
+        if is_wide and isinstance(other, Array | float):
+            return self._like(function(self.stored, getattr(other, "stored", other)))
+        return function(self.tensor(), _as_tensors(other))
 
-    def __matmul__(self, other: Array) -> Any:
-        if not self._is_numpy or self.dtype != other.dtype:
-            return self.tensor() @ other.tensor()
-        return self._like(self.stored @ other.stored)
+    def __matmul__(self, other: Any) -> Any:
+        return self._computed(operator.matmul, other)
 
-    def __mul__(self, other: Array | float) -> Any:
-        if not self._is_numpy or (isinstance(other, Array) and self.dtype != other.dtype):
-            return self.tensor() * _as_tensors(other)
-        return self._like(self.stored * (other.stored if isinstance(other, Array) else other))
-
-    @property
-    def T(self) -> Array:
-        return self._like(self.stored.T)
+    def __mul__(self, other: Any) -> Any:
+        return self._computed(operator.mul, other)
 
     @property
     def mT(self) -> Array:
         return self._like(self.stored.swapaxes(-1, -2))
 
-    def t(self) -> Array:
-        return self.T
-
     def detach(self) -> Array:
-        return self
-
-    def contiguous(self) -> Array:
         return self
 
     def reshape(self, *shape: Any) -> Array:
@@ -129,9 +116,6 @@ class Array:
 
     def flatten(self, start: int = 0) -> Array:
         return self.reshape(*self.shape[:start], -1)
-
-    def roll(self, shift: int, axis: int) -> Array:
-        return self._like(np.roll(self.stored, shift, axis))
 
     def double(self) -> Array:
         return Array(self.values().astype(np.float64), _DTYPES["F64"])
@@ -153,6 +137,15 @@ class Array:
 
     def is_complex(self) -> bool:
         return "complex" in self.dtype
+
+
+def _by_torch(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.tensor(), name)(*_as_tensors(others))
+
+
+# Python looks these methods up in the class, so `__getattr__` does not find them.
+for _name in ("add", "radd", "sub", "rsub", "rmul", "truediv", "neg", "eq", "ne", "lt", "gt", "bool", "len"):
+    setattr(Array, f"__{_name}__", _by_torch(f"__{_name}__"))
 
 
 def _as_tensors(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
-from veneer.core.factors import factors, inner
+from veneer.core.factors import factors, norm
 from veneer.errors import AdapterError
 from veneer.files.hashes import hashes
 from veneer.formats.card import CARD_FILE, CardFile, read_card
@@ -49,8 +49,7 @@ def delta_norm(pair: Pair) -> float:
     """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64.
 
     For experts, this is the norm over all experts together."""
-    change = factors(pair)
-    return math.sqrt(max(inner(change, change), 0.0))
+    return norm(factors(pair))
 
 
 def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[str, Any]:

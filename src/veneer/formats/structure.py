@@ -117,7 +117,9 @@ def _find(model: nn.Module, method: str) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     module = getattr(module, "base", module) if getattr(type(module), "is_veneer_layer", False) else module
-    return module if hasattr(module, "_parameters") else None
+    from torch import nn
+
+    return module if isinstance(module, nn.Module) else None
 
 
 def _data(module: nn.Module | None) -> Tensor | None:

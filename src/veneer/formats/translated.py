@@ -152,11 +152,11 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
         else:
             out[f"{_PREFIX}{_renamed(module)}.lora_{half}"] = tensor
     settings = {**config, "peft_type": "LORA"}
-    if cut:
-        import torch
     for start, parts in cut.items():
         if sorted(parts) != ["kA", "kB", "qA", "qB", "vA", "vB"] or any(t.ndim != 2 for t in parts.values()):
             raise AdapterError(f"{start}q, _k and _v are one projection of the base, but the file has {sorted(parts)}")
+        import torch
+
         out[f"{_PREFIX}{start}qkv.lora_A.weight"] = torch.cat([parts[f"{n}A"] for n in "qkv"])
         out[f"{_PREFIX}{start}qkv.lora_B.weight"] = torch.block_diag(*[parts[f"{n}B"] for n in "qkv"])
     if cut:

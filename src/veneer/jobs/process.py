@@ -141,7 +141,7 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
     folder = _folder(job)
     reporter.catch_up(folder)
     config = job_config(job, folder)
-    # A job continues on any worker: on another kind of machine, an event says that the last bits differ.
+    # A job can continue on any worker. On another kind of machine, an event reports that the last bits differ.
     options: dict[str, Any] = {"resume": folder.is_dir(), "allow_other_machine": True, "on_event": reporter}
     result: Any
     base = None

@@ -79,9 +79,9 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
 
     `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …).
 
-    "auto" never rounds weights that are stored in float32: it keeps them in float32. Other weights are loaded
-    in bfloat16 on a CPU, where the machine's profile decides in which dtype their products are computed, and on
-    CUDA from compute capability 8; otherwise in float32. Raises ConfigError for an unknown dtype."""
+    "auto" keeps weights that are stored in float32 in float32, so that they are not rounded. Other weights are
+    loaded in bfloat16 on a CPU and on CUDA from compute capability 8, otherwise in float32. On a CPU, the machine's
+    profile decides in which dtype products are computed. Raises ConfigError for an unknown dtype."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -106,7 +106,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
 
 
 def _cpu_dtype() -> tuple[torch.dtype, str]:
-    """Return the dtype of 16-bit weights in memory, and the reason, which names the dtype of their products."""
+    """Return the dtype of 16-bit weights in memory, and the reason, which also names the dtype of products."""
     import torch
 
     from veneer.ops.profile import profile
@@ -117,7 +117,7 @@ def _cpu_dtype() -> tuple[torch.dtype, str]:
     if found.arithmetic == "bfloat16":
         text = f"bfloat16 in memory and in products (profile: {narrow:,.0f} GFLOP/s, float32 {wide:,.0f})"
         return torch.bfloat16, text
-    text = "bfloat16 in memory; products in float32, without bfloat16"
+    text = "bfloat16 in memory; products in float32 (the profile has no rate for bfloat16)"
     if narrow:
         text = f"bfloat16 in memory; products in float32, which is {wide / narrow:.1f} times as fast on this processor "
         text += f"(profile: {wide:,.0f} against {narrow:,.0f} GFLOP/s)"

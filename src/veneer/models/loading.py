@@ -2,7 +2,7 @@
 
     with loading():             create, load or convert a model
     with errors_only():         read a config, a tokenizer or a scheduler, but no weights
-    with uncollected():         import libraries and load weights without garbage collections
+    with uncollected():         import libraries and load weights with garbage collection paused
     with build_errors(…):       build a model from a user's configuration
 
 `check_loaded` reports stored tensors that do not match the model.
@@ -47,7 +47,7 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Pause garbage collections, which take a quarter of the seconds in which transformers is imported."""
+    """Pause garbage collection, which takes a quarter of the time of importing transformers."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -109,9 +109,9 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitSt
 
 
 def widen_products(model: nn.Module, undo: ExitStack | None = None) -> int:
-    """Make linear modules and 2-d convolutions multiply in float32 if the machine's rule prefers that (ops.products).
+    """Make linear modules and 2-d convolutions multiply in float32 if that is faster on this machine (ops.products).
 
-    Affects modules with 16-bit weights, and returns their number. Without `undo`, the modules stay replaced."""
+    Changes modules with 16-bit weights, and returns their number. Without `undo`, the change is permanent."""
     undo, count = undo or ExitStack(), 0
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -137,7 +137,7 @@ _IN_FLOAT32: dict[type[nn.Module], tuple[str, Callable[..., Tensor]]] = {
     nn.Linear: ("forward", forward_in_float32),
     nn.Conv2d: ("_conv_forward", _conv_in_float32),
 }
-"""Class of module -> the method that computes its product, and the method that computes it in float32."""
+"""Class of module -> (name of the method that computes its product, method that computes the product in float32)."""
 
 
 def random_input(*shape: int, like: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class FusedProjection:
 
     @property
     def whole_weight(self) -> Tensor | None:
-        """The joined weight, or that of the only module; None if it is quantized or not joined."""
+        """The joined weight, or the weight of the only module; None if this weight is quantized or not joined."""
         weight = self.weight if len(self.modules) > 1 else getattr(base_of(self.modules[0]), "weight", None)
         return None if isinstance(weight, Quantized) else weight
 
@@ -282,8 +282,8 @@ def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) 
 def recording_int8(report: FastReport) -> Iterator[None]:
     """Give every projection an 8-bit copy of its weight, which its training products use from then on.
 
-    Inside the with-block, products use the weights themselves, and the copies record the sizes of their
-    inputs (ops/int8.py); at the end, the weights are quantized."""
+    Inside the with-block, products use the weights themselves, and the copies record the largest |x| of each
+    input channel (ops/int8.py). At the end of the block, the weights are quantized."""
     for projection in report.joins:
         if (weight := projection.whole_weight) is not None:
             projection.int8 = Int8Weight(weight)

@@ -1,6 +1,6 @@
 """Convolution with frozen weights, in the machine's fastest arithmetic.
 
-Backward computes an input gradient only for leading channels.
+The backward pass computes the input gradient of the leading channels only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _FrozenConv(torch.autograd.Function):
 
 
 def _kernel_of(x: Tensor, weight: Tensor, how: tuple[Any, ...]) -> Any:
-    """Return the implementation of "conv3x3", or None if it does not fit or float32 is not faster."""
+    """Return the implementation of "conv3x3"; None if it does not support the inputs or float32 is not faster."""
     return dispatch("conv3x3", x, weight) if how == ((1, 1), (1, 1), (1, 1), 1) and in_float32(x) else None
 
 
@@ -63,8 +63,8 @@ def frozen_conv(
 ) -> Tensor:
     """Return F.conv2d(x, weight, bias, stride, padding, dilation, groups) with frozen weights.
 
-    live: number of leading channels of x that need a gradient, None for all; needs `groups` = 1. The gradient of
-        the other channels is set to zero without being computed."""
+    live: number of leading channels of x that need a gradient; None for all. A number requires `groups` = 1. The
+        gradient of the other channels is set to zero without being computed."""
     how = stride, padding, dilation, groups
     out: Tensor = _FrozenConv.apply(x, weight, bias, weight.shape[1] * groups if live is None else live, *how)
     return out

@@ -106,8 +106,8 @@ class Rule(NamedTuple):
         name is "", the first implementation that supports them runs.
     why: the rule in words.
 
-    A rule that reads the profile chooses an implementation over the default only if it is more than WORTH times
-    as fast."""
+    A rule that reads the profile replaces the default only by an implementation that is more than WORTH times as
+    fast."""
 
     prefer: Callable[..., str]
     why: str
@@ -131,10 +131,10 @@ def _arithmetic_is_float32() -> bool:
 
 _FLOAT32_IS_FASTER = f"float32 is over {WORTH} times as fast as bfloat16"
 RULES: dict[str, Rule] = {
-    "int8_linear": Rule(_int8_kernel, f"onednn, with AMX, if int8 is over {4 * WORTH} times as fast as float32"),
+    "int8_linear": Rule(_int8_kernel, f"onednn (with AMX) if int8 is over {4 * WORTH} times as fast as float32"),
     "low_rank": Rule(
         lambda *_: REFERENCE if _arithmetic_is_float32() else "compiled",
-        f"torch, added to the frozen product before rounding, if {_FLOAT32_IS_FASTER}",
+        f"torch (and the result is added to the frozen product before rounding) if {_FLOAT32_IS_FASTER}",
     ),
     "panel_linear": Rule(_panel_kernel, f"amx if bfloat16 is over {2 * WORTH} times as fast as float32"),
     "product": Rule(lambda *_: "" if _arithmetic_is_float32() else REFERENCE, f"torch unless {_FLOAT32_IS_FASTER}"),
@@ -250,10 +250,8 @@ def _choice(op: str, device: str) -> Choice:
     here = [candidate for candidate in (implementation, *implementation.alternatives) if not candidate.missing()]
     if not here:
         return Choice(REFERENCE, implementation.missing())
-    names, wants = (
-        [candidate.name for candidate in here],
-        "; ".join(dict.fromkeys(candidate.wants for candidate in here)),
-    )
+    names = [candidate.name for candidate in here]
+    wants = "; ".join(dict.fromkeys(candidate.wants for candidate in here))
     if (name := _override_of(op)) is not None:
         if name == REFERENCE:
             return Choice(name, "set by VENEER_OPS")

@@ -1,13 +1,14 @@
-"""Products with a frozen weight in 8 bits, forward and backward, from one copy of the weight.
+"""8-bit products with a frozen weight, forward and backward, from one copy of the weight.
 
     weight     W ⊙ m ≈ s ⊙ C            C: (out, in) int8, s: (out,), m: (in,) powers of two
     forward    y = q·Cᵀ ⊙ t ⊙ s + x_O·W_Oᵀ + b        t ⊙ q ≈ x / m, without the outlier channels O
     backward   dx = (q·C ⊙ t) / m                     t ⊙ q ≈ g ⊙ s
 
-t has one step per token, max |row| / 127, and q are int8 codes. The backward product sums over the outputs,
-whose steps s are therefore multiplied into g before g is quantized. m moves large input channels from x into
-the weight (SmoothQuant, arXiv 2211.10438); the largest channels O are multiplied in 16 bits (LLM.int8(),
-arXiv 2208.07339). As in SwitchBack (arXiv 2304.13013), only products with the frozen weight run in 8 bits.
+t contains one step per token, max |row| / 127, and q contains int8 codes. The backward product sums over the
+outputs, so the steps s of the outputs are multiplied into g before g is quantized. m moves the size of large
+input channels from x into the weight (SmoothQuant, arXiv 2211.10438). The largest channels O are multiplied in
+16 bits (LLM.int8(), arXiv 2208.07339). As in SwitchBack (arXiv 2304.13013), only products with the frozen weight
+run in 8 bits.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from veneer.ops.dispatch import dispatch
 CODES = 127
 """The largest int8 code; -128 is not used."""
 _OUTLIERS = 16
-"""Most outlier channels of a weight."""
+"""Maximum number of outlier channels of a weight."""
 _OUTLIER = 1.5
-"""Channels are outliers if their largest |x / m| exceeds this many times the 32nd largest channel's."""
+"""A channel is an outlier if its largest |x / m| is more than this many times that of the 32nd largest channel."""
 
 
 def int8_linear(
@@ -36,7 +37,7 @@ def int8_linear(
     outliers: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return t ⊙ (q·Cᵀ) ⊙ column + x_O·W_Oᵀ + b, or with q·C if not `transposed`, in x's dtype.
+    """Return t ⊙ (q·Cᵀ) ⊙ column + x_O·W_Oᵀ + b in x's dtype. If not `transposed`, q·C replaces q·Cᵀ.
 
     x: (N, in), or (N, out) if not `transposed`. codes: C, (out, in) int8.
     factor: multiplies the channels of x before they are quantized, float32; 0 for outliers.
@@ -56,12 +57,13 @@ def int8_linear_in_torch(
     outliers: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return `int8_linear` with torch's products."""
+    """Compute `int8_linear` with torch's products."""
     scaled = x * factor
     most = scaled.abs().amax(1, keepdim=True)
     q = (scaled * (CODES / most).nan_to_num_(0.0, 0.0, 0.0)).round_().to(torch.int8)
     other = codes.t() if transposed else codes
-    sums = torch._int_mm(q, other) if torch_sums_are_exact() else q.float() @ other.float()
+    # With one column, torch's product returns unrelated numbers.
+    sums = torch._int_mm(q, other) if q.shape[1] > 1 and torch_sums_are_exact() else q.float() @ other.float()
     y = sums * (most / CODES * column)
     if outliers is not None:
         y += x[:, outliers[0].long()].to(y.dtype) @ outliers[1].to(y.dtype)
@@ -72,7 +74,7 @@ def int8_linear_in_torch(
 def torch_sums_are_exact() -> bool:
     """Return whether torch's products of int8 matrices are exact on this processor.
 
-    Without VNNI, oneDNN adds pairs of products in 16 bits, and sums above 32,767 are cut off."""
+    Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate at 32,767."""
     q = torch.full((32, 64), CODES, dtype=torch.int8)
     return bool((torch._int_mm(q, q.t()) == 64 * CODES**2).all())
 
@@ -106,7 +108,7 @@ class Int8Weight:
         return int8_linear(x, self.codes, self._steps, self._back, False)
 
     def quantize(self, weight: Tensor) -> None:
-        """Quantize the weight, with the balance and the outlier channels that the recorded inputs give."""
+        """Quantize the weight. The recorded inputs determine the balance m and the outlier channels."""
         wide = weight.detach().float()
         floor = float(self.largest.amax()) * 1e-4 or 1.0
         ratio = self.largest.clamp(min=floor) / wide.abs().amax(0).clamp(min=1e-6)

@@ -23,7 +23,7 @@ from veneer.ops.prepacked import PrepackedWeights
 from veneer.ops.products import in_float32, product
 
 WeightCopies = PrepackedWeights | Int8Weight
-"""Copies of a frozen weight, which compute its products instead of the weight."""
+"""Copies of a frozen weight that compute the weight's products."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -2,9 +2,9 @@
 
     product(a, b)    a·b, accumulated in float32 and rounded once
 
-Every product of 16-bit tensors in this package goes through `product`, or asks `in_float32`. The rule of the op
-"product" (dispatch.py) chooses between the processor's bfloat16 instructions and float32 arithmetic, for which
-values are widened a block at a time, so that memory stays that of bfloat16.
+Every product of 16-bit tensors in this package calls `product`, or checks `in_float32`. The rule of the op
+"product" (dispatch.py) chooses between the processor's bfloat16 instructions and float32 arithmetic. Float32
+arithmetic widens values one block at a time, so that it needs no more memory than bfloat16.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def product(
 ) -> Tensor:
     """Return a·b + bias without autograd: a (N, k), b (k, M) → (N, M).
 
-    out: the tensor that the result is written to, or added to with `add`; contiguous rows.
-    more: contiguous u (N, r) and v (r, M), both float32; u·v is added before rounding. Only with `out` None, and
-        if `in_float32` is true. Small sums would be lost if a rounded a·b were rounded again.
+    out: tensor with contiguous rows; the result is written to it, or with `add`, added to it.
+    more: contiguous u (N, r) and v (r, M), both float32; u·v is added before rounding. Requires that `out` is None
+        and `in_float32` is true. A small u·v would be lost if it were added to a rounded a·b.
     dtype: the result's dtype if `out` is None, by default that of `a`.
 
     In float32 arithmetic, a and b can be float32 or bfloat16, in any combination. Reference: a @ b + bias."""
@@ -50,7 +50,7 @@ def product(
 def in_float32(a: Tensor, b: Tensor | None = None) -> bool:
     """Return whether `product` computes a·b in float32 although `a` has 16 bits.
 
-    If `a` is not a matrix, return this for matrices of its dtype."""
+    If `a` is not a matrix, the result is that for matrices of the same dtype."""
     a = a if a.dim() == 2 else a.new_empty(1, 1)
     return a.dtype != torch.float32 and dispatch("product", a, a if b is None else b, None) is not None
 

@@ -7,9 +7,9 @@
 
 The file's name is a hash of the processor, its features, the number of threads, torch's version and the
 variables that restrict the instruction set. An invalid file, or a file from another machine, is replaced by a
-new measurement. A provisional profile, whose rounds differed too much, is measured again by the next process.
-If no folder is writable, the profile is kept only in this process. VENEER_PROFILE names a profile file to use
-instead of measuring, so that tests can give the same bits on every machine.
+new measurement. A profile is provisional if its rounds differed too much or other processes ran; the next process
+measures it again. If no folder is writable, the profile is kept only in this process. VENEER_PROFILE names a
+profile file to use instead of measuring, so that tests can give the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ SECONDS = 1.4
 _SLOW = 0.12
 """Expected seconds of a product above which the shape is not measured."""
 _LONG_ENOUGH = 2e-3
-"""Seconds over which the runs of a short product are averaged."""
+"""A short product is repeated for this many seconds, and its mean time counts."""
 _READS = 4
-"""Reads of memory in each round: a neighbor disturbs them more than it disturbs products."""
+"""Memory reads in each round; other processes disturb memory reads more than products."""
 AGREEMENT = 0.2
-"""Difference between rounds above which a profile is provisional."""
+"""Relative difference between rounds above which a profile is provisional."""
 IDLE = 0.9
-"""Share of the processors below which other processes slowed every round, so that a profile is provisional."""
+"""A profile is provisional if its measurement got less than this share of the processors."""
 _VERSION = "2"
-"""Changes with what is measured, so that earlier profiles are not used."""
+"""Changed when the measurements change, so that earlier profiles are not used."""
 _LOCK_SECONDS = 30.0
 _IMITATIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "VENEER_MARCH")
-"""Variables that restrict torch's, MKL's, oneDNN's and our instructions, and so imitate an older processor."""
+"""Variables that restrict the instructions of torch, MKL, oneDNN and veneer, to imitate an older processor."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Profile:
     bandwidth: GB/s.
     spread: (median time / shortest time) − 1 of the noisiest measurement.
     provisional: whether the next process measures again, because the rounds differed by more than AGREEMENT, or
-        because the measurement got less than IDLE of the processors.
+        because the measurement got a smaller share of the processors than IDLE.
     share: processor time / (wall time · threads) of the measurement, which is below 1 if other processes ran."""
 
     processor: str
@@ -143,9 +143,8 @@ def profile_for(threads: int, pinned: str) -> Profile:
     pinned: the value of VENEER_PROFILE, or ""."""
     if pinned:
         if (result := _read(Path(pinned))) is None:
-            raise ConfigError(
-                f"VENEER_PROFILE={pinned} is not a profile of a machine", where="VENEER_PROFILE", fix="unset it"
-            )
+            problem = f"VENEER_PROFILE={pinned} is not a file with a profile of a machine"
+            raise ConfigError(problem, where="VENEER_PROFILE", fix="unset it")
         return result
     from filelock import FileLock
 
@@ -159,7 +158,8 @@ def profile_for(threads: int, pinned: str) -> Profile:
         with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):
             if (result := _read(file, key)) is None or result == known:
                 result = measure(key, known)
-                replace_file(file, [(json.dumps(asdict(result), indent=1) + "\n").encode()], mode=0o600)
+                with contextlib.suppress(OSError):  # a full disk
+                    replace_file(file, [(json.dumps(asdict(result), indent=1) + "\n").encode()], mode=0o600)
             return result
     except (OSError, NotImplementedError):  # no folder is writable, or the lock timed out (an OSError)
         return measure(key)
@@ -170,11 +170,12 @@ def renew() -> Profile:
 
     Raises ConfigError if VENEER_PROFILE is set."""
     if os.environ.get("VENEER_PROFILE"):
-        raise ConfigError("VENEER_PROFILE names the profile to use", where="VENEER_PROFILE", fix="unset it to measure")
-    with contextlib.suppress(OSError):
-        _file(_key(torch.get_num_threads())).unlink(missing_ok=True)
+        raise ConfigError("no profile is measured while VENEER_PROFILE is set", fix="unset VENEER_PROFILE")
     profile_for.cache_clear()
-    return profile()
+    with contextlib.suppress(OSError):
+        _file(key := _key(torch.get_num_threads())).unlink(missing_ok=True)
+        return profile()
+    return measure(key)  # the stored profile cannot be deleted
 
 
 def _key(threads: int) -> str:
@@ -205,17 +206,18 @@ def profile_from(values: Any) -> Profile | None:
     try:
         result = Profile(**values)
         rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
+        "".join([result.processor, result.key, result.torch, result.date])  # TypeError unless all are texts
+        is_valid = all(0 < n < math.inf for n in [result.threads, *rates]) and result.spread >= 0 <= result.share
     except (TypeError, AttributeError):
         return None
-    is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(result.spread, float)
-    return result if is_valid else None
+    return result if is_valid and result.rate("float32") else None
 
 
 def measure(key: str, known: Profile | None = None) -> Profile:
     """Measure this machine, in under two seconds.
 
     known: an earlier provisional profile of the same machine. A disturbance only makes a measurement slower,
-        so the higher rate of the two counts. If none became much higher, the result is no longer provisional."""
+        so the higher of both rates counts. If no rate became much higher, the result is not provisional."""
     works: list[tuple[_Name, float, Callable[[], object]]] = []
     for dtype in _DTYPES:
         for rows, inputs, outputs in SHAPES:
@@ -259,7 +261,7 @@ def reading_of(count: int) -> Callable[[], object]:
 
 
 def products_of(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> list[Callable[[], object]]:
-    """Return implementations of a product, of which the fastest counts.
+    """Return implementations of a product; only the fastest of them counts.
 
     In float32, oneDNN is measured as well as torch's library, MKL: on some processors, oneDNN is twice as fast,
     and the kernel that computes 16-bit weights in float32 (products.py) uses oneDNN's products."""
@@ -276,11 +278,11 @@ def products_of(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> lis
 def run_rounds(
     works: Sequence[tuple[_Name, float, Callable[[], object]]], rounds: dict[_Name, list[float]], shares: list[float]
 ) -> None:
-    """Run all measurements in turn for SECONDS, at least twice, after a run of each that is not timed.
+    """Run all measurements in turn for SECONDS, at least twice, after one untimed run of each.
 
-    shares: receives the share of the processors that the rounds got.
+    shares: list to which the share of the processors that the rounds got is appended.
 
-    A product that torch does not have is left out, and so are the larger shapes of a slow dtype, and the slower
+    Leaves out products that torch does not have, the larger shapes of a slow dtype, and the slower
     implementations of a product."""
     began, alive, pace = time.perf_counter(), [], dict[str, float]()
     fastest: dict[_Name, tuple[float, Callable[[], object]]] = {}

@@ -18,14 +18,15 @@ _HEAD = """# Ops and their implementations
 <!-- written by `python -m veneer.ops.table` -->
 
 The first implementation that supports the input runs; PyTorch runs everything else. `compiled` without a condition
-needs contiguous bfloat16. The machine's **profile** decides where speed depends on the processor: GFLOP/s by dtype and
-shape, and memory bandwidth, measured once in under two seconds and stored with the compiled kernels (again in the next
-process if rounds differed by over 20% or other processes ran). Equal profiles give equal bits; a
-checkpoint holds its profile.
+needs contiguous bfloat16. If the faster choice depends on the processor, the machine's **profile** decides. It
+contains GFLOP/s by dtype and shape, and the memory bandwidth. The profile is measured once, in under two seconds, and
+stored with the compiled kernels. The next process measures it again if rounds differed by over 20% or other processes
+ran. Equal profiles give equal bits. A checkpoint contains its machine's profile.
 
 | to | use |
 | --- | --- |
-| see the profile; what runs, and why | `veneer doctor`; `veneer doctor --ops` |
+| see the profile | `veneer doctor` |
+| see what runs, and why | `veneer doctor --ops` |
 | measure the profile again | `veneer doctor --measure` |
 | run PyTorch only | `VENEER_OPS=torch` |
 | choose for some ops | `VENEER_OPS=rms_norm=torch,attend=torch` |
@@ -37,11 +38,11 @@ _USUAL = "contiguous bfloat16"
 def ops_page() -> str:
     """Return the page as Markdown."""
     cpu, cuda = implementations("cpu"), implementations("cuda")
-    lines = [_HEAD, "| choice | from the profile or the dtype |", "| --- | --- |"]
+    lines = [_HEAD, "| choice | rule, from the profile or the dtype |", "| --- | --- |"]
     lines += [
         "| products of 16-bit weights, and compiled kernels | "
         f"float32 if it is over {WORTH} times as fast as bfloat16, otherwise bfloat16 |",
-        "| `veneer plan`, time | rate of the dtype that products run in; bandwidth |",
+        "| estimated time in `veneer plan` | the rate of the dtype that products run in, and the bandwidth |",
     ]
     lines += [f"| `{op}` | {_plain(rule.why)} |" for op, rule in RULES.items()]
     lines += ["", "| op | computes | CPU | CUDA |", "| --- | --- | --- | --- |"]

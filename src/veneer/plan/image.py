@@ -168,7 +168,7 @@ def _image_counts(
         forward=forward.attention,
         backward=2 * forward.attention,
         attention=forward.attention,
-        # between the products, diffusers calls elementwise operations, about as many as their values are saved
+        # diffusers calls elementwise operations between products, in proportion to the saved values per product
         calls=share * sum(weight.new * (1 + weight.trained) for weight in forward.weights) / 2,
     )
     saved = {block: float(values) for block, values in forward.norms.items()}

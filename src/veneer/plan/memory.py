@@ -140,8 +140,8 @@ class Counts:
     adapted: values in the inputs and outputs of adapted layers, which the low-rank products read and write again.
     delta_values: float32 values computed from an adapter's parts.
     forward, backward: operations of each pass.
-    attention: the part of `forward` that multiplies queries, keys and values; twice as many in `backward`.
-    calls: products in one pass, on average over both, of which each has a cost that does not depend on its size.
+    attention: the part of `forward` that multiplies queries, keys and values; `backward` contains twice as many.
+    calls: products in one pass, the mean of both passes; each product has a cost that does not depend on its size.
     frozen: the part of `forward` that multiplies by frozen weights of linear layers, without the head.
     head: operations of the head in both passes.
     logits: bytes of one chunk of logits.

@@ -23,7 +23,7 @@ HOST_LINK = 20e9
 _CPU_PRODUCTS, _CPU_BANDWIDTH = 0.95, 0.36
 """Shares of the profile's rate and bandwidth that training reaches."""
 _ATTENTION = {"text": 1.5, "image": 3.5}
-"""How many times as long an operation of attention takes, by kind of run."""
+"""How many times as long an operation takes in attention as in other products, by kind of run."""
 _CALL = 0.00018
 """Seconds of a product that do not depend on its size."""
 
@@ -52,7 +52,7 @@ class Rates:
 
     source: where the numbers come from, as text.
     int8: operations per second in 8 bits, 0 if the same as in the run's dtype.
-    attention: how many times as long an operation of attention takes.
+    attention: how many times as long an operation takes in attention as in other products.
     call: seconds of a product that do not depend on its size."""
 
     operations: float

@@ -162,27 +162,26 @@ def _serve(
     gc.disable()  # until the base is loaded; collections would take a sixth of the time
     try:
         built = make_app()
-    except BaseException:
-        gc.enable()
+        http, ws = protocols_of(settings.http, sockets=page is not None)
+        config = uvicorn.Config(
+            built.app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            ws=ws,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+            timeout_keep_alive=ceil(settings.http.idle),
+            http=http,
+            backlog=_BACKLOG,
+            use_colors=False,
+        )
+        server = _Server(config, built, settings.drain, show)
+        server.run(sockets)
+    finally:
+        gc.enable()  # the server can end before it loads the base
         for each in sockets:
             each.close()
-        raise
-    http, ws = protocols_of(settings.http, sockets=page is not None)
-    config = uvicorn.Config(
-        built.app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        ws=ws,
-        lifespan="off",
-        timeout_graceful_shutdown=2,
-        timeout_keep_alive=ceil(settings.http.idle),
-        http=http,
-        backlog=_BACKLOG,
-        use_colors=False,
-    )
-    server = _Server(config, built, settings.drain, show)
-    server.run(sockets)
     if server.failure is not None:
         raise server.failure
 

@@ -264,8 +264,10 @@ def _chosen_ops() -> dict[str, str]:
 def machine_of(path: Path, *, allow_other: bool, note: Callable[[str], None]) -> Iterator[None]:
     """Use a checkpoint's profile inside a with-block, so that the same implementations run as before.
 
-    allow_other: if this machine would run an op by another implementation, use its own profile, and emit a
-        note; otherwise raise CheckpointError, which names the op. Without a readable profile, nothing changes."""
+    allow_other: what to do if this machine would run an op with another implementation. True: use this machine's
+        own profile, and emit a note. False: raise CheckpointError, which names the op.
+
+    If the checkpoint has no readable profile, this machine's profile is used."""
     try:
         saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["machine"]
         known, ops = profile_from(saved["profile"]), {str(op): str(name) for op, name in saved["ops"].items()}
@@ -275,14 +277,14 @@ def machine_of(path: Path, *, allow_other: bool, note: Callable[[str], None]) ->
         if known is not None:
             stack.enter_context(use_profile(known))
             here = _chosen_ops()
-            other = [f"{op} ({name}; here {here[op]})" for op, name in ops.items() if here.get(op, name) != name]
+            other = [f"{op} ({name} there, {here[op]} here)" for op, name in ops.items() if here.get(op, name) != name]
             if other and not allow_other:
-                text = f"this machine would run {len(other)} of the checkpoint's ops differently: {'; '.join(other)}"
-                fix = "resume on a machine like the first, or add --allow-other-machine, which changes the last bits"
+                text = f"this machine would run {len(other)} of the checkpoint's ops differently: {', '.join(other)}"
+                fix = "resume on a machine like the first one, or add --allow-other-machine (the last bits then differ)"
                 raise CheckpointError(text, where=str(path), fix=fix)
             if other:
                 stack.close()
-                note(f"other implementations than before run {'; '.join(other)}: results differ in the last bits")
+                note(f"other implementations than before run {', '.join(other)}: results differ in the last bits")
         yield
 
 

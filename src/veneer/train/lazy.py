@@ -1,4 +1,4 @@
-"""Sequences whose items are made when they are read, so that a million rows take no memory."""
+"""Sequences whose items are created when they are read, so that a million rows take no memory."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from veneer.train.config.section import SOURCES
 from veneer.train.lazy import Lazy
 
 LARGE = 16 << 20
-"""Bytes of files above which rows are read when they are needed; a row in memory takes several times as much."""
+"""Bytes above which rows stay in their files until needed, because a row in memory takes several times as much."""
 _LINE_FIX = "each line must be one JSON object; for a JSON array, use the extension .json"
 _LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -65,11 +65,13 @@ class Lines(Lazy[Record]):
     `digest`: sha256 of the files' bytes. Reading a record raises DataError if its file has changed."""
 
     def __init__(self, paths: Sequence[Path], limit: int | None = None) -> None:
-        self.paths, self._files, self._stamps = paths, [path.open("rb") for path in paths], list[tuple[int, int]]()
+        self.paths, self._files, self._stamps = paths, list[IO[bytes]](), list[tuple[int, int]]()
         self._begins, self._ends, self._numbers, self._starts = array("q"), array("q"), array("q"), array("q")
         self._lock, h = Lock(), hashlib.sha256()
-        for file in self._files:
+        for path in paths:
+            file = path.open("rb")
             weakref.finalize(self, file.close)
+            self._files.append(file)
             self._starts.append(len(self._begins))
             self._stamps.append(_stamp(file))
             begin = 0
@@ -83,7 +85,7 @@ class Lines(Lazy[Record]):
                     self._ends.append(begin + len(line))
                     self._numbers.append(number)
                 begin += len(line)
-            h.update(b"\xff")  # cannot occur in a file
+            h.update(b"\xff")  # separates files, because UTF-8 text cannot contain this byte
             if len(self._begins) == self._starts[-1] != limit:
                 raise DataError("this file has no rows", where=file.name, fix="remove it from data.train, or add rows")
         self.digest = h.hexdigest()
@@ -131,7 +133,7 @@ def _stamp(file: IO[bytes]) -> tuple[int, int]:
 class ArrowRows(Lazy[Record]):
     """The records of a data set of the library `datasets`, which maps its Arrow files instead of reading them.
 
-    where: returns the name of record i. name: identifies the rows among those of the same files."""
+    where: returns the name of record i. name: distinguishes data sets that come from the same files."""
 
     def __init__(self, data: Any, where: Callable[[int], str], name: str = "") -> None:
         self._data, self._name = data, name
@@ -141,21 +143,17 @@ class ArrowRows(Lazy[Record]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Return the sha256 of the name and of the files' bytes."""
-        h = hashlib.sha256(self._name.encode())
-        for path in self._files:
-            with path.open("rb") as file:
-                h.update(hashlib.file_digest(file, "sha256").digest())
-        return h.hexdigest()
+        """Return a sha256 of the name and of the files' bytes."""
+        return _content_digest(self._files, self._name)
 
     def columns(self) -> list[str]:
         return list(self._data.column_names)
 
 
 def large_files(names: Sequence[str], limit: int | None = None) -> Lines | ArrowRows | None:
-    """Return the records of JSONL files, Parquet files or a hub data set if they are too large to be held in memory.
+    """Return the records of large JSONL files, large Parquet files or a large hub data set; None for other data.
 
-    Otherwise, returns None. Raises DataError for a missing file."""
+    Records are read when they are needed. Raises DataError for a missing file."""
     if len(names) == 1 and names[0].startswith("hub:"):
         rows = _hub(names[0][4:], limit)
         return rows if rows.bytes > LARGE else None
@@ -163,9 +161,14 @@ def large_files(names: Sequence[str], limit: int | None = None) -> Lines | Arrow
         return None
     paths = [Path(file) for name in names for file in _expand(name)]
     suffixes = {path.suffix.lower() for path in paths}
-    if sum(os.path.getsize(path) for path in paths) <= LARGE:
+    try:
+        if sum(os.path.getsize(path) for path in paths) <= LARGE:
+            return None
+        if suffixes <= {*_LINES}:
+            return Lines(paths, limit)
+    except OSError:  # `_file` says what is wrong, or reads more files than can be open at once
         return None
-    return Lines(paths, limit) if suffixes <= {*_LINES} else _mapped(paths, limit) if suffixes == {".parquet"} else None
+    return _mapped(paths, limit) if suffixes == {".parquet"} else None
 
 
 def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
@@ -274,7 +277,7 @@ def _first_lines(path: Path, most: int) -> bytes:
 
 
 def _decoded(raw: bytes, path: Path, first: int = 1) -> str:
-    """Return the text of `raw`, which begins in line `first` of the file."""
+    """Return the text of `raw`, which begins at line `first` of the file."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -382,22 +385,32 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _mapped(paths: Sequence[Path], limit: int | None) -> ArrowRows | None:
     """Return the records of Parquet files, or None if they cannot be read as one data set.
 
-    `datasets` keeps its copy of the files in its own cache."""
+    `datasets` keeps its copy of the files in its own cache, in a folder for their content: it would otherwise
+    return the old rows of a file that was replaced by one with the same modification time."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         ends = [*itertools.accumulate(pq.read_metadata(path).num_rows for path in paths)]
-        data = datasets.Dataset.from_parquet([*map(str, paths)])
+        cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "veneer", _content_digest(paths))
+        data = datasets.Dataset.from_parquet([*map(str, paths)], cache_dir=cache)
     except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetsError):
-        return None  # `_parquet` reads files with different columns, or says what is wrong
+        return None  # `_parquet` then reads files with different columns, or raises DataError
 
     def where(i: int) -> str:
         n = bisect_right(ends, i)
         return f"{paths[n]} row {i - (ends[n - 1] if n else 0) + 1}"
 
     return ArrowRows(data if limit is None else data.select(range(min(limit, len(data)))), where)
+
+
+def _content_digest(paths: Sequence[Path], name: str = "") -> str:
+    h = hashlib.sha256(name.encode())
+    for path in paths:
+        with path.open("rb") as file:
+            h.update(hashlib.file_digest(file, "sha256").digest())
+    return h.hexdigest()
 
 
 def _hub(name: str, limit: int | None) -> ArrowRows:

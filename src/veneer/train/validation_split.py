@@ -28,7 +28,7 @@ def hold_out(
     """Return the indices of the held-out items, in ascending order.
 
     The choice depends on a seeded hash of each item's key (`order`), not on the order or names of files, so
-    items with equal keys are always on the same side.
+    items with equal keys are always in the same part.
 
     items: number of keys. split: a number (int), a share (float; at least one item), or None for `default`.
     noun: what the items are called in messages.

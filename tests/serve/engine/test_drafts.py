@@ -192,7 +192,7 @@ def draft(drafter: Drafter, rows: int = 1, most: int = 8) -> str:
     return "".join(map(chr, drafter.propose(most, rows)))
 
 
-def test_drafts_come_from_the_prompt_and_from_earlier_answers_of_the_same_root() -> None:
+def test_drafts_come_from_prompt_and_earlier_answers_of_same_root() -> None:
     drafts = Drafts()
     first = drafts.drafter(b"a", [*map(ord, "name=Ada Lovelace; name=")])
     assert draft(first) == "Ada"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.serve.engine.cache import Cache
-from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence
+from veneer.serve.engine.scheduler import Scheduler, Sequence
 from veneer.serve.request import DigestMix, Request, Sampling
 
 
@@ -224,7 +224,7 @@ def test_prefixes_need_equal_mixes_and_salts() -> None:
     assert {cached for (turn, _, _), cached in found.items() if turn == 1} == {16}
 
 
-def test_rejected_drafts_leave_no_trace_and_preempt_nobody() -> None:
+def test_rejected_drafts_are_discarded_and_preempt_no_sequence() -> None:
     scheduler = Scheduler(Cache(10, 4), rows=2, budget=64)
     sequence = scheduler.add(request(6, 50))
     advance(scheduler)
@@ -246,18 +246,33 @@ def test_rejected_drafts_leave_no_trace_and_preempt_nobody() -> None:
 
 def test_forced_tokens_are_computed_in_the_next_step() -> None:
     scheduler = Scheduler(Cache(1000, 4), rows=2, budget=16)
-    sequence, other = scheduler.add(request(6, 99)), scheduler.add(request(6, 99, salt=1))
+    sequence = scheduler.add(request(6, 99))
+    scheduler.add(request(6, 99, salt=1))
     advance(scheduler)
     for token in range(12):
         scheduler.appended(sequence, token, forced=True)
     sizes = []
     for _ in range(3):
-        sizes.append([c.end - c.start for c in scheduler.step()])
-        for chunk in (Chunk(s, s.computed, s.computed + n) for s, n in zip((sequence, other), sizes[-1], strict=True)):
+        chunks = scheduler.step()
+        sizes.append([c.end - c.start for c in chunks])
+        for chunk in chunks:
             scheduler.mark_computed(chunk)
             if chunk.last:
                 scheduler.appended(chunk.sequence, 7)
     assert sizes == [[8, 1], [5, 1], [1, 1]]  # half the budget each
+
+
+def test_a_prompt_is_charged_although_drafts_follow_it() -> None:
+    scheduler = Scheduler(Cache(1000, 4), rows=3, budget=128)
+    for tenant, prompt, drafts in (("a", 40, (1,) * 8), ("b", 30, ())):
+        scheduler.add(request(prompt, 99, tenant)).drafts = drafts
+    for chunk in scheduler.step():
+        scheduler.mark_computed(chunk, len(chunk.drafts))
+        scheduler.appended(chunk.sequence, 7)
+    for salt, tenant in ((2, "a"), (3, "b")):
+        scheduler.add(request(4, 99, tenant, salt=salt))
+    scheduler.step()
+    assert [s.request.tenant for s in scheduler.running][2] == "b"
 
 
 def test_drafts_are_charged_to_their_tenant() -> None:

@@ -1,4 +1,4 @@
-"""The runner with `--compute int8`: long rows in 8 bits, under every mix; other rows as without it."""
+"""The runner with `--compute int8`: long rows run in 8 bits under every mix, and other rows do not change."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_long_rows_are_near_the_exact_result_under_every_mix() -> None:
 
 
 def test_short_rows_and_adapters_without_low_rank_form_stay_in_16_bits() -> None:
-    """Also beside a long row in the same step."""
+    """This also holds if the same step has a long row."""
     model = model_of()
     adapters = adapters_of(model)
     adapters["c"] = Adapter(

@@ -21,6 +21,10 @@ from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note
+from veneer.train.preflight import Report
+from veneer.train.text.batches import collate
+from veneer.train.text.encode import Example
+from veneer.train.text.int8 import use_int8
 from veneer.train.text.save import RunResult
 
 INT8 = {"compute": "int8"}
@@ -36,9 +40,7 @@ def trained(shared: Path, loaded: TextBase, output: Path, **more: Any) -> tuple[
     return train(shared, output, loaded, on_event=events.append, **more), events
 
 
-def test_a_run_says_how_far_it_is_from_16_bits_and_learns_the_same(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_a_run_reports_its_distance_from_16_bits(shared: Path, base: TextBase, tmp_path: Path) -> None:
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     result, events = trained(shared, base, tmp_path / "int8", base=INT8)
     (line,) = [e.text for e in events if isinstance(e, Note) and e.text.startswith("int8 products")]
@@ -97,6 +99,16 @@ def test_micro_batches_equal_one_batch(base: TextBase) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(exact, whole, strict=True))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * size)
+
+
+def test_a_gradient_that_is_not_a_number_is_a_warning(base: TextBase) -> None:
+    checks, parameter = Report(), torch.zeros(4, requires_grad=True)
+    batch = collate([Example([1, 2], [False, True], 0)])
+    factors = iter([1.0, float("nan")])  # in 16 bits, then in 8 bits
+    with fast(base.model):
+        line = use_int8(base, lambda *_: (parameter * next(factors)).sum(), [parameter], [batch], checks)
+    assert line.startswith("warning: ")
+    assert [finding.level for finding in checks.findings] == ["warn"]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,21 @@ def test_mapped_rows_equal_rows_in_memory(
 
 
 @pytest.mark.usefixtures("large")
-def test_large_parquet_files_that_are_no_data_set(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_a_replaced_parquet_file_with_the_same_time_is_read_again(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "rows.parquet"
+    for text in ("old", "new"):
+        pq.write_table(pa.Table.from_pylist([{"text": text}]), file)
+        os.utime(file, (1, 1))
+        rows = records.large_files([str(file)])
+        assert rows is not None
+        assert rows[0].values == {"text": text}
+
+
+@pytest.mark.usefixtures("large")
+def test_large_parquet_files_that_are_not_one_data_set(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Files with different columns are read into memory; damaged files are named."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -139,6 +154,26 @@ def test_large_parquet_files_that_are_no_data_set(shared: Path, base: TextBase, 
     with pytest.raises(DataError, match="not a Parquet file") as error:
         read(shared, base, tmp_path, data={"train": str(tmp_path)})
     assert "1.parquet" in str(error.value)
+
+
+@pytest.mark.usefixtures("large")
+def test_large_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A folder among the files is named; more files than can be open at once are read into memory."""
+    import resource
+
+    for n in range(80):
+        write_rows(tmp_path / f"{n}.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        assert records.large_files([str(tmp_path)]) is None
+        assert records.read_data_files([str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (tmp_path / "x.jsonl").mkdir()
+    assert records.large_files([str(tmp_path)]) is None
+    with pytest.raises(DataError, match="Is a directory"):
+        records.read_data_files([str(tmp_path)])
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans())))
@@ -189,10 +224,10 @@ def test_bad_rows_are_named_with_their_line_and_leave_no_tokens(shared: Path, ba
 
 
 @pytest.mark.usefixtures("large")
-def test_a_sample_is_checked_first_and_says_so(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_a_sample_of_a_large_file_is_checked_first(shared: Path, base: TextBase, tmp_path: Path) -> None:
     file = tmp_path / "silent.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n' * 3000)
-    with pytest.raises(Exception, match=r"in a sample of 2,000 rows of 3,000: no row is left to train on"):
+    with pytest.raises(Exception, match=r"in a sample of 2,000 of 3,000 rows: no row is left to train on"):
         train(shared, tmp_path / "run", base, data={"train": str(file), "split": 0})
     assert not (veneer_home() / "tokens").exists()
 
@@ -221,7 +256,7 @@ def test_every_setting_that_changes_tokens_has_its_own_table(shared: Path, base:
 
 
 @pytest.mark.usefixtures("large")
-def test_a_file_that_changes_during_the_run_is_noticed(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_a_file_that_changes_during_the_run_is_an_error(shared: Path, base: TextBase, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     write_rows(file)
     rows = read(shared, base, file).train.rows
@@ -239,16 +274,26 @@ def no_errors(made: EncodedTable) -> dict[str, Any]:
     return {"tokens": len(made.tokens)}
 
 
+def forked(work: Callable[[], object]) -> int:
+    """Return the id of a child that does `work` and ends, with 1 after an error: it must not run further tests."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
 @pytest.mark.usefixtures("large")
-def test_a_killed_writer_leaves_nothing_that_is_read() -> None:
+def test_tables_of_killed_writers_are_never_read() -> None:
     def killed() -> Iterator[EncodedTable]:
         yield table(1, 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = os.fork()
-    if child == 0:
-        write_table("a", killed(), no_errors)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert os.waitpid(forked(lambda: write_table("a", killed(), no_errors)), 0)[1] == signal.SIGKILL
     tables = veneer_home() / "tokens"
     (left,) = tables.iterdir()
     assert read_table("a") is None
@@ -259,10 +304,13 @@ def test_a_killed_writer_leaves_nothing_that_is_read() -> None:
     (tables / "a" / "tokens.bin").write_bytes(b"1234")  # damaged: not read, and replaced
     assert read_table("a") is None
     assert write_table("a", [table(7)], no_errors)[0].tokens.tolist() == [7]
+    for about in ("null", "[]", "{}"):
+        (tables / "a" / "about.json").write_text(about)
+        assert read_table("a") is None
 
 
 @pytest.mark.usefixtures("large")
-def test_of_two_writers_the_slower_one_accepts_the_table_of_the_faster_one() -> None:
+def test_the_slower_of_two_writers_uses_the_faster_ones_table() -> None:
     def slow() -> Iterator[EncodedTable]:
         yield table(1)
         assert write_table("a", [table(1)], no_errors)[0].tokens.tolist() == [1]
@@ -272,16 +320,21 @@ def test_of_two_writers_the_slower_one_accepts_the_table_of_the_faster_one() -> 
 
 
 @pytest.mark.usefixtures("large")
+def test_a_table_that_another_run_has_written_since_is_kept() -> None:
+    write_table("a", [table(1)], no_errors)
+    assert write_table("a", [table(2)], no_errors)[0].tokens.tolist() == [1]
+
+
+@pytest.mark.usefixtures("large")
 def test_processes_that_start_together_get_the_same_table(shared: Path, base: TextBase, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     write_rows(file)
-    children = []
-    for n in range(2):
-        if not (child := os.fork()):
-            examples = read(shared, base, file).train.encoded.examples
-            (tmp_path / f"{n}.json").write_text(json.dumps([e.input_ids for e in examples]))
-            os._exit(0)
-        children.append(child)
+
+    def start(n: int) -> None:
+        examples = read(shared, base, file).train.encoded.examples
+        (tmp_path / f"{n}.json").write_text(json.dumps([e.input_ids for e in examples]))
+
+    children = [forked(functools.partial(start, n)) for n in range(2)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "LARGE", 1 << 20)

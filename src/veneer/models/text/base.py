@@ -287,10 +287,10 @@ def _load_model(
             if path.is_file():
                 from veneer.models.text.gguf import load_gguf
 
-                kept = quantized == "gguf"
-                note = "keep the quantized blocks of their" if kept else "come from a"
-                note = f"the weights {note} GGUF file{'' if kept else ', dequantized'}"
-                return load_gguf(path, dtype, keep=kept), (note,)
+                if quantized == "gguf":
+                    note = "the weights keep the quantized blocks of their GGUF file"
+                    return load_gguf(path, dtype, keep=True), (note,)
+                return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantized",)
             if quantized:
                 model, info = load_quantized(path, config, table, "" if saved else quantized, dtype, device)
                 return model, (*check_loaded(path, info), _size_note(model, quantized))

@@ -172,10 +172,10 @@ def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
 
 
 def _widen_residuals(model: Any, reference: ReferenceForward, undo: ExitStack, call: CallWithWeights) -> None:
-    """Add up the outputs of 16-bit layers in float32, if products are computed in float32 too.
+    """Keep the residual stream of 16-bit layers in float32, if products are computed in float32 too.
 
-    Norms round the sum to 16 bits, and save only this rounded sum. So the sum needs no memory per layer, and
-    the error of a token's loss falls by a quarter (docs/notes/text-training-speed.md)."""
+    Norms round the sum to 16 bits and save only the rounded sum, so the float32 sum needs no memory per layer.
+    The error of a token's loss falls by a quarter (docs/notes/text-training-speed.md)."""
     layers = list(getattr(getattr(model, "model", None), "layers", None) or [])
     kinds = {type(layer).__name__ for layer in layers}
     if len(layers) < 2 or not kinds <= set(PRE_NORM_LAYERS.values()):
@@ -183,7 +183,7 @@ def _widen_residuals(model: Any, reference: ReferenceForward, undo: ExitStack, c
     original = type(layers[0]).forward
 
     def norms_are_ours() -> bool:
-        """Return whether every norm rounds to 16 bits; a full copy in an adapter replaces a norm."""
+        """Return whether every norm rounds to 16 bits. A full copy in an adapter replaces a norm and does not round."""
         norms = (n for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm))
         return all("forward" in norm.__dict__ for norm in (model.model.norm, *norms))
 

@@ -122,7 +122,7 @@ class ReferenceForward:
         )
 
     def rows_agree(self, logits: Tensor, at: Tensor) -> bool:
-        """Return whether whole rows of logits agree up to rounding.
+        """Return whether whole rows of logits equal the reference up to rounding.
 
         The test is ‖logits − expected‖ ≤ r·‖expected‖ for each row, where r is 16·eps or _FACTOR times the
         median effect of perturbed rounding, whichever is larger. A product with another number of rows can

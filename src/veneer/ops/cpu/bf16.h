@@ -110,9 +110,9 @@ static inline __m512 exp2_near(__m512 x) {
 
 /* Sums of products of pairs of bf16: sum + a[2i] b[2i] + a[2i + 1] b[2i + 1] in each of the 16 lanes.
 
-   BF16_PRODUCTS: whether the processor's bf16 product computes it. Without the instruction, or if
-   float32 is faster by the machine's profile (build.py then defines FLOAT32_PRODUCTS), both bf16 are
-   widened to float32 in registers and multiplied exactly. */
+   BF16_PRODUCTS: whether the processor's bf16 instruction computes the sum. Without the instruction, or
+   if float32 is faster according to the machine's profile (build.py then defines FLOAT32_PRODUCTS), both
+   bf16 are widened to float32 in registers and multiplied exactly. */
 #if defined(__AVX512BF16__) && !defined(FLOAT32_PRODUCTS)
 #define BF16_PRODUCTS 1
 #else
@@ -130,7 +130,7 @@ static inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 
-static inline __m256i narrow16(__m512 x) { /* to bf16, to nearest even */
+static inline __m256i narrow16(__m512 x) { /* to bf16, rounded to nearest even */
 #if defined(__AVX512BF16__)
     return (__m256i)_mm512_cvtneps_pbh(x);
 #else

@@ -24,9 +24,9 @@ import torch
 from veneer.files.atomic import replace_file
 
 _BUILD_SECONDS = 300
-"""Seconds that a compiler, a self-test, or another process that builds may take."""
+"""Timeout in seconds of the compiler, of the self-test, and of waiting for another process that builds."""
 _MARCH = f"-march={os.environ.get('VENEER_MARCH', 'native')}"
-"""The processor to compile for; VENEER_MARCH names an older one, to imitate it."""
+"""Option for the processor to compile for. VENEER_MARCH selects an older processor, to imitate it."""
 _FLAGS = ["-O3", _MARCH, "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """Compiler flags, without -ffast-math.
 
@@ -52,7 +52,7 @@ def build_kernels(
     more: additional compiler arguments. Raises OSError or subprocess.SubprocessError if the kernels cannot be
     built, or if there is no trusted folder for them."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
-    # A limit on oneDNN's instructions changes results of the self-test, which must not be recorded for other runs.
+    # A limit on oneDNN's instructions can change the self-test's results, so it has a record of its own.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS, *more, limit]).encode()).hexdigest()[:16]
     notes: list[str] = []
@@ -66,7 +66,7 @@ def build_kernels(
             record.unlink(missing_ok=True)
     wrong = _read_record(record) if library.exists() else None
     if wrong is None:
-        with _lock(library):  # of several processes that start at once, one builds
+        with _lock(library):  # if several processes start at once, only one builds
             if not library.exists():
                 record.unlink(missing_ok=True)
                 print("veneer: compiling kernels for this processor (once, about 10 s)", file=sys.stderr, flush=True)
@@ -80,7 +80,9 @@ def build_kernels(
 
 @contextmanager
 def _lock(library: Path) -> Iterator[None]:
-    """Hold the lock of a library that is being built. Does nothing if the file system does not support locks."""
+    """Hold the lock of a library that is being built.
+
+    Continues without the lock after a timeout, or if the file system does not support locks."""
     from filelock import FileLock, Timeout
 
     with ExitStack() as stack:

@@ -145,7 +145,7 @@ def load_library(path: str | Path, without: Iterable[str] = ()) -> Kernels:
 
 
 _BF16_ISAS = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")
-"""Parts of the values of ONEDNN_MAX_CPU_ISA that include AVX512-BF16."""
+"""A value of ONEDNN_MAX_CPU_ISA that contains one of these allows AVX512-BF16."""
 _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 
@@ -154,9 +154,9 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     """Return addresses of libtorch's small matrix products and their release function.
 
     The two products, in float32 and bfloat16, are at::native::cpublas::brgemm (CPUBlas.h), looked up by their
-    mangled C++ names. The address of a missing function is None. The bfloat16 product is used only on
-    processors with bfloat16 instructions that oneDNN may use: on others, it throws an exception, which C cannot
-    catch. On processors with AMX, the products run on AMX tiles, which oneDNN requests from the operating
+    mangled C++ names. The address of a missing function is None. The bfloat16 product is used only if the
+    processor has bfloat16 instructions and oneDNN may use them. Otherwise, the product throws an exception, which C
+    cannot catch. On processors with AMX, the products run on AMX tiles, which oneDNN requests from the operating
     system (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     library_path = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
@@ -188,7 +188,7 @@ def _checked(result: int, function: Any, arguments: Any) -> int:
 def kernels() -> Kernels | None:
     """Return the compiled kernels, loaded once per process, or None if unavailable.
 
-    The machine's profile chooses whether their products use bfloat16 instructions or float32 (bf16.h)."""
+    The machine's profile decides whether their products use bfloat16 instructions or float32 (bf16.h)."""
     return kernels_for(profile().arithmetic)
 
 
@@ -265,7 +265,7 @@ def why_missing(*names: str) -> str:
     elif all(name in _VNNI for name in missing):
         why = "this processor has no AVX512-VNNI"
     else:
-        needs = "vectors (AVX-512, AVX2 or NEON)" if missing[0] in _VECTORS else "AVX-512"
+        needs = "AVX-512, AVX2 or NEON" if missing[0] in _VECTORS else "AVX-512"
         why = f"this processor has no {needs}"
     return f"no compiled {', '.join(missing)}: {why}"
 

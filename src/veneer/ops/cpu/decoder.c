@@ -1,5 +1,6 @@
 /* All layers of a Llama-like decoder in one parallel region, and its products. Needs the vectors of
-   vec.h; elsewhere serve/forward/llama.py does the same call by call, which is also the reference.
+   vec.h. On other processors, serve/forward/llama.py computes the same with one call per operation; it is
+   also the reference.
 
    A step of few tokens is hundreds of products of some tens of microseconds. If each product started its
    own region, waking the threads would take longer than the products; here threads meet at barriers and
@@ -58,7 +59,7 @@ static inline __attribute__((always_inline)) void tile(const int R, const int J,
         for (int j = 0; j < J; j++) store16(c + r * PANEL + 16 * j, s[r][j]);
 }
 
-/* WIDE: sixteens of columns at once */
+/* WIDE: how many groups of sixteen columns are computed at once */
 #define TILES(R, WIDE)                                                                                                \
     static void tile##R(int J, const factor *a, i64 lda, const uint32_t *b, i64 n, float *c, int add) {               \
         for (int j = 0, own; j < J; j += own) {                                                                       \
@@ -452,7 +453,7 @@ static void put_sums(const float *c, i64 m, int J, const matrix *w, const bf16 *
             v16 v = load16(c + r * PANEL + 16 * j);
             if (w->kind == ROWS8) v = mul16(v, load16((const float *)w->scales + at + 16 * j));
             if (bias) v = add16(v, load_bf16(bias + at + 16 * j));
-            if (onto) v = add16(rounded_bf16(v), load_bf16(o)); /* as if the product were a separate tensor */
+            if (onto) v = add16(rounded_bf16(v), load_bf16(o)); /* rounded first, as a separate tensor would be */
             store_bf16(o, v);
         }
 }
@@ -524,7 +525,7 @@ static void columns(const bf16 *x, const factor *xs, i64 n, i64 in, const matrix
 #endif
 }
 
-/* `room`: memory for the factors of x, or NULL if products take bf16. */
+/* `room`: memory for the factors of x, or NULL if products read bf16. */
 static void product_inside(const bf16 *x, i64 n, i64 in, const matrix *w, const bf16 *bias, bf16 *y, i64 out, int onto,
                            factor *room, meeting *m) {
     i64 from, to;

@@ -311,7 +311,7 @@ def _takes_blocks(a: Tensor, b: Tensor, out: Tensor | None) -> bool:
 def _product_in_blocks(
     a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, add: bool, more: tuple[Tensor, Tensor] | None
 ) -> None:
-    """Compute the op "product" with a kernel that widens a block at a time in the second-level cache."""
+    """Compute the op "product" with a kernel that widens one block at a time, which stays in the second-level cache."""
     c = out if out.stride(-1) == 1 or out.shape[-1] == 1 else out.contiguous()
     half = [int(t.dtype == torch.bfloat16) for t in (a, b, c)]
     bias = None if bias is None else bias.to(c.dtype).contiguous()

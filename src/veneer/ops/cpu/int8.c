@@ -1,6 +1,6 @@
 /* Products with a frozen weight in 8 bits, with VNNI (ops/int8.py has the formulas and the reference).
-   VNNI multiplies unsigned by signed bytes, so the weight's codes are packed plus 128, and 128 Σ q is
-   subtracted from each sum. */
+   VNNI multiplies unsigned by signed bytes, so 128 is added to the weight's codes when they are packed,
+   and 128 Σ q is subtracted from each sum. */
 
 #include "bf16.h"
 
@@ -37,7 +37,7 @@ static void quantize_row(const bf16 *x, const float *factor, i64 k, int8_t *code
     *excess = 128 * _mm512_reduce_add_epi32(sum);
 }
 
-/* Sixteen rows of four bytes to four bytes of sixteen rows: out[q][i] = rows[i][q] for 32-bit q = 0 … 15. */
+/* Transpose 16 x 16 groups of four bytes, and add 128 to each byte: out[q][i] = rows[i][q], q = 0 … 15. */
 static void transpose16(const int8_t *w, i64 stride, uint8_t *out, i64 step) {
     __m512i a[16], b[16];
     const __m512i plus = _mm512_set1_epi8((char)128);
@@ -61,8 +61,8 @@ static void transpose16(const int8_t *w, i64 stride, uint8_t *out, i64 step) {
     }
 }
 
-/* The panel of 16 J columns from `at`: for every four inputs, four bytes of each column. A column is a row
-   of the weight (x Wᵀ), or a column of it (x W). */
+/* Pack the panel of 16 J columns from `at`: for every four inputs, four bytes of each column. A column of
+   the panel is a row of the weight (for x Wᵀ) or a column of the weight (for x W). */
 static void pack(const int8_t *w, i64 in, i64 k, int transposed, i64 at, int J, uint8_t *panel) {
     i64 step = 64 * J;
     if (transposed) {
@@ -99,7 +99,7 @@ typedef struct {
     i64 k, columns, kept;
 } product;
 
-/* ROWS rows from r and 16 J columns from `at`; writes the first m rows. */
+/* Compute ROWS rows from r and 16 J columns from `at`, and write the first m rows. */
 static inline __attribute__((always_inline)) void tile(const product *p, const uint8_t *panel, i64 r, i64 m, i64 at, const int J) {
     __m512i sums[ROWS][3];
     const int8_t *a = p->codes + r * p->k;
@@ -151,7 +151,7 @@ static void rows_of(const product *p, const uint8_t *panel, i64 from, i64 to, i6
 
    factor (k): multiplies x before it is quantized. column (columns): the steps of the columns. kept: the
    number of outlier channels of x, whose indices are `which` and whose factor is 0; rest (kept, columns):
-   their weights, in float32. codes: room for (n + 7) k bytes. */
+   their weights, in float32. codes: memory for (n + 7) k bytes. */
 int int8_product(const bf16 *x, i64 n, i64 k, const float *factor, const int8_t *w, i64 in, int transposed, i64 columns,
                  const float *column, const int32_t *which, i64 kept, const float *rest, const bf16 *bias, int8_t *codes,
                  bf16 *y, int threads) {

@@ -431,7 +431,8 @@ enum { TILE = 4, ROWS = 192, PANEL = 64, KEYS = 256, DEPTH = 256 };
 
 const int has_products = 1;
 
-/* Cells of a: one pair of bf16, or both halves widened to float32, the second at distance `odd`. */
+/* A cell of a: a pair of bf16, or the first number of the pair in float32. The second number then is
+   DEPTH * TILE cells after the first. */
 #if BF16_PRODUCTS
 typedef uint32_t cell;
 #define ACCUMULATE(s, a, y) s = dot_pairs(s, _mm512_set1_epi32((int)*(a)), y)

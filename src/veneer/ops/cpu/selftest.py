@@ -274,7 +274,7 @@ def _product(random: RandomTensors) -> list[Tensor]:
 
 @_case("conv3x3")
 def _conv(random: RandomTensors) -> list[Tensor]:
-    """Convolve odd and even sides, blocks of several pictures, and leading channels only in backward."""
+    """Convolve pictures with odd and even sides, in blocks of several, with gradients of leading channels only."""
     results = list[Tensor]()
     with override_ops(product="columns"):
         for n, channels, outputs, height, width, live in ((5, 35, 18, 5, 7, 35), (2, 70, 33, 4, 140, 20)):

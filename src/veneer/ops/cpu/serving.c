@@ -1,5 +1,5 @@
 /* Serving in bfloat16: low-rank products of many adapters in one call, and attention over a paged
-   cache. Needs the vectors of vec.h; elsewhere torch's operations run (serve/forward/lowrank.py,
+   cache. Needs the vectors of vec.h; otherwise torch's operations run (serve/forward/lowrank.py,
    serve/forward/paged.py), which are also the reference. Arithmetic is float32 inside. Work is divided
    statically, and a row's result does not depend on the other rows. */
 
@@ -10,7 +10,7 @@
 const int has_serving = 1;
 
 enum { BLOCK = 16, TILE = REGISTERS == 32 ? 12 : 4, PARTS = 3, RECORD = THIN_RECORD };
-enum { NEAR = 256, SUMS = REGISTERS == 32 ? 2 : 1 }; /* pairs of x widened at once; sums per row, to wait less */
+enum { NEAR = 256, SUMS = REGISTERS == 32 ? 2 : 1 }; /* pairs of x widened at once; independent sums per row */
 
 #define FEW static inline __attribute__((always_inline)) void
 

@@ -518,7 +518,7 @@ BACKWARD(narrow_rope_varlen_attention_backward, 1)
 
 enum { BLOCK = 128, PANEL = 64, SHALLOW = 1024, DEEP = 4096, ROOM = 1 << 20 };
 
-/* A matrix with any two distances between neighbors, in elements; bf16 if `half`, else float32. */
+/* A matrix with any strides, in elements: `down` between rows, `along` between columns. bf16 if `half`, else float32. */
 typedef struct {
     const void *x;
     int64_t down, along;
@@ -531,7 +531,7 @@ static inline float value_of(const matrix *a, int64_t r, int64_t c) {
 }
 
 #if defined(__AVX512F__)
-/* The transpose of 16 x 16 cells of 32 bits, as four perfect shuffles of the 256 cells. */
+/* Transpose 16 x 16 cells of 32 bits, by four perfect shuffles of the 256 cells. */
 static inline void transpose16(__m512i *x) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -545,7 +545,7 @@ static inline void transpose16(__m512i *x) {
     }
 }
 
-/* 32 rows and 16 columns of a bf16 matrix whose columns are flat, widened */
+/* Widen 32 rows and 16 columns of a bf16 matrix whose columns are contiguous. */
 static inline void turned(const bf16 *x, int64_t along, float *out, int64_t ld) {
     __m512i pairs[16];
     for (int c = 0; c < 16; c++) pairs[c] = _mm512_loadu_si512(x + c * along);
@@ -557,7 +557,8 @@ static inline void turned(const bf16 *x, int64_t along, float *out, int64_t ld) 
 }
 #endif
 
-/* rows x columns of a, from (r, c), widened to (padded, ld): zero past `rows`, and past `columns` up to `wide` */
+/* Widen rows x columns of a, from (r, c), to `out`, whose rows are ld apart. Rows from `rows` to `padded`, and columns
+   from `columns` to `wide`, are set to zero. */
 static void widen_block(const matrix *a, int64_t r, int64_t c, int64_t rows, int64_t padded, int64_t columns, int64_t wide,
                         float *out, int64_t ld) {
     int64_t first = 0;
@@ -587,9 +588,9 @@ static inline int all_zero(const float *x, int64_t n) {
 }
 
 /* c (m, n) (+)= a (m, k) b (k, n) + u (m, rank) v (rank, n) + bias, computed in float32 and rounded once. u and v
-   are float32; of v, only rows that are not zero in a panel are multiplied. rank is 0 without them. bias has c's
-   dtype, or is NULL. b is widened a few panels of PANEL columns at a time, by all threads, and a in blocks of BLOCK rows,
-   by the thread that multiplies them. If k > DEEP, the sums of a part of k wait in a buffer for the next. */
+   are float32; rank is 0 if there are none. Zero rows at the start and the end of v's panel are not multiplied. bias
+   has c's dtype, or is NULL. All threads together widen b, a few panels of PANEL columns at a time; the thread that
+   multiplies a block of BLOCK rows of a also widens it. If k > DEEP, a buffer keeps the sums between parts of k. */
 int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, const void *b, int64_t b_down, int64_t b_along,
                   int b_half, const float *u, const float *v, int64_t v_down, int64_t v_along, int64_t rank, const void *bias,
                   void *c, int64_t ldc, int c_half, int add, int64_t m, int64_t k, int64_t n, int threads) {
@@ -598,7 +599,7 @@ int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, co
     matrix U = {u, rank, 1, 0}, V = {v, v_down, v_along, 0};
     int64_t deep = lesser(k, DEEP), blocks = (m + BLOCK - 1) / BLOCK, all = up_to(n, STEP);
     int64_t wide = lesser(up_to(all, PANEL), up_to(greater(ROOM / greater(deep, 1), PANEL), PANEL)), panels = wide / PANEL;
-    /* few blocks: threads share a block's panels */
+    /* If there are few blocks, several threads share a block's panels. */
     int64_t shares = lesser(panels, (2 * threads + blocks - 1) / blocks), each = (panels + shares - 1) / shares;
     float *packed = aligned_room(wide * deep * 4), *sums = k > DEEP ? aligned_room(blocks * BLOCK * all * 4) : NULL;
     float *packed_v = aligned_room(wide * rank * 4);
@@ -673,12 +674,12 @@ int float_product(const void *a, int64_t a_down, int64_t a_along, int a_half, co
 
        y = Aᵀ (Σ over channels of (G g Gᵀ) ⊙ (Bᵀ d B)) A      d: 4 x 4 inputs, g: 3 x 3 weights
 
-   For each of the 16 places, the sum over channels is a product of matrices. A block has TILES tiles of 2 x 2
-   outputs, in segments: a segment is one row of tiles of one picture, and a tile that is ignored. */
+   For each of the 16 places in a tile, the sum over channels is a matrix product. A block has about TILES tiles of
+   2 x 2 outputs, in segments. A segment is one row of tiles of one picture, followed by a tile that is ignored. */
 
 enum { TILES = 64, KERNELS = 1 << 21 };
 
-/* G g Gᵀ for the kernels of one output channel, each `along` after the one before: place k at u + k place */
+/* Compute G g Gᵀ for the kernels of one output channel, which are `along` apart. Place k is written to u + k place. */
 static void kernel_places(const bf16 *w, int64_t along, int turned, int64_t channels, float *u, int64_t place) {
     enum { FEW = 64 };
     for (int64_t first = 0; first < channels; first += FEW) {
@@ -702,7 +703,7 @@ static void kernel_places(const bf16 *w, int64_t along, int turned, int64_t chan
     }
 }
 
-/* Short rows are copied without a call. */
+/* Copy n values; constant sizes let the compiler copy short rows without a call. */
 static inline void copy_row(bf16 *to, const bf16 *from, int64_t n) {
     if (n == 4) memcpy(to, from, 8);
     else if (n == 8) memcpy(to, from, 16);
@@ -710,7 +711,7 @@ static inline void copy_row(bf16 *to, const bf16 *from, int64_t n) {
     else memcpy(to, from, n * 2);
 }
 
-/* Bᵀ d B of T tiles of one channel: d has 4 rows of 2 T + 2 inputs, place k goes to v + k place */
+/* Compute Bᵀ d B for T tiles of one channel. d has 4 rows of 2 T + 2 inputs; place k is written to v + k place. */
 static void input_places(const bf16 *strip, int64_t T, float *restrict v, int64_t place) {
     int64_t R = 2 * T + 2;
     float d[4 * R], b[4 * R];
@@ -729,7 +730,7 @@ static void input_places(const bf16 *strip, int64_t T, float *restrict v, int64_
     }
 }
 
-/* Aᵀ m A + bias of T tiles of one output channel: 2 rows of 2 T outputs */
+/* Compute Aᵀ m A + bias for T tiles of one output channel: 2 rows of 2 T outputs. */
 static void outputs_of(const float *m, int64_t place, int64_t T, float bias, bf16 *y) {
     float rows[2][4][T], line[2 * T];
     for (int j = 0; j < 4; j++) {
@@ -747,7 +748,7 @@ static void outputs_of(const float *m, int64_t place, int64_t T, float bias, bf1
 
 /* y (n, outputs, height, width) = x (n, channels, height, width) convolved with w, with padding 1, plus bias
    (outputs) or NULL. The kernel of an output and a channel is at w + output w_down + channel w_along; if `turned`,
-   its 9 weights are read from the last. The pictures of y are y_picture apart. */
+   its 9 weights are read in reverse order. The pictures of y are y_picture elements apart. */
 int conv3x3(const bf16 *x, const bf16 *w, int64_t w_down, int64_t w_along, int turned, const bf16 *bias, bf16 *y, int64_t y_picture,
             int64_t n, int64_t channels, int64_t outputs, int64_t height, int64_t width, int threads) {
     int64_t per = (width + 1) / 2 + 1, high = (height + 1) / 2, segments = n * high, each = greater(1, TILES / per);

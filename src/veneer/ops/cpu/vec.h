@@ -1,5 +1,5 @@
-/* Sixteen numbers of 32 bits at a time: one register with AVX-512, two with AVX2, four with NEON. And products
-   with pairs of bf16 in the arithmetic that bf16.h chooses. */
+/* Vectors of sixteen numbers of 32 bits: one register with AVX-512, two with AVX2, four with NEON. Also products
+   of pairs of bf16, in the arithmetic that bf16.h selects. */
 
 #ifndef VENEER_VEC_H
 #define VENEER_VEC_H
@@ -12,7 +12,7 @@
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_VECTORS 1
-enum { REGISTERS = 32 }; /* of sixteen numbers */
+enum { REGISTERS = 32 }; /* each for sixteen numbers */
 typedef __m512 v16;
 typedef __m512i w16;
 
@@ -32,7 +32,7 @@ static inline float max_of(v16 a) { return _mm512_reduce_max_ps(a); }
 static inline v16 with_sign_of(v16 a, v16 sign) { /* a >= 0 */
     return _mm512_mask_sub_ps(a, _mm512_cmp_ps_mask(sign, set16(0.0f), _CMP_LT_OQ), set16(0.0f), a);
 }
-/* x in lanes from … to, elsewhere `other` */
+/* x in lanes from … to, `other` in the other lanes */
 static inline v16 only16(v16 x, int from, int to, float other) {
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __mmask16 in = _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(to)) & _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(from));
@@ -46,7 +46,7 @@ static inline v16 load_bf16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 static inline void store_bf16(bf16 *p, v16 x) { _mm256_storeu_si256((__m256i *)p, narrow16(x)); }
-/* The same with the first n lanes; the others are 0. */
+/* Load and store only the first n lanes; a load sets the other lanes to 0. */
 static inline __mmask16 first_lanes(int64_t n) { return n < 16 ? (__mmask16)((1u << n) - 1) : 0xffff; }
 static inline w16 load_some_w16(const void *p, int64_t n) { return _mm512_maskz_loadu_epi32(first_lanes(n), p); }
 static inline v16 load_some_bf16(const bf16 *p, int64_t n) {
@@ -60,16 +60,16 @@ static inline v16 from_int8(const int8_t *q) { return _mm512_cvtepi32_ps(_mm512_
 static inline w16 join16(v16 even, v16 odd) { /* pairs of bf16; exact */
     return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
 }
-/* Lanes 0, 1 to a pair of bf16, …: eight pairs of `low`, then of `high` */
+/* Every two lanes become a pair of bf16: eight pairs from `low`, then eight from `high`. */
 static inline w16 pairs16(v16 low, v16 high) { return narrow_two(low, high); }
-/* Each four lanes as sixteen int8: the first or the last eight of them, to two per lane, in its odd bytes */
+/* Every four lanes contain sixteen int8. Spread the first or the last eight of them to the odd bytes, two per lane. */
 static inline w16 spread_bytes(w16 q, const int last) {
     return last ? _mm512_unpackhi_epi8(_mm512_setzero_si512(), q) : _mm512_unpacklo_epi8(_mm512_setzero_si512(), q);
 }
 static inline v16 byte_of(w16 x, const int left) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, left), 24)); }
 /* table[x >> shift & 15] */
 static inline v16 look_up(w16 x, const int shift, v16 table) { return _mm512_permutexvar_ps(_mm512_srli_epi32(x, shift), table); }
-/* Lanes 0 … 7 or 8 … 15, each twice */
+/* Repeat each of the lanes 0 … 7, or 8 … 15, twice. */
 static inline v16 twice16(v16 x, const int last) {
     const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     return _mm512_permutexvar_ps(last ? _mm512_add_epi32(first, _mm512_set1_epi32(8)) : first, x);
@@ -89,7 +89,7 @@ typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint32_t whole __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-/* in memory, at any address and of any type */
+/* The same vectors in memory, at any address and of any type. */
 typedef float loose_lanes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int32_t loose_words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
@@ -101,7 +101,7 @@ typedef struct {
     words of[SETS];
 } w16;
 
-/* r: each of the registers of sixteen numbers, computed from a.of[i], b.of[i], … */
+/* Compute each register r.of[i] from a.of[i], b.of[i], … */
 #define EACH(r, expression) \
     _Pragma("GCC unroll 4") for (int i = 0; i < SETS; i++) (r).of[i] = (expression);
 
@@ -217,7 +217,7 @@ static inline w16 pairs16(v16 low, v16 high) {
     w16 r;
     low = rounded_bf16(low), high = rounded_bf16(high);
 #if defined(__AVX2__)
-    for (int i = 0; i < SETS; i++) { /* the permute puts in order what the pack takes from halves of registers */
+    for (int i = 0; i < SETS; i++) { /* the pack interleaves halves of registers, and the permute restores their order */
         v16 x = i ? high : low;
         __m256i both = _mm256_packus_epi32(_mm256_srli_epi32((__m256i)x.of[0], 16), _mm256_srli_epi32((__m256i)x.of[1], 16));
         r.of[i] = (words)_mm256_permute4x64_epi64(both, 0xd8);
@@ -244,7 +244,7 @@ static inline v16 byte_of(w16 x, const int left) { v16 r; EACH(r, __builtin_conv
 static inline v16 look_up(w16 x, const int shift, v16 table) {
     v16 r;
 #if defined(__AVX2__)
-    for (int i = 0; i < SETS; i++) { /* the permute uses three bits, the choice between both halves the fourth */
+    for (int i = 0; i < SETS; i++) { /* the permute uses the lower three bits; the fourth selects the half of the table */
         __m256i at = _mm256_srli_epi32((__m256i)x.of[i], shift);
         r.of[i] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.of[0], at), _mm256_permutevar8x32_ps(table.of[1], at),
                                    (__m256)_mm256_slli_epi32(at, 28));
@@ -273,8 +273,8 @@ static inline v16 twice16(v16 x, const int last) {
 #endif
 
 #if HAS_VECTORS
-/* factor: a pair of inputs of a row x, to multiply with a pair of sixteen columns: bf16 as they are, or widened
-   to float32 once per call. columns16: the pairs of sixteen columns in registers. */
+/* factor: a pair of inputs of a row x, as bf16 or widened to float32 once per call. columns16: one pair of each of
+   sixteen columns, in registers, to be multiplied by a factor. */
 #if BF16_PRODUCTS
 typedef uint32_t factor;
 typedef w16 columns16;
@@ -284,7 +284,7 @@ static inline w16 pairs_of(columns16 y) { return y; }
 static inline v16 dot16(v16 sum, factor x, columns16 y) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)y);
 }
-/* `count` pairs of x as factors; `room` has memory for them. */
+/* Return `count` pairs of x as factors. `room`: memory for the factors. */
 static inline const factor *factors_of(const bf16 *x, int64_t count, factor *room) {
     (void)count, (void)room;
     return (const factor *)x;

@@ -10,8 +10,8 @@ block's end, the mix, and the salt. Salts separate tenants, because a cache hit 
 same prompt. A mix is identified by its adapters' digests and strengths, so a renamed, reloaded or replaced
 adapter never finds another adapter's blocks.
 
-A prompt also reuses the tokens at the start of another sequence's incomplete block, which is copied: with
-`copy`, a group of completions computes its prompt once, except for the last token.
+With `copy`, a prompt also reuses the first tokens of another sequence's incomplete block, by copying the block.
+A group of completions then computes its prompt once, except for the last token.
 
 A block is free (empty), in use (one or more holders), or evictable (no holder, but a known key). When no
 block is free, evictable blocks are reused, least recently used first. Works on plain numbers, without
@@ -56,7 +56,7 @@ class CacheEvent:
 class BlockTable:
     """The blocks of one sequence, in order. `keys`: cache keys of the sequence's computed full blocks.
 
-    `cached`: number of tokens found when the table was opened. `name`: the name under which the blocks are
+    `cached`: number of tokens found in the cache when the table was opened. `name`: the name under which the blocks are
     announced, or None. `announced`: number of keys that need no announcement any more."""
 
     root: bytes
@@ -70,7 +70,7 @@ class BlockTable:
 class Cache:
     """Bookkeeping of a key-value cache with `blocks` blocks of `block` tokens each.
 
-    `copy(source, target)`: copies a block's keys and values; None if incomplete blocks are not to be shared.
+    `copy(source, target)`: copies a block's keys and values; None if incomplete blocks are not shared.
     `listen`: called with each event; must not block.
     """
 
@@ -142,7 +142,7 @@ class Cache:
         return True
 
     def shrink(self, table: BlockTable, tokens: int) -> None:
-        """Free the blocks after the table's first `tokens` tokens. No other sequence can know these blocks."""
+        """Free the blocks after the table's first `tokens` tokens. No other sequence holds these blocks."""
         while len(table.blocks) > max(len(table.keys), -(-tokens // self.block)):
             block = table.blocks.pop()
             self._holders[block] = 0

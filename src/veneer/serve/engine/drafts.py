@@ -1,4 +1,4 @@
-"""Drafts: guesses of a completion's next tokens, which one forward pass verifies (n-gram speculation).
+"""N-gram speculation: guesses of a completion's next tokens, which one forward pass verifies.
 
     drafter = drafts.drafter(root, tokens)                       once per request
     drafter.propose(most, rows)    drafter.add(token)            each step
@@ -16,8 +16,8 @@ the samples. So drafts change neither tokens nor their distribution.
 A drafter estimates how often guesses are right, by source and by how well the source has agreed so far. With
 `rows` decoding sequences, computing a draft costs a step about 0.8 ms, and accepting it saves a sequence's share
 of a step, (5 + 0.8 rows) / rows ms (smollm2-135m on two cores, docs/notes/serving.md). So a draft pays if it is
-right with a probability above rows / (rows + 6). Guesses are also compared with the sampled tokens when they
-are not drafted, so that the estimates cost nothing.
+right with a probability above rows / (rows + 6). A guess that is not drafted is also compared with the sampled
+token, so that estimates cost no forward pass.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dataclasses import dataclass, field
 
 _NGRAMS = (4, 3, 2)
 _KEY = 3
-"""Tokens before a token of an earlier completion that have to be equal."""
+"""Number of tokens that must match before a token of an earlier completion is guessed."""
 _FREE_ROWS = 6
 _RATE = 0.125
 """Weight of the latest guess in an estimate."""
 _GUESS = 64
-"""Maximum tokens of a guess from the own text."""
+"""Maximum tokens of a guess from the completion's own text."""
 _KEYS, _ROOTS = 4096, 64
-"""Remembered keys per root, and number of roots."""
+"""Maximum number of keys per root, and of roots."""
 _OWN = (0.35, 0.6, 0.8, 0.9, 0.95)
-"""Initial probability that a guess from the own text is right, after 2, 4, 8, 16, 32 or more equal tokens."""
+"""Initial probabilities that a guess from the own text is right, after 2, 4, 8, 16, 32 or more equal tokens."""
 _EARLIER = (0.4, 0.6, 0.8, 0.9)
 """The same for earlier completions, by how often in a row the token followed the key: 1, 2, 4, 8 or more times."""
 
@@ -51,10 +51,10 @@ class _Earlier:
 
 @dataclass(eq=False)
 class Drafter:
-    """Drafts one completion. Texts have a character per token, because `str` searches fast.
+    """The drafter of one completion. Texts have one character per token, because searching a `str` is fast.
 
     `text`: prompt and completion. `guess`: tokens that followed the last occurrence of the latest `equal` tokens.
-    `right`: estimated probabilities, as _OWN and then _EARLIER.
+    `right`: estimated probabilities that guesses are right, in the order of _OWN and then _EARLIER.
     """
 
     earlier: _Earlier
@@ -73,7 +73,7 @@ class Drafter:
         self.text += character
 
     def propose(self, most: int, rows: int) -> tuple[int, ...]:
-        """Return the tokens, at most `most`, whose verification pays with `rows` decoding sequences."""
+        """Return up to `most` tokens that are worth verifying in a step with `rows` decoding sequences."""
         if not self.guess:
             self.guess, self.equal = self._search()
         own, equal, key, drafts, right = self.guess, self.equal, self.text[-_KEY:], "", 1.0
@@ -87,7 +87,7 @@ class Drafter:
         return tuple(map(ord, drafts))
 
     def _guesses(self, own: str, equal: int, key: str) -> list[tuple[str, int]]:
-        """Return the next token by each source, with its index in `right`."""
+        """Return each source's guess of the next token, with the index of its estimate in `right`."""
         out = [(own[0], min(equal.bit_length(), len(_OWN) + 1) - 2)] if own else []
         if (earlier := self.earlier.followed.get(key)) is not None:
             out.append((earlier[0], len(_OWN) + min(earlier[1].bit_length(), len(_EARLIER)) - 1))
@@ -115,7 +115,7 @@ class Drafts:
         return Drafter(earlier, "".join(map(chr, tokens)), list(earlier.right))
 
     def finished(self, drafter: Drafter, prompt: int) -> None:
-        """Remember a completion, which follows a prompt of `prompt` tokens, for later drafts."""
+        """Remember a finished completion for later drafts. `prompt`: number of tokens of its prompt."""
         earlier, text = drafter.earlier, drafter.text
         earlier.right = drafter.right
         if len(earlier.followed) > _KEYS:

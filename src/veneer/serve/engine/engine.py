@@ -2,8 +2,8 @@
 
     a step    inbox → scheduler (rows and tokens) → runner (one forward pass) → sampler → text → events
 
-A step of a row has one token, and in two cases more. Tokens that the grammar forces are appended without a
-forward pass of their own; the next step computes their keys and values. Drafts (`drafts`) are computed
+In a step, a row computes and samples one token, except in two cases. Tokens that the grammar forces are appended
+without a forward pass of their own; the next step computes their keys and values. Drafts (`drafts`) are computed
 together and verified: the row samples at each position, as it would without drafts, until a sample differs.
 
 Only the step thread changes state; other threads post callbacks to its queue. A request's adapters are leased
@@ -97,7 +97,7 @@ class _Live:
     last: float | None = None
     drafter: Drafter | None = None
     forced: list[int] = field(default_factory=list)
-    """The sequence's last tokens, if the grammar forced them and their events wait for the next step."""
+    """Tokens at the end of the sequence that the grammar forced and whose events are not emitted yet."""
     scores: dict[int, SampledToken] = field(default_factory=dict)
     """Position of a prompt or forced token -> its log-probabilities, if requested."""
 
@@ -347,7 +347,8 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _force(self, live: _Live) -> None:
         """Append the tokens that the grammar forces, if any, to the sequence."""
         sequence, sampling = live.sequence, live.request.sampling
-        if sequence is None or live.draws.grammar is None or not self.runner.shares:
+        assert sequence is not None
+        if live.draws.grammar is None or not self.runner.shares:
             return
         try:
             live.forced = live.draws.force(sampling.max_tokens - sequence.generated)
@@ -364,7 +365,8 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _draft(self, live: _Live, rows: int) -> None:
         """Propose the sequence's drafts for the next step, in which `rows` sequences decode."""
         sequence = live.sequence
-        if sequence is None or not self.settings.draft or not self.runner.shares:
+        assert sequence is not None
+        if not self.settings.draft or not self.runner.shares:
             return
         if live.drafter is None:
             root = cache_root(live.request.mix, live.request.salt)
@@ -389,15 +391,15 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._steps += 1
         choices = self._choose(chunks)
         now = time.monotonic()
-        for chunk, last in [(chunk, chunk.last) for chunk in chunks]:
+        for chunk in chunks:
             if (still := self._live.get(chunk.sequence)) is not None:  # None if the row failed
                 chosen = choices[id(chunk)]
                 self.scheduler.mark_computed(chunk, max(0, len(chosen) - 1))
-                if last:
+                if chunk.last:
                     self._append_tokens(still, chosen, now)
 
     def _choose(self, chunks: list[Chunk]) -> dict[int, _Choices]:
-        """Return the next tokens by id of the chunk: one for a last chunk, and one for each accepted draft.
+        """Return id of a chunk -> next tokens: one for a last chunk, and one for each accepted draft.
 
         If the step fails, each row is rerun separately."""
         rows = [self._row(c) for c in chunks]
@@ -477,11 +479,10 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     def _append_tokens(self, live: _Live, chosen: _Choices, now: float) -> None:
         """Append the chosen tokens, and then the tokens that the grammar forces, to the completion."""
-        sequence, sampling = live.sequence, live.request.sampling
+        sequence = live.sequence
         assert sequence is not None
-        forced = self._forced_choices(live, len(sequence.tokens) - max(0, len(chosen) - 1))
-        sequence.unscored = 0
-        if not all(self._append_token(live, choice, now) for choice in forced):
+        accepted = max(0, len(chosen) - 1)
+        if not self._append_forced(live, len(sequence.tokens) - accepted, now):
             return
         for choice in chosen:
             if isinstance(choice, Refused):
@@ -494,16 +495,19 @@ class TextEngine(Engine[Request, EngineEvent]):
             if not self._append_token(live, choice, now):
                 return
         self._force(live)
-        if sampling.logprobs is None:
-            for choice in self._forced_choices(live, 0):
-                if not self._append_token(live, choice, now):
-                    return
+        if live.request.sampling.logprobs is None:  # otherwise, the next step computes the log-probabilities
+            self._append_forced(live, len(sequence.tokens), now)
 
-    def _forced_choices(self, live: _Live, end: int) -> list[SampledToken]:
-        """Return the forced tokens whose events wait; they end before position `end`."""
-        tokens, live.forced = live.forced, []
-        scores = [live.scores.get(k, SampledToken(t)) for k, t in enumerate(tokens, end - len(tokens))]
-        return [replace(s, sampled_logprob=0.0) for s in scores] if live.request.sampling.sampled_logprob else scores
+    def _append_forced(self, live: _Live, end: int, now: float) -> bool:
+        """Append the forced tokens whose events are not emitted yet. Return whether the completion continues.
+
+        end: position in the sequence after the last of these tokens."""
+        assert live.sequence is not None
+        tokens, live.forced, live.sequence.unscored = live.forced, [], 0
+        choices = [live.scores.get(k, SampledToken(t)) for k, t in enumerate(tokens, end - len(tokens))]
+        if live.request.sampling.sampled_logprob:
+            choices = [replace(choice, sampled_logprob=0.0) for choice in choices]
+        return all(self._append_token(live, choice, now) for choice in choices)
 
     def _append_token(self, live: _Live, choice: SampledToken, now: float) -> bool:
         """Append a token to the completion's text, and emit it. Return whether the completion continues."""

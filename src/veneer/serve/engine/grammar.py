@@ -41,7 +41,7 @@ takes 40 ms.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 """No whitespace between the tokens of JSON under a schema, so that keys and punctuation are forced.
 
-A schema's own `x-guidance` overrides this. Any JSON object keeps free whitespace: it has no known keys.
+A schema's own `x-guidance` overrides this. Without a schema, whitespace stays free, because keys are not known.
 """
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -74,7 +74,7 @@ class Matcher:
         """Return the next tokens for which the mask allows no alternative; often none.
 
         Where only one text can follow, llguidance's masks allow only the tokens into which the tokenizer divides
-        that text. The last tokens are left out if later text could join them.
+        that text. The last tokens are left out if the tokenizer could merge them with later text.
         """
         tokens: list[int] = self._state.compute_ff_tokens()
         self._check()

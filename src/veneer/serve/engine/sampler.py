@@ -119,7 +119,7 @@ class SampledRow:
             self.grammar.advance(token)
 
     def force(self, most: int) -> list[int]:
-        """Record the tokens that the grammar leaves no choice about, at most `most`, and return them.
+        """Record and return the next tokens that the grammar forces, at most `most`.
 
         `sample` would choose the same tokens. Raises the grammar's errors.
         """

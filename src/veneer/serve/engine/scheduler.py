@@ -1,12 +1,12 @@
 """Continuous batching scheduler: selects the sequences and tokens that each step computes.
 
-A step has at most `budget` tokens. Each decoding sequence gets one token, more with forced or drafted tokens,
-and the rest go to prompts, which are computed in chunks, so that a long prompt never delays the next tokens of
-other sequences.
+A step has at most `budget` tokens. Each decoding sequence gets one token, or more if it has forced or
+drafted tokens. The rest of the budget goes to prompts, which are computed in chunks, so that a long prompt never
+delays the next tokens of other sequences.
 
-Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
-received, divided by its weight: 1 per computed prompt token, forced token and draft, whether accepted or not,
-and 2 per step that samples a token. The tenant with the lowest counter gets the next slot and the next prompt
+Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens that it
+received, divided by its weight. A computed prompt token, a forced token and a draft (accepted or not) count 1; a
+step that samples a token counts 2. The tenant with the lowest counter gets the next slot and the next prompt
 tokens. The counter of a tenant that returns after a pause is raised to the lowest counter of the active
 tenants: idle time earns no credit. A prompt of ordinary length is charged only after its last chunk, so that a
 tenant that arrives at a busy server is not delayed halfway through a prompt. Within a tenant, requests run
@@ -50,7 +50,7 @@ class Sequence:
     cache. `cached`: number of prompt tokens found in the cache when the sequence first ran. `charged`: number
     of prompt tokens charged to the tenant. `forced`: number of generated tokens that the grammar forced.
     `unscored`: number of tokens at the end whose log-probabilities are still needed. `appended`: number of
-    tokens appended since the last step. `drafts`: tokens that the next step is to verify as continuation of
+    tokens appended since the last step. `drafts`: tokens that the next step verifies as the continuation of
     `tokens`. `last_chunk`: serial number of the sequence's last chunk, from a counter that all sequences
     share.
     """
@@ -87,17 +87,14 @@ class Sequence:
 class Chunk:
     """Tokens `start` to `end` of a sequence, computed in one step.
 
-    `last`: whether the step needs the logits of the chunk's last token. `drafts`: tokens after `end`, only in a
-    last chunk, which are computed too."""
+    `last`: whether the step needs the logits of the chunk's last token, which is the sequence's last token when
+    the step begins. `drafts`: tokens after `end`, only in a last chunk, which are computed too."""
 
     sequence: Sequence
     start: int
     end: int
+    last: bool
     drafts: tuple[int, ...] = ()
-
-    @property
-    def last(self) -> bool:
-        return self.end == len(self.sequence.tokens)
 
 
 def _wanted(sequence: Sequence) -> int:
@@ -166,7 +163,7 @@ class Scheduler:
         """Return the chunks to compute now, at most one per sequence, and allocate blocks for their tokens."""
         self._make_room()
         chunks: list[Chunk] = []
-        share = self.budget // max(1, len(self.running))  # of a decoding sequence
+        share = self.budget // max(1, len(self.running))  # maximum tokens of a decoding sequence
         left = self.budget - sum(min(share, _wanted(s)) for s in self.running if s.decodes)
         begun = sorted(self.running, key=self._turn)
         first, used, full = "", 0, False
@@ -185,7 +182,7 @@ class Scheduler:
                 continue
             else:  # a sequence that was preempted in this step is still in `begun`
                 begun = [s for s in begun if s is not following]
-                if following.decodes:  # its prompt is cached: `left` does not account for its token yet
+                if following.decodes:  # its prompt is cached, and `left` does not account for its tokens yet
                     left -= min(share, _wanted(following))
             if following.decodes:
                 self._chunk(following, share, chunks)
@@ -203,7 +200,7 @@ class Scheduler:
     def mark_computed(self, chunk: Chunk, accepted: int = 0) -> None:
         """Record that the chunk's keys and values are in the cache.
 
-        The first `accepted` drafts become tokens of the sequence. The others leave no trace.
+        The first `accepted` drafts become tokens of the sequence. The other drafts are discarded.
         """
         sequence = chunk.sequence
         assert sequence.table is not None
@@ -324,7 +321,7 @@ class Scheduler:
         assert sequence.table is not None
         drafts = sequence.drafts[: sequence.computed + left - end] if end == len(sequence.tokens) else ()
         if drafts and not self.cache.grow(sequence.table, end + len(drafts)):
-            drafts = ()  # a draft preempts nobody
+            drafts = ()  # drafts never preempt a sequence
         while not self.cache.grow(sequence.table, end):
             victim = max(self.running, key=lambda s: (self._tenants[s.request.tenant].counter, s.order))
             self._preempt(victim)
@@ -333,7 +330,7 @@ class Scheduler:
                 return 0
         self._chunks += 1
         sequence.last_chunk = self._chunks
-        chunks.append(Chunk(sequence, sequence.computed, end, drafts))
+        chunks.append(Chunk(sequence, sequence.computed, end, end == len(sequence.tokens), drafts))
         return end - sequence.computed + len(drafts)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -78,7 +78,7 @@ class RunnerRow:
 
 
 INT8_ROWS = 64
-"""Minimum tokens of a row in 8 bits: with fewer tokens, packing the weights takes longer than 8 bits save."""
+"""Minimum tokens of a row that runs in 8 bits. With fewer tokens, packing the weights takes longer than 8 bits save."""
 PACK_BYTES = 4 << 30
 """Maximum bytes of a prepacked second copy of the projections."""
 
@@ -456,24 +456,22 @@ class Runner:
             raise ConfigError(
                 "8-bit products need a Llama-like base on a CPU, without --quantize and --batch-invariant",
                 where="--compute int8",
-                fix="leave --compute out",
+                fix="remove --compute int8",
             )
-        copies = [Int8Weight(parts[0]) for parts in weights]
-        left = iter(copies)
+        copies = {group.modules: Int8Weight(parts[0]) for group, parts in zip(groups, weights, strict=True)}
 
-        def of(weight: PrepackedWeight) -> EightBits:
-            return EightBits(weight, next(left))
+        def with_copy(names: tuple[str, ...]) -> PrepackedWeight:
+            weight = self._weights[names]
+            return EightBits(weight, copies[names]) if names in copies else weight  # the head has no copy
 
-        blocks = [
-            replace(b, qkv=of(b.qkv), out=of(b.out), gate_up=of(b.gate_up), down=of(b.down)) for b in self.llama.blocks
-        ]
-        eight = replace(self.llama, blocks=blocks)
-        count, vocabulary = min(256, self.context), len(self.llama.embedding)
+        embedding = self.llama.embedding
+        eight = llama_forward(self.base, self.layout, with_copy, embedding, self.context, self.pages[0])
+        count, vocabulary = min(256, self.context), len(embedding)
         tokens = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=torch.Generator().manual_seed(0))
         batch, ids = self._batch([RunnerRow(tokens.tolist(), 0, range(-(-count // BLOCK)))])
         with torch.no_grad(), memory.return_freed_memory():
             eight.hidden(ids, batch, None)
-            for parts, copy in zip(weights, copies, strict=True):
+            for parts, copy in zip(weights, copies.values(), strict=True):
                 copy.quantize(torch.cat(parts))
                 for part in parts:
                     memory.page_out(part)

@@ -78,7 +78,7 @@ class QuantizedWeights:
 
 @dataclass(frozen=True, eq=False)
 class EightBits:
-    """A weight with an 8-bit copy, which computes the products once it is quantized (ops/int8.py)."""
+    """A weight with an 8-bit copy. Once quantized, the copy computes the products (ops/int8.py)."""
 
     weight: PrepackedWeight
     copy: Int8Weight

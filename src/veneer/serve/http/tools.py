@@ -90,7 +90,8 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
         mode, functions = "named", {name: functions[name]}
     forms = [_call_schema(name, parameters) for name, parameters in functions.items()]
     schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
-    schema = {**schema, "x-guidance": {"whitespace_flexible": True}}  # as the model has learned to write calls
+    # Models have learned to write calls with whitespace.
+    schema = {**schema, "x-guidance": {"whitespace_flexible": True}}
     return ToolUse(mode, tools, ("json_schema", schema_text(schema, "tools")))
 
 

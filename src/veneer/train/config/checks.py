@@ -202,9 +202,9 @@ def _int8(config: TrainConfig) -> Iterator[str]:
     if config.base.quantize is not None:
         yield "`base.compute: int8` multiplies by its own 8-bit copies of the weights: remove `base.quantize`"
     if config.memory.shard:
-        yield "`base.compute: int8` needs whole weights: remove `memory.shard`"
+        yield "`base.compute: int8` does not support sharded weights: remove `memory.shard`"
     if config.preference.loss is not None or config.sampling is not None:
-        text = "`base.compute: int8` trains on a likelihood only: other losses compare two models' log-probabilities, "
+        text = "`base.compute: int8` supports only likelihood losses: others compare two models' log-probabilities, "
         yield text + "one of which would be computed in 16 bits"
 
 

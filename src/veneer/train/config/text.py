@@ -49,8 +49,8 @@ class TextBaseSection(BaseSection):
 
     compute: Literal["auto", "int8"] = setting(
         "auto",
-        "arithmetic of products with frozen weights in training; int8: less exact (arXiv 2304.13013), and faster "
-        "where `veneer doctor` shows a higher rate for it",
+        "arithmetic of products with frozen weights in training; int8: less exact (arXiv 2304.13013), but faster "
+        "if `veneer doctor` shows a higher rate for int8",
         "the dtype of the weights",
     )
 

@@ -32,8 +32,8 @@ def run_images(
 
     resume: continue from the newest checkpoint in the output folder; on a CPU, the result is bit for bit the
         same as without the interruption
-    allow_other_machine: resume even if this machine runs an op by another implementation than the checkpoint's,
-        which changes the last bits
+    allow_other_machine: resume even if this machine runs an op with another implementation than the
+        checkpoint's machine, which changes the last bits
     dry_run: stop after preflight and one step with the largest batch
     force: start a run that does not fit in memory, with a warning
     on_event: called with every event; the default shows the run in the terminal (stderr)

@@ -120,7 +120,7 @@ def _planned(lengths_bytes: bytes, batching: BatchingSection, seed: int, epoch: 
     first = np.array(starts, np.int64)
     sizes = np.diff([*starts, len(order)])
     sequence = np.lexsort((order[first], -lengths[order[first]], step[first]))
-    if pieces > 1:  # a single part is in this sequence already
+    if pieces > 1:  # a single part already has this order
         order = np.concatenate([order[first[m] : first[m] + sizes[m]] for m in sequence] or [order])
     micros = np.concatenate([[0], np.cumsum(sizes[sequence])])
     return StepPlan(order, micros, np.searchsorted(step[first], np.arange(len(steps))))
@@ -136,7 +136,7 @@ def step_rows(lengths: Sequence[int], batching: BatchingSection, *, seed: int, e
 
 
 def _step_order(lengths: _Integers, batching: BatchingSection, seed: int, epoch: int) -> tuple[_Integers, _Integers]:
-    """Return (all rows in the order of the steps, the position where each step begins and the last one ends)."""
+    """Return (all rows in the order of the steps, the position where each step begins, and at last their number)."""
     order = _shuffled(len(lengths), seed, epoch)
     if batching.mode == "bucket":
         sizes = np.diff([*range(0, len(order), batching.rows), len(order)])

@@ -36,6 +36,7 @@ from veneer.train.text.rows import (
     UnusableRow,
     count_duplicates,
     data_digest,
+    digest_of_keys,
     keys_of,
     read_rows,
     refuse_unusable,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _VERSION = 1
-"""A new version makes veneer tokenize all data again."""
+"""Changing this makes veneer tokenize all data again."""
 _SAMPLED = 2000
 """Rows of a large file that are checked before all of it is tokenized."""
 _SAY_EVERY = 10
@@ -91,14 +92,14 @@ def read_data(
     base: TextBase,
     *,
     say: Callable[[str], None] = _nothing,
-    look: Callable[[TextData, int], None] = _nothing,
+    on_sample: Callable[[TextData, int], None] = _nothing,
 ) -> TextData:
     """Read, split and encode the rows.
 
     Rows of large files, except CSV and JSON, are tokenized once and then read from mapped files (`token_cache`).
 
-    say: called with the progress of tokenizing a large file. look: called before that, with the data of a
-    sample of its rows and the number of all rows.
+    say: called with progress messages while a large file is tokenized. on_sample: called before a large file is
+    tokenized, with the data of a sample of its rows and the number of all its rows.
 
     Raises DataError if the rows do not fit the loss; also raises the errors of `read_rows`."""
     data = config.data
@@ -109,9 +110,9 @@ def read_data(
             text = "these rows have a chosen and a rejected answer, and the run would train on the chosen answers only"
             fix = "preference.loss=dpo uses both; otherwise provide rows with prompt and completion"
             raise DataError(text, where=source.rows[0].where, fix=fix)
-    keys, rows = _encode(train, config, base, say, look), train.rows
+    keys, rows = _encode(train, config, base, say, on_sample), train.rows
     if held is not None:
-        _encode(held, config, base, say, look)
+        _encode(held, config, base, say, on_sample)
         training, validation = (encode_split(source.rows, config, base, source.table) for source in (train, held))
         return TextData(training, validation, train.summary)
     hexadecimal = (key.tobytes().hex() for key in keys)
@@ -127,7 +128,7 @@ def read_data(
 
 @dataclass
 class _Source:
-    """The rows of some files. table: their tokens, except for prompts.
+    """The rows of some files. table: the tokens of the rows; None for prompts.
 
     For a large file, `rows` are read when they are needed. columns: the columns of its records. name: the name
     of its table in `token_cache`."""
@@ -140,9 +141,9 @@ class _Source:
 
 
 def _opened(files: Sequence[str], limit: int | None, config: TrainConfig, base: TextBase) -> _Source:
-    """Read the rows of small files, or find the rows of large ones. Raises the errors of `read_rows`."""
+    """Read the rows of small files, or index the rows of large files. Raises the errors of `read_rows`."""
     options = row_options(config)
-    lines = None if config.sampling is not None else large_files(files, limit)  # prompts are few
+    lines = None if config.sampling is not None else large_files(files, limit)  # data sets of prompts are small
     if lines is None:
         return _Source(*read_rows(files, limit=limit, **options))
     name = _table_name(lines, config, base)
@@ -154,7 +155,7 @@ def _opened(files: Sequence[str], limit: int | None, config: TrainConfig, base: 
 
 
 def _table_name(lines: Lines | ArrowRows, config: TrainConfig, base: TextBase) -> str:
-    """Return the digest of all that determines the table of some records."""
+    """Return the digest of everything that determines the table of some records."""
     import tokenizers
     import transformers
 
@@ -176,49 +177,55 @@ def _encode(
     config: TrainConfig,
     base: TextBase,
     say: Callable[[str], None],
-    look: Callable[[TextData, int], None],
+    on_sample: Callable[[TextData, int], None],
 ) -> npt.NDArray[np.void]:
-    """Set the table and the duplicates of a source. Return the key of each row."""
-    rows, summary = source.rows, source.summary
+    """Set a source's table and number of duplicates, and return the key of each row."""
+    rows = source.rows
     if config.sampling is not None:
         keys: npt.NDArray[np.void] = keys_of(rows)["key"]
         return keys
     if not source.name:
         source.table = EncodedTable.joined(_chunks(chunked(rows), config, base))
     elif source.table is None:
-        _look(source, config, base, look)
-        bad: list[str] = []
-        began = said = time.monotonic()
-
-        def chunks() -> Iterator[list[Row]]:
-            nonlocal said
-            done = 0
-            for chunk in chunked(rows):
-                bad.extend(f"{row.where}: {row.why}" for row in chunk if isinstance(row, UnusableRow))
-                yield [row for row in chunk if isinstance(row, Row)]
-                done += len(chunk)
-                if time.monotonic() > said + _SAY_EVERY:
-                    said = time.monotonic()
-                    left = (said - began) * (len(rows) / done - 1)
-                    say(f"tokenized {done:,} of {len(rows):,} rows, {left:.0f} s left")
-
-        def check(table: EncodedTable) -> dict[str, Any]:
-            refuse_unusable(bad, len(rows), summary.format)
-            encode_split(rows, config, base, table)
-            duplicates = count_duplicates(_row_keys(table))
-            return {"columns": source.columns, "duplicates": duplicates}
-
-        source.table, about = write_table(source.name, _chunks(chunks(), config, base), check)
-        source.summary = replace(summary, duplicates=about["duplicates"])
-        seconds = max(0.1, time.monotonic() - began)
-        tokens = len(source.table.tokens)
-        say(f"tokenized {len(rows):,} rows, {tokens:,} tokens, in {seconds:.0f} s ({tokens / seconds:,.0f} tokens/s)")
+        _sample(source, config, base, on_sample)
+        _tokenize(source, config, base, say)
     assert source.table is not None
     return _row_keys(source.table)
 
 
-def _look(source: _Source, config: TrainConfig, base: TextBase, look: Callable[[TextData, int], None]) -> None:
-    """Call `look` with evenly spaced rows. Errors say that the rows are a sample."""
+def _tokenize(source: _Source, config: TrainConfig, base: TextBase, say: Callable[[str], None]) -> None:
+    """Write the table of a large file, and set it and the duplicates of the source."""
+    rows, summary = source.rows, source.summary
+    bad: list[str] = []
+    began = said = time.monotonic()
+
+    def chunks() -> Iterator[list[Row]]:
+        nonlocal said
+        done = 0
+        for chunk in chunked(rows):
+            bad.extend(f"{row.where}: {row.why}" for row in chunk if isinstance(row, UnusableRow))
+            yield [row for row in chunk if isinstance(row, Row)]
+            done += len(chunk)
+            if time.monotonic() > said + _SAY_EVERY:
+                said = time.monotonic()
+                left = (said - began) * (len(rows) / done - 1)
+                say(f"tokenized {done:,} of {len(rows):,} rows, {left:.0f} s left")
+
+    def check(table: EncodedTable) -> dict[str, Any]:
+        refuse_unusable(bad, len(rows), summary.format)
+        encode_split(rows, config, base, table)
+        duplicates = count_duplicates(_row_keys(table))
+        return {"columns": source.columns, "duplicates": duplicates}
+
+    source.table, about = write_table(source.name, _chunks(chunks(), config, base), check)
+    source.summary = replace(summary, duplicates=about["duplicates"])
+    seconds = max(0.1, time.monotonic() - began)
+    tokens = len(source.table.tokens)
+    say(f"tokenized {len(rows):,} rows, {tokens:,} tokens, in {seconds:.0f} s ({tokens / seconds:,.0f} tokens/s)")
+
+
+def _sample(source: _Source, config: TrainConfig, base: TextBase, on_sample: Callable[[TextData, int], None]) -> None:
+    """Call `on_sample` with evenly spaced rows. Errors say that the rows are a sample."""
     count = len(source.rows)
     rows = [source.rows[i] for i in np.linspace(0, count - 1, min(count, _SAMPLED), dtype=np.int64).tolist()]
     summary = replace(source.summary, rows=len(rows))
@@ -227,8 +234,9 @@ def _look(source: _Source, config: TrainConfig, base: TextBase, look: Callable[[
         refuse_unusable(bad, len(rows), summary.format)
         sample = TextData(encode_split(rows, config, base), encode_split([], config, base), summary)
     except DataError as error:
-        raise DataError(f"in a sample of {count:,} rows, {error.what}", where=error.where, fix=error.fix) from None
-    look(sample, count)
+        text = f"in a sample of {len(rows):,} of {count:,} rows: {error.what}"
+        raise DataError(text, where=error.where, fix=error.fix) from None
+    on_sample(sample, count)
 
 
 def _chunks(chunks: Iterable[list[Row]], config: TrainConfig, base: TextBase) -> Iterator[EncodedTable]:
@@ -287,7 +295,7 @@ def encode_split(
         out["key"], out["prompt"] = table.texts["key"][indices], table.texts["prompt"][indices]
         return out
 
-    digest = "sha256:" + hashlib.sha256(table.texts["row_key"][indices[first]].tobytes()).hexdigest()
+    digest = digest_of_keys(table.texts["row_key"][indices[first]].tobytes())
     return DataSplit(rows, texts, encoded, items, digest, keys)
 
 

@@ -155,7 +155,7 @@ class EncodedRows:
     end_ids: token ids that end a completion (end-of-turn, or end-of-text for plain rows)
     cut_rows: indices of truncated rows
     chat: whether a chat template rendered any of the rows
-    vocabulary: the different token ids of the examples
+    vocabulary: the distinct token ids of the examples
     left: index of each dropped row -> reason"""
 
     examples: Sequence[Example]
@@ -169,7 +169,7 @@ class EncodedRows:
 
 
 def vocabulary_of(tokens: Iterable[_Tokens]) -> _Integers:
-    """Return the different token ids of coded tokens, in ascending order."""
+    """Return the distinct token ids of coded tokens, in ascending order."""
     seen = np.zeros(0, np.bool_)
     for part in tokens:
         for at in range(0, len(part), _SCANNED):
@@ -245,14 +245,14 @@ def encoded_rows(
     *,
     refuse: bool = True,
 ) -> EncodedRows:
-    """Return some texts of a table. Raises the errors of `encode_rows`.
+    """Return the chosen texts of a table. Raises the errors of `encode_rows`.
 
     chosen: (texts,) the indices of the texts in the table, in ascending order. texts: the same texts."""
     about = {name: table.texts[name][chosen] for name in ("flags", "tokens", "changed", "kept")}
     flags, tokenizer = about["flags"], renderer.tokenizer
 
     def lines(bit: int, text: Callable[[int], str]) -> list[str]:
-        """Return a line for each text with this bit; only the lines that are shown have words."""
+        """Return a line for each text with this bit; lines that an error does not show are empty."""
         found = np.flatnonzero(flags & bit).tolist()
         return [f"{texts[i].where}: {text(i)}" if n < _SHOWN else "" for n, i in enumerate(found)]
 
@@ -296,7 +296,7 @@ def encoded_chunks(
 ) -> Iterator[EncodedTable]:
     """Yield the encoded texts of each chunk of rows as a part of a table.
 
-    While a chunk is tokenized, which needs no Python, the next chunks are read and rendered.
+    While a chunk is tokenized, which releases the GIL, the next chunks are read and rendered.
 
     texts_of: returns the texts of some rows, and the index of each text's row."""
     if renderer.tokenizer("a", verbose=False).encodings is None:  # the call also turns truncation and padding off
@@ -341,7 +341,7 @@ def _finished(
     marker: int | None,
     data: DataSection,
 ) -> EncodedTable:
-    """Return a chunk's texts as a part of a table; `bases` is moved to the next chunk."""
+    """Return a chunk's texts as a part of a table, and advance `bases` to the next chunk."""
     bos, eos = renderer.tokenizer.bos_token_id, renderer.tokenizer.eos_token_id
     encoded, parts, errors = iter(encodings.result()), [np.zeros(0, np.int32)], dict[int, str]()
     values: list[tuple[int, ...]] = []
@@ -356,7 +356,8 @@ def _finished(
         if bos is not None and len(coded) > 1 and coded[0] == bos and coded[1] & TOKEN_BITS == bos:
             flags |= _bit("doubled_bos")
         targets = np.flatnonzero(coded < 0)
-        full = coded = coded[: targets[-1] + 1 if len(targets) else 0]  # nothing is predicted from the rest
+        # The tokens after the last target predict nothing.
+        full = coded = coded[: targets[-1] + 1 if len(targets) else 0]
         if not len(coded):
             flags |= _bit("untrained")
         elif len(coded) > data.max_length and data.long_rows == "cut":
@@ -387,8 +388,8 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendere
     """Return the encoding of each text.
 
     The tokenizer adds special tokens to plain text only, because a chat template writes BOS and EOS
-    itself. The library below the tokenizer is called, because making its lists of ids takes as long as
-    finding them. `encoded_chunks` has set it to not truncate."""
+    itself. Calls the `tokenizers` library directly, because transformers' conversion to lists of ids takes
+    as long as tokenizing. `encoded_chunks` has turned truncation off."""
     encodings: list[Any] = []
     for chat, some in itertools.groupby(rendered, lambda r: r.chat):
         encodings += tokenizer.backend_tokenizer.encode_batch([r.text for r in some], add_special_tokens=not chat)

@@ -1,4 +1,4 @@
-"""Start a run whose products with frozen weights are in 8 bits (`base.compute: int8`)."""
+"""Start a run that multiplies by frozen weights in 8 bits (`base.compute: int8`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def use_int8(
     loss, gradient = _gradient(base, call, parameters, batches)
     rng_restore(random)
     cosine = float(torch.dot(exact, gradient) / (exact.norm() * gradient.norm()))
-    angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    angle = math.degrees(math.acos(max(min(cosine, 1.0), -1.0)))
     kept = [projection.int8.outliers for projection in report.joins if projection.int8 is not None]
     line = f"int8 products: the first step's loss is {loss:.4f} ({exact_loss:.4f} in 16 bits), and its gradient is "
     line += f"{angle:.1f}° from that in 16 bits; {sum(kept)} outlier channels of {len(kept)} weights stay in 16 bits"

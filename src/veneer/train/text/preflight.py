@@ -460,18 +460,18 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
 
 
 def _int8_products(s: TextSubject) -> Iterator[Finding]:
-    """Check that products in 8 bits are available, and report how fast they are by this machine's profile."""
+    """Check that 8-bit products are available, and report their speed according to this machine's profile."""
     if s.config.base.compute != "int8":
         return
     if computes_on(s.base).type != "cpu":
-        text = "int8 products run on a CPU only"
+        text = "int8 products are supported only on a CPU"
         yield Finding("stop", "int8", text, "remove base.compute, or set base.device=cpu")
         return
     machine = profile()
     dtype, rate = machine.product_rate(str(s.base.dtype).removeprefix("torch."))
     is_exact = torch_sums_are_exact()  # otherwise, the products of the codes run in float32
     faster = machine.rate("int8" if is_exact else "float32") / rate
-    text = f"int8 products run at {faster:.1f} times the speed of {dtype} here"
+    text = f"int8 products run at {faster:.1f} times the speed of {dtype} products on this machine"
     if faster < WORTH:
         yield Finding("warn", "int8", text, "remove base.compute: int8")
     else:
@@ -491,7 +491,7 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
 
 
 def _int8_bytes(s: TextSubject) -> int:
-    """Return the bytes of the 8-bit copies of the weights, one for both directions, without the head."""
+    """Return the bytes of the weights' 8-bit copies, without the head. Both passes share one copy."""
     if s.config.base.compute == "auto":
         return 0
     shape = model_shape(s.base.model)

@@ -181,7 +181,7 @@ class Renderer:
         return start, end
 
     def _text(self, messages: Sequence[dict[str, Any]], row: Row, *, generate: bool = False) -> str:
-        """Return what `apply_chat_template` of the tokenizer returns, in half the time."""
+        """Return the same text as the tokenizer's `apply_chat_template`, in half the time."""
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 

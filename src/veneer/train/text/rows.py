@@ -51,7 +51,7 @@ _ALIASES = {
     "output": ("response",),
 }
 
-_JSON = json.JSONEncoder(sort_keys=True, default=str).encode  # once, because `json.dumps` makes an encoder per call
+_JSON = json.JSONEncoder(sort_keys=True, default=str).encode  # once, because `json.dumps` creates an encoder per call
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def question_and_answer(row: Row) -> tuple[str, str, str]:
 
 
 KEYS = np.dtype([("key", "V32"), ("prompt", "V16")])
-"""`Row.key` and half of `Row.prompt_key` of a row."""
+"""A row's `key`, and the first half of its `prompt_key`."""
 
 
 def keys_of(rows: Iterable[Row]) -> npt.NDArray[np.void]:
@@ -264,7 +264,7 @@ def leakage(
 
 
 def _first_bytes(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
-    """Return the first eight bytes of each key as a number, because NumPy sorts numbers a hundred times as fast."""
+    """Return the first eight bytes of each key as a number, which NumPy sorts a hundred times as fast."""
     return np.frombuffer(keys.tobytes(), np.uint64).reshape(len(keys), keys.dtype.itemsize // 8)[:, 0]
 
 
@@ -277,10 +277,12 @@ def data_digest(rows: Iterable[Row]) -> str:
     """Return the sha256 of the rows' contents in order.
 
     The digest does not depend on file names and file formats."""
-    h = hashlib.sha256()
-    for row in rows:
-        h.update(bytes.fromhex(row.key))
-    return "sha256:" + h.hexdigest()
+    return digest_of_keys(b"".join(bytes.fromhex(row.key) for row in rows))
+
+
+def digest_of_keys(keys: bytes) -> str:
+    """Return the `data_digest` of rows with these keys, of 32 bytes each."""
+    return "sha256:" + hashlib.sha256(keys).hexdigest()
 
 
 def _choose(

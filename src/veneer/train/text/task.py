@@ -31,7 +31,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of
-from veneer.errors import ConfigError, Interrupted, PreflightError, VeneerError, bullets, counted
+from veneer.errors import ConfigError, Interrupted, PreflightError, VeneerError, bullets
 from veneer.formats import peft
 from veneer.models.patching import fast_report, without_dropout
 from veneer.models.shard import CallWithWeights, Sharded, blocks, call_unsharded, local_bytes, shard, whole_bytes
@@ -86,8 +86,8 @@ def run_text(
 
     resume: continue from the newest checkpoint in the output folder; on a CPU, the result is bit-for-bit the
         result of an uninterrupted run
-    allow_other_machine: resume even if this machine runs an op by another implementation than the checkpoint's,
-        which changes the last bits
+    allow_other_machine: resume even if this machine runs an op with another implementation than the
+        checkpoint's machine, which changes the last bits
     dry_run: stop after preflight and the longest batch, and write no file
     force: only warn if the plan says that the run does not fit in memory
     on_event: called with every event; by default, events are shown in the terminal (stderr)
@@ -231,22 +231,22 @@ def checked_text(
 
 
 def _read(run: Run, config: TrainConfig, base: TextBase) -> TextData:
-    """Read the data; of a large file that is not tokenized yet, check a sample first.
+    """Read the data. Before a large file is tokenized, check a sample of its rows.
 
     The processes of a machine share the tokens, so only the first of them tokenizes a large file."""
 
-    def look(sample: TextData, rows: int) -> None:
-        first = f"in a sample of {counted(len(sample.train.rows), 'row')} of {rows:,}: "
+    def check(sample: TextData, rows: int) -> None:
+        first = f"in a sample of {len(sample.train.rows):,} of {rows:,} rows: "
         subject = TextSubject(base=base, config=config, data=sample)
         found = (f for f in data_findings(subject) if f.check != "held out" and f.level != "ok")
         report = Report([replace(finding, text=first + finding.text) for finding in found])
-        run.note(report.text() or f"{first}nothing to report")
+        run.note(report.text() or f"{first}no problem found")
         report.raise_if_stopped()
 
     if run.devices.count > 1 and run.devices.local == 0:
-        read_data(config, base, say=run.note, look=look)
+        read_data(config, base, say=run.note, on_sample=check)
     run.devices.gather(None)
-    return read_data(config, base, say=run.note, look=look)
+    return read_data(config, base, say=run.note, on_sample=check)
 
 
 def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:

@@ -1,10 +1,10 @@
 """Encoded tables on disk, memory-mapped, in `tokens/` of the veneer home.
 
-    tokens/NAME/tokens.bin, texts.bin, about.json      NAME: sha256 of all that determines the tokens
+    tokens/NAME/tokens.bin, texts.bin, about.json      NAME: sha256 of everything that determines the tokens
 
-A table is written under a temporary name and renamed when it is complete, so a killed writer leaves nothing
-that is read, and concurrent runs can write the same table. The least recently used tables are deleted when
-all tables together exceed `MOST_BYTES`; a run keeps the table that it has open.
+A table is written under a temporary name and renamed when it is complete, so incomplete tables of killed writers
+are never read, and concurrent runs can write the same table. The least recently used tables are deleted when all
+tables together exceed `MOST_BYTES`; a run can still read a deleted table that it has open.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def read_table(name: str) -> tuple[EncodedTable, dict[str, Any]] | None:
         about = json.loads((folder / _ABOUT).read_bytes())
         table = _mapped(folder)
         os.utime(folder)
-    except (OSError, ValueError):
+        is_complete = about["sizes"] == [len(table.tokens), len(table.texts)]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (table, about) if about.get("sizes") == [len(table.tokens), len(table.texts)] else None
+    return (table, about) if is_complete else None
 
 
 def write_table(
     name: str, chunks: Iterable[EncodedTable], check: Callable[[EncodedTable], dict[str, Any]]
 ) -> tuple[EncodedTable, dict[str, Any]]:
-    """Write the chunks as one table, and return the table, mapped, with what `check` returns.
+    """Write the chunks as one table, and return the mapped table and the result of `check`.
 
     check: called with the whole table before it is published; an error that it raises discards the table.
 
@@ -56,12 +57,14 @@ def write_table(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _make_room(folder.parent)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged table; a complete one would have been read
+        if (found := read_table(name)) is not None:  # another run wrote it since this run looked
+            return found
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged table
         with new_folder(folder) as temporary, contextlib.ExitStack() as held:
             errors: dict[int, str] = {}
             if not gc.get_freeze_count():
                 held.callback(gc.unfreeze)
-            gc.freeze()  # otherwise, a tenth of the time is spent on looking for garbage among the libraries' objects
+            gc.freeze()  # otherwise, garbage collection of the libraries' objects takes a tenth of the time
             with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "texts.bin", "wb") as texts:
                 for chunk in chunks:
                     tokens.write(chunk.tokens.tobytes())
@@ -77,10 +80,10 @@ def write_table(
             flush_folder(temporary)
             del table  # some systems cannot rename a folder with open files
     except OSError as error:
-        if (found := read_table(name)) is not None:  # another run was faster
+        if (found := read_table(name)) is not None:  # another run wrote the table first
             return found
         text = f"the tokens of the data cannot be written: {error.strerror or error}"
-        fix = "free some space (four bytes per token), or set VENEER_HOME to a folder that can be written"
+        fix = "free some space (four bytes per token), or set VENEER_HOME to a writable folder"
         raise ResourceError(text, where=str(folder), fix=fix) from None
     _make_room(folder.parent, keep=folder)
     return _mapped(folder), about
@@ -97,7 +100,7 @@ def _mapped(folder: Path) -> EncodedTable:
 
 
 def _make_room(home: Path, keep: Path | None = None) -> None:
-    """Delete what killed writers left, and the least recently used tables beyond `MOST_BYTES`."""
+    """Delete the files of killed writers, and the least recently used tables beyond `MOST_BYTES`."""
     tables: list[tuple[float, Path, int]] = []
     for folder in home.iterdir():
         with contextlib.suppress(OSError):  # another run deletes it too
