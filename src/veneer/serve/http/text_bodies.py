@@ -257,7 +257,9 @@ class CompletionBody(TextBody):
         description="number of most likely tokens to return for each prompt token, as in vLLM",
     )
     add_special_tokens: bool = True
-    return_token_ids: bool = Field(default=False, description="also return token ids, as in vLLM")
+    return_token_ids: bool = Field(
+        default=False, description="also return token ids, as in vLLM, and the digests of the adapters that were used"
+    )
     return_tokens_as_token_ids: bool = Field(
         default=False, description="in logprobs, write each token as token_id:N, as in vLLM"
     )

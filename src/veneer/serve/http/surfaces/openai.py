@@ -124,7 +124,9 @@ async def _chat_job(request: HttpRequest, body: ChatBody) -> tuple[TextJob, Tool
 async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     job, echoes = await _text_job(request, body)
     service = service_of(request)
-    return await _respond(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
+    return await _respond(
+        request, service, job, body, _TextFormat(service.prompts, job, body, echoes, service.catalog.fingerprint)
+    )
 
 
 @openai_routes.post("/v1/completions/render", summary="Get the tokens of prompts, as vLLM does.")
@@ -158,6 +160,7 @@ async def _text_job(request: HttpRequest, body: CompletionBody) -> tuple[TextJob
         max_tokens=body.max_tokens,
         logprobs=max(counts, default=None),
         prompt_logprobs=bool(body.echo and body.logprobs is not None) or body.prompt_logprobs is not None,
+        sampled_logprob=body.return_token_ids,
     )
     job = TextJob(
         principal, model, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
@@ -185,7 +188,7 @@ async def _respond(
         answers = await collect(request, service, job)
         usage = total([answer.finished.usage for answer in answers], job.choices)
         choices = [form.choice(i, answer) for i, answer in enumerate(answers)]
-        response = _head(job, form.whole_kind) | {"choices": choices, "usage": _usage(usage)}
+        response = _head(job, form.whole_kind) | form.head | {"choices": choices, "usage": _usage(usage)}
         return Json(response, headers=body.headers)
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
 
@@ -226,7 +229,7 @@ async def _chunks(
 
     `wants_usage`: end with a separate chunk that contains the usage.
     """
-    head = _head(job, form.kind) | ({"usage": None} if wants_usage else {})
+    head = _head(job, form.kind) | form.head | ({"usage": None} if wants_usage else {})
     usages: dict[int, Usage] = {}
     for i in range(len(job.prompts) * job.choices):
         for choice in form.first(i):
@@ -264,6 +267,7 @@ class _ChatFormat:
 
     def __init__(self, prompts: Prompts, job: TextJob, use: ToolUse) -> None:
         self.prompts, self.use, self.count = prompts, use, job.sampling.logprobs
+        self.head: dict[str, Any] = {}
         self.readers = [ToolReader(use) for _ in range(len(job.prompts) * job.choices)]
 
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
@@ -314,8 +318,13 @@ class _ChatFormat:
 class _TextFormat:
     kind = whole_kind = "text_completion"
 
-    def __init__(self, prompts: Prompts, job: TextJob, body: CompletionBody, echoes: list[str]) -> None:
+    def __init__(
+        self, prompts: Prompts, job: TextJob, body: CompletionBody, echoes: list[str], fingerprint: str
+    ) -> None:
         self.prompts, self.choices, self.ids = prompts, job.choices, body.return_token_ids
+        # what the tokens were sampled from, for clients that train on them
+        sampled_by = {"base": fingerprint, "adapters": [list(part) for part in job.model.mix]}
+        self.head: dict[str, Any] = {"sampled_by": sampled_by} if self.ids else {}
         self.inputs = [list(prompt) for prompt in job.prompts] if self.ids else []
         self.word = (
             (lambda id: f"token_id:{id}") if body.return_tokens_as_token_ids else lambda id: prompts.piece(id)[0]
@@ -377,7 +386,16 @@ class _TextFormat:
         return [self.piece(i, text, logprobs) | ids] if text or logprobs or ids else []
 
     def token_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        return {"token_ids": [token.id for token in tokens if token.id >= 0]} if self.ids else {}
+        """Return the ids, and the log-probabilities in the distribution that the tokens were sampled from.
+
+        `sampling_logprobs` are missing if the engine does not report them. Tokens without an id only carry text.
+        """
+        if not self.ids:
+            return {}
+        tokens = [token for token in tokens if token.id >= 0]
+        logprobs = [finite_logprob(token.sampled_logprob) for token in tokens if token.sampled_logprob is not None]
+        known = {"sampling_logprobs": logprobs} if self.count is not None and len(logprobs) == len(tokens) else {}
+        return {"token_ids": [token.id for token in tokens], **known}
 
     def piece(self, i: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": None}
