@@ -93,10 +93,11 @@ class RebuildReport:
     lost: list[str] = field(default_factory=list)
 
 
-def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcReport:
+def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False, strays: bool = True) -> GcReport:
     """Remove entries without a name, unreferenced files, and debris.
 
     Content touched in the last `grace` seconds is kept. With `dry_run`, nothing is removed, only counted.
+    Without `strays`, the store is not searched for files that the index does not know.
     Safe to run during any other operation and after a kill."""
     out, cutoff = GcReport(), time.time() - grace
     e, o = ix.entries.c, ix.objects.c
@@ -110,7 +111,8 @@ def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcR
             connection.rollback()
             return out
         connection.execute(update(ix.objects).where(_unused(), o.touched < cutoff).values(generation=ix.CONDEMNED))
-    _condemn_strays(library, cutoff)
+    if strays:
+        _condemn_strays(library, cutoff)
     while _delete_condemned(library, out):
         pass
     with reading(library.engine) as connection:
