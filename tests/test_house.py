@@ -276,7 +276,7 @@ def test_help_is_fast_and_loads_no_torch(arguments: str) -> None:
 
 LINES = {
     "files": 1_100, "core": 2_600, "ops": 4_000, "formats": 5_600, "models": 5_800, "library": 2_400, "plan": 1_400,
-    "adapters": 1_100, "train": 13_500, "imaging": 1_100, "serve": 12_990, "jobs": 4_817, "studio": 3_100, "cli": 3_492,
+    "adapters": 1_100, "train": 13_646, "imaging": 1_100, "serve": 12_990, "jobs": 4_817, "studio": 3_100, "cli": 3_492,
 }  # fmt: skip
 """Maximum lines of code per package, without blank lines, comments and docstrings.
 
@@ -325,7 +325,7 @@ def test_serve_stays_within_its_option_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "config", "most"), [("text", "TrainConfig", 118), ("image", "ImageTrainConfig", 109)]
+    ("module", "config", "most"), [("text", "TrainConfig", 121), ("image", "ImageTrainConfig", 109)]
 )
 def test_configurations_keep_their_budget_of_keys(module: str, config: str, most: int) -> None:
     sections = getattr(importlib.import_module(f"veneer.train.config.{module}"), config).model_fields.values()

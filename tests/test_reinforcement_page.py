@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.how_to import run_commands
+from tests.serve.whole import Shop, served
 from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
 from veneer.train.config.reinforcement import ReinforcementSection
@@ -39,6 +40,32 @@ def test_commands_of_the_page_train_an_adapter(
     charts = re.findall(r'<div class="panel"><h3>(.*?)</h3>', report)
     assert charts[:3] == ["Reward, mean over the sampled completions", "Reward: exact_match", "Reward: length"]
     assert "<th>after step</th><th>reward</th><th>exact_match</th><th>length</th>" in report
+
+
+def test_samplers_of_the_page_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trainer's command and keys train with servers that have the options of the page."""
+    monkeypatch.chdir(tmp_path)
+    (served_keys,), (commands,) = blocks(PAGE, "yml"), blocks(PAGE, "sh")
+    serve, train = (line.split() for line in commands.strip().splitlines())
+    assert serve[:2] == ["veneer", "serve"]
+    assert "--batch-invariant" in serve
+    shop = Shop(tmp_path)
+    tiny_base_dir(tmp_path).rename(shop.base_dir)
+    shop.adapters.mkdir()
+    assert train[2:] == ["veneer", "train", "served.yaml"]
+    assert [word.partition("=")[0] for word in train[:2]] == ["VENEER_LIBRARY", "VENEER_SAMPLER_KEY"]
+    Path("tickets.jsonl").write_text(blocks(PAGE, "json")[0])
+    values, added = yaml.safe_load(blocks(PAGE, "yaml")[0]), yaml.safe_load(served_keys)["reinforcement"]
+    values |= {"base": str(shop.base_dir), "schedule": {"steps": 2}, "evaluation": {"every": 2, "keep": "last"}}
+    monkeypatch.setenv("VENEER_LIBRARY", shop.library.location)
+    with served(shop, batch_invariant=True) as one, served(shop, batch_invariant=True) as two:
+        added["samplers"] = [one.url, two.url]
+        Path("served.yaml").write_text(yaml.safe_dump(values | {"reinforcement": values["reinforcement"] | added}))
+        (told,) = run_commands(capsys, [" ".join(train[2:])], str(shop.base_dir))
+    assert re.search(r"step 1/2 .* gap 0 \(maximum 0, 0.0% above 1%\), KL 0", told)
+    assert "1 step off-policy" in told
 
 
 def test_table_of_losses_equals_the_settings() -> None:

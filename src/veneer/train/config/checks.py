@@ -7,9 +7,10 @@ models.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from urllib.parse import urlsplit
 
 from veneer.core.adapter import check_strength
-from veneer.errors import ConfigError, bullets, counted
+from veneer.errors import ConfigError, bullets, counted, shown
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.section import BASE_MODEL, changed_keys
@@ -146,6 +147,13 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
         text = f"`reinforcement.group: 1` gives {r.loss} no other completion to compare with: set 2 or more, or "
         text += "`reinforcement.baseline: batch`"
         yield text
+    if not r.samplers:
+        yield from _unused(config, "reinforcement", "`reinforcement.samplers`", "publish", "staleness")
+    for url in map(urlsplit, r.samplers):
+        if url.scheme not in ("http", "https") or not url.hostname or url.query or "@" in url.netloc:
+            yield f"`reinforcement.samplers`: {shown(url.hostname)} is not a URL like http://host:8000, without a key"
+    if r.staleness % r.updates:
+        yield f"`reinforcement.staleness: {r.staleness}` must be a multiple of `reinforcement.updates: {r.updates}`"
     if len(r.grammar) > 1:
         yield f"`reinforcement.grammar` has {len(r.grammar)} kinds, but a completion can match only one"
     yield from _sampling(config)

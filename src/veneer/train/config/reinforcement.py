@@ -51,6 +51,13 @@ class ReinforcementSection(Section):
         True, "make the trainer's logprobs equal the sampler's; false: faster kernels, but a mismatch", "no mismatch"
     )
     gap: float = setting(0.05, "maximum mean sampler-trainer mismatch, in nats", gt=0)
+    samplers: tuple[str, ...] = setting((), "URLs of `veneer serve` processes that sample, with the run's library")
+    publish: str | None = setting(
+        None, "library name under which the samplers find the adapter", "`sampling-` and the output folder's name"
+    )
+    staleness: int = setting(
+        0, "optimizer steps by which sampled adapters can be older; at 1 or more, samplers work during training", ge=0
+    )
 
     def with_defaults(self) -> ReinforcementSection:
         """Return the settings, with unset keys set to the defaults of `loss`."""

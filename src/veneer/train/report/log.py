@@ -94,11 +94,14 @@ def _sampling_summary(event: Stepped) -> str:
         parts.append(f"{metrics['constant_groups']:.0f} of {metrics['groups']:.0f} groups constant")
     if metrics["cut_share"]:
         parts.append(f"{metrics['cut_share']:.0%} cut")
-    if metrics.get("policy_lag") and "drift" in metrics:
-        parts.append(f"{counted(int(metrics['policy_lag']), 'step')} off-policy (drift {metrics['drift']:.2g})")
+    if metrics.get("policy_lag"):
+        drift = f" (drift {metrics['drift']:.2g})" if "drift" in metrics else ""
+        parts.append(f"{counted(int(metrics['policy_lag']), 'step')} off-policy{drift}")
+    if metrics.get("dropped_answers"):
+        parts.append(f"{counted(int(metrics['dropped_answers']), 'answer')} dropped")
     if "gap_mean" in metrics:
         text = f"gap {metrics['gap_mean']:.2g} (maximum {metrics['gap_max']:.2g}, {metrics['gap_share']:.1%} above 1%)"
-        parts.append(text)
+        parts.append(f"{text}, KL {metrics['gap_kl']:.2g}")
     return "  ".join(parts)
 
 

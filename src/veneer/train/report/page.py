@@ -196,6 +196,7 @@ _MEASURED = {
     "reward_failed": "Answers that could not be scored",
     "gap_mean": "Sampler-trainer mismatch: mean difference of log-probabilities, nats",
     "gap_max": "Sampler-trainer mismatch: largest difference, nats",
+    "gap_kl": "Sampler-trainer mismatch: estimate of the KL, nats per token",
     "drift": "Drift since sampling: mean difference of log-probabilities, nats",
     "answer_tokens": "Tokens per answer",
     "cut_share": "Share of answers cut at the token limit",

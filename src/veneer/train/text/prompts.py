@@ -20,7 +20,7 @@ from torch import Tensor
 from veneer.ops.attention import SharedRows
 from veneer.train.checkpoint import seed_of
 from veneer.train.config.text import TrainConfig
-from veneer.train.loop import LazySteps, MetricMeans, Micro, Step
+from veneer.train.loop import LazySteps, MetricMeans, Micro, Step, Stop
 from veneer.train.text.batches import Batch, collate, grouped, step_rows
 from veneer.train.text.encode import Counts, EncodedRows, Example, refuse_rows, vocabulary_of
 from veneer.train.text.render import Renderer
@@ -36,6 +36,10 @@ from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
+
+
+WaitForSamples = Callable[[Stop], tuple[list[Rollout], dict[str, float]] | None]
+"""Returns completions with the metrics of their sampling, or None if interrupted."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class PolicyBatch(Batch):
     old: (T,) log p of each token when it was sampled; None if absent
     sampling_logps: (T,) log p in the distribution that the tokens were sampled from; None if absent
     reference: (T,) log p under the reference; None if absent
-    fresh: whether the adapter is unchanged since sampling
+    fresh: whether no step has trained on the completions yet
+    remember: called with the trainer's log p of each token if later updates need it
     teacher: the same completions after the teacher's prompt; None if the teacher has the same prompt
     shared: set if completions share the tokens of their prompt; `input_ids` and `trained` then contain each
         prompt once"""
@@ -84,6 +89,7 @@ class PolicyBatch(Batch):
     fresh: bool = False
     teacher: Batch | None = None
     shared: SharedRows | None = None
+    remember: Callable[[Tensor], None] | None = None
 
 
 def with_final_turn(row: Row) -> Row:
@@ -287,12 +293,16 @@ def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> Policy
 
 @dataclass(kw_only=True)
 class SampledTraining:
-    """State of a run that samples the completions it trains on. `name`: the trained adapter's name."""
+    """State of a run that samples the completions it trains on.
+
+    name: the trained adapter's name. servers: `SamplerServers` that
+    sample instead of `sampler`."""
 
     config: TrainConfig
     base: TextBase
     name: str
     sampler: Sampler
+    servers: Any = None
     sample_metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last sampling."""
     metric_means: MetricMeans = field(default_factory=MetricMeans)
@@ -311,16 +321,28 @@ class SampledTraining:
         """Sample `group` completions of each prompt for step `number`; return None if interrupted.
 
         Returns (the prompt of each completion, the completions, metrics of the sampling)."""
+        owners, wait = self.begin_sampling(prompts, params, number, group)
+        sampled = wait(interrupted)
+        return None if sampled is None else (owners, *sampled)
+
+    def begin_sampling(
+        self, prompts: Sequence[PromptItem], params: SamplingParams, number: int, group: int
+    ) -> tuple[list[PromptItem], WaitForSamples]:
+        """Start to sample if servers do so. Return the prompt of each completion, and a function that waits."""
         owners = [item for item in prompts for _ in range(group)]
         requests = [
             CompletionRequest(item.ids, seed_of(self.config.seed, number, item.row, i % group), params, self.name)
             for i, item in enumerate(owners)
         ]
-        began = time.perf_counter()
-        rollouts = self.sampler.sample(requests, interrupted)
-        if rollouts is None:
-            return None
-        return owners, rollouts, sampling_metrics(rollouts, time.perf_counter() - began)
+        if self.servers is not None:
+            return owners, self.servers.begin(requests)
+
+        def wait(interrupted: Stop) -> tuple[list[Rollout], dict[str, float]] | None:
+            began = time.perf_counter()
+            rollouts = self.sampler.sample(requests, interrupted)
+            return None if rollouts is None else (rollouts, sampling_metrics(rollouts, time.perf_counter() - began))
+
+        return owners, wait
 
     def start_notes(self, prompts: Sequence[Any]) -> Iterable[str]:
         """Return notes to show before the first step."""

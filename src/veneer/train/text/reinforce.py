@@ -19,10 +19,19 @@ step:
                                        the same completions
     prompt_cached                      share of the prompt tokens found in the KV cache
     gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; share of tokens above 1%
+    gap_kl                             estimate of the KL of sampler and trainer
     policy_lag                         optimizer steps since the completions were sampled
+    dropped_answers                    answers of servers that were dropped and requested again, if any
     drift                              mean |log p − log p at sampling|, if not 0
     kl, clipped, weight                means over the trained tokens; each is logged only if the loss has a
                                        reference, a clip or importance weights, respectively
+
+With `reinforcement.samplers`, servers sample (`sampler_servers`). The trainer's own log-probabilities at the
+first update then take the place of the sampler's in the ratio, and the loss is weighted by min(p trainer / p
+sampler, importance_cap), which corrects for both the mismatch and the staleness: truncated importance sampling
+as in TRL (`vllm_importance_sampling_correction`, trl/trainer/grpo_config.py), with the current policy as the
+proximal one (AReaL, arXiv 2505.24298). With `reinforcement.staleness`, later steps are sampled while this
+step trains.
 
 Completions of held-out prompts are greedy, and their loss is the negative mean reward. A step's completions
 are a function of the seed, the step and the adapter's values, so a resumed run samples the same completions.
@@ -65,6 +74,7 @@ from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
     SampledTraining,
+    WaitForSamples,
     collate_shared,
     completions_micro_batch,
     shared_groups,
@@ -83,12 +93,14 @@ if TYPE_CHECKING:
 class _JudgedRollout:
     """A completion with its advantage.
 
-    row: index of the prompt's row. reference: log p of the tokens under the reference, if any."""
+    row: index of the prompt's row. reference: log p of the tokens under the reference, if any. first_logps: the
+    trainer's log p of the tokens at the first update, if later updates need them."""
 
     rollout: Rollout
     row: int
     advantage: float
     reference: tuple[float, ...] = ()
+    first_logps: list[float] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -100,7 +112,7 @@ class _JudgedRollout:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> _JudgedRollout:
         rollout, reference = Rollout.from_dict(values["rollout"]), tuple(values["reference"])
-        return cls(rollout, values["row"], values["advantage"], reference)
+        return cls(rollout, values["row"], values["advantage"], reference, values.get("first_logps", []))
 
 
 @dataclass(kw_only=True)
@@ -117,12 +129,18 @@ class Reinforcement(SampledTraining):
     answers: list[_JudgedRollout] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     """Reasons why completions of the last sampling have no reward, most common first."""
+    plan: Sequence[Step] = ()
+    """All steps of the run, which name the prompts to sample."""
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.with_defaults()
         self.params = SamplingParams(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
         self._warned: dict[str, str] = {}
-        if not s.exact:
+        # step -> (step when its sampling began, (prompts, function that waits for their completions))
+        self._ahead: dict[int, tuple[int, tuple[list[PromptItem], WaitForSamples]]] = {}
+        if s.samplers:
+            self.mismatch_fix = "check the samplers' dtype and --batch-invariant; lower reinforcement.staleness"
+        elif not s.exact:
             self.mismatch_fix = "set reinforcement.exact=true"
 
     # -- sampling ------------------------------------------------------------------------------------------------------
@@ -133,24 +151,31 @@ class Reinforcement(SampledTraining):
         rows: all rows of the split, indexed by `PromptItem.row`."""
         update = (number - 1) % self.settings.updates
         if self.first != number - update:
-            items = {item.row: item for micro in step.micros for item in micro.items}
-            prompts = [items[row] for row in sorted(items)]
-            if not self._sample_answers(prompts, rows, number - update, interrupted):
+            self._begin_ahead(number - update)
+            if not self._sample_answers(rows, number - update, interrupted):
                 return None
-        self.sample_metrics["policy_lag"] = float(update)
         if update:  # count the sampled tokens only at the first update
-            self.sample_metrics |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0}
+            lag = self.sample_metrics["policy_lag"] + 1
+            self.sample_metrics |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0, "policy_lag": lag}
         return self._step_of(step, rows, fresh=not update)
 
-    def _sample_answers(
-        self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, interrupted: Callable[[], bool]
-    ) -> bool:
-        """Sample and judge the completions of step `number`. Return False if interrupted."""
+    def _begin_ahead(self, number: int) -> None:
+        """Start to sample the completions of step `number`, and of later steps as far as the staleness allows."""
         s = self.settings
-        sampled = self.sample(prompts, self.params, number, s.group, interrupted)
+        for first in range(number, min(number + s.staleness, len(self.plan)) + 1, s.updates):
+            if first not in self._ahead:
+                items = {item.row: item for micro in self.plan[first - 1].micros for item in micro.items}
+                prompts = [items[row] for row in sorted(items)]
+                self._ahead[first] = number, self.begin_sampling(prompts, self.params, first, s.group)
+
+    def _sample_answers(self, rows: Sequence[Row], number: int, interrupted: Callable[[], bool]) -> bool:
+        """Wait for the completions of step `number`, and judge them. Return False if interrupted."""
+        s = self.settings
+        began, (owners, wait) = self._ahead.pop(number)
+        sampled = wait(interrupted)
         if sampled is None:
             return False
-        owners, rollouts, figures = sampled
+        rollouts, figures = sampled
         answers = _answers(rollouts, owners, rows)
         judged, groups = self.rewards.judge(answers), [item.row for item in owners]
         metrics = judged.logged() | reward_findings(judged, groups) | figures
@@ -169,7 +194,7 @@ class Reinforcement(SampledTraining):
             fix = "raise reinforcement.max_tokens, or unset reinforcement.mask_cut"
             raise TrainingError(text, where="reinforcement", fix=fix)
         self.first, self.sample_metrics, self.failed = number, metrics, judged.why(answers)
-        self.sample_metrics["idle"] = float(not gains.any())
+        self.sample_metrics |= {"idle": float(not gains.any()), "policy_lag": float(number - began)}
         return True
 
     def _references(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
@@ -208,7 +233,7 @@ class Reinforcement(SampledTraining):
             group_answers = [answers[moving[k]] for k in group]
             f = weights[[moving[k] for k in group]]
             where = [rows[a.row].where for a in group_answers]
-            make = partial(_batch, group_answers, f, fresh)
+            make = partial(_batch, group_answers, f, s, fresh)
             micros.append(completions_micro_batch([a.rollout for a in group_answers], where, make))
         return Step(tuple(micros), step.epoch)
 
@@ -218,7 +243,10 @@ class Reinforcement(SampledTraining):
         """Return Σ loss over the batch's completions; the training loop divides by their number."""
         s = self.settings
         logps = in_float64(self._policy(batch))
-        old = logps.detach() if batch.old is None else batch.old.to(logps)
+        sampled = logps.detach() if batch.old is None else batch.old.to(logps)
+        old = logps.detach() if batch.fresh and s.samplers else sampled
+        if batch.remember is not None:
+            batch.remember(old)
         advantage = per_token(batch.advantage.to(logps.device), batch.answers)
         ratios = policy_ratios(logps, old, batch.answers, level=s.ratio or "token")
         losses = clipped(ratios, advantage, s.clip_low, s.clip_high)
@@ -231,7 +259,7 @@ class Reinforcement(SampledTraining):
             losses = losses + s.kl * kl
             self.metric_means.add(kl=kl)
         if batch.fresh and batch.old is not None:
-            self.mismatch.add(logps, old)
+            self.mismatch.add(logps, sampled)
         elif batch.old is not None:
             self.metric_means.add(drift=(logps.detach() - old).abs())
         if s.clip_low is not None and s.clip_high is not None and batch.old is not None:
@@ -315,23 +343,31 @@ def _answers(rollouts: Sequence[Rollout], prompts: Sequence[PromptItem], rows: S
     return answers
 
 
-def _batch(answers: Sequence[_JudgedRollout], weights: Tensor, fresh: bool) -> PolicyBatch:
+def _batch(
+    answers: Sequence[_JudgedRollout], weights: Tensor, settings: ReinforcementSection, fresh: bool
+) -> PolicyBatch:
     batch, shared = collate_shared([a.rollout for a in answers])
 
     def numbers(values: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([x for row in values for x in row], dtype=torch.float64)
 
-    changed = any(a.rollout.sampling_logps != a.rollout.logps for a in answers)
+    def remember(logps: Tensor) -> None:
+        for answer, own in zip(answers, logps.split([len(a.rollout.logps) for a in answers]), strict=True):
+            answer.first_logps[:] = own.tolist()
+
+    served = bool(settings.samplers)
+    changed = served or any(a.rollout.sampling_logps != a.rollout.logps for a in answers)
     return PolicyBatch(
         **vars(batch),
         answers=[len(a.rollout.logps) for a in answers],
         advantage=torch.tensor([a.advantage for a in answers], dtype=torch.float64),
         loss_weights=weights,
-        old=numbers([a.rollout.logps for a in answers]),
+        old=numbers([a.first_logps or a.rollout.logps for a in answers]),
         sampling_logps=numbers([a.rollout.sampling_logps for a in answers]) if changed else None,
         reference=numbers([a.reference for a in answers]) if answers[0].reference else None,
         fresh=fresh,
         shared=shared,
+        remember=remember if served and fresh and settings.updates > 1 else None,
     )
 
 

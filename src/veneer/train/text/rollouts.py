@@ -7,7 +7,8 @@
 
 `SamplerMismatch` measures the mismatch of sampler and trainer. The sampler reads the current adapter weights
 from the attachment: nothing is saved, merged or synchronized, and the base is not copied unless the settings
-ask for packed weights. `veneer.serve.engine.live` is the only implementation.
+ask for packed weights. `veneer.serve.engine.live` is the only implementation. `train.text.sampler_servers` samples
+on servers instead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from veneer.models.text.logprob_replay import Replay
 from veneer.ops.attention import SharedRows
 from veneer.ops.device_transfer import in_float64
 from veneer.train.loop import MetricMeans
+from veneer.train.text.policy_losses import kl_estimates
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
@@ -166,6 +168,7 @@ class SamplerMismatch:
 
         gap_mean, gap_max     nats, over the tokens sampled for a step
         gap_share             share of tokens with a probability that differs by more than 1%
+        gap_kl                estimate of KL(sampler ‖ trainer) (`kl_estimates`), nats per token
 
     If the mean is above the run's bound, the sampled model is not the trained model. The run then stops
     before the optimizer step."""
@@ -178,9 +181,10 @@ class SamplerMismatch:
 
         The tensors can be on different devices. sampler: float64."""
         trainer_logps = in_float64(trainer.detach())
-        difference = (trainer_logps - sampler.to(trainer_logps.device)).abs()
+        sampler = sampler.to(trainer_logps.device)
+        difference, kl = (trainer_logps - sampler).abs(), kl_estimates(sampler, trainer_logps)
         self.worst = max(self.worst, float(difference.max()))
-        self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _GAP_THRESHOLD)
+        self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _GAP_THRESHOLD, gap_kl=kl)
 
     def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
         """Return the metrics, if any. Raise TrainingError if the mean difference is above the bound."""

@@ -63,6 +63,7 @@ from veneer.train.text.preference import Preference
 from veneer.train.text.preflight import TextSubject, data_findings
 from veneer.train.text.reinforce import Reinforcement, sampled_judge
 from veneer.train.text.rollouts import MakeSampler, SamplerSettings
+from veneer.train.text.sampler_servers import sampler_servers
 from veneer.train.text.save import RunResult, sample_answers, sample_prompt, text_metrics, text_report, write_adapter
 
 if TYPE_CHECKING:
@@ -369,6 +370,11 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
             raise PreflightError(message, where="adapter", fix=fix)
         shared: dict[str, Any] = {"config": text.config, "base": text.base, "name": text.name, "sampler": sampler}
         if isinstance(r, ReinforcementSection):
+            if r.samplers and not text.run.dry_run:
+                if text.run.devices.count > 1:
+                    raise ConfigError("with samplers, one process trains", where="reinforcement.samplers")
+                servers = sampler_servers(text.config, text.base, attachment, text.name)
+                shared["servers"] = opened.enter_context(servers)
             ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None
             rewards = opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
             reference = ""
@@ -646,10 +652,14 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
 def _sampled_task(a: AttachedText, sampled: Reinforcement | Distillation) -> Task[RunResult]:
     """Return the task of a run with sampled answers, which are judged or compared with a teacher."""
     rows, emit = a.data.train.rows, a.run.emit
+    if isinstance(sampled, Reinforcement):
+        sampled.plan = a.steps
 
     def begin(progress: Progress, listener: Listener) -> None:
         nonlocal emit
         emit = listener
+        if sampled.servers is not None:
+            sampled.servers.say = lambda line: listener(Note(line))
         for line in sampled.start_notes(a.data.train.items):
             emit(Note(line))
 
