@@ -85,8 +85,8 @@ def test_the_first_line_says_which_engine_and_why() -> None:
     settings = with_engine(ServeSettings("base"), lines.append, Fake(vllm=False))
     assert settings.fleet.engine == "embedded"
     assert lines == ["engine: embedded (vLLM is not installed)"]
+    fleet = FleetSettings(vllm_flags=("--max-loras", "4"))
     with pytest.raises(ConfigError, match="flags after -- are for vLLM"):
-        fleet = FleetSettings(vllm_flags=("--max-loras", "4"))
         with_engine(ServeSettings("base", fleet=fleet), lines.append, Fake(vllm=False))
 
 

@@ -23,7 +23,7 @@ from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
 ADMIN = "an admin key of the tests"
-VLLM = "--enforce-eager --max-model-len 512 --max-num-seqs 8".split()
+VLLM = ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"]
 ROUTER = """
 import sys, types
 sys.modules.setdefault("setproctitle", types.SimpleNamespace(setproctitle=lambda title: None))
