@@ -126,7 +126,7 @@ def test_text_options_are_refused_with_image_bases(option, more, tmp_path_factor
 @pytest.mark.parametrize("more", [{"mixes": 3}, {"mix_bytes": 1 << 20}])
 def test_upstream_options_are_refused_without_upstreams(more: dict[str, Any], tmp_path: Path) -> None:
     base = str(tiny_base_dir(tmp_path))
-    with pytest.raises(ConfigError, match="applies to mixes with --upstream, but this server has no upstream"):
+    with pytest.raises(ConfigError, match="applies to mixes in vLLM, but this server's own engine runs the model"):
         load(ServeSettings(base, fleet=replace(FleetSettings(), **more)))
 
 

@@ -152,11 +152,10 @@ def greedy(base: TextBase, model: Any, ids: Sequence[int], n: int) -> Said:
     return Said(logprobs, base.tokenizer.decode(sequence[len(ids) :]))
 
 
-def make_shop(folder: Path, kinds: Iterable[str] = KINDS) -> Shop:
+def make_shop(folder: Path, kinds: Iterable[str] = KINDS, **config: Any) -> Shop:
     shop = Shop(folder)
-    llama3(
-        vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=2, max_position_embeddings=CONTEXT
-    ).save_pretrained(shop.base_dir)
+    config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT, **config}
+    llama3(bos_token_id=1, eos_token_id=2, pad_token_id=2, **config).save_pretrained(shop.base_dir)
     tiny_tokenizer().save_pretrained(shop.base_dir)
     for seed, kind in enumerate(kinds):
         shop.make(kind, seed, **KINDS[kind])
@@ -256,20 +255,28 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
 
 
 @contextmanager
-def process(shop: Shop, home: Path, tenants: str, *options: str, **env: str) -> Iterator[tuple[Forked, str]]:
+def process(
+    shop: Shop,
+    home: Path,
+    tenants: str,
+    *options: str,
+    own: Sequence[str] = ("--dtype", "float32", "--device", "cpu"),
+    patience: float = 120,
+    **env: str,
+) -> Iterator[tuple[Forked, str]]:
     """Run `veneer serve` as a process with the shop's base and library. Yield (process, address) when ready.
 
-    `tenants`: URL of the tenants' database.
+    `tenants`: URL of the tenants' database. `own`: options of this server's own engine. `patience`: seconds.
     """
     port = free_port()
     settings = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)), "OMP_NUM_THREADS": "1"}
     command = ["-c", "from veneer.cli.main import main; main()", "serve", "--base", str(shop.base_dir)]
     command += ["--port", str(port), "--library", shop.library.location, "--tenants", tenants]
-    command += ["--dtype", "float32", "--device", "cpu", *options]
+    command += [*own, *options]
     server = Forked(command, env=os.environ | settings | env, log=home / "log")
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: server.poll() is not None or is_ready(address), 120)
+        wait_for(lambda: server.poll() is not None or is_ready(address), patience)
         assert server.poll() is None, (home / "log").read_text(errors="replace")[-3000:]
         yield server, address
     finally:

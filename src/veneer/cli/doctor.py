@@ -25,6 +25,9 @@ app = typer.Typer(add_completion=False)
 def command(
     ops: Annotated[bool, typer.Option("--ops", help="Also show which implementation of each op runs.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's profile again.")] = False,
+    install_vllm: Annotated[
+        bool, typer.Option("--install-vllm", help="Install vLLM in an environment of its own, for veneer serve.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check the home folder, disk, compiler, extras and Hub, and show this machine's profile.
@@ -34,6 +37,12 @@ def command(
     from veneer.models.device import limit_threads
     from veneer.ops.profile import profile, renew
 
+    if install_vllm:
+        from veneer.cli.output import say
+        from veneer.serve import engines
+
+        say(f"veneer serve now finds vLLM at {engines.install_vllm(say)}")
+        return
     limit_threads()  # use the same number of threads as training, because the profile depends on it
     found = renew() if measure else profile()
     checks = list(_checks())

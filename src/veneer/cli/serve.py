@@ -35,9 +35,12 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    cls=ServeCommand, epilog="Example: veneer serve --base smollm2-135m --adapter support=acme/support --port 8000"
+    cls=ServeCommand,
+    context_settings={"allow_extra_args": True},
+    epilog="Example: veneer serve --base smollm2-135m --adapter support=acme/support --port 8000",
 )
 def serve(
+    ctx: typer.Context,
     base: Annotated[str, typer.Option("--base", help="Built-in name, hub id, directory or .gguf file.")],
     library: Annotated[
         str | None, typer.Option("--library", help="Library of adapters; default: the veneer home's library.")
@@ -87,6 +90,13 @@ def serve(
         list[str] | None,
         typer.Option("--upstream", help="Run inference on this vLLM server, or on a router in front of several."),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            help="embedded; vllm: run vLLM, with the flags after --; auto: vLLM on a CUDA GPU, if it is installed.",
+        ),
+    ] = FleetSettings.engine,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, max=1 << 16, help="Maximum requests in a batch.")
     ] = EngineSettings.rows,
@@ -204,6 +214,8 @@ def serve(
             mixes=more.tenant_mixes,
             mix_bytes=more.bytes("mix_disk"),
             mix_days=more.mix_days,
+            engine=engine,  # type: ignore[arg-type]
+            vllm_flags=tuple(ctx.args),
         ),
         oidc=more.oidc,
         redis=os.environ.get("VENEER_REDIS_URL"),

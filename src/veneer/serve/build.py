@@ -91,7 +91,7 @@ def build(
     try:
         quotas, base = Quotas(settings.http.quotas), UnloadedBase(settings.base)
         tenancy = tenancy_of(settings, log, opened.store, quotas)
-        folders = () if settings.fleet.upstream else settings.folders
+        folders = () if settings.fleet.upstream or settings.fleet.engine == "vllm" else settings.folders
         sources = AdapterSources(base, library=opened.library, folders=folders)
         catalog = Catalog(sources, lambda adapter: [], NoAdapters(), name=settings.served_name, routes=tenancy.routes)
         reader = TokenizedBase(base.name, None, 0)
@@ -113,8 +113,11 @@ def _load_base(settings: ServeSettings, service: Service, log: Callable[[str], N
     kind: ServerKind = "upstream"
     if settings.fleet.upstream is None:
         kind = "pictures" if is_image_base(find_base(settings.base, say=log)) else "texts"
+        kind = "vllm" if settings.fleet.engine == "vllm" else kind
     refuse_unused_options(settings, kind)
-    {"upstream": _load_upstream, "pictures": _load_pictures, "texts": _load_texts}[kind](settings, service, log)
+    {"upstream": _load_upstream, "vllm": _load_upstream, "pictures": _load_pictures, "texts": _load_texts}[kind](
+        settings, service, log
+    )
 
 
 def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
@@ -159,24 +162,38 @@ def _load_pictures(settings: ServeSettings, service: Service, log: Callable[[str
 
 
 def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
-    """Connect to the upstream, whose vLLM servers read the same library."""
+    """Prepare vLLM of this server, or connect to the upstream, whose servers read the same library."""
+    from veneer.models.sources import find_base
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.mixes import Mixes, mix_folder, vllm_problems
     from veneer.serve.upstream import Upstream, UpstreamAdapters
 
-    assert settings.fleet.upstream is not None
-    base, fleet = text_without_weights(settings.base, say=log), settings.fleet
-    sources, limits = service.catalog.sources, {"each": fleet.mixes, "limit_bytes": fleet.mix_bytes}
+    base, fleet, sources = text_without_weights(settings.base, say=log), settings.fleet, service.catalog.sources
     store = sources.library.store if sources.library is not None else None
     remote = store if isinstance(store, RemoteStore) else None
+    limits = {"each": fleet.mixes, "limit_bytes": fleet.mix_bytes}
     mixes = Mixes(sources.files, mix_folder(), days=fleet.mix_days, store=remote, **limits)
-    engine = Upstream(
-        settings.fleet.upstream,
-        mixes=mixes,
-        key=fleet.key,
-        decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
-    )
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(base.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def check(digest: str) -> None:
+        sources.read(digest, vllm_problems)
+
     service.catalog.use_base(base, vllm_problems, UpstreamAdapters())
+    if fleet.upstream is not None:
+        engine = Upstream(fleet.upstream, mixes=mixes, key=fleet.key, decode=decode, check=check)
+    else:
+        from veneer.serve.engines import find_vllm
+        from veneer.serve.vllm import Vllm, vllm_command
+
+        found = find_vllm()
+        assert sources.library is not None
+        assert found is not None
+        adapters = [sources.read_from(sources.locate(each.reference), vllm_problems) for each in settings.preload]
+        rank = max((pair.rank for adapter in adapters for pair in adapter.pairs.values()), default=0)
+        command = vllm_command(settings, found.python, find_base(settings.base), service.catalog.base, rank)
+        engine = Vllm(command, sources.library.location, mixes=mixes, decode=decode, check=check)
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
     service.use_base(engine, reader, settings.http)
 

@@ -20,11 +20,11 @@ from veneer.library.library import Library, open_library
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
-from veneer.serve.settings import ComputeKind, LedgerSettings, QuantizeKind, ServeSettings
+from veneer.serve.settings import ComputeKind, EngineKind, LedgerSettings, QuantizeKind, ServeSettings
 from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
-ServerKind = Literal["texts", "pictures", "upstream"]
+ServerKind = Literal["texts", "pictures", "upstream", "vllm"]
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
 """An origin as browsers send it, or `*`. A page that was opened from a file has the origin `null`."""
 
@@ -81,6 +81,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     if settings.quantize is not None:
         one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")
     one_of(settings.engine.compute, get_args(ComputeKind), "an arithmetic", "--compute")
+    one_of(settings.fleet.engine, get_args(EngineKind), "an engine", "--engine")
     check_dtype_name(settings.dtype, "--dtype")
     check_device_name(settings.device, "--device")
     for origin in settings.http.allowed_origins:
@@ -92,7 +93,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     if settings.open and settings.tenants is not None and not settings.here:
         message = f"with --open, every client of {settings.host} would be the operator of these tenants"
         raise ConfigError(message, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
-    _check_upstream(settings)
+    _check_fleet(settings)
     kind = _server_kind(settings)
     if kind is not None:
         refuse_unused_options(settings, kind)
@@ -139,6 +140,8 @@ def _server_kind(settings: ServeSettings) -> ServerKind | None:
         read_config_json(file)
     if settings.fleet.upstream is not None:
         return "upstream"
+    if settings.fleet.engine == "vllm":
+        return "vllm"
     if base is None:
         return None
     return "pictures" if is_image_base(base) else "texts"
@@ -150,15 +153,16 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
     ("context", lambda s: s.engine.context, "texts", _HERE),
     ("kv_events", lambda s: s.engine.kv_events, "texts", _HERE),
-    ("max_tokens", lambda s: s.http.max_tokens, "texts upstream", "texts"),
+    ("max_tokens", lambda s: s.http.max_tokens, "texts upstream vllm", "texts"),
     ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "bases on this server"),
     ("--quantize", lambda s: s.quantize, "texts", _HERE),
     ("--compute", lambda s: s.engine.compute, "texts", _HERE),
-    ("--dtype", lambda s: s.dtype, "texts pictures", "bases on this server"),
+    ("--dtype", lambda s: s.dtype, "texts pictures vllm", "bases on this server"),
     ("--device", lambda s: s.device, "texts pictures", "bases on this server"),
-    ("tenant_mixes", lambda s: s.fleet.mixes, "upstream", "mixes with --upstream"),
-    ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream", "mixes with --upstream"),
-    ("mix_days", lambda s: s.fleet.mix_days, "upstream", "mixes with --upstream"),
+    ("tenant_mixes", lambda s: s.fleet.mixes, "upstream vllm", "mixes in vLLM"),
+    ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream vllm", "mixes in vLLM"),
+    ("mix_days", lambda s: s.fleet.mix_days, "upstream vllm", "mixes in vLLM"),
+    ("-- (flags for vLLM)", lambda s: s.fleet.vllm_flags, "vllm", "--engine vllm"),
 )
 """Per row: option or --config key, function that reads its value, server kinds, purpose."""
 _LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder", "synced": "ledger_sync"}
@@ -166,12 +170,17 @@ _LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledg
 
 def refuse_unused_options(settings: ServeSettings, kind: ServerKind) -> None:
     """Raise ConfigError for an option that has no effect on this kind of server."""
-    usual = ServeSettings("")
     why = {"upstream": "the upstream server runs the model", "pictures": "this server has an image base"}
-    for option, value_of, kinds, purpose in _OPTIONS:
-        if kind not in kinds.split() and value_of(settings) != value_of(usual):
-            reason = why.get(kind, "this server has no upstream")
-            raise ConfigError(f"{option} applies to {purpose}, but {reason}", where=option, fix="leave it out")
+    why |= {"vllm": "vLLM runs the model", "texts": "this server's own engine runs the model"}
+    if option := unused_option(settings, kind):
+        purpose = next(purpose for each, _, _, purpose in _OPTIONS if each == option)
+        raise ConfigError(f"{option} applies to {purpose}, but {why[kind]}", where=option, fix="leave it out")
+
+
+def unused_option(settings: ServeSettings, kind: ServerKind) -> str:
+    """Return the first option that is set but has no effect on this kind of server, or ""."""
+    usual = ServeSettings("")
+    return next((o for o, of, kinds, _ in _OPTIONS if kind not in kinds.split() and of(settings) != of(usual)), "")
 
 
 def _refuse_ledger_options(ledger: LedgerSettings) -> None:
@@ -183,15 +192,18 @@ def _refuse_ledger_options(ledger: LedgerSettings) -> None:
             raise ConfigError(message, where=option, fix="leave it out, or name a database with --tenants")
 
 
-def _check_upstream(settings: ServeSettings) -> None:
-    """Raise ConfigError for a bad --upstream, or sources that the upstream cannot read."""
-    if settings.fleet.upstream is None:
-        return
-    from veneer.serve.upstream import upstream_url  # imports httpx
+def _check_fleet(settings: ServeSettings) -> None:
+    """Raise ConfigError for a bad --upstream, or sources that vLLM cannot read."""
+    fleet = settings.fleet
+    if fleet.upstream is not None:
+        from veneer.serve.upstream import upstream_url  # imports httpx
 
-    upstream_url(settings.fleet.upstream)
-    if settings.folders:
-        purpose = "the upstream reads the library, not folders"
+        upstream_url(fleet.upstream)
+        if fleet.engine != "auto":
+            message = "--engine and --upstream cannot be combined"
+            raise ConfigError(message, where="--engine", fix="leave one of them out")
+    if settings.folders and (fleet.upstream is not None or fleet.engine == "vllm"):
+        purpose = "vLLM reads the library, not folders"
         raise ConfigError(purpose, where="--allow-folder", fix="veneer library add")
 
 

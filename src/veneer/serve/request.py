@@ -327,6 +327,10 @@ class Engine(Protocol[_RequestT, _EventT]):
 
     def stats(self) -> EngineStats: ...
 
+    async def metrics(self) -> str:
+        """Return the metrics of a separate process that computes, in Prometheus's text format, or ""."""
+        return ""
+
     async def begin(self) -> None:
         """Start the engine. Called on the server's event loop, before the first request."""
         return None

@@ -26,6 +26,7 @@ import uvicorn
 from veneer.errors import ResourceError
 from veneer.files.rights import forbid_inspection
 from veneer.serve.checks import check_settings
+from veneer.serve.engines import with_engine
 from veneer.serve.http.connection import protocols_of, raise_file_limit
 from veneer.serve.settings import ServeSettings
 
@@ -127,6 +128,7 @@ def serve(
     one. Raises errors in the settings before the server listens, and build errors afterwards.
     """
     forbid_inspection()
+    settings = with_engine(settings, log) if make_app is None else settings
     opened = check_settings(settings, page=page is not None) if make_app is None else None
 
     def build() -> Application:

@@ -94,6 +94,7 @@ class Preload:
 
 QuantizeKind = Literal["nf4", "fp4", "int8", "keep"]
 ComputeKind = Literal["auto", "int8"]
+EngineKind = Literal["auto", "embedded", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,18 @@ class OidcSettings:
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """Settings of a server in front of vLLM.
+    """Settings of a server that vLLM computes for.
 
     `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent
     to the upstream as a bearer token. `mixes`: maximum weighted mixes per tenant. `mix_bytes`: maximum bytes
     of all mixes on disk, and in a library on S3. `mix_days`: days for which a mix is kept after its last use.
+    `engine`: what computes without an upstream; auto: chosen before the server is built (serve.vllm).
+    `vllm_flags`: additional flags for vLLM.
     """
 
     upstream: str | None = None
+    engine: EngineKind = "auto"
+    vllm_flags: tuple[str, ...] = ()
     key: str | None = None
     mixes: int = 64
     mix_bytes: int = 16 << 30

@@ -13,7 +13,7 @@ written to the shared folder before the request is sent. Load balancing is the r
 | does not respond, or responds 5xx or 429 | before the first token, retry twice; then 503 with Retry-After |
 | does not know a mix | write its folder again and retry |
 | fails after the first token | Finished with an error, because tokens already sent cannot be taken back |
-| rejects the adapter | 422 `adapter_unusable`; vLLM's log has the reason |
+| rejects the adapter | 422 `adapter_unusable`, with the reason if `check` finds one; vLLM's log has others |
 | rejects the request | the client gets the same error |
 """
 
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 PAUSES = (0.1, 0.5)
 """Seconds to wait before the second and the third attempt."""
 _CHECK_SECONDS = 5.0
-_SHORT_TIMEOUT = 10.0
+SHORT_TIMEOUT = 10.0
 _SLOTS = 1 << 20
 
 Decode = Callable[[Sequence[int]], str]
@@ -93,12 +93,21 @@ class Upstream(Engine[Request, EngineEvent]):
     """An engine that sends requests to one URL.
 
     `decode`: decodes with the base's tokenizer. `key`: sent as a bearer token. `timeout`: maximum seconds
-    between two bytes from the upstream.
+    between two bytes from the upstream. `check`: raises Refused with the reason if vLLM cannot serve the
+    adapter with this digest; blocking; called if the upstream does not find an adapter.
     """
 
     def __init__(
-        self, url: str, *, mixes: Mixes, decode: Decode, key: str | None = None, timeout: float = 300.0
+        self,
+        url: str,
+        *,
+        mixes: Mixes,
+        decode: Decode,
+        key: str | None = None,
+        timeout: float = 300.0,
+        check: Callable[[str], object] = lambda digest: None,
     ) -> None:
+        self.check = check
         self.url, self.mixes, self.decode = upstream_url(url), mixes, decode
         self._secret = (key or "").encode()
         self.client = httpx.AsyncClient(
@@ -145,7 +154,7 @@ class Upstream(Engine[Request, EngineEvent]):
         """Read the base's name and context from the upstream, and set `trouble`."""
         trouble = ""
         try:
-            answer = await self.client.get(f"{self.url}/v1/models", timeout=_SHORT_TIMEOUT)
+            answer = await self.client.get(f"{self.url}/v1/models", timeout=SHORT_TIMEOUT)
             cards = _json(answer).get("data") or []
             if answer.status_code == 200 and cards:
                 base = next((c for c in cards if not c.get("parent")), cards[0])
@@ -193,6 +202,8 @@ class Upstream(Engine[Request, EngineEvent]):
                     problem = transient_error("the rest of the answer", error)
                     yield Finished("error", Usage(len(request.prompt), 0, tokens), error=problem)
                     return
+                if error.refused is not None and request.mix:
+                    await asyncio.to_thread(self.check, request.mix[0][0])
                 if pause is None:
                     raise error.refused or transient_error("the model", error) from error
             await asyncio.sleep(pause)

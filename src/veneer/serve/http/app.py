@@ -326,6 +326,8 @@ def _health() -> APIRouter:
         summary="Get Prometheus metrics; needs the admin key on a server with tenants.",
     )
     async def metrics(request: HttpRequest) -> Response:
-        return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        service = service_of(request)
+        text = service.metrics.text(await service.engine.metrics())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

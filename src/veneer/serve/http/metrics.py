@@ -26,6 +26,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from veneer.serve.access import LedgerState
@@ -38,6 +39,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _ENGINE = ("model_name", "engine")
 _FIRST = "vllm:time_to_first_token_seconds"
 _BETWEEN = "vllm:inter_token_latency_seconds"
+_LORA_INFO = "vllm:lora_requests_info"
 _PER_TOKEN = "vllm:request_time_per_output_token_seconds"
 _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     _FIRST: ("Seconds from arrival to the first token.", _SECONDS),
@@ -84,6 +86,16 @@ _LEDGER_GAUGES = {
 """Series -> (help text, attribute of EngineStats or LedgerState)."""
 _RESIDENT = 1000
 """Maximum series of `vllm:lora_adapter_loaded`, and of client names remembered for these series."""
+
+
+class _Families(Collector):
+    """Metrics that have already been collected."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
 
 
 class Metrics(Collector):
@@ -137,8 +149,16 @@ class Metrics(Collector):
             self._named.add(name)
         return name
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    def text(self, engine: str = "") -> bytes:
+        """Return all metrics in Prometheus's text format.
+
+        `engine`: metrics of the process that computes. They replace this server's metrics of the same name,
+        except `vllm:lora_requests_info`, in which only this server knows the clients' names."""
+        theirs = [m for m in text_string_to_metric_families(engine) if m.name != _LORA_INFO]
+        names = {metric.name for metric in theirs}
+        both = CollectorRegistry()
+        both.register(_Families([*(m for m in self.registry.collect() if m.name not in names), *theirs]))
+        return generate_latest(both)
 
     def collect(self) -> Iterable[Metric]:
         """Yield the engine's and the ledger's counters, read when metrics are scraped."""
@@ -155,7 +175,7 @@ class Metrics(Collector):
         # LoRA-aware routers read the names of running and waiting adapters, separated by commas, from these
         # labels. The metric's value is the current time.
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
+        info = GaugeMetricFamily(_LORA_INFO, "Running and waiting adapters.", labels=labels)
         names = [",".join(sorted(tally)) for tally in (self.running, self.waiting)]
         info.add_metric((str(stats.adapter_slots), *names), time.time())
         yield info

