@@ -1,10 +1,11 @@
 """`make demo-cluster`: a whole fleet on this machine, under load, while each part is killed in turn.
 
-    python examples/demo_cluster.py [--output runs/cluster] [--base smollm2-135m] [--seconds 10] [--only engine,door]
+    python examples/demo_cluster.py [--output runs/cluster] [--base smollm2-135m] [--seconds 6] [--only engine,door]
 
-Starts PostgreSQL, Redis, moto's S3, three engines behind HAProxy, two front doors behind another HAProxy, two
-training workers, and a Ray head if Ray is installed. Customers call the doors with OpenAI's client. Each part is
-killed with SIGKILL, stays away for a while, and starts again. At the end, a table shows what customers saw.
+Starts PostgreSQL, Redis, moto's S3, three engines behind deploy/routers/haproxy.cfg, two front doors behind a
+balancer, a Ray head, and two workers, of which one trains on Ray. Customers call the doors with OpenAI's client,
+and two training jobs run. Each part is killed with SIGKILL, stays away for a while, and starts again. At the end,
+a table shows what customers saw.
 
 A request is lost if OpenAI's client, with its default of two retries, raises an error or returns an incomplete
 answer. A stream that breaks after its first token is counted as cut: no server can take tokens back, and the
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -31,30 +33,19 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ENGINES, DOORS, WORKERS, TENANTS, ADAPTERS = 3, 2, 2, 3, 4
 BUCKET = "veneer"
-HAPROXY = """
-defaults
-    mode http
-    timeout connect 2s
-    timeout client 2m
-    timeout server 2m
-    timeout queue 30s
-    retries 3
-    option redispatch
-    retry-on conn-failure empty-response
-    default-server check inter 500 fall 2 rise 1
-frontend front
-    bind 127.0.0.1:{port}
-    default_backend servers
-backend servers
-    option httpchk GET /ready
-    balance {balance}
-    {servers}
-"""
+ROOT = Path(__file__).resolve().parents[1]
+TOKENS = 24
+"""Tokens of each answer."""
+AWAY = {"router": 1.0}
+"""Seconds for which a part is away at most: there is one router, and a supervisor starts it again at once."""
+STEPS = 60
+"""Steps of each training job."""
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -62,13 +53,17 @@ backend servers
 
 @dataclass
 class Part:
-    """A process of the fleet. `ready`: raises an OSError or AssertionError until the process works."""
+    """A process of the fleet.
+
+    ready: raises an OSError or AssertionError until the process works
+    kept: returns a function that restores what the process loses when it is killed, and a real service would not"""
 
     name: str
     command: list[str]
     env: dict[str, str]
     log: Path
     ready: Callable[[], object] = lambda: None
+    kept: Callable[[], Callable[[], object]] = lambda: lambda: None
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -121,7 +116,12 @@ class Cluster:
         self.parts: dict[str, Part] = {}
         self.port, self.keys = free_port(), list[str]()
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        self.env = {"VENEER_HOME": os.environ.get("VENEER_HOME", str(Path.home() / ".veneer")), "OMP_NUM_THREADS": "1"}
+        self.env = {
+            "VENEER_HOME": str(folder / "home"),
+            "OMP_NUM_THREADS": "1",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+        own_home(folder / "home")
 
     def add(self, name: str, command: Sequence[object], ready: Callable[[], object], **env: str) -> None:
         """Start a part, and wait until it works."""
@@ -136,6 +136,7 @@ class Cluster:
         self._adapters()
         self._engines()
         self._doors()
+        self._workers()
 
     def _stores(self) -> None:
         """Start PostgreSQL, Redis and S3."""
@@ -151,7 +152,7 @@ class Cluster:
         if redis := shutil.which("redis-server"):
             at = free_port()
             self.add("Redis", [redis, "--port", at, "--save", "", "--dir", self.folder], lambda: listens(at))
-            self.env["VENEER_REDIS"] = f"redis://127.0.0.1:{at}"
+            self.env["VENEER_REDIS_URL"] = f"redis://127.0.0.1:{at}"
         else:
             print("  Redis is not installed (Debian: apt install redis-server): limits across doors are approximate")
         s3 = free_port()
@@ -164,26 +165,15 @@ class Cluster:
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
             "VENEER_LIBRARY": f"s3://{BUCKET}/library",
         }
-        request = urllib.request.Request(f"http://127.0.0.1:{s3}/{BUCKET}", method="PUT")
-        with urllib.request.urlopen(request, timeout=10):
-            pass
+        os.environ |= {name: value for name, value in self.env.items() if name.startswith("AWS_")}
+        self.parts["S3"].kept = bucket_contents
+        bucket_contents(make=True)
 
     def _adapters(self) -> None:
         """Put random adapters into the library, and add tenants with a key each."""
-        make = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                __file__,
-                "--make-adapters",
-                str(self.folder / "adapters"),
-                "--base",
-                self.base,
-            ],
-            env={**os.environ, **self.env},
-        )
-        make.check_returncode()
+        command = [sys.executable, "-W", "ignore", __file__, "--base", self.base]
+        command += ["--make-adapters", str(self.folder / "adapters")]
+        subprocess.run(command, env={**os.environ, **self.env}, check=True)
         for i in range(ADAPTERS):
             self.veneer("library", "add", self.folder / "adapters" / f"a{i}", f"a{i}")
         for i in range(TENANTS):
@@ -199,9 +189,9 @@ class Cluster:
             command = [*VENEER, "serve", "--base", self.base, "--port", port, "--api-keys", keys]
             command += ["--cache-memory", "64M", "--adapter-memory", "256M"]
             url = f"http://127.0.0.1:{port}/ready"
-            self.add(f"engine {i + 1}", command, lambda url=url: answers(url), VENEER_TENANTS="")
+            self.add(f"engine {i + 1}", command, partial(answers, url), VENEER_TENANTS="")
         self.router = free_port()
-        self._balancer("router", self.router, ports, "hdr(x-veneer-model)\n    hash-type consistent")
+        self._haproxy("router", self.router, ports)
         self.env["VENEER_UPSTREAM_KEY"] = "key-of-the-doors"
 
     def _doors(self) -> None:
@@ -209,21 +199,62 @@ class Cluster:
         for i, port in enumerate(ports):
             command = [*VENEER, "serve", "--base", self.base, "--port", port]
             command += ["--upstream", f"http://127.0.0.1:{self.router}"]
-            self.add(f"door {i + 1}", command, lambda port=port: answers(f"http://127.0.0.1:{port}/ready"))
-        self._balancer("balancer", self.port, ports, "roundrobin")
-        for i in range(WORKERS):
-            self.add(f"worker {i + 1}", [*VENEER, "worker"], lambda: None)
-        if importlib.util.find_spec("ray"):
-            head = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats"]
-            port = free_port()
-            self.add("Ray head", [*head, "--port", port, "--num-cpus", 1], lambda: listens(port))
+            self.add(f"door {i + 1}", command, partial(answers, f"http://127.0.0.1:{port}/ready"))
+        self._haproxy("balancer", self.port, ports, balance="roundrobin")
 
-    def _balancer(self, name: str, port: int, servers: Sequence[int], balance: str) -> None:
+    def _workers(self) -> None:
+        """Start a Ray head and two workers: one trains in child processes, the other on Ray."""
+        command = [*VENEER, "worker", "--lease-seconds", 5]
+        self.add("worker 1", command, lambda: None)
+        if importlib.util.find_spec("ray") is None:
+            print("  Ray is not installed (pip install 'veneer[ray]'): both workers train on their own machine")
+            self.add("worker 2", command, lambda: None)
+            return
+        port, ray = free_port(), Path(sys.executable).with_name("ray")
+        head = [ray, "start", "--head", "--block", "--disable-usage-stats", "--port", port, "--num-cpus", 1]
+        head += ["--include-dashboard", "false", "--temp-dir", f"/tmp/ray-{os.getpid()}"]
+        self.add("Ray head", head, lambda: listens(port))
+        executor = self.folder / "ray.yaml"
+        executor.write_text(f"{{kind: ray, cpus: 1, address: '127.0.0.1:{port}'}}\n")
+        self.add("worker 2", [*command, "--executor", executor], lambda: None)
+
+    def submit_jobs(self) -> None:
+        """Queue a training job for each worker, and wait until all run."""
+        for i in range(WORKERS):
+            settings = [f"base={self.base}", f"data.train={ROOT / 'examples' / 'tickets' / 'train.jsonl'}"]
+            settings += [f"schedule.steps={STEPS}", "batching.rows=2", "checkpoint.every=10", f"output=job{i}"]
+            self.veneer("jobs", "submit", *settings, "--name", f"job{i}", "--tenant", f"customer{i}")
+        self.wait_for_jobs({"running", "succeeded"})
+
+    def wait_for_jobs(self, states: set[str], seconds: float = 600.0) -> list[dict[str, Any]]:
+        """Wait until all jobs are in one of the states, and return them."""
+        end = time.monotonic() + seconds
+        while True:
+            jobs: list[dict[str, Any]] = json.loads(self.veneer("jobs", "list", "--json"))["jobs"]
+            if all(job["state"] in states for job in jobs) or time.monotonic() > end:
+                return jobs
+            time.sleep(1)
+
+    def start_ended(self) -> list[str]:
+        """Start parts that ended by themselves, as a supervisor does, and return their names."""
+        ended = [part for part in self.parts.values() if part.process and part.process.poll() is not None]
+        for part in ended:
+            part.start()
+            part.wait()
+        return [part.name for part in ended]
+
+    def _haproxy(self, name: str, port: int, servers: Sequence[int], balance: str = "") -> None:
+        """Start HAProxy with deploy/routers/haproxy.cfg, other addresses, and perhaps another rule of balancing."""
         if (haproxy := shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")) is None:
             raise SystemExit("haproxy is not installed (Debian and Ubuntu: apt install haproxy)")
-        listed = "\n    ".join(f"server s{i} 127.0.0.1:{p}" for i, p in enumerate(servers))
+        text = (ROOT / "deploy" / "routers" / "haproxy.cfg").read_text()
+        text = re.sub(r"^ *server .*\n", "", text, flags=re.M).replace("bind :8000", f"bind 127.0.0.1:{port}")
+        if balance:
+            text = re.sub(r"^ *hash-.*\n", "", text, flags=re.M)
+            text = re.sub(r"^( *balance ).*$", rf"\1{balance}", text, flags=re.M)
+        text += "".join(f"    server s{i} 127.0.0.1:{p}\n" for i, p in enumerate(servers))
         file = self.folder / f"{name}.cfg"
-        file.write_text(HAPROXY.format(port=port, balance=balance, servers=listed))
+        file.write_text(text)
         self.add(name, [haproxy, "-db", "-f", file], lambda: answers(f"http://127.0.0.1:{port}/health"))
 
     def veneer(self, *arguments: object) -> str:
@@ -236,6 +267,15 @@ class Cluster:
     def stop(self) -> None:
         for part in reversed(self.parts.values()):
             part.kill()
+
+
+def own_home(home: Path) -> None:
+    """Make a veneer home that shares the user's bases and compiled kernels."""
+    users = Path(os.environ.get("VENEER_HOME") or Path.home() / ".veneer")
+    home.mkdir(parents=True)
+    for name in ("bases", "kernels"):
+        (users / name).mkdir(parents=True, exist_ok=True)
+        (home / name).symlink_to(users / name)
 
 
 VENEER = [sys.executable, "-W", "ignore", "-m", "veneer.cli.main"]
@@ -269,6 +309,23 @@ def make_adapters(folder: Path, base: str) -> None:
         adapter = create(loaded.model, LoraSpec(rank=8, alpha=8, targets=("q_proj", "v_proj")), seed=i)
         adapter = adapter.mapped(lambda t: t + 0.02 * torch.randn_like(t))
         peft.write_folder(adapter, folder / f"a{i}")
+
+
+def bucket_contents(make: bool = False) -> Callable[[], object]:
+    """Return a function that fills the bucket again, because moto keeps its data in memory."""
+    import s3fs
+
+    files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    if make:
+        files.mkdir(BUCKET)
+    contents = {path: files.cat_file(path) for path in files.find(BUCKET)}
+
+    def restore() -> None:
+        files.mkdir(BUCKET)
+        for path, data in contents.items():
+            files.pipe_file(path, data)
+
+    return restore
 
 
 # -- the load ----------------------------------------------------------------------------------------------------------
@@ -323,7 +380,7 @@ class Load:
             wanted: dict[str, Any] = {
                 "model": f"a{draws.randrange(ADAPTERS)}",
                 "prompt": f"Ticket {draws.randrange(1000)}: my card was declined.",
-                "max_tokens": 24,
+                "max_tokens": TOKENS,
                 "extra_body": {"ignore_eos": True},
             }
             try:
@@ -336,9 +393,8 @@ class Load:
                 else:
                     answer = client.completions.create(**wanted)
                     first, tokens = time.monotonic() - began, 1
-                    finish = (
-                        answer.choices[0].finish_reason if answer.usage and answer.usage.completion_tokens == 24 else ""
-                    )
+                    if answer.usage and answer.usage.completion_tokens == TOKENS:
+                        finish = answer.choices[0].finish_reason
                 problem = "" if finish == "length" else f"the answer ended with {finish!r}"
             except Exception as error:  # openai's errors, and those of httpx in the middle of a stream
                 problem = f"{type(error).__name__}: {error}"
@@ -367,6 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
     cluster, rows, lost = Cluster(args.output.resolve(), args.base), list[str](), list[str]()
+    killed, jobs = tuple(args.only.split(",")), list[dict[str, Any]]()
     print("starting the fleet:", flush=True)
     try:
         cluster.start()
@@ -374,25 +431,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             time.sleep(args.seconds)
             rows.append(load.take().row("nothing"))
             for name, part in cluster.parts.items():
-                if name == "balancer" or not name.startswith(tuple(args.only.split(","))):
+                if name == "balancer" or not name.startswith(killed):
                     continue  # in front of the doors stands what a cloud provides, or DNS
+                if name == "worker 1":
+                    print("queuing two training jobs", flush=True)
+                    cluster.submit_jobs()
                 print(f"killing {name}", flush=True)
+                restore = part.kept()
                 part.kill()
-                time.sleep(args.seconds)
+                time.sleep(min(args.seconds, AWAY.get(name, args.seconds)))
                 part.start()
                 part.wait()
+                restore()
                 time.sleep(args.seconds / 3)
+                for ended in cluster.start_ended():
+                    print(f"  {ended} had ended, and was started again", flush=True)
                 seen = load.take()
                 rows.append(seen.row(name))
                 lost += [f"{name} away: {problem}" for problem in seen.lost]
+        jobs = cluster.wait_for_jobs({"succeeded", "failed"})
     finally:
         cluster.stop()
     head = ["", "| killed | answered | streams cut | lost | first token, p95 | slowest |", "| --- " * 6 + "|"]
-    print("\n".join([*head, *rows]))
+    print("\n".join([*head, *rows, ""]))
+    for job in jobs:
+        print(f"training job {job['name']}: {job['state']}, {job['step']} of {STEPS} steps")
+    lost += [f"training job {job['name']}: {job['state']}" for job in jobs if job["state"] != "succeeded"]
     if lost:
         counts = Counter(lost)
         raise SystemExit("\n".join(["", *(f"{n} × {text[:300]}" for text, n in counts.most_common(8))]))
-    print("\nno good request was lost")
+    print("no good request was lost")
 
 
 if __name__ == "__main__":

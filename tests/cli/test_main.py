@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import psycopg
 import pytest
+from sqlalchemy.exc import OperationalError
 
 import veneer
 from tests.cli.run import run
 from veneer.cli import main as module
 from veneer.errors import Interrupted, VeneerError
+
+REFUSED = OperationalError("SELECT 1", {}, psycopg.OperationalError("connection refused"))
 
 
 @pytest.fixture
@@ -57,6 +61,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("Could not determine home directory."), 2, "begins with ~|write out the path"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "no permission|/root/x"),
         (MemoryError(), 2, "memory is exhausted"),
+        (REFUSED, 2, "a database does not answer: connection refused|try again"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "memory is exhausted"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 2, "GPU's memory"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from veneer.errors import AdapterError, UnavailableError
+from veneer.errors import AdapterError, ConfigError, UnavailableError
 from veneer.library import store, transfer
 from veneer.library.library import open_library
 
@@ -36,3 +36,8 @@ def test_an_unresponsive_s3_is_unavailable(silent_s3: None, tmp_path: Path) -> N
     with open_library(tmp_path / "library") as library, pytest.raises(AdapterError, match="cannot be used"):
         transfer.pull(library, "s3://bucket/support")
     assert time.monotonic() - begun < 15
+
+
+def test_a_missing_bucket_is_named(s3: str) -> None:
+    with pytest.raises(ConfigError, match="bucket does not exist"):
+        open_library("s3://no-such-bucket/library")

@@ -35,7 +35,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from veneer import __version__
 from veneer.cli.output import error_text, guard, unwrapped
-from veneer.errors import ConfigError, ResourceError, VeneerError, lacks_memory, quoted
+from veneer.errors import ConfigError, ResourceError, UnavailableError, VeneerError, lacks_memory, quoted
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Download, list and describe base models."),
@@ -165,6 +165,11 @@ def _expected_error(error: Exception) -> VeneerError | None:
         return ConfigError("a path begins with ~ and an unknown user name", fix="write out the path")
     if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
         return ConfigError("the text is not valid Unicode", fix="type the text again in the terminal's encoding")
+    if type(orig := getattr(error, "orig", None)).__name__ == "OperationalError" and hasattr(orig, "sqlstate"):
+        reason = (
+            str(orig).strip().split("\n")[0]
+        )  # of psycopg; SQLite's error of this name can also be a mistake in SQL
+        return UnavailableError(f"a database does not answer: {reason}", fix="try again when it runs")
     if type(error).__name__ == "OutOfMemoryError":  # matched by name, because torch may not be loaded
         fix = "use smaller batches, or activation checkpointing"
         return ResourceError("the GPU's memory is exhausted", where=text.split(". ")[0], fix=fix)

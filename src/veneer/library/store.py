@@ -307,11 +307,16 @@ class RemoteStore:
         self._send(path, data)
 
     def _send(self, path: str, source: Path | bytes) -> None:
-        with store_errors(self.root):
-            if isinstance(source, bytes):
-                self.fs.pipe_file(self._at(path), source)
-            else:
-                self.fs.put_file(str(source), self._at(path))
+        try:
+            with store_errors(self.root):
+                if isinstance(source, bytes):
+                    self.fs.pipe_file(self._at(path), source)
+                else:
+                    self.fs.put_file(str(source), self._at(path))
+        except FileNotFoundError as error:
+            if isinstance(source, Path) and not source.exists():
+                raise
+            raise ConfigError("the bucket does not exist", where=self.root, fix="make it first") from error
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), store_errors(self.root):
