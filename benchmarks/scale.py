@@ -1,6 +1,7 @@
 """A simulation of many GPUs and adapters: cold loads, fairness, cost, and the failure of a zone.
 
     python benchmarks/scale.py [--quick] [--json] [--plots docs/images/scale]
+    python benchmarks/scale.py --server http://localhost:8000 --seats 4     compare with a real `--max-batch 4` server
 
 Requests arrive at random times (Poisson) and name an adapter by Zipf's law. A router sends each request to a
 replica: at random, to the replica with the fewest requests, or by affinity (rendezvous hashing, with the load of
@@ -14,12 +15,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import math
 import random
 import statistics
+import time
+import urllib.request
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ import simpy
 from _report import bar, options, parsed, print_report, report, row, say
 
 ROUTERS = ("random", "least", "affinity")
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -161,11 +168,6 @@ def simulate(fleet: Fleet) -> Result:
     replicas = [Replica(env, fleet, i % fleet.zones) for i in range(fleet.gpus)]
     choose = {"random": _random, "least": _least, "affinity": _affinity}[fleet.router]
     up, cached = list(replicas), dict[int, list[Replica]]()
-
-    def target(adapter: int) -> Replica:
-        return choose(
-            fleet, adapter, [r for r in replicas if r.is_up] if fleet.fails < math.inf else replicas, draws, owners
-        )
 
     sigma = math.sqrt(math.log(1 + fleet.variation**2))
 
@@ -407,11 +409,68 @@ def draw(grid: Sequence[tuple[Fleet, dict[str, float]]], folder: Path) -> None:
     (folder / "cold.svg").write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
 
 
+# -- a real server -----------------------------------------------------------------------------------------------------
+
+TOKENS = 24
+"""Mean length of an answer in the comparison with a real server; lengths are exponential."""
+
+
+def stream(url: str, tokens: int) -> tuple[float, float]:
+    """Stream an answer of so many tokens; return the seconds to its first and to its last token."""
+    body = {"model": "base", "prompt": "Ticket:", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), JSON)
+    began, first = time.monotonic(), 0.0
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        for line in answer:
+            if line.startswith(b"data: ") and not first:
+                first = time.monotonic() - began
+    return first, time.monotonic() - began
+
+
+def compare(url: str, seats: int, seconds: float) -> dict[str, Any]:
+    """Compare the waits for a seat of a real server with those that the simulation predicts.
+
+    The service time is measured with all seats in use. The wait of a request is its time to the first token,
+    less the median of that time when nothing waits."""
+    draws = random.Random(0)
+    with ThreadPoolExecutor(512) as pool:
+        lengths = [max(1, round(draws.expovariate(1 / TOKENS))) for _ in range(20 * seats)]
+        alone = statistics.median(stream(url, 1)[0] for _ in range(9))
+        began = time.monotonic()
+        with ThreadPoolExecutor(seats) as busy:
+            list(busy.map(partial(stream, url), lengths))
+        service = (time.monotonic() - began) * seats / len(lengths)
+        rows = [row("a real server", "service time with all seats in use", service, "s")]
+        for load in (0.5, 0.7, 0.85):
+            fleet = Fleet(
+                gpus=1, adapters=1, zones=1, cold=0.0, seats=seats, service=service, load=load, fair=False,
+                router="random", seconds=20_000 / (load * seats / service),
+            )  # fmt: skip
+            answers, until = [], time.monotonic() + seconds
+            while time.monotonic() < until:
+                time.sleep(draws.expovariate(fleet.rate))
+                answers.append(pool.submit(stream, url, max(1, round(draws.expovariate(1 / TOKENS)))))
+            waits = sorted(max(0.0, answer.result()[0] - alone) for answer in answers)
+            predicted = simulate(fleet)
+            name = f"{load:.0%} load, {len(waits)} requests"
+            rows += [
+                row(name, "wait, mean, measured", statistics.fmean(waits), "s"),
+                row(name, "wait, mean, simulated", statistics.fmean(wait for *_, wait in predicted.waits), "s"),
+                row(name, "wait, p95, measured", waits[int(0.95 * len(waits))], "s"),
+                row(name, "wait, p95, simulated", predicted.wait(0.95), "s"),
+            ]
+    return report(rows, [], {"server": True})
+
+
 def main() -> None:
     parser = options(__doc__, "fewer sizes and requests, in under a minute")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
+    parser.add_argument("--server", help="URL of a veneer server: compare its waits with the simulation's")
+    parser.add_argument("--seats", type=int, default=4, help="with --server: its --max-batch")
     args = parsed(parser)
-    print_report(run(args.quick, args.plots), args.json)
+    seconds = 30.0 if args.quick else 90.0
+    found = compare(args.server, args.seats, seconds) if args.server else run(args.quick, args.plots)
+    print_report(found, args.json)
 
 
 if __name__ == "__main__":

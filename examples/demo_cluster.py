@@ -205,10 +205,15 @@ class Cluster:
     def _workers(self) -> None:
         """Start a Ray head and two workers: one trains in child processes, the other on Ray."""
         command = [*VENEER, "worker", "--lease-seconds", 5]
-        self.add("worker 1", command, lambda: None)
+
+        def works(name: str) -> None:
+            log = self.folder / "logs" / f"{name}.log"
+            assert " jobs of " in log.read_text(errors="replace")
+
+        self.add("worker 1", command, partial(works, "worker-1"))
         if importlib.util.find_spec("ray") is None:
             print("  Ray is not installed (pip install 'veneer[ray]'): both workers train on their own machine")
-            self.add("worker 2", command, lambda: None)
+            self.add("worker 2", command, partial(works, "worker-2"))
             return
         port, ray = free_port(), Path(sys.executable).with_name("ray")
         head = [ray, "start", "--head", "--block", "--disable-usage-stats", "--port", port, "--num-cpus", 1]
@@ -216,7 +221,7 @@ class Cluster:
         self.add("Ray head", head, lambda: listens(port))
         executor = self.folder / "ray.yaml"
         executor.write_text(f"{{kind: ray, cpus: 1, address: '127.0.0.1:{port}'}}\n")
-        self.add("worker 2", [*command, "--executor", executor], lambda: None)
+        self.add("worker 2", [*command, "--executor", executor], partial(works, "worker-2"))
 
     def submit_jobs(self) -> None:
         """Queue a training job for each worker, and wait until all run."""
