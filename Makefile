@@ -25,8 +25,9 @@ BENCH ?= all
 BENCH_FLAGS ?=
 GPU_FLAGS ?=
 STUDIO_FLAGS ?=
+DEMO_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart studio test test-fast test-light test-browser test-slow test-random test-peers test-fleet test-gpu gpu attack check format bench clean distclean
+.PHONY: help quickstart image-quickstart studio demo-cluster test test-fast test-light test-browser test-slow test-random test-peers test-fleet test-gpu gpu attack check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -39,6 +40,9 @@ image-quickstart: $(VENV)/.ready-image ## teach a product and a brand's look, an
 
 studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, train and let go live, in the browser
 	@$(RUN) examples/studio.py $(STUDIO_FLAGS)
+
+demo-cluster: $(VENV)/.ready-fleet ## a whole fleet on this machine, under load, while each part is killed (apt install haproxy redis-server); ten minutes
+	@$(RUN) examples/demo_cluster.py $(DEMO_FLAGS)
 
 test: $(VENV)/.ready-dev ## the default tests: CPU, no network, two files at a time
 	@$(RUN) -m pytest $(AT_ONCE) $(TEST_FLAGS)

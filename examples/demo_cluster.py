@@ -177,7 +177,7 @@ class Cluster:
         for i in range(ADAPTERS):
             self.veneer("library", "add", self.folder / "adapters" / f"a{i}", f"a{i}")
         for i in range(TENANTS):
-            self.veneer("tenant", "add", f"customer{i}")
+            self.veneer("tenant", "add", f"customer{i}", "--see", "a*")
             added = self.veneer("tenant", "key", "add", f"customer{i}", "--json")
             self.keys.append(json.loads(added)["key"])
 
@@ -411,6 +411,8 @@ class Load:
                     self.seen.cut += 1
                 else:
                     self.seen.lost.append(problem)
+            if problem:
+                self.stop.wait(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
