@@ -5,6 +5,7 @@ Kubernetes' own kinds are checked with kubernetes-validate in test_cluster.py; p
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 import yaml
 
 from tests.jobs.fake_kubernetes import VERSION
-from tests.test_readme import ROOT, parse
+from tests.test_readme import ROOT, commands, parse
+from veneer.jobs.cluster import ExecutorSettings
 from veneer.serve.ray import serve_settings
 
 DEPLOY = ROOT / "deploy"
@@ -155,6 +157,29 @@ def test_ray_files_are_valid_for_ray_serve() -> None:
         names.append(sorted(each["name"] for each in application["deployments"]))
         assert serve_settings(application["args"]).base == "smollm2-135m"
     assert names == [["Front", "Model"]] * 2
+
+
+def test_commands_of_the_ray_page_are_valid() -> None:
+    """`serve run` takes a configuration file, or an application with its arguments as NAME=VALUE."""
+    lines = [line.split() for page, line in commands("serve") if page == "docs/how-to/ray.md"]
+    runs = [words[2:] for words in lines if words[1] == "run"]
+    assert len(runs) >= 3
+    for target, *values in runs:
+        if target.endswith(".yaml"):
+            assert (ROOT / target).is_file()
+            continue
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert serve_settings(dict(value.split("=", 1) for value in values)).base
+
+
+def test_executor_files_of_the_jobs_page_exist() -> None:
+    lines = [line for page, line in commands("veneer") if page == "docs/how-to/jobs.md" and "--executor" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert parse(line) == ["worker"]
+        file = ROOT / shlex.split(line)[shlex.split(line).index("--executor") + 1]
+        ExecutorSettings.model_validate(yaml.safe_load(file.read_text()))
 
 
 @pytest.mark.fleet
