@@ -187,9 +187,9 @@ class Upstream(Engine[Request, EngineEvent]):
 
     async def _attempts(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
         tokens = 0
-        for pause in (*PAUSES, None):
+        for attempt, pause in enumerate((*PAUSES, None)):
             try:
-                async with aclosing(self._attempt(request)) as events:
+                async with aclosing(self._attempt(request, attempt)) as events:
                     async for event in events:
                         if not tokens:
                             yield Started(0)
@@ -208,7 +208,7 @@ class Upstream(Engine[Request, EngineEvent]):
                     raise error.refused or transient_error("the model", error) from error
             await asyncio.sleep(pause)
 
-    async def _attempt(self, request: Request) -> AsyncGenerator[Token | Finished, None]:
+    async def _attempt(self, request: Request, attempt: int) -> AsyncGenerator[Token | Finished, None]:
         if not self.base:
             await self._check()
         if not self.base:
@@ -219,7 +219,7 @@ class Upstream(Engine[Request, EngineEvent]):
         began, first, count = time.monotonic(), 0.0, 0
         reason = stop = last = None
         usage: dict[str, Any] = {}
-        async with aclosing(self._chunks(self._fitted(request), model)) as chunks:
+        async with aclosing(self._chunks(self._fitted(request), model, attempt)) as chunks:
             async for chunk in chunks:
                 if model != self.base and chunk.get("model", model) != model:
                     raise _Failed(f"{self.url} responded as {chunk['model']!r} instead of {model!r}")
@@ -290,14 +290,16 @@ class Upstream(Engine[Request, EngineEvent]):
             out.append(Token(token, "", logprob, top))
         return [*out[:-1], replace(out[-1], text=text)]
 
-    def _headers(self, request: Request, model: str) -> dict[str, str]:
+    def _headers(self, request: Request, model: str, attempt: int) -> dict[str, str]:
         """Return the headers that routers read. A router sees tenants and users only as keyed hashes.
+
+        A retry has keys of its own, because a router that hashes keys would choose the failed engine again.
 
         x-llm-d-inference-fairness-id: the tenant, for the flow control of llm-d (llm-d-router,
             pkg/epp/metadata/consts.go)
         x-session-id: the tenant's user, or tenant and model without a user; the first key of `consistent_hash`
             (vllm-project/router, docs/load_balancing/README.md)
-        x-veneer-model: `model` of the body, for routers that cannot parse bodies
+        x-veneer-model: `model` of the body, for routers that cannot parse bodies; of a retry, the request's id
         x-request-id: the id in this server's own response, and the number of the completion
         """
 
@@ -305,14 +307,15 @@ class Upstream(Engine[Request, EngineEvent]):
             text = json.dumps(parts).encode()
             return hmac.new(self._secret, text, "sha256").hexdigest()[:32]
 
-        session = hashed(request.tenant, request.user or model, "user" if request.user else "model")
-        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": model}
+        key = f"{request.id} {attempt}" if attempt else model
+        session = hashed(request.tenant, *((key, "model") if attempt or not request.user else (request.user, "user")))
+        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": key}
         return ids | ({"x-llm-d-inference-fairness-id": hashed(request.tenant)} if request.tenant else {})
 
-    async def _chunks(self, request: Request, model: str) -> AsyncGenerator[dict[str, Any], None]:
+    async def _chunks(self, request: Request, model: str, attempt: int) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the data of each server-sent event. Closing the iterator closes the connection."""
         try:
-            body, headers, trail = _body(request, model), self._headers(request, model), current.get()
+            body, headers, trail = _body(request, model), self._headers(request, model, attempt), current.get()
             headers |= {"traceparent": trail.traceparent} if trail is not None and trail.span is not None else {}
             url = f"{self.url}/v1/completions"
             async with self.client.stream("POST", url, json=body, headers=headers) as answer:
