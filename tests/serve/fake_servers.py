@@ -18,7 +18,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from tests.serve.http.toy import served
 
-
 Fault = Literal["close", "hang", "text"]
 
 
