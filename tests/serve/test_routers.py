@@ -240,7 +240,7 @@ def test_no_request_is_lost_while_engines_are_killed_added_and_upgraded(shop, tm
             engines[0].kill()
             load.more()
             stack.enter_context(started([engines[3]]))  # added: the router knows the address
-            load.more()
+            wait_for(lambda: generated(engines[3].url) > 0 or load.bad, LONG)
             engines[1].kill(signal.SIGTERM)  # upgraded: drains, ends, and starts again
             load.more()
             engines[1].start().ready()
@@ -249,9 +249,7 @@ def test_no_request_is_lost_while_engines_are_killed_added_and_upgraded(shop, tm
                 between.reload()
                 load.more()
         assert not load.bad, load.bad[:3]
-        busy = [e for e in engines[1:] if generated(e.url) > 0]
-        assert engines[3] in busy
-        assert len(busy) >= 2
+        assert sum(generated(e.url) > 0 for e in engines[1:]) >= 2
 
 
 def generated(url: str) -> float:
