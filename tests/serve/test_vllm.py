@@ -121,7 +121,7 @@ def start(model: Path, port: int, core: int, log: Path, **more: str) -> subproce
         settings[f"VLLM_{name}"] = "1"
     flags = (
         "--served-model-name base --dtype float32 --max-model-len 512 --enforce-eager --enable-lora --max-loras 4 "
-        "--max-cpu-loras 8 --max-lora-rank 64 --max-num-seqs 8 --host 127.0.0.1"
+        "--max-cpu-loras 8 --max-lora-rank 64 --max-num-seqs 8 --host 127.0.0.1 --enable-prompt-tokens-details"
     )
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     with log.open("wb") as out:

