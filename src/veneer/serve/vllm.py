@@ -36,7 +36,8 @@ from veneer.serve.upstream import SHORT_TIMEOUT, Upstream
 log = logging.getLogger("veneer.serve.vllm")
 
 _DEFAULTS = {"--max-loras": "8", "--max-cpu-loras": "64"}
-_FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
+RESTART_PAUSES = 1.0, 60.0
+"""The first and the longest pause before a restart, in seconds. Each pause is twice the one before."""
 
 
 def vllm_command(settings: ServeSettings, python: str, files: Path, name: str, rank: int) -> list[str]:
@@ -110,7 +111,8 @@ class Vllm(Upstream):
 
     async def _keep(self) -> None:
         """Run vLLM, again and again."""
-        pause = _FIRST_PAUSE
+        first, longest = RESTART_PAUSES
+        pause = first
         while True:
             began = time.monotonic()
             await self._run()
@@ -119,10 +121,10 @@ class Vllm(Upstream):
                 fix = "correct the cause; flags for vLLM follow --"
                 raise ResourceError(f"vLLM exited before it was ready\n{lines}", where="--engine vllm", fix=fix)
             self._trouble = "vLLM is restarting"
-            pause = _FIRST_PAUSE if time.monotonic() - began > _LAST_PAUSE else pause
+            pause = first if time.monotonic() - began > longest else pause
             log.warning("vLLM exited; it is started again in %g s", pause)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE)
+            pause = min(2 * pause, longest)
 
     async def _run(self) -> None:
         """Run vLLM until it exits, and log its output. A cancellation ends vLLM."""
