@@ -254,6 +254,8 @@ class Upstream(Engine[Request, EngineEvent]):
         except (VeneerError, OSError) as error:
             if not isinstance(error, VeneerError) or is_transient(error):
                 raise internal_error("the adapter", error) from error
+            for digest, _ in mix:  # raises the reason with the adapter's name
+                await asyncio.to_thread(self.check, digest)
             raise Refused(error.what, status=400, code="adapter_unusable", fix=error.fix) from error
 
     def _fitted(self, request: Request) -> Request:
