@@ -320,7 +320,7 @@ class Upstream(Engine[Request, EngineEvent]):
             async with self.client.stream("POST", url, json=body, headers=headers) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
-                    raise _error(answer, model)
+                    raise _error(answer, model, request.name)
                 async for line in answer.aiter_lines():
                     data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                     if not data or data == "[DONE]":
@@ -378,15 +378,15 @@ def _body(request: Request, model: str) -> dict[str, Any]:
     return body
 
 
-def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
-    """Return the error for a response that is not a stream."""
+def _error(answer: httpx.Response, model: str, name: str) -> _Failed | Refused:
+    """Return the error for a response that is not a stream. `name`: the client's name of `model`."""
     text, status = _message(answer), answer.status_code
     message = f"{answer.url}: {status} {text}"
     if model in text and model.startswith("veneer-") and status in (400, 404):
         log.warning("the upstream cannot load an adapter: %s", message)
         reason = "was found but could not be loaded" if status == 400 else "was not found"
         refused = Refused(
-            f"the upstream cannot load the adapter: it {reason}",
+            f"the upstream cannot load the adapter {name}: it {reason}",
             status=400,
             code="adapter_unusable",
             fix="see vLLM's log; each vLLM needs veneer's plug-in, the library, and a sufficient --max-lora-rank",

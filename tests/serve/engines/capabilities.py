@@ -43,6 +43,7 @@ CAPABILITIES = {
         Capability("metrics"),
         Capability("separate prefix caches of adapters"),
         Capability("DoRA", _UNUSABLE),
+        Capability("ranks above 64 (`--max-lora-rank`)", _UNUSABLE),
         Capability("token rows", _UNUSABLE),
         Capability("full copies", _UNUSABLE),
         Capability("biases", _UNUSABLE),

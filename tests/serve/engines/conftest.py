@@ -81,6 +81,8 @@ def add_other_kinds(shop: Shop) -> None:
     """Write PEFT folders that change what low-rank pairs cannot, and add these to the library, except aLoRA.
 
     The library refuses aLoRA."""
+    shop.make("wide", 11, rank=80, alpha=80.0, targets=("q_proj", "v_proj"))
+    shop.library.add(shop.adapters / "wide", "wide")
     tensors, random = load_file(shop.adapters / "plain" / "adapter_model.safetensors"), torch.Generator().manual_seed(7)
     hidden, vocabulary = shop.base.model.config.hidden_size, shop.base.model.config.vocab_size
     sizes = {k.removesuffix("weight") + "bias": (t.shape[0],) for k, t in tensors.items() if "lora_B" in k}

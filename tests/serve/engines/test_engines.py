@@ -9,6 +9,7 @@ import os
 import signal
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,20 @@ def test_a_weighted_mix_is_the_sum_of_its_adapters(site: Site) -> None:
     body = [{"adapter": name, "strength": strength} for name, strength in mix]
     said = site.complete(BASE, ids, mix=body, logprobs=0, logit_bias=bias)
     assert logprobs(said) == pytest.approx(wanted.logprobs, abs=2e-3)
+
+
+@needs("completions and chat of base and adapters", "weighted mixes")
+def test_requests_at_once_are_answered_as_alone(site: Site) -> None:
+    """Base, adapters and mixes share steps."""
+    mix = [{"adapter": "plain", "strength": 0.75}, {"adapter": "patterns", "strength": -0.5}]
+    asked: list[dict[str, Any]] = [{"model": name} for name in (BASE, "plain", "rs", "patterns")]
+    asked += [{"model": BASE, "mix": mix}]
+    alone = [logprobs(site.complete(**each, logprobs=0)) for each in asked]
+    with ThreadPoolExecutor(2 * len(asked)) as threads:
+        together = list(threads.map(lambda each: logprobs(site.complete(**each, logprobs=0)), asked * 2))
+    for one, other in zip(together, alone * 2, strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
+    assert len({tuple(each) for each in alone}) == len(asked)
 
 
 @needs("names, versions, aliases and digests")
@@ -210,6 +225,19 @@ def test_a_strength_of_full_copies_is_refused(site: Site) -> None:
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == "adapter_unusable"
     assert "copies" in answer.json()["error"]["message"]
+
+
+@needs("ranks above 64 (`--max-lora-rank`)")
+def test_a_rank_above_the_engines_limit_is_refused_by_name(site: Site) -> None:
+    """Only vLLM itself knows its limit, so the refusal comes with the first request."""
+    ids = list(range(20, 40))
+    said = site.ask("wide", ids, logprobs=0, logit_bias={str(i): -100 for i in range(3)})
+    if site.unless("ranks above 64 (`--max-lora-rank`)", said):
+        assert logprobs(said.json()) == pytest.approx(site.shop.wanted([("wide", 1.0)], ids, 8).logprobs, abs=2e-3)
+    else:
+        message = said.json()["error"]["message"]
+        assert "wide" in message
+        assert "--max-lora-rank" in message
 
 
 @needs("activated LoRA (aLoRA)")
