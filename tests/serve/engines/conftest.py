@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,17 @@ def fleet(shop: Shop, folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{router}"
 
 
+def vllm_processes(shop: Shop) -> list[int]:
+    """Return the running vLLM servers of a shop's base."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and str(shop.base_dir) in words:
+                found.append(int(path.parent.name))
+    return found
+
+
 def answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=5).status_code == 200
@@ -167,3 +178,4 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         server = process(shop, home, tenants, *options, own=(*dtype, *device), patience=600, **env)
         _, url = running.enter_context(server)
         yield Site(engine, shop, url, keys, home / "log", tenants)
+    wait_for(lambda: not vllm_processes(shop), 60)  # vLLM ends with a server that is killed

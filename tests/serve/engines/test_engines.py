@@ -10,7 +10,6 @@ import signal
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import httpx
 import pytest
 
 from tests.serve.engines.capabilities import CAPABILITIES, needs, table
-from tests.serve.engines.conftest import Site
+from tests.serve.engines.conftest import Site, vllm_processes
 from tests.serve.http.toy import wait_for
 from tests.serve.test_engine_choice import running
 
@@ -392,21 +391,10 @@ def test_cached_prompts_are_not_shared_between_adapters(site: Site) -> None:
     assert first["plain"]["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
-def vllm_processes(site: Site) -> list[int]:
-    """Return the servers of the vLLM that the site runs."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = path.read_bytes().decode(errors="replace").split("\0")
-            if words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and str(site.shop.base_dir) in words:
-                found.append(int(path.parent.name))
-    return found
-
-
 @pytest.mark.parametrize("site", [pytest.param("vllm", marks=pytest.mark.peers)], indirect=True)
 def test_a_killed_vllm_is_restarted_and_serves_the_same_names(site: Site) -> None:
     text = site.complete("rs")["choices"][0]["text"]
-    (pid,) = vllm_processes(site)
+    (pid,) = vllm_processes(site.shop)
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not running(pid), 60)
     refused: list[httpx.Response] = []
@@ -421,7 +409,7 @@ def test_a_killed_vllm_is_restarted_and_serves_the_same_names(site: Site) -> Non
     wait_for(served, 600)
     assert {answer.status_code for answer in refused} == {503}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
-    assert len(vllm_processes(site)) == 1
+    assert len(vllm_processes(site.shop)) == 1
     wait_for(lambda: site.get("/ready").status_code == 200, 60)
     assert "vllm:engine_sleep_state" in site.get("/metrics", "admin").text
 
