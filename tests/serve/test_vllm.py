@@ -105,13 +105,14 @@ def made(base: TextBase, spec: LoraSpec, seed: int) -> Adapter:
 def start(model: Path, port: int, core: int, log: Path, **more: str) -> subprocess.Popen[bytes]:
     """Start vLLM on one core.
 
-    On a busy machine, two threads that spin while they wait for each other are slower than one.
+    On a busy machine, two threads that spin while they wait for each other are slower than one. The tests of a
+    server use fewer than 8 adapters: on a CPU, vLLM can answer a base request with an adapter if all slots are full.
     """
     settings = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     for name in ("ALLOW_RUNTIME_LORA_UPDATING", "CPU_KVCACHE_SPACE", "NO_USAGE_STATS"):
         settings[f"VLLM_{name}"] = "1"
     flags = (
-        "--served-model-name base --dtype float32 --max-model-len 512 --enforce-eager --enable-lora --max-loras 4 "
+        "--served-model-name base --dtype float32 --max-model-len 512 --enforce-eager --enable-lora --max-loras 8 "
         "--max-cpu-loras 8 --max-lora-rank 64 --max-num-seqs 8 --host 127.0.0.1 --enable-prompt-tokens-details"
     )
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
