@@ -17,7 +17,6 @@ import os
 import secrets
 import socket
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,14 +113,13 @@ class Vllm(Upstream):
         first, longest = RESTART_PAUSES
         pause = first
         while True:
-            began = time.monotonic()
             await self._run()
             if not self.base:
                 lines = "\n".join(f"  {line}" for line in self._last)
                 fix = "correct the cause; flags for vLLM follow --"
                 raise ResourceError(f"vLLM exited before it was ready\n{lines}", where="--engine vllm", fix=fix)
+            pause = pause if self._trouble else first  # no trouble: this run was ready
             self._trouble = "vLLM is restarting"
-            pause = first if time.monotonic() - began > longest else pause
             log.warning("vLLM exited; it is started again in %g s", pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
