@@ -202,7 +202,7 @@ def test_an_adapter_that_cannot_be_loaded_is_refused(setup, fails, mix, why):
     async def work(engine: Upstream) -> None:
         with pytest.raises(Refused, match=why) as refusal:
             await answer(engine, mix)
-        assert (refusal.value.status, refusal.value.code) == (422, "adapter_unusable")
+        assert (refusal.value.status, refusal.value.code) == (400, "adapter_unusable")
         assert "base" in text(await answer(engine))
 
     setup.run(FakeVLLM(load_fails=fails), work)

@@ -13,7 +13,7 @@ written to the shared folder before the request is sent. Load balancing is the r
 | does not respond, or responds 5xx or 429 | before the first token, retry twice; then 503 with Retry-After |
 | does not know a mix | write its folder again and retry |
 | fails after the first token | Finished with an error, because tokens already sent cannot be taken back |
-| rejects the adapter | 422 `adapter_unusable`, with the reason if `check` finds one; vLLM's log has others |
+| rejects the adapter | 400 `adapter_unusable`, with the reason if `check` finds one; vLLM's log has others |
 | rejects the request | the client gets the same error |
 """
 
@@ -254,7 +254,9 @@ class Upstream(Engine[Request, EngineEvent]):
         except (VeneerError, OSError) as error:
             if not isinstance(error, VeneerError) or is_transient(error):
                 raise internal_error("the adapter", error) from error
-            raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
+            for digest, _ in mix:  # raises the reason with the adapter's name
+                await asyncio.to_thread(self.check, digest)
+            raise Refused(error.what, status=400, code="adapter_unusable", fix=error.fix) from error
 
     def _fitted(self, request: Request) -> Request:
         """Return the request with max_tokens reduced to fit in the upstream's context.
@@ -321,7 +323,7 @@ class Upstream(Engine[Request, EngineEvent]):
             async with self.client.stream("POST", url, json=body, headers=headers) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
-                    raise _error(answer, model)
+                    raise _error(answer, model, request.name)
                 async for line in answer.aiter_lines():
                     data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                     if not data or data == "[DONE]":
@@ -379,16 +381,16 @@ def _body(request: Request, model: str) -> dict[str, Any]:
     return body
 
 
-def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
-    """Return the error for a response that is not a stream."""
+def _error(answer: httpx.Response, model: str, name: str) -> _Failed | Refused:
+    """Return the error for a response that is not a stream. `name`: the client's name of `model`."""
     text, status = _message(answer), answer.status_code
     message = f"{answer.url}: {status} {text}"
     if model in text and model.startswith("veneer-") and status in (400, 404):
         log.warning("the upstream cannot load an adapter: %s", message)
         reason = "was found but could not be loaded" if status == 400 else "was not found"
         refused = Refused(
-            f"the upstream cannot load the adapter: it {reason}",
-            status=422,
+            f"the upstream cannot load the adapter {name}: it {reason}",
+            status=400,
             code="adapter_unusable",
             fix="see vLLM's log; each vLLM needs veneer's plug-in, the library, and a sufficient --max-lora-rank",
         )
