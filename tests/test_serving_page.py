@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,9 +40,10 @@ class Session:
     It contains the tiny base under the page's name, an adapter in runs/quickstart, and the program `veneer`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **config: Any) -> None:
+        """`config`: values for the base's configuration."""
         self.folder = folder
-        made = roomy(tiny_base_dir(folder))
+        made = roomy(tiny_base_dir(folder, **config))
         made.rename(folder / "smollm2-135m")
         base = load_text(str(folder / "smollm2-135m"))
         peft.write_folder(adapter_for(base, 1), folder / "runs" / "quickstart")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tests.cli.run import run
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import OPS, choices, override_ops
 from veneer.ops.profile import processor_name, profile
+from veneer.serve.engines import find_vllm
 
 
 def unwrapped(out: str) -> list[str]:
@@ -108,3 +111,51 @@ def test_measure_renews_the_profile(capsys: pytest.CaptureFixture[str], monkeypa
     said = " ".join(run(capsys, "doctor", "--measure").out.split())
     assert "the next command that needs the profile measures it again" in said
     assert said.endswith("GFLOP/s 1 rows int8 7")
+
+
+def wheel(folder: Path, name: str, version: str, files: dict[str, str], entry_points: str = "") -> None:
+    """Write a wheel for pip."""
+    folder.mkdir(exist_ok=True)
+    about = f"{name}-{version}.dist-info"
+    metadata = {"METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "RECORD": ""}
+    metadata["WHEEL"] = "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    metadata["entry_points.txt"] = entry_points
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in {**files, **{f"{about}/{file}": text for file, text in metadata.items()}}.items():
+            archive.writestr(path, text)
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels, from which pip installs. The installed veneer is version 9.9, from an index."""
+    about = tmp_path / "installed" / "veneer-9.9.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: veneer\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(about.parent)
+    for name in ("PYTHONPATH", "VENEER_VLLM_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path / "index"), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def test_vllm_is_installed_in_an_environment_that_the_server_finds(
+    capsys: pytest.CaptureFixture[str], index: Path
+) -> None:
+    """pip runs for real, on wheels of a folder. First there is no vLLM; then the command is repeated."""
+    failed = run(capsys, "doctor", "--install-vllm", code=2)
+    for words in ("cannot install vLLM: exit code 1", "-m pip install vllm", "repeat veneer doctor --install-vllm"):
+        assert words in failed.err
+    assert find_vllm() is None
+
+    registry = '_MODELS = {\n    "LlamaForCausalLM": ("llama", "LlamaForCausalLM"),\n}\n'
+    wheel(index, "vllm", "0.32.0", {"vllm/__init__.py": "", "vllm/model_executor/models/registry.py": registry})
+    plugin = "[vllm.general_plugins]\nveneer = veneer.serve.fleet.vllm_plugin:register\n"
+    wheel(index, "veneer", "9.9", {"veneer/__init__.py": ""}, plugin)
+    done = run(capsys, "doctor", "--install-vllm")
+    found = find_vllm()
+    assert found is not None
+    assert found.python in done.out + done.err
+    assert (found.version, found.plugin, found.architectures) == ("0.32.0", True, {"LlamaForCausalLM"})

@@ -5,6 +5,7 @@ Kubernetes' own kinds are checked with kubernetes-validate in test_cluster.py; p
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 import yaml
 
 from tests.jobs.fake_kubernetes import VERSION
-from tests.test_readme import ROOT, parse
+from tests.test_readme import ROOT, commands, parse
+from veneer.jobs.cluster import ExecutorSettings
 from veneer.serve.ray import serve_settings
 
 DEPLOY = ROOT / "deploy"
@@ -44,7 +46,7 @@ REQUIRED: dict[str, tuple[str, str, dict[str, type]]] = {
             "spec.trainer.resourcesPerNode": dict,
         },
     ),
-    # ray-project/ray: doc/source/cluster/kubernetes/user-guides/config.md and rayservice.md
+    # ray-project/kuberay: ray-operator/apis/ray/v1/raycluster_types.go
     "kubernetes/rayservice.yaml": (
         "ray.io/v1",
         "RayService",
@@ -54,14 +56,45 @@ REQUIRED: dict[str, tuple[str, str, dict[str, type]]] = {
             "spec.rayClusterConfig.headGroupSpec.rayStartParams": dict,
             "spec.rayClusterConfig.headGroupSpec.template.spec.containers": list,
             "spec.rayClusterConfig.workerGroupSpecs.0.groupName": str,
+            "spec.rayClusterConfig.workerGroupSpecs.0.minReplicas": int,
+            "spec.rayClusterConfig.workerGroupSpecs.0.maxReplicas": int,
             "spec.rayClusterConfig.workerGroupSpecs.0.rayStartParams": dict,
             "spec.rayClusterConfig.workerGroupSpecs.0.template.spec.containers": list,
         },
     ),
 }
 """File -> version, kind, and required fields with their types."""
-SKY = {"name", "num_nodes", "resources", "secrets", "envs", "file_mounts", "setup", "run", "workdir"}
-"""Fields of a SkyPilot task (docs.skypilot.co/en/latest/reference/yaml-spec.html)."""
+KNOWN: dict[str, dict[str, str]] = {
+    # kubeflow/trainer pkg/apis/trainer/v1alpha1/trainingruntime_types.go; kubernetes-sigs/jobset
+    # api/jobset/v1alpha2/jobset_types.go for template.spec
+    "kubeflow/runtime.yaml": {
+        "spec": "mlPolicy podGroupPolicy template",
+        "spec.mlPolicy": "numNodes torch flux mpi",
+        "spec.mlPolicy.torch": "numProcPerNode elasticPolicy",
+        "spec.template": "metadata spec",
+        "spec.template.spec": "replicatedJobs network successPolicy failurePolicy suspend coordinator managedBy",
+    },
+    # kubeflow/trainer pkg/apis/trainer/v1alpha1/trainjob_types.go
+    "kubeflow/trainjob.yaml": {
+        "spec": "runtimeRef initializer trainer runtimePatches suspend activeDeadlineSeconds managedBy",
+        "spec.runtimeRef": "name apiGroup kind",
+        "spec.trainer": "image command args env numNodes resourcesPerNode numProcPerNode",
+    },
+    # ray-project/kuberay ray-operator/apis/ray/v1/rayservice_types.go, raycluster_types.go
+    "kubernetes/rayservice.yaml": {
+        "spec": "serveConfigV2 rayClusterConfig serveService",
+        "spec.rayClusterConfig": "headGroupSpec workerGroupSpecs rayVersion enableInTreeAutoscaling autoscalerOptions",
+        "spec.rayClusterConfig.headGroupSpec": "serviceType headService enableIngress rayStartParams template",
+        "spec.rayClusterConfig.workerGroupSpecs.0": "groupName replicas minReplicas maxReplicas numOfHosts "
+        "rayStartParams template scaleStrategy",
+    },
+    # skypilot-org/skypilot sky/utils/schemas.py: get_task_schema, _get_single_resources_schema
+    "skypilot/train.yaml": {
+        "": "name workdir num_nodes resources file_mounts service pool setup run envs secrets config volumes",
+        "resources": "cloud region zone infra cpus memory accelerators instance_type use_spot job_recovery volumes",
+    },
+}
+"""File -> path -> fields that the project's own type has there."""
 
 
 def loaded(file: str) -> Any:
@@ -69,7 +102,7 @@ def loaded(file: str) -> Any:
 
 
 def at(body: Any, path: str) -> Any:
-    for part in path.split("."):
+    for part in filter(None, path.split(".")):
         body = body[int(part)] if part.isdigit() else body[part]
     return body
 
@@ -91,8 +124,15 @@ def test_custom_resource_has_its_required_fields(file: str) -> None:
         kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
+@pytest.mark.parametrize("file", KNOWN)
+def test_files_use_only_fields_of_the_projects_types(file: str) -> None:
+    body = loaded(file)
+    for path, fields in KNOWN[file].items():
+        assert at(body, path).keys() <= set(fields.split()), path
+
+
 def test_trainer_replaces_the_runtimes_container() -> None:
-    """Kubeflow finds the container by the job's label and by the name `node` (torch_distributed.yaml)."""
+    """Kubeflow finds the container by the job's label and by the name `node` (pkg/constants/constants.go)."""
     job = at(loaded("kubeflow/runtime.yaml"), "spec.template.spec.replicatedJobs.0")
     label = job["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"]
     (container,) = at(job, "template.spec.template.spec.containers")
@@ -119,6 +159,29 @@ def test_ray_files_are_valid_for_ray_serve() -> None:
     assert names == [["Front", "Model"]] * 2
 
 
+def test_commands_of_the_ray_page_are_valid() -> None:
+    """`serve run` takes a configuration file, or an application with its arguments as NAME=VALUE."""
+    lines = [line.split() for page, line in commands("serve") if page == "docs/how-to/ray.md"]
+    runs = [words[2:] for words in lines if words[1] == "run"]
+    assert len(runs) >= 3
+    for target, *values in runs:
+        if target.endswith(".yaml"):
+            assert (ROOT / target).is_file()
+            continue
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert serve_settings(dict(value.split("=", 1) for value in values)).base
+
+
+def test_executor_files_of_the_jobs_page_exist() -> None:
+    lines = [line for page, line in commands("veneer") if page == "docs/how-to/jobs.md" and "--executor" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert parse(line) == ["worker"]
+        file = ROOT / shlex.split(line)[shlex.split(line).index("--executor") + 1]
+        ExecutorSettings.model_validate(yaml.safe_load(file.read_text()))
+
+
 @pytest.mark.fleet
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ray_accepts_its_files() -> None:
@@ -135,7 +198,6 @@ def test_skypilot_task_runs_the_train_command() -> None:
     from torch.distributed.run import get_args_parser
 
     task = loaded("skypilot/train.yaml")
-    assert task.keys() <= SKY
     assert set(task["secrets"].values()) == {None}  # taken from the shell
     line = re.sub(r"\$\(.*\)", "0", task["run"].replace("\\\n", " "))
     line = re.sub(r"\$SKYPILOT_NUM\w+", "2", line).replace("$SKYPILOT_NODE_RANK", "0")

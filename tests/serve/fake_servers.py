@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from tests.serve.http.toy import served
+
+Fault = Literal["close", "hang", "text"]
 
 
 @dataclass
@@ -24,16 +26,18 @@ class FakeVLLM:
     """A server that responds as vLLM does.
 
     `resolve`: stands in for the plug-in: adapter name -> folder or None. `load_fails`: respond as vLLM does
-    if it cannot load the resolved folder. `wrong`: (status, message) of the next error responses, in order.
-    `breaks_after`: number of tokens before the stream breaks. `delay`: seconds before each token. `calls`:
-    bodies of the completion requests received; `headers`: their headers. `left`: number of streams whose client
-    disconnected.
+    if it cannot load the resolved folder. `wrong`: what the next requests get instead of an answer, in order: an
+    error (status, message) or a fault. `breaks_after`: number of tokens before `breaks` happens to the stream.
+    Faults: "close" closes the connection, "hang" sends nothing more, "text" sends what is no event. `delay`:
+    seconds before each token. `calls`: bodies of the completion requests received; `headers`: their headers.
+    `left`: number of streams whose client disconnected.
     """
 
     resolve: Callable[[str], Path | None] = lambda name: None
     load_fails: bool = False
-    wrong: list[tuple[int, str]] = field(default_factory=list)
+    wrong: list[tuple[int, str] | Fault] = field(default_factory=list)
     breaks_after: int | None = None
+    breaks: Fault = "text"
     delay: float = 0.0
     context: int = 64
     calls: list[Any] = field(default_factory=list)
@@ -55,19 +59,22 @@ class FakeVLLM:
         body = await request.json()
         self.calls.append(body)
         self.headers.append(dict(request.headers))
-        if self.wrong:
-            return _error(*self.wrong.pop(0))
+        wrong = self.wrong.pop(0) if self.wrong else None
+        if isinstance(wrong, tuple):
+            return _error(*wrong)
+        if wrong is not None:
+            return StreamingResponse(self._watched(_fail(wrong)), media_type="text/event-stream")
         model, folder = body["model"], None
         if model != "base":
             if (folder := self.resolve(model)) is None:
                 return _error(404, f"The model `{model}` does not exist.")
             if self.load_fails:
                 return _error(400, f"LoRA adapter '{model}' was found but could not be loaded.")
-        return StreamingResponse(self._watched(body, folder), media_type="text/event-stream")
+        return StreamingResponse(self._watched(self._stream(body, folder)), media_type="text/event-stream")
 
-    async def _watched(self, body: dict[str, Any], folder: Path | None) -> AsyncIterator[str]:
+    async def _watched(self, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
         try:
-            async for piece in self._stream(body, folder):
+            async for piece in pieces:
                 yield piece
         except asyncio.CancelledError:
             self.left += 1
@@ -78,7 +85,8 @@ class FakeVLLM:
         word = "base" if folder is None else folder.name
         for i in range(count):
             if self.breaks_after == i:
-                yield "data: {broken\n\n"
+                async for piece in _fail(self.breaks):
+                    yield piece
                 return
             await asyncio.sleep(self.delay)
             choice: dict[str, Any] = {"index": 0, "text": f" {word}" if i == 0 else " x", "token_ids": [100 + i]}
@@ -91,6 +99,14 @@ class FakeVLLM:
         usage = {"prompt_tokens": 3, "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": 2}}
         yield f"data: {json.dumps({'model': model, 'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"
+
+
+async def _fail(fault: Fault) -> AsyncIterator[str]:
+    if fault == "close":
+        raise ConnectionAbortedError("closed by the test")
+    if fault == "hang":
+        await asyncio.Event().wait()
+    yield "data: {broken\n\n"
 
 
 def _error(status: int, message: str) -> JSONResponse:

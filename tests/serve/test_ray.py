@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import yaml
 
@@ -23,7 +26,7 @@ from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import ROOT, Shop, asking, make_shop, prompt, said
 from veneer.errors import ConfigError
-from veneer.serve.ray import adapter_name, app, serve_settings
+from veneer.serve.ray import adapter_name, app, replica, serve_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules
 DEPLOYED = ROOT / "deploy" / "ray" / "serve.yaml"
@@ -58,6 +61,68 @@ def test_adapter_name_is_read_from_any_body(body: bytes, name: str) -> None:
     assert adapter_name(body) == name
 
 
+FAKE_VLLM = '''#!{python}
+"""Answers veneer's search for vLLM; otherwise serves one token in vLLM's format, and writes its arguments."""
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+if sys.argv[1] == "-c":
+    print(json.dumps(["0.32.0", True, ["LlamaForCausalLM"]]))
+    sys.exit()
+open({arguments!r}, "w").write(json.dumps(sys.argv[1:]))
+name = sys.argv[sys.argv.index("--served-model-name") + 1]
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({{"object": "list", "data": [{{"id": name, "root": "/b", "parent": None, "max_model_len": 64}}]}})
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        choice = {{"index": 0, "text": " vllm", "token_ids": [100], "finish_reason": "length"}}
+        usage = {{"prompt_tokens": 3, "completion_tokens": 1}}
+        events = [{{"model": name, "choices": [choice]}}, {{"model": name, "choices": [], "usage": usage}}]
+        self.answer("".join(f"data: {{json.dumps(each)}}\\n\\n" for each in events) + "data: [DONE]\\n\\n")
+    def answer(self, content):
+        data = content if isinstance(content, str) else json.dumps(content)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream" if data is content else "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data.encode())
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+'''
+
+
+def test_replica_computes_with_a_vllm_that_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop, arguments, python = make_shop(tmp_path, []), tmp_path / "arguments", tmp_path / "python"
+    python.write_text(FAKE_VLLM.format(python=sys.executable, arguments=str(arguments)))
+    python.chmod(0o755)
+    monkeypatch.setenv("VENEER_VLLM_PYTHON", str(python))
+    monkeypatch.setenv("VENEER_LIBRARY", shop.library.location)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    values = {"base": str(shop.base_dir), "engine": "vllm", "vllm_flags": ["--max-loras", "3"]}
+
+    async def ask() -> str:
+        built = replica(values)
+        await built.start()
+        try:
+            await built.load()
+            transport = httpx.ASGITransport(built.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                body = {"model": "tiny", "prompt": "Hi", "max_tokens": 1}
+                return (await client.post("/v1/completions", json=body)).text
+        finally:
+            await built.stop()
+
+    answer = asyncio.run(ask())
+    assert json.loads(answer)["choices"][0]["text"] == " vllm", answer
+    sent = json.loads(arguments.read_text())
+    assert sent[sent.index("--max-loras") + 1] == "3"
+
+
+@pytest.mark.parametrize(("values", "word"), [({"engine": "tgi"}, "tgi"), ({"vllm_flags": ["--port=1"]}, "--port")])
+def test_wrong_engine_or_flag_is_refused_before_deployment(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        serve_settings({"base": "tiny", **values})
+
+
 @pytest.mark.fleet
 @pytest.mark.parametrize("values", [{"base": "tiny", "row": 3}, {"rows": 3}])
 def test_wrong_argument_is_refused(values: dict[str, Any]) -> None:
@@ -72,6 +137,7 @@ class Cluster:
     url: str
     shop: Shop
     address: str
+    head: str
     client: openai.OpenAI
 
     def replicas(self) -> dict[str, int]:
@@ -86,23 +152,22 @@ def ray_command(*words: str) -> list[str]:
     return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("ray")
-    shop = make_shop(folder, ["plain", "rs"])
+@contextmanager
+def ray_serve(folder: Path, shop: Shop, args: dict[str, Any], scaling: dict[str, Any], **env: str) -> Iterator[Cluster]:
+    """Run Ray and the application of deploy/ray/serve.yaml, with other arguments and autoscaling."""
     port, dashboard, serving = free_port(), free_port(), free_port()
     config = yaml.safe_load(DEPLOYED.read_text())
     (application,) = config["applications"]
-    application["args"] = {"base": str(shop.base_dir), "dtype": "float32", "device": "cpu", "cache_bytes": "16M"}
+    application["args"] = {"base": str(shop.base_dir), "dtype": "float32", **args}
     for each in application["deployments"]:
         if each["name"] == "Model":
-            each["autoscaling_config"] |= {"min_replicas": REPLICAS, "max_replicas": REPLICAS}
+            each["autoscaling_config"] |= scaling
             each["ray_actor_options"]["num_cpus"] = 1
         else:
             each["num_replicas"] = 1
     config |= {"http_options": {"host": "127.0.0.1", "port": serving}, "proxy_location": "HeadOnly"}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    env = os.environ | {
+    variables = os.environ | {
         "PYTHONPATH": f"{ROOT / 'src'}",
         "VENEER_HOME": str(home_with_kernels(folder / "home")),
         "VENEER_LIBRARY": shop.library.location,
@@ -111,23 +176,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         **SLOW_MACHINE,
+        **env,
     }
     log = (folder / "log").open("wb")
-    short = Path("/tmp") / f"ray-{os.getpid()}"  # socket paths have a maximum length
+    short = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # socket paths have a maximum length
     head = ["ray", "start", "--head", "--block", "--port", str(port), "--num-cpus", "8", "--temp-dir", str(short)]
     head += ["--include-dashboard", "true", "--dashboard-port", str(dashboard), "--disable-usage-stats"]
     head += ["--object-store-memory", str(100 << 20)]
-    processes = [subprocess.Popen(ray_command(*head), env=env, stdout=log, stderr=log, start_new_session=True)]
+    processes = [subprocess.Popen(ray_command(*head), env=variables, stdout=log, stderr=log, start_new_session=True)]
     try:
         address = f"http://127.0.0.1:{dashboard}"
         wait_for(lambda: answers(f"{address}/api/version"), 180)
         run = ray_command("serve", "run", str(folder / "serve.yaml"))
-        processes.append(subprocess.Popen(run, env=env, stdout=log, stderr=log, start_new_session=True))
+        processes.append(subprocess.Popen(run, env=variables, stdout=log, stderr=log, start_new_session=True))
         url = f"http://127.0.0.1:{serving}"
         wait_for(lambda: answers(f"{url}/ready") or dead(processes, folder), 600)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-            cluster = Cluster(url, shop, address, client)
-            wait_for(lambda: len(cluster.replicas()) == REPLICAS, 300)
+            cluster = Cluster(url, shop, address, f"127.0.0.1:{port}", client)
+            wait_for(lambda: len(cluster.replicas()) == scaling["min_replicas"], 300)
             yield cluster
     finally:
         for process in reversed(processes):
@@ -140,6 +206,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         log.close()
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("ray")
+    shop, scaling = make_shop(folder, ["plain", "rs"]), {"min_replicas": REPLICAS, "max_replicas": REPLICAS}
+    with ray_serve(folder, shop, {"device": "cpu", "cache_bytes": "16M"}, scaling) as cluster:
+        yield cluster
+
+
 def answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=10).status_code == 200
@@ -150,6 +224,65 @@ def answers(url: str) -> bool:
 def dead(processes: list[Any], folder: Path) -> bool:
     assert all(each.poll() is None for each in processes), (folder / "log").read_text(errors="replace")[-3000:]
     return False
+
+
+@pytest.mark.fleet
+def test_requests_above_the_target_start_a_second_replica(tmp_path: Path) -> None:
+    """Ray's own status counts the replicas. Every answer is the reference's, before and after the change."""
+    import ray
+    from ray import serve
+
+    shop, ids, stop, done = make_shop(tmp_path, ["plain"]), prompt(9), threading.Event(), [0]
+    expected = shop.wanted([("plain", 1.0)], ids, 40)
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1}
+    with ray_serve(tmp_path, shop, {"device": "cpu", "cache_bytes": "16M"}, scaling) as cluster:
+
+        def load() -> None:
+            while not stop.is_set():
+                assert said(cluster.client.completions.create(**asking("plain", ids, 40))).same(expected)
+                done[0] += 1
+
+        def running() -> int:
+            states: Any = serve.status().applications["veneer"].deployments["Model"].replica_states
+            return int(states.get("RUNNING", 0))
+
+        ray.init(cluster.head, log_to_driver=False)
+        try:
+            assert running() == 1
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                futures = [pool.submit(load) for _ in range(8)]
+                try:
+                    wait_for(lambda: running() == 2 or any(future.done() for future in futures), 300)
+                    more = done[0] + 8
+                    wait_for(lambda: done[0] >= more or any(future.done() for future in futures), 300)
+                finally:
+                    stop.set()
+                for future in futures:
+                    future.result(300)
+            assert running() == 2
+        finally:
+            ray.shutdown()
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+def test_vllm_in_a_replica_answers_as_the_reference(tmp_path: Path) -> None:
+    """The replica starts a real vLLM, which finds the adapter in the library; vLLM ends with Ray."""
+    from tests.serve.test_vllm import PYTHON
+
+    shop, ids = make_shop(tmp_path, ["plain"], head_dim=32), prompt(9)  # the smallest heads of vLLM on a CPU
+    flags = ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"]
+    env = {"VENEER_VLLM_PYTHON": str(PYTHON), "VENEER_VLLM_CACHE": str(tmp_path / "mixes")}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    args, scaling = {"engine": "vllm", "vllm_flags": flags}, {"min_replicas": 1, "max_replicas": 1}
+    with ray_serve(tmp_path, shop, args, scaling, **env) as cluster:
+        (replica,) = map(psutil.Process, cluster.replicas().values())
+        engines = [each for each in replica.children(recursive=True) if "vllm" in " ".join(each.cmdline())]
+        assert engines
+        for name in ("plain", "tiny"):
+            expected = shop.wanted([("plain", 1.0)] if name == "plain" else [], ids, 12)
+            assert said(cluster.client.completions.create(**asking(name, ids))).text == expected.text
+    wait_for(lambda: not any(each.is_running() for each in engines), 120)
 
 
 @pytest.mark.fleet

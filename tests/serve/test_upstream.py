@@ -149,6 +149,20 @@ def test_headers_identify_the_tenant_the_user_and_the_model(setup):
     assert not any(word in sent for word in ("acme", "ann", "other"))
 
 
+def test_a_retry_has_keys_that_choose_another_engine(setup):
+    """A router that hashes a key sends equal keys to the same engine, which has just failed."""
+
+    async def work(engine: Upstream) -> None:
+        request = Request((1, 2), Sampling(max_tokens=2), ONE, tenant="acme", user="ann", id="cmpl-1")
+        assert "adapter1" in text([event async for event in engine.events(request)])
+
+    setup.run(fake := FakeVLLM(wrong=[(500, "broken")] * 2), work)
+    for name in ("x-veneer-model", "x-session-id"):
+        assert len({headers[name] for headers in fake.headers}) == 3
+    assert {body["model"] for body in fake.calls} == {served_name(ONE)}
+    assert {headers["x-request-id"] for headers in fake.headers} == {"cmpl-1"}
+
+
 def test_a_plain_adapter_is_requested_by_its_digest(setup):
     async def work(engine: Upstream) -> None:
         assert "adapter1" in text(await answer(engine, ONE))
@@ -188,7 +202,7 @@ def test_an_adapter_that_cannot_be_loaded_is_refused(setup, fails, mix, why):
     async def work(engine: Upstream) -> None:
         with pytest.raises(Refused, match=why) as refusal:
             await answer(engine, mix)
-        assert (refusal.value.status, refusal.value.code) == (422, "adapter_unusable")
+        assert (refusal.value.status, refusal.value.code) == (400, "adapter_unusable")
         assert "base" in text(await answer(engine))
 
     setup.run(FakeVLLM(load_fails=fails), work)

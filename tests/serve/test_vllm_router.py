@@ -9,19 +9,20 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.test_routers import Router, answers, router
-from tests.serve.test_vllm import PYTHON, SPECS, Shop, answer, made, start, wait
+from tests.serve.test_vllm import PYTHON, SPECS, TOKENS, Shop, made, start, wait
 from veneer.formats import peft
 from veneer.library.library import open_library
 from veneer.models.sources import find_base
 from veneer.models.text.base import load_text
 from veneer.serve.fleet.mixes import Mixes
-from veneer.serve.request import served_name
+from veneer.serve.request import DigestMix, Request, Sampling, Token, make_mix, served_name
 from veneer.serve.upstream import Upstream
 
 pytestmark = pytest.mark.peers
@@ -38,6 +39,13 @@ class Fleet(Shop):
 
     def ready(self, which: int) -> None:
         wait(self.servers[which], self.urls[which], self.place / f"{which}.log")
+
+    def path(self, digest: str) -> Path:
+        with open_library(self.place / "library") as library:
+            return library.resolve(digest)
+
+    def mix(self, **strengths: float) -> DigestMix:
+        return make_mix([(self.adapters[name].digest(), s) for name, s in strengths.items()])
 
     def names(self, which: int) -> set[str]:
         return {card["id"] for card in httpx.get(f"{self.urls[which]}/v1/models", timeout=30).json()["data"]}
@@ -73,6 +81,18 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 def between(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     with router("vllm-router", fleet.urls, tmp_path_factory.mktemp("router")) as running:
         yield running
+
+
+async def answer(door: Upstream, shop: Fleet, mix: DigestMix) -> tuple[list[int], list[float]]:
+    sampling = Sampling(max_tokens=TOKENS, temperature=0, logprobs=2, ignore_eos=True)
+    events = [e async for e in door.events(Request(tuple(shop.prompt), sampling, mix))]
+    tokens = [e for e in events if isinstance(e, Token)]
+    last = events[-1]
+    assert (last.reason, last.usage.completion) == ("length", TOKENS)
+    assert last.usage.prompt == len(shop.prompt)
+    assert "".join(t.text for t in tokens) + last.text == shop.base.tokenizer.decode([t.id for t in tokens])
+    assert all(len(t.top) == 2 and t.top[0][0] == t.id and t.top[0][2] >= t.top[1][2] for t in tokens)
+    return [t.id for t in tokens], [t.logprob for t in tokens if t.logprob is not None]
 
 
 def ask(fleet: Fleet, url: str, *mixes: dict[str, float]) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
 from veneer.library.library import open_library
@@ -91,22 +92,27 @@ def find_vllm() -> FoundVllm | None:
     return None
 
 
-def install_vllm(say: Callable[[str], None], run: Callable[..., Any] = subprocess.run) -> Path:
+def install_vllm(say: Callable[[str], None]) -> Path:
     """Make an environment with vLLM and this veneer in the veneer home. Return its interpreter.
 
-    `run`: runs a command. Raises ResourceError with the command that failed."""
+    Raises ResourceError with the command that failed."""
     python = vllm_home() / "bin" / "python"
-    origin = json.loads(importlib.metadata.distribution("veneer").read_text("direct_url.json") or "{}").get("url")
-    own = f"veneer @ {origin}" if origin else f"veneer=={importlib.metadata.version('veneer')}"
+    origin = json.loads(importlib.metadata.distribution("veneer").read_text("direct_url.json") or "{}")
+    own = f"veneer=={importlib.metadata.version('veneer')}"
+    if url := origin.get("url"):  # of a folder, an archive or a repository
+        git = origin.get("vcs_info", {})
+        own = f"veneer @ {git['vcs']}+{url}@{git['commit_id']}" if git else f"veneer @ {url}"
     pip = [str(python), "-m", "pip", "install"]
     for command in ([sys.executable, "-m", "venv", str(vllm_home())], [*pip, "vllm"], [*pip, own]):
-        say(" ".join(command))
+        say(line := shlex.join(command))
         try:
-            run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise ResourceError(
-                f"cannot install vLLM: {error}", fix="correct the cause, and repeat the command"
-            ) from error
+            code = subprocess.run(command).returncode
+            trouble = f"exit code {code}" if code else ""
+        except OSError as error:
+            trouble = str(error)
+        if trouble:
+            fix = "correct the cause, which the command printed, and repeat veneer doctor --install-vllm"
+            raise ResourceError(f"cannot install vLLM: {trouble}", where=line, fix=fix)
     return python
 
 

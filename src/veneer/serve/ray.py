@@ -5,7 +5,8 @@
 
 `Front` reads the adapter's name from the body and sends the request to a replica of `Model` with this name as
 its multiplexed model id, so that Ray's router prefers replicas that have the adapter. Each replica loads
-adapters from the shared library by name. If a replica dies before it answers, `Front` sends the request to
+adapters from the shared library by name, and computes with its own engine or with a vLLM that it runs (the
+argument `engine`, as `veneer serve --engine`). If a replica dies before it answers, `Front` sends the request to
 another replica. Ray adds replicas if more than `rows` requests per replica run or wait.
 
 Ray's dashboard shows arguments. So secrets come from the environment of Ray's nodes: VENEER_LIBRARY_INDEX,
@@ -20,10 +21,22 @@ import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from veneer.errors import ConfigError, MissingExtraError
-from veneer.serve.settings import EngineSettings, HttpSettings, QuotaLimits, ServeSettings, bytes_of
+from veneer.errors import ConfigError, MissingExtraError, quoted
+from veneer.serve.engines import check_flags, with_engine
+from veneer.serve.settings import (
+    EngineKind,
+    EngineSettings,
+    FleetSettings,
+    HttpSettings,
+    QuotaLimits,
+    ServeSettings,
+    bytes_of,
+)
+
+if TYPE_CHECKING:
+    from veneer.serve.build import Application
 
 _SCOPE = {"type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers"}
 _SCOPE |= {"client", "server"}
@@ -36,8 +49,8 @@ _NAMES = 1000
 
 
 _KEYS = {"base", "library", "dtype", "device", "quantize", "allowed_hosts", "context"}
-_KEYS |= {"rows", "cache_bytes", "adapter_bytes"}
-"""The application's arguments: fields of ServeSettings, HttpSettings and EngineSettings."""
+_KEYS |= {"rows", "cache_bytes", "adapter_bytes", "engine", "vllm_flags"}
+"""The application's arguments: fields of ServeSettings, HttpSettings, EngineSettings and FleetSettings."""
 
 
 def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
@@ -48,6 +61,13 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
     given: dict[str, Any] = {
         key: bytes_of(str(value), key) if key.endswith("_bytes") else value for key, value in values.items()
     }
+    fleet = FleetSettings(engine=given.pop("engine", "auto"), vllm_flags=tuple(given.pop("vllm_flags", ())))
+    if fleet.engine not in get_args(EngineKind):
+        message = f"{quoted(str(fleet.engine))} is not an engine"
+        raise ConfigError(
+            message, where="veneer.serve.ray:app", fix=f"engine is one of {', '.join(get_args(EngineKind))}"
+        )
+    check_flags(fleet.vllm_flags)
     hosts = tuple(str(host).lower() for host in given.pop("allowed_hosts", ()))
     engine = EngineSettings(**{key: given.pop(key) for key in EngineSettings.__dataclass_fields__ if key in given})
     return ServeSettings(
@@ -56,8 +76,20 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
         admin_key=os.environ.get("VENEER_ADMIN_KEY_HASH"),
         tenants=os.environ.get("VENEER_TENANTS"),
         engine=engine,
+        fleet=fleet,
         http=HttpSettings(slots=engine.rows, allowed_hosts=hosts),
     )
+
+
+def replica(values: Mapping[str, Any]) -> Application:
+    """Build a replica's server, without loading the base; the log says which engine runs, and why.
+
+    Raises the errors of `serve_settings`, `with_engine` and `check_settings`."""
+    from veneer.serve.build import build
+    from veneer.serve.checks import check_settings
+
+    settings = with_engine(serve_settings(values), print)
+    return build(settings, print, check_settings(settings))
 
 
 class Model:
@@ -66,20 +98,12 @@ class Model:
     async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         from ray import serve
 
-        from veneer.serve.build import build
-        from veneer.serve.checks import check_settings
-
-        settings = serve_settings(values)
-
-        def make() -> Any:
-            return build(settings, print, check_settings(settings))
-
         async def announce(name: str) -> str:
             return name
 
         self.announce: Any = serve.multiplexed(announce, max_num_models_per_replica=_NAMES)
         """Adds a name to the models that Ray's router knows this replica to have."""
-        self.built = await asyncio.to_thread(make)
+        self.built = await asyncio.to_thread(replica, values)
         await self.built.start()
         await self.built.load()
 

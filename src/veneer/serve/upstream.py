@@ -13,7 +13,7 @@ written to the shared folder before the request is sent. Load balancing is the r
 | does not respond, or responds 5xx or 429 | before the first token, retry twice; then 503 with Retry-After |
 | does not know a mix | write its folder again and retry |
 | fails after the first token | Finished with an error, because tokens already sent cannot be taken back |
-| rejects the adapter | 422 `adapter_unusable`, with the reason if `check` finds one; vLLM's log has others |
+| rejects the adapter | 400 `adapter_unusable`, with the reason if `check` finds one; vLLM's log has others |
 | rejects the request | the client gets the same error |
 """
 
@@ -187,9 +187,9 @@ class Upstream(Engine[Request, EngineEvent]):
 
     async def _attempts(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
         tokens = 0
-        for pause in (*PAUSES, None):
+        for attempt, pause in enumerate((*PAUSES, None)):
             try:
-                async with aclosing(self._attempt(request)) as events:
+                async with aclosing(self._attempt(request, attempt)) as events:
                     async for event in events:
                         if not tokens:
                             yield Started(0)
@@ -208,7 +208,7 @@ class Upstream(Engine[Request, EngineEvent]):
                     raise error.refused or transient_error("the model", error) from error
             await asyncio.sleep(pause)
 
-    async def _attempt(self, request: Request) -> AsyncGenerator[Token | Finished, None]:
+    async def _attempt(self, request: Request, attempt: int) -> AsyncGenerator[Token | Finished, None]:
         if not self.base:
             await self._check()
         if not self.base:
@@ -219,7 +219,7 @@ class Upstream(Engine[Request, EngineEvent]):
         began, first, count = time.monotonic(), 0.0, 0
         reason = stop = last = None
         usage: dict[str, Any] = {}
-        async with aclosing(self._chunks(self._fitted(request), model)) as chunks:
+        async with aclosing(self._chunks(self._fitted(request), model, attempt)) as chunks:
             async for chunk in chunks:
                 if model != self.base and chunk.get("model", model) != model:
                     raise _Failed(f"{self.url} responded as {chunk['model']!r} instead of {model!r}")
@@ -254,7 +254,9 @@ class Upstream(Engine[Request, EngineEvent]):
         except (VeneerError, OSError) as error:
             if not isinstance(error, VeneerError) or is_transient(error):
                 raise internal_error("the adapter", error) from error
-            raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
+            for digest, _ in mix:  # raises the reason with the adapter's name
+                await asyncio.to_thread(self.check, digest)
+            raise Refused(error.what, status=400, code="adapter_unusable", fix=error.fix) from error
 
     def _fitted(self, request: Request) -> Request:
         """Return the request with max_tokens reduced to fit in the upstream's context.
@@ -290,14 +292,16 @@ class Upstream(Engine[Request, EngineEvent]):
             out.append(Token(token, "", logprob, top))
         return [*out[:-1], replace(out[-1], text=text)]
 
-    def _headers(self, request: Request, model: str) -> dict[str, str]:
+    def _headers(self, request: Request, model: str, attempt: int) -> dict[str, str]:
         """Return the headers that routers read. A router sees tenants and users only as keyed hashes.
+
+        A retry has keys of its own, because a router that hashes keys would choose the failed engine again.
 
         x-llm-d-inference-fairness-id: the tenant, for the flow control of llm-d (llm-d-router,
             pkg/epp/metadata/consts.go)
         x-session-id: the tenant's user, or tenant and model without a user; the first key of `consistent_hash`
             (vllm-project/router, docs/load_balancing/README.md)
-        x-veneer-model: `model` of the body, for routers that cannot parse bodies
+        x-veneer-model: `model` of the body, for routers that cannot parse bodies; of a retry, the request's id
         x-request-id: the id in this server's own response, and the number of the completion
         """
 
@@ -305,20 +309,21 @@ class Upstream(Engine[Request, EngineEvent]):
             text = json.dumps(parts).encode()
             return hmac.new(self._secret, text, "sha256").hexdigest()[:32]
 
-        session = hashed(request.tenant, request.user or model, "user" if request.user else "model")
-        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": model}
+        key = f"{request.id} {attempt}" if attempt else model
+        session = hashed(request.tenant, *((key, "model") if attempt or not request.user else (request.user, "user")))
+        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": key}
         return ids | ({"x-llm-d-inference-fairness-id": hashed(request.tenant)} if request.tenant else {})
 
-    async def _chunks(self, request: Request, model: str) -> AsyncGenerator[dict[str, Any], None]:
+    async def _chunks(self, request: Request, model: str, attempt: int) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the data of each server-sent event. Closing the iterator closes the connection."""
         try:
-            body, headers, trail = _body(request, model), self._headers(request, model), current.get()
+            body, headers, trail = _body(request, model), self._headers(request, model, attempt), current.get()
             headers |= {"traceparent": trail.traceparent} if trail is not None and trail.span is not None else {}
             url = f"{self.url}/v1/completions"
             async with self.client.stream("POST", url, json=body, headers=headers) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
-                    raise _error(answer, model)
+                    raise _error(answer, model, request.name)
                 async for line in answer.aiter_lines():
                     data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                     if not data or data == "[DONE]":
@@ -376,16 +381,16 @@ def _body(request: Request, model: str) -> dict[str, Any]:
     return body
 
 
-def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
-    """Return the error for a response that is not a stream."""
+def _error(answer: httpx.Response, model: str, name: str) -> _Failed | Refused:
+    """Return the error for a response that is not a stream. `name`: the client's name of `model`."""
     text, status = _message(answer), answer.status_code
     message = f"{answer.url}: {status} {text}"
     if model in text and model.startswith("veneer-") and status in (400, 404):
         log.warning("the upstream cannot load an adapter: %s", message)
         reason = "was found but could not be loaded" if status == 400 else "was not found"
         refused = Refused(
-            f"the upstream cannot load the adapter: it {reason}",
-            status=422,
+            f"the upstream cannot load the adapter {name}: it {reason}",
+            status=400,
             code="adapter_unusable",
             fix="see vLLM's log; each vLLM needs veneer's plug-in, the library, and a sufficient --max-lora-rank",
         )

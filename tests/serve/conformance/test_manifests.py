@@ -32,7 +32,8 @@ CUSTOM: dict[str, tuple[str, dict[str, type]]] = {
             "spec.endpointPickerRef.port.number": int,  # required for a Service, the default kind
         },
     ),
-    # kubernetes-sigs/gateway-api apis/v1/httproute_types.go
+    # kubernetes-sigs/gateway-api apis/v1/httproute_types.go; names: object_reference_types.go, which requires a
+    # port only for a Service
     "HTTPRoute": (
         "gateway.networking.k8s.io/v1",
         {"spec.parentRefs.0.name": str, "spec.rules.0.backendRefs.0.name": str},
@@ -68,8 +69,15 @@ CUSTOM: dict[str, tuple[str, dict[str, type]]] = {
             "spec.triggers.0.metadata.threshold": str,  # metadata's values are texts
         },
     ),
-    # ray-project/kuberay ray-operator/apis/ray/v1/rayservice_types.go
-    "RayService": ("ray.io/v1", {"spec.serveConfigV2": str, "spec.rayClusterConfig.headGroupSpec": dict}),
+    # ray-project/kuberay ray-operator/apis/ray/v1/rayservice_types.go (both fields), raycluster_types.go
+    "RayService": (
+        "ray.io/v1",
+        {
+            "spec.serveConfigV2": str,
+            "spec.rayClusterConfig.headGroupSpec.rayStartParams": dict,
+            "spec.rayClusterConfig.headGroupSpec.template": dict,
+        },
+    ),
 }
 """Kind -> (version, path of each required field -> type)."""
 
@@ -124,6 +132,15 @@ def test_selectors_match_the_engines_labels() -> None:
         assert at(found[name], path).items() <= labels, name
     assert at(found["production-stack.yaml:LoraAdapter"], "spec.baseModel") == dict(labels)["model"]
     assert at(found["keda.yaml:ScaledObject"], "spec.scaleTargetRef.name") == "veneer"
+
+
+def test_route_leads_to_the_pool() -> None:
+    """A backend without a group and a kind is a Service, which needs a port (object_reference_types.go)."""
+    found = dict(documents())
+    pool = found["inferencepool.yaml:InferencePool"]
+    backend = at(found["inferencepool.yaml:HTTPRoute"], "spec.rules.0.backendRefs.0")
+    assert f"{backend['group']}/v1" == pool["apiVersion"]
+    assert (backend["kind"], backend["name"]) == (pool["kind"], pool["metadata"]["name"])
 
 
 def test_arguments_and_configuration_are_veneers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -305,3 +305,22 @@ def test_json_of_the_models_has_parents(whole: Whole) -> None:
     base = whole.built.service.catalog.base
     assert [card["id"] for card in cards if card["parent"] is None] == [base]
     assert {card["parent"] for card in cards} == {None, base}
+
+
+ADDED = {"no_stop_trim": False, "ignore_eos": False, "skip_special_tokens": True, "return_hidden_states": False}
+ADDED_TO_CHATS = {"separate_reasoning": True, "stream_reasoning": True, "include_reasoning": True, "logprobs": False}
+"""Fields that vllm-router 0.1.17 adds to each body (vllm-project/router src/protocols/spec.rs)."""
+
+
+def test_bodies_with_the_fields_that_vllm_router_adds_are_accepted(whole: Whole) -> None:
+    completion = {"model": "plain", "prompt": prompt(4), "max_tokens": 1, **ADDED, "echo": False}
+    assert whole.http.post("/v1/completions", json=completion).status_code == 200
+    messages = [{"role": "user", "content": "a"}]
+    chat = {"model": "plain", "messages": messages, **ADDED, **ADDED_TO_CHATS, "continue_final_message": False}
+    for path in ("/v1/chat/completions", "/v1/chat/completions/render"):
+        answer = whole.http.post(path, json=chat | {"max_tokens": 1})
+        assert answer.status_code == 200, answer.text
+    for key in ("no_stop_trim", "return_hidden_states"):
+        refused = whole.http.post("/v1/completions", json=completion | {key: True})
+        assert refused.status_code == 400
+        assert key in refused.text

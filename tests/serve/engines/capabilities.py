@@ -5,26 +5,32 @@ ENGINES: embedded; vllm, a vLLM that veneer runs; fleet, two vLLM servers behind
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 ENGINES = ("embedded", "vllm", "fleet")
+Test = TypeVar("Test", bound=Callable[..., None])
 
 
 @dataclass(frozen=True)
 class Capability:
-    """`lacks`: engine -> (status, code) of the documented error of an engine without the capability."""
+    """`lacks`: engine -> (status, code) of the documented error of an engine without the capability.
+
+    `tests`: names of the tests that declare the capability."""
 
     what: str
     lacks: dict[str, tuple[int, str]] = field(default_factory=dict)
+    tests: list[str] = field(default_factory=list)
 
 
-_UNUSABLE = {"vllm": (422, "adapter_unusable"), "fleet": (422, "adapter_unusable")}
+_UNUSABLE = {"vllm": (400, "adapter_unusable"), "fleet": (400, "adapter_unusable")}
 _INVALID = {"vllm": (400, "invalid_request"), "fleet": (400, "invalid_request")}
 CAPABILITIES = {
     each.what: each
     for each in (
         Capability("completions and chat of base and adapters"),
-        Capability("names, versions and digests"),
+        Capability("names, versions, aliases and digests"),
         Capability("weighted mixes"),
         Capability("streaming and cancellation"),
         Capability("stop texts, seeds, logprobs, logit bias"),
@@ -33,14 +39,30 @@ CAPABILITIES = {
         Capability("tokenization"),
         Capability("load and unload"),
         Capability("tenants, limits, ledger, hidden names"),
-        Capability("routes"),
+        Capability("routes and shadows"),
         Capability("metrics"),
         Capability("separate prefix caches of adapters"),
         Capability("DoRA", _UNUSABLE),
+        Capability("ranks above 64 (`--max-lora-rank`)", _UNUSABLE),
         Capability("token rows", _UNUSABLE),
+        Capability("full copies", _UNUSABLE),
+        Capability("biases", _UNUSABLE),
+        Capability("classification heads", dict.fromkeys(ENGINES, (400, "adapter_unusable"))),
+        Capability("activated LoRA (aLoRA)", dict.fromkeys(ENGINES, (400, "adapter_unusable"))),
         Capability("log-probabilities of prompts", _INVALID),
     )
 }
+
+
+def needs(*names: str) -> Callable[[Test], Test]:
+    """Declare the capabilities that a test needs."""
+
+    def declare(test: Test) -> Test:
+        for name in names:
+            CAPABILITIES[name].tests.append(test.__name__)
+        return test
+
+    return declare
 
 
 def table() -> str:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.serve.engines.capabilities import CAPABILITIES, ENGINES
-from tests.serve.http.toy import free_port, wait_for
+from tests.serve.http.toy import TOOL_TEMPLATE, free_port, wait_for
 from tests.serve.tenancy.conftest import new_tenant
 from tests.serve.test_vllm import PYTHON, start
 from tests.serve.whole import Shop, make_shop, process
+from tests.tiny_base import tiny_tokenizer
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
@@ -73,6 +77,31 @@ class Site:
         return False
 
 
+def add_other_kinds(shop: Shop) -> None:
+    """Write PEFT folders that change what low-rank pairs cannot, and add these to the library, except aLoRA.
+
+    The library refuses aLoRA."""
+    shop.make("wide", 11, rank=80, alpha=80.0, targets=("q_proj", "v_proj"))
+    shop.library.add(shop.adapters / "wide", "wide")
+    tensors, random = load_file(shop.adapters / "plain" / "adapter_model.safetensors"), torch.Generator().manual_seed(7)
+    hidden, vocabulary = shop.base.model.config.hidden_size, shop.base.model.config.vocab_size
+    sizes = {k.removesuffix("weight") + "bias": (t.shape[0],) for k, t in tensors.items() if "lora_B" in k}
+    score, task = {"base_model.model.score.weight": (5, hidden)}, {"task_type": "SEQ_CLS"}
+    for kind, config, shapes in (
+        ("copies", {"modules_to_save": ["lm_head"]}, {"base_model.model.lm_head.weight": (vocabulary, hidden)}),
+        ("biases", {"lora_bias": True}, sizes),
+        ("heads", task | {"modules_to_save": ["classifier", "score"]}, score),
+        ("alora", {"alora_invocation_tokens": [40, 41]}, {}),
+    ):
+        (folder := shop.adapters / kind).mkdir()
+        old = json.loads((shop.adapters / "plain" / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(old | config))
+        more = {name: 0.1 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+        save_file(tensors | more, folder / "adapter_model.safetensors")
+        if kind != "alora":
+            shop.library.add(folder, kind)
+
+
 @contextmanager
 def fleet(shop: Shop, folder: Path) -> Iterator[str]:
     """Run two vLLM servers behind vllm-router. Yield the router's URL."""
@@ -96,6 +125,17 @@ def fleet(shop: Shop, folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{router}"
 
 
+def vllm_processes(shop: Shop) -> list[int]:
+    """Return the running vLLM servers of a shop's base."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and str(shop.base_dir) in words:
+                found.append(int(path.parent.name))
+    return found
+
+
 def answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=5).status_code == 200
@@ -110,12 +150,18 @@ def answers(url: str) -> bool:
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     engine, folder = request.param, tmp_path_factory.mktemp(request.param)
     shop = make_shop(folder, head_dim=32)  # the smallest heads of vLLM on a CPU
+    add_other_kinds(shop)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.save_pretrained(shop.base_dir)
     tenants = str(folder / "tenants.sqlite")
     store = Store(tenants)
-    keys = {"acme": new_tenant(store, "acme", ["*"]), "globex": new_tenant(store, "globex", ["rs"])}
+    keys = {"acme": new_tenant(store, "acme", ["*", "sha256:*"]), "globex": new_tenant(store, "globex", ["rs"])}
     keys["tight"] = new_tenant(store, "tight", ["*"])
     manage.change_settings(store, "tight", {"requests_per_minute": 1}, actor="test")
-    manage.change_settings(store, "acme", {"prompt_price": 1_000_000, "completion_price": 2_000_000}, actor="test")
+    manage.change_settings(
+        store, "acme", {"prompt_price": 1_000_000, "cached_price": 0, "completion_price": 2_000_000}, actor="test"
+    )
     store.close()
     env = {"VENEER_ADMIN_KEY": ADMIN, "VENEER_VLLM_CACHE": str(folder / "mixes")}
     options, device = ["--engine", "embedded"], ("--device", "cpu")
@@ -132,3 +178,4 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         server = process(shop, home, tenants, *options, own=(*dtype, *device), patience=600, **env)
         _, url = running.enter_context(server)
         yield Site(engine, shop, url, keys, home / "log", tenants)
+    wait_for(lambda: not vllm_processes(shop), 60)  # vLLM ends with a server that is killed

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError
 from veneer.models.text.base import TextBase
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.engine.cache import Cache
@@ -423,7 +424,8 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._sample([chunk], [row], self.runner.run([row]), out)
                 self._lost = 0
             except Exception as error:
-                self._end(self._live[chunk.sequence], "error", error=internal_error("the answer", error))
+                live = self._live[chunk.sequence]
+                self._end(live, "error", error=_refusal(live.request, error))
         return out
 
     def _sample(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor, out: dict[int, _Choices]) -> None:
@@ -549,7 +551,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         live.lease = None
         began, first = live.began or time.monotonic(), live.first
         usage = Usage(
-            prompt=len(live.request.prompt),
+            prompt=len(live.request.prompt) if live.began else 0,
             cached=cached,
             completion=completion,
             queued=began - live.came,
@@ -590,6 +592,13 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _freed(self, prepared: Prepared) -> None:
         key = prepared.key  # the callback must not keep the object alive
         self._box.put(lambda: self.runner.drop(key))
+
+
+def _refusal(request: Request, error: Exception) -> Refused:
+    """Return the client's error for a failed step: 400 for a mix that cannot be applied."""
+    if not isinstance(error, AdapterError):
+        return internal_error("the answer", error)
+    return Refused(f"{request.name}: {error.what}", status=400, code="adapter_unusable", fix=error.fix)
 
 
 def _deliver(events: list[_Note]) -> None:

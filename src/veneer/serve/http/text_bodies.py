@@ -111,6 +111,7 @@ class TextBody(Body):
     )
     refused: ClassVar = {
         **dict.fromkeys(("use_beam_search", "early_stopping", "include_stop_str_in_output"), False),
+        **dict.fromkeys(("no_stop_trim", "return_hidden_states"), False),  # vllm-router adds these
         **{key: [] for key in ("bad_words", "allowed_token_ids", "logits_processors")},
         **{key: {} for key in ("mm_processor_kwargs", "vllm_xargs")},
         **dict.fromkeys(("truncate_prompt_tokens", "kv_transfer_params", "structural_tag"), None),
@@ -211,6 +212,7 @@ class ChatBody(TextBody):
         "chat_template": None,
         **dict.fromkeys(("echo", "add_special_tokens"), False),
         **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), False),
+        **dict.fromkeys(("separate_reasoning", "stream_reasoning", "include_reasoning"), True),
         **{key: [] for key in ("functions", "documents")},
         "function_call": "none",
         "modalities": ["text"],

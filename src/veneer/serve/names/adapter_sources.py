@@ -307,4 +307,4 @@ def _unservable(location: AdapterLocation, problems: list[str]) -> Refused:
         reason = "dora_unsupported"
     elif any(words in low for words in ("full cop", "modules_to_save", "token rows")):
         reason = "modules_to_save_unsupported"
-    return unusable(reason, f"{location.root} cannot be served with its full effect: {text}", status=422)
+    return unusable(reason, f"{location.root} cannot be served with its full effect: {text}")
