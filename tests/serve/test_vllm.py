@@ -118,7 +118,11 @@ def start(model: Path, port: int, core: int, log: Path, **more: str) -> subproce
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     with log.open("wb") as out:
         return subprocess.Popen(
-            [*command, *flags.split()], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **settings, **more}
+            [*command, *flags.split()],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **settings, **more},
+            start_new_session=True,  # vLLM's engine outlives a killed server, so kill the group
         )
 
 

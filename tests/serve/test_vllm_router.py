@@ -122,7 +122,7 @@ def test_a_restarted_replica_needs_nothing(fleet, between):
     mixes: list[dict[str, float]] = [{}, {"plain": 1.0}, {"plain": 0.75, "stable": -0.5}]
     ask(fleet, between.url, *mixes)
     for killed in (0, 1):
-        fleet.servers[killed].send_signal(signal.SIGKILL)
+        os.killpg(fleet.servers[killed].pid, signal.SIGKILL)
         fleet.servers[killed].wait()
         wait_for(lambda: answers(between.url), 120)
         for mix in mixes:
