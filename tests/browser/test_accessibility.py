@@ -7,7 +7,7 @@ import pytest
 from tests.browser.conftest import LONG, Window
 
 VIEWS = ["", "?q=nothing-has-this", "adapter?ref=support@1", f"adapter?ref={LONG}"]
-VIEWS += ["compare", f"compare?c=support%401&c={LONG}%401%2Bacme/tone%401:-0.5", "live", "doctor"]
+VIEWS += ["compare", f"compare?c=support%401&c={LONG}%401%2Bacme/tone%401:-0.5", "live", "objectives", "doctor"]
 VIEWS += ["train", "train?s=adapter.rnak%3D3", "run?job={job}"]
 
 

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, free_port, live, wait_for
 from veneer.serve.access import LedgerState, OpenAccess
+from veneer.serve.settings import Objectives
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "observe"
 BODY = {"model": "sql", "prompt": "hello", "max_tokens": 5}
@@ -112,6 +113,13 @@ FIRING = {
         'vllm:request_success_total{finished_reason="error"}': "0+5x60",
         'vllm:request_success_total{finished_reason="stop"}': "0+60x60",
     },
+    "VeneerObjectiveMissed": {
+        'veneer:tenant_answers_total{tenant="acme"}': "0+60x60",
+        'veneer:tenant_missed_total{tenant="acme",objective="first_token"}': "0+4x60",
+        'veneer:tenant_missed_total{tenant="acme",objective="errors"}': "0+0x60",
+        'veneer:objective_allowed{objective="first_token"}': "0.05+0x60",
+        'veneer:objective_allowed{objective="errors"}': "0.01+0x60",
+    },
     "VeneerFirstTokenSlow": {
         'vllm:time_to_first_token_seconds_bucket{le="5.0"}': "0+1x60",
         'vllm:time_to_first_token_seconds_bucket{le="10.0"}': "0+60x60",
@@ -121,7 +129,7 @@ FIRING = {
 """Alert -> series that must make it fire, in promtool's notation: one value per minute."""
 
 _STUCK, _ERRORS = FIRING["VeneerEngineStuck"], FIRING["VeneerErrors"]
-_FIRST = FIRING["VeneerFirstTokenSlow"]
+_FIRST, _MISSED = FIRING["VeneerFirstTokenSlow"], FIRING["VeneerObjectiveMissed"]
 SILENT: dict[str, list[dict[str, str]]] = {
     "VeneerQueueLong": [{"vllm:num_requests_waiting": "100+0x60"}, {"vllm:num_requests_waiting": "0 0 500 0x57"}],
     "VeneerLedgerOwed": [{"veneer:ledger_owed": "1000+0x60", "veneer:ledger_lag_seconds": "60+0x60"}],
@@ -140,6 +148,16 @@ SILENT: dict[str, list[dict[str, str]]] = {
         },
     ],
     "VeneerErrors": [_ERRORS | {'vllm:request_success_total{finished_reason="stop"}': "0+600x60"}],
+    "VeneerObjectiveMissed": [
+        _MISSED | {'veneer:tenant_missed_total{tenant="acme",objective="first_token"}': "0+2x60"},
+        _MISSED | {'veneer:objective_allowed{objective="first_token"}': "0.1+0x60"},
+        # One miss of a tenant that seldom asks.
+        _MISSED
+        | {
+            'veneer:tenant_answers_total{tenant="acme"}': "0x10 1 3x50",
+            'veneer:tenant_missed_total{tenant="acme",objective="first_token"}': "0x10 1x50",
+        },
+    ],
     "VeneerFirstTokenSlow": [_FIRST | {'vllm:time_to_first_token_seconds_bucket{le="5.0"}': "0+59x60"}],
 }
 """Alert -> cases close to its bounds, in which no alert may fire."""
@@ -161,6 +179,13 @@ def check_rules(folder: Path, series: dict[str, str], firing: set[str]) -> None:
     file.write_text(yaml.safe_dump({"rule_files": ["alerts.yaml"], "evaluation_interval": "1m", "tests": [test]}))
     ran = subprocess.run([program("promtool"), "test", "rules", str(file)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_alerts_by_server_use_the_default_objectives():
+    default = Objectives()
+    assert alerts()["VeneerFirstTokenSlow"].startswith(f"histogram_quantile({1 - default.slow:g},")
+    assert alerts()["VeneerFirstTokenSlow"].endswith(f"> {default.first_token:g}")
+    assert alerts()["VeneerErrors"].strip().endswith(f"> {default.failed:g}")
 
 
 @pytest.mark.fleet

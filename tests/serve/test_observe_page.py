@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import asdict
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.serve.http.test_telemetry import app, asked, collector  # noqa: F401
 from tests.serve.http.toy import free_port, responses, wait_for
 from tests.serve.test_observe import exported_names, program, server
 from tests.test_readme import ROOT, blocks
+from veneer.serve.settings import Objectives
 
 PAGE = (ROOT / "docs" / "how-to" / "observe.md").read_text(encoding="utf-8")
 ENVIRONMENT = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
@@ -48,6 +51,11 @@ def test_the_access_log_has_the_keys_on_the_page(capsys):
     responses(app(log=True), [asked()])
     line: dict[str, Any] = json.loads(capsys.readouterr().err)
     assert line.keys() == json.loads(example).keys()
+
+
+def test_the_objectives_on_the_page_are_the_defaults():
+    (example,) = blocks(PAGE, "yaml")
+    assert yaml.safe_load(example) == {"objectives": asdict(Objectives())}
 
 
 @pytest.mark.fleet

@@ -141,6 +141,7 @@ VIEWS = {
     "": "key tenant open operator",
     "compare": "key tenant open operator",
     "doctor": "key tenant open operator",
+    "objectives": "key tenant open operator",
     "train": "tenant open operator",
     "live": "open operator",
 }

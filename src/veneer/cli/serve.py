@@ -204,6 +204,7 @@ def serve(
             idle=more.idle_seconds,
             stall=more.stall_seconds,
             access_log=more.access_log,
+            objectives=more.objectives,
         ),
         ledger=LedgerSettings(
             days=more.ledger_days, folder=more.ledger_folder, room=more.bytes("ledger_room"), synced=more.ledger_sync

@@ -19,6 +19,7 @@ from veneer.serve.settings import (
     FleetSettings,
     HttpSettings,
     LedgerSettings,
+    Objectives,
     OidcSettings,
     ServeSettings,
     bytes_of,
@@ -47,6 +48,7 @@ class ServerConfig(BaseModel):
     ledger_days: with tenants, days for which the ledger keeps its rows; daily sums are not deleted
     ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
     kv_events, kv_replay: ZeroMQ addresses, such as tcp://*:5557, for routers that follow the prompt cache
+    objectives: times and shares that the answers of each tenant should keep, see `Objectives`
     oidc: the issuer of tokens, see `OidcSettings`
     """
 
@@ -74,6 +76,7 @@ class ServerConfig(BaseModel):
     ledger_sync: bool = False
     kv_events: str = ""
     kv_replay: str = ""
+    objectives: Objectives = Field(default_factory=Objectives)
     oidc: OidcSettings | None = None
 
     def bytes(self, key: str) -> int:

@@ -47,6 +47,29 @@ class QuotaLimits:
 
 
 @dataclass(frozen=True)
+class Objectives:
+    """Service-level objectives, for the answers of each tenant.
+
+    `first_token`: seconds to the first token. `between_tokens`: mean seconds between the tokens of an answer.
+    `slow`: share of answers that can miss one of these times. `failed`: share of answers that can fail.
+    """
+
+    first_token: float = 5.0
+    between_tokens: float = 0.25
+    slow: float = 0.05
+    failed: float = 0.01
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        if min(self.first_token, self.between_tokens) <= 0 or not all(0 <= s < 1 for s in (self.slow, self.failed)):
+            raise ValueError("times must be above 0, and shares at least 0 and below 1")
+
+    def allowed(self) -> dict[str, float]:
+        """Return each objective's name and the share of answers that can miss it."""
+        return {"first_token": self.slow, "between_tokens": self.slow, "errors": self.failed}
+
+
+@dataclass(frozen=True)
 class HttpSettings:
     """HTTP limits of one server. Times are in seconds.
 
@@ -58,7 +81,8 @@ class HttpSettings:
     of an uploaded image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with
     separate metric series. `allowed_origins`: origins whose pages can use this server from a browser; "*"
     (any) requires keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys
-    accepts. `access_log`: write a line to stderr per request. `quotas`: limits for each owner.
+    accepts. `access_log`: write a line to stderr per request. `objectives`: see Objectives. `quotas`: limits for
+    each owner.
     """
 
     max_body: int = 8 << 20
@@ -81,6 +105,7 @@ class HttpSettings:
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     access_log: bool = False
+    objectives: Objectives = field(default_factory=Objectives)
     quotas: QuotaLimits = field(default_factory=QuotaLimits)
 
 

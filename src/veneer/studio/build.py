@@ -59,6 +59,7 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
     from veneer.studio.doctor import doctor_view
     from veneer.studio.library import library_view
     from veneer.studio.live import live_view
+    from veneer.studio.objectives import objectives_view
     from veneer.studio.page import Studio, StudioView
     from veneer.studio.run import run_view
     from veneer.studio.train import train_view
@@ -70,6 +71,7 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
         StudioView("train", "Train", "t", train_view, "train"),
         StudioView("run", "Run", "", run_view, "train", under="train"),
         StudioView("live", "Live", "v", live_view, "operate", uses_base=True),
+        StudioView("objectives", "Objectives", "o", objectives_view, "read"),
         StudioView("doctor", "Doctor", "d", doctor_view, "read"),
     )
     jobs = JobStore(library)

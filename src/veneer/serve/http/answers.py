@@ -195,9 +195,10 @@ async def _pump(
     service: Service, job: TextJob, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
 ) -> None:
     """Copy the events of one engine request into the queue, and record the usage so far in `usages`."""
-    reason, meter = "abort", None
+    reason, meter, failed = "abort", None, False
     if job.principal is not SHADOWS:
-        meter = Meter(service.metrics, job.label or job.model.label, request.router_name, request.mix)
+        named = (job.label or job.model.label, request.router_name, request.mix)
+        meter = Meter(service.metrics, *named, tenant=job.principal.tenant)
     try:
         events: Any = service.texts(request)
         async with aclosing(events):
@@ -213,16 +214,18 @@ async def _pump(
                 else:
                     usages[i] = event.usage
                     reason = {"cancelled": "abort"}.get(event.reason, event.reason)
+                    failed = reason == "error"
                 queue.put_nowait((i, event))
                 if isinstance(event, Finished):
                     return
         raise RuntimeError("the engine ended an answer without Finished")
     except Exception as error:
-        reason = "error"
+        reason, status = "error", as_refused(error).status
+        failed = status >= 500 or status == 429  # other errors are the client's
         queue.put_nowait((i, error))
     finally:
         if meter is not None:
-            meter.end(reason, usages[i])
+            meter.end(reason, usages[i], failed=failed)
 
 
 async def collect(request: HttpRequest, service: Service, job: TextJob) -> list[TextAnswer]:

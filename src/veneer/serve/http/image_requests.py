@@ -307,7 +307,8 @@ async def _run(
         principal, model, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
     )
     async with admitted as bill:
-        meters = [Meter(service.metrics, model.label, model.router_name, model.mix) for _ in usages]
+        named = (model.label, model.router_name, model.mix)
+        meters = [Meter(service.metrics, *named, tenant=principal.tenant, tokens=False) for _ in usages]
         reasons = ["abort"] * len(usages)
         billed = False
         try:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 from veneer.serve.access import LedgerState
 from veneer.serve.names.adapter_cache import ResidentAdapter
 from veneer.serve.request import BASE, DigestMix, EngineStats, Usage
+from veneer.serve.settings import Objectives
 
 _SECONDS: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
 _SECONDS += (1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
@@ -88,6 +89,11 @@ _RESIDENT = 1000
 """Maximum series of `vllm:lora_adapter_loaded`, and of client names remembered for these series."""
 
 
+_TENANTS = 1000
+"""Maximum tenants with series of their own; later ones count as "~other", which no tenant can be called."""
+_LEVEL_MINUTES = 60
+
+
 class _Families(Collector):
     """Metrics that have already been collected."""
 
@@ -108,6 +114,7 @@ class Metrics(Collector):
         adapters: int = 100,
         ledger: Callable[[], LedgerState | None] = lambda: None,
         resident: Callable[[], Sequence[tuple[str, ResidentAdapter]]] = lambda: (),
+        objectives: Objectives | None = None,
     ) -> None:
         """Create the metrics.
 
@@ -140,6 +147,15 @@ class Metrics(Collector):
             buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
         )
         self.refused = counter("veneer:requests_refused", "Requests answered with an error.", ("code",))
+        self.objectives, self._tenants = objectives or Objectives(), set[str]()
+        self._minutes: dict[int, Tally[tuple[str, str]]] = {}  # minute -> (tenant, "answers" or objective) -> answers
+        self.tenant_answers = counter("veneer:tenant_answers", "Answers, by tenant.", ("tenant",))
+        text = "Answers that missed an objective, by tenant."
+        self.tenant_missed = counter("veneer:tenant_missed", text, ("tenant", "objective"))
+        text = "Share of answers that can miss an objective."
+        allowed = Gauge("veneer:objective_allowed", text, ("objective",), registry=registry)
+        for objective, share in self.objectives.allowed().items():
+            allowed.labels(objective).set(share)
 
     def label(self, name: str) -> str:
         """Return the label of an adapter: its name, or "other" if there are too many names."""
@@ -148,6 +164,27 @@ class Metrics(Collector):
                 return "other"
             self._named.add(name)
         return name
+
+    def count_answer(self, tenant: str, missed: Iterable[str]) -> None:
+        """Count an answer, and the objectives that it missed."""
+        if tenant not in self._tenants and len(self._tenants) >= _TENANTS:
+            tenant = "~other"
+        self._tenants.add(tenant)
+        self.tenant_answers.labels(tenant).inc()
+        for objective in self.objectives.allowed():
+            self.tenant_missed.labels(tenant, objective).inc(objective in missed)
+        minute = int(time.monotonic() // 60)
+        for old in [m for m in self._minutes if m <= minute - _LEVEL_MINUTES]:
+            del self._minutes[old]
+        self._minutes.setdefault(minute, Tally()).update((tenant, what) for what in ("answers", *missed))
+
+    def levels(self) -> dict[str, Tally[str]]:
+        """Return each tenant's answers of the last hour: "answers", and objective -> answers that missed it."""
+        oldest, levels = time.monotonic() // 60 - _LEVEL_MINUTES, defaultdict[str, Tally[str]](Tally)
+        for minute, tally in list(self._minutes.items()):
+            for (tenant, what), answers in list(tally.items()) if minute > oldest else ():
+                levels[tenant][what] += answers
+        return dict(levels)
 
     def text(self, engine: str = "") -> bytes:
         """Return all metrics in Prometheus's text format.
@@ -206,10 +243,23 @@ class Metrics(Collector):
 class Meter:
     """Measures one answer. Call `end` once, however the answer ended.
 
-    `router_name`: see Request; None for requests that routers cannot see as an adapter's.
+    `router_name`: see Request; None for requests that routers cannot see as an adapter's. `tenant`: whose
+    objectives apply. `tokens`: False for an image, whose only objective is not to fail.
     """
 
-    def __init__(self, metrics: Metrics, adapter: str, router_name: str | None = None, mix: DigestMix = BASE) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        adapter: str,
+        router_name: str | None = None,
+        mix: DigestMix = BASE,
+        *,
+        tenant: str = "",
+        tokens: bool = True,
+    ) -> None:
+        self.tenant, self.tokens = tenant, tokens
+        self.first: float | None = None  # time of the first token
+        self.count = 0
         self.metrics, self.adapter = metrics, metrics.label(adapter)
         self.name = router_name if mix else None
         if self.name is not None:
@@ -224,15 +274,29 @@ class Meter:
 
     def token(self) -> None:
         now = time.perf_counter()
+        self.count += 1
         if self.last is None:
+            self.first = now
             self.metrics.histograms[_FIRST].observe(now - self.arrived)
             self.metrics.first_by_adapter.labels(self.adapter).observe(now - self.arrived)
         else:
             self.metrics.histograms[_BETWEEN].observe(now - self.last)
         self.last = now
 
-    def end(self, reason: str, usage: Usage) -> None:
+    def _slow(self, objectives: Objectives) -> list[str]:
+        """Return the times that the answer missed. A client that left early has waited for its first token."""
+        now = time.perf_counter()
+        first, last = self.first or now, self.last or now
+        slow = {"first_token": first - self.arrived > objectives.first_token}
+        slow["between_tokens"] = last - first > objectives.between_tokens * max(self.count - 1, 1)
+        return [name for name, missed in slow.items() if missed]
+
+    def end(self, reason: str, usage: Usage, *, failed: bool | None = None) -> None:
+        """Count the answer. `failed`: whether it missed the objective for errors; default: it has reason "error"."""
         metrics = self.metrics
+        missed = self._slow(metrics.objectives) if self.tokens else []
+        failed = reason == "error" if failed is None else failed
+        metrics.count_answer(self.tenant, ["errors"] if failed else missed)
         self._move(Tally())
         metrics.ended.labels(*metrics.labels, reason).inc()
         metrics.answers.labels(self.adapter, reason).inc()

@@ -56,7 +56,8 @@ class Service:
         if self.loaded:
             self.prompts = Prompts(self.reader)
         engine, adapters = (lambda: self.engine.stats()), (lambda: self.catalog.in_memory())
-        self.metrics = Metrics(self.catalog.base, engine, s.metric_adapters, self.tenancy.ledger_state, adapters)
+        named = (self.catalog.base, engine, s.metric_adapters, self.tenancy.ledger_state, adapters)
+        self.metrics = Metrics(*named, objectives=s.objectives)
         self.admission = _admission(s)
         self.shadows: set[asyncio.Task[None]] = set()
         self.staging = UploadStage(s.max_adapter)
