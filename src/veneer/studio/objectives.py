@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from veneer.studio.elements import Fragment, line
+from veneer.studio.elements import Fragment, box, line
 from veneer.studio.page import ViewPage
 
 _TENANTS = 200
@@ -35,13 +35,11 @@ async def objectives_view(page: ViewPage) -> None:
         heads = [(texts[name], 1 - share) for name, share in allowed.items()]
         table.show(heads=heads, rows=rows[:_TENANTS], more=len(rows[_TENANTS:]))
 
-    table = Fragment("objectives.html.j2")
+    with box("div", "stack"):
+        table = Fragment("objectives.html.j2")
+        text = "The time between tokens is an answer's mean. An answer that fails counts only as an error. The operator"
+        line(f"{text} sets the objectives in the server's configuration file.", "soft small")
     refill()
-    line(
-        "The time between tokens is an answer's mean. An answer that fails counts only as an error. The operator sets "
-        "objectives in the configuration file of the server (objectives); alerts read the same ones from /metrics.",
-        "soft small",
-    )
     page.on_change(visible, 2.0, refill)
 
 
