@@ -243,6 +243,8 @@ def _application(
             await each.stop()
         await service.engine.end()
         await asyncio.to_thread(close)
+        if app.state.traces is not None:
+            await asyncio.to_thread(app.state.traces.shutdown)  # exports the last spans
 
     routers = operator_routes(settings, service.tenancy, service.catalog)
     routers.append(adapter_routes(library, staging, service.tenancy))

@@ -28,6 +28,7 @@ from veneer.files.rights import forbid_inspection
 from veneer.serve.checks import check_settings
 from veneer.serve.engines import with_engine
 from veneer.serve.http.connection import protocols_of, raise_file_limit
+from veneer.serve.http.telemetry import add_ids
 from veneer.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -147,7 +148,9 @@ def _serve(
     settings: ServeSettings, log: Callable[[str], None], make_app: Callable[[], Application], page: WebPage | None
 ) -> None:
     if not logging.getLogger().handlers:  # otherwise the embedding process has configured logging
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.addFilter(add_ids)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s%(ids)s", handlers=[handler])
     logging.getLogger("veneer").setLevel(logging.INFO)
     raise_file_limit(settings.http.connections)
     sys.setswitchinterval(_SWITCH)

@@ -13,7 +13,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.serve.http.toy import served
+from tests.serve.http.test_telemetry import collector  # noqa: F401
+from tests.serve.http.test_traces import spans
+from tests.serve.http.toy import responses, served, wait_for
 from tests.serve.pictures_here import Names, picture_app, shelf_of
 from tests.tiny_image_base import tiny_image_base
 from veneer.models.image.base import load_image
@@ -32,6 +34,22 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with PictureEngine(base, names.shelf.read, window=0.01) as engine:
         made: Service = picture_app(engine, names).state.service
         yield made
+
+
+def test_an_image_request_has_the_spans_of_a_text_request(service: Service, collector: Any) -> None:  # noqa: F811
+    engine: Any = service.engine
+    app = picture_app(engine, service.catalog)  # type: ignore[arg-type]
+    (answer,) = responses(app, [{"method": "POST", "url": "/v1/images/generations", "json": BODY}])
+    assert answer.status_code == 200
+    wait_for(lambda: len(spans(collector[1])) == 4, 60)
+    found = {span.name: span for span in spans(collector[1])}
+    door = found.pop("POST /v1/images/generations")
+    assert set(found) == {"queue", "engine", "ledger"}
+    assert {span.parent_span_id for span in found.values()} == {door.span_id}
+    values = {each.key: each.value for each in door.attributes}
+    assert values["gen_ai.operation.name"].string_value == "generate_content"
+    assert values["gen_ai.usage.output_tokens"].int_value > 0
+    assert not any(b"a red cat" in body for body in collector[1])
 
 
 BODY = {"prompt": "a red cat", "mix": ["look:0.7", "brand:-0.2"], "num_inference_steps": 2, "seed": 7, "n": 2}

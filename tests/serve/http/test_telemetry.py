@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyTenancy, ToyText, responses, toy_app, wait_for
-from veneer.serve.http.telemetry import tracer_of
+from veneer.serve.http.telemetry import traces_of
 from veneer.serve.settings import HttpSettings
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -88,8 +88,8 @@ def test_requests_succeed_without_a_collector(monkeypatch):
 
 
 def test_traces_are_off_until_an_endpoint_is_set():
-    assert tracer_of({}) is None
-    assert tracer_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"}) is None
+    assert traces_of({}) is None
+    assert traces_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"}) is None
 
 
 def test_the_access_log_has_one_line_per_request(capsys):

@@ -26,7 +26,7 @@ from veneer.serve.http.errors import as_refused, log, message_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.service import Service
 from veneer.serve.http.sse import EventStream, client_left
-from veneer.serve.http.telemetry import current
+from veneer.serve.http.telemetry import current, settle
 from veneer.serve.principal import Principal
 from veneer.serve.request import (
     DigestMix,
@@ -168,14 +168,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                 if not going:  # bill before yielding the last event, so that a delivered completion is in the ledger
                     billed = True
                     used = total(usages, job.choices)
-                    if trail is not None:
-                        trail.used(job.model.name, used)
-                    ledger = trail.child("ledger") if trail is not None and trail.span is not None else None
-                    try:
-                        await bill.used(used)
-                    finally:
-                        if ledger is not None:
-                            ledger.end()
+                    await settle(trail, job.model.name, used, bill)
                     if job.keep is not None:
                         job.keep(texts)
                 yield i, event

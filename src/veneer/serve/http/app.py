@@ -33,7 +33,7 @@ from veneer.serve.http.service import Service, client_key, service_of
 from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import aibrix_routes, dynamo_routes, sglang_routes, vllm_routes
-from veneer.serve.http.telemetry import begin, default_tracer
+from veneer.serve.http.telemetry import begin, default_traces
 from veneer.serve.principal import STRANGER
 from veneer.serve.quota import current_owner
 from veneer.serve.request import Refused, not_ready
@@ -73,7 +73,7 @@ def create_app(
     """
     origins = service.settings.allowed_origins
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
-    app.state.service = service
+    app.state.service, app.state.traces = service, default_traces()
     surfaces: dict[str, str] = {}
     builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes, _health()]
     for router in builtin:
@@ -84,9 +84,8 @@ def create_app(
     if service.engine.makes == "pictures":
         add_images(app)
     _add_error_handlers(app, surfaces)
-    app.add_middleware(
-        AuthMiddleware, service=service, surfaces=surfaces, unguarded=tuple(unguarded), large=large or {}
-    )
+    shared: dict[str, Any] = {"service": service, "surfaces": surfaces, "traces": app.state.traces}
+    app.add_middleware(AuthMiddleware, **shared, unguarded=tuple(unguarded), large=large or {})
     if origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -128,9 +127,10 @@ class AuthMiddleware:
         surfaces: dict[str, str],
         unguarded: tuple[str, ...],
         large: Mapping[str, int],
+        traces: Any,
     ) -> None:
         self.app, self.service, self.surfaces = app, service, surfaces
-        self.tracer = default_tracer()
+        self.tracer = None if traces is None else traces.get_tracer("veneer")
         self.keyless, self.prefixes = {*OPEN, *unguarded}, tuple(f"{prefix}/" for prefix in unguarded)
         self.large = [(re.compile(path), most) for path, most in large.items()]
 

@@ -40,6 +40,7 @@ from veneer.serve.http.bodies import FAIL_FAST, MixPart, Strict, at_most, body_e
 from veneer.serve.http.guard import media_type
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.service import Service, service_of
+from veneer.serve.http.telemetry import current, settle
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest, PictureStep
 from veneer.serve.principal import Principal
@@ -302,7 +303,7 @@ async def _run(
     only texts.
     """
     positions = engine.positions(plan.requests[0].settings)
-    usages = [Usage(0, 0, 0) for _ in plan.requests]
+    usages, trail = [Usage(0, 0, 0) for _ in plan.requests], current.get()
     admitted = service.tenancy.admitted(
         principal, model, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
     )
@@ -321,7 +322,7 @@ async def _run(
                         usages[i], reasons[i] = event.usage, "stop"
                         if reasons.count("stop") == len(reasons):  # bill before the last image is sent
                             billed = True
-                            await bill.used(_total(plan, usages))
+                            await settle(trail, model.name, _total(plan, usages), bill)
                     yield i, event
         except Exception:
             reasons = ["error" if reason == "abort" else reason for reason in reasons]
@@ -330,6 +331,8 @@ async def _run(
             for meter, reason, usage in zip(meters, reasons, usages, strict=True):
                 meter.end(reason, usage)
             if not billed:
+                if trail is not None:
+                    trail.used(model.name, _total(plan, usages))
                 bill.used(_total(plan, usages))
 
 

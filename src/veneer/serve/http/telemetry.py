@@ -10,6 +10,7 @@ OpenTelemetry's semantic conventions for HTTP and GenAI; they contain no prompt,
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -21,13 +22,16 @@ from typing import Any
 from starlette.types import Message, Scope
 
 from veneer.errors import MissingExtraError
+from veneer.serve.access import Bill
 from veneer.serve.request import Usage
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
-def tracer_of(environment: Mapping[str, str]) -> Any:
-    """Return a tracer that exports by OTLP over HTTP, or None if the environment asks for no traces.
+def traces_of(environment: Mapping[str, str]) -> Any:
+    """Return a tracer provider that exports by OTLP over HTTP, or None if the environment asks for no traces.
+
+    Its `shutdown` exports the remaining spans.
 
     Raises MissingExtraError.
     """
@@ -44,7 +48,7 @@ def tracer_of(environment: Mapping[str, str]) -> Any:
     name = {} if environment.get("OTEL_SERVICE_NAME") else {"service.name": "veneer"}
     provider = TracerProvider(resource=Resource.create(name))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return provider.get_tracer("veneer")
+    return provider
 
 
 @dataclass
@@ -77,9 +81,11 @@ class Trail:
         queued = started - int(usage.queued * 1e9)
         for name, start, stop in (("queue", queued, started), ("engine", started, end)):
             self.child(name, start).end(stop)
+        kinds = {"chat": "chat", "images": "generate_content"}
+        operation = next((kind for part, kind in kinds.items() if part in self.span.name), "text_completion")
         self.span.set_attributes(
             {
-                "gen_ai.operation.name": "chat" if "chat" in self.span.name else "text_completion",
+                "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": "veneer",
                 "gen_ai.request.model": model,
                 "gen_ai.usage.input_tokens": usage.prompt,
@@ -143,6 +149,28 @@ def begin(scope: Scope, request_id: str, tracer: Any) -> Trail:
     return trail
 
 
-def default_tracer() -> Any:
-    """Return the tracer that this process's environment asks for, or None."""
-    return tracer_of(os.environ)
+async def settle(trail: Trail | None, model: str, usage: Usage, bill: Bill) -> None:
+    """Bill a request, and record its usage and the time that the ledger takes in `trail`."""
+    if trail is not None:
+        trail.used(model, usage)
+    ledger = trail.child("ledger") if trail is not None and trail.span is not None else None
+    try:
+        await bill.used(usage)
+    finally:
+        if ledger is not None:
+            ledger.end()
+
+
+def add_ids(record: logging.LogRecord) -> bool:
+    """Set `ids` of a log record to the ids of the request that the task works for. A filter of log handlers."""
+    trail = current.get()
+    ids = "" if trail is None else f" request_id={trail.id}"
+    if trail is not None and trail.span is not None:
+        ids += f" trace_id={trail.traceparent[3:35]}"
+    record.__dict__["ids"] = ids
+    return True
+
+
+def default_traces() -> Any:
+    """Return the tracer provider that this process's environment asks for, or None."""
+    return traces_of(os.environ)
