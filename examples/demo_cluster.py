@@ -224,19 +224,22 @@ class Cluster:
         self.add("worker 2", [*command, "--executor", executor], partial(works, "worker-2"))
 
     def submit_jobs(self) -> None:
-        """Queue a training job for each worker, and wait until all run."""
+        """Queue a training job for each worker, and wait until each has saved a checkpoint.
+
+        A job fails if it is lost three times without a new checkpoint."""
         for i in range(WORKERS):
             settings = [f"base={self.base}", f"data.train={ROOT / 'examples' / 'tickets' / 'train.jsonl'}"]
             settings += [f"schedule.steps={STEPS}", "batching.rows=2", "checkpoint.every=10", f"output=job{i}"]
             self.veneer("jobs", "submit", *settings, "--name", f"job{i}", "--tenant", f"customer{i}")
-        self.wait_for_jobs({"running", "succeeded"})
+        self.wait_for_jobs(steps=10)
 
-    def wait_for_jobs(self, states: set[str], seconds: float = 600.0) -> list[dict[str, Any]]:
-        """Wait until all jobs are in one of the states, and return them."""
+    def wait_for_jobs(self, steps: int = STEPS, seconds: float = 600.0) -> list[dict[str, Any]]:
+        """Wait until all jobs have ended or done so many steps, and return them."""
         end = time.monotonic() + seconds
         while True:
             jobs: list[dict[str, Any]] = json.loads(self.veneer("jobs", "list", "--json"))["jobs"]
-            if all(job["state"] in states for job in jobs) or time.monotonic() > end:
+            ended = [job["state"] in ("succeeded", "failed") or steps <= job["step"] < STEPS for job in jobs]
+            if all(ended) or time.monotonic() > end:
                 return jobs
             time.sleep(1)
 
@@ -456,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seen = load.take()
                 rows.append(seen.row(name))
                 lost += [f"{name} away: {problem}" for problem in seen.lost]
-        jobs = cluster.wait_for_jobs({"succeeded", "failed"})
+        jobs = cluster.wait_for_jobs()
     finally:
         cluster.stop()
     head = ["", "| killed | answered | streams cut | lost | first token, p95 | slowest |", "| --- " * 6 + "|"]
