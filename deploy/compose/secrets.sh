@@ -12,6 +12,7 @@ printf %s "$postgres" > secrets/postgres
 printf %s veneer > secrets/s3_user
 printf %s "$s3" > secrets/s3_password
 echo "$engine" > secrets/engine_keys
+printf %s "$admin" > secrets/admin_key
 cat > secrets/library.env <<END
 VENEER_LIBRARY=s3://veneer/library
 VENEER_LIBRARY_INDEX=postgresql://veneer:$postgres@postgres/veneer
@@ -27,6 +28,6 @@ VENEER_UPSTREAM_KEY=$engine
 VENEER_ADMIN_KEY_HASH=sha256:$(printf %s "$admin" | sha256sum | cut -d ' ' -f 1)
 END
 # Containers run as user 1000, and Docker mounts secrets with the rights of their files.
-chmod 444 secrets/postgres secrets/s3_user secrets/s3_password secrets/engine_keys
+chmod 444 secrets/postgres secrets/s3_user secrets/s3_password secrets/engine_keys secrets/admin_key
 chmod 711 secrets
 echo "admin key, for the Studio and veneer tenant: $admin"

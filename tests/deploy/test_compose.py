@@ -58,6 +58,10 @@ def test_services_volumes_and_secrets_exist(compose: dict[str, Any]) -> None:
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
             assert (FOLDER / source).is_file() if source.startswith(".") else source in compose["volumes"]
+    prometheus = yaml.safe_load((FOLDER / "prometheus.yml").read_text(encoding="utf-8"))
+    (job,) = prometheus["scrape_configs"]
+    assert job["authorization"]["credentials_file"].removeprefix("/run/secrets/") in services["prometheus"]["secrets"]
+    assert {name for each in job["dns_sd_configs"] for name in each["names"]} <= set(services)
 
 
 def test_commands_have_options_that_exist(compose: dict[str, Any]) -> None:
@@ -92,6 +96,8 @@ def test_the_script_writes_every_secret_and_the_file_none(compose: dict[str, Any
     password = (tmp_path / "secrets" / "postgres").read_text()
     assert variables["VENEER_TENANTS"] == f"postgresql://veneer:{password}@postgres/veneer"
     assert variables["AWS_SECRET_ACCESS_KEY"] == (tmp_path / "secrets" / "s3_password").read_text()
+
+    assert (tmp_path / "secrets" / "admin_key").read_text() == admin
 
     again = subprocess.run(["sh", tmp_path / "secrets.sh"], capture_output=True, text=True)
     assert again.returncode != 0  # secrets in use are not replaced
