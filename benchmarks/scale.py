@@ -173,9 +173,10 @@ def simulate(fleet: Fleet) -> Result:
 
     sigma = math.sqrt(math.log(1 + fleet.variation**2))
 
-    def owners(adapter: int) -> list[Replica]:
-        if adapter not in cached:
-            cached[adapter] = owners_of(adapter, min(MOST_COPIES, len(up)), replicas)
+    def owners(adapter: int, count: int = 0) -> list[Replica]:
+        count = min(count or fleet.copies, len(up))
+        if len(cached.get(adapter, ())) < count:
+            cached[adapter] = owners_of(adapter, count, replicas)
         return cached[adapter]
 
     def duration() -> float:
@@ -262,18 +263,17 @@ def _least(fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Rand
 
 
 def _affinity(
-    fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Random, owners: Callable[[int], list[Replica]]
+    fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Random, owners: Callable[..., list[Replica]]
 ) -> Replica:
     """Return the less loaded of the adapter's own replicas, or the first with room of those that follow them.
 
     This is consistent hashing with bounded loads (arXiv:1608.01350), HAProxy's `hash-balance-factor`."""
-    order = owners(adapter)
-    best = min(order[: fleet.copies], key=lambda replica: replica.load)
+    best = min(owners(adapter)[: fleet.copies], key=lambda replica: replica.load)
     # A replica may have as many requests as seats without a queue, so the bound applies only above that.
     limit = max(fleet.seats, fleet.bound * fleet.load * fleet.seats)
     if best.load < limit:
         return best
-    return next((replica for replica in order if replica.load < limit), best)
+    return next((replica for replica in owners(adapter, MOST_COPIES) if replica.load < limit), best)
 
 
 def owners_of(adapter: int, copies: int, replicas: Sequence[Replica]) -> list[Replica]:

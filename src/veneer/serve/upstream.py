@@ -227,6 +227,7 @@ class Upstream(Engine[Request, EngineEvent]):
                 for choice in chunk.get("choices") or []:
                     for token in self._tokens(choice, request.sampling):
                         first, count, last = first or time.monotonic(), count + 1, token.id
+                        self.generated_tokens += 1  # at once, so that a long completion does not look stuck
                         yield token
                     reason = choice.get("finish_reason") or reason
                     stop = choice.get("stop_reason") if choice.get("stop_reason") is not None else stop
@@ -239,7 +240,7 @@ class Upstream(Engine[Request, EngineEvent]):
         prefill, decode = (first or now) - began, now - (first or now)
         measured = Usage(len(request.prompt), cached, completion, prefill=prefill, decode=decode)
         self.prompt_tokens += measured.prompt
-        self.generated_tokens += measured.completion
+        self.generated_tokens += measured.completion - count
         if reason in ("length", "stop"):
             yield Finished(reason, measured, stop)
         else:
