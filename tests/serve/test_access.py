@@ -20,6 +20,13 @@ def test_keys() -> None:
             asyncio.run(keys.authenticate(wrong))
 
 
+def test_a_front_doors_key_must_be_in_the_file_of_keys() -> None:
+    door = "door-0123456789abcdef"
+    assert asyncio.run(KeyAccess([door], None, door).authenticate(door)).kind == "door"
+    with pytest.raises(Refused, match="no valid API key"):
+        asyncio.run(KeyAccess(["sk-0123456789abcdef"], None, door).authenticate(door))
+
+
 def test_the_hash_of_an_admin_key_is_enough() -> None:
     key = "admin-0123456789abcdef"
     keys = KeyAccess([], f"sha256:{hash_key(key)}")

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
-from tests.serve.whole import NO_SPECIAL, TOLERANCE, Shop, Whole, prompt
+from tests.serve.http.toy import wait_for
+from tests.serve.tenancy.conftest import new_tenant
+from tests.serve.whole import NO_SPECIAL, TOLERANCE, Shop, Whole, asking, process, prompt, served
 from veneer.serve.fleet.mixes import Mixes
 from veneer.serve.request import DigestMix, Finished, Request, Sampling, Started, Token, make_mix, served_name
+from veneer.serve.settings import FleetSettings
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Store
 from veneer.serve.upstream import Upstream
 
 IDS = prompt(17)
@@ -92,3 +101,54 @@ def test_token_ids_and_logprobs_have_vllms_form(whole, shop):
     assert shop.base.tokenizer.decode(choice["token_ids"], skip_special_tokens=True) == choice["text"]
     chat = {"model": "plain", "messages": [{"role": "user", "content": "a"}], "return_token_ids": True}
     assert httpx.post(f"{whole.url}/v1/chat/completions", json=chat).status_code == 400
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_two_doors_share_an_engine_by_tenant(shop: Shop, tmp_path: Path, weight: float) -> None:
+    """A tenant that floods through both doors has one share; another tenant's first token comes at once.
+
+    In order, without a clock: B's first token comes before any of A's completions ends, although A's fill all slots
+    and the queue. In counts: B holds its part of the slots. With a share for each door, A would have two; without
+    shares, B would wait for A.
+    """
+    key, place, rows = "door-0123456789abcdef", str(tmp_path / "tenants.sqlite"), 8
+    with ExitStack() as stack:
+        engine = stack.enter_context(served(shop, rows=rows, keys=(key,), fleet=FleetSettings(key=key)))
+        stack.callback((store := Store(place)).close)
+        keys = {name: new_tenant(store, name, ["*"]) for name in "ab"}
+        manage.change_settings(store, "b", {"weight": weight}, actor="me")
+        doors = []
+        for n in range(2):
+            door = process(
+                shop, tmp_path / f"door-{n}", place, "--upstream", engine.url, own=(), VENEER_UPSTREAM_KEY=key
+            )
+            doors.append(stack.enter_context(door)[1])
+        first, ended = asyncio.Event(), Counter[str]()
+
+        async def stream(door: int, tenant: str) -> None:
+            body = asking("tiny", prompt(9, door), 2000, stream=True, temperature=1.0) | {"n": 2 * rows}
+            async with openai.AsyncOpenAI(base_url=f"{doors[door]}/v1", api_key=keys[tenant]) as client:
+                async for chunk in await client.completions.create(**body):
+                    ended[tenant] += sum(choice.finish_reason is not None for choice in chunk.choices)
+                    if tenant == "b":
+                        first.set()
+
+        def slots() -> list[int]:
+            return sorted(Counter(each.request.tenant for each in list(engine.engine.scheduler.running)).values())
+
+        async def work() -> None:
+            streams = [asyncio.create_task(stream(door, "a")) for door in range(2)]
+            try:
+                await asyncio.to_thread(wait_for, lambda: engine.engine.stats().waiting == 3 * rows, 120)
+                assert slots() == [rows]
+                streams.append(asyncio.create_task(stream(1, "b")))
+                await asyncio.wait_for(first.wait(), 120)
+                assert ended["a"] == 0
+                share = rows * weight / (1 + weight)
+                await asyncio.to_thread(wait_for, lambda: slots() == sorted([share, rows - share]), 120)
+            finally:
+                for each in streams:
+                    each.cancel()
+                await asyncio.gather(*streams, return_exceptions=True)
+
+        asyncio.run(work())

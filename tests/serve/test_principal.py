@@ -29,6 +29,7 @@ from veneer.studio.access import key_routes
 
 KINDS = {
     "key": Principal("key"),
+    "door": Principal("door"),
     "acme": Principal("tenant", "acme", lambda name: name.startswith("acme/")),
     "globex": Principal("tenant", "globex", lambda name: name.startswith("globex/")),
     "acme-caller": Principal("tenant", "acme", roles=("caller",)),
@@ -128,7 +129,12 @@ def test_a_route_is_refused_without_its_permission(app: FastAPI, name: str | Non
 def test_a_route_is_allowed_with_its_permission(app: FastAPI) -> None:
     wanted = {(name, path): 200 for name in KINDS for path in ("/v1/models", "/health", "/info")}
     wanted |= {("acme-auditor", path): 403 for path in ("/v1/models", "/info")}
-    wanted |= {("key", "/metrics"): 200, ("acme", "/metrics"): 403, ("operator", "/metrics"): 200}
+    wanted |= {
+        ("key", "/metrics"): 200,
+        ("door", "/metrics"): 200,
+        ("acme", "/metrics"): 403,
+        ("operator", "/metrics"): 200,
+    }
     wanted["open", "/metrics"] = 200
     requests = [{"method": "GET", "url": path, "headers": {"authorization": f"Bearer {n}"}} for n, path in wanted]
     assert [answer.status_code for answer in responses(app, requests)] == [*wanted.values()]

@@ -132,7 +132,7 @@ def test_headers_identify_the_tenant_the_user_and_the_model(setup):
         for i, (mix, tenant, user) in enumerate(
             [(ONE, "acme", "ann"), (TWO, "acme", "ann"), (ONE, "acme", ""), (TWO, "acme", ""), (ONE, "other", "ann")]
         ):
-            request = Request((1, 2), Sampling(max_tokens=2), mix, tenant=tenant, user=user, id=f"cmpl-{i}")
+            request = Request((1, 2), Sampling(max_tokens=2), mix, tenant, i + 0.5, user=user, id=f"cmpl-{i}")
             [event async for event in engine.events(request)]
         await answer(engine)
 
@@ -141,6 +141,7 @@ def test_headers_identify_the_tenant_the_user_and_the_model(setup):
     assert len(set(fairness[:4])) == 1
     assert fairness[4] not in fairness[:4]
     assert fairness[5] == ""
+    assert [float(h.get("x-veneer-weight", "0")) for h in fake.headers] == [0.5, 1.5, 2.5, 3.5, 4.5, 0]
     assert sessions[0] == sessions[1]
     assert len(set(sessions)) == 5
     assert models == (*(served_name(m) for m in (ONE, TWO, ONE, TWO, ONE)), "base")

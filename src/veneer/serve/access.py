@@ -249,13 +249,14 @@ class OpenAccess(Tenancy):
 class KeyAccess(OpenAccess):
     """A tenancy whose keys can read everything, with an optional admin key.
 
-    There are no limits and no ledger. `admin_key`: plain text or hash.
+    There are no limits and no ledger. `admin_key`: plain text or hash. `door_key`:
+    the one of `keys` that front doors use, if any.
     """
 
     keyless = False
 
-    def __init__(self, keys: Sequence[str], admin_key: str | None = None) -> None:
-        self.keys = [key.encode() for key in keys]
+    def __init__(self, keys: Sequence[str], admin_key: str | None = None, door_key: str | None = None) -> None:
+        self.keys, self.door_key = [key.encode() for key in keys], (door_key or "").encode()
         self.admin_hash = admin_hash(admin_key) if admin_key else None
 
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
@@ -264,4 +265,5 @@ class KeyAccess(OpenAccess):
         matches = [hmac.compare_digest(encoded, each) for each in self.keys]
         if not key or not (admin or any(matches)):
             raise Refused("no valid API key", status=401, code="unauthorized", fix="Authorization: Bearer KEY")
-        return Principal("operator" if admin else "key", user=user)
+        door = hmac.compare_digest(encoded, self.door_key)
+        return Principal("operator" if admin else "door" if door else "key", user=user)

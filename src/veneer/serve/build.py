@@ -279,7 +279,7 @@ def tenancy_of(
                 at = f"{settings.host}:{settings.port}"
                 log(f"note: any client that reaches {at} can use this server; see --api-keys and --tenants")
             return OpenAccess()
-        return KeyAccess(settings.keys, settings.admin_key)
+        return KeyAccess(settings.keys, settings.admin_key, settings.fleet.key)
     shared: dict[str, Any] = {"admin_key": settings.admin_key, "ledger": settings.ledger, "quotas": quotas}
     shared |= {"oidc": settings.oidc, "redis": settings.redis}
     if needs_no_key(settings, store):

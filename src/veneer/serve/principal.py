@@ -10,8 +10,9 @@ Each route of the server and each handler of the Studio declares the permission 
     kind        who                                         permissions
     stranger    sent no key, on a path that requires none   public
     key         a key from --api-keys                       public, infer, read, metrics
+    door        a front door: the key VENEER_UPSTREAM_KEY   those of a key, delegate
     tenant      a tenant's key, or a token of its users     those of its roles
-    open        anyone, on a server without keys            all except administer, keys, audit
+    open        anyone, on a server without keys            all except administer, keys, audit, delegate
     operator    the admin key; the server itself            all
 
     role of a tenant's key or user                          permissions
@@ -23,14 +24,25 @@ Each route of the server and each handler of the Studio declares the permission 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from veneer.serve.request import Refused
+from veneer.serve.request import Refused, invalid
 
 Permission = Literal[
-    "public", "infer", "read", "metrics", "feedback", "write", "train", "keys", "audit", "operate", "administer"
+    "public",
+    "infer",
+    "read",
+    "metrics",
+    "feedback",
+    "write",
+    "train",
+    "keys",
+    "audit",
+    "delegate",
+    "operate",
+    "administer",
 ]
 """What each permission allows.
 
@@ -43,10 +55,13 @@ write: add, change and remove the principal's own adapters
 train: use the principal's own files, jobs and Tinker sessions
 keys: list, create and revoke the keys of the principal's own tenant
 audit: read the usage and the audit log of the principal's own tenant
+delegate: name the tenant that a request is scheduled for
 operate: change the server for all users, read the server's own files
 administer: manage tenants, keys, limits and prices; read the audit log
 """
-_Kind = Literal["stranger", "key", "tenant", "open", "operator"]
+FAIRNESS, WEIGHT = "x-llm-d-inference-fairness-id", "x-veneer-weight"
+"""Headers in which a front door names a tenant, as a keyed hash, and its weight."""
+_Kind = Literal["stranger", "key", "door", "tenant", "open", "operator"]
 Role = Literal["owner", "trainer", "caller", "auditor"]
 
 _ALL = frozenset(get_args(Permission))
@@ -60,8 +75,9 @@ ROLES: dict[Role, frozenset[Permission]] = {
 PERMISSIONS: dict[_Kind, frozenset[Permission]] = {
     "stranger": frozenset({"public"}),
     "key": frozenset({"public", "infer", "read", "metrics"}),
+    "door": frozenset({"public", "infer", "read", "metrics", "delegate"}),
     "tenant": ROLES["trainer"],
-    "open": _ALL - {"administer", "keys", "audit"},
+    "open": _ALL - {"administer", "keys", "audit", "delegate"},
     "operator": _ALL,
 }
 _DENIED: dict[Permission, tuple[str, str]] = {
@@ -85,7 +101,8 @@ class Principal:
     `tenant`: "" except for kind "tenant". `sees(name)`: whether an adapter or route of this name is visible.
     `user`: the client's ID for its end user; a route gives each user the same target every time. `weight`:
     relative share of the engine. `roles`: of kind "tenant", whose permissions are those of all its roles.
-    `identity`: `key:` and the key's id, or `oidc:` and the user's subject.
+    `identity`: `key:` and the key's id, or `oidc:` and the user's subject. `queue`: the tenant that a front door
+    named, for scheduling only; see `serving`.
     """
 
     kind: _Kind
@@ -95,6 +112,7 @@ class Principal:
     weight: float = 1.0
     roles: tuple[Role, ...] = ("trainer",)
     identity: str = ""
+    queue: str = ""
 
     def can(self, permission: Permission) -> bool:
         """Return whether this principal has the permission."""
@@ -122,6 +140,27 @@ class Principal:
     def can_see(self, *names: str) -> bool:
         """Return whether any of an adapter's `names` is visible to the principal."""
         return self.can("operate") or any(map(self.sees, names))
+
+    def serving(self, headers: Mapping[str, str]) -> Principal:
+        """Return this principal with the tenant that a front door names, so that all doors share its queue.
+
+        The headers are ignored unless the principal can delegate. Raises Refused (400) for a wrong weight.
+        """
+        tenant = headers.get(FAIRNESS)
+        if not tenant or not self.can("delegate"):
+            return self
+        try:
+            share = float(headers.get(WEIGHT, "1"))
+        except ValueError:
+            share = 0.0
+        if not 0.001 <= share <= 1000:  # as for a tenant's weight; also false for NaN
+            raise invalid(f"{WEIGHT} must be a number from 0.001 to 1000", fix="send the tenant's weight")
+        return replace(self, queue=f"~{tenant}", weight=share)
+
+    @property
+    def scheduled_as(self) -> str:
+        """The tenant in whose queue the principal's requests wait."""
+        return self.queue or self.tenant
 
     @property
     def owner(self) -> str | None:

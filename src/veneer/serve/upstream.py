@@ -39,6 +39,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.serve.fleet.mixes import Mixes
 from veneer.serve.http.telemetry import current
 from veneer.serve.names.catalog import NoAdapters
+from veneer.serve.principal import FAIRNESS, WEIGHT
 from veneer.serve.request import (
     DigestMix,
     Engine,
@@ -300,6 +301,7 @@ class Upstream(Engine[Request, EngineEvent]):
 
         x-llm-d-inference-fairness-id: the tenant, for the flow control of llm-d (llm-d-router,
             pkg/epp/metadata/consts.go)
+        x-veneer-weight: the tenant's weight, for embedded engines
         x-session-id: the tenant's user, or tenant and model without a user; the first key of `consistent_hash`
             (vllm-project/router, docs/load_balancing/README.md)
         x-veneer-model: `model` of the body, for routers that cannot parse bodies; of a retry, the request's id
@@ -313,7 +315,7 @@ class Upstream(Engine[Request, EngineEvent]):
         key = f"{request.id} {attempt}" if attempt else model
         session = hashed(request.tenant, *((key, "model") if attempt or not request.user else (request.user, "user")))
         ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": key}
-        return ids | ({"x-llm-d-inference-fairness-id": hashed(request.tenant)} if request.tenant else {})
+        return ids | ({FAIRNESS: hashed(request.tenant), WEIGHT: str(request.weight)} if request.tenant else {})
 
     async def _chunks(self, request: Request, model: str, attempt: int) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the data of each server-sent event. Closing the iterator closes the connection."""

@@ -72,3 +72,26 @@ def test_a_body_with_a_forms_content_type_is_refused(kind: str | None) -> None:
     body = b'{"prompt": "Hi", "max_tokens": 1}'
     paths = ("/v1/completions", "/v1/load_lora_adapter", "/nowhere")
     assert statuses([{"method": "POST", "url": at, "content": body, "headers": headers} for at in paths]) == [415] * 3
+
+
+def test_only_a_front_door_and_the_operator_name_the_tenant_that_is_scheduled() -> None:
+    """Otherwise a client could have a share of the engine under each name that it makes up."""
+    door, admin = "door-0123456789abcdef", "admin-0123456789abcdef"
+    named = {"x-llm-d-inference-fairness-id": "acme", "x-veneer-weight": "2.5"}
+
+    def scheduled(tenancy: Tenancy, *headers: dict[str, str]) -> list[tuple[str, float]]:
+        engine = ToyEngine(ToyText())
+        answers = responses(toy_app(engine, ToyCatalog(), tenancy), [asked(**each) for each in headers])
+        assert [each.status_code for each in answers] == [200] * len(headers)
+        return [(each.tenant, each.weight) for each in engine.seen]
+
+    keys = KeyAccess([KEY, door], admin, door)
+    known = [{"authorization": f"Bearer {key}"} for key in (KEY, door, admin)]
+    key, *honored = scheduled(keys, *(named | each for each in known))
+    assert key == ("", 1.0)
+    assert honored == [("~acme", 2.5)] * 2
+    assert scheduled(keys, known[1], {"x-veneer-weight": "9"} | known[1]) == [("", 1.0)] * 2
+    assert scheduled(OpenAccess(), named) == [("", 1.0)]
+    wrong = [asked(**named | known[1] | {"x-veneer-weight": each}) for each in ("0", "-1", "nan", "1e9", "inf", "a")]
+    assert statuses(wrong, keys) == [400] * 6
+    assert statuses([asked(**named | known[0] | {"x-veneer-weight": "a"})], keys) == [200]

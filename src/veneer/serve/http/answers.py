@@ -74,7 +74,7 @@ class TextJob:
     def requests(self, scope: str = "") -> list[Request]:
         """Return the engine requests. `scope`: the cache scope, from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
-        tenant, seed = BEHIND if self.principal is SHADOWS else self.principal.tenant, self.sampling.seed
+        tenant, seed = BEHIND if self.principal is SHADOWS else self.principal.scheduled_as, self.sampling.seed
         user = self.principal.user or ""
         requests: list[Request] = []
         for prompt in self.prompts:

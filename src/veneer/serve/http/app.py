@@ -204,8 +204,9 @@ class AuthMiddleware:
         request.scope["veneer.admitted"] = admitted = service.admission.enter(_ANONYMOUS)
         if self._needs_no_key(path):
             return
-        request.scope["veneer.principal"] = principal = await service.tenancy.authenticate(client_key(request))
-        admitted.tenant, admitted.weight = principal.tenant, principal.weight
+        principal = (await service.tenancy.authenticate(client_key(request))).serving(request.headers)
+        request.scope["veneer.principal"] = principal
+        admitted.tenant, admitted.weight = principal.scheduled_as, principal.weight
         current_owner.set(principal.tenant)
         if large is None:
             admitted.reserve("bodies", size)
