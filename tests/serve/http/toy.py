@@ -343,7 +343,9 @@ def live(engine: ToyEngine, catalog: ToyCatalog, *how: Any, **options: Any) -> I
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """Serve an app on a free port in a thread. Yield the server's URL."""
-    config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=2)
+    # uvicorn's own limit of 5 s closes a connection under the next request if the machine is busy
+    patient = {"timeout_keep_alive": 300, "timeout_graceful_shutdown": 2}
+    config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="off", **patient)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
