@@ -148,7 +148,7 @@ def test_a_rolling_upgrade_loses_no_request(
         before = len(load.answered)
         wait_for(lambda: len(load.answered) >= before + enough or load.lost, 240)
 
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(CLIENTS) as pool:
+    with ThreadPoolExecutor(CLIENTS) as pool, contextlib.ExitStack() as stack:  # a failure ends the clients first
         stack.callback(load.ended.set)
         running = [stack.enter_context(door(old, shop, tmp_path / f"old-{n}", url)) for n in range(2)]
         load.doors += [address for _, address in running]
