@@ -1,4 +1,4 @@
-"""Two samplers and a trainer as processes: killing any of them does not change the adapter."""
+"""Samplers and a trainer as processes: kills do not change the adapter, and vLLM can sample."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import wait_for
+from tests.serve.test_vllm import PYTHON
 from tests.serve.test_whole_kill import tenants_of
-from tests.serve.whole import ROOT, process
+from tests.serve.whole import ROOT, process, prompt
+from tests.tiny_base import tiny_base_dir
 from tests.train.text.drawn_runs import REWARDED, with_prompts
 from tests.train.text.test_sampler_servers import Place
 from tests.train.text.tiny_runs import TENSORS, merged
@@ -91,3 +94,38 @@ def test_kills_of_samplers_and_trainer_do_not_change_the_adapter(place: Place, t
     assert trainer.steps() == STEPS
     assert key not in trainer.log() + (trainer.output / "log.jsonl").read_text()
     assert not place.library.search(name="acme/policy", all_versions=True)
+
+
+@pytest.mark.peers
+def test_vllm_samples_and_each_answer_names_the_digest(tmp_path: Path) -> None:
+    """The adapter changes in each step, so a stale adapter in vLLM would show as a mismatch."""
+    if not PYTHON.exists():
+        pytest.skip(f"no vLLM at {PYTHON}: make test-peers")
+    tiny_base_dir(tmp_path, head_dim=32)  # the smallest heads of vLLM on a CPU
+    place = Place(with_prompts(tmp_path, lambda i: {"team": "it" if i % 2 else "hr"}))
+    url, key = tenants_of(tmp_path)
+    env = {"VENEER_VLLM_PYTHON": str(PYTHON), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"VENEER_VLLM_CACHE": str(tmp_path / "mixes")}
+    vllm = ["--engine", "vllm", "--", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
+    own = ("--dtype", "float32")
+    (tmp_path / "sampler").mkdir()
+    with process(place, tmp_path / "sampler", url, *vllm, own=own, patience=900, **env) as (_, sampler):
+        trainer = Trainer(place, tmp_path / "there", "run", key, samplers=[sampler], publish="acme/policy")
+        trainer.finish(trainer.start())
+        steps = [r["extra"] for r in read_log(trainer.output / "log.jsonl") if r["event"] == "stepped"]
+        assert len(steps) == STEPS
+        assert all(step["gap_max"] < 5e-3 and not step.get("dropped_answers") for step in steps)
+        place.library.add(trainer.output, "acme/support")
+        digest = place.library.find("acme/support").digest
+        body = {"prompt": prompt(9), "max_tokens": 4, "return_token_ids": True, "logprobs": 0, "ignore_eos": True}
+
+        def ask(model: str) -> Any:
+            headers = {"authorization": f"Bearer {key}"}
+            answer = httpx.post(f"{sampler}/v1/completions", json=body | {"model": model}, headers=headers, timeout=300)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        tuned, plain = ask("acme/support"), ask("tiny-base")
+    assert (tuned["sampled_by"]["adapters"], plain["sampled_by"]["adapters"]) == ([[digest, 1.0]], [])
+    assert tuned["sampled_by"]["base"] == plain["sampled_by"]["base"] == place.base.fingerprint
+    place.library.close()

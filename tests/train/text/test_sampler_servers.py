@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.library.conftest import _s3_server, postgres, s3  # noqa: F401
 from tests.serve.http.toy import free_port
 from tests.serve.whole import Shop, Whole, served
 from tests.train.stopping import interrupt_at
@@ -155,6 +156,7 @@ def test_run_on_servers_equals_the_embedded_run(
     assert "Sampler-trainer mismatch: estimate of the KL" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_other_settings_equal_the_embedded_run(
     place: Place, servers: list[Whole], base: TextBase, tmp_path: Path
 ) -> None:
@@ -164,6 +166,29 @@ def test_other_settings_equal_the_embedded_run(
     assert same(tmp_path / "there", tmp_path / "here")
 
 
+@pytest.mark.slow
+def test_a_library_on_s3_between_trainer_and_samplers_changes_nothing(
+    place: Place,
+    base: TextBase,
+    embedded: Path,
+    tmp_path: Path,
+    s3: str,  # noqa: F811
+    postgres: Callable[[], str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trainer and samplers have the bucket and PostgreSQL in common, and no folder."""
+    monkeypatch.setenv("VENEER_LIBRARY", location := f"{s3}/library")
+    monkeypatch.setenv("VENEER_LIBRARY_INDEX", postgres())
+    far = Place(place.folder)
+    far.library = open_library(location)
+    with served(far, batch_invariant=True) as server:
+        train(place, tmp_path, base, [server.url], reinforcement={"publish": "acme/policy"})
+        assert server.engine.stats().generated_tokens
+    far.library.close()
+    assert same(tmp_path, embedded)
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(
     place: Place, servers: list[Whole], base: TextBase, embedded: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +199,7 @@ def test_a_stopped_run_resumes_exactly(
     assert same(tmp_path, embedded)
 
 
+@pytest.mark.slow
 def test_a_lost_server_does_not_change_the_run(
     place: Place, servers: list[Whole], base: TextBase, embedded: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +231,7 @@ def test_a_lost_server_does_not_change_the_run(
     assert "is available again" in notes
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_at_the_start_is_waited_for(
     place: Place, servers: list[Whole], base: TextBase, embedded: Path, tmp_path: Path
 ) -> None:
@@ -218,6 +245,7 @@ def test_a_server_that_is_away_at_the_start_is_waited_for(
 # -- staleness ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_staleness_samples_ahead_within_its_bound(
     place: Place, servers: list[Whole], base: TextBase, tmp_path: Path
 ) -> None:
@@ -232,6 +260,7 @@ def test_staleness_samples_ahead_within_its_bound(
     assert metrics[-1]["weight"] != 1.0
 
 
+@pytest.mark.slow
 def test_servers_sample_while_the_trainer_trains(
     place: Place, servers: list[Whole], base: TextBase, tmp_path: Path
 ) -> None:
@@ -309,6 +338,7 @@ def test_a_faulty_server_is_refused_at_the_start(
     assert "\x1b" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_answers_of_a_server_that_turns_faulty_are_dropped(
     place: Place, servers: list[Whole], base: TextBase, embedded: Path, tmp_path: Path
 ) -> None:
@@ -326,6 +356,7 @@ def test_answers_of_a_server_that_turns_faulty_are_dropped(
     assert sum(x.get("dropped_answers", 0) for x in measured(tmp_path)) > 0
 
 
+@pytest.mark.slow
 def test_a_run_with_only_faulty_servers_stops(
     place: Place, servers: list[Whole], base: TextBase, tmp_path: Path
 ) -> None:
@@ -341,6 +372,7 @@ def test_a_run_with_only_faulty_servers_stops(
     assert url in str(error.value.where)
 
 
+@pytest.mark.slow
 def test_a_server_that_lies_about_its_adapter_is_found_by_the_mismatch(
     place: Place, servers: list[Whole], base: TextBase, tmp_path: Path
 ) -> None:
@@ -358,6 +390,7 @@ def test_a_server_that_lies_about_its_adapter_is_found_by_the_mismatch(
     assert "samplers" in str(error.value.fix)
 
 
+@pytest.mark.slow
 def test_a_server_without_the_library_is_refused(
     place: Place, servers: list[Whole], base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +432,7 @@ def test_contradictory_settings_are_refused(place: Place, tmp_path: Path, own: d
 # -- the library -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_the_run_s_own_versions_are_removed(
     place: Place, servers: list[Whole], base: TextBase, embedded: Path, tmp_path: Path
 ) -> None:

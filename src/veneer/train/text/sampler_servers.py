@@ -63,6 +63,8 @@ _SILENCE = 600.0
 """Maximum seconds without a byte from a server."""
 _PAUSES = (0.5, 30.0)
 """Shortest and longest wait in seconds before a server is tried again."""
+_ANNOUNCED = 5.0
+"""Seconds after which every server knows a new version; with PostgreSQL, they check each second."""
 _COLLECT = 16
 """Number of versions after which the files of removed versions are collected."""
 _TOKEN_BYTES = 4096
@@ -75,6 +77,10 @@ class _Unavailable(Exception):
 
 class _Invalid(Exception):
     """The server's answer cannot be used."""
+
+
+class _Unknown(_Invalid):
+    """The server does not know the version."""
 
 
 @dataclass(eq=False)
@@ -272,7 +278,19 @@ class SamplerServers:
     # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _request(self, server: _Server, request: CompletionRequest, version: Version) -> Rollout:
-        """Return a server's completion. Raises _Unavailable, _Invalid."""
+        """Return a server's completion. Raises _Unavailable, _Invalid.
+
+        With PostgreSQL, a server knows a new version only once the database has announced it."""
+        until = time.monotonic() + _ANNOUNCED
+        while True:
+            try:
+                return await self._answer(server, request, version)
+            except _Unknown:
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.1)
+
+    async def _answer(self, server: _Server, request: CompletionRequest, version: Version) -> Rollout:
         import httpx
 
         how, content = vars(request.how) | {"seed": request.seed, "logprobs": 0}, bytearray()
@@ -291,7 +309,8 @@ class SamplerServers:
             raise _Unavailable(f"{type(error).__name__} {shown(str(error))[:200]}".strip()) from error
         text, status = shown(content[:300].decode("utf-8", "replace")), response.status_code
         if status != 200:
-            raise (_Unavailable if status in _AGAIN or status >= 500 else _Invalid)(f"HTTP {status}: {text}")
+            kind = _Unknown if status == 404 else _Unavailable if status in _AGAIN or status >= 500 else _Invalid
+            raise kind(f"HTTP {status}: {text}")
         try:
             return _rollout(request, json.loads(content), self.base, version.digest)
         except (ValueError, LookupError, TypeError, AttributeError):
