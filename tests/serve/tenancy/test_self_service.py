@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
@@ -15,7 +17,11 @@ from sqlalchemy import update
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, responses, toy_app
 from tests.serve.tenancy.conftest import Clock, open_tenants
 from veneer.errors import ConfigError
+from veneer.jobs.http.tuning import tuning_routes
+from veneer.library.upload_stage import UploadStage
 from veneer.serve.access import ResolvedModel
+from veneer.serve.http.surfaces.adapters import adapter_routes
+from veneer.serve.http.surfaces.feedback import feedback_routes
 from veneer.serve.principal import ROLES, Principal
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy import manage
@@ -71,6 +77,47 @@ def test_an_owner_lists_makes_and_revokes_keys_of_its_tenant(call: Call, tenants
     assert (wrong.status_code, "role" in wrong.text) == (400, True)
     assert call(ADMIN, "GET", "/v1/tenant/keys").status_code == 400  # the operator uses /admin
     assert call(ADMIN, "POST", "/admin/tenants/acme/keys", {"role": "auditor"}).json()["role"] == "auditor"
+
+
+DOCUMENTED = {
+    "use models": ("POST", "/v1/completions"),
+    "browse adapters": ("GET", "/v1/models"),
+    "give feedback": ("POST", "/v1/feedback"),
+    "change the tenant's adapters": ("PATCH", "/v1/adapters/acme/support"),
+    "train": ("POST", "/v1/fine_tuning/jobs"),
+    "read the tenant's usage": ("GET", "/v1/tenant/usage"),
+    "audit log": ("GET", "/v1/tenant/audit"),
+    "manage the tenant's keys": ("GET", "/v1/tenant/keys"),
+}
+"""Phrases of the page's table of roles, and a request that needs what they say."""
+
+
+def test_roles_can_do_what_the_page_says_and_nothing_else(tenants: Tenants) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "tenants.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)`[^|]*\| (.+) \|$", page[page.index("| `--role` |") :], flags=re.M)[:4]
+    assert [role for role, _ in table] == ["caller", "trainer", "auditor", "owner"]
+    allowed: dict[str, set[str]] = {}
+    for role, text in table:
+        own = {phrase for phrase in DOCUMENTED if phrase in text}
+        earlier = set().union(*allowed.values()) if text.startswith("all of these") else set()
+        allowed[role] = own | earlier | (allowed["caller"] if text.startswith("also") else set())
+    assert allowed["owner"] == set(DOCUMENTED)
+    nothing, staging = MagicMock(), UploadStage(1 << 20)  # placeholders: no request with invalid JSON reaches them
+    routers = [each(nothing) for each in (feedback_routes, tuning_routes)]
+    routers += [tenant_router(tenants), adapter_routes(nothing, staging, tenants)]
+    app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenants, routers=routers)
+    for role, can in allowed.items():
+        headers = {"authorization": f"Bearer {key_of(tenants, role)}", "content-type": "application/json"}
+        requests = [
+            {"method": method, "url": path, "headers": headers} | ({} if method == "GET" else {"content": b"{not json"})
+            for method, path in DOCUMENTED.values()
+        ]
+        statuses = dict(zip(DOCUMENTED, (answer.status_code for answer in responses(app, requests)), strict=True))
+        done = {
+            phrase: 403 if phrase not in can else 200 if DOCUMENTED[phrase][0] == "GET" else 400 for phrase in statuses
+        }
+        assert statuses == done, role
+    staging.close()
 
 
 def test_audit_lines_name_the_key_and_auditors_see_their_tenant_only(call: Call, tenants: Tenants) -> None:
