@@ -1,4 +1,4 @@
-"""Reinforcement with samplers on servers: the run with the embedded engine, whatever happens to a server.
+"""Reinforcement with sampling servers equals the run with the embedded engine, whatever happens to a server.
 
 The servers are real ones in threads, with the run's library. Faulty servers are the real ones behind a function
 that changes their answers."""
@@ -312,7 +312,7 @@ def test_a_faulty_server_is_refused_at_the_start(
 def test_answers_of_a_server_that_turns_faulty_are_dropped(
     place: Place, servers: list[Whole], base: TextBase, embedded: Path, tmp_path: Path
 ) -> None:
-    """The good server takes the requests over, and the step counts the dropped answers."""
+    """The good server takes over the requests, and the step counts the dropped answers."""
     answered = threading.Event()
 
     def change(answer: dict[str, Any]) -> Any:
