@@ -41,7 +41,7 @@ image-quickstart: $(VENV)/.ready-image ## teach a product and a brand's look, an
 studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, train and let go live, in the browser
 	@$(RUN) examples/studio.py $(STUDIO_FLAGS)
 
-demo-cluster: $(VENV)/.ready-fleet ## a whole fleet on this machine, under load, while each part is killed (apt install haproxy redis-server); ten minutes
+demo-cluster: $(VENV)/.ready-fleet ## a fleet on this machine, under load, while each part is killed in turn (apt install haproxy redis-server); ten minutes
 	@$(RUN) examples/demo_cluster.py $(DEMO_FLAGS)
 
 test: $(VENV)/.ready-dev ## the default tests: CPU, no network, two files at a time

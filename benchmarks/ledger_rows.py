@@ -2,11 +2,11 @@
 
     python benchmarks/ledger_rows.py [--quick] [--rows 10000000] [--postgresql URL] [--json]
 
-The lines are spread over 400 days and 1,000 tenants with three adapters each, with equal
-shares, and are inserted by SQL statements; the daily sums are computed from the lines. 200 requests are
-open. Each time is the p50 and p95 of one page: the function that a route or the Studio calls, with a
-connection of the pool. --quick uses 100,000 lines. A database that has lines
-is only measured; otherwise it must be empty. Pages have a bar; reports over the whole time have none.
+SQL statements insert the lines, evenly over 400 days and 1,000 tenants with three adapters each, and compute
+the daily sums from the lines. 200 requests are open. Each row has the p50 and p95 of one page: the time of the
+function that a route or the Studio calls, with a pooled connection. --quick uses 100,000 lines. If a database
+already has lines, the benchmark only measures; otherwise, the database must be empty. Pages have a time limit;
+reports over the whole ledger have none.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def fill(store: Store, rows: int) -> None:
 
 
 def patient(c: Connection) -> None:
-    """Wait for long statements: a server's connections do not."""
+    """Allow long statements, which a server's connections do not."""
     driver: Any = c.connection.driver_connection
     if hasattr(driver, "patience"):
         driver.patience = 3600.0

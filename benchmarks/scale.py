@@ -5,10 +5,10 @@
 
 Requests arrive at random times (Poisson) and name an adapter by Zipf's law. A router sends each request to a
 replica: at random, to the replica with the fewest requests, or by affinity (rendezvous hashing, with the load of
-a replica bounded). A replica has seats for running requests, keeps the adapters used last, and loads others from
-the library first. Seats go to tenants in turn or in order of arrival.
+a replica bounded). A replica has seats for running requests, keeps the most recently used adapters in memory, and loads
+others from the library. Seats are given to tenants in turn, or to requests in order of arrival.
 
-Everything that is assumed is a field of `Fleet`, with its source. See docs/scale.md.
+The fields of `Fleet` are the assumptions, with their sources. See docs/scale.md.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from _report import bar, options, parsed, print_report, report, row, say
 
 ROUTERS = ("random", "least", "affinity")
 MOST_COPIES = 256
-"""Replicas of an adapter's order that are tried; the most popular of 10,000 adapters needs 120 of 2,000 GPUs."""
+"""Maximum replicas that affinity tries for an adapter; the most popular of 10,000 adapters needs 120 of 2,000 GPUs."""
 JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What is simulated. Times are in seconds.
+    """The parameters of a simulation. Times are in seconds.
 
     service: mean time of a request in a seat; the default with 32 seats is 8 requests/s per GPU, which S-LoRA
         reports for Llama 7B and 5 to 2,000 adapters on an A10G (arXiv:2311.03285, table 3: 8.05 to 7.61).
-    variation: standard deviation of a request's time over its mean; 1 for exponential times.
+    variation: standard deviation of a request's time, divided by its mean; 1 for exponential times.
     resident: adapters that fit in a replica; 80 MB each (rank 16, Llama 7B, 16 bits) in 8 GB.
     cold: time to load an adapter from the library: 80 MB at 100 MB/s for one stream from S3, plus one request.
     streams: adapters that a replica loads at a time.
-    load: offered work over the capacity of all GPUs.
+    load: offered work, divided by the capacity of all GPUs.
     zipf: exponent of adapter popularity; 1 is between the measured exponents of web requests, 0.6 to 1.2.
     copies: replicas among which affinity chooses for an adapter.
     bound: affinity skips a replica whose requests exceed `bound` times the mean.
     heavy: share of the requests that one tenant sends; the others share the rest evenly.
-    zones: zones with equal numbers of GPUs; the first fails at `fails`, and returns after `away`.
-    price: dollars for a GPU and hour (A10G, AWS g5.xlarge on demand, us-east-1).
+    zones: zones with equal numbers of GPUs; the first fails at the time `fails`, and returns `away` seconds later.
+    price: dollars per GPU hour (A10G, AWS g5.xlarge on demand, us-east-1).
     """
 
     gpus: int = 20
@@ -163,7 +163,7 @@ class Replica:
 
 
 def simulate(fleet: Fleet) -> Result:
-    """Return what clients saw after an eighth of the time, in which the queues fill.
+    """Return what clients saw, without the first eighth of the time, in which the queues fill.
 
     The replicas begin with adapters in memory, as if they had already answered many requests."""
     env, draws, result = simpy.Environment(), random.Random(fleet.seed), Result()
@@ -265,7 +265,7 @@ def _least(fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Rand
 def _affinity(
     fleet: Fleet, adapter: int, up: Sequence[Replica], draws: random.Random, owners: Callable[..., list[Replica]]
 ) -> Replica:
-    """Return the less loaded of the adapter's own replicas, or the first with room of those that follow them.
+    """Return the less loaded of the adapter's own replicas, or the first later replica with room.
 
     This is consistent hashing with bounded loads (arXiv:1608.01350), HAProxy's `hash-balance-factor`."""
     best = min(owners(adapter)[: fleet.copies], key=lambda replica: replica.load)
@@ -304,7 +304,7 @@ def erlang_wait(servers: int, load: float, service: float) -> float:
 
 
 def che_hit_rate(count: int, exponent: float, size: int) -> float:
-    """Return the hit rate of a cache of the last `size` of `count` items under Zipf's law (Che's approximation)."""
+    """Return the hit rate of an LRU cache of `size` of `count` items under Zipf's law (Che's approximation)."""
     weights = [float((k + 1) ** -exponent) for k in range(count)]
     total = sum(weights)
     shares = [w / total for w in weights]
@@ -322,7 +322,7 @@ LEDGER_BYTES = 250
 
 
 def scaled(fleet: Fleet, budget: int) -> Fleet:
-    """Return the fleet for as many seconds as give `budget` requests, between 30 seconds and 10 minutes."""
+    """Return the fleet with a duration of about `budget` requests, between 30 seconds and 10 minutes."""
     return replace(fleet, seconds=min(600.0, max(30.0, budget / fleet.rate)))
 
 
@@ -424,7 +424,7 @@ TOKENS = 24
 
 
 def stream(url: str, tokens: int) -> tuple[float, float]:
-    """Stream an answer of so many tokens; return the seconds to its first and to its last token."""
+    """Stream an answer of this many tokens. Return the seconds until its first and until its last token."""
     body = {"model": "base", "prompt": "Ticket:", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), JSON)
     began, first = time.monotonic(), 0.0
@@ -436,7 +436,7 @@ def stream(url: str, tokens: int) -> tuple[float, float]:
 
 
 def compare(url: str, seats: int, seconds: float) -> dict[str, Any]:
-    """Compare the waits for a seat of a real server with those that the simulation predicts.
+    """Compare a real server's waits for a seat with the waits that the simulation predicts.
 
     The service time is measured with all seats in use. The wait of a request is its time to the first token,
     less the median of that time when nothing waits."""

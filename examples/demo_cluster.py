@@ -3,9 +3,9 @@
     python examples/demo_cluster.py [--output runs/cluster] [--base smollm2-135m] [--seconds 6] [--only engine,door]
 
 Starts PostgreSQL, Redis, moto's S3, three engines behind deploy/routers/haproxy.cfg, two front doors behind a
-balancer, a Ray head, and two workers, of which one trains on Ray. Customers call the doors with OpenAI's client,
-and two training jobs run. Each part is killed with SIGKILL, stays away for a while, and starts again. At the end,
-a table shows what customers saw.
+balancer, a Ray head, and two workers, one of which trains on Ray. Customers call the doors with OpenAI's client,
+and two training jobs run. Each part in turn is killed with SIGKILL, stays down for a while, and is restarted. At the
+end, a table shows what customers saw.
 
 A request is lost if OpenAI's client, with its default of two retries, raises an error or returns an incomplete
 answer. A stream that breaks after its first token is counted as cut: no server can take tokens back, and the
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 24
 """Tokens of each answer."""
 AWAY = {"router": 1.0}
-"""Seconds for which a part is away at most: there is one router, and a supervisor starts it again at once."""
+"""Maximum seconds that a part stays down. There is only one router, and a supervisor would restart it at once."""
 STEPS = 60
 """Steps of each training job."""
 
@@ -56,7 +56,7 @@ class Part:
     """A process of the fleet.
 
     ready: raises an OSError or AssertionError until the process works
-    kept: returns a function that restores what the process loses when it is killed, and a real service would not"""
+    kept: returns a function that restores data that this process loses when killed, but a real service would keep"""
 
     name: str
     command: list[str]
@@ -244,7 +244,7 @@ class Cluster:
             time.sleep(1)
 
     def start_ended(self) -> list[str]:
-        """Start parts that ended by themselves, as a supervisor does, and return their names."""
+        """Restart parts that exited on their own, as a supervisor does, and return their names."""
         ended = [part for part in self.parts.values() if part.process and part.process.poll() is not None]
         for part in ended:
             part.start()
@@ -252,7 +252,7 @@ class Cluster:
         return [part.name for part in ended]
 
     def _haproxy(self, name: str, port: int, servers: Sequence[int], balance: str = "") -> None:
-        """Start HAProxy with deploy/routers/haproxy.cfg, other addresses, and perhaps another rule of balancing."""
+        """Start HAProxy with deploy/routers/haproxy.cfg, other addresses and, if given, another `balance` rule."""
         if (haproxy := shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")) is None:
             raise SystemExit("haproxy is not installed (Debian and Ubuntu: apt install haproxy)")
         text = (ROOT / "deploy" / "routers" / "haproxy.cfg").read_text()
@@ -442,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(load.take().row("nothing"))
             for name, part in cluster.parts.items():
                 if name == "balancer" or not name.startswith(killed):
-                    continue  # in front of the doors stands what a cloud provides, or DNS
+                    continue  # in production, a cloud's load balancer or DNS is in front of the doors
                 if name == "worker 1":
                     print("queuing two training jobs", flush=True)
                     cluster.submit_jobs()
@@ -455,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 restore()
                 time.sleep(args.seconds / 3)
                 for ended in cluster.start_ended():
-                    print(f"  {ended} had ended, and was started again", flush=True)
+                    print(f"  {ended} had exited, and was restarted", flush=True)
                 seen = load.take()
                 rows.append(seen.row(name))
                 lost += [f"{name} away: {problem}" for problem in seen.lost]

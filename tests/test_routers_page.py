@@ -44,7 +44,7 @@ def test_plugins_of_the_endpoint_picker_are_declared():
 
 @contextmanager
 def shell(line: str, folder: Path, env: dict[str, str]) -> Iterator[None]:
-    """Run a line of a shell that another line follows, and end it."""
+    """Run a shell command in the background, and end it afterwards."""
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(line, shell=True, cwd=folder, env=env, stderr=log, start_new_session=True)
     try:

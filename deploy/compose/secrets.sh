@@ -1,6 +1,6 @@
 #!/bin/sh
 # Writes new random passwords and keys for compose.yaml into secrets/, readable only by you, and prints the admin key.
-# It does not replace secrets that exist: delete secrets/ and the volumes to start again.
+# It does not replace existing secrets: delete secrets/ and the volumes to start over.
 set -eu
 cd "$(dirname "$0")"
 umask 077
@@ -27,7 +27,7 @@ VENEER_REDIS_URL=redis://redis:6379/0
 VENEER_UPSTREAM_KEY=$engine
 VENEER_ADMIN_KEY_HASH=sha256:$(printf %s "$admin" | sha256sum | cut -d ' ' -f 1)
 END
-# Containers run as user 1000, and Docker mounts secrets with the rights of their files.
+# Containers run as user 1000, and Docker mounts secrets with the permissions of their files.
 chmod 444 secrets/postgres secrets/s3_user secrets/s3_password secrets/engine_keys secrets/admin_key
 chmod 711 secrets
 echo "admin key, for the Studio and veneer tenant: $admin"

@@ -75,7 +75,7 @@ def test_ignored_flags_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
         ("--max-model-len 4096", "context"),
         ("--tensor-parallel-size 2", "--engine vllm"),
         ("--api-key secret-key", "--api-keys"),
-        ("--trust-remote-code", "code of its own"),
+        ("--trust-remote-code", "custom code"),
         ("--kv-events-config {}", "kv_events"),
         ("--ssl-keyfile k", "TLS"),
         ("--served-model-name a b", "keep one"),

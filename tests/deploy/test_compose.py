@@ -1,4 +1,4 @@
-"""The compose file names only what exists, and no secret is in it. Docker is not needed, and not run.
+"""The compose file names only files and services that exist, and contains no secret. Docker is not run.
 
 Allowed keys are those of the Compose Specification: https://github.com/compose-spec/compose-spec (05-services.md,
 07-volumes.md, 09-secrets.md).

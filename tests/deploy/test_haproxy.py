@@ -25,7 +25,7 @@ def configurations() -> dict[str, str]:
 
 
 def directives(text: str) -> dict[str, set[str]]:
-    """Return section -> directives, without what depends on the place; `default-server` adds to its line before."""
+    """Return section -> directives that must be equal in all files. `default-server` lines add up."""
     found: dict[str, set[str]] = defaultdict(set)
     section = ""
     for raw in text.splitlines():

@@ -146,7 +146,7 @@ def test_job_waits_for_a_free_node(ray_cluster: Ray, library: Library, store: Jo
     jobs = [leased(store).job for _ in range(3)]
     handles = [executor.start(JobLease(job, "token"), environment) for job in jobs]
     assert executor.poll(handles[2]) is None
-    executor.stop(handles[2])  # before it has a node
+    executor.stop(handles[2])  # before the job has a node
     assert wait_for(lambda: executor.poll(handles[2]), 120).why == "its Ray node or actor ended"
     for handle in handles[:2]:
         wait_for(lambda: executor.poll(handle), 120)  # noqa: B023

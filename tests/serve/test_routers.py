@@ -1,4 +1,4 @@
-"""The files in deploy/routers, run as they are but for addresses and ports.
+"""Routers run the files in deploy/routers, with only addresses and ports replaced.
 
 Each test runs real processes: `veneer serve --upstream` (the door), a router, and three or four embedded engines
 over one library.
@@ -264,8 +264,8 @@ class Faulty:
     """A TCP server in front of an engine that breaks connections.
 
     `fault`: "" passes everything on; "hang" never responds; "500" responds with an error; "close" closes after the
-    response's headers, and "cut" after the first event. `seen`: completion requests; `left`: those that hung until
-    the client disconnected.
+    response's headers, and "cut" after the first event. `seen`: completion requests; `left`: requests that
+    hung until the client disconnected.
     """
 
     url: str
@@ -310,7 +310,7 @@ class Faulty:
 
 @pytest.mark.fleet
 def test_faults_of_a_replica_reach_no_client_before_the_first_token(shop, tmp_path):
-    """One of two replicas responds 500, or closes streams: what was not started is answered by the other."""
+    """One of two replicas responds 500 or closes streams; the other answers requests without a first token."""
     engines = [Engine(shop, tmp_path / f"engine{i}") for i in range(2)]
     with ExitStack() as stack:
         stack.enter_context(started(engines))
@@ -376,7 +376,7 @@ def test_a_router_without_engines_gives_503_with_retry_after(shop, tmp_path):
 @pytest.mark.fleet
 @pytest.mark.parametrize("kind", ["haproxy", "nginx", "vllm-router"])
 def test_an_adapter_stays_on_one_replica(shop, tmp_path, kind):
-    """What the router calls affinity, seen in the engines' metrics: each adapter is loaded once."""
+    """The engines' metrics show the router's affinity: each adapter is loaded once."""
     engines = [Engine(shop, tmp_path / f"engine{i}") for i in range(2)]
     with ExitStack() as stack:
         stack.enter_context(started(engines))

@@ -218,7 +218,7 @@ def test_a_moved_alias_takes_effect_after_an_unload(shop):
 
 
 def test_an_adapter_is_found_by_its_digest_after_an_unload(shop):
-    """A veneer server asks for `veneer-` and the digest, and tells vLLM nothing before."""
+    """A veneer server asks for `veneer-` and the digest, and sends vLLM nothing in advance."""
     name = served_name(make_mix([(shop.adapters["stable"].digest(), 1.0)]))
     shop.check(*shop.ask(name)[:2], stable=1.0)
     assert post(f"{shop.urls[0]}/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200

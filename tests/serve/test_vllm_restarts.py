@@ -166,9 +166,7 @@ def test_a_vllm_that_dies_at_each_start_is_restarted_with_longer_pauses(
     gaps = [after - before for before, after in pairwise(times[1:6])]
     assert all(gap >= pause for gap, pause in zip(gaps, (0.2, 0.4, 0.4, 0.4), strict=True))
     said = [record.message for record in caplog.records if "started again" in record.message]
-    assert said[:5] == [
-        f"vLLM exited; it is started again in {pause} s" for pause in ("0.1", "0.2", "0.4", "0.4", "0.4")
-    ]
+    assert said[:5] == [f"vLLM exited; restarting it in {pause} s" for pause in ("0.1", "0.2", "0.4", "0.4", "0.4")]
 
 
 def test_a_vllm_that_never_was_ready_ends_the_server_with_its_last_lines(fake: Fake) -> None:

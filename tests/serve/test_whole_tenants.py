@@ -111,7 +111,7 @@ def test_cache_hits_reveal_nothing_between_tenants(doors: Doors) -> None:
 
 
 def test_any_server_serves_and_downloads_an_adapter_that_another_received(doors: Doors, shop: Shop) -> None:
-    """Downloads need the key and have no signed URLs, so each server answers them."""
+    """Downloads need an API key instead of a signed URL, so each server answers them."""
     acme, globex = (new_tenant(doors.store, name, [f"{name}/*"]) for name in ("acme", "globex"))
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:

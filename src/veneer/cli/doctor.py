@@ -26,7 +26,7 @@ def command(
     ops: Annotated[bool, typer.Option("--ops", help="Also show which implementation of each op runs.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's profile again.")] = False,
     install_vllm: Annotated[
-        bool, typer.Option("--install-vllm", help="Install vLLM in an environment of its own, for veneer serve.")
+        bool, typer.Option("--install-vllm", help="Install vLLM in a separate environment, for veneer serve.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

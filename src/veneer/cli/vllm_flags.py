@@ -3,7 +3,7 @@
 A flag is translated, ignored with a note, or refused with the setting to use instead. Facts from
 vllm/engine/arg_utils.py, vllm/entrypoints/launchers/cli_args.py, and kserve
 pkg/controller/v1alpha2/llmisvc/workload_lora.go, which puts --enable-lora, --max-lora-rank, --max-loras,
---max-cpu-loras and --lora-modules in front of a container's arguments. Arguments after `--` are left alone.
+--max-cpu-loras and --lora-modules in front of a container's arguments. Arguments after `--` are not changed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from veneer.errors import ConfigError
 
 _TRANSLATED = {"--model": "--base", "--max-num-seqs": "--max-batch"}
 _IGNORED = {
-    "adapters can always be served": "--enable-lora",
+    "veneer always serves adapters": "--enable-lora",
     "the prefix cache is always on": "--enable-prefix-caching --enable-chunked-prefill",
     "veneer loads as many adapters as fit in --adapter-memory": "--max-loras=N --max-cpu-loras=N",
     "veneer serves every rank": "--max-lora-rank=N",
-    "veneer has no such step": "--enforce-eager",
+    "veneer captures no CUDA graphs": "--enforce-eager",
 }
 _REFUSED = {
     "--cache-memory and --adapter-memory": "--gpu-memory-utilization --kv-cache-memory-bytes",
     "--api-keys FILE: other users of a machine can read a command's arguments": "--api-key",
     "--quantize": "--quantization -q",
     "context, kv_events and kv_replay in the file of --config": "--max-model-len --kv-events-config",
-    "a gateway that ends TLS, such as Envoy": "--ssl-keyfile --ssl-certfile --ssl-ca-certs --enable-ssl-refresh",
-    "a base without code of its own, with its own chat template": "--trust-remote-code --chat-template",
+    "a gateway that terminates TLS, such as Envoy": "--ssl-keyfile --ssl-certfile --ssl-ca-certs --enable-ssl-refresh",
+    "a base that needs no custom code and includes its chat template": "--trust-remote-code --chat-template",
     "veneer serve --engine vllm … -- FLAGS, which passes flags to vLLM": "--tensor-parallel-size -tp --block-size"
     " --pipeline-parallel-size --data-parallel-size --kv-transfer-config --speculative-config --max-num-batched-tokens",
 }
@@ -54,9 +54,9 @@ class ServeCommand(TyperCommand):
 
 
 def from_vllm(arguments: list[str]) -> Iterator[str]:
-    """Yield `veneer serve`'s arguments for a mixture of its own and vLLM's.
+    """Yield arguments of `veneer serve`, translated from a mixture of its own and vLLM's.
 
-    Raises ConfigError for a flag that veneer cannot honor, and for several served names.
+    Raises ConfigError for a flag that veneer does not support, and for several served names.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     left, ignored, refused = arguments[:end], _by_flag(_IGNORED), _by_flag(_REFUSED)

@@ -5,7 +5,7 @@
 
 Jobs are validated on the worker's machine, as with `LocalExecutor`. The worker manages the leases.
 
-No secret is in a manifest, in a process's arguments or in Ray's runtime environments. On Ray, a job's
+Manifests, process arguments and Ray's runtime environments contain no secrets. On Ray, a job's
 environment and its lease travel as arguments of an actor's method, which Ray does not list. On Kubernetes, the
 manifest names the operator's Secret, and the job's process claims its lease in the database (JobStore.claim).
 """
@@ -41,7 +41,7 @@ class ExecutorSettings(BaseModel):
 
     kind: ray or kubernetes
     device: GPU for which jobs are planned, such as h100-80gb; default: this machine's device
-    address: Ray: of the cluster; auto: the cluster of this machine's node
+    address: Ray: the cluster's address; auto: the cluster of this machine's node
     cpus, gpus, resources: Ray: what to reserve for each job
     manifest: Kubernetes: a Job's YAML file with one container; the executor sets the name, labels, the command
         and, for jobs planned for CPUs, the memory limit
@@ -62,7 +62,7 @@ class ExecutorSettings(BaseModel):
 
 
 def executor_at(file: Path | None, *, nice: int = 0) -> LocalExecutor:
-    """Return the executor that a YAML file describes; None: of this machine.
+    """Return the executor that a YAML file describes, or this machine's executor for None.
 
     Raises ConfigError, MissingExtraError and UnavailableError."""
     if file is None:
@@ -151,7 +151,7 @@ class RayExecutor(LocalExecutor):
                 return None
         except RayError:
             pass
-        ray.kill(actor)  # it waits for a node, or its process could not be started
+        ray.kill(actor)  # the actor waits for a node, or could not start its process
         return None
 
 
@@ -184,12 +184,12 @@ class KubernetesExecutor(LocalExecutor):
     def start(
         self, lease: JobLease, environment: Mapping[str, str], device: Device | None = None, max_memory: int = 0
     ) -> str:
-        """Create the Job. Raises UnavailableError and ConfigError. `environment` is in the operator's Secret."""
+        """Create the Job. Raises UnavailableError and ConfigError. The pod's Secret replaces `environment`."""
         if device is not None:
             return super().start(lease, environment, device, max_memory)
         job = lease.job
         job.make_folder()
-        # Job ids can have capital letters, which names of Kubernetes cannot.
+        # Kubernetes names cannot have capital letters, and job ids can.
         name = f"veneer-{hashlib.sha256(f'{job.id} {job.attempt}'.encode()).hexdigest()[:32]}"
         body = copy.deepcopy(self.manifest)
         pod = body["spec"]["template"]

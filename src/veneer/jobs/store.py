@@ -533,7 +533,7 @@ class JobStore:
         return JobLease(_job(row), token)
 
     def claim(self, job: str, attempt: int) -> JobLease:
-        """Return the lease of this attempt to the first process that asks; raise LeaseLost to all others."""
+        """Return this attempt's lease to the first caller; raise LeaseLost for all later callers."""
         t = job_table.c
         with reading(self.engine) as c:
             row = c.execute(select(job_table).where(t.id == job, t.attempt == attempt, t.state == "running")).first()

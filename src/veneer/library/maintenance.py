@@ -97,7 +97,7 @@ def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False, strays
     """Remove entries without a name, unreferenced files, and debris.
 
     Content touched in the last `grace` seconds is kept. With `dry_run`, nothing is removed, only counted.
-    Without `strays`, the store is not searched for files that the index does not know.
+    Without `strays`, do not search the store for files that are missing from the index.
     Safe to run during any other operation and after a kill."""
     out, cutoff = GcReport(), time.time() - grace
     e, o = ix.entries.c, ix.objects.c

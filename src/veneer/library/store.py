@@ -316,7 +316,7 @@ class RemoteStore:
         except FileNotFoundError as error:
             if isinstance(source, Path) and not source.exists():
                 raise
-            raise ConfigError("the bucket does not exist", where=self.root, fix="make it first") from error
+            raise ConfigError("the bucket does not exist", where=self.root, fix="create the bucket") from error
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), store_errors(self.root):

@@ -59,7 +59,7 @@ class ResolvedModel:
 
     @property
     def router_name(self) -> str | None:
-        """The value of `model` by which a router sees the request; None if the client sent a mix."""
+        """The request's `model`, by which routers identify it; None if the client sent a mix."""
         return None if self.digests or len(self.mix) > 1 else self.name
 
     def as_trial(self) -> ResolvedModel:

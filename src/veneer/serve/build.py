@@ -162,7 +162,7 @@ def _load_pictures(settings: ServeSettings, service: Service, log: Callable[[str
 
 
 def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
-    """Prepare vLLM of this server, or connect to the upstream, whose servers read the same library."""
+    """Prepare this server's own vLLM, or connect to the upstream; either reads the same library."""
     from veneer.models.sources import find_base
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.mixes import Mixes, mix_folder, vllm_problems

@@ -1,9 +1,9 @@
 """The choice of the engine: this server's own, or a vLLM that the server runs (vllm.py).
 
-    settings = with_engine(settings, log)      replaces --engine auto by the engine, and says which and why
+    settings = with_engine(settings, log)      replaces --engine auto with an engine, and logs the choice and the reason
 
 The interpreter that has vLLM is VENEER_VLLM_PYTHON, or else this one, or else the environment that
-`veneer doctor --install-vllm` makes in the veneer home. Imports nothing heavy, unless there is a vLLM.
+`veneer doctor --install-vllm` makes in the veneer home. Imports heavy modules only if vLLM is installed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ print(json.dumps([version, plugin, re.findall(r'^ +"(\\w+)": *\\(', text, re.M)]
 
 @dataclass(frozen=True)
 class FoundVllm:
-    """An installed vLLM. `plugin`: whether veneer's plug-in is installed beside it."""
+    """An installed vLLM. `plugin`: whether veneer's plug-in is installed in vLLM's environment."""
 
     python: str
     version: str
@@ -59,7 +59,7 @@ class FoundVllm:
 
 
 class Machine:
-    """What the choice of an engine depends on, looked up when needed."""
+    """The facts that decide the engine, looked up when needed."""
 
     @cached_property
     def vllm(self) -> FoundVllm | None:
@@ -88,7 +88,7 @@ def find_vllm() -> FoundVllm | None:
         except (OSError, ValueError, subprocess.TimeoutExpired):
             continue
     if named:
-        raise ConfigError(f"{named} does not run, or has no vLLM", where="VENEER_VLLM_PYTHON", fix=_INSTALL)
+        raise ConfigError(f"{named} cannot be run, or has no vLLM", where="VENEER_VLLM_PYTHON", fix=_INSTALL)
     return None
 
 
@@ -111,7 +111,7 @@ def install_vllm(say: Callable[[str], None]) -> Path:
         except OSError as error:
             trouble = str(error)
         if trouble:
-            fix = "correct the cause, which the command printed, and repeat veneer doctor --install-vllm"
+            fix = "fix the error that the command printed, then repeat veneer doctor --install-vllm"
             raise ResourceError(f"cannot install vLLM: {trouble}", where=line, fix=fix)
     return python
 

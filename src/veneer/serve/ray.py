@@ -9,7 +9,7 @@ adapters from the shared library by name, and computes with its own engine or wi
 argument `engine`, as `veneer serve --engine`). If a replica dies before it answers, `Front` sends the request to
 another replica. Ray adds replicas if more than `rows` requests per replica run or wait.
 
-Ray's dashboard shows arguments. So secrets come from the environment of Ray's nodes: VENEER_LIBRARY_INDEX,
+Ray's dashboard shows arguments, so secrets come from the environment of Ray's nodes: VENEER_LIBRARY_INDEX,
 VENEER_TENANTS, VENEER_ADMIN_KEY_HASH.
 """
 
@@ -45,7 +45,7 @@ _REPEATABLE = re.compile(r"/|/v1/(chat/)?completions|/v1/images/\w+|/generate(_s
 _ONE_REPLICA = re.compile(r"/metrics|(/v1)?/(un)?load_lora_adapter")
 _ATTEMPTS = 4
 _NAMES = 1000
-"""Maximum adapter names that a front, and Ray for each replica, remember."""
+"""Maximum adapter names that a front remembers, and that Ray remembers for each replica."""
 
 
 _KEYS = {"base", "library", "dtype", "device", "quantize", "allowed_hosts", "context"}
@@ -57,7 +57,7 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
     """Return the settings of a replica's server; secrets come from the environment. Raises ConfigError."""
     if wrong := sorted(values.keys() - _KEYS) or sorted({"base"} - values.keys()):
         what = f"unknown or missing arguments: {', '.join(wrong)}"
-        raise ConfigError(what, where="veneer.serve.ray:app", fix=f"there are {', '.join(sorted(_KEYS))}")
+        raise ConfigError(what, where="veneer.serve.ray:app", fix=f"arguments are {', '.join(sorted(_KEYS))}")
     given: dict[str, Any] = {
         key: bytes_of(str(value), key) if key.endswith("_bytes") else value for key, value in values.items()
     }
@@ -102,7 +102,7 @@ class Model:
             return name
 
         self.announce: Any = serve.multiplexed(announce, max_num_models_per_replica=_NAMES)
-        """Adds a name to the models that Ray's router knows this replica to have."""
+        """Tell Ray's router that this replica has a model of this name."""
         self.built = await asyncio.to_thread(replica, values)
         await self.built.start()
         await self.built.load()
@@ -171,7 +171,7 @@ def front() -> Callable[..., Awaitable[None]]:
     model = serve.get_deployment_handle("Model", serve.get_replica_context().app_name)
     settings, limits, held = HttpSettings(), QuotaLimits(), [0]
     names = set[str]()
-    """Names that replicas have answered; others do not reach Ray's router, which would remember them forever."""
+    """Adapter names that a replica has answered for. Ray's router never forgets a name, so it gets no others."""
 
     async def read(receive: Any, parts: list[bytes]) -> bytes:
         async with asyncio.timeout(settings.body_time):

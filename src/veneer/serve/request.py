@@ -192,7 +192,7 @@ class Request:
     `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
     client's name for the mix; used in metrics and messages, but never as a cache key. `salt`: requests share
     cached prompt blocks only if their salts are equal. `router_name`: the value of `model` by which a router
-    sees the request; None for a mix, which has no such name. `user`: the tenant's end user, for routers.
+    identifies the request; None for a mix, which has no such name. `user`: the tenant's end user, for routers.
     """
 
     prompt: tuple[int, ...]
@@ -277,8 +277,8 @@ class EngineStats:
     `drafted_tokens`, `accepted_tokens`: drafts that were verified, and those that became generated tokens.
     `cache_used`: share of key-value blocks in use. `blocks`, `block_size`: number of these blocks, and tokens
     per block; 0 for an engine without a cache of its own. `adapters`, `adapter_bytes`: adapters in memory now.
-    `slow_adapters`: adapters in a memory from which they cannot run at once. `adapter_slots`: how many adapters
-    fit in memory. `evictions`: number of adapters evicted to make room for others.
+    `slow_adapters`: adapters in slower memory, which must be moved before they run. `adapter_slots`: number of
+    adapters that fit in memory. `evictions`: number of adapters evicted to make room for others.
     """
 
     running: int = 0
@@ -328,7 +328,7 @@ class Engine(Protocol[_RequestT, _EventT]):
     def stats(self) -> EngineStats: ...
 
     async def metrics(self) -> str:
-        """Return the metrics of a separate process that computes, in Prometheus's text format, or ""."""
+        """Return the metrics of a separate engine process in Prometheus's text format, or ""."""
         return ""
 
     async def begin(self) -> None:

@@ -184,12 +184,12 @@ class OidcSettings:
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """Settings of a server that vLLM computes for.
+    """Settings of a server whose inference runs in vLLM or on an upstream.
 
     `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent
     to the upstream as a bearer token. `mixes`: maximum weighted mixes per tenant. `mix_bytes`: maximum bytes
     of all mixes on disk, and in a library on S3. `mix_days`: days for which a mix is kept after its last use.
-    `engine`: what computes without an upstream; auto: chosen before the server is built (serve.vllm).
+    `engine`: the engine to use without an upstream; auto: `serve.engines` chooses before the server is built.
     `vllm_flags`: additional flags for vLLM.
     """
 

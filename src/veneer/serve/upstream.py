@@ -142,7 +142,7 @@ class Upstream(Engine[Request, EngineEvent]):
     def stats(self) -> EngineStats:
         """Return this server's counters; vLLM reports cache use and steps at its own /metrics.
 
-        A request waits until its first token. This server loads no adapter, so any number fits."""
+        A request waits until its first token. This server loads no adapters, so it has no limit on their number."""
         tokens = {"prompt_tokens": self.prompt_tokens, "generated_tokens": self.generated_tokens}
         return EngineStats(self.running, self.waiting, adapter_slots=_SLOTS, **tokens)
 
@@ -297,7 +297,7 @@ class Upstream(Engine[Request, EngineEvent]):
     def _headers(self, request: Request, model: str, attempt: int) -> dict[str, str]:
         """Return the headers that routers read. A router sees tenants and users only as keyed hashes.
 
-        A retry has keys of its own, because a router that hashes keys would choose the failed engine again.
+        A retry has new keys, because a router that hashes keys would choose the failed engine again.
 
         x-llm-d-inference-fairness-id: the tenant, for the flow control of llm-d (llm-d-router,
             pkg/epp/metadata/consts.go)
@@ -305,7 +305,7 @@ class Upstream(Engine[Request, EngineEvent]):
         x-session-id: the tenant's user, or tenant and model without a user; the first key of `consistent_hash`
             (vllm-project/router, docs/load_balancing/README.md)
         x-veneer-model: `model` of the body, for routers that cannot parse bodies; of a retry, the request's id
-        x-request-id: the id in this server's own response, and the number of the completion
+        x-request-id: the id of this server's own response, and the number of the completion
         """
 
         def hashed(*parts: str) -> str:

@@ -1,12 +1,12 @@
-"""vLLM as an engine that veneer starts, supervises and ends.
+"""vLLM as an engine that veneer starts, supervises and stops.
 
     engine = Vllm(vllm_command(settings, …), library.location, mixes=…, decode=…)
     await engine.begin()                                                             # returns when vLLM is ready
 
 vLLM listens on a free port of 127.0.0.1, with a random key from its environment. It reads adapters from the
-same library, through veneer's plug-in (fleet/vllm_plugin.py). If vLLM exits, it is started again, after pauses
-that double from 1 to 60 seconds; requests meanwhile get the answers of `upstream`. vLLM ends with the server,
-even if the server is killed (guarded.py).
+same library, through veneer's plug-in (fleet/vllm_plugin.py). If vLLM exits, veneer restarts it, after pauses
+that double from 1 to 60 seconds; until then, requests are handled as if an `upstream` did not respond. vLLM stops with
+the server, even if the server is killed (guarded.py).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    plugins = environment.get("VLLM_PLUGINS")  # if set, vLLM loads only these
+    plugins = environment.get("VLLM_PLUGINS")  # if set, vLLM loads only the plug-ins named here
     if plugins is not None and "veneer" not in plugins.split(","):
         own["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "veneer"]))
     secret = {"VENEER_ADMIN_KEY", "VENEER_ADMIN_KEY_HASH", "VENEER_TENANTS", "VENEER_UPSTREAM_KEY"}
@@ -85,7 +85,7 @@ class Vllm(Upstream):
         self._last: deque[str] = deque(maxlen=30)
 
     async def begin(self) -> None:
-        """Start vLLM, and wait until it is ready. Raises ResourceError if it exits before."""
+        """Start vLLM, and wait until it is ready. Raises ResourceError if vLLM exits first."""
         self._keeper = asyncio.create_task(self._keep())
         while not self.base:
             if self._keeper.done():
@@ -109,18 +109,18 @@ class Vllm(Upstream):
         return answer.text if answer.status_code == 200 else ""
 
     async def _keep(self) -> None:
-        """Run vLLM, again and again."""
+        """Run vLLM, and restart it when it exits."""
         first, longest = RESTART_PAUSES
         pause = first
         while True:
             await self._run()
             if not self.base:
                 lines = "\n".join(f"  {line}" for line in self._last)
-                fix = "correct the cause; flags for vLLM follow --"
+                fix = "fix the error that vLLM logged; pass flags to vLLM after --"
                 raise ResourceError(f"vLLM exited before it was ready\n{lines}", where="--engine vllm", fix=fix)
             pause = pause if self._trouble else first  # no trouble: this run was ready
             self._trouble = "vLLM is restarting"
-            log.warning("vLLM exited; it is started again in %g s", pause)
+            log.warning("vLLM exited; restarting it in %g s", pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 

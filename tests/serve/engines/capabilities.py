@@ -33,7 +33,7 @@ CAPABILITIES = {
         Capability("names, versions, aliases and digests"),
         Capability("weighted mixes"),
         Capability("streaming and cancellation"),
-        Capability("stop texts, seeds, logprobs, logit bias"),
+        Capability("stop strings, seeds, logprobs, logit bias"),
         Capability("JSON schema"),
         Capability("tools"),
         Capability("tokenization"),

@@ -111,7 +111,7 @@ def test_chat_and_streaming_give_the_same_text(site: Site) -> None:
     assert [r for r in reasons if r] in (["length"], ["stop"])
 
 
-@needs("stop texts, seeds, logprobs, logit bias")
+@needs("stop strings, seeds, logprobs, logit bias")
 def test_stop_texts_seeds_and_logprobs(site: Site) -> None:
     text = site.complete(BASE, max_tokens=16)["choices"][0]["text"]
     stop = text[len(text) // 2 :][:2]

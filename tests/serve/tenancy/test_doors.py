@@ -134,7 +134,7 @@ def test_with_redis_a_dead_servers_requests_are_released(door: Open, redis_serve
 def test_an_outage_of_redis_refuses_no_good_request_and_lifts_no_limit(
     door: Open, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """During the outage, the ledger's way applies; afterwards, Redis's counts start anew but nothing is forgotten."""
+    """During the outage, limits use the ledger; afterwards, Redis counts anew, and no usage is forgotten."""
     doors = [door(redis_server.url) for _ in range(2)]
     limited(*doors, requests_per_minute=10, concurrency=4)
 

@@ -1,4 +1,4 @@
-"""Reinforcement with samplers on servers: the run with the embedded engine, whatever happens to a server.
+"""Reinforcement with sampling servers equals the run with the embedded engine, whatever happens to a server.
 
 The servers are real ones in threads, with the run's library. Faulty servers are the real ones behind a function
 that changes their answers."""
@@ -316,8 +316,8 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "base": (from_base, "its base is sha256:another"),
     "tokens": (altered(token_ids=lambda ids: [*ids, 5, 5, 5, 5, 5, 5, 5, 5]), "log-probabilities"),
     "vocabulary": (altered(token_ids=lambda ids: [1 << 20] * len(ids)), "not in the vocabulary"),
-    "nan": (altered(logprobs=nan), "is not finite or positive"),
-    "positive": (altered(sampling_logprobs=lambda values: [1.0] * len(values)), "is not finite or positive"),
+    "nan": (altered(logprobs=nan), "is not finite, or is positive"),
+    "positive": (altered(sampling_logprobs=lambda values: [1.0] * len(values)), "is not finite, or is positive"),
     "reason": (altered(finish_reason="error"), "ended with 'error'"),
     "page": (lambda answer: b"<html>\x1b[2J</html>", "not a completion with token_ids"),
     "huge": (lambda answer: b"[" * (8 << 20), "exceeds"),
@@ -342,7 +342,7 @@ def test_a_faulty_server_is_refused_at_the_start(
 def test_answers_of_a_server_that_turns_faulty_are_dropped(
     place: Place, servers: list[Whole], base: TextBase, embedded: Path, tmp_path: Path
 ) -> None:
-    """The good server takes the requests over, and the step counts the dropped answers."""
+    """The good server takes over the requests, and the step counts the dropped answers."""
     answered = threading.Event()
 
     def change(answer: dict[str, Any]) -> Any:

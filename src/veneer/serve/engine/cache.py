@@ -17,8 +17,8 @@ A block is free (empty), in use (one or more holders), or evictable (no holder, 
 block is free, evictable blocks are reused, least recently used first. Works on plain numbers, without
 tensors.
 
-With `listen`, the cache announces the blocks that can be found, if the table that found or computed them has a
-name.
+With `listen`, the cache announces which blocks new requests can reuse. Blocks of tables without a name are not
+announced.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
 
 @dataclass(frozen=True)
 class CacheEvent:
-    """Blocks that can now be found, an announced block that no longer can, or none can be found any more.
+    """A change of the cached blocks that new requests can reuse.
 
-    For `stored`: `keys` belong to consecutive blocks of `tokens`, `parent` is the key of the block before them
-    (None at a prompt's start), and `name` is the table's.
+    `stored`: blocks were added; `keys` belong to consecutive blocks of `tokens`, `parent` is the key of the block
+    before them (None at a prompt's start), and `name` is the table's. `removed`: an announced block was evicted.
+    `cleared`: all blocks were dropped.
     """
 
     kind: Literal["stored", "removed", "cleared"]
@@ -57,7 +58,7 @@ class BlockTable:
     """The blocks of one sequence, in order. `keys`: cache keys of the sequence's computed full blocks.
 
     `cached`: number of tokens found in the cache when the table was opened. `name`: the name under which the blocks are
-    announced, or None. `announced`: number of keys that need no announcement any more."""
+    announced, or None. `announced`: number of keys that need no further announcement."""
 
     root: bytes
     blocks: list[int] = field(default_factory=list)

@@ -9,7 +9,7 @@
 
 Facts from vllm/distributed/kv_events.py (0.32) and llm-d-router pkg/kvevents (engineadapter/vllm_adapter.go,
 zmq_subscriber.go). A router computes keys from tokens and the value of `model` only, so blocks of mixes and of
-requests with a salt are not announced. A block that several names share is announced under the first.
+requests with a salt are not announced. A block that several names share is announced under the first name.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class KvEvents:
         self._thread.start()
 
     def stop(self) -> None:
-        """Publish what has been put, and stop."""
+        """Publish the queued events, and stop."""
         self._queue.put(None)
         self._thread.join()
         self._close()
@@ -79,7 +79,7 @@ class KvEvents:
     def put(self, event: CacheEvent) -> None:
         """Publish an event soon. Never blocks.
 
-        If the queue is full, the event is dropped, and routers are told that the cache is empty: they then
+        If the queue is full, the event is dropped, and routers are told that the cache is empty. They then
         expect too few cached blocks, never too many.
         """
         try:
@@ -100,7 +100,7 @@ class KvEvents:
             going = None not in batch
             if self._lost and self._queue.empty():
                 self._lost = False
-                log.warning("more cache events than can be published: routers are told that the cache is empty")
+                log.warning("too many cache events to publish: routers are told that the cache is empty")
                 batch.append(CacheEvent("cleared"))
             if events := [self._encoded(event) for event in batch if event is not None]:
                 number, message = sent.to_bytes(8, "big"), self._pack([time.time(), events, 0])
@@ -120,7 +120,7 @@ class KvEvents:
         return body | {"token_ids": list(event.tokens), "block_size": len(event.tokens) // len(event.keys)}
 
     def _replay(self) -> None:
-        """Answer a request for the kept messages from a number on."""
+        """Answer a replay request with the kept messages, from the requested number."""
         frames, replay = self._sockets[1].recv_multipart(), self._sockets[1].send_multipart
         if len(frames) == 3:
             for number, message in list(self._kept):

@@ -131,7 +131,7 @@ def drop_copies() -> None:
     Keeps a shared lock on the folder until the process ends."""
     import fcntl
 
-    if "://" not in library_location():  # the folder has the mixes themselves
+    if "://" not in library_location():  # this folder holds the original mixes
         return
     lock = os.open(_created(mix_folder()), os.O_RDONLY)
     with contextlib.suppress(OSError):
@@ -229,7 +229,7 @@ class Mixes:
                 self._collect()
 
     def _store(self, store: RemoteStore, name: str) -> None:
-        """Store a mix's files, the card last; of a stored mix, write the card again, which records the use."""
+        """Store a mix's files, the card last. For a stored mix, write only the card again, which records the use."""
         files = sorted((self.folder / name).iterdir(), key=lambda file: file.name == CARD_FILE)
         for file in files[:-1]:
             store.put(f"{_STORED}/{name}/{file.name}", file, hash_file(file))

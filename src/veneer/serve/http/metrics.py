@@ -5,14 +5,14 @@ with several adapters as "mix", so that the number of series is bounded.
 
 Routers read three groups of series, in which an adapter has the name that clients send as `model`:
 
-| series | read by | fact taken from |
-| ------ | ------- | --------------- |
+| series | read by | source |
+| ------ | ------- | ------ |
 | `vllm:lora_requests_info`, `vllm:cache_config_info` | llm-d, GIE | llm-d-router docs/plugin-metric-protocol.md |
 | `vllm:lora_adapter_loaded`, `vllm:*_lora_adapters` | llm-d | the same file; vllm#54830 |
 | `vllm:gpu_cache_usage_perc`, `vllm:gpu_prefix_cache_*` | production-stack | src/vllm_router/stats/engine_stats.py |
 
 llm-d's lora-affinity-scorer gives 0.8 to a server with fewer active adapters than `max_lora`. So `max_lora` is
-the number of adapters of the present mean size that fit in the memory for adapters.
+the number of adapters, at the current mean size, that fit in the memory for adapters.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ _GAUGES = {
     "vllm:gpu_cache_usage_perc": ("Old name of vllm:kv_cache_usage_perc.", "cache_used"),
     "vllm:gpu_prefix_cache_hit_rate": ("Share of prompt tokens found in the prefix cache.", "prefix_hit_rate"),
     "vllm:num_gpu_loaded_lora_adapters": ("Adapters in memory.", "adapters"),
-    "vllm:num_cpu_loaded_lora_adapters": ("Adapters in a second, slower memory.", "slow_adapters"),
-    "vllm:max_gpu_lora_adapters": ("Adapters of the present mean size that fit in memory.", "adapter_slots"),
+    "vllm:num_cpu_loaded_lora_adapters": ("Adapters in slower memory.", "slow_adapters"),
+    "vllm:max_gpu_lora_adapters": ("Adapters that fit in memory, at their current mean size.", "adapter_slots"),
     "veneer:adapters_resident": ("Adapters in memory.", "adapters"),
     "veneer:adapters_resident_bytes": ("Bytes of the adapters in memory.", "adapter_bytes"),
 }
@@ -189,7 +189,7 @@ class Metrics(Collector):
     def text(self, engine: str = "") -> bytes:
         """Return all metrics in Prometheus's text format.
 
-        `engine`: metrics of the process that computes. They replace this server's metrics of the same name,
+        `engine`: metrics of a separate engine process. They replace this server's metrics of the same name,
         except `vllm:lora_requests_info`, in which only this server knows the clients' names."""
         theirs = [m for m in text_string_to_metric_families(engine) if m.name != _LORA_INFO]
         names = {metric.name for metric in theirs}
@@ -243,7 +243,7 @@ class Metrics(Collector):
 class Meter:
     """Measures one answer. Call `end` once, however the answer ended.
 
-    `router_name`: see Request; None for requests that routers cannot see as an adapter's. `tenant`: whose
+    `router_name`: see Request; None for requests that routers cannot attribute to an adapter. `tenant`: whose
     objectives apply. `tokens`: False for an image, whose only objective is not to fail.
     """
 

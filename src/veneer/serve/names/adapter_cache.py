@@ -49,8 +49,8 @@ T = TypeVar("T", bound=Sized)
 class ResidentStats:
     """Counters.
 
-    `waiting`: requests that wait for adapters. `slots`: how many adapters of the mean size of those in memory
-    fit in the memory for adapters; 0 while no adapter is in memory.
+    `waiting`: requests that wait for adapters. `slots`: number of adapters that fit in the memory for adapters,
+    at the mean size of those loaded; 0 while none is loaded.
     """
 
     bytes: int

@@ -94,7 +94,7 @@ class Catalog:
         self._reading = threading.Semaphore(2)  # limits the memory of concurrent loads
         self._loaded: dict[str, ModelCard] = {}
         self._served: dict[str, ModelCard] = {}
-        """Digest -> card under the name that a server with an upstream sends; the adapters in memory matter."""
+        """Digest -> card under the name that a server with an upstream sends; only adapters in memory are used."""
         self._library_models: tuple[object, dict[str, ModelCard]] = (None, {})
 
     @property

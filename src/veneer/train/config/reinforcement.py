@@ -56,7 +56,7 @@ class ReinforcementSection(Section):
         None, "library name under which the samplers find the adapter", "`sampling-` and the output folder's name"
     )
     staleness: int = setting(
-        0, "optimizer steps by which sampled adapters can be older; at 1 or more, samplers work during training", ge=0
+        0, "maximum age of the sampling adapter, in optimizer steps; at 1 or more, samplers work during training", ge=0
     )
 
     def with_defaults(self) -> ReinforcementSection:

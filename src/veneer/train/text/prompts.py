@@ -295,8 +295,7 @@ def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> Policy
 class SampledTraining:
     """State of a run that samples the completions it trains on.
 
-    name: the trained adapter's name. servers: `SamplerServers` that
-    sample instead of `sampler`."""
+    name: the trained adapter's name. servers: `SamplerServers` that sample instead of `sampler`."""
 
     config: TrainConfig
     base: TextBase
@@ -328,7 +327,7 @@ class SampledTraining:
     def begin_sampling(
         self, prompts: Sequence[PromptItem], params: SamplingParams, number: int, group: int
     ) -> tuple[list[PromptItem], WaitForSamples]:
-        """Start to sample if servers do so. Return the prompt of each completion, and a function that waits."""
+        """Start sampling if servers sample. Return the prompt of each completion, and a function that waits."""
         owners = [item for item in prompts for _ in range(group)]
         requests = [
             CompletionRequest(item.ids, seed_of(self.config.seed, number, item.row, i % group), params, self.name)

@@ -19,15 +19,15 @@ step:
                                        the same completions
     prompt_cached                      share of the prompt tokens found in the KV cache
     gap_mean, gap_max, gap_share       |Δ log p| of the trained tokens; share of tokens above 1%
-    gap_kl                             estimate of the KL of sampler and trainer
+    gap_kl                             estimate of the KL divergence of sampler and trainer
     policy_lag                         optimizer steps since the completions were sampled
-    dropped_answers                    answers of servers that were dropped and requested again, if any
+    dropped_answers                    dropped answers of servers, which were requested again; if any
     drift                              mean |log p − log p at sampling|, if not 0
     kl, clipped, weight                means over the trained tokens; each is logged only if the loss has a
                                        reference, a clip or importance weights, respectively
 
 With `reinforcement.samplers`, servers sample (`sampler_servers`). The trainer's own log-probabilities at the
-first update then take the place of the sampler's in the ratio, and the loss is weighted by min(p trainer / p
+first update then replace the sampler's in the ratio, and the loss is weighted by min(p trainer / p
 sampler, importance_cap), which corrects for both the mismatch and the staleness: truncated importance sampling
 as in TRL (`vllm_importance_sampling_correction`, trl/trainer/grpo_config.py), with the current policy as the
 proximal one (AReaL, arXiv 2505.24298). With `reinforcement.staleness`, later steps are sampled while this
@@ -130,7 +130,7 @@ class Reinforcement(SampledTraining):
     failed: list[str] = field(default_factory=list)
     """Reasons why completions of the last sampling have no reward, most common first."""
     plan: Sequence[Step] = ()
-    """All steps of the run, which name the prompts to sample."""
+    """All steps of the run, which determine the prompts to sample."""
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.with_defaults()
@@ -160,7 +160,7 @@ class Reinforcement(SampledTraining):
         return self._step_of(step, rows, fresh=not update)
 
     def _begin_ahead(self, number: int) -> None:
-        """Start to sample the completions of step `number`, and of later steps as far as the staleness allows."""
+        """Start sampling completions for step `number`, and for later steps within the staleness limit."""
         s = self.settings
         for first in range(number, min(number + s.staleness, len(self.plan)) + 1, s.updates):
             if first not in self._ahead:

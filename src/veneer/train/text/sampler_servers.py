@@ -11,12 +11,12 @@ prompt, seed and adapter, so another server can take over a request without chan
 
 | server | reaction |
 | --- | --- |
-| does not respond; 408, 409, 425, 429, 5xx | tried again after 0.5, 1, 2 … 30 s; others take its requests |
+| does not respond; 408, 409, 425, 429, 5xx | other servers take its requests; tried again after 0.5, 1, 2 … 30 s |
 | all servers are unavailable | the run waits |
-| answers from other weights, or not as requested | dropped and counted; other servers take the request |
-| the same three times in a row, and no other server is available | TrainingError |
+| answers from other weights, or not as requested | answer dropped and counted; other servers take the request |
+| does so three times in a row, and no other server is available | TrainingError |
 
-The trainer's own sampler replays the completions, and samples the replies of judges. The API key of the servers is
+The trainer's own sampler replays the completions, and samples the judges' replies. The servers' API key is
 read from the environment and never appears in a message.
 """
 
@@ -87,8 +87,8 @@ class _Unknown(_Invalid):
 class _Server:
     """A server.
 
-    trouble: why it was set aside, until it answers again. after: when it can be tried again. invalid: number of
-    times that it was set aside for an unusable answer, since its last usable one."""
+    trouble: why the server is set aside, or "". after: time from which it can be tried again. invalid: number of
+    times that it was set aside for an unusable answer since its last usable answer."""
 
     url: str
     trouble: str = ""
@@ -174,7 +174,7 @@ class SamplerServers:
     def publish(self) -> Version:
         """Return the version with the adapter's current values; add it if it is not the newest.
 
-        Keeps the versions of this step, of a validation, and of steps ahead."""
+        Keeps the versions for this step, for a validation, and for later steps that are being sampled."""
         r, adapter, own = self.config.reinforcement, self.adapter(), self.own_versions()
         if own and own[-1].digest == adapter.digest():
             return own[-1]
@@ -195,13 +195,13 @@ class SamplerServers:
     # -- all requests --------------------------------------------------------------------------------------------------
 
     def begin(self, requests: Sequence[CompletionRequest]) -> WaitForSamples:
-        """Start to sample with the adapter's current values.
+        """Start sampling with the adapter's current values.
 
-        Raises the library's errors. The returned function raises TrainingError if no answer can be used."""
+        Raises the library's errors. The returned function raises TrainingError if the answers cannot be used."""
         return partial(self._wait, asyncio.run_coroutine_threadsafe(self._all(requests, self.publish()), self.loop))
 
     def check(self) -> None:
-        """Request one token of each server. Raises ConfigError if a server's answer cannot be used."""
+        """Request one token from each server. Raises ConfigError if a server's answer cannot be used."""
         version, request = self.publish(), CompletionRequest((0,), 0, SamplingParams(max_tokens=1))
         for server in self.servers:
             try:
@@ -213,7 +213,7 @@ class SamplerServers:
                 raise ConfigError(f"the sampler cannot be used: {error}", where=server.url, fix=fix) from None
 
     def _wait(self, future: concurrent.futures.Future[Any], interrupted: Stop) -> Any:
-        """Return the result, and show messages meanwhile. Cancels the requests and returns None if interrupted."""
+        """Wait for the result and show messages. If interrupted, cancel the requests and return None."""
         done = False
         while not done:
             done = bool(concurrent.futures.wait([future], timeout=0.1).done)
@@ -227,7 +227,7 @@ class SamplerServers:
     async def _all(
         self, requests: Sequence[CompletionRequest], version: Version
     ) -> tuple[list[Rollout], dict[str, float]]:
-        """Send all requests. Those with the same prompt go to the same server, which caches the prompt."""
+        """Send all requests. Requests with the same prompt go to one server, which caches the prompt."""
         began, dropped = time.perf_counter(), self.dropped
         homes = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
         try:
@@ -240,14 +240,14 @@ class SamplerServers:
         return rollouts, metrics | ({"dropped_answers": lost} if lost else {})
 
     async def _complete(self, home: int, request: CompletionRequest, version: Version) -> Rollout:
-        """Return one completion, by the server `home` if it is available."""
+        """Return one completion, from the server `home` if that server is available."""
         while True:
             now, all_servers = time.monotonic(), self.servers[home % len(self.servers) :] + self.servers
             server = next((each for each in all_servers if now >= each.after), None)
             if server is None:
                 await asyncio.sleep(_PAUSES[0] / 5)
                 continue
-            if retry := bool(server.trouble):  # one request at a time tries a server again
+            if retry := bool(server.trouble):  # only one request at a time retries a server that is set aside
                 server.after = now + server.pause
             try:
                 rollout = await self._request(server, request, version)
@@ -259,14 +259,14 @@ class SamplerServers:
                 self._set_aside(server, error, retry)
 
     def _set_aside(self, server: _Server, error: Exception, retry: bool = False) -> None:
-        """Send no requests to a server for a while; longer each time that it fails again.
+        """Send no requests to a server for a while, which doubles with each further failure.
 
-        Raises TrainingError if no other server is available, and the answers are unusable again and again."""
+        Raises TrainingError if no other server is available and the server's answers stay unusable."""
         now, invalid, first = time.monotonic(), isinstance(error, _Invalid), not server.trouble
         server.trouble, self.dropped = str(error), self.dropped + invalid
         away = all(each.trouble for each in self.servers)
         if first:
-            rest = "no sampler is available; the run waits until one is" if away else "others take its requests"
+            rest = "no sampler is available; the run waits until one is" if away else "other samplers take its requests"
             self.messages.append(f"warning: the sampler {server.url} is set aside: {error}; {rest}")
         if first or retry:  # several requests can fail at once
             server.after, server.pause = now + server.pause, min(_PAUSES[1], 2 * server.pause)
@@ -321,8 +321,8 @@ class SamplerServers:
 def _rollout(request: CompletionRequest, answer: Any, base: TextBase, digest: str) -> Rollout:
     """Return the completion in a response.
 
-    Raises _Invalid if it is not a completion of the request by this base and adapter, and other exceptions if it
-    has another structure."""
+    Raises _Invalid if it is not this base and adapter's completion of the request, and other exceptions if the
+    response has another structure."""
     how, (choice,), by, most = request.how, answer["choices"], answer["sampled_by"], request.how.max_tokens
     ids, logps, end, text = (
         choice["token_ids"],
@@ -343,7 +343,7 @@ def _rollout(request: CompletionRequest, answer: Any, base: TextBase, digest: st
         (end in ("stop", "length") and type(text) is str, f"the completion ended with {end!r}"),
         (
             all(math.isfinite(x) and x <= 1e-6 for x in logps + sampling_logps),
-            "a log-probability is not finite or positive",
+            "a log-probability is not finite, or is positive",
         ),
     ):
         if not ok:

@@ -372,7 +372,7 @@ def _open_sampled(text: TextRun, attachment: Attachment) -> Iterator[Reinforceme
         if isinstance(r, ReinforcementSection):
             if r.samplers and not text.run.dry_run:
                 if text.run.devices.count > 1:
-                    raise ConfigError("with samplers, one process trains", where="reinforcement.samplers")
+                    raise ConfigError("samplers support only one training process", where="reinforcement.samplers")
                 servers = sampler_servers(text.config, text.base, attachment, text.name)
                 shared["servers"] = opened.enter_context(servers)
             ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None

@@ -1,7 +1,7 @@
-"""More of vLLM's and SGLang's routes, and those of AIBrix and Dynamo: load and unload adapters, tokenize.
+"""Routes of vLLM, SGLang, AIBrix and Dynamo that load and unload adapters, or tokenize.
 
 The source of an adapter is a library reference, or a path in an allowed folder. AIBrix and Dynamo send a URI:
-file://PATH, or again a library reference. Facts from aibrix pkg/controller/modeladapter/lora_client.go and
+file://PATH or a library reference. Facts from aibrix pkg/controller/modeladapter/lora_client.go and
 python/aibrix/aibrix/app.py, and dynamo docs/features/lora/README.md and components/src/dynamo/vllm/lora_handler.py.
 """
 
@@ -36,7 +36,7 @@ dynamo_routes = APIRouter(tags=["Dynamo"], route_class=BodyRoute, dependencies=[
 
 
 class Load(Body):
-    """AIBrix's `credentials_secret` names a secret of its cluster; veneer uses credentials of its own."""
+    """AIBrix's `credentials_secret` names a Secret of the cluster; veneer ignores it and uses its own credentials."""
 
     ignored: ClassVar = frozenset({"base_model_name", "credentials_secret", "additional_config"})
     refused: ClassVar = {"is_3d_lora_weight": False, "pinned": False, "credentials": None}
@@ -146,7 +146,7 @@ def _source_of(uri: str) -> str:
         return rest
     wrong = "file:// needs an absolute path on this server" if scheme == "file" else f"{scheme}:// cannot be read"
     fix = "add the adapter to the library (veneer library pull, veneer library add) and send its reference"
-    raise invalid(f"{wrong}: an adapter comes from the library, or from file:// in an allowed folder", "uri", fix)
+    raise invalid(f"{wrong}: adapters are loaded from the library, or from file:// in an allowed folder", "uri", fix)
 
 
 async def _load(request: HttpRequest, name: str, source: str, *, replace: bool = False) -> None:
