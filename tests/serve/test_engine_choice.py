@@ -90,9 +90,12 @@ def test_the_first_line_says_which_engine_and_why() -> None:
         with_engine(ServeSettings("base", fleet=fleet), lines.append, Fake(vllm=False))
 
 
-@pytest.mark.parametrize("flag", ["--port", "--port=1", "--served_model_name", "--enable-lora", "--api-key", "--model"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--port", "--port=1", "--served_model_name", "--enable-lora", "--api-key", "--model", "--hos=0.0.0.0", "--api"],
+)
 def test_flags_that_veneer_sets_are_refused_by_name(flag: str) -> None:
-    check_flags(["--tensor-parallel-size", "8", "--max-loras=2"])
+    check_flags(["--tensor-parallel-size", "8", "--max-loras=2", "-1", "--", "-tp", "2"])
     with pytest.raises(ConfigError, match=flag.partition("=")[0].replace("_", "-")):
         check_flags(["--tensor-parallel-size", "8", flag])
 
