@@ -30,7 +30,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -301,7 +301,8 @@ class Upstream(Engine[Request, EngineEvent]):
             pkg/epp/metadata/consts.go)
         x-session-id: the tenant's user, or tenant and model without a user; the first key of `consistent_hash`
             (vllm-project/router, docs/load_balancing/README.md)
-        x-veneer-model: `model` of the body, for routers that cannot parse bodies; of a retry, the request's id
+        x-veneer-model: `model` of the body, percent-encoded, for routers that cannot parse bodies; of a retry, the
+            request's id
         x-request-id: the id in this server's own response, and the number of the completion
         """
 
@@ -311,7 +312,7 @@ class Upstream(Engine[Request, EngineEvent]):
 
         key = f"{request.id} {attempt}" if attempt else model
         session = hashed(request.tenant, *((key, "model") if attempt or not request.user else (request.user, "user")))
-        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": key}
+        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": quote(key, "/ :@+=")}
         return ids | ({"x-llm-d-inference-fairness-id": hashed(request.tenant)} if request.tenant else {})
 
     async def _chunks(self, request: Request, model: str, attempt: int) -> AsyncGenerator[dict[str, Any], None]:
