@@ -118,6 +118,22 @@ def test_url_in_a_manifest_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pod", "message"),
+    [
+        ({"containers": [{"args": ["--nice", "5"]}]}, "`args`"),
+        ({"containers": [{"env": [{"value": "redis://h"}]}]}, "not a Job"),
+        ({"containers": ["python"]}, "not a Job"),
+        ({"containers": [{"env": None}], "initContainers": [{"env": [{"name": "A", "value": "s3://k:s@b"}]}]}, "'A'"),
+    ],
+)
+def test_unsafe_manifest_is_refused(tmp_path: Path, pod: dict[str, Any], message: str) -> None:
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(yaml.safe_dump({"spec": {"template": {"spec": pod}}}))
+    with pytest.raises(ConfigError, match=message):
+        KubernetesExecutor(ExecutorSettings(kind="kubernetes", manifest=manifest, server="http://localhost"))
+
+
+@pytest.mark.parametrize(
     ("phase", "reason", "code", "memory"),
     [("Succeeded", "Completed", 0, False), ("Failed", "OOMKilled", 137, True), ("Failed", "Error", 75, False)],
 )

@@ -30,7 +30,7 @@ class FakeVLLM:
     error (status, message) or a fault. `breaks_after`: number of tokens before `breaks` happens to the stream.
     Faults: "close" closes the connection, "hang" sends nothing more, "text" sends what is no event. `delay`:
     seconds before each token. `calls`: bodies of the completion requests received; `headers`: their headers.
-    `left`: number of streams whose client disconnected.
+    `left`: number of streams whose client disconnected. `base`: the base's name.
     """
 
     resolve: Callable[[str], Path | None] = lambda name: None
@@ -43,13 +43,14 @@ class FakeVLLM:
     calls: list[Any] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     left: int = 0
+    base: str = "base"
 
     def app(self) -> FastAPI:
         app = FastAPI()
 
         @app.get("/v1/models")
         async def models() -> Any:
-            base = {"id": "base", "owned_by": "vllm", "root": "/b", "parent": None, "max_model_len": self.context}
+            base = {"id": self.base, "owned_by": "vllm", "root": "/b", "parent": None, "max_model_len": self.context}
             return {"object": "list", "data": [base]}
 
         app.post("/v1/completions")(self._complete)
@@ -65,7 +66,7 @@ class FakeVLLM:
         if wrong is not None:
             return StreamingResponse(self._watched(_fail(wrong)), media_type="text/event-stream")
         model, folder = body["model"], None
-        if model != "base":
+        if model != self.base:
             if (folder := self.resolve(model)) is None:
                 return _error(404, f"The model `{model}` does not exist.")
             if self.load_fails:

@@ -117,10 +117,24 @@ def test_replica_computes_with_a_vllm_that_it_runs(tmp_path: Path, monkeypatch: 
     assert sent[sent.index("--max-loras") + 1] == "3"
 
 
-@pytest.mark.parametrize(("values", "word"), [({"engine": "tgi"}, "tgi"), ({"vllm_flags": ["--port=1"]}, "--port")])
-def test_wrong_engine_or_flag_is_refused_before_deployment(values: dict[str, Any], word: str) -> None:
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"engine": "tgi"}, "tgi"),
+        ({"vllm_flags": ["--port=1"]}, "--port"),
+        ({"vllm_flags": "--max-loras 3"}, "vllm_flags is not a list"),
+        ({"allowed_hosts": "a.example"}, "allowed_hosts is not a list"),
+        ({"rows": "many"}, "rows is not a whole number"),
+        ({"context": -1}, "context is not a whole number"),
+    ],
+)
+def test_wrong_value_is_refused_before_deployment(values: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         serve_settings({"base": "tiny", **values})
+
+
+def test_numbers_can_be_texts_as_on_the_command_line() -> None:
+    assert serve_settings({"base": "tiny", "rows": "4"}).engine.rows == 4
 
 
 @pytest.mark.fleet
@@ -302,9 +316,10 @@ def test_openai_routes_work_through_ray(cluster: Cluster) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.completions.create(**asking("missing", ids))
     assert refused.value.code == "model_not_found"
-    one = httpx.post(f"{cluster.url}/v1/load_lora_adapter", json={})
-    assert one.status_code == 404
-    assert "only one of several replicas" in one.json()["error"]["message"]
+    for path in ("load_lora_adapter", "lora_adapter/load", "lora_adapter/unload", "loras", "loras/plain"):
+        one = httpx.post(f"{cluster.url}/v1/{path}", json={})
+        assert one.status_code == 404
+        assert "only one of several replicas" in one.json()["error"]["message"], path
     big = httpx.post(f"{cluster.url}/v1/completions", content=b" " * (9 << 20), timeout=60)
     assert big.status_code == 413
 

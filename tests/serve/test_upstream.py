@@ -150,6 +150,15 @@ def test_headers_identify_the_tenant_the_user_and_the_model(setup):
     assert not any(word in sent for word in ("acme", "ann", "other"))
 
 
+def test_a_base_can_have_any_name(setup):
+    async def work(engine: Upstream) -> None:
+        assert text(await answer(engine)).startswith(" base")
+
+    setup.run(fake := FakeVLLM(base="org/modèle 7b"), work)
+    assert fake.calls[0]["model"] == "org/modèle 7b"
+    assert fake.headers[0]["x-veneer-model"] == "org/mod%C3%A8le 7b"
+
+
 def test_a_retry_has_keys_that_choose_another_engine(setup):
     """A router that hashes a key sends equal keys to the same engine, which has just failed."""
 

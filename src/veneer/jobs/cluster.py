@@ -168,10 +168,15 @@ class KubernetesExecutor(LocalExecutor):
 
         self.manifest, where = read_sections(settings.manifest)[0], str(settings.manifest)
         try:
-            (container,) = self.manifest["spec"]["template"]["spec"]["containers"]
-        except (KeyError, TypeError, ValueError):
+            pod = self.manifest["spec"]["template"]["spec"]
+            (container,) = pod["containers"]
+            values = [each for c in [container, *(pod.get("initContainers") or ())] for each in c.get("env") or ()]
+            inline = [each["name"] for each in values if "://" in str(each.get("value", ""))]
+            arguments = container.get("args")
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError("the manifest is not a Job with one container", where=where) from None
-        inline = [each["name"] for each in container.get("env", []) if "://" in str(each.get("value", ""))]
+        if arguments:
+            raise ConfigError("the executor sets the command, so `args` has no use", where=where, fix="leave it out")
         if inline:
             fix = "put the values into a Secret, and name the Secret in envFrom"
             raise ConfigError(f"the manifest contains URLs, which can have passwords: {inline}", where=where, fix=fix)

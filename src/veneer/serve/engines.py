@@ -178,11 +178,11 @@ def flag_name(flag: str) -> str:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Raise ConfigError for a flag for vLLM that veneer sets itself."""
-    for flag in flags:
-        if flag_name(flag) in OWN_FLAGS:
-            message = f"veneer sets vLLM's {flag_name(flag)} itself, or needs it unset"
-            raise ConfigError(message, where=f"-- {flag_name(flag)}", fix="leave it out")
+    """Raise ConfigError for a flag for vLLM that veneer sets itself, or an abbreviation of the flag."""
+    for name in map(flag_name, flags):
+        if len(name) > 2 and (own := next((o for o in sorted(OWN_FLAGS) if o.startswith(name)), None)):
+            message = f"veneer sets vLLM's {own} itself, or needs it unset"
+            raise ConfigError(message, where=f"-- {name}", fix="leave it out")
 
 
 def with_engine(settings: ServeSettings, log: Callable[[str], None], machine: Machine | None = None) -> ServeSettings:

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 _SCOPE = {"type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers"}
 _SCOPE |= {"client", "server"}
-_REPEATABLE = re.compile(r"/|/v1/(chat/)?completions|/v1/images/\w+|/generate(_stream)?|/(de)?tokenize")
+_REPEATABLE = re.compile(r"/|/v1/(chat/)?completions(/render)?|/v1/images/\w+|/generate(_stream)?|/(de)?tokenize")
 """Paths of POST requests that another replica can repeat, because they change nothing."""
-_ONE_REPLICA = re.compile(r"/metrics|(/v1)?/(un)?load_lora_adapter")
+_ONE_REPLICA = re.compile(r"/metrics|(/v1)?/(un)?load_lora_adapter|/v1/lora_adapter/(un)?load|/v1/loras(/.*)?")
 _ATTEMPTS = 4
 _NAMES = 1000
 """Maximum adapter names that a front remembers, and that Ray remembers for each replica."""
@@ -51,6 +51,7 @@ _NAMES = 1000
 _KEYS = {"base", "library", "dtype", "device", "quantize", "allowed_hosts", "context"}
 _KEYS |= {"rows", "cache_bytes", "adapter_bytes", "engine", "vllm_flags"}
 """The application's arguments: fields of ServeSettings, HttpSettings, EngineSettings and FleetSettings."""
+_NUMBERS = {"rows", "context"}
 
 
 def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
@@ -58,8 +59,16 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
     if wrong := sorted(values.keys() - _KEYS) or sorted({"base"} - values.keys()):
         what = f"unknown or missing arguments: {', '.join(wrong)}"
         raise ConfigError(what, where="veneer.serve.ray:app", fix=f"arguments are {', '.join(sorted(_KEYS))}")
+    for key in ("allowed_hosts", "vllm_flags"):
+        if not isinstance(values.get(key, ()), list | tuple):
+            fix = "use a file, such as deploy/ray/serve.yaml"
+            raise ConfigError(f"{key} is not a list", where="veneer.serve.ray:app", fix=fix)
+    for key in _NUMBERS & values.keys():  # `serve run` passes texts
+        if not re.fullmatch("[0-9]{1,9}", str(values[key])):
+            raise ConfigError(f"{key} is not a whole number", where="veneer.serve.ray:app", fix=f"{key}: 32")
     given: dict[str, Any] = {
-        key: bytes_of(str(value), key) if key.endswith("_bytes") else value for key, value in values.items()
+        key: bytes_of(str(value), key) if key.endswith("_bytes") else int(value) if key in _NUMBERS else value
+        for key, value in values.items()
     }
     fleet = FleetSettings(engine=given.pop("engine", "auto"), vllm_flags=tuple(given.pop("vllm_flags", ())))
     if fleet.engine not in get_args(EngineKind):

@@ -30,7 +30,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -304,7 +304,8 @@ class Upstream(Engine[Request, EngineEvent]):
         x-veneer-weight: the tenant's weight, for embedded engines
         x-session-id: the tenant's user, or tenant and model without a user; the first key of `consistent_hash`
             (vllm-project/router, docs/load_balancing/README.md)
-        x-veneer-model: `model` of the body, for routers that cannot parse bodies; of a retry, the request's id
+        x-veneer-model: `model` of the body, percent-encoded, for routers that cannot parse bodies; of a retry, the
+            request's id
         x-request-id: the id of this server's own response, and the number of the completion
         """
 
@@ -314,7 +315,7 @@ class Upstream(Engine[Request, EngineEvent]):
 
         key = f"{request.id} {attempt}" if attempt else model
         session = hashed(request.tenant, *((key, "model") if attempt or not request.user else (request.user, "user")))
-        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": key}
+        ids = {"x-session-id": session, "x-request-id": request.id, "x-veneer-model": quote(key, "/ :@+=")}
         return ids | ({FAIRNESS: hashed(request.tenant), WEIGHT: str(request.weight)} if request.tenant else {})
 
     async def _chunks(self, request: Request, model: str, attempt: int) -> AsyncGenerator[dict[str, Any], None]:

@@ -320,6 +320,8 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "positive": (altered(sampling_logprobs=lambda values: [1.0] * len(values)), "is not finite, or is positive"),
     "reason": (altered(finish_reason="error"), "ended with 'error'"),
     "page": (lambda answer: b"<html>\x1b[2J</html>", "not a completion with token_ids"),
+    "nested": (lambda answer: b"[" * 100_000, "not a completion with token_ids"),
+    "number": (altered(sampling_logprobs=lambda values: [-(10**400)] * len(values)), "not a completion"),
     "huge": (lambda answer: b"[" * (8 << 20), "exceeds"),
 }
 

@@ -313,7 +313,7 @@ class SamplerServers:
             raise kind(f"HTTP {status}: {text}")
         try:
             return _rollout(request, json.loads(content), self.base, version.digest)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             message = "not a completion with token_ids, logprobs and sampled_by, as `veneer serve` returns"
             raise _Invalid(f"{message}: {text}") from None
 
