@@ -90,6 +90,13 @@ def test_the_first_line_says_which_engine_and_why() -> None:
         with_engine(ServeSettings("base", fleet=fleet), lines.append, Fake(vllm=False))
 
 
+def test_an_unknown_engine_is_refused_before_a_line_names_it() -> None:
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match="'vlm' is not an engine"):
+        with_engine(ServeSettings("base", fleet=FleetSettings(engine="vlm")), lines.append, Fake())  # type: ignore[arg-type]
+    assert not lines
+
+
 @pytest.mark.parametrize("flag", ["--port", "--port=1", "--served_model_name", "--enable-lora", "--api-key", "--model"])
 def test_flags_that_veneer_sets_are_refused_by_name(flag: str) -> None:
     check_flags(["--tensor-parallel-size", "8", "--max-loras=2"])

@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, get_args
 
-from veneer.errors import ConfigError, MissingExtraError, quoted
+from veneer.errors import ConfigError, MissingExtraError, one_of
 from veneer.serve.engines import check_flags, with_engine
 from veneer.serve.settings import (
     EngineKind,
@@ -62,11 +62,7 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
         key: bytes_of(str(value), key) if key.endswith("_bytes") else value for key, value in values.items()
     }
     fleet = FleetSettings(engine=given.pop("engine", "auto"), vllm_flags=tuple(given.pop("vllm_flags", ())))
-    if fleet.engine not in get_args(EngineKind):
-        message = f"{quoted(str(fleet.engine))} is not an engine"
-        raise ConfigError(
-            message, where="veneer.serve.ray:app", fix=f"engine is one of {', '.join(get_args(EngineKind))}"
-        )
+    one_of(str(fleet.engine), get_args(EngineKind), "an engine", "veneer.serve.ray:app")
     check_flags(fleet.vllm_flags)
     hosts = tuple(str(host).lower() for host in given.pop("allowed_hosts", ()))
     engine = EngineSettings(**{key: given.pop(key) for key in EngineSettings.__dataclass_fields__ if key in given})
