@@ -83,11 +83,16 @@ def test_bases_that_vllm_cannot_serve_get_the_embedded_engine(tmp_path: Path) ->
 def test_the_first_line_says_which_engine_and_why() -> None:
     lines: list[str] = []
     settings = with_engine(ServeSettings("base"), lines.append, Fake(vllm=False))
-    assert settings.fleet.engine == "embedded"
+    assert (settings.fleet.engine, settings.fleet.vllm_python) == ("embedded", "")
     assert lines == ["engine: embedded (vLLM is not installed)"]
     fleet = FleetSettings(vllm_flags=("--max-loras", "4"))
     with pytest.raises(ConfigError, match="flags after -- are for vLLM"):
         with_engine(ServeSettings("base", fleet=fleet), lines.append, Fake(vllm=False))
+
+
+def test_the_settings_name_the_interpreter_that_was_found(llama: Path) -> None:
+    settings = with_engine(ServeSettings(str(llama)), lambda line: None, Fake())
+    assert (settings.fleet.engine, settings.fleet.vllm_python) == ("vllm", "python")
 
 
 def test_an_unknown_engine_is_refused_before_a_line_names_it() -> None:

@@ -205,7 +205,8 @@ def with_engine(settings: ServeSettings, log: Callable[[str], None], machine: Ma
     if engine == "embedded" and fleet.vllm_flags:
         message = f"the flags after -- are for vLLM, but the engine is embedded: {why}"
         raise ConfigError(message, where=f"-- {fleet.vllm_flags[0]}", fix="leave them out, or use --engine vllm")
-    return replace(settings, fleet=replace(fleet, engine=engine))
+    python = machine.vllm.python if engine == "vllm" and machine.vllm else ""
+    return replace(settings, fleet=replace(fleet, engine=engine, vllm_python=python))
 
 
 def _problems(settings: ServeSettings, each: Preload) -> list[str]:

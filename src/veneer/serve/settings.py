@@ -164,13 +164,15 @@ class FleetSettings:
     `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent
     to the upstream as a bearer token. `mixes`: maximum weighted mixes per tenant. `mix_bytes`: maximum bytes
     of all mixes on disk, and in a library on S3. `mix_days`: days for which a mix is kept after its last use.
-    `engine`: what computes without an upstream; auto: chosen before the server is built (serve.vllm).
-    `vllm_flags`: additional flags for vLLM.
+    `engine`: what computes without an upstream; auto: replaced before the server is built
+    (serve.engines.with_engine). `vllm_flags`: additional flags for vLLM. `vllm_python`: the interpreter that has
+    vLLM, which with_engine finds.
     """
 
     upstream: str | None = None
     engine: EngineKind = "auto"
     vllm_flags: tuple[str, ...] = ()
+    vllm_python: str = ""
     key: str | None = None
     mixes: int = 64
     mix_bytes: int = 16 << 30
