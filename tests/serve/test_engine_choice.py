@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -109,11 +110,21 @@ def test_flags_that_veneer_sets_are_refused_by_name(flag: str) -> None:
         check_flags(["--tensor-parallel-size", "8", flag])
 
 
+def documented() -> set[str]:
+    """Return the environment variables of the reference page."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "environment.md"
+    return set(re.findall(r"`(VENEER_[A-Z_]+)`", page.read_text(encoding="utf-8")))
+
+
 def test_vllm_loads_the_plugin_and_learns_no_secret_of_the_server() -> None:
-    before = {"VLLM_PLUGINS": "mine", "VENEER_TENANTS": "postgresql://u:password@h/d", "VENEER_ADMIN_KEY": "k" * 20}
+    needed = {"VENEER_LIBRARY", "VENEER_LIBRARY_INDEX", "VENEER_VLLM_CACHE", "VENEER_VLLM_PYTHON"}
+    secrets = {name for name in documented() if re.search("KEY|TENANTS|_URL", name)}
+    assert len(secrets) > 5
+    before = {"VLLM_PLUGINS": "mine", **dict.fromkeys(secrets | needed, "postgresql://u:password@h/d")}
     environment = vllm_environment("/library", "key", before)
     assert environment["VLLM_PLUGINS"] == "mine,veneer"
-    assert not {"VENEER_TENANTS", "VENEER_ADMIN_KEY"} & environment.keys()
+    assert not secrets & environment.keys()
+    assert needed <= environment.keys()
     assert "VLLM_PLUGINS" not in vllm_environment("/library", "key", {})
 
 

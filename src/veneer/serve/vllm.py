@@ -56,7 +56,7 @@ def vllm_command(settings: ServeSettings, files: Path, name: str, rank: int) -> 
 
 
 def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return vLLM's environment variables."""
+    """Return vLLM's environment variables: those of this server without its secrets, which no adapter needs."""
     own = {
         "VENEER_LIBRARY": library,
         "VENEER_VLLM_CACHE": str(mix_folder()),
@@ -67,7 +67,8 @@ def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os
     plugins = environment.get("VLLM_PLUGINS")  # if set, vLLM loads only these
     if plugins is not None and "veneer" not in plugins.split(","):
         own["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "veneer"]))
-    secret = {"VENEER_ADMIN_KEY", "VENEER_ADMIN_KEY_HASH", "VENEER_TENANTS", "VENEER_UPSTREAM_KEY"}
+    secret = {"VENEER_ADMIN_KEY", "VENEER_ADMIN_KEY_HASH", "VENEER_TENANTS", "VENEER_REDIS_URL"}
+    secret |= {"VENEER_UPSTREAM_KEY", "VENEER_SAMPLER_KEY"}
     return {name: value for name, value in environment.items() if name not in secret} | own
 
 
