@@ -77,6 +77,7 @@ def test_bad_options_are_refused_before_listening(options, words, home, capsys):
     ("text", "words"),
     [
         ("mix_disk: 4M", "mix_disk applies to mixes in vLLM"),
+        ("kv_replay: tcp://*:5558", "kv_replay repeats the messages of kv_events | set kv_events"),
         ("ledger_days: 3", "ledger_days applies to the ledger of tenants"),
         ("idle_seconds: .nan", "idle_seconds: Input should be a finite number"),
         ("drain_seconds: .inf", "drain_seconds: Input should be a finite number"),

@@ -101,6 +101,9 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
         if settings.oidc is not None:
             message = "oidc gives tenants' users access, but this server has no tenants"
             raise ConfigError(message, where="oidc", fix="leave it out, or name a database with --tenants")
+    if settings.engine.kv_replay and not settings.engine.kv_events:
+        message = "kv_replay repeats the messages of kv_events, which is not set"
+        raise ConfigError(message, where="kv_replay", fix="set kv_events, or leave kv_replay out")
     opened = open_stores(settings)
     try:
         _check_keyless(settings, opened.store, page)
