@@ -166,9 +166,8 @@ def _expected_error(error: Exception) -> VeneerError | None:
     if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
         return ConfigError("the text is not valid Unicode", fix="type the text again in the terminal's encoding")
     if type(orig := getattr(error, "orig", None)).__name__ == "OperationalError" and hasattr(orig, "sqlstate"):
-        reason = (
-            str(orig).strip().split("\n")[0]
-        )  # of psycopg; SQLite's error of this name can also be a mistake in SQL
+        # psycopg's error; SQLite's error of this name has no sqlstate, and can also be a mistake in SQL
+        reason = str(orig).strip().split("\n")[0]
         return UnavailableError(f"a database does not answer: {reason}", fix="try again when it runs")
     if type(error).__name__ == "OutOfMemoryError":  # matched by name, because torch may not be loaded
         fix = "use smaller batches, or activation checkpointing"
