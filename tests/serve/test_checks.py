@@ -64,6 +64,7 @@ def refusal(capsys: pytest.CaptureFixture[str], base: str, *options: str) -> str
         (["--studio", "--host", "0.0.0.0"], "it needs a key | --api-keys or --tenants"),
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
         (["--api-keys", "no-such-file"], "cannot read the keys"),
+        (["stray"], "unexpected extra argument | stray"),
         (["--max-batch", "many"], "Invalid value for '--max-batch'"),
     ],
 )
