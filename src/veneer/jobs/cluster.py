@@ -184,7 +184,7 @@ class KubernetesExecutor(LocalExecutor):
     def start(
         self, lease: JobLease, environment: Mapping[str, str], device: Device | None = None, max_memory: int = 0
     ) -> str:
-        """Create the Job. Raises UnavailableError and ConfigError. `environment` is in the operator's Secret."""
+        """Create the Job. Raises UnavailableError. `environment` is in the operator's Secret."""
         if device is not None:
             return super().start(lease, environment, device, max_memory)
         job = lease.job
@@ -265,6 +265,6 @@ class KubernetesExecutor(LocalExecutor):
             return {}
         if answer.is_error:
             what = f"the Kubernetes API refused {method} {path}: {answer.status_code} {answer.text[:300]}"
-            fix = "the worker's service account needs create, get and delete for Jobs, and list and delete for pods"
-            raise UnavailableError(what, fix=fix)
+            fix = "allow create, get and delete for Jobs, and list and delete for pods, to the worker's service account"
+            raise UnavailableError(what, fix=fix if answer.status_code in (401, 403) else None)
         return dict(answer.json())
