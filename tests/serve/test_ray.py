@@ -26,7 +26,8 @@ from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import ROOT, Shop, asking, make_shop, prompt, said
 from veneer.errors import ConfigError
-from veneer.serve.ray import adapter_name, app, replica, serve_settings
+from veneer.serve.http.surfaces import vllm
+from veneer.serve.ray import ONE_REPLICA, adapter_name, app, replica, serve_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules
 DEPLOYED = ROOT / "deploy" / "ray" / "serve.yaml"
@@ -121,6 +122,15 @@ def test_replica_computes_with_a_vllm_that_it_runs(tmp_path: Path, monkeypatch: 
 def test_wrong_engine_or_flag_is_refused_before_deployment(values: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         serve_settings({"base": "tiny", **values})
+
+
+def test_routes_that_would_load_an_adapter_on_one_replica_are_refused() -> None:
+    routers = (vllm.vllm_routes, vllm.sglang_routes, vllm.aibrix_routes, vllm.dynamo_routes)
+    paths = {getattr(route, "path", "") for router in routers for route in router.routes}
+    loads = {path.replace("{lora_name:path}", "acme/support") for path in paths if "lora" in path}
+    assert len(loads) >= 8
+    assert [path for path in loads if not ONE_REPLICA.fullmatch(path)] == []
+    assert [path for path in paths if "token" in path and ONE_REPLICA.fullmatch(path)] == []
 
 
 @pytest.mark.fleet

@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 
 _SCOPE = {"type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers"}
 _SCOPE |= {"client", "server"}
-_REPEATABLE = re.compile(r"/|/v1/(chat/)?completions|/v1/images/\w+|/generate(_stream)?|/(de)?tokenize")
+_REPEATABLE = re.compile(r"/|/v1/(chat/)?completions(/render)?|/v1/images/\w+|/generate(_stream)?|/(de)?tokenize")
 """Paths of POST requests that another replica can repeat, because they change nothing."""
-_ONE_REPLICA = re.compile(r"/metrics|(/v1)?/(un)?load_lora_adapter")
+ONE_REPLICA = re.compile(r"/metrics|(/v1)?/(un)?load_lora_adapter|/v1/lora_adapter/(un)?load|/v1/loras(/.*)?")
+"""Paths that would read or change only the replica that gets the request."""
 _ATTEMPTS = 4
 _NAMES = 1000
 """Maximum adapter names that a front, and Ray for each replica, remember."""
@@ -226,7 +227,7 @@ def front() -> Callable[..., Awaitable[None]]:
             return
         parts: list[bytes] = []
         try:
-            if _ONE_REPLICA.fullmatch(scope["path"]):
+            if ONE_REPLICA.fullmatch(scope["path"]):
                 what, fix = "this route reaches only one of several replicas", "use the library, and Ray's own metrics"
                 raise Refused(what, status=404, code="not_found", fix=fix)
             await answer(scope, await read(receive, parts), send)
