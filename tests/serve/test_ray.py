@@ -39,10 +39,12 @@ PASSWORD = "password-of-the-database"
 
 def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_TENANTS", f"postgresql://u:{PASSWORD}@db/t")
+    monkeypatch.setenv("VENEER_REDIS_URL", f"redis://:{PASSWORD}@redis")
     settings = serve_settings({"base": "tiny"})
     assert settings.tenants == f"postgresql://u:{PASSWORD}@db/t"
+    assert settings.redis == f"redis://:{PASSWORD}@redis"
     assert not settings.here  # so that tenants need keys
-    for secret in ("tenants", "admin_key", "keys"):
+    for secret in ("tenants", "redis", "admin_key", "keys"):
         with pytest.raises(ConfigError, match=secret):
             serve_settings({"base": "tiny", secret: PASSWORD})
 

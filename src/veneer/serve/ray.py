@@ -10,7 +10,7 @@ argument `engine`, as `veneer serve --engine`). If a replica dies before it answ
 another replica. Ray adds replicas if more than `rows` requests per replica run or wait.
 
 Ray's dashboard shows arguments. So secrets come from the environment of Ray's nodes: VENEER_LIBRARY_INDEX,
-VENEER_TENANTS, VENEER_ADMIN_KEY_HASH.
+VENEER_TENANTS, VENEER_REDIS_URL, VENEER_ADMIN_KEY_HASH.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
         host="0.0.0.0",  # not localhost: Ray's proxies can listen on all addresses, so tenants need keys
         admin_key=os.environ.get("VENEER_ADMIN_KEY_HASH"),
         tenants=os.environ.get("VENEER_TENANTS"),
+        redis=os.environ.get("VENEER_REDIS_URL"),
         engine=engine,
         fleet=fleet,
         http=HttpSettings(slots=engine.rows, allowed_hosts=hosts),
