@@ -42,7 +42,7 @@ BUCKET = "veneer"
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 24
 """Tokens of each answer."""
-AWAY = {"router": 1.0}
+MAX_DOWNTIME = {"router": 1.0}
 """Maximum seconds that a part stays down. There is only one router, and a supervisor would restart it at once."""
 STEPS = 60
 """Steps of each training job."""
@@ -56,14 +56,14 @@ class Part:
     """A process of the fleet.
 
     ready: raises an OSError or AssertionError until the process works
-    kept: returns a function that restores data that this process loses when killed, but a real service would keep"""
+    snapshot: returns a function that restores what this process loses when killed, but a real service would keep"""
 
     name: str
     command: list[str]
     env: dict[str, str]
     log: Path
     ready: Callable[[], object] = lambda: None
-    kept: Callable[[], Callable[[], object]] = lambda: lambda: None
+    snapshot: Callable[[], Callable[[], object]] = lambda: lambda: None
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -166,7 +166,7 @@ class Cluster:
             "VENEER_LIBRARY": f"s3://{BUCKET}/library",
         }
         os.environ |= {name: value for name, value in self.env.items() if name.startswith("AWS_")}
-        self.parts["S3"].kept = bucket_contents
+        self.parts["S3"].snapshot = bucket_contents
         bucket_contents(make=True)
 
     def _adapters(self) -> None:
@@ -340,7 +340,7 @@ def bucket_contents(make: bool = False) -> Callable[[], object]:
 
 
 @dataclass
-class Seen:
+class Outcomes:
     """What customers saw while one part was away."""
 
     good: int = 0
@@ -359,7 +359,7 @@ class Load:
 
     def __init__(self, port: int, keys: Sequence[str], customers: int) -> None:
         self.url, self.keys = f"http://127.0.0.1:{port}/v1", keys
-        self.seen, self.stop = Seen(), threading.Event()
+        self.outcomes, self.stop = Outcomes(), threading.Event()
         self.lock = threading.Lock()
         self.threads = [threading.Thread(target=self._customer, args=(i,), daemon=True) for i in range(customers)]
 
@@ -373,10 +373,10 @@ class Load:
         for thread in self.threads:
             thread.join()
 
-    def take(self) -> Seen:
+    def pop_outcomes(self) -> Outcomes:
         with self.lock:
-            seen, self.seen = self.seen, Seen()
-        return seen
+            outcomes, self.outcomes = self.outcomes, Outcomes()
+        return outcomes
 
     def _customer(self, number: int) -> None:
         import openai
@@ -408,12 +408,12 @@ class Load:
                 problem = f"{type(error).__name__}: {error}"
             with self.lock:
                 if not problem:
-                    self.seen.good += 1
-                    self.seen.first.append(first)
+                    self.outcomes.good += 1
+                    self.outcomes.first.append(first)
                 elif streams and tokens:
-                    self.seen.cut += 1
+                    self.outcomes.cut += 1
                 else:
-                    self.seen.lost.append(problem)
+                    self.outcomes.lost.append(problem)
             if problem:
                 self.stop.wait(1)
 
@@ -433,32 +433,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
     cluster, rows, lost = Cluster(args.output.resolve(), args.base), list[str](), list[str]()
-    killed, jobs = tuple(args.only.split(",")), list[dict[str, Any]]()
+    prefixes, jobs = tuple(args.only.split(",")), list[dict[str, Any]]()
     print("starting the fleet:", flush=True)
     try:
         cluster.start()
         with Load(cluster.port, cluster.keys, args.customers) as load:
             time.sleep(args.seconds)
-            rows.append(load.take().row("nothing"))
+            rows.append(load.pop_outcomes().row("nothing"))
             for name, part in cluster.parts.items():
-                if name == "balancer" or not name.startswith(killed):
+                if name == "balancer" or not name.startswith(prefixes):
                     continue  # in production, a cloud's load balancer or DNS is in front of the doors
                 if name == "worker 1":
                     print("queuing two training jobs", flush=True)
                     cluster.submit_jobs()
                 print(f"killing {name}", flush=True)
-                restore = part.kept()
+                restore = part.snapshot()
                 part.kill()
-                time.sleep(min(args.seconds, AWAY.get(name, args.seconds)))
+                time.sleep(min(args.seconds, MAX_DOWNTIME.get(name, args.seconds)))
                 part.start()
                 part.wait()
                 restore()
                 time.sleep(args.seconds / 3)
                 for ended in cluster.start_ended():
                     print(f"  {ended} had exited, and was restarted", flush=True)
-                seen = load.take()
-                rows.append(seen.row(name))
-                lost += [f"{name} away: {problem}" for problem in seen.lost]
+                outcomes = load.pop_outcomes()
+                rows.append(outcomes.row(name))
+                lost += [f"{name} away: {problem}" for problem in outcomes.lost]
         jobs = cluster.wait_for_jobs()
     finally:
         cluster.stop()

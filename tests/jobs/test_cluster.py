@@ -117,6 +117,17 @@ def test_url_in_a_manifest_is_refused(tmp_path: Path) -> None:
     assert PASSWORD not in str(refused.value)
 
 
+@pytest.mark.parametrize(("code", "is_blamed"), [(403, True), (422, False), (500, False)])
+def test_only_a_denied_request_blames_the_service_account(
+    library: Library, store: JobStore, tmp_path: Path, code: int, is_blamed: bool
+) -> None:
+    with kubernetes(tmp_path / "log") as cluster:
+        cluster.answer = lambda *request: (code, {})  # type: ignore[method-assign]
+        with pytest.raises(UnavailableError, match=str(code)) as refused:
+            executor_of(cluster).start(leased(store), {})
+    assert ("service account" in str(refused.value)) == is_blamed
+
+
 @pytest.mark.parametrize(
     ("pod", "message"),
     [

@@ -64,6 +64,7 @@ def refusal(capsys: pytest.CaptureFixture[str], base: str, *options: str) -> str
         (["--studio", "--host", "0.0.0.0"], "it needs a key | --api-keys or --tenants"),
         (["--admin-key", "sha256:12"], "the admin key's hash is not a SHA-256 digest"),
         (["--api-keys", "no-such-file"], "cannot read the keys"),
+        (["stray"], "unexpected extra argument | stray"),
         (["--max-batch", "many"], "Invalid value for '--max-batch'"),
     ],
 )
@@ -77,6 +78,7 @@ def test_bad_options_are_refused_before_listening(options, words, home, capsys):
     ("text", "words"),
     [
         ("mix_disk: 4M", "mix_disk applies to mixes in vLLM"),
+        ("kv_replay: tcp://*:5558", "kv_replay repeats the messages of kv_events | set kv_events"),
         ("ledger_days: 3", "ledger_days applies to the ledger of tenants"),
         ("idle_seconds: .nan", "idle_seconds: Input should be a finite number"),
         ("drain_seconds: .inf", "drain_seconds: Input should be a finite number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -83,11 +84,23 @@ def test_bases_that_vllm_cannot_serve_get_the_embedded_engine(tmp_path: Path) ->
 def test_the_first_line_says_which_engine_and_why() -> None:
     lines: list[str] = []
     settings = with_engine(ServeSettings("base"), lines.append, Fake(vllm=False))
-    assert settings.fleet.engine == "embedded"
+    assert (settings.fleet.engine, settings.fleet.vllm_python) == ("embedded", "")
     assert lines == ["engine: embedded (vLLM is not installed)"]
     fleet = FleetSettings(vllm_flags=("--max-loras", "4"))
     with pytest.raises(ConfigError, match="flags after -- are for vLLM"):
         with_engine(ServeSettings("base", fleet=fleet), lines.append, Fake(vllm=False))
+
+
+def test_the_settings_name_the_interpreter_that_was_found(llama: Path) -> None:
+    settings = with_engine(ServeSettings(str(llama)), lambda line: None, Fake())
+    assert (settings.fleet.engine, settings.fleet.vllm_python) == ("vllm", "python")
+
+
+def test_an_unknown_engine_is_refused_before_a_line_names_it() -> None:
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match="'vlm' is not an engine"):
+        with_engine(ServeSettings("base", fleet=FleetSettings(engine="vlm")), lines.append, Fake())  # type: ignore[arg-type]
+    assert not lines
 
 
 @pytest.mark.parametrize(
@@ -100,12 +113,21 @@ def test_flags_that_veneer_sets_are_refused_by_name(flag: str) -> None:
         check_flags(["--tensor-parallel-size", "8", flag])
 
 
+def documented() -> set[str]:
+    """Return the environment variables of the reference page."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "environment.md"
+    return set(re.findall(r"`(VENEER_[A-Z_]+)`", page.read_text(encoding="utf-8")))
+
+
 def test_vllm_loads_the_plugin_and_learns_no_secret_of_the_server() -> None:
-    secrets = {"VENEER_TENANTS": "postgresql://u:password@h/d", "VENEER_REDIS_URL": "redis://:password@h/0"}
-    secrets |= dict.fromkeys(("VENEER_ADMIN_KEY", "VENEER_UPSTREAM_KEY", "VENEER_SAMPLER_KEY"), "password" * 3)
-    environment = vllm_environment("/library", "key", secrets | {"VLLM_PLUGINS": "mine"})
+    needed = {"VENEER_LIBRARY", "VENEER_LIBRARY_INDEX", "VENEER_VLLM_CACHE", "VENEER_VLLM_PYTHON"}
+    secrets = {name for name in documented() if re.search("KEY|TENANTS|_URL", name)}
+    assert len(secrets) > 5
+    before = {"VLLM_PLUGINS": "mine", **dict.fromkeys(secrets | needed, "postgresql://u:password@h/d")}
+    environment = vllm_environment("/library", "key", before)
     assert environment["VLLM_PLUGINS"] == "mine,veneer"
-    assert "password" not in str(environment)
+    assert not secrets & environment.keys()
+    assert needed <= environment.keys()
     assert "VLLM_PLUGINS" not in vllm_environment("/library", "key", {})
 
 

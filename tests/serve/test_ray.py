@@ -26,7 +26,8 @@ from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import ROOT, Shop, asking, make_shop, prompt, said
 from veneer.errors import ConfigError
-from veneer.serve.ray import adapter_name, app, replica, serve_settings
+from veneer.serve.http.surfaces import vllm
+from veneer.serve.ray import ONE_REPLICA, adapter_name, app, replica, serve_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules
 DEPLOYED = ROOT / "deploy" / "ray" / "serve.yaml"
@@ -38,10 +39,12 @@ PASSWORD = "password-of-the-database"
 
 def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_TENANTS", f"postgresql://u:{PASSWORD}@db/t")
+    monkeypatch.setenv("VENEER_REDIS_URL", f"redis://:{PASSWORD}@redis")
     settings = serve_settings({"base": "tiny"})
     assert settings.tenants == f"postgresql://u:{PASSWORD}@db/t"
+    assert settings.redis == f"redis://:{PASSWORD}@redis"
     assert not settings.here  # so that tenants need keys
-    for secret in ("tenants", "admin_key", "keys"):
+    for secret in ("tenants", "redis", "admin_key", "keys"):
         with pytest.raises(ConfigError, match=secret):
             serve_settings({"base": "tiny", secret: PASSWORD})
 
@@ -135,6 +138,15 @@ def test_wrong_value_is_refused_before_deployment(values: dict[str, Any], word: 
 
 def test_numbers_can_be_texts_as_on_the_command_line() -> None:
     assert serve_settings({"base": "tiny", "rows": "4"}).engine.rows == 4
+
+
+def test_routes_that_would_load_an_adapter_on_one_replica_are_refused() -> None:
+    routers = (vllm.vllm_routes, vllm.sglang_routes, vllm.aibrix_routes, vllm.dynamo_routes)
+    paths = {getattr(route, "path", "") for router in routers for route in router.routes}
+    loads = {path.replace("{lora_name:path}", "acme/support") for path in paths if "lora" in path}
+    assert len(loads) >= 8
+    assert [path for path in loads if not ONE_REPLICA.fullmatch(path)] == []
+    assert [path for path in paths if "token" in path and ONE_REPLICA.fullmatch(path)] == []
 
 
 @pytest.mark.fleet

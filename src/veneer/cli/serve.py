@@ -36,7 +36,6 @@ app = typer.Typer(add_completion=False)
 
 @app.command(
     cls=ServeCommand,
-    context_settings={"allow_extra_args": True},
     epilog="Example: veneer serve --base smollm2-135m --adapter support=acme/support --port 8000",
 )
 def serve(

@@ -47,10 +47,14 @@ def _by_flag(table: dict[str, str]) -> dict[str, tuple[str, int]]:
 
 
 class ServeCommand(TyperCommand):
-    """A command that also understands vLLM's flags."""
+    """A command that also understands vLLM's flags. `ctx.args`: what follows `--`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(from_vllm(args)))
+        words = list(from_vllm(args))
+        end = words.index("--") if "--" in words else len(words)
+        super().parse_args(ctx, words[:end])  # refuses words that belong to no option
+        ctx.args = words[end + 1 :]
+        return words[end + 1 :]
 
 
 def from_vllm(arguments: list[str]) -> Iterator[str]:

@@ -270,6 +270,6 @@ class KubernetesExecutor(LocalExecutor):
             return {}
         if answer.is_error:
             what = f"the Kubernetes API refused {method} {path}: {answer.status_code} {answer.text[:300]}"
-            fix = "the worker's service account needs create, get and delete for Jobs, and list and delete for pods"
-            raise UnavailableError(what, fix=fix)
+            fix = "allow create, get and delete for Jobs, and list and delete for pods, to the worker's service account"
+            raise UnavailableError(what, fix=fix if answer.status_code in (401, 403) else None)
         return dict(answer.json())

@@ -91,8 +91,7 @@ def build(
     try:
         quotas, base = Quotas(settings.http.quotas), UnloadedBase(settings.base)
         tenancy = tenancy_of(settings, log, opened.store, quotas)
-        folders = () if settings.fleet.upstream or settings.fleet.engine == "vllm" else settings.folders
-        sources = AdapterSources(base, library=opened.library, folders=folders)
+        sources = AdapterSources(base, library=opened.library, folders=settings.folders)
         catalog = Catalog(sources, lambda adapter: [], NoAdapters(), name=settings.served_name, routes=tenancy.routes)
         reader = TokenizedBase(base.name, None, 0)
         service = Service(
@@ -110,14 +109,11 @@ def _load_base(settings: ServeSettings, service: Service, log: Callable[[str], N
     Blocking. Raises loading errors, and ConfigError for options that do not apply to this kind of base."""
     from veneer.models.sources import find_base, is_image_base
 
-    kind: ServerKind = "upstream"
-    if settings.fleet.upstream is None:
+    kind: ServerKind = "upstream" if settings.fleet.upstream is not None else "vllm"
+    if settings.fleet.upstream is None and settings.fleet.engine != "vllm":
         kind = "pictures" if is_image_base(find_base(settings.base, say=log)) else "texts"
-        kind = "vllm" if settings.fleet.engine == "vllm" else kind
     refuse_unused_options(settings, kind)
-    {"upstream": _load_upstream, "vllm": _load_upstream, "pictures": _load_pictures, "texts": _load_texts}[kind](
-        settings, service, log
-    )
+    {"texts": _load_texts, "pictures": _load_pictures}.get(kind, _load_upstream)(settings, service, log)
 
 
 def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
@@ -171,8 +167,8 @@ def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str
     base, fleet, sources = text_without_weights(settings.base, say=log), settings.fleet, service.catalog.sources
     store = sources.library.store if sources.library is not None else None
     remote = store if isinstance(store, RemoteStore) else None
-    limits = {"each": fleet.mixes, "limit_bytes": fleet.mix_bytes}
-    mixes = Mixes(sources.files, mix_folder(), days=fleet.mix_days, store=remote, **limits)
+    limits: dict[str, Any] = {"each": fleet.mixes, "limit_bytes": fleet.mix_bytes, "days": fleet.mix_days}
+    mixes = Mixes(sources.files, mix_folder(), **limits, store=remote)
 
     def decode(ids: Sequence[int]) -> str:
         return str(base.tokenizer.decode(ids, skip_special_tokens=False))
@@ -184,15 +180,12 @@ def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str
     if fleet.upstream is not None:
         engine = Upstream(fleet.upstream, mixes=mixes, key=fleet.key, decode=decode, check=check)
     else:
-        from veneer.serve.engines import find_vllm
         from veneer.serve.vllm import Vllm, vllm_command
 
-        found = find_vllm()
         assert sources.library is not None
-        assert found is not None
         adapters = [sources.read_from(sources.locate(each.reference), vllm_problems) for each in settings.preload]
         rank = max((pair.rank for adapter in adapters for pair in adapter.pairs.values()), default=0)
-        command = vllm_command(settings, found.python, find_base(settings.base), service.catalog.base, rank)
+        command = vllm_command(settings, find_base(settings.base, say=log), service.catalog.base, rank)
         engine = Vllm(command, sources.library.location, mixes=mixes, decode=decode, check=check)
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
     service.use_base(engine, reader, settings.http)

@@ -20,7 +20,7 @@ from veneer.library.library import Library, open_library
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
-from veneer.serve.settings import ComputeKind, EngineKind, LedgerSettings, QuantizeKind, ServeSettings
+from veneer.serve.settings import ComputeKind, LedgerSettings, QuantizeKind, ServeSettings
 from veneer.serve.tenancy.keys import admin_hash, database_here
 from veneer.serve.tenancy.store import SERVING_PATIENCE, Store
 
@@ -81,7 +81,6 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     if settings.quantize is not None:
         one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")
     one_of(settings.engine.compute, get_args(ComputeKind), "an arithmetic", "--compute")
-    one_of(settings.fleet.engine, get_args(EngineKind), "an engine", "--engine")
     check_dtype_name(settings.dtype, "--dtype")
     check_device_name(settings.device, "--device")
     for origin in settings.http.allowed_origins:
@@ -102,6 +101,9 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
         if settings.oidc is not None:
             message = "oidc gives tenants' users access, but this server has no tenants"
             raise ConfigError(message, where="oidc", fix="leave it out, or name a database with --tenants")
+    if settings.engine.kv_replay and not settings.engine.kv_events:
+        message = "kv_replay repeats the messages of kv_events, which is not set"
+        raise ConfigError(message, where="kv_replay", fix="set kv_events, or leave kv_replay out")
     opened = open_stores(settings)
     try:
         _check_keyless(settings, opened.store, page)

@@ -43,8 +43,8 @@ class ServerConfig(BaseModel):
     stall_seconds: close a connection whose client has not read for this long
     drain_seconds: how long running completions can continue after SIGTERM
     session_days: with --train, days for which an unused Tinker session is kept
-    tenant_mixes, mix_disk: with --upstream, maximum mixes per tenant, and total bytes of all mixes on disk
-    mix_days: with --upstream, days for which a mix is kept after its last use
+    tenant_mixes, mix_disk: with vLLM or --upstream, maximum mixes per tenant, and total bytes of all mixes on disk
+    mix_days: with vLLM or --upstream, days for which a mix is kept after its last use
     ledger_days: with tenants, days for which the ledger keeps its rows; daily sums are not deleted
     ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
     kv_events, kv_replay: ZeroMQ addresses, such as tcp://*:5557, for routers that follow the prompt cache

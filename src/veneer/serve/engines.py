@@ -18,15 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from veneer.errors import ConfigError, MissingExtraError, ResourceError
+from veneer.errors import ConfigError, MissingExtraError, ResourceError, one_of
 from veneer.library.library import open_library
 from veneer.models.config import read_config_json
 from veneer.models.home import veneer_home
 from veneer.models.sources import base_outline, is_image_base
 from veneer.serve.checks import unused_option
-from veneer.serve.settings import Preload, ServeSettings
+from veneer.serve.settings import EngineKind, Preload, ServeSettings
 
 OWN_FLAGS = {
     "--model", "--host", "--port", "--uds", "--api-key", "--served-model-name", "--enable-lora", "--no-enable-lora",
@@ -188,8 +188,10 @@ def check_flags(flags: Sequence[str]) -> None:
 def with_engine(settings: ServeSettings, log: Callable[[str], None], machine: Machine | None = None) -> ServeSettings:
     """Return the settings with an engine instead of `auto`, and log which one and why.
 
-    Raises the errors of `check_flags`, `check_vllm` and of a missing base or adapter."""
+    Raises ConfigError for an unknown engine, and the errors of `check_flags`, `check_vllm` and of a missing base or
+    adapter."""
     fleet, machine = settings.fleet, machine or Machine()
+    one_of(fleet.engine, get_args(EngineKind), "an engine", "--engine")
     if fleet.upstream is not None:
         return settings
     check_flags(fleet.vllm_flags)
@@ -203,7 +205,8 @@ def with_engine(settings: ServeSettings, log: Callable[[str], None], machine: Ma
     if engine == "embedded" and fleet.vllm_flags:
         message = f"the flags after -- are for vLLM, but the engine is embedded: {why}"
         raise ConfigError(message, where=f"-- {fleet.vllm_flags[0]}", fix="leave them out, or use --engine vllm")
-    return replace(settings, fleet=replace(fleet, engine=engine))
+    python = machine.vllm.python if engine == "vllm" and machine.vllm else ""
+    return replace(settings, fleet=replace(fleet, engine=engine, vllm_python=python))
 
 
 def _problems(settings: ServeSettings, each: Preload) -> list[str]:

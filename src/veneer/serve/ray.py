@@ -10,7 +10,7 @@ argument `engine`, as `veneer serve --engine`). If a replica dies before it answ
 another replica. Ray adds replicas if more than `rows` requests per replica run or wait.
 
 Ray's dashboard shows arguments, so secrets come from the environment of Ray's nodes: VENEER_LIBRARY_INDEX,
-VENEER_TENANTS, VENEER_ADMIN_KEY_HASH.
+VENEER_TENANTS, VENEER_REDIS_URL, VENEER_ADMIN_KEY_HASH.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, get_args
 
-from veneer.errors import ConfigError, MissingExtraError, quoted
+from veneer.errors import ConfigError, MissingExtraError, one_of
 from veneer.serve.engines import check_flags, with_engine
 from veneer.serve.settings import (
     EngineKind,
@@ -42,7 +42,8 @@ _SCOPE = {"type", "http_version", "method", "scheme", "path", "raw_path", "query
 _SCOPE |= {"client", "server"}
 _REPEATABLE = re.compile(r"/|/v1/(chat/)?completions(/render)?|/v1/images/\w+|/generate(_stream)?|/(de)?tokenize")
 """Paths of POST requests that another replica can repeat, because they change nothing."""
-_ONE_REPLICA = re.compile(r"/metrics|(/v1)?/(un)?load_lora_adapter|/v1/lora_adapter/(un)?load|/v1/loras(/.*)?")
+ONE_REPLICA = re.compile(r"/metrics|(/v1)?/(un)?load_lora_adapter|/v1/lora_adapter/(un)?load|/v1/loras(/.*)?")
+"""Paths that would read or change only the replica that gets the request."""
 _ATTEMPTS = 4
 _NAMES = 1000
 """Maximum adapter names that a front remembers, and that Ray remembers for each replica."""
@@ -71,11 +72,7 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
         for key, value in values.items()
     }
     fleet = FleetSettings(engine=given.pop("engine", "auto"), vllm_flags=tuple(given.pop("vllm_flags", ())))
-    if fleet.engine not in get_args(EngineKind):
-        message = f"{quoted(str(fleet.engine))} is not an engine"
-        raise ConfigError(
-            message, where="veneer.serve.ray:app", fix=f"engine is one of {', '.join(get_args(EngineKind))}"
-        )
+    one_of(str(fleet.engine), get_args(EngineKind), "an engine", "veneer.serve.ray:app")
     check_flags(fleet.vllm_flags)
     hosts = tuple(str(host).lower() for host in given.pop("allowed_hosts", ()))
     engine = EngineSettings(**{key: given.pop(key) for key in EngineSettings.__dataclass_fields__ if key in given})
@@ -84,6 +81,7 @@ def serve_settings(values: Mapping[str, Any]) -> ServeSettings:
         host="0.0.0.0",  # not localhost: Ray's proxies can listen on all addresses, so tenants need keys
         admin_key=os.environ.get("VENEER_ADMIN_KEY_HASH"),
         tenants=os.environ.get("VENEER_TENANTS"),
+        redis=os.environ.get("VENEER_REDIS_URL"),
         engine=engine,
         fleet=fleet,
         http=HttpSettings(slots=engine.rows, allowed_hosts=hosts),
@@ -239,7 +237,7 @@ def front() -> Callable[..., Awaitable[None]]:
             return
         parts: list[bytes] = []
         try:
-            if _ONE_REPLICA.fullmatch(scope["path"]):
+            if ONE_REPLICA.fullmatch(scope["path"]):
                 what, fix = "this route reaches only one of several replicas", "use the library, and Ray's own metrics"
                 raise Refused(what, status=404, code="not_found", fix=fix)
             await answer(scope, await read(receive, parts), send)

@@ -190,12 +190,13 @@ class FleetSettings:
     to the upstream as a bearer token. `mixes`: maximum weighted mixes per tenant. `mix_bytes`: maximum bytes
     of all mixes on disk, and in a library on S3. `mix_days`: days for which a mix is kept after its last use.
     `engine`: the engine to use without an upstream; auto: `serve.engines` chooses before the server is built.
-    `vllm_flags`: additional flags for vLLM.
+    `vllm_flags`: additional flags for vLLM. `vllm_python`: the interpreter that has vLLM, which `serve.engines` finds.
     """
 
     upstream: str | None = None
     engine: EngineKind = "auto"
     vllm_flags: tuple[str, ...] = ()
+    vllm_python: str = ""
     key: str | None = None
     mixes: int = 64
     mix_bytes: int = 16 << 30

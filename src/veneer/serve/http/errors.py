@@ -87,7 +87,7 @@ def _vllm(error: Refused) -> tuple[int, Any]:
     return status, {"error": flat, "object": "error", **flat}
 
 
-def _lora_error(error: Refused) -> tuple[int, Any]:
+def _dynamo_error(error: Refused) -> tuple[int, Any]:
     return (400 if error.status == 422 else error.status), {"status": "error", "message": message_of(error)}
 
 
@@ -115,7 +115,7 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
     "TGI": _tgi,
     "SGLang": _sglang,
     "AIBrix": _vllm,
-    "Dynamo": _lora_error,
+    "Dynamo": _dynamo_error,
 }
 
 
