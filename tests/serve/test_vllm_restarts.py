@@ -165,7 +165,7 @@ def test_a_vllm_that_dies_at_each_start_is_restarted_with_longer_pauses(
     times = [at for _, _, at in fake.starts]
     gaps = [after - before for before, after in pairwise(times[1:6])]
     assert all(gap >= pause for gap, pause in zip(gaps, (0.2, 0.4, 0.4, 0.4), strict=True))
-    said = [record.message for record in caplog.records if "started again" in record.message]
+    said = [record.message for record in caplog.records if "restarting it" in record.message]
     assert said[:5] == [f"vLLM exited; restarting it in {pause} s" for pause in ("0.1", "0.2", "0.4", "0.4", "0.4")]
 
 
