@@ -68,7 +68,7 @@ def vllm_environment(library: str, key: str, environment: Mapping[str, str] = os
     if plugins is not None and "veneer" not in plugins.split(","):
         own["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "veneer"]))
     secret = {"VENEER_ADMIN_KEY", "VENEER_ADMIN_KEY_HASH", "VENEER_TENANTS", "VENEER_UPSTREAM_KEY"}
-    secret |= {"VENEER_API_KEY", "VENEER_REDIS_URL", "VENEER_SAMPLER_KEY"}
+    secret |= {"VENEER_REDIS_URL", "VENEER_SAMPLER_KEY"}
     return {name: value for name, value in environment.items() if name not in secret} | own
 
 

@@ -16,9 +16,9 @@ Adapters that cannot be served raise Refused (adapter_unusable) with a message t
     | not_finite                   | 400    | NaN or infinity |
     | unstated_scale               | 400    | a file with PEFT's tensor names but no configuration |
     | too_large                    | 400    | more bytes than the limit |
-    | dora_unsupported             | 422    | reported by the runner; the message has the details |
-    | modules_to_save_unsupported  | 422    | reported by the runner: full copies of modules, token rows |
-    | form_unsupported             | 422    | anything else that the runner cannot serve with full effect |
+    | dora_unsupported             | 400    | reported by the runner; the message has the details |
+    | modules_to_save_unsupported  | 400    | reported by the runner: full copies of modules, token rows |
+    | form_unsupported             | 400    | anything else that the runner cannot serve with full effect |
     | changed                      | 409    | the file has changed since it was loaded; load it again |
     | damaged                      | 503    | the library's copy is missing or differs from what was added |
 
