@@ -43,8 +43,8 @@ class ExecutorSettings(BaseModel):
     device: GPU for which jobs are planned, such as h100-80gb; default: this machine's device
     address: Ray: the cluster's address; auto: the cluster of this machine's node
     cpus, gpus, resources: Ray: what to reserve for each job
-    manifest: Kubernetes: a Job's YAML file with one container; the executor sets the name, labels, the command
-        and, for jobs planned for CPUs, the memory limit
+    manifest: Kubernetes: a Job's YAML file with one container; the executor sets the name, labels, command,
+        args and, for jobs planned for CPUs, the memory limit
     namespace: Kubernetes: namespace of the Jobs
     server: Kubernetes: URL of the API, such as that of `kubectl proxy`; default: this pod's cluster"""
 
@@ -168,15 +168,10 @@ class KubernetesExecutor(LocalExecutor):
 
         self.manifest, where = read_sections(settings.manifest)[0], str(settings.manifest)
         try:
-            pod = self.manifest["spec"]["template"]["spec"]
-            (container,) = pod["containers"]
-            values = [each for c in [container, *(pod.get("initContainers") or ())] for each in c.get("env") or ()]
-            inline = [each["name"] for each in values if "://" in str(each.get("value", ""))]
-            arguments = container.get("args")
+            (container,) = self.manifest["spec"]["template"]["spec"]["containers"]
+            inline = [each["name"] for each in container.get("env") or () if "://" in str(each.get("value", ""))]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError("the manifest is not a Job with one container", where=where) from None
-        if arguments:
-            raise ConfigError("the executor sets the command, so `args` has no use", where=where, fix="leave it out")
         if inline:
             fix = "put the values into a Secret, and name the Secret in envFrom"
             raise ConfigError(f"the manifest contains URLs, which can have passwords: {inline}", where=where, fix=fix)
@@ -203,7 +198,7 @@ class KubernetesExecutor(LocalExecutor):
             metadata["labels"] = {**metadata.get("labels", {}), _LABEL: name, "veneer.dev/job": job.id}
         body["metadata"]["name"] = name
         container = pod["spec"]["containers"][0]
-        container["command"] = ["python", "-m", "veneer.jobs.process", job.id, str(job.attempt)]
+        container |= {"command": ["python", "-m", "veneer.jobs.process", job.id, str(job.attempt)], "args": []}
         if limit := memory_of(job):
             container.setdefault("resources", {}).setdefault("limits", {})["memory"] = str(limit)
         self._call("POST", f"/apis/batch/v1/namespaces/{self.namespace}/jobs", json=body)

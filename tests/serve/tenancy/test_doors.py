@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
+import socketserver
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +105,34 @@ def test_with_redis_unused_tokens_return_and_refusals_count_nowhere(door: Open, 
         assert refused.value.status == 400
 
     asyncio.run(work())
+
+
+class SlowProxy(socketserver.BaseRequestHandler):
+    """Forwards to Redis at `port`; each answer takes 0.3 seconds."""
+
+    port = 0
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port)) as redis:
+            while data := self.request.recv(1 << 16):
+                redis.sendall(data)
+                time.sleep(0.3)
+                self.request.sendall(redis.recv(1 << 16))
+
+
+@pytest.mark.fleet
+def test_requests_do_not_queue_for_a_slow_redis(door: Open, redis_server: RedisServer) -> None:
+    """Redis answers each command in time, but all of them together would take 12 seconds."""
+    handler = type("Handler", (SlowProxy,), {"port": redis_server.port})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever).start()
+        one = door(f"redis://:secret@127.0.0.1:{proxy.server_address[1]}/0")
+        limited(one, requests_per_minute=100)
+        began = time.monotonic()
+        assert asyncio.run(burst([one], 40)) == [200] * 40
+        assert time.monotonic() - began < 8
+        proxy.shutdown()
 
 
 @pytest.mark.fleet

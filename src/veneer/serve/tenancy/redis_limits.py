@@ -23,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -33,6 +34,8 @@ _log = logging.getLogger("veneer.serve.tenancy")
 LEASE = 15.0
 _SECONDS = 0.5
 """Seconds that Redis has for an answer, before the servers count without Redis."""
+_QUEUED = 2.0
+"""Seconds that a request can wait for other commands before its own, which is as if Redis did not answer."""
 _OWED = 10_000
 """Maximum corrections that wait for Redis to come back."""
 
@@ -94,7 +97,7 @@ class RedisLimits:
 
     def take(self, scopes: Sequence[Scope]) -> Future[RedisTaken | RedisRefusal | None]:
         """Reserve one request in all scopes, or in none; None if Redis does not answer."""
-        return self._thread.submit(self._try, lambda: self._take_now(scopes))
+        return self._thread.submit(self._try, partial(self._take_now, scopes, time.monotonic()))
 
     def change(self, taken: Future[Any], tokens: int, requests: int = 0) -> None:
         """Correct a reservation by these amounts, now or when Redis answers again."""
@@ -132,7 +135,12 @@ class RedisLimits:
     def _key(self, scope: str) -> str:
         return f"{{veneer}}:running:{scope}"
 
-    def _take_now(self, scopes: Sequence[Scope]) -> RedisTaken | RedisRefusal:
+    def _take_now(self, scopes: Sequence[Scope], asked: float) -> RedisTaken | RedisRefusal:
+        """Reserve one request. `asked`: by time.monotonic. Raises redis.TimeoutError after _QUEUED seconds."""
+        import redis
+
+        if time.monotonic() - asked > _QUEUED:
+            raise redis.TimeoutError(f"commands wait more than {_QUEUED:g} s")
         scope, *rest = self._script(args=[json.dumps({"server": self.server, "scopes": scopes})])
         if scope:
             return RedisRefusal(scope - 1, rest[0] - 1 if rest[0] else None, rest[1], float(rest[2]))
