@@ -24,6 +24,7 @@ import hashlib
 import hmac
 import json
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -110,7 +111,7 @@ class Upstream(Engine[Request, EngineEvent]):
     ) -> None:
         self.check = check
         self.url, self.mixes, self.decode = upstream_url(url), mixes, decode
-        self._secret = (key or "").encode()
+        self._secret = (key or secrets.token_hex()).encode()  # an empty key would let routers guess tenants
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(timeout, connect=5.0),
             headers={"Authorization": f"Bearer {key}"} if key else {},

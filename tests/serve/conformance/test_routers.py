@@ -143,6 +143,7 @@ def test_rendered_tokens_are_the_prompts_tokens(whole: Whole) -> None:
     ]
     assert [each["token_ids"] for each in rendered] == tokens
     assert len({each["request_id"] for each in rendered}) == 2
+    assert whole.http.post("/v1/completions/render", json=text | {"prompt": ["a"] * 65}).status_code == 400
     assert {each["model"] for each in rendered} == {"plain"}
     assert rendered[0]["sampling_params"].items() >= {"max_tokens": 3, "temperature": 0.5, "n": 1}.items()
     chat = {"model": "plain", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}

@@ -20,6 +20,7 @@ def change_everything(store: Store) -> None:
     row, _ = manage.make_tenant_key(store, "acme", actor="ana")
     manage.make_tenant_key(store, "acme", actor="ana")
     manage.revoke_key(store, row.id, actor="bob")
+    manage.revoke_key(store, row.id, actor="bob")  # changes nothing, so the log has one line
     manage.change_settings(store, "acme", {"adapters": ["x"]}, actor="ana")
     manage.change_settings(store, "acme", {"concurrency": 2}, actor="ana")
     manage.change_settings(store, "acme", {"concurrency": 5}, actor="ana")

@@ -30,11 +30,14 @@ from veneer.serve.tenancy.tenants import OpenTenants, Tenants
 
 
 class Issuer:
-    """An issuer with keys of our own. `asked`: requests for the keys; `broken`: whether it fails."""
+    """An issuer with keys of our own. `asked`: requests for the keys; `broken`: whether it fails; `answering`: whether
+    it answers now."""
 
     def __init__(self) -> None:
         self.keys = [jwk.generate_key("RSA", 2048, {"kid": "one", "use": "sig"})]
         self.asked, self.broken, self.url, self.body = 0, False, "", b""
+        self.answering = threading.Event()
+        self.answering.set()
 
     def token(self, key: Any = None, alg: str = "RS256", head: Any = None, **claims: Any) -> str:
         key = key or self.keys[0]
@@ -56,6 +59,7 @@ def issuer() -> Iterator[Issuer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = here.answer(self.path)
+            here.answering.wait(30)
             self.send_response(500 if here.broken else 200)
             self.end_headers()
             self.wfile.write(body)
@@ -232,6 +236,23 @@ def test_an_outage_of_the_issuer_is_503_and_keeps_known_keys(issuer: Issuer, cap
     clock.now += 86400
     assert refusal(lambda: asyncio.run(users.user(issuer.token()))).status == 503
     assert "cannot be fetched" in caplog.text
+
+
+def test_users_with_a_known_key_do_not_wait_in_turn_for_a_slow_issuer(issuer: Issuer) -> None:
+    clock = Clock()
+    users = OidcUsers(OidcSettings(issuer.url, "veneer"), clock)
+    asyncio.run(users.user(issuer.token()))
+    clock.now += 7200
+    issuer.answering.clear()
+
+    async def work() -> None:
+        tasks = [asyncio.create_task(users.user(issuer.token())) for _ in range(6)]
+        while sum(task.done() for task in tasks) < 5:
+            await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
+        issuer.answering.set()  # only now does the issuer answer the request that fetches the keys
+        assert {user.subject for user in await asyncio.gather(*tasks)} == {"ana"}
+
+    asyncio.run(asyncio.wait_for(work(), 30))
 
 
 def test_an_open_server_checks_tokens_too(quick: Path, issuer: Issuer) -> None:

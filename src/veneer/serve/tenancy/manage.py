@@ -424,7 +424,9 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str)
     """
     with store.change() as c:
         old_key = _key(c, key, tenant)
-        revoked = old_key.revoked if old_key.revoked is not None else time.time()
+        if old_key.revoked is not None:
+            return old_key
+        revoked = time.time()
         c.execute(update(db.key_table).where(db.key_table.c.id == key).values(revoked=revoked))
         after = KeyRow(**{**asdict(old_key), "revoked": revoked})
         append_audit(c, actor, "key.revoke", old_key.tenant, show_key(old_key), show_key(after))

@@ -104,10 +104,12 @@ class OidcUsers:
     async def _key(self, kid: str) -> Any:
         """Return the issuer's key with this id; fetch the keys if they are old or lack it."""
         if (key := self._known(kid, _FRESH)) is None:
-            async with self._lock:  # one request to the issuer at a time
-                if self._known(kid, _FRESH) is None and self._clock() - self._tried >= _PAUSE:
-                    await self._fetch()
             key = self._known(kid, _USABLE)
+            if key is None or not self._lock.locked():  # with a usable key, only one request waits for the issuer
+                async with self._lock:
+                    if self._known(kid, _FRESH) is None and self._clock() - self._tried >= _PAUSE:
+                        await self._fetch()
+                key = self._known(kid, _USABLE)
         if key is None:
             if self._fetched < self._tried:  # the last attempt failed, so the issuer could have this key
                 message = "tokens cannot be checked now, because the issuer of tokens does not answer"
@@ -124,17 +126,18 @@ class OidcUsers:
         """Replace the keys with those that the issuer publishes; log a failure."""
         import httpx
 
-        began = self._clock()
         try:
             async with httpx.AsyncClient(timeout=_SECONDS) as client, asyncio.timeout(2 * _SECONDS):
                 found = await _read_json(client, f"{self.settings.issuer.rstrip('/')}/.well-known/openid-configuration")
                 if found["issuer"] != self.settings.issuer:
                     raise ValueError(f"the issuer calls itself {str(found['issuer'])[:200]!r}")
                 self._keys = _public_keys(await _read_json(client, str(found["jwks_uri"])))
-            self._fetched = began
+            self._fetched = self._clock()
         except Exception as error:  # whatever the issuer answers
             _log.warning("the keys of %s cannot be fetched: %s", self.settings.issuer, error or type(error).__name__)
-        self._tried = began
+            self._tried = self._clock()
+        else:
+            self._tried = self._fetched
 
 
 async def _read_json(client: Any, url: str) -> Any:

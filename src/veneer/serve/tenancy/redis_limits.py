@@ -177,7 +177,7 @@ class RedisLimits:
             return None
         try:
             return work()
-        except redis.RedisError as error:
+        except (redis.RedisError, ValueError, TypeError, LookupError) as error:  # no answer, or not the script's
             if not self.away:
                 _log.warning("Redis does not answer, so limits are approximate (see the database): %s", error)
             self.away, self._stale, self._covers_since = True, True, float("inf")

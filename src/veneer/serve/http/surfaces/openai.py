@@ -30,6 +30,9 @@ from veneer.serve.http.tools import ToolCall, ToolReader, ToolUse, message_of_an
 from veneer.serve.principal import Principal
 from veneer.serve.request import EngineEvent, Finished, Refused, Sampling, Started, Token, Usage, invalid
 
+_RENDERED = 64
+"""Maximum prompts of a request to render; each prompt's entry repeats all parameters."""
+
 openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute, dependencies=[needs("infer")])
 
 
@@ -172,7 +175,10 @@ def _rendered(job: TextJob, body: TextBody) -> list[dict[str, Any]]:
     """Return one GenerateRequest for each prompt, with the keys of
     vllm/entrypoints/scale_out/token_in_token_out/protocol.py.
 
-    Routers read `token_ids`; the sampling parameters have vLLM's names."""
+    Routers read `token_ids`; the sampling parameters have vLLM's names. Raises Refused (400) for more prompts than
+    _RENDERED, because each repeats the parameters."""
+    if len(job.prompts) > _RENDERED:
+        raise invalid(f"at most {_RENDERED} prompts can be rendered at a time", "prompt")
     names = {"stop_ids": "stop_token_ids", "grammar": "", "sampled_logprob": "", "prompt_logprobs": ""}
     sampling = {names.get(key, key): value for key, value in vars(job.sampling).items() if names.get(key, key)}
     shared: dict[str, Any] = {"sampling_params": sampling | {"n": job.choices}, "features": None, "priority": 0}
