@@ -423,9 +423,9 @@ TOKENS = 24
 """Mean length of an answer in the comparison with a real server; lengths are exponential."""
 
 
-def stream(url: str, tokens: int) -> tuple[float, float]:
+def stream(url: str, base: str, tokens: int) -> tuple[float, float]:
     """Stream an answer of this many tokens. Return the seconds until its first and until its last token."""
-    body = {"model": "base", "prompt": "Ticket:", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    body = {"model": base, "prompt": "Ticket:", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), JSON)
     began, first = time.monotonic(), 0.0
     with urllib.request.urlopen(request, timeout=600) as answer:
@@ -441,12 +441,14 @@ def compare(url: str, seats: int, seconds: float) -> dict[str, Any]:
     The service time is measured with all seats in use. The wait of a request is its time to the first token,
     less the median of that time when nothing waits."""
     draws = random.Random(0)
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
+        base = json.load(answer)["data"][0]["id"]
     with ThreadPoolExecutor(512) as pool:
         lengths = [max(1, round(draws.expovariate(1 / TOKENS))) for _ in range(20 * seats)]
-        alone = statistics.median(stream(url, 1)[0] for _ in range(9))
+        alone = statistics.median(stream(url, base, 1)[0] for _ in range(9))
         began = time.monotonic()
         with ThreadPoolExecutor(seats) as busy:
-            list(busy.map(partial(stream, url), lengths))
+            list(busy.map(partial(stream, url, base), lengths))
         service = (time.monotonic() - began) * seats / len(lengths)
         rows = [row("a real server", "service time with all seats in use", service, "s")]
         for load in (0.5, 0.7, 0.85):
@@ -457,7 +459,7 @@ def compare(url: str, seats: int, seconds: float) -> dict[str, Any]:
             answers, until = [], time.monotonic() + seconds
             while time.monotonic() < until:
                 time.sleep(draws.expovariate(fleet.rate))
-                answers.append(pool.submit(stream, url, max(1, round(draws.expovariate(1 / TOKENS)))))
+                answers.append(pool.submit(stream, url, base, max(1, round(draws.expovariate(1 / TOKENS)))))
             waits = sorted(max(0.0, answer.result()[0] - alone) for answer in answers)
             predicted = simulate(fleet)
             name = f"{load:.0%} load, {len(waits)} requests"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyTenancy, ToyText, responses, toy_app, wait_for
-from veneer.serve.http.telemetry import traces_of
+from veneer.serve.http import telemetry
 from veneer.serve.settings import HttpSettings
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -49,7 +49,16 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[HTTPServer, lis
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    made, original = [], telemetry.traces_of
+
+    def traces_of(environment: Mapping[str, str]) -> Any:
+        made.append(original(environment))
+        return made[-1]
+
+    monkeypatch.setattr(telemetry, "traces_of", traces_of)
     yield server, kind.bodies
+    for provider in filter(None, made):  # otherwise, it retries until the end of the tests
+        provider.shutdown()
     server.shutdown()
     server.server_close()
 
@@ -88,8 +97,8 @@ def test_requests_succeed_without_a_collector(monkeypatch):
 
 
 def test_traces_are_off_until_an_endpoint_is_set():
-    assert traces_of({}) is None
-    assert traces_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"}) is None
+    assert telemetry.traces_of({}) is None
+    assert telemetry.traces_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"}) is None
 
 
 def test_the_access_log_has_one_line_per_request(capsys):
