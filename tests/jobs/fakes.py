@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from veneer.errors import ResourceError
 from veneer.jobs.account import TrainingAccount
 from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.store import Job, JobLease, JobStore
+from veneer.jobs.worker import Worker
+from veneer.library.library import Library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import Store, TrainingTerms
 
@@ -72,3 +76,32 @@ class FakeExecutor(LocalExecutor):
             self.asked.append((handle, hard))
             if hard or not self.stubborn:
                 self.over[handle] = ExitStatus("ended by a signal")
+
+
+@contextmanager
+def worker_thread(
+    library: Library, executor: LocalExecutor, seconds: float, **options: Any
+) -> Iterator[tuple[Worker, Callable[[], None]]]:
+    """Run a worker in a thread; yield it, and a function that fails if the worker has failed.
+
+    At the end, the worker must stop within `seconds` without a failure."""
+    worker, failed = Worker(library, executor, **options), list[BaseException]()
+
+    def run() -> None:
+        try:
+            worker.run()
+        except BaseException as error:
+            failed.append(error)
+
+    def check() -> None:
+        assert not failed, failed
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield worker, check
+    finally:
+        worker.stop()
+        thread.join(seconds)
+    assert not thread.is_alive()
+    check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import yaml
 
 from tests.jobs.fake_kubernetes import VERSION, Cluster, kubernetes
-from tests.jobs.fakes import queued
+from tests.jobs.fakes import queued, worker_thread
 from tests.jobs.small import STEPS, small_config
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import wait_for
@@ -26,7 +25,6 @@ from veneer.jobs.executors import ExitStatus, LocalExecutor, memory_of
 from veneer.jobs.process import process_environment
 from veneer.jobs.store import JobLease, JobStore, LeaseLost
 from veneer.jobs.validate import validate_job
-from veneer.jobs.worker import Worker
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import device_named
 
@@ -224,26 +222,9 @@ def test_lease_is_claimed_once(library: Library, store: JobStore, tmp_path: Path
 @contextmanager
 def working(library: Library, executor: LocalExecutor, **options: Any) -> Iterator[Callable[[], None]]:
     """Run a worker in a thread; yield a function that fails if the worker has failed."""
-    worker, failed = Worker(library, executor, **{"poll": 0.05, "grace": 60.0, "lease": 60.0} | options), []
-
-    def run() -> None:
-        try:
-            worker.run()
-        except BaseException as error:
-            failed.append(error)
-
-    def check() -> None:
-        assert not failed, failed
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    settings = {"poll": 0.05, "grace": 60.0, "lease": 60.0} | options
+    with worker_thread(library, executor, 120, **settings) as (_, check):
         yield check
-    finally:
-        worker.stop()
-        thread.join(120)
-    assert not thread.is_alive()
-    check()
 
 
 def submitted(store: JobStore, folder: Path, **sections: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from tests.jobs.fakes import FakeExecutor, FixedTerms, queued
+from tests.jobs.fakes import FakeExecutor, FixedTerms, queued, worker_thread
 from tests.jobs.small import small_config
 from tests.serve.http.toy import wait_for
 from veneer.jobs.executors import ExitStatus, LocalExecutor
@@ -29,24 +29,8 @@ pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 @contextmanager
 def working(library: Library, executor: FakeExecutor, **options: Any) -> Iterator[Worker]:
     settings = {"poll": 0.01, "grace": 0.1, "lease": 5.0, **options}
-    worker = Worker(library, executor, **settings)
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            worker.run()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with worker_thread(library, executor, 10, **settings) as (worker, _):
         yield worker
-    finally:
-        worker.stop()
-        thread.join(10)
-    assert not thread.is_alive()
-    assert not failed, failed
 
 
 def state(store: JobStore, job: Job) -> str:
