@@ -106,11 +106,15 @@ class Replica:
 
     def __init__(self, env: simpy.Environment, fleet: Fleet, zone: int) -> None:
         self.env, self.fleet, self.zone = env, fleet, zone
+        self.start()
+
+    def start(self) -> None:
+        """Start, perhaps again, with no request and no adapter in memory."""
         self.load, self.is_up = 0, True
-        self.free = fleet.seats
+        self.free = self.fleet.seats
         self.adapters: OrderedDict[int, simpy.Event] = OrderedDict()
-        self.loads = simpy.Resource(env, fleet.streams)
-        self.down = env.event()
+        self.loads = simpy.Resource(self.env, self.fleet.streams)
+        self.down = self.env.event()
         self._queue: list[tuple[float, int, simpy.Event]] = []
         self._served: Counter[int] = Counter()
         self._turn, self._count = 0.0, 0
@@ -156,10 +160,6 @@ class Replica:
     def fail(self) -> None:
         self.is_up = False
         self.down.succeed()
-
-    def start(self) -> None:
-        """Start again, with no adapter in memory."""
-        self.__init__(self.env, self.fleet, self.zone)  # type: ignore[misc]
 
 
 def simulate(fleet: Fleet) -> Result:
