@@ -48,7 +48,7 @@ class NamedVersion:
     """One version of a name.
 
     digest: the adapter's digest, "" if the adapter could not be read.
-    entry: the sha256 of the version's manifest."""
+    entry: the sha256 of the version's manifest. size: bytes of its files."""
 
     name: str
     version: int
@@ -58,6 +58,7 @@ class NamedVersion:
     format: str
     fingerprint: str
     base: str
+    size: int = 0
 
     @property
     def reference(self) -> str:
@@ -113,7 +114,7 @@ class Names:
 def read(connection: Connection) -> Names:
     """Read the current names from the index."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
-    columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
+    columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base, e.size)
     versions = [
         NamedVersion(*row)
         for row in connection.execute(select(*columns).join_from(ix.versions, ix.entries, v.entry == e.id))

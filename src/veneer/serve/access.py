@@ -79,7 +79,7 @@ class ModelCard:
     """An entry of /v1/models.
 
     `parent`: the base's name; None for the base. `root`: the operator's name for the source (a library
-    reference, never a path). `digest`: the adapter's digest.
+    reference, never a path). `digest`: the adapter's digest. `size`: bytes of the adapter's files, 0 if unknown.
     """
 
     id: str
@@ -87,6 +87,7 @@ class ModelCard:
     parent: str | None
     created: int
     digest: str = ""
+    size: int = 0
 
 
 class Routes(Protocol):

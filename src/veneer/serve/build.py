@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
 
@@ -33,6 +35,9 @@ from veneer.serve.settings import ServeSettings
 from veneer.serve.tenancy.admin import admin_router, tenant_router
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import OpenTenants, Tenants
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
 
 
 async def _nothing() -> None:
@@ -135,8 +140,19 @@ def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], 
     log(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)
     # The engine's cache can limit the context to less than the base's.
-    reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
-    service.use_base(engine, reader, settings.http)
+    service.use_base(engine, _reader(base, engine.context), settings.http)
+
+
+def _reader(base: TextBase, context: int) -> TokenizedBase:
+    """Return a text base's tokenizer, with a description of its weight files."""
+    from veneer.files.weights import tensor_table
+
+    table, bytes_of = tensor_table(base.directory), Counter[str]()
+    for each in table:
+        bytes_of[each.dtype] += each.size
+    facts = (base.family, sum(math.prod(each.shape) for each in table), bytes_of.most_common(1)[0][0])
+    shown = (base.name, base.tokenizer, context, base.has_chat_template)
+    return TokenizedBase(*shown, *facts, bytes_of.total())
 
 
 def _load_pictures(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
@@ -187,8 +203,7 @@ def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str
         rank = max((pair.rank for adapter in adapters for pair in adapter.pairs.values()), default=0)
         command = vllm_command(settings, find_base(settings.base, say=log), service.catalog.base, rank)
         engine = Vllm(command, sources.library.location, mixes=mixes, decode=decode, check=check)
-    reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
-    service.use_base(engine, reader, settings.http)
+    service.use_base(engine, _reader(base, base.context), settings.http)
 
 
 def _application(

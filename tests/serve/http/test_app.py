@@ -209,6 +209,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "/v1/completions": {"prompt": "Hi"},
     "/generate": {"inputs": "Hi"},
+    "/api/chat": {"model": "sql", "messages": [{"role": "user", "content": "Hi"}]},
+    "/api/generate": {"model": "sql", "prompt": "Hi"},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [5]},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "lib/cat"},
@@ -218,12 +220,14 @@ BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", BODIES)
 def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
     """Replace each key of each body with every hostile value; the other keys stay valid."""
-    from veneer.serve.http.surfaces import openai, tgi, vllm
+    from veneer.serve.http.surfaces import ollama, openai, tgi, vllm
 
     models: dict[str, Any] = {
         "/v1/chat/completions": openai.ChatBody,
         "/v1/completions": openai.CompletionBody,
         "/generate": tgi.Parameters,
+        "/api/chat": ollama.Chat,
+        "/api/generate": ollama.Options,
         "/tokenize": vllm.Tokenize,
         "/detokenize": vllm.Detokenize,
         "/v1/load_lora_adapter": vllm.Load,
@@ -233,7 +237,8 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
     for key in [*model.model_fields, *model.refused, *model.ignored]:
         for value in NASTY:
             given = {key: value}
-            bodies.append({**BODIES[path], **({"parameters": given} if path == "/generate" else given)})
+            inside = {"/generate": "parameters", "/api/generate": "options"}.get(path)
+            bodies.append({**BODIES[path], **({inside: given} if inside else given)})
     app = toy_app(ToyEngine(text), ToyCatalog())
     answers = responses(app, [{"method": "POST", "url": path, "json": body} for body in bodies])
     statuses = [answer.status_code for answer in answers]

@@ -30,6 +30,7 @@ from veneer.serve.http.bodies import BodyRoute, body_error, check_guarded, keys_
 from veneer.serve.http.errors import Json, answer_error, as_refused
 from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
+from veneer.serve.http.surfaces.ollama import ollama_routes
 from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import aibrix_routes, dynamo_routes, sglang_routes, vllm_routes
@@ -75,7 +76,8 @@ def create_app(
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service, app.state.traces = service, default_traces()
     surfaces: dict[str, str] = {}
-    builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes, _health()]
+    builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, ollama_routes, tgi_routes]
+    builtin.append(_health())
     for router in builtin:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
     for router in (*builtin, *routers):
@@ -248,7 +250,8 @@ class _Body:
 
 def _surface(surfaces: Mapping[str, str], path: str) -> str:
     """Return the API whose error format a path uses. `surfaces`: path -> API."""
-    return surfaces.get("/v1/loras" if path.startswith("/v1/loras/") else path, "OpenAI")
+    other = "Ollama" if path.startswith("/api/") and not path.startswith("/api/v1/") else "OpenAI"
+    return surfaces.get("/v1/loras" if path.startswith("/v1/loras/") else path, other)
 
 
 def _too_large(most: int) -> Refused:

@@ -1,4 +1,4 @@
-"""Formats `Refused` errors for each API, in one of four kinds of bodies.
+"""Formats `Refused` errors for each API, each in the API's own body.
 
 A route's first tag names its API, and thereby the format. The status is the error's own, unless the API uses
 another (TGI: 422 for an invalid request, 424 for a failed generation).
@@ -109,6 +109,10 @@ def _sglang(error: Refused) -> tuple[int, Any]:
     return status, {"success": False, "error_message": message_of(error), "loaded_adapters": {}}
 
 
+def _ollama(error: Refused) -> tuple[int, Any]:
+    return (400 if error.status == 422 else error.status), {"error": message_of(error)}
+
+
 _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
     "OpenAI": _openai,
     "vLLM": _vllm,
@@ -116,6 +120,7 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
     "SGLang": _sglang,
     "AIBrix": _vllm,
     "Dynamo": _dynamo_error,
+    "Ollama": _ollama,
 }
 
 

@@ -31,13 +31,18 @@ class TokenizedBase:
     """A base's tokenizer.
 
     `context`: maximum tokens of prompt and completion together; for an image base, the limit of its first
-    text encoder.
+    text encoder. `family`: the architecture's name in transformers. `parameters`: number of weights, 0 if
+    unknown. `stored`: the dtype of most weights in the files, such as "BF16". `size`: bytes of the weight files.
     """
 
     name: str
     tokenizer: Any
     context: int
     has_chat_template: bool = False
+    family: str = ""
+    parameters: int = 0
+    stored: str = ""
+    size: int = 0
 
 
 class Prompts:
@@ -136,10 +141,14 @@ class Prompts:
             raise invalid(error.what, "messages", error.fix) from error
 
     @property
-    def takes_tools(self) -> bool:
+    def template(self) -> str:
+        """The chat template; if there are several, all of them."""
         template = self.base.tokenizer.chat_template
-        texts = template.values() if isinstance(template, Mapping) else [template or ""]
-        return any(re.search(r"\btools\b", str(t)) for t in texts)
+        return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template or "")
+
+    @property
+    def takes_tools(self) -> bool:
+        return re.search(r"\btools\b", self.template) is not None
 
     def fits(self, ids: Sequence[int], param: str = "prompt") -> int:
         """Return how many tokens the context leaves for a completion.

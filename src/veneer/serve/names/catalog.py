@@ -235,7 +235,7 @@ class Catalog:
         now = None if self.sources.names is None else self.sources.names.now
         if self._library_models[0] is not now:
             versions = self.sources.latest_versions(self.fingerprint)
-            cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
+            cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest, v.size) for v in versions]
             self._library_models = (now, {card.id: card for card in cards})
         return self._library_models[1]
 
@@ -290,7 +290,7 @@ class Catalog:
             except BaseException:
                 self._forget(digest)
                 raise
-        card = ModelCard(name, location.root, self.base, int(time.time()), digest)
+        card = ModelCard(name, location.root, self.base, int(time.time()), digest, adapter.size_bytes())
         with self._lock:
             old = self._loaded.get(name)
             taken = old is not None and not replace
