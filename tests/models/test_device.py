@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer.errors import ResourceError
-from veneer.models.device import check_memory, choose_device, choose_dtype, cpu_quota, thread_count
+from veneer.errors import ConfigError, ResourceError
+from veneer.models.device import check_device_name, check_memory, choose_device, choose_dtype, cpu_quota, thread_count
 from veneer.train.preflight import free_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +66,16 @@ def test_auto_dtype_on_cuda_follows_the_compute_capability(
     dtype, reason = choose_dtype("auto", torch.device("cuda", 0), "BF16")
     assert dtype == chosen
     assert (reason == "a card (compute 9.0) multiplies bfloat16 in hardware") == (chosen == torch.bfloat16)
+
+
+def test_a_mac_uses_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    for refuse in (lambda: choose_device("mps"), lambda: check_device_name("mps", "base.device")):
+        with pytest.raises(ConfigError, match="does not run on MPS") as error:
+            refuse()
+        assert "cpu" in (error.value.fix or "")
 
 
 def test_cuda_device_has_the_index_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def load_text(
 ) -> TextBase:
     """Find and load a base in eval mode, with all weights frozen.
 
-    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantize`: nf4, fp4
+    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1. `quantize`: nf4, fp4
     or int8 quantizes the linear weights while loading; keep leaves the weights of a GGUF file in their
     quantized blocks; None uses the precision of the files and dequantizes GGUF. A bitsandbytes checkpoint
     keeps its quantization. `say`: called with a message before each slow step. `parts`: number of processes
