@@ -56,8 +56,8 @@ def _user() -> str:
 
     try:
         return f"cli:{getpass.getuser()}"
-    except (KeyError, OSError):  # the user has no name, as in some containers
-        return f"cli:{os.getuid()}"
+    except (ImportError, KeyError, OSError):  # the user has no name, as in some containers
+        return f"cli:{os.getuid() if hasattr(os, 'getuid') else 'unknown'}"
 
 
 tenant_command = partial(command, app, _store)

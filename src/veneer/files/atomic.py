@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.errors import AdapterError, ResourceError
+from veneer.files.locks import BINARY
 
 
 @dataclass
@@ -84,7 +85,7 @@ def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
 
 def _fill(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
     """Write a new file and flush to disk; on an error, remove the file."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, mode)
     try:
         write_all(fd, chunks)
     except BaseException:

@@ -127,7 +127,7 @@ def read_header(path: str | Path, *, bits: Mapping[str, int] = BITS) -> Header:
     path = Path(path)
     try:
         with _opened(path) as file:
-            return _checked(file.fileno(), path, bits)
+            return _checked(file, path, bits)
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
 
@@ -142,14 +142,14 @@ def _opened(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
+def _checked(file: BinaryIO, path: Path, bits: Mapping[str, int] = BITS) -> Header:
     """Return the checked header of an open file, as `read_header` does."""
     where = str(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         problem = f"{path.suffix} files are pickles, and loading a pickle runs whatever code is in it"
         raise UnsafeFileError(problem, where=where, fix=PICKLE_FIX)
-    size = os.fstat(fd).st_size
-    start = os.pread(fd, 512, 0)
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(512)
     _refuse_other_formats(start, size, where)
     (length,) = struct.unpack("<Q", start[:8])
     if length > size - 8:
@@ -157,7 +157,8 @@ def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
         raise UnsafeFileError(problem, where=where, fix="download or copy the file again")
     if length > _MAX_HEADER_BYTES:
         raise UnsafeFileError(f"the header claims {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}", where=where)
-    raw = os.pread(fd, length, 8)
+    file.seek(8)
+    raw = file.read(length)
     if not raw.startswith(b"{"):
         raise UnsafeFileError("the header does not start with '{': not a safetensors file", where=where)
     _check_counts(raw, where)
@@ -315,7 +316,7 @@ def map_file(path: str | Path) -> tuple[Header, mmap.mmap]:
     path = Path(path)
     try:
         with _opened(path) as file:
-            header = _checked(file.fileno(), path)
+            header = _checked(file, path)
             return header, mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None

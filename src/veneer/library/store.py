@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
 from veneer.files.atomic import flush_folder, write_all
-from veneer.files.locks import take_lock
+from veneer.files.locks import BINARY, POSIX, take_lock
 
 CHUNK = 1 << 20
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
@@ -148,10 +148,15 @@ class LocalStore:
         target = self.root / path
         with self.temporary() as (temporary, fd):
             digest = hashlib.sha256()
-            write_all(fd, _hashed(chunks, digest))
+            try:
+                write_all(fd, _hashed(chunks, digest))
+                if POSIX:
+                    os.fchmod(fd, mode)
+            finally:
+                if not POSIX:
+                    os.close(fd)
             if sha256 is not None and digest.hexdigest() != sha256:
                 raise _wrong_bytes(path, digest.hexdigest(), sha256)
-            os.fchmod(fd, mode)
             new = _make_parents(target)
             os.replace(temporary, target)
             for folder in {target.parent, *new}:
@@ -161,14 +166,18 @@ class LocalStore:
     def temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
         """Yield the path and descriptor of a new, locked file or folder in tmp/.
 
-        The file or folder is removed at the end, unless the caller moved it."""
+        The file or folder is removed at the end, unless the caller moved it. On Windows, the caller closes a
+        file before it moves it, and a folder has no descriptor."""
         parent = self.root / "tmp"
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             path = parent / secrets.token_hex(12)
             if folder:
                 path.mkdir()
-            flags = os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            if folder and not POSIX:
+                fd = -1
+                break
+            flags = os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
             try:
                 fd = os.open(path, flags, 0o600)
             except FileNotFoundError:  # a sweep removed the folder between the two calls
@@ -179,7 +188,8 @@ class LocalStore:
         try:
             yield path, fd
         finally:
-            os.close(fd)
+            if POSIX:
+                os.close(fd)
             _discard(path)
 
     def delete(self, path: str) -> None:
@@ -213,7 +223,7 @@ class LocalStore:
                     raise
                 except OSError:
                     shutil.copyfile(blob, temporary / name)
-                    os.chmod(temporary / name, 0o444)
+                    os.chmod(temporary / name, 0o444 if POSIX else 0o666)
             if not _has_files(temporary, files):
                 raise FileNotFoundError(f"blobs of entry {entry} have sizes that differ from its manifest")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -239,9 +249,9 @@ class LocalStore:
     def sweep(self, entries: set[str]) -> int:
         """Remove leftover files in tmp/, and folders of entries that are not in `entries`.
 
-        Returns the number of removed files and folders."""
+        Returns the number of removed files and folders. tmp/ is left alone on Windows, which has no such locks."""
         count = 0
-        for path in _entries(self.root / "tmp"):
+        for path in _entries(self.root / "tmp") if POSIX else []:
             try:
                 fd = os.open(path, os.O_RDONLY)
             except (FileNotFoundError, PermissionError):

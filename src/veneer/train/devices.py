@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from veneer import errors
 from veneer.errors import ConfigError, Interrupted, TrainingError, VeneerError
+from veneer.files.locks import POSIX
 from veneer.models import device as processors
 from veneer.train.signals import signal_handler
 
@@ -258,6 +259,8 @@ def launch(count: int, command: Sequence[str]) -> int:
     one process fails and the others do not notice, they are ended."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    if not POSIX:
+        raise ConfigError("a run on several devices needs Linux or macOS", fix="use one device, or WSL")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     settings = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
     settings |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
@@ -288,12 +291,12 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
     After the first failure, the other processes get time to end, then SIGTERM, then SIGKILL."""
     failed: float | None = None
-    signals = [(2 * PATIENCE, signal.SIGKILL), (PATIENCE, signal.SIGTERM)]
+    stops = [(2 * PATIENCE, subprocess.Popen.kill), (PATIENCE, subprocess.Popen.terminate)]
     while None in (codes := [process.poll() for process in processes]):
         if failed is None and any(codes):
             failed = time.monotonic()
-        if failed is not None and signals and time.monotonic() - failed > signals[-1][0]:
-            number = signals.pop()[1]
+        if failed is not None and stops and time.monotonic() - failed > stops[-1][0]:
+            stop = stops.pop()[1]
             for process in processes:
-                process.send_signal(number)
+                stop(process)
         time.sleep(0.05)

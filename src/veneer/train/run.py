@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from veneer.errors import CheckpointError, ConfigError, Interrupted, NoGain, counted
-from veneer.files.locks import take_lock
+from veneer.files.locks import POSIX, take_lock
 from veneer.models.sources import find_base
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
@@ -360,7 +360,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     """Hold a lock on the folder inside the context.
 
     Raises CheckpointError if another run is writing to the folder."""
-    if os.name != "posix":  # folders cannot be opened on this system
+    if not POSIX:  # folders cannot be opened on this system
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from veneer.errors import ResourceError
-from veneer.files.locks import take_lock
+from veneer.files.locks import POSIX, take_lock
 from veneer.files.rights import private_folder
 from veneer.serve.transient import is_transient
 
@@ -179,6 +179,9 @@ class Journal:
 
     def __init__(self, folder: Path, server: str, size: int, *, synced: bool = False) -> None:
         """Create the file. Raises ResourceError if the disk does not have `size` bytes."""
+        if not POSIX:
+            fix = "run the server in WSL or a container, or without --tenants"
+            raise ResourceError("the ledger of tenants needs Linux or macOS, which lock its files", fix=fix)
         self.path, self.lines, self._size, self._synced = folder / f"{server}.journal", list[bytes](), size, synced
         self._end, self._reserved, self._mutex = 0, dict[str, int](), threading.Lock()
         private_folder(folder)

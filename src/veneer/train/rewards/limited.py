@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
+from veneer.files.locks import POSIX
 from veneer.models.home import veneer_home
 from veneer.train.rewards.reward import RewardScore
 from veneer.train.rewards.sandbox import (
@@ -92,6 +93,9 @@ class LimitedFunction:
         at_once: int = 1,
         sandbox: Sandbox | None = None,
     ) -> None:
+        if not POSIX:
+            text, fix = "a Python function needs Linux or macOS, which limit its process", "use WSL, or another reward"
+            raise ConfigError(text, where=file or function, fix=fix)
         if file is not None and not Path(file).is_file():
             text = f"the file of the function {function} does not exist"
             raise ConfigError(text, where=file, fix="give a Python file")
