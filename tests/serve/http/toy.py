@@ -206,6 +206,9 @@ class ToyCatalog:
     def in_memory(self) -> list[Any]:
         return []
 
+    def loaded_names(self) -> list[str]:
+        return sorted(self.adapters)
+
     def check(self, name: str) -> None:
         """Allow every name."""
 
