@@ -22,6 +22,7 @@ from pathlib import Path
 from tests.serve.http.toy import served
 from tests.train.text.tiny_runs import train
 from veneer.library.library import open_library
+from veneer.ops.cpu import compiled
 from veneer.train.checkpoint import latest
 from veneer.ops.cpu.memory import keep_freed_memory, peak_resident, return_freed_memory, trim_heap
 folder = Path({folder!r})
@@ -30,6 +31,8 @@ with keep_freed_memory(), return_freed_memory():
     assert peak_resident() > 0
 short = {{"schedule": {{"steps": 2}}, "evaluation": {{"every": 2}}, "checkpoint": {{"every": 1}}}}
 train(folder, folder / "out", **short)
+assert compiled.kernels() is None, "only the C compilers of Linux are known to build them"
+assert sys.platform != "win32" or "Windows" in compiled.status()
 print("trained")
 
 shutil.rmtree(latest(folder / "out" / "checkpoints"))
@@ -82,6 +85,13 @@ for what, do in refused:
     else:
         raise AssertionError(f"{{what}} is not refused")
 print("refused")
+
+from veneer.cli.main import main
+sys.argv = ["veneer", "doctor"]
+try:
+    main()
+except SystemExit as ended:
+    assert ended.code == (sys.platform == "darwin")  # which lacks a compiler here
 """
 
 

@@ -75,6 +75,7 @@ _LEAST_DISK = 2e9
 
 def _checks() -> Iterator[_Check]:
     from veneer.errors import gigabytes
+    from veneer.files.locks import POSIX
     from veneer.models.home import veneer_home
     from veneer.ops.cpu import compiled
 
@@ -87,8 +88,9 @@ def _checks() -> Iterator[_Check]:
     fix = "" if free >= _LEAST_DISK else "a base and its runs need a few GB: free some disk space, or set VENEER_HOME"
     yield _Check("disk", free >= _LEAST_DISK, f"{gigabytes(free)} free", fix)
     compiled_kernels = compiled.kernels() is not None
-    fix = "without a compiler, training on the CPU is several times slower: apt install gcc, or clang"
-    yield _Check("compiler", compiled_kernels, compiled.status(), "" if compiled_kernels else fix)
+    fix = "without a compiler, training on the CPU is several times slower: apt install gcc, or a clang with OpenMP"
+    here = compiled_kernels if POSIX else None  # Windows has none to install
+    yield _Check("compiler", here, compiled.status(), fix if here is False else "")
     yield _Check("card", None, ", ".join(_cards()) or "none that torch can use; veneer uses the CPU")
     yield _extras()
     yield _hub()

@@ -199,6 +199,9 @@ def kernels_for(arithmetic: str) -> Kernels | None:
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         _reason = "turned off by VENEER_NATIVE=0"
         return None
+    if os.name != "posix":
+        _reason = "they are not built on Windows"
+        return None
     compiler, compiler_note = find_compiler("CC", ("cc", "gcc", "clang"))
     if compiler is None:
         _reason = "; ".join(
