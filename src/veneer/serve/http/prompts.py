@@ -137,9 +137,13 @@ class Prompts:
 
     @property
     def takes_tools(self) -> bool:
+        return self.template_mentions("tools")
+
+    def template_mentions(self, name: str) -> bool:
+        """Return whether the chat template uses a variable or a key of this name."""
         template = self.base.tokenizer.chat_template
         texts = template.values() if isinstance(template, Mapping) else [template or ""]
-        return any(re.search(r"\btools\b", str(t)) for t in texts)
+        return any(re.search(rf"\b{name}\b", str(t)) for t in texts)
 
     def fits(self, ids: Sequence[int], param: str = "prompt") -> int:
         """Return how many tokens the context leaves for a completion.
