@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -101,6 +102,30 @@ def test_token_ids_and_logprobs_have_vllms_form(whole, shop):
     assert shop.base.tokenizer.decode(choice["token_ids"], skip_special_tokens=True) == choice["text"]
     chat = {"model": "plain", "messages": [{"role": "user", "content": "a"}], "return_token_ids": True}
     assert httpx.post(f"{whole.url}/v1/chat/completions", json=chat).status_code == 400
+
+
+def test_messages_through_a_door_are_those_of_the_engine(shop: Shop, tmp_path: Path) -> None:
+    key, place = "door-0123456789abcdef", str(tmp_path / "tenants.sqlite")
+    with ExitStack() as stack:
+        engine = stack.enter_context(served(shop, keys=(key,), fleet=FleetSettings(key=key)))
+        stack.callback((store := Store(place)).close)
+        tenant = new_tenant(store, "acme", ["*"])
+        door = process(shop, tmp_path / "door", place, "--upstream", engine.url, own=(), VENEER_UPSTREAM_KEY=key)
+        servers = {engine.url: key, stack.enter_context(door)[1]: tenant}
+        answers = []
+        for url, own in servers.items():
+            client = stack.enter_context(anthropic.Anthropic(base_url=url, api_key=own, max_retries=0))
+            for model, more in (("plain", {}), ("tiny", {"mix": ["plain:0.5", "rs:-0.75"]})):
+                asked: dict[str, Any] = {"messages": [{"role": "user", "content": "The printer"}], "max_tokens": 12}
+                asked |= {"model": model, "extra_body": {"temperature": 0, **more}}
+                with client.messages.stream(**asked) as stream:
+                    streamed = stream.get_final_message()
+                answer = client.messages.create(**asked)
+                assert streamed.content[0].text == answer.content[0].text
+                prompt_tokens = answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+                answers.append((answer.content[0].text, answer.stop_reason, prompt_tokens, answer.usage.output_tokens))
+    assert answers[:2] == answers[2:]
+    assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])

@@ -208,6 +208,7 @@ NASTY: list[Any] = ["", "x", -1, 3, 2**70, [None], {"a": 1}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "/v1/completions": {"prompt": "Hi"},
+    "/v1/messages": {"model": "toy", "max_tokens": 20, "messages": [{"role": "user", "content": "Hi"}]},
     "/generate": {"inputs": "Hi"},
     "/api/chat": {"model": "sql", "messages": [{"role": "user", "content": "Hi"}]},
     "/api/generate": {"model": "sql", "prompt": "Hi"},
@@ -220,11 +221,12 @@ BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", BODIES)
 def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
     """Replace each key of each body with every hostile value; the other keys stay valid."""
-    from veneer.serve.http.surfaces import ollama, openai, tgi, vllm
+    from veneer.serve.http.surfaces import messages, ollama, openai, tgi, vllm
 
     models: dict[str, Any] = {
         "/v1/chat/completions": openai.ChatBody,
         "/v1/completions": openai.CompletionBody,
+        "/v1/messages": messages.MessagesBody,
         "/generate": tgi.Parameters,
         "/api/chat": ollama.Chat,
         "/api/generate": ollama.Options,
@@ -284,7 +286,15 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
 
 def test_the_openapi_description_is_complete(server: Live) -> None:
     wanted = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/load_lora_adapter"}
-    wanted |= {"/generate", "/generate_stream", "/tokenize", "/metrics", "/ready"}
+    wanted |= {
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/generate",
+        "/generate_stream",
+        "/tokenize",
+        "/metrics",
+        "/ready",
+    }
     assert wanted <= {*server.get("/openapi.json").json()["paths"]}
     assert not re.search(r"/home|/work", server.get("/openapi.json").text)
 

@@ -17,7 +17,7 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 
 SURFACES = {
-    "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "inputs",
+    "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/messages": "messages", "/generate": "inputs",
     "/tokenize": "prompt",
 }  # fmt: skip
 VALUE = st.recursive(
@@ -150,7 +150,8 @@ def test_an_oversized_prompt_is_not_tokenized(small: Live) -> None:
     before = len(small.engine.seen)
     for path, key in SURFACES.items():
         value = [{"role": "user", "content": text}] if key == "messages" else text
-        answer = small.post(path, {key: value})
+        needed = {"model": "toy", "max_tokens": 5} if path == "/v1/messages" else {}
+        answer = small.post(path, {key: value, **needed})
         assert answer.status_code in (400, 422)
         assert "at most" in answer.text
         assert len(answer.content) < 1000

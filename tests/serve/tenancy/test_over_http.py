@@ -64,6 +64,36 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
     store.close()
 
 
+def test_messages_are_in_the_ledger_with_the_counts_of_chat_completions(tmp_path: Path) -> None:
+    shop, where = make_shop(tmp_path, ["plain"]), str(tmp_path / "tenants.sqlite")
+    store = Store(where)
+    key = new_tenant(store, "acme", ["plain"])
+    set_price(store, 1_000_000, 1_000_000, 1_000_000)
+    turns = [{"role": "user", "content": "The printer on the third floor does not answer. " * 4}]
+    body: dict[str, Any] = {"model": "plain", "messages": turns, "max_tokens": 4, "temperature": 0}
+    with served(shop, tenants=where, admin_key=ADMIN) as server:
+
+        def ask(path: str) -> tuple[Any, dict[str, int]]:
+            answer = server.http.post(path, json=body, headers={"x-api-key": key})
+            assert answer.status_code == 200, answer.text
+            assert server.built.service.tenancy.ledger.flush()  # type: ignore[attr-defined]
+            with reading(store.engine) as c:
+                (row,) = usage(c, by=())
+            return answer.json(), {name: int(n) for name, n in row.items() if isinstance(n, int)}
+
+        ask("/v1/chat/completions")  # fills the prefix cache
+        before = ask("/v1/chat/completions")[1]
+        chat, between = ask("/v1/chat/completions")
+        message, after = ask("/v1/messages")
+    store.close()
+    assert {k: after[k] - between[k] for k in after} == {k: between[k] - before[k] for k in after}
+    assert message["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+    read = message["usage"]["cache_read_input_tokens"]
+    assert read == chat["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert message["usage"]["input_tokens"] + read == chat["usage"]["prompt_tokens"]
+    assert message["usage"]["output_tokens"] == chat["usage"]["completion_tokens"]
+
+
 @pytest.mark.parametrize("sync", [False, True])
 def test_ledger_settings_reach_the_ledger(tmp_path: Path, sync: bool) -> None:
     shop, where = make_shop(tmp_path, ["plain"]), str(tmp_path / "tenants.sqlite")

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's, vLLM's, SGLang's, LoRAX's and TGI's routes for text, OpenAI's for images.
+"""The HTTP API: routes of OpenAI, Anthropic, vLLM, SGLang, LoRAX and TGI for text, of OpenAI for images.
 
 app.py         the application: middleware, error handlers, routers, health and metrics
 service.py     objects that all routes share: engine, names, tenancy, limits, metrics; the request's principal

@@ -30,6 +30,7 @@ from veneer.serve.http.bodies import BodyRoute, body_error, check_guarded, keys_
 from veneer.serve.http.errors import Json, answer_error, as_refused
 from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
+from veneer.serve.http.surfaces.messages import messages_routes
 from veneer.serve.http.surfaces.ollama import ollama_routes
 from veneer.serve.http.surfaces.openai import openai_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
@@ -76,8 +77,8 @@ def create_app(
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service, app.state.traces = service, default_traces()
     surfaces: dict[str, str] = {}
-    builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, ollama_routes, tgi_routes]
-    builtin.append(_health())
+    builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes]
+    builtin += [messages_routes, ollama_routes, _health()]
     for router in builtin:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
     for router in (*builtin, *routers):
@@ -96,7 +97,7 @@ def create_app(
             allow_origins=list(origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-veneer-ignored", "retry-after"],
+            expose_headers=["x-request-id", "request-id", "x-veneer-ignored", "retry-after"],
         )
     return app
 
@@ -144,7 +145,8 @@ class AuthMiddleware:
         async def send_with_request_id(message: Message) -> None:
             trail.answered(message)
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                names = [b"x-request-id", *([b"request-id"] if _is_anthropic(request) else [])]
+                message["headers"] = [*message.get("headers", ()), *((name, request_id.encode()) for name in names)]
             await send(message)
 
         request = HttpRequest(scope)
@@ -165,12 +167,12 @@ class AuthMiddleware:
                 check_content_type(scope, request.headers)
             await self._enter(request, large)
         except Exception as error:
-            surface = _surface(self.surfaces, request.scope["path"])
+            surface = _surface(self.surfaces, request)
             refused = as_refused(error)
             if (admitted := scope.get("veneer.admitted")) is not None:
                 admitted.leave()
             self.service.metrics.refused.labels(refused.code).inc()
-            return await answer_error(refused, surface)(scope, receive, send)
+            return await answer_error(refused, surface, scope["veneer.id"])(scope, receive, send)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.service.inside += working
         incoming = _Body(receive, request.scope["veneer.admitted"], self.service.settings, large)
@@ -248,10 +250,21 @@ class _Body:
         return message
 
 
-def _surface(surfaces: Mapping[str, str], path: str) -> str:
-    """Return the API whose error format a path uses. `surfaces`: path -> API."""
+def _surface(surfaces: Mapping[str, str], request: HttpRequest) -> str:
+    """Return the API whose error format a request uses. `surfaces`: path -> API."""
+    path = request.scope["path"]
+    if _is_anthropic(request):
+        return "Anthropic"
     other = "Ollama" if path.startswith("/api/") and not path.startswith("/api/v1/") else "OpenAI"
     return surfaces.get("/v1/loras" if path.startswith("/v1/loras/") else path, other)
+
+
+def _is_anthropic(request: HttpRequest) -> bool:
+    """Return whether a request is for Anthropic's API. Its clients read models from the path that OpenAI's use."""
+    path: str = request.scope["path"]
+    if path.startswith("/v1/models"):
+        return "anthropic-version" in request.headers
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def _too_large(most: int) -> Refused:
@@ -266,7 +279,7 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_reques
 def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
     def respond(request: HttpRequest, error: Refused) -> Response:
         service_of(request).metrics.refused.labels(error.code).inc()
-        return answer_error(error, _surface(surfaces, request.scope["path"]))
+        return answer_error(error, _surface(surfaces, request), request.scope["veneer.id"])
 
     @app.exception_handler(Refused)
     @app.exception_handler(Exception)

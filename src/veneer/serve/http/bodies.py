@@ -203,7 +203,11 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """A request body. `refused`: key -> the only value that is accepted besides null."""
+    """A request body, or an object inside one.
+
+    `ignored`: keys without effect, which the body reports with those of the objects inside it. `refused`: key
+    -> the only value that is accepted besides null.
+    """
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, Any]] = {}
@@ -219,12 +223,14 @@ class Body(Strict):
                 raise PydanticCustomError("unsupported", "{key} is not supported: leave it out", {"key": key})
         passed = set(data) & cls.ignored
         model = build({key: value for key, value in data.items() if key not in passed and key not in cls.refused})
-        model._ignored = sorted(key for key in passed if data[key] is not None)
+        inner = [each for value in vars(model).values() for each in (value if isinstance(value, list) else [value])]
+        names = {name for each in inner if isinstance(each, Body) for name in each._ignored}
+        model._ignored = sorted(names | {key for key in passed if data[key] is not None})
         return model
 
     def ignore(self, key: str) -> None:
         """Report a key as ignored."""
-        self._ignored = sorted([*self._ignored, key])
+        self._ignored = sorted({*self._ignored, key})
 
     @property
     def headers(self) -> dict[str, str]:
@@ -338,15 +344,17 @@ def keys_of_bodies(endpoint: Any) -> list[str]:
         kinds = typing.get_type_hints(endpoint).values()
     except (NameError, TypeError):
         return []
-    return sorted(set(_keys(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))))
+    return sorted(set(_keys(kinds)))
 
 
-def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
-    for model in models:
-        for name, field in model.model_fields.items():
+def _keys(kinds: Iterable[Any]) -> Iterable[str]:
+    """Yield the keys of all models that these types contain."""
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            yield from _keys(typing.get_args(kind))
+            continue
+        for name, field in kind.model_fields.items():
             yield field.alias or name
-            inner = field.annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from _keys([inner])
-        if issubclass(model, Body):
-            yield from (*model.ignored, *model.refused)
+            yield from _keys([field.annotation])
+        if issubclass(kind, Body):
+            yield from (*kind.ignored, *kind.refused)

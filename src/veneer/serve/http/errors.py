@@ -113,8 +113,20 @@ def _ollama(error: Refused) -> tuple[int, Any]:
     return (400 if error.status == 422 else error.status), {"error": message_of(error)}
 
 
+_ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_ANTHROPIC_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error"}
+
+
+def _anthropic(error: Refused) -> tuple[int, Any]:
+    """Anthropic's clients raise OverloadedError for 529 only, so 529 replaces 503."""
+    status = {422: 400, 503: 529}.get(error.status, error.status)
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return status, {"type": "error", "error": {"type": kind, "message": message_of(error)}}
+
+
 _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
     "OpenAI": _openai,
+    "Anthropic": _anthropic,
     "vLLM": _vllm,
     "TGI": _tgi,
     "SGLang": _sglang,
@@ -132,12 +144,14 @@ def error_body(error: Refused, surface: str) -> tuple[int, Any]:
     return status, body
 
 
-def answer_error(error: Refused, surface: str) -> Json:
+def answer_error(error: Refused, surface: str, request_id: str = "") -> Json:
     status, body = error_body(error, surface)
+    if surface == "Anthropic":
+        body["request_id"] = request_id
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    elif status in (429, 503):
+    elif status in (429, 503, 529):
         headers["Retry-After"] = "1"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"

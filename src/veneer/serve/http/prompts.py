@@ -148,7 +148,11 @@ class Prompts:
 
     @property
     def takes_tools(self) -> bool:
-        return re.search(r"\btools\b", self.template) is not None
+        return self.template_mentions("tools")
+
+    def template_mentions(self, name: str) -> bool:
+        """Return whether the chat template uses a variable or a key of this name."""
+        return re.search(rf"\b{name}\b", self.template) is not None
 
     def fits(self, ids: Sequence[int], param: str = "prompt") -> int:
         """Return how many tokens the context leaves for a completion.

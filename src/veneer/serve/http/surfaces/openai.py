@@ -24,6 +24,7 @@ from veneer.serve.http.guard import needs
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import data
+from veneer.serve.http.surfaces.messages import model_info, model_page
 from veneer.serve.http.text_bodies import ChatBody, CompletionBody, TextBody
 from veneer.serve.http.text_requests import chat_job
 from veneer.serve.http.tools import ToolCall, ToolReader, ToolUse, message_of_answer, tool_use
@@ -44,13 +45,16 @@ async def models(request: HttpRequest) -> Response:
     service, principal = service_of(request), caller_of(request)
     cards = service.catalog.models(principal)
     cards = [*cards, *_tuned_cards(service.catalog.base, cards, principal)]
+    if "anthropic-version" in request.headers:
+        return Json(model_page(service, cards, request.query_params))
     return Json({"object": "list", "data": [_card(service, card) for card in cards]})
 
 
 @openai_routes.get("/v1/models/{model:path}", summary="Get a model.")
 async def model(request: HttpRequest, model: str) -> Response:
     service = service_of(request)
-    return Json(_card(service, service.catalog.card(model, caller_of(request))))
+    card = service.catalog.card(model, caller_of(request))
+    return Json((model_info if "anthropic-version" in request.headers else _card)(service, card))
 
 
 def _tuned_cards(base: str, cards: Sequence[ModelCard], principal: Principal) -> list[ModelCard]:
