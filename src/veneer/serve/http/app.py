@@ -31,6 +31,7 @@ from veneer.serve.http.errors import Json, answer_error, as_refused
 from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
 from veneer.serve.http.surfaces.openai import openai_routes
+from veneer.serve.http.surfaces.responses import responses_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import aibrix_routes, dynamo_routes, sglang_routes, vllm_routes
 from veneer.serve.http.telemetry import begin, default_traces
@@ -75,7 +76,8 @@ def create_app(
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service, app.state.traces = service, default_traces()
     surfaces: dict[str, str] = {}
-    builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes, _health()]
+    builtin = [openai_routes, responses_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes]
+    builtin.append(_health())
     for router in builtin:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
     for router in (*builtin, *routers):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from veneer.serve.http.text_bodies import schema_text
 from veneer.serve.request import GrammarSpec, invalid
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ class ToolReader:
     def _sorted(self) -> Iterator[str | ToolCall]:
         while True:
             if self.inside:
-                body, closed, rest = self.buffer.removeprefix(_OPEN).partition(_CLOSE)
+                body, closed, rest = self.buffer.removeprefix(_OPEN).partition(CLOSE)
                 if not closed:
                     return
-                yield self._call(body) or _OPEN + body + _CLOSE
+                yield self._call(body) or _OPEN + body + CLOSE
                 self.buffer, self.inside = rest, False
             start = self.buffer.find(_OPEN)
             if start < 0:
