@@ -239,9 +239,6 @@ class ToyCatalog:
     def card(self, model: str, caller: Principal) -> ModelCard:
         return next((c for c in self.models(caller) if c.id == model), None) or self._card(model, caller)
 
-    def loaded_names(self) -> list[str]:
-        return list(self.adapters)
-
     def load(self, name: str, source: str, *, replace: bool = False) -> ModelCard:
         if name in self.adapters and not replace:
             raise Refused(f"{name} is loaded", status=400, code="adapter_exists")

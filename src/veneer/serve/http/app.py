@@ -33,6 +33,7 @@ from veneer.serve.http.service import Service, client_key, service_of
 from veneer.serve.http.surfaces.messages import messages_routes
 from veneer.serve.http.surfaces.ollama import ollama_routes
 from veneer.serve.http.surfaces.openai import openai_routes
+from veneer.serve.http.surfaces.responses import responses_routes
 from veneer.serve.http.surfaces.tgi import tgi_routes
 from veneer.serve.http.surfaces.vllm import aibrix_routes, dynamo_routes, sglang_routes, vllm_routes
 from veneer.serve.http.telemetry import begin, default_traces
@@ -77,7 +78,7 @@ def create_app(
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service, app.state.traces = service, default_traces()
     surfaces: dict[str, str] = {}
-    builtin = [openai_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes]
+    builtin = [openai_routes, responses_routes, vllm_routes, sglang_routes, aibrix_routes, dynamo_routes, tgi_routes]
     builtin += [messages_routes, ollama_routes, _health()]
     for router in builtin:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}

@@ -16,6 +16,7 @@ from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.guard import principal_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, TokenizedBase
+from veneer.serve.http.stored_responses import StoredResponses
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Engine, EngineEvent, Request, check_strengths, invalid, not_ready, served_name
@@ -53,6 +54,7 @@ class Service:
     def __post_init__(self) -> None:
         s = self.settings
         self.quotas = self.shared_quotas or Quotas(s.quotas)
+        self.responses = StoredResponses(self.quotas)
         if self.loaded:
             self.prompts = Prompts(self.reader)
         engine, adapters = (lambda: self.engine.stats()), (lambda: self.catalog.in_memory())

@@ -121,6 +121,7 @@ class TextBody(Body):
         "best_of": 1,
     }
 
+    limit_name: ClassVar = "max_tokens"
     model: str = Field(default="", max_length=512, description="the base, an adapter, a route, or base:adapter")
     mix: MixField | None = None
     cache_salt: str | None = Field(
@@ -177,7 +178,7 @@ class TextBody(Body):
         return sampling_of(
             **{name: getattr(self, name) for name in names.split()},
             **more,
-            max_tokens=limited(max_tokens, available, service),
+            max_tokens=limited(max_tokens, available, service, self.limit_name),
             top_k=None if self.top_k is None else max(self.top_k, 0),
             logit_bias=bias_of(self.logit_bias, service.prompts),
             stop=stops_of(self.stop, service.settings.max_stops),
@@ -350,11 +351,11 @@ def _one_grammar(grammars: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
     return present[0] if present else None
 
 
-def limited(requested: int | None, available: int, service: Service) -> int:
+def limited(requested: int | None, available: int, service: Service, param: str = "max_tokens") -> int:
     """Return the maximum number of tokens for a completion.
 
-    `requested`: None for as many as possible. Raises Refused (400) if `requested` exceeds `available` or the
-    server's limit.
+    `requested`: None for as many as possible. `param`: the field's name. Raises Refused (400) if `requested`
+    exceeds `available` or the server's limit.
     """
     most = service.settings.max_tokens or available
     if requested is None:
@@ -364,7 +365,7 @@ def limited(requested: int | None, available: int, service: Service) -> int:
         message = (
             f"{requested} tokens are requested, but the prompt leaves {available} of the context's {context} tokens"
         )
-        raise invalid(message, "max_tokens", "request fewer, or shorten the prompt")
+        raise invalid(message, param, "request fewer, or shorten the prompt")
     if requested > most:
-        raise invalid(f"max_tokens is {requested}", "max_tokens", f"at most {most} on this server")
+        raise invalid(f"{param} is {requested}", param, f"at most {most} on this server")
     return requested

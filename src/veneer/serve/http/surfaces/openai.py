@@ -272,6 +272,20 @@ def _is_visible(token: Token) -> bool:
     return token.id >= 0 and not (token.special and not token.text)
 
 
+def logprob_entries(prompts: Prompts, tokens: Sequence[Token], count: int) -> list[dict[str, Any]]:
+    """Return OpenAI's log-probabilities of the tokens that clients see, each with `count` alternatives."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text, raw = prompts.piece(token)
+        return {"token": text, "logprob": finite_logprob(logprob), "bytes": list(raw)}
+
+    return [
+        entry(token.id, token.logprob) | {"top_logprobs": [entry(id, p) for id, p in _best(token, count)]}
+        for token in tokens
+        if _is_visible(token)
+    ]
+
+
 class _ChatFormat:
     kind, whole_kind = "chat.completion.chunk", "chat.completion"
 
@@ -285,7 +299,7 @@ class _ChatFormat:
         message = message_of_answer(self.readers[i], answer.text) | {"refusal": None}
         if "tool_calls" in message and not message["content"].strip():
             message["content"] = None
-        logprobs = None if self.count is None else self.logprobs([t for t in answer.tokens if _is_visible(t)])
+        logprobs = None if self.count is None else self.logprobs(answer.tokens)
         return {"index": i, "message": message, "logprobs": logprobs, **self.ending(i, answer.finished)}
 
     def ending(self, i: int, end: Finished) -> dict[str, Any]:
@@ -314,15 +328,7 @@ class _ChatFormat:
         return {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        content = []
-        for token in tokens:
-            best = [self.entry(id, logprob) for id, logprob in _best(token, self.count or 0)]
-            content.append(self.entry(token.id, token.logprob) | {"top_logprobs": best})
-        return {"content": content, "refusal": None}
-
-    def entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text, raw = self.prompts.piece(token)
-        return {"token": text, "logprob": finite_logprob(logprob), "bytes": list(raw)}
+        return {"content": logprob_entries(self.prompts, tokens, self.count or 0), "refusal": None}
 
 
 class _TextFormat:
