@@ -740,7 +740,7 @@ def test_models_for_anthropics_client(client: anthropic.Anthropic, server: Live)
 
 def test_the_pages_example_works(server: Live) -> None:
     page = (Path(__file__).parents[4] / "docs" / "reference" / "serving-http.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```python\n(client = anthropic.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {"anthropic": anthropic}
     exec(code.replace("http://localhost:8000", server.url).replace('"support"', '"sql"'), names)
     with names["client"]:

@@ -107,10 +107,9 @@ class _Answering(Body):
 
     @property
     def headers(self) -> dict[str, str]:
-        of_options = self.options.headers.get("x-veneer-ignored")
-        ignored = [*self._ignored, *(["keep_alive"] if self.keep_alive is not None else [])]
-        ignored += [f"options.{key}" for key in (of_options.split(", ") if of_options else ())]
-        return {"x-veneer-ignored": ", ".join(ignored)} if ignored else {}
+        if self.keep_alive is not None:
+            self.ignore("keep_alive")
+        return super().headers
 
 
 class Function(Strict):
