@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.compat import LIGER
+from veneer.errors import install_command
 from veneer.ops.attention import rotate
 from veneer.ops.cuda.implementations import IMPLEMENTATIONS
 from veneer.ops.cuda.liger import why_missing
@@ -92,7 +93,7 @@ def test_without_liger_an_op_runs_its_reference() -> None:
     try:
         LIGER.check()
     except ImportError:
-        assert choices("cuda")["rope"].reason == "liger_kernel is not installed (pip install 'veneer[gpu]')"
+        assert choices("cuda")["rope"].reason == f"liger_kernel is not installed ({install_command('gpu')})"
 
 
 def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
