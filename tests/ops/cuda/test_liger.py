@@ -97,7 +97,7 @@ def test_without_liger_an_op_runs_its_reference() -> None:
 
 
 def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[gpu]'")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)  # an invalid device number
     why_missing.cache_clear()
@@ -110,7 +110,7 @@ def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("trained", [False, True])
 def test_ops_on_a_gpu_choose_liger(trained: bool) -> None:
-    pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[gpu]'")
     x, weight = torch.randn(5, 64, device="cuda", requires_grad=trained), torch.randn(40, 64, device="cuda")
     targets = torch.arange(5, device="cuda")
     assert dispatch("rms_norm_autograd", x, weight[0]) is IMPLEMENTATIONS["rms_norm_autograd"].run
