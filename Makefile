@@ -34,10 +34,10 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (three to six minutes on two cores)
-	@$(RUN) examples/quickstart.py
+	@$(VENV)/bin/veneer quickstart
 
 image-quickstart: $(VENV)/.ready-image ## teach a product and a brand's look, and draw with both (three to five minutes on two cores)
-	@$(RUN) examples/campaign/run.py --small --output runs/image-quickstart
+	@$(VENV)/bin/veneer image-quickstart
 
 studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, train and let go live, in the browser
 	@$(RUN) examples/studio.py $(STUDIO_FLAGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import veneer
+from tests.test_readme import roomy, small_config
+from tests.tiny_base import tiny_base_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
@@ -105,10 +109,16 @@ def test_sdist_has_sources_and_no_weights(sdist: Path) -> None:
     strictly_checked([sdist])
 
 
+@pytest.fixture(scope="module")
+def bases(wheel: Path) -> list[Path]:
+    """The distributions of the image bases, built into the folder of veneer's."""
+    return [p for p in built(SOURCE / "veneer_bases", wheel.parent) if p.name.startswith("veneer_bases-")]
+
+
 @pytest.mark.slow
-def test_bases_are_a_distribution_of_their_own(tmp_path: Path) -> None:
+def test_bases_are_a_distribution_of_their_own(bases: list[Path]) -> None:
     """It has the weights, their cards and their license, and no code of veneer's."""
-    paths = built(SOURCE / "veneer_bases", tmp_path)
+    paths = bases
     (wheel,) = [path for path in paths if path.suffix == ".whl"]
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if n.startswith("veneer_bases/")]
@@ -152,3 +162,29 @@ def test_wheel_imports_in_another_environment(elsewhere: Path) -> None:
 def test_command_runs_in_another_environment(elsewhere: Path) -> None:
     for arguments in ([], ["train"], ["generate"], ["eval"], ["adapter"]):
         assert "Usage" in run(elsewhere, "veneer", *arguments, "--help")
+
+
+@pytest.mark.slow
+def test_bases_are_found_after_the_command_that_the_error_names(elsewhere: Path, bases: list[Path]) -> None:
+    argv = [str(elsewhere / "bin" / "veneer"), "image-quickstart"]
+    refused = subprocess.run(argv, capture_output=True, text=True, cwd=elsewhere, env={"HOME": str(elsewhere)})
+    assert refused.returncode == 2, refused.stderr
+    (command,) = re.findall(r"fix: (pip install .*)", refused.stderr)
+    install = [sys.executable, "-m", "pip", "--python", str(elsewhere / "bin" / "python"), *shlex.split(command)[1:]]
+    done = subprocess.run([*install, "--quiet", "--no-index", "--no-deps"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where = run(
+        elsewhere, "python", "-c", "from veneer.models import builtin as b; print(b.packaged('catalogue-flux'))"
+    )
+    assert Path(where.strip()).is_relative_to(elsewhere)
+
+
+@pytest.mark.slow
+def test_quickstart_runs_from_the_wheel(elsewhere: Path, tmp_path: Path) -> None:
+    base = roomy(tiny_base_dir(tmp_path))
+    (inside,) = elsewhere.glob("lib/python*/site-packages/veneer/examples")
+    config = small_config().replace(str(ROOT / "examples"), str(inside))
+    (elsewhere / "config.yaml").write_text(config, encoding="utf-8")
+    printed = run(elsewhere, "veneer", "quickstart", "--base", str(base), "--config", "config.yaml", "--tickets", "4")
+    assert "4 held-out tickets" in printed
+    assert str(ROOT) not in printed

@@ -38,6 +38,8 @@ from veneer.cli.output import error_text, guard, unwrapped
 from veneer.errors import ConfigError, ResourceError, UnavailableError, VeneerError, lacks_memory, quoted
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("veneer.cli.quickstart", "Train an adapter on support tickets, and test it."),
+    "image-quickstart": ("veneer.cli.image_quickstart", "Train two image adapters, and draw with both."),
     "base": ("veneer.cli.base", "Download, list and describe base models."),
     "data": ("veneer.cli.data", "Caption images, and collect a teacher's answers as rows."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
