@@ -278,7 +278,7 @@ def test_help_is_fast_and_loads_no_torch(arguments: str) -> None:
 
 LINES = {
     "files": 1_100, "core": 2_600, "ops": 4_002, "formats": 5_600, "models": 5_800, "library": 2_400, "plan": 1_400,
-    "adapters": 1_100, "train": 13_683, "imaging": 1_100, "serve": 13_320, "jobs": 4_830, "studio": 3_100, "cli": 3_578,
+    "adapters": 1_100, "train": 13_683, "imaging": 1_100, "serve": 13_320, "jobs": 4_830, "studio": 3_100, "cli": 3_583,
 }  # fmt: skip
 """Maximum lines of code per package, without blank lines, comments and docstrings.
 
