@@ -16,6 +16,7 @@ LLAMA_VENV := .venv-llama
 SYSTEM_PYTHON ?= /usr/bin/python3
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
+VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/veneer/__init__.py)
 ATTACKS := tests/attack $(addprefix tests/serve/,test_whole_bad.py test_whole_kill.py test_outages.py tenancy/test_kill.py tenancy/test_ledger.py)
 LIGHT := tests/test_errors.py tests/files/test_atomic.py tests/files/test_header.py tests/files/test_rights.py tests/formats/test_strengths.py \
   tests/train/config/test_rewards.py tests/train/config/test_image.py tests/library/test_names.py
@@ -27,16 +28,16 @@ GPU_FLAGS ?=
 STUDIO_FLAGS ?=
 DEMO_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart studio demo-cluster test test-fast test-light test-browser test-slow test-random test-peers test-fleet test-gpu gpu attack check format bench clean distclean
+.PHONY: help lock release-notes quickstart image-quickstart studio demo-cluster test test-fast test-light test-browser test-slow test-random test-peers test-fleet test-gpu gpu attack check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (three to six minutes on two cores)
-	@$(RUN) examples/quickstart.py
+	@$(VENV)/bin/veneer quickstart
 
 image-quickstart: $(VENV)/.ready-image ## teach a product and a brand's look, and draw with both (three to five minutes on two cores)
-	@$(RUN) examples/campaign/run.py --small --output runs/image-quickstart
+	@$(VENV)/bin/veneer image-quickstart
 
 studio: $(VENV)/.ready-studio ## the page: adapters to look at, compare, mix, train and let go live, in the browser
 	@$(RUN) examples/studio.py $(STUDIO_FLAGS)
@@ -88,6 +89,12 @@ format: $(VENV)/.ready-dev ## write the formatting that `make check` wants
 
 bench: $(VENV)/.ready-peers $(if $(filter all serving,$(BENCH)),$(VLLM_VENV)/.ready $(LLAMA_VENV)/.ready) ## compare veneer with other tools; BENCH_FLAGS=--quick takes 20 minutes, BENCH=serving runs one benchmark
 	@$(RUN) benchmarks/$(BENCH).py $(BENCH_FLAGS)
+
+lock: ## renew uv.lock from the package index (needs uv)
+	@uv lock --no-sources
+
+release-notes: ## the section of CHANGELOG.md about this version (VERSION=0.1.0: about another)
+	@awk -v head="## [$(VERSION)]" '/^## \[/ {on = index($$0, head) == 1; found += on; next} on; END {exit !found}' CHANGELOG.md
 
 clean: ## remove what runs, builds and tools left behind
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

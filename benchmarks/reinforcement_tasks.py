@@ -5,7 +5,7 @@
 
     tickets          correct answers, from the supervised adapter (examples/tickets/config.yaml, trained first)
     tickets-format   JSON with exactly the three keys, from the base
-    chain-sum, products two tasks of reasoning-gym, from the base (pip install 'veneer[reasoning-gym]')
+    chain-sum, products two tasks of reasoning-gym, from the base (pip install -e '.[reasoning-gym]')
 
 Prints the mean rewards of greedy completions for held-out prompts, before the first step and at the last
 evaluation. For tickets, also prints the share of test.jsonl with all three fields right. For the first seed,

@@ -212,7 +212,7 @@ class Cluster:
 
         self.add("worker 1", command, partial(works, "worker-1"))
         if importlib.util.find_spec("ray") is None:
-            print("  Ray is not installed (pip install 'veneer[ray]'): both workers train on their own machine")
+            print("  Ray is not installed (pip install -e '.[ray]'): both workers train on their own machine")
             self.add("worker 2", command, partial(works, "worker-2"))
             return
         port, ray = free_port(), Path(sys.executable).with_name("ray")

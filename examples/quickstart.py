@@ -1,4 +1,4 @@
-"""`make quickstart`: train a small language model to route support tickets.
+"""`veneer quickstart`: train a small language model to route support tickets.
 
     python examples/quickstart.py [--output runs/quickstart] [--base smollm2-135m] [--tickets 200]
 

@@ -228,11 +228,13 @@ def test_the_public_surface_is_small() -> None:
         veneer.atach  # noqa: B018
 
 
-def test_version_is_the_same_everywhere() -> None:
-    import veneer
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert veneer.__version__ == project["version"]
+def test_version_is_written_in_one_place() -> None:
+    """The build reads `__version__`, which works without installed metadata."""
+    written = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in written["project"]
+    assert written["tool"]["hatch"]["version"]["path"] == "src/veneer/__init__.py"
+    ran = python("import veneer; print(veneer.__version__)", PYTHONPATH=str(PACKAGE.parent))
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", ran.stdout), ran.stderr
 
 
 def test_import_veneer_is_immediate() -> None:
@@ -275,8 +277,8 @@ def test_help_is_fast_and_loads_no_torch(arguments: str) -> None:
 
 
 LINES = {
-    "files": 1_100, "core": 2_600, "ops": 4_003, "formats": 5_600, "models": 5_800, "library": 2_400, "plan": 1_400,
-    "adapters": 1_100, "train": 13_683, "imaging": 1_100, "serve": 14_701, "jobs": 4_830, "studio": 3_100, "cli": 3_520,
+    "files": 1_100, "core": 2_600, "ops": 4_005, "formats": 5_600, "models": 5_800, "library": 2_400, "plan": 1_400,
+    "adapters": 1_100, "train": 13_683, "imaging": 1_100, "serve": 14_701, "jobs": 4_830, "studio": 3_100, "cli": 3_583,
 }  # fmt: skip
 """Maximum lines of code per package, without blank lines, comments and docstrings.
 

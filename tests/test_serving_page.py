@@ -87,7 +87,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     made = Session(tmp_path_factory.mktemp("serve"))
     first = blocks(PAGE, "")[0].splitlines()
     assert len(first) == 5
-    assert first[0] == 'pip install "veneer[serve]"'
+    assert first[0] == 'pip install -e ".[serve]"'
     assert first[2] == START
     made.execute(first[1])
     log = (made.folder / "log").open("w")

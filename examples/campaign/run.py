@@ -1,7 +1,7 @@
 """Tarnhill's campaign: train product, brand and lens adapters, and combine them.
 
     python examples/campaign/run.py [--base catalogue-flux] [--output runs/campaign]
-    python examples/campaign/run.py --small                  # only product and brand: `make image-quickstart`
+    python examples/campaign/run.py --small                  # only product and brand: `veneer image-quickstart`
 
 A renderer (bases/catalogue) creates the training images. The base has never seen the product, the brand's
 colors or the lens's light. The renderer can also create the ideal result, which is the last row of the sheet.

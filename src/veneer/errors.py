@@ -17,15 +17,19 @@
     ├── UnavailableError        a store or a database that currently does not respond
     └── MissingExtraError       an optional dependency that is not installed
 
-Helpers for messages: `shown` escapes text from files before printing; `quoted`, `bullets`, `counted` and
-`gigabytes` format values; `nearest` finds similar names; `one_of` checks that a value is one of a list;
-`lacks_memory` recognizes out-of-memory errors. This module does not import other modules of veneer.
+Helpers for messages: `install_command` says how to install an extra; `shown` escapes text from files before
+printing; `quoted`, `bullets`, `counted` and `gigabytes` format values; `nearest` finds similar names; `one_of`
+checks that a value is one of a list; `lacks_memory` recognizes out-of-memory errors. This module does not import
+other modules of veneer.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 # C0 and C1 control characters and DEL; direction overrides, embeddings and isolates; line and paragraph
 # separators; surrogate halves, which terminals cannot print. The marks U+200E, U+200F and U+061C, which
@@ -171,7 +175,45 @@ class UnavailableError(VeneerError):
 
 
 class MissingExtraError(VeneerError):
-    """An optional dependency is missing; `fix` is the command that installs it."""
+    """An optional dependency is missing; `fix` is the command that installs it.
+
+    extra: the extra of veneer that has the dependency; sets `fix`."""
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, extra: str = "") -> None:
+        super().__init__(what, where=where, fix=install_command(extra) if extra else fix)
+
+
+def install_command(extras: str = "", *, bases: bool = False) -> str:
+    """Return the command that installs these extras from where this veneer was installed.
+
+    pip and uv record a clone, a wheel file or a repository in direct_url.json (PEP 610); without this file,
+    veneer is from a package index.
+
+    extras: comma-separated.
+    bases: install the distribution of image bases instead."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    try:
+        known = distribution("veneer")
+        version, origin = known.version, json.loads(known.read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # a clone on PYTHONPATH
+        version, origin = "", {"url": Path(__file__).resolve().parents[2].as_uri(), "dir_info": {"editable": True}}
+    url, git, name = origin.get("url", ""), origin.get("vcs_info"), "veneer-bases" if bases else "veneer"
+    named = f"[{extras}]" if extras else ""
+    what = f"{name}{named}=={version}"
+    if git:
+        what = f"{name}{named} @ {git['vcs']}+{url}@{git['commit_id']}{'#subdirectory=src/veneer_bases' * bases}"
+    elif url:
+        place = url2pathname(urlsplit(url).path) if url.startswith("file:") else url
+        if bases and "dir_info" in origin:
+            place += "/src/veneer_bases"
+        elif bases:  # the wheel that was built into the same folder
+            place = re.sub(r"veneer-(?=[^/\\]*$)", "veneer_bases-", place)
+        what = f"{'.' if place == os.getcwd() else place}{named}"
+    editable = origin.get("dir_info", {}).get("editable") and not bases
+    return f'pip install {"-e " * bool(editable)}"{what}"'
 
 
 _MOST_EDITS = 3

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import platform
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import psycopg
 import pytest
+import torch
 from sqlalchemy.exc import OperationalError
 
 import veneer
 from tests.cli.run import run
 from veneer.cli import main as module
-from veneer.errors import Interrupted, VeneerError
+from veneer.errors import Interrupted, NoGain, VeneerError
+from veneer.ops.cpu import compiled
 
 REFUSED = OperationalError("SELECT 1", {}, psycopg.OperationalError("connection refused"))
 
@@ -96,14 +104,35 @@ def test_misspelled_command_or_option_gets_a_suggestion(capsys: Any, arguments: 
 
 
 def test_help_lists_every_command(capsys: Any) -> None:
-    ran = run(capsys, "--help")
+    unwrapped = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run(capsys, "--help").out).split())
     for name, (_, line) in module.COMMANDS.items():
-        assert name in ran.out
-        assert line in ran.out
+        assert f" {name} {line}" in unwrapped
+
+
+def test_help_shows_every_command_in_one_group(capsys: Any) -> None:
+    assert Counter(name for names in module.PANELS.values() for name in names) == Counter(list(module.COMMANDS))
+    lines = run(capsys, "--help").out.splitlines()
+    heads = [line.split()[1] for line in lines if line.startswith("╭")]
+    assert heads == ["Options", *module.PANELS]
 
 
 def test_version_is_printed(capsys: Any) -> None:
     assert run(capsys, "--version").out == f"veneer {veneer.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [("--version", "--json"), ("--json", "--version")])
+def test_version_as_json_is_what_a_bug_report_needs(capsys: Any, arguments: tuple[str, ...]) -> None:
+    found = json.loads(run(capsys, *arguments).out)
+    root = Path(module.__file__).resolve().parents[3]
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert found == {
+        "veneer": veneer.__version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "commit": head or None,
+    }
+    assert "belongs to --version" in " ".join(run(capsys, "--json", "base", "list", code=2).err.split())
 
 
 def leaves(words: tuple[str, ...], command: Any) -> Iterator[tuple[str, ...]]:
@@ -130,3 +159,33 @@ def test_closed_pipe_ends_quietly() -> None:
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in ran.stderr
     assert ran.returncode in (0, 141)
+
+
+EXITS = {
+    2: VeneerError("it broke"),
+    3: NoGain("no gain after step 10"),
+    70: ZeroDivisionError("oh"),
+    130: Interrupted("stopped at step 7"),
+    143: Interrupted("stopped at step 7", signal=15),
+}
+
+
+def test_the_table_of_exit_codes_is_complete(
+    capsys: Any, command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each code of docs/reference/exit-codes.md happens here, and no other code does."""
+    page = (Path(__file__).resolve().parents[2] / "docs/reference/exit-codes.md").read_text(encoding="utf-8")
+    seen = {run(capsys, "--version").code}
+    for code, error in EXITS.items():
+        command.error = error
+        seen.add(run(capsys, "probe", code=code).code)
+    monkeypatch.setattr(compiled, "kernels", lambda: None)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "file" / "home"))
+    seen.add(run(capsys, "doctor", code=1).code)
+    reading, writing = os.pipe()
+    os.close(reading)  # a pipe without a reader
+    piped = [sys.executable, "-u", "-c", "from veneer.cli.main import main; main(['base', 'list'])"]
+    seen.add(subprocess.run(piped, stdout=writing, stderr=subprocess.PIPE, check=False).returncode)
+    os.close(writing)
+    assert sorted(seen) == [int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.M)]

@@ -10,9 +10,10 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
+from tests.cli.run import run
 from tests.scripts import script_module
 from tests.tiny_image_base import tiny_image_base
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, install_command
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = (ROOT / "bases" / "catalogue", ROOT / "examples" / "campaign")
@@ -49,6 +50,27 @@ def test_only_files_of_an_earlier_run_are_removed(campaign: ModuleType, tmp_path
     (others / "log.jsonl").touch()
     scripts[0].emptied(others)
     assert not others.exists()
+
+
+def test_the_command_runs_the_campaign_on_its_base_and_folder(
+    campaign: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tiny_image_base(tmp_path / "base", "flux1"), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").touch()
+    ran = run(capsys, "image-quickstart", "--base", str(base), "--output", str(out), code=2)
+    assert f"{out} holds thesis.tex" in ran.err
+    assert "1  The base" in ran.out
+
+
+def test_the_command_names_what_is_not_installed(
+    campaign: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    ran = run(capsys, "image-quickstart", code=2)
+    assert install_command("image,drawings") in ran.err
+    monkeypatch.setattr("veneer.models.builtin.packaged_folder", lambda: Path("nowhere"))
+    assert install_command(bases=True) in run(capsys, "image-quickstart", code=2).err
 
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl"])

@@ -7,24 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import script_module
+from tests.cli.run import run
 from tests.test_readme import parse, roomy, small_config
 from tests.tiny_base import tiny_base_dir
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_quickstart_trains_evaluates_and_suggests_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quickstart = script_module(ROOT / "examples" / "quickstart.py", "quickstart")
     monkeypatch.chdir(tmp_path)
     base = roomy(tiny_base_dir(tmp_path))
     (tmp_path / "config.yaml").write_text(small_config(), encoding="utf-8")
 
-    quickstart.main(["--base", str(base), "--config", "config.yaml", "--output", "runs/quickstart", "--tickets", "4"])
-
-    printed = capsys.readouterr().out
+    options = {"--base": str(base), "--config": "config.yaml", "--output": "runs/quickstart", "--tickets": "4"}
+    printed = run(capsys, "quickstart", *(word for pair in options.items() for word in pair)).out
     for word in (
         "4 held-out tickets",
         "accuracy",

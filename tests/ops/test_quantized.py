@@ -151,7 +151,7 @@ def test_quantize_keeps_zeros_and_refuses_non_finite(kind: str) -> None:
 
 
 def _bnb() -> Any:
-    return pytest.importorskip("bitsandbytes.functional", reason="pip install 'veneer[quant]'")
+    return pytest.importorskip("bitsandbytes.functional", reason="pip install -e '.[quant]'")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

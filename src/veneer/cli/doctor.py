@@ -69,7 +69,7 @@ class _Check:
     fix: str = ""
 
 
-_FOR_DEVELOPERS = {"dev", "browser", "peers", "drawings"}
+_FOR_DEVELOPERS = {"dev", "browser", "peers", "drawings", "cpu", "cu13"}
 _LEAST_DISK = 2e9
 
 
@@ -104,6 +104,8 @@ def _cards() -> list[str]:
 
 def _extras() -> _Check:
     """Report which extras have all their packages installed."""
+    from veneer.errors import install_command
+
     try:
         package = metadata.metadata("veneer")
     except metadata.PackageNotFoundError:
@@ -115,7 +117,7 @@ def _extras() -> _Check:
         names = [re.split(r"[^\w.-]", line)[0] for line in lines if not line.startswith("veneer[")]
         (here if all(map(_installed, names)) else missing).append(extra)
     text = f"installed: {', '.join(sorted(here)) or 'none'}"
-    text += f"; missing: {', '.join(sorted(missing))} (pip install 'veneer[NAME]')" if missing else ""
+    text += f"; missing: {', '.join(sorted(missing))} ({install_command('NAME')})" if missing else ""
     return _Check("extras", None, text)
 
 

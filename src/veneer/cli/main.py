@@ -8,13 +8,7 @@ The subcommand NAME is in the file `cli/NAME.py`, which defines either
 and imports torch, transformers and the rest of veneer inside its functions, so that `--help` is fast.
 The file is imported when its command runs.
 
-| a command ends with               | on stderr                       | exit code                   |
-| a VeneerError                     | the error's what, where and fix | 2 (Interrupted: 130 or 143) |
-| an invalid option or argument     | typer's usage message           | 2                           |
-| Ctrl-C                            | "stopped"                       | 130                         |
-| a full disk, no memory, no rights | the cause and a fix             | 2                           |
-| a closed pipe                     | nothing                         | 141                         |
-| any other error (a bug in veneer) | the traceback                   | 70                          |
+docs/reference/exit-codes.md lists the exit codes.
 
 `cli/output.py` wraps stdout and stderr, so that text from files cannot send escape sequences to the terminal.
 """
@@ -27,17 +21,20 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from veneer import __version__
-from veneer.cli.output import error_text, guard, unwrapped
+from veneer.cli.output import error_text, guard, print_json, unwrapped
 from veneer.errors import ConfigError, ResourceError, UnavailableError, VeneerError, lacks_memory, quoted
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("veneer.cli.quickstart", "Train an adapter on support tickets, and test it."),
+    "image-quickstart": ("veneer.cli.image_quickstart", "Train two image adapters, and draw with both."),
     "base": ("veneer.cli.base", "Download, list and describe base models."),
     "data": ("veneer.cli.data", "Caption images, and collect a teacher's answers as rows."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
@@ -56,6 +53,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("veneer.cli.doctor", "Report this machine's hardware, libraries and active code paths."),
 }
 """Command -> (module, description in `veneer --help`)."""
+PANELS: dict[str, tuple[str, ...]] = {
+    "Start": ("quickstart", "image-quickstart", "doctor"),
+    "Train": ("train", "sweep", "plan", "eval", "data", "jobs", "worker"),
+    "Use": ("generate", "image", "base"),
+    "Keep": ("adapter", "library"),
+    "Serve": ("serve", "studio", "tenant"),
+}
+"""Group of `veneer --help` -> its commands."""
 
 
 class LazyGroup(TyperGroup):
@@ -63,10 +68,14 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
+        panels = {name: panel for panel, names in PANELS.items() for name in names}
+        lines = {name: COMMANDS[name][1] for name in (*panels, *COMMANDS)}
+        self.commands = {
+            name: TyperCommand(name, help=line, rich_help_panel=panels.get(name)) for name, line in lines.items()
+        }
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return list(self.commands)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -125,18 +134,38 @@ def program() -> Any:
     return typer.main.get_command(app)
 
 
-def _version(wanted: bool) -> None:
+def _version(ctx: typer.Context, wanted: bool) -> None:
     if wanted:
-        print(f"veneer {__version__}")
+        print_json(_versions()) if ctx.params["as_json"] else print(f"veneer {__version__}")
         raise typer.Exit()
 
 
+def _versions() -> dict[str, str | None]:
+    """Return what a bug report needs, without importing torch. `commit`: of a clone."""
+    import platform
+    import subprocess
+    from importlib import metadata
+
+    torch = next((each.version for each in metadata.distributions(name="torch")), None)
+    root, commit = Path(__file__).resolve().parents[3], None
+    if (root / ".git").exists():
+        with suppress(OSError):  # git is not installed
+            git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+            commit = git.stdout.strip() or None
+    found = {"veneer": __version__, "python": platform.python_version(), "torch": torch}
+    return found | {"platform": platform.platform(), "commit": commit}
+
+
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", is_eager=True, help="With --version: also Python, torch, platform and commit.")
     ] = False,
 ) -> None:
     """Train, store, mix and serve low-rank adapters (LoRA)."""
+    if as_json:
+        ctx.fail("--json belongs to --version here; a command's own --json comes after the command.")
 
 
 def _imported(name: str) -> Any:

@@ -161,7 +161,7 @@ def serve(
     except ImportError as error:
         from veneer.errors import MissingExtraError
 
-        raise MissingExtraError("serving needs FastAPI and uvicorn", fix='pip install "veneer[serve]"') from error
+        raise MissingExtraError("serving needs FastAPI and uvicorn", extra="serve") from error
     more = _read_config(config)
     settings = ServeSettings(
         base=base,

@@ -87,7 +87,7 @@ class RayExecutor(LocalExecutor):
         try:
             import ray
         except ImportError as error:
-            raise MissingExtraError("jobs on Ray need Ray", fix='pip install "veneer[ray]"') from error
+            raise MissingExtraError("jobs on Ray need Ray", extra="ray") from error
         from veneer.models.home import veneer_home
 
         try:
@@ -164,7 +164,7 @@ class KubernetesExecutor(LocalExecutor):
         try:
             import httpx
         except ImportError as error:
-            raise MissingExtraError("jobs on Kubernetes need httpx", fix='pip install "veneer[serve]"') from error
+            raise MissingExtraError("jobs on Kubernetes need httpx", extra="serve") from error
 
         self.manifest, where = read_sections(settings.manifest)[0], str(settings.manifest)
         try:

@@ -62,7 +62,7 @@ def open_engine(where: str, label: str, patience: float = PATIENCE) -> Engine:
         if not url.startswith("postgresql"):
             raise ConfigError(f"this is not an address of {label}", where=shown_url(where), fix=URL_FIX) from None
         problem = f"{label} needs {error.name or 'a database driver'}"
-        raise MissingExtraError(problem, where=shown_url(where), fix="pip install 'veneer[postgres]'") from None
+        raise MissingExtraError(problem, where=shown_url(where), extra="postgres") from None
     except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(f"this is not an address of {label}: {error}", where=shown_url(where), fix=URL_FIX) from None
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
+from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError, install_command
 from veneer.files.atomic import flush_folder, write_all
 from veneer.files.locks import BINARY, POSIX, take_lock
 
@@ -78,8 +78,8 @@ def open_store(location: str) -> LocalStore | RemoteStore:
     try:
         fs, root = open_remote(location)
     except ImportError as error:
-        commands = {"s3": "pip install 'veneer[s3]'", "s3a": "pip install 'veneer[s3]'"}
-        raise MissingExtraError(str(error), where=location, fix=commands.get(protocol, "install it with pip")) from None
+        fix = install_command("s3") if protocol in ("s3", "s3a") else "install it with pip"
+        raise MissingExtraError(str(error), where=location, fix=fix) from None
     except ValueError as error:
         raise ConfigError(f"a library cannot be stored here: {error}", where=location) from None
     except OSError as error:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from veneer.errors import AdapterError, ConfigError, MissingExtraError, VeneerError
+from veneer.errors import AdapterError, ConfigError, MissingExtraError, VeneerError, install_command
 from veneer.library.describe_files import PEFT_FILES, AdapterDescription, describe_adapter
 from veneer.library.library import Added, Library
 from veneer.library.maintenance import parse_manifest
@@ -161,7 +161,7 @@ def _client_errors(client: str, location: str) -> Iterator[None]:
     except VeneerError:
         raise
     except ImportError as error:
-        raise MissingExtraError(str(error), where=location, fix="pip install 'veneer[s3]' for s3://") from None
+        raise MissingExtraError(str(error), where=location, fix=f"for s3://: {install_command('s3')}") from None
     except FileNotFoundError as error:
         raise AdapterError(f"there is no such file or folder: {error}", where=location) from error
     except Exception as error:

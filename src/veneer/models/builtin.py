@@ -12,6 +12,7 @@ its temporary files.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from veneer.core.adapter import hub_id
-from veneer.errors import BaseError, ResourceError
+from veneer.errors import BaseError, ResourceError, install_command
 from veneer.files.atomic import new_folder
 from veneer.models.home import bases_home
 from veneer.models.loading import loading
@@ -72,7 +73,7 @@ BUILTIN = {
 
 @dataclass(frozen=True)
 class Packaged:
-    """An image base included in the package.
+    """An image base in the package `veneer_bases`.
 
     `controlnets`: kind of control picture -> name of the ControlNet."""
 
@@ -90,15 +91,16 @@ PACKAGED = {
         {"canny": "catalogue-sdxl-control", "depth": "catalogue-sdxl-control"},
     ),
 }
-"""Image bases included in the package, by name.
+"""Image bases in the package `veneer_bases`, by name.
 
-Each base and each ControlNet is a folder in the package's `bases`."""
+Each base and each ControlNet is a folder of that package."""
 _FOLDERS = {*PACKAGED, *(net for base in PACKAGED.values() for net in base.controlnets.values())}
 
 
 def packaged_folder() -> Path:
-    """Return the path of the package's folder of image bases, which may not exist."""
-    return Path(__file__).resolve().parents[1] / "bases"
+    """Return the path of the folder of image bases, the package `veneer_bases`, which may not exist."""
+    spec = importlib.util.find_spec("veneer_bases")
+    return Path(spec.origin).resolve().parent if spec and spec.origin else Path(__file__).parents[2] / "veneer_bases"
 
 
 def packaged(name: str) -> Path | None:
@@ -109,8 +111,8 @@ def packaged(name: str) -> Path | None:
         return None
     folder = packaged_folder() / name
     if not folder.is_dir():
-        message = f"this installation of veneer does not include {name}"
-        raise BaseError(message, where=str(folder), fix="install veneer from its wheel or repository")
+        message = f"{name} is in the package veneer-bases, which is not installed"
+        raise BaseError(message, where=str(folder), fix=install_command(bases=True))
     return folder
 
 

@@ -8,7 +8,6 @@ The interpreter that has vLLM is VENEER_VLLM_PYTHON, or else this one, or else t
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
-from veneer.errors import ConfigError, MissingExtraError, ResourceError, one_of
+from veneer.errors import ConfigError, MissingExtraError, ResourceError, install_command, one_of
 from veneer.library.library import open_library
 from veneer.models.config import read_config_json
 from veneer.models.home import veneer_home
@@ -97,13 +96,9 @@ def install_vllm(say: Callable[[str], None]) -> Path:
 
     Raises ResourceError with the command that failed."""
     python = vllm_home() / "bin" / "python"
-    origin = json.loads(importlib.metadata.distribution("veneer").read_text("direct_url.json") or "{}")
-    own = f"veneer=={importlib.metadata.version('veneer')}"
-    if url := origin.get("url"):  # of a folder, an archive or a repository
-        git = origin.get("vcs_info", {})
-        own = f"veneer @ {git['vcs']}+{url}@{git['commit_id']}" if git else f"veneer @ {url}"
-    pip = [str(python), "-m", "pip", "install"]
-    for command in ([sys.executable, "-m", "venv", str(vllm_home())], [*pip, "vllm"], [*pip, own]):
+    pip = [str(python), "-m"]
+    own = [*pip, *shlex.split(install_command())]
+    for command in ([sys.executable, "-m", "venv", str(vllm_home())], [*pip, "pip", "install", "vllm"], own):
         say(line := shlex.join(command))
         try:
             code = subprocess.run(command).returncode
@@ -167,7 +162,7 @@ def check_vllm(machine: Machine, outline: Path | None) -> None:
         raise MissingExtraError("--engine vllm needs vLLM, which is not installed", fix=_INSTALL)
     if not found.plugin:
         message = "veneer is not installed in vLLM's environment, so vLLM cannot find adapters"
-        raise MissingExtraError(message, where=found.python, fix=f"{found.python} -m pip install veneer")
+        raise MissingExtraError(message, where=found.python, fix=f"{found.python} -m {install_command()}")
     if reason := base_problem(outline, found):
         raise ConfigError(f"vLLM cannot serve this base: {reason}", where="--engine vllm", fix="--engine embedded")
 

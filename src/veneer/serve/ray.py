@@ -263,7 +263,7 @@ def app(values: dict[str, Any]) -> Any:
     try:
         from ray import serve
     except ImportError as error:
-        raise MissingExtraError("Ray Serve needs Ray", fix='pip install "veneer[ray]"') from error
+        raise MissingExtraError("Ray Serve needs Ray", extra="ray") from error
 
     rows = serve_settings(values).engine.rows
     model: Any = serve.deployment(

@@ -43,7 +43,7 @@ _mounted = False
 def check_studio() -> None:
     """Raise MissingExtraError unless NiceGUI is installed."""
     if find_spec("nicegui") is None:
-        raise MissingExtraError("the Studio needs NiceGUI", fix='pip install "veneer[studio]"')
+        raise MissingExtraError("the Studio needs NiceGUI", extra="studio")
 
 
 def studio_of(service: Service, library: Library, *, trains: bool = False) -> Extension:

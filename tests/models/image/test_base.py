@@ -369,5 +369,5 @@ def test_memory_check_counts_quantized_text_encoders(tmp_path: Path, monkeypatch
 
 def test_missing_built_in_base_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("veneer.models.builtin.packaged_folder", lambda: tmp_path)
-    with pytest.raises(BaseError, match="does not include catalogue-flux"):
+    with pytest.raises(BaseError, match="catalogue-flux is in the package veneer-bases, which is not installed"):
         load_image("catalogue-flux")

@@ -21,7 +21,7 @@ def liger(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     On a CPU, add what Triton's interpreter lacks: float scalars and libdevice."""
     pytest.importorskip("triton", reason="Liger-Kernel needs it")
-    pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[gpu]'")
     if device != "cpu":
         return
     import numpy

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.compat import LIGER
+from veneer.errors import install_command
 from veneer.ops.attention import rotate
 from veneer.ops.cuda.implementations import IMPLEMENTATIONS
 from veneer.ops.cuda.liger import why_missing
@@ -92,11 +93,11 @@ def test_without_liger_an_op_runs_its_reference() -> None:
     try:
         LIGER.check()
     except ImportError:
-        assert choices("cuda")["rope"].reason == "liger_kernel is not installed (pip install 'veneer[gpu]')"
+        assert choices("cuda")["rope"].reason == f"liger_kernel is not installed ({install_command('gpu')})"
 
 
 def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[gpu]'")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)  # an invalid device number
     why_missing.cache_clear()
@@ -109,7 +110,7 @@ def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("trained", [False, True])
 def test_ops_on_a_gpu_choose_liger(trained: bool) -> None:
-    pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[gpu]'")
     x, weight = torch.randn(5, 64, device="cuda", requires_grad=trained), torch.randn(40, 64, device="cuda")
     targets = torch.arange(5, device="cuda")
     assert dispatch("rms_norm_autograd", x, weight[0]) is IMPLEMENTATIONS["rms_norm_autograd"].run

@@ -19,7 +19,7 @@ PRODUCT = IMPLEMENTATIONS["quantized_linear"]
 def test_products_with_some_rows_match_the_dequantized_weight(
     device: str, kind: str, double: bool, low: int, high: int
 ) -> None:
-    pytest.importorskip("bitsandbytes", reason="pip install 'veneer[quant]'")
+    pytest.importorskip("bitsandbytes", reason="pip install -e '.[quant]'")
     generator = torch.Generator().manual_seed(0)
     weight = quantize(torch.randn(96, 128, generator=generator), kind, double=double).to(device)
     x = torch.randn(3, 128, generator=generator).to(device)

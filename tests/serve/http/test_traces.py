@@ -19,7 +19,7 @@ import pytest
 from tests.serve.fake_servers import FakeVLLM, running
 from tests.serve.http.test_telemetry import TRACE, app, asked, collector  # noqa: F401
 from tests.serve.http.toy import ToyCatalog, ToyText, responses, toy_app, wait_for
-from veneer.errors import MissingExtraError
+from veneer.errors import MissingExtraError, install_command
 from veneer.serve.build import build
 from veneer.serve.fleet.mixes import Mixes
 from veneer.serve.http.telemetry import add_ids, traces_of
@@ -121,7 +121,7 @@ def test_without_an_endpoint_opentelemetry_is_not_imported():
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     assert traces_of({}) is None
-    with pytest.raises(MissingExtraError, match=re.escape("veneer[fleet]")):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("fleet"))):
         traces_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:1"})
 
 

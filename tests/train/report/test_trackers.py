@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.train.report.test_log import score, step
-from veneer.errors import ConfigError, MissingExtraError
+from veneer.errors import ConfigError, MissingExtraError, install_command
 from veneer.train.config.text import ReportSection
 from veneer.train.events import Event, Note, Resolved, Sampled
 from veneer.train.report import trackers
@@ -102,4 +102,4 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="wandb, tensorboard") as caught:
         check_trackers(ReportSection(trackers=("wandb", "tensorboard")))
-    assert "veneer[wandb,tensorboard]" in (caught.value.fix or "")
+    assert install_command("wandb,tensorboard") in (caught.value.fix or "")

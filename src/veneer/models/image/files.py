@@ -74,7 +74,7 @@ def require_diffusers() -> None:
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError("image bases need diffusers", fix="pip install 'veneer[image]'") from error
+        raise MissingExtraError("image bases need diffusers", extra="image") from error
 
 
 def meta_denoiser(classname: str, config: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.compat import LIGER, MissingInternalError
+from veneer.errors import install_command
 from veneer.ops.device_transfer import is_fake
 
 _MOST_COLUMNS = 65536
@@ -27,7 +28,7 @@ def why_missing() -> str:
     except MissingInternalError as error:
         return str(error)
     except ImportError as error:  # liger_kernel, or its dependency triton, is missing
-        return f"{error.name} is not installed (pip install 'veneer[gpu]')"
+        return f"{error.name} is not installed ({install_command('gpu')})"
     return _trouble_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
 
 

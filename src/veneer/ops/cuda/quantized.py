@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.errors import install_command
 from veneer.ops.quantization_formats import (
     Blocks4,
     QuantizationFormat,
@@ -16,7 +17,7 @@ from veneer.ops.quantization_formats import (
 
 def why_missing() -> str:
     if bitsandbytes_operators() is None:
-        return "bitsandbytes is not installed (pip install 'veneer[gpu]')"
+        return f"bitsandbytes is not installed ({install_command('gpu')})"
     return ""
 
 

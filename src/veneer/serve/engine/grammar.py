@@ -151,7 +151,7 @@ def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLToke
         from llguidance import LLTokenizer
     except ImportError as error:
         message = "grammars need llguidance"
-        raise MissingExtraError(message, fix="pip install 'veneer[serve]'") from error
+        raise MissingExtraError(message, extra="serve") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refused("this base has no fast tokenizer, which grammars need")

@@ -50,7 +50,7 @@ class KvEvents:
             import msgpack  # type: ignore[import-untyped]
             import zmq
         except ImportError as error:
-            raise MissingExtraError("kv_events needs pyzmq and msgpack", fix="pip install 'veneer[fleet]'") from error
+            raise MissingExtraError("kv_events needs pyzmq and msgpack", extra="fleet") from error
         self.model, self._pack = model, msgpack.packb
         self.topic = f"kv@{os.environ.get('POD_IP') or socket.gethostname()}:{port}@{model}".encode()
         self._queue, self._lost = Queue[CacheEvent | None](queue), False

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from veneer.errors import VeneerError
+from veneer.errors import MissingExtraError, VeneerError
 from veneer.serve.request import Refused
 from veneer.serve.transient import internal_error
 
@@ -43,8 +43,11 @@ def json_bytes(content: Any) -> bytes:
 
 
 def message_of(error: VeneerError) -> str:
-    """Return the message and the fix of an error as one text."""
-    return f"{error.what.rstrip('.')}: {error.fix}" if error.fix else error.what
+    """Return the message and the fix of an error as one text.
+
+    A missing extra's fix is the operator's: it can name folders of the server."""
+    secret = isinstance(error, MissingExtraError)
+    return f"{error.what.rstrip('.')}: {error.fix}" if error.fix and not secret else error.what
 
 
 def as_refused(error: Exception) -> Refused:

@@ -44,7 +44,7 @@ def traces_of(environment: Mapping[str, str]) -> Any:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise MissingExtraError("traces need OpenTelemetry", fix='pip install "veneer[fleet]"') from error
+        raise MissingExtraError("traces need OpenTelemetry", extra="fleet") from error
     name = {} if environment.get("OTEL_SERVICE_NAME") else {"service.name": "veneer"}
     provider = TracerProvider(resource=Resource.create(name))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

@@ -66,7 +66,7 @@ class OidcUsers:
         try:
             from joserfc.jwt import JWTClaimsRegistry
         except ImportError as error:
-            raise MissingExtraError("tokens of an issuer need joserfc", fix="pip install 'veneer[fleet]'") from error
+            raise MissingExtraError("tokens of an issuer need joserfc", extra="fleet") from error
         self.settings, self._clock = settings, clock
         needed: dict[str, Any] = {name: {"essential": True} for name in ("iss", "aud", "exp", "sub")}
         needed["iss"]["value"], needed["aud"]["value"] = settings.issuer, settings.audience

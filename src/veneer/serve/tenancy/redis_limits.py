@@ -75,7 +75,7 @@ class RedisLimits:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError as error:
-            raise MissingExtraError("VENEER_REDIS_URL needs redis", fix="pip install 'veneer[fleet]'") from error
+            raise MissingExtraError("VENEER_REDIS_URL needs redis", extra="fleet") from error
         how: dict[str, Any] = {"socket_timeout": _SECONDS, "socket_connect_timeout": _SECONDS}
         try:
             self._redis: Any = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **how)

@@ -27,7 +27,7 @@ from veneer.train.config.image import ImageDataSection
 try:
     from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 except ImportError as error:
-    raise MissingExtraError("pictures need Pillow", where=str(error), fix="pip install 'veneer[image]'") from None
+    raise MissingExtraError("pictures need Pillow", where=str(error), extra="image") from None
 
 Image.init()
 _DECODERS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, MissingExtraError
+from veneer.errors import ConfigError, MissingExtraError, install_command
 from veneer.train.checkpoint import write_atomically
 from veneer.train.config.text import ReportSection
 from veneer.train.events import Evaluated, Event, Listener, Note, Resolved, Sampled, Stepped
@@ -46,7 +46,7 @@ def check_trackers(report: ReportSection) -> None:
     missing = [name for name in report.trackers if find_spec(name) is None]
     if missing:
         text = f"report.trackers names {', '.join(missing)}, but the required package is not installed"
-        fix = f"pip install 'veneer[{','.join(missing)}]', or remove it from report.trackers"
+        fix = f"{install_command(','.join(missing))}, or remove it from report.trackers"
         raise MissingExtraError(text, fix=fix)
 
 

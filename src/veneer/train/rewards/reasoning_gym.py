@@ -67,7 +67,7 @@ def _factory(task: str) -> Any:
         from reasoning_gym import factory
     except ImportError as error:
         text = "reasoning-gym tasks require the reasoning-gym package"
-        raise MissingExtraError(text, where=task, fix="pip install 'veneer[reasoning-gym]'") from error
+        raise MissingExtraError(text, where=task, extra="reasoning-gym") from error
     if task not in factory.DATASETS:
         suggestions = nearest(task, factory.DATASETS, 1)
         hint = f"did you mean {suggestions[0]}?" if suggestions else "see reasoning_gym.factory.DATASETS"

@@ -41,7 +41,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         from referencing.exceptions import Unresolvable
     except ImportError as error:
         text = "a json_schema reward requires the jsonschema package"
-        raise MissingExtraError(text, fix="pip install 'veneer[rewards]'") from error
+        raise MissingExtraError(text, extra="rewards") from error
 
     def matched(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:
         if isinstance(value, str) and not regex.search(pattern, value, timeout=_PATIENCE):

@@ -49,7 +49,7 @@ class ServerJudge:
         try:
             import httpx
         except ImportError as error:
-            raise MissingExtraError("a judge on a server needs httpx", fix="pip install 'veneer[rewards]'") from error
+            raise MissingExtraError("a judge on a server needs httpx", extra="rewards") from error
         try:
             has_password = bool(httpx.URL(url).userinfo)
         except httpx.InvalidURL as error:

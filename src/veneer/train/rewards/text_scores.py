@@ -113,4 +113,4 @@ def _import_metric(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0].replace("_", "-")
-        raise MissingExtraError(f"this score needs {package}", fix="pip install 'veneer[metrics]'") from error
+        raise MissingExtraError(f"this score needs {package}", extra="metrics") from error

@@ -106,7 +106,7 @@ def sampler_servers(config: TrainConfig, base: TextBase, attachment: Attachment,
     try:
         import httpx
     except ImportError as error:
-        raise MissingExtraError("reinforcement.samplers needs httpx", fix="pip install 'veneer[rewards]'") from error
+        raise MissingExtraError("reinforcement.samplers needs httpx", extra="rewards") from error
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the environment variable {KEY} does not contain a valid API key", fix=f"export {KEY}=…")
