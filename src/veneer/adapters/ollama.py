@@ -22,7 +22,7 @@ _SYSTEM, _USER, _ANSWER, _NEXT = "the-system-text", "the-first-question", "the-a
 class Turns:
     """The text before and after the messages of each role.
 
-    default: text at the beginning of a conversation without a system message.
+    default: text at the beginning of a conversation without a system message (if `joined`, of each conversation).
     system: text around a system message, or None if the template accepts none. If `joined`, the message is
         part of the first user turn, and the second text separates the two.
     begin: text that begins an answer."""
@@ -37,7 +37,7 @@ class Turns:
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """Return the prompt for (role, content) pairs."""
         has_system = messages[0][0] == "system"
-        out = "" if has_system else self.default
+        out = "" if has_system and not self.joined else self.default
         for i, (role, content) in enumerate(messages):
             before, after = {"system": self.system or ("", ""), "user": self.user, "assistant": self.assistant}[role]
             if self.joined and role == "system":
@@ -57,7 +57,8 @@ class Turns:
         if self.system and not self.joined:
             turns["system"] = "{{ .Content }}".join(self.system)
         choices = [f'{{{{ if eq .Role "{role}" }}}}{text}{{{{ end }}}}' for role, text in turns.items()]
-        start = f"{{{{ if not .System }}}}{self.default}{{{{ end }}}}" if self.default else ""
+        always = not self.default or self.joined
+        start = self.default if always else f"{{{{ if not .System }}}}{self.default}{{{{ end }}}}"
         return f"{start}{{{{ range $i, $_ := .Messages }}}}{''.join(choices)}{{{{ end }}}}{self.begin}"
 
 
