@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from tests import families
 from tests.llama_cpp import PYTHON, llama_cpp
@@ -238,6 +240,45 @@ def test_llama_cpp_computes_the_same_logits(family: str, tmp_path: Path) -> None
     got = torch.tensor(llama_cpp(file=str(tmp_path / "x.gguf"), prompts=[prompt], count=1)["logits"][0])
     want = logits_with(base, adapter)[0, -1]
     torch.testing.assert_close(got, want, atol=0.02 * float(want.std()), rtol=0.01)
+
+
+TEXTS = [
+    "Hello there 1234!",
+    "naïve 🙂 漢字\n\n\tx  y",
+    "<s>user\nI'll go</s> again",
+    " leading",
+    "a" * 40,
+    "3.14 = π?",
+]
+
+
+def pieces_tokenizer(prepend: bool) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of SentencePiece's kind: with a space before each text, like Mistral's, or without."""
+    raw = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    change = normalizers.Replace(" ", "▁")
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), change]) if prepend else change
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    raw.train_from_iterator(["there is a text", "hello there, hello again", "the user goes again"], trainer)
+    state = json.loads(raw.to_str())
+    old = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    words = [*old[:3], *bytes_, *old[3:]][:VOCAB_SIZE]
+    state["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if "".join(m) in state["model"]["vocab"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@needs_llama
+@pytest.mark.peers
+@pytest.mark.parametrize("prepend", [True, False], ids=["mistral", "gemma"])
+def test_llama_cpp_splits_texts_into_the_same_pieces(prepend: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    base.tokenizer, base.end_of_turn_id = pieces_tokenizer(prepend), 2
+    write(base, make_adapter(base, tmp_path / "a"), tmp_path / "x.gguf")
+    tokens = llama_cpp(file=str(tmp_path / "x.gguf"), texts=TEXTS)["tokens"]
+    assert tokens == [base.tokenizer(text).input_ids for text in TEXTS]
 
 
 @needs_llama

@@ -116,7 +116,8 @@ def modelfile(base: TextBase, file: str, system: str = "") -> tuple[str, list[st
     turns = chat_turns(base.tokenizer)
     notes = [] if turns.system else ["the chat template accepts no system message; Ollama leaves out system messages"]
     if system and not turns.system:
-        raise ConfigError("the adapter has a system message, but the base's chat template accepts none")
+        problem = "the adapter has a system message, but the base's chat template accepts none"
+        raise ConfigError(problem, fix="export with --for gguf")
     lines = [f"FROM ./{file}", f'TEMPLATE """{_text(turns.to_go())}"""']
     stops = [base.tokenizer.convert_ids_to_tokens(i) for i in base.stop_ids]
     lines += [f'PARAMETER stop "{_text(stop)}"' for stop in dict.fromkeys(stops)]
