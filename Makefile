@@ -60,7 +60,7 @@ test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
 test-random: $(VENV)/.ready-dev ## the default tests with new examples of every property
 	@$(RUN) -m pytest $(AT_ONCE) --hypothesis-profile=fresh $(TEST_FLAGS)
 
-test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready $(TINKER_VENV)/.ready ## comparisons with other tools
+test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready $(TINKER_VENV)/.ready $(LLAMA_VENV)/.ready ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
 
 test-browser: $(VENV)/.ready-browser ## the page in Chromium (Debian and Ubuntu: apt install chromium)
@@ -167,7 +167,7 @@ $(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	fi
 	@touch $@
 
-# Compiles llama.cpp for this processor (GGML_NATIVE). Without a C++ compiler, the benchmarks skip llama.cpp.
+# Compiles llama.cpp for this processor (GGML_NATIVE). Without a C++ compiler, benchmarks and tests skip llama.cpp.
 $(LLAMA_VENV)/.ready: | $(VENV)/bin/python
 	@$(RUN) -m venv $(LLAMA_VENV)
 	@CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) nice $(LLAMA_VENV)/bin/python -m pip install \

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
     from veneer.formats.reading import Reading
 
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
 """transformers' model_type -> llama.cpp's architecture, if the two names differ."""
 
 
@@ -76,5 +76,5 @@ def _base_architecture(name: str, log: Callable[[str], None] | None) -> tuple[st
 
     config = read_base_config(find_base(name, say=log)).get_text_config()
     sizes = {size for _, _, size in layer_heads(config)}
-    architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     return architecture, sizes.pop() if len(sizes) == 1 else None

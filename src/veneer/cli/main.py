@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "image": ("veneer.cli.image", "Generate images with a base, adapters and ControlNets."),
     "serve": ("veneer.cli.serve", "Serve a base and its adapters over HTTP."),
     "studio": ("veneer.cli.studio", "Open a web page to browse, compare, train and release adapters."),
+    "export": ("veneer.cli.export", "Write a model with adapters merged in, for llama.cpp or Ollama."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
     "library": ("veneer.cli.library", "Store, share and verify named adapters."),
     "jobs": ("veneer.cli.jobs", "Submit, watch and stop training jobs."),
