@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "jobs": ("veneer.cli.jobs", "Submit, watch and stop training jobs."),
     "worker": ("veneer.cli.worker", "Run training jobs, here or on a cluster."),
     "tenant": ("veneer.cli.tenant", "Manage a server's tenants: keys, limits, prices, routes, usage."),
+    "backup": ("veneer.cli.backup", "Back up and restore the library, jobs and tenants."),
     "doctor": ("veneer.cli.doctor", "Report this machine's hardware, libraries and active code paths."),
 }
 """Command -> (module, description in `veneer --help`)."""

@@ -18,8 +18,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
@@ -166,7 +164,7 @@ class Files:
     def open(self, file: UploadedFile) -> IO[bytes]:
         """Open a file for reading. Later reads can raise errors of a remote store."""
         try:
-            return self.store.open(_path(file.tenant, file.sha256))
+            return self.store.open(upload_path(file.tenant, file.sha256))
         except FileNotFoundError:
             raise _not_found(file.id, "id") from None
 
@@ -177,7 +175,7 @@ class Files:
         target = folder / (file.filename if not file.filename.startswith(".") else f"file{file.filename}")
         if isinstance(self.store, LocalStore):
             with suppress(OSError):
-                os.link(self.store.root / _path(file.tenant, file.sha256), target)
+                os.link(self.store.root / upload_path(file.tenant, file.sha256), target)
                 return target
         with self.open(file) as source, store_errors(str(folder)):
             replace_file(target, iter(lambda: source.read(CHUNK), b""))
@@ -218,7 +216,7 @@ class Files:
                 rows = c.execute(select(t.tenant, t.sha256).where(t.sha256.in_([sha256 for _, sha256 in batch])))
                 unused = set(batch) - {(row.tenant, row.sha256) for row in rows}
                 for content in unused:
-                    self.store.delete(_path(*content))
+                    self.store.delete(upload_path(*content))
 
     def _check_quota(self, c: Connection, tenant: str, size: int) -> None:
         """Raise Refused if another `size` bytes in one file would exceed the tenant's quota."""
@@ -229,17 +227,11 @@ class Files:
 
     def _write_missing(self, file: UploadedFile, source: IO[bytes]) -> None:
         """Write a file's bytes to the store if they are missing there."""
-        path = _path(file.tenant, file.sha256)
+        path = upload_path(file.tenant, file.sha256)
         if self.store.size(path) == file.bytes:
             return
         source.seek(0)
-        if isinstance(self.store, LocalStore):
-            self.store.fill(path, source, file.sha256)
-            return
-        with tempfile.NamedTemporaryFile() as copy:
-            shutil.copyfileobj(source, copy)
-            copy.flush()
-            self.store.put(path, Path(copy.name), file.sha256)
+        self.store.fill(path, source, file.sha256)
 
     def _transaction(self) -> AbstractContextManager[Connection]:
         return write_transaction(self.engine, _LOCK)
@@ -248,12 +240,13 @@ class Files:
 _COLUMNS = [c for c in job_file_table.c if c.name != "number"]
 
 
-def _path(tenant: str, sha256: str) -> str:
+def upload_path(tenant: str, sha256: str) -> str:
+    """Return the store's path for a tenant's file with this sha256."""
     return f"tenants/{tenant or '_'}/{blob_path(sha256)}"  # "_" is not a valid tenant name
 
 
 def _content(path: str) -> tuple[str, str]:
-    """Return the (tenant, sha256) of a path that `_path` returned."""
+    """Return the (tenant, sha256) of a path that `upload_path` returned."""
     tenant, sha256 = path.split("/")[1], path.rpartition("/")[2]
     return "" if tenant == "_" else tenant, sha256
 

@@ -449,6 +449,15 @@ def library_location() -> str:
     return os.environ.get("VENEER_LIBRARY") or str(veneer_home() / "library")
 
 
+def index_location(where: str, store: LocalStore | RemoteStore, index: str | None = None) -> str:
+    """Return the path or URL of a library's index; `index` and the defaults are as in `open_library`."""
+    if index := index or os.environ.get("VENEER_LIBRARY_INDEX"):
+        return index
+    key = hashlib.sha256(where.rstrip("/").encode()).hexdigest()[:16]
+    home = veneer_home() / "library-index" / f"{key}.sqlite"
+    return str(store.root / "index.sqlite" if isinstance(store, LocalStore) else home)
+
+
 def open_library(location: str | Path | None = None, index: str | None = None, *, check: bool = True) -> Library:
     """Open the library at `location` (a path or fsspec URL); create it if missing.
 
@@ -461,14 +470,10 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
     delete the store's files."""
     where = str(location or library_location())
     store = open_store(where)
-    index = index or os.environ.get("VENEER_LIBRARY_INDEX")
-    if not index:
-        key = hashlib.sha256(where.rstrip("/").encode()).hexdigest()[:16]
-        home = veneer_home() / "library-index" / f"{key}.sqlite"
-        index = str(store.root / "index.sqlite" if isinstance(store, LocalStore) else home)
+    index = index_location(where, store, index)
     engine = ix.connect(index)
     try:
-        library_id = _read_mark(store, where) or _begin(store, engine, where)
+        library_id = read_mark(store, where) or _begin(store, engine, where)
         with reading(engine) as connection:
             index_id = ix.store_id(connection)
         if check and index_id != library_id:
@@ -476,7 +481,8 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
                 "this index is new, or does not belong to these files",
                 where=f"{shown_url(index)} for {where}",
                 fix="give the right index with --index or VENEER_LIBRARY_INDEX. If the index is lost: "
-                "`veneer library verify --rebuild` rebuilds it from the files",
+                "`veneer library verify --rebuild` rebuilds it from the files. If a restore was interrupted: "
+                "run `veneer backup restore` again",
             )
         return Library(where, store, engine, LocalStore(veneer_home() / "cache" / "library" / library_id))
     except BaseException:
@@ -491,12 +497,18 @@ def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
     with ix.index_transaction(engine) as connection:
         library_id = ix.store_id(connection) or secrets.token_hex(16)
         ix.set_store_id(connection, library_id)
-    if _read_mark(store, where) is None:
-        store.replace(MARK, canonical({"veneer-library": 1, "id": library_id}))
-    return _read_mark(store, where) or library_id
+    if read_mark(store, where) is None:
+        write_mark(store, library_id)
+    return read_mark(store, where) or library_id
 
 
-def _read_mark(store: LocalStore | RemoteStore, where: str) -> str | None:
+def write_mark(store: LocalStore | RemoteStore, library_id: str) -> None:
+    """Write a store's id, which the index must also have before the library can be opened."""
+    store.replace(MARK, canonical({"veneer-library": 1, "id": library_id}))
+
+
+def read_mark(store: LocalStore | RemoteStore, where: str) -> str | None:
+    """Return a store's id; None for a new store. Raises ConfigError if the mark is invalid."""
     if store.size(MARK) is None:
         return None
     try:

@@ -24,6 +24,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,6 +313,13 @@ class RemoteStore:
             raise AdapterError(
                 f"{size:,} bytes were sent, but {stored_size} are stored", where=self._at(path), fix="try again"
             )
+
+    def fill(self, path: str, source: IO[bytes], sha256: str) -> None:
+        """Store the bytes of an open file like `LocalStore.fill`, through a temporary file."""
+        with tempfile.NamedTemporaryFile() as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            self.put(path, Path(copy.name), sha256)
 
     def replace(self, path: str, data: bytes) -> None:
         self._send(path, data)
