@@ -19,7 +19,6 @@ from tests import families
 from tests.llama_cpp import PYTHON, llama_cpp
 from tests.tiny_base import VOCAB_SIZE, tiny_base_dir, tiny_tokenizer
 from veneer.adapters.export import exported
-from veneer.adapters.gguf_model import TYPES
 from veneer.adapters.ollama import chat_turns
 from veneer.adapters.use import attach_adapters
 from veneer.api import generate, load_base, save_adapter
@@ -29,6 +28,7 @@ from veneer.errors import BaseError, ConfigError
 from veneer.files.gguf import read_gguf_file
 from veneer.formats.read import read
 from veneer.models.text.base import TextBase
+from veneer.models.text.gguf_write import TYPES
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 """Shapes with rows that fill superblocks."""

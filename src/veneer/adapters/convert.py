@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from veneer.formats.convert import WriteReport
     from veneer.formats.reading import Reading
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
-"""transformers' model_type -> llama.cpp's architecture, if the two names differ."""
-
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
@@ -70,11 +67,11 @@ def _base_architecture(name: str, log: Callable[[str], None] | None) -> tuple[st
     """Return a base's llama.cpp architecture and head size.
 
     The head size is None if the layers have different head sizes."""
-    from veneer.models.config import layer_heads
+    from veneer.models.config import LLAMA_CPP_ARCHITECTURES, layer_heads
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config
 
     config = read_base_config(find_base(name, say=log)).get_text_config()
     sizes = {size for _, _, size in layer_heads(config)}
-    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    architecture = LLAMA_CPP_ARCHITECTURES.get(config.model_type, config.model_type)
     return architecture, sizes.pop() if len(sizes) == 1 else None

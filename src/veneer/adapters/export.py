@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from veneer.adapters import use as using
-from veneer.adapters.gguf_model import TYPES, write_gguf_model
 from veneer.adapters.merge import merged_model
 from veneer.adapters.ollama import modelfile
 from veneer.errors import ConfigError
 from veneer.files.atomic import Staged, as_veneer_errors, atomic_write, flush_folder
 from veneer.models.text.base import TextBase
 from veneer.models.text.gguf import load_gguf
+from veneer.models.text.gguf_write import TYPES, write_gguf_model
 
 _GGUF_FILE = "model.gguf"
 

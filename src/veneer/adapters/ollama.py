@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.adapters.gguf_model import adds_bos
 from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase
+from veneer.models.text.gguf_write import adds_bos
 
 _SYSTEM, _USER, _ANSWER, _NEXT = "the-system-text", "the-first-question", "the-answer", "the-next-question"
 

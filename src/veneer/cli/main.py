@@ -58,8 +58,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 PANELS: dict[str, tuple[str, ...]] = {
     "Start": ("quickstart", "image-quickstart", "doctor"),
     "Train": ("train", "sweep", "plan", "eval", "data", "jobs", "worker"),
-    "Use": ("generate", "image", "base"),
-    "Keep": ("adapter", "library"),
+    "Use": ("generate", "image", "base", "export"),
+    "Keep": ("adapter", "library", "backup"),
     "Serve": ("serve", "studio", "tenant"),
 }
 """Group of `veneer --help` -> its commands."""

@@ -44,6 +44,9 @@ _Rule = tuple[Callable[[Any], bool], str]
 
 _MOST = (1 << 31) - 1
 
+LLAMA_CPP_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
+"""transformers' model_type -> llama.cpp's architecture, if the two names differ."""
+
 
 def _is_size(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

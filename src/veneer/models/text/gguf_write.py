@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from veneer.adapters.convert import ARCHITECTURES
 from veneer.errors import BaseError, bullets
+from veneer.files.gguf import read_gguf_file
 from veneer.files.gguf_quantize import quantize
+from veneer.models.config import LLAMA_CPP_ARCHITECTURES
 from veneer.models.text.base import TextBase
 
 TYPES = {"f16": ("F16", 1), "q8_0": ("Q8_0", 7), "q6_k": ("Q6_K", 18), "q5_k_m": ("Q5_K", 17), "q4_k_m": ("Q4_K", 15)}
@@ -55,7 +56,7 @@ def write_gguf_model(path: Path, model: Any, base: TextBase, kind: str, name: st
         known = ", ".join(_FAMILIES)
         message = f"GGUF files of whole models are not written for the family {config.model_type!r}"
         raise BaseError(message, where=str(base.directory), fix=f"families: {known}; or veneer adapter merge")
-    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    architecture = LLAMA_CPP_ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type("model")
     writer.add_name(name)
@@ -190,8 +191,6 @@ def _adds_space(state: dict[str, Any]) -> bool:
 
 def _splitter(state: dict[str, Any], base: TextBase) -> str:
     """Return llama.cpp's name of the rule by which a byte-level tokenizer splits a text into words."""
-    from veneer.files.gguf import read_gguf_file
-
     if base.directory.is_file():
         pre = read_gguf_file(base.directory, long_arrays=False).fields.get("tokenizer.ggml.pre")
         return str(pre or "default")
