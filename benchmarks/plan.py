@@ -259,7 +259,7 @@ def predicted(run: dict[str, Any]) -> tuple[int, float]:
     load: Any
     if run["kind"] == "image":
         part = "transformer" if run["base"] == "catalogue-flux" else "unet"
-        file = ROOT / "src" / "veneer" / "bases" / run["base"] / part / "config.json"
+        file = ROOT / "src" / "veneer_bases" / run["base"] / part / "config.json"
         config = {**json.loads(file.read_text(encoding="utf-8")), "vae_scale": SCALE}
         checkpointing = run.get("checkpointing", False)
         size = run["size"], run["size"]
