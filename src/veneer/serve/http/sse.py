@@ -23,6 +23,11 @@ def data(content: Any, *, tight: bool = False) -> bytes:
     return (b"data:" if tight else b"data: ") + body + b"\n\n"
 
 
+def typed(event: Mapping[str, Any]) -> bytes:
+    """Return one event whose name is its `type`."""
+    return f"event: {event['type']}\n".encode() + data(event)
+
+
 class EventStream(Response):
     """A stream of server-sent events.
 

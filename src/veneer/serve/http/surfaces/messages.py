@@ -28,14 +28,12 @@ from veneer.serve.http.errors import Json, error_body
 from veneer.serve.http.guard import needs
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
-from veneer.serve.http.sse import data
+from veneer.serve.http.sse import typed
 from veneer.serve.http.text_bodies import Limit, limited, sampling_of, schema_text, stops_of
 from veneer.serve.http.text_requests import chat_job
+from veneer.serve.http.thinking import ThinkingReader
 from veneer.serve.http.tools import CLOSE, ToolCall, ToolReader, ToolUse, tool_use
 from veneer.serve.request import Finished, Refused, Sampling, Started, Usage, invalid
-
-_THINK, _THOUGHT = "<think>", "</think>"
-"""The tags around the thinking of bases whose chat template has the variable `enable_thinking`."""
 
 messages_routes = APIRouter(tags=["Anthropic"], route_class=BodyRoute, dependencies=[needs("infer")])
 
@@ -366,7 +364,7 @@ async def messages(request: HttpRequest, body: MessagesBody) -> Response:
     if body.stream:
 
         def error_event(error: Refused) -> bytes:
-            return _event(error_body(error, "Anthropic")[1])
+            return typed(error_body(error, "Anthropic")[1])
 
         return await stream(request, service, job, writer.lines, error_event, body.headers)
     (answer,) = await collect(request, service, job)
@@ -399,10 +397,10 @@ class AnswerWriter:
     def __init__(self, job: TextJob, body: MessagesBody, asked: _Asked) -> None:
         self.job, self.reader, self.stops = job, ToolReader(asked.use), body.stop_sequences or []
         self.fills = body.max_tokens > job.sampling.max_tokens
-        self.stage: Literal["start", "inside", "after", "done"] = "start" if asked.thinks else "done"
+        self.thinking = ThinkingReader("start" if asked.thinks else "answer")
         self.shows = body.thinking is None or body.thinking.display != "omitted"
         self.content: list[dict[str, Any]] = []
-        self.held, self.blank, self.open, self.calls = "", "", "", 0
+        self.blank, self.open, self.calls = "", "", 0
 
     async def lines(self, events: AsyncIterator[IndexedEvent]) -> AsyncIterator[bytes]:
         """Yield the server-sent events of a stream."""
@@ -412,14 +410,14 @@ class AnswerWriter:
                 begun = True
                 cached = event.cached if isinstance(event, Started) else 0
                 start = self.message(Usage(len(self.job.prompts[0]), cached, 0))
-                yield _event({"type": "message_start", "message": start | {"content": []}})
-                yield _event({"type": "ping"})
+                yield typed({"type": "message_start", "message": start | {"content": []}})
+                yield typed({"type": "ping"})
             if not isinstance(event, Started):
                 for each in self.feed(event.text, last=isinstance(event, Finished)):
-                    yield _event(each)
+                    yield typed(each)
             if isinstance(event, Finished):
-                yield _event({"type": "message_delta", "delta": self.ending(event), "usage": _usage(event.usage)})
-                yield _event({"type": "message_stop"})
+                yield typed({"type": "message_delta", "delta": self.ending(event), "usage": _usage(event.usage)})
+                yield typed({"type": "message_stop"})
 
     def message(self, usage: Usage) -> dict[str, Any]:
         head = {"id": self.job.id, "type": "message", "role": "assistant", "model": self.job.model.name}
@@ -434,47 +432,17 @@ class AnswerWriter:
 
     def feed(self, text: str, *, last: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the events of the next text of the completion; `last`: the completion has ended."""
-        self.held += text
-        for kind, piece in self._split(last):
-            if kind == "thinking":
-                yield from self._write("thinking", piece)
-            else:
-                for each in self.reader.feed(piece):
-                    yield from self._answer(each)
+        thinking, answer = self.thinking.feed(text, end=last)
+        if thinking:
+            yield from self._write("thinking", thinking)
+        for each in self.reader.feed(answer):
+            yield from self._answer(each)
         if last:
             for each in self.reader.end():
                 yield from self._answer(each)
             if self.blank and not self.content:
                 yield from self._write("text", self.blank)
             yield from self._close()
-
-    def _split(self, last: bool) -> Iterator[tuple[str, str]]:
-        """Yield ("thinking" or "text", piece) of the text that is held, and hold back what can still be a tag."""
-        if self.stage == "start":
-            head = self.held.lstrip()
-            if head.startswith(_THINK):
-                self.stage, self.held = "inside", head.removeprefix(_THINK)
-            elif _THINK.startswith(head) and not last:
-                return
-            else:
-                self.stage = "done"
-        if self.stage == "inside":
-            piece, closed, rest = self.held.partition(_THOUGHT)
-            if not closed and not last:
-                kept = next((n for n in range(len(_THOUGHT) - 1, 0, -1) if piece.endswith(_THOUGHT[:n])), 0)
-                piece, rest = piece[: len(piece) - kept], piece[len(piece) - kept :]
-            self.held = rest
-            if piece:
-                yield "thinking", piece
-            if not closed:
-                return
-            self.stage = "after"
-        if self.stage == "after":  # the template writes line breaks between thinking and answer
-            self.held = self.held.lstrip()
-            self.stage = "done" if self.held else "after"
-        if self.held:
-            text, self.held = self.held, ""
-            yield "text", text
 
     def _answer(self, piece: str | ToolCall) -> Iterator[dict[str, Any]]:
         if isinstance(piece, str):
@@ -520,10 +488,6 @@ class AnswerWriter:
         if self.open:
             self.open = ""
             yield {"type": "content_block_stop", "index": len(self.content) - 1}
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return f"event: {content['type']}\n".encode() + data(content)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

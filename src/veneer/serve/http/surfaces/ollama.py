@@ -22,21 +22,23 @@ from starlette.responses import PlainTextResponse, Response
 
 from veneer import __version__
 from veneer.serve.access import ModelCard, ResolvedModel
-from veneer.serve.http.answers import IndexedEvent, TextJob, collect, finite_logprob, stream
+from veneer.serve.http.answers import IndexedEvent, TextJob, collect, stream
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, MixField, Objects, Strict, at_most, mix_of
 from veneer.serve.http.errors import Json, error_body, json_bytes
 from veneer.serve.http.guard import needs
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
+from veneer.serve.http.surfaces.openai import logprob_entries
 from veneer.serve.http.text_bodies import Seed, Stop, limited, sampling_of, schema_text, stops_of
 from veneer.serve.http.text_requests import chat_job
+from veneer.serve.http.thinking import THINK, ThinkingReader
 from veneer.serve.http.tools import ToolCall, ToolReader, ToolUse, tool_use
 from veneer.serve.principal import Principal
 from veneer.serve.request import Finished, GrammarSpec, Refused, Sampling, Started, Token, invalid
 
 ollama_routes = APIRouter(tags=["Ollama"], route_class=BodyRoute, dependencies=[needs("infer")])
 
-_LATEST, _OPEN, _CLOSE = ":latest", "<think>", "</think>"
+_LATEST = ":latest"
 _FOREVER = "9999-12-31T23:59:59Z"
 """When an adapter leaves the memory: at no set time."""
 _IGNORED = """
@@ -238,7 +240,7 @@ def _check_images(given: bool) -> None:
 
 
 def _thinks(prompts: Prompts) -> bool:
-    return "enable_thinking" in prompts.template or _OPEN in prompts.template
+    return "enable_thinking" in prompts.template or THINK in prompts.template
 
 
 class _Format:
@@ -246,10 +248,10 @@ class _Format:
 
     def __init__(self, prompts: Prompts, job: TextJob, body: _Answering, use: ToolUse) -> None:
         self.prompts, self.body, self.count = prompts, body, job.sampling.logprobs
-        self.reader, self.thoughts = ToolReader(use), _Thoughts("answer")
+        self.reader, self.thoughts = ToolReader(use), ThinkingReader("answer")
         if not (isinstance(body, Generate) and body.raw) and _thinks(prompts):
-            begun = "".join(prompts.piece(id)[0] for id in job.prompts[0][-8:]).rstrip().endswith(_OPEN)
-            self.thoughts = _Thoughts("thought" if begun else "start")
+            begun = "".join(prompts.piece(id)[0] for id in job.prompts[0][-8:]).rstrip().endswith(THINK)
+            self.thoughts = ThinkingReader("thinking" if begun else "start")
 
     async def lines(self, events: AsyncIterator[IndexedEvent]) -> AsyncIterator[bytes]:
         async for _, event in events:
@@ -272,8 +274,8 @@ class _Format:
         said: dict[str, Any] = {"content": "".join(each for each in calls if isinstance(each, str))}
         parts = {"thinking": thinking, "tool_calls": [each for each in calls if not isinstance(each, str)]}
         said |= {key: value for key, value in parts.items() if value}
-        if self.count is not None and (shown := [t for t in tokens if t.id >= 0 and (t.text or not t.special)]):
-            said["logprobs"] = [self.logprob(token) for token in shown]
+        if self.count is not None and (entries := logprob_entries(self.prompts, tokens, self.count)):
+            said["logprobs"] = [{key: e[key] for key in e if key != "top_logprobs" or e[key]} for e in entries]
         return said
 
     def line(self, said: dict[str, Any], end: Finished | None) -> dict[str, Any]:
@@ -292,14 +294,6 @@ class _Format:
             line |= {"prompt_eval_count": end.usage.prompt, "eval_count": end.usage.completion}
         return line
 
-    def logprob(self, token: Token) -> dict[str, Any]:
-        best = [self.entry(id, logprob) for id, _, logprob in sorted(token.top, key=lambda t: -t[2])[: self.count]]
-        return self.entry(token.id, token.logprob) | ({"top_logprobs": best} if best else {})
-
-    def entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text, raw = self.prompts.piece(token)
-        return {"token": text, "logprob": finite_logprob(logprob), "bytes": list(raw)}
-
 
 def _call(call: ToolCall) -> dict[str, Any] | str:
     """Return a call in Ollama's format, or as text if its arguments are not an object."""
@@ -307,38 +301,6 @@ def _call(call: ToolCall) -> dict[str, Any] | str:
         if isinstance(arguments := json.loads(call.arguments), dict):
             return {"id": call.id, "function": {"index": call.index, "name": call.name, "arguments": arguments}}
     return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
-
-
-class _Thoughts:
-    """Splits an answer that can begin with <think>…</think>.
-
-    `at`: start (a thought can begin here), thought, gap (whitespace after the thought), or answer.
-    """
-
-    def __init__(self, at: Literal["start", "thought", "gap", "answer"]) -> None:
-        self.at, self.held = at, ""
-
-    def feed(self, text: str, *, end: bool) -> tuple[str, str]:
-        """Return the text that belongs to the thought, and the text that belongs to the answer."""
-        thought, self.held = "", self.held + text
-        if self.at == "start":
-            begun = self.held.lstrip()
-            if not end and len(begun) < len(_OPEN) and _OPEN.startswith(begun):
-                return "", ""
-            self.at = "thought" if begun.startswith(_OPEN) else "answer"
-            self.held = begun.removeprefix(_OPEN) if self.at == "thought" else self.held
-        if self.at == "thought":
-            thought, closed, rest = self.held.partition(_CLOSE)
-            if not closed:  # the end of the text can be the start of the tag
-                kept = 0 if end else next((n for n in range(len(_CLOSE) - 1, 0, -1) if thought.endswith(_CLOSE[:n])), 0)
-                self.held = thought[len(thought) - kept :]
-                return thought[: len(thought) - kept], ""
-            self.at, self.held = "gap", rest
-        if self.at == "gap":
-            self.held = self.held.lstrip()
-            self.at = "answer" if self.held else "gap"
-        answer, self.held = self.held, ""
-        return thought, answer
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from veneer.serve.http.bodies import BodyRoute, Objects, Strict, at_most
 from veneer.serve.http.errors import Json, error_body, json_bytes
 from veneer.serve.http.guard import needs, principal_of
 from veneer.serve.http.service import Service, admission_of, caller_of, service_of
-from veneer.serve.http.sse import data
+from veneer.serve.http.sse import typed
 from veneer.serve.http.surfaces.openai import logprob_entries
 from veneer.serve.http.text_bodies import Limit, TextBody, schema_text
 from veneer.serve.http.text_requests import chat_job
@@ -240,8 +240,7 @@ def _items(request: HttpRequest, body: ResponseBody, number: str) -> list[_Item]
         item = {key: value for key, value in each.items() if value is not None}
         kind = item.get("type", "message" if "role" in item else "item_reference")
         if kind == "reasoning":
-            if "input.reasoning" not in body.headers.get("x-veneer-ignored", ""):
-                body.ignore("input.reasoning")
+            body.ignore("input.reasoning")
         elif kind == "item_reference":
             items.append(_referenced(request, i, item, items))
         else:
@@ -476,10 +475,10 @@ class _Answer:
     async def lines(self, events: AsyncIterator[IndexedEvent]) -> AsyncIterator[bytes]:
         """Yield the stream."""
         for kind in ("created", "in_progress"):
-            yield _line(self._event(kind, response=self.response))
+            yield typed(self._event(kind, response=self.response))
         async for _, event in events:
             for each in self.events(event):
-                yield _line(each)
+                yield typed(each)
 
     def failed(self, error: Refused) -> bytes:
         """Return the last events of a stream that fails."""
@@ -487,7 +486,7 @@ class _Answer:
         code = "rate_limit_exceeded" if told["type"] == "rate_limit_error" else "server_error"
         self.response |= {"status": "failed", "error": {"code": code, "message": told["message"]}}
         first = {key: told[key] for key in ("code", "message", "param")}
-        return _line(self._event("error", **first)) + _line(self._event("failed", response=self.response))
+        return typed(self._event("error", **first)) + typed(self._event("failed", response=self.response))
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self.sequence += 1
@@ -570,10 +569,6 @@ class _Answer:
             stored = json_bytes({"input": self.items, "response": self.response})
             self.response["store"] = self.service.responses.put(self.job.principal.tenant, self.job.id, stored)
         yield self._event(status, response=self.response)
-
-
-def _line(event: Mapping[str, Any]) -> bytes:
-    return f"event: {event['type']}\n".encode() + data(event)
 
 
 def _input_of(arguments: str) -> str:
