@@ -9,7 +9,6 @@ measure the result first; an error in the block removes the temporary files.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from veneer.adapters import use as using
 from veneer.adapters.merge import merged_model
 from veneer.adapters.ollama import modelfile
 from veneer.errors import ConfigError
-from veneer.files.atomic import Staged, as_veneer_errors, atomic_write, flush_folder
+from veneer.files.atomic import Staged, as_veneer_errors, atomic_write
 from veneer.models.text.base import TextBase
 from veneer.models.text.gguf import load_gguf
 from veneer.models.text.gguf_write import TYPES, write_gguf_model
@@ -58,9 +57,15 @@ class Export:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "path": str(self.path), "for": self.target, "type": self.kind, "base": self.base.name,
-            "adapters": self.adapters, "bytes": self.bytes, "tensors": self.types, "notes": self.notes,
-        }  # fmt: skip
+            "path": str(self.path),
+            "for": self.target,
+            "type": self.kind,
+            "base": self.base.name,
+            "adapters": self.adapters,
+            "bytes": self.bytes,
+            "tensors": self.types,
+            "notes": self.notes,
+        }
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ def exported(
     specs = [using.parse_spec(a) for a in adapters]
     path = export_path([name for name, _ in specs], output, target, kind, force)
     with as_veneer_errors(path):
-        temporary = Staged.next_to(path).temporary
+        staged = Staged.next_to(path)
+    temporary = staged.temporary
     name = " + ".join(Path(n).name if s == 1 else f"{Path(n).name}:{s:g}" for n, s in specs)
     export = Export(base, target, kind, temporary, path, name, system)
     try:
@@ -159,9 +165,8 @@ def exported(
         with as_veneer_errors(path):
             if path.is_dir():
                 shutil.rmtree(path)
-            os.replace(temporary, path)
-            flush_folder(path.parent)
+            staged.commit()
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        staged.discard()

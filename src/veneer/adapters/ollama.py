@@ -85,9 +85,13 @@ def chat_turns(tokenizer: Any) -> Turns:
         middle, _, rest = rendered(user, answer, following).partition(_USER)[2].partition(_ANSWER)
         before_user = rest.partition(_NEXT)[0].removeprefix(after_answer)
         turns = Turns(
-            head.removesuffix(before_user), None, False,
-            (before_user, after_user), (middle.removeprefix(after_user), after_answer), begin,
-        )  # fmt: skip
+            head.removesuffix(before_user),
+            None,
+            False,
+            (before_user, after_user),
+            (middle.removeprefix(after_user), after_answer),
+            begin,
+        )
         conversations = [[user], [user, answer, following]]
         same = all(turns.render(c) == rendered(*c, begin=True) for c in conversations)
     except Exception as error:  # a template can raise anything

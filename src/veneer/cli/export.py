@@ -11,6 +11,7 @@ from veneer.cli.output import print_json, say
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from veneer.core.adapter import Card
     from veneer.train.config.text import DataSection
     from veneer.train.text.rows import Row
 
@@ -54,8 +55,9 @@ def export_command(
     name = chosen_base(base, names)
     if not name:
         raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
-    rows, settings, why = _rows(names[0], data, limit)
-    system = _constant_system(names[0], rows)
+    card = _card(names[0])
+    rows, settings, why = _rows(card, data, limit)
+    system = _constant_system(card, rows)
     dtype = "bfloat16" if stored_dtype(tensor_table(find_base(name, say=say))) == "BF16" else "float32"
     with errors_only():
         loaded = load_text(name, dtype=dtype, device=device, say=say)
@@ -99,10 +101,16 @@ def loss_warning(losses: dict[str, float], kind: str) -> str:
     return f"warning: {kind} raises the loss by {lost:.4f}, more than the {gain:.4f} that the adapters lower it by"
 
 
-def _rows(name: str, data: list[str] | None, limit: int | None) -> tuple[list[Row], DataSection | None, str]:
-    """Return held-out rows, how to encode them, and where they are from or why there are none."""
+def _card(name: str) -> Card | None:
     from veneer.adapters.use import adapter_path
     from veneer.formats.card import CARD_FILE, read_card
+
+    folder = adapter_path(name)
+    return read_card(folder).card if (folder / CARD_FILE).is_file() else None
+
+
+def _rows(card: Card | None, data: list[str] | None, limit: int | None) -> tuple[list[Row], DataSection | None, str]:
+    """Return held-out rows, how to encode them, and where they are from or why there are none."""
     from veneer.jobs.post_training import HeldOut, held_out_rows
     from veneer.train.config.load import config_from
     from veneer.train.config.text import TrainConfig
@@ -110,12 +118,10 @@ def _rows(name: str, data: list[str] | None, limit: int | None) -> tuple[list[Ro
 
     if data:
         return read_rows(data, limit=limit)[0], None, ", ".join(data)
-    folder = adapter_path(name)
-    recipe = read_card(folder).card.recipe if (folder / CARD_FILE).is_file() else {}
-    if not recipe:
+    if card is None or not card.recipe:
         return [], None, "the adapter's card has no recipe; give rows with --data"
     try:
-        config, _ = config_from({**recipe, "output": {"directory": "unused"}})
+        config, _ = config_from({**card.recipe, "output": {"directory": "unused"}})
         if not isinstance(config, TrainConfig):
             return [], None, "the adapter is not for text"
         rows = held_out_rows(HeldOut(limit=limit), config)
@@ -125,14 +131,12 @@ def _rows(name: str, data: list[str] | None, limit: int | None) -> tuple[list[Ro
     return rows, config.data, f"held out: {', '.join(map(str, source))}"
 
 
-def _constant_system(name: str, rows: list[Row]) -> str:
+def _constant_system(card: Card | None, rows: list[Row]) -> str:
     """Return the system message of the card's sample, if all rows have the same one, else ""."""
-    from veneer.adapters.use import adapter_path
-    from veneer.formats.card import CARD_FILE, opening, read_card, sample_messages
+    from veneer.formats.card import opening, sample_messages
 
-    folder = adapter_path(name)
-    if not (folder / CARD_FILE).is_file():
+    if card is None:
         return ""
-    system, _ = opening(sample_messages(read_card(folder).card.extra))
+    system, _ = opening(sample_messages(card.extra))
     own = {m["content"] if m["role"] == "system" else "" for row in rows for m in row.messages[:1]}
     return system if system and own <= {system} else ""
