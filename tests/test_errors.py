@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.installed import install_record
 from veneer.errors import MissingExtraError, install_command, nearest
 
 GIT = {"url": "https://example.org/veneer.git", "vcs_info": {"vcs": "git", "commit_id": "4f1d"}}
@@ -17,11 +18,7 @@ GIT = {"url": "https://example.org/veneer.git", "vcs_info": {"vcs": "git", "comm
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The direct_url.json of an installed veneer 9.9, in which pip records the source (PEP 610)."""
-    about = tmp_path / "site" / "veneer-9.9.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: veneer\nVersion: 9.9\n")
-    monkeypatch.syspath_prepend(about.parent)
-    return about / "direct_url.json"
+    return install_record(tmp_path / "site", monkeypatch) / "direct_url.json"
 
 
 @pytest.mark.parametrize(

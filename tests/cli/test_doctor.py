@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.cli.run import run
+from tests.installed import install_record
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import OPS, choices, override_ops
 from veneer.ops.profile import processor_name, profile
@@ -128,10 +129,7 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str], entry_po
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of wheels, from which pip installs. The installed veneer is version 9.9, from an index."""
-    about = tmp_path / "installed" / "veneer-9.9.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: veneer\nVersion: 9.9\n")
-    monkeypatch.syspath_prepend(about.parent)
+    install_record(tmp_path / "installed", monkeypatch)
     for name in ("PYTHONPATH", "VENEER_VLLM_PYTHON"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path / "index"), "CONFIG_FILE": os.devnull}.items():
